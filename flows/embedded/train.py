@@ -1,0 +1,177 @@
+"""Make the embedded default: a small Llama with grouped-query attention, trained on the interpreter's own text.
+
+    python -m numprune.flows.embedded.train OUT [--steps 2600]
+
+Writes a Hugging Face folder (bfloat16 safetensors, tokenizer, configuration) and `training.json` with what was done.
+Uses a GPU when there is one. On two CPU cores the default takes about an hour.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from numprune.flows.embedded.corpus import documents
+
+VOCABULARY = 4096
+BOS, EOS = "<s>", "</s>"
+CONTEXT = 1024
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of `VOCABULARY` entries learnt from `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model() -> LlamaForCausalLM:
+    """Return the untrained model: 5.5 M parameters, 6 layers, 8 query and 4 key/value heads of 32."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(stream: Tensor, rows: int, length: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield token batches (rows, length) that visit the whole `stream` once per epoch, each epoch at another offset."""
+    while True:
+        offset = int(torch.randint(length, (1,), generator=generator))
+        count = (len(stream) - offset) // length
+        windows = stream[offset : offset + count * length].view(count, length)
+        order = torch.randperm(count, generator=generator)
+        for first in range(0, count - rows + 1, rows):
+            yield windows[order[first : first + rows]]
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm-up over 2 % of the steps, flat to one half, then linear to zero (the trapezoid of short pre-training)."""
+    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.5 * steps))
+
+
+@torch.no_grad()
+def mean_nll(model: LlamaForCausalLM, streams: list[Tensor], length: int = 512) -> float:
+    """Return the mean NLL in nats per token of `streams` (one per document), in windows of `length`."""
+    total, count = 0.0, 0
+    for stream in streams:
+        for window in stream.split(length):
+            if len(window) > 1:
+                logits = model(input_ids=window[None]).logits[0, :-1].float()
+                total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+                count += len(window) - 1
+    return total / count
+
+
+def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
+    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context, with as many tokens."""
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts = [text for _, text in documents("train", tests=True)]
+    tokenizer = train_tokenizer(texts)
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    stream = torch.tensor([token for ids in encoded for token in [*ids, eos]], device=device)
+    heldout_texts = [text for _, text in documents("heldout")]
+    heldout = [torch.tensor(ids, device=device) for ids in tokenizer(heldout_texts, add_special_tokens=False)["input_ids"]]
+    print(f"{len(texts)} documents, {len(stream):,} training tokens; {sum(map(len, heldout)):,} held out", file=sys.stderr)
+
+    model = build_model().to(device)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.004, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(seed)
+    short = batches(stream, rows, length, generator)
+    full = batches(stream, max(1, rows * length // CONTEXT), CONTEXT, generator)
+    history = []
+    start = time.perf_counter()
+    for step in range(steps):
+        factor = learning_rate_factor(step, steps)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, base_rates, strict=True):
+            group["lr"] = rate * factor
+        tokens = next(full if step >= 0.85 * steps else short)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            heldout_nll = mean_nll(model.eval(), heldout[:20])
+            model.train()
+            history.append({"step": step + 1, "train_nll": loss.item(), "heldout_sample_nll": heldout_nll})
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1}/{steps} train {loss.item():.3f} held-out {heldout_nll:.3f} {seconds:.0f} s", file=sys.stderr)
+    model.eval().to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
+    nll = mean_nll(model, heldout)
+    record = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": str(device),
+        "documents": len(texts),
+        "training_tokens": len(stream),
+        "tokens_seen": steps * rows * length,
+        "steps": steps,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start),
+        "heldout_tokens": sum(map(len, heldout)),
+        "heldout_nll_nats_per_token": nll,
+        "heldout_perplexity_512": math.exp(nll),
+        "history": history,
+    }
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"held-out perplexity {math.exp(nll):.2f} (windows of 512)", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write (must not exist)")
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--rows", type=int, default=8, help="windows per step")
+    parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    train(args.out, steps=args.steps, rows=args.rows, length=args.length, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
