@@ -1,0 +1,67 @@
+"""Small models with random weights, made afresh for each session: no file of the project is needed to run a unit test."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TINY = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that needs no training: one token a byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of `family` in float32; biases, where it has them, are not zero."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**TINY, "sliding_window": None, **overrides})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Wider than the initialiser's: with nearly zero logits every comparison would pass.
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    return build_tiny
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny_checkpoint(family="llama", name="base", seed=0, **config)` writes a random model and a byte tokenizer."""
+
+    def write(family: str = "llama", name: str = "base", seed: int = 0, **overrides: Any) -> Path:
+        folder = tmp_path / name
+        build_tiny(family, seed, **overrides).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return write
