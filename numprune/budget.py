@@ -1,0 +1,37 @@
+"""What an anatomy costs: parameters, arithmetic and cache, before and after a plan, without touching a weight."""
+
+from dataclasses import dataclass
+
+from numprune.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The cost of a model.
+
+    Attributes:
+        parameters: all of them, tied embeddings counted once.
+        prunable_parameters: those that belong to a unit (attention and MLP projections); ratios refer to these.
+        flops_per_token: 2 per weight that a token meets, the output matrix included, attention over the context not.
+        attention_flops_per_context_token: added to it for each token already in the context.
+        kv_bytes_per_token: keys and values of all layers in the configuration's dtype.
+    """
+
+    parameters: int
+    prunable_parameters: int
+    flops_per_token: int
+    attention_flops_per_context_token: int
+    kv_bytes_per_token: int
+
+
+def measure(anatomy: Anatomy) -> Budget:
+    """Return the cost of `anatomy`."""
+    prunable = sum(block.units * block.parameters_per_unit for block in anatomy.blocks)
+    attention = anatomy.of_kind("attention")
+    return Budget(
+        parameters=anatomy.fixed_parameters + prunable,
+        prunable_parameters=prunable,
+        flops_per_token=2 * (prunable + anatomy.output_parameters),
+        attention_flops_per_context_token=sum(4 * block.channels for block in attention),
+        kv_bytes_per_token=sum(2 * block.units * anatomy.head_dim for block in attention) * anatomy.bytes_per_value,
+    )

@@ -1,0 +1,60 @@
+"""Closed-form least squares: the kept channels take over what the removed ones did.
+
+With C = E[y x^T] the cross moments of the outputs to reproduce and G = E[x x^T] those of the inputs the pruned block
+will really see, the kept columns become
+
+    W_K <- W_K + (C_K - W_K G_KK) (G_KK + gamma I)^-1,
+
+ridge regression shrunk towards the original weights, by one Cholesky solve. When inputs and targets are the dense
+model's own (y = W x: *oneshot*) this is Theorem 3 of Shen et al. (AAAI 2025, arXiv 2412.12441):
+W_K + W_P G_PK (G_KK + gamma I)^-1. When x comes from the already pruned prefix (*sequential*) the block also corrects
+what earlier blocks got wrong.
+
+Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
+"""
+
+from torch import Tensor
+
+from numprune.linalg import damped, spd_solve
+from numprune.statistics import Moments
+
+
+def refit(
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    moments: Moments,
+    damping: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the kept columns (out, K) and the bias (out,) that best reproduce the block's target outputs.
+
+    Args:
+        weight: (out, D) the consumer's original weight, float64.
+        bias: (out,) its bias, or None where it has none (then none is added).
+        kept: (K,) indices of the kept channels.
+        moments: of the inputs x, with targets y, bias included.
+        damping: gamma relative to the mean of diag(G_KK).
+    """
+    gram = moments.gram[kept][:, kept]
+    cross = moments.cross[:, kept]
+    if bias is not None:
+        mean = moments.mean[kept]
+        gram = gram - mean[:, None] * mean
+        cross = cross - moments.target_mean[:, None] * mean
+    original = weight[:, kept]
+    correction = spd_solve(damped(gram, damping), (cross - original @ gram).T).T
+    columns = original + correction
+    if bias is None:
+        return columns, None
+    return columns, moments.target_mean - columns @ moments.mean[kept]
+
+
+def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:
+    """Return FLAP's compensation, a bias (out,): what the removed channels contributed on average (arXiv 2312.11983, 3.3).
+
+    sum over removed j of mu_j W[:, j], added to the consumer's own bias where it has one.
+    """
+    removed = moments.mean.clone()
+    removed[kept] = 0
+    contribution = weight @ removed
+    return contribution if bias is None else bias + contribution

@@ -1,0 +1,30 @@
+"""Scores of units: the higher, the sooner kept. One file per score; all see the same `BlockView`.
+
+Scores are only compared inside a block, except by the `global` allocation, which sorts the units of all blocks together.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from numprune.criteria.flap import flap
+from numprune.criteria.magnitude import magnitude
+from numprune.criteria.numerical import numerical, numerical_box
+from numprune.criteria.obs import obs
+from numprune.criteria.random import random
+from numprune.criteria.view import BlockView
+from numprune.criteria.wanda import wanda
+
+Criterion = Callable[[BlockView], Tensor]
+
+CRITERIA: dict[str, Criterion] = {
+    "random": random,
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "flap": flap,
+    "numerical": numerical,
+    "numerical-box": numerical_box,
+    "obs": obs,
+}
+
+__all__ = ["CRITERIA", "BlockView", "Criterion"]

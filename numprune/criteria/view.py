@@ -1,0 +1,34 @@
+"""What a criterion sees of a block."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A block's consumer and the moments of its inputs.
+
+    Attributes:
+        weight: (out, D) float64, the consumer's.
+        gram: (D, D) float64, E[x x^T].
+        mean: (D,) float64, E[x].
+        channels_per_unit: D / units.
+        ratio: the share of the prunable parameters asked to be removed (the raw numerical score depends on it).
+        seed: of this block, for the criteria that draw.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    mean: Tensor
+    channels_per_unit: int
+    ratio: float
+    seed: int
+
+    @property
+    def units(self) -> int:
+        return self.weight.shape[1] // self.channels_per_unit
+
+    def unit_mean(self, channel_scores: Tensor) -> Tensor:
+        """Return the mean of (D,) channel scores over each unit's channels: (units,)."""
+        return channel_scores.view(-1, self.channels_per_unit).mean(1)

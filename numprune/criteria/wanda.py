@@ -1,0 +1,10 @@
+"""Wanda's score, summed over a structure's weights (Wanda-sp; Sun et al. 2023, arXiv 2306.11695, in FLAP's form)."""
+
+from torch import Tensor
+
+from numprune.criteria.view import BlockView
+
+
+def wanda(view: BlockView) -> Tensor:
+    """Return the mean over a unit's channels of ||W[:, j]||_2 * sqrt(E[x_j^2]), (units,)."""
+    return view.unit_mean(view.weight.norm(dim=0) * view.gram.diagonal().sqrt())

@@ -1,0 +1,45 @@
+"""The few dense solves everything here rests on: symmetric, positive after damping, in float64."""
+
+import torch
+from torch import Tensor
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """Return `matrix` + damping * mean(diag) * I; for an all-zero matrix, + damping * I."""
+    scale = matrix.diagonal().mean()
+    if not scale > 0:
+        scale = torch.ones_like(scale)
+    result = matrix.clone()
+    result.diagonal().add_(damping * scale)
+    return result
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of a symmetric matrix that is positive up to rounding.
+
+    A rank-deficient Gram matrix (fewer calibration tokens than channels, dead channels) can have eigenvalues of about
+    -1e-16 times the largest one; the diagonal is then raised, tenfold each time from 1e-14, until the factor exists.
+
+    Raises:
+        ValueError: the matrix is not finite, or not positive even with 1e-4 of its mean diagonal added.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ValueError("matrix holds values that are not finite")
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    jitter = 1e-14
+    while int(info) and jitter <= 1e-4:
+        factor, info = torch.linalg.cholesky_ex(damped(matrix, jitter))
+        jitter *= 10
+    if int(info):
+        raise ValueError("matrix is not positive definite")
+    return factor
+
+
+def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return matrix^-1 right for a symmetric positive matrix (n, n) and right (n, m)."""
+    return torch.cholesky_solve(right, cholesky(matrix))
+
+
+def spd_inverse(matrix: Tensor) -> Tensor:
+    """Return the inverse of a symmetric positive matrix. Only the OBS update needs one explicitly."""
+    return torch.cholesky_inverse(cholesky(matrix))

@@ -1,0 +1,93 @@
+"""The plan: which units every block keeps, and everything that is needed to know how it came about."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from numprune.anatomy import Anatomy
+from numprune.errors import InputError
+
+PLAN_FILE = "numprune_plan.json"
+_MAXIMUM_BYTES = 256 << 20
+
+Index = Annotated[int, Field(ge=0)]
+
+
+class BlockPlan(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    units: Annotated[int, Field(ge=1)]
+    kept: Annotated[list[Index], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _indices(self) -> "BlockPlan":
+        if any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
+            raise ValueError("kept units must be strictly ascending")
+        if self.kept[-1] >= self.units:
+            raise ValueError(f"unit {self.kept[-1]} is kept of only {self.units}")
+        return self
+
+
+class Calibration(BaseModel):
+    """The rows that the plan was made on; `split` says what text they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: str
+    rows: int
+    sequence_length: int
+
+
+class Plan(BaseModel):
+    """Units kept per block of one model, relative to that model before pruning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    family: str
+    criterion: str
+    allocation: str
+    compensation: str
+    ratio: float
+    align: int
+    damping: float
+    seed: int
+    calibration: Calibration
+    blocks: dict[str, BlockPlan]
+
+    def units_kept(self) -> dict[str, int]:
+        return {name: len(block.kept) for name, block in self.blocks.items()}
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raises InputError unless this plan fits `anatomy`, block by block."""
+        if self.family != anatomy.family:
+            raise InputError(f"the plan is for a {self.family} model, this one is {anatomy.family}")
+        expected = {block.name: block.units for block in anatomy.blocks}
+        given = {name: block.units for name, block in self.blocks.items()}
+        for name in sorted(expected.keys() | given.keys()):
+            if expected.get(name) != given.get(name):
+                raise InputError(
+                    f"the plan does not fit the model: block {name} has {expected.get(name, 'no')} units in the model "
+                    f"and {given.get(name, 'none')} in the plan"
+                )
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the validated plan in `path`.
+
+    Raises:
+        InputError: the file is missing, too large, or not a plan; every problem with its field.
+    """
+    try:
+        if path.stat().st_size > _MAXIMUM_BYTES:
+            raise InputError(f"plan {str(path)!r} is larger than {_MAXIMUM_BYTES} bytes")
+        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"plan {str(path)!r} does not exist") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise InputError(f"plan {str(path)!r} is not valid: {problems}") from None

@@ -1,0 +1,224 @@
+"""Quality on held-out text: NLL and perplexity, and what pruning changed, with an interval over documents.
+
+Perplexity: the text's tokens in consecutive windows of the sequence length, no overlap, the first token of a window not
+scored; exp of the mean NLL.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from numprune.corpus import TokenRows
+from numprune.errors import InputError, IntegrityError
+
+# Under this many documents the bootstrap over documents is not to be trusted; windows are drawn instead.
+_MINIMUM_DOCUMENTS = 20
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its uncertainty.
+
+    Attributes:
+        value: the estimate.
+        ci95_lower, ci95_upper: one-sided 95 % confidence bounds.
+        interval95: the two-sided 95 % interval.
+        samples: how many sampling units it rests on.
+        sampling_unit: "document", or "window" where there are too few documents.
+    """
+
+    value: float
+    ci95_lower: float
+    ci95_upper: float
+    interval95: tuple[float, float]
+    samples: int
+    sampling_unit: str
+
+
+@dataclass(frozen=True)
+class Quality:
+    """NLL of one model, window by window.
+
+    Attributes:
+        nll: (windows,) summed NLL in nats, float64.
+        scored: (windows,) tokens scored.
+    """
+
+    nll: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int(self.scored.sum())
+
+    @property
+    def nll_nats_per_token(self) -> float:
+        return float(self.nll.sum() / self.scored.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_nats_per_token)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against its baseline on the same tokens.
+
+    Attributes:
+        documents: how many the text has.
+        kl_nats_per_token: mean KL(baseline || candidate) of the next-token distributions.
+        top1_agreement: share of positions where both put the same token first.
+        nll_delta_nats_per_token: mean NLL(candidate) - NLL(baseline), paired by token.
+        document_deltas: name -> mean difference in nats per token of each document.
+    """
+
+    candidate: Quality
+    baseline: Quality
+    documents: int
+    kl_nats_per_token: float
+    top1_agreement: float
+    nll_delta_nats_per_token: Estimate
+    document_deltas: dict[str, float]
+
+    @property
+    def perplexity_ratio(self) -> Estimate:
+        """exp of the NLL difference, its bounds too: exp is monotone."""
+        delta = self.nll_delta_nats_per_token
+        low, high = delta.interval95
+        return Estimate(
+            math.exp(delta.value),
+            math.exp(delta.ci95_lower),
+            math.exp(delta.ci95_upper),
+            (math.exp(low), math.exp(high)),
+            delta.samples,
+            delta.sampling_unit,
+        )
+
+
+def evaluate(model: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> Quality:
+    """Return the NLL of `model` on `rows`.
+
+    Raises:
+        InputError: a token is outside the vocabulary, or a row longer than the model's context.
+        IntegrityError: the model gives logits that are not finite.
+    """
+    check_rows_fit(model, rows)
+    nll = np.zeros(len(rows.rows))
+    for index, tokens in _batches(rows, batch_size, "evaluate"):
+        nll[index] = _token_nll(_log_probabilities(model, tokens), tokens).sum(1).cpu().numpy()
+    return Quality(nll, _scored(rows))
+
+
+def compare(
+    model: PreTrainedModel, baseline: PreTrainedModel, rows: TokenRows, *, batch_size: int = 8, seed: int = 0
+) -> Comparison:
+    """Return how `model` differs from `baseline` on `rows`; raises as `evaluate` does."""
+    check_rows_fit(model, rows)
+    check_rows_fit(baseline, rows)
+    if model.config.vocab_size != baseline.config.vocab_size:
+        raise InputError(f"vocabularies differ: {model.config.vocab_size} and {baseline.config.vocab_size} (baseline)")
+    windows = len(rows.rows)
+    nll, baseline_nll, kl, agree = np.zeros(windows), np.zeros(windows), np.zeros(windows), np.zeros(windows)
+    for index, tokens in _batches(rows, batch_size, "compare"):
+        ours, theirs = _log_probabilities(model, tokens), _log_probabilities(baseline, tokens)
+        nll[index] = _token_nll(ours, tokens).sum(1).cpu().numpy()
+        baseline_nll[index] = _token_nll(theirs, tokens).sum(1).cpu().numpy()
+        kl[index] = (theirs.exp() * (theirs - ours)).sum((1, 2)).double().cpu().numpy()
+        agree[index] = (ours.argmax(-1) == theirs.argmax(-1)).sum(1).cpu().numpy()
+    scored = _scored(rows)
+    document = np.array(rows.document)
+    delta = nll - baseline_nll
+    by_document = np.bincount(document, delta), np.bincount(document, scored)
+    used = by_document[1] > 0
+    unit = "document" if used.sum() >= _MINIMUM_DOCUMENTS else "window"
+    sums, counts = (by_document[0][used], by_document[1][used]) if unit == "document" else (delta, scored)
+    return Comparison(
+        candidate=Quality(nll, scored),
+        baseline=Quality(baseline_nll, scored),
+        documents=int(used.sum()),
+        kl_nats_per_token=float(kl.sum() / scored.sum()),
+        top1_agreement=float(agree.sum() / scored.sum()),
+        nll_delta_nats_per_token=bootstrap_mean(sums, counts, unit, seed),
+        document_deltas={
+            rows.names[i]: float(by_document[0][i] / by_document[1][i]) for i in np.flatnonzero(used).tolist()
+        },
+    )
+
+
+def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 0) -> Estimate:
+    """Return sum(sums) / sum(counts) with percentile bootstrap bounds over the sampling units.
+
+    Args:
+        sums: (n,) of the quantity in each unit.
+        counts: (n,) tokens in each unit, positive.
+        unit: what a unit is, for the record.
+        seed: of the 10,000 draws.
+
+    With a single unit nothing is known of the spread: the bounds are infinite, and no gate on them can pass.
+    """
+    value = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return Estimate(value, -math.inf, math.inf, (-math.inf, math.inf), len(sums), unit)
+    generator = np.random.default_rng(seed)
+    means = np.empty(_DRAWS)
+    chunk = max(1, 2_000_000 // len(sums))
+    for start in range(0, _DRAWS, chunk):
+        stop = min(start + chunk, _DRAWS)
+        drawn = generator.integers(0, len(sums), (stop - start, len(sums)))
+        means[start:stop] = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, lower, upper, high = np.quantile(means, [0.025, 0.05, 0.95, 0.975]).tolist()
+    return Estimate(value, lower, upper, (low, high), len(sums), unit)
+
+
+def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
+    """Raises InputError where the tokens cannot be this model's, or a row is longer than its context."""
+    largest = max(int(row.max()) for row in rows.rows)
+    if largest >= model.config.vocab_size:
+        raise InputError(
+            f"token {largest} is outside the model's vocabulary of {model.config.vocab_size}: the tokenizer is not this model's"
+        )
+    longest = max(map(len, rows.rows))
+    if longest > model.config.max_position_embeddings:
+        raise InputError(
+            f"sequence length {longest} is over the model's context of {model.config.max_position_embeddings}; give a shorter one"
+        )
+
+
+def _batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (window indices, tokens (n, S)), rows of one length together so that none is padded."""
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(rows.rows):
+        by_length.setdefault(len(row), []).append(index)
+    with tqdm(total=len(rows.rows), desc=title, unit="window", disable=None, leave=False) as bar:
+        for length in sorted(by_length, reverse=True):
+            indices = by_length[length]
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
+                yield batch, torch.stack([rows.rows[index] for index in batch])
+                bar.update(len(batch))
+
+
+@torch.inference_mode()
+def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Return (n, S-1, V) log-probabilities of the next token, float32."""
+    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].float()
+    if not torch.isfinite(logits).all():
+        raise IntegrityError(f"{model.config.model_type} model: logits are not finite; its weights are damaged or overflow")
+    return logits.log_softmax(-1)
+
+
+def _token_nll(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """Return (n, S-1) NLL in nats, float64 so that long sums stay exact."""
+    targets = tokens[:, 1:, None].to(log_probabilities.device)
+    return -log_probabilities.gather(-1, targets)[..., 0].double()
+
+
+def _scored(rows: TokenRows) -> np.ndarray:
+    return np.array([len(row) - 1 for row in rows.rows], dtype=np.int64)
