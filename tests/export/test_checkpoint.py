@@ -1,0 +1,255 @@
+"""Checkpoints: what is whole loads as it was, what is not is refused by the name of the tensor or file."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export import checkpoint, weights
+
+Checkpoint = Callable[..., Path]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def shards(folder: Path) -> Path:
+    """Write the same model again, in shards."""
+    model, tokenizer = checkpoint.load(folder)
+    target = folder.with_name(folder.name + "-shards")
+    checkpoint.save(model, tokenizer, target, max_shard_size=100_000)
+    assert len(list(target.glob("model-*.safetensors"))) > 2
+    return target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_and_save_keep_every_weight(tiny_checkpoint: Checkpoint, family: str) -> None:
+    folder = tiny_checkpoint(family=family)
+    model, tokenizer = checkpoint.load(folder)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    again, _ = checkpoint.load(shards(folder))
+    tokens = torch.tensor([tokenizer.encode("prune")])
+    assert model(tokens).logits.equal(again(tokens).logits)
+
+
+def test_tied_weights_are_stored_once(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(tie_word_embeddings=True)
+    assert "lm_head.weight" not in checkpoint.audit(folder)
+    checkpoint.load(folder)
+
+
+def per_layer(folder: Path) -> Path:
+    sizes = {0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40}}
+    config = AutoConfig.for_model(
+        **{**AutoConfig.from_pretrained(folder).to_dict(), "model_type": "numprune_llama", "per_layer_config": sizes}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_layers_that_differ_load_and_are_audited_layer_by_layer(tiny_checkpoint: Checkpoint) -> None:
+    folder = per_layer(tiny_checkpoint())
+    model, _ = checkpoint.load(folder)
+    assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [16, 32]
+    tensors = load_file(folder / weights.SINGLE)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].clone()
+    save_file(tensors, folder / weights.SINGLE)
+    with pytest.raises(IntegrityError, match=r"layers\.0\.self_attn\.k_proj\.weight has shape \[32, 64\]"):
+        checkpoint.load(folder)
+
+
+def test_save_casts_parameters_and_not_the_rotary_frequencies(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(tiny_checkpoint())
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    checkpoint.save(model, tokenizer, tmp_path / "half", dtype=torch.bfloat16)
+    assert {header.dtype for header in checkpoint.audit(tmp_path / "half").values()} == {"BF16"}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert model.model.rotary_emb.inv_freq.equal(frequencies)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert checkpoint.weight_bytes(tmp_path / "half") == 2 * parameters
+
+
+# --- weights that are not what the configuration says ------------------------------------------------
+
+
+def alter(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / weights.SINGLE)
+    change(tensors)
+    save_file(tensors, folder / weights.SINGLE)
+
+
+def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put(Q, 80, 64), rf"{Q} has shape \[80, 64\], but config.json means \[64, 64\]"),  # larger: vLLM would truncate
+        (put(Q, 48, 64), rf"{Q} has shape \[48, 64\]"),
+        (put(Q, 64 * 64), rf"{Q} has shape \[4096\]"),
+        (lambda tensors: tensors.pop(Q), rf"{Q} \[64, 64\] is not stored"),
+        (put("model.layers.2.self_attn.q_proj.weight", 64, 64), r"layers\.2\.self_attn\.q_proj\.weight has no place"),
+        (put("model.layers.1.self_attn.q_proj.bias", 64), r"q_proj\.bias has no place"),
+    ],
+)
+def test_audit_names_the_tensor(tiny_checkpoint: Checkpoint, change: Callable, named: str) -> None:
+    folder = tiny_checkpoint()
+    alter(folder, change)
+    for check in (checkpoint.audit, checkpoint.load):
+        with pytest.raises(IntegrityError, match=named):
+            check(folder)
+
+
+def test_a_smaller_configuration_is_found(tiny_checkpoint: Checkpoint) -> None:
+    """Dense weights beside a pruned configuration: what vLLM serves wrongly without a word."""
+    folder = tiny_checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(IntegrityError, match=r"mlp\.down_proj\.weight has shape \[64, 96\].*\[64, 64\]"):
+        checkpoint.load(folder)
+
+
+def test_frequencies_that_old_checkpoints_stored_are_no_mistake(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    alter(folder, put("model.layers.0.self_attn.rotary_emb.inv_freq", 8))
+    checkpoint.load(folder)
+
+
+def test_tied_weights_that_differ_are_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(tie_word_embeddings=True)
+    embedding = load_file(folder / weights.SINGLE)["model.embed_tokens.weight"]
+    alter(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    checkpoint.load(folder)
+    alter(folder, lambda tensors: tensors["lm_head.weight"][5, 5].add_(1))
+    with pytest.raises(IntegrityError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Checkpoint, value: float) -> None:
+    folder = tiny_checkpoint()
+    alter(folder, lambda tensors: tensors[Q][3, 3].fill_(value))
+    with pytest.raises(IntegrityError, match=Q):
+        checkpoint.load(folder)
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, -1])
+def test_a_truncated_file_is_named(tiny_checkpoint: Checkpoint, keep: int) -> None:
+    folder = tiny_checkpoint()
+    path = folder / weights.SINGLE
+    os.truncate(path, keep % path.stat().st_size)
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: not a whole"):
+        checkpoint.load(folder)
+
+
+def test_shards_and_their_index_must_agree(tiny_checkpoint: Checkpoint) -> None:
+    folder = shards(tiny_checkpoint())
+    index = json.loads((folder / weights.INDEX).read_text())
+    shard = index["weight_map"][Q]
+
+    def write(weight_map: object) -> None:
+        (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    write({name: file for name, file in index["weight_map"].items() if name != Q})
+    with pytest.raises(IntegrityError, match=rf"{shard}: holds {Q}"):
+        checkpoint.audit(folder)
+    write({**index["weight_map"], "ghost": shard})
+    with pytest.raises(IntegrityError, match=rf"{shard}: lacks ghost"):
+        checkpoint.audit(folder)
+    for escape in ("../model.safetensors", "/model.safetensors", "model.bin", 1):
+        write({**index["weight_map"], Q: escape})
+        with pytest.raises(IntegrityError, match="not the name of a safetensors file"):
+            checkpoint.audit(folder)
+    for wrong in ([], None):
+        write(wrong)
+        with pytest.raises(IntegrityError, match="not an index"):
+            checkpoint.audit(folder)
+    write(index["weight_map"])
+    checkpoint.audit(folder)
+    (folder / shard).unlink()
+    with pytest.raises(IntegrityError, match=f"{shard}: missing"):
+        checkpoint.load(folder)
+
+
+def test_a_single_file_beside_shards_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    (shards(folder) / weights.INDEX).rename(folder / weights.INDEX)
+    with pytest.raises(InputError, match="stale"):
+        checkpoint.audit(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("config.json", r"config\.json: missing"), ("model.safetensors", "neither"), ("tokenizer.json", "no tokenizer")],
+)
+def test_a_missing_file_is_named(tiny_checkpoint: Checkpoint, file: str, message: str) -> None:
+    folder = tiny_checkpoint()
+    (folder / file).unlink()
+    with pytest.raises(InputError, match=message):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"model_type": "no-such"}', '{"hidden_size": 64}', '{"model_type": "llama", "hidden_size": "a"}'],
+)
+def test_a_malformed_configuration_is_named(tiny_checkpoint: Checkpoint, text: str) -> None:
+    folder = tiny_checkpoint()
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        checkpoint.load(folder)
+
+
+def test_unsupported_architectures_are_refused_by_name(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(InputError, match="GPT2LMHeadModel"):
+        checkpoint.load(folder)
+
+
+def test_quantized_weights_and_other_formats_are_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    alter(folder, lambda tensors: tensors.update({Q: torch.zeros(64, 64, dtype=torch.int8)}))
+    with pytest.raises(InputError, match=f"{Q} is stored as I8"):
+        checkpoint.load(folder)
+    (folder / weights.SINGLE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"convert pytorch_model\.bin"):
+        checkpoint.load(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(vocab_size=200, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with pytest.raises(InputError, match=r"259 tokens.*vocab_size=200"):
+        checkpoint.load(folder)
+
+
+def test_resolve(tmp_path: Path, tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    assert checkpoint.resolve(str(folder)) == folder
+    for absent in (tmp_path / "nowhere", "a/b/c"):
+        with pytest.raises(InputError, match="no such folder"):
+            checkpoint.resolve(absent)
+    with pytest.raises(InputError, match="the hub does not give it"):
+        checkpoint.resolve("numprune-tests/no-such-model")  # offline in the tests: an error, not a download
+
+
+def test_save_finds_a_tokenizer_that_reads_back_differently(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """transformers gives every `qwen2` folder Qwen2's own normaliser, whatever tokenizer.json says."""
+    model, _ = checkpoint.load(tiny_checkpoint(family="qwen2"))
+    _, tokenizer = checkpoint.load(tiny_checkpoint(family="llama", name="other"))
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    with pytest.raises(IntegrityError, match="read back"):
+        checkpoint.save(model, tokenizer, tmp_path / "out")
