@@ -1,0 +1,59 @@
+"""report.json on the disk."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from numprune.errors import InputError, IntegrityError
+from numprune.serving.problems import problems
+from numprune.serving.report.models import SCHEMA, Report
+
+MAXIMUM_BYTES = 64 << 20  # checked before anything is parsed
+
+
+def write(report: Report, path: Path) -> None:
+    """Write `path` whole or not at all; an existing file is replaced."""
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Report:
+    """A report as it was written. Raises InputError (no such file), IntegrityError (not a report of this version)."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAXIMUM_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such report; it is the report.json that `numprune optimize` writes") from None
+    if len(raw) > MAXIMUM_BYTES:
+        raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes, no report is")
+    try:
+        data = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        if isinstance(data, dict) and data.get("schema") != SCHEMA:
+            raise IntegrityError(f"{path}: schema: {data.get('schema')!r}; this version reads {SCHEMA!r}")
+        return Report.model_validate(data)
+    except ValidationError as error:
+        raise IntegrityError(f"{path}: not a report: {problems(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not a report: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

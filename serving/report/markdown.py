@@ -1,0 +1,295 @@
+"""The report as plain Markdown: the verdict first, identity and machine last."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from numprune.serving.report.models import (
+    Environment,
+    Estimate,
+    GateResult,
+    Percentiles,
+    Pruning,
+    Quality,
+    Ratio,
+    Report,
+    RuntimeSpeed,
+    Sizes,
+)
+
+_ABSENT = "-"
+
+
+def markdown(report: Report) -> str:
+    """A page that reads well as text and renders everywhere. Sections that the report lacks are left out."""
+    sections = [
+        _verdict(report),
+        _pruning(report.pruning) if report.pruning else [],
+        _sizes(report.sizes) if report.sizes else [],
+        _quality(report.quality) if report.quality else [],
+        _speed(report),
+        _memory(report),
+        _parity(report),
+        _environment(report.environment),
+        _identity(report),
+    ]
+    return "\n".join(line for lines in sections for line in lines)
+
+
+def _verdict(report: Report) -> list[str]:
+    if report.verdict is None:
+        return [f"# {_cell(report.run_id)}: not judged yet", ""]
+    gates = report.verdict.gates
+    failing = [gate.metric for gate in gates if gate.outcome != "pass"]
+    lines = [f"# {_cell(report.run_id)}: {report.verdict.outcome}", ""]
+    lines += [f"- {_cell(reason)}" for reason in report.environment.reasons]
+    lines += [
+        f"{len(gates) - len(failing)} of {len(gates)} gates pass"
+        + (f"; not {_cell(', '.join(failing))}." if failing else "."),
+        "",
+    ]
+    rows = [[gate.metric, _value(gate), _limit(gate), gate.outcome, gate.reason] for gate in gates]
+    return [*lines, *_table(["gate", "value", "limit", "outcome", "why"], rows)]
+
+
+def _value(gate: GateResult) -> str:
+    if gate.interval is None:
+        return _figure(gate.value)
+    return f"{_figure(gate.value)} [{_figure(gate.interval[0])}, {_figure(gate.interval[1])}]"
+
+
+def _limit(gate: GateResult) -> str:
+    limit = f"≥ {_figure(gate.min)}" if gate.max is None else f"≤ {_figure(gate.max)}"
+    return limit if gate.bound == "point" else f"{gate.bound} {limit}"
+
+
+def _pruning(pruning: Pruning) -> list[str]:
+    removed = pruning.ratio_removed
+    kept = [f"{kept}/{of}" for kept, of in pruning.kept_units.values()]
+    return [
+        "## Pruning",
+        "",
+        f"{_cell(pruning.criterion)} scores, {_cell(pruning.allocation)} allocation, {_cell(pruning.compensation)} "
+        f"compensation. Asked to remove {_share(pruning.ratio_asked)} of the prunable parameters; removed "
+        f"{_share(removed.prunable)} of them, {_share(removed.parameters)} of all parameters and "
+        f"{_share(removed.kv_bytes)} of the KV cache.",
+        "",
+        *([f"Kept units by block: {', '.join(kept)}.", ""] if kept else []),
+    ]
+
+
+def _sizes(sizes: Sizes) -> list[str]:
+    pairs = {
+        "parameters": sizes.parameters,
+        "weight bytes": sizes.weight_bytes,
+        "KV-cache bytes per token": sizes.kv_bytes_per_token,
+        "FLOPs per token": sizes.flops_per_token,
+    }
+    rows = [
+        [name, _amount(pair.baseline), _amount(pair.candidate), _figure(pair.ratio)]
+        for name, pair in pairs.items()
+        if pair is not None
+    ]
+    return ["## Sizes", "", *_table(["", "baseline", "candidate", "ratio"], rows)]
+
+
+def _quality(quality: Quality) -> list[str]:
+    one, other = quality.baseline, quality.candidate
+    rows = [
+        [
+            "NLL, nats per token",
+            _figure(one.nll_nats_per_token),
+            _figure(other.nll_nats_per_token),
+            _estimate(quality.nll_delta_nats_per_token),
+        ],
+        [
+            "perplexity",
+            _figure(one.perplexity),
+            _figure(other.perplexity),
+            f"ratio {_estimate(quality.perplexity_ratio)}",
+        ],
+        ["KL from the baseline, nats per token", "", _figure(quality.kl_nats_per_token), ""],
+        ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""],
+    ]
+    return [
+        "## Quality",
+        "",
+        f"{quality.tokens} tokens of {quality.documents} held-out documents; intervals are two-sided, 95 %, over "
+        f"{quality.nll_delta_nats_per_token.sampling_unit}s.",
+        "",
+        *_table(["", "baseline", "candidate", "difference"], rows),
+    ]
+
+
+def _speed(report: Report) -> list[str]:
+    lines = []
+    for runtime, speed in report.speed.items():
+        lines += [
+            f"## Speed, {runtime}",
+            "",
+            f"{speed.repeats} repeats after {speed.warmup} of warm-up, in the order {_cell(speed.order)}; "
+            f"{speed.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % interval.",
+            "",
+            *_table(["", "baseline", "candidate", "ratio", "noise floor"], _speed_rows(speed)),
+        ]
+    return lines
+
+
+def _speed_rows(speed: RuntimeSpeed) -> Iterable[list[str]]:
+    one, other = speed.baseline, speed.candidate
+    latencies = [
+        ("ttft", "TTFT, ms", one.ttft_ms, other.ttft_ms, speed.ttft),
+        ("itl", "ITL, ms", one.itl_ms, other.itl_ms, speed.itl),
+        ("e2e", "end to end, ms", one.e2e_ms, other.e2e_ms, speed.e2e),
+    ]
+    for key, name, before, after, ratio in latencies:
+        if before is not None or after is not None:
+            yield [name, _percentiles(before), _percentiles(after), *_ratio(speed, key, ratio)]
+    rates = [
+        (
+            "decode_tokens_per_s",
+            "decode, tokens/s",
+            one.decode_tokens_per_s,
+            other.decode_tokens_per_s,
+            speed.decode_tokens_per_s,
+        ),
+        (
+            "prefill_tokens_per_s",
+            "prefill, tokens/s",
+            one.prefill_tokens_per_s,
+            other.prefill_tokens_per_s,
+            speed.prefill_tokens_per_s,
+        ),
+    ]
+    for key, name, slow, fast, ratio in rates:
+        if slow is not None or fast is not None:
+            yield [name, _figure(slow), _figure(fast), *_ratio(speed, key, ratio)]
+
+
+def _ratio(speed: RuntimeSpeed, key: str, ratio: Ratio | None) -> list[str]:
+    floor = speed.noise_floor.get(key)
+    return [
+        _ABSENT if ratio is None else _estimate(ratio.ratio),
+        _ABSENT if floor is None else f"± {_figure(floor.relative)}",
+    ]
+
+
+def _percentiles(found: Percentiles | None) -> str:
+    if found is None:
+        return _ABSENT
+    named = {"p50": found.p50, "p90": found.p90, "p95": found.p95, "p99": found.p99}
+    return ", ".join(f"{name} {_figure(value)}" for name, value in named.items() if value is not None) or _ABSENT
+
+
+def _memory(report: Report) -> list[str]:
+    lines = []
+    for runtime, memory in report.memory.items():
+        one, other = memory.baseline, memory.candidate
+        rows = [
+            ["weights", _amount(one.weight_bytes), _amount(other.weight_bytes)],
+            ["KV cache per token", _amount(one.kv_bytes_per_token), _amount(other.kv_bytes_per_token)],
+            ["peak of the load", _amount(one.peak_bytes_load), _amount(other.peak_bytes_load)],
+            ["peak of the run", _amount(one.peak_bytes_run), _amount(other.peak_bytes_run)],
+        ]
+        lines += [f"## Memory, {runtime} (bytes)", "", *_table(["", "baseline", "candidate"], rows)]
+    return lines
+
+
+def _parity(report: Report) -> list[str]:
+    if not report.parity:
+        return []
+    lines = ["## Parity with the checkpoint", ""]
+    for runtime, facts in report.parity.items():
+        rows = [[key, _plain(value)] for key, value in facts.items()]
+        lines += [f"### {runtime}", "", *_table(["", "found"], rows)]
+    return lines
+
+
+def _environment(environment: Environment) -> list[str]:
+    rows = [
+        ["CPU", f"{environment.cpu}, {environment.cores} cores"],
+        ["memory", f"{_amount(environment.memory_bytes)} bytes"],
+        ["platform", environment.platform],
+    ]
+    if environment.load_average is not None:
+        rows.append(["load average", ", ".join(_figure(value) for value in environment.load_average)])
+    if environment.gpu is not None:
+        gpu = environment.gpu
+        clocks = f"{_figure(gpu.sm_clock_mhz)} of {_figure(gpu.max_sm_clock_mhz)} MHz"
+        rows.append(["GPU", f"{gpu.name}, driver {gpu.driver}, {clocks}, limit {_figure(gpu.power_limit_watts)} W"])
+    rows += [["invalid", reason] for reason in environment.reasons]
+    return ["## Machine", "", *_table(["", "found"], rows)]
+
+
+def _identity(report: Report) -> list[str]:
+    identity = report.identity
+    digests = {
+        "base": identity.base,
+        "candidate": identity.candidate,
+        "recipe": identity.recipe,
+        "calibration rows": identity.calibration_rows,
+        "held-out rows": identity.heldout_rows,
+        "plan": identity.plan,
+        **{f"export {name}": digest for name, digest in identity.exports.items()},
+    }
+    rows = [[name, digest] for name, digest in digests.items() if digest is not None]
+    packages = ", ".join(f"{name} {version}" for name, version in identity.packages.items())
+    return [
+        "## Identity",
+        "",
+        f"Run {_cell(report.run_id)}, {report.created.isoformat()}.",
+        "",
+        *_table(["", "SHA-256"], rows),
+        *([_cell(packages), ""] if packages else []),
+    ]
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    return [
+        f"| {' | '.join(header)} |",
+        f"| {' | '.join('---' for _ in header)} |",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+    ]
+
+
+def _cell(text: str) -> str:
+    """Text from a report stays text: no markup, no second line, no other cell."""
+    escaped = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in "\\`|*":
+        escaped = escaped.replace(mark, f"\\{mark}")
+    return escaped.replace("](", "] (")  # no link
+
+
+def _figure(value: float | None) -> str:
+    """Four significant digits, integers whole."""
+    if value is None:
+        return _ABSENT
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _amount(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:,.0f}"
+
+
+def _share(value: float | None) -> str:
+    return _ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def _estimate(estimate: Estimate) -> str:
+    lower, upper = estimate.interval95
+    return f"{_figure(estimate.value)} [{_figure(lower)}, {_figure(upper)}] (n = {estimate.samples})"
+
+
+def _plain(value: Any) -> str:
+    """A fact of a bag: numbers short, the rest as it is."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    if value is None or isinstance(value, bool | str):
+        return _ABSENT if value is None else str(value).lower() if isinstance(value, bool) else value
+    return _figure(value)

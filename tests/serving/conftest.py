@@ -1,0 +1,114 @@
+"""A complete report as plain JSON, for tests to change."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Json = dict[str, Any]
+
+
+def estimate(value: Any, half_width: float = 0.01, samples: int = 40, unit: str = "document") -> Json:
+    return {
+        "value": value,
+        "ci95_lower": value - half_width,
+        "ci95_upper": value + half_width,
+        "interval95": [value - 1.2 * half_width, value + 1.2 * half_width],
+        "samples": samples,
+        "sampling_unit": unit,
+    }
+
+
+def _side(milliseconds: float) -> Json:
+    latency = {"p50": milliseconds, "p90": milliseconds * 1.1, "p95": None, "p99": None, "samples": 40}
+    return {"ttft_ms": latency, "itl_ms": latency, "decode_tokens_per_s": 100.0, "prefill_tokens_per_s": 900.0}
+
+
+COMPLETE: Json = {
+    "schema": "numprune/report/1",
+    "created": "2026-11-20T12:00:00Z",
+    "run_id": "2026-11-20-quiet-owl",
+    "identity": {
+        "base": "a" * 64,
+        "candidate": "b" * 64,
+        "recipe": "c" * 64,
+        "plan": "d" * 64,
+        "exports": {"onnx": "e" * 64},
+        "packages": {"torch": "2.13.0"},
+    },
+    "environment": {
+        "cpu": "A CPU",
+        "cores": 2,
+        "memory_bytes": 8 << 30,
+        "platform": "Linux",
+        "load_average": [0.1, 0.2, 0.3],
+        "valid": True,
+        "reasons": [],
+    },
+    "pruning": {
+        "criterion": "numerical",
+        "allocation": "uniform",
+        "compensation": "oneshot",
+        "ratio_asked": 0.3,
+        "ratio_removed": {"prunable": 0.3, "parameters": 0.25, "kv_bytes": 0.25},
+        "kept_units": {"layers.0.mlp": [490, 704], "layers.0.attention": [3, 4]},
+    },
+    "sizes": {
+        "parameters": {"baseline": 1000, "candidate": 750, "ratio": 0.75},
+        "weight_bytes": {"baseline": 2000, "candidate": 1500},
+    },
+    "quality": {
+        "tokens": 5000,
+        "documents": 40,
+        "baseline": {"nll_nats_per_token": 3.0, "perplexity": 20.09},
+        "candidate": {"nll_nats_per_token": 3.05, "perplexity": 21.12},
+        "nll_delta_nats_per_token": estimate(0.05),
+        "perplexity_ratio": estimate(1.051),
+        "kl_nats_per_token": 0.02,
+        "top1_agreement": 0.93,
+    },
+    "speed": {
+        "onnxruntime": {
+            "load": {"prompts": 4, "prompt_length": 64},
+            "warmup": 1,
+            "repeats": 10,
+            "order": "ABBA",
+            "failed_requests": 0,
+            "baseline": _side(10.0),
+            "candidate": _side(8.0),
+            "ttft": {"ratio": estimate(0.8, samples=10, unit="repeat")},
+            "decode_tokens_per_s": {"ratio": estimate(1.2, 0.05, samples=10, unit="repeat")},
+            "noise_floor": {"decode_tokens_per_s": {"relative": 0.03, "neighbours": 5}},
+        }
+    },
+    "memory": {
+        "onnxruntime": {
+            "baseline": {"peak_bytes_run": 4000, "weight_bytes": 2000},
+            "candidate": {"peak_bytes_run": 3000, "weight_bytes": 1500},
+            "peak_bytes": {"baseline": 4000, "candidate": 3000},
+        }
+    },
+    "parity": {"onnxruntime": {"maximum_error": 1e-6, "greedy_match": 1.0, "worst": {"row": 0, "token": 7}}},
+}
+
+
+@pytest.fixture
+def report_json() -> Json:
+    """A report of a run in which everything went well; not judged yet."""
+    return copy.deepcopy(COMPLETE)
+
+
+@pytest.fixture
+def put() -> Callable[[Json, str, Any], Json]:
+    """`put(report, "quality.tokens", 0)` sets one field of a report's JSON and returns the report."""
+
+    def change(data: Json, path: str, value: Any) -> Json:
+        *way, last = path.split(".")
+        node = data
+        for part in way:
+            node = node[part]
+        node[last] = value
+        return data
+
+    return change

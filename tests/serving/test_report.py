@@ -1,0 +1,277 @@
+"""The report: its schema keeps lies and NaN out, reading survives hostile files, its page says what matters first."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from numprune.errors import InputError, IntegrityError
+from numprune.serving import report as reports
+from numprune.serving.report import Estimate, Report, SizePair, Verdict
+
+SMI = "NVIDIA H100, GPU-1234, 570.1, 81559, {clock}, 1980, 700.00, 40, {mask}"
+
+
+def test_a_report_survives_writing_and_reading(tmp_path: Path, report_json: Any) -> None:
+    report = Report.model_validate(report_json)
+    reports.write(report, tmp_path / "report.json")
+    assert reports.read(tmp_path / "report.json") == report
+    assert json.loads((tmp_path / "report.json").read_text())["schema"] == "numprune/report/1"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 10**400])
+def test_numbers_that_are_none_become_null(tmp_path: Path, report_json: Any, put: Any, value: Any) -> None:
+    for path in ("quality.kl_nats_per_token", "quality.nll_delta_nats_per_token.ci95_upper"):
+        put(report_json, path, value)
+    report_json["parity"]["onnxruntime"] = {"maximum_error": value, "nested": [{"worst": value}]}
+    reports.write(Report.model_validate(report_json), tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["quality"]["kl_nats_per_token"] is None
+    assert data["quality"]["nll_delta_nats_per_token"]["ci95_upper"] is None
+    assert data["parity"]["onnxruntime"] == {"maximum_error": None, "nested": [{"worst": None}]}
+
+
+@pytest.mark.parametrize("value", [True, "0.02", [0.02]])
+def test_what_is_not_a_number_is_refused(report_json: Any, put: Any, value: Any) -> None:
+    with pytest.raises(ValidationError, match="kl_nats_per_token"):
+        Report.model_validate(put(report_json, "quality.kl_nats_per_token", value))
+
+
+def test_unknown_fields_are_refused(report_json: Any, put: Any) -> None:
+    with pytest.raises(ValidationError, match=r"quality\.perplexitty"):
+        Report.model_validate(put(report_json, "quality.perplexitty", 1.0))
+
+
+def test_numbers_of_numpy_are_numbers(report_json: Any, put: Any) -> None:
+    put(report_json, "quality.kl_nats_per_token", np.float32(0.5))
+    put(report_json, "sizes.weight_bytes.baseline", np.int64(4000))
+    data = json.loads(json.dumps(Report.model_validate(report_json).to_json()))
+    assert data["quality"]["kl_nats_per_token"] == 0.5
+    assert data["sizes"]["weight_bytes"]["baseline"] == 4000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ci95_upper": 0.02},  # below the lower bound
+        {"interval95": [0.045, 0.2]},  # narrower than the one-sided bounds
+        {"samples": -1},
+        {"samples": True},
+        {"sampling_unit": "token"},
+    ],
+)
+def test_an_estimate_that_contradicts_itself_is_refused(report_json: Any, change: dict[str, Any]) -> None:
+    good = report_json["quality"]["nll_delta_nats_per_token"]
+    Estimate.model_validate(good)
+    with pytest.raises(ValidationError):
+        Estimate.model_validate({**good, **change})
+
+
+def test_a_ratio_follows_from_its_sizes() -> None:
+    assert SizePair(baseline=4, candidate=3).ratio == 0.75
+    assert SizePair(baseline=0, candidate=3).ratio is None
+    assert SizePair(baseline=None, candidate=3).ratio is None
+    with pytest.raises(ValidationError, match="candidate / baseline"):
+        SizePair(baseline=4, candidate=3, ratio=0.5)
+
+
+def test_a_verdict_follows_from_its_gates(report_json: Any) -> None:
+    gate = {"metric": "sizes.parameters.ratio", "bound": "point", "max": 0.8, "reason": "", "outcome": "fail"}
+    with pytest.raises(ValidationError, match="does not follow"):
+        Verdict.model_validate({"outcome": "pass", "gates": [gate]})
+    with pytest.raises(ValidationError):
+        Verdict.model_validate({"outcome": "pass", "gates": []})
+    invalid = Verdict.model_validate({"outcome": "invalid environment", "gates": [gate]})
+    with pytest.raises(ValidationError, match="contradicts"):  # the environment is valid
+        Report.model_validate(report_json).judged(invalid)
+
+
+def test_an_environment_is_valid_only_without_reasons(report_json: Any) -> None:
+    with pytest.raises(ValidationError, match="reason"):
+        Report.model_validate(
+            {**report_json, "environment": {**report_json["environment"], "reasons": ["the GPU is hot"]}}
+        )
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def test_reading_says_which_version_it_reads(tmp_path: Path, report_json: Any) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**report_json, "schema": "numprune/report/2"}))
+    with pytest.raises(IntegrityError, match=r"report\.json: schema: 'numprune/report/2'; .*'numprune/report/1'"):
+        reports.read(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"schema": "numprune/report/1", "schema": "numprune/report/1"}',
+        '{"schema": "numprune/report/1", "created": NaN}',
+        '{"schema": "numprune/report/1"}',
+        '{"schema": "numprune/report/1", "run_id": ' + "9" * 5000 + "}",
+        "\udcff",
+    ],
+)
+def test_whatever_is_in_the_file_reading_ends_in_one_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(IntegrityError, match=r"report\.json"):
+        reports.read(path)
+
+
+def test_reading_names_every_problem(tmp_path: Path, report_json: Any, put: Any) -> None:
+    put(report_json, "quality.tokens", "many")
+    put(report_json, "identity.base", "0x12")
+    (tmp_path / "report.json").write_text(json.dumps(report_json))
+    with pytest.raises(IntegrityError, match=r"identity\.base: .*quality\.tokens: .*\(given: 'many'\)"):
+        reports.read(tmp_path / "report.json")
+
+
+def test_a_file_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
+    with (tmp_path / "report.json").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(IntegrityError, match="larger than"):
+        reports.read(tmp_path / "report.json")
+
+
+def test_a_missing_report_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such report"):
+        reports.read(tmp_path / "report.json")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_facts_are_always_json(value: Any) -> None:
+    verdictless = {**_MINIMAL, "parity": {"torch": {"facts": value}}}
+    json.dumps(Report.model_validate(verdictless).to_json(), allow_nan=False)
+
+
+_MINIMAL = {
+    "created": "2026-11-20T12:00:00Z",
+    "run_id": "r",
+    "identity": {"base": "a" * 64, "candidate": "b" * 64},
+    "environment": {"cpu": "A CPU", "cores": 2, "memory_bytes": 1, "platform": "Linux", "valid": True},
+}
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_the_verdict_and_ends_with_identity(report_json: Any) -> None:
+    gate = {"metric": "sizes.parameters.ratio", "bound": "point", "max": 0.7, "value": 0.75}
+    verdict = {"outcome": "fail", "gates": [{**gate, "outcome": "fail", "reason": "beyond the limit"}]}
+    page = reports.markdown(Report.model_validate({**report_json, "verdict": verdict}))
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert headings[0] == "# 2026-11-20-quiet-owl: fail"
+    assert [heading.strip("# ").split(",")[0].split(" ")[0] for heading in headings[1:]] == [
+        "Pruning", "Sizes", "Quality", "Speed", "Memory", "Parity", "onnxruntime", "Machine", "Identity",
+    ]  # fmt: skip
+    assert "| sizes.parameters.ratio | 0.75 | ≤ 0.7 | fail | beyond the limit |" in page
+    assert "0 of 1 gates pass; not sizes.parameters.ratio." in page
+    assert "| perplexity | 20.09 | 21.12 | ratio 1.051 [1.039, 1.063] (n = 40) |" in page
+    assert "| decode, tokens/s | 100 | 100 | 1.2 [1.14, 1.26] (n = 10) | ± 0.03 |" in page
+
+
+def test_the_page_of_a_bare_report_has_what_there_is() -> None:
+    page = reports.markdown(Report.model_validate(_MINIMAL))
+    assert page.startswith("# r: not judged yet")
+    assert "Quality" not in page
+    assert "a" * 64 in page
+
+
+def test_text_in_a_report_cannot_break_its_page(report_json: Any) -> None:
+    hostile = "x | y\n# Passed\n<script>alert(1)</script> [a](javascript:b) `c`"
+    report_json["run_id"] = hostile
+    report_json["parity"]["onnxruntime"] = {hostile: hostile}
+    report_json["environment"]["cpu"] = hostile
+    page = reports.markdown(Report.model_validate(report_json))
+    assert "<script>" not in page
+    assert "](" not in page
+    assert not any(line.startswith("# Passed") for line in page.splitlines())
+    tables = [line for line in page.splitlines() if line.startswith("| ") and "alert" in line]
+    assert tables
+    assert all(line.replace("\\|", "").count("|") == 3 for line in tables)
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+
+def _install_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, devices: str, processes: str) -> None:
+    """A program that answers as nvidia-smi does (its manual, CSV without header and units)."""
+    script = folder / "nvidia-smi"
+    script.write_text(
+        f"#!/bin/sh\ncase $1 in\n--query-gpu=*) printf '{devices}' ;;\n"
+        f"--query-compute-apps=*) printf '{processes}' ;;\nesac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_this_machine_is_described() -> None:
+    environment = reports.capture()
+    assert environment.valid
+    assert environment.gpu is None
+    assert environment.cores >= 1
+    assert environment.memory_bytes > 1 << 28
+    assert environment.cpu
+    assert reports.package_versions()["torch"].startswith("2.13")
+    assert "surely-not-installed" not in reports.package_versions(["surely-not-installed"])
+
+
+def test_a_healthy_gpu_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install_smi(tmp_path, monkeypatch, SMI.format(clock=1980, mask="0x0000000000000005"), f"{os.getpid()}\\n")
+    environment = reports.capture(uses_gpu=True)
+    assert environment.valid, environment.reasons
+    assert environment.gpu is not None
+    assert environment.gpu.memory_bytes == 81559 << 20
+    assert environment.gpu.sm_clock_mhz == 1980
+    assert environment.gpu.processes == ()
+
+
+@pytest.mark.parametrize(
+    ("mask", "processes", "reason"),
+    [
+        ("0x0000000000000060", "", "software thermal slowdown"),
+        ("0x0000000000000001", "1\\n", "another process too: 1"),
+        ("[N/A]", "", "cannot be read"),
+    ],
+)
+def test_a_throttled_shared_or_unreadable_gpu_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, processes: str, reason: str
+) -> None:
+    _install_smi(tmp_path, monkeypatch, SMI.format(clock="[N/A]", mask=mask), processes)
+    environment = reports.capture(uses_gpu=True)
+    assert not environment.valid
+    assert any(reason in given for given in environment.reasons)
+
+
+def test_a_gpu_that_is_used_but_not_there_is_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment = reports.capture(uses_gpu=True)
+    assert environment.reasons == ("the GPU's state cannot be read: nvidia-smi is not on the PATH",)
+
+
+def test_two_looks_at_the_machine_keep_the_reasons_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = reports.capture()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    after = reports.capture(uses_gpu=True)
+    assert reports.combine(before, before).valid
+    assert reports.combine(before, after).reasons == after.reasons
+    assert not reports.combine(after, before).valid
