@@ -1,0 +1,289 @@
+"""A policy, and what a report comes to under it.
+
+A gate compares one metric with one limit. It passes on evidence only: what is missing, not a number, without samples or
+unknown fails; an interval that straddles the limit is inconclusive.
+
+With `bound = "ci95_upper"` and `max = L` (mirrored for `ci95_lower` and `min`), for an estimate v with the one-sided
+95 % bounds l and u from n samples:
+
+    pass           u <= L
+    fail           l > L
+    inconclusive   l <= L < u; the samples that would settle it, should v stay where it is:
+                   N = ceil(n ((u - v) / (L - v))^2) when v < L,  ceil(n ((v - l) / (v - L))^2) when v > L,
+                   because the distance from v to its bounds shrinks as 1 / sqrt(n); no number when v = L.
+
+A ratio of speeds has a noise floor f: baseline against itself lies within 1 ± f. When the limit is nearer to 1 than f,
+a pass must also be outside 1 ± f, else it is inconclusive, and no number of samples settles it.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from numprune.errors import InputError
+from numprune.serving.problems import problems
+from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
+
+EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
+    {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
+)
+
+MAXIMUM_POLICY_BYTES = 1 << 20
+
+_COUNTS = ("samples", "tokens", "documents", "repeats")  # what stands beside a measurement and must not be zero
+
+Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Gate(BaseModel):
+    """One rule. A minimum is judged by the lower bound and a maximum by the upper: the other way noise would help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+$", description="dotted path into report.json")
+    bound: Literal["point", "ci95_lower", "ci95_upper"]
+    min: Limit | None = None
+    max: Limit | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.min is None) == (self.max is None):
+            raise ValueError("exactly one of min and max; a range is two gates")
+        if self.min is not None and self.bound == "ci95_upper":
+            raise ValueError("min is judged by ci95_lower or point: an upper bound rises with the noise")
+        if self.max is not None and self.bound == "ci95_lower":
+            raise ValueError("max is judged by ci95_upper or point: a lower bound falls with the noise")
+        return self
+
+
+class Policy(BaseModel):
+    """The gates of a release; at least one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gates: tuple[Gate, ...] = Field(min_length=1)
+
+
+def read_policy(path: Path) -> Policy:
+    """A TOML file of `[[gates]]`. Raises InputError with every problem: field, what is allowed, the value given."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAXIMUM_POLICY_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such policy") from None
+    if len(raw) > MAXIMUM_POLICY_BYTES:
+        raise InputError(f"{path}: larger than {MAXIMUM_POLICY_BYTES} bytes, no policy is")
+    try:
+        return Policy.model_validate(tomllib.loads(raw.decode("utf-8")))
+    except ValidationError as error:
+        raise InputError(f"{path}: {problems(error)}") from None
+    except (ValueError, RecursionError) as error:  # TOML's own and Unicode's errors are ValueErrors
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
+def judge(report: Report, policy: Policy) -> Verdict:
+    """Every gate of the policy against the report, whatever verdict the report carries already."""
+    data = report.to_json()
+    gates = tuple(_judge_gate(data, gate) for gate in policy.gates)
+    valid = report.environment.valid
+    return Verdict(outcome=overall(gate.outcome for gate in gates) if valid else "invalid environment", gates=gates)
+
+
+def exit_code(verdict: Verdict) -> int:
+    """The exit code of every command that ends in this verdict."""
+    return EXIT_CODES[verdict.outcome]
+
+
+# --- one gate -------------------------------------------------------------------------------------
+
+
+class _UnfitError(Exception):
+    """Why the report holds nothing that this gate could pass on."""
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What a gate judges, turned so that smaller is better: minima are negated."""
+
+    value: float
+    best: float  # the bound away from the limit
+    worst: float  # the bound that must be within the limit
+    limit: float
+    samples: int | None
+
+
+def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
+    seen: dict[str, Any] = {}  # what there is to show, also when it does not suffice
+    try:
+        found = _resolve(data, gate.metric)
+        floor = _noise_floor(data, gate.metric)
+        evidence = _evidence(found, gate, seen)
+        outcome, reason, needed = _decide(evidence, gate.bound)
+        if floor is not None:
+            seen["noise_floor"] = floor
+            outcome, reason, needed = _mind_noise(evidence, gate, floor, (outcome, reason, needed))
+    except _UnfitError as why:
+        outcome, reason, needed = "fail", str(why), None
+    return GateResult(**gate.model_dump(), **seen, outcome=outcome, reason=reason, samples_needed=needed)
+
+
+_Decision = tuple[Literal["pass", "fail", "inconclusive"], str, int | None]
+
+
+def _decide(evidence: _Evidence, bound: str) -> _Decision:
+    """The table of this module's docstring."""
+    if evidence.worst <= evidence.limit:
+        return "pass", "within the limit", None
+    if evidence.best > evidence.limit:
+        return "fail", "beyond the limit" if bound == "point" else "the whole interval is beyond the limit", None
+    needed = _samples_needed(evidence)
+    if needed is None:
+        return "inconclusive", "the value stands at the limit: no number of samples settles it", None
+    return "inconclusive", f"the interval straddles the limit; about {needed} samples would settle it", needed
+
+
+def _samples_needed(evidence: _Evidence) -> int | None:
+    distance = evidence.limit - evidence.value
+    spread = evidence.worst - evidence.value if distance > 0 else evidence.value - evidence.best
+    if distance == 0 or evidence.samples is None:
+        return None
+    spreads = spread / abs(distance)
+    needed = evidence.samples * spreads * spreads  # a product overflows to infinity, a power would raise
+    return max(math.ceil(needed), evidence.samples + 1) if needed < 1e15 else None
+
+
+def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decision) -> _Decision:
+    """A limit tighter than the noise floor is said to be; a pass on it must stand clear of the noise."""
+    limit = gate.min if gate.min is not None else gate.max
+    if limit is None or abs(limit - 1) >= floor:
+        return decided
+    outcome, reason, needed = decided
+    note = f"the limit {limit:g} is tighter than the noise floor 1 ± {floor:.3g}"
+    clear = -(1 + floor) if gate.min is not None else 1 - floor
+    if outcome == "pass" and evidence.worst <= clear:
+        return outcome, f"{reason}; {note}, which it clears", needed
+    if outcome == "pass":
+        return "inconclusive", f"{note}, within which it lies: loosen the limit or quieten the machine", None
+    return outcome, f"{reason}; {note}", needed
+
+
+def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
+    sign = 1 if gate.max is not None else -1
+    limit = gate.max if gate.max is not None else gate.min
+    assert limit is not None  # Gate has exactly one
+    if not isinstance(found, Estimate):
+        number = _as_number(found, gate.metric)
+        seen["value"] = number
+        if gate.bound != "point":
+            raise _UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
+        return _Evidence(sign * number, sign * number, sign * number, sign * limit, None)
+    seen |= {"value": found.value, "interval": (found.ci95_lower, found.ci95_upper), "samples": found.samples}
+    if found.samples < 1:
+        raise _UnfitError(f"{gate.metric} has no samples")
+    value = _as_number(found.value, gate.metric)
+    if gate.bound == "point":
+        return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples)
+    if found.samples < 2:
+        raise _UnfitError(f"{gate.metric} has one sample, which has no interval")
+    lower, upper, first, last = (
+        _as_number(bound, f"a bound of {gate.metric}")
+        for bound in (found.ci95_lower, found.ci95_upper, *found.interval95)
+    )
+    slack = 1e-9 * max(abs(first), abs(last))
+    if not first - slack <= value <= last + slack:
+        raise _UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
+    # A bootstrap's one-sided bound can miss its own value by rounding or skew; the worse of both is judged.
+    bounds = sorted((sign * min(lower, value), sign * max(upper, value)))
+    return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples)
+
+
+def _as_number(found: Any, name: str) -> float:
+    if found is None:
+        raise _UnfitError(f"{name} was not measured (null, NaN or infinite)")
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise _UnfitError(f"{name} is {type(found).__name__}, not a number")
+    if not math.isfinite(found):
+        raise _UnfitError(f"{name} is {found}")
+    return found
+
+
+# --- finding a metric -----------------------------------------------------------------------------
+
+
+def _resolve(data: Mapping[str, Any], metric: str) -> Any:
+    """What stands at a dotted path: an Estimate, or whatever is there. Raises _UnfitError for nothing of use."""
+    node: Any = data
+    path: list[str] = []
+    for part in metric.split("."):
+        if _is_estimate(node):
+            raise _UnfitError(f"{metric} reaches into an estimate; the metric is {'.'.join(path)}, with a bound")
+        if not isinstance(node, Mapping) or part not in node:
+            raise _UnfitError(f"the report has no {metric}{_did_you_mean(metric, data)}")
+        node = node[part]
+        path.append(part)
+        if isinstance(node, Mapping):
+            _require_measured(node, ".".join(path))
+    if not _is_estimate(node):
+        return node
+    try:
+        return Estimate.model_validate(node)
+    except ValidationError as error:
+        raise _UnfitError(f"{metric} is not an estimate: {problems(error)}") from None
+
+
+def _require_measured(node: Mapping[str, Any], path: str) -> None:
+    """Nothing below counts when it rests on no samples, or on the requests that happened to succeed."""
+    for name in _COUNTS:
+        if name in node and not _is_estimate(node) and not _positive(node[name]):
+            raise _UnfitError(f"{path}.{name} is {node[name]}: nothing was measured")
+    failed = node.get("failed_requests", 0)
+    if failed != 0 or isinstance(failed, bool):
+        raise _UnfitError(f"{path}.failed_requests is {failed}: those that succeeded do not speak for all")
+
+
+def _positive(count: Any) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count > 0
+
+
+def _is_estimate(node: Any) -> bool:
+    return isinstance(node, Mapping) and {"value", "samples"} <= node.keys()
+
+
+def _noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
+    """The noise floor of `speed.<runtime>.<name>.ratio`; None for other metrics and where none was measured."""
+    match metric.split("."):
+        case ["speed", runtime, name, "ratio"] if name in data["speed"][runtime]["noise_floor"]:
+            where = f"speed.{runtime}.noise_floor.{name}"
+            found = data["speed"][runtime]["noise_floor"][name]
+            if found["neighbours"] < 1:
+                raise _UnfitError(f"{where} has no neighbours: nothing was measured")
+            floor = _as_number(found["relative"], where)
+            if floor < 0:
+                raise _UnfitError(f"{where} is {floor:g}, below zero")
+            return floor
+    return None
+
+
+def _did_you_mean(metric: str, data: Mapping[str, Any]) -> str:
+    known = sorted(_metrics(data, ""))
+    last = metric.rsplit(".", 1)[-1]
+    inside = [path for path in known if all(part in path.split(".") for part in metric.split("."))]
+    near = inside or difflib.get_close_matches(metric, known, n=3, cutoff=0.6)
+    near = near or [path for path in known if path.endswith(f".{last}")]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _metrics(node: Any, prefix: str) -> Iterator[str]:
+    """Paths that a gate could judge."""
+    if _is_estimate(node) or (isinstance(node, int | float) and not isinstance(node, bool)):
+        yield prefix
+    elif isinstance(node, Mapping):
+        for name, item in node.items():
+            yield from _metrics(item, f"{prefix}.{name}" if prefix else name)

@@ -1,0 +1,462 @@
+"""Gates pass on evidence only: every way in which one could pass wrongly, and the exit codes."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from numprune.errors import InputError
+from numprune.serving.gates import EXIT_CODES, Gate, Policy, exit_code, judge, read_policy
+from numprune.serving.report import GateResult, Report
+
+Json = dict[str, Any]
+NLL = "quality.nll_delta_nats_per_token"
+DECODE = "speed.onnxruntime.decode_tokens_per_s.ratio"
+
+
+def check(data: Json, metric: str, bound: str, **limit: float) -> GateResult:
+    policy = Policy(gates=(Gate(metric=metric, bound=bound, **limit),))
+    return judge(Report.model_validate(data), policy).gates[0]
+
+
+# --- verdicts on sound evidence --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "outcome"),
+    [(0.06, "pass"), (0.0601, "pass"), (0.0599, "inconclusive"), (0.04, "inconclusive"), (0.0399, "fail")],
+)
+def test_a_maximum_is_judged_by_the_upper_bound(report_json: Json, put: Any, limit: float, outcome: str) -> None:
+    put(
+        report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], "ci95_lower": 0.04, "ci95_upper": 0.06}
+    )
+    result = check(report_json, NLL, "ci95_upper", max=limit)
+    assert result.outcome == outcome, result.reason
+    assert result.value == 0.05
+    assert result.interval == (0.04, 0.06)
+
+
+@pytest.mark.parametrize(
+    ("limit", "outcome"), [(1.14, "pass"), (1.16, "inconclusive"), (1.24, "inconclusive"), (1.26, "fail")]
+)
+def test_a_minimum_is_judged_by_the_lower_bound(report_json: Json, limit: float, outcome: str) -> None:
+    assert check(report_json, DECODE, "ci95_lower", min=limit).outcome == outcome
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(0.75, "pass"), (0.7499, "fail")])
+def test_a_plain_number_is_judged_as_a_point(report_json: Json, limit: float, outcome: str) -> None:
+    assert check(report_json, "sizes.parameters.ratio", "point", max=limit).outcome == outcome
+    assert check(report_json, "sizes.parameters.candidate", "point", min=750).outcome == "pass"
+
+
+def test_the_point_of_an_estimate_ignores_its_interval(report_json: Json) -> None:
+    assert check(report_json, NLL, "point", max=0.0501).outcome == "pass"
+    assert check(report_json, NLL, "point", max=0.0499).outcome == "fail"
+
+
+def test_inconclusive_says_how_many_samples_would_settle_it(report_json: Json) -> None:
+    # 40 samples leave a half-width of 0.01; the limit is 0.005 from the value: half the width takes four times as many.
+    for limit in (0.055, 0.045):
+        result = check(report_json, NLL, "ci95_upper", max=limit)
+        assert result.outcome == "inconclusive"
+        assert result.samples_needed == pytest.approx(160, abs=1)
+        assert str(result.samples_needed) in result.reason
+    at_the_limit = check(report_json, NLL, "ci95_upper", max=0.05)
+    assert (at_the_limit.outcome, at_the_limit.samples_needed) == ("inconclusive", None)
+
+
+# --- every way to pass wrongly ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("quality", None),
+        ("quality.tokens", 0),
+        ("quality.documents", 0),
+        (f"{NLL}.samples", 0),
+        (f"{NLL}.samples", 1),
+        (f"{NLL}.value", None),
+        (f"{NLL}.value", math.nan),
+        (f"{NLL}.value", -math.inf),
+        (f"{NLL}.ci95_lower", math.nan),
+        (f"{NLL}.ci95_upper", -math.inf),
+        (f"{NLL}.interval95", [math.nan, 0.07]),
+        (f"{NLL}.value", 0.5),  # outside its own interval
+        (f"{NLL}.value", -0.5),
+    ],
+)
+def test_an_estimate_that_was_not_really_measured_fails(report_json: Json, put: Any, path: str, value: Any) -> None:
+    limits = {"bound": "ci95_upper", "max": 1e9}
+    assert check(report_json, NLL, **limits).outcome == "pass"
+    result = check(put(report_json, path, value), NLL, **limits)
+    assert result.outcome == "fail"
+    assert result.samples_needed is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "bound", "why"),
+    [
+        ("quality.no_such_metric", "point", "has no"),
+        ("nothing.at.all", "point", "has no"),
+        ("quality.tokens.more", "point", "has no"),
+        ("quality", None, None),
+        ("quality.baseline", "point", "dict"),
+        ("run_id.x", "point", "has no"),
+        ("identity.base", "point", "str"),
+        ("environment.valid", "point", "bool"),
+        ("environment.load_average", "point", "list"),
+        ("parity.onnxruntime.passed", "point", "bool"),
+        ("parity.onnxruntime.text", "point", "str"),
+        ("parity.onnxruntime.nan", "point", "not measured"),
+        ("parity.torch.maximum_error", "point", "has no"),
+        ("speed.onnxruntime.itl.ratio", "point", "has no"),
+        ("speed.onnxruntime.baseline.ttft_ms.p99", "point", "not measured"),
+        ("sizes.parameters.ratio", "ci95_upper", "plain number"),
+        (f"{NLL}.value", "point", "reaches into an estimate"),
+        (f"{NLL}.ci95_upper", "point", "reaches into an estimate"),
+        ("verdict.gates", "point", "has no"),
+    ],
+)
+def test_what_is_no_number_fails(report_json: Json, metric: str, bound: str | None, why: str | None) -> None:
+    report_json["parity"]["onnxruntime"] |= {"passed": True, "text": "0.0", "nan": math.nan}
+    if bound is None:
+        with pytest.raises(ValueError):  # a section alone is no path
+            Gate(metric=metric, bound="point", max=1e9)
+        return
+    result = check(report_json, metric, bound, max=1e9)
+    assert result.outcome == "fail"
+    assert why is not None
+    assert why in result.reason
+
+
+def test_percentiles_without_samples_fail(report_json: Json, put: Any) -> None:
+    metric = "speed.onnxruntime.candidate.ttft_ms.p50"
+    assert check(report_json, metric, "point", max=100).outcome == "pass"
+    put(report_json, "speed.onnxruntime.candidate.ttft_ms", {"p50": 1.0, "samples": 0})
+    assert check(report_json, metric, "point", max=100).outcome == "fail"
+
+
+@pytest.mark.parametrize(("path", "value"), [("failed_requests", 1), ("repeats", 0)])
+def test_speed_after_failed_requests_fails(report_json: Json, put: Any, path: str, value: int) -> None:
+    put(report_json, f"speed.onnxruntime.{path}", value)
+    result = check(report_json, DECODE, "ci95_lower", min=0.1)
+    assert result.outcome == "fail"
+    assert path in result.reason
+
+
+def test_a_bag_of_facts_cannot_pose_as_an_estimate(report_json: Json) -> None:
+    report_json["parity"]["onnxruntime"]["fake"] = {"value": 0.0, "samples": 9}
+    report_json["parity"]["onnxruntime"]["turned"] = {
+        **report_json["quality"]["nll_delta_nats_per_token"],
+        "ci95_upper": -1.0,
+    }
+    for name in ("fake", "turned"):
+        assert check(report_json, f"parity.onnxruntime.{name}", "ci95_upper", max=1.0).outcome == "fail"
+        assert check(report_json, f"parity.onnxruntime.{name}", "point", max=1.0).outcome == "fail"
+
+
+def test_an_upper_bound_below_its_own_value_does_not_help(report_json: Json, put: Any) -> None:
+    skewed = {"value": 0.05, "ci95_lower": 0.01, "ci95_upper": 0.045, "interval95": [0.0, 0.06]}
+    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **skewed})
+    assert check(report_json, NLL, "ci95_upper", max=0.047).outcome != "pass"
+
+
+@pytest.mark.parametrize(
+    ("metric", "suggestion"),
+    [
+        ("speed.decode_tokens_per_s.ratio", DECODE),  # the runtime is forgotten
+        ("quality.nll_delta_nats_pro_token", NLL),
+        ("size.parameters.ratio", "sizes.parameters.ratio"),
+    ],
+)
+def test_an_unknown_metric_gets_a_suggestion(report_json: Json, metric: str, suggestion: str) -> None:
+    result = check(report_json, metric, "point", max=1.0)
+    assert result.outcome == "fail"
+    assert f"did you mean {suggestion}" in result.reason
+
+
+# --- the noise floor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "lower", "outcome"),
+    [
+        (1.02, 1.025, "inconclusive"),  # tighter than 1 ± 0.03, and the result within it
+        (1.02, 1.031, "pass"),  # tighter, but the result stands clear
+        (1.05, 1.06, "pass"),
+        (0.98, 0.99, "inconclusive"),
+        (0.95, 0.96, "pass"),  # a limit that the noise cannot reach
+        (1.02, 0.5, "inconclusive"),
+    ],
+)
+def test_a_limit_tighter_than_the_noise_is_said_to_be(
+    report_json: Json, put: Any, limit: float, lower: float, outcome: str
+) -> None:
+    ratio = {"value": 1.2, "ci95_lower": lower, "ci95_upper": 1.4, "interval95": [0.4, 1.5]}
+    put(report_json, DECODE, {**report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"], **ratio})
+    result = check(report_json, DECODE, "ci95_lower", min=limit)
+    assert result.outcome == outcome, result.reason
+    assert result.noise_floor == 0.03
+    assert ("tighter than the noise floor" in result.reason) == (abs(limit - 1) < 0.03)
+
+
+def test_a_maximum_minds_the_noise_too(report_json: Json) -> None:
+    report_json["speed"]["onnxruntime"]["noise_floor"]["ttft"] = {"relative": 0.25, "neighbours": 5}
+    result = check(report_json, "speed.onnxruntime.ttft.ratio", "ci95_upper", max=0.9)  # upper bound 0.81
+    assert result.outcome == "inconclusive"
+    report_json["speed"]["onnxruntime"]["noise_floor"]["ttft"]["relative"] = 0.15
+    assert check(report_json, "speed.onnxruntime.ttft.ratio", "ci95_upper", max=0.9).outcome == "pass"
+
+
+@pytest.mark.parametrize(
+    "floor",
+    [
+        {"relative": math.nan, "neighbours": 5},
+        {"relative": None, "neighbours": 5},
+        {"relative": -0.1, "neighbours": 5},
+        {"relative": 0.0, "neighbours": 0},
+    ],
+)
+def test_a_noise_floor_that_was_not_really_measured_fails(report_json: Json, floor: Json) -> None:
+    report_json["speed"]["onnxruntime"]["noise_floor"]["decode_tokens_per_s"] = floor
+    assert check(report_json, DECODE, "ci95_lower", min=0.5).outcome == "fail"
+
+
+# --- the verdict -----------------------------------------------------------------------------------
+
+
+def _policy(*limits: float) -> Policy:
+    return Policy(gates=tuple(Gate(metric=NLL, bound="ci95_upper", max=limit) for limit in limits))
+
+
+@pytest.mark.parametrize(
+    ("limits", "outcome", "code"),
+    [
+        ((0.1, 0.2), "pass", 0),
+        ((0.1, 0.05), "inconclusive", 3),
+        ((0.05, 0.01, 0.1), "fail", 2),
+    ],
+)
+def test_one_failure_fails_and_one_doubt_leaves_it_open(
+    report_json: Json, limits: tuple[float, ...], outcome: str, code: int
+) -> None:
+    verdict = judge(Report.model_validate(report_json), _policy(*limits))
+    assert verdict.outcome == outcome
+    assert exit_code(verdict) == code
+    judged = Report.model_validate(report_json).judged(verdict)
+    assert judged.verdict == verdict
+    assert judge(judged, _policy(*limits)) == verdict  # the verdict in the report does not count
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.05, 0.01])
+def test_nothing_is_judged_in_an_invalid_environment(report_json: Json, limit: float) -> None:
+    report_json["environment"] |= {"valid": False, "reasons": ["the GPU lowers its clocks"]}
+    report = Report.model_validate(report_json)
+    verdict = judge(report, _policy(limit))
+    assert verdict.outcome == "invalid environment"
+    assert exit_code(verdict) == 4
+    assert report.judged(verdict).verdict == verdict
+
+
+def test_the_exit_codes_are_the_documented_ones() -> None:
+    assert dict(EXIT_CODES) == {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
+
+
+# --- properties ------------------------------------------------------------------------------------
+
+finite = st.floats(min_value=-1e6, max_value=1e6)
+near_one = st.floats(min_value=0.5, max_value=1.5)
+floors = st.none() | st.floats(min_value=0, max_value=0.6)
+directions = st.sampled_from([("ci95_lower", "min"), ("ci95_upper", "max")])
+
+
+@st.composite
+def estimates(draw: Callable[..., Any]) -> Json:
+    bounds = sorted(draw(st.lists(near_one | finite, min_size=4, max_size=4)))
+    return {
+        "value": draw(st.sampled_from(bounds) | near_one),
+        "ci95_lower": bounds[1],
+        "ci95_upper": bounds[2],
+        "interval95": [bounds[0], bounds[3]],
+        "samples": draw(st.integers(min_value=0, max_value=1000)),
+        "sampling_unit": "repeat",
+    }
+
+
+def _judge(estimate: Json, floor: float | None, bound: str, **limit: float) -> GateResult:
+    """The gate on the only estimate of a report that has a noise floor."""
+    speed = {
+        "load": {},
+        "warmup": 1,
+        "repeats": 4,
+        "order": "ABBA",
+        "failed_requests": 0,
+        "baseline": {},
+        "candidate": {},
+        "ttft": {"ratio": estimate},
+        "noise_floor": {} if floor is None else {"ttft": {"relative": floor, "neighbours": 2}},
+    }
+    data = {
+        "created": "2026-11-20T12:00:00Z",
+        "run_id": "r",
+        "identity": {"base": "a" * 64, "candidate": "b" * 64},
+        "environment": {"cpu": "A CPU", "cores": 2, "memory_bytes": 1, "platform": "Linux", "valid": True},
+        "speed": {"torch": speed},
+    }
+    return check(data, "speed.torch.ttft.ratio", bound, **limit)
+
+
+@given(estimates(), floors, directions, near_one | finite)
+def test_a_pass_has_its_bound_and_its_value_within_the_limit(
+    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float
+) -> None:
+    bound, side = direction
+    result = _judge(estimate, floor, bound, **{side: limit})
+    if result.outcome == "pass":
+        sign = 1 if side == "max" else -1
+        assert sign * estimate[bound] <= sign * limit
+        assert sign * estimate["value"] <= sign * limit
+        assert estimate["samples"] >= 2
+        assert estimate["interval95"][0] - 1e-2 <= estimate["value"] <= estimate["interval95"][1] + 1e-2
+
+
+@given(estimates(), floors, directions, near_one | finite, st.floats(min_value=0, max_value=1e6))
+def test_a_looser_limit_never_turns_a_pass_into_anything_else(
+    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float, slack: float
+) -> None:
+    bound, side = direction
+    if _judge(estimate, floor, bound, **{side: limit}).outcome == "pass":
+        looser = limit + slack if side == "max" else limit - slack
+        assert _judge(estimate, floor, bound, **{side: looser}).outcome == "pass"
+
+
+@given(estimates(), floors, directions, near_one)
+def test_a_noise_floor_never_makes_a_pass(
+    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float
+) -> None:
+    bound, side = direction
+    if _judge(estimate, floor, bound, **{side: limit}).outcome == "pass":
+        assert _judge(estimate, None, bound, **{side: limit}).outcome == "pass"
+
+
+@given(estimates(), directions, near_one)
+def test_a_wider_interval_never_makes_a_pass(estimate: Json, direction: tuple[str, str], limit: float) -> None:
+    bound, side = direction
+    wider = copy.deepcopy(estimate)
+    wider["ci95_lower"], wider["ci95_upper"] = estimate["interval95"]
+    if _judge(wider, None, bound, **{side: limit}).outcome == "pass":
+        assert _judge(estimate, None, bound, **{side: limit}).outcome == "pass"
+
+
+@given(estimates(), directions, near_one)
+def test_the_samples_that_would_settle_it_do(estimate: Json, direction: tuple[str, str], limit: float) -> None:
+    bound, side = direction
+    result = _judge(estimate, None, bound, **{side: limit})
+    assume(result.samples_needed is not None)
+    assert result.samples_needed is not None
+    assert result.outcome == "inconclusive"
+    assert result.samples_needed > estimate["samples"]
+    # With that many, the value staying where it is and its bounds nearer by the square root, nothing is left open.
+    shrink = math.sqrt(estimate["samples"] / (result.samples_needed + 1))
+    value = estimate["value"]
+    assume(estimate["ci95_lower"] <= value <= estimate["ci95_upper"])
+    settled = {
+        **estimate,
+        **{name: value + shrink * (estimate[name] - value) for name in ("ci95_lower", "ci95_upper")},
+        "samples": result.samples_needed + 1,
+    }
+    assert _judge(settled, None, bound, **{side: limit}).outcome != "inconclusive"
+
+
+leaves = st.none() | st.booleans() | st.floats() | st.text(max_size=3)
+bags = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["value", "samples", "a"]), inner, max_size=3)
+    ),
+)
+
+
+@given(bags)
+def test_facts_of_any_shape_pass_only_as_numbers(facts: Any) -> None:
+    data = {
+        "created": "2026-11-20T12:00:00Z",
+        "run_id": "r",
+        "identity": {"base": "a" * 64, "candidate": "b" * 64},
+        "environment": {"cpu": "A CPU", "cores": 2, "memory_bytes": 1, "platform": "Linux", "valid": True},
+        "parity": {"torch": {"a": facts}},
+    }
+    result = check(data, "parity.torch.a", "point", max=1e308)
+    number = isinstance(facts, int | float) and not isinstance(facts, bool) and math.isfinite(facts)
+    assert result.outcome == ("pass" if number and facts <= 1e308 else "fail")
+
+
+# --- the policy's file -----------------------------------------------------------------------------
+
+
+def test_a_policy_is_read_from_toml(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(
+        '[[gates]]\nmetric = "quality.nll_delta_nats_per_token"\nbound = "ci95_upper"\nmax = 0.10\n'
+        '[[gates]]\nmetric = "sizes.parameters.ratio"\nbound = "point"\nmax = 1\n'
+    )
+    policy = read_policy(path)
+    assert [(gate.metric, gate.bound, gate.min, gate.max) for gate in policy.gates] == [
+        (NLL, "ci95_upper", None, 0.10),
+        ("sizes.parameters.ratio", "point", None, 1.0),
+    ]
+
+
+GOOD = 'metric = "sizes.parameters.ratio"\nbound = "point"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "gates: Field required"),
+        ("gates = []", "gates: .*at least 1"),
+        ("[gates]", "gates"),
+        ("[[gate]]\n" + GOOD + "max = 1.0", "gate: Extra inputs"),
+        ("[[gates]]\n" + GOOD, "gates.0: exactly one of min and max"),
+        ("[[gates]]\n" + GOOD + "min = 0.1\nmax = 1.0", "gates.0: exactly one of min and max"),
+        ("[[gates]]\n" + GOOD + "max = nan", r"gates.0.max: .*finite.*given: nan"),
+        ("[[gates]]\n" + GOOD + "max = inf", r"gates.0.max: .*finite"),
+        ("[[gates]]\n" + GOOD + 'max = "0.1"', r"gates.0.max: .*number.*given: '0.1'"),
+        ("[[gates]]\n" + GOOD + "max = true", r"gates.0.max: .*number"),
+        ("[[gates]]\n" + GOOD + "max = 0.1\nmaximum = 0.1", "gates.0.maximum: Extra"),
+        ('[[gates]]\nmetric = "a.b"\nbound = "upper"\nmax = 0.1', r"gates.0.bound: .*'ci95_upper'.*given: 'upper'"),
+        ('[[gates]]\nmetric = "a.b"\nmax = 0.1', "gates.0.bound: Field required"),
+        ('[[gates]]\nmetric = "a..b"\nbound = "point"\nmax = 0.1', "gates.0.metric"),
+        ('[[gates]]\nmetric = "a.b"\nbound = "ci95_upper"\nmin = 0.1', "rises with the noise"),
+        ('[[gates]]\nmetric = "a.b"\nbound = "ci95_lower"\nmax = 0.1', "falls with the noise"),
+        ("[[gates]\n", "not TOML"),
+    ],
+)
+def test_a_policy_that_says_nothing_or_too_much_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"policy.toml: .*{message}"):
+        read_policy(path)
+
+
+def test_every_problem_of_a_policy_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('[[gates]]\nmetric = "a"\nbound = "x"\nmax = "y"\n[[gates]]\nbound = "point"\nmin = 1.0')
+    with pytest.raises(InputError) as caught:
+        read_policy(path)
+    for field in ("gates.0.metric", "gates.0.bound", "gates.0.max", "gates.1.metric"):
+        assert field in str(caught.value)
+
+
+def test_a_policy_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such policy"):
+        read_policy(tmp_path / "policy.toml")
+    (tmp_path / "policy.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not TOML"):
+        read_policy(tmp_path / "policy.toml")
