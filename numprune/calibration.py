@@ -79,6 +79,7 @@ class Walker:
             for start in range(0, len(hidden), self._batch_size):
                 rows = slice(start, min(start + self._batch_size, len(hidden)))
                 states = norm(hidden[rows])
+                captured.clear()  # another walk over the same block leaves its inputs here too
                 if block.kind == "attention":
                     output = layer.self_attn(states, position_embeddings=self._rope, attention_mask=None)[0]
                 else:

@@ -40,7 +40,7 @@ def greedy_removal(weight: Tensor, gram: Tensor, channels_per_unit: int, damping
     c = channels_per_unit
     units = weight.shape[1] // c
     weight = weight.clone()
-    inverse = spd_inverse(damped(gram, damping))
+    inverse = spd_inverse(damped(gram, damping)).contiguous()
     alive = torch.ones(units, dtype=torch.bool, device=weight.device)
     order = torch.empty(units, dtype=torch.long, device=weight.device)
     costs = torch.empty(units, dtype=weight.dtype, device=weight.device)
@@ -65,7 +65,7 @@ def greedy_removal(weight: Tensor, gram: Tensor, channels_per_unit: int, damping
         weight[:, channels] = 0
         inverse[channels, :] = 0
         inverse[:, channels] = 0
-        inverse.view(-1)[channels.start * (inverse.shape[0] + 1) : channels.stop * (inverse.shape[0] + 1) : inverse.shape[0] + 1] = 1
+        inverse.diagonal()[channels] = 1
     return order, costs
 
 

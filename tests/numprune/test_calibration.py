@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.calibration import Walker, check_rows
+from numprune.errors import InputError
+from numprune.statistics import Moments
+
+
+def rows(n=5, length=12):
+    return torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_walking_block_by_block_is_the_model_s_own_forward_pass(tiny_model, family):
+    model, tokens = tiny_model(family), rows()
+    walker = Walker(model, tokens.shape[1], batch_size=2)
+    hidden = walker.embed(tokens)
+    with torch.no_grad():
+        for block in read_anatomy(model.config).blocks:
+            walker.advance(block, hidden)
+        expected = model.model(tokens).last_hidden_state
+        torch.testing.assert_close(model.model.norm(hidden), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_run_hands_out_what_the_consumer_reads_and_the_block_gives(tiny_model):
+    model, tokens = tiny_model("llama", attention_bias=True, mlp_bias=True), rows()
+    walker = Walker(model, tokens.shape[1], batch_size=2)
+    hidden = walker.embed(tokens)
+    for block in read_anatomy(model.config).blocks:
+        seen = 0
+        for index, inputs, output in walker.run(block, hidden):
+            assert inputs.shape == (*hidden[index].shape[:2], block.channels)
+            torch.testing.assert_close(walker.consumer(block)(inputs), output)
+            seen += len(inputs)
+        assert seen == len(tokens)
+
+
+def test_walks_do_not_leave_hooks_behind(tiny_model):
+    model, tokens = tiny_model(), rows()
+    walker = Walker(model, tokens.shape[1])
+    block = read_anatomy(model.config).blocks[0]
+    walk = walker.run(block, walker.embed(tokens))
+    next(walk)
+    walk.close()
+    assert not walker.consumer(block)._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens", "message"),
+    [
+        ({}, torch.full((1, 4), 259), "token 259 is outside the model's vocabulary of 259"),
+        ({}, torch.zeros(1, 300, dtype=torch.long), "sequence length 300 is over the model's 256"),
+        ({"sliding_window": 8}, torch.zeros(1, 9, dtype=torch.long), "sequence length 9 is over the model's 8"),
+    ],
+)
+def test_rows_that_are_not_the_model_s_are_refused(tiny_model, overrides, tokens, message):
+    model = tiny_model("mistral", **overrides)
+    with pytest.raises(InputError, match=message):
+        check_rows(model, read_anatomy(model.config), tokens)
+
+
+def test_moments_are_those_of_all_batches_together():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 7, generator=generator), torch.randn(50, 3, generator=generator)
+    moments = Moments(7, outputs=3)
+    for part in range(0, 50, 8):
+        moments.add(x[part : part + 8], y[part : part + 8])
+    x, y = x.double(), y.double()
+    torch.testing.assert_close(moments.gram, x.T @ x / 50)
+    torch.testing.assert_close(moments.mean, x.mean(0))
+    torch.testing.assert_close(moments.cross, y.T @ x / 50)
+    torch.testing.assert_close(moments.target_mean, y.mean(0))
+
+
+def test_moments_of_nothing_are_an_error():
+    with pytest.raises(ValueError, match="no inputs"):
+        _ = Moments(3).gram
+    with pytest.raises(ValueError, match="y is missing"):
+        Moments(3, outputs=2).add(torch.zeros(1, 3))
