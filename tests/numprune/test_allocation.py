@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from numprune.allocation import check_ratio, global_sort, keep_highest, uniform
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure
+from numprune.errors import InputError
+
+
+def anatomy(**overrides):
+    sizes = {
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "intermediate_size": 704,
+        "num_hidden_layers": 3,
+    }
+    return read_anatomy(AutoConfig.for_model("llama", **(sizes | overrides)))
+
+
+def removed(before, kept):
+    return 1 - measure(before.keeping(kept)).prunable_parameters / measure(before).prunable_parameters
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ratio=st.floats(0, 0.99),
+    align=st.sampled_from([1, 8, 64, 128]),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["uniform", "global"]),
+)
+def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ratio, align, groups, seed, kind):
+    base = anatomy(num_key_value_heads=groups)
+    try:
+        check_ratio(base, ratio, align)
+    except InputError:
+        return
+    if kind == "uniform":
+        kept = uniform(base, ratio, align)
+        step = sum(block.parameters_per_unit for block in base.of_kind("mlp")) * align
+        assert base.keeping(kept).is_uniform
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        scores = {block.name: torch.randn(block.units, generator=generator) for block in base.blocks}
+        kept = global_sort(base, ratio, align, scores)
+        step = max(block.parameters_per_unit * (align if block.kind == "mlp" else 1) for block in base.blocks)
+    assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
+    for block in base.blocks:
+        assert 1 <= kept[block.name] <= block.units
+        if block.kind == "mlp" and kept[block.name] < block.units:
+            assert kept[block.name] % align == 0
+
+
+def test_global_removes_the_lowest_scores_of_the_whole_model():
+    base = anatomy(num_hidden_layers=2)
+    scores = {block.name: torch.full((block.units,), 5.0) for block in base.blocks}
+    scores["layers.1.mlp"][:200] = torch.linspace(0, 1, 200)
+    kept = global_sort(base, 0.05, 1, scores)
+    lost = {name: block.units - kept[name] for name, block in zip(kept, base.blocks, strict=True)}
+    assert lost == {"layers.0.attention": 0, "layers.0.mlp": 0, "layers.1.attention": 0, "layers.1.mlp": lost["layers.1.mlp"]}
+    assert 0 < lost["layers.1.mlp"] <= 200
+
+
+def test_global_counts_cost_in_parameters_not_units():
+    base = anatomy(num_hidden_layers=1)
+    scores = {"layers.0.attention": torch.tensor([0.0, 1.0, 2.0, 3.0]), "layers.0.mlp": torch.full((704,), 9.0)}
+    group_cost = base.blocks[0].parameters_per_unit / measure(base).prunable_parameters
+    assert global_sort(base, group_cost, 1, scores)["layers.0.attention"] == 3
+
+
+def test_uniform_keeps_everything_at_ratio_zero():
+    base = anatomy()
+    assert uniform(base, 0, 8) == {block.name: block.units for block in base.blocks}
+
+
+def test_uniform_splits_the_ratio_evenly_where_groups_allow():
+    kept = uniform(anatomy(num_key_value_heads=8), 0.25, 1)
+    assert kept["layers.0.attention"] == 6
+    assert kept["layers.0.mlp"] == 528
+
+
+@pytest.mark.parametrize(
+    ("ratio", "align", "message"),
+    [
+        (1.0, 8, "ratio is 1.0; it must be at least 0 and under 1"),
+        (-0.1, 8, "ratio is -0.1"),
+        (float("nan"), 8, "ratio is nan"),
+        (0.3, 0, "align is 0"),
+        (0.99, 8, r"at most 0\.9\d+ of the prunable"),
+    ],
+)
+def test_impossible_ratios_are_refused(ratio, align, message):
+    with pytest.raises(InputError, match=message):
+        check_ratio(anatomy(), ratio, align)
+
+
+def test_uniform_refuses_layers_that_differ():
+    base = anatomy()
+    kept = {block.name: block.units for block in base.blocks} | {"layers.0.mlp": 512}
+    with pytest.raises(InputError, match="layers differ already"):
+        uniform(base.keeping(kept), 0.2, 8)
+
+
+def test_keep_highest_is_ascending_and_ties_go_to_the_lower_index():
+    assert keep_highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0]), 2).tolist() == [1, 3]

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+import torch
+
+from numprune.errors import InputError
+from numprune.plan import read_plan
+from numprune.pruning import PruneOptions, prune_in_place
+from tests.conftest import build_tiny
+
+
+@pytest.fixture
+def plan():
+    rows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+    return prune_in_place(build_tiny(), rows, PruneOptions(0.3))[0]
+
+
+def test_plan_round_trips(plan, tmp_path):
+    plan.write(tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update(version=2), "version"),
+        (lambda p: p.pop("family"), "family"),
+        (lambda p: p.update(note="x"), "note"),
+        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[3, 2]), "ascending"),
+        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[96]), "unit 96 is kept of only 96"),
+        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[-1]), "greater than or equal to 0"),
+        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[]), "at least 1"),
+    ],
+)
+def test_damaged_plans_are_refused_with_the_field(plan, tmp_path, change, message):
+    content = json.loads(plan.model_dump_json())
+    change(content)
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_plan(tmp_path / "plan.json")
+
+
+def test_missing_and_cut_plans_are_refused(plan, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        read_plan(tmp_path / "none.json")
+    (tmp_path / "plan.json").write_text(plan.model_dump_json()[:100])
+    with pytest.raises(InputError, match="not valid"):
+        read_plan(tmp_path / "plan.json")

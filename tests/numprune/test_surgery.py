@@ -1,0 +1,124 @@
+"""What is cut computes what was masked, and stock loaders read it."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.budget import measure
+from numprune.errors import InputError
+from numprune.plan import BlockPlan
+from numprune.pruning import PruneOptions, prune, prune_in_place
+from numprune.surgery import slice_model
+
+ROWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
+PROMPT = ROWS[:2, :9]
+
+MODELS = [(family, {}) for family in FAMILIES] + [
+    ("llama", {"num_key_value_heads": 4}),  # no grouping
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("qwen3", {"attention_bias": True}),
+    ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 128}),
+]
+
+
+def logits(model, tokens=ROWS):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(("family", "overrides"), MODELS)
+def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predicted(
+    tiny_model, tmp_path, family, overrides, allocation
+):
+    model = tiny_model(family, **overrides)
+    before = read_anatomy(model.config)
+    options = PruneOptions(0.4, criterion="numerical", allocation=allocation, compensation="sequential", align=8)
+    plan, _ = prune_in_place(model, ROWS, options)
+    masked = logits(model)
+    sliced = slice_model(model, plan)
+    torch.testing.assert_close(logits(sliced), masked, atol=1e-5, rtol=1e-5)
+
+    predicted = measure(before.keeping(plan.units_kept()))
+    assert measure(read_anatomy(sliced.config)) == predicted
+    assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters < measure(before).parameters
+
+    sliced.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert loaded.config.model_type == sliced.config.model_type
+    torch.testing.assert_close(logits(loaded), logits(sliced), atol=1e-6, rtol=1e-6)
+    if allocation == "uniform":
+        assert loaded.config.model_type in FAMILIES
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_is_uncached_generation(tiny_model, family, allocation):
+    model = tiny_model(family, num_hidden_layers=3)
+    pruned = prune(model, ROWS, PruneOptions(0.4, criterion="wanda", allocation=allocation, align=1)).model
+    pruned.generation_config.eos_token_id = None
+    cached, uncached = (
+        pruned.generate(PROMPT, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
+def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(tiny_model, tmp_path):
+    model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, align=1))
+    masked = logits(model)
+    sliced = slice_model(model, plan)
+    assert sliced.config.num_attention_heads == 6
+    assert sliced.config.model_type == "mistral"
+    assert sliced.config.sliding_window is None
+    torch.testing.assert_close(logits(sliced), masked, atol=1e-5, rtol=1e-5)
+    sliced.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="not a multiple of the number of attention"):
+        AutoConfig.for_model("llama", **{k: v for k, v in sliced.config.to_dict().items() if k != "model_type"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(loaded), masked, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rope_type", "extra"), [("linear", {}), ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0})])
+def test_scaled_rotary_embeddings_survive(tiny_model, rope_type, extra):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, **extra}
+    model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rope_parameters=rope)
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, align=1))
+    torch.testing.assert_close(logits(slice_model(model, plan)), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_pruned_model_can_be_pruned_again(tiny_model):
+    once = prune(tiny_model(num_hidden_layers=3), ROWS, PruneOptions(0.2, allocation="global", align=1)).model
+    plan, _ = prune_in_place(once, ROWS, PruneOptions(0.3, allocation="global", align=1))
+    torch.testing.assert_close(logits(slice_model(once, plan)), logits(once), atol=1e-5, rtol=1e-5)
+
+
+def test_bias_compensation_adds_flap_s_bias(tiny_model):
+    model = tiny_model("llama", mlp_bias=False)
+    dense = tiny_model("llama", mlp_bias=False)
+    options = PruneOptions(0.3, criterion="flap", allocation="global", compensation="bias", align=1)
+    result = prune(model, ROWS, options)
+    assert result.model.config.attention_bias
+    assert sum(p.numel() for p in result.model.parameters()) == result.after.parameters
+    layer, original = result.model.model.layers[0].mlp, dense.model.layers[0].mlp
+    kept = result.plan.blocks["layers.0.mlp"].kept
+    torch.testing.assert_close(layer.down_proj.weight, original.down_proj.weight[:, kept])
+    assert layer.down_proj.bias.abs().max() > 0
+    assert layer.up_proj.bias.abs().max() == 0
+
+
+def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
+    with pytest.raises(InputError, match="mistral has none"):
+        prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", align=1))
+
+
+def test_plan_of_another_model_is_refused(tiny_model):
+    model = tiny_model()
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, align=1))
+    with pytest.raises(InputError, match=r"layers\.2\.attention has 2 units in the model and none in the plan"):
+        slice_model(tiny_model(num_hidden_layers=3), plan)
+    other = plan.model_copy(update={"blocks": plan.blocks | {"layers.0.mlp": BlockPlan(units=95, kept=[0])}})
+    with pytest.raises(InputError, match=r"layers\.0\.mlp has 96 units in the model and 95 in the plan"):
+        slice_model(model, other)
