@@ -5,6 +5,7 @@ model's own is not). What was reached is what the plan counts, not what was aske
 """
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ def uniform(anatomy: Anatomy, ratio: float, align: int) -> dict[str, int]:
     """
     check_ratio(anatomy, ratio, align)
     if not anatomy.is_uniform:
-        raise InputError("the model's layers differ already; uniform allocation needs equal ones (use --allocation global)")
+        raise InputError(
+            "the model's layers differ already; uniform allocation needs equal ones (use --allocation global)"
+        )
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
     target = (1 - ratio) * measure(anatomy).prunable_parameters
     groups, width = attention[0].units, mlp[0].units
@@ -73,7 +76,7 @@ def global_sort(anatomy: Anatomy, ratio: float, align: int, scores: Scores) -> d
         first = block.units % size or size
         removable = block.units - _floor(block, align)
         bounds = [0, *range(first, removable + 1, size)]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             steps.append((float(ascending[start:stop].mean()), stop - start, block))
     # A stable sort by the score alone keeps each block's own order where scores tie.
     steps.sort(key=lambda step: step[0])

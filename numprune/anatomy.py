@@ -129,7 +129,9 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         kv_heads = sizes.num_key_value_heads or heads
         head_dim = getattr(sizes, "head_dim", None) or hidden // heads
         if heads % kv_heads:
-            raise InputError(f"layer {layer}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+            raise InputError(
+                f"layer {layer}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+            )
         group = heads // kv_heads
         groups.add((group, head_dim))
         attention_bias = _flag(family.qkv_bias, config, "attention_bias")
@@ -165,7 +167,9 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         )
         fixed += 2 * hidden + family.qk_norm * 2 * head_dim + (output_bias + mlp_bias) * hidden
     if len(groups) != 1:
-        raise InputError(f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported")
+        raise InputError(
+            f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported"
+        )
     group, head_dim = groups.pop()
     dtype = config.dtype
     return Anatomy(

@@ -5,7 +5,7 @@ are used at a time. The dense and the pruned model can so be carried side by sid
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ def check_rows(model: PreTrainedModel, anatomy: Anatomy, rows: Tensor) -> None:
     if anatomy.sliding_window is not None:
         limit = min(limit, anatomy.sliding_window)  # inside the window, plain causal attention is the same thing
     if length > limit:
-        raise InputError(f"sequence length {length} is over the model's {limit}; give --sequence-length {limit} or less")
+        raise InputError(
+            f"sequence length {length} is over the model's {limit}; give --sequence-length {limit} or less"
+        )
     if int(rows.max()) >= anatomy.vocabulary:
         raise InputError(
-            f"token {int(rows.max())} is outside the model's vocabulary of {anatomy.vocabulary}: the tokenizer is not this model's"
+            f"token {int(rows.max())} is outside the model's vocabulary of {anatomy.vocabulary}: "
+            "the tokenizer is not this model's"
         )
 
 
@@ -62,12 +65,12 @@ class Walker:
         return self._model.model.layers[block.layer]
 
     def consumer(self, block: Block) -> nn.Linear:
-        return self.layer(block).get_submodule(block.consumer)
+        return cast(nn.Linear, self.layer(block).get_submodule(block.consumer))
 
     @torch.no_grad()
     def run(self, block: Block, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, x, y) batch by batch: consumer inputs (n, S, D) and block outputs (n, S, H) before the residual."""
-        layer = self.layer(block)
+        """Yield (rows, x, y) batch by batch: consumer inputs (n, S, D), block outputs (n, S, H) before the residual."""
+        layer: Any = self.layer(block)
         norm = layer.get_submodule(_NORMS[block.kind])
         captured: list[Tensor] = []
 

@@ -50,7 +50,7 @@ def refit(
 
 
 def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:
-    """Return FLAP's compensation, a bias (out,): what the removed channels contributed on average (arXiv 2312.11983, 3.3).
+    """Return FLAP's compensation, a bias (out,): what the removed channels gave on average (arXiv 2312.11983, 3.3).
 
     sum over removed j of mu_j W[:, j], added to the consumer's own bias where it has one.
     """

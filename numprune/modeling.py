@@ -1,4 +1,4 @@
-"""Decoders whose layers differ in heads and intermediate size: Hugging Face's `per_layer_config`, and classes that heed it.
+"""Decoders whose layers differ in heads and intermediate size: classes that heed Hugging Face's `per_layer_config`.
 
 transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. Each
 class here is its family's stock class with layers built from their own configuration. Importing this module registers

@@ -1,5 +1,6 @@
 """The plan: which units every block keeps, and everything that is needed to know how it came about."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ class BlockPlan(BaseModel):
 
     @model_validator(mode="after")
     def _indices(self) -> "BlockPlan":
-        if any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.kept)):
             raise ValueError("kept units must be strictly ascending")
         if self.kept[-1] >= self.units:
             raise ValueError(f"unit {self.kept[-1]} is kept of only {self.units}")

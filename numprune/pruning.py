@@ -109,7 +109,9 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned
 
 
 @torch.no_grad()
-def prune_in_place(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> tuple[Plan, dict[str, Tensor] | None]:
+def prune_in_place(
+    model: PreTrainedModel, rows: Tensor, options: PruneOptions
+) -> tuple[Plan, dict[str, Tensor] | None]:
     """Overwrite the consumers with refitted weights, zero at the removed channels, and return the plan.
 
     Until it is cut, `model` then computes exactly what the cut model will (plus the biases returned, if any).
@@ -120,7 +122,8 @@ def prune_in_place(model: PreTrainedModel, rows: Tensor, options: PruneOptions) 
     widest = max(block.channels for block in anatomy.blocks)
     if rows.numel() < 4 * widest:
         logger.warning(
-            "%d calibration tokens are fewer than four times the widest block's %d channels; the least squares will fit noise",
+            "%d calibration tokens are fewer than four times the widest block's %d channels; "
+            "the least squares will fit noise",
             rows.numel(),
             widest,
         )
@@ -142,7 +145,7 @@ def prune_in_place(model: PreTrainedModel, rows: Tensor, options: PruneOptions) 
         units = keep_highest(_scores(block, weight, moments, options), counts[block.name])
         kept = channels_of(block, units)
         blocks[block.name] = BlockPlan(units=block.units, kept=units.tolist())
-        bias = None if consumer.bias is None else consumer.bias.double()
+        bias: Tensor | None = None if consumer.bias is None else consumer.bias.double()
         columns = weight[:, kept]
         if options.compensation == "bias":
             biases[block.name] = mean_bias(weight, bias, kept, moments)
@@ -170,14 +173,15 @@ def prune_in_place(model: PreTrainedModel, rows: Tensor, options: PruneOptions) 
 
 
 def _collect(walker: Walker, block: Block, dense: Tensor, pruned: Tensor) -> Moments:
-    """Return the moments of the block's inputs in the pruned prefix with the dense outputs as targets; advance `dense`."""
+    """Return the moments of the block's inputs in the pruned prefix, the dense outputs their targets; advance `dense`."""
     moments = Moments(block.channels, outputs=dense.shape[-1], device=dense.device)
     if pruned is dense:
         for index, inputs, output in walker.run(block, dense):
             moments.add(inputs, output)
             dense[index] += output
     else:
-        for (index, _, output), (_, inputs, _) in zip(walker.run(block, dense), walker.run(block, pruned), strict=True):
+        both = zip(walker.run(block, dense), walker.run(block, pruned), strict=True)
+        for (index, _, output), (_, inputs, _) in both:
             moments.add(inputs, output)
             dense[index] += output
     return moments

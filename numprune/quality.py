@@ -182,12 +182,14 @@ def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
     largest = max(int(row.max()) for row in rows.rows)
     if largest >= model.config.vocab_size:
         raise InputError(
-            f"token {largest} is outside the model's vocabulary of {model.config.vocab_size}: the tokenizer is not this model's"
+            f"token {largest} is outside the model's vocabulary of {model.config.vocab_size}: "
+            "the tokenizer is not this model's"
         )
     longest = max(map(len, rows.rows))
     if longest > model.config.max_position_embeddings:
         raise InputError(
-            f"sequence length {longest} is over the model's context of {model.config.max_position_embeddings}; give a shorter one"
+            f"sequence length {longest} is over the model's context of {model.config.max_position_embeddings}; "
+            "give a shorter one"
         )
 
 
@@ -210,7 +212,9 @@ def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Return (n, S-1, V) log-probabilities of the next token, float32."""
     logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].float()
     if not torch.isfinite(logits).all():
-        raise IntegrityError(f"{model.config.model_type} model: logits are not finite; its weights are damaged or overflow")
+        raise IntegrityError(
+            f"{model.config.model_type} model: logits are not finite; its weights are damaged or overflow"
+        )
     return logits.log_softmax(-1)
 
 

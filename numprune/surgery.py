@@ -40,7 +40,9 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
     if with_bias:
         if anatomy.family != "llama":
-            raise InputError(f"bias compensation needs an architecture whose projections can hold a bias; {anatomy.family} has none")
+            raise InputError(
+                f"bias compensation needs an architecture whose projections can hold a bias; {anatomy.family} has none"
+            )
         fields |= {"attention_bias": True, "mlp_bias": True}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
     fields |= sizes[0] | {"head_dim": anatomy.head_dim}

@@ -1,4 +1,4 @@
-"""Small models with random weights, made afresh for each session: no file of the project is needed to run a unit test."""
+"""Small models with random weights, made afresh for each test: no file of the project is needed to run one."""
 
 import os
 from collections.abc import Callable

@@ -4,8 +4,9 @@ A document is one module of the standard library (its docstrings and comments, i
 ``pydoc_data.topics``. No text is stored in the project; what is read depends on the interpreter's version, which is why
 a run's report records the digest of the token rows it really used.
 
-Split: a document is *held out* when the SHA-256 of its name says so (one in ten), so that no training run, whatever its
-seed or interpreter, ever sees a held-out module. Test packages, which some distributions leave out, are only trained on.
+Split: a document is *held out* when the SHA-256 of its name says so (one in ten), so that no training run, whatever
+its seed or interpreter, ever sees a held-out module. Test packages, which some distributions leave out, are only
+trained on.
 """
 
 import ast
@@ -53,8 +54,8 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[tuple[str, str]]
             continue
         if not is_test and split_of(name) != split:
             continue
-        path = sources[name]
-        text = topics[name.removeprefix("topics/")] if path is None else module_prose(path)
+        source = sources[name]
+        text = topics[name.removeprefix("topics/")] if source is None else module_prose(source)
         if len(text) >= _MINIMUM_CHARACTERS:
             yield name, text
 

@@ -40,7 +40,11 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -93,7 +97,7 @@ def mean_nll(model: LlamaForCausalLM, streams: list[Tensor], length: int = 512) 
 
 
 def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
-    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context, with as many tokens."""
+    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context, as many tokens each."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [text for _, text in documents("train", tests=True)]
@@ -102,8 +106,12 @@ def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
     eos = tokenizer.eos_token_id
     stream = torch.tensor([token for ids in encoded for token in [*ids, eos]], device=device)
     heldout_texts = [text for _, text in documents("heldout")]
-    heldout = [torch.tensor(ids, device=device) for ids in tokenizer(heldout_texts, add_special_tokens=False)["input_ids"]]
-    print(f"{len(texts)} documents, {len(stream):,} training tokens; {sum(map(len, heldout)):,} held out", file=sys.stderr)
+    heldout = [
+        torch.tensor(ids, device=device) for ids in tokenizer(heldout_texts, add_special_tokens=False)["input_ids"]
+    ]
+    print(
+        f"{len(texts)} documents, {len(stream):,} training tokens; {sum(map(len, heldout)):,} held out", file=sys.stderr
+    )
 
     model = build_model().to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
@@ -137,7 +145,10 @@ def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
             model.train()
             history.append({"step": step + 1, "train_nll": loss.item(), "heldout_sample_nll": heldout_nll})
             seconds = time.perf_counter() - start
-            print(f"step {step + 1}/{steps} train {loss.item():.3f} held-out {heldout_nll:.3f} {seconds:.0f} s", file=sys.stderr)
+            print(
+                f"step {step + 1}/{steps} train {loss.item():.3f} held-out {heldout_nll:.3f} {seconds:.0f} s",
+                file=sys.stderr,
+            )
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)

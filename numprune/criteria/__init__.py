@@ -1,6 +1,6 @@
 """Scores of units: the higher, the sooner kept. One file per score; all see the same `BlockView`.
 
-Scores are only compared inside a block, except by the `global` allocation, which sorts the units of all blocks together.
+Scores are only compared inside a block, except by the `global` allocation, which sorts the units of all blocks.
 """
 
 from collections.abc import Callable

@@ -25,12 +25,12 @@ _RIDGE = 1e-8  # epsilon, relative to the mean of diag A
 
 
 def numerical(view: BlockView) -> Tensor:
-    """Return the mean of z over each unit's channels, (units,): unconstrained z, as the paper's Algorithm 1 gives it."""
+    """Return the mean of z over each unit's channels, (units,): z unconstrained, as Algorithm 1 of the paper has it."""
     return view.unit_mean(relaxed_mask(error_matrix(view.weight, view.gram), view.ratio))
 
 
 def numerical_box(view: BlockView) -> Tensor:
-    """Return the mean of z over each unit's channels, (units,): z held in [0, 1], which Algorithm 1 does not enforce."""
+    """Return the mean of z over each unit's channels, (units,): z in [0, 1], which Algorithm 1 does not enforce."""
     return view.unit_mean(boxed_mask(error_matrix(view.weight, view.gram), view.ratio))
 
 

@@ -20,7 +20,9 @@ def obs(view: BlockView) -> Tensor:
     return scores
 
 
-def greedy_removal(weight: Tensor, gram: Tensor, channels_per_unit: int, damping: float = 1e-4) -> tuple[Tensor, Tensor]:
+def greedy_removal(
+    weight: Tensor, gram: Tensor, channels_per_unit: int, damping: float = 1e-4
+) -> tuple[Tensor, Tensor]:
     """Remove every unit, cheapest first, refitting what is left after each removal.
 
     With Q = (G + gamma I)^-1, removing unit u with channels g costs s_u = tr(W_g (Q_gg)^-1 W_g^T), after which

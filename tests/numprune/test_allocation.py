@@ -62,7 +62,12 @@ def test_global_removes_the_lowest_scores_of_the_whole_model():
     scores["layers.1.mlp"][:200] = torch.linspace(0, 1, 200)
     kept = global_sort(base, 0.05, 1, scores)
     lost = {name: block.units - kept[name] for name, block in zip(kept, base.blocks, strict=True)}
-    assert lost == {"layers.0.attention": 0, "layers.0.mlp": 0, "layers.1.attention": 0, "layers.1.mlp": lost["layers.1.mlp"]}
+    assert lost == {
+        "layers.0.attention": 0,
+        "layers.0.mlp": 0,
+        "layers.1.attention": 0,
+        "layers.1.mlp": lost["layers.1.mlp"],
+    }
     assert 0 < lost["layers.1.mlp"] <= 200
 
 

@@ -38,7 +38,9 @@ def test_oneshot_is_theorem_3():
     gram = moments.gram
     removed = torch.tensor([i for i in range(10) if i not in KEPT.tolist()])
     gamma = 0.01 * gram[KEPT][:, KEPT].diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    expected = weight[:, KEPT] + weight[:, removed] @ gram[removed][:, KEPT] @ torch.linalg.inv(gram[KEPT][:, KEPT] + gamma)
+    expected = weight[:, KEPT] + weight[:, removed] @ gram[removed][:, KEPT] @ torch.linalg.inv(
+        gram[KEPT][:, KEPT] + gamma
+    )
     torch.testing.assert_close(refit(weight, None, KEPT, moments, damping=0.01)[0], expected)
 
 
@@ -64,7 +66,10 @@ def test_with_a_bias_it_is_least_squares_with_an_intercept(sequential):
 def test_damping_shrinks_towards_the_original_weights():
     x, pruned_x, weight, _ = data()
     moments = moments_of(pruned_x, x @ weight.T)
-    distances = [float((refit(weight, None, KEPT, moments, damping)[0] - weight[:, KEPT]).norm()) for damping in (0, 0.1, 10, 1e6)]
+    distances = [
+        float((refit(weight, None, KEPT, moments, damping)[0] - weight[:, KEPT]).norm())
+        for damping in (0, 0.1, 10, 1e6)
+    ]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 1e-4
 

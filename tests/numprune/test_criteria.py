@@ -62,7 +62,12 @@ def test_closed_form_is_what_a_general_solver_finds(penalty):
 
     constraints = [LinearConstraint(np.ones(len(A)), r, r)] if math.isinf(penalty) else []
     found = minimize(
-        loss, np.ones(len(A)), jac=gradient, method="SLSQP", constraints=constraints, options={"ftol": 1e-15, "maxiter": 2000}
+        loss,
+        np.ones(len(A)),
+        jac=gradient,
+        method="SLSQP",
+        constraints=constraints,
+        options={"ftol": 1e-15, "maxiter": 2000},
     )
     assert found.success
     mask = relaxed_mask(torch.tensor(A), 0.3, penalty, ridge=0)
@@ -104,7 +109,9 @@ def test_unconstrained_mask_leaves_the_box_where_the_boxed_one_does_not():
 def test_ranking_of_the_numerical_score_depends_on_neither_ratio_nor_penalty():
     weight, x = problem()
     A = error_matrix(weight, x.T @ x / len(x))
-    orders = {tuple(relaxed_mask(A, ratio, penalty).argsort().tolist()) for ratio in (0.1, 0.7) for penalty in (1.0, math.inf)}
+    orders = {
+        tuple(relaxed_mask(A, ratio, penalty).argsort().tolist()) for ratio in (0.1, 0.7) for penalty in (1.0, math.inf)
+    }
     assert len(orders) == 1
 
 

@@ -81,10 +81,14 @@ def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(
     torch.testing.assert_close(logits(loaded), masked, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rope_type", "extra"), [("linear", {}), ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0})])
+@pytest.mark.parametrize(
+    ("rope_type", "extra"), [("linear", {}), ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0})]
+)
 def test_scaled_rotary_embeddings_survive(tiny_model, rope_type, extra):
     rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, **extra}
-    model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rope_parameters=rope)
+    model = tiny_model(
+        "llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rope_parameters=rope
+    )
     plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, align=1))
     torch.testing.assert_close(logits(slice_model(model, plan)), logits(model), atol=1e-5, rtol=1e-5)
 
