@@ -173,7 +173,7 @@ def prune_in_place(
 
 
 def _collect(walker: Walker, block: Block, dense: Tensor, pruned: Tensor) -> Moments:
-    """Return the moments of the block's inputs in the pruned prefix, the dense outputs their targets; advance `dense`."""
+    """Return the moments of the block's inputs in the pruned prefix, dense outputs as targets; advance `dense`."""
     moments = Moments(block.channels, outputs=dense.shape[-1], device=dense.device)
     if pruned is dense:
         for index, inputs, output in walker.run(block, dense):

@@ -97,7 +97,7 @@ def mean_nll(model: LlamaForCausalLM, streams: list[Tensor], length: int = 512) 
 
 
 def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
-    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context, as many tokens each."""
+    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [text for _, text in documents("train", tests=True)]
