@@ -1,0 +1,13 @@
+"""How fast a candidate is, and how much memory it takes, against its baseline.
+
+`run` drives two workers, one process each, over the same prompts in turn; `worker` is what such a process runs,
+`session` and `generation` what it does, `client` the parent's end. `load` is what they are asked to do;
+`samples`, `statistics` and `sections` make the report's sections of what came out; `memory`, `scheduler` and
+`contention` look at process and machine.
+"""
+
+from numprune.serving.benchmark.client import WorkerError
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.run import run_benchmark
+
+__all__ = ["Load", "WorkerError", "run_benchmark"]

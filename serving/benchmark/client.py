@@ -1,0 +1,136 @@
+"""The parent's end of a worker process: start it, ask it, learn how it died, and never leave it behind."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+import numprune.errors
+from numprune.errors import NumpruneError
+
+_STDERR_LINES = 8
+_STDERR_BYTES = 8192
+_CLOSING_S = 10.0
+_ERRORS = {name: kind for name, kind in vars(numprune.errors).items() if isinstance(kind, type)}
+
+
+class WorkerError(NumpruneError):
+    """A worker ended, hung or answered nonsense; the message has its last lines of stderr."""
+
+
+class Worker:
+    """A running worker. `name` says in messages which one it is; `timeout_s` bounds each answer."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[bytes]", stderr: IO[bytes], timeout_s: float) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise ValueError("a worker is spoken to over its stdin and stdout: both must be pipes")
+        self.name = name
+        self.pid = process.pid
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self._stderr = stderr
+        self._timeout_s = timeout_s
+        self._received = b""
+        self._pending = ""  # the operation that has not been answered
+
+    def ask(self, operation: str, **arguments: Any) -> Any:
+        """Send a request and wait for its answer. Raises what the worker raised, or WorkerError."""
+        self.send(operation, **arguments)
+        return self.receive()
+
+    def send(self, operation: str, **arguments: Any) -> None:
+        """Send a request; its answer must be received before the next one is sent."""
+        if self._pending:
+            raise RuntimeError(f"{self.name}: {self._pending!r} has not been answered yet")
+        self._pending = operation
+        try:
+            self._stdin.write(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def receive(self) -> Any:
+        """The answer to the last request. Raises what the worker raised, or WorkerError."""
+        line = self._read_line()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise self._failure(f"answered {line[:200]!r}, which is not JSON") from None
+        self._pending = ""
+        if "error" in answer:
+            raise _ERRORS.get(answer["error"]["kind"], NumpruneError)(f"{self.name}: {answer['error']['message']}")
+        return answer["ok"]
+
+    def close(self) -> None:
+        """End the process: by closing its stdin when it is idle, by force when it works or does not listen."""
+        if self._pending:
+            self._process.kill()
+        with suppress(BrokenPipeError):  # it died with a request unread: the pipe is closed all the same
+            self._stdin.close()
+        self._wait()
+        self._stdout.close()
+
+    def _wait(self) -> int:
+        """The exit status of a process that should be ending by itself."""
+        try:
+            return self._process.wait(_CLOSING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _read_line(self) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        while b"\n" not in self._received:
+            ready, _, _ = select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._failure(f"did not answer within {self._timeout_s:g} s")
+            chunk = os.read(self._stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise self._failure()
+            self._received += chunk
+        line, self._received = self._received.split(b"\n", 1)
+        return line
+
+    def _failure(self, what: str = "") -> WorkerError:
+        """Kills the process, if it still lives, and says what happened to it."""
+        if not what:  # its stdout has ended: so will it
+            status = self._wait()
+            what = f"ended with exit status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
+        self._process.kill()
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - _STDERR_BYTES))
+        last = self._stderr.read().decode(errors="replace").strip().splitlines()[-_STDERR_LINES:]
+        said = "its last lines: " + " | ".join(last) if last else "it left no message"
+        return WorkerError(f"{self.name}: the benchmark worker {what} in {self._pending!r}; {said}")
+
+
+@contextmanager
+def start_worker(name: str, timeout_s: float) -> Iterator[Worker]:
+    """Start a worker process; it has ended when the block is left, whichever way."""
+    # Its stderr goes to a file and not to a pipe, which somebody would have to keep empty.
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            # -P: no file in the current folder may stand in for a module.
+            [sys.executable, "-P", "-m", "numprune.serving.benchmark.worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+        worker = Worker(name, process, stderr, timeout_s)
+        try:
+            yield worker
+        finally:
+            worker.close()
+
+
+def _signal_name(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"{name} (usually: out of memory, or killed by hand)" if name == "SIGKILL" else name

@@ -1,0 +1,151 @@
+"""Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from numprune.errors import InputError
+from numprune.serving.benchmark.client import Worker, start_worker
+from numprune.serving.benchmark.contention import Contention, SideContention, StolenTime
+from numprune.serving.benchmark.load import Load, interleaving
+from numprune.serving.benchmark.samples import Repeat
+from numprune.serving.benchmark.scheduler import cpu_seconds
+from numprune.serving.benchmark.sections import memory_section, speed_section
+from numprune.serving.report import capture, combine
+
+_SIDES = {"A": "baseline", "B": "candidate"}
+_SETTLE_S = 0.02  # thread pools spin for some milliseconds after their last work; they should not meet the other side
+
+
+def run_benchmark(
+    candidate: Path,
+    baseline: Path,
+    runtime: str,
+    load: Load | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    timeout_s: float = 600.0,
+) -> dict[str, Any]:
+    """Measure both, interleaved A B B A …, and return plain JSON:
+
+    - `speed`, `memory`: the report's sections for this runtime;
+    - `environment`: the report's section, before and after put together, with the reasons of what happened meanwhile;
+    - `samples`: every timing behind them, the warm-up's too, load times, and how much the two sides were disturbed.
+
+    Args:
+        candidate: a folder that `runtime` opens.
+        baseline: another one; it may be the same, for a look at the noise.
+        runtime: as for `numprune.export.runtimes.open_runtime`, like `device` and `threads`.
+        load: what to do; `Load()` without it.
+        timeout_s: a single answer of a worker (loading the model, one repeat) may take so long.
+
+    Raises:
+        InputError: a folder is missing or the runtime refuses it, or the two do not belong together.
+        MissingRuntime: its libraries or device are missing.
+        WorkerError: a process ended or hung; the message has its last lines.
+    """
+    load = load or Load()
+    folders = {"baseline": baseline, "candidate": candidate}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise InputError(f"{name} {str(folder)!r} is not a folder; give one that {runtime} can open")
+    with ExitStack() as stack:
+        # Both start at once, as importing takes most of the time; they load one after the other, so that neither's load
+        # is seen in the other's time or on the GPU.
+        workers = {
+            name: stack.enter_context(start_worker(f"{name} {folder}", timeout_s)) for name, folder in folders.items()
+        }
+        opened = {
+            name: worker.ask("load", folder=str(folders[name]), runtime=runtime, device=device, threads=threads)
+            for name, worker in workers.items()
+        }
+        check_match(opened["baseline"], opened["candidate"])
+        for worker in workers.values():
+            worker.ask(
+                "prepare",
+                token_ids=load.token_ids(opened["baseline"]["vocabulary"]),
+                batch_size=load.batch_size,
+                output_length=load.output_length,
+            )
+        return _measure(load, runtime, workers, opened)
+
+
+def check_match(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
+    """Raises InputError when what the two workers loaded cannot be compared."""
+    if baseline["vocabulary"] != candidate["vocabulary"]:
+        raise InputError(
+            f"the vocabulary of the baseline has {baseline['vocabulary']} tokens, that of the candidate "
+            f"{candidate['vocabulary']}: the same prompts do not fit both"
+        )
+    if baseline["gpu"] != candidate["gpu"]:
+        where = {True: "the GPU", False: "the CPU"}
+        raise InputError(
+            f"the baseline runs on {where[baseline['gpu']]}, the candidate on {where[candidate['gpu']]}: "
+            "give both the same device"
+        )
+
+
+def _measure(
+    load: Load, runtime: str, workers: Mapping[str, Worker], opened: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    machine = {"uses_gpu": opened["baseline"]["gpu"], "own_processes": [worker.pid for worker in workers.values()]}
+    with tqdm(total=2 * (load.warmup + load.repeats), desc=f"benchmark ({runtime})", unit="run", disable=None) as bar:
+        warmup = _interleaved(load.warmup, workers, bar)[0]
+        before, stolen = capture(**machine), StolenTime()
+        repeats, idle_cpus = _interleaved(load.repeats, workers, bar)
+        stolen_share, after = stolen.share(), capture(**machine)
+    finished = {name: worker.ask("finish") for name, worker in workers.items()}
+
+    contention = Contention(
+        **{name: SideContention(_waited_share(repeats[name]), idle_cpus[name]) for name in workers},
+        stolen_share=stolen_share,
+    )
+    environment = combine(before, after)
+    reasons = (*environment.reasons, *contention.reasons)
+    environment = environment.model_copy(update={"valid": not reasons, "reasons": reasons})
+    descriptions = {name: answer["description"] for name, answer in opened.items()}
+    return {
+        "speed": speed_section(load, repeats["baseline"], repeats["candidate"], descriptions),
+        "memory": memory_section(**{name: {**opened[name], **finished[name]} for name in workers}),
+        "environment": environment.model_dump(mode="json"),
+        "samples": {
+            "contention": contention.describe(),
+            **{
+                name: {
+                    "opened": opened[name],
+                    "warmup": [repeat.describe() for repeat in warmup[name]],
+                    "repeats": [repeat.describe() for repeat in repeats[name]],
+                }
+                for name in workers
+            },
+        },
+    }
+
+
+def _interleaved(
+    count: int, workers: Mapping[str, Worker], bar: "tqdm[Any]"
+) -> tuple[dict[str, list[Repeat]], dict[str, float]]:
+    """`count` repeats of each side, in turn, and how many CPUs each side kept busy while it was the other's turn."""
+    repeats: dict[str, list[Repeat]] = {name: [] for name in workers}
+    idle_s = dict.fromkeys(workers, 0.0)
+    elapsed_s = dict.fromkeys(workers, 0.0)
+    for letter in interleaving(count):
+        name = _SIDES[letter]
+        (other,) = workers.keys() - {name}
+        time.sleep(_SETTLE_S)
+        used, started = cpu_seconds(workers[other].pid), time.perf_counter()
+        repeats[name].append(Repeat.from_json(workers[name].ask("repeat")))
+        elapsed_s[other] += time.perf_counter() - started
+        idle_s[other] += cpu_seconds(workers[other].pid) - used
+        bar.update()
+    return repeats, {name: idle_s[name] / elapsed_s[name] for name in workers}
+
+
+def _waited_share(repeats: list[Repeat]) -> float | None:
+    ran, waited = sum(repeat.ran_s for repeat in repeats), sum(repeat.waited_s for repeat in repeats)
+    return waited / (ran + waited) if ran + waited > 0 else None

@@ -1,0 +1,62 @@
+"""What was measured, before anything is concluded from it."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One batch. A request is one prompt; it failed when any of the logits it needed was NaN or infinite."""
+
+    size: int  # requests
+    prompt_length: int  # tokens of each
+    ttft_ms: float  # prefill, until the first token is known
+    itl_ms: list[float]  # (output_length - 1,) each decode step, until its token is known
+    failed: int  # requests
+
+    @property
+    def e2e_ms(self) -> float:
+        """From the prompt to the last token."""
+        return self.ttft_ms + sum(self.itl_ms)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The whole load, done once by one side; and the seconds its threads ran, and waited for a CPU."""
+
+    batches: tuple[Generation, ...]
+    ran_s: float
+    waited_s: float
+
+    @classmethod
+    def from_json(cls, answer: Mapping[str, Any]) -> "Repeat":
+        return cls(tuple(Generation(**batch) for batch in answer["batches"]), **answer["threads"])
+
+    @property
+    def failed(self) -> int:
+        """Requests."""
+        return sum(batch.failed for batch in self.batches)
+
+    def metrics(self) -> dict[str, float]:
+        """One number per metric: the median of latencies, in ms; all tokens over all the time they took for the rates.
+
+        So a single stalled step moves the rate and the end-to-end latency, as it does for a user, and not the ITL.
+        """
+        prefill_s = sum(batch.ttft_ms for batch in self.batches) / 1e3
+        decode_s = sum(sum(batch.itl_ms) for batch in self.batches) / 1e3
+        return {
+            "ttft": statistics.median(batch.ttft_ms for batch in self.batches),
+            "itl": statistics.median(step for batch in self.batches for step in batch.itl_ms),
+            "e2e": statistics.median(batch.e2e_ms for batch in self.batches),
+            "decode_tokens_per_s": sum(batch.size * len(batch.itl_ms) for batch in self.batches) / decode_s,
+            "prefill_tokens_per_s": sum(batch.size * batch.prompt_length for batch in self.batches) / prefill_s,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "batches": [asdict(batch) for batch in self.batches]}
+
+
+METRICS = ("ttft", "itl", "e2e", "decode_tokens_per_s", "prefill_tokens_per_s")

@@ -1,0 +1,47 @@
+"""What the kernel's scheduler says of a process and of the machine: who ran, who waited, who burnt time while idle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class ThreadTimes:
+    """Seconds, summed over the threads of a process: computing, and ready to compute while no CPU was free.
+
+    Both are 0 where the kernel does not tell (anything but Linux).
+    """
+
+    ran_s: float
+    waited_s: float
+
+    def __sub__(self, earlier: "ThreadTimes") -> "ThreadTimes":
+        return ThreadTimes(self.ran_s - earlier.ran_s, self.waited_s - earlier.waited_s)
+
+
+def thread_times() -> ThreadTimes:
+    """Of this process, since its threads began."""
+    ran_ns = waited_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            ran, waited, _ = file.read_text().split()
+        except (FileNotFoundError, ProcessLookupError):  # the thread ended since the folder was listed
+            continue
+        ran_ns += int(ran)
+        waited_ns += int(waited)
+    return ThreadTimes(ran_ns / 1e9, waited_ns / 1e9)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time, user and system, that a process has used."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def stolen_seconds() -> tuple[float, float]:
+    """(taken by the hypervisor, all that was not idle, the taken included), of all CPUs since the machine started."""
+    times = psutil.cpu_times()._asdict()
+    idle = times["idle"] + times.get("iowait", 0.0)
+    counted_twice = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # inside user and nice already
+    return float(times.get("steal", 0.0)), float(sum(times.values()) - idle - counted_twice)

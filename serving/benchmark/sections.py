@@ -1,0 +1,79 @@
+"""From samples to the sections of the report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numprune.serving.benchmark.load import Load, interleaving
+from numprune.serving.benchmark.samples import METRICS, Repeat
+from numprune.serving.benchmark.statistics import noise_floor, paired_ratio, percentiles
+
+Section = dict[str, Any]
+
+
+def speed_section(
+    load: Load,
+    baseline: Sequence[Repeat],
+    candidate: Sequence[Repeat],
+    descriptions: Mapping[str, Any],
+) -> Section:
+    """`speed.<runtime>`. Repeats with the same index form a pair; a pair in which a request failed enters no ratio.
+
+    A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
+    of the baseline: a gate on them fails.
+    """
+    sound = [not (first.failed or second.failed) for first, second in zip(baseline, candidate, strict=True)]
+    pairs = [
+        (first.metrics(), second.metrics())
+        for first, second, use in zip(baseline, candidate, sound, strict=True)
+        if use
+    ]
+    # In "ABBAABBA…" the baseline's repeats 1 and 2, 3 and 4, … follow each other directly.
+    neighbours = [
+        (baseline[index].metrics(), baseline[index + 1].metrics())
+        for index in range(1, len(baseline) - 1, 2)
+        if not (baseline[index].failed or baseline[index + 1].failed)
+    ]
+    section: Section = {
+        "load": load.describe(),
+        "runtime": dict(descriptions),
+        "warmup": load.warmup,
+        "repeats": load.repeats,
+        "order": interleaving(load.repeats),
+        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        "noise_floor": {
+            metric: noise_floor([(first[metric], second[metric]) for first, second in neighbours], len(pairs))
+            for metric in METRICS
+            if neighbours and pairs
+        },
+    }
+    if len(pairs) >= 2:
+        for metric in METRICS:
+            ratio = paired_ratio([pair[1][metric] for pair in pairs], [pair[0][metric] for pair in pairs])
+            section[metric] = {"ratio": ratio}
+    return section
+
+
+def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:
+    """`memory.<runtime>`, from what each worker said of itself. `peak_bytes` is the higher peak, of load and of run."""
+    keys = ("peak_bytes_load", "peak_bytes_run", "weight_bytes", "kv_bytes_per_token")
+    sides = {"baseline": baseline, "candidate": candidate}
+    peaks = {name: max(side["peak_bytes_load"], side["peak_bytes_run"]) for name, side in sides.items()}
+    return {
+        **{name: {key: side[key] for key in keys} for name, side in sides.items()},
+        "peak_bytes": {**peaks, "ratio": peaks["candidate"] / peaks["baseline"]},
+    }
+
+
+def _side(repeats: Sequence[Repeat]) -> Section:
+    """Percentiles over all batches and steps whose requests all succeeded; rates over all of them together."""
+    batches = tuple(batch for repeat in repeats for batch in repeat.batches if not batch.failed)
+    rates = Repeat(batches, 0.0, 0.0).metrics() if batches else {}
+    return {
+        "ttft_ms": percentiles([batch.ttft_ms for batch in batches]),
+        "itl_ms": percentiles([step for batch in batches for step in batch.itl_ms]),
+        "e2e_ms": percentiles([batch.e2e_ms for batch in batches]),
+        "decode_tokens_per_s": rates.get("decode_tokens_per_s"),
+        "prefill_tokens_per_s": rates.get("prefill_tokens_per_s"),
+    }

@@ -1,0 +1,95 @@
+"""What a worker does between requests: it loads one model, and runs the load over it again and again."""
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from numprune.errors import MissingRuntime
+from numprune.export.runtimes import Runtime, open_runtime
+from numprune.serving.benchmark.generation import generate
+from numprune.serving.benchmark.memory import Peak, PeakCounted, PeakMissing, PeakResident, resident_bytes
+from numprune.serving.benchmark.scheduler import thread_times
+
+Answer = dict[str, Any]  # plain JSON
+
+
+class Session:
+    """One side of a benchmark: `load`, `prepare`, `repeat` as often as one likes, `finish`, in this order."""
+
+    def __init__(self) -> None:
+        self._runtime: Runtime
+        self._gpu: bool
+        self._peak: Peak
+        self._prompts: tuple[torch.Tensor, ...]  # batches, each (B, S)
+        self._output_length: int
+
+    @property
+    def operations(self) -> Mapping[str, Callable[..., Answer]]:
+        """What can be asked for, by name."""
+        return {"load": self.load, "prepare": self.prepare, "repeat": self.repeat, "finish": self.finish}
+
+    def load(self, folder: str, runtime: str, device: str, threads: int | None) -> Answer:
+        """Load the model. Raises what `open_runtime` does, and MissingRuntime for a GPU whose memory cannot be read."""
+        before = resident_bytes()
+        resident = PeakResident()
+        on_gpu = _watch_gpu(runtime) if device != "cpu" and torch.cuda.is_available() else None
+        started = perf_counter()
+        self._runtime = open_runtime(runtime, Path(folder), device=device, threads=threads)
+        seconds = perf_counter() - started
+
+        description = self._runtime.describe()
+        self._gpu = str(description["device"]).startswith("cuda")
+        if self._gpu and on_gpu is None:
+            raise MissingRuntime(
+                f"{runtime} computes on {description['device']}, whose memory is read through torch, which sees no "
+                "CUDA device; install a CUDA build of torch"
+            )
+        self._peak = on_gpu if self._gpu and on_gpu is not None else resident
+        return {
+            "vocabulary": self._runtime.vocabulary,
+            "description": description,
+            "gpu": self._gpu,
+            "weight_bytes": description["weight_bytes"],
+            "kv_bytes_per_token": description["kv_bytes_per_token"],
+            "load_s": seconds,
+            "resident_bytes_before_load": before,
+            "resident_bytes_loaded": resident_bytes(),
+            "peak_bytes_load": self._peak.bytes(),
+            "peak_method": self._peak.method,
+        }
+
+    def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> Answer:
+        """Take the load in; the peak of the run counts from here."""
+        self._prompts = torch.tensor(token_ids, dtype=torch.int64).split(batch_size)
+        self._output_length = output_length
+        # What the imports left behind would be walked by every full garbage collection inside a timing.
+        gc.collect()
+        gc.freeze()
+        self._peak.restart()
+        return {}
+
+    def repeat(self) -> Answer:
+        """Do the whole load once: per batch its timings, and what the scheduler did with our threads meanwhile."""
+        before = thread_times()
+        batches = [
+            asdict(generate(self._runtime, prompts, self._output_length, self._synchronize))
+            for prompts in self._prompts
+        ]
+        return {"batches": batches, "threads": asdict(thread_times() - before)}
+
+    def finish(self) -> Answer:
+        """The highest memory since `prepare`."""
+        return {"peak_bytes_run": self._peak.bytes()}
+
+    def _synchronize(self) -> None:
+        if self._gpu:
+            torch.cuda.synchronize()
+
+
+def _watch_gpu(runtime: str) -> Peak:
+    return PeakCounted() if runtime == "torch" else PeakMissing()

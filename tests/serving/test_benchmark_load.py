@@ -1,0 +1,51 @@
+import pytest
+
+from numprune.errors import InputError
+from numprune.serving.benchmark.load import Load, interleaving
+
+
+def test_every_mistake_is_named_at_once():
+    with pytest.raises(InputError) as caught:
+        Load(prompts=0, output_length=1, repeats=2, seed=-1)
+    message = str(caught.value)
+    for name in ("load.prompts = 0", "load.output_length = 1", "load.repeats = 2", "load.seed = -1"):
+        assert name in message
+    assert "load.prompt_length" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"repeats": 5}, "must be even"),
+        ({"prompts": 3, "batch_size": 2}, "multiple of load.batch_size = 2"),
+        ({"prompts": 2.0}, "must be an integer"),
+        ({"warmup": 0}, "at least 1"),
+        ({"repeats": True}, "must be an integer"),
+    ],
+)
+def test_a_load_that_cannot_be_measured_is_refused(fields, what):
+    with pytest.raises(InputError, match=what):
+        Load(**fields)
+
+
+def test_prompts_are_the_seeds():
+    load = Load(prompts=3, prompt_length=50)
+    ids = load.token_ids(259)
+    assert [len(row) for row in ids] == [50, 50, 50]
+    assert all(0 <= token < 259 for row in ids for token in row)
+    assert len({token for row in ids for token in row}) > 80
+    assert ids == Load(prompts=3, prompt_length=50).token_ids(259)
+    assert ids != Load(prompts=3, prompt_length=50, seed=1).token_ids(259)
+
+
+def test_positions_are_what_the_cache_must_hold():
+    assert Load(prompt_length=8, output_length=2).positions == 9
+
+
+def test_sides_take_turns_and_go_first_equally_often():
+    assert interleaving(6) == "ABBAABBAABBA"
+    pairs = [interleaving(10)[index : index + 2] for index in range(0, 20, 2)]
+    assert pairs.count("AB") == pairs.count("BA") == 5
+    # A drift that is linear in time hits both sides the same.
+    times = {side: sum(index for index, letter in enumerate(interleaving(10)) if letter == side) for side in "AB"}
+    assert times["A"] == times["B"]

@@ -1,0 +1,29 @@
+import pytest
+
+from numprune.serving.benchmark import memory
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["kernel", "sampled"])
+def peak(request, monkeypatch):
+    if request.param == "sampled":
+        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+    made = memory.PeakResident()
+    if request.param == "kernel" and made.method != "VmHWM":
+        pytest.skip("this kernel does not let the mark be reset")
+    return made
+
+
+def test_a_peak_is_seen_after_it_has_passed(peak):
+    before = memory.resident_bytes()
+    block = bytearray(64 * MIB)
+    for _ in range(5):  # long enough for one sample
+        memory.time.sleep(memory._SAMPLING_INTERVAL_S)
+    assert len(block) == 64 * MIB
+    del block
+    assert memory.resident_bytes() < before + 32 * MIB
+    assert peak.bytes() > before + 60 * MIB
+
+    peak.restart()
+    assert peak.bytes() < before + 32 * MIB

@@ -1,0 +1,95 @@
+"""Two real workers on two real models."""
+
+import json
+import threading
+import time
+
+import psutil
+import pytest
+
+from numprune.errors import InputError
+from numprune.serving.benchmark import Load, WorkerError, run_benchmark
+from numprune.serving.benchmark.run import check_match
+from numprune.serving.report import Environment, RuntimeMemory, RuntimeSpeed
+
+LOAD = Load(prompts=4, prompt_length=6, output_length=4, batch_size=2, repeats=4, warmup=1)
+
+
+def workers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "numprune.serving.benchmark.worker" in child.cmdline()]
+
+
+def test_a_candidate_beside_its_baseline(tiny_checkpoint):
+    baseline = tiny_checkpoint(name="baseline")
+    candidate = tiny_checkpoint(name="candidate", intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+
+    result = run_benchmark(candidate, baseline, "torch", LOAD, device="cpu", threads=1)
+
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    speed = RuntimeSpeed.model_validate(result["speed"])
+    assert (speed.order, speed.warmup, speed.repeats, speed.failed_requests) == ("ABBAABBA", 1, 4, 0)
+    assert speed.load == LOAD.describe()
+    assert speed.baseline.itl_ms.samples == speed.candidate.itl_ms.samples == 4 * 2 * 3
+    for metric in (speed.ttft, speed.itl, speed.e2e, speed.decode_tokens_per_s, speed.prefill_tokens_per_s):
+        assert metric.ratio.samples == 4
+        assert 0 < metric.ratio.interval95[0] <= metric.ratio.value <= metric.ratio.interval95[1]
+    assert speed.noise_floor["itl"].neighbours == 1
+
+    memory = RuntimeMemory.model_validate(result["memory"])
+    assert memory.candidate.kv_bytes_per_token / memory.baseline.kv_bytes_per_token == 0.5
+    assert memory.candidate.weight_bytes < memory.baseline.weight_bytes
+    assert memory.baseline.peak_bytes_run > memory.baseline.weight_bytes
+
+    environment = Environment.model_validate(result["environment"])
+    assert environment.valid == (not environment.reasons)
+    for name in ("baseline", "candidate"):
+        samples = result["samples"][name]
+        assert (len(samples["warmup"]), len(samples["repeats"])) == (1, 4)
+        assert samples["opened"]["load_s"] > 0
+    assert workers() == []
+
+
+def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint):
+    """The same folder twice. Timings of a busy machine can be anything, but not half as long again on one side."""
+    folder = tiny_checkpoint()
+    load = Load(prompts=1, prompt_length=4, output_length=8, repeats=8)
+    speed = run_benchmark(folder, folder, "torch", load, device="cpu", threads=1)["speed"]
+    intervals = [speed[metric]["ratio"]["interval95"] for metric in ("ttft", "itl", "decode_tokens_per_s")]
+    assert any(low / 1.5 <= 1 <= high * 1.5 for low, high in intervals)
+
+
+def test_missing_folders_end_before_any_process_starts(tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match=r"candidate .*nowhere"):
+        run_benchmark(tmp_path / "nowhere", tiny_checkpoint(), "torch", LOAD)
+    assert workers() == []
+
+
+def test_what_does_not_belong_together_is_not_compared():
+    on_cpu = {"vocabulary": 259, "gpu": False}
+    check_match(on_cpu, on_cpu)
+    with pytest.raises(InputError, match="baseline has 259 tokens, that of the candidate 300"):
+        check_match(on_cpu, {"vocabulary": 300, "gpu": False})
+    with pytest.raises(InputError, match="baseline runs on the CPU, the candidate on the GPU"):
+        check_match(on_cpu, {"vocabulary": 259, "gpu": True})
+
+
+def test_a_worker_killed_in_mid_run_ends_the_benchmark(tiny_checkpoint):
+    folder = tiny_checkpoint()
+
+    def kill_one_at_work() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for worker in workers():
+                if worker.cpu_times().user > 0.2:
+                    worker.kill()
+                    return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_one_at_work)
+    killer.start()
+    endless = Load(prompts=1, prompt_length=8, output_length=100, repeats=100_000)
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        run_benchmark(folder, folder, "torch", endless, device="cpu", threads=1)
+    killer.join()
+    assert workers() == []

@@ -1,0 +1,90 @@
+import pytest
+
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.samples import Generation, Repeat
+from numprune.serving.benchmark.sections import memory_section, speed_section
+from numprune.serving.report import RuntimeMemory, RuntimeSpeed
+
+LOAD = Load(prompts=2, prompt_length=10, output_length=3, repeats=6)
+
+
+def repeats(scale: float, failed_at: tuple[int, ...] = ()) -> list[Repeat]:
+    """Six repeats of two batches; each repeat has its own speed, which both sides share."""
+    return [
+        Repeat(
+            tuple(
+                Generation(1, 10, 20 * scale * drift, [4 * scale * drift, 6 * scale * drift], int(index in failed_at))
+                for _ in range(2)
+            ),
+            ran_s=1.0,
+            waited_s=0.0,
+        )
+        for index, drift in enumerate((1.0, 1.1, 1.1, 1.3, 0.9, 1.0))
+    ]
+
+
+def test_metrics_of_a_repeat():
+    batches = (Generation(2, 10, 20.0, [4.0, 6.0], 0), Generation(2, 10, 30.0, [5.0, 5.0], 0))
+    metrics = Repeat(batches, 1.0, 0.0).metrics()
+    assert metrics == pytest.approx(
+        {
+            "ttft": 25.0,
+            "itl": 5.0,
+            "e2e": 35.0,
+            "decode_tokens_per_s": 8 / 0.020,  # two prompts at a time, two steps, twice
+            "prefill_tokens_per_s": 40 / 0.050,
+        }
+    )
+
+
+def test_section_is_the_reports():
+    section = speed_section(LOAD, repeats(1.0), repeats(0.8), {"baseline": {"device": "cpu"}, "candidate": {}})
+    speed = RuntimeSpeed.model_validate(section)
+
+    assert speed.order == "ABBAABBAABBA"
+    assert (speed.warmup, speed.repeats, speed.failed_requests) == (1, 6, 0)
+    assert speed.ttft.ratio.value == pytest.approx(0.8)
+    assert speed.itl.ratio.value == pytest.approx(0.8)
+    assert speed.decode_tokens_per_s.ratio.value == pytest.approx(1.25)
+    assert speed.prefill_tokens_per_s.ratio.interval95 == pytest.approx((1.25, 1.25))
+    assert speed.decode_tokens_per_s.ratio.samples == 6
+    assert speed.baseline.itl_ms.samples == 24
+    assert speed.baseline.ttft_ms.p50 == pytest.approx(21.0)
+    assert speed.baseline.ttft_ms.p90 is None  # twelve samples do not support it
+    assert speed.baseline.decode_tokens_per_s == pytest.approx(24 / (12 * 0.010 * 6.4 / 6))
+
+
+def test_noise_floor_is_of_baseline_repeats_that_follow_each_other():
+    section = speed_section(LOAD, repeats(1.0), repeats(0.8), {})
+    # "ABBAABBAABBA": the baseline's repeats 1 and 2 (equally fast), and 3 and 4 (1.3 and 0.9), counted from 0.
+    assert section["noise_floor"]["itl"]["neighbours"] == 2
+    assert section["noise_floor"]["itl"]["relative"] > 0.3
+    steady = [repeats(1.0)[0]] * 6
+    assert speed_section(LOAD, steady, repeats(0.8), {})["noise_floor"]["ttft"]["relative"] == 0.0
+
+
+def test_failed_requests_are_counted_and_their_pairs_left_out():
+    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=(1, 4)), {})
+    assert section["failed_requests"] == 4
+    assert section["ttft"]["ratio"]["samples"] == 4
+    assert section["candidate"]["itl_ms"]["samples"] == 16
+    assert section["baseline"]["itl_ms"]["samples"] == 24
+
+
+def test_a_side_that_always_fails_has_no_ratio():
+    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=tuple(range(6))), {})
+    speed = RuntimeSpeed.model_validate(section)
+    assert speed.failed_requests == 12
+    assert speed.decode_tokens_per_s is None
+    assert speed.candidate.decode_tokens_per_s is None
+    assert speed.candidate.itl_ms.samples == 0
+    assert speed.noise_floor == {}
+
+
+def test_memory_is_judged_by_the_higher_peak():
+    baseline = {"peak_bytes_load": 500, "peak_bytes_run": 400, "weight_bytes": 100, "kv_bytes_per_token": 8, "more": 1}
+    candidate = {"peak_bytes_load": 200, "peak_bytes_run": 300, "weight_bytes": 70, "kv_bytes_per_token": 6}
+    memory = RuntimeMemory.model_validate(memory_section(baseline, candidate))
+    assert memory.peak_bytes.ratio == pytest.approx(300 / 500)
+    assert memory.baseline.peak_bytes_load == 500
+    assert memory.candidate.kv_bytes_per_token == 6

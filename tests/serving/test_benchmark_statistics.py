@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from numprune.serving.benchmark.statistics import (
+    noise_floor,
+    paired_ratio,
+    percentiles,
+    samples_needed,
+    student_cdf,
+    student_quantile,
+)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 200])
+def test_student_is_students(degrees):
+    for t in (0.0, 0.3, 1.0, 2.5, 9.0):
+        assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+    for probability in (0.6, 0.95, 0.975, 0.999):
+        assert student_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9)
+
+
+def test_ratio_is_the_geometric_mean_with_students_bounds():
+    baseline = [10.0, 20.0, 40.0, 10.0]
+    candidate = [11.0, 25.0, 44.0, 13.0]
+    logs = np.log(candidate) - np.log(baseline)
+    expected = stats.t.interval(0.95, 3, loc=logs.mean(), scale=stats.sem(logs))
+    one_sided = stats.t.interval(0.90, 3, loc=logs.mean(), scale=stats.sem(logs))
+
+    ratio = paired_ratio(candidate, baseline)
+
+    assert ratio["value"] == pytest.approx((1.1 * 1.25 * 1.1 * 1.3) ** 0.25)
+    assert ratio["interval95"] == pytest.approx(np.exp(expected))
+    assert [ratio["ci95_lower"], ratio["ci95_upper"]] == pytest.approx(np.exp(one_sided))
+    assert (ratio["samples"], ratio["sampling_unit"]) == (4, "repeat")
+
+
+def test_what_both_sides_of_a_pair_share_does_not_count():
+    drift = np.array([1.0, 3.0, 0.2, 7.0])
+    ratio = paired_ratio(list(1.5 * drift), list(drift))
+    assert ratio["interval95"] == pytest.approx([1.5, 1.5])
+
+
+@pytest.mark.parametrize("noise", ["normal", "skewed"])
+def test_intervals_cover_the_truth_as_often_as_they_promise(noise):
+    """Ten pairs, a drift both sides share, true ratio 1.2; "skewed" timings have exponential delays on top."""
+    generator = np.random.default_rng(0)
+    covered = below = above = 0
+    experiments = 2000
+    for _ in range(experiments):
+        if noise == "normal":
+            sides = np.exp(generator.normal(0, 0.05, size=(2, 10)))
+        else:
+            sides = 1 + generator.exponential(0.05, size=(2, 10))
+        sides = sides * np.exp(generator.normal(0, 0.5, size=10))
+        ratio = paired_ratio(list(1.2 * sides[0]), list(sides[1]))
+        covered += ratio["interval95"][0] <= 1.2 <= ratio["interval95"][1]
+        below += ratio["ci95_lower"] <= 1.2
+        above += ratio["ci95_upper"] >= 1.2
+    # Three standard errors of 2,000 draws are 1.5 points.
+    assert [covered / experiments, below / experiments, above / experiments] == pytest.approx([0.95] * 3, abs=0.015)
+
+
+def test_noise_floor_holds_what_a_baseline_does_against_itself():
+    generator = np.random.default_rng(1)
+    inside = 0
+    experiments = 1000
+    for _ in range(experiments):
+        first, second = np.exp(generator.normal(0, 0.03, size=(2, 10)))
+        neighbours = np.exp(generator.normal(0, 0.03, size=(4, 2)))
+        floor = noise_floor([(a, b) for a, b in neighbours], repeats=10)
+        inside += abs(math.log(paired_ratio(list(first), list(second))["value"])) <= math.log1p(floor["relative"])
+    assert inside / experiments == pytest.approx(0.95, abs=0.02)
+
+
+def test_noise_floor_of_an_order_effect_is_not_zero():
+    assert noise_floor([(1.0, 1.1), (1.0, 1.1)], repeats=4)["relative"] > 0.1
+    assert noise_floor([(1.0, 1.0)], repeats=4) == {"relative": 0.0, "neighbours": 1}
+
+
+def test_percentiles_only_with_the_samples_they_need():
+    assert [samples_needed(percentile) for percentile in (50, 90, 95, 99)] == [6, 29, 59, 299]
+    assert percentiles([]) == {"samples": 0}
+    assert percentiles([1.0] * 5) == {"samples": 5}
+    assert percentiles(list(range(1, 29))) == {"samples": 28, "p50": 14.5}
+    assert percentiles(list(range(1, 60))).keys() == {"samples", "p50", "p90", "p95"}
+    values = list(range(1001))
+    assert percentiles(values) == {"samples": 1001, "p50": 500.0, "p90": 900.0, "p95": 950.0, "p99": 990.0}
+
+
+@pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -2.0], [1.0, math.nan], [1.0, math.inf], [1.0]])
+def test_what_is_no_time_is_refused(bad):
+    with pytest.raises(ValueError):
+        paired_ratio(bad, [1.0, 1.0])
+    with pytest.raises(ValueError):
+        paired_ratio([1.0, 1.0], bad)
+
+
+def test_too_few_pairs_are_refused():
+    with pytest.raises(ValueError, match="at least two pairs"):
+        paired_ratio([1.0], [1.0])
+    with pytest.raises(ValueError, match="at least one pair"):
+        noise_floor([], repeats=4)
