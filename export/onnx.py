@@ -1,0 +1,65 @@
+"""ONNX with KV cache and dynamic batch, prompt and past lengths: standard operators only, one file plus its weights.
+
+There is one flavour, named in the model's metadata: operators of the ONNX standard alone, which ONNX Runtime and
+TensorRT both take and which are exact for left-padded rows (see `onnx_decoder`).
+"""
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from numprune.errors import InputError
+from numprune.export import checkpoint, manifest
+from numprune.export.onnx_decoder import OPSETS, write_decoder
+from numprune.export.onnx_graph import DATA_FILE, Graph, save
+from numprune.export.weights import read_tensor
+
+MODEL_FILE = "model.onnx"
+FLAVOUR = "standard-operators"
+
+# Kept beside the graph: what a program needs to use it, and what it was made from.
+_COMPANIONS = ("config.json", "generation_config.json", checkpoint.PLAN)
+
+
+def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
+    """Write the checkpoint `source` as ONNX in float32 to the new folder `out`.
+
+    The weights pass through memory one tensor at a time. Biases, norms, sliding windows, tied embeddings and layers of
+    different sizes are taken from the checkpoint; the graph keeps logits of the positions that `logits_to_keep` names,
+    all of them for scoring or the last one for the first token.
+
+    Args:
+        source: a checkpoint folder of a supported architecture.
+        out: must not exist.
+        opset: 23, or 20 for runtimes that do not know Attention, RMSNormalization and RotaryEmbedding.
+
+    Raises:
+        InputError: `out` exists, or the architecture, opset or a setting of config.json is not supported.
+        IntegrityError: the checkpoint is not what its configuration says.
+    """
+    if opset not in OPSETS:
+        raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
+    headers = checkpoint.audit(source)
+    config = checkpoint.read_config(source)
+    tokenizer = checkpoint.load_tokenizer(source)
+    facts: dict[str, JsonValue] = {
+        "flavour": FLAVOUR,
+        "opset": opset,
+        "dtype": "float32",
+        "onnx": version("onnx"),
+        "file": MODEL_FILE,
+    }
+    parents = {"checkpoint": manifest.folder_digest(source)}
+    with manifest.creating(out, kind="onnx", parents=parents, facts=facts) as folder:
+        with (folder / DATA_FILE).open("wb") as data:
+            graph = Graph(data)
+            write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name], name), opset)
+        metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
+        save(graph.model(opset, metadata), folder / MODEL_FILE)
+        tokenizer.save_pretrained(folder)
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    return manifest.read(out)

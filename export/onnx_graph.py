@@ -1,0 +1,95 @@
+"""An ONNX graph under construction: nodes named as they come, large weights streamed to one external data file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+DATA_FILE = "model.onnx.data"
+
+_INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
+_PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
+
+
+@dataclass
+class Graph:
+    """Collects nodes, initializers, inputs and outputs; `op` and the others return the name of what they added."""
+
+    data: BinaryIO  # the external data file, open for writing
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Append a node with one output."""
+        return self.split(kind, *inputs, outputs=1, **attributes)[0]
+
+    def split(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """Append a node with several outputs."""
+        name = f"{kind}_{len(self.nodes)}"
+        names = [f"{name}.{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
+        return names
+
+    def integers(self, *values: int) -> str:
+        """A constant int64 vector."""
+        return self._constant("i" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
+
+    def integer(self, value: int) -> str:
+        """A constant int64 scalar."""
+        return self._constant(f"i{value}_scalar", np.array(value, dtype=np.int64))
+
+    def scalar(self, value: float) -> str:
+        """A constant float32 scalar."""
+        return self._constant(f"f{value!r}", np.array(value, dtype=np.float32))
+
+    def weight(self, name: str, tensor: torch.Tensor) -> str:
+        """An initializer in float32. One name is stored once: the second call only refers to it."""
+        if name in self.initializers:
+            return name
+        array = tensor.detach().to(torch.float32).contiguous().numpy()
+        if array.nbytes <= _INLINE_BYTES:
+            return self._constant(name, array)
+        self.data.write(b"\0" * (-self.data.tell() % _PAGE_BYTES))
+        proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        place = {"location": DATA_FILE, "offset": self.data.tell(), "length": array.nbytes}
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=str(value))
+        array.tofile(self.data)
+        self.initializers[name] = proto
+        return name
+
+    def input(self, name: str, kind: int, shape: list[int | str]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, value: str, name: str, kind: int, shape: list[int | str]) -> None:
+        """Give `value` a name of its own among the graph's outputs."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output.{name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def model(self, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes, "decoder", self.inputs, self.outputs, initializer=list(self.initializers.values())
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], producer_name="numprune", ir_version=10
+        )
+        helper.set_model_props(model, metadata)
+        return model
+
+    def _constant(self, name: str, array: np.ndarray[Any, Any]) -> str:
+        self.initializers.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write the graph; its data file is already there. Checks it, shapes and types inferred, as a file of any size."""
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)

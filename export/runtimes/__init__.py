@@ -1,0 +1,72 @@
+"""Programs that run a decoder, one per module, behind one Protocol: what `parity` proves is what the benchmark times.
+
+A runtime holds one batch at a time: `prefill` starts it, each `decode` extends its KV cache by one position. Everything
+computes in float32. Logits are on the CPU when a call returns, so its wall-clock time is all it cost.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from numprune.errors import InputError
+
+NAMES = ("torch", "onnxruntime", "tensorrt")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Runtime(Protocol):
+    """A model loaded into one runtime."""
+
+    name: str
+    vocabulary: int
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> Tensor:
+        """Start a new batch.
+
+        Args:
+            tokens: (B, S) int64.
+            mask: (B, S), 1 = token, 0 = padding on the left; None: no padding.
+            last_only: compute the logits of the last position alone, which is what the first token needs.
+
+        Returns:
+            Logits (B, S, V), or (B, 1, V) with `last_only`; at padding they mean nothing.
+        """
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Extend every row by one token: (B, 1) int64 -> logits (B, V)."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON for a report: device, threads, versions, weight_bytes, kv_bytes_per_token."""
+
+
+def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
+    """Load `folder` into the runtime `name`.
+
+    Args:
+        name: `torch` (a checkpoint folder), `onnxruntime` (of `export.onnx`) or `tensorrt` (of `export.tensorrt`).
+        folder: what to load.
+        device: `cpu`, `cuda`, or `auto`: CUDA where the runtime and the machine have it.
+        threads: of the CPU, for one operator; None: the runtime's own default.
+
+    Raises:
+        InputError: unknown name or device, or a folder of another kind.
+        IntegrityError: the folder is not whole.
+        MissingRuntime: its libraries or the device are not there; says what to install.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device={device!r}: choose one of {', '.join(DEVICES)}")
+    match name:
+        case "torch":
+            from numprune.export.runtimes.torch_eager import TorchRuntime
+
+            return TorchRuntime(folder, device=device, threads=threads)
+        case "onnxruntime":
+            from numprune.export.runtimes.ort import OnnxRuntime
+
+            return OnnxRuntime(folder, device=device, threads=threads)
+        case "tensorrt":
+            from numprune.export.runtimes.trt import TensorRTRuntime
+
+            return TensorRTRuntime(folder, device=device)
+    raise InputError(f"runtime={name!r}: choose one of {', '.join(NAMES)}")

@@ -1,0 +1,40 @@
+"""What every runtime checks about a batch, and the mask that grows with it."""
+
+import torch
+from torch import Tensor
+
+
+def prompt_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """The attention mask (B, S) int64 of a prompt; all ones when none is given.
+
+    Raises ValueError: these are mistakes of the caller, and a wrong mask gives wrong logits without a word.
+    """
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must be a non-empty (B, S) int64 tensor, not {tokens.dtype} {list(tokens.shape)}")
+    _check_range(tokens, vocabulary)
+    if mask is None:
+        return torch.ones_like(tokens)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {list(mask.shape)}, tokens {list(tokens.shape)}")
+    mask = mask.to(torch.int64)
+    if not ((mask == 0) | (mask == 1)).all() or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+        raise ValueError("mask must be zeros (padding) on the left and ones on the right, at least one in each row")
+    return mask
+
+
+def extended_mask(mask: Tensor | None, tokens: Tensor, vocabulary: int) -> Tensor:
+    """The mask (B, T) after one more token per row. Raises ValueError, also when no prefill came before."""
+    if mask is None:
+        raise ValueError("call prefill() before decode()")
+    if tokens.dtype != torch.int64 or tokens.shape != (len(mask), 1):
+        raise ValueError(
+            f"tokens must be a ({len(mask)}, 1) int64 tensor, one for each row of the prefill, not {tokens.dtype} "
+            f"{list(tokens.shape)}"
+        )
+    _check_range(tokens, vocabulary)
+    return torch.cat([mask, torch.ones_like(tokens)], dim=1)
+
+
+def _check_range(tokens: Tensor, vocabulary: int) -> None:
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(f"a token is outside of 0 … {vocabulary - 1}")

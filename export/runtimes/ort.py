@@ -1,0 +1,153 @@
+"""ONNX Runtime: runs a folder of `export.onnx` on the CPU or through its CUDA provider.
+
+The KV cache stays where the runtime allocated it: each call's `present` values are bound as the next one's `past`, and
+nothing but tokens, mask and logits crosses between Python and the runtime.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from numprune.errors import InputError, IntegrityError, MissingRuntime
+from numprune.export import manifest
+from numprune.export.onnx import MODEL_FILE
+from numprune.export.runtimes.batch import extended_mask, prompt_mask
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+# What does the work. Shape arithmetic may be on the CPU also beside a GPU; these may not.
+_HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Attention", "Softmax", "RMSNormalization", "SimplifiedLayerNormalization"}
+
+
+class OnnxRuntime:
+    """An ONNX Runtime session over the exported graph."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        found = manifest.read(folder)
+        if found.kind != "onnx":
+            raise InputError(f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`")
+        self._facts = dict(found.facts)
+        provider = _choose_provider(device)
+        self._device = "cuda" if provider == CUDA else "cpu"
+        self._threads = threads
+        self._session = _open(folder / MODEL_FILE, provider, threads)
+        if provider == CUDA:
+            _require_cuda(self._session)
+        shapes = {value.name: value.shape for value in self._session.get_inputs()}
+        self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.vocabulary: int = self._session.get_outputs()[0].shape[-1]
+        self._weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(MODEL_FILE))
+        self._mask: Tensor | None = None
+        self._cache: dict[str, ort.OrtValue] = {}
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> Tensor:
+        self._mask = prompt_mask(tokens, mask, self.vocabulary)
+        rows, length = tokens.shape
+        self._cache = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type([rows, heads, 0, size], np.float32, self._device)
+            for name, (_, heads, _, size) in self._past.items()
+        }
+        return self._run(tokens, torch.arange(length - 1 if last_only else 0, length))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        self._mask = extended_mask(self._mask, tokens, self.vocabulary)
+        return self._run(tokens, torch.zeros(1, dtype=torch.int64))[:, 0]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": self.name,
+            "device": self._device,
+            "provider": self._session.get_providers()[0],
+            "threads": self._threads or "default",
+            "flavour": self._facts["flavour"],
+            "opset": self._facts["opset"],
+            "weight_bytes": self._weight_bytes,
+            "kv_bytes_per_token": sum(4 * heads * size for _, heads, _, size in self._past.values()),
+            "versions": {"onnxruntime": ort.__version__},
+        }
+
+    def _run(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        assert self._mask is not None
+        binding = self._session.io_binding()
+        for name, value in (("input_ids", tokens), ("attention_mask", self._mask), ("logits_to_keep", kept)):
+            binding.bind_cpu_input(name, value.contiguous().numpy())
+        for name, past in self._cache.items():
+            binding.bind_ortvalue_input(name, past)
+        binding.bind_output(self._outputs[0], "cpu")
+        for name in self._outputs[1:]:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        self._cache = {
+            name.replace("present", "past_key_values"): value
+            for name, value in zip(self._outputs[1:], present, strict=True)
+        }
+        return torch.from_numpy(logits.numpy())
+
+
+def _choose_provider(device: str) -> str:
+    available = CUDA in ort.get_available_providers()
+    if device == "cuda" and not available:
+        raise MissingRuntime(
+            "device=cuda: this onnxruntime has no CUDA provider; install onnxruntime-gpu instead of onnxruntime, "
+            "or use device=cpu"
+        )
+    if device == "cuda" or (device == "auto" and available and _cuda_device_count()):
+        return CUDA
+    return CPU
+
+
+def _cuda_device_count() -> int:
+    """Devices the driver sees. Asked of the driver: torch beside it may be built for the CPU only."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # a plan per shape: each decode step has a new one
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # TF32 would cost three digits against the float32 reference.
+    providers = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise IntegrityError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+
+
+def _require_cuda(session: ort.InferenceSession) -> None:
+    """Raise MissingRuntime when ONNX Runtime has quietly given the work to the CPU."""
+    if session.get_providers()[0] != CUDA:
+        raise MissingRuntime(
+            f"ONNX Runtime fell back to {session.get_providers()[0]}: its CUDA provider did not start (see its log for "
+            "the library that is missing; onnxruntime-gpu needs CUDA 13 and cuDNN 9), or use device=cpu"
+        )
+    strays = nodes_elsewhere(session, CUDA)
+    if strays:
+        raise MissingRuntime(
+            f"ONNX Runtime would run {', '.join(strays)} on the CPU: its CUDA provider has no kernel for them; export "
+            "with opset=20, or use device=cpu"
+        )
+
+
+def nodes_elsewhere(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The kinds of heavy operators that the session assigned to another provider than `provider`."""
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != provider]
+    return sorted({node.op_type for part in parts for node in part.get_nodes()} & _HEAVY)

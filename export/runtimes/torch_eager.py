@@ -1,0 +1,71 @@
+"""PyTorch, eager: runs a checkpoint folder, and is the reference the others are compared with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+from numprune.errors import MissingRuntime
+from numprune.export import checkpoint
+from numprune.export.runtimes.batch import extended_mask, prompt_mask
+
+
+class TorchRuntime:
+    """A checkpoint in float32 with transformers' own cache."""
+
+    name = "torch"
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise MissingRuntime(
+                "device=cuda: this torch sees no CUDA device; install a CUDA build of torch, or use device=cpu"
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)  # of the whole process
+        self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self._model = checkpoint.load(folder)[0].to(self._device)
+        self.vocabulary: int = self._model.config.vocab_size
+        self._mask: Tensor | None = None
+        self._cache = DynamicCache(config=self._model.config)
+
+    def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> Tensor:
+        self._mask = prompt_mask(tokens, mask, self.vocabulary)
+        self._cache = DynamicCache(config=self._model.config)
+        return self._run(tokens, logits_to_keep=1 if last_only else 0)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        self._mask = extended_mask(self._mask, tokens, self.vocabulary)
+        return self._run(tokens, logits_to_keep=1)[:, -1]
+
+    def describe(self) -> dict[str, Any]:
+        parameters = list(self._model.parameters())
+        projections = [(layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in self._model.model.layers]
+        return {
+            "runtime": self.name,
+            "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "attention": self._model.config._attn_implementation,
+            "weight_bytes": sum(parameter.nbytes for parameter in parameters),
+            "kv_bytes_per_token": sum(4 * (key.out_features + value.out_features) for key, value in projections),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+
+    @torch.inference_mode()
+    def _run(self, tokens: Tensor, *, logits_to_keep: int) -> Tensor:
+        assert self._mask is not None
+        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        # Without padding no mask is needed, and attention is faster without one.
+        mask = None if self._mask.all() else self._mask.to(self._device)
+        output = self._model(
+            input_ids=tokens.to(self._device),
+            attention_mask=mask,
+            position_ids=positions.to(self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: Tensor = output.logits
+        return logits.to("cpu")

@@ -1,0 +1,22 @@
+"""What ONNX Runtime does not say by itself: where the nodes run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.errors import MissingRuntime
+from numprune.export import onnx
+from numprune.export.runtimes import ort
+
+
+@pytest.mark.parametrize(("opset", "heavy"), [(23, {"Attention", "MatMul"}), (20, {"Softmax", "MatMul"})])
+def test_work_that_went_to_the_cpu_is_found(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, opset: int, heavy: set[str]
+) -> None:
+    onnx.export(tiny_checkpoint(), tmp_path / "onnx", opset=opset)
+    session = ort._open(tmp_path / "onnx" / onnx.MODEL_FILE, ort.CPU, threads=1)
+    assert ort.nodes_elsewhere(session, ort.CPU) == []
+    assert heavy <= set(ort.nodes_elsewhere(session, ort.CUDA))
+    with pytest.raises(MissingRuntime, match="fell back to CPUExecutionProvider"):
+        ort._require_cuda(session)
