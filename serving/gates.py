@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from numprune.errors import InputError
+from numprune.errors import InputError, IntegrityError
 from numprune.serving.problems import problems
 from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
 
@@ -99,6 +99,25 @@ def judge(report: Report, policy: Policy) -> Verdict:
 def exit_code(verdict: Verdict) -> int:
     """The exit code of every command that ends in this verdict."""
     return EXIT_CODES[verdict.outcome]
+
+
+def confirm(report: Report) -> None:
+    """Judge a report by the gates of its own verdict. Raises IntegrityError when they come to something else."""
+    if report.verdict is None:
+        raise InputError(f"report {report.run_id}: not judged")
+    claimed = report.verdict.gates
+    try:
+        policy = Policy(gates=tuple(Gate(metric=g.metric, bound=g.bound, min=g.min, max=g.max) for g in claimed))
+    except ValidationError as error:
+        raise IntegrityError(
+            f"report {report.run_id}: its verdict has a gate that cannot be: {problems(error)}"
+        ) from None
+    for said, is_so in zip(claimed, judge(report, policy).gates, strict=True):
+        if said.outcome != is_so.outcome:
+            raise IntegrityError(
+                f"report {report.run_id}: its verdict says {said.outcome} for {said.metric}, but its measurements come "
+                f"to {is_so.outcome}: {is_so.reason}"
+            )
 
 
 # --- one gate -------------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""Releases under a name, their versions, and which of them is in production, over the MLflow Model Registry.
+
+    registry = open_registry(None, workspace)                # embedded: SQLite and a folder, no server
+    registry = open_registry("https://mlflow…", workspace)   # any MLflow server
+    version = publish(registry, release_folder, "my-model")  # alias `candidate`; only after a passed gate
+    promote(registry, "my-model")                            # verifies, then moves `production`
+    rollback(registry, "my-model")                           # to the previous production version
+    fetch(registry, "my-model@production", out)              # a verified copy
+
+A *reference* is NAME, NAME@ALIAS or NAME/VERSION. MLflow keeps no checksums: the digest of a release's manifest stands
+in the version's tags and is checked on every use.
+"""
+
+from numprune.serving.registry.connection import Registry, RegistryError, open_registry
+from numprune.serving.registry.production import promote, rollback
+from numprune.serving.registry.publishing import RefusedReleaseError, publish
+from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, parse
+from numprune.serving.registry.releases import Shown, fetch, show, verify
+from numprune.serving.registry.versions import Model, Version, list_models, list_versions
+
+__all__ = [
+    "CANDIDATE",
+    "PRODUCTION",
+    "Model",
+    "Reference",
+    "RefusedReleaseError",
+    "Registry",
+    "RegistryError",
+    "Shown",
+    "Version",
+    "fetch",
+    "list_models",
+    "list_versions",
+    "open_registry",
+    "parse",
+    "promote",
+    "publish",
+    "rollback",
+    "show",
+    "verify",
+]

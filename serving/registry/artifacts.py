@@ -1,0 +1,129 @@
+"""Where the files of a release lie: in a folder of the workspace, or behind an MLflow server.
+
+MLflow addresses them by the run that wrote them; every run of ours holds one folder, `release`.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from numprune.errors import IntegrityError
+from numprune.export import manifest
+from numprune.export.manifest import Manifest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FOLDER = "release"
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class Artifacts(Protocol):
+    """The releases of runs. Nothing here is verified but what `put` takes in."""
+
+    def put(self, run_id: str, release: Path) -> str:
+        """Store a release folder under a run that has none; its address."""
+        ...
+
+    def at(self, run_id: str, only: Sequence[str] | None = None) -> AbstractContextManager[Path]:
+        """The stored release as a folder to read in the context; with `only`, at least the files of these names."""
+        ...
+
+    def copy(self, run_id: str, into: Path) -> None:
+        """Copy the stored release, manifest included, into an empty folder."""
+        ...
+
+    def remove(self, run_id: str) -> None:
+        """Remove the release of a run, as far as this store can."""
+        ...
+
+
+class LocalArtifacts:
+    """`<root>/<run id>/artifacts/release`: as MLflow lays it out, but found without the address that MLflow recorded,
+    because the workspace may have moved since.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, run_id: str, release: Path) -> str:
+        out = self._folder(run_id)
+        found = manifest.verify(release)
+        with manifest.creating(out, kind=found.kind, parents=found.parents, facts=found.facts) as partial:
+            for name in found.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(release / name, partial / name)
+        require_digest(manifest.read(out), found.digest, out)  # the release may have changed under our hands
+        return out.as_uri()
+
+    @contextmanager
+    def at(self, run_id: str, only: Sequence[str] | None = None) -> Iterator[Path]:
+        folder = self._folder(run_id)
+        if not folder.is_dir():
+            raise IntegrityError(f"{folder}: missing; publish the same release again to restore it")
+        yield folder
+
+    def copy(self, run_id: str, into: Path) -> None:
+        with self.at(run_id) as folder:
+            shutil.copytree(folder, into, dirs_exist_ok=True)
+
+    def remove(self, run_id: str) -> None:
+        run = self._folder(run_id).parent.parent
+        if run.exists():
+            shutil.rmtree(run)
+
+    def _folder(self, run_id: str) -> Path:
+        if not _RUN_ID.fullmatch(run_id):  # it becomes part of a path
+            raise IntegrityError(f"{run_id!r} is not the id of an MLflow run")
+        return self._root / run_id / "artifacts" / FOLDER
+
+
+class ServerArtifacts:
+    """Behind an MLflow server, through its client."""
+
+    def __init__(self, client: "MlflowClient") -> None:
+        self._client = client
+
+    def put(self, run_id: str, release: Path) -> str:
+        expected = manifest.verify(release)
+        self._client.log_artifacts(run_id, str(release), FOLDER)
+        with self.at(run_id) as stored:
+            require_digest(manifest.verify(stored), expected.digest, f"MLflow run {run_id}")
+        return f"{self._client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+
+    @contextmanager
+    def at(self, run_id: str, only: Sequence[str] | None = None) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as scratch:
+            for path in [FOLDER] if only is None else [f"{FOLDER}/{name}" for name in only]:
+                self._client.download_artifacts(run_id, path, scratch)
+            with calling(Path(scratch) / FOLDER, f"MLflow run {run_id}") as folder:
+                yield folder
+
+    def copy(self, run_id: str, into: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=into.parent) as scratch:  # beside it: a rename, not a second copy
+            self._client.download_artifacts(run_id, FOLDER, scratch)
+            for item in (Path(scratch) / FOLDER).iterdir():
+                item.rename(into / item.name)
+
+    def remove(self, run_id: str) -> None:
+        """Nothing: a client cannot delete files; `mlflow gc` on the server does, once the run is deleted."""
+
+
+@contextmanager
+def calling(folder: Path, name: str) -> Iterator[Path]:
+    """A temporary folder that errors are to call by a name that means something to the reader."""
+    try:
+        yield folder
+    except IntegrityError as error:
+        raise IntegrityError(str(error).replace(str(folder), name)) from None
+
+
+def require_digest(found: Manifest, digest: str, where: Path | str) -> None:
+    """Raises IntegrityError unless the manifest is the one that was published."""
+    if found.digest != digest:
+        raise IntegrityError(f"{where}: {manifest.FILE_NAME} has the digest {found.digest}, but {digest} was published")

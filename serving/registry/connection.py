@@ -1,0 +1,197 @@
+"""Opening a registry: the embedded one (a SQLite file and a folder) or an MLflow server.
+
+MLflow is imported here and only when a registry is opened: the import takes a second.
+"""
+
+import hashlib
+import logging
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from numprune.errors import NumpruneError
+from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "numprune"  # the MLflow experiment whose runs hold the artifacts
+_LOCK_TIMEOUT_S = 600.0  # longer than verifying a large release takes
+
+_STORE = {"mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3"}  # packages whose errors are a registry's
+
+_QUIET = {  # none of these overrules what the user set
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # MLflow's own 7 let a mistyped address hang for minutes
+}
+
+
+class RegistryError(NumpruneError):
+    """The registry cannot be reached, written or understood."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """An open registry. Everything that changes it happens inside `exclusive`."""
+
+    uri: str
+    client: "MlflowClient"
+    artifacts: Artifacts
+    experiment: str  # its id
+    embedded: bool
+    lock_file: Path
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """One writer at a time: of all on the embedded registry, of those with this workspace on a server."""
+        with _locked(self.lock_file), self.speaking():
+            yield
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """What MLflow and its store raise comes out as a RegistryError that names the registry."""
+        with _speaking(self.uri):
+            yield
+
+
+def open_registry(uri: str | None, workspace: Path) -> Registry:
+    """Open the registry at `uri`, an MLflow server's http(s) address, or, with None, the workspace's own.
+
+    The workspace's own is `registry/` in it, made on first use: `mlflow.db` and `artifacts/`. It may be moved. Any
+    number of processes may open it at once. Raises RegistryError.
+    """
+    root = workspace.absolute() / "registry"
+    if uri is None:
+        return _open_embedded(root)
+    if not uri.startswith(("http://", "https://")):
+        raise RegistryError(
+            f"{uri!r}: not an MLflow server's address (http://… or https://…); "
+            "without one, the workspace's own registry is used"
+        )
+    with _speaking(uri):
+        client = _client(uri)
+        return Registry(
+            uri=uri,
+            client=client,
+            artifacts=ServerArtifacts(client),
+            experiment=_experiment(client, None),
+            embedded=False,
+            lock_file=root / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock",
+        )
+
+
+def error_code(error: Exception) -> str:
+    """The name MLflow gives an error, or nothing."""
+    return str(getattr(error, "error_code", ""))
+
+
+def _open_embedded(root: Path) -> Registry:
+    if any(mark in str(root) for mark in "?#%"):
+        raise RegistryError(f"{root}: a database's address cannot hold '?', '#' or '%'; choose another workspace")
+    database, lock = root / "mlflow.db", root / "lock"
+    uri = f"sqlite:///{database}"
+    # Two processes that make MLflow's tables at once crash one of them; and whoever is killed meanwhile must not
+    # leave half of them. So one at a time, under another name first.
+    with _speaking(str(root)), _locked(lock):
+        for leftover in root.glob("mlflow.db.*.partial*"):
+            leftover.unlink()
+        if not database.exists():
+            _create_database(database)
+        _require_usable(database)
+        client = _client(uri)
+        return Registry(
+            uri=uri,
+            client=client,
+            artifacts=LocalArtifacts(root / "artifacts"),
+            experiment=_experiment(client, root / "artifacts"),
+            embedded=True,
+            lock_file=lock,
+        )
+
+
+def _create_database(database: Path) -> None:
+    partial = database.with_name(f"{database.name}.{secrets.token_hex(8)}.partial")
+    partial.touch()
+    _experiment(_client(f"sqlite:///{partial}"), database.parent / "artifacts")
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(database)
+
+
+def _require_usable(database: Path) -> None:
+    """Let a database that is damaged or read-only fail here: MLflow would try again for half an hour."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("SELECT version_num FROM alembic_version")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
+
+
+def _client(uri: str) -> "MlflowClient":
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # for a process that had imported it before
+        logging.getLogger(name).setLevel(max(logging.getLogger(name).level, logging.WARNING))
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment(client: "MlflowClient", artifacts: Path | None) -> str:
+    """The id of our experiment, made when it is not there."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        try:
+            location = None if artifacts is None else artifacts.as_uri()
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        except Exception as error:
+            if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(EXPERIMENT)  # another publisher was faster
+    if found is None or found.lifecycle_stage != "active":
+        raise RegistryError(f"the MLflow experiment {EXPERIMENT!r} was deleted; restore it in MLflow")
+    return str(found.experiment_id)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the file's flock: it ends with the process, however that ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=_LOCK_TIMEOUT_S)
+        lock.acquire()
+    except Timeout:
+        raise RegistryError(f"{path}: held by another process for {_LOCK_TIMEOUT_S:.0f} s; try again") from None
+    except OSError as error:
+        raise RegistryError(f"{path}: the registry cannot be locked: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _speaking(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except NumpruneError:
+        raise
+    except Exception as error:
+        if not _is_of_the_store(error):
+            raise
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RegistryError(f"registry {uri}: {text}") from error
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    """Whether MLflow, its database, its HTTP client or the disk raised this: anything else is a mistake of ours."""
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(modules & _STORE)

@@ -1,0 +1,116 @@
+"""Which version is in production, and which ones were.
+
+MLflow's aliases have no history and no compare-and-set. The history stands in a tag of the model, as a journal: what
+the history will be is written first, then the alias moves, then the history is. Whoever is killed in between leaves
+enough to tell whether the alias had moved.
+"""
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from numprune.errors import InputError, IntegrityError
+from numprune.serving.problems import problems
+from numprune.serving.registry.connection import Registry
+from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, check_name, parse
+from numprune.serving.registry.releases import verify_version
+from numprune.serving.registry.versions import VERDICT, Version, model, resolve
+
+_JOURNAL = "numprune.production"
+_KEPT = 100  # versions of history: a tag holds 5,000 characters
+
+
+class _Journal(BaseModel):
+    """`history`: versions that were in production, the current one last; `next`: the history after a move under way."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    history: list[int]
+    next: list[int] | None = Field(default=None, min_length=1)
+
+
+def promote(registry: Registry, reference: str) -> Version:
+    """Verify a version, then move `production` to it; a bare name means its candidate.
+
+    Raises InputError, IntegrityError (damaged, or its verdict is not `pass`; production stays where it is).
+    """
+    wanted = parse(reference, default_alias=CANDIDATE)
+    with registry.exclusive():
+        version = resolve(registry, wanted)
+        _require_passed(registry, version)
+        history = _recover(registry, version.name)
+        if _current(registry, version.name) != version.version:
+            _move(registry, version.name, history, [*history, version.version])
+        return resolve(registry, Reference(version.name, PRODUCTION, None))
+
+
+def rollback(registry: Registry, name: str) -> Version:
+    """Move `production` back to the version before; again, and it goes further back.
+
+    Raises InputError (nothing in production, or nothing before it), IntegrityError (the version before is damaged;
+    production stays where it is).
+    """
+    with registry.exclusive():
+        history = _recover(registry, check_name(name))
+        if _current(registry, name) is None:
+            past = ", ".join(str(version) for version in reversed(history)) or "none"
+            raise InputError(f"{name}: nothing is in production; promote {name}/VERSION (versions that were: {past})")
+        if len(history) < 2:
+            raise InputError(f"{name}: no version was in production before {name}/{history[-1]}")
+        version = resolve(registry, Reference(name, None, history[-2]))
+        _require_passed(registry, version)
+        _move(registry, name, history, history[:-1])
+        return resolve(registry, Reference(name, PRODUCTION, None))
+
+
+def _require_passed(registry: Registry, version: Version) -> None:
+    """The tag can be changed by hand, so the report, whose digest is verified, must say it too."""
+    report = verify_version(registry, version)
+    outcome = None if report.verdict is None else report.verdict.outcome
+    if version.verdict != "pass" or outcome != "pass":
+        raise IntegrityError(
+            f"{version.reference}: its verdict is {outcome!r} in the report and {version.verdict!r} in the tag "
+            f"{VERDICT}; only a passed release goes into production"
+        )
+
+
+def _current(registry: Registry, name: str) -> int | None:
+    return model(registry, name).aliases.get(PRODUCTION)
+
+
+def _move(registry: Registry, name: str, history: list[int], following: list[int]) -> None:
+    following = following[-_KEPT:]
+    _write(registry, name, _Journal(history=history, next=following))
+    registry.client.set_registered_model_alias(name, PRODUCTION, str(following[-1]))
+    _write(registry, name, _Journal(history=following))
+    if _current(registry, name) != following[-1]:
+        raise IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same moment; look, and do it again")
+
+
+def _recover(registry: Registry, name: str) -> list[int]:
+    """The history as it is: an interrupted move finished or forgotten, a move by other means taken over."""
+    current = _current(registry, name)
+    journal = _read(registry, name)
+    history = journal.history
+    if journal.next is not None and journal.next[-1] == current:
+        history = journal.next
+    if current is not None and (not history or history[-1] != current):
+        history = [*history, current][-_KEPT:]
+    return history
+
+
+def _read(registry: Registry, name: str) -> _Journal:
+    text: Any = registry.client.get_registered_model(name).tags.get(_JOURNAL)
+    if text is None:
+        return _Journal(history=[])
+    try:
+        return _Journal.model_validate(json.loads(text))
+    except ValidationError as error:
+        raise IntegrityError(f"{name}: the tag {_JOURNAL} is damaged: {problems(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{name}: the tag {_JOURNAL} is damaged: {error}") from None
+
+
+def _write(registry: Registry, name: str, journal: _Journal) -> None:
+    registry.client.set_registered_model_tag(name, _JOURNAL, journal.model_dump_json(exclude_none=True))

@@ -1,0 +1,192 @@
+"""From a release folder to a version with the alias `candidate`, once, and only after a passed gate."""
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from numprune.errors import InputError, IntegrityError, NumpruneError
+from numprune.export import manifest
+from numprune.export.manifest import Manifest
+from numprune.serving import gates
+from numprune.serving import report as reports
+from numprune.serving.registry.connection import Registry, error_code
+from numprune.serving.registry.reference import CANDIDATE, Reference, check_name
+from numprune.serving.registry.releases import CHECKPOINT, KIND, REPORT, verify_version
+from numprune.serving.registry.versions import MARK, RELEASE, VERDICT, Version, find_versions, model, resolve
+from numprune.serving.report import Report, Verdict
+
+_PUBLISHER = "numprune.publisher"  # host, process id and start of the process that fills a run
+
+
+class RefusedReleaseError(NumpruneError):
+    """The verdict is not `pass`; nothing was published. `exit_code` is the command's."""
+
+    def __init__(self, message: str, verdict: Verdict) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        self.exit_code = gates.exit_code(verdict)
+
+
+def publish(registry: Registry, release: Path, name: str) -> Version:
+    """Publish a release folder as the next version of `name`, and point `candidate` at it.
+
+    The same release publishes once: again it gives the version that is there, and on the embedded registry mends its
+    files if they were damaged. `candidate` never goes back to an older version. What a killed publisher left is not
+    seen by anyone and is removed by the next one.
+
+    Raises RefusedReleaseError (the verdict is not `pass`), IntegrityError (the folder is not what its manifests and its
+    report say), InputError, RegistryError.
+    """
+    check_name(name)
+    whole, report = check_release(release)
+    with registry.exclusive():
+        _ensure_model(registry, name)
+        _remove_orphans(registry)
+        version = _published(registry, name, whole.digest)
+        if version is None:
+            version = _create(registry, release, name, whole, report)
+        else:
+            _mend(registry, release, version)
+        current = model(registry, name).aliases.get(CANDIDATE, 0)
+        if current < version.version:
+            registry.client.set_registered_model_alias(name, CANDIDATE, str(version.version))
+        return resolve(registry, Reference(name, None, version.version))
+
+
+def check_release(release: Path) -> tuple[Manifest, Report]:
+    """What a release must be before anything of it leaves the workspace. Raises as `publish` does."""
+    whole = manifest.verify(release)
+    if whole.kind != KIND:
+        raise InputError(f"{release}: holds a {whole.kind}, not a {KIND}")
+    if REPORT not in whole.files:
+        raise IntegrityError(f"{release / REPORT}: missing; a release carries its report")
+    report = reports.read(release / REPORT)
+    if report.verdict is None:
+        raise InputError(f"{release / REPORT}: not judged; `numprune gate` gives it a verdict")
+    if report.verdict.outcome != "pass":
+        raise RefusedReleaseError(_refusal(release, report.verdict, report), report.verdict)
+    gates.confirm(report)
+    _require_measured(release, whole, report)
+    return whole, report
+
+
+def _refusal(release: Path, verdict: Verdict, report: Report) -> str:
+    whys = [*report.environment.reasons]
+    whys += [f"{gate.metric}: {gate.outcome}, {gate.reason}" for gate in verdict.gates if gate.outcome != "pass"]
+    return f"{release.name}: not published, the verdict is {verdict.outcome}: {'; '.join(whys)}"
+
+
+def _require_measured(release: Path, whole: Manifest, report: Report) -> None:
+    """Everything that is released was measured: each part with a manifest of its own is one that the report names."""
+    measured = {**report.identity.exports, CHECKPOINT: report.identity.candidate}
+    parts = {name.partition("/")[0] for name in whole.files if name.count("/") == 1 and name.endswith("/manifest.json")}
+    for part in sorted({CHECKPOINT, *parts}):
+        found = manifest.read(release / part)
+        inside = {f"{part}/{name}": entry for name, entry in found.files.items()}
+        stored = {name: entry for name, entry in whole.files.items() if name.startswith(f"{part}/")}
+        stored.pop(f"{part}/{manifest.FILE_NAME}", None)
+        if inside != stored:
+            raise IntegrityError(f"{release / part}: its files are not those of its manifest")
+        if measured.get(part) != found.digest:
+            raise IntegrityError(
+                f"{release / part}: its digest is {found.digest}, but the report is about "
+                f"{measured.get(part, 'no such part')}; measure again"
+            )
+
+
+# --- the version ----------------------------------------------------------------------------------
+
+
+def _published(registry: Registry, name: str, digest: str) -> Version | None:
+    """The version that holds this release: the first, should several publishers on several machines have raced."""
+    found = find_versions(registry, name, f"tags.`{RELEASE}` = '{digest}'")
+    return found[0] if found else None
+
+
+def _create(registry: Registry, release: Path, name: str, whole: Manifest, report: Report) -> Version:
+    """Files first, then the version that points at them: a version is whole from its first moment."""
+    client = registry.client
+    run = client.create_run(registry.experiment, run_name=report.run_id, tags={_PUBLISHER: _this_process()})
+    run_id = run.info.run_id
+    source = registry.artifacts.put(run_id, release)
+    client.create_model_version(name, source=source, run_id=run_id, tags=_tags(whole, report))
+    client.set_terminated(run_id)
+    first = _published(registry, name, whole.digest)
+    assert first is not None  # ours is there
+    if first.run_id != run_id:  # a publisher on another machine was faster: one release, one version
+        ours = find_versions(registry, name, f"run_id = '{run_id}'")
+        for version in ours:
+            client.delete_model_version(name, str(version.version))
+        client.delete_run(run_id)
+    return first
+
+
+def _tags(whole: Manifest, report: Report) -> dict[str, str]:
+    assert report.verdict is not None  # check_release
+    identity = report.identity
+    digests = {
+        "numprune.base": identity.base,
+        "numprune.checkpoint": identity.candidate,
+        "numprune.recipe": identity.recipe,
+        "numprune.plan": identity.plan,
+        "numprune.report": whole.files[REPORT].sha256,
+        **{f"numprune.export.{name}": digest for name, digest in identity.exports.items()},
+    }
+    return {
+        RELEASE: whole.digest,
+        VERDICT: report.verdict.outcome,
+        "numprune.run": report.run_id,
+        **{name: digest for name, digest in digests.items() if digest is not None},
+    }
+
+
+def _ensure_model(registry: Registry, name: str) -> None:
+    try:
+        registry.client.create_registered_model(name, tags={MARK: "1"})
+    except Exception as error:
+        if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+            raise
+        registry.client.set_registered_model_tag(name, MARK, "1")
+
+
+def _mend(registry: Registry, release: Path, version: Version) -> None:
+    """Put the files of a damaged version back: they are those of this release, byte for byte."""
+    if not registry.embedded:
+        return  # that would be a download; promotion and fetching verify, and a server has its own backups
+    try:
+        verify_version(registry, version)
+    except IntegrityError:
+        registry.artifacts.remove(version.run_id)
+        registry.artifacts.put(version.run_id, release)
+
+
+# --- what killed publishers left ------------------------------------------------------------------
+
+
+def _remove_orphans(registry: Registry) -> None:
+    """Runs that no version points at, and whose publisher is dead."""
+    client = registry.client
+    for run in client.search_runs([registry.experiment], "attributes.status = 'RUNNING'"):
+        run_id = run.info.run_id
+        if client.search_model_versions(f"run_id = '{run_id}'"):
+            client.set_terminated(run_id)  # killed between the last two steps: the version is whole
+        elif registry.embedded or _is_dead(run.data.tags.get(_PUBLISHER, "")):
+            registry.artifacts.remove(run_id)
+            client.delete_run(run_id)
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def _is_dead(publisher: str) -> bool:
+    """Whether it ran on this machine and does no more; one elsewhere may be at work."""
+    match publisher.split(" "):
+        case [host, pid, started] if host == socket.gethostname() and pid.isdecimal():
+            try:
+                return f"{psutil.Process(int(pid)).create_time():.2f}" != started
+            except psutil.NoSuchProcess:
+                return True
+    return False

@@ -1,0 +1,84 @@
+"""What is in a release, and taking one out of the registry: never without checking it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from numprune.errors import IntegrityError
+from numprune.export import manifest
+from numprune.serving import report as reports
+from numprune.serving.registry.artifacts import calling, require_digest
+from numprune.serving.registry.connection import Registry
+from numprune.serving.registry.reference import parse
+from numprune.serving.registry.versions import Version, resolve
+from numprune.serving.report import Report
+
+KIND = "release"
+REPORT = "report.json"
+CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A version, its report and what it consists of."""
+
+    version: Version
+    report: Report
+    files: Mapping[str, int]  # name -> bytes
+
+
+def show(registry: Registry, reference: str) -> Shown:
+    """Look at a version; a bare name means production. Only its manifest and its report are verified.
+
+    Raises InputError, IntegrityError.
+    """
+    with registry.speaking():
+        version = resolve(registry, parse(reference))
+        with registry.artifacts.at(version.run_id, only=[manifest.FILE_NAME, REPORT]) as folder:
+            found = manifest.read(folder)
+            require_digest(found, version.digest, version.reference)
+            if REPORT not in found.files or manifest.sha256_file(folder / REPORT) != found.files[REPORT].sha256:
+                raise IntegrityError(f"{folder / REPORT}: not the report that was published")
+            report = reports.read(folder / REPORT)
+        return Shown(version, report, {name: entry.size for name, entry in found.files.items()})
+
+
+def verify(registry: Registry, reference: str) -> Version:
+    """Compare every file of a version with what was published; a bare name means production.
+
+    Raises IntegrityError naming the first file that differs, InputError.
+    """
+    with registry.speaking():
+        version = resolve(registry, parse(reference))
+        verify_version(registry, version)
+        return version
+
+
+def verify_version(registry: Registry, version: Version) -> Report:
+    """`verify` of a version that is resolved already; its report."""
+    with registry.artifacts.at(version.run_id) as folder:
+        require_digest(manifest.read(folder), version.digest, version.reference)
+        manifest.verify(folder)
+        return reports.read(folder / REPORT)
+
+
+def fetch(registry: Registry, reference: str, out: Path) -> Version:
+    """Copy a version to `out`, verified, at once or not at all; a bare name means production.
+
+    Raises InputError (`out` exists, or there is no such version), IntegrityError.
+    """
+    with registry.speaking():
+        version = resolve(registry, parse(reference))
+        with registry.artifacts.at(version.run_id, only=[manifest.FILE_NAME]) as stored:
+            expected = manifest.read(stored)
+        require_digest(expected, version.digest, version.reference)
+        manifest.sweep(out.parent)
+        with (
+            manifest.creating(out, kind=expected.kind, parents=expected.parents, facts=expected.facts) as partial,
+            calling(partial, version.reference),
+        ):
+            registry.artifacts.copy(version.run_id, partial)
+            require_digest(manifest.verify(partial), version.digest, version.reference)
+            (partial / manifest.FILE_NAME).unlink()  # the same one is written again when the folder is finished
+        require_digest(manifest.read(out), version.digest, out)
+        return version
