@@ -1,0 +1,131 @@
+"""Runs a function in a process of its own: its memory comes back when it ends, and its death is an error like others.
+
+The processes are forked from a server that has imported the tensor libraries and done nothing with them: a child
+starts in milliseconds where a fresh interpreter takes seconds, and shares the libraries' memory with the others.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from numprune.errors import NumpruneError
+
+T = TypeVar("T")
+
+_PRELOADED = ["torch", "numprune.flows.work.prune", "numprune.flows.work.evaluate"]
+_CLOSING_S = 10.0
+
+_context = multiprocessing.get_context("forkserver")
+
+
+class ChildDied(NumpruneError):
+    """The process was ended by a signal or by native code, not by an exception."""
+
+
+class ChildFailed(Exception):
+    """A mistake of ours in the child; the message is its traceback."""
+
+
+def warm_up() -> None:
+    """Start the server now, so that it imports while this process does something else."""
+    _context.set_forkserver_preload(_PRELOADED)
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # no file in the current folder may stand in for a module
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Return `function(*args, **kwargs)`, computed in a child; all of it must be picklable.
+
+    The child ends with this process, however that ends, and when waiting for it is interrupted.
+
+    Raises:
+        NumpruneError: what the function raised, or ChildDied.
+        ChildFailed: it raised anything else.
+    """
+    warm_up()
+    ours, theirs = _context.Pipe()
+    level = logging.getLogger("numprune").getEffectiveLevel()
+    process = _context.Process(target=_run, args=(theirs, level, partial(function, *args, **kwargs)), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        outcome, value = ours.recv()
+    except EOFError:
+        process.join()
+        name = getattr(function, "__name__", str(function))
+        raise ChildDied(f"{name}: its process was ended by {_ending(process.exitcode or 0)}") from None
+    finally:
+        ours.close()  # the child's sign to end, should it still be there
+        process.join(_CLOSING_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if outcome == "raised":
+        raise value
+    if outcome == "crashed":
+        raise ChildFailed(value)
+    return value
+
+
+def work(name: str, *args: Any, **kwargs: Any) -> Any:
+    """`call` of "module.function" of `numprune.flows.work`, which only the child imports."""
+    return call(_work, name, args, kwargs)
+
+
+def _work(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return find_work(name)(*args, **kwargs)
+
+
+def find_work(name: str) -> Callable[..., Any]:
+    module, function = name.split(".")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"numprune.flows.work.{module}"), function)
+    return found
+
+
+def _run(connection: Connection, level: int, function: Callable[[], Any]) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole process group; ending us is the parent's part
+    os.dup2(2, 1)  # stdout is the parent's alone
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("numprune").setLevel(level)
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    try:
+        answer = "returned", function()
+    except NumpruneError as error:
+        answer = "raised", error
+    except BaseException:
+        answer = "crashed", traceback.format_exc()
+    connection.send(answer)
+
+
+def _end_with(connection: Connection) -> None:
+    """End this process when the other end of `connection` is closed; nothing ever comes through it."""
+    try:
+        connection.recv()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _ending(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    return f"{name} (usually: out of memory, or killed by hand)" if name == "SIGKILL" else name

@@ -1,0 +1,80 @@
+"""The command line: thin, everything through the other modules. One file for each group of commands.
+
+What a command found goes to stdout, once, at its end; all else goes to stderr. Tensor libraries, Prefect and MLflow are
+imported by the commands that need them, so `numprune --help` answers at once.
+
+Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment, 130 interrupted.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from types import FrameType
+
+from numprune.errors import EnvironmentInvalid, NumpruneError
+from numprune.flows.cli import measure, model, optimize, registry
+from numprune.flows.cli.parser import Answer, build
+
+COMMANDS = (optimize, model, measure, registry)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("numprune").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        args = build(COMMANDS).parse_args(argv)
+        with _stdout_kept(), _terminable():
+            answer: Answer = args.run(args)
+        _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
+        return answer.exit_code
+    except NumpruneError as error:
+        print(f"numprune: error: {error}", file=sys.stderr)
+        return 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        print("numprune: interrupted", file=sys.stderr)
+        return 130
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What libraries and child processes print goes to stderr: stdout is for the answer."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A SIGTERM ends the command as an exception does, so that nothing it started stays behind."""
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
+
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+import sys
+
+from numprune.flows.cli import main
+
+sys.exit(main())

@@ -1,0 +1,260 @@
+"""numprune inspect, prune, evaluate and export: a model in, a model or figures out."""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from numprune.errors import InputError
+from numprune.flows import names
+from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+
+if TYPE_CHECKING:
+    from numprune.corpus import TokenRows
+
+_MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
+_LENGTH = 512
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(commands, "inspect", inspect, "show what of a model can be pruned", "numprune inspect ./my-model")
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+
+    parser = command(
+        commands,
+        "prune",
+        prune,
+        "prune a model and write the result as a checkpoint",
+        "numprune prune ./my-model ./pruned --ratio 0.3 --text train.txt",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of the prunable parameters")
+    for name, choices, default in (
+        ("criterion", names.Criterion, "numerical"),
+        ("allocation", names.Allocation, "uniform"),
+        ("compensation", names.Compensation, "sequential"),
+    ):
+        parser.add_argument(
+            f"--{name}", choices=get_args(choices), default=default, help=f"default: {default}", metavar=name.upper()
+        )
+    _add_text(parser, "text to calibrate on")
+    parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="rows of text (default: 128)")
+    parser.add_argument("--align", type=at_least(1), default=8, metavar="N", help="intermediate sizes (default: 8)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
+
+    parser = command(
+        commands,
+        "evaluate",
+        evaluate,
+        "measure NLL and perplexity, and what changed against a baseline",
+        "numprune evaluate ./pruned --baseline ./my-model --text heldout.txt",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--baseline", metavar="MODEL", help="compare with this model, token by token")
+    _add_text(parser, "text to score")
+
+    parser = command(
+        commands,
+        "export",
+        export,
+        "export a checkpoint, and prove that the export computes the same",
+        "numprune export ./pruned ./pruned-onnx --to onnx",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--to", required=True, choices=get_args(names.Target), help="what to write")
+
+
+def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=f'{help_text}: a document per line of a .jsonl file (its field "text"), any other file is one document',
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=at_least(2),
+        metavar="L",
+        help=f"tokens per window (default: {_LENGTH}, or the model's context where that is shorter)",
+    )
+
+
+def inspect(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import read_anatomy
+    from numprune.budget import measure
+    from numprune.export import checkpoint
+    from numprune.plan import PLAN_FILE, read_plan
+
+    folder = checkpoint.resolve(args.model)
+    config = checkpoint.read_config(folder)
+    checkpoint.audit(folder)
+    anatomy = read_anatomy(config)
+    plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
+    data = {
+        "model": str(folder),
+        "architecture": (config.architectures or [config.model_type])[0],
+        "family": anatomy.family,
+        "layers": anatomy.layers,
+        "hidden_size": anatomy.hidden_size,
+        "head_dim": anatomy.head_dim,
+        "query_heads_per_kv_head": anatomy.query_heads_per_group,
+        "vocabulary": anatomy.vocabulary,
+        "context": config.max_position_embeddings,
+        "sliding_window": anatomy.sliding_window,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "uniform": anatomy.is_uniform,
+        "weight_bytes": checkpoint.weight_bytes(folder),
+        **dataclasses.asdict(measure(anatomy)),
+        "blocks": [
+            {
+                "name": block.name,
+                "kind": block.kind,
+                "units": block.units,
+                "channels_per_unit": block.channels_per_unit,
+                "parameters_per_unit": block.parameters_per_unit,
+            }
+            for block in anatomy.blocks
+        ],
+        "plan": plan.model_dump(mode="json", exclude={"blocks"}) if plan else None,
+    }
+    lines = [f"{folder}"]
+    lines += [
+        f"  {name:<36} {_shown(value)}" for name, value in data.items() if name not in ("model", "blocks", "plan")
+    ]
+    for kind in ("attention", "mlp"):
+        units = [block.units for block in anatomy.of_kind(kind)]
+        what = "KV groups" if kind == "attention" else "channels"
+        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, units))}")
+    if plan:
+        lines.append(
+            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
+        )
+    return Answer(data, "\n".join(lines))
+
+
+def prune(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import read_anatomy
+    from numprune.corpus import sample_rows
+    from numprune.export import checkpoint
+    from numprune.flows.stages import peak_memory_bytes
+    from numprune.flows.work.prune import device_of, prune_checkpoint
+    from numprune.pruning import PruneOptions, check_options
+
+    started = time.perf_counter()
+    _must_not_exist(args.out)
+    base = checkpoint.resolve(args.model)
+    options = PruneOptions(
+        ratio=args.ratio,
+        criterion=args.criterion,
+        allocation=args.allocation,
+        compensation=args.compensation,
+        align=args.align,
+        seed=args.seed,
+    )
+    check_options(read_anatomy(checkpoint.read_config(base)), options)
+    rows = _rows(base, args)
+    drawn = sample_rows(rows, args.samples, max(map(len, rows.rows)), args.seed)
+    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"))
+    data = {
+        "out": str(args.out),
+        "digest": facts["digest"],
+        "parameters_before": facts["before"]["parameters"],
+        "parameters_after": facts["after"]["parameters"],
+        "prunable_ratio_removed": facts["prunable_ratio_removed"],
+        "weight_bytes_before": facts["weight_bytes_before"],
+        "weight_bytes_after": facts["weight_bytes_after"],
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    text = (
+        f"{args.out}: {data['parameters_before']:,} -> {data['parameters_after']:,} parameters, "
+        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed, in {data['seconds']:.1f} s"
+    )
+    return Answer(data, text)
+
+
+def evaluate(args: argparse.Namespace) -> Answer:
+    from numprune.export import checkpoint
+    from numprune.flows.work.evaluate import compare_checkpoints, evaluate_checkpoint, side
+    from numprune.flows.work.prune import device_of
+
+    model = checkpoint.resolve(args.model)
+    baseline = checkpoint.resolve(args.baseline) if args.baseline else None
+    rows = _rows(model, args)
+    if baseline is None:
+        quality = evaluate_checkpoint(model, rows, device_of("auto"))
+        data = {"model": str(model), **side(quality), "tokens": quality.tokens}
+        return Answer(data, _quality_line(model, data))
+    found = compare_checkpoints(model, baseline, rows, device_of("auto"))
+    delta = found["nll_delta_nats_per_token"]
+    data = {
+        "model": str(model),
+        **found["candidate"],
+        "tokens": found["tokens"],
+        "documents": found["documents"],
+        "baseline": {"model": str(baseline), **found["baseline"]},
+        **{
+            name: found[name]
+            for name in ("kl_nats_per_token", "top1_agreement", "nll_delta_nats_per_token", "perplexity_ratio")
+        },
+    }
+    low, high = delta["interval95"]
+    interval = f" [{low:+.4f}, {high:+.4f}]" if low is not None and high is not None else ""
+    lines = [
+        _quality_line(model, data),
+        _quality_line(baseline, {**data, **found["baseline"]}),
+        f"difference: NLL {delta['value']:+.4f} nats/token{interval} ({delta['samples']} {delta['sampling_unit']}s), "
+        f"KL {data['kl_nats_per_token']:.4f} nats/token, top-1 agreement {data['top1_agreement']:.2%}",
+    ]
+    return Answer(data, "\n".join(lines))
+
+
+def export(args: argparse.Namespace) -> Answer:
+    from numprune.export import checkpoint
+    from numprune.flows.work.export import export_and_prove
+
+    _must_not_exist(args.out)
+    source = checkpoint.resolve(args.checkpoint)
+    made, proof = export_and_prove(source, args.out, args.to)
+    data = {
+        "out": str(args.out),
+        "target": args.to,
+        "digest": made.digest,
+        "bytes": sum(entry.size for entry in made.files.values()),
+        "files": sorted(made.files),
+        "parity": proof,
+    }
+    return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {data['bytes']:,} bytes; parity proved")
+
+
+def _rows(model: Path, args: argparse.Namespace) -> "TokenRows":
+    """The text of `--text` in rows of `--sequence-length`."""
+    from numprune.corpus import read_documents, token_rows
+    from numprune.export import checkpoint
+
+    context = checkpoint.read_config(model).max_position_embeddings
+    length = args.sequence_length or min(_LENGTH, context)
+    if length > context:
+        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
+    return token_rows(read_documents(args.text), checkpoint.load_tokenizer(model), length)
+
+
+def _must_not_exist(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: already exists; choose another folder or remove it")
+
+
+def _quality_line(model: Path, data: dict[str, Any]) -> str:
+    return (
+        f"{model}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
+        f"{data['tokens']:,} tokens"
+    )
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,66 @@
+"""numprune optimize."""
+
+import argparse
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from numprune.flows.cli.parser import Answer, Subcommands, command
+
+_OUTCOMES = {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "optimize",
+        run,
+        "run a recipe: prune, export, prove, evaluate, benchmark, gate and publish",
+        "numprune optimize my.toml --set prune.ratio=0.2 --workspace /data/numprune",
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: the small embedded model)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="key=value",
+        help="change a key of the recipe, e.g. prune.ratio=0.2; may be given again",
+    )
+    parser.add_argument(
+        "--workspace",
+        metavar="DIR",
+        help="stages, releases and registry (default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace)",
+    )
+
+
+def run(args: argparse.Namespace) -> Answer:
+    from numprune.flows import children, recipe, summary
+
+    asked = recipe.load(Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE, args.overrides)
+    children.warm_up()
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
+    from numprune.flows.optimize import optimize
+
+    starting = threading.Thread(target=_start_server, daemon=True)
+    starting.start()  # meanwhile, and not after it, so that a mistake in the recipe is known first
+    children.work("checks.check", asked)
+    starting.join()
+    state = optimize(args.recipe, args.overrides, args.workspace, return_state=True)
+    found: Any = state.result(raise_on_failure=False)
+    if isinstance(found, BaseException):
+        raise found
+    return Answer(found, summary.text(found), _OUTCOMES[found["outcome"]])
+
+
+def _start_server() -> None:
+    """Prefect's temporary server, unless another one is configured. What goes wrong, the flow meets again and says."""
+    from prefect.client.orchestration import get_client
+
+    try:
+        with get_client(sync_client=True):
+            pass
+    except Exception:
+        logging.getLogger(__name__).debug("Prefect's server does not start", exc_info=True)

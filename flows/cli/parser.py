@@ -1,0 +1,87 @@
+"""What all commands share: their options' shapes and what they answer."""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, NoReturn, Protocol
+
+from numprune.errors import InputError
+
+Subcommands = Any  # argparse's own type is private
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found, as one JSON object and as text for people."""
+
+    data: dict[str, Any]
+    text: str
+    exit_code: int = 0
+
+
+class Commands(Protocol):
+    """A module with commands."""
+
+    def add(self, commands: Subcommands) -> None:
+        """Add the module's commands."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in the arguments are errors like others: argparse's exit code 2 means a failed gate here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def build(modules: Iterable[Commands]) -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="numprune",
+        description="From a transformer and a recipe to a pruned, exported, benchmarked, gated and published artifact.",
+        epilog="Example: numprune optimize\n\nExit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, "
+        "4 invalid environment.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for module in modules:
+        module.add(commands)
+    return parser
+
+
+def command(
+    commands: Subcommands, name: str, run: Callable[[argparse.Namespace], Answer], help_text: str, example: str
+) -> Parser:
+    """Add one command, with its example and `--json`; `run` gets the arguments."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argument type: an integer of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is under {minimum}")
+        return value
+
+    parse.__name__ = "int"  # argparse's "invalid int value"
+    return parse
+
+
+class _Version(argparse.Action):
+    """The distribution is asked only when somebody wants to know."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        print(f"numprune {metadata.version('numprune')}")
+        parser.exit()

@@ -1,0 +1,156 @@
+"""numprune registry: releases, their versions, and which of them is in production."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numprune.flows.cli.parser import Answer, Subcommands, command
+
+if TYPE_CHECKING:
+    from numprune.serving.registry import Registry, Version
+
+_REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
+
+
+def add(commands: Subcommands) -> None:
+    group = commands.add_parser(
+        "registry",
+        help="publish, list, show, promote, rollback, verify, fetch",
+        description="Releases, their versions, and which of them is in production.",
+        epilog="Example: numprune registry promote my-model",
+    ).add_subparsers(metavar="COMMAND", dest="registry_command", required=True)
+
+    def add_one(
+        verb: str, run: Callable[[argparse.Namespace], Answer], text: str, example: str, **arguments: str
+    ) -> None:
+        parser = command(group, verb, run, text, f"numprune registry {example}")
+        for argument, help_text in arguments.items():
+            nargs = "?" if help_text.startswith("optional") else None
+            parser.add_argument(argument, metavar=argument.upper(), help=help_text, nargs=nargs)
+        parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
+        parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+
+    add_one(
+        "publish",
+        publish,
+        "publish a release that passed its gate, as the candidate",
+        "publish numprune-workspace/releases/my-model-0123456789abcdef my-model",
+        release="a release folder, as optimize makes it",
+        name="the model's name in the registry",
+    )
+    add_one("list", list_all, "list models, or one model's versions", "list my-model", name="optional: one model")
+    add_one("show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=_REFERENCE)
+    add_one(
+        "promote",
+        promote,
+        "verify a version, then put it into production",
+        "promote my-model",
+        reference="NAME (its candidate), NAME@ALIAS or NAME/VERSION",
+    )
+    add_one("rollback", rollback, "put the previous production version back", "rollback my-model", name="the model")
+    add_one("verify", verify, "compare every file with what was published", "verify my-model", reference=_REFERENCE)
+    add_one(
+        "fetch",
+        fetch,
+        "copy a version, verified, to a new folder",
+        "fetch my-model@production ./release",
+        reference=_REFERENCE,
+        out="the folder to write; must not exist",
+    )
+
+
+def publish(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    version = registry.publish(_open(args), Path(args.release), args.name)
+    return _version_answer(version, f"published {version.reference} as {registry.CANDIDATE}")
+
+
+def list_all(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    opened = _open(args)
+    if args.name:
+        versions = registry.list_versions(opened, args.name)
+        data = {"name": args.name, "versions": [_version(version) for version in versions]}
+        return Answer(data, "\n".join(map(_line, versions)) or f"{args.name}: no versions")
+    models = registry.list_models(opened)
+    lines = [
+        f"{model.name}  {', '.join(f'{alias} -> {number}' for alias, number in sorted(model.aliases.items()))}".rstrip()
+        for model in models
+    ]
+    data = {"models": [{"name": model.name, "aliases": dict(model.aliases)} for model in models]}
+    return Answer(data, "\n".join(lines) or f"{opened.uri}: no models")
+
+
+def show(args: argparse.Namespace) -> Answer:
+    from numprune.flows import summary
+    from numprune.serving import registry
+
+    shown = registry.show(_open(args), args.reference)
+    data = {**_version(shown.version), "files": dict(shown.files), "report": shown.report.to_json()}
+    lines = [_line(shown.version), f"  digest    {shown.version.digest}", *summary.of_report(shown.report)]
+    if shown.report.verdict is not None:
+        lines += summary.gate_lines(data["report"]["verdict"]["gates"])
+    lines += [f"  {size:>14,} {name}" for name, size in sorted(shown.files.items())]
+    return Answer(data, "\n".join(lines))
+
+
+def promote(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    version = registry.promote(_open(args), args.reference)
+    return _version_answer(version, f"{version.reference} is in production")
+
+
+def rollback(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    version = registry.rollback(_open(args), args.name)
+    return _version_answer(version, f"{version.reference} is in production again")
+
+
+def verify(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    version = registry.verify(_open(args), args.reference)
+    return _version_answer(version, f"{version.reference}: every file is what was published")
+
+
+def fetch(args: argparse.Namespace) -> Answer:
+    from numprune.serving import registry
+
+    version = registry.fetch(_open(args), args.reference, Path(args.out))
+    return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
+
+
+def _open(args: argparse.Namespace) -> "Registry":
+    from numprune.flows.stages import workspace_folder
+    from numprune.serving.registry import open_registry
+
+    return open_registry(args.uri, workspace_folder(args.workspace))
+
+
+def _version_answer(version: "Version", text: str, **more: Any) -> Answer:
+    return Answer({**_version(version), **more}, text)
+
+
+def _version(version: "Version") -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.version,
+        "reference": version.reference,
+        "created": version.created.isoformat(),
+        "digest": version.digest,
+        "verdict": version.verdict,
+        "aliases": list(version.aliases),
+        "tags": dict(version.tags),
+    }
+
+
+def _line(version: "Version") -> str:
+    aliases = f"  {', '.join(version.aliases)}" if version.aliases else ""
+    return (
+        f"{version.reference}  {version.created:%Y-%m-%d %H:%M} UTC  {version.verdict}  {version.digest[:12]}{aliases}"
+    )

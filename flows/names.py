@@ -1,0 +1,14 @@
+"""The names that a recipe and the command line may use.
+
+They stand here, and not only where they are implemented, so that neither needs a tensor library to refuse a wrong one;
+a test keeps them the same.
+"""
+
+from typing import Literal
+
+Criterion = Literal["numerical", "numerical-box", "obs", "flap", "wanda", "magnitude", "random"]
+Allocation = Literal["uniform", "global"]
+Compensation = Literal["none", "oneshot", "sequential"]
+Target = Literal["vllm", "onnx", "tensorrt"]
+Runtime = Literal["torch", "onnxruntime", "tensorrt"]
+Device = Literal["auto", "cpu", "cuda"]

@@ -1,0 +1,309 @@
+"""The whole chain as a Prefect flow: rows, pruning, exports, parity, quality, benchmark, gate, publication.
+
+Each task is one stage. Prefect sees paths, digests and figures only; what has been done already is for the stages to
+know, so no task caches. Deploy it as `flows/optimize.py:optimize`.
+"""
+# ruff: noqa: E402 - Prefect reads its settings when it is imported
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+for _name, _value in {  # none of these overrules what the user set
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "numprune",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.states import Completed, Failed, State
+
+from numprune.flows import children, recipe, server, stages, summary
+from numprune.flows.release import CHECKPOINT, make_release
+from numprune.flows.run import Artifact, Run
+from numprune.flows.stages import StageResult
+
+logger = logging.getLogger(__name__)
+
+GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one job on the GPU at a time
+_RUNTIMES = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}  # what runs a target
+_TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch runs the checkpoint itself
+_UNSETTLED = ("inconclusive", "invalid environment")
+
+
+@flow(name="numprune-optimize", persist_result=False)
+def optimize(
+    recipe_path: str | None = None, overrides: list[str] | None = None, workspace: str | None = None
+) -> State[dict[str, Any]]:
+    """Run a recipe: a gated, published release, or the reason why there is none.
+
+    Args:
+        recipe_path: a recipe in TOML; the embedded default without it.
+        overrides: `section.key=value` each.
+        workspace: the folder of stages, releases and registry; `numprune-workspace` without it.
+
+    Returns:
+        Completed, or Failed when a gate did not pass; in both cases with what `summary.summarize` gives.
+    """
+    server.bind_to_this_process()
+    run = check(recipe_path, overrides or [], workspace)
+    stages.sweep(run.workspace)
+    done: list[StageResult] = []
+
+    def keep(result: StageResult) -> StageResult:
+        done.append(result)
+        return result
+
+    calibration = keep(sample_calibration(run))
+    heldout = keep(read_heldout(run))
+    pruned = keep(prune(run, calibration))
+
+    candidate = _artifact(pruned, CHECKPOINT)
+    exports: dict[str, Artifact] = {}
+    baselines: dict[str, Artifact] = {}
+    parity: dict[str, Any] = {}
+    for target in sorted(run.recipe.export.targets, key="vllm".__ne__):
+        exports[target] = _exported(keep(export(run, target, candidate, "candidate")), target)
+        proof = keep(prove(run, target, candidate, exports[target], "candidate"))
+        parity["vllm" if target == "vllm" else _RUNTIMES[target]] = proof.facts
+        if target == "vllm":
+            candidate = exports[target]  # what is released is what is exported further, evaluated and timed
+        elif _RUNTIMES[target] in run.recipe.benchmark.runtimes:
+            baselines[target] = _exported(keep(export(run, target, run.base, "baseline")), target)
+            keep(prove(run, target, run.base, baselines[target], "baseline"))
+
+    quality = keep(evaluate(run, candidate, heldout))
+    benchmarks: dict[str, StageResult] = {
+        runtime: keep(benchmark(run, runtime, exports.get(target, candidate), baselines.get(target, run.base)))
+        for runtime in run.recipe.benchmark.runtimes
+        for target in [_TARGETS.get(runtime, "")]
+    }
+    judged = keep(gate(run, calibration, heldout, pruned, candidate, exports, parity, quality, benchmarks))
+    outcome = str(judged.facts["outcome"])
+    release = version = None
+    if outcome == "pass":
+        parts = {CHECKPOINT: candidate.path} | {
+            target: made.path for target, made in exports.items() if target != "vllm"
+        }
+        release, version = publish(run, parts, judged)
+    elif outcome in _UNSETTLED:
+        for result in benchmarks.values():  # the next run measures again
+            stages.discard(result)
+    found = summary.summarize(judged.path, done, release, version)
+    _show(judged.path / "report.md", found)
+    if outcome == "pass":
+        return Completed(message=f"published {version}", data=found)
+    return Failed(message=summary.refusal(found), data=found)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def check(recipe_path: str | None, overrides: list[str], workspace: str | None) -> Run:
+    """The recipe, found to be one that can be done here."""
+    asked = recipe.load(Path(recipe_path) if recipe_path else recipe.EMBEDDED_RECIPE, overrides)
+    run: Run = children.work("checks.prepare", asked, stages.workspace_folder(workspace))
+    return run
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def sample_calibration(run: Run) -> StageResult:
+    data = run.recipe.data
+    return run.stage(
+        "calibration",
+        "text.make_calibration",
+        inputs={"model": run.base.digest, "text": run.texts["calibration"]},
+        sources={"model": run.base.path, "text": data.calibration},
+        options={"samples": data.samples, "sequence_length": data.sequence_length, "seed": data.seed},
+        layer="numprune",
+    )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def read_heldout(run: Run) -> StageResult:
+    data = run.recipe.data
+    return run.stage(
+        "heldout",
+        "text.make_heldout",
+        inputs={"model": run.base.digest, "text": run.texts["heldout"]},
+        sources={"model": run.base.path, "text": data.heldout},
+        options={"sequence_length": data.sequence_length},
+        layer="numprune",
+    )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def prune(run: Run, calibration: StageResult) -> StageResult:
+    """Calibration, scores, allocation, compensation and surgery: one walk through the model."""
+    with _gpu_slot(run):
+        return run.stage(
+            "prune",
+            "prune.make_pruned",
+            inputs={"base": run.base.digest, "rows": calibration.digest},
+            sources={"base": run.base.path, "rows": calibration.path},
+            options={"options": run.recipe.prune.model_dump(), "device": run.device},
+            layer="export",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
+    asked = run.recipe.export
+    options = {"vllm": {"shard_size": asked.shard_size}, "onnx": {"opset": asked.opset}, "tensorrt": {}}[target]
+    return run.stage(
+        f"export-{target}",
+        "export.make_export",
+        inputs={"checkpoint": source.digest},
+        sources={"source": source.path},
+        options={"target": target, "options": options},
+        layer="export",
+        label=f"export {target} {side}",
+    )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: str) -> StageResult:
+    """Parity: it blocks."""
+    with _gpu_slot(run):
+        return run.stage(
+            f"parity-{target}",
+            "export.make_parity",
+            inputs={"reference": reference.digest, "candidate": exported.digest},
+            sources={"reference": reference.path, "candidate": exported.path},
+            options={"runtime": _RUNTIMES[target]},
+            layer="export",
+            label=f"parity {target} {side}",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult:
+    with _gpu_slot(run):
+        return run.stage(
+            "quality",
+            "evaluate.make_quality",
+            inputs={"base": run.base.digest, "candidate": candidate.digest, "rows": heldout.digest},
+            sources={"baseline": run.base.path, "candidate": candidate.path, "rows": heldout.path},
+            options={"rows_digest": heldout.facts["digest"], "device": run.device},
+            layer="export",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact) -> StageResult:
+    asked = run.recipe.benchmark
+    with _gpu_slot(run):
+        return run.stage(
+            f"benchmark-{runtime}",
+            "benchmark.make_benchmark",
+            inputs={"candidate": candidate.digest, "baseline": baseline.digest},
+            sources={"candidate": candidate.path, "baseline": baseline.path},
+            options={
+                "runtime": runtime,
+                "device": asked.device,
+                "load": asked.model_dump(exclude={"runtimes", "device"}),
+                "machine": {**run.machine},
+            },
+            layer="serving",
+            label=f"benchmark {runtime}",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def gate(
+    run: Run,
+    calibration: StageResult,
+    heldout: StageResult,
+    pruned: StageResult,
+    candidate: Artifact,
+    exports: Mapping[str, Artifact],
+    parity: Mapping[str, Any],
+    quality: StageResult,
+    benchmarks: Mapping[str, StageResult],
+) -> StageResult:
+    """report.json and report.md, with the verdict."""
+    identity = {
+        "base": run.base.digest,
+        "candidate": candidate.digest,
+        "recipe": run.recipe.digest,
+        "calibration_rows": calibration.facts["digest"],
+        "heldout_rows": heldout.facts["digest"],
+        "plan": pruned.facts["plan"],
+        "exports": {target: made.digest for target, made in exports.items()},
+    }
+    return run.stage(
+        "report",
+        "report.make_report",
+        inputs={
+            "pruned": pruned.digest,
+            "quality": quality.digest,
+            **{f"benchmark-{runtime}": result.digest for runtime, result in benchmarks.items()},
+        },
+        sources={
+            "pruned": pruned.path,
+            "quality": quality.path,
+            "benchmarks": {runtime: result.path for runtime, result in benchmarks.items()},
+        },
+        options={
+            "name": run.recipe.registry.name,
+            "identity": identity,
+            "prune": run.recipe.prune.model_dump(),
+            "parity": {**parity},
+            "policy": [gate.model_dump(exclude_none=True) for gate in run.recipe.gates],
+        },
+        layer="serving",
+    )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def publish(run: Run, parts: Mapping[str, Path], judged: StageResult) -> tuple[Path, str]:
+    """The release folder, and the version of the registry that it became."""
+    release = make_release(run.workspace, run.recipe, parts, judged.path)
+    registry = run.recipe.registry
+    return release, str(children.work("publish.publish", run.workspace, registry.uri, release, registry.name))
+
+
+# --- details --------------------------------------------------------------------------------------
+
+
+def _artifact(stage: StageResult, folder: str) -> Artifact:
+    return Artifact(stage.path / folder, str(stage.facts["digest"]))
+
+
+def _exported(stage: StageResult, target: str) -> Artifact:
+    return _artifact(stage, CHECKPOINT if target == "vllm" else target)
+
+
+@contextmanager
+def _gpu_slot(run: Run) -> Iterator[None]:
+    """Hold the one slot of the GPU, when the run uses one. A killed run's slot comes back when its lease ends."""
+    if not run.uses_gpu:
+        yield
+        return
+    # A limit that is there keeps its number of slots: somebody chose it.
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1))
+    with concurrency(GPU_LIMIT, strict=True, lease_duration=60):
+        yield
+
+
+def _show(page: Path, found: Mapping[str, Any]) -> None:
+    """The summary and the report in Prefect's UI."""
+    create_markdown_artifact(
+        markdown=summary.markdown(found), key="numprune-summary", description="Sizes, quality, speed, verdict, times"
+    )
+    create_markdown_artifact(markdown=page.read_text(encoding="utf-8"), key="numprune-report", description="The report")
+    create_link_artifact(link=page.absolute().as_uri(), link_text="report.md", key="numprune-report-link")

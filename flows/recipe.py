@@ -1,0 +1,225 @@
+"""The recipe: what `numprune optimize` is asked to do. TOML, one model per section, every problem reported at once.
+
+This module only reads and validates what is written; whether files, model and runtimes can do it is for `checks`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from numprune.errors import InputError
+from numprune.flows.names import Allocation, Compensation, Criterion, Device, Runtime, Target
+from numprune.flows.problems import described, listed
+from numprune.serving.gates import Gate
+
+EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+EMBEDDED_RECIPE = EMBEDDED_FOLDER / "recipe.toml"
+_MAXIMUM_BYTES = 1 << 20
+
+
+def _text(value: Any) -> Any:
+    if value == EMBEDDED:
+        return value
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise ValueError('must be "embedded" or a list of text files')
+    return files
+
+
+def _distinct(value: list[str]) -> list[str]:
+    if len(set(value)) != len(value):
+        raise ValueError("must not name one thing twice")
+    return value
+
+
+Text = Annotated[str | list[str], PlainValidator(_text)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    """`path`: a Hugging Face folder, a hub id, or "embedded"; `device`: where it is calibrated and evaluated."""
+
+    path: Annotated[str, Field(min_length=1)]
+    device: Device = "auto"
+
+
+class Data(Section):
+    """Text files, or "embedded"; `samples` rows of `sequence_length` tokens are drawn for calibration with `seed`."""
+
+    calibration: Text
+    heldout: Text
+    samples: Count = 128
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    seed: Seed = 0
+
+
+class Prune(Section):
+    """The fields of numprune.pruning.PruneOptions."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    criterion: Criterion = "numerical"
+    allocation: Allocation = "uniform"
+    compensation: Compensation = "sequential"
+    align: Count = 8
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    seed: Seed = 0
+    batch_size: Count = 8
+
+
+class Export(Section):
+    """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it."""
+
+    targets: Annotated[list[Target], AfterValidator(_distinct)] = ["vllm", "onnx"]
+    shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
+    opset: Literal[20, 23] = 23
+
+
+class Benchmark(Section):
+    """The load of each repeat, on both sides; see numprune.serving.benchmark."""
+
+    runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
+    device: Device = "auto"
+    prompts: Count = 4
+    prompt_length: Count = 128
+    output_length: Annotated[int, Field(ge=2)] = 32
+    batch_size: Count = 1
+    repeats: Annotated[int, Field(ge=4, multiple_of=2)] = 10
+    warmup: Count = 1
+    seed: Seed = 0
+
+
+class Registry(Section):
+    """`uri`: an MLflow server or database, or "workspace" for SQLite and files inside the workspace."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    uri: Annotated[str, Field(min_length=1)] = "workspace"
+
+
+class Recipe(Section):
+    """A whole recipe; every path in it is absolute. Gates have no default: a release that nobody judged is none."""
+
+    model: Model
+    data: Data
+    prune: Prune = Prune()
+    export: Export = Export()
+    benchmark: Benchmark = Benchmark()
+    gates: Annotated[list[Gate], Field(min_length=1)]
+    registry: Registry
+
+    def to_toml(self) -> str:
+        """The recipe with nothing left to a default: what a release keeps."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        gates = data.pop("gates")
+        tables = [(f"[{name}]", section) for name, section in data.items()] + [("[[gates]]", gate) for gate in gates]
+        return "\n".join("\n".join([header, *_lines(section), ""]) for header, section in tables)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the validated recipe in `path`, changed by `overrides`.
+
+    Args:
+        path: a TOML file; paths in it are relative to its folder.
+        overrides: `section.key=value`, the value as in TOML or a plain string; paths are relative to the current
+            folder.
+
+    Raises:
+        InputError: the file is missing or no TOML, or anything in it is not allowed; a line for each problem.
+    """
+    data = _read(path)
+    _make_absolute(data, path.parent)
+    problems = [problem for override in overrides if (problem := _override(data, override))]
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += described(error, Recipe)
+    if problems:
+        raise InputError(listed(f"recipe {path}", problems))
+    return recipe
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAXIMUM_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"recipe {path}: no such file") from None
+    if len(raw) > _MAXIMUM_BYTES:
+        raise InputError(f"recipe {path}: larger than {_MAXIMUM_BYTES} bytes, no recipe is")
+    try:
+        return tomllib.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOML's own and Unicode's errors are ValueErrors
+        raise InputError(f"recipe {path}: not TOML: {error}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> str | None:
+    """Change `data` as `override` says; return what is wrong with it, if anything is."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not (parts == ["gates"] or (len(parts) == 2 and all(parts))):
+        return f"--set {override}: must be section.key=value, or gates=[…]"
+    value = _value(text)
+    if parts == ["gates"]:
+        data["gates"] = value
+        return None
+    section = data.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        return f"--set {override}: {parts[0]} has no keys of its own to set"
+    where = (parts[0], parts[1])
+    section[parts[1]] = _anchored(value, Path.cwd(), where) if where in _PATHS else value
+    return None
+
+
+def _value(text: str) -> Any:
+    """`text` as a TOML value; what is none is a plain string, so that a shell needs no second pair of quotes."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+_PATHS = {("model", "path"), ("data", "calibration"), ("data", "heldout")}
+
+
+def _make_absolute(data: dict[str, Any], base: Path) -> None:
+    for section, key in _PATHS:
+        keys = data.get(section)
+        if isinstance(keys, dict) and key in keys:
+            keys[key] = _anchored(keys[key], base, (section, key))
+
+
+def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
+    """`value` below `base`, where it is a path; "embedded", hub ids and what validation refuses stay as they are."""
+    if isinstance(value, list):
+        return [_anchored(item, base, key) for item in value]
+    if not isinstance(value, str) or value in ("", EMBEDDED):
+        return value
+    path = (base / Path(value).expanduser()).absolute()
+    if key == ("model", "path") and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value):
+        return value
+    return os.path.normpath(path)
+
+
+def _lines(section: dict[str, Any]) -> list[str]:
+    # JSON's strings, numbers, booleans and arrays are TOML's too, but for DEL, which TOML wants escaped.
+    return [
+        f"{key} = {json.dumps(value, ensure_ascii=False).replace(chr(127), chr(92) + 'u007f')}"
+        for key, value in section.items()
+    ]

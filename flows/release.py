@@ -1,0 +1,45 @@
+"""A release: what is published, in one folder."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numprune.export import manifest
+from numprune.flows.recipe import Recipe
+from numprune.flows.stages import exclusive, is_whole
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"  # the part of a release that a server loads
+_PLAN = "numprune_plan.json"
+
+
+def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], report: Path) -> Path:
+    """Return the folder of a release, made unless it is there: parts, report.json, report.md, recipe.toml, plan.json.
+
+    Args:
+        parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
+        report: the folder with report.json and report.md.
+
+    The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
+    """
+    parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
+    parents["report"] = manifest.read(report).digest
+    facts: dict[str, Any] = {"name": recipe.registry.name, "recipe": recipe.digest}
+    key = hashlib.sha256(json.dumps([parents, facts], sort_keys=True).encode()).hexdigest()
+    folder = workspace / "releases" / f"{recipe.registry.name}-{key[:16]}"
+    with exclusive(folder):
+        if folder.exists() and is_whole(folder, key):
+            return folder
+        with manifest.creating(folder, kind="release", parents=parents, facts={**facts, "key": key}) as content:
+            for name, part in parts.items():
+                shutil.copytree(part, content / name)
+            for name in ("report.json", "report.md"):
+                shutil.copyfile(report / name, content / name)
+            shutil.copyfile(parts[CHECKPOINT] / _PLAN, content / "plan.json")
+            (content / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    return folder

@@ -1,0 +1,80 @@
+"""One run of a recipe: what is the same for all of its stages."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from numprune.flows import children
+from numprune.flows.recipe import Recipe
+from numprune.flows.stages import Layer, StageResult, run_stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that is measured or released, and its digest (see `manifest.folder_digest`)."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe that can be done here, and where its stages stand.
+
+    Attributes:
+        base: the model.
+        texts: digests of the recipe's text, "calibration" and "heldout".
+        device: on which the model is calibrated and evaluated, cpu or cuda.
+        uses_gpu: anything at all runs on a GPU.
+        machine: where timings are taken.
+    """
+
+    recipe: Recipe
+    workspace: Path
+    base: Artifact
+    texts: dict[str, str]
+    device: str
+    uses_gpu: bool
+    machine: dict[str, str]
+
+    def stage(
+        self,
+        name: str,
+        body: str,
+        *,
+        inputs: Mapping[str, str],
+        sources: Mapping[str, object],
+        options: Mapping[str, Any],
+        layer: Layer,
+        label: str = "",
+    ) -> StageResult:
+        """Return a stage, made in a process of its own unless it is there.
+
+        Args:
+            body: "module.function" of `numprune.flows.work`; it gets the stage's folder, the sources and the options.
+            inputs: digests of all that stands in `sources`.
+            sources: where the body finds its inputs; no part of the stage's identity.
+            options: the plain values that the body uses.
+            label: what it is called in logs and tables, where the name is not enough.
+        """
+        result = children.call(_in_child, self.workspace, name, body, dict(inputs), dict(sources), dict(options), layer)
+        result = replace(result, name=label or name)
+        logger.info("%-24s %6.1f s%s", result.name, result.seconds, "  reused" if result.reused else "")
+        return result
+
+
+def _in_child(
+    workspace: Path,
+    name: str,
+    body: str,
+    inputs: dict[str, str],
+    sources: dict[str, object],
+    options: dict[str, Any],
+    layer: Layer,
+) -> StageResult:
+    return run_stage(workspace, name, inputs, options, partial(children.find_work(body), **sources, **options), layer)

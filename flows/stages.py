@@ -1,0 +1,191 @@
+"""A stage: a function of folders and plain values to one new folder, run once for each different input.
+
+The folder's name holds the digest of everything that decides its content: the inputs' digests, the options, our own
+code and the packages that do the work. It is written beside its place and renamed into it, so a folder that exists is
+complete: that is the cache and the crash recovery at once.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numprune
+from numprune.errors import IntegrityError
+from numprune.export import manifest
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"  # in a stage's folder: what its body returned
+_ROOT = Path(numprune.__file__).parent
+_LAYERS = ("numprune", "export", "serving")
+Layer = Literal["numprune", "export", "serving"]
+# What does the work beside our own code: another version of one of them makes another stage.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage.
+
+    Attributes:
+        path: its folder, written or verified just now.
+        digest: of its manifest; a later stage that reads it names this as its input.
+        facts: what its body returned.
+        reused: it was there already.
+        seconds: that the call took, waiting for another run included.
+        peak_memory_bytes: highest resident size so far of the process that ran it.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    facts: dict[str, Any]
+    reused: bool
+    seconds: float
+    peak_memory_bytes: int
+
+
+def workspace_folder(asked: str | None) -> Path:
+    """The folder of stages, releases and registry: the one asked for, $NUMPRUNE_WORKSPACE, or `numprune-workspace`."""
+    return Path(asked or os.environ.get("NUMPRUNE_WORKSPACE") or "numprune-workspace").expanduser().absolute()
+
+
+def run_stage(
+    workspace: Path,
+    name: str,
+    inputs: Mapping[str, str],
+    options: Mapping[str, Any],
+    body: Callable[[Path], dict[str, Any]],
+    layer: Layer = "serving",
+) -> StageResult:
+    """Return the stage of these inputs and options, made by `body` unless it is there.
+
+    Of several processes that ask for the same stage one makes it and the others wait for it. A folder that is not what
+    its manifest says is removed, with a warning, and made again: it can be, from the inputs, and is never used.
+
+    Args:
+        inputs: role -> SHA-256 digest of everything that `body` reads.
+        options: every plain value that `body` uses.
+        body: writes into the empty folder that it is given, and returns facts about it.
+        layer: the highest package whose code `body` calls; a change in it or below makes another stage.
+    """
+    started = time.perf_counter()
+    key: dict[str, Any] = {
+        "name": name,
+        "inputs": {**inputs},
+        "options": {**options},
+        "code": {**code_version(layer)},
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    folder = workspace / "stages" / f"{name}-{digest[:16]}"
+    with exclusive(folder):
+        reused = folder.exists() and is_whole(folder, digest)
+        if not reused:
+            with manifest.creating(folder, kind="stage", parents=inputs, facts={**key, "key": digest}) as content:
+                text = json.dumps(body(content), indent=1, sort_keys=True, allow_nan=False)
+                (content / RESULT).write_text(text + "\n", encoding="utf-8")
+        found = manifest.read(folder)
+        facts = read_facts(folder)
+    return StageResult(name, folder, found.digest, facts, reused, time.perf_counter() - started, peak_memory_bytes())
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the body of the stage in `folder` returned."""
+    facts: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return facts
+
+
+def discard(result: StageResult) -> None:
+    """Forget a stage: the next run makes it again."""
+    with exclusive(result.path):
+        if result.path.exists():
+            shutil.rmtree(result.path)
+
+
+def sweep(workspace: Path) -> None:
+    """Remove what killed runs left half made."""
+    for path in manifest.sweep(workspace / "stages") + manifest.sweep(workspace / "releases"):
+        logger.info("%s: half made by a run that was killed; removed", path)
+
+
+def peak_memory_bytes() -> int:
+    """The highest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@cache
+def code_version(layer: Layer) -> dict[str, str]:
+    """What a stage of `layer` is made with: a digest of our source files up to that layer, and versions."""
+    digest = hashlib.sha256()
+    for path in sources(layer):
+        digest.update(path.as_posix().encode() + b"\0" + hashlib.sha256((_ROOT / path).read_bytes()).digest())
+    versions = {"python": platform.python_version(), "sources": digest.hexdigest()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed
+    return versions
+
+
+def sources(layer: Layer) -> list[Path]:
+    """Our source files up to `layer`, and the bodies of the stages; relative to the package."""
+    files = [path for path in _ROOT.rglob("*.py") if path.relative_to(_ROOT).parts[0] not in {*_LAYERS, "flows"}]
+    for folder in ["flows/work", *_LAYERS[1 : _LAYERS.index(layer) + 1]]:
+        files += (_ROOT / folder).rglob("*.py")
+    return sorted(path.relative_to(_ROOT) for path in files)
+
+
+def is_whole(folder: Path, key: str) -> bool:
+    """Whether the folder is what its manifest says, and is the stage of `key`; it is removed when not."""
+    try:
+        if manifest.verify(folder).facts.get("key") == key:
+            return True
+        reason = "it was made from something else"
+    except IntegrityError as error:
+        reason = str(error)
+    logger.warning("stage %s is damaged (%s): removed, and made again", folder.name, reason)
+    shutil.rmtree(folder)
+    return False
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of a stage; the kernel lets it go when the process ends, however it ends."""
+    path = folder.parent / ".locks" / folder.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("%s: another run is making it; waiting", folder.name)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

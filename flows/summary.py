@@ -1,0 +1,148 @@
+"""What a run came to, for a terminal, for Prefect's page and as JSON."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numprune.flows.stages import StageResult
+from numprune.serving import report as reports
+from numprune.serving.report import GateResult, Report
+
+Summary = Mapping[str, Any]
+
+
+def summarize(judged: Path, stages: Sequence[StageResult], release: Path | None, version: str | None) -> dict[str, Any]:
+    """Plain JSON: verdict, sizes, quality, speed, where everything is, what took how long.
+
+    Args:
+        judged: the folder with report.json and report.md.
+        release, version: None when nothing was published.
+    """
+    report = reports.read(judged / "report.json").to_json()
+    return {
+        "run_id": report["run_id"],
+        "outcome": report["verdict"]["outcome"],
+        "reasons": report["environment"]["reasons"],
+        "gates": report["verdict"]["gates"],
+        "sizes": report["sizes"],
+        "quality": report["quality"],
+        "speed": {runtime: _ratios(speed) for runtime, speed in report["speed"].items()},
+        "report": str((release or judged) / "report.json"),
+        "page": str((release or judged) / "report.md"),
+        "release": str(release) if release else None,
+        "version": version,
+        "stages": [
+            {
+                "name": stage.name,
+                "seconds": round(stage.seconds, 3),
+                "reused": stage.reused,
+                "peak_memory_bytes": stage.peak_memory_bytes,
+            }
+            for stage in stages
+        ],
+    }
+
+
+def refusal(found: Summary) -> str:
+    """Why nothing was published: the gates that did not pass, or what is wrong with the machine."""
+    gates = [gate for gate in found["gates"] if gate["outcome"] != "pass"]
+    whys = [*found["reasons"], *(f"{gate['metric']} {gate['outcome']}: {gate['reason']}" for gate in gates)]
+    return f"{found['outcome']}, nothing was published: {'; '.join(whys)}"
+
+
+def text(found: Summary) -> str:
+    """The closing summary of `numprune optimize`."""
+    lines = [f"{found['run_id']}: {found['outcome']}", ""]
+    lines += [f"  {name:<9} {value}" for name, value in _lines(found)]
+    lines += ["", *gate_lines(found["gates"]), "", *_stage_lines(found["stages"]), ""]
+    lines.append(f"  report    {found['page']}")
+    if found["release"]:
+        lines += [f"  release   {found['release']}", f"  published {found['version']} as candidate"]
+    else:
+        lines.append(f"  {refusal(found)}")
+    return "\n".join(lines)
+
+
+def markdown(found: Summary) -> str:
+    """The same as tables."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _lines(found))
+    stages = "\n".join(
+        f"| {stage['name']} | {stage['seconds']:.1f} | {'reused' if stage['reused'] else ''} |"
+        for stage in found["stages"]
+    )
+    where = f"published {found['version']}, {found['release']}" if found["release"] else refusal(found)
+    return (
+        f"# {found['run_id']}: {found['outcome']}\n\n{where}\n\n| | baseline → candidate |\n| --- | --- |\n{rows}\n\n"
+        f"| stage | seconds | |\n| --- | --- | --- |\n{stages}\n"
+    )
+
+
+def gate_lines(gates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each gate: outcome, metric, value, interval, limit, reason."""
+    for gate in map(GateResult.model_validate, gates):
+        limit = f">= {gate.min:g}" if gate.max is None else f"<= {gate.max:g}"
+        value = "not measured" if gate.value is None else f"{gate.value:.4g}"
+        bounds = [
+            ("-inf", "inf")[side] if bound is None else f"{bound:.4g}" for side, bound in enumerate(gate.interval or ())
+        ]
+        interval = f" [{', '.join(bounds)}]" if bounds else ""
+        yield f"  {gate.outcome:<13} {gate.metric} = {value}{interval}, {gate.bound} {limit}: {gate.reason}"
+
+
+def _lines(found: Summary) -> Iterator[tuple[str, str]]:
+    sizes, quality = found["sizes"], found["quality"]
+    if sizes:
+        parts = [
+            f"{label} {_amount(pair['baseline'])} → {_amount(pair['candidate'])} (x{pair['ratio']:.3f})"
+            for key, label in (
+                ("parameters", "parameters"),
+                ("weight_bytes", "weight bytes"),
+                ("kv_bytes_per_token", "KV bytes/token"),
+            )
+            if (pair := sizes[key]) is not None and pair["ratio"] is not None
+        ]
+        yield "sizes", ", ".join(parts)
+    if quality:
+        delta = quality["nll_delta_nats_per_token"]
+        yield (
+            "quality",
+            f"perplexity {quality['baseline']['perplexity']:.2f} → {quality['candidate']['perplexity']:.2f}, "
+            f"NLL {delta['value']:+.4f} nats/token{_interval(delta)} on {quality['tokens']:,} tokens",
+        )
+    for runtime, ratios in found["speed"].items():
+        parts = [f"{label} x{ratio['value']:.3f}{_interval(ratio)}" for label, ratio in ratios.items()]
+        yield "speed", f"{runtime}: {', '.join(parts)}"
+
+
+def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {
+        "decode_tokens_per_s": "decode tokens/s",
+        "prefill_tokens_per_s": "prefill tokens/s",
+        "ttft": "TTFT",
+        "itl": "ITL",
+    }
+    return {label: speed[key]["ratio"] for key, label in shown.items() if speed.get(key)}
+
+
+def _stage_lines(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for stage in stages:
+        note = "reused" if stage["reused"] else f"peak {stage['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        yield f"  {stage['name']:<26} {stage['seconds']:7.1f} s  {note}"
+    yield f"  {'all stages':<26} {sum(stage['seconds'] for stage in stages):7.1f} s"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    lower, upper = estimate["interval95"]
+    return "" if lower is None or upper is None else f" [{lower:.3f}, {upper:.3f}]"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def of_report(report: Report) -> Iterator[str]:
+    """The lines of a report on its own."""
+    data = report.to_json()
+    speed = {runtime: _ratios(section) for runtime, section in data["speed"].items()}
+    for name, value in _lines({"sizes": data["sizes"], "quality": data["quality"], "speed": speed}):
+        yield f"  {name:<9} {value}"

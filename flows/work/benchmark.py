@@ -1,0 +1,83 @@
+"""Baseline and candidate, timed against each other."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure as measure_budget
+from numprune.corpus import read_documents, token_rows
+from numprune.errors import InputError
+from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve, weight_bytes
+from numprune.export.manifest import folder_digest
+from numprune.flows.work.evaluate import compare_checkpoints
+from numprune.flows.work.export import export
+from numprune.flows.work.prune import device_of
+from numprune.flows.work.report import assemble
+from numprune.serving.benchmark import Load, run_benchmark
+from numprune.serving.report import Report
+
+logger = logging.getLogger(__name__)
+
+TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch runs the checkpoint itself
+_LENGTH = 512
+
+
+def make_benchmark(
+    out: Path,
+    *,
+    candidate: Path,
+    baseline: Path,
+    runtime: str,
+    device: str,
+    load: dict[str, int],
+    machine: dict[str, str],
+) -> dict[str, Any]:
+    """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
+
+    `machine` is where: timings of another one are another stage.
+    """
+    return run_benchmark(candidate, baseline, runtime, Load(**load), device=device)
+
+
+def measure(candidate: str, baseline: str, runtime: str, text: list[Path] | None, length: int | None) -> Report:
+    """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
+
+    Raises InputError, IntegrityError, MissingRuntime.
+    """
+    sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
+    for folder in sides.values():
+        audit(folder)
+    context = read_config(sides["candidate"]).max_position_embeddings
+    length = length or min(_LENGTH, context)
+    if length > context:
+        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
+    rows = token_rows(read_documents(text), load_tokenizer(sides["baseline"]), length) if text else None
+    digests = {name: folder_digest(folder) for name, folder in sides.items()}
+    identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
+    sections: dict[str, Any] = {"sizes": sizes(sides["baseline"], sides["candidate"])}
+    if rows is not None:
+        identity["heldout_rows"] = rows.digest
+        sections["quality"] = compare_checkpoints(sides["candidate"], sides["baseline"], rows, device_of("auto"))
+    with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
+        target = TARGETS.get(runtime)
+        if target is not None:
+            for name, folder in sides.items():
+                logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, target, name)
+                made = export(folder, Path(scratch) / name, target)
+                sides[name] = Path(scratch) / name
+            identity["exports"] = {target: made.digest}
+        found = run_benchmark(sides["candidate"], sides["baseline"], runtime)
+    return assemble(Path(candidate).name, identity, sections, {runtime: found})
+
+
+def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
+    """The report's section `sizes` of two checkpoints."""
+    one, other = (measure_budget(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
+    return {
+        "parameters": {"baseline": one.parameters, "candidate": other.parameters},
+        "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
+        "kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token},
+        "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
+    }

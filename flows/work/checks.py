@@ -1,0 +1,153 @@
+"""Whether files, model and runtimes can do what a recipe asks for: all that can be known before the work begins."""
+
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from numprune.anatomy import Anatomy, read_anatomy
+from numprune.corpus import read_documents
+from numprune.errors import InputError, NumpruneError
+from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve
+from numprune.export.manifest import folder_digest
+from numprune.flows.problems import listed
+from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
+from numprune.flows.run import Artifact, Run
+from numprune.flows.work.text import text_digest
+from numprune.pruning import PruneOptions, check_options
+
+_TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # runtime -> the target that it runs
+_MODULES = {"onnx": ("onnx", "onnxscript"), "tensorrt": ("tensorrt",), "onnxruntime": ("onnxruntime",)}
+_INSTALL = {
+    "onnx": "pip install onnx onnxscript",
+    "onnxscript": "pip install onnxscript",
+    "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
+    "tensorrt": 'pip install "numprune[tensorrt]" on a machine with an NVIDIA GPU',
+}
+
+
+def prepare(recipe: Recipe, workspace: Path) -> Run:
+    """Return the run of a recipe, its inputs identified. Raises InputError as `check` does."""
+    check(recipe)
+    base = model_folder(recipe.model.path)
+    available = torch.cuda.is_available()
+    return Run(
+        recipe=recipe,
+        workspace=workspace,
+        base=Artifact(base, folder_digest(base)),
+        texts={
+            "calibration": text_digest(recipe.data.calibration, "train"),
+            "heldout": text_digest(recipe.data.heldout, "heldout"),
+        },
+        device="cuda" if available and recipe.model.device != "cpu" else "cpu",
+        uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
+        machine={"node": platform.node(), "cores": str(len(os.sched_getaffinity(0)))},
+    )
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be done here.
+
+    Raises InputError with every problem: its field, the value, what is allowed.
+    """
+    problems: list[str] = []
+
+    def collect(field: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except NumpruneError as error:
+            problems.append(f"{field}: {error}")
+            return None
+
+    base = collect("model.path", model_folder, recipe.model.path)
+    config = collect("model.path", read_config, base) if base else None
+    if config is not None:
+        collect("model.path", audit, base)
+        collect("model.path", load_tokenizer, base)
+        anatomy = read_anatomy(config)
+        collect("prune", check_options, anatomy, prune_options(recipe))
+        problems += _lengths(recipe, config.max_position_embeddings, anatomy)
+    for split, text in (("calibration", recipe.data.calibration), ("heldout", recipe.data.heldout)):
+        for file in text if isinstance(text, list) else []:
+            collect(f"data.{split}", read_documents, [file])
+    problems += _combinations(recipe)
+    for field, name in _needed(recipe):
+        problems += [f"{field}: {problem}" for problem in _missing(name)]
+    if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
+        problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
+    if problems:
+        raise InputError(listed("the recipe cannot be done here", problems))
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a recipe's model. Raises InputError."""
+    return EMBEDDED_FOLDER / "model" if path == EMBEDDED else resolve(path)
+
+
+def prune_options(recipe: Recipe) -> PruneOptions:
+    return PruneOptions(**recipe.prune.model_dump())
+
+
+def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
+    problems = []
+    limit = min(context, anatomy.sliding_window or context)
+    if recipe.data.sequence_length > limit:
+        problems.append(f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {limit} tokens")
+    positions = recipe.benchmark.prompt_length + recipe.benchmark.output_length
+    if positions > context:
+        problems.append(
+            f"benchmark.prompt_length + output_length = {positions}: the model takes at most {context} tokens"
+        )
+    return problems
+
+
+def _combinations(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.benchmark.prompts % recipe.benchmark.batch_size:
+        problems.append(
+            f"benchmark.prompts = {recipe.benchmark.prompts}: must be a multiple of benchmark.batch_size = "
+            f"{recipe.benchmark.batch_size}"
+        )
+    for runtime in recipe.benchmark.runtimes:
+        target = _TARGETS.get(runtime)
+        if target is not None and target not in recipe.export.targets:
+            problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
+    if recipe.prune.allocation != "uniform" and "vllm" in recipe.export.targets:
+        problems.append(
+            f"export.targets: vllm serves layers of one shape only, and allocation {recipe.prune.allocation!r} gives "
+            "them different ones; use allocation 'uniform', or leave vllm out"
+        )
+    for index, gate in enumerate(recipe.gates):
+        section, name = gate.metric.split(".")[:2]
+        if section in ("speed", "memory") and name not in recipe.benchmark.runtimes:
+            problems.append(
+                f"gates.{index}.metric = {gate.metric!r}: {name!r} is not benchmarked; "
+                f"benchmark.runtimes are {', '.join(recipe.benchmark.runtimes)}"
+            )
+    return problems
+
+
+def _needed(recipe: Recipe) -> list[tuple[str, str]]:
+    names: list[tuple[str, str]] = [
+        ("export.targets", target) for target in recipe.export.targets if target in _MODULES
+    ]
+    names += [("benchmark.runtimes", runtime) for runtime in recipe.benchmark.runtimes if runtime in _MODULES]
+    if "onnx" in recipe.export.targets:
+        names.append(("export.targets", "onnxruntime"))  # parity runs what was exported
+    return list(dict.fromkeys(names))
+
+
+def _missing(name: str) -> list[str]:
+    problems = []
+    for module in _MODULES[name]:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError) as error:  # a missing shared library is an OSError here and there
+            problems.append(
+                f"{name} needs the package {module}, which cannot be imported ({error}): {_INSTALL[module]}"
+            )
+    return problems

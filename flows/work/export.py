@@ -1,0 +1,54 @@
+"""A checkpoint to what other programs run, and the proof that it computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import InputError
+from numprune.export import manifest, parity, temporary
+
+RUNTIMES = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}  # what runs a target
+CHECKPOINT = "checkpoint"  # where the vLLM-compatible checkpoint stands, in its stage and in a release
+
+
+def export(source: Path, out: Path, target: str, **options: Any) -> manifest.Manifest:
+    """Write the checkpoint `source` to the new folder `out` as `target`. Raises what the target's exporter raises."""
+    if target == "vllm":
+        from numprune.export import vllm
+
+        return vllm.export(source, out, **options)
+    if target == "onnx":
+        from numprune.export import onnx
+
+        return onnx.export(source, out, **options)
+    if target == "tensorrt":
+        from numprune.export import tensorrt
+
+        return tensorrt.export(source, out, **options)
+    raise InputError(f"target is {target!r}; it must be one of vllm, onnx, tensorrt")
+
+
+def export_and_prove(source: Path, out: Path, target: str) -> tuple[manifest.Manifest, dict[str, Any]]:
+    """Write an export to the new folder `out`, which appears only after its parity is proved.
+
+    Raises InputError, IntegrityError, MissingRuntime, ParityError.
+    """
+    with temporary.beside(out) as folder:
+        export(source, folder / "export", target)
+        proof = dict(parity.check(source, folder / "export", RUNTIMES[target]))
+        temporary.move(folder / "export", out)
+    return manifest.read(out), proof
+
+
+def make_export(out: Path, *, source: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Stage: one export, in a folder of the stage with the name it will have in a release."""
+    made = export(source, out / folder_name(target), target, **options)
+    return {"digest": made.digest, "bytes": sum(entry.size for entry in made.files.values())}
+
+
+def folder_name(target: str) -> str:
+    return CHECKPOINT if target == "vllm" else target
+
+
+def make_parity(out: Path, *, reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
+    """Stage: `candidate` in `runtime` computes what `reference` does. Raises ParityError."""
+    return dict(parity.check(reference, candidate, runtime))

@@ -1,0 +1,104 @@
+"""Everything measured, in one report, judged."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from numprune.flows.stages import read_facts
+from numprune.serving import gates
+from numprune.serving.report import (
+    Environment,
+    Identity,
+    Report,
+    combine,
+    markdown,
+    package_versions,
+    write,
+)
+
+JSON, PAGE = "report.json", "report.md"
+
+
+def assemble(
+    name: str,
+    identity: Mapping[str, Any],
+    sections: Mapping[str, Any],
+    benchmarks: Mapping[str, Mapping[str, Any]],
+) -> Report:
+    """One report, not judged yet.
+
+    Args:
+        name: what the run is called, with the time.
+        identity: digests; versions are added.
+        sections: `pruning`, `sizes`, `quality`, `parity`: those that there are.
+        benchmarks: runtime -> what `run_benchmark` gave; at least one.
+    """
+    created = datetime.now(UTC)
+    environments = [Environment.model_validate(found["environment"]) for found in benchmarks.values()]
+    return Report(
+        created=created,
+        run_id=f"{name}-{created:%Y%m%dT%H%M%SZ}",
+        identity=Identity.model_validate({**identity, "packages": package_versions()}),
+        environment=reduce(combine, environments),
+        speed={runtime: found["speed"] for runtime, found in benchmarks.items()},
+        memory={runtime: found["memory"] for runtime, found in benchmarks.items()},
+        **sections,
+    )
+
+
+def pruning_section(options: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked and what became of it; `pruned` are the facts of the stage."""
+    before, after = pruned["before"], pruned["after"]
+    removed = {
+        "prunable": 1 - after["prunable_parameters"] / before["prunable_parameters"],
+        "parameters": 1 - after["parameters"] / before["parameters"],
+        "kv_bytes": 1 - after["kv_bytes_per_token"] / before["kv_bytes_per_token"],
+    }
+    names = {key: options[key] for key in ("criterion", "allocation", "compensation")}
+    return {**names, "ratio_asked": options["ratio"], "ratio_removed": removed, "kept_units": pruned["kept_units"]}
+
+
+def sizes_section(pruned: Mapping[str, Any]) -> dict[str, Any]:
+    before, after = pruned["before"], pruned["after"]
+    pairs = {
+        key: {"baseline": before[key], "candidate": after[key]}
+        for key in ("parameters", "kv_bytes_per_token", "flops_per_token")
+    }
+    pairs["weight_bytes"] = {"baseline": pruned["weight_bytes_before"], "candidate": pruned["weight_bytes_after"]}
+    return pairs
+
+
+def make_report(
+    out: Path,
+    *,
+    pruned: Path,
+    quality: Path,
+    benchmarks: dict[str, Path],
+    name: str,
+    identity: dict[str, Any],
+    prune: dict[str, Any],
+    parity: dict[str, Any],
+    policy: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Stage: report.json and report.md, with the verdict.
+
+    Args:
+        pruned, quality, benchmarks: stages; the last by runtime.
+        prune: the options that were asked for.
+        policy: the gates.
+    """
+    facts = read_facts(pruned)
+    sections = {
+        "pruning": pruning_section(prune, facts),
+        "sizes": sizes_section(facts),
+        "quality": read_facts(quality),
+        "parity": parity,
+    }
+    report = assemble(name, identity, sections, {runtime: read_facts(stage) for runtime, stage in benchmarks.items()})
+    report = report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy})))
+    write(report, out / JSON)
+    (out / PAGE).write_text(markdown(report), encoding="utf-8")
+    assert report.verdict is not None  # judged
+    return {"outcome": report.verdict.outcome, "run_id": report.run_id}

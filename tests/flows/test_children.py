@@ -1,0 +1,102 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from numprune.errors import ParityError
+from numprune.flows import children
+from numprune.flows.children import ChildDied, ChildFailed, call
+
+# A process with a child that tells its process id and then sleeps.
+SLEEPING = """
+    import sys
+    from numprune.flows import children
+    children._PRELOADED.clear()
+    code = "import os, time, pathlib; pathlib.Path(path).write_text(str(os.getpid())); time.sleep(600)"
+    children.call(exec, code, {"path": sys.argv[1]})
+"""
+
+
+def triple(value: int) -> tuple[int, int]:
+    return 3 * value, os.getpid()
+
+
+def refuse() -> None:
+    raise ParityError("row 3, token 7")
+
+
+def divide() -> float:
+    return 1 / 0
+
+
+def test_value_comes_back_from_another_process() -> None:
+    value, pid = call(triple, 14)
+    assert value == 42
+    assert pid != os.getpid()
+
+
+def test_errors_that_a_user_can_mend_come_back_as_they_are() -> None:
+    with pytest.raises(ParityError, match="row 3, token 7"):
+        call(refuse)
+
+
+def test_mistakes_come_back_with_their_traceback() -> None:
+    with pytest.raises(ChildFailed, match=r"in divide[\s\S]*ZeroDivisionError"):
+        call(divide)
+
+
+def test_a_killed_child_is_an_error_that_says_so() -> None:
+    with pytest.raises(ChildDied, match=r"SIGKILL.*out of memory"):
+        call(signal.raise_signal, signal.SIGKILL)
+    with pytest.raises(ChildDied, match="exit code 3"):
+        call(os._exit, 3)
+
+
+def test_stdout_of_a_child_is_stderr() -> None:
+    # The server of the processes was started with whatever stderr was then, so a fresh interpreter is asked.
+    program = """
+        from numprune.flows import children
+        children._PRELOADED.clear()
+        children.call(exec, "import os; print('from python', flush=True); os.system('echo from native')")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "from python" in done.stderr
+    assert "from native" in done.stderr
+
+
+def test_child_ends_with_its_parent(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLEEPING), str(tmp_path / "pid")])
+    child = psutil.Process(int(next(read_when_there(tmp_path / "pid"))))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    child.wait(timeout=20)
+
+
+def test_interrupted_waiting_ends_the_child(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", textwrap.dedent(SLEEPING), str(tmp_path / "pid")]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    child = psutil.Process(int(next(read_when_there(tmp_path / "pid"))))
+    process.send_signal(signal.SIGINT)
+    child.wait(timeout=20)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_work_is_found_by_name() -> None:
+    assert children.find_work("evaluate.finite")([1.0, float("inf")]) == [1.0, None]
+
+
+def read_when_there(path: Path) -> Iterator[str]:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield path.read_text()

@@ -1,0 +1,187 @@
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from numprune.errors import InputError
+from numprune.flows import names, recipe
+from numprune.flows.recipe import EMBEDDED_RECIPE, Recipe, load
+
+MINIMAL = """
+[model]
+path = "model"
+[data]
+calibration = "a.txt"
+heldout = ["b.txt", "/abs/c.txt"]
+[[gates]]
+metric = "sizes.parameters.ratio"
+bound = "point"
+max = 0.9
+[registry]
+name = "tiny"
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_embedded_recipe_shows_every_key_with_its_default() -> None:
+    shown = tomllib.loads(EMBEDDED_RECIPE.read_text(encoding="utf-8"))
+    assert list(shown) == [
+        *(name for name in Recipe.model_fields if name not in ("gates", "registry")),
+        "gates",
+        "registry",
+    ]
+    required = set()
+    for name, field in Recipe.model_fields.items():
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        assert set(shown[name]) == set(section.model_fields), name
+        for key, inner in section.model_fields.items():
+            if inner.default is PydanticUndefined:
+                required.add(f"{name}.{key}")
+            else:
+                assert shown[name][key] == inner.default, f"{name}.{key}"
+    assert required == {"model.path", "data.calibration", "data.heldout", "registry.name"}
+    for line in EMBEDDED_RECIPE.read_text(encoding="utf-8").splitlines():
+        if any(line.startswith(f"{key.partition('.')[2]} = ") and "embedded" in line for key in required):
+            assert "yours" in line
+
+
+def test_sections_left_out_take_their_defaults(minimal: Path) -> None:
+    loaded = load(minimal)
+    assert (loaded.prune, loaded.export, loaded.benchmark) == (recipe.Prune(), recipe.Export(), recipe.Benchmark())
+
+
+def test_names_are_those_that_are_implemented() -> None:
+    from numprune.allocation import ALLOCATIONS
+    from numprune.criteria import CRITERIA
+    from numprune.export.runtimes import DEVICES, NAMES
+    from numprune.pruning import COMPENSATIONS
+
+    assert set(get_args(names.Criterion)) == set(CRITERIA)
+    assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
+    assert set(get_args(names.Compensation)) == set(COMPENSATIONS) - {"bias"}
+    assert set(get_args(names.Runtime)) == set(NAMES)
+    assert set(get_args(names.Device)) == set(DEVICES)
+
+
+def test_defaults_are_those_of_what_does_the_work() -> None:
+    from numprune.pruning import PruneOptions
+    from numprune.serving.benchmark import Load
+
+    assert PruneOptions(**recipe.Prune().model_dump()) == PruneOptions(ratio=0.3)
+    assert Load(**recipe.Benchmark().model_dump(exclude={"runtimes", "device"})) == Load()
+
+
+def test_paths_are_relative_to_the_recipe_and_overrides_to_the_current_folder(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    loaded = load(minimal, ["data.calibration=['x.txt']"])
+    assert loaded.model.path == str(tmp_path / "model")
+    assert loaded.data.heldout == [str(tmp_path / "b.txt"), "/abs/c.txt"]
+    assert loaded.data.calibration == [str(tmp_path / "here" / "x.txt")]
+
+
+def test_hub_ids_and_embedded_stay_as_they_are(minimal: Path) -> None:
+    loaded = load(minimal, ["model.path=someone/some-model", "data.calibration=embedded"])
+    assert loaded.model.path == "someone/some-model"
+    assert loaded.data.calibration == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prune.ratio=0.2", ("prune", "ratio", 0.2)),
+        ("prune.criterion=wanda", ("prune", "criterion", "wanda")),
+        ('prune.criterion="wanda"', ("prune", "criterion", "wanda")),
+        ("benchmark.runtimes=['torch']", ("benchmark", "runtimes", ["torch"])),
+        ("export.opset = 20", ("export", "opset", 20)),
+    ],
+)
+def test_override(minimal: Path, override: str, expected: tuple[str, str, Any]) -> None:
+    section, key, value = expected
+    assert getattr(getattr(load(minimal, [override]), section), key) == value
+
+
+def test_gates_are_overridden_as_a_whole(minimal: Path) -> None:
+    loaded = load(minimal, ["gates=[{metric='quality.kl_nats_per_token', bound='point', max=0.5}]"])
+    assert [gate.metric for gate in loaded.gates] == ["quality.kl_nats_per_token"]
+
+
+def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(
+            minimal,
+            [
+                "prune.ratio=1.4",
+                "prune.criterion=numercal",
+                "prune.rato=2",
+                "data.calibration=[]",
+                "foo.bar=1",
+                "gates=[{metric='a.b', bund='point', max=1}]",
+                "benchmark.runtimes=['torch','torch']",
+                "benchmark.repeats=5",
+                "export.targets=[]",
+                "registry.name='a b'",
+                "nonsense",
+            ],
+        )
+    message = str(caught.value)
+    expected = [
+        "prune.ratio = 1.4: must be less than 1",
+        "prune.criterion = 'numercal': must be 'numerical', 'numerical-box', 'obs', 'flap', 'wanda', 'magnitude' or "
+        "'random'; did you mean 'numerical'?",
+        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, align, damping, seed, batch_size; "
+        "did you mean 'ratio'?",
+        'data.calibration = []: must be "embedded" or a list of text files',
+        "foo: unknown",
+        "gates.0.bound: missing",
+        "gates.0.bund: unknown; known are metric, bound, min, max; did you mean 'bound'?",
+        "benchmark.runtimes = ['torch', 'torch']: must not name one thing twice",
+        "benchmark.repeats = 5: must be a multiple of 2",
+        "registry.name = 'a b'",
+        "--set nonsense: must be section.key=value",
+    ]
+    for line in expected:
+        assert line in message
+    assert message.startswith(f"recipe {minimal}: {len(expected)} problems\n")
+
+
+@pytest.mark.parametrize("text", ["[model", "\xff".encode("latin-1"), "a = 1\na = 2"])
+def test_what_is_no_toml_is_said_to_be_none(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match="not TOML"):
+        load(path)
+
+
+def test_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load(tmp_path / "none.toml")
+
+
+def test_gates_are_not_left_to_a_default(minimal: Path) -> None:
+    without = MINIMAL.split("[[gates]]")[0] + '[registry]\nname = "tiny"\n'
+    minimal.write_text(without)
+    with pytest.raises(InputError, match="gates: missing"):
+        load(minimal)
+
+
+def test_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
+    odd = 'data.calibration=["a \\" b.txt", "ü\\u007f\\n.txt"]'
+    loaded = load(minimal, [odd, "prune.damping=1e-7"])
+    again = Recipe.model_validate(tomllib.loads(loaded.to_toml()))
+    assert again == loaded
+    assert again.digest == loaded.digest
+    assert load(minimal).digest != loaded.digest

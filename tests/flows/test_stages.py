@@ -1,0 +1,181 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numprune.export import manifest
+from numprune.flows import stages
+from numprune.flows.stages import StageResult, run_stage
+
+ONE, TWO = "1" * 64, "2" * 64
+
+# A stage in a process of its own: it appends to `calls` when its body runs, and waits for `go` inside the body.
+PROGRAM = """
+    import sys, time
+    from pathlib import Path
+    from numprune.flows.stages import run_stage
+
+    workspace, calls, go = map(Path, sys.argv[1:])
+
+    def body(out):
+        (out / "half.bin").write_bytes(b"x" * 100_000)
+        with calls.open("a") as file:
+            file.write("called\\n")
+        while not go.exists():
+            time.sleep(0.01)
+        return {"answer": 42}
+
+    result = run_stage(workspace, "slow", {"in": "1" * 64}, {"a": 1}, body)
+    print(result.digest, result.reused)
+"""
+
+
+def body(out: Path) -> dict[str, Any]:
+    (out / "data.bin").write_bytes(b"0123456789" * 1000)
+    return {"answer": 42}
+
+
+def run(workspace: Path, **changes: Any) -> StageResult:
+    arguments: dict[str, Any] = {"name": "work", "inputs": {"in": ONE}, "options": {"a": 1}, "body": body, **changes}
+    return run_stage(workspace, **arguments)
+
+
+def start(tmp_path: Path) -> "subprocess.Popen[str]":
+    arguments = [str(tmp_path / "workspace"), str(tmp_path / "calls"), str(tmp_path / "go")]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_a_stage_is_made_once(tmp_path: Path) -> None:
+    first, second = run(tmp_path), run(tmp_path)
+    assert (first.reused, second.reused) == (False, True)
+    assert (first.path, first.digest, first.facts) == (second.path, second.digest, {"answer": 42})
+    assert first.path.parent == tmp_path / "stages"
+    assert first.path.name.startswith("work-")
+    assert manifest.verify(first.path).parents == {"in": ONE}
+    assert first.peak_memory_bytes > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "changes", [{"inputs": {"in": TWO}}, {"inputs": {"other": ONE}}, {"options": {"a": 2}}, {"name": "other"}]
+)
+def test_whatever_decides_the_content_makes_another_stage(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert run(tmp_path).path != run(tmp_path, **changes).path
+
+
+def test_another_version_of_the_code_makes_another_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path)
+    monkeypatch.setattr(stages, "code_version", lambda layer: {"sources": "later"})
+    assert run(tmp_path).path != first.path
+
+
+def test_code_version_covers_the_layers_below_and_no_more() -> None:
+    versions = [stages.code_version(layer) for layer in ("numprune", "export", "serving")]
+    assert len({version["sources"] for version in versions}) == 3
+    assert "torch" in versions[0]
+    names = {layer: {path.as_posix() for path in stages.sources(layer)} for layer in ("numprune", "export", "serving")}
+    assert {"pruning.py", "criteria/numerical.py", "flows/work/prune.py"} <= names["numprune"]
+    assert "export/manifest.py" in names["export"] - names["numprune"]
+    assert "serving/benchmark/run.py" in names["serving"] - names["export"]
+    assert not any(name.startswith("flows/cli") for name in names["serving"])
+
+
+def test_nothing_is_left_of_a_body_that_raises(tmp_path: Path) -> None:
+    def failing(out: Path) -> dict[str, Any]:
+        body(out)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        run(tmp_path, body=failing)
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == [".locks"]
+    assert not run(tmp_path).reused
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "manifest"])
+def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = run(tmp_path)
+    data = first.path / "data.bin"
+    match damage:
+        case "flip":
+            content = bytearray(data.read_bytes())
+            content[5000] ^= 1
+            data.write_bytes(content)
+        case "truncate":
+            data.write_bytes(data.read_bytes()[:-1])
+        case "remove":
+            data.unlink()
+        case "add":
+            (first.path / "more").touch()
+        case "manifest":
+            (first.path / "manifest.json").write_text("{}")
+    again = run(tmp_path)
+    assert not again.reused
+    assert again.digest == first.digest
+    assert "is damaged" in caplog.text
+    assert run(tmp_path).reused
+
+
+def test_a_folder_of_another_stage_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    first, other = run(tmp_path), run(tmp_path, options={"a": 2})
+    for path in (first.path / name for name in ("data.bin", "manifest.json", "result.json")):
+        path.write_bytes((other.path / path.name).read_bytes())
+    assert not run(tmp_path).reused
+
+
+def test_discarded_stage_is_made_again(tmp_path: Path) -> None:
+    stages.discard(run(tmp_path))
+    assert not run(tmp_path).reused
+
+
+def test_killed_inside_a_stage_and_run_again(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(tmp_path / "calls")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    folder = tmp_path / "workspace" / "stages"
+    left = [path for path in folder.iterdir() if path.name != ".locks"]
+    assert len(left) == 1
+    assert left[0].name.endswith(".partial")
+
+    (tmp_path / "go").touch()
+    out, _ = start(tmp_path).communicate(timeout=60)
+    assert out.split()[1] == "False"
+    stages.sweep(tmp_path / "workspace")
+    (made,) = [path for path in folder.iterdir() if path.name != ".locks"]
+    assert manifest.verify(made).digest == out.split()[0]
+    assert (tmp_path / "calls").read_text() == "called\n" * 2
+
+
+def test_sweeping_leaves_a_stage_under_way_alone(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    wait_for(tmp_path / "calls")
+    stages.sweep(tmp_path / "workspace")
+    (tmp_path / "go").touch()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.split()[1] == "False"
+
+
+def test_two_at_once_do_the_work_once(tmp_path: Path) -> None:
+    processes = [start(tmp_path), start(tmp_path)]
+    wait_for(tmp_path / "calls")
+    time.sleep(0.5)  # the other one comes to the lock
+    (tmp_path / "go").touch()
+    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert answers[0][0] == answers[1][0]
+    assert sorted(answer[1] for answer in answers) == ["False", "True"]
+    assert (tmp_path / "calls").read_text() == "called\n"
