@@ -28,6 +28,7 @@ class TorchRuntime:
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self._model = checkpoint.load(folder)[0].to(self._device)
         self.vocabulary: int = self._model.config.vocab_size
+        self.context: int = self._model.config.max_position_embeddings
         self._mask: Tensor | None = None
         self._cache = DynamicCache(config=self._model.config)
 

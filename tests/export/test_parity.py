@@ -1,0 +1,161 @@
+"""Parity holds where it should, and every way in which a runtime can be wrong is found and placed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx as onnx_format
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from numprune.errors import InputError, IntegrityError, ParityError
+from numprune.export import manifest, onnx, parity
+
+Checkpoint = Callable[..., Path]
+Change = Callable[[onnx_format.ModelProto], None]
+
+
+def altered(export: Path, change: Change) -> Path:
+    """A copy of an ONNX export with another graph, and a manifest that is right for it."""
+    target = export.with_name(export.name + "-altered")
+    with manifest.creating(target, kind="onnx", facts=manifest.read(export).facts) as folder:
+        model = onnx_format.load(export / onnx.MODEL_FILE)
+        change(model)
+        onnx_format.save(model, folder / onnx.MODEL_FILE)
+    return target
+
+
+def test_parity_of_onnx_runtime(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    onnx.export(tiny_checkpoint(), tmp_path / "onnx")
+    same = altered(tmp_path / "onnx", lambda model: None)  # `altered`, used below, changes nothing of its own
+    result = parity.check(tmp_path / "base", same, "onnxruntime", threads=1)
+    assert json.loads(json.dumps(result)) == result
+    assert 0 < result["logit_error_mean"] < result["logit_error_max"] < 1e-4
+    assert 0 < result["logprob_error_mean"] < result["logprob_error_max"] < 1e-4
+    assert result["greedy_match"] == 1.0
+    assert result["decode_steps"] == 32
+    assert result["batches"] == [
+        {"batch_size": 1, "padded": False},
+        {"batch_size": 3, "padded": False},
+        {"batch_size": 3, "padded": True},
+    ]
+    prompts = 24 + 3 * 24 + (24 + 13 + 1)
+    assert result["positions"] == prompts + (1 + 3 + 3) * 32
+    assert abs(result["worst"]["reference"] - result["worst"]["candidate"]) == pytest.approx(result["logit_error_max"])
+
+
+def test_parity_of_torch_with_itself_is_exact_and_with_other_weights_fails(tiny_checkpoint: Checkpoint) -> None:
+    base, other = tiny_checkpoint(), tiny_checkpoint(name="other", seed=1)
+    result = parity.check(base, base, "torch")
+    assert result["logit_error_max"] < 1e-4
+    with pytest.raises(ParityError, match=r"worst at batch size \d"):
+        parity.check(base, other, "torch")
+
+
+def test_an_export_of_other_weights_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    onnx.export(tiny_checkpoint(name="other", seed=1), tmp_path / "onnx")
+    with pytest.raises(ParityError, match="onnxruntime is not"):
+        parity.check(tiny_checkpoint(), tmp_path / "onnx", "onnxruntime", threads=1)
+
+
+def weight(name: str, change: Callable[[torch.Tensor], object]) -> Change:
+    def apply(model: onnx_format.ModelProto) -> None:
+        found = next(value for value in model.graph.initializer if value.name == name)
+        tensor = torch.from_numpy(numpy_helper.to_array(found).copy())
+        change(tensor)
+        found.CopyFrom(numpy_helper.from_array(tensor.numpy(), name))
+
+    return apply
+
+
+def ignore_padding(model: onnx_format.ModelProto) -> None:
+    """Let the attention mask be made from a padding mask of all ones."""
+    nodes = model.graph.node
+    one = numpy_helper.from_array(torch.ones(1, dtype=torch.int64).numpy())
+    made = [
+        helper.make_node("Shape", ["attention_mask"], ["altered.shape"]),
+        helper.make_node("ConstantOfShape", ["altered.shape"], ["altered.ones"], value=one),
+    ]
+    (reader,) = (node for node in nodes if node.op_type == "Cast" and node.input[0] == "attention_mask")
+    reader.input[0] = "altered.ones"
+    kept = [*made, *nodes]
+    del nodes[:]
+    nodes.extend(kept)
+
+
+def shuffle_the_past(model: onnx_format.ModelProto) -> None:
+    """Put layer 1's new values before its old ones. Prefill, which has no old ones, is still right."""
+    (join,) = (node for node in model.graph.node if "past_key_values.1.value" in node.input)
+    join.input[:] = list(reversed(join.input))
+
+
+ALTERATIONS = {
+    "a weight that is a little off": (
+        weight("model.layers.1.mlp.down_proj.weight.T", lambda tensor: tensor[7, 9].add_(0.05)),
+        r"log-probabilities by",
+    ),
+    "a norm that is a little off": (weight("model.norm.weight", lambda tensor: tensor[3].mul_(1.02)), "worst at"),
+    "NaN": (
+        weight("model.embed_tokens.weight", lambda tensor: tensor.fill_(float("nan"))),
+        "is not finite: batch size 1",
+    ),
+    "infinity": (weight("lm_head.weight.T", lambda tensor: tensor[0, 5].fill_(float("inf"))), r"token 5: .*(inf|nan)"),
+    "padding that is attended to": (ignore_padding, "worst at batch size 3, left-padded"),
+    "rotary positions that run too fast": (weight("rotary.frequencies", lambda tensor: tensor.mul_(1.05)), "worst at"),
+    "a cache in the wrong order": (shuffle_the_past, r"decode step \d+"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_a_wrong_graph_fails_and_is_placed(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    change, message = ALTERATIONS[name]
+    base = tiny_checkpoint()
+    onnx.export(base, tmp_path / "onnx")
+    with pytest.raises(ParityError, match=message):
+        parity.check(base, altered(tmp_path / "onnx", change), "onnxruntime", threads=1)
+
+
+def test_another_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    onnx.export(tiny_checkpoint(name="wide", vocab_size=300), tmp_path / "onnx")
+    with pytest.raises(ParityError, match=r"shape \[1, 24, 300\], not \[1, 24, 259\]"):
+        parity.check(tiny_checkpoint(), tmp_path / "onnx", "onnxruntime", threads=1)
+
+
+def test_logits_that_say_nothing_prove_nothing(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    with pytest.raises(ParityError, match="would prove nothing"):
+        parity.check(base, base, "torch", tolerance=10.0)
+
+
+def test_a_folder_that_was_altered_after_export_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint()
+    onnx.export(base, tmp_path / "onnx")
+    data = tmp_path / "onnx" / "model.onnx.data"
+    raw = bytearray(data.read_bytes())
+    raw[5000] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(IntegrityError, match=r"model\.onnx\.data"):
+        parity.check(base, tmp_path / "onnx", "onnxruntime", threads=1)
+
+
+def test_own_prompts(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    result = parity.check(base, base, "torch", prompts=torch.arange(20).reshape(2, 10), batch_sizes=(2,))
+    assert (result["prompt_length"], result["positions"]) == (10, 20 + 11 + 4 * 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode_steps": 31}, "at least 32"),
+        ({"batch_sizes": ()}, "batch_sizes"),
+        ({"batch_sizes": (0, 2)}, "batch_sizes"),
+        ({"prompts": torch.zeros(2, 8, dtype=torch.int64)}, "at least 3 rows"),
+        ({"prompt_length": 225}, "max_position_embeddings=256"),
+    ],
+)
+def test_checks_that_would_be_too_weak_are_refused(tiny_checkpoint: Checkpoint, options: dict, message: str) -> None:
+    base = tiny_checkpoint()
+    with pytest.raises(InputError, match=message):
+        parity.check(base, base, "torch", **options)
