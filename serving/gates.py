@@ -276,13 +276,13 @@ def _is_estimate(node: Any) -> bool:
 
 
 def _noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
-    """The noise floor of `speed.<runtime>.<name>.ratio`; None for other metrics and where none was measured."""
+    """The noise floor of `speed.<runtime>.<name>.ratio`, without which none passes; None for other metrics."""
     match metric.split("."):
-        case ["speed", runtime, name, "ratio"] if name in data["speed"][runtime]["noise_floor"]:
+        case ["speed", runtime, name, "ratio"]:
             where = f"speed.{runtime}.noise_floor.{name}"
-            found = data["speed"][runtime]["noise_floor"][name]
-            if found["neighbours"] < 1:
-                raise _UnfitError(f"{where} has no neighbours: nothing was measured")
+            found = data["speed"][runtime]["noise_floor"].get(name)
+            if found is None or found["neighbours"] < 1:
+                raise _UnfitError(f"{where} was not measured")
             floor = _as_number(found["relative"], where)
             if floor < 0:
                 raise _UnfitError(f"{where} is {floor:g}, below zero")

@@ -11,9 +11,10 @@ A *reference* is NAME, NAME@ALIAS or NAME/VERSION. MLflow keeps no checksums: th
 in the version's tags and is checked on every use.
 """
 
-from numprune.serving.registry.connection import Registry, RegistryError, open_registry
+from numprune.serving.registry.connection import Registry, open_registry
+from numprune.serving.registry.errors import RefusedReleaseError, RegistryError
 from numprune.serving.registry.production import promote, rollback
-from numprune.serving.registry.publishing import RefusedReleaseError, publish
+from numprune.serving.registry.publishing import publish
 from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, parse
 from numprune.serving.registry.releases import Shown, fetch, show, verify
 from numprune.serving.registry.versions import Model, Version, list_models, list_versions

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from numprune.errors import IntegrityError
 from numprune.export import manifest
 from numprune.export.manifest import Manifest
+from numprune.serving.registry.errors import speaking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,16 +100,27 @@ class ServerArtifacts:
     @contextmanager
     def at(self, run_id: str, only: Sequence[str] | None = None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
-            for path in [FOLDER] if only is None else [f"{FOLDER}/{name}" for name in only]:
-                self._client.download_artifacts(run_id, path, scratch)
-            with calling(Path(scratch) / FOLDER, f"MLflow run {run_id}") as folder:
+            folder = Path(scratch) / "whole"
+            folder.mkdir()
+            if only is None:
+                self.copy(run_id, folder)
+            for name in only or ():
+                self._download(run_id, f"{FOLDER}/{name}", Path(scratch)).rename(folder / name)
+            with calling(folder, f"MLflow run {run_id}"):
                 yield folder
 
     def copy(self, run_id: str, into: Path) -> None:
         with tempfile.TemporaryDirectory(dir=into.parent) as scratch:  # beside it: a rename, not a second copy
-            self._client.download_artifacts(run_id, FOLDER, scratch)
-            for item in (Path(scratch) / FOLDER).iterdir():
+            for item in self._download(run_id, FOLDER, Path(scratch)).iterdir():
                 item.rename(into / item.name)
+
+    def _download(self, run_id: str, path: str, into: Path) -> Path:
+        """Where below `into` it landed: that depends on the server's kind of store."""
+        with speaking(f"MLflow run {run_id}, {path}"):
+            landed = Path(self._client.download_artifacts(run_id, path, str(into)))
+        if not landed.exists():  # what is not there is, to MLflow, an empty folder
+            raise IntegrityError(f"MLflow run {run_id}: {path} is missing")
+        return landed
 
     def remove(self, run_id: str) -> None:
         """Nothing: a client cannot delete files; `mlflow gc` on the server does, once the run is deleted."""

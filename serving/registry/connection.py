@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from numprune.errors import NumpruneError
 from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts
+from numprune.serving.registry.errors import RegistryError, error_code, speaking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,18 +25,13 @@ if TYPE_CHECKING:
 EXPERIMENT = "numprune"  # the MLflow experiment whose runs hold the artifacts
 _LOCK_TIMEOUT_S = 600.0  # longer than verifying a large release takes
 
-_STORE = {"mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3"}  # packages whose errors are a registry's
-
 _QUIET = {  # none of these overrules what the user set
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # MLflow's own 7 let a mistyped address hang for minutes
 }
-
-
-class RegistryError(NumpruneError):
-    """The registry cannot be reached, written or understood."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Registry:
     @contextmanager
     def speaking(self) -> Iterator[None]:
         """What MLflow and its store raise comes out as a RegistryError that names the registry."""
-        with _speaking(self.uri):
+        with speaking(f"registry {self.uri}"):
             yield
 
 
@@ -77,7 +72,7 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
             f"{uri!r}: not an MLflow server's address (http://… or https://…); "
             "without one, the workspace's own registry is used"
         )
-    with _speaking(uri):
+    with speaking(f"registry {uri}"):
         client = _client(uri)
         return Registry(
             uri=uri,
@@ -89,11 +84,6 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
         )
 
 
-def error_code(error: Exception) -> str:
-    """The name MLflow gives an error, or nothing."""
-    return str(getattr(error, "error_code", ""))
-
-
 def _open_embedded(root: Path) -> Registry:
     if any(mark in str(root) for mark in "?#%"):
         raise RegistryError(f"{root}: a database's address cannot hold '?', '#' or '%'; choose another workspace")
@@ -101,7 +91,7 @@ def _open_embedded(root: Path) -> Registry:
     uri = f"sqlite:///{database}"
     # Two processes that make MLflow's tables at once crash one of them; and whoever is killed meanwhile must not
     # leave half of them. So one at a time, under another name first.
-    with _speaking(str(root)), _locked(lock):
+    with speaking(f"registry {root}"), _locked(lock):
         for leftover in root.glob("mlflow.db.*.partial*"):
             leftover.unlink()
         if not database.exists():
@@ -176,22 +166,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _speaking(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except NumpruneError:
-        raise
-    except Exception as error:
-        if not _is_of_the_store(error):
-            raise
-        text = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RegistryError(f"registry {uri}: {text}") from error
-
-
-def _is_of_the_store(error: Exception) -> bool:
-    """Whether MLflow, its database, its HTTP client or the disk raised this: anything else is a mistake of ours."""
-    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError) or bool(modules & _STORE)

@@ -6,27 +6,19 @@ from pathlib import Path
 
 import psutil
 
-from numprune.errors import InputError, IntegrityError, NumpruneError
+from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.export.manifest import Manifest
 from numprune.serving import gates
 from numprune.serving import report as reports
-from numprune.serving.registry.connection import Registry, error_code
+from numprune.serving.registry.connection import Registry
+from numprune.serving.registry.errors import RefusedReleaseError, error_code
 from numprune.serving.registry.reference import CANDIDATE, Reference, check_name
 from numprune.serving.registry.releases import CHECKPOINT, KIND, REPORT, verify_version
 from numprune.serving.registry.versions import MARK, RELEASE, VERDICT, Version, find_versions, model, resolve
 from numprune.serving.report import Report, Verdict
 
 _PUBLISHER = "numprune.publisher"  # host, process id and start of the process that fills a run
-
-
-class RefusedReleaseError(NumpruneError):
-    """The verdict is not `pass`; nothing was published. `exit_code` is the command's."""
-
-    def __init__(self, message: str, verdict: Verdict) -> None:
-        super().__init__(message)
-        self.verdict = verdict
-        self.exit_code = gates.exit_code(verdict)
 
 
 def publish(registry: Registry, release: Path, name: str) -> Version:

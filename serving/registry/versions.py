@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from numprune.errors import InputError, IntegrityError
-from numprune.serving.registry.connection import Registry, error_code
+from numprune.serving.registry.connection import Registry
+from numprune.serving.registry.errors import error_code
 from numprune.serving.registry.reference import Reference, check_name
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from numprune.errors import InputError
@@ -226,6 +226,8 @@ def test_a_maximum_minds_the_noise_too(report_json: Json) -> None:
 def test_a_noise_floor_that_was_not_really_measured_fails(report_json: Json, floor: Json) -> None:
     report_json["speed"]["onnxruntime"]["noise_floor"]["decode_tokens_per_s"] = floor
     assert check(report_json, DECODE, "ci95_lower", min=0.5).outcome == "fail"
+    del report_json["speed"]["onnxruntime"]["noise_floor"]["decode_tokens_per_s"]
+    assert "noise_floor" in check(report_json, DECODE, "ci95_lower", min=0.5).reason
 
 
 # --- the verdict -----------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_the_exit_codes_are_the_documented_ones() -> None:
 
 finite = st.floats(min_value=-1e6, max_value=1e6)
 near_one = st.floats(min_value=0.5, max_value=1.5)
-floors = st.none() | st.floats(min_value=0, max_value=0.6)
+floors = st.just(0.0) | st.floats(min_value=0, max_value=0.6)
 directions = st.sampled_from([("ci95_lower", "min"), ("ci95_upper", "max")])
 
 
@@ -289,7 +291,7 @@ def estimates(draw: Callable[..., Any]) -> Json:
     }
 
 
-def _judge(estimate: Json, floor: float | None, bound: str, **limit: float) -> GateResult:
+def _judge(estimate: Json, floor: float, bound: str, **limit: float) -> GateResult:
     """The gate on the only estimate of a report that has a noise floor."""
     speed = {
         "load": {},
@@ -300,7 +302,7 @@ def _judge(estimate: Json, floor: float | None, bound: str, **limit: float) -> G
         "baseline": {},
         "candidate": {},
         "ttft": {"ratio": estimate},
-        "noise_floor": {} if floor is None else {"ttft": {"relative": floor, "neighbours": 2}},
+        "noise_floor": {"ttft": {"relative": floor, "neighbours": 2}},
     }
     data = {
         "created": "2026-11-20T12:00:00Z",
@@ -314,7 +316,7 @@ def _judge(estimate: Json, floor: float | None, bound: str, **limit: float) -> G
 
 @given(estimates(), floors, directions, near_one | finite)
 def test_a_pass_has_its_bound_and_its_value_within_the_limit(
-    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float
+    estimate: Json, floor: float, direction: tuple[str, str], limit: float
 ) -> None:
     bound, side = direction
     result = _judge(estimate, floor, bound, **{side: limit})
@@ -328,7 +330,7 @@ def test_a_pass_has_its_bound_and_its_value_within_the_limit(
 
 @given(estimates(), floors, directions, near_one | finite, st.floats(min_value=0, max_value=1e6))
 def test_a_looser_limit_never_turns_a_pass_into_anything_else(
-    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float, slack: float
+    estimate: Json, floor: float, direction: tuple[str, str], limit: float, slack: float
 ) -> None:
     bound, side = direction
     if _judge(estimate, floor, bound, **{side: limit}).outcome == "pass":
@@ -338,11 +340,11 @@ def test_a_looser_limit_never_turns_a_pass_into_anything_else(
 
 @given(estimates(), floors, directions, near_one)
 def test_a_noise_floor_never_makes_a_pass(
-    estimate: Json, floor: float | None, direction: tuple[str, str], limit: float
+    estimate: Json, floor: float, direction: tuple[str, str], limit: float
 ) -> None:
     bound, side = direction
     if _judge(estimate, floor, bound, **{side: limit}).outcome == "pass":
-        assert _judge(estimate, None, bound, **{side: limit}).outcome == "pass"
+        assert _judge(estimate, 0.0, bound, **{side: limit}).outcome == "pass"
 
 
 @given(estimates(), directions, near_one)
@@ -350,28 +352,39 @@ def test_a_wider_interval_never_makes_a_pass(estimate: Json, direction: tuple[st
     bound, side = direction
     wider = copy.deepcopy(estimate)
     wider["ci95_lower"], wider["ci95_upper"] = estimate["interval95"]
-    if _judge(wider, None, bound, **{side: limit}).outcome == "pass":
-        assert _judge(estimate, None, bound, **{side: limit}).outcome == "pass"
+    if _judge(wider, 0.0, bound, **{side: limit}).outcome == "pass":
+        assert _judge(estimate, 0.0, bound, **{side: limit}).outcome == "pass"
 
 
-@given(estimates(), directions, near_one)
-def test_the_samples_that_would_settle_it_do(estimate: Json, direction: tuple[str, str], limit: float) -> None:
+widths = st.floats(min_value=1e-3, max_value=1)
+straddling = st.floats(min_value=0.01, max_value=0.99)
+
+
+@given(near_one, widths, widths, straddling, st.booleans(), st.integers(2, 1000), directions)
+def test_the_samples_that_would_settle_it_do(
+    value: float,
+    below: float,
+    above: float,
+    share: float,
+    high: bool,
+    samples: int,
+    direction: tuple[str, str],
+) -> None:
     bound, side = direction
-    result = _judge(estimate, None, bound, **{side: limit})
-    assume(result.samples_needed is not None)
-    assert result.samples_needed is not None
+    limit = value + share * above if high else value - share * below
+
+    def judged(shrink: float, samples: int) -> GateResult:
+        lower, upper = value - shrink * below, value + shrink * above
+        estimate = {"value": value, "ci95_lower": lower, "ci95_upper": upper, "interval95": [lower, upper]}
+        return _judge({**estimate, "samples": samples, "sampling_unit": "repeat"}, 0.0, bound, **{side: limit})
+
+    result = judged(1.0, samples)
     assert result.outcome == "inconclusive"
-    assert result.samples_needed > estimate["samples"]
+    assert result.samples_needed is not None
+    assert result.samples_needed > samples
     # With that many, the value staying where it is and its bounds nearer by the square root, nothing is left open.
-    shrink = math.sqrt(estimate["samples"] / (result.samples_needed + 1))
-    value = estimate["value"]
-    assume(estimate["ci95_lower"] <= value <= estimate["ci95_upper"])
-    settled = {
-        **estimate,
-        **{name: value + shrink * (estimate[name] - value) for name in ("ci95_lower", "ci95_upper")},
-        "samples": result.samples_needed + 1,
-    }
-    assert _judge(settled, None, bound, **{side: limit}).outcome != "inconclusive"
+    enough = result.samples_needed + 1
+    assert judged(math.sqrt(samples / enough), enough).outcome == ("pass" if high == (side == "max") else "fail")
 
 
 leaves = st.none() | st.booleans() | st.floats() | st.text(max_size=3)

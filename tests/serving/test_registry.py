@@ -1,9 +1,11 @@
 """The registry on MLflow's real store: what is published is whole, passed and once; what is fetched is that."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from numprune.export import manifest
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.registry import RefusedReleaseError, Registry, RegistryError, publishing
+from numprune.serving.registry.artifacts import ServerArtifacts
 from numprune.serving.report import Report, markdown, write
 
 Json = dict[str, Any]
@@ -359,7 +362,7 @@ def test_two_publishers_at_once_on_a_registry_that_is_not_there_yet(tmp_path: Pa
     children = [run_child(PUBLISH_ALL, workspace, shared, own) for own in (left, right)]
     outputs = [child.communicate(timeout=300) for child in children]
     assert [(child.returncode, errors) for child, (_, errors) in zip(children, outputs, strict=True)] == [(0, "")] * 2
-    assert [output.split()[0] for output, _ in outputs] == ["1", "1"] or "1" in outputs[0][0]
+    assert [output.split()[0] for output, _ in outputs] == ["1", "1"]  # the same release, whoever came first
     registry = registries.open_registry(None, workspace)
     versions = registries.list_versions(registry, NAME)
     assert [version.version for version in versions] == [1, 2, 3]
@@ -507,6 +510,78 @@ def test_a_damaged_history_is_said_to_be(registry: Registry, make_release: MakeR
     registry.client.set_registered_model_tag(NAME, "numprune.production", text)
     with pytest.raises(IntegrityError, match=r"tag numprune\.production is damaged"):
         registries.promote(registry, NAME)
+
+
+# --- artifacts behind MLflow's own client, as with a server ------------------------------------------
+
+
+@pytest.fixture
+def remote(registry: Registry, tmp_path: Path) -> Registry:
+    """The store is MLflow's SQLite still, as its server needs packages that we do not; files go through the client."""
+    experiment = registry.client.create_experiment("remote", artifact_location=(tmp_path / "remöte").as_uri())
+    artifacts = ServerArtifacts(registry.client)
+    return dataclasses.replace(registry, artifacts=artifacts, experiment=experiment, embedded=False)
+
+
+def test_files_go_through_mlflow_and_come_back_the_same(
+    remote: Registry, make_release: MakeRelease, tmp_path: Path
+) -> None:
+    first, second = make_release("a"), make_release("b")
+    version = registries.publish(remote, first, NAME)
+    assert registries.publish(remote, first, NAME) == version
+    assert registries.publish(remote, second, NAME).version == 2
+    assert registries.show(remote, f"{NAME}/1").files[WEIGHTS] == 1000
+    assert registries.fetch(remote, f"{NAME}/1", tmp_path / "out").version == 1
+    assert contents(tmp_path / "out") == contents(first)
+    assert registries.promote(remote, f"{NAME}/1").version == 1
+    assert registries.promote(remote, NAME).version == 2
+
+    flip_bit(tmp_path / "remöte" / version.run_id / "artifacts" / "release" / WEIGHTS)
+    for broken in (registries.verify, registries.promote):
+        with pytest.raises(IntegrityError, match=rf"MLflow run {version.run_id}/{WEIGHTS}: its SHA-256"):
+            broken(remote, f"{NAME}/1")
+    with pytest.raises(IntegrityError, match=f"{NAME}/1/{WEIGHTS}: its SHA-256"):
+        registries.fetch(remote, f"{NAME}/1", tmp_path / "again")
+    with pytest.raises(IntegrityError, match=WEIGHTS):
+        registries.rollback(remote, NAME)
+    assert registries.verify(remote, NAME).version == 2
+    shutil.rmtree(tmp_path / "remöte" / version.run_id / "artifacts" / "release")
+    for broken in (registries.verify, registries.show):
+        with pytest.raises((IntegrityError, RegistryError), match=version.run_id):
+            broken(remote, f"{NAME}/1")
+    assert not [name for name in os.listdir(tmp_path) if "again" in name]
+
+
+def test_a_publisher_elsewhere_is_left_alone(remote: Registry, make_release: MakeRelease) -> None:
+    alive = remote.client.create_run(remote.experiment, tags={"numprune.publisher": "elsewhere 1 1.00"})
+    dead = remote.client.create_run(remote.experiment, tags={"numprune.publisher": f"{socket.gethostname()} 1 1.00"})
+    registries.publish(remote, make_release(), NAME)
+    stages = {run.info.run_id: run.info.lifecycle_stage for run in map(remote.client.get_run, _ids(alive, dead))}
+    assert stages == {alive.info.run_id: "active", dead.info.run_id: "deleted"}
+
+
+def _ids(*runs: Any) -> list[str]:
+    return [run.info.run_id for run in runs]
+
+
+def test_of_two_that_publish_the_same_release_elsewhere_the_first_stays(
+    remote: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lock reaches over machines: the other one publishes between our look and our version."""
+    release = make_release()
+    put = ServerArtifacts.put
+
+    def while_another_publishes(self: ServerArtifacts, run_id: str, folder: Path) -> str:
+        monkeypatch.setattr(ServerArtifacts, "put", put)
+        elsewhere = dataclasses.replace(remote, lock_file=remote.lock_file.with_name("elsewhere"))
+        monkeypatch.setattr(publishing, "_is_dead", lambda _: False)
+        registries.publish(elsewhere, folder, NAME)
+        return put(self, run_id, folder)
+
+    monkeypatch.setattr(ServerArtifacts, "put", while_another_publishes)
+    assert registries.publish(remote, release, NAME).version == 1
+    assert [version.version for version in registries.list_versions(remote, NAME)] == [1]
+    assert len(remote.client.search_runs([remote.experiment])) == 1
 
 
 # --- fetch, references, addresses ------------------------------------------------------------------
