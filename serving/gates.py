@@ -175,7 +175,8 @@ def _samples_needed(evidence: _Evidence) -> int | None:
         return None
     spreads = spread / abs(distance)
     needed = evidence.samples * spreads * spreads  # a product overflows to infinity, a power would raise
-    return max(math.ceil(needed), evidence.samples + 1) if needed < 1e15 else None
+    # A rounding error above a whole number is not one more sample.
+    return max(math.ceil(needed * (1 - 1e-9)), evidence.samples + 1) if needed < 1e15 else None
 
 
 def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decision) -> _Decision:

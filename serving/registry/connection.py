@@ -28,7 +28,6 @@ _LOCK_TIMEOUT_S = 600.0  # longer than verifying a large release takes
 _QUIET = {  # none of these overrules what the user set
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # MLflow's own 7 let a mistyped address hang for minutes
 }
@@ -130,7 +129,7 @@ def _client(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # for a process that had imported it before
+    for name in ("mlflow", "alembic"):  # they tell of every table they make
         logging.getLogger(name).setLevel(max(logging.getLogger(name).level, logging.WARNING))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
