@@ -106,22 +106,25 @@ def _run(connection: Connection, level: int, function: Callable[[], Any]) -> Non
     os.dup2(2, 1)  # stdout is the parent's alone
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("numprune").setLevel(level)
-    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    answered = threading.Event()
+    threading.Thread(target=_end_with, args=(connection, answered), daemon=True).start()
     try:
         answer = "returned", function()
     except NumpruneError as error:
         answer = "raised", error
     except BaseException:
         answer = "crashed", traceback.format_exc()
+    answered.set()
     connection.send(answer)
 
 
-def _end_with(connection: Connection) -> None:
-    """End this process when the other end of `connection` is closed; nothing ever comes through it."""
+def _end_with(connection: Connection, answered: threading.Event) -> None:
+    """End this process when nobody waits for it any more: `connection` is closed, through which nothing ever comes."""
     try:
         connection.recv()
     except (EOFError, OSError):
-        os._exit(1)
+        if not answered.is_set():
+            os._exit(1)
 
 
 def _ending(exit_code: int) -> str:

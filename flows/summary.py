@@ -54,7 +54,7 @@ def text(found: Summary) -> str:
     """The closing summary of `numprune optimize`."""
     lines = [f"{found['run_id']}: {found['outcome']}", ""]
     lines += [f"  {name:<9} {value}" for name, value in _lines(found)]
-    lines += ["", *gate_lines(found["gates"]), "", *_stage_lines(found["stages"]), ""]
+    lines += ["", *gate_lines(found["gates"]), "", *_stage_lines(found), ""]
     lines.append(f"  report    {found['page']}")
     if found["release"]:
         lines += [f"  release   {found['release']}", f"  published {found['version']} as candidate"]
@@ -124,11 +124,12 @@ def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
     return {label: speed[key]["ratio"] for key, label in shown.items() if speed.get(key)}
 
 
-def _stage_lines(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for stage in stages:
+def _stage_lines(found: Summary) -> Iterator[str]:
+    for stage in found["stages"]:
         note = "reused" if stage["reused"] else f"peak {stage['peak_memory_bytes'] / 2**20:,.0f} MiB"
         yield f"  {stage['name']:<26} {stage['seconds']:7.1f} s  {note}"
-    yield f"  {'all stages':<26} {sum(stage['seconds'] for stage in stages):7.1f} s"
+    total = found.get("seconds", sum(stage["seconds"] for stage in found["stages"]))
+    yield f"  {'in all':<26} {total:7.1f} s"
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:

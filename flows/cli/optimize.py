@@ -4,10 +4,13 @@ import argparse
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from numprune.flows.cli.parser import Answer, Subcommands, command
+
+logger = logging.getLogger(__name__)
 
 _OUTCOMES = {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
 
@@ -37,9 +40,12 @@ def add(commands: Subcommands) -> None:
 
 
 def run(args: argparse.Namespace) -> Answer:
-    from numprune.flows import children, recipe, summary
+    from numprune.flows import children, recipe, stages, summary
 
-    asked = recipe.load(Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE, args.overrides)
+    started = time.perf_counter()
+    path = Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE
+    asked = recipe.load(path, args.overrides)
+    logger.info("recipe %s, workspace %s", path, stages.workspace_folder(args.workspace))
     children.warm_up()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
     from numprune.flows.optimize import optimize
@@ -52,6 +58,7 @@ def run(args: argparse.Namespace) -> Answer:
     found: Any = state.result(raise_on_failure=False)
     if isinstance(found, BaseException):
         raise found
+    found = {**found, "seconds": round(time.perf_counter() - started, 3)}
     return Answer(found, summary.text(found), _OUTCOMES[found["outcome"]])
 
 
@@ -63,4 +70,4 @@ def _start_server() -> None:
         with get_client(sync_client=True):
             pass
     except Exception:
-        logging.getLogger(__name__).debug("Prefect's server does not start", exc_info=True)
+        logger.debug("Prefect's server does not start", exc_info=True)
