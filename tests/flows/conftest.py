@@ -1,0 +1,82 @@
+"""A tiny model with its text and a recipe for it, and a command line that answers with (exit code, stdout, stderr)."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import build_tiny, byte_tokenizer
+
+# Before Prefect is imported: its database is nobody's but these tests'.
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="numprune-prefect-")
+
+RECIPE = """
+[model]
+path = "base"
+[data]
+calibration = "train.txt"
+heldout = "heldout.jsonl"
+samples = 12
+sequence_length = 64
+[prune]
+ratio = 0.25
+[benchmark]
+runtimes = ["onnxruntime"]
+prompts = 1
+prompt_length = 16
+output_length = 8
+repeats = 4
+[[gates]]
+metric = "quality.nll_delta_nats_per_token"
+bound = "ci95_upper"
+max = 20.0
+[[gates]]
+metric = "sizes.parameters.ratio"
+bound = "point"
+max = 0.95
+[registry]
+name = "tiny"
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` (a checkpoint), `train.txt`, `heldout.jsonl` and `recipe.toml`; not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny().save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    documents = [f"Document {i} says that {7 * i} sheep jump over the moon." for i in range(24)]
+    (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+@dataclass(frozen=True)
+class Answered:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+
+@pytest.fixture
+def numprune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answered]:
+    """Run a command line in this process."""
+    from numprune.flows.cli import main
+
+    def run(*argv: object) -> Answered:
+        capfd.readouterr()
+        code = main([str(argument) for argument in argv])
+        return Answered(code, *capfd.readouterr())
+
+    return run

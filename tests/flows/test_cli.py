@@ -1,0 +1,225 @@
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.export import manifest
+from tests.flows.conftest import Answered
+
+Command = Callable[..., Answered]
+COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate"]
+REGISTRY = ["publish", "list", "show", "promote", "rollback", "verify", "fetch"]
+
+
+def shell(*argv: object) -> "subprocess.CompletedProcess[str]":
+    """The command line as scripts meet it."""
+    command = [sys.executable, "-m", "numprune.flows.cli", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answered]:
+    """A pruned checkpoint and what the command said; in a process of its own, as a script meets it."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    command = ["prune", tiny / "base", out, "--ratio", 0.3, "--text", tiny / "train.txt", tiny / "heldout.jsonl"]
+    done = shell(*command, "--samples", 8, "--sequence-length", 64, "--json")
+    return out, Answered(done.returncode, done.stdout, done.stderr)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    program = (
+        "import sys; from numprune.flows.cli import main; code = main(['gate', 'none.json', '--policy', 'none.toml']);"
+        "print(code, sorted({'torch', 'transformers', 'prefect', 'mlflow'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "1 []\n"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), *(["registry", name] for name in REGISTRY)])
+def test_every_command_has_help_with_an_example(
+    command: list[str], numprune: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        numprune(*command, "--help")
+    shown = capfd.readouterr()
+    assert left.value.code == 0
+    assert " ".join(["numprune", *command]) in shown.out.partition("Example")[2]
+    assert shown.err == ""
+
+
+def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        numprune("--version")
+    assert (left.value.code or 0) == 0
+    assert capfd.readouterr().out.startswith("numprune ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["prun"], "invalid choice: 'prun'"),
+        (["prune", "m", "o", "--text", "t"], "the following arguments are required: --ratio"),
+        (["prune", "m", "o", "--text", "t", "--ratio", "much"], "invalid float value: 'much'"),
+        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "error"], "invalid choice: 'error'"),
+        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"], "0 is under 1"),
+        (["benchmark", "c", "--baseline", "b", "--runtime", "vllm"], "invalid choice: 'vllm'"),
+        (["serve", "m"], "invalid choice: 'serve'"),
+        (["registry"], "the following arguments are required"),
+        (["optimize", "none.toml"], "recipe none.toml: no such file"),
+        (["inspect", "./none"], "none: no such folder"),
+        (["gate", "none.json", "--policy", "none.toml"], "none.toml: no such policy"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(numprune: Command, argv: list[str], said: str) -> None:
+    answered = numprune(*argv)
+    assert (answered.code, answered.out) == (1, "")
+    assert answered.err.startswith("numprune: error: ")
+    assert answered.err.count("\n") == 1
+    assert said in answered.err
+
+
+def test_inspect(numprune: Command, tiny: Path) -> None:
+    found = numprune("inspect", tiny / "base", "--json").json
+    assert (found["family"], found["layers"], found["uniform"], found["plan"]) == ("llama", 2, True, None)
+    assert found["prunable_parameters"] == sum(b["units"] * b["parameters_per_unit"] for b in found["blocks"])
+    text = numprune("inspect", tiny / "base").out
+    assert f"{found['parameters']:,}" in text
+
+
+def test_unsupported_architecture_is_refused_by_name(numprune: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    answered = numprune("inspect", tmp_path)
+    assert answered.code == 1
+    assert "'gpt2' (GPT2LMHeadModel) is not supported; supported are llama, mistral, qwen2, qwen3" in answered.err
+
+
+def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> None:
+    out, answered = pruned
+    assert answered.code == 0, answered.err
+    found = answered.json
+    assert manifest.verify(out).digest == found["digest"]
+    assert manifest.read(out).kind == "checkpoint"
+    before, after = (numprune("inspect", model, "--json").json for model in (tiny / "base", out))
+    assert (found["parameters_before"], found["parameters_after"]) == (before["parameters"], after["parameters"])
+    removed = 1 - after["prunable_parameters"] / before["prunable_parameters"]
+    assert found["prunable_ratio_removed"] == pytest.approx(removed)
+    assert 0.2 < removed < 0.4
+    assert found["seconds"] > 0
+    assert found["peak_memory_bytes"] > 100 << 20
+    assert after["plan"]["criterion"] == "numerical"
+
+    again = numprune("prune", tiny / "base", out, "--ratio", "0.1", "--text", tiny / "train.txt")
+    assert (again.code, again.out) == (1, "")
+    assert "already exists" in again.err
+    assert manifest.verify(out).digest == found["digest"]
+
+
+def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    common = ["prune", tiny / "base", tmp_path / "out", "--sequence-length", 64]
+    short = numprune(*common, "--text", tiny / "train.txt", "--ratio", 0.3, "--samples", 1000)
+    assert "windows of 64 tokens, but 1000 samples were asked for" in short.err
+    ratio = numprune(*common, "--text", tiny / "train.txt", "--ratio", 1.5, "--samples", 4)
+    assert "ratio is 1.5" in ratio.err
+    text = numprune(*common, "--text", tiny / "none.txt", "--ratio", 0.3)
+    assert "none.txt' does not exist" in text.err
+    assert [short.code, ratio.code, text.code] == [1, 1, 1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> None:
+    text = ["--text", tiny / "heldout.jsonl", "--sequence-length", 32, "--json"]
+    alone = numprune("evaluate", pruned[0], *text).json
+    assert set(alone) == {"model", "nll_nats_per_token", "perplexity", "tokens"}
+    both = numprune("evaluate", pruned[0], "--baseline", tiny / "base", *text).json
+    assert both["nll_nats_per_token"] == pytest.approx(alone["nll_nats_per_token"], rel=1e-6)
+    assert both["tokens"] == alone["tokens"]
+    delta = both["nll_delta_nats_per_token"]
+    assert delta["value"] == pytest.approx(both["nll_nats_per_token"] - both["baseline"]["nll_nats_per_token"])
+    assert delta["interval95"][0] <= delta["value"] <= delta["interval95"][1]
+    assert (delta["samples"], delta["sampling_unit"]) == (24, "document")
+    assert 0 <= both["top1_agreement"] <= 1
+    assert both["kl_nats_per_token"] > 0
+
+
+@pytest.mark.parametrize("target", ["onnx", "vllm"])
+def test_export_is_proved(pruned: tuple[Path, Answered], numprune: Command, tmp_path: Path, target: str) -> None:
+    answered = numprune("export", pruned[0], tmp_path / "out", "--to", target, "--json")
+    assert answered.code == 0, answered.err
+    assert manifest.verify(tmp_path / "out").digest == answered.json["digest"]
+    assert answered.json["parity"]["logit_error_max"] < answered.json["parity"]["tolerance"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_benchmark_then_gate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    arguments = ["--baseline", tiny / "base", "--runtime", "onnxruntime", "--text", tiny / "heldout.jsonl", "--json"]
+    measured = numprune("benchmark", pruned[0], *arguments)
+    assert measured.code == 0, measured.err
+    assert "exporting the candidate to a temporary folder" in measured.err
+    report = measured.json
+    assert report["verdict"] is None
+    assert report["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"]["samples"] > 1
+    assert report["quality"]["documents"] == 24
+    # How busy this machine is just now is not what is tested here.
+    report["environment"] |= {"valid": True, "reasons": []}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+
+    policy = tmp_path / "policy.toml"
+    gate = '[[gates]]\nmetric = "{}"\nbound = "{}"\n{}\n'
+    for gates, code in [
+        (gate.format("sizes.parameters.ratio", "point", "max = 0.9"), 0),
+        (gate.format("sizes.parameters.ratio", "point", "max = 0.1"), 2),
+        (gate.format("quality.nll_delta_nats_per_token", "ci95_upper", f"max = {middle(report)}"), 3),
+        (gate.format("speed.torch.ttft.ratio", "point", "max = 9.0"), 2),
+    ]:
+        policy.write_text(gates)
+        judged = numprune("gate", tmp_path / "report.json", "--policy", policy, "--json")
+        assert judged.code == code, judged.out
+        metric = tomllib.loads(gates)["gates"][0]["metric"]
+        text = numprune("gate", tmp_path / "report.json", "--policy", policy)
+        assert text.code == code
+        assert f"{judged.json['gates'][0]['outcome']}  " in text.out
+        assert metric in text.out
+
+    report["environment"] |= {"valid": False, "reasons": ["the fan is off"]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert numprune("gate", tmp_path / "report.json", "--policy", policy).code == 4
+
+
+def middle(report: dict[str, dict[str, dict[str, float]]]) -> float:
+    """A limit inside the interval."""
+    delta = report["quality"]["nll_delta_nats_per_token"]
+    return (delta["value"] + delta["ci95_upper"]) / 2
+
+
+def test_stdout_is_one_json_object_and_nothing_else(tiny: Path) -> None:
+    done = shell("inspect", str(tiny / "base"), "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["family"] == "llama"
+    assert done.stderr == ""
+
+
+def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "numprune.flows.cli", "inspect", str(tiny / "base")]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
+    fifo = tmp_path / "policy.toml"  # opening it waits for a writer that never comes
+    os.mkfifo(fifo)
+    program = (
+        "import sys, os, threading, signal; from numprune.flows.cli import main;"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start();"
+        f"sys.exit(main(['gate', 'r.json', '--policy', {str(fifo)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "numprune: interrupted\n")
