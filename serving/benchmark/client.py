@@ -17,7 +17,7 @@ from numprune.errors import NumpruneError
 
 _STDERR_LINES = 8
 _STDERR_BYTES = 8192
-_CLOSING_S = 10.0
+_CLOSING_S = 30.0  # it takes milliseconds, but a busy machine may not give it those soon
 _ERRORS = {name: kind for name, kind in vars(numprune.errors).items() if isinstance(kind, type)}
 
 

@@ -1,5 +1,6 @@
 """Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -54,6 +55,7 @@ def run_benchmark(
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InputError(f"{name} {str(folder)!r} is not a folder; give one that {runtime} can open")
+        _check_context(folder, load)
     with ExitStack() as stack:
         # Both start at once, as importing takes most of the time; they load one after the other, so that neither's load
         # is seen in the other's time or on the GPU.
@@ -73,6 +75,22 @@ def run_benchmark(
                 output_length=load.output_length,
             )
         return _measure(load, runtime, workers, opened)
+
+
+def _check_context(folder: Path, load: Load) -> None:
+    """Raises InputError when the load needs more positions than config.json allows."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return  # what a folder must hold is for the runtime to say
+    try:
+        context = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
+    except (ValueError, KeyError, TypeError):
+        return  # as above
+    if isinstance(context, int) and load.positions > context:
+        raise InputError(
+            f"load.prompt_length = {load.prompt_length} and load.output_length = {load.output_length} need "
+            f"{load.positions} positions, but {config} has max_position_embeddings = {context}"
+        )
 
 
 def check_match(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:

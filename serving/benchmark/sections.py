@@ -56,14 +56,21 @@ def speed_section(
 
 
 def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:
-    """`memory.<runtime>`, from what each worker said of itself. `peak_bytes` is the higher peak, of load and of run."""
+    """`memory.<runtime>`, from what each worker said of itself. `peak_bytes` is the higher peak, of load and of run.
+
+    Peaks that a worker could not see are None, and so is their ratio: a gate on them fails.
+    """
     keys = ("peak_bytes_load", "peak_bytes_run", "weight_bytes", "kv_bytes_per_token")
-    sides = {"baseline": baseline, "candidate": candidate}
-    peaks = {name: max(side["peak_bytes_load"], side["peak_bytes_run"]) for name, side in sides.items()}
+    before, after = _peak(baseline), _peak(candidate)
     return {
-        **{name: {key: side[key] for key in keys} for name, side in sides.items()},
-        "peak_bytes": {**peaks, "ratio": peaks["candidate"] / peaks["baseline"]},
+        "baseline": {key: baseline[key] for key in keys},
+        "candidate": {key: candidate[key] for key in keys},
+        "peak_bytes": {"baseline": before, "candidate": after, "ratio": after / before if before and after else None},
     }
+
+
+def _peak(side: Mapping[str, Any]) -> int | None:
+    return None if side["peak_bytes_run"] is None else max(side["peak_bytes_load"], side["peak_bytes_run"])
 
 
 def _side(repeats: Sequence[Repeat]) -> Section:

@@ -65,6 +65,13 @@ def test_missing_folders_end_before_any_process_starts(tiny_checkpoint, tmp_path
     assert workers() == []
 
 
+def test_a_load_beyond_the_context_ends_before_any_process_starts(tiny_checkpoint):
+    folder = tiny_checkpoint()
+    with pytest.raises(InputError, match=r"need 257 positions, .*max_position_embeddings = 256"):
+        run_benchmark(folder, folder, "torch", Load(prompt_length=200, output_length=58))
+    assert workers() == []
+
+
 def test_what_does_not_belong_together_is_not_compared():
     on_cpu = {"vocabulary": 259, "gpu": False}
     check_match(on_cpu, on_cpu)

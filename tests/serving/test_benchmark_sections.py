@@ -88,3 +88,10 @@ def test_memory_is_judged_by_the_higher_peak():
     assert memory.peak_bytes.ratio == pytest.approx(300 / 500)
     assert memory.baseline.peak_bytes_load == 500
     assert memory.candidate.kv_bytes_per_token == 6
+
+
+def test_a_peak_that_nobody_saw_is_no_number():
+    unseen = {"peak_bytes_load": None, "peak_bytes_run": None, "weight_bytes": 100, "kv_bytes_per_token": 8}
+    memory = RuntimeMemory.model_validate(memory_section(unseen, unseen))
+    assert memory.peak_bytes.ratio is None
+    assert memory.baseline.weight_bytes == 100
