@@ -1,0 +1,84 @@
+"""A checkpoint that stock vLLM loads: stock architecture, sharded safetensors, tokenizer, generation config, manifest.
+
+vLLM truncates weights that are larger than the configuration says, without an error, and answers a shape it cannot
+serve with a bare assertion once it is started. Both are found here instead.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from pydantic import JsonValue
+
+from numprune.anatomy import FAMILIES, PER_LAYER_PREFIX, read_anatomy
+from numprune.errors import InputError
+from numprune.export import checkpoint, manifest
+from numprune.export.weights import read_tensor
+
+# Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Manifest:
+    """Write the checkpoint `source` to the new folder `out`, tensors as they are, in shards of at most `shard_size`.
+
+    Raises:
+        InputError: `out` exists, or stock vLLM has no class for the architecture or sizes.
+        IntegrityError: a tensor is not what the configuration says, before or after.
+    """
+    config = checkpoint.read_config(source)
+    facts: dict[str, JsonValue] = {"shard_size": shard_size, **preflight(config)}
+    headers = checkpoint.audit(source)
+    tokenizer = checkpoint.load_tokenizer(source)
+    parents = {"checkpoint": manifest.folder_digest(source)}
+    with manifest.creating(out, kind="vllm", parents=parents, facts=facts) as folder:
+        tensors = {name: read_tensor(header, name) for name, header in headers.items()}
+        save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
+        for name in ("config.json", "generation_config.json", checkpoint.PLAN):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        tokenizer.save_pretrained(folder)
+        checkpoint.audit(folder)
+    return manifest.read(out)
+
+
+def preflight(config: Any) -> dict[str, JsonValue]:
+    """Return what decides whether and how vLLM can serve a model of this configuration.
+
+    Returns:
+        architecture, head sizes and counts; `tensor_parallel`: the sizes up to 8 that divide its heads and widths;
+        `needs`: options that the server must be started with; `cpu`: whether vLLM's CPU kernels know its head size.
+
+    Raises:
+        InputError: stock vLLM cannot load it; says what can be done.
+    """
+    if config.model_type.startswith(PER_LAYER_PREFIX):
+        raise InputError(
+            f"{config.model_type}: its layers differ in size, and stock vLLM has no class for that; prune with "
+            "--allocation uniform for a stock architecture"
+        )
+    if config.model_type not in FAMILIES:
+        raise InputError(f"{config.model_type}: not an architecture that numprune exports to vLLM")
+    anatomy = read_anatomy(config)
+    attention, mlp = anatomy.of_kind("attention")[0], anatomy.of_kind("mlp")[0]
+    query_heads, kv_heads, width = attention.units * anatomy.query_heads_per_group, attention.units, mlp.units
+    needs: list[JsonValue] = []
+    if anatomy.family == "qwen2" and query_heads * anatomy.head_dim != anatomy.hidden_size:
+        # vLLM's own Qwen2 class derives the head size from the hidden size; transformers' reads head_dim.
+        needs = ["--model-impl", "transformers"]
+    parallel: list[JsonValue] = [
+        size
+        for size in (1, 2, 4, 8)
+        if query_heads % size == 0 and width % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
+    return {
+        "architecture": config.architectures[0] if config.architectures else config.model_type,
+        "query_heads": query_heads,
+        "kv_heads": kv_heads,
+        "head_size": anatomy.head_dim,
+        "intermediate_size": width,
+        "tensor_parallel": parallel,
+        "needs": needs,
+        "cpu": anatomy.head_dim in CPU_HEAD_SIZES,
+    }

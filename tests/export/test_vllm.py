@@ -1,0 +1,56 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import numprune.modeling  # noqa: F401 - registers the per-layer classes
+from numprune.errors import InputError, IntegrityError
+from numprune.export import checkpoint, manifest, vllm
+from numprune.pruning import PruneOptions, prune
+from tests.conftest import build_tiny, byte_tokenizer
+
+ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
+
+
+def test_sharded_copy_loads_with_stock_transformers_and_computes_the_same(tiny_checkpoint, tmp_path):
+    source, out = tiny_checkpoint("llama"), tmp_path / "out"
+    made = vllm.export(source, out, shard_size="100KB")
+    assert len([name for name in made.files if name.endswith(".safetensors")]) > 1
+    assert manifest.verify(out).parents["checkpoint"] == manifest.folder_digest(source)
+    assert made.kind == "vllm"
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (source, out)]
+    with torch.no_grad():
+        assert torch.equal(models[0](ROWS).logits, models[1](ROWS).logits)
+    assert checkpoint.load_tokenizer(out).encode("abc") == byte_tokenizer().encode("abc")
+
+
+@pytest.mark.parametrize(("family", "needs"), [("qwen2", ["--model-impl", "transformers"]), ("qwen3", [])])
+def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
+    pruned = prune(build_tiny(family), ROWS, PruneOptions(0.4, align=8)).model
+    checkpoint_folder = tmp_path / "pruned"
+    checkpoint_folder.mkdir()
+    checkpoint.save(pruned, byte_tokenizer(), checkpoint_folder)
+    facts = vllm.export(checkpoint_folder, tmp_path / "out").facts
+    assert (facts["query_heads"], facts["kv_heads"], facts["head_size"]) == (2, 1, 16)
+    assert facts["needs"] == needs
+    assert facts["tensor_parallel"] == [1, 2]
+    assert facts["cpu"] is False
+
+
+def test_layers_that_differ_are_refused_with_the_remedy(tmp_path):
+    pruned = prune(build_tiny(num_hidden_layers=3), ROWS, PruneOptions(0.4, allocation="global", align=1)).model
+    folder = tmp_path / "pruned"
+    folder.mkdir()
+    checkpoint.save(pruned, byte_tokenizer(), folder)
+    with pytest.raises(InputError, match=r"numprune_llama.*--allocation uniform"):
+        vllm.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_weights_beside_a_pruned_configuration_are_refused(tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(IntegrityError, match=r"mlp\.down_proj\.weight has shape \[64, 96\]"):
+        vllm.export(source, tmp_path / "out")
