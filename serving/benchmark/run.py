@@ -36,7 +36,10 @@ def run_benchmark(
 
     - `speed`, `memory`: the report's sections for this runtime;
     - `environment`: the report's section, before and after put together, with the reasons of what happened meanwhile;
-    - `samples`: every timing behind them, the warm-up's too, load times, and how much the two sides were disturbed.
+    - `samples`: the metrics of each repeat, the warm-up's too, load times, and how much the two sides were disturbed.
+
+    The interval is that of repeats in one pair of processes. What differs between two processes of one model (where its
+    memory happens to lie) is in neither the interval nor the noise floor: only running the benchmark again shows it.
 
     Args:
         candidate: a folder that `runtime` opens.

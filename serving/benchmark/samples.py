@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -55,8 +55,8 @@ class Repeat:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {**asdict(self), "batches": [asdict(batch) for batch in self.batches]}
+        """Plain JSON: what every ratio and noise floor can be computed from again; single steps are not kept."""
+        return {**self.metrics(), "failed_requests": self.failed, "ran_s": self.ran_s, "waited_s": self.waited_s}
 
 
 METRICS = ("ttft", "itl", "e2e", "decode_tokens_per_s", "prefill_tokens_per_s")

@@ -47,6 +47,8 @@ def test_a_candidate_beside_its_baseline(tiny_checkpoint):
         samples = result["samples"][name]
         assert (len(samples["warmup"]), len(samples["repeats"])) == (1, 4)
         assert samples["opened"]["load_s"] > 0
+        rates = [repeat["decode_tokens_per_s"] for repeat in samples["repeats"]]
+        assert min(rates) <= result["speed"][name]["decode_tokens_per_s"] <= max(rates)
     assert workers() == []
 
 
