@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from numprune.errors import InputError
+from numprune.export import onnx
 from numprune.serving.benchmark import Load, WorkerError, run_benchmark
 from numprune.serving.benchmark.run import check_match
 from numprune.serving.report import Environment, RuntimeMemory, RuntimeSpeed
@@ -52,11 +53,13 @@ def test_a_candidate_beside_its_baseline(tiny_checkpoint):
     assert workers() == []
 
 
-def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint):
+def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint, tmp_path):
     """The same folder twice. Timings of a busy machine can be anything, but not half as long again on one side."""
-    folder = tiny_checkpoint()
+    folder = tmp_path / "onnx"
+    onnx.export(tiny_checkpoint(), folder)
     load = Load(prompts=1, prompt_length=4, output_length=8, repeats=8)
-    speed = run_benchmark(folder, folder, "torch", load, device="cpu", threads=1)["speed"]
+    speed = run_benchmark(folder, folder, "onnxruntime", load, device="cpu", threads=1)["speed"]
+    assert speed["runtime"]["baseline"]["provider"] == "CPUExecutionProvider"
     intervals = [speed[metric]["ratio"]["interval95"] for metric in ("ttft", "itl", "decode_tokens_per_s")]
     assert any(low / 1.5 <= 1 <= high * 1.5 for low, high in intervals)
 
