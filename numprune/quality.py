@@ -211,17 +211,20 @@ def _batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[lis
 def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Return (n, S-1, V) log-probabilities of the next token, float32."""
     logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].float()
-    if not torch.isfinite(logits).all():
-        raise IntegrityError(
-            f"{model.config.model_type} model: logits are not finite; its weights are damaged or overflow"
-        )
     return logits.log_softmax(-1)
 
 
 def _token_nll(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """Return (n, S-1) NLL in nats, float64 so that long sums stay exact."""
+    """Return (n, S-1) NLL in nats, float64 so that long sums stay exact.
+
+    One logit that is NaN or infinite makes every probability of its position NaN, or the right token's zero; either way
+    its NLL is not finite, and looking at that is cheaper than looking at all logits.
+    """
     targets = tokens[:, 1:, None].to(log_probabilities.device)
-    return -log_probabilities.gather(-1, targets)[..., 0].double()
+    nll = -log_probabilities.gather(-1, targets)[..., 0].double()
+    if not torch.isfinite(nll).all():
+        raise IntegrityError("the model's probabilities are not finite; its weights are damaged or overflow")
+    return nll
 
 
 def _scored(rows: TokenRows) -> np.ndarray:
