@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -104,7 +103,7 @@ def _run(connection: Connection, level: int, function: Callable[[], Any]) -> Non
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole process group; ending us is the parent's part
     os.dup2(2, 1)  # stdout is the parent's alone
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("numprune").setLevel(level)
     answered = threading.Event()
     threading.Thread(target=_end_with, args=(connection, answered), daemon=True).start()

@@ -24,13 +24,11 @@ COMMANDS = (optimize, model, measure, registry)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("numprune").setLevel(logging.INFO)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         args = build(COMMANDS).parse_args(argv)
-        with _stdout_kept(), _terminable():
+        with _logged(), _stdout_kept(), _terminable():
             answer: Answer = args.run(args)
         _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
         return answer.exit_code
@@ -40,6 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("numprune: interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Our own log lines go to stderr as they are; those of libraries are for whoever configures logging."""
+    logger, handler = logging.getLogger("numprune"), logging.StreamHandler(sys.stderr)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 @contextmanager

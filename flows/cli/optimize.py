@@ -50,10 +50,13 @@ def run(args: argparse.Namespace) -> Answer:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
     from numprune.flows.optimize import optimize
 
-    starting = threading.Thread(target=_start_server, daemon=True)
-    starting.start()  # meanwhile, and not after it, so that a mistake in the recipe is known first
+    errors: list[Exception] = []
+    starting = threading.Thread(target=_start_server, args=(errors,), daemon=True)
+    starting.start()  # beside the checks, whose complaints come first
     children.work("checks.check", asked)
     starting.join()
+    if errors:
+        raise errors[0]
     state = optimize(args.recipe, args.overrides, args.workspace, return_state=True)
     found: Any = state.result(raise_on_failure=False)
     if isinstance(found, BaseException):
@@ -62,12 +65,10 @@ def run(args: argparse.Namespace) -> Answer:
     return Answer(found, summary.text(found), _OUTCOMES[found["outcome"]])
 
 
-def _start_server() -> None:
-    """Prefect's temporary server, unless another one is configured. What goes wrong, the flow meets again and says."""
-    from prefect.client.orchestration import get_client
+def _start_server(errors: list[Exception]) -> None:
+    from numprune.flows import server
 
     try:
-        with get_client(sync_client=True):
-            pass
-    except Exception:
-        logger.debug("Prefect's server does not start", exc_info=True)
+        server.start()
+    except Exception as error:
+        errors.append(error)
