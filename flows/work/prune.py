@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from numprune import pruning
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure
 from numprune.export import manifest
 from numprune.export.checkpoint import PLAN, load, read_config, save, weight_bytes
 from numprune.flows.work.text import load_calibration
@@ -40,8 +42,9 @@ def prune_checkpoint(
         pruned.plan.write(folder / PLAN)
     return {
         "digest": manifest.read(out).digest,
-        "before": dataclasses.asdict(pruned.before),
-        "after": dataclasses.asdict(pruned.after),
+        # From the files, not from the models in memory, which are in float32: the bytes of the cache depend on it.
+        "before": dataclasses.asdict(measure(read_anatomy(read_config(base)))),
+        "after": dataclasses.asdict(measure(read_anatomy(read_config(out)))),
         "prunable_ratio_removed": pruned.prunable_ratio_removed,
         "weight_bytes_before": weight_bytes(base),
         "weight_bytes_after": weight_bytes(out),
