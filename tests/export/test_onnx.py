@@ -1,0 +1,203 @@
+"""The ONNX export: every supported network, exact also for padded rows, in a file that is complete and standard."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx as onnx_format
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export import checkpoint, manifest, onnx
+from numprune.export.runtimes.ort import OnnxRuntime
+
+Checkpoint = Callable[..., Path]
+
+
+def error(base: Path, export: Path) -> float:
+    """The largest error of a logit: ragged rows together in ONNX Runtime, each alone and uncached in torch."""
+    model, _ = checkpoint.load(base)
+    runtime = OnnxRuntime(export, device="cpu", threads=1)
+    tokens = torch.randint(0, 259, (3, 24), generator=torch.Generator().manual_seed(0))
+    starts = (0, 6, 17)
+    mask = torch.stack([(torch.arange(18) >= start).long() for start in starts])
+    found = [
+        runtime.prefill(tokens[:, :18], mask),
+        *(runtime.decode(tokens[:, i : i + 1])[:, None] for i in range(18, 24)),
+    ]
+    logits = torch.cat(found, dim=1)
+    assert logits.isfinite().all()  # at padding too: NaN there would reach the other positions
+    with torch.inference_mode():
+        errors = [
+            (logits[row, start:] - model(tokens[row : row + 1, start:]).logits[0]).abs().max()
+            for row, start in enumerate(starts)
+        ]
+    return float(max(errors))
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"family": "mistral"},
+    "mistral with a sliding window": {"family": "mistral", "sliding_window": 5},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 with a window in some layers": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"family": "qwen3"},
+    "multi-head attention": {"num_key_value_heads": 4},
+    "one KV head": {"num_key_value_heads": 1},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "biases everywhere": {"attention_bias": True, "mlp_bias": True},
+    "heads that do not fill the hidden size": {"family": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "llama3 rotary scaling": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "gelu": {"hidden_act": "gelu"},
+    "tanh gelu": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"hidden_act": "relu"},
+}
+
+
+@pytest.mark.parametrize("opset", [23, 20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str, opset: int) -> None:
+    base = tiny_checkpoint(**NETWORKS[name])
+    onnx.export(base, tmp_path / "onnx", opset=opset)
+    assert error(base, tmp_path / "onnx") < 1e-4
+
+
+def per_layer(folder: Path, family: str) -> Path:
+    """The same configuration, with layers of different sizes, and new random weights."""
+    sizes = {
+        0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40},
+        1: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72},
+    }
+    stock = AutoConfig.from_pretrained(folder).to_dict()
+    config = AutoConfig.for_model(**{**stock, "model_type": f"numprune_{family}", "per_layer_config": sizes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("opset", [23, 20])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_that_differ(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str, opset: int) -> None:
+    base = per_layer(tiny_checkpoint(family=family), family)
+    onnx.export(base, tmp_path / "onnx", opset=opset)
+    assert error(base, tmp_path / "onnx") < 1e-4
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in graph(tmp_path / "onnx").input}
+    assert [inputs[f"past_key_values.{layer}.key"][1].dim_value for layer in (0, 1)] == [1, 3]
+
+
+def graph(folder: Path) -> onnx_format.GraphProto:
+    return onnx_format.load(folder / onnx.MODEL_FILE, load_external_data=False).graph
+
+
+def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint()
+    made = onnx.export(base, tmp_path / "onnx")
+    model = onnx_format.load(tmp_path / "onnx" / onnx.MODEL_FILE, load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata == {"flavour": "standard-operators", "family": "llama", "checkpoint": manifest.folder_digest(base)}
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    dims = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*model.graph.input, *model.graph.output]
+    }
+    assert dims["input_ids"] == ["batch", "sequence"]
+    assert dims["attention_mask"] == ["batch", "total"]
+    assert dims["logits"] == ["batch", "kept", 259]
+    assert dims["past_key_values.1.value"] == ["batch", 2, "past", 16]
+    assert dims["present.1.value"] == ["batch", 2, "total", 16]
+    assert str(tmp_path).encode() not in (tmp_path / "onnx" / onnx.MODEL_FILE).read_bytes()
+
+    assert manifest.verify(tmp_path / "onnx") == made
+    assert made.parents == {"checkpoint": manifest.folder_digest(base)}
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "generation_config.json"} <= set(
+        made.files
+    )
+
+
+def test_tied_embeddings_are_stored_once(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    sizes = [
+        onnx.export(tiny_checkpoint(name=name, tie_word_embeddings=tied), tmp_path / f"onnx-{name}")
+        .files["model.onnx.data"]
+        .size
+        for name, tied in (("tied", True), ("untied", False))
+    ]
+    assert sizes[1] - sizes[0] >= 4 * 259 * 64
+
+
+def test_half_precision_checkpoints_become_float32(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, tokenizer = checkpoint.load(tiny_checkpoint())
+    checkpoint.save(model, tokenizer, tmp_path / "half", dtype=torch.bfloat16)
+    onnx.export(tmp_path / "half", tmp_path / "onnx")
+    assert error(tmp_path / "half", tmp_path / "onnx") < 1e-4
+
+
+def test_the_plan_goes_with_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint()
+    (base / checkpoint.PLAN).write_text('{"kept": 1}')
+    onnx.export(base, tmp_path / "onnx")
+    assert json.loads((tmp_path / "onnx" / checkpoint.PLAN).read_text()) == {"kept": 1}
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        ({}, {"opset": 24}, "opset=24"),
+        ({"hidden_act": "tanh"}, {}, "hidden_act='tanh'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "rope_type='dynamic'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_and_leaves_nothing(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, network: dict, options: dict, message: str
+) -> None:
+    base = tiny_checkpoint(**network)
+    with pytest.raises(InputError, match=message):
+        onnx.export(base, tmp_path / "onnx", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(IntegrityError, match=r"mlp\.down_proj"):
+        onnx.export(base, tmp_path / "onnx")
+
+
+def test_a_folder_that_is_there_is_left_alone(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    before = manifest.folder_digest(base)
+    with pytest.raises(InputError, match="already exists"):
+        onnx.export(base, base)
+    assert manifest.folder_digest(base) == before
