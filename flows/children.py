@@ -35,8 +35,18 @@ class ChildFailed(Exception):
     """A mistake of ours in the child; the message is its traceback."""
 
 
+def yield_processors() -> None:
+    """Let threads that wait for others sleep instead of spin, unless the user said otherwise; before torch is imported.
+
+    On a machine that has other work, too, spinning threads keep those they wait for off the processor: with two cores
+    and as many other programs again, pruning took 3.3 times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def warm_up() -> None:
     """Start the server now, so that it imports while this process does something else."""
+    yield_processors()
     _context.set_forkserver_preload(_PRELOADED)
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # no file in the current folder may stand in for a module

@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
+from numprune.flows import children
 from numprune.flows.cli import measure, model, optimize, registry
 from numprune.flows.cli.parser import Answer, build
 
@@ -24,6 +25,7 @@ COMMANDS = (optimize, model, measure, registry)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    children.yield_processors()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
