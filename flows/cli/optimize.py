@@ -26,11 +26,12 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: the small embedded model)")
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         dest="overrides",
         metavar="key=value",
-        help="change a key of the recipe, e.g. prune.ratio=0.2; may be given again",
+        help="change keys of the recipe, e.g. prune.ratio=0.2; may be given again",
     )
     parser.add_argument(
         "--workspace",
