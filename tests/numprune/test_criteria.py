@@ -69,9 +69,9 @@ def test_closed_form_is_what_a_general_solver_finds(penalty):
         constraints=constraints,
         options={"ftol": 1e-15, "maxiter": 2000},
     )
-    assert found.success
     mask = relaxed_mask(torch.tensor(A), 0.3, penalty, ridge=0)
-    np.testing.assert_allclose(mask.numpy(), found.x, atol=2e-5)
+    assert loss(mask.numpy()) <= found.fun + 1e-9
+    np.testing.assert_allclose(mask.numpy(), found.x, atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -81,8 +81,12 @@ def test_boxed_mask_is_what_a_general_solver_finds(seed, ratio):
     A = error_matrix(weight, x.T @ x / len(x)).numpy()
     A = A / A.diagonal().mean() + 1e-8 * np.eye(len(A))
     D = len(A)
+
+    def loss(z):
+        return 0.5 * (1 - z) @ A @ (1 - z)
+
     found = minimize(
-        lambda z: 0.5 * (1 - z) @ A @ (1 - z),
+        loss,
         np.full(D, 1 - ratio),
         jac=lambda z: A @ (z - 1),
         method="SLSQP",
@@ -90,12 +94,13 @@ def test_boxed_mask_is_what_a_general_solver_finds(seed, ratio):
         constraints=[LinearConstraint(np.ones(D), (1 - ratio) * D, (1 - ratio) * D)],
         options={"ftol": 1e-15, "maxiter": 2000},
     )
-    assert found.success
     mask = boxed_mask(torch.tensor(A), ratio, ridge=0).numpy()
     assert mask.min() >= 0
     assert mask.max() <= 1
     assert mask.sum() == pytest.approx((1 - ratio) * D)
-    np.testing.assert_allclose(mask, found.x, atol=5e-5)
+    # Not `found.success`: at this tolerance the solver's line search gives up at the optimum on some machines.
+    assert loss(mask) <= loss(found.x) + 1e-9
+    np.testing.assert_allclose(mask, found.x, atol=1e-3)
 
 
 def test_unconstrained_mask_leaves_the_box_where_the_boxed_one_does_not():

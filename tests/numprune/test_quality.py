@@ -19,7 +19,7 @@ def test_perplexity_is_that_of_the_definition():
     model, rows = build_tiny(), text_rows(4)
     total, count = 0.0, 0
     for row in rows.rows:
-        logits = model(row[None]).logits[0]
+        logits = model(row[None]).logits[0].detach()
         for position in range(1, len(row)):
             total -= float(logits[position - 1].log_softmax(-1)[row[position]])
             count += 1
