@@ -1,11 +1,15 @@
 """Small models with random weights, made afresh for each test: no file of the project is needed to run one."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and what
+# is tested of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
