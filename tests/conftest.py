@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and what
-# is tested of Ctrl-C would wait for ever.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+# Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
+# what is tested of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "vocab_size": 259,
