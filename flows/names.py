@@ -12,3 +12,11 @@ Compensation = Literal["none", "oneshot", "sequential"]
 Target = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt"]
 Device = Literal["auto", "cpu", "cuda"]
+
+RUNTIMES: dict[str, str] = {
+    "vllm": "torch",
+    "onnx": "onnxruntime",
+    "tensorrt": "tensorrt",
+}  # in which a target is proved
+TARGETS: dict[str, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch: the checkpoint
+SEQUENCE_LENGTH = 512

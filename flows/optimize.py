@@ -31,15 +31,14 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Completed, Failed, State
 
 from numprune.flows import children, recipe, server, stages, summary
-from numprune.flows.release import CHECKPOINT, make_release
+from numprune.flows.names import RUNTIMES, TARGETS
+from numprune.flows.release import CHECKPOINT, folder_name, make_release
 from numprune.flows.run import Artifact, Run
 from numprune.flows.stages import StageResult
 
 logger = logging.getLogger(__name__)
 
 GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one job on the GPU at a time
-_RUNTIMES = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}  # what runs a target
-_TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch runs the checkpoint itself
 _UNSETTLED = ("inconclusive", "invalid environment")
 
 
@@ -75,20 +74,20 @@ def optimize(
     baselines: dict[str, Artifact] = {}
     parity: dict[str, Any] = {}
     for target in sorted(run.recipe.export.targets, key="vllm".__ne__):
-        exports[target] = _exported(keep(export(run, target, candidate, "candidate")), target)
+        exports[target] = _artifact(keep(export(run, target, candidate, "candidate")), folder_name(target))
         proof = keep(prove(run, target, candidate, exports[target], "candidate"))
-        parity["vllm" if target == "vllm" else _RUNTIMES[target]] = proof.facts
+        parity["vllm" if target == "vllm" else RUNTIMES[target]] = proof.facts
         if target == "vllm":
             candidate = exports[target]  # what is released is what is exported further, evaluated and timed
-        elif _RUNTIMES[target] in run.recipe.benchmark.runtimes:
-            baselines[target] = _exported(keep(export(run, target, run.base, "baseline")), target)
+        elif RUNTIMES[target] in run.recipe.benchmark.runtimes:
+            baselines[target] = _artifact(keep(export(run, target, run.base, "baseline")), folder_name(target))
             keep(prove(run, target, run.base, baselines[target], "baseline"))
 
     quality = keep(evaluate(run, candidate, heldout))
     benchmarks: dict[str, StageResult] = {
         runtime: keep(benchmark(run, runtime, exports.get(target, candidate), baselines.get(target, run.base)))
         for runtime in run.recipe.benchmark.runtimes
-        for target in [_TARGETS.get(runtime, "")]
+        for target in [TARGETS.get(runtime, "")]
     }
     judged = keep(gate(run, calibration, heldout, pruned, candidate, exports, parity, quality, benchmarks))
     outcome = str(judged.facts["outcome"])
@@ -148,7 +147,7 @@ def read_heldout(run: Run) -> StageResult:
 @task(cache_policy=NO_CACHE, persist_result=False)
 def prune(run: Run, calibration: StageResult) -> StageResult:
     """Calibration, scores, allocation, compensation and surgery: one walk through the model."""
-    with _gpu_slot(run):
+    with gpu_slot(run):
         return run.stage(
             "prune",
             "prune.make_pruned",
@@ -161,14 +160,23 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
-    asked = run.recipe.export
-    options = {"vllm": {"shard_size": asked.shard_size}, "onnx": {"opset": asked.opset}, "tensorrt": {}}[target]
+    asked, load = run.recipe.export, run.recipe.benchmark
+    by_target: dict[str, dict[str, Any]] = {
+        "vllm": {"shard_size": asked.shard_size},
+        "onnx": {"opset": asked.opset},
+        # An engine is built for sizes up to these, and for one kind of GPU.
+        "tensorrt": {
+            "max_batch": max(8, load.batch_size),
+            "max_length": max(1024, load.prompt_length + load.output_length),
+        },
+    }
+    machine = {**run.machine} if target == "tensorrt" else {}
     return run.stage(
         f"export-{target}",
         "export.make_export",
         inputs={"checkpoint": source.digest},
         sources={"source": source.path},
-        options={"target": target, "options": options},
+        options={"target": target, "options": by_target[target], "machine": machine},
         layer="export",
         label=f"export {target} {side}",
     )
@@ -177,13 +185,13 @@ def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
 @task(cache_policy=NO_CACHE, persist_result=False)
 def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: str) -> StageResult:
     """Parity: it blocks."""
-    with _gpu_slot(run):
+    with gpu_slot(run):
         return run.stage(
             f"parity-{target}",
             "export.make_parity",
             inputs={"reference": reference.digest, "candidate": exported.digest},
             sources={"reference": reference.path, "candidate": exported.path},
-            options={"runtime": _RUNTIMES[target]},
+            options={"runtime": RUNTIMES[target]},
             layer="export",
             label=f"parity {target} {side}",
         )
@@ -191,7 +199,7 @@ def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult:
-    with _gpu_slot(run):
+    with gpu_slot(run):
         return run.stage(
             "quality",
             "evaluate.make_quality",
@@ -205,7 +213,7 @@ def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult
 @task(cache_policy=NO_CACHE, persist_result=False)
 def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact) -> StageResult:
     asked = run.recipe.benchmark
-    with _gpu_slot(run):
+    with gpu_slot(run):
         return run.stage(
             f"benchmark-{runtime}",
             "benchmark.make_benchmark",
@@ -283,12 +291,8 @@ def _artifact(stage: StageResult, folder: str) -> Artifact:
     return Artifact(stage.path / folder, str(stage.facts["digest"]))
 
 
-def _exported(stage: StageResult, target: str) -> Artifact:
-    return _artifact(stage, CHECKPOINT if target == "vllm" else target)
-
-
 @contextmanager
-def _gpu_slot(run: Run) -> Iterator[None]:
+def gpu_slot(run: Run) -> Iterator[None]:
     """Hold the one slot of the GPU, when the run uses one. A killed run's slot comes back when its lease ends."""
     if not run.uses_gpu:
         yield

@@ -27,10 +27,10 @@ def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{path}: missing"
         case "extra_forbidden":
             known = _keys(model, problem["loc"][:-1])
-            return f"{path}: unknown; known are {', '.join(known)}{_did_you_mean(problem['loc'][-1], known)}"
+            return f"{path}: unknown; known are {', '.join(known)}{did_you_mean(problem['loc'][-1], known)}"
         case "literal_error":
             allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            return f"{path} = {_short(problem['input'])}: {message}{_did_you_mean(problem['input'], allowed)}"
+            return f"{path} = {_short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
     return f"{path} = {_short(problem['input'])}: {message}"
 
 
@@ -38,18 +38,20 @@ def _keys(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The keys of the section at `path`; a step into a list leads to the model of its items."""
     for part in path:
         if isinstance(part, str):
-            model = next(_models(model.model_fields[part].annotation))
+            model = next(models_in(model.model_fields[part].annotation))
     return list(model.model_fields)
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
-        yield from _models(argument)
+        yield from models_in(argument)
 
 
-def _did_you_mean(given: object, known: Sequence[str]) -> str:
+def did_you_mean(given: object, known: Sequence[str]) -> str:
+    """A hint to append to a message, empty when nothing is near."""
     near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from numprune.errors import InputError
-from numprune.flows.names import Allocation, Compensation, Criterion, Device, Runtime, Target
+from numprune.flows.names import SEQUENCE_LENGTH, Allocation, Compensation, Criterion, Device, Runtime, Target
 from numprune.flows.problems import described, listed
 from numprune.serving.gates import Gate
 
@@ -62,7 +62,7 @@ class Data(Section):
     calibration: Text
     heldout: Text
     samples: Count = 128
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2)] = SEQUENCE_LENGTH
     seed: Seed = 0
 
 

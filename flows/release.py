@@ -18,6 +18,11 @@ CHECKPOINT = "checkpoint"  # the part of a release that a server loads
 _PLAN = "numprune_plan.json"
 
 
+def folder_name(target: str) -> str:
+    """The part of a release that holds an export, and its folder in the stage that makes it."""
+    return CHECKPOINT if target == "vllm" else target
+
+
 def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], report: Path) -> Path:
     """Return the folder of a release, made unless it is there: parts, report.json, report.md, recipe.toml, plan.json.
 

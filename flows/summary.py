@@ -145,5 +145,7 @@ def of_report(report: Report) -> Iterator[str]:
     """The lines of a report on its own."""
     data = report.to_json()
     speed = {runtime: _ratios(section) for runtime, section in data["speed"].items()}
+    for reason in report.environment.reasons:
+        yield f"  invalid   {reason}"
     for name, value in _lines({"sizes": data["sizes"], "quality": data["quality"], "speed": speed}):
         yield f"  {name:<9} {value}"

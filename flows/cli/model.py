@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from numprune.corpus import TokenRows
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
-_LENGTH = 512
 
 
 def add(commands: Subcommands) -> None:
@@ -80,7 +79,7 @@ def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
         "--sequence-length",
         type=at_least(2),
         metavar="L",
-        help=f"tokens per window (default: {_LENGTH}, or the model's context where that is shorter)",
+        help=f"tokens per window (default: {names.SEQUENCE_LENGTH}, or the model's context where that is shorter)",
     )
 
 
@@ -238,7 +237,7 @@ def _rows(model: Path, args: argparse.Namespace) -> "TokenRows":
     from numprune.export import checkpoint
 
     context = checkpoint.read_config(model).max_position_embeddings
-    length = args.sequence_length or min(_LENGTH, context)
+    length = args.sequence_length or min(names.SEQUENCE_LENGTH, context)
     if length > context:
         raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
     return token_rows(read_documents(args.text), checkpoint.load_tokenizer(model), length)

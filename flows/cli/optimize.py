@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> Answer:
     started = time.perf_counter()
     path = Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE
     asked = recipe.load(path, args.overrides)
-    logger.info("recipe %s, workspace %s", path, stages.workspace_folder(args.workspace))
+    workspace = stages.workspace_folder(args.workspace)
+    logger.info("recipe %s, workspace %s", path, workspace)
     children.warm_up()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
     from numprune.flows.optimize import optimize
@@ -54,11 +55,11 @@ def run(args: argparse.Namespace) -> Answer:
     errors: list[Exception] = []
     starting = threading.Thread(target=_start_server, args=(errors,), daemon=True)
     starting.start()  # beside the checks, whose complaints come first
-    children.work("checks.check", asked)
+    children.work("checks.check", asked, workspace)
     starting.join()
     if errors:
         raise errors[0]
-    state = optimize(args.recipe, args.overrides, args.workspace, return_state=True)
+    state = optimize(args.recipe, args.overrides, str(workspace), return_state=True)
     found: Any = state.result(raise_on_failure=False)
     if isinstance(found, BaseException):
         raise found

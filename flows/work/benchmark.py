@@ -11,6 +11,7 @@ from numprune.corpus import read_documents, token_rows
 from numprune.errors import InputError
 from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve, weight_bytes
 from numprune.export.manifest import folder_digest
+from numprune.flows.names import SEQUENCE_LENGTH, TARGETS
 from numprune.flows.work.evaluate import compare_checkpoints
 from numprune.flows.work.export import export
 from numprune.flows.work.prune import device_of
@@ -19,9 +20,6 @@ from numprune.serving.benchmark import Load, run_benchmark
 from numprune.serving.report import Report
 
 logger = logging.getLogger(__name__)
-
-TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch runs the checkpoint itself
-_LENGTH = 512
 
 
 def make_benchmark(
@@ -50,7 +48,7 @@ def measure(candidate: str, baseline: str, runtime: str, text: list[Path] | None
     for folder in sides.values():
         audit(folder)
     context = read_config(sides["candidate"]).max_position_embeddings
-    length = length or min(_LENGTH, context)
+    length = length or min(SEQUENCE_LENGTH, context)
     if length > context:
         raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
     rows = token_rows(read_documents(text), load_tokenizer(sides["baseline"]), length) if text else None

@@ -12,27 +12,28 @@ import torch
 from numprune.anatomy import Anatomy, read_anatomy
 from numprune.corpus import read_documents
 from numprune.errors import InputError, NumpruneError
+from numprune.export import tensorrt
 from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve
 from numprune.export.manifest import folder_digest
-from numprune.flows.problems import listed
+from numprune.flows.names import TARGETS
+from numprune.flows.problems import did_you_mean, listed, models_in
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.work.text import text_digest
 from numprune.pruning import PruneOptions, check_options
+from numprune.serving.registry import open_registry
+from numprune.serving.report import Report
 
-_TARGETS = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # runtime -> the target that it runs
-_MODULES = {"onnx": ("onnx", "onnxscript"), "tensorrt": ("tensorrt",), "onnxruntime": ("onnxruntime",)}
+_MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
-    "onnx": "pip install onnx onnxscript",
-    "onnxscript": "pip install onnxscript",
+    "onnx": "pip install onnx",
     "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
-    "tensorrt": 'pip install "numprune[tensorrt]" on a machine with an NVIDIA GPU',
 }
 
 
 def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe, its inputs identified. Raises InputError as `check` does."""
-    check(recipe)
+    check(recipe, workspace)
     base = model_folder(recipe.model.path)
     available = torch.cuda.is_available()
     return Run(
@@ -45,11 +46,15 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         },
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
-        machine={"node": platform.node(), "cores": str(len(os.sched_getaffinity(0)))},
+        machine={
+            "node": platform.node(),
+            "cores": str(len(os.sched_getaffinity(0))),
+            "gpu": torch.cuda.get_device_name() if available else "",
+        },
     )
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, workspace: Path) -> None:
     """Refuse a recipe that cannot be done here.
 
     Raises InputError with every problem: its field, the value, what is allowed.
@@ -75,8 +80,13 @@ def check(recipe: Recipe) -> None:
         for file in text if isinstance(text, list) else []:
             collect(f"data.{split}", read_documents, [file])
     problems += _combinations(recipe)
+    problems += _metrics(recipe)
     for field, name in _needed(recipe):
         problems += [f"{field}: {problem}" for problem in _missing(name)]
+    if "tensorrt" in recipe.export.targets:
+        collect("export.targets", tensorrt.require)
+    if recipe.registry.uri != "workspace":
+        collect("registry.uri", open_registry, recipe.registry.uri, workspace)
     if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
         problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
     if problems:
@@ -113,7 +123,7 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"{recipe.benchmark.batch_size}"
         )
     for runtime in recipe.benchmark.runtimes:
-        target = _TARGETS.get(runtime)
+        target = TARGETS.get(runtime)
         if target is not None and target not in recipe.export.targets:
             problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
     if recipe.prune.allocation != "uniform" and "vllm" in recipe.export.targets:
@@ -121,13 +131,29 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"export.targets: vllm serves layers of one shape only, and allocation {recipe.prune.allocation!r} gives "
             "them different ones; use allocation 'uniform', or leave vllm out"
         )
+    return problems
+
+
+def _metrics(recipe: Recipe) -> list[str]:
+    """Gates that can only fail, because the report will have no such figure."""
+    problems = []
     for index, gate in enumerate(recipe.gates):
-        section, name = gate.metric.split(".")[:2]
-        if section in ("speed", "memory") and name not in recipe.benchmark.runtimes:
+        section, name, *rest = gate.metric.split(".")
+        where = f"gates.{index}.metric = {gate.metric!r}"
+        field = Report.model_fields.get(section)
+        if field is None:
             problems.append(
-                f"gates.{index}.metric = {gate.metric!r}: {name!r} is not benchmarked; "
-                f"benchmark.runtimes are {', '.join(recipe.benchmark.runtimes)}"
+                f"{where}: the report has no section {section!r}{did_you_mean(section, list(Report.model_fields))}"
             )
+            continue
+        if section in ("speed", "memory"):
+            if name not in recipe.benchmark.runtimes:
+                runtimes = ", ".join(recipe.benchmark.runtimes)
+                problems.append(f"{where}: {name!r} is not benchmarked; benchmark.runtimes are {runtimes}")
+            name = rest[0] if rest else ""
+        known = [key for model in models_in(field.annotation) for key in model.model_fields]
+        if known and name not in known:
+            problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
     return problems
 
 

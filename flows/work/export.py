@@ -5,9 +5,8 @@ from typing import Any
 
 from numprune.errors import InputError
 from numprune.export import manifest, parity, temporary
-
-RUNTIMES = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}  # what runs a target
-CHECKPOINT = "checkpoint"  # where the vLLM-compatible checkpoint stands, in its stage and in a release
+from numprune.flows.names import RUNTIMES
+from numprune.flows.release import folder_name
 
 
 def export(source: Path, out: Path, target: str, **options: Any) -> manifest.Manifest:
@@ -39,14 +38,15 @@ def export_and_prove(source: Path, out: Path, target: str) -> tuple[manifest.Man
     return manifest.read(out), proof
 
 
-def make_export(out: Path, *, source: Path, target: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Stage: one export, in a folder of the stage with the name it will have in a release."""
+def make_export(
+    out: Path, *, source: Path, target: str, options: dict[str, Any], machine: dict[str, str]
+) -> dict[str, Any]:
+    """Stage: one export, in a folder of the stage with the name it will have in a release.
+
+    `machine` is where, for exports that are made for one: on another it is another stage.
+    """
     made = export(source, out / folder_name(target), target, **options)
     return {"digest": made.digest, "bytes": sum(entry.size for entry in made.files.values())}
-
-
-def folder_name(target: str) -> str:
-    return CHECKPOINT if target == "vllm" else target
 
 
 def make_parity(out: Path, *, reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.export import manifest
 from numprune.export.checkpoint import PLAN, load, read_config, save, weight_bytes
+from numprune.flows.release import CHECKPOINT
 from numprune.flows.work.text import load_calibration
-
-CHECKPOINT = "checkpoint"  # the folder inside the stage's
 
 
 def device_of(device: str) -> torch.device:

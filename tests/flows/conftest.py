@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from tests.conftest import build_tiny, byte_tokenizer
 
 # Before Prefect is imported: its database is nobody's but these tests'.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="numprune-prefect-")
+os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"  # as the command line sets it
 
 RECIPE = """
 [model]
@@ -80,3 +83,10 @@ def numprune(capfd: pytest.CaptureFixture[str]) -> Callable[..., Answered]:
         return Answered(code, *capfd.readouterr())
 
     return run
+
+
+def shell(*argv: object) -> Answered:
+    """Run a command line in a process of its own, as scripts do."""
+    command = [sys.executable, "-m", "numprune.flows.cli", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return Answered(done.returncode, done.stdout, done.stderr)

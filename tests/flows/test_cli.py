@@ -9,17 +9,11 @@ from pathlib import Path
 import pytest
 
 from numprune.export import manifest
-from tests.flows.conftest import Answered
+from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
 COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate"]
 REGISTRY = ["publish", "list", "show", "promote", "rollback", "verify", "fetch"]
-
-
-def shell(*argv: object) -> "subprocess.CompletedProcess[str]":
-    """The command line as scripts meet it."""
-    command = [sys.executable, "-m", "numprune.flows.cli", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +21,7 @@ def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A pruned checkpoint and what the command said; in a process of its own, as a script meets it."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     command = ["prune", tiny / "base", out, "--ratio", 0.3, "--text", tiny / "train.txt", tiny / "heldout.jsonl"]
-    done = shell(*command, "--samples", 8, "--sequence-length", 64, "--json")
-    return out, Answered(done.returncode, done.stdout, done.stderr)
+    return out, shell(*command, "--samples", 8, "--sequence-length", 64, "--json")
 
 
 def test_help_needs_no_heavy_library() -> None:
@@ -159,9 +152,9 @@ def test_export_is_proved(pruned: tuple[Path, Answered], numprune: Command, tmp_
 def test_benchmark_then_gate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path, tmp_path: Path) -> None:
     arguments = ["--baseline", tiny / "base", "--runtime", "onnxruntime", "--text", tiny / "heldout.jsonl", "--json"]
     measured = shell("benchmark", pruned[0], *arguments)
-    assert measured.returncode == 0, measured.stderr
-    assert "exporting the candidate to a temporary folder" in measured.stderr
-    report = json.loads(measured.stdout)
+    assert measured.code == 0, measured.err
+    assert "exporting the candidate to a temporary folder" in measured.err
+    report = measured.json
     assert report["verdict"] is None
     assert report["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"]["samples"] > 1
     assert report["quality"]["documents"] == 24
@@ -199,9 +192,9 @@ def middle(report: dict[str, dict[str, dict[str, float]]]) -> float:
 
 def test_stdout_is_one_json_object_and_nothing_else(tiny: Path) -> None:
     done = shell("inspect", str(tiny / "base"), "--json")
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["family"] == "llama"
-    assert done.stderr == ""
+    assert done.code == 0
+    assert done.json["family"] == "llama"
+    assert done.err == ""
 
 
 def test_a_closed_pipe_is_no_error(tiny: Path) -> None:

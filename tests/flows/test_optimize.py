@@ -17,7 +17,7 @@ import pytest
 from numprune.export import manifest
 from numprune.flows.recipe import Recipe
 from numprune.serving import report as reports
-from tests.flows.conftest import Answered
+from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
 
@@ -143,7 +143,7 @@ def test_the_registry_from_the_command_line(numprune: Command, tiny: Path, works
 
 
 def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_is_made(
-    numprune: Command, tiny: Path, tmp_path: Path
+    tiny: Path, tmp_path: Path
 ) -> None:
     overrides = [
         "prune.ratio=0.999",
@@ -151,10 +151,12 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "data.sequence_length=1000",
         "benchmark.prompt_length=300",
         "benchmark.runtimes=['onnxruntime', 'tensorrt']",
-        "gates=[{metric='speed.torch.ttft.ratio', bound='point', max=1}]",
+        "gates=[{metric='speed.torch.ttft.ratio', bound='point', max=1},"
+        "{metric='quality.nll_delta_nats', bound='point', max=1}, {metric='qualty.tokens', bound='point', min=1}]",
+        "registry.uri=ftp://nowhere",
     ]
     arguments = [argument for override in overrides for argument in ("--set", override)]
-    answered = numprune("optimize", tiny / "recipe.toml", "--workspace", tmp_path / "w", *arguments)
+    answered = shell("optimize", tiny / "recipe.toml", "--workspace", tmp_path / "w", *arguments)
     assert (answered.code, answered.out) == (1, "")
     for expected in [
         "prune: ratio is 0.999, but with at least one unit in every block",
@@ -163,6 +165,10 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "benchmark.prompt_length + output_length = 308",
         "benchmark.runtimes: tensorrt runs the export 'tensorrt'; add it to export.targets",
         "gates.0.metric = 'speed.torch.ttft.ratio': 'torch' is not benchmarked",
+        "gates.1.metric = 'quality.nll_delta_nats': the report has no such figure; did you mean "
+        "'nll_delta_nats_per_token'?",
+        "gates.2.metric = 'qualty.tokens': the report has no section 'qualty'; did you mean 'quality'?",
+        "registry.uri: 'ftp://nowhere': not an MLflow server's address",
     ]:
         assert expected in answered.err
     assert "Traceback" not in answered.err
@@ -211,3 +217,24 @@ def test_entrypoint_of_a_deployment() -> None:
     loaded: Any = load_flow_from_entrypoint(f"{path}:optimize")
     assert loaded.name == "numprune-optimize"
     assert set(loaded.parameters.properties) == {"recipe_path", "overrides", "workspace"}
+
+
+def test_one_job_on_the_gpu_at_a_time(tmp_path: Path) -> None:
+    """The slot is Prefect's own limit, which is kept without a GPU, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.concurrency.sync import concurrency
+
+    from numprune.flows import recipe
+    from numprune.flows.optimize import GPU_LIMIT, gpu_slot
+    from numprune.flows.run import Artifact, Run
+
+    asked = recipe.load(recipe.EMBEDDED_RECIPE)
+    run = Run(asked, tmp_path, Artifact(tmp_path, ""), {}, device="cuda", uses_gpu=True, machine={})
+    with get_client(sync_client=True) as client:
+        for _ in range(2):  # the second time the limit is there already
+            with gpu_slot(run):
+                limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+                assert (limit.limit, limit.active_slots) == (1, 1)
+                with pytest.raises(TimeoutError), concurrency(GPU_LIMIT, timeout_seconds=1, strict=True):
+                    pytest.fail("two had the only slot")
+            assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).active_slots == 0
