@@ -1,0 +1,126 @@
+"""A long-lived process with children of its own, a log file and a tag: started, watched, found again, stopped.
+
+The tag stands in the environment of the process, and so in that of all its children: it finds them when they were left
+behind, even by a process that is gone.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+TAG = "NUMPRUNE_TAG"  # in the environment
+
+_LAUNCHER = Path(__file__).with_name("launch.py")
+_POLL_S = 0.1
+_GRACE_S = 30.0
+_TAIL_BYTES = 1 << 16
+_TAIL_LINES = 6
+_NOISE = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d( \[[^]]*\])? ?)?|\x1b\[[0-9;]*m")
+_CAUSE = re.compile(r"^(\w+\.)*\w*(Error|Exception|Killed|Exit)\b(: |$)|^error: |: error: ")
+_INHERITED_NOT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")  # another environment's
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that we started, in this process or an earlier one; plain values, so that they can be written down.
+
+    Attributes:
+        pid, started: its number, and when it began (psutil's), because numbers are used again.
+        tag: in its environment and its children's.
+        log: its stdout and stderr.
+    """
+
+    pid: int
+    started: float
+    tag: str
+    log: Path
+    _child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False, compare=False)
+
+    def is_alive(self) -> bool:
+        if self._child is not None:
+            return self._child.poll() is None
+        try:
+            found = psutil.Process(self.pid)
+            # A detached process whose starter is gone has init as its parent; elsewhere nobody may reap it.
+            return found.create_time() == self.started and found.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def how_it_ended(self) -> str:
+        """In words; only for a process that is not alive."""
+        status = self._child.poll() if self._child is not None else None
+        if status is None:
+            return "ended"
+        return f"ended with exit status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+
+    def stop(self, grace_s: float = _GRACE_S) -> None:
+        """SIGTERM to the process; after `grace_s`, or when it has ended, SIGKILL to what is left of its children."""
+        if self.is_alive():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            deadline = time.monotonic() + grace_s
+            while self.is_alive() and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        kill_tagged(self.tag)
+        if self._child is not None:
+            self._child.wait()
+
+    def last_words(self) -> str:
+        """What the log ends with, in one line: the causes that it names, else its last lines."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+        lines = [line for raw in text.splitlines() if (line := _NOISE.sub("", raw).strip())]
+        causes = [line for line in dict.fromkeys(lines) if _CAUSE.search(line)]
+        chosen = (causes or lines)[-_TAIL_LINES:]
+        return f"its last lines: {' | '.join(chosen)}" if chosen else "it left no message"
+
+
+def start(
+    command: Sequence[str | Path], *, tag: str, log: Path, detached: bool, env: Mapping[str, str] | None = None
+) -> Process:
+    """Start `command`, whose first item is a Python interpreter or another program, in a session of its own.
+
+    Args:
+        detached: it outlives this process; else a SIGTERM reaches it when this process ends, however it ends (Linux).
+        env: on top of this process's environment.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-I", _LAUNCHER, str(0 if detached else os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal is for us; we stop it in order
+            env={**inherited, "PYTHONSAFEPATH": "1", **(env or {}), TAG: tag},
+        )
+    return Process(child.pid, psutil.Process(child.pid).create_time(), tag, log, child)
+
+
+def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
+    """All living processes of ours whose tag begins with `prefix`, each with its tag."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            tag = process.environ().get(TAG)
+            if tag is not None and tag.startswith(prefix) and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, tag
+
+
+def kill_tagged(tag: str) -> None:
+    """End all processes of exactly this tag, at once, and wait until they are gone."""
+    while found := [process for process, other in tagged(tag) if other == tag and process.pid != os.getpid()]:
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, timeout=_GRACE_S)

@@ -1,0 +1,226 @@
+"""A vLLM server for one checkpoint: a process, an address, and what it says when it dies."""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from numprune.errors import InputError, MissingRuntime, NumpruneError
+from numprune.export import manifest
+from numprune.serving.vllm import process
+from numprune.serving.vllm.environment import INSTALL, Environment
+from numprune.serving.vllm.process import Process
+
+logger = logging.getLogger(__name__)
+
+STARTUP_S = 600.0
+_POLL_S = 0.5
+_REPORT_S = 10.0
+_PER_LAYER = "numprune_"  # model types that need our plug-in
+
+# None of these overrules what the user set.
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",  # a release is a local folder with all that is needed
+}
+
+
+class ServerError(NumpruneError):
+    """A server that did not start, died or does not answer; the message has vLLM's own last lines."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server, starting or ready.
+
+    Attributes:
+        url: of its root, without a slash at the end; the API is at `/v1`.
+        name: of the model it serves, as requests name it.
+    """
+
+    url: str
+    name: str
+    process: Process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_until_ready(self, timeout_s: float = STARTUP_S) -> None:
+        """Wait for /health, telling the log how it goes. Raises ServerError: it died, or is not ready in time."""
+        started = time.monotonic()
+        told = started
+        while not self._is_healthy():
+            self.require_alive()
+            now = time.monotonic()
+            if now - started > timeout_s:
+                raise ServerError(f"{self.name}: vLLM is not ready after {timeout_s:g} s; {self.process.last_words()}")
+            if now - told > _REPORT_S:
+                told = now
+                logger.info("%s: vLLM is starting, %.0f s", self.name, now - started)
+            time.sleep(_POLL_S)
+        self._require_ours()
+        logger.info("%s: vLLM answers at %s after %.0f s", self.name, self.url, time.monotonic() - started)
+
+    def require_alive(self) -> None:
+        """Raises ServerError, with vLLM's last lines, when the process has ended."""
+        if not self.process.is_alive():
+            raise ServerError(f"{self.name}: vLLM {self.process.how_it_ended()}; {self.process.last_words()}")
+
+    def stop(self) -> None:
+        """End the server and all of its processes; one that has ended already is no error."""
+        self.process.stop()
+
+    def _is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def _require_ours(self) -> None:
+        """vLLM shares its port with whoever asks for it (SO_REUSEPORT): what answers must be the model we started."""
+        self.require_alive()
+        answer = httpx.get(f"{self.url}/v1/models", timeout=30.0)
+        served = [model.get("id") for model in answer.json().get("data", [])] if answer.is_success else []
+        if self.name not in served:
+            raise ServerError(f"{self.url}: serves {served}, not {self.name}; another server has this port")
+
+
+@contextmanager
+def serving(
+    environment: Environment,
+    checkpoint: Path,
+    *,
+    name: str,
+    port: int = 0,
+    host: str = "127.0.0.1",
+    options: Sequence[str] = (),
+    dtype: str = "auto",
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    startup_timeout_s: float = STARTUP_S,
+) -> Iterator[Server]:
+    """A server that is ready, and is stopped when the block is left or when this process ends, however that happens.
+
+    Args:
+        name: of the model, for requests.
+        port: 0 is any free one.
+        options: of vLLM, behind those that the checkpoint needs.
+        env: environment variables for it.
+        log: where its output goes; without one, to a temporary file that is removed with the server.
+
+    Raises:
+        InputError: the port is taken.
+        MissingRuntime: the checkpoint needs our plug-in, and the environment lacks it.
+        ServerError: vLLM did not become ready.
+    """
+    with tempfile.TemporaryDirectory(prefix="numprune-vllm-") as scratch:
+        server = start(
+            environment,
+            checkpoint,
+            name=name,
+            port=port,
+            host=host,
+            options=options,
+            dtype=dtype,
+            env=env,
+            tag=f"server-{secrets.token_hex(8)}",
+            log=log or Path(scratch) / "vllm.log",
+            detached=False,
+        )
+        try:
+            server.wait_until_ready(startup_timeout_s)
+            yield server
+        finally:
+            server.stop()
+
+
+def start(
+    environment: Environment,
+    checkpoint: Path,
+    *,
+    name: str,
+    port: int,
+    host: str,
+    options: Sequence[str],
+    dtype: str,
+    tag: str,
+    log: Path,
+    detached: bool,
+    env: Mapping[str, str] | None = None,
+) -> Server:
+    """Start a server and return at once. Raises as `serving` does, but for ServerError."""
+    _require_plugin(environment, checkpoint)
+    port = port or free_port(host)
+    require_free(host, port)
+    command = [
+        environment.python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",  # `vllm serve` wants a distribution called vllm; the CPU's is not
+        *("--model", str(checkpoint.absolute())),
+        *("--served-model-name", name),
+        *("--host", host, "--port", str(port)),
+        *("--dtype", dtype),
+        *_needs(checkpoint),
+        *options,
+    ]
+    variables = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    running = process.start(command, tag=tag, log=log, detached=detached, env={**variables, **(env or {})})
+    logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
+    return Server(f"http://{_reachable(host)}:{port}", name, running)
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises InputError when something listens there. vLLM itself would share the port with another vLLM."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--port {port}: cannot be used on {host} ({error.strerror}); choose another") from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _needs(checkpoint: Path) -> list[str]:
+    """Options without which vLLM does not load it: the exporter found them out."""
+    if not (checkpoint / manifest.FILE_NAME).is_file():
+        return []
+    needs = manifest.read(checkpoint).facts.get("needs", [])
+    return [str(option) for option in needs] if isinstance(needs, list) else []
+
+
+def _require_plugin(environment: Environment, checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); a model is a folder with config.json") from None
+    if str(model_type).startswith(_PER_LAYER) and environment.plugin is None:
+        raise MissingRuntime(
+            f"{checkpoint}: its layers differ in size ({model_type}), and {environment.python.parent.parent} lacks the "
+            f"plug-in numprune-vllm; {INSTALL}"
+        )
+
+
+def _reachable(host: str) -> str:
+    """The address at which this machine reaches a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not listened on
+    return f"[{host}]" if ":" in host else host
