@@ -94,7 +94,7 @@ def _interpreter(path: str | Path | None) -> tuple[Path, str]:
 
 def _versions(python: Path, where: str) -> dict[str, str | None]:
     """Versions of what we ask for, by name of the distribution; None where it is not installed."""
-    command = [python, "-I", "-c", _PROBE, *_DISTRIBUTIONS.values()]
+    command: list[str | Path] = [python, "-I", "-c", _PROBE, *_DISTRIBUTIONS.values()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_S)
         found: dict[str, str | None] = json.loads(done.stdout)

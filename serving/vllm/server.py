@@ -163,7 +163,7 @@ def start(
     _require_plugin(environment, checkpoint)
     port = port or free_port(host)
     require_free(host, port)
-    command = [
+    command: list[str | Path] = [
         environment.python,
         "-m",
         "vllm.entrypoints.openai.api_server",  # `vllm serve` wants a distribution called vllm; the CPU's is not
