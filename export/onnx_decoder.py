@@ -5,7 +5,7 @@ windows, and a traced export of an 8-layer model costs some 20 s of CPU time and
 one well under a second and one tensor. That it computes what the checkpoint computes is for `parity` to prove.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Layer:
     heads: int
     kv_heads: int
     window: int | None  # sliding window in positions
+    skip: Collection[str]  # "attention" and "mlp", where the layer does without
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def write_decoder(
 
     Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), logits_to_keep (kept; positions in 0 … S-1
     whose logits are wanted), past_key_values.l.key and .value (B, N_l, P, D). Outputs: logits (B, kept, V),
-    present.l.key and .value (B, N_l, T, D).
+    present.l.key and .value (B, N_l, T, D), for the layers l that attend.
 
     Args:
         graph: an empty one.
@@ -85,22 +86,23 @@ def write_decoder(
     shared = Shared(masks, *_rotary(writer, positions))
 
     hidden = graph.op("Gather", graph.weight(EMBEDDING, tensor(EMBEDDING)), tokens)
-    present = []
+    present: dict[int, list[str]] = {}
     for index, layer in enumerate(layers):
         prefix = f"model.layers.{index}."
-        mixed, *cached = _attention(writer, shared, index, layer, _norm(writer, prefix + "input_layernorm", hidden))
-        hidden = graph.op("Add", hidden, mixed)
-        hidden = graph.op(
-            "Add", hidden, _mlp(writer, prefix, _norm(writer, prefix + "post_attention_layernorm", hidden))
-        )
-        present.append(cached)
+        if "attention" not in layer.skip:
+            normed = _norm(writer, prefix + "input_layernorm", hidden)
+            mixed, *present[index] = _attention(writer, shared, index, layer, normed)
+            hidden = graph.op("Add", hidden, mixed)
+        if "mlp" not in layer.skip:
+            normed = _norm(writer, prefix + "post_attention_layernorm", hidden)
+            hidden = graph.op("Add", hidden, _mlp(writer, prefix, normed))
     hidden = graph.op("Gather", hidden, kept, axis=1)  # before the head: it is the largest matrix of a small model
     logits = _head(writer, _norm(writer, "model.norm", hidden))
 
     graph.output(logits, "logits", FLOAT, ["batch", "kept", config.vocab_size])
-    for index, (layer, cached) in enumerate(zip(layers, present, strict=True)):
+    for index, cached in present.items():
         for name, value in zip(("key", "value"), cached, strict=True):
-            graph.output(value, f"present.{index}.{name}", FLOAT, ["batch", layer.kv_heads, "total", head_dim])
+            graph.output(value, f"present.{index}.{name}", FLOAT, ["batch", layers[index].kv_heads, "total", head_dim])
 
 
 def _layers(config: Any) -> list[Layer]:
@@ -110,7 +112,8 @@ def _layers(config: Any) -> list[Layer]:
         types = getattr(config, "layer_types", None)
         slides = types[index] == "sliding_attention" if types else True
         window = getattr(config, "sliding_window", None) if slides else None
-        layers.append(Layer(sizes.num_attention_heads, sizes.num_key_value_heads or sizes.num_attention_heads, window))
+        heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads or sizes.num_attention_heads
+        layers.append(Layer(heads, kv_heads, window, getattr(sizes, "skip", ())))
     return layers
 
 
@@ -145,14 +148,6 @@ def _masks_and_positions(
 
 def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
     """Cosines and sines (B, S, D/2) of the rotary embedding."""
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
     graph, config, head_dim = writer.graph, writer.config, writer.head_dim
     kind = config.rope_parameters.get("rope_type")
     if kind not in _STATIC_ROPE:

@@ -23,6 +23,7 @@ from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
 from numprune.flows.work.text import calibration_rows, read_text
 from numprune.pruning import PruneOptions, prune
 from numprune.quality import compare
+from numprune.target import Target
 
 METHODS = (
     "random/uniform/none",
@@ -59,7 +60,7 @@ def run_method(
     parts = method.split("/")
     if len(parts) != 3:
         raise InputError(f"method is {method!r}; it must be criterion/allocation/compensation")
-    options = PruneOptions(ratio, criterion=parts[0], allocation=parts[1], compensation=parts[2], align=align)
+    options = PruneOptions(ratio, criterion=parts[0], allocation=parts[1], compensation=parts[2], target=Target(align))
     model, _ = checkpoint.load(model_path)
     start = time.perf_counter()
     pruned = prune(model, rows, options)

@@ -9,7 +9,7 @@ from typing import Literal
 Criterion = Literal["numerical", "numerical-box", "obs", "flap", "wanda", "magnitude", "random"]
 Allocation = Literal["uniform", "global"]
 Compensation = Literal["none", "oneshot", "sequential"]
-Target = Literal["vllm", "onnx", "tensorrt"]
+ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt"]
 Device = Literal["auto", "cpu", "cuda"]
 

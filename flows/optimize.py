@@ -153,7 +153,11 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
             "prune.make_pruned",
             inputs={"base": run.base.digest, "rows": calibration.digest},
             sources={"base": run.base.path, "rows": calibration.path},
-            options={"options": run.recipe.prune.model_dump(), "device": run.device},
+            options={
+                "options": run.recipe.prune.model_dump(),
+                "target": run.recipe.target.model_dump(),
+                "device": run.device,
+            },
             layer="export",
         )
 

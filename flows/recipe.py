@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from numprune.errors import InputError
-from numprune.flows.names import SEQUENCE_LENGTH, Allocation, Compensation, Criterion, Device, Runtime, Target
+from numprune.flows.names import SEQUENCE_LENGTH, Allocation, Compensation, Criterion, Device, ExportTarget, Runtime
 from numprune.flows.problems import described, listed
 from numprune.serving.gates import Gate
 
@@ -67,22 +67,30 @@ class Data(Section):
 
 
 class Prune(Section):
-    """The fields of numprune.pruning.PruneOptions."""
+    """The fields of numprune.pruning.PruneOptions but its target."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
     criterion: Criterion = "numerical"
     allocation: Allocation = "uniform"
     compensation: Compensation = "sequential"
-    align: Count = 8
+    skips: bool = False
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0
     batch_size: Count = 8
 
 
+class Target(Section):
+    """The fields of numprune.target.Target: what the servers need of the sizes."""
+
+    align: Count = 8
+    tensor_parallel: Count = 1
+    quantization_group: Count = 1
+
+
 class Export(Section):
     """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it."""
 
-    targets: Annotated[list[Target], AfterValidator(_distinct)] = ["vllm", "onnx"]
+    targets: Annotated[list[ExportTarget], AfterValidator(_distinct)] = ["vllm", "onnx"]
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
     opset: Literal[20, 23] = 23
 
@@ -114,6 +122,7 @@ class Recipe(Section):
     model: Model
     data: Data
     prune: Prune = Prune()
+    target: Target = Target()
     export: Export = Export()
     benchmark: Benchmark = Benchmark()
     gates: Annotated[list[Gate], Field(min_length=1)]

@@ -1,10 +1,11 @@
 """How many units each block keeps. A ratio always means: of the prunable parameters.
 
-Every allocation leaves at least one unit in a block, and intermediate sizes that are multiples of `align` (unless the
-model's own is not). What was reached is what the plan counts, not what was asked for.
+Each block keeps one of the counts that `target.allowed_counts` gives it. What was reached is what the plan counts, not
+what was asked for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -13,96 +14,125 @@ from torch import Tensor
 from numprune.anatomy import Anatomy, Block
 from numprune.budget import measure
 from numprune.errors import InputError
+from numprune.target import HEAD_SHAPES, Counts, nearest
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
 
 
-def check_ratio(anatomy: Anatomy, ratio: float, align: int) -> None:
+def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
     """Refuse a ratio that no allocation can reach.
 
     Raises:
-        InputError: ratio outside [0, 1), align under 1, or more than can go with the floor of one unit a block.
+        InputError: ratio outside [0, 1), or more than can go with the least count of every block.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
-    if align < 1:
-        raise InputError(f"align is {align}; it must be at least 1")
-    smallest = {block.name: _floor(block, align) for block in anatomy.blocks}
-    reachable = 1 - measure(anatomy.keeping(smallest)).prunable_parameters / measure(anatomy).prunable_parameters
+    least = {name: next((count for count in counts if count), 0) for name, counts in allowed.items()}
+    reachable = 1 - measure(anatomy.keeping(least)).prunable_parameters / measure(anatomy).prunable_parameters
     if ratio > reachable:
         raise InputError(
-            f"ratio is {ratio}, but with at least one unit in every block and align={align} at most {reachable:.3f} "
-            f"of the prunable parameters can be removed"
+            f"ratio is {ratio}, but with the least that every block must keep (at least one unit, aligned and split as "
+            f"the target asks) at most {reachable:.3f} of the prunable parameters can be removed"
         )
 
 
-def uniform(anatomy: Anatomy, ratio: float, align: int) -> dict[str, int]:
+def uniform(anatomy: Anatomy, ratio: float, allowed: Counts) -> dict[str, int]:
     """Return units kept per block: the same number in every layer, so that a stock architecture holds the result.
 
-    KV groups are coarse, so attention takes the nearest whole number of groups and the MLP makes up the difference.
+    KV groups are coarse, so attention takes the nearest allowed number of groups and the MLP makes up the difference.
 
     Raises:
         InputError: the layers already differ, or the ratio cannot be reached.
     """
-    check_ratio(anatomy, ratio, align)
+    check_ratio(anatomy, ratio, allowed)
     if not anatomy.is_uniform:
         raise InputError(
             "the model's layers differ already; uniform allocation needs equal ones (use --allocation global)"
         )
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
+    groups, widths = ([count for count in allowed[blocks[0].name] if count] for blocks in (attention, mlp))
     target = (1 - ratio) * measure(anatomy).prunable_parameters
-    groups, width = attention[0].units, mlp[0].units
-    floor = _floor(mlp[0], align)
-    for kept_groups in sorted(range(1, groups + 1), key=lambda kept: (abs(kept - (1 - ratio) * groups), -kept)):
+    step = max((after - before for before, after in pairwise(widths)), default=1)
+    for kept_groups in sorted(groups, key=lambda kept: (abs(kept - (1 - ratio) * attention[0].units), -kept)):
         remaining = target - kept_groups * sum(block.parameters_per_unit for block in attention)
         exact = remaining / sum(block.parameters_per_unit for block in mlp)
-        if exact > width + align / 2 or exact < floor - align / 2:
-            continue  # this many groups leave the MLP more than it has, or less than its floor
-        kept_width = width if exact > width - align / 2 else min(max(round(exact / align) * align, floor), width)
+        if exact > widths[-1] + step / 2 or exact < widths[0] - step / 2:
+            continue  # this many groups leave the MLP more than it has, or less than its least
+        kept_width = nearest(widths, exact)
         return {block.name: kept_groups if block.kind == "attention" else kept_width for block in anatomy.blocks}
-    raise InputError(f"no uniform allocation removes {ratio} of the prunable parameters with align={align}")
+    raise InputError(f"no uniform allocation that suits the target removes {ratio} of the prunable parameters")
 
 
-def global_sort(anatomy: Anatomy, ratio: float, align: int, scores: Scores) -> dict[str, int]:
+def global_sort(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:
     """Return units kept per block: all units sorted together, the lowest removed until the parameter *cost* is reached.
 
-    With `align`, a block loses its lowest units in steps that keep its size a multiple; a step's score is their mean.
+    A block loses its lowest units in steps from one allowed count to the next; a step's score is their mean. Where the
+    result has more than `HEAD_SHAPES` different numbers of KV heads, the numbers are moved to the nearest of as many
+    levels, and the MLPs make up the difference.
+
+    Raises:
+        InputError: the ratio cannot be reached.
     """
-    check_ratio(anatomy, ratio, align)
-    steps: list[tuple[float, int, Block]] = []  # (score, units removed, block), ascending within each block
+    check_ratio(anatomy, ratio, allowed)
+    kept = _remove_lowest(anatomy, ratio, allowed, scores)
+    heads = {block.name: kept[block.name] for block in anatomy.of_kind("attention")}
+    if len(set(heads.values()) - {0}) <= HEAD_SHAPES:
+        return kept
+    levels = _levels([count for count in heads.values() if count], HEAD_SHAPES)
+    fixed = {name: [nearest(levels, count) if count else 0] for name, count in heads.items()}
+    return _remove_lowest(anatomy, ratio, {**allowed, **fixed}, scores)
+
+
+def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:
+    # Units above the largest allowed count go in any case.
+    kept = {block.name: allowed[block.name][-1] for block in anatomy.blocks}
+    steps: list[tuple[float, int, Block]] = []  # (score, units left after it, block), from most to fewest in each block
     for block in anatomy.blocks:
         ascending = scores[block.name].sort().values
-        size = _step(block, align)
-        first = block.units % size or size
-        removable = block.units - _floor(block, align)
-        bounds = [0, *range(first, removable + 1, size)]
-        for start, stop in pairwise(bounds):
-            steps.append((float(ascending[start:stop].mean()), stop - start, block))
-    # A stable sort by the score alone keeps each block's own order where scores tie.
-    steps.sort(key=lambda step: step[0])
-    kept = {block.name: block.units for block in anatomy.blocks}
+        for more, fewer in pairwise(reversed(allowed[block.name])):
+            steps.append((float(ascending[block.units - more : block.units - fewer].mean()), fewer, block))
+    steps.sort(
+        key=lambda step: step[0]
+    )  # stable: a block's own steps ascend already, and keep their order where they tie
     to_remove = ratio * measure(anatomy).prunable_parameters
-    for _, units, block in steps:
-        cost = units * block.parameters_per_unit
+    to_remove -= sum((block.units - kept[block.name]) * block.parameters_per_unit for block in anatomy.blocks)
+    left = {kind: sum(kept[block.name] > 0 for block in anatomy.of_kind(kind)) for kind in ("attention", "mlp")}
+    for _, fewer, block in steps:
+        cost = (kept[block.name] - fewer) * block.parameters_per_unit
         if to_remove < cost / 2:  # nearest: a step that overshoots by more than it falls short is not taken
             break
-        kept[block.name] -= units
+        if fewer == 0:
+            if left[block.kind] == 1:
+                continue  # the last of its kind stays: a model without attention is none
+            left[block.kind] -= 1
+        kept[block.name] = fewer
         to_remove -= cost
     return kept
+
+
+def _levels(counts: Sequence[int], number: int) -> tuple[int, ...]:
+    """Return `number` of the counts, ascending, such that the sum of distances to the nearest is least (k-medians)."""
+    ordered = sorted(counts)
+
+    @cache
+    def best(end: int, levels: int) -> tuple[int, tuple[int, ...]]:
+        """The least cost of the first `end` counts with so many levels, each serving a stretch of them."""
+        if levels == 0:
+            return (0 if end == 0 else sum(ordered) + 1, ())
+        found = []
+        for start in range(levels - 1, end):
+            cost, lower = best(start, levels - 1)
+            median = ordered[(start + end) // 2]
+            found.append((cost + sum(abs(count - median) for count in ordered[start:end]), (*lower, median)))
+        return min(found)
+
+    return best(len(ordered), number)[1]
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` highest of (units,) scores, ascending. Ties go to the lower index."""
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:count].sort().values
-
-
-def _step(block: Block, align: int) -> int:
-    return align if block.kind == "mlp" else 1
-
-
-def _floor(block: Block, align: int) -> int:
-    return min(_step(block, align), block.units)
 
 
 ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform, "global": global_sort}

@@ -42,7 +42,7 @@ class Block:
     A unit of attention is a KV group (one KV head and the query heads that share it; a single head where there is no
     grouping), a unit of an MLP is one intermediate channel. Unit `u` owns the channels
     `u * channels_per_unit … (u + 1) * channels_per_unit` of the consumer's input, and in each producer the rows
-    `u * rows … (u + 1) * rows`.
+    `u * rows … (u + 1) * rows`. A block of no units is skipped: its modules are not there.
     """
 
     layer: int
@@ -52,6 +52,7 @@ class Block:
     consumer: str  # module path inside the decoder layer
     producers: tuple[tuple[str, int], ...]  # (module path, rows per unit)
     parameters_per_unit: int
+    shared_parameters: int  # its norms and the consumer's bias: what goes only with the whole block
     consumer_bias: bool
 
     @property
@@ -73,10 +74,11 @@ class Anatomy:
     query_heads_per_group: int
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP, first layer first: the order of the forward pass
-    fixed_parameters: int  # embeddings, norms, biases: what no unit owns
+    fixed_parameters: int  # embeddings and the last norm: what no block owns
     output_parameters: int  # of the matrix that gives the logits, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
+    attention_differs: bool  # some layers look at a window, others at everything
 
     @property
     def layers(self) -> int:
@@ -85,7 +87,8 @@ class Anatomy:
     @property
     def is_uniform(self) -> bool:
         """Every layer has the same number of units of each kind, so a stock architecture can hold it."""
-        return all(len({block.units for block in self.of_kind(kind)}) == 1 for kind in ("attention", "mlp"))
+        units = [{block.units for block in self.of_kind(kind)} for kind in ("attention", "mlp")]
+        return all(len(counts) == 1 and 0 not in counts for counts in units)
 
     def of_kind(self, kind: str) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.kind == kind)
@@ -125,6 +128,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     groups = set()
     for layer in range(config.num_hidden_layers):
         sizes = config.per_layer_config[layer]
+        skipped = getattr(sizes, "skip", [])
         heads = sizes.num_attention_heads
         kv_heads = sizes.num_key_value_heads or heads
         head_dim = getattr(sizes, "head_dim", None) or hidden // heads
@@ -141,7 +145,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
             Block(
                 layer=layer,
                 kind="attention",
-                units=kv_heads,
+                units=0 if "attention" in skipped else kv_heads,
                 channels_per_unit=group * head_dim,
                 consumer="self_attn.o_proj",
                 producers=(
@@ -150,6 +154,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
                     ("self_attn.v_proj", head_dim),
                 ),
                 parameters_per_unit=(2 * group + 2) * hidden * head_dim + attention_bias * (group + 2) * head_dim,
+                shared_parameters=hidden + family.qk_norm * 2 * head_dim + output_bias * hidden,
                 consumer_bias=output_bias,
             )
         )
@@ -157,15 +162,15 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
             Block(
                 layer=layer,
                 kind="mlp",
-                units=sizes.intermediate_size,
+                units=0 if "mlp" in skipped else sizes.intermediate_size,
                 channels_per_unit=1,
                 consumer="mlp.down_proj",
                 producers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
                 parameters_per_unit=3 * hidden + 2 * mlp_bias,
+                shared_parameters=hidden + mlp_bias * hidden,
                 consumer_bias=mlp_bias,
             )
         )
-        fixed += 2 * hidden + family.qk_norm * 2 * head_dim + (output_bias + mlp_bias) * hidden
     if len(groups) != 1:
         raise InputError(
             f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported"
@@ -183,6 +188,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         output_parameters=vocabulary * hidden,
         bytes_per_value=dtype.itemsize if dtype is not None else 4,
         sliding_window=getattr(config, "sliding_window", None),
+        attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
     )
 
 

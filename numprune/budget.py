@@ -29,7 +29,7 @@ def measure(anatomy: Anatomy) -> Budget:
     prunable = sum(block.units * block.parameters_per_unit for block in anatomy.blocks)
     attention = anatomy.of_kind("attention")
     return Budget(
-        parameters=anatomy.fixed_parameters + prunable,
+        parameters=anatomy.fixed_parameters + prunable + sum(b.shared_parameters for b in anatomy.blocks if b.units),
         prunable_parameters=prunable,
         flops_per_token=2 * (prunable + anatomy.output_parameters),
         attention_flops_per_context_token=sum(4 * block.channels for block in attention),

@@ -1,14 +1,15 @@
 """Decoders whose layers differ in heads and intermediate size: classes that heed Hugging Face's `per_layer_config`.
 
 transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. Each
-class here is its family's stock class with layers built from their own configuration. Importing this module registers
-them with `AutoConfig` and `AutoModelForCausalLM`; nothing is loaded from a checkpoint but data.
+class here is its family's stock class with layers built from their own configuration. A layer whose `skip` names
+"attention" or "mlp" does without that block, its norm included. Importing this module registers the classes with
+`AutoConfig` and `AutoModelForCausalLM`; nothing is loaded from a checkpoint but data.
 """
 
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,18 +24,30 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+SKIPPED = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+
 
 class _PerLayerConfig:
     """Replaces the stock check that heads divide the hidden size, which pruned layers need not obey."""
 
     def validate_architecture(self: Any) -> None:
+        attending = 0
         for index in range(self.num_hidden_layers):
             layer = self.per_layer_config[index]
+            skipped = getattr(layer, "skip", [])
+            attending += "attention" not in skipped
+            if not set(skipped) <= SKIPPED.keys():
+                raise ValueError(f"layer {index}: skip={skipped}; known are {', '.join(SKIPPED)}")
             if layer.num_attention_heads % layer.num_key_value_heads:
                 raise ValueError(
                     f"layer {index}: num_attention_heads={layer.num_attention_heads} is no multiple of "
                     f"num_key_value_heads={layer.num_key_value_heads}"
                 )
+        if attending == 0:
+            raise ValueError("every layer skips its attention; at least one must have it")
+        if attending < self.num_hidden_layers and len(set(getattr(self, "layer_types", None) or ())) > 1:
+            # The KV cache takes each layer's kind from `layer_types`, by its place among those that attend.
+            raise ValueError("layers skip their attention, while layer_types differ; that is not supported")
 
 
 class _PerLayerModel:
@@ -45,15 +58,45 @@ class _PerLayerModel:
         super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation_internal
         self.config = self.model.config = config
-        layer_class = type(self.model.layers[0])
-        self.model.layers = nn.ModuleList(
-            [layer_class(config.per_layer_config[index], index) for index in range(config.num_hidden_layers)]
-        )
+        stock = type(self.model.layers[0])
+        self.model.layers = nn.ModuleList()
+        attending = 0
+        for index in range(config.num_hidden_layers):
+            sizes = config.per_layer_config[index]
+            skips = getattr(sizes, "skip", [])
+            layer: Any = _skipping(stock)(sizes, index) if skips else stock(sizes, index)
+            if "attention" not in skips:
+                # Its place in the KV cache, which takes the length so far from its first layer.
+                layer.self_attn.layer_idx = attending
+                attending += 1
+            self.model.layers.append(layer)
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
         for layer in self.model.layers:  # each layer holds a copy of the configuration
-            layer.self_attn.config._attn_implementation_internal = self.config._attn_implementation_internal
+            if hasattr(layer, "self_attn"):
+                layer.self_attn.config._attn_implementation_internal = self.config._attn_implementation_internal
+
+
+def _skipping(stock: Any) -> Any:
+    """The family's decoder layer for a configuration with `skip`."""
+
+    class SkippingLayer(stock):
+        def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            self.skip = frozenset(config.skip)
+            for block in self.skip:
+                for module in SKIPPED[block]:
+                    delattr(self, module)
+
+        def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
+            if "attention" not in self.skip:
+                hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention)[0]
+            if "mlp" not in self.skip:
+                hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+            return hidden_states
+
+    return SkippingLayer
 
 
 # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from numprune.anatomy import Anatomy
 from numprune.errors import InputError
+from numprune.target import Target
 
 PLAN_FILE = "numprune_plan.json"
 _MAXIMUM_BYTES = 256 << 20
@@ -18,14 +19,14 @@ Index = Annotated[int, Field(ge=0)]
 class BlockPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    units: Annotated[int, Field(ge=1)]
-    kept: Annotated[list[Index], Field(min_length=1)]
+    units: Index
+    kept: list[Index]  # none: the block is skipped
 
     @model_validator(mode="after")
     def _indices(self) -> "BlockPlan":
         if any(a >= b for a, b in pairwise(self.kept)):
             raise ValueError("kept units must be strictly ascending")
-        if self.kept[-1] >= self.units:
+        if self.kept and self.kept[-1] >= self.units:
             raise ValueError(f"unit {self.kept[-1]} is kept of only {self.units}")
         return self
 
@@ -51,11 +52,19 @@ class Plan(BaseModel):
     allocation: str
     compensation: str
     ratio: float
-    align: int
+    target: Target
+    skips: bool
     damping: float
     seed: int
     calibration: Calibration
     blocks: dict[str, BlockPlan]
+
+    @model_validator(mode="after")
+    def _no_block_lost(self) -> "Plan":
+        for name, block in self.blocks.items():
+            if block.units and not block.kept and not self.skips:
+                raise ValueError(f"{name} keeps no unit, although skips is false")
+        return self
 
     def units_kept(self) -> dict[str, int]:
         return {name: len(block.kept) for name, block in self.blocks.items()}

@@ -7,7 +7,7 @@ carried side by side.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from numprune.errors import InputError
 from numprune.plan import BlockPlan, Calibration, Plan
 from numprune.statistics import Moments
 from numprune.surgery import channels_of, slice_model
+from numprune.target import Target, allowed_counts
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class PruneOptions:
         criterion: a name of `criteria.CRITERIA`.
         allocation: a name of `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
-        align: intermediate sizes are kept to multiples of it.
+        target: what the server of the result needs of its sizes.
+        skips: whole blocks may go, where the allocation gives each its own size.
         damping: of the least squares, relative to the mean of diag(G).
         seed: of the criteria that draw.
         batch_size: calibration rows at a time; changes memory and speed, not the result beyond rounding.
@@ -51,7 +53,8 @@ class PruneOptions:
     criterion: str = "numerical"
     allocation: str = "uniform"
     compensation: str = "sequential"
-    align: int = 8
+    target: Target = field(default_factory=Target)
+    skips: bool = False
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
@@ -73,22 +76,31 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
     """Refuse what cannot work before anything is run.
 
     Raises:
-        InputError: an unknown name, a ratio out of reach, a damping or align that makes no sense.
+        InputError: an unknown name, a ratio out of reach, or values that make no sense together.
     """
-    for field, value, known in (
+    for option, value, known in (
         ("criterion", options.criterion, tuple(CRITERIA)),
         ("allocation", options.allocation, tuple(ALLOCATIONS)),
         ("compensation", options.compensation, COMPENSATIONS),
     ):
         if value not in known:
-            raise InputError(f"{field} is {value!r}; it must be one of {', '.join(known)}")
+            raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
     if not 0 <= options.damping < float("inf"):
         raise InputError(f"damping is {options.damping}; it must be 0 or more")
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
-    check_ratio(anatomy, options.ratio, options.align)
+    if options.skips and options.allocation == "uniform":
+        raise InputError("skips: uniform allocation gives every layer the same size, so no block can go; use global")
+    if options.skips and anatomy.attention_differs:
+        raise InputError(
+            "skips: a model with sliding windows in some layers only must keep the attention of every layer"
+        )
+    if options.skips and options.compensation == "bias":
+        raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
+    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
+    check_ratio(anatomy, options.ratio, allowed)
     if options.allocation == "uniform":
-        uniform(anatomy, options.ratio, options.align)
+        uniform(anatomy, options.ratio, allowed)
 
 
 def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned:
@@ -128,17 +140,21 @@ def prune_in_place(
             widest,
         )
     walker = Walker(model, rows.shape[1], options.batch_size)
+    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     if options.allocation == "global":
         scores = _dense_scores(walker, anatomy, rows, options)
-        counts = global_sort(anatomy, options.ratio, options.align, scores)
+        counts = global_sort(anatomy, options.ratio, allowed, scores)
     else:
-        counts = uniform(anatomy, options.ratio, options.align)
+        counts = uniform(anatomy, options.ratio, allowed)
 
     dense = walker.embed(rows)
     pruned = dense.clone() if options.compensation == "sequential" else dense
     blocks: dict[str, BlockPlan] = {}
     biases: dict[str, Tensor] = {}
     for block in tqdm(anatomy.blocks, desc="prune", unit="block", disable=None, leave=False):
+        if not block.units:
+            blocks[block.name] = BlockPlan(units=0, kept=[])
+            continue
         consumer = walker.consumer(block)
         moments = _collect(walker, block, dense, pruned)
         weight = consumer.weight.double()
@@ -149,12 +165,14 @@ def prune_in_place(
         columns = weight[:, kept]
         if options.compensation == "bias":
             biases[block.name] = mean_bias(weight, bias, kept, moments)
-        elif options.compensation != "none" and len(units) < block.units:
+        elif options.compensation != "none" and 0 < len(units) < block.units:
             columns, bias = refit(weight, bias, kept, moments, options.damping)
             if bias is not None:
                 consumer.bias.copy_(bias)
         consumer.weight.zero_()
         consumer.weight[:, kept] = columns.to(consumer.weight.dtype)
+        if not len(units) and consumer.bias is not None:
+            consumer.bias.zero_()  # it goes with the block
         if pruned is not dense:
             walker.advance(block, pruned)
     plan = Plan(
@@ -163,7 +181,8 @@ def prune_in_place(
         allocation=options.allocation,
         compensation=options.compensation,
         ratio=options.ratio,
-        align=options.align,
+        target=options.target,
+        skips=options.skips,
         damping=options.damping,
         seed=options.seed,
         calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
@@ -191,6 +210,9 @@ def _dense_scores(walker: Walker, anatomy: Anatomy, rows: Tensor, options: Prune
     hidden = walker.embed(rows)
     scores = {}
     for block in tqdm(anatomy.blocks, desc="score", unit="block", disable=None, leave=False):
+        if not block.units:
+            scores[block.name] = torch.empty(0)
+            continue
         moments = _collect(walker, block, hidden, hidden)
         scores[block.name] = _scores(block, walker.consumer(block).weight.double(), moments, options)
     return scores

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, read_anatomy
 from numprune.errors import InputError
+from numprune.modeling import SKIPPED  # importing it registers the per-layer classes
 from numprune.plan import Plan
 
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
@@ -45,13 +45,15 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
             )
         fields |= {"attention_bias": True, "mlp_bias": True}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
-    fields |= sizes[0] | {"head_dim": anatomy.head_dim}
+    # The first layer's sizes stand for the model; where it skips a block, those of the first that has it.
+    fields |= {key: value for layer in reversed(sizes) for key, value in layer.items() if key != "skip"}
+    fields |= {"head_dim": anatomy.head_dim}
     if not anatomy.is_uniform:
         return AutoConfig.for_model(
             PER_LAYER_PREFIX + anatomy.family, **fields, per_layer_config=dict(enumerate(sizes))
         )
     family = anatomy.family
-    if family == "llama" and anatomy.hidden_size % sizes[0]["num_attention_heads"]:
+    if family == "llama" and anatomy.hidden_size % fields["num_attention_heads"]:
         if fields["attention_bias"] or fields["mlp_bias"]:  # Mistral has no biases
             return AutoConfig.for_model("numprune_llama", **fields, per_layer_config={})
         family = "mistral"
@@ -74,8 +76,12 @@ def slice_model(model: PreTrainedModel, plan: Plan, biases: Mapping[str, Tensor]
     plan.check(anatomy)
     state = dict(model.state_dict())
     for block in anatomy.blocks:
-        kept = torch.tensor(plan.blocks[block.name].kept, device=model.device)
         prefix = f"model.layers.{block.layer}."
+        if not plan.blocks[block.name].kept:
+            gone = tuple(f"{prefix}{module}." for module in SKIPPED[block.kind])
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(gone)}
+            continue
+        kept = torch.tensor(plan.blocks[block.name].kept, device=model.device)
         consumer = prefix + block.consumer + ".weight"
         state[consumer] = state[consumer][:, channels_of(block, kept)].contiguous()
         for producer, rows_per_unit in block.producers:
@@ -103,12 +109,16 @@ def _assemble(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str,
 
 
 def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
+    """The layer's entry of `per_layer_config`."""
     attention, mlp = (block for block in anatomy.blocks if block.layer == layer)
-    return {
-        "num_attention_heads": attention.units * anatomy.query_heads_per_group,
-        "num_key_value_heads": attention.units,
-        "intermediate_size": mlp.units,
-    }
+    sizes: dict[str, Any] = {}
+    if attention.units:
+        sizes["num_attention_heads"] = attention.units * anatomy.query_heads_per_group
+        sizes["num_key_value_heads"] = attention.units
+    if mlp.units:
+        sizes["intermediate_size"] = mlp.units
+    skipped = [block.kind for block in (attention, mlp) if not block.units]
+    return sizes | {"skip": skipped} if skipped else sizes
 
 
 def _expand(units: Tensor, size: int) -> Tensor:

@@ -43,14 +43,14 @@ class TorchRuntime:
 
     def describe(self) -> dict[str, Any]:
         parameters = list(self._model.parameters())
-        projections = [(layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in self._model.model.layers]
+        attentions = [layer.self_attn for layer in self._model.model.layers if hasattr(layer, "self_attn")]
         return {
             "runtime": self.name,
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self._model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
-            "kv_bytes_per_token": sum(4 * (key.out_features + value.out_features) for key, value in projections),
+            "kv_bytes_per_token": sum(4 * (part.k_proj.out_features + part.v_proj.out_features) for part in attentions),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 

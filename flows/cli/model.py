@@ -40,7 +40,15 @@ def add(commands: Subcommands) -> None:
         )
     _add_text(parser, "text to calibrate on")
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="rows of text (default: 128)")
-    parser.add_argument("--align", type=at_least(1), default=8, metavar="N", help="intermediate sizes (default: 8)")
+    for name, least, help_text in (
+        ("align", 8, "intermediate sizes are multiples of it"),
+        ("tensor-parallel", 1, "GPUs that will share each layer"),
+        ("quantization-group", 1, "channels that will share a scale"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=at_least(1), default=least, metavar="N", help=f"{help_text} (default: {least})"
+        )
+    parser.add_argument("--skips", action="store_true", help="with global allocation: whole blocks may go, too")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
 
     parser = command(
@@ -63,7 +71,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--to", required=True, choices=get_args(names.Target), help="what to write")
+    parser.add_argument("--to", required=True, choices=get_args(names.ExportTarget), help="what to write")
 
 
 def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
@@ -143,6 +151,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.work.prune import device_of, prune_checkpoint
     from numprune.pruning import PruneOptions, check_options
+    from numprune.target import Target
 
     started = time.perf_counter()
     _must_not_exist(args.out)
@@ -152,7 +161,8 @@ def prune(args: argparse.Namespace) -> Answer:
         criterion=args.criterion,
         allocation=args.allocation,
         compensation=args.compensation,
-        align=args.align,
+        target=Target(args.align, args.tensor_parallel, args.quantization_group),
+        skips=args.skips,
         seed=args.seed,
     )
     check_options(read_anatomy(checkpoint.read_config(base)), options)

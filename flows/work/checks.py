@@ -23,6 +23,7 @@ from numprune.flows.work.text import text_digest
 from numprune.pruning import PruneOptions, check_options
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report
+from numprune.target import Target
 
 _MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
@@ -99,7 +100,7 @@ def model_folder(path: str) -> Path:
 
 
 def prune_options(recipe: Recipe) -> PruneOptions:
-    return PruneOptions(**recipe.prune.model_dump())
+    return PruneOptions(**recipe.prune.model_dump(), target=Target(**recipe.target.model_dump()))
 
 
 def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
@@ -126,11 +127,6 @@ def _combinations(recipe: Recipe) -> list[str]:
         target = TARGETS.get(runtime)
         if target is not None and target not in recipe.export.targets:
             problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
-    if recipe.prune.allocation != "uniform" and "vllm" in recipe.export.targets:
-        problems.append(
-            f"export.targets: vllm serves layers of one shape only, and allocation {recipe.prune.allocation!r} gives "
-            "them different ones; use allocation 'uniform', or leave vllm out"
-        )
     return problems
 
 

@@ -15,6 +15,7 @@ from numprune.export import manifest
 from numprune.export.checkpoint import PLAN, load, read_config, save, weight_bytes
 from numprune.flows.release import CHECKPOINT
 from numprune.flows.work.text import load_calibration
+from numprune.target import Target
 
 
 def device_of(device: str) -> torch.device:
@@ -52,7 +53,9 @@ def prune_checkpoint(
     }
 
 
-def make_pruned(out: Path, *, base: Path, rows: Path, options: dict[str, Any], device: str) -> dict[str, Any]:
+def make_pruned(
+    out: Path, *, base: Path, rows: Path, options: dict[str, Any], target: dict[str, int], device: str
+) -> dict[str, Any]:
     """Stage: the pruned checkpoint, in the folder `checkpoint`."""
-    chosen = pruning.PruneOptions(**options)
+    chosen = pruning.PruneOptions(**options, target=Target(**target))
     return prune_checkpoint(base, load_calibration(rows), chosen, out / CHECKPOINT, torch.device(device))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, manifest, onnx
+from numprune.export import checkpoint, manifest, onnx, parity
 from numprune.export.runtimes.ort import OnnxRuntime
 
 Checkpoint = Callable[..., Path]
@@ -87,12 +87,14 @@ def test_networks(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str, opset:
     assert error(base, tmp_path / "onnx") < 1e-4
 
 
-def per_layer(folder: Path, family: str) -> Path:
+SIZES: dict[int, dict[str, Any]] = {
+    0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40},
+    1: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72},
+}
+
+
+def per_layer(folder: Path, family: str, sizes: dict[int, dict[str, Any]]) -> Path:
     """The same configuration, with layers of different sizes, and new random weights."""
-    sizes = {
-        0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40},
-        1: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72},
-    }
     stock = AutoConfig.from_pretrained(folder).to_dict()
     config = AutoConfig.for_model(**{**stock, "model_type": f"numprune_{family}", "per_layer_config": sizes})
     torch.manual_seed(0)
@@ -107,11 +109,24 @@ def per_layer(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize("opset", [23, 20])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_layers_that_differ(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str, opset: int) -> None:
-    base = per_layer(tiny_checkpoint(family=family), family)
+    base = per_layer(tiny_checkpoint(family=family), family, SIZES)
     onnx.export(base, tmp_path / "onnx", opset=opset)
     assert error(base, tmp_path / "onnx") < 1e-4
     inputs = {value.name: value.type.tensor_type.shape.dim for value in graph(tmp_path / "onnx").input}
     assert [inputs[f"past_key_values.{layer}.key"][1].dim_value for layer in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_that_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    sizes = {0: {"skip": ["attention"], "intermediate_size": 40}, 1: SIZES[1], 2: {"skip": ["mlp"]}, 3: {}}
+    base = per_layer(tiny_checkpoint(family=family, num_hidden_layers=4), family, sizes)
+    onnx.export(base, tmp_path / "onnx")
+    proof = parity.check(base, tmp_path / "onnx", "onnxruntime", device="cpu")
+    assert proof["logit_error_max"] < 1e-4
+    assert proof["reference"]["kv_bytes_per_token"] == proof["candidate"]["kv_bytes_per_token"]
+    names = {value.name for value in graph(tmp_path / "onnx").input}
+    assert "past_key_values.0.key" not in names
+    assert {f"past_key_values.{layer}.key" for layer in (1, 2, 3)} <= names
 
 
 def graph(folder: Path) -> onnx_format.GraphProto:

@@ -8,6 +8,7 @@ import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from numprune.pruning import PruneOptions, prune
+from numprune.target import Target
 from tests.conftest import build_tiny, byte_tokenizer
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -27,7 +28,7 @@ def test_sharded_copy_loads_with_stock_transformers_and_computes_the_same(tiny_c
 
 @pytest.mark.parametrize(("family", "needs"), [("qwen2", ["--model-impl", "transformers"]), ("qwen3", [])])
 def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
-    pruned = prune(build_tiny(family), ROWS, PruneOptions(0.4, align=8)).model
+    pruned = prune(build_tiny(family), ROWS, PruneOptions(0.4, target=Target(align=8))).model
     checkpoint_folder = tmp_path / "pruned"
     checkpoint_folder.mkdir()
     checkpoint.save(pruned, byte_tokenizer(), checkpoint_folder)
@@ -39,7 +40,9 @@ def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
 
 
 def test_layers_that_differ_are_refused_with_the_remedy(tmp_path):
-    pruned = prune(build_tiny(num_hidden_layers=3), ROWS, PruneOptions(0.4, allocation="global", align=1)).model
+    pruned = prune(
+        build_tiny(num_hidden_layers=3), ROWS, PruneOptions(0.4, allocation="global", target=Target(align=1))
+    ).model
     folder = tmp_path / "pruned"
     folder.mkdir()
     checkpoint.save(pruned, byte_tokenizer(), folder)

@@ -8,6 +8,7 @@ from numprune.allocation import check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
+from numprune.target import HEAD_SHAPES, Target, allowed_counts
 
 
 def anatomy(**overrides):
@@ -36,18 +37,19 @@ def removed(before, kept):
 )
 def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ratio, align, groups, seed, kind):
     base = anatomy(num_key_value_heads=groups)
+    allowed = allowed_counts(base, Target(align=align))
     try:
-        check_ratio(base, ratio, align)
+        check_ratio(base, ratio, allowed)
     except InputError:
         return
     if kind == "uniform":
-        kept = uniform(base, ratio, align)
+        kept = uniform(base, ratio, allowed)
         step = sum(block.parameters_per_unit for block in base.of_kind("mlp")) * align
         assert base.keeping(kept).is_uniform
     else:
         generator = torch.Generator().manual_seed(seed)
         scores = {block.name: torch.randn(block.units, generator=generator) for block in base.blocks}
-        kept = global_sort(base, ratio, align, scores)
+        kept = global_sort(base, ratio, allowed, scores)
         step = max(block.parameters_per_unit * (align if block.kind == "mlp" else 1) for block in base.blocks)
     assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
     for block in base.blocks:
@@ -60,7 +62,7 @@ def test_global_removes_the_lowest_scores_of_the_whole_model():
     base = anatomy(num_hidden_layers=2)
     scores = {block.name: torch.full((block.units,), 5.0) for block in base.blocks}
     scores["layers.1.mlp"][:200] = torch.linspace(0, 1, 200)
-    kept = global_sort(base, 0.05, 1, scores)
+    kept = global_sort(base, 0.05, allowed_counts(base, Target(align=1)), scores)
     lost = {name: block.units - kept[name] for name, block in zip(kept, base.blocks, strict=True)}
     assert lost == {
         "layers.0.attention": 0,
@@ -75,16 +77,17 @@ def test_global_counts_cost_in_parameters_not_units():
     base = anatomy(num_hidden_layers=1)
     scores = {"layers.0.attention": torch.tensor([0.0, 1.0, 2.0, 3.0]), "layers.0.mlp": torch.full((704,), 9.0)}
     group_cost = base.blocks[0].parameters_per_unit / measure(base).prunable_parameters
-    assert global_sort(base, group_cost, 1, scores)["layers.0.attention"] == 3
+    assert global_sort(base, group_cost, allowed_counts(base, Target(align=1)), scores)["layers.0.attention"] == 3
 
 
 def test_uniform_keeps_everything_at_ratio_zero():
     base = anatomy()
-    assert uniform(base, 0, 8) == {block.name: block.units for block in base.blocks}
+    assert uniform(base, 0, allowed_counts(base, Target())) == {block.name: block.units for block in base.blocks}
 
 
 def test_uniform_splits_the_ratio_evenly_where_groups_allow():
-    kept = uniform(anatomy(num_key_value_heads=8), 0.25, 1)
+    base = anatomy(num_key_value_heads=8)
+    kept = uniform(base, 0.25, allowed_counts(base, Target(align=1)))
     assert kept["layers.0.attention"] == 6
     assert kept["layers.0.mlp"] == 528
 
@@ -101,14 +104,45 @@ def test_uniform_splits_the_ratio_evenly_where_groups_allow():
 )
 def test_impossible_ratios_are_refused(ratio, align, message):
     with pytest.raises(InputError, match=message):
-        check_ratio(anatomy(), ratio, align)
+        check_ratio(anatomy(), ratio, allowed_counts(anatomy(), Target(align=align)))
 
 
 def test_uniform_refuses_layers_that_differ():
     base = anatomy()
     kept = {block.name: block.units for block in base.blocks} | {"layers.0.mlp": 512}
     with pytest.raises(InputError, match="layers differ already"):
-        uniform(base.keeping(kept), 0.2, 8)
+        uniform(base.keeping(kept), 0.2, allowed_counts(base.keeping(kept), Target()))
+
+
+def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
+    base = anatomy(num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8)
+    scores = {}
+    for block in base.blocks:  # the attention of layer i is to lose i heads
+        lost = block.layer if block.kind == "attention" else 300
+        scores[block.name] = torch.cat([torch.zeros(lost), torch.ones(block.units - lost)])
+    ratio = 1 - sum(
+        (block.units - int((scores[block.name] == 0).sum())) * block.parameters_per_unit for block in base.blocks
+    ) / (measure(base).prunable_parameters)
+    kept = global_sort(base, ratio, allowed_counts(base, Target(align=1)), scores)
+    heads = [kept[block.name] for block in base.of_kind("attention")]
+    assert heads == sorted(heads, reverse=True)
+    assert len(set(heads)) == HEAD_SHAPES
+    assert sum(abs(count - 8 + layer) for layer, count in enumerate(heads)) == 3  # seven counts on four levels
+    step = max(block.parameters_per_unit for block in base.of_kind("mlp"))
+    assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
+
+
+def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
+    base = anatomy(num_hidden_layers=2)
+    scores = {block.name: torch.full((block.units,), 9.0) for block in base.blocks}
+    scores["layers.1.mlp"] = torch.zeros(704)
+    scores["layers.0.attention"] = torch.zeros(4)
+    scores["layers.1.attention"] = torch.full((4,), 1.0)
+    allowed = allowed_counts(base, Target(align=64), skips=True)
+    kept = global_sort(base, 0.6, allowed, scores)
+    assert kept["layers.1.mlp"] == kept["layers.0.attention"] == 0
+    assert kept["layers.1.attention"] == 1
+    assert removed(base, kept) == pytest.approx(0.6, abs=0.04)
 
 
 def test_keep_highest_is_ascending_and_ties_go_to_the_lower_index():

@@ -29,7 +29,7 @@ def test_plan_round_trips(plan, tmp_path):
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[3, 2]), "ascending"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[96]), "unit 96 is kept of only 96"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[-1]), "greater than or equal to 0"),
-        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[]), "at least 1"),
+        (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[]), "layers.0.mlp keeps no unit, although skips is false"),
     ],
 )
 def test_damaged_plans_are_refused_with_the_field(plan, tmp_path, change, message):

@@ -3,6 +3,7 @@ import torch
 
 from numprune.errors import InputError
 from numprune.pruning import PruneOptions, prune
+from numprune.target import Target
 from tests.conftest import build_tiny
 
 ROWS = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
@@ -17,7 +18,7 @@ def output_error(options):
 @pytest.mark.parametrize("criterion", ["random", "wanda", "numerical", "obs"])
 def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
     none, oneshot, sequential = (
-        output_error(PruneOptions(0.4, criterion=criterion, compensation=name, align=1))
+        output_error(PruneOptions(0.4, criterion=criterion, compensation=name, target=Target(align=1)))
         for name in ("none", "oneshot", "sequential")
     )
     assert oneshot < none
@@ -25,7 +26,7 @@ def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
 
 
 def test_batch_size_does_not_change_the_result():
-    plans = [prune(build_tiny(), ROWS, PruneOptions(0.4, align=1, batch_size=size)) for size in (3, 16)]
+    plans = [prune(build_tiny(), ROWS, PruneOptions(0.4, target=Target(align=1), batch_size=size)) for size in (3, 16)]
     assert plans[0].plan == plans[1].plan
     for a, b in zip(plans[0].model.parameters(), plans[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

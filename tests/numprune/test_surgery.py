@@ -10,6 +10,7 @@ from numprune.errors import InputError
 from numprune.plan import BlockPlan
 from numprune.pruning import PruneOptions, prune, prune_in_place
 from numprune.surgery import slice_model
+from numprune.target import Target
 
 ROWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 PROMPT = ROWS[:2, :9]
@@ -28,6 +29,14 @@ def logits(model, tokens=ROWS):
         return model(tokens).logits
 
 
+def assert_generates_as_uncached(model):
+    model.generation_config.eos_token_id = None
+    cached, uncached = (
+        model.generate(PROMPT, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predicted(
@@ -35,7 +44,9 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
 ):
     model = tiny_model(family, **overrides)
     before = read_anatomy(model.config)
-    options = PruneOptions(0.4, criterion="numerical", allocation=allocation, compensation="sequential", align=8)
+    options = PruneOptions(
+        0.4, criterion="numerical", allocation=allocation, compensation="sequential", target=Target(align=8)
+    )
     plan, _ = prune_in_place(model, ROWS, options)
     masked = logits(model)
     sliced = slice_model(model, plan)
@@ -53,21 +64,62 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
         assert loaded.config.model_type in FAMILIES
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": True, "mlp_bias": True})],
+)
+def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, overrides):
+    model = tiny_model(family, num_hidden_layers=3, **overrides)
+    before = read_anatomy(model.config)
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1)))
+    gone = ["layers.0.attention", "layers.1.mlp", "layers.2.attention", "layers.2.mlp"]
+    for name in gone:
+        consumer = model.model.layers[int(name[7])].get_submodule(
+            "self_attn.o_proj" if "att" in name else "mlp.down_proj"
+        )
+        for parameter in consumer.parameters():
+            parameter.data.zero_()
+    blocks = plan.blocks | {name: BlockPlan(units=plan.blocks[name].units, kept=[]) for name in gone}
+    sliced = slice_model(model, plan.model_copy(update={"blocks": blocks, "skips": True}))
+    torch.testing.assert_close(logits(sliced), logits(model), atol=1e-5, rtol=1e-5)
+
+    predicted = measure(before.keeping({name: len(block.kept) for name, block in blocks.items()}))
+    assert measure(read_anatomy(sliced.config)) == predicted
+    assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters
+
+    sliced.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(loaded), logits(sliced), atol=1e-6, rtol=1e-6)
+    assert_generates_as_uncached(loaded)
+
+    again, _ = prune_in_place(loaded, ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1)))
+    assert again.units_kept()["layers.0.attention"] == 0
+    slice_model(loaded, again)
+
+
+def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):
+    model = tiny_model(num_hidden_layers=3)
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    options = PruneOptions(0.3, criterion="magnitude", allocation="global", skips=True, target=Target(align=1))
+    pruned = prune(model, ROWS, options)
+    assert pruned.plan.blocks["layers.1.mlp"].kept == []
+    assert pruned.model.config.per_layer_config[1].skip == ["mlp"]
+    assert pruned.prunable_ratio_removed == pytest.approx(0.3, abs=0.02)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_generation_is_uncached_generation(tiny_model, family, allocation):
     model = tiny_model(family, num_hidden_layers=3)
-    pruned = prune(model, ROWS, PruneOptions(0.4, criterion="wanda", allocation=allocation, align=1)).model
-    pruned.generation_config.eos_token_id = None
-    cached, uncached = (
-        pruned.generate(PROMPT, max_new_tokens=12, do_sample=False, use_cache=use_cache) for use_cache in (True, False)
-    )
-    assert torch.equal(cached, uncached)
+    pruned = prune(
+        model, ROWS, PruneOptions(0.4, criterion="wanda", allocation=allocation, target=Target(align=1))
+    ).model
+    assert_generates_as_uncached(pruned)
 
 
 def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(tiny_model, tmp_path):
     model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, align=1))
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, target=Target(align=1)))
     masked = logits(model)
     sliced = slice_model(model, plan)
     assert sliced.config.num_attention_heads == 6
@@ -89,20 +141,22 @@ def test_scaled_rotary_embeddings_survive(tiny_model, rope_type, extra):
     model = tiny_model(
         "llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rope_parameters=rope
     )
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, align=1))
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, target=Target(align=1)))
     torch.testing.assert_close(logits(slice_model(model, plan)), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_a_pruned_model_can_be_pruned_again(tiny_model):
-    once = prune(tiny_model(num_hidden_layers=3), ROWS, PruneOptions(0.2, allocation="global", align=1)).model
-    plan, _ = prune_in_place(once, ROWS, PruneOptions(0.3, allocation="global", align=1))
+    once = prune(
+        tiny_model(num_hidden_layers=3), ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1))
+    ).model
+    plan, _ = prune_in_place(once, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1)))
     torch.testing.assert_close(logits(slice_model(once, plan)), logits(once), atol=1e-5, rtol=1e-5)
 
 
 def test_bias_compensation_adds_flap_s_bias(tiny_model):
     model = tiny_model("llama", mlp_bias=False)
     dense = tiny_model("llama", mlp_bias=False)
-    options = PruneOptions(0.3, criterion="flap", allocation="global", compensation="bias", align=1)
+    options = PruneOptions(0.3, criterion="flap", allocation="global", compensation="bias", target=Target(align=1))
     result = prune(model, ROWS, options)
     assert result.model.config.attention_bias
     assert sum(p.numel() for p in result.model.parameters()) == result.after.parameters
@@ -115,12 +169,12 @@ def test_bias_compensation_adds_flap_s_bias(tiny_model):
 
 def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
     with pytest.raises(InputError, match="mistral has none"):
-        prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", align=1))
+        prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
 
 
 def test_plan_of_another_model_is_refused(tiny_model):
     model = tiny_model()
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, align=1))
+    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, target=Target(align=1)))
     with pytest.raises(InputError, match=r"layers\.2\.attention has 2 units in the model and none in the plan"):
         slice_model(tiny_model(num_hidden_layers=3), plan)
     other = plan.model_copy(update={"blocks": plan.blocks | {"layers.0.mlp": BlockPlan(units=95, kept=[0])}})
