@@ -22,6 +22,7 @@ TAG = "NUMPRUNE_TAG"  # in the environment
 _LAUNCHER = Path(__file__).with_name("launch.py")
 _POLL_S = 0.1
 _GRACE_S = 30.0
+_CHILDREN_S = 3.0  # Python's resource tracker is one of them: it removes the shared memory that a crash left
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 6
 _NOISE = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d( \[[^]]*\])? ?)?|\x1b\[[0-9;]*m")
@@ -70,7 +71,7 @@ class Process:
             deadline = time.monotonic() + grace_s
             while self.is_alive() and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
-        kill_tagged(self.tag)
+        kill_tagged(self.tag, grace_s=_CHILDREN_S)
         if self._child is not None:
             self._child.wait()
 
@@ -103,7 +104,8 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C in the terminal is for us; we stop it in order
-            env={**inherited, "PYTHONSAFEPATH": "1", **(env or {}), TAG: tag},
+            # SPT_NOENV: vLLM names its processes with setproctitle, which else overwrites the environment in /proc.
+            env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), TAG: tag},
         )
     return Process(child.pid, psutil.Process(child.pid).create_time(), tag, log, child)
 
@@ -117,10 +119,12 @@ def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
                 yield process, tag
 
 
-def kill_tagged(tag: str) -> None:
-    """End all processes of exactly this tag, at once, and wait until they are gone."""
+def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
+    """End all processes of exactly this tag, after `grace_s` to end by themselves, and wait until they are gone."""
+    deadline = time.monotonic() + grace_s
     while found := [process for process, other in tagged(tag) if other == tag and process.pid != os.getpid()]:
-        for process in found:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, timeout=_GRACE_S)
+        if time.monotonic() >= deadline:
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        psutil.wait_procs(found, timeout=_POLL_S)

@@ -88,7 +88,7 @@ class Server:
             return False
 
     def _require_ours(self) -> None:
-        """vLLM shares its port with whoever asks for it (SO_REUSEPORT): what answers must be the model we started."""
+        """What answers must be the model we started: another server may have taken the port meanwhile."""
         self.require_alive()
         answer = httpx.get(f"{self.url}/v1/models", timeout=30.0)
         served = [model.get("id") for model in answer.json().get("data", [])] if answer.is_success else []
@@ -181,7 +181,7 @@ def start(
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises InputError when something listens there. vLLM itself would share the port with another vLLM."""
+    """Raises InputError when something listens there; vLLM itself would find out after its imports only."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not count

@@ -1,0 +1,72 @@
+"""What a server of a release must answer, computed with transformers in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.errors import InputError
+from numprune.export.checkpoint import load
+from numprune.serving.canary import MINIMUM_STEPS, REFERENCE, Encoded, Prompt, Reference
+
+# Prose, code, figures and other scripts; of each as many tokens as `_LENGTHS` says, so that a batch is ragged.
+TEXTS = (
+    "The committee met on Tuesday to discuss the budget, and after three hours it had agreed on almost nothing: "
+    "the library would stay open, the bridge would be painted, and everything else would be decided in spring.",
+    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('empty')\n"
+    "    return sum(values) / len(values)\n\n\nclass Reader:\n    def __init__(self, path):\n",
+    "In 1998 there were 12,345 of them; by 2004 only 3.14 % remained (see table 7, columns a-f).",
+    "Zażółć gęślą jaźń. Der Fluß steigt. 天地玄黃 宇宙洪荒。 Привет, мир! 🙂 <tag attribute='x'/> ",
+)
+_LENGTHS = (64, 48, 24, 9)
+
+
+def reference(checkpoint: Path) -> Reference:
+    """The reference of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
+    model, tokenizer = load(checkpoint)
+    room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # a server takes no prompt that fills its context
+    if room < 1:
+        raise InputError(
+            f"{checkpoint}: its context of {model.config.max_position_embeddings} tokens cannot hold the "
+            f"{MINIMUM_STEPS} greedy tokens that a server is compared by"
+        )
+    texts = [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
+    prompts = [
+        _prompt(model, tokenizer.encode(text)[: min(length, room)])
+        for text, length in zip(TEXTS, _LENGTHS, strict=True)
+    ]
+    return Reference(texts=texts, prompts=prompts)
+
+
+@torch.inference_mode()
+def _prompt(model: PreTrainedModel, tokens: Sequence[int]) -> Prompt:
+    sequence = torch.tensor([tokens])  # (1, S)
+    for _ in range(MINIMUM_STEPS):
+        # Without a cache: what is compared by it must not depend on one.
+        following = model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+        sequence = torch.cat([sequence, following[:, None]], 1)
+    logprobs = model(input_ids=sequence, use_cache=False).logits[0].float().log_softmax(-1)  # (S, V)
+    chosen = logprobs[:-1].gather(1, sequence[0, 1:, None])[:, 0]
+    best = logprobs[len(tokens) - 1 : -1].topk(2, -1).values  # (steps, 2)
+    start = len(tokens) - 1
+    return Prompt(
+        tokens=list(tokens),
+        logprobs=_plain(chosen[:start]),
+        greedy=sequence[0, len(tokens) :].tolist(),
+        greedy_logprobs=_plain(chosen[start:]),
+        margins=_plain(best[:, 0] - best[:, 1]),
+    )
+
+
+def _plain(values: Tensor) -> list[float]:
+    return [float(value) for value in values]
+
+
+def make_canary(out: Path, *, checkpoint: Path) -> dict[str, Any]:
+    """Stage: the reference, canary.json."""
+    made = reference(checkpoint)
+    made.write(out / REFERENCE)
+    return {"prompts": len(made.prompts), "longest": made.length}
