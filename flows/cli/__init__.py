@@ -17,10 +17,10 @@ from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.flows import children
-from numprune.flows.cli import measure, model, optimize, registry
+from numprune.flows.cli import kubernetes, measure, model, optimize, registry
 from numprune.flows.cli.parser import Answer, build
 
-COMMANDS = (optimize, model, measure, registry)
+COMMANDS = (optimize, model, measure, registry, kubernetes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numprune.flows.cli.parser import Answer, Subcommands, command
+from numprune.flows.cli.parser import Answer, Parser, Subcommands, command
 
 if TYPE_CHECKING:
     from numprune.serving.registry import Registry, Version
@@ -23,13 +23,14 @@ def add(commands: Subcommands) -> None:
 
     def add_one(
         verb: str, run: Callable[[argparse.Namespace], Answer], text: str, example: str, **arguments: str
-    ) -> None:
+    ) -> Parser:
         parser = command(group, verb, run, text, f"numprune registry {example}")
         for argument, help_text in arguments.items():
             nargs = "?" if help_text.startswith("optional") else None
             parser.add_argument(argument, metavar=argument.upper(), help=help_text, nargs=nargs)
         parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
         parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+        return parser
 
     add_one(
         "publish",
@@ -56,7 +57,9 @@ def add(commands: Subcommands) -> None:
         "copy a version, verified, to a new folder",
         "fetch my-model@production ./release",
         reference=_REFERENCE,
-        out="the folder to write; must not exist",
+        out="the folder to write; must not exist, unless --digest says what is in it",
+    ).add_argument(
+        "--digest", metavar="SHA256", help="of the release; another one is refused, and OUT may hold it already"
     )
 
 
@@ -121,7 +124,7 @@ def verify(args: argparse.Namespace) -> Answer:
 def fetch(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
-    version = registry.fetch(_open(args), args.reference, Path(args.out))
+    version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
 
 

@@ -105,6 +105,7 @@ class ServerArtifacts:
             if only is None:
                 self.copy(run_id, folder)
             for name in only or ():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 self._download(run_id, f"{FOLDER}/{name}", Path(scratch)).rename(folder / name)
             with calling(folder, f"MLflow run {run_id}"):
                 yield folder

@@ -1,11 +1,13 @@
 """What is in a release, and taking one out of the registry: never without checking it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from numprune.errors import IntegrityError
 from numprune.export import manifest
+from numprune.export.manifest import Manifest
 from numprune.serving import report as reports
 from numprune.serving.registry.artifacts import calling, require_digest
 from numprune.serving.registry.connection import Registry
@@ -32,15 +34,26 @@ def show(registry: Registry, reference: str) -> Shown:
 
     Raises InputError, IntegrityError.
     """
+    with reading(registry, reference, [REPORT]) as (version, found, folder):
+        report = reports.read(folder / REPORT)
+        return Shown(version, report, {name: entry.size for name, entry in found.files.items()})
+
+
+@contextmanager
+def reading(registry: Registry, reference: str, names: Sequence[str]) -> Iterator[tuple[Version, Manifest, Path]]:
+    """A version, its manifest, and a folder with at least these of its files, which are verified.
+
+    Raises InputError, IntegrityError.
+    """
     with registry.speaking():
         version = resolve(registry, parse(reference))
-        with registry.artifacts.at(version.run_id, only=[manifest.FILE_NAME, REPORT]) as folder:
+        with registry.artifacts.at(version.run_id, only=[manifest.FILE_NAME, *names]) as folder:
             found = manifest.read(folder)
             require_digest(found, version.digest, version.reference)
-            if REPORT not in found.files or manifest.sha256_file(folder / REPORT) != found.files[REPORT].sha256:
-                raise IntegrityError(f"{folder / REPORT}: not the report that was published")
-            report = reports.read(folder / REPORT)
-        return Shown(version, report, {name: entry.size for name, entry in found.files.items()})
+            for name in names:
+                if name not in found.files or manifest.sha256_file(folder / name) != found.files[name].sha256:
+                    raise IntegrityError(f"{folder / name}: not the file that was published")
+            yield version, found, folder
 
 
 def verify(registry: Registry, reference: str) -> Version:
@@ -62,13 +75,23 @@ def verify_version(registry: Registry, version: Version) -> Report:
         return reports.read(folder / REPORT)
 
 
-def fetch(registry: Registry, reference: str, out: Path) -> Version:
+def fetch(registry: Registry, reference: str, out: Path, *, digest: str | None = None) -> Version:
     """Copy a version to `out`, verified, at once or not at all; a bare name means production.
 
-    Raises InputError (`out` exists, or there is no such version), IntegrityError.
+    Args:
+        digest: of the release that is wanted. When `out` holds exactly that one already, it stays: whoever is started
+            again and again, as an init container is, gets the same.
+
+    Raises InputError (`out` exists, or there is no such version), IntegrityError (a file, or the whole, is not what was
+    published, or not what `digest` asks for).
     """
     with registry.speaking():
         version = resolve(registry, parse(reference))
+        if digest is not None and version.digest != digest:
+            raise IntegrityError(f"{version.reference}: its digest is {version.digest}, but {digest} was asked for")
+        if digest is not None and out.exists():
+            require_digest(manifest.verify(out), digest, out)
+            return version
         with registry.artifacts.at(version.run_id, only=[manifest.FILE_NAME]) as stored:
             expected = manifest.read(stored)
         require_digest(expected, version.digest, version.reference)

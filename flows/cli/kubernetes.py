@@ -1,0 +1,84 @@
+"""numprune kubernetes: manifests for a cluster."""
+
+import argparse
+from pathlib import Path
+
+from numprune.flows.cli.parser import Answer, Subcommands, command
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "kubernetes",
+        kubernetes,
+        "write manifests that serve a version in a cluster, by its number and digest",
+        "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.1.0 "
+        "--registry-uri https://mlflow.example --out my-model.yaml",
+    )
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="NAME (its version in production), NAME@ALIAS, NAME/VERSION"
+    )
+    parser.add_argument("--format", required=True, choices=("deployment", "kserve"), help="what serves it")
+    parser.add_argument(
+        "--image", required=True, metavar="IMAGE", help="numprune's: it fetches and verifies the release"
+    )
+    parser.add_argument(
+        "--registry-uri", required=True, metavar="URI", help="the MLflow server that the cluster fetches from"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--workspace", metavar="DIR", help="look the version up in this workspace's registry, not in --registry-uri"
+    )
+    parser.add_argument("--namespace", default="default", help="of the cluster (default: %(default)s)")
+    parser.add_argument("--name", help="of the Deployment and Service, or InferenceService (default: the model's)")
+    parser.add_argument(
+        "--vllm-image", metavar="IMAGE", help="default: vLLM's own; must be given when the release needs the plug-in"
+    )
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="in each replica; 0: CPUs (default: %(default)s)"
+    )
+    parser.add_argument("--cpus", type=int, default=4, metavar="N", help="in each replica (default: %(default)s)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="in each replica, as 24Gi (default: by the size of the weights)"
+    )
+    parser.add_argument(
+        "--registry-secret", metavar="SECRET", help="with MLflow's environment variables, as MLFLOW_TRACKING_TOKEN"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="of vLLM, repeatable: --option=--max-model-len=4096",
+    )
+
+
+def kubernetes(args: argparse.Namespace) -> Answer:
+    from numprune.flows.stages import workspace_folder
+    from numprune.serving import kubernetes as manifests
+    from numprune.serving.registry import open_registry
+
+    target = manifests.Target(
+        image=args.image,
+        registry_uri=args.registry_uri,
+        namespace=args.namespace,
+        name=args.name,
+        vllm_image=args.vllm_image,
+        replicas=args.replicas,
+        gpus=args.gpus,
+        cpus=args.cpus,
+        memory=args.memory,
+        registry_secret=args.registry_secret,
+        options=tuple(args.option),
+    )
+    uri = None if args.workspace else args.registry_uri
+    release = manifests.read_release(open_registry(uri, workspace_folder(args.workspace)), args.reference)
+    render = {"deployment": manifests.deployment, "kserve": manifests.inference_service}[args.format]
+    documents = render(release, target)
+    args.out.write_text(manifests.to_yaml(documents), encoding="utf-8")
+    kinds = " and ".join(document["kind"] for document in documents)
+    return Answer(
+        {"out": str(args.out), "reference": release.reference, "digest": release.digest, "documents": documents},
+        f"{args.out}: {kinds} for {release.reference}, digest {release.digest}",
+    )

@@ -1,0 +1,137 @@
+"""The documents, and their YAML."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from numprune.serving.kubernetes.pod import PORT, STARTUP_S, pod_spec
+from numprune.serving.kubernetes.release import ServedRelease
+from numprune.serving.kubernetes.target import Target
+
+Json = dict[str, Any]
+
+_COMPONENT = "inference-server"
+# YAML reads these as numbers in one version or implementation and as text in another.
+_NUMBER_LIKE = re.compile(r"[-+.0-9]")
+
+
+def deployment(release: ServedRelease, target: Target) -> list[Json]:
+    """A Deployment that never has less than its replicas ready while it changes, and its Service, on port 80.
+
+    Raises InputError when the release cannot run like this.
+    """
+    target.require_fit(release)
+    name = target.name_for(release)
+    selector = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": _COMPONENT}
+    metadata = {
+        "name": name,
+        "namespace": target.namespace,
+        "labels": _labels(name, release),
+        "annotations": _annotations(release),
+    }
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": metadata,
+            "spec": {
+                "replicas": target.replicas,
+                "selector": {"matchLabels": selector},
+                "strategy": _rolling(),
+                "progressDeadlineSeconds": STARTUP_S + 1800,  # the images and the release take their time, too
+                "template": {
+                    "metadata": {"labels": _labels(name, release), "annotations": _annotations(release)},
+                    "spec": pod_spec(release, target, "vllm"),
+                },
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {
+                "type": "ClusterIP",
+                "selector": selector,
+                "ports": [{"name": "http", "port": 80, "targetPort": PORT, "protocol": "TCP"}],
+            },
+        },
+    ]
+
+
+def inference_service(release: ServedRelease, target: Target) -> list[Json]:
+    """A KServe InferenceService, in its mode of plain Deployments: Knative, as it comes, allows no init containers.
+
+    Raises InputError when the release cannot run like this.
+    """
+    target.require_fit(release)
+    name = target.name_for(release)
+    return [
+        {
+            "apiVersion": "serving.kserve.io/v1beta1",
+            "kind": "InferenceService",
+            "metadata": {
+                "name": name,
+                "namespace": target.namespace,
+                "labels": _labels(name, release),
+                # KServe calls this mode Standard since 0.16, and still knows it by this name.
+                "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment", **_annotations(release)},
+            },
+            "spec": {
+                "predictor": {
+                    "minReplicas": target.replicas,
+                    "maxReplicas": target.replicas,
+                    "deploymentStrategy": _rolling(),
+                    "labels": _labels(name, release),
+                    "annotations": _annotations(release),
+                    **pod_spec(release, target, "kserve-container"),
+                }
+            },
+        }
+    ]
+
+
+def to_yaml(documents: Sequence[Json]) -> str:
+    """The documents as one file."""
+    return yaml.dump_all(
+        documents, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120
+    )
+
+
+def _rolling() -> Json:
+    """First a new pod that is ready, then an old one less."""
+    return {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+
+
+def _labels(name: str, release: ServedRelease) -> dict[str, str]:
+    """Labels are at most 63 characters, so the whole digest is an annotation."""
+    return {
+        "app.kubernetes.io/name": name,
+        "app.kubernetes.io/component": _COMPONENT,
+        "app.kubernetes.io/managed-by": "numprune",
+        "app.kubernetes.io/version": str(release.version),
+        "numprune/digest": release.digest[:16],
+    }
+
+
+def _annotations(release: ServedRelease) -> dict[str, str]:
+    return {
+        "numprune/release": release.reference,
+        "numprune/digest": release.digest,
+        "numprune/run": release.run,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Each document stands on its own: no anchors. Text that looks like a number to somebody is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if _NUMBER_LIKE.match(value) else None)
+
+
+_Dumper.add_representer(str, _text)

@@ -1,0 +1,94 @@
+"""What a manifest has to know of a release; its weights stay where they are."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export import manifest
+from numprune.serving.problems import problems
+from numprune.serving.registry import Registry
+from numprune.serving.registry.releases import CHECKPOINT, reading
+
+_KIND = "vllm"  # of a checkpoint that was exported for vLLM
+_MANIFEST = f"{CHECKPOINT}/{manifest.FILE_NAME}"
+_CONFIG = f"{CHECKPOINT}/config.json"
+_PER_LAYER = "numprune_"  # model types that need our plug-in
+
+
+class _Facts(BaseModel):
+    """What the exporter found out."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    needs: list[str] = []
+    tensor_parallel: Annotated[list[int], Field(min_length=1)]
+    cpu: bool
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    model_type: str
+
+
+@dataclass(frozen=True)
+class ServedRelease:
+    """A version in the registry.
+
+    Attributes:
+        name, version, digest: which one; the digest is its manifest's, and so of every byte in it.
+        run: of the report that it passed with.
+        size_bytes, weight_bytes: of all its files, and of the tensors that vLLM loads.
+        options: of vLLM, without which it does not load the checkpoint.
+        plugin: vLLM needs our plug-in, because its layers differ in size.
+        tensor_parallel: numbers of GPUs that its heads and widths can be split over.
+        cpu: vLLM's CPU kernels know its head size.
+    """
+
+    name: str
+    version: int
+    digest: str
+    run: str
+    size_bytes: int
+    weight_bytes: int
+    options: tuple[str, ...]
+    plugin: bool
+    tensor_parallel: tuple[int, ...]
+    cpu: bool
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+def read_release(registry: Registry, reference: str) -> ServedRelease:
+    """The release that a reference means now; a bare name means production. What is read of it is verified.
+
+    Raises InputError (no such version, or one that was not exported for vLLM), IntegrityError.
+    """
+    with reading(registry, reference, [_MANIFEST, _CONFIG]) as (version, whole, folder):
+        exported = manifest.read(folder / CHECKPOINT)
+        config = (folder / _CONFIG).read_bytes()
+    if exported.kind != _KIND:
+        raise InputError(
+            f"{version.reference}: its checkpoint was not exported for vLLM; add 'vllm' to the recipe's export.targets"
+        )
+    try:
+        facts = _Facts.model_validate(dict(exported.facts))
+        model_type = _Config.model_validate_json(config).model_type
+    except ValidationError as error:
+        raise IntegrityError(f"{version.reference}, {_MANIFEST} and {_CONFIG}: {problems(error)}") from None
+    return ServedRelease(
+        name=version.name,
+        version=version.version,
+        digest=version.digest,
+        run=version.tags.get("numprune.run", ""),
+        size_bytes=sum(entry.size for entry in whole.files.values()),
+        weight_bytes=sum(entry.size for name, entry in exported.files.items() if name.endswith(".safetensors")),
+        options=tuple(facts.needs),
+        plugin=model_type.startswith(_PER_LAYER),
+        tensor_parallel=tuple(facts.tensor_parallel),
+        cpu=facts.cpu,
+    )

@@ -1,0 +1,64 @@
+"""numprune kubernetes: from a registry to a file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from numprune.export import manifest, vllm
+from numprune.flows.cli import main
+from numprune.serving import registry as registries
+from numprune.serving.gates import Gate, Policy, judge
+from numprune.serving.report import Report, write
+
+ARGUMENTS = ["--image", "registry.example/numprune:0.1.0", "--registry-uri", "http://mlflow.example:5000"]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """With a release called `served`, published and promoted."""
+    part = vllm.export(tiny_checkpoint(head_dim=32), tmp_path / "part")
+    report = Report.model_validate(
+        {
+            "created": "2026-11-20T12:00:00Z",
+            "run_id": "a-run",
+            "identity": {"base": "a" * 64, "candidate": part.digest},
+            "environment": {"cpu": "A CPU", "cores": 2, "memory_bytes": 1 << 30, "platform": "Linux", "valid": True},
+            "sizes": {"parameters": {"baseline": 2, "candidate": 1}},
+        }
+    )
+    policy = Policy(gates=(Gate(metric="sizes.parameters.ratio", bound="point", max=0.9),))
+    with manifest.creating(tmp_path / "release", kind="release") as folder:
+        shutil.copytree(tmp_path / "part", folder / "checkpoint")
+        write(report.judged(judge(report, policy)), folder / "report.json")
+    registry = registries.open_registry(None, tmp_path / "workspace")
+    registries.publish(registry, tmp_path / "release", "served")
+    registries.promote(registry, "served")
+    return tmp_path / "workspace"
+
+
+def test_manifests_of_the_version_in_production(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "served.yaml"
+    asked = ["kubernetes", "served", *ARGUMENTS, "--workspace", str(workspace), "--out", str(out)]
+
+    assert main([*asked, "--format", "deployment", "--namespace", "llm", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == "served/1"
+    assert found["digest"] == manifest.read(tmp_path / "release").digest
+    documents = list(yaml.safe_load_all(out.read_text(encoding="utf-8")))
+    assert documents == found["documents"]
+    assert [document["kind"] for document in documents] == ["Deployment", "Service"]
+    assert documents[0]["metadata"]["namespace"] == "llm"
+
+    assert main([*asked, "--format", "kserve"]) == 0
+    assert "InferenceService for served/1" in capsys.readouterr().out
+
+    written = out.read_text(encoding="utf-8")
+    assert main([*asked, "--format", "deployment", "--namespace", "no such: namespace"]) == 1
+    assert "--namespace" in capsys.readouterr().err
+    assert out.read_text(encoding="utf-8") == written

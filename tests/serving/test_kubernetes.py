@@ -1,0 +1,388 @@
+"""Manifests against the schemas of Kubernetes and of KServe's SDK, from releases in MLflow's real store."""
+
+import ast
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export import manifest, vllm
+from numprune.serving import registry as registries
+from numprune.serving.gates import Gate, Policy, judge
+from numprune.serving.kubernetes import (
+    ServedRelease,
+    Target,
+    deployment,
+    inference_service,
+    read_release,
+    to_yaml,
+)
+from numprune.serving.report import Report, markdown, write
+
+Json = dict[str, Any]
+
+OLDEST, NEWEST = "1.28", "1.37"  # releases of Kubernetes
+RELEASE = ServedRelease(
+    name="my-model",
+    version=3,
+    digest="ab" * 32,
+    run="my-model-20261121T000000Z",
+    size_bytes=3 << 30,
+    weight_bytes=2 << 30,
+    options=(),
+    plugin=False,
+    tensor_parallel=(1, 2),
+    cpu=True,
+)
+TARGET = Target(image="registry.example:5000/team/numprune:0.1.0", registry_uri="https://mlflow.example/team")
+CPU_IMAGE = "registry.example/vllm-cpu:0.32.0"
+
+
+def changed(**fields: Any) -> Target:
+    return dataclasses.replace(TARGET, **fields)
+
+
+VARIANTS = {
+    "one GPU": (RELEASE, TARGET),
+    "two GPUs": (RELEASE, changed(gpus=2, replicas=3, memory="40Gi", registry_secret="mlflow.token")),
+    "CPUs": (RELEASE, changed(gpus=0, vllm_image=CPU_IMAGE, namespace="llm-serving", name="other")),
+    "plug-in": (
+        dataclasses.replace(RELEASE, plugin=True, options=("--model-impl", "vllm")),
+        changed(vllm_image=f"registry.example/vllm@sha256:{'0' * 64}", options=("--max-model-len=4096",)),
+    ),
+}
+
+
+# --- schemas ---------------------------------------------------------------------------------------
+
+
+def parsed(documents: list[Json]) -> list[Json]:
+    """What a cluster reads."""
+    read = list(yaml.safe_load_all(to_yaml(documents)))
+    assert read == documents
+    return read
+
+
+@pytest.mark.parametrize("kubernetes", [OLDEST, NEWEST])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_deployment_and_its_service_are_valid(variant: str, kubernetes: str) -> None:
+    workload, service = parsed(deployment(*VARIANTS[variant]))
+    for document in (workload, service):
+        kubernetes_validate.validate(document, kubernetes, strict=True)
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert workload["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert not {"app.kubernetes.io/version", "numprune/digest"} & set(service["spec"]["selector"])
+
+
+def test_the_schema_is_strict() -> None:
+    workload, _ = deployment(RELEASE, TARGET)
+    workload["spec"]["template"]["spec"]["enableServiceLink"] = False
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(workload, NEWEST, strict=True)
+
+
+KSERVE = Path(sys.prefix) / "share" / "kserve" / "kserve" / "models"  # where `make env` puts KServe's SDK
+
+
+def kserve_fields(model: str) -> dict[str, str]:
+    """The fields of one of the SDK's models and their types, by the names of the manifest.
+
+    Read, not imported: the SDK's package pins much of what it imports, none of it needed for this.
+    """
+    tree = ast.parse((KSERVE / f"{model}.py").read_text(encoding="utf-8"))
+    found = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id in ("openapi_types", "attribute_map")
+    }
+    return {found["attribute_map"][name]: kind for name, kind in found["openapi_types"].items()}
+
+
+@pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_inference_service_is_valid(variant: str) -> None:
+    """KServe's own fields by its SDK; the pod's, which it embeds, by Kubernetes' schema."""
+    (document,) = parsed(inference_service(*VARIANTS[variant]))
+    check_inference_service(document)
+
+
+@pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
+def test_kserve_fields_that_do_not_exist_are_found() -> None:
+    (document,) = inference_service(RELEASE, TARGET)
+    document["spec"]["predictor"]["minReplica"] = 1
+    with pytest.raises(AssertionError, match="minReplica"):
+        check_inference_service(document)
+
+
+def check_inference_service(document: Json) -> None:
+    kserve_fields_of = {
+        "V1beta1InferenceService": "v1beta1_inference_service",
+        "V1beta1InferenceServiceSpec": "v1beta1_inference_service_spec",
+        "V1beta1PredictorSpec": "v1beta1_predictor_spec",
+    }
+    assert (document["apiVersion"], document["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    nodes = {
+        "V1beta1InferenceService": document,
+        "V1beta1InferenceServiceSpec": document["spec"],
+        "V1beta1PredictorSpec": document["spec"]["predictor"],
+    }
+    for model, node in nodes.items():
+        fields = kserve_fields(kserve_fields_of[model])
+        assert set(node) <= set(fields), sorted(set(node) - set(fields))
+        for name, value in node.items():
+            kind = fields[name]
+            assert isinstance(value, {"int": int, "str": str, "bool": bool, "dict(str, str)": dict}.get(kind, object))
+    predictor = document["spec"]["predictor"]
+    pod_fields = {"containers", "initContainers", "volumes", "securityContext", "automountServiceAccountToken"}
+    pod_fields |= {"enableServiceLinks", "terminationGracePeriodSeconds"}
+    spec = {name: value for name, value in predictor.items() if name in pod_fields}
+    own = set(predictor) - pod_fields
+    assert own == {"minReplicas", "maxReplicas", "deploymentStrategy", "labels", "annotations"}
+    kubernetes_validate.validate(
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": document["metadata"],
+            "spec": {
+                "selector": {"matchLabels": predictor["labels"]},
+                "strategy": predictor["deploymentStrategy"],
+                "template": {"metadata": {"labels": predictor["labels"]}, "spec": spec},
+            },
+        },
+        NEWEST,
+        strict=True,
+    )
+    assert predictor["containers"][0]["name"] == "kserve-container"
+
+
+# --- what they say ---------------------------------------------------------------------------------
+
+
+def pod(documents: list[Json]) -> Json:
+    spec: Json = documents[0]["spec"]["template"]["spec"]
+    return spec
+
+
+def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None:
+    workload, _ = deployment(RELEASE, TARGET)
+    spec = workload["spec"]["template"]["spec"]
+    (fetch,), (server,) = spec["initContainers"], spec["containers"]
+    assert fetch["args"] == [
+        *("registry", "fetch", "my-model/3", "/release/content", "--digest", RELEASE.digest),
+        *("--uri", "https://mlflow.example/team", "--workspace", "/tmp/numprune"),
+    ]
+    assert server["args"][:4] == ["--model", "/release/content/checkpoint", "--served-model-name", "my-model"]
+    assert {"name": "release", "mountPath": "/release", "readOnly": True} in server["volumeMounts"]
+    assert spec["volumes"][0]["emptyDir"]["sizeLimit"] == "3290Mi"
+    for metadata in (workload["metadata"], workload["spec"]["template"]["metadata"]):
+        assert metadata["annotations"]["numprune/release"] == "my-model/3"
+        assert metadata["annotations"]["numprune/digest"] == RELEASE.digest
+        assert metadata["labels"]["app.kubernetes.io/version"] == "3"
+    assert workload["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
+    spec = pod(deployment(RELEASE, TARGET))
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert not spec["automountServiceAccountToken"]
+    for container in (*spec["initContainers"], *spec["containers"]):
+        security = container["securityContext"]
+        assert security["readOnlyRootFilesystem"]
+        assert not security["allowPrivilegeEscalation"]
+        assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_vllm_is_asked_for_its_health() -> None:
+    (server,) = pod(deployment(RELEASE, TARGET))["containers"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert server[probe]["httpGet"] == {"path": "/health", "port": 8080}
+    assert server["ports"][0]["containerPort"] == 8080
+    assert server["args"][server["args"].index("--port") + 1] == "8080"
+
+
+def test_gpus_and_what_the_release_needs() -> None:
+    release, target = VARIANTS["two GPUs"]
+    (server,) = pod(deployment(release, target))["containers"]
+    assert server["resources"]["limits"] == {"memory": "40Gi", "nvidia.com/gpu": 2}
+    assert server["args"][-2:] == ["--tensor-parallel-size", "2"]
+    (fetch,) = pod(deployment(release, target))["initContainers"]
+    assert fetch["envFrom"] == [{"secretRef": {"name": "mlflow.token"}}]
+
+    release, target = VARIANTS["plug-in"]
+    (server,) = pod(deployment(release, target))["containers"]
+    assert server["args"][-3:] == ["--model-impl", "vllm", "--max-model-len=4096"]
+    assert {"name": "VLLM_PLUGINS", "value": "numprune"} in server["env"]
+    assert server["image"] == target.vllm_image
+
+    release, target = VARIANTS["CPUs"]
+    (server,) = pod(deployment(release, target))["containers"]
+    assert "nvidia.com/gpu" not in server["resources"]["limits"]
+    assert not any(variable["name"] == "VLLM_PLUGINS" for variable in server["env"])
+
+
+def test_kubernetes_puts_nothing_in_the_place_of_an_option() -> None:
+    (server,) = pod(deployment(RELEASE, changed(options=("--chat-template=$(HOME)/x",))))["containers"]
+    assert server["args"][-1] == "--chat-template=$$(HOME)/x"
+
+
+def test_text_that_looks_like_a_number_stays_text() -> None:
+    release = dataclasses.replace(RELEASE, digest="1e" + "3" * 62)
+    text = to_yaml(deployment(release, TARGET))
+    assert f'numprune/digest: "{release.digest}"' in text
+    assert 'app.kubernetes.io/version: "3"' in text
+    assert "&id" not in text
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"namespace": "Default"}, "--namespace 'Default'"),
+        ({"namespace": "a\nb"}, "--namespace"),
+        ({"namespace": "a" * 64}, "at most 63"),
+        ({"name": "x: y"}, "--name 'x: y'"),
+        ({"name": "-x"}, "--name"),
+        ({"name": "a" * 54}, "at most 53"),
+        ({"registry_secret": "../x"}, "--registry-secret"),
+        ({"image": "numprune"}, "moves"),
+        ({"image": "numprune:latest"}, "moves"),
+        ({"image": "numprune:1.0\n  privileged: true"}, "not the name of an image"),
+        ({"image": "numprune:1.0 --privileged"}, "not the name of an image"),
+        ({"vllm_image": "vllm/vllm-openai"}, "--vllm-image"),
+        ({"image": "numprune@sha256:12"}, "not the name of an image"),
+        ({"registry_uri": "sqlite:///mlflow.db"}, "http"),
+        ({"registry_uri": "https://"}, "--registry-uri"),
+        ({"registry_uri": "https://mlflow.example:port"}, "--registry-uri"),
+        ({"registry_uri": "https://user:secret@mlflow.example"}, "credentials"),
+        ({"registry_uri": "https://mlflow.example/?token=secret"}, "neither"),
+        ({"registry_uri": "https://mlflow.example/ x"}, "--registry-uri"),
+        ({"replicas": 0}, "--replicas 0"),
+        ({"gpus": -1}, "--gpus -1"),
+        ({"cpus": 0}, "--cpus 0"),
+        ({"memory": "24G"}, "--memory"),
+        ({"options": ("--model=/other",)}, "--model"),
+        ({"options": ("--trust_remote_code",)}, "--trust-remote-code"),
+        ({"options": ("--trust",)}, "--trust-remote-code"),
+        ({"options": ("--api-key", "secret")}, "--api-key"),
+        ({"options": ("--port=1",)}, "--port"),
+        ({"options": ("a\x00b",)}, "not a word"),
+    ],
+)
+def test_hostile_and_mistaken_input_is_refused(fields: Json, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        changed(**fields)
+
+
+def test_every_problem_is_told_at_once_and_no_secret_is_repeated() -> None:
+    with pytest.raises(InputError) as refused:
+        changed(namespace="A", replicas=0, registry_uri="https://me:hunter2@mlflow.example")
+    assert all(part in str(refused.value) for part in ("--namespace", "--replicas", "--registry-secret"))
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("release", "target", "said"),
+    [
+        ({"name": "My_Model"}, {}, "--name my-model"),
+        ({"name": "模型"}, {}, "give one"),
+        ({}, {"gpus": 4}, "split over 1, 2"),
+        ({}, {"gpus": 0}, "build for CPUs"),
+        ({"plugin": True}, {}, "numprune-vllm"),
+        ({"cpu": False}, {"gpus": 0, "vllm_image": CPU_IMAGE}, "head size"),
+    ],
+)
+def test_what_cannot_run_is_refused(release: Json, target: Json, said: str) -> None:
+    for render in (deployment, inference_service):
+        with pytest.raises(InputError, match=said):
+            render(dataclasses.replace(RELEASE, **release), changed(**target))
+
+
+# --- from the registry -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def publish(tmp_path: Path, report_json: Json) -> Callable[..., registries.Registry]:
+    """`publish(checkpoint_folder)` publishes a release with it as `served`."""
+
+    def make(checkpoint: Path) -> registries.Registry:
+        part = manifest.read(checkpoint)
+        identity = {**report_json["identity"], "candidate": part.digest, "exports": {}}
+        report = Report.model_validate({**report_json, "identity": identity})
+        judged = report.judged(judge(report, Policy(gates=(Gate(metric="quality.tokens", bound="point", min=1),))))
+        with manifest.creating(tmp_path / "release", kind="release", parents={"checkpoint": part.digest}) as folder:
+            shutil.copytree(checkpoint, folder / "checkpoint")
+            write(judged, folder / "report.json")
+            (folder / "report.md").write_text(markdown(judged))
+        registry = registries.open_registry(None, tmp_path / "workspace")
+        registries.publish(registry, tmp_path / "release", "served")
+        return registry
+
+    return make
+
+
+def test_a_release_is_read_from_the_registry(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    vllm.export(tiny_checkpoint(head_dim=32), checkpoint)
+    registry = publish(checkpoint)
+    with pytest.raises(InputError, match="no alias 'production'"):
+        read_release(registry, "served")
+
+    release = read_release(registry, "served@candidate")
+
+    whole = manifest.read(tmp_path / "release")
+    assert (release.reference, release.digest) == ("served/1", whole.digest)
+    assert release.weight_bytes == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert release.size_bytes > release.weight_bytes
+    assert release.cpu
+    assert not release.plugin
+    assert release.tensor_parallel == (1, 2, 4)
+
+    weights = next((tmp_path / "workspace" / "registry").rglob("checkpoint/config.json"))
+    config = json.loads(weights.read_text())
+    weights.write_text(json.dumps({**config, "model_type": "numprune_llama"}))
+    with pytest.raises(IntegrityError, match=r"config\.json: not the file that was published"):
+        read_release(registry, "served@candidate")
+
+
+def test_a_release_that_was_not_exported_for_vllm_is_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+) -> None:
+    with manifest.creating(tmp_path / "plain", kind="checkpoint") as folder:
+        shutil.copytree(tiny_checkpoint(), folder, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="not exported for vLLM"):
+        read_release(publish(tmp_path / "plain"), "served@candidate")
+
+
+def test_fetching_by_digest_can_be_repeated_and_takes_nothing_else(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+) -> None:
+    vllm.export(tiny_checkpoint(), tmp_path / "checkpoint")
+    registry = publish(tmp_path / "checkpoint")
+    digest = manifest.read(tmp_path / "release").digest
+    out = tmp_path / "fetched"
+    with pytest.raises(IntegrityError, match="was asked for"):
+        registries.fetch(registry, "served/1", out, digest="0" * 64)
+    assert not out.exists()
+    for _ in range(2):
+        registries.fetch(registry, "served/1", out, digest=digest)
+        assert manifest.verify(out).digest == digest
+    with pytest.raises(InputError, match="exists"):
+        registries.fetch(registry, "served/1", out)
+    (out / "report.md").write_text("changed")
+    with pytest.raises(IntegrityError, match=r"report\.md"):
+        registries.fetch(registry, "served/1", out, digest=digest)
