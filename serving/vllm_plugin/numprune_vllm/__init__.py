@@ -1,0 +1,20 @@
+"""vLLM plug-in for decoders whose layers differ in size. vLLM finds `register` by its entry point."""
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Tell transformers and vLLM of the model types; vLLM calls this in each of its processes, perhaps repeatedly.
+
+    The model classes are named, not imported: vLLM imports them where it needs them, after it has chosen its device.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from numprune_vllm.configs import ARCHITECTURES
+
+    for architecture, config in ARCHITECTURES.items():
+        if config.model_type not in CONFIG_MAPPING:  # numprune.modeling registers the same ones
+            AutoConfig.register(config.model_type, config)
+        ModelRegistry.register_model(architecture, f"numprune_vllm.models:{architecture}")

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from numprune_vllm.weights import EMBEDDING, OUTPUT, checked
+
+SHAPES = {EMBEDDING: (7, 4), OUTPUT: (7, 4), "model.norm.weight": (4,)}
+WEIGHTS = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+
+
+def test_what_fits_is_passed_on_unchanged_in_any_order():
+    weights = {**dict(reversed(WEIGHTS.items())), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    passed = dict(checked(weights.items(), SHAPES, tied=False))
+    assert passed.keys() == WEIGHTS.keys()
+    assert all(passed[name] is tensor for name, tensor in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tied_output_matrix_may_be_stored_or_not(order):
+    twins = {**WEIGHTS, OUTPUT: WEIGHTS[EMBEDDING].clone()}
+    weights = dict(list(twins.items())[::order])
+    assert OUTPUT not in dict(checked(weights.items(), SHAPES, tied=True))
+    del weights[OUTPUT]
+    assert dict(checked(weights.items(), SHAPES, tied=True)).keys() == weights.keys()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tied_output_matrix_that_differs_is_refused(order):
+    with pytest.raises(ValueError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
+        list(checked(list(WEIGHTS.items())[::order], SHAPES, tied=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": torch.ones(5)}, r"model\.norm\.weight: stored with shape \[5\], .* means \[4\]"),
+        ({"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight: stored with shape \[3\], .* means \[4\]"),
+        ({EMBEDDING: torch.ones(4, 7)}, r"stored with shape \[4, 7\], .* means \[7, 4\]"),
+        ({"model.norm.bias": torch.ones(4)}, r"model\.norm\.bias: stored, but it has no place"),
+    ],
+)
+def test_a_tensor_that_does_not_belong_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        list(checked((WEIGHTS | change).items(), SHAPES, tied=False))
+
+
+@pytest.mark.parametrize(
+    ("names", "tied", "message"),
+    [
+        ([EMBEDDING, OUTPUT], False, r"model\.norm\.weight \[4\]: not stored"),
+        ([EMBEDDING], False, r"lm_head\.weight \[7, 4\]: not stored, .* \(1 more are missing\)"),
+        ([OUTPUT, "model.norm.weight"], True, r"model\.embed_tokens\.weight \[7, 4\]: not stored"),
+        ([EMBEDDING, OUTPUT, "model.norm.weight", OUTPUT], False, r"lm_head\.weight: stored twice"),
+    ],
+)
+def test_every_tensor_must_be_there_once(names, tied, message):
+    with pytest.raises(ValueError, match=message):
+        list(checked([(name, WEIGHTS[name]) for name in names], SHAPES, tied=tied))
