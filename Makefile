@@ -25,6 +25,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 VLLM_PIP := .venv-vllm/bin/python -m pip install $(PIP_FLAGS)
 PLUGIN := numprune/serving/vllm_plugin
+# Of KServe's SDK the tests only read what fields there are. Its dependencies contradict ours, so it is never on sys.path.
+KSERVE := $(if $(findstring dev,$(EXTRAS)),&& $(PIP) --upgrade --no-deps --target .venv/share/kserve kserve==0.21.0)
 # Only the default is looked for under other names; a PYTHON that was given is used or refused.
 PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11)
 
@@ -54,7 +56,7 @@ env-vllm: .venv-vllm/complete
 .venv/complete: pyproject.toml constraints.txt
 	@$(call begin,.venv)
 	# torch first and exactly; with it the build back-end at its pinned version, which isolation would fetch unpinned.
-	if $(PIP) torch==2.13.0 hatchling editables && $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'; then
+	if $(PIP) torch==2.13.0 hatchling editables && $(PIP) --no-build-isolation -e '.[$(EXTRAS)]' $(KSERVE); then
 		rm .venv/unfinished
 		touch $@
 	else
