@@ -155,7 +155,7 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
             sources={"base": run.base.path, "rows": calibration.path},
             options={
                 "options": run.recipe.prune.model_dump(),
-                "target": run.recipe.target.model_dump(),
+                "target": run.recipe.target.sizes(),
                 "device": run.device,
             },
             layer="export",

@@ -80,11 +80,17 @@ class Prune(Section):
 
 
 class Target(Section):
-    """The fields of numprune.target.Target: what the servers need of the sizes."""
+    """What the servers are: the fields of numprune.target.Target, and what vLLM runs on, in which version."""
 
     align: Count = 8
     tensor_parallel: Count = 1
     quantization_group: Count = 1
+    device: Literal["gpu", "cpu"] = "gpu"
+    vllm: Annotated[str, Field(min_length=1)] = "0.32.0"
+
+    def sizes(self) -> dict[str, int]:
+        """The fields of numprune.target.Target."""
+        return self.model_dump(exclude={"device", "vllm"})
 
 
 class Export(Section):

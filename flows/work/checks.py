@@ -15,6 +15,7 @@ from numprune.errors import InputError, NumpruneError
 from numprune.export import tensorrt
 from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve
 from numprune.export.manifest import folder_digest
+from numprune.export.vllm import CPU_HEAD_SIZES
 from numprune.flows.names import TARGETS
 from numprune.flows.problems import did_you_mean, listed, models_in
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
@@ -23,6 +24,7 @@ from numprune.flows.work.text import text_digest
 from numprune.pruning import PruneOptions, check_options
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report
+from numprune.serving.vllm.environment import TESTED
 from numprune.target import Target
 
 _MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
@@ -75,7 +77,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         collect("model.path", audit, base)
         collect("model.path", load_tokenizer, base)
         anatomy = read_anatomy(config)
-        collect("prune", check_options, anatomy, prune_options(recipe))
+        collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
+        problems += _servers(recipe, anatomy)
         problems += _lengths(recipe, config.max_position_embeddings, anatomy)
     for split, text in (("calibration", recipe.data.calibration), ("heldout", recipe.data.heldout)):
         for file in text if isinstance(text, list) else []:
@@ -100,7 +103,7 @@ def model_folder(path: str) -> Path:
 
 
 def prune_options(recipe: Recipe) -> PruneOptions:
-    return PruneOptions(**recipe.prune.model_dump(), target=Target(**recipe.target.model_dump()))
+    return PruneOptions(**recipe.prune.model_dump(), target=Target(**recipe.target.sizes()))
 
 
 def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
@@ -112,6 +115,21 @@ def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
     if positions > context:
         problems.append(
             f"benchmark.prompt_length + output_length = {positions}: the model takes at most {context} tokens"
+        )
+    return problems
+
+
+def _servers(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+    """What keeps the servers from running the result, whatever its sizes."""
+    if "vllm" not in recipe.export.targets:
+        return []
+    problems = []
+    if recipe.target.vllm not in TESTED:
+        problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
+    if recipe.target.device == "cpu" and anatomy.head_dim not in CPU_HEAD_SIZES:
+        problems.append(
+            f"target.device = 'cpu': vLLM's CPU kernels know head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, and the "
+            f"model's is {anatomy.head_dim}; serve it on GPUs, or leave vllm out of export.targets"
         )
     return problems
 

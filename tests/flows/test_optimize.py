@@ -154,12 +154,14 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "gates=[{metric='speed.torch.ttft.ratio', bound='point', max=1},"
         "{metric='quality.nll_delta_nats', bound='point', max=1}, {metric='qualty.tokens', bound='point', min=1}]",
         "registry.uri=ftp://nowhere",
+        "target.vllm=0.1.0",
+        "target.device=cpu",
     ]
     arguments = [argument for override in overrides for argument in ("--set", override)]
     answered = shell("optimize", tiny / "recipe.toml", "--workspace", tmp_path / "w", *arguments)
     assert (answered.code, answered.out) == (1, "")
     for expected in [
-        "prune: ratio is 0.999, but with at least one unit in every block",
+        "prune: ratio is 0.999, but with the least that every block must keep",
         "data.calibration: text file ",
         "data.sequence_length = 1000: the model takes at most 256 tokens",
         "benchmark.prompt_length + output_length = 308",
@@ -168,6 +170,8 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "gates.1.metric = 'quality.nll_delta_nats': the report has no such figure; did you mean "
         "'nll_delta_nats_per_token'?",
         "gates.2.metric = 'qualty.tokens': the report has no section 'qualty'; did you mean 'quality'?",
+        "target.vllm = '0.1.0': tested are 0.32.0",
+        "target.device = 'cpu': vLLM's CPU kernels know head sizes 32, 64",
         "registry.uri: 'ftp://nowhere': not an MLflow server's address",
     ]:
         assert expected in answered.err
