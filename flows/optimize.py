@@ -83,6 +83,7 @@ def optimize(
             baselines[target] = _artifact(keep(export(run, target, run.base, "baseline")), folder_name(target))
             keep(prove(run, target, run.base, baselines[target], "baseline"))
 
+    canary = keep(make_canary(run, candidate))
     quality = keep(evaluate(run, candidate, heldout))
     benchmarks: dict[str, StageResult] = {
         runtime: keep(benchmark(run, runtime, exports.get(target, candidate), baselines.get(target, run.base)))
@@ -96,7 +97,7 @@ def optimize(
         parts = {CHECKPOINT: candidate.path} | {
             target: made.path for target, made in exports.items() if target != "vllm"
         }
-        release, version = publish(run, parts, judged)
+        release, version = publish(run, parts, judged, canary)
     elif outcome in _UNSETTLED:
         for result in benchmarks.values():  # the next run measures again
             stages.discard(result)
@@ -202,6 +203,20 @@ def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: 
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
+def make_canary(run: Run, candidate: Artifact) -> StageResult:
+    """What a server of this checkpoint must answer."""
+    with gpu_slot(run):
+        return run.stage(
+            "canary",
+            "canary.make_canary",
+            inputs={"checkpoint": candidate.digest},
+            sources={"checkpoint": candidate.path},
+            options={"device": run.device},
+            layer="serving",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
 def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult:
     with gpu_slot(run):
         return run.stage(
@@ -281,9 +296,9 @@ def gate(
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def publish(run: Run, parts: Mapping[str, Path], judged: StageResult) -> tuple[Path, str]:
+def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: StageResult) -> tuple[Path, str]:
     """The release folder, and the version of the registry that it became."""
-    release = make_release(run.workspace, run.recipe, parts, judged.path)
+    release = make_release(run.workspace, run.recipe, parts, judged.path, canary.path)
     registry = run.recipe.registry
     return release, str(children.work("publish.publish", run.workspace, registry.uri, release, registry.name))
 

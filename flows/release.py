@@ -23,17 +23,20 @@ def folder_name(target: str) -> str:
     return CHECKPOINT if target == "vllm" else target
 
 
-def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], report: Path) -> Path:
-    """Return the folder of a release, made unless it is there: parts, report.json, report.md, recipe.toml, plan.json.
+def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], report: Path, canary: Path) -> Path:
+    """Return the folder of a release, made unless it is there.
+
+    It holds the parts, report.json, report.md, canary.json, recipe.toml and plan.json.
 
     Args:
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
         report: the folder with report.json and report.md.
+        canary: the folder with canary.json, what a server of the release must answer.
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
     """
     parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
-    parents["report"] = manifest.read(report).digest
+    parents |= {"report": manifest.read(report).digest, "canary": manifest.read(canary).digest}
     facts: dict[str, Any] = {"name": recipe.registry.name, "recipe": recipe.digest}
     key = hashlib.sha256(json.dumps([parents, facts], sort_keys=True).encode()).hexdigest()
     folder = workspace / "releases" / f"{recipe.registry.name}-{key[:16]}"
@@ -43,8 +46,8 @@ def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], rep
         with manifest.creating(folder, kind="release", parents=parents, facts={**facts, "key": key}) as content:
             for name, part in parts.items():
                 shutil.copytree(part, content / name)
-            for name in ("report.json", "report.md"):
-                shutil.copyfile(report / name, content / name)
+            for source, name in ((report, "report.json"), (report, "report.md"), (canary, "canary.json")):
+                shutil.copyfile(source / name, content / name)
             shutil.copyfile(parts[CHECKPOINT] / _PLAN, content / "plan.json")
             (content / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     return folder

@@ -22,11 +22,13 @@ TEXTS = (
     "Zażółć gęślą jaźń. Der Fluß steigt. 天地玄黃 宇宙洪荒。 Привет, мир! 🙂 <tag attribute='x'/> ",
 )
 _LENGTHS = (64, 48, 24, 9)
+_CPU = torch.device("cpu")
 
 
-def reference(checkpoint: Path) -> Reference:
+def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
     """The reference of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
     model, tokenizer = load(checkpoint)
+    model.to(device)
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # a server takes no prompt that fills its context
     if room < 1:
         raise InputError(
@@ -43,7 +45,7 @@ def reference(checkpoint: Path) -> Reference:
 
 @torch.inference_mode()
 def _prompt(model: PreTrainedModel, tokens: Sequence[int]) -> Prompt:
-    sequence = torch.tensor([tokens])  # (1, S)
+    sequence = torch.tensor([tokens], device=model.device)  # (1, S)
     for _ in range(MINIMUM_STEPS):
         # Without a cache: what is compared by it must not depend on one.
         following = model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
@@ -65,8 +67,8 @@ def _plain(values: Tensor) -> list[float]:
     return [float(value) for value in values]
 
 
-def make_canary(out: Path, *, checkpoint: Path) -> dict[str, Any]:
+def make_canary(out: Path, *, checkpoint: Path, device: str) -> dict[str, Any]:
     """Stage: the reference, canary.json."""
-    made = reference(checkpoint)
+    made = reference(checkpoint, torch.device(device))
     made.write(out / REFERENCE)
     return {"prompts": len(made.prompts), "longest": made.length}

@@ -52,8 +52,8 @@ def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Pa
     whole = manifest.verify(release)
     assert whole.kind == "release"
     assert release.parent == workspace / "releases"
-    parts = {"checkpoint", "onnx", "report.json", "report.md", "recipe.toml", "plan.json", "manifest.json"}
-    assert {path.name for path in release.iterdir()} == parts
+    files = {"report.json", "report.md", "canary.json", "recipe.toml", "plan.json", "manifest.json"}
+    assert {path.name for path in release.iterdir()} == {"checkpoint", "onnx", *files}
     resolved = Recipe.model_validate(tomllib.loads((release / "recipe.toml").read_text()))
     report = reports.read(release / "report.json")
     assert report.identity.recipe == resolved.digest
@@ -73,7 +73,7 @@ def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Pa
     )
 
     stages = {stage["name"]: stage for stage in found["stages"]}
-    assert {"calibration", "heldout", "prune", "quality", "benchmark onnxruntime", "report"} <= set(stages)
+    assert {"calibration", "heldout", "prune", "canary", "quality", "benchmark onnxruntime", "report"} <= set(stages)
     assert all(stage["seconds"] > 0 for stage in stages.values())
 
 

@@ -18,7 +18,12 @@ RECIPE = Recipe.model_validate(
 
 @pytest.fixture
 def parts(tmp_path: Path) -> dict[str, Path]:
-    for name, file in [("checkpoint", "numprune_plan.json"), ("onnx", "model.onnx"), ("judged", "report.json")]:
+    for name, file in [
+        ("checkpoint", "numprune_plan.json"),
+        ("onnx", "model.onnx"),
+        ("judged", "report.json"),
+        ("canary", "canary.json"),
+    ]:
         with manifest.creating(tmp_path / name, kind=name) as folder:
             (folder / file).write_text(name)
             (folder / "report.md").write_text("page")
@@ -28,29 +33,33 @@ def parts(tmp_path: Path) -> dict[str, Path]:
 def test_a_release_holds_its_parts_whole_and_the_same_content_is_the_same_release(
     tmp_path: Path, parts: dict[str, Path]
 ) -> None:
-    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged")
+    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
     whole = manifest.verify(release)
     assert whole.kind == "release"
     for name, part in parts.items():
         assert manifest.verify(release / name).digest == manifest.read(part).digest == whole.parents[name]
     assert (release / "plan.json").read_text() == "checkpoint"
     assert (release / "report.json").read_text() == "judged"
-    elsewhere = make_release(tmp_path / "other", RECIPE, parts, tmp_path / "judged")
+    assert (release / "canary.json").read_text() == "canary"
+    elsewhere = make_release(tmp_path / "other", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
     assert manifest.read(elsewhere).digest == whole.digest
 
 
 def test_a_damaged_release_is_made_again(
     tmp_path: Path, parts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged")
+    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
     digest = manifest.read(release).digest
     (release / "onnx" / "model.onnx").write_text("onnX")
-    assert make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged") == release
+    assert make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary") == release
     assert manifest.verify(release).digest == digest
     assert "is damaged" in caplog.text
 
 
 def test_another_recipe_is_another_release(tmp_path: Path, parts: dict[str, Path]) -> None:
     other = Recipe.model_validate({**RECIPE.model_dump(), "prune": {"ratio": 0.1}})
-    first, second = (make_release(tmp_path / "w", recipe, parts, tmp_path / "judged") for recipe in (RECIPE, other))
+    first, second = (
+        make_release(tmp_path / "w", recipe, parts, tmp_path / "judged", tmp_path / "canary")
+        for recipe in (RECIPE, other)
+    )
     assert first != second
