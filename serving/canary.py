@@ -26,8 +26,24 @@ MINIMUM_STEPS = 32  # greedy tokens
 MAXIMUM_BYTES = 16 << 20
 _TIMEOUT_S = 300.0
 
-# Worst allowed difference of one log-probability, in nats.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed differences of log-probabilities, in nats: of any single one, and of all on average."""
+
+    worst: float
+    mean: float
+
+
+# Measured with the embedded model (worst, mean; vLLM 0.32 on a CPU): float32 1e-5, 2e-6; bfloat16 0.14, 0.015; float16
+# 0.01, 0.002. What limits half precision is the spacing of its numbers at the size of a logit (from 16 to 32: 0.125 in
+# bfloat16, 0.016 in float16), which differs little between models; hence three to ten times what was measured. Weights
+# of another release change the mean by whole nats.
+TOLERANCES = {
+    "float32": Tolerance(1e-3, 1e-3),
+    "bfloat16": Tolerance(0.5, 0.05),
+    "float16": Tolerance(0.1, 0.01),
+}
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LogProbability = Annotated[float, Field(le=1e-6, allow_inf_nan=False)]
@@ -104,8 +120,8 @@ def check(url: str, reference: Reference, dtype: str) -> dict[str, Any]:
     right, and what follows a different one is not compared any more (the first pass compares it all the same).
 
     Returns:
-        dtype, tolerance, positions compared, worst difference and where (prompt, position, token, server's value,
-        reference), mean difference, greedy tokens compared and the share of equal ones among all.
+        dtype, tolerance (of the worst), positions compared, the worst difference and where it is (prompt, position,
+        token, both values), the mean, greedy tokens compared, and the share of equal ones among all.
 
     Raises:
         InputError: no tolerance for `dtype`.
@@ -119,17 +135,18 @@ def check(url: str, reference: Reference, dtype: str) -> dict[str, Any]:
         model = _ask(client, "GET", "/v1/models")["data"][0]["id"]
         _check_tokenizer(client, model, reference)
         found = [*_prefill(client, model, reference)]
-        decoded, equal = _decode(client, model, reference, tolerance)
+        decoded, equal = _decode(client, model, reference, tolerance.worst)
     found += decoded
     worst = max(found, key=lambda place: place.error)
     mean = sum(place.error for place in found) / len(found)
-    if not worst.error <= tolerance:
+    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
         raise ParityError(
-            f"{url}: {worst}: differs by {worst.error:.3g} nats, allowed are {tolerance:g} in {dtype} (mean {mean:.3g})"
+            f"{url}: {worst}: differs by {worst.error:.3g} nats, by {mean:.3g} on average; in {dtype} allowed are "
+            f"{tolerance.worst:g} and {tolerance.mean:g}"
         )
     return {
         "dtype": dtype,
-        "tolerance": tolerance,
+        "tolerance": tolerance.worst,
         "positions": len(found),
         "worst": {**vars(worst), "error": worst.error},
         "mean_error": mean,

@@ -17,10 +17,10 @@ from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.flows import children
-from numprune.flows.cli import kubernetes, measure, model, optimize, registry
+from numprune.flows.cli import kubernetes, measure, model, optimize, registry, serve
 from numprune.flows.cli.parser import Answer, build
 
-COMMANDS = (optimize, model, measure, registry, kubernetes)
+COMMANDS = (optimize, model, measure, registry, kubernetes, serve)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         args = build(COMMANDS).parse_args(argv)
-        with _logged(), _stdout_kept(), _terminable():
-            answer: Answer = args.run(args)
-        _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
-        return answer.exit_code
+        with _logged(), _terminable():
+            with _stdout_kept():
+                answer: Answer = args.run(args)
+            _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
+            return answer.then() if answer.then else answer.exit_code
     except NumpruneError as error:
         print(f"numprune: error: {error}", file=sys.stderr)
         return 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))

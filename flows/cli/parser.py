@@ -13,11 +13,15 @@ Subcommands = Any  # argparse's own type is private
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found, as one JSON object and as text for people."""
+    """What a command found, as one JSON object and as text for people.
+
+    `then` is what remains to be done once the answer is printed, and gives the exit code: a server goes on serving.
+    """
 
     data: dict[str, Any]
     text: str
     exit_code: int = 0
+    then: Callable[[], int] | None = None
 
 
 class Commands(Protocol):

@@ -1,0 +1,110 @@
+"""numprune serve: a release on a vLLM server of its own."""
+
+import argparse
+import logging
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
+
+from numprune.flows.cli.parser import Answer, Parser, Subcommands, at_least, command
+
+if TYPE_CHECKING:
+    from numprune.serving.vllm.server import Server
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.canary can judge
+_WATCH_S = 0.5
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "serve",
+        run,
+        "serve a release with vLLM: resolve, download, verify, start, compare with the release's reference, then serve",
+        "numprune serve my-model@production --port 8000 -- --gpu-memory-utilization 0.5",
+    )
+    parser.add_argument("reference", metavar="NAME[@ALIAS]", help="also NAME/VERSION (default alias: production)")
+    parser.add_argument("--port", type=at_least(1), default=8000, metavar="P", help="default: 8000")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add_server_options(parser)
+
+
+def add_server_options(parser: Parser) -> None:
+    """What is the same for every command that starts servers."""
+    parser.add_argument(
+        "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
+    )
+    parser.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the weights")
+    parser.add_argument(
+        "--max-model-len", type=at_least(1), metavar="N", help="longest sequence (default: the model's)"
+    )
+    parser.add_argument(
+        "--startup-timeout", type=at_least(1), default=600, metavar="S", help="seconds for vLLM to start (default: 600)"
+    )
+    parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
+    parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+    parser.add_argument("vllm_options", nargs="*", metavar="-- VLLM OPTIONS", help="handed to vLLM as they are")
+
+
+def vllm_options(args: argparse.Namespace) -> list[str]:
+    """The options for vLLM."""
+    length = ["--max-model-len", str(args.max_model_len)] if args.max_model_len else []
+    return [*length, *args.vllm_options]
+
+
+def run(args: argparse.Namespace) -> Answer:
+    from numprune.flows import children, stages
+    from numprune.serving import deployment
+    from numprune.serving.vllm import environment, server
+
+    started = time.perf_counter()
+    vllm = environment.find(args.vllm, untested=args.untested_vllm)
+    server.require_free(args.host, args.port)  # and not after the download
+    workspace = stages.workspace_folder(args.workspace)
+    release = children.work("deploy.prepare", workspace, args.uri, args.reference)
+    dtype = deployment.choose_dtype(release, args.dtype)
+    log = deployment.log_file(workspace, f"serve-{release.name}")
+    stack = ExitStack()
+    running, found = stack.enter_context(
+        deployment.deployed(
+            vllm,
+            release,
+            host=args.host,
+            port=args.port,
+            dtype=dtype,
+            options=vllm_options(args),
+            log=log,
+            startup_timeout_s=args.startup_timeout,
+        )
+    )
+    data = {
+        "reference": release.reference,
+        "name": release.name,
+        "version": release.version,
+        "digest": release.digest,
+        "url": running.url,
+        "pid": running.pid,
+        "dtype": dtype,
+        "vllm": vllm.version,
+        "log": str(log),
+        "canary": found,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    text = f"ready: {release.reference} at {running.url}/v1, model {release.name!r}; Ctrl-C stops it"
+    return Answer(data, text, then=partial(_serve, stack, running))
+
+
+def _serve(stack: ExitStack, running: "Server") -> int:
+    """Serve until a signal comes, which is the ordinary end. Raises ServerError when vLLM ends by itself."""
+    with stack:
+        try:
+            while True:
+                running.require_alive()
+                time.sleep(_WATCH_S)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            logger.info("%s: stopping", running.name)
+    return 0
