@@ -1,5 +1,6 @@
-"""A checkpoint that stock vLLM loads: stock architecture, sharded safetensors, tokenizer, generation config, manifest.
+"""A checkpoint that vLLM loads: sharded safetensors, tokenizer, generation config, manifest.
 
+Stock vLLM where the architecture is a stock one, vLLM with our plug-in numprune-vllm where layers differ in size. Stock
 vLLM truncates weights that are larger than the configuration says, without an error, and answers a shape it cannot
 serve with a bare assertion once it is started. Both are found here instead.
 """
@@ -24,7 +25,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
     """Write the checkpoint `source` to the new folder `out`, tensors as they are, in shards of at most `shard_size`.
 
     Raises:
-        InputError: `out` exists, or stock vLLM has no class for the architecture or sizes.
+        InputError: `out` exists, or vLLM has no class for the architecture.
         IntegrityError: a tensor is not what the configuration says, before or after.
     """
     config = checkpoint.read_config(source)
@@ -47,38 +48,41 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     """Return what decides whether and how vLLM can serve a model of this configuration.
 
     Returns:
-        architecture, head sizes and counts; `tensor_parallel`: the sizes up to 8 that divide its heads and widths;
-        `needs`: options that the server must be started with; `cpu`: whether vLLM's CPU kernels know its head size.
+        `architecture`, `head_size`.
+        `query_heads`, `kv_heads`, `intermediate_size`: of each layer, 0 where it goes without the block.
+        `head_shapes`: pairs of query and KV heads there are; each but the first costs vLLM a metadata build every step.
+        `tensor_parallel`: the sizes up to 8 that divide every layer's heads and widths.
+        `needs`: options that the server must be started with; `plugin`: whether it needs numprune-vllm.
+        `cpu`: whether vLLM's CPU kernels know the head size.
 
     Raises:
-        InputError: stock vLLM cannot load it; says what can be done.
+        InputError: vLLM cannot load it.
     """
-    if config.model_type.startswith(PER_LAYER_PREFIX):
-        raise InputError(
-            f"{config.model_type}: its layers differ in size, and stock vLLM has no class for that; prune with "
-            "--allocation uniform for a stock architecture"
-        )
-    if config.model_type not in FAMILIES:
+    if config.model_type.removeprefix(PER_LAYER_PREFIX) not in FAMILIES:
         raise InputError(f"{config.model_type}: not an architecture that numprune exports to vLLM")
     anatomy = read_anatomy(config)
-    attention, mlp = anatomy.of_kind("attention")[0], anatomy.of_kind("mlp")[0]
-    query_heads, kv_heads, width = attention.units * anatomy.query_heads_per_group, attention.units, mlp.units
+    kv_heads = [block.units for block in anatomy.of_kind("attention")]
+    query_heads = [units * anatomy.query_heads_per_group for units in kv_heads]
+    widths = [block.units for block in anatomy.of_kind("mlp")]
+    plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     needs: list[JsonValue] = []
-    if anatomy.family == "qwen2" and query_heads * anatomy.head_dim != anatomy.hidden_size:
+    if not plugin and anatomy.family == "qwen2" and query_heads[0] * anatomy.head_dim != anatomy.hidden_size:
         # vLLM's own Qwen2 class derives the head size from the hidden size; transformers' reads head_dim.
         needs = ["--model-impl", "transformers"]
-    parallel: list[JsonValue] = [
-        size
-        for size in (1, 2, 4, 8)
-        if query_heads % size == 0 and width % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-    ]
     return {
         "architecture": config.architectures[0] if config.architectures else config.model_type,
-        "query_heads": query_heads,
-        "kv_heads": kv_heads,
+        "query_heads": list(query_heads),
+        "kv_heads": list(kv_heads),
         "head_size": anatomy.head_dim,
-        "intermediate_size": width,
-        "tensor_parallel": parallel,
+        "intermediate_size": list(widths),
+        "head_shapes": len({shape for shape in zip(query_heads, kv_heads, strict=True) if all(shape)}),
+        "tensor_parallel": [
+            size
+            for size in (1, 2, 4, 8)
+            if not any(count % size for count in (*query_heads, *widths))
+            and all(not heads or heads % size == 0 or size % heads == 0 for heads in kv_heads)
+        ],
         "needs": needs,
+        "plugin": plugin,
         "cpu": anatomy.head_dim in CPU_HEAD_SIZES,
     }

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
-from numprune.errors import InputError, IntegrityError
+from numprune.anatomy import FAMILIES
+from numprune.errors import IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
@@ -33,22 +34,33 @@ def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
     checkpoint_folder.mkdir()
     checkpoint.save(pruned, byte_tokenizer(), checkpoint_folder)
     facts = vllm.export(checkpoint_folder, tmp_path / "out").facts
-    assert (facts["query_heads"], facts["kv_heads"], facts["head_size"]) == (2, 1, 16)
-    assert facts["needs"] == needs
+    assert (facts["query_heads"], facts["kv_heads"], facts["head_size"]) == ([2, 2], [1, 1], 16)
+    assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == (needs, False, 1)
     assert facts["tensor_parallel"] == [1, 2]
     assert facts["cpu"] is False
 
 
-def test_layers_that_differ_are_refused_with_the_remedy(tmp_path):
-    pruned = prune(
-        build_tiny(num_hidden_layers=3), ROWS, PruneOptions(0.4, allocation="global", target=Target(align=1))
-    ).model
-    folder = tmp_path / "pruned"
-    folder.mkdir()
-    checkpoint.save(pruned, byte_tokenizer(), folder)
-    with pytest.raises(InputError, match=r"numprune_llama.*--allocation uniform"):
-        vllm.export(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_differ_are_exported_for_the_plug_in(tmp_path, family):
+    layers = {
+        0: {"skip": ["attention"], "intermediate_size": 32},
+        1: {"num_attention_heads": 2, "num_key_value_heads": 1, "skip": ["mlp"]},
+    }
+    source, out = tmp_path / "pruned", tmp_path / "out"
+    source.mkdir()
+    checkpoint.save(
+        build_tiny(f"numprune_{family}", num_hidden_layers=4, per_layer_config=layers), byte_tokenizer(), source
+    )
+    made = vllm.export(source, out)
+    assert manifest.verify(out) == made
+    facts = made.facts
+    assert (facts["query_heads"], facts["kv_heads"]) == ([0, 2, 4, 4], [0, 1, 2, 2])
+    assert facts["intermediate_size"] == [32, 0, 96, 96]
+    assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == ([], True, 2)
+    assert facts["tensor_parallel"] == [1, 2]  # one KV head can be copied to two, two query heads not to four
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (source, out)]
+    with torch.no_grad():
+        assert torch.equal(models[0](ROWS).logits, models[1](ROWS).logits)
 
 
 def test_dense_weights_beside_a_pruned_configuration_are_refused(tiny_checkpoint, tmp_path):

@@ -10,11 +10,14 @@ def register() -> None:
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
     from numprune_vllm.configs import ARCHITECTURES
+    from numprune_vllm.preflight import Preflight
 
     for architecture, config in ARCHITECTURES.items():
         if config.model_type not in CONFIG_MAPPING:  # numprune.modeling registers the same ones
             AutoConfig.register(config.model_type, config)
+        MODELS_CONFIG_MAP[architecture] = Preflight
         ModelRegistry.register_model(architecture, f"numprune_vllm.models:{architecture}")

@@ -9,7 +9,8 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from numprune_vllm.layers import DecoderLayer, MakeAttention, llama_attention, qwen3_attention
-from numprune_vllm.sizes import check_parallel, read_layers, tensor_shapes
+from numprune_vllm.preflight import Preflight
+from numprune_vllm.sizes import tensor_shapes
 from numprune_vllm.weights import checked
 
 
@@ -19,13 +20,7 @@ class NumpruneLlamaForCausalLM(LlamaForCausalLM):
     make_attention: MakeAttention = staticmethod(llama_attention)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
-        if getattr(config, "quantization_config", None):
-            raise ValueError(
-                f"{config.model_type}: the checkpoint is quantized; only unquantized per-layer checkpoints can be "
-                "compared with their configuration, so only those are served"
-            )
-        check_parallel(read_layers(config), vllm_config.parallel_config.tensor_parallel_size)
+        Preflight.verify_and_update_config(vllm_config)  # again, so that nothing rests on who calls it
         super().__init__(
             vllm_config=vllm_config,
             prefix=prefix,
