@@ -17,10 +17,10 @@ from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.flows import children
-from numprune.flows.cli import kubernetes, measure, model, optimize, registry, serve
-from numprune.flows.cli.parser import Answer, build
+from numprune.flows.cli import kubernetes, measure, model, optimize, registry, rollout, serve
+from numprune.flows.cli.parser import Answer, build, parse
 
-COMMANDS = (optimize, model, measure, registry, kubernetes, serve)
+COMMANDS = (optimize, model, measure, registry, serve, rollout, kubernetes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        args = build(COMMANDS).parse_args(argv)
+        args = parse(build(COMMANDS), sys.argv[1:] if argv is None else argv)
         with _logged(), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)

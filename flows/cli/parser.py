@@ -1,7 +1,7 @@
 """What all commands share: their options' shapes and what they answer."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, NoReturn, Protocol
@@ -9,6 +9,8 @@ from typing import Any, NoReturn, Protocol
 from numprune.errors import InputError
 
 Subcommands = Any  # argparse's own type is private
+
+_PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ def build(modules: Iterable[Commands]) -> Parser:
     for module in modules:
         module.add(commands)
     return parser
+
+
+def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """The arguments. For commands that start servers, what follows a `--` is `vllm_options`, None without."""
+    if not words or words[0] not in _PASSING_ON:
+        return parser.parse_args(words)
+    if "--" not in words:
+        return parser.parse_args(words, argparse.Namespace(vllm_options=None))
+    mark = words.index("--")
+    return parser.parse_args(words[:mark], argparse.Namespace(vllm_options=[*words[mark + 1 :]]))
 
 
 def command(

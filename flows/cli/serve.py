@@ -29,16 +29,18 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("reference", metavar="NAME[@ALIAS]", help="also NAME/VERSION (default alias: production)")
     parser.add_argument("--port", type=at_least(1), default=8000, metavar="P", help="default: 8000")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add_server_options(parser)
+    add_server_options(parser, dtype="auto")
 
 
-def add_server_options(parser: Parser) -> None:
+def add_server_options(parser: Parser, dtype: str | None) -> None:
     """What is the same for every command that starts servers."""
     parser.add_argument(
         "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
     )
     parser.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, that of the weights")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=dtype, help=f"default: {dtype or 'as it is, or'} auto, the weights'"
+    )
     parser.add_argument(
         "--max-model-len", type=at_least(1), metavar="N", help="longest sequence (default: the model's)"
     )
@@ -47,13 +49,13 @@ def add_server_options(parser: Parser) -> None:
     )
     parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
     parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
-    parser.add_argument("vllm_options", nargs="*", metavar="-- VLLM OPTIONS", help="handed to vLLM as they are")
+    parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [-- VLLM OPTIONS]"
 
 
 def vllm_options(args: argparse.Namespace) -> list[str]:
     """The options for vLLM."""
     length = ["--max-model-len", str(args.max_model_len)] if args.max_model_len else []
-    return [*length, *args.vllm_options]
+    return [*length, *(args.vllm_options or [])]
 
 
 def run(args: argparse.Namespace) -> Answer:

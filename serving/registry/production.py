@@ -52,16 +52,28 @@ def rollback(registry: Registry, name: str) -> Version:
     production stays where it is).
     """
     with registry.exclusive():
-        history = _recover(registry, check_name(name))
-        if _current(registry, name) is None:
-            past = ", ".join(str(version) for version in reversed(history)) or "none"
-            raise InputError(f"{name}: nothing is in production; promote {name}/VERSION (versions that were: {past})")
-        if len(history) < 2:
-            raise InputError(f"{name}: no version was in production before {name}/{history[-1]}")
+        history = _history_to_leave(registry, name)
         version = resolve(registry, Reference(name, None, history[-2]))
         _require_passed(registry, version)
         _move(registry, name, history, history[:-1])
         return resolve(registry, Reference(name, PRODUCTION, None))
+
+
+def before_production(registry: Registry, name: str) -> Version:
+    """The version that `rollback` would put into production; it is not verified here. Raises InputError."""
+    with registry.exclusive():
+        return resolve(registry, Reference(name, None, _history_to_leave(registry, name)[-2]))
+
+
+def _history_to_leave(registry: Registry, name: str) -> list[int]:
+    """The history, of at least two versions, the last of which is in production. Raises InputError."""
+    history = _recover(registry, check_name(name))
+    if _current(registry, name) is None:
+        past = ", ".join(str(version) for version in reversed(history)) or "none"
+        raise InputError(f"{name}: nothing is in production; promote {name}/VERSION (versions that were: {past})")
+    if len(history) < 2:
+        raise InputError(f"{name}: no version was in production before {name}/{history[-1]}")
+    return history
 
 
 def _require_passed(registry: Registry, version: Version) -> None:

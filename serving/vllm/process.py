@@ -35,13 +35,11 @@ class Process:
     """A process that we started, in this process or an earlier one; plain values, so that they can be written down.
 
     Attributes:
-        pid, started: its number, and when it began (psutil's), because numbers are used again.
-        tag: in its environment and its children's.
+        tag: in its environment and its children's. It says whether a process of this number is still the same one.
         log: its stdout and stderr.
     """
 
     pid: int
-    started: float
     tag: str
     log: Path
     _child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False, compare=False)
@@ -51,9 +49,8 @@ class Process:
             return self._child.poll() is None
         try:
             found = psutil.Process(self.pid)
-            # A detached process whose starter is gone has init as its parent; elsewhere nobody may reap it.
-            return found.create_time() == self.started and found.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            return found.status() != psutil.STATUS_ZOMBIE and found.environ().get(TAG) == self.tag
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # another user's has our number now
             return False
 
     def how_it_ended(self) -> str:
@@ -107,7 +104,7 @@ def start(
             # SPT_NOENV: vLLM names its processes with setproctitle, which else overwrites the environment in /proc.
             env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), TAG: tag},
         )
-    return Process(child.pid, psutil.Process(child.pid).create_time(), tag, log, child)
+    return Process(child.pid, tag, log, child)
 
 
 def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:

@@ -177,7 +177,7 @@ def start(
     variables = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     running = process.start(command, tag=tag, log=log, detached=detached, env={**variables, **(env or {})})
     logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
-    return Server(f"http://{_reachable(host)}:{port}", name, running)
+    return Server(f"http://{reachable(host)}:{port}", name, running)
 
 
 def require_free(host: str, port: int) -> None:
@@ -220,7 +220,7 @@ def _require_plugin(environment: Environment, checkpoint: Path) -> None:
         )
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """The address at which this machine reaches a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not listened on
     return f"[{host}]" if ":" in host else host

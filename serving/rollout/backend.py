@@ -1,0 +1,133 @@
+"""One server behind the router: started and proved, asked how it is, drained."""
+
+import logging
+import re
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from numprune.serving import canary
+from numprune.serving.deployment import Deployment, choose_dtype, log_file, prove
+from numprune.serving.rollout.settings import Settings
+from numprune.serving.rollout.state import Backend, Place, Started
+from numprune.serving.vllm import server
+from numprune.serving.vllm.server import Server, ServerError
+
+logger = logging.getLogger(__name__)
+
+_LOAD_REQUESTS = 16
+_LOAD_CONCURRENCY = 4
+_LOAD_TOKENS = 16
+_POLL_S = 0.3
+_QUIET_POLLS = 4  # a request that the router had taken already may still be on its way
+_PENDING = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+
+
+def start(place: Place, settings: Settings, release: Deployment, dtype: str, options: list[str]) -> Backend:
+    """Start a server of the release on a free local port, and return when it is fit for traffic.
+
+    Whatever goes wrong, nothing stays behind. Raises what `server.start` and `prove` raise, ServerError.
+    """
+    precision = choose_dtype(release, dtype)
+    running = server.start(
+        settings.environment,
+        release.checkpoint,
+        name=release.name,
+        port=0,
+        host="127.0.0.1",
+        options=options,
+        dtype=precision,
+        tag=f"{place.tag_prefix}server-{secrets.token_hex(8)}",
+        log=log_file(place.workspace, f"rollout-{release.name}-{release.version}"),
+        detached=True,
+    )
+    try:
+        running.wait_until_ready(settings.startup_timeout_s)
+        prove(running, release, precision)
+        _load(running, canary.read(release.folder / canary.REFERENCE))
+    except BaseException:
+        running.stop()
+        raise
+    return Backend(
+        reference=release.reference,
+        digest=release.digest,
+        url=running.url,
+        dtype=dtype,
+        options=options,
+        started=Started.of(running.process),
+    )
+
+
+def _load(running: Server, reference: canary.Reference) -> None:
+    """A few requests at once. Raises ServerError when any of them fails."""
+
+    def complete(number: int) -> None:
+        prompt = reference.prompts[number % len(reference.prompts)].tokens
+        body = {"model": running.name, "prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
+        try:
+            answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=300.0)
+        except httpx.TransportError as error:
+            running.require_alive()
+            raise ServerError(
+                f"{running.name}: a request under load failed ({error or type(error).__name__})"
+            ) from None
+        if not answer.is_success or answer.json()["usage"]["completion_tokens"] != _LOAD_TOKENS:
+            raise ServerError(f"{running.name}: a request under load failed: {answer.status_code} {answer.text[:200]}")
+
+    with ThreadPoolExecutor(_LOAD_CONCURRENCY) as pool:
+        for result in [pool.submit(complete, number) for number in range(_LOAD_REQUESTS)]:
+            result.result()
+    running.require_alive()
+    logger.info("%s: %d requests, %d at a time, none failed", running.name, _LOAD_REQUESTS, _LOAD_CONCURRENCY)
+
+
+def is_alive(backend: Backend | None) -> bool:
+    return backend is not None and backend.started.process.is_alive()
+
+
+def is_healthy(backend: Backend | None) -> bool:
+    """Alive, and /health says so."""
+    if backend is None or not is_alive(backend):
+        return False
+    try:
+        return httpx.get(f"{backend.url}/health", timeout=10.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+def retire(backend: Backend, timeout_s: float) -> int:
+    """Stop a server that gets no new requests, once it has answered those it has; how many were cut off after all."""
+    left = _drain(backend, timeout_s)
+    if left:
+        logger.warning("%s: %d requests are not done after %g s and are cut off", backend.reference, left, timeout_s)
+    backend.started.process.stop()
+    logger.info("%s: stopped", backend.reference)
+    return left
+
+
+def _drain(backend: Backend, timeout_s: float) -> int:
+    """Wait until a server has no requests; how many it still has after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    quiet = 0
+    while is_alive(backend):
+        left = _pending(backend)
+        quiet = quiet + 1 if left == 0 else 0
+        if quiet == _QUIET_POLLS:
+            return 0
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(_POLL_S)
+    return 0
+
+
+def _pending(backend: Backend) -> int:
+    """Requests that run or wait; one, when the server is too busy to say."""
+    try:
+        answer: Any = httpx.get(f"{backend.url}/metrics", timeout=10.0)
+    except httpx.TransportError:
+        return 1
+    counts = _PENDING.findall(answer.text)
+    return int(sum(map(float, counts))) if answer.is_success and counts else 1

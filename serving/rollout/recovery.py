@@ -1,0 +1,44 @@
+"""What an interrupted rollout left: finished, or removed; and what died since: noticed."""
+
+import logging
+
+from numprune.serving.rollout import backend, router
+from numprune.serving.rollout.settings import Settings
+from numprune.serving.rollout.state import Place, State
+from numprune.serving.vllm.process import kill_tagged, tagged
+
+logger = logging.getLogger(__name__)
+
+
+def recover(place: Place, settings: Settings) -> State:
+    """The state as it really is, after which the router sends everything to `current` and nothing else is running.
+
+    A server stands in the state only once it has proved itself, so a switch that was begun is finished. What is not in
+    the state was on its way to it, and is ended. Raises RouterError, IntegrityError.
+    """
+    state = place.read()
+    remove_orphans(place, state)
+    candidates = [found for found in (state.current, state.retiring) if found and backend.is_alive(found)]
+    candidates.sort(key=lambda found: not backend.is_healthy(found))  # stable: the current one first
+    current = candidates[0] if candidates else None
+    if state.current is not None and current is None:
+        logger.warning("%s: %s is not running any more", place.name, state.current.reference)
+    kept = state.router
+    if kept is not None and current is not None:
+        kept = router.ensure(place, settings, kept, current.url)
+    elif kept is not None and router.workers(kept) is None:
+        kept.started.process.stop()
+        kept = None
+    state = place.write(state.model_copy(update={"router": kept, "current": current}))
+    for other in candidates[1:]:
+        logger.info("%s: finishing an interrupted switch from %s", place.name, other.reference)
+        backend.retire(other, settings.drain_timeout_s)
+    return place.write(state.model_copy(update={"retiring": None}))
+
+
+def remove_orphans(place: Place, state: State) -> None:
+    """End what was started for this name and does not stand in its state."""
+    known = state.tags()
+    for tag in {tag for _, tag in tagged(place.tag_prefix)} - known:
+        logger.info("%s: ending what an interrupted rollout left (%s)", place.name, tag.removeprefix(place.tag_prefix))
+        kill_tagged(tag)

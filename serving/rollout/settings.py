@@ -1,0 +1,29 @@
+"""How servers are to be started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from numprune.serving.vllm import server
+from numprune.serving.vllm.environment import Environment
+
+PORT = 8000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None means: as it is now, or, when nothing runs yet, 127.0.0.1, port 8000, the weights' precision, no options.
+
+    Attributes:
+        host, port: of the router, the address that clients use.
+        dtype: "auto" or a precision of `canary.TOLERANCES`.
+        options: for vLLM. Two servers run side by side during a switch: on a GPU they share its memory.
+        drain_timeout_s: how long requests that the old server still works on may take.
+    """
+
+    environment: Environment
+    host: str | None = None
+    port: int | None = None
+    dtype: str | None = None
+    options: Sequence[str] | None = None
+    startup_timeout_s: float = server.STARTUP_S
+    drain_timeout_s: float = 300.0

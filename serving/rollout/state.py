@@ -1,0 +1,140 @@
+"""What runs for a name, as a file that is written at once or not at all, and the lock that goes with it."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from numprune.errors import IntegrityError, NumpruneError
+from numprune.serving.problems import problems
+from numprune.serving.registry.reference import check_name
+from numprune.serving.vllm.process import Process
+
+
+class RolloutFailed(NumpruneError):
+    """The new version does not serve; what served before does."""
+
+    exit_code = 2
+
+
+class RolloutBusy(NumpruneError):
+    """Another rollout of the same name is under way."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Started(_Model):
+    """A process, in plain values: see `Process`."""
+
+    pid: int
+    tag: str
+    log: str
+
+    @staticmethod
+    def of(process: Process) -> "Started":
+        return Started(pid=process.pid, tag=process.tag, log=str(process.log))
+
+    @property
+    def process(self) -> Process:
+        return Process(self.pid, self.tag, Path(self.log))
+
+
+class Backend(_Model):
+    """A server that has proved itself.
+
+    `dtype` and `options` are those that were asked for: a rollback asks for the same.
+    """
+
+    reference: str
+    digest: str
+    url: str
+    dtype: str
+    options: list[str]
+    started: Started
+
+
+class Router(_Model):
+    """The router: `url` is what clients use."""
+
+    host: str
+    port: int
+    url: str
+    started: Started
+
+
+class State(_Model):
+    """`current` serves, or a switch under way leads to it; `retiring` is what it replaces, until that is gone."""
+
+    schema_: Literal["numprune/rollout/1"] = Field(default="numprune/rollout/1", alias="schema")
+    name: str
+    router: Router | None = None
+    current: Backend | None = None
+    retiring: Backend | None = None
+
+    def tags(self) -> set[str]:
+        """Of everything that is known to run."""
+        parts = (self.router, self.current, self.retiring)
+        return {part.started.tag for part in parts if part is not None}
+
+
+class Place:
+    """Where the state of a name is kept, and how its processes are tagged."""
+
+    def __init__(self, workspace: Path, name: str) -> None:
+        self.name = check_name(name)
+        self.workspace = workspace.absolute()
+        self.folder = self.workspace / "rollouts" / name
+        self._file = self.folder / "state.json"
+        where = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        self.tag_prefix = f"rollout:{where}:"
+
+    def read(self) -> State:
+        """The state; an empty one when nothing was ever rolled out. Raises IntegrityError."""
+        try:
+            return State.model_validate_json(self._file.read_bytes())
+        except FileNotFoundError:
+            return State(name=self.name)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{self._file}: {problems(error)}; `numprune rollout {self.name} --stop` ends what runs and forgets it"
+            ) from None
+
+    def write(self, state: State) -> State:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(state.model_dump(mode="json", by_alias=True), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._file)
+        return state
+
+    def forget(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Be the only one who changes what runs; the kernel ends it with this process. Raises RolloutBusy."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 32).decode() or "unknown"
+                raise RolloutBusy(
+                    f"{self.name}: another rollout of it is under way (process {holder}); wait for its end"
+                ) from None
+            os.truncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(handle)

@@ -1,0 +1,58 @@
+"""What runs for a name, and the end of all of it."""
+
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import IntegrityError
+from numprune.serving.rollout import backend, router
+from numprune.serving.rollout.recovery import remove_orphans
+from numprune.serving.rollout.state import Backend, Place, State
+
+
+def status(name: str, workspace: Path) -> dict[str, Any]:
+    """Plain JSON: name, serving (the router reaches a healthy server), url, router, current and retiring servers."""
+    state = Place(workspace, name).read()
+    listed = router.workers(state.router) if state.router else None
+    current = _described(state.current)
+    return {
+        "name": name,
+        "serving": bool(current and current["healthy"] and listed and current["server"] in listed),
+        "url": state.router.url if state.router else None,
+        "router": state.router and {"pid": state.router.started.pid, "answers": listed is not None},
+        "current": current,
+        "retiring": _described(state.retiring),
+    }
+
+
+def stop(name: str, workspace: Path) -> dict[str, Any]:
+    """End router and servers of a name; requests under way are cut off. Raises RolloutBusy.
+
+    The references that ran; a state file that cannot be read is removed with everything that carries our tag.
+    """
+    place = Place(workspace, name)
+    with place.exclusive():
+        try:
+            state = place.read()
+        except IntegrityError:
+            state = State(name=name)
+        servers = [found for found in (state.current, state.retiring) if backend.is_alive(found)]
+        for part in (state.router, state.current, state.retiring):
+            if part is not None:
+                part.started.process.stop()
+        remove_orphans(place, State(name=name))
+        place.forget()
+    return {"name": name, "stopped": [found.reference for found in servers if found is not None]}
+
+
+def _described(found: Backend | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "reference": found.reference,
+        "digest": found.digest,
+        "server": found.url,
+        "pid": found.started.pid,
+        "log": found.started.log,
+        "alive": backend.is_alive(found),
+        "healthy": backend.is_healthy(found),
+    }

@@ -1,0 +1,147 @@
+"""From one version to the next, with no request lost."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import InputError, NumpruneError
+from numprune.serving.deployment import Deployment
+from numprune.serving.rollout import backend, router
+from numprune.serving.rollout.recovery import recover
+from numprune.serving.rollout.settings import PORT, Settings
+from numprune.serving.rollout.state import Backend, Place, RolloutFailed, State
+from numprune.serving.vllm import server
+
+logger = logging.getLogger(__name__)
+
+
+def roll_out(
+    name: str,
+    prepare: Callable[[], Deployment],
+    workspace: Path,
+    settings: Settings,
+    then: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Let the release that `prepare` gives serve `name`; what served before is drained and stopped.
+
+    What an earlier, interrupted rollout left is put in order first. A release that serves already, with the same
+    settings, stays as it is.
+
+    Args:
+        prepare: called once the lock is held and before anything is started.
+        then: called when the release serves, still under the lock.
+
+    Returns:
+        Plain JSON: reference, digest, url (of the router), changed, previous (reference or null), cut_off (requests of
+        the previous server that outlasted the drain), seconds.
+
+    Raises:
+        RolloutBusy: another rollout of the name is under way; nothing was done.
+        RolloutFailed: whatever went wrong; what served before still does, and nothing of the new one runs.
+    """
+    started = time.monotonic()
+    place = Place(workspace, name)
+    with place.exclusive():
+        try:
+            router.require_installed(settings.environment)
+            state = recover(place, settings)
+            _require_same_address(state, settings)
+            release = prepare()
+            result = _deploy(place, settings, state, release)
+            then()
+        except NumpruneError as error:
+            raise RolloutFailed(f"{name}: {error}; {_who_serves(place)}") from error
+    return {**result, "seconds": round(time.monotonic() - started, 3)}
+
+
+def _deploy(place: Place, settings: Settings, state: State, release: Deployment) -> dict[str, Any]:
+    before = state.current
+    dtype = settings.dtype or (before.dtype if before else "auto")
+    options = list(settings.options if settings.options is not None else before.options if before else [])
+    if before and state.router and backend.is_healthy(before):
+        same = (before.digest, before.dtype, before.options) == (release.digest, dtype, options)
+        if same:
+            logger.info("%s: serves already", release.reference)
+            return _result(state, changed=False, previous=before, cut_off=0)
+    if state.router is None:
+        server.require_free(settings.host or "127.0.0.1", settings.port or PORT)  # and not after the start
+    green = backend.start(place, settings, release, dtype, options)
+    try:
+        state = _switch(place, settings, state, green)
+    except BaseException:
+        green.started.process.stop()
+        raise
+    cut_off = backend.retire(before, settings.drain_timeout_s) if before else 0
+    state = place.write(state.model_copy(update={"retiring": None}))
+    return _result(state, changed=True, previous=before, cut_off=cut_off)
+
+
+def _switch(place: Place, settings: Settings, state: State, green: Backend) -> State:
+    """Let the router send everything to `green`; when it does not, everything is as it was before."""
+    if state.router is None:
+        first = router.start(place, settings, settings.host or "127.0.0.1", settings.port or PORT, green.url)
+        try:
+            router.require_answer(first, place.name)
+            return place.write(state.model_copy(update={"router": first, "current": green, "retiring": state.current}))
+        except BaseException:
+            first.started.process.stop()
+            raise
+    # Whoever is killed from here on leaves a state that leads to green: it has proved itself.
+    switched = place.write(state.model_copy(update={"current": green, "retiring": state.current}))
+    try:
+        router.serve_only(state.router, green.url)
+        router.require_answer(state.router, place.name)
+    except BaseException:
+        place.write(_back(place, settings, state))
+        raise
+    logger.info("%s: serves at %s", green.reference, state.router.url)
+    return switched
+
+
+def _back(place: Place, settings: Settings, state: State) -> State:
+    """The state before a switch that failed, with the router as it was."""
+    if state.router is None or state.current is None:
+        return state
+    try:
+        return state.model_copy(update={"router": router.ensure(place, settings, state.router, state.current.url)})
+    except NumpruneError as error:  # what made the switch fail is what is reported
+        logger.error("%s: the router cannot be restored: %s", place.name, error)
+        return state
+
+
+def _who_serves(place: Place) -> str:
+    current = place.read().current
+    return f"{current.reference} goes on serving" if backend.is_alive(current) and current else "nothing serves"
+
+
+def _require_same_address(state: State, settings: Settings) -> None:
+    if state.router is None:
+        return
+    for option, asked, found in (
+        ("--host", settings.host, state.router.host),
+        ("--port", settings.port, state.router.port),
+    ):
+        if asked is not None and asked != found:
+            raise InputError(
+                f"{option} {asked}: {state.name} is served at {state.router.url}, and its address stays while it runs; "
+                f"leave the option out, or end it all with `numprune rollout {state.name} --stop`"
+            )
+
+
+def _result(state: State, *, changed: bool, previous: Backend | None, cut_off: int) -> dict[str, Any]:
+    assert state.current is not None
+    assert state.router is not None
+    return {
+        "name": state.name,
+        "reference": state.current.reference,
+        "digest": state.current.digest,
+        "url": state.router.url,
+        "server": state.current.url,
+        "pid": state.current.started.pid,
+        "log": state.current.started.log,
+        "changed": changed,
+        "previous": previous.reference if previous else None,
+        "cut_off": cut_off,
+    }
