@@ -32,7 +32,7 @@ from prefect.states import Completed, Failed, State
 
 from numprune.flows import children, recipe, server, stages, summary
 from numprune.flows.names import RUNTIMES, TARGETS
-from numprune.flows.release import CHECKPOINT, folder_name, make_release
+from numprune.flows.bundle import CHECKPOINT, folder_name, make_release
 from numprune.flows.run import Artifact, Run
 from numprune.flows.stages import StageResult
 

@@ -6,7 +6,7 @@ from typing import Any
 from numprune.errors import InputError
 from numprune.export import manifest, parity, temporary
 from numprune.flows.names import RUNTIMES
-from numprune.flows.release import folder_name
+from numprune.flows.bundle import folder_name
 
 
 def export(source: Path, out: Path, target: str, **options: Any) -> manifest.Manifest:

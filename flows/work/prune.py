@@ -13,7 +13,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.export import manifest
 from numprune.export.checkpoint import PLAN, load, read_config, save, weight_bytes
-from numprune.flows.release import CHECKPOINT
+from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.work.text import load_calibration
 from numprune.target import Target
 

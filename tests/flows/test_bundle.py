@@ -4,7 +4,7 @@ import pytest
 
 from numprune.export import manifest
 from numprune.flows.recipe import Recipe
-from numprune.flows.release import make_release
+from numprune.flows.bundle import make_release
 
 RECIPE = Recipe.model_validate(
     {
