@@ -10,7 +10,7 @@ Criterion = Literal["numerical", "numerical-box", "obs", "flap", "wanda", "magni
 Allocation = Literal["uniform", "global"]
 Compensation = Literal["none", "oneshot", "sequential"]
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
-Runtime = Literal["torch", "onnxruntime", "tensorrt"]
+Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
 
 RUNTIMES: dict[str, str] = {

@@ -3,23 +3,12 @@
 Each task is one stage. Prefect sees paths, digests and figures only; what has been done already is for the stages to
 know, so no task caches. Deploy it as `flows/optimize.py:optimize`.
 """
-# ruff: noqa: E402 - Prefect reads its settings when it is imported
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-for _name, _value in {  # none of these overrules what the user set
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_EXTRA_LOGGERS": "numprune",
-    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    "DO_NOT_TRACK": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -31,8 +20,8 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Completed, Failed, State
 
 from numprune.flows import children, recipe, server, stages, summary
-from numprune.flows.names import RUNTIMES, TARGETS
 from numprune.flows.bundle import CHECKPOINT, folder_name, make_release
+from numprune.flows.names import RUNTIMES, TARGETS
 from numprune.flows.run import Artifact, Run
 from numprune.flows.stages import StageResult
 
@@ -241,7 +230,7 @@ def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact) -
             options={
                 "runtime": runtime,
                 "device": asked.device,
-                "load": asked.model_dump(exclude={"runtimes", "device"}),
+                "load": asked.load(runtime),
                 "machine": {**run.machine},
             },
             layer="serving",

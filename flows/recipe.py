@@ -34,7 +34,7 @@ def _text(value: Any) -> Any:
     return files
 
 
-def _distinct(value: list[str]) -> list[str]:
+def _distinct(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
         raise ValueError("must not name one thing twice")
     return value
@@ -102,7 +102,7 @@ class Export(Section):
 
 
 class Benchmark(Section):
-    """The load of each repeat, on both sides; see numprune.serving.benchmark."""
+    """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime."""
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
     device: Device = "auto"
@@ -113,6 +113,16 @@ class Benchmark(Section):
     repeats: Annotated[int, Field(ge=4, multiple_of=2)] = 10
     warmup: Count = 1
     seed: Seed = 0
+    concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 4]
+    goodput_ttft_ms: Count = 200
+    goodput_tpot_ms: Count = 50
+    kv_cache_mib: Count = 256
+    maximum_failed: Annotated[int, Field(ge=0)] = 0
+
+    def load(self, runtime: str) -> dict[str, Any]:
+        """What of it the runtime is given: fields of Load, or of ServedLoad."""
+        served = {"concurrency", "goodput_ttft_ms", "goodput_tpot_ms", "kv_cache_mib", "maximum_failed"}
+        return self.model_dump(exclude={"runtimes", "device", *({"batch_size"} if runtime == "vllm" else served)})
 
 
 class Registry(Section):

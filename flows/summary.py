@@ -118,7 +118,9 @@ def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
     shown = {
         "decode_tokens_per_s": "decode tokens/s",
         "prefill_tokens_per_s": "prefill tokens/s",
+        "output_tokens_per_s": "output tokens/s",
         "ttft": "TTFT",
+        "tpot": "TPOT",
         "itl": "ITL",
     }
     return {label: speed[key]["ratio"] for key, label in shown.items() if speed.get(key)}

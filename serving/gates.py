@@ -277,11 +277,17 @@ def _is_estimate(node: Any) -> bool:
 
 
 def _noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
-    """The noise floor of `speed.<runtime>.<name>.ratio`, without which none passes; None for other metrics."""
+    """The noise floor of `speed.<runtime>.<name>.ratio`, without which none passes; None for other metrics.
+
+    The same at one of a server's concurrencies, `speed.<runtime>.concurrency.<n>.<name>.ratio`.
+    """
     match metric.split("."):
-        case ["speed", runtime, name, "ratio"]:
-            where = f"speed.{runtime}.noise_floor.{name}"
-            found = data["speed"][runtime]["noise_floor"].get(name)
+        case ["speed", *way, name, "ratio"] if len(way) == 1 or (len(way) == 3 and way[1] == "concurrency"):
+            where = ".".join(("speed", *way, "noise_floor", name))
+            node = data["speed"]
+            for part in way:
+                node = node[part]
+            found = node["noise_floor"].get(name)
             if found is None or found["neighbours"] < 1:
                 raise _UnfitError(f"{where} was not measured")
             floor = _as_number(found["relative"], where)

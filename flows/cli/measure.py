@@ -2,10 +2,19 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+
+_SERVED = {  # fields of ServedLoad
+    "prompts": "one after the other, in each of the streams that are in flight (4)",
+    "prompt-length": "tokens (128)",
+    "output-length": "tokens (32)",
+    "repeats": "of each side and concurrency, even (10)",
+    "kv-cache-mib": "memory for the KV cache of each server (256)",
+}
 
 
 def add(commands: Subcommands) -> None:
@@ -25,6 +34,16 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--sequence-length", type=at_least(2), metavar="L", help="of the text's windows (default: 512, or the context)"
     )
+    served = parser.add_argument_group("runtime vllm", "each side on a server of its own, under `vllm bench serve`")
+    served.add_argument(
+        "--concurrency", nargs="+", type=at_least(1), metavar="N", help="requests in flight, one after the other (1 4)"
+    )
+    for option, help_text in _SERVED.items():
+        served.add_argument(f"--{option}", type=int, metavar="N", help=help_text)
+    served.add_argument(
+        "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
+    )
+    served.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
 
     parser = command(
         commands,
@@ -41,8 +60,19 @@ def benchmark(args: argparse.Namespace) -> Answer:
     from numprune.flows import children, summary
     from numprune.serving.report import Report
 
+    more: dict[str, Any] = {}
+    fields = {option.replace("-", "_") for option in _SERVED}
+    given = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    given |= {"concurrency": tuple(args.concurrency)} if args.concurrency else {}
+    if args.runtime == "vllm":
+        from numprune.serving.benchmark.vllm import ServedLoad
+        from numprune.serving.vllm import environment
+
+        more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "load": ServedLoad(**given)}
+    elif given or args.vllm or args.untested_vllm:
+        raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
     report: Report = children.work(
-        "benchmark.measure", args.candidate, args.baseline, args.runtime, args.text, args.sequence_length
+        "benchmark.measure", args.candidate, args.baseline, args.runtime, args.text, args.sequence_length, **more
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))
 

@@ -17,7 +17,10 @@ from numprune.flows.work.export import export
 from numprune.flows.work.prune import device_of
 from numprune.flows.work.report import assemble
 from numprune.serving.benchmark import Load, run_benchmark
+from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Report
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +32,35 @@ def make_benchmark(
     baseline: Path,
     runtime: str,
     device: str,
-    load: dict[str, int],
+    load: dict[str, Any],
     machine: dict[str, str],
 ) -> dict[str, Any]:
     """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
 
     `machine` is where: timings of another one are another stage.
     """
+    if runtime == "vllm":
+        served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
+        return run_served({"candidate": candidate}, baseline, environment.find(), served)["candidate"]
     return run_benchmark(candidate, baseline, runtime, Load(**load), device=device)
 
 
-def measure(candidate: str, baseline: str, runtime: str, text: list[Path] | None, length: int | None) -> Report:
+def measure(
+    candidate: str,
+    baseline: str,
+    runtime: str,
+    text: list[Path] | None,
+    length: int | None,
+    *,
+    vllm: Environment | None = None,
+    load: ServedLoad | None = None,
+) -> Report:
     """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
 
-    Raises InputError, IntegrityError, MissingRuntime.
+    Args:
+        vllm, load: for the runtime "vllm".
+
+    Raises InputError, IntegrityError, MissingRuntime, and what the benchmark raises.
     """
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
     for folder in sides.values():
@@ -59,14 +77,17 @@ def measure(candidate: str, baseline: str, runtime: str, text: list[Path] | None
         identity["heldout_rows"] = rows.digest
         sections["quality"] = compare_checkpoints(sides["candidate"], sides["baseline"], rows, device_of("auto"))
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        target = TARGETS.get(runtime)
+        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
         if target is not None:
             for name, folder in sides.items():
                 logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, target, name)
                 made = export(folder, Path(scratch) / name, target)
                 sides[name] = Path(scratch) / name
             identity["exports"] = {target: made.digest}
-        found = run_benchmark(sides["candidate"], sides["baseline"], runtime)
+        if vllm is not None:
+            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, load)["candidate"]
+        else:
+            found = run_benchmark(sides["candidate"], sides["baseline"], runtime)
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
 
 

@@ -24,6 +24,7 @@ from numprune.flows.work.text import text_digest
 from numprune.pruning import PruneOptions, check_options
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report
+from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.target import Target
 
@@ -53,6 +54,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "node": platform.node(),
             "cores": str(len(os.sched_getaffinity(0))),
             "gpu": torch.cuda.get_device_name() if available else "",
+            **({"vllm": str(environment.find())} if "vllm" in recipe.benchmark.runtimes else {}),
         },
     )
 
@@ -89,6 +91,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems += [f"{field}: {problem}" for problem in _missing(name)]
     if "tensorrt" in recipe.export.targets:
         collect("export.targets", tensorrt.require)
+    if "vllm" in recipe.benchmark.runtimes:
+        collect("benchmark.runtimes", environment.find)
     if recipe.registry.uri != "workspace":
         collect("registry.uri", open_registry, recipe.registry.uri, workspace)
     if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
@@ -142,7 +146,7 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"{recipe.benchmark.batch_size}"
         )
     for runtime in recipe.benchmark.runtimes:
-        target = TARGETS.get(runtime)
+        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
         if target is not None and target not in recipe.export.targets:
             problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
     return problems

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 import numprune.errors
@@ -113,16 +114,22 @@ class Worker:
 
 
 @contextmanager
-def start_worker(name: str, timeout_s: float) -> Iterator[Worker]:
-    """Start a worker process; it has ended when the block is left, whichever way."""
+def start_worker(
+    name: str, timeout_s: float, command: Sequence[str | Path] = (), env: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
+    """Start a worker process; it has ended when the block is left, whichever way.
+
+    Without a `command`, it is `numprune.serving.benchmark.worker`; `env` is its whole environment.
+    """
     # Its stderr goes to a file and not to a pipe, which somebody would have to keep empty.
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             # -P: no file in the current folder may stand in for a module.
-            [sys.executable, "-P", "-m", "numprune.serving.benchmark.worker", str(os.getpid())],
+            command or [sys.executable, "-P", "-m", "numprune.serving.benchmark.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
+            env=env,
         )
         worker = Worker(name, process, stderr, timeout_s)
         try:

@@ -20,10 +20,10 @@ class ThreadTimes:
         return ThreadTimes(self.ran_s - earlier.ran_s, self.waited_s - earlier.waited_s)
 
 
-def thread_times() -> ThreadTimes:
-    """Of this process, since its threads began."""
+def thread_times(pid: int | None = None) -> ThreadTimes:
+    """Of a process, or of this one, since its threads began."""
     ran_ns = waited_ns = 0
-    for file in Path("/proc/self/task").glob("*/schedstat"):
+    for file in Path(f"/proc/{pid or 'self'}/task").glob("*/schedstat"):
         try:
             ran, waited, _ = file.read_text().split()
         except (FileNotFoundError, ProcessLookupError):  # the thread ended since the folder was listed
@@ -37,6 +37,12 @@ def cpu_seconds(pid: int) -> float:
     """CPU time, user and system, that a process has used."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, now."""
+    process = psutil.Process(pid)
+    return [pid, *(child.pid for child in process.children(recursive=True))]
 
 
 def stolen_seconds() -> tuple[float, float]:

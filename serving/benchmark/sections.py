@@ -1,7 +1,8 @@
 """From samples to the sections of the report."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import isfinite
+from typing import Any, Protocol
 
 from numprune.serving.benchmark.load import Load, interleaving
 from numprune.serving.benchmark.samples import METRICS, Repeat
@@ -21,6 +22,37 @@ def speed_section(
     A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
     of the baseline: a gate on them fails.
     """
+    return {
+        "load": load.describe(),
+        "runtime": dict(descriptions),
+        "warmup": load.warmup,
+        "repeats": load.repeats,
+        "order": interleaving(load.repeats),
+        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        **ratios(baseline, candidate, METRICS),
+    }
+
+
+class Measured(Protocol):
+    """One repeat of one side."""
+
+    @property
+    def failed(self) -> int:
+        """Requests."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """By name; not a number where the repeat has none."""
+        ...
+
+
+def ratios(baseline: Sequence[Measured], candidate: Sequence[Measured], metrics: Sequence[str]) -> Section:
+    """For each metric `{"ratio": estimate}`, and `noise_floor` by metric, from repeats in the order "ABBAABBA…".
+
+    Left out as in `speed_section`; so is a metric that is zero or not a number in any pair, which has no ratio.
+    """
     sound = [not (first.failed or second.failed) for first, second in zip(baseline, candidate, strict=True)]
     pairs = [
         (first.metrics(), second.metrics())
@@ -33,26 +65,23 @@ def speed_section(
         for index in range(1, len(baseline) - 1, 2)
         if not (baseline[index].failed or baseline[index + 1].failed)
     ]
-    section: Section = {
-        "load": load.describe(),
-        "runtime": dict(descriptions),
-        "warmup": load.warmup,
-        "repeats": load.repeats,
-        "order": interleaving(load.repeats),
-        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
-        "baseline": _side(baseline),
-        "candidate": _side(candidate),
+    usable = [
+        metric
+        for metric in metrics
+        if all(isfinite(side[metric]) and side[metric] > 0 for pair in [*pairs, *neighbours] for side in pair)
+    ]
+    found: Section = {
         "noise_floor": {
             metric: noise_floor([(first[metric], second[metric]) for first, second in neighbours], len(pairs))
-            for metric in METRICS
+            for metric in usable
             if neighbours and pairs
         },
     }
     if len(pairs) >= 2:
-        for metric in METRICS:
+        for metric in usable:
             ratio = paired_ratio([pair[1][metric] for pair in pairs], [pair[0][metric] for pair in pairs])
-            section[metric] = {"ratio": ratio}
-    return section
+            found[metric] = {"ratio": ratio}
+    return found
 
 
 def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:

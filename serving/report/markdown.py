@@ -123,46 +123,39 @@ def _quality(quality: Quality) -> list[str]:
 def _speed(report: Report) -> list[str]:
     lines = []
     for runtime, speed in report.speed.items():
-        lines += [
-            f"## Speed, {runtime}",
-            "",
-            f"{speed.repeats} repeats after {speed.warmup} of warm-up, in the order {_cell(speed.order)}; "
-            f"{speed.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % interval.",
-            "",
-            *_table(["", "baseline", "candidate", "ratio", "noise floor"], _speed_rows(speed)),
-        ]
+        levels = {f"{runtime}, {level} at a time": found for level, found in speed.concurrency.items()}
+        for name, found in (levels or {runtime: speed}).items():
+            lines += [
+                f"## Speed, {name}",
+                "",
+                f"{found.repeats} repeats after {found.warmup} of warm-up, in the order {_cell(found.order)}; "
+                f"{found.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % "
+                "interval.",
+                "",
+                *_table(["", "baseline", "candidate", "ratio", "noise floor"], _speed_rows(found)),
+            ]
     return lines
+
+
+_LATENCIES = {"ttft": "TTFT, ms", "tpot": "TPOT, ms", "itl": "ITL, ms", "e2e": "end to end, ms"}
+_RATES = {
+    "decode_tokens_per_s": "decode, tokens/s",
+    "prefill_tokens_per_s": "prefill, tokens/s",
+    "output_tokens_per_s": "output, tokens/s",
+    "goodput_requests_per_s": "goodput, requests/s",
+}
 
 
 def _speed_rows(speed: RuntimeSpeed) -> Iterable[list[str]]:
     one, other = speed.baseline, speed.candidate
-    latencies = [
-        ("ttft", "TTFT, ms", one.ttft_ms, other.ttft_ms, speed.ttft),
-        ("itl", "ITL, ms", one.itl_ms, other.itl_ms, speed.itl),
-        ("e2e", "end to end, ms", one.e2e_ms, other.e2e_ms, speed.e2e),
-    ]
-    for key, name, before, after, ratio in latencies:
+    for key, name in _LATENCIES.items():
+        before, after = getattr(one, f"{key}_ms"), getattr(other, f"{key}_ms")
         if before is not None or after is not None:
-            yield [name, _percentiles(before), _percentiles(after), *_ratio(speed, key, ratio)]
-    rates = [
-        (
-            "decode_tokens_per_s",
-            "decode, tokens/s",
-            one.decode_tokens_per_s,
-            other.decode_tokens_per_s,
-            speed.decode_tokens_per_s,
-        ),
-        (
-            "prefill_tokens_per_s",
-            "prefill, tokens/s",
-            one.prefill_tokens_per_s,
-            other.prefill_tokens_per_s,
-            speed.prefill_tokens_per_s,
-        ),
-    ]
-    for key, name, slow, fast, ratio in rates:
+            yield [name, _percentiles(before), _percentiles(after), *_ratio(speed, key, getattr(speed, key))]
+    for key, name in _RATES.items():
+        slow, fast = getattr(one, key), getattr(other, key)
         if slow is not None or fast is not None:
-            yield [name, _figure(slow), _figure(fast), *_ratio(speed, key, ratio)]
+            yield [name, _figure(slow), _figure(fast), *_ratio(speed, key, getattr(speed, key))]
 
 
 def _ratio(speed: RuntimeSpeed, key: str, ratio: Ratio | None) -> list[str]:
@@ -190,6 +183,8 @@ def _memory(report: Report) -> list[str]:
             ["peak of the load", _amount(one.peak_bytes_load), _amount(other.peak_bytes_load)],
             ["peak of the run", _amount(one.peak_bytes_run), _amount(other.peak_bytes_run)],
         ]
+        if memory.kv_tokens is not None:
+            rows.append(["tokens in the KV cache", _amount(one.kv_tokens), _amount(other.kv_tokens)])
         lines += [f"## Memory, {runtime} (bytes)", "", *_table(["", "baseline", "candidate"], rows)]
     return lines
 

@@ -44,6 +44,7 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Facts = Annotated[dict[str, JsonValue], BeforeValidator(_facts)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Runtime = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]  # a segment of a metric's path
+Concurrency = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # requests in flight
 
 
 class Model(BaseModel):
@@ -204,11 +205,16 @@ class Percentiles(Model):
 
 
 class SpeedSide(Model):
+    """What only a server has is None elsewhere: TPOT, output tokens over the whole time, good requests."""
+
     ttft_ms: Percentiles | None = None
+    tpot_ms: Percentiles | None = None
     itl_ms: Percentiles | None = None
     e2e_ms: Percentiles | None = None
     decode_tokens_per_s: Number = None
     prefill_tokens_per_s: Number = None
+    output_tokens_per_s: Number = None
+    goodput_requests_per_s: Number = None
 
 
 class Ratio(Model):
@@ -225,7 +231,11 @@ class NoiseFloor(Model):
 
 
 class RuntimeSpeed(Model):
-    """One runtime; `noise_floor` has the names of the ratios."""
+    """One runtime; `noise_floor` has the names of the ratios.
+
+    A server is measured at several concurrencies: `concurrency` has them all, by number, and the fields beside it are
+    those of the first.
+    """
 
     load: Facts
     runtime: Facts = {}  # provider, threads, versions, device
@@ -236,26 +246,32 @@ class RuntimeSpeed(Model):
     baseline: SpeedSide
     candidate: SpeedSide
     ttft: Ratio | None = None
+    tpot: Ratio | None = None
     itl: Ratio | None = None
     e2e: Ratio | None = None
     decode_tokens_per_s: Ratio | None = None
     prefill_tokens_per_s: Ratio | None = None
+    output_tokens_per_s: Ratio | None = None
+    goodput_requests_per_s: Ratio | None = None
     noise_floor: dict[str, NoiseFloor] = {}
+    concurrency: dict[Concurrency, "RuntimeSpeed"] = {}
 
 
 class MemorySide(Model):
-    """Peaks are device memory on a GPU and resident memory on a CPU."""
+    """Peaks are device memory on a GPU and resident memory on a CPU; `kv_tokens` is what a server's KV cache holds."""
 
     peak_bytes_load: Number = None
     peak_bytes_run: Number = None
     weight_bytes: Number = None
     kv_bytes_per_token: Number = None
+    kv_tokens: Number = None
 
 
 class RuntimeMemory(Model):
     baseline: MemorySide
     candidate: MemorySide
     peak_bytes: SizePair
+    kv_tokens: SizePair | None = None  # in the same memory
 
 
 # --- verdict --------------------------------------------------------------------------------------

@@ -72,16 +72,19 @@ def test_names_are_those_that_are_implemented() -> None:
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS) - {"bias"}
-    assert set(get_args(names.Runtime)) == set(NAMES)
+    assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
 
 
 def test_defaults_are_those_of_what_does_the_work() -> None:
     from numprune.pruning import PruneOptions
     from numprune.serving.benchmark import Load
+    from numprune.serving.benchmark.vllm import ServedLoad
 
     assert PruneOptions(**recipe.Prune().model_dump()) == PruneOptions(ratio=0.3)
-    assert Load(**recipe.Benchmark().model_dump(exclude={"runtimes", "device"})) == Load()
+    assert Load(**recipe.Benchmark().load("torch")) == Load()
+    served = recipe.Benchmark().load("vllm")
+    assert ServedLoad(**{**served, "concurrency": tuple(served["concurrency"])}) == ServedLoad()
 
 
 def test_paths_are_relative_to_the_recipe_and_overrides_to_the_current_folder(

@@ -1,0 +1,91 @@
+"""What the servers are given to do: which prompts, how long, how many at a time, how often."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from numprune.errors import InputError
+
+_MINIMA = {
+    "prompts": 1,
+    "prompt_length": 1,
+    "output_length": 2,
+    "repeats": 4,
+    "warmup": 1,
+    "seed": 0,
+    "goodput_ttft_ms": 1,
+    "goodput_tpot_ms": 1,
+    "kv_cache_mib": 1,
+    "maximum_failed": 0,
+}
+
+
+@dataclass(frozen=True)
+class ServedLoad:
+    """A fixed amount of work for every server, at several concurrencies.
+
+    Raises InputError naming every field that is out of range.
+    """
+
+    prompts: int = 4  # one after the other, in each of as many streams as the concurrency says
+    prompt_length: int = 128  # tokens
+    output_length: int = 32  # tokens, always all of them
+    concurrency: tuple[int, ...] = (1, 4)  # requests in flight; each is measured by itself
+    repeats: int = 10  # measured, per side and concurrency; even, so that each side goes first equally often
+    warmup: int = 1  # repeats per side and concurrency that come before, and are left out of every result
+    seed: int = 0  # of the prompts
+    goodput_ttft_ms: int = 200  # a request is good when neither is exceeded
+    goodput_tpot_ms: int = 50
+    kv_cache_mib: int = 256  # memory for the KV cache, the same on every server
+    maximum_failed: int = 0  # failed requests, of all sides together; more end the benchmark
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"load.{field.name} = {getattr(self, field.name)!r}: must be an integer of at least {_MINIMA[field.name]}"
+            for field in fields(self)
+            if field.name in _MINIMA
+            and (type(getattr(self, field.name)) is not int or getattr(self, field.name) < _MINIMA[field.name])
+        ]
+        if not problems and self.repeats % 2:
+            problems.append(f"load.repeats = {self.repeats}: must be even, so that each side goes first equally often")
+        levels = self.concurrency
+        whole = isinstance(levels, tuple) and bool(levels) and all(type(n) is int and n > 0 for n in levels)
+        if not whole or len(set(levels)) != len(levels):
+            problems.append(f"load.concurrency = {levels!r}: must be different whole numbers above zero")
+        if problems:
+            raise InputError("; ".join(problems))
+
+    @property
+    def positions(self) -> int:
+        """Of one request, in the KV cache."""
+        return self.prompt_length + self.output_length
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return self.kv_cache_mib << 20
+
+    def requests(self, concurrency: int) -> int:
+        """In one repeat."""
+        return self.prompts * concurrency
+
+    def trace(self) -> str:
+        """The requests as vLLM's benchmark reads a trace, one a line: those of the highest concurrency.
+
+        It makes a prompt of token ids from each number in `hash_ids`, and the same one whenever it meets the number
+        again (given the same tokenizer and PYTHONHASHSEED); no two prompts here share one.
+        """
+        count = self.requests(max(self.concurrency))
+        lines = [
+            {
+                "timestamp": 0,
+                "input_length": self.prompt_length,
+                "output_length": self.output_length,
+                "hash_ids": [self.seed * count + index],
+            }
+            for index in range(count)
+        ]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    def describe(self) -> dict[str, Any]:
+        """All fields, for the report."""
+        return {**asdict(self), "concurrency": list(self.concurrency)}

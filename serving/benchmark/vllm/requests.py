@@ -1,0 +1,151 @@
+"""What one run of `vllm bench serve` gave."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from numprune.errors import IntegrityError
+from numprune.serving.benchmark.scheduler import ThreadTimes
+from numprune.serving.benchmark.vllm.load import ServedLoad
+from numprune.serving.problems import problems
+
+METRICS = (
+    *("ttft", "tpot", "itl", "e2e"),
+    *("decode_tokens_per_s", "prefill_tokens_per_s", "output_tokens_per_s", "goodput_requests_per_s"),
+)
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _File(BaseModel):
+    """What we read of its JSON; one item of each list for each request, in seconds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    duration: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    completed: int
+    failed: int
+    request_goodput: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+    input_lens: list[int]
+    output_lens: list[int]
+    ttfts: list[_Seconds]
+    itls: list[list[_Seconds]]
+    errors: list[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One that succeeded, in ms from when it was sent. `itl_ms`: between the pieces of the answer, a token each unless
+    the server had more to send at once.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    ttft_ms: float
+    itl_ms: tuple[float, ...]
+
+    @property
+    def e2e_ms(self) -> float:
+        return self.ttft_ms + sum(self.itl_ms)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per output token after the first: all of them count, however they were packed."""
+        return sum(self.itl_ms) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The load once, at one concurrency; and the seconds that the server's threads ran, and waited for a CPU."""
+
+    concurrency: int
+    succeeded: tuple[Request, ...]
+    errors: tuple[str, ...]  # one for each request that failed
+    duration_s: float
+    goodput_requests_per_s: float
+    threads: ThreadTimes
+
+    @property
+    def failed(self) -> int:
+        """Requests."""
+        return len(self.errors)
+
+    def metrics(self) -> dict[str, float]:
+        """One number per metric, not a number where there is none: the median of latencies, in ms.
+
+        `decode_tokens_per_s` is what the streams decode together while none of them waits for its first token, at
+        concurrency 1 the same as in other runtimes; `output_tokens_per_s` is all tokens over the whole duration.
+        """
+        requests = self.succeeded
+        decode_s = sum(request.e2e_ms - request.ttft_ms for request in requests) / 1e3
+        prefill_s = sum(request.ttft_ms for request in requests) / 1e3
+        return {
+            "ttft": _median([request.ttft_ms for request in requests]),
+            "tpot": _median([request.tpot_ms for request in requests]),
+            "itl": _median([step for request in requests for step in request.itl_ms]),
+            "e2e": _median([request.e2e_ms for request in requests]),
+            "decode_tokens_per_s": _rate(
+                self.concurrency * sum(request.output_tokens - 1 for request in requests), decode_s
+            ),
+            "prefill_tokens_per_s": _rate(
+                self.concurrency * sum(request.prompt_tokens for request in requests), prefill_s
+            ),
+            "output_tokens_per_s": _rate(sum(request.output_tokens for request in requests), self.duration_s),
+            "goodput_requests_per_s": self.goodput_requests_per_s,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON: what every ratio and noise floor can be computed from again; single requests are not kept."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in self.metrics().items()}
+        return {
+            **metrics,
+            "failed_requests": self.failed,
+            "ran_s": self.threads.ran_s,
+            "waited_s": self.threads.waited_s,
+        }
+
+
+def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: ThreadTimes) -> Requests:
+    """What the file says of a run. A request that gave other than was asked for has failed.
+
+    Raises IntegrityError for a file that does not tell of every request.
+    """
+    try:
+        found = _File.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError(f"{file.name} of vllm bench serve: {problems(error)}") from None
+    count = load.requests(concurrency)
+    told = {len(part) for part in (found.input_lens, found.output_lens, found.ttfts, found.itls, found.errors)}
+    if told != {count} or found.completed + found.failed != count:
+        raise IntegrityError(f"{file.name} of vllm bench serve: does not tell of {count} requests, each once")
+    succeeded, errors = [], []
+    rows = zip(found.input_lens, found.output_lens, found.ttfts, found.itls, found.errors, strict=True)
+    for prompt, output, ttft, itls, reason in rows:
+        if (prompt, output) == (load.prompt_length, load.output_length) and not reason and itls:
+            itl_ms = tuple(step * 1e3 for step in itls)
+            succeeded.append(Request(prompt, output, ttft * 1e3, itl_ms))
+        else:
+            last = reason.strip().splitlines()[-1] if reason.strip() else "no error was told"
+            errors.append(f"{output} of {load.output_length} tokens for {prompt} of {load.prompt_length}: {last}")
+    if len(errors) < found.failed:
+        raise IntegrityError(f"{file.name} of vllm bench serve: {found.failed} failed, but not which")
+    return Requests(
+        concurrency=concurrency,
+        succeeded=tuple(succeeded),
+        errors=tuple(errors),
+        duration_s=found.duration,
+        goodput_requests_per_s=found.request_goodput or 0.0,
+        threads=threads,
+    )
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else math.nan

@@ -1,0 +1,194 @@
+"""The measuring loop: every model on a server of its own, all up at once, one of them at work at a time."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from numprune.errors import InputError, NumpruneError
+from numprune.export import manifest, vllm
+from numprune.export.checkpoint import audit, read_config
+from numprune.serving.benchmark.contention import Contention, StolenTime
+from numprune.serving.benchmark.vllm.client import Bench, start_bench
+from numprune.serving.benchmark.vllm.load import ServedLoad
+from numprune.serving.benchmark.vllm.requests import Requests
+from numprune.serving.benchmark.vllm.sections import memory_section, speed_section
+from numprune.serving.benchmark.vllm.side import Side, side_of
+from numprune.serving.report import Environment as Machine
+from numprune.serving.report import capture, combine
+from numprune.serving.vllm.environment import Environment
+from numprune.serving.vllm.server import STARTUP_S, serving
+
+BASELINE = "baseline"
+_GPU_SHARE = 0.9  # of the GPU's memory, for all servers together
+
+
+class BenchmarkFailed(NumpruneError):
+    """More requests failed than the load allows; the message has the first one's error."""
+
+
+def run_served(
+    candidates: Mapping[str, Path],
+    baseline: Path,
+    environment: Environment,
+    load: ServedLoad | None = None,
+    *,
+    options: Sequence[str] = (),
+    startup_timeout_s: float = STARTUP_S,
+) -> dict[str, dict[str, Any]]:
+    """Measure them all, interleaved A B B A … (with two candidates A B C C B A …), at each concurrency by itself.
+
+    Servers keep no prompts from one repeat to the next (no prefix caching), and each has the same memory for its KV
+    cache. On CPUs they run eagerly: compiling takes minutes, and all sides go without.
+
+    Args:
+        candidates: by name, checkpoints that vLLM loads; not empty.
+        baseline: a checkpoint with the same vocabulary.
+        environment: that has vLLM.
+        options: of vLLM, for every server.
+        startup_timeout_s: a server may take so long to become ready.
+
+    Returns:
+        By candidate, what `run_benchmark` gives of other runtimes: `speed`, `memory`, `environment`, `samples`.
+
+    Raises:
+        InputError: a folder that vLLM cannot serve, or that the load or the baseline does not fit.
+        IntegrityError: a checkpoint's tensors are not what its configuration says.
+        MissingRuntime: a checkpoint needs the plug-in, and it is not there.
+        ServerError: a server did not start, or died.
+        BenchmarkFailed: too many requests failed.
+    """
+    load = load or ServedLoad()
+    folders = {BASELINE: baseline, **candidates}
+    if BASELINE in candidates or not candidates:
+        raise ValueError(f"candidates need names of their own, got {list(candidates)}")
+    needs = _check(folders, load)
+    common = [*_common_options(environment, load, len(folders)), *options]
+    with ExitStack() as stack:
+        bench = stack.enter_context(start_bench(environment, baseline, load))
+        sides = []
+        for name, folder in folders.items():
+            server = serving(
+                environment, folder, name=name, options=[*needs[name], *common], startup_timeout_s=startup_timeout_s
+            )
+            sides.append(side_of(name, folder, stack.enter_context(server), on_gpu=not environment.cpu))
+        description = {
+            "vllm": environment.version,
+            "plugin": environment.plugin,
+            "device": "cpu" if environment.cpu else "cuda",
+            "options": common,
+        }
+        return _measure(bench, sides, description)
+
+
+def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, list[str]]:
+    """Options that each checkpoint needs. Raises as `run_served`."""
+    configs = {}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise InputError(f"{name} {str(folder)!r} is not a folder; give a checkpoint")
+        audit(folder)  # vLLM would cut what is larger than the configuration says
+        configs[name] = read_config(folder)
+        context = configs[name].max_position_embeddings
+        if load.positions > context:
+            raise InputError(
+                f"load.prompt_length = {load.prompt_length} and load.output_length = {load.output_length} need "
+                f"{load.positions} positions, but {folder / 'config.json'} has max_position_embeddings = {context}"
+            )
+        if configs[name].vocab_size != configs[BASELINE].vocab_size:
+            raise InputError(
+                f"the vocabulary of the baseline has {configs[BASELINE].vocab_size} tokens, that of {name} "
+                f"{configs[name].vocab_size}: the same prompts do not fit both"
+            )
+    return {
+        # A checkpoint with a manifest names them there, where the server looks.
+        name: [] if (folder / manifest.FILE_NAME).is_file() else [*map(str, _needs(configs[name]))]
+        for name, folder in folders.items()
+    }
+
+
+def _needs(config: Any) -> list[Any]:
+    found = vllm.preflight(config)["needs"]
+    assert isinstance(found, list)
+    return found
+
+
+def _common_options(environment: Environment, load: ServedLoad, servers: int) -> list[str]:
+    return [
+        *("--max-model-len", str(load.positions)),
+        *("--kv-cache-memory-bytes", str(load.kv_cache_bytes)),
+        "--no-enable-prefix-caching",
+        # A GPU's memory is checked against this share, although what it is used for is fixed above.
+        *(["--enforce-eager"] if environment.cpu else ["--gpu-memory-utilization", f"{_GPU_SHARE / servers:.3f}"]),
+    ]
+
+
+def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]) -> dict[str, Any]:
+    load = bench.load
+    machine = {
+        "uses_gpu": description["device"] != "cpu",
+        "own_processes": [bench.worker.pid, *itertools.chain.from_iterable(side.processes for side in sides)],
+    }
+    failed: list[str] = []
+    total = len(sides) * len(load.concurrency) * (load.warmup + load.repeats)
+    before, stolen = capture(**machine), StolenTime()
+    with tqdm(total=total, desc="benchmark (vllm)", unit="run", disable=None) as bar:
+        for concurrency in load.concurrency:
+            for index in range(load.warmup + load.repeats):
+                # A B, then B A; the count begins again with the first repeat.
+                warm, turn = index >= load.warmup, (index if index < load.warmup else index - load.warmup)
+                for side in sides if turn % 2 == 0 else sides[::-1]:
+                    found = _one(bench, side, sides, concurrency, failed)
+                    (side.repeats if warm else side.warmup).setdefault(concurrency, []).append(found)
+                    bar.update()
+    stolen_share, after = stolen.share(), capture(**machine)
+    first, *others = sides
+    footprint = first.footprint(load)
+    return {
+        side.name: {
+            "speed": speed_section(load, first.repeats, side.repeats, description),
+            "memory": memory_section(footprint, side.footprint(load)),
+            **_circumstances(first, side, combine(before, after), stolen_share),
+        }
+        for side in others
+    }
+
+
+def _one(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, failed: list[str]) -> Requests:
+    """One run, what the others did meanwhile, and whether too many requests have failed by now."""
+    idle = [other for other in sides if other is not side]
+    used, started = {other.name: other.cpu_seconds() for other in idle}, time.perf_counter()
+    found = bench.run(side, concurrency)
+    for other in idle:
+        other.others_s += time.perf_counter() - started
+        other.idle_s += other.cpu_seconds() - used[other.name]
+    failed += [f"{side.name}: {error}" for error in found.errors]
+    if len(failed) > bench.load.maximum_failed:
+        raise BenchmarkFailed(
+            f"{len(failed)} requests failed (limit {bench.load.maximum_failed}), at last {len(found.errors)} of "
+            f"{bench.load.requests(concurrency)} at concurrency {concurrency}; {failed[-1]}"
+        )
+    return found
+
+
+def _circumstances(baseline: Side, candidate: Side, machine: Machine, stolen_share: float) -> dict[str, Any]:
+    contention = Contention(baseline.contention(), candidate.contention(), stolen_share)
+    reasons = (*machine.reasons, *contention.reasons)
+    machine = machine.model_copy(update={"valid": not reasons, "reasons": reasons})
+    return {
+        "environment": machine.model_dump(mode="json"),
+        "samples": {
+            "contention": contention.describe(),
+            **{
+                name: {
+                    kind: {str(level): [repeat.describe() for repeat in repeats] for level, repeats in found.items()}
+                    for kind, found in (("warmup", side.warmup), ("repeats", side.repeats))
+                }
+                for name, side in ((BASELINE, baseline), ("candidate", candidate))
+            },
+        },
+    }

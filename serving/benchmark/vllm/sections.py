@@ -1,0 +1,103 @@
+"""From requests to the sections of the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from numprune.serving.benchmark.load import interleaving
+from numprune.serving.benchmark.sections import ratios
+from numprune.serving.benchmark.statistics import percentiles
+from numprune.serving.benchmark.vllm.load import ServedLoad
+from numprune.serving.benchmark.vllm.metrics import KvCache
+from numprune.serving.benchmark.vllm.requests import METRICS, Requests
+
+Section = dict[str, Any]
+Levels = Mapping[int, Sequence[Requests]]  # by concurrency, the measured repeats of one side
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one side. Peaks are resident memory, summed over the server's processes; None on a GPU."""
+
+    weight_bytes: int
+    kv_cache: KvCache
+    kv_cache_bytes: int
+    peak_bytes_load: int | None
+    peak_bytes_run: int | None
+
+
+def speed_section(load: ServedLoad, baseline: Levels, candidate: Levels, descriptions: Mapping[str, Any]) -> Section:
+    """`speed.vllm`: the figures of the first concurrency, and under `concurrency` those of each.
+
+    `failed_requests` is of them all, so that no gate passes on the requests that happened to succeed.
+    """
+    levels = {str(level): _level(load, level, baseline[level], candidate[level]) for level in load.concurrency}
+    first = levels[str(load.concurrency[0])]
+    return {
+        **first,
+        "load": load.describe(),
+        "runtime": dict(descriptions),
+        "failed_requests": sum(level["failed_requests"] for level in levels.values()),
+        "concurrency": levels,
+    }
+
+
+def _level(load: ServedLoad, level: int, baseline: Sequence[Requests], candidate: Sequence[Requests]) -> Section:
+    return {
+        "load": {"concurrency": level, "requests": load.requests(level)},
+        "warmup": load.warmup,
+        "repeats": load.repeats,
+        "order": interleaving(load.repeats),
+        "failed_requests": sum(repeat.failed for repeat in chain(baseline, candidate)),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        **ratios(baseline, candidate, METRICS),
+    }
+
+
+def _side(repeats: Sequence[Requests]) -> Section:
+    """Percentiles over all requests that succeeded; rates over all repeats together."""
+    requests = [request for repeat in repeats for request in repeat.succeeded]
+    whole = Requests(
+        concurrency=repeats[0].concurrency,
+        succeeded=tuple(requests),
+        errors=(),
+        duration_s=sum(repeat.duration_s for repeat in repeats),
+        goodput_requests_per_s=sum(repeat.goodput_requests_per_s * repeat.duration_s for repeat in repeats)
+        / sum(repeat.duration_s for repeat in repeats),
+        threads=repeats[0].threads,
+    ).metrics()
+    rates = ("decode_tokens_per_s", "prefill_tokens_per_s", "output_tokens_per_s", "goodput_requests_per_s")
+    return {
+        "ttft_ms": percentiles([request.ttft_ms for request in requests]),
+        "tpot_ms": percentiles([request.tpot_ms for request in requests]),
+        "itl_ms": percentiles([step for request in requests for step in request.itl_ms]),
+        "e2e_ms": percentiles([request.e2e_ms for request in requests]),
+        **{name: whole[name] for name in rates},
+    }
+
+
+def memory_section(baseline: Footprint, candidate: Footprint) -> Section:
+    """`memory.vllm`. KV-cache bytes per token are as served: the memory asked for over the tokens that it holds."""
+    before, after = _peak(baseline), _peak(candidate)
+    return {
+        "baseline": _memory(baseline),
+        "candidate": _memory(candidate),
+        "peak_bytes": {"baseline": before, "candidate": after},
+        "kv_tokens": {"baseline": baseline.kv_cache.tokens, "candidate": candidate.kv_cache.tokens},
+    }
+
+
+def _memory(side: Footprint) -> Section:
+    return {
+        "peak_bytes_load": side.peak_bytes_load,
+        "peak_bytes_run": side.peak_bytes_run,
+        "weight_bytes": side.weight_bytes,
+        "kv_bytes_per_token": side.kv_cache_bytes / side.kv_cache.tokens,
+        "kv_tokens": side.kv_cache.tokens,
+    }
+
+
+def _peak(side: Footprint) -> int | None:
+    return None if side.peak_bytes_run is None else max(side.peak_bytes_load or 0, side.peak_bytes_run)

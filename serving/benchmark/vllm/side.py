@@ -1,0 +1,70 @@
+"""One model on its server, and what the machine says of the server's processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from numprune.export.checkpoint import weight_bytes
+from numprune.serving.benchmark.contention import SideContention
+from numprune.serving.benchmark.scheduler import ThreadTimes, cpu_seconds, family, thread_times
+from numprune.serving.benchmark.vllm.load import ServedLoad
+from numprune.serving.benchmark.vllm.metrics import read_kv_cache
+from numprune.serving.benchmark.vllm.requests import Requests
+from numprune.serving.benchmark.vllm.sections import Footprint
+from numprune.serving.vllm.server import Server
+
+
+@dataclass
+class Side:
+    """`processes` are the server's, which starts no more once it is ready; repeats are by concurrency."""
+
+    name: str
+    folder: Path
+    server: Server
+    processes: Sequence[int]
+    peak_bytes_load: int | None  # None on a GPU
+    warmup: dict[int, list[Requests]] = field(default_factory=dict)
+    repeats: dict[int, list[Requests]] = field(default_factory=dict)
+    idle_s: float = 0.0  # CPU time that it took while others were measured
+    others_s: float = 0.0  # how long they were
+
+    def threads(self) -> ThreadTimes:
+        times = [thread_times(pid) for pid in self.processes]
+        return ThreadTimes(sum(found.ran_s for found in times), sum(found.waited_s for found in times))
+
+    def cpu_seconds(self) -> float:
+        return sum(cpu_seconds(pid) for pid in self.processes)
+
+    def footprint(self, load: ServedLoad) -> Footprint:
+        return Footprint(
+            weight_bytes=weight_bytes(self.folder),
+            kv_cache=read_kv_cache(self.server.url),
+            kv_cache_bytes=load.kv_cache_bytes,
+            peak_bytes_load=self.peak_bytes_load,
+            peak_bytes_run=None if self.peak_bytes_load is None else _peak_bytes(self.processes),
+        )
+
+    def contention(self) -> SideContention:
+        """Over all measured repeats."""
+        threads = [repeat.threads for repeats in self.repeats.values() for repeat in repeats]
+        ran, waited = sum(found.ran_s for found in threads), sum(found.waited_s for found in threads)
+        return SideContention(
+            waited_share=waited / (ran + waited) if ran + waited > 0 else None, idle_cpus=self.idle_s / self.others_s
+        )
+
+
+def side_of(name: str, folder: Path, server: Server, *, on_gpu: bool) -> Side:
+    """Of a server that is ready."""
+    processes = family(server.pid)
+    return Side(name, folder, server, processes, None if on_gpu else _peak_bytes(processes))
+
+
+def _peak_bytes(processes: Sequence[int]) -> int:
+    """The kernel's high-water marks of resident memory, summed: what the processes share counts in each of them."""
+    total = 0
+    for pid in processes:
+        marks = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+        total += int(marks[0].split()[1]) * 1024 if marks else psutil.Process(pid).memory_info().rss
+    return total

@@ -1,0 +1,95 @@
+"""Two real vLLM servers under `vllm bench serve`."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from numprune.errors import MissingRuntime
+from numprune.serving.benchmark.vllm import ServedLoad, run_served
+from numprune.serving.benchmark.vllm.client import start_bench
+from numprune.serving.benchmark.vllm.side import side_of
+from numprune.serving.report import Environment as Machine
+from numprune.serving.report import RuntimeMemory, RuntimeSpeed
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import Environment
+from numprune.serving.vllm.process import tagged
+from numprune.serving.vllm.server import ServerError, serving
+
+pytestmark = pytest.mark.vllm
+
+LOAD = ServedLoad(prompts=1, prompt_length=8, output_length=4, concurrency=(1, 2), repeats=4, kv_cache_mib=8)
+
+
+@pytest.fixture
+def vllm() -> Environment:
+    try:
+        return environment.find()
+    except MissingRuntime as error:
+        if environment.VARIABLE in os.environ:
+            raise
+        pytest.skip(str(error))
+
+
+def servers() -> list[psutil.Process]:
+    return [process for process, _ in tagged("server-")]
+
+
+def test_a_candidate_beside_its_baseline_as_they_are_served(
+    vllm: Environment, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    # vLLM's CPU kernels want heads of 32 and more.
+    baseline = tiny_checkpoint(name="dense", head_dim=32)
+    candidate = tiny_checkpoint(name="pruned", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+
+    found = run_served({"candidate": candidate}, baseline, vllm, LOAD)["candidate"]
+
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    speed = RuntimeSpeed.model_validate(found["speed"])
+    assert list(speed.concurrency) == ["1", "2"]
+    assert speed.runtime["vllm"] == vllm.version
+    for level, requests in (("1", 4), ("2", 8)):
+        figures = speed.concurrency[level]
+        assert (figures.order, figures.failed_requests) == ("ABBAABBA", 0)
+        for side in (figures.baseline, figures.candidate):
+            assert side.ttft_ms.samples == side.tpot_ms.samples == side.e2e_ms.samples == requests
+            assert side.itl_ms.samples <= requests * 3
+            assert side.ttft_ms.p50 is None or side.e2e_ms.p50 > side.ttft_ms.p50 > 0
+            assert side.output_tokens_per_s > 0
+        for metric in (figures.ttft, figures.e2e, figures.output_tokens_per_s):
+            assert metric.ratio.samples == 4
+        assert figures.noise_floor["ttft"].neighbours == 1
+
+    memory = RuntimeMemory.model_validate(found["memory"])
+    # Half the KV heads, so twice the tokens in the same memory.
+    assert memory.kv_tokens.ratio == pytest.approx(2.0, rel=0.02)
+    assert memory.baseline.kv_bytes_per_token == pytest.approx(2 * 2 * 2 * 32 * 4, rel=0.02)
+    assert memory.candidate.weight_bytes < memory.baseline.weight_bytes
+    assert memory.baseline.peak_bytes_run >= memory.baseline.peak_bytes_load > 100 << 20
+
+    machine = Machine.model_validate(found["environment"])
+    assert machine.valid == (not machine.reasons)
+    assert len(found["samples"]["baseline"]["repeats"]["2"]) == 4
+    assert servers() == []
+
+
+def test_a_server_that_dies_ends_the_benchmark(vllm: Environment, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(head_dim=32)
+    options = ["--enforce-eager", "--max-model-len", str(LOAD.positions), "--kv-cache-memory-bytes", str(8 << 20)]
+    with (
+        start_bench(vllm, folder, LOAD) as bench,
+        serving(vllm, folder, name="dense", options=options) as server,
+    ):
+        side = side_of("dense", folder, server, on_gpu=False)
+        before = bench.run(side, 2)
+        assert (before.failed, len(before.succeeded)) == (0, 2)
+        assert before.threads.ran_s > 0
+
+        for pid in side.processes:
+            psutil.Process(pid).kill()
+        with pytest.raises(ServerError, match="dense: vLLM was ended by SIGKILL"):
+            bench.run(side, 2)
+    assert servers() == []
