@@ -94,6 +94,7 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
         "args": _literal(
             *("--model", f"{_CONTENT}/checkpoint", "--served-model-name", release.name),
             *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104 - inside the pod
+            *("--dtype", release.dtype),  # vLLM's own choice would halve float32
             *split,
             *release.options,
             *target.options,

@@ -1,7 +1,7 @@
 """What a manifest has to know of a release; its weights stay where they are."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,7 @@ from numprune.serving.registry.releases import CHECKPOINT, reading
 _KIND = "vllm"  # of a checkpoint that was exported for vLLM
 _MANIFEST = f"{CHECKPOINT}/{manifest.FILE_NAME}"
 _CONFIG = f"{CHECKPOINT}/config.json"
-_PER_LAYER = "numprune_"  # model types that need our plug-in
+_Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Facts(BaseModel):
@@ -23,6 +23,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     needs: list[str] = []
+    plugin: bool = False
     tensor_parallel: Annotated[list[int], Field(min_length=1)]
     cpu: bool
 
@@ -30,7 +31,7 @@ class _Facts(BaseModel):
 class _Config(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    model_type: str
+    dtype: _Dtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ServedRelease:
         name, version, digest: which one; the digest is its manifest's, and so of every byte in it.
         run: of the report that it passed with.
         size_bytes, weight_bytes: of all its files, and of the tensors that vLLM loads.
+        dtype: of the weights as they are stored, and so in which the release was measured.
         options: of vLLM, without which it does not load the checkpoint.
         plugin: vLLM needs our plug-in, because its layers differ in size.
         tensor_parallel: numbers of GPUs that its heads and widths can be split over.
@@ -53,6 +55,7 @@ class ServedRelease:
     run: str
     size_bytes: int
     weight_bytes: int
+    dtype: str
     options: tuple[str, ...]
     plugin: bool
     tensor_parallel: tuple[int, ...]
@@ -77,7 +80,7 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
         )
     try:
         facts = _Facts.model_validate(dict(exported.facts))
-        model_type = _Config.model_validate_json(config).model_type
+        dtype = _Config.model_validate_json(config).dtype
     except ValidationError as error:
         raise IntegrityError(f"{version.reference}, {_MANIFEST} and {_CONFIG}: {problems(error)}") from None
     return ServedRelease(
@@ -87,8 +90,9 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
         run=version.tags.get("numprune.run", ""),
         size_bytes=sum(entry.size for entry in whole.files.values()),
         weight_bytes=sum(entry.size for name, entry in exported.files.items() if name.endswith(".safetensors")),
+        dtype=dtype,
         options=tuple(facts.needs),
-        plugin=model_type.startswith(_PER_LAYER),
+        plugin=facts.plugin,
         tensor_parallel=tuple(facts.tensor_parallel),
         cpu=facts.cpu,
     )

@@ -21,7 +21,7 @@ _IMAGE = re.compile(
 _NAME_LIMIT = 53  # KServe makes NAME-predictor of it, which is a label, too
 # What the manifest sets itself; what would run code that came with a model, or write a secret into a manifest.
 _RESERVED = (
-    *("--model", "--served-model-name", "--host", "--port", "--tensor-parallel-size"),
+    *("--model", "--served-model-name", "--host", "--port", "--dtype", "--tensor-parallel-size"),
     *("--trust-remote-code", "--api-key", "--config"),
 )
 

@@ -37,6 +37,7 @@ RELEASE = ServedRelease(
     run="my-model-20261121T000000Z",
     size_bytes=3 << 30,
     weight_bytes=2 << 30,
+    dtype="bfloat16",
     options=(),
     plugin=False,
     tensor_parallel=(1, 2),
@@ -183,6 +184,7 @@ def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None
         *("--uri", "https://mlflow.example/team", "--workspace", "/tmp/numprune"),
     ]
     assert server["args"][:4] == ["--model", "/release/content/checkpoint", "--served-model-name", "my-model"]
+    assert server["args"][-2:] == ["--dtype", "bfloat16"]
     assert {"name": "release", "mountPath": "/release", "readOnly": True} in server["volumeMounts"]
     assert spec["volumes"][0]["emptyDir"]["sizeLimit"] == "3290Mi"
     for metadata in (workload["metadata"], workload["spec"]["template"]["metadata"]):
@@ -348,13 +350,14 @@ def test_a_release_is_read_from_the_registry(
     assert (release.reference, release.digest) == ("served/1", whole.digest)
     assert release.weight_bytes == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert release.size_bytes > release.weight_bytes
+    assert release.dtype == "float32"
     assert release.cpu
     assert not release.plugin
     assert release.tensor_parallel == (1, 2, 4)
 
     weights = next((tmp_path / "workspace" / "registry").rglob("checkpoint/config.json"))
     config = json.loads(weights.read_text())
-    weights.write_text(json.dumps({**config, "model_type": "numprune_llama"}))
+    weights.write_text(json.dumps({**config, "dtype": "float16"}))
     with pytest.raises(IntegrityError, match=r"config\.json: not the file that was published"):
         read_release(registry, "served@candidate")
 

@@ -66,28 +66,35 @@ def run_served(
     folders = {BASELINE: baseline, **candidates}
     if BASELINE in candidates or not candidates:
         raise ValueError(f"candidates need names of their own, got {list(candidates)}")
-    needs = _check(folders, load)
+    configs = _check(folders, load)
+    dtypes = {name: str(config.dtype or "float32").removeprefix("torch.") for name, config in configs.items()}
     common = [*_common_options(environment, load, len(folders)), *options]
     with ExitStack() as stack:
         bench = stack.enter_context(start_bench(environment, baseline, load))
         sides = []
         for name, folder in folders.items():
             server = serving(
-                environment, folder, name=name, options=[*needs[name], *common], startup_timeout_s=startup_timeout_s
+                environment,
+                folder,
+                name=name,
+                options=[*_needs(folder, configs[name]), *common],
+                dtype=dtypes[name],  # as it is stored: vLLM would halve float32
+                startup_timeout_s=startup_timeout_s,
             )
             sides.append(side_of(name, folder, stack.enter_context(server), on_gpu=not environment.cpu))
         description = {
             "vllm": environment.version,
             "plugin": environment.plugin,
             "device": "cpu" if environment.cpu else "cuda",
+            "dtype": dtypes,
             "options": common,
         }
         return _measure(bench, sides, description)
 
 
-def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, list[str]]:
-    """Options that each checkpoint needs. Raises as `run_served`."""
-    configs = {}
+def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, Any]:
+    """The configuration of each checkpoint. Raises as `run_served`."""
+    configs: dict[str, Any] = {}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InputError(f"{name} {str(folder)!r} is not a folder; give a checkpoint")
@@ -104,17 +111,16 @@ def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, list[str]
                 f"the vocabulary of the baseline has {configs[BASELINE].vocab_size} tokens, that of {name} "
                 f"{configs[name].vocab_size}: the same prompts do not fit both"
             )
-    return {
-        # A checkpoint with a manifest names them there, where the server looks.
-        name: [] if (folder / manifest.FILE_NAME).is_file() else [*map(str, _needs(configs[name]))]
-        for name, folder in folders.items()
-    }
+    return configs
 
 
-def _needs(config: Any) -> list[Any]:
-    found = vllm.preflight(config)["needs"]
-    assert isinstance(found, list)
-    return found
+def _needs(folder: Path, config: Any) -> list[str]:
+    """Options without which vLLM does not load it; the server finds them itself where there is a manifest."""
+    if (folder / manifest.FILE_NAME).is_file():
+        return []
+    needs = vllm.preflight(config)["needs"]
+    assert isinstance(needs, list)
+    return [str(option) for option in needs]
 
 
 def _common_options(environment: Environment, load: ServedLoad, servers: int) -> list[str]:
