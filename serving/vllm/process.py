@@ -124,4 +124,4 @@ def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
             for process in found:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-        psutil.wait_procs(found, timeout=_POLL_S)
+        time.sleep(_POLL_S)

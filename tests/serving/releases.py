@@ -1,0 +1,65 @@
+"""Releases as `optimize` makes them, of small random models, without pruning or measuring anything."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from numprune.export import manifest, vllm
+from numprune.flows.work import canary
+from numprune.serving import canary as canaries
+from numprune.serving import registry
+from numprune.serving.gates import Gate, Policy, judge
+from numprune.serving.registry import Version
+from numprune.serving.report import Report, markdown, write
+from tests.conftest import build_tiny, byte_tokenizer
+from tests.serving.conftest import COMPLETE
+
+# Sizes that vLLM's kernels for CPUs know.
+SERVED = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def write_checkpoint(folder: Path, seed: int = 0, **config: int) -> Path:
+    """A random Llama in float32 and a byte tokenizer."""
+    build_tiny("llama", seed, **{**SERVED, **config}).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_release(checkpoint: Path, folder: Path, change: Callable[[Path], object] = lambda _: None) -> Path:
+    """The folder of a release with a passed verdict.
+
+    Args:
+        folder: to be made.
+        change: spoils the exported checkpoint before its digests are taken; the reference stays that of a good one.
+    """
+    parts = folder.with_name(f"{folder.name} parts")
+    vllm.export(checkpoint, parts / "good")
+    good = manifest.read(parts / "good")
+    with manifest.creating(parts / "checkpoint", kind=good.kind, parents=good.parents, facts=good.facts) as partial:
+        shutil.copytree(parts / "good", partial, dirs_exist_ok=True)
+        (partial / manifest.FILE_NAME).unlink()
+        change(partial)
+    candidate = manifest.read(parts / "checkpoint").digest
+    data = copy.deepcopy(COMPLETE)
+    data["identity"] |= {"candidate": candidate, "exports": {}}
+    report = Report.model_validate(data)
+    policy = Policy(gates=(Gate(metric="sizes.parameters.ratio", bound="point", max=0.8),))
+    judged = report.judged(judge(report, policy))
+    with manifest.creating(folder, kind="release", parents={"checkpoint": candidate}) as release:
+        shutil.copytree(parts / "checkpoint", release / "checkpoint")
+        write(judged, release / "report.json")
+        (release / "report.md").write_text(markdown(judged))
+        canary.reference(parts / "good").write(release / canaries.REFERENCE)
+    return folder
+
+
+def publish(release: Path, workspace: Path, name: str, *, promote: bool = True) -> Version:
+    opened = registry.open_registry(None, workspace)
+    version = registry.publish(opened, release, name)
+    return registry.promote(opened, version.reference) if promote else version
+
+
+def stored(workspace: Path, version: Version) -> Path:
+    """Where the workspace's registry keeps the files of a version."""
+    return workspace / "registry" / "artifacts" / version.run_id / "artifacts" / "release"
