@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from numprune import modeling
 from numprune.anatomy import FAMILIES, PER_LAYER_PREFIX
+from numprune.export import vllm
 from tests.serving.vllm_plugin.engine import SIZES
 
 LAYERS = {
@@ -93,3 +94,27 @@ def test_layers_that_split_pass(ranks):
 def test_a_layer_that_does_not_split_is_refused_by_name(layer, ranks, fault):
     with pytest.raises(ValueError, match=rf"tensor_parallel_size={ranks} does not divide .*{fault}"):
         check_parallel([*SPLITS, layer], ranks)
+
+
+def splits(config, ranks):
+    try:
+        check_parallel(read_layers(config), ranks)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {},
+        {1: {"skip": ["attention"], "intermediate_size": 36}},
+        {1: {"num_attention_heads": 2, "num_key_value_heads": 1, "skip": ["mlp"]}, 2: {"intermediate_size": 40}},
+        {1: {"num_attention_heads": 6, "num_key_value_heads": 3}},
+    ],
+)
+def test_export_promises_the_splits_that_the_plug_in_accepts(layers):
+    fields = SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "per_layer_config": layers}
+    promised = vllm.preflight(modeling.NumpruneLlamaConfig(**fields))["tensor_parallel"]
+    config = ARCHITECTURES["NumpruneLlamaForCausalLM"](**fields)
+    assert promised == [ranks for ranks in (1, 2, 4, 8) if splits(config, ranks)]

@@ -1,0 +1,41 @@
+"""The distribution that is installed beside vLLM: small, alone, and lazy."""
+
+import configparser
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numprune_vllm
+
+from numprune import serving
+
+SOURCE = Path(serving.__file__).parent / "vllm_plugin"
+
+
+def test_its_wheel_holds_the_package_and_the_entry_point(tmp_path):
+    tree = shutil.copytree(SOURCE, tmp_path / "tree", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, tree]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("numprune_vllm-*.whl")
+    assert wheel.name.split("-")[1] == numprune_vllm.__version__
+    entry_points = configparser.ConfigParser()
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+        (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        entry_points.read_string(archive.read(points).decode())
+    assert sorted(names) == sorted(f"numprune_vllm/{file.name}" for file in SOURCE.glob("numprune_vllm/*.py"))
+    assert dict(entry_points["vllm.general_plugins"]) == {"numprune": "numprune_vllm:register"}
+
+
+def test_it_imports_nothing_until_it_is_called():
+    script = "import sys; before = set(sys.modules); import numprune_vllm; print(*set(sys.modules) - before)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(SOURCE)!r}); {script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["numprune_vllm"]
