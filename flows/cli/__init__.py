@@ -17,10 +17,10 @@ from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.flows import children
-from numprune.flows.cli import kubernetes, measure, model, optimize, registry, rollout, serve
+from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, rollout, serve
 from numprune.flows.cli.parser import Answer, build, parse
 
-COMMANDS = (optimize, model, measure, registry, serve, rollout, kubernetes)
+COMMANDS = (optimize, model, measure, registry, serve, rollout, canary, kubernetes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

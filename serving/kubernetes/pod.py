@@ -1,4 +1,7 @@
-"""The pod: an init container that fetches and verifies the release, and vLLM beside it, which never sees another."""
+"""The pod: an init container fetches and verifies the release, vLLM serves it, and a canary compares the live server.
+
+A pod is ready when all of its containers are, so one whose server does not compute what was released takes no traffic.
+"""
 
 from typing import Any
 
@@ -11,6 +14,7 @@ PORT = 8080  # KServe's own default
 _RELEASE = "/release"  # a volume; the release is the folder `content` in it, which appears there whole or not at all
 _CONTENT = f"{_RELEASE}/content"
 _TMP = "/tmp"  # noqa: S108 - in a container of its own
+_PASSED = f"{_TMP}/canary-passed"
 _USER = 1000
 _GIB = 1 << 30
 _MIB = 1 << 20
@@ -42,10 +46,11 @@ def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "initContainers": [_fetch(release, target)],
-        "containers": [_vllm(release, target, container)],
+        "containers": [_vllm(release, target, container), _canary(release, target)],
         "volumes": [
             {"name": "release", "emptyDir": {"sizeLimit": _mebibytes(release.size_bytes * 1.05 + 64 * _MIB)}},
-            {"name": "tmp", "emptyDir": {"sizeLimit": "16Gi"}},  # what vLLM compiles
+            {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},  # numprune's
+            {"name": "vllm", "emptyDir": {"sizeLimit": "16Gi"}},  # what it compiles
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
     }
@@ -69,6 +74,26 @@ def _fetch(release: ServedRelease, target: Target) -> Json:
         },
         "securityContext": _CONFINED,
         "volumeMounts": [{"name": "release", "mountPath": _RELEASE}, {"name": "tmp", "mountPath": _TMP}],
+    }
+
+
+def _canary(release: ServedRelease, target: Target) -> Json:
+    """It stays, idle, once the server has passed; else it ends, and is started again, ever more seldom."""
+    return {
+        "name": "canary",
+        "image": target.image,
+        "args": _literal(
+            *("canary", _CONTENT, "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
+            *("--startup-timeout", str(STARTUP_S), "--marker", _PASSED),
+        ),
+        "env": [{"name": "HOME", "value": _TMP}],
+        "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
+        "readinessProbe": {"exec": {"command": ["test", "-f", _PASSED]}, "periodSeconds": 5},
+        "securityContext": _CONFINED,
+        "volumeMounts": [
+            {"name": "release", "mountPath": _RELEASE, "readOnly": True},
+            {"name": "tmp", "mountPath": _TMP},
+        ],
     }
 
 
@@ -112,7 +137,7 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
         "securityContext": _CONFINED,
         "volumeMounts": [
             {"name": "release", "mountPath": _RELEASE, "readOnly": True},
-            {"name": "tmp", "mountPath": _TMP},
+            {"name": "vllm", "mountPath": _TMP},
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - through it vLLM's processes talk
         ],
     }

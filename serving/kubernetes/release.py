@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
+from numprune.serving import canary
 from numprune.serving.problems import problems
 from numprune.serving.registry import Registry
 from numprune.serving.registry.releases import CHECKPOINT, reading
@@ -69,9 +70,14 @@ class ServedRelease:
 def read_release(registry: Registry, reference: str) -> ServedRelease:
     """The release that a reference means now; a bare name means production. What is read of it is verified.
 
-    Raises InputError (no such version, or one that was not exported for vLLM), IntegrityError.
+    Raises InputError (no such version, one that was not exported for vLLM, or without a reference), IntegrityError.
     """
     with reading(registry, reference, [_MANIFEST, _CONFIG]) as (version, whole, folder):
+        if canary.REFERENCE not in whole.files:
+            raise InputError(
+                f"{version.reference}: made before releases carried a reference for servers ({canary.REFERENCE}); "
+                "make it again"
+            )
         exported = manifest.read(folder / CHECKPOINT)
         config = (folder / _CONFIG).read_bytes()
     if exported.kind != _KIND:

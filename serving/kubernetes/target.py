@@ -31,7 +31,7 @@ class Target:
     """Raises InputError naming every field that cannot be.
 
     Attributes:
-        image: numprune's own, which fetches and verifies the release.
+        image: numprune's own, which fetches and verifies the release, and compares the server with it.
         registry_uri: the MLflow server, as the cluster reaches it.
         namespace: of the cluster.
         name: of the Deployment and Service; without one the model's, when it can be one.

@@ -33,6 +33,7 @@ def workspace(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Path:
     policy = Policy(gates=(Gate(metric="sizes.parameters.ratio", bound="point", max=0.9),))
     with manifest.creating(tmp_path / "release", kind="release") as folder:
         shutil.copytree(tmp_path / "part", folder / "checkpoint")
+        (folder / "canary.json").write_text("{}")
         write(report.judged(judge(report, policy)), folder / "report.json")
     registry = registries.open_registry(None, tmp_path / "workspace")
     registries.publish(registry, tmp_path / "release", "served")

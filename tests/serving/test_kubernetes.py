@@ -178,7 +178,7 @@ def pod(documents: list[Json]) -> Json:
 def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None:
     workload, _ = deployment(RELEASE, TARGET)
     spec = workload["spec"]["template"]["spec"]
-    (fetch,), (server,) = spec["initContainers"], spec["containers"]
+    (fetch,), (server, _) = spec["initContainers"], spec["containers"]
     assert fetch["args"] == [
         *("registry", "fetch", "my-model/3", "/release/content", "--digest", RELEASE.digest),
         *("--uri", "https://mlflow.example/team", "--workspace", "/tmp/numprune"),
@@ -206,35 +206,46 @@ def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
 
 
 def test_vllm_is_asked_for_its_health() -> None:
-    (server,) = pod(deployment(RELEASE, TARGET))["containers"]
+    server, _ = pod(deployment(RELEASE, TARGET))["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server[probe]["httpGet"] == {"path": "/health", "port": 8080}
     assert server["ports"][0]["containerPort"] == 8080
     assert server["args"][server["args"].index("--port") + 1] == "8080"
 
 
+def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> None:
+    server, canary = pod(deployment(RELEASE, TARGET))["containers"]
+    assert canary["image"] == TARGET.image
+    assert canary["args"][:4] == ["canary", "/release/content", "--url", "http://127.0.0.1:8080"]
+    assert canary["args"][canary["args"].index("--dtype") + 1] == server["args"][-1] == "bfloat16"
+    marker = canary["args"][canary["args"].index("--marker") + 1]
+    assert canary["readinessProbe"]["exec"]["command"] == ["test", "-f", marker]
+    mounts = {mount["name"] for mount in server["volumeMounts"]}
+    assert "tmp" not in mounts  # where the marker is
+
+
 def test_gpus_and_what_the_release_needs() -> None:
     release, target = VARIANTS["two GPUs"]
-    (server,) = pod(deployment(release, target))["containers"]
+    server, _ = pod(deployment(release, target))["containers"]
     assert server["resources"]["limits"] == {"memory": "40Gi", "nvidia.com/gpu": 2}
     assert server["args"][-2:] == ["--tensor-parallel-size", "2"]
     (fetch,) = pod(deployment(release, target))["initContainers"]
     assert fetch["envFrom"] == [{"secretRef": {"name": "mlflow.token"}}]
 
     release, target = VARIANTS["plug-in"]
-    (server,) = pod(deployment(release, target))["containers"]
+    server, _ = pod(deployment(release, target))["containers"]
     assert server["args"][-3:] == ["--model-impl", "vllm", "--max-model-len=4096"]
     assert {"name": "VLLM_PLUGINS", "value": "numprune"} in server["env"]
     assert server["image"] == target.vllm_image
 
     release, target = VARIANTS["CPUs"]
-    (server,) = pod(deployment(release, target))["containers"]
+    server, _ = pod(deployment(release, target))["containers"]
     assert "nvidia.com/gpu" not in server["resources"]["limits"]
     assert not any(variable["name"] == "VLLM_PLUGINS" for variable in server["env"])
 
 
 def test_kubernetes_puts_nothing_in_the_place_of_an_option() -> None:
-    (server,) = pod(deployment(RELEASE, changed(options=("--chat-template=$(HOME)/x",))))["containers"]
+    server, _ = pod(deployment(RELEASE, changed(options=("--chat-template=$(HOME)/x",))))["containers"]
     assert server["args"][-1] == "--chat-template=$$(HOME)/x"
 
 
@@ -319,13 +330,15 @@ def test_what_cannot_run_is_refused(release: Json, target: Json, said: str) -> N
 def publish(tmp_path: Path, report_json: Json) -> Callable[..., registries.Registry]:
     """`publish(checkpoint_folder)` publishes a release with it as `served`."""
 
-    def make(checkpoint: Path) -> registries.Registry:
+    def make(checkpoint: Path, canary: bool = True) -> registries.Registry:
         part = manifest.read(checkpoint)
         identity = {**report_json["identity"], "candidate": part.digest, "exports": {}}
         report = Report.model_validate({**report_json, "identity": identity})
         judged = report.judged(judge(report, Policy(gates=(Gate(metric="quality.tokens", bound="point", min=1),))))
         with manifest.creating(tmp_path / "release", kind="release", parents={"checkpoint": part.digest}) as folder:
             shutil.copytree(checkpoint, folder / "checkpoint")
+            if canary:
+                (folder / "canary.json").write_text("{}")
             write(judged, folder / "report.json")
             (folder / "report.md").write_text(markdown(judged))
         registry = registries.open_registry(None, tmp_path / "workspace")
@@ -369,6 +382,14 @@ def test_a_release_that_was_not_exported_for_vllm_is_refused(
         shutil.copytree(tiny_checkpoint(), folder, dirs_exist_ok=True)
     with pytest.raises(InputError, match="not exported for vLLM"):
         read_release(publish(tmp_path / "plain"), "served@candidate")
+
+
+def test_a_release_without_a_reference_for_its_server_is_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+) -> None:
+    vllm.export(tiny_checkpoint(), tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=r"canary\.json"):
+        read_release(publish(tmp_path / "checkpoint", canary=False), "served@candidate")
 
 
 def test_fetching_by_digest_can_be_repeated_and_takes_nothing_else(

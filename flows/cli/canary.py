@@ -1,0 +1,71 @@
+"""numprune canary: a server that runs somewhere already, against the reference of its release."""
+
+import argparse
+import logging
+import signal
+import time
+from pathlib import Path
+
+from numprune.errors import NumpruneError
+from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "canary",
+        canary,
+        "compare a running server with the reference of its release",
+        "numprune canary ./release --url http://127.0.0.1:8000 --dtype bfloat16",
+    )
+    parser.add_argument("release", metavar="RELEASE", type=Path, help="a folder as registry fetch writes it")
+    parser.add_argument("--url", required=True, help="of the server, without /v1")
+    parser.add_argument("--dtype", default="bfloat16", help="in which it computes (default: %(default)s)")
+    parser.add_argument(
+        "--startup-timeout", type=at_least(0), default=0, metavar="S", help="wait so long for it to be healthy"
+    )
+    parser.add_argument(
+        "--marker", type=Path, metavar="FILE", help="write this file when it has passed, then stay until SIGTERM"
+    )
+
+
+def canary(args: argparse.Namespace) -> Answer:
+    from numprune.serving import canary as canaries
+
+    reference = canaries.read(args.release / canaries.REFERENCE)
+    if args.marker:
+        args.marker.unlink(missing_ok=True)  # of an earlier server
+    _wait(args.url, args.startup_timeout)
+    found = canaries.check(args.url, reference, args.dtype)
+    text = (
+        f"{args.url}: passed in {found['dtype']}, worst difference of a log-probability {found['worst']['error']:.2g} "
+        f"nats (limit {found['tolerance']:g}), {found['greedy_match']:.0%} of greedy tokens"
+    )
+    if args.marker:
+        logger.info("%s", text)
+        args.marker.touch()
+        signal.pause()
+    return Answer(found, text)
+
+
+def _wait(url: str, timeout_s: float) -> None:
+    """Until /health says so. Raises NumpruneError when it does not in time."""
+    import httpx
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            said = str(httpx.get(f"{url}/health", timeout=5.0).status_code)
+            if said == str(httpx.codes.OK.value):
+                return
+        except httpx.HTTPError as error:
+            said = str(error) or type(error).__name__
+        except httpx.InvalidURL as error:
+            raise NumpruneError(f"--url {url!r}: {error}") from None
+        if time.monotonic() >= deadline:
+            raise NumpruneError(f"{url}: not healthy after {timeout_s:g} s ({said})")
+        time.sleep(_POLL_S)

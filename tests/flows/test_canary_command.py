@@ -1,0 +1,27 @@
+"""numprune canary: what it says before there is a server; the rest is in the tests with a real one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.flows.cli import main
+from numprune.flows.work.canary import reference
+from numprune.serving.vllm.server import free_port
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "http://[", "no url"])
+def test_a_server_that_is_not_there_leaves_no_marker(
+    url: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference(tiny_checkpoint()).write(tmp_path / "canary.json")
+    marker = tmp_path / "passed"
+    marker.touch()
+    assert main(["canary", str(tmp_path), "--url", url.format(port=free_port()), "--marker", str(marker)]) == 1
+    assert url.split("{")[0] in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_a_release_without_a_reference_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["canary", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 1
+    assert "canary.json: missing" in capsys.readouterr().err
