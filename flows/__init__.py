@@ -4,3 +4,14 @@
 `children` gives a step a process of its own; `work` holds the steps' bodies, a few calls each into the other packages;
 `optimize` strings them together as a flow; `cli` is the command line. Nothing else of ours imports this package.
 """
+
+import os
+
+for _name, _value in {  # read by Prefect when it is imported; none of these overrules what the user set
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "numprune",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "DO_NOT_TRACK": "1",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,9 +1,11 @@
 """What deploying asks of the registry, which brings MLflow and the tensor libraries along."""
 
 from pathlib import Path
+from typing import Any
 
 from numprune.errors import IntegrityError
-from numprune.serving import deployment, registry
+from numprune.flows import summary
+from numprune.serving import deployment, registry, report
 from numprune.serving.deployment import Deployment
 
 
@@ -26,3 +28,43 @@ def move_back(workspace: Path, uri: str | None, reference: str) -> None:
     if before != reference:
         raise IntegrityError(f"{name}: somebody moved production meanwhile: before it is {before}, not {reference}")
     registry.rollback(opened, name)
+
+
+def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
+    """What a person needs to decide on a version, every file of which is verified; a bare name means its candidate.
+
+    Raises InputError, IntegrityError.
+    """
+    opened = registry.open_registry(uri, workspace)
+    wanted = reference if "@" in reference or "/" in reference else f"{reference}@{registry.CANDIDATE}"
+    version = registry.verify(opened, wanted)
+    shown = registry.show(opened, version.reference)
+    lines = [f"{version.reference}: {version.verdict}", *summary.of_report(shown.report)]
+    return {
+        "reference": version.reference,
+        "name": version.name,
+        "digest": version.digest,
+        "summary": "\n".join(lines),
+        "page": report.markdown(shown.report),
+    }
+
+
+def promote(workspace: Path, uri: str | None, reference: str, digest: str) -> str | None:
+    """Put a version of this digest into production; the reference of what was there before.
+
+    Raises InputError, IntegrityError (damaged, another digest, or its verdict is not `pass`).
+    """
+    opened = registry.open_registry(uri, workspace)
+    name = registry.parse(reference).name
+    before = [one.reference for one in registry.list_versions(opened, name) if registry.PRODUCTION in one.aliases]
+    version = registry.verify(opened, reference)
+    if version.digest != digest:
+        raise IntegrityError(f"{reference}: has the digest {version.digest}, but {digest} was approved")
+    registry.promote(opened, reference)
+    return before[0] if before else None
+
+
+def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
+    """Undo `promote`, which returned `previous`."""
+    if previous != reference:
+        registry.take_back(registry.open_registry(uri, workspace), reference)

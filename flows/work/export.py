@@ -5,8 +5,8 @@ from typing import Any
 
 from numprune.errors import InputError
 from numprune.export import manifest, parity, temporary
-from numprune.flows.names import RUNTIMES
 from numprune.flows.bundle import folder_name
+from numprune.flows.names import RUNTIMES
 
 
 def export(source: Path, out: Path, target: str, **options: Any) -> manifest.Manifest:

@@ -13,7 +13,7 @@ in the version's tags and is checked on every use.
 
 from numprune.serving.registry.connection import Registry, open_registry
 from numprune.serving.registry.errors import RefusedReleaseError, RegistryError
-from numprune.serving.registry.production import before_production, promote, rollback
+from numprune.serving.registry.production import before_production, promote, rollback, take_back
 from numprune.serving.registry.publishing import publish
 from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, parse
 from numprune.serving.registry.releases import Shown, fetch, show, verify
@@ -39,5 +39,6 @@ __all__ = [
     "publish",
     "rollback",
     "show",
+    "take_back",
     "verify",
 ]

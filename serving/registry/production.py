@@ -52,17 +52,38 @@ def rollback(registry: Registry, name: str) -> Version:
     production stays where it is).
     """
     with registry.exclusive():
-        history = _history_to_leave(registry, name)
-        version = resolve(registry, Reference(name, None, history[-2]))
-        _require_passed(registry, version)
-        _move(registry, name, history, history[:-1])
-        return resolve(registry, Reference(name, PRODUCTION, None))
+        return _roll_back(registry, name)
+
+
+def take_back(registry: Registry, reference: str) -> Version | None:
+    """Undo the promotion of a version: `production` stands where it stood before it, or nowhere when that was nowhere.
+
+    Raises InputError, IntegrityError (production is another version by now, or the version before is damaged).
+    """
+    with registry.exclusive():
+        version = resolve(registry, parse(reference))
+        history = _recover(registry, version.name)
+        if _current(registry, version.name) != version.version:
+            raise IntegrityError(f"{version.reference}: not in production any more; somebody moved it meanwhile")
+        if len(history) > 1:
+            return _roll_back(registry, version.name)
+        registry.client.delete_registered_model_alias(version.name, PRODUCTION)
+        _write(registry, version.name, _Journal(history=[]))
+        return None
 
 
 def before_production(registry: Registry, name: str) -> Version:
     """The version that `rollback` would put into production; it is not verified here. Raises InputError."""
     with registry.exclusive():
         return resolve(registry, Reference(name, None, _history_to_leave(registry, name)[-2]))
+
+
+def _roll_back(registry: Registry, name: str) -> Version:
+    history = _history_to_leave(registry, name)
+    version = resolve(registry, Reference(name, None, history[-2]))
+    _require_passed(registry, version)
+    _move(registry, name, history, history[:-1])
+    return resolve(registry, Reference(name, PRODUCTION, None))
 
 
 def _history_to_leave(registry: Registry, name: str) -> list[int]:

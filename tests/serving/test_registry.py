@@ -478,6 +478,24 @@ def test_promotion_and_rollback_walk_the_history(registry: Registry, make_releas
     assert registries.rollback(registry, NAME).version == 1
 
 
+def test_a_promotion_taken_back_leaves_no_trace(registry: Registry, make_release: MakeRelease) -> None:
+    for content in "ab":
+        registries.publish(registry, make_release(content), NAME)
+    registries.promote(registry, f"{NAME}/1")
+    with pytest.raises(IntegrityError, match="tiny-llama/2: not in production any more"):
+        registries.take_back(registry, f"{NAME}/2")
+    assert registries.take_back(registry, f"{NAME}/1") is None  # nothing was before
+    with pytest.raises(InputError, match=r"nothing is in production; .*were: none"):
+        registries.rollback(registry, NAME)
+    registries.promote(registry, f"{NAME}/1")
+    registries.promote(registry, f"{NAME}/2")
+    taken_back = registries.take_back(registry, f"{NAME}/2")
+    assert taken_back is not None
+    assert taken_back.version == 1
+    with pytest.raises(InputError, match="no version was in production before"):
+        registries.rollback(registry, NAME)
+
+
 def test_moves_made_in_mlflow_are_part_of_the_history(registry: Registry, make_release: MakeRelease) -> None:
     for content in "abc":
         registries.publish(registry, make_release(content), NAME)
