@@ -33,6 +33,8 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",  # a release is a local folder with all that is needed
 }
+# vLLM compiles the function behind `logprobs` even then: the first request that asks for them, ours, would wait for it.
+_EAGER = {"TORCH_COMPILE_DISABLE": "1"}
 
 
 class ServerError(NumpruneError):
@@ -174,7 +176,8 @@ def start(
         *_needs(checkpoint),
         *options,
     ]
-    variables = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
+    defaults = {**_ENVIRONMENT, **(_EAGER if "--enforce-eager" in options else {})}
+    variables = {key: value for key, value in defaults.items() if key not in os.environ}
     running = process.start(command, tag=tag, log=log, detached=detached, env={**variables, **(env or {})})
     logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
     return Server(f"http://{reachable(host)}:{port}", name, running)

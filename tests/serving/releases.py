@@ -1,10 +1,14 @@
 """Releases as `optimize` makes them, of small random models, without pruning or measuring anything."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from numprune.errors import MissingRuntime
 from numprune.export import manifest, vllm
 from numprune.flows.work import canary
 from numprune.serving import canary as canaries
@@ -12,8 +16,13 @@ from numprune.serving import registry
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.registry import Version
 from numprune.serving.report import Report, markdown, write
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import Environment
 from tests.conftest import build_tiny, byte_tokenizer
 from tests.serving.conftest import COMPLETE
+
+# Short contexts, little memory and no compilation: a server starts in the time that its imports take.
+SMALL = ("--enforce-eager", "--max-model-len", "128", "--kv-cache-memory-bytes", str(16 << 20))
 
 # Sizes that vLLM's kernels for CPUs know.
 SERVED = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -63,3 +72,13 @@ def publish(release: Path, workspace: Path, name: str, *, promote: bool = True) 
 def stored(workspace: Path, version: Version) -> Path:
     """Where the workspace's registry keeps the files of a version."""
     return workspace / "registry" / "artifacts" / version.run_id / "artifacts" / "release"
+
+
+def require_vllm() -> Environment:
+    """vLLM's environment; the test is skipped where none is meant to be."""
+    try:
+        return environment.find()
+    except MissingRuntime as error:
+        if environment.VARIABLE in os.environ:
+            raise
+        pytest.skip(str(error))

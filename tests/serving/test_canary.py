@@ -1,0 +1,108 @@
+"""The canary's reference; what a live server is found to do differently is in test_vllm_server.py."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export.checkpoint import load
+from numprune.flows.cli.serve import DTYPES
+from numprune.flows.work import canary as making
+from numprune.serving import canary
+from numprune.serving.canary import MINIMUM_STEPS, TOLERANCES, Reference
+from tests.conftest import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.conftest import build_tiny
+
+    folder = tmp_path_factory.mktemp("canary") / "model"
+    build_tiny().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return making.reference(folder)
+
+
+@torch.inference_mode()
+def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, reference: Reference) -> None:
+    model, _ = load(folder)
+    assert len({len(prompt.tokens) for prompt in reference.prompts}) == len(reference.prompts)  # a ragged batch
+    for prompt in reference.prompts:
+        sequence = torch.tensor([prompt.tokens])
+        logprobs = model(sequence).logits[0].log_softmax(-1)
+        given = [float(logprobs[i, token]) for i, token in enumerate(prompt.tokens[1:])]
+        assert prompt.logprobs == pytest.approx(given, abs=1e-4)
+        made = model.generate(sequence, max_new_tokens=MINIMUM_STEPS, min_new_tokens=MINIMUM_STEPS, do_sample=False)
+        assert prompt.greedy == made[0, len(prompt.tokens) :].tolist()
+        whole = model(made).logits[0].log_softmax(-1)[len(prompt.tokens) - 1 : -1]
+        best = whole.topk(2, -1).values
+        assert prompt.greedy_logprobs == pytest.approx(best[:, 0].tolist(), abs=1e-4)
+        assert prompt.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
+
+
+def test_the_texts_fix_the_tokenizer(reference: Reference) -> None:
+    tokenizer = byte_tokenizer()
+    for text in reference.texts:
+        assert tokenizer.decode(text.tokens) == text.text
+    characters = set("".join(text.text for text in reference.texts))
+    assert any(ord(character) > 0xFFFF for character in characters)
+    assert {"\n", "5", "ż"} <= characters
+
+
+def test_a_short_context_gives_short_prompts_and_one_without_room_is_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    made = making.reference(tiny_checkpoint(name="short", max_position_embeddings=48))
+    assert made.length == 47  # vLLM takes one token more than it is given
+    with pytest.raises(InputError, match="its context of 33 tokens cannot hold the 32 greedy tokens"):
+        making.reference(tiny_checkpoint(name="none", max_position_embeddings=33))
+
+
+def test_written_and_read_it_is_the_same(tmp_path: Path, reference: Reference) -> None:
+    reference.write(tmp_path / "canary.json")
+    assert canary.read(tmp_path / "canary.json") == reference
+
+
+Change = Callable[[dict[str, Any]], object]
+DAMAGES: dict[str, tuple[Change, str]] = {
+    "no prompts": (lambda data: data.update(prompts=[]), "prompts"),
+    "fewer greedy tokens": (lambda data: data["prompts"][0]["greedy"].pop(), r"prompts\.0"),
+    "no logprobs": (lambda data: data["prompts"][0].update(logprobs=[]), "logprobs must have a value"),
+    "not a number": (lambda data: data["prompts"][0]["logprobs"].__setitem__(0, float("nan")), "logprobs"),
+    "a probability over one": (lambda data: data["prompts"][1]["logprobs"].__setitem__(0, 0.5), "logprobs"),
+    "unknown field": (lambda data: data.update(tolerance=9), "tolerance"),
+    "another schema": (lambda data: data.update(schema="numprune/canary/2"), "schema"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_reference_is_refused(tmp_path: Path, reference: Reference, damage: str) -> None:
+    data = json.loads(reference.model_dump_json(by_alias=True))
+    change, message = DAMAGES[damage]
+    change(data)
+    (tmp_path / "canary.json").write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=message):
+        canary.read(tmp_path / "canary.json")
+
+
+def test_a_release_without_one_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"canary\.json: missing; .*make it again"):
+        canary.read(tmp_path / "canary.json")
+
+
+def test_the_command_line_offers_what_the_canary_can_judge() -> None:
+    assert list(DTYPES) == ["auto", *TOLERANCES]
+
+
+def test_a_precision_without_a_tolerance_is_refused(reference: Reference) -> None:
+    with pytest.raises(InputError, match="dtype is 'float8'"):
+        canary.check("http://127.0.0.1:1", reference, "float8")

@@ -1,0 +1,172 @@
+"""From the registry to a folder that may be served: everything that is not what was published stops here."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.errors import InputError, IntegrityError
+from numprune.export import manifest
+from numprune.serving import deployment, registry
+from numprune.serving.deployment import Deployment, choose_dtype, prepare
+from tests.serving.releases import make_release, publish, stored, write_checkpoint
+
+NAME = "tiny"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    return make_release(write_checkpoint(folder / "model"), folder / "release")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same sizes, with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    return make_release(write_checkpoint(folder / "model", seed=1), folder / "release")
+
+
+@pytest.fixture(scope="module")
+def _published(tmp_path_factory: pytest.TempPathFactory, release: Path) -> Path:
+    """MLflow takes seconds to make its tables: once, then a copy for each test."""
+    workspace = tmp_path_factory.mktemp("published")
+    publish(release, workspace, NAME)
+    return workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, _published: Path) -> Path:
+    """With the release in production."""
+    shutil.copytree(_published, tmp_path / "w")
+    return tmp_path / "w"
+
+
+def get(workspace: Path, reference: str = NAME) -> Deployment:
+    return prepare(registry.open_registry(None, workspace), reference, workspace)
+
+
+def test_a_release_becomes_a_verified_folder_once(workspace: Path, release: Path) -> None:
+    found = get(workspace)
+    assert (found.reference, found.name, found.version, found.dtype) == ("tiny/1", NAME, 1, "float32")
+    assert manifest.verify(found.folder).digest == found.digest == manifest.read(release).digest
+    assert (found.checkpoint / WEIGHTS).is_file()
+    before = (found.checkpoint / WEIGHTS).stat()
+    assert get(workspace, f"{NAME}/1") == found
+    assert (found.checkpoint / WEIGHTS).stat().st_ino == before.st_ino  # not copied again
+
+
+def test_a_damaged_copy_is_fetched_again(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = get(workspace).folder
+    (folder / "checkpoint" / "config.json").write_text("{}")
+    assert manifest.verify(get(workspace).folder).kind == "release"
+    assert "config.json" in caplog.text
+    assert "fetched again" in caplog.text
+
+
+def truncate(stored_release: Path, _other: Path) -> None:
+    path = stored_release / "checkpoint" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_config(stored_release: Path, _other: Path) -> None:
+    path = stored_release / "checkpoint" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+
+
+def another_shard(stored_release: Path, other_release: Path) -> None:
+    shutil.copyfile(other_release / "checkpoint" / WEIGHTS, stored_release / "checkpoint" / WEIGHTS)
+
+
+def another_checkpoint_whole(stored_release: Path, other_release: Path) -> None:
+    """With its own manifest: only the release's says that it does not belong there."""
+    shutil.rmtree(stored_release / "checkpoint")
+    shutil.copytree(other_release / "checkpoint", stored_release / "checkpoint")
+
+
+def another_release_whole(stored_release: Path, other_release: Path) -> None:
+    shutil.rmtree(stored_release)
+    shutil.copytree(other_release, stored_release)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, WEIGHTS),
+        (edit_config, "config.json"),
+        (another_shard, WEIGHTS),
+        (another_checkpoint_whole, "checkpoint/"),
+        (another_release_whole, "was published"),
+    ],
+)
+def test_what_changed_after_publication_is_refused_and_leaves_nothing(
+    workspace: Path, other: Path, damage: Callable[[Path, Path], None], named: str
+) -> None:
+    damage(stored(workspace, registry.verify(registry.open_registry(None, workspace), NAME)), other)
+    with pytest.raises(IntegrityError, match=named):
+        get(workspace)
+    assert [path for path in (workspace / "served").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def dense_weights(workspace: Path) -> Callable[[Path], None]:
+    """Weights of a wider model beside the configuration: vLLM would cut them to size without a word."""
+
+    def change(checkpoint: Path) -> None:
+        wide = write_checkpoint(workspace / "wide", intermediate_size=128)
+        shutil.copyfile(wide / WEIGHTS, checkpoint / WEIGHTS)
+
+    return change
+
+
+def narrower_config(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+
+
+@pytest.mark.parametrize("kind", ["dense weights", "narrower config"])
+def test_weights_larger_than_the_configuration_are_refused_though_every_digest_is_right(
+    tmp_path: Path, workspace: Path, kind: str
+) -> None:
+    change = dense_weights(tmp_path) if kind == "dense weights" else narrower_config
+    spoiled = make_release(write_checkpoint(tmp_path / "model"), tmp_path / "release", change)
+    publish(spoiled, workspace, NAME)
+    with pytest.raises(
+        IntegrityError, match=r"model\.layers\.0\.mlp\.\w+\.weight has shape \[.*\], but config.json means"
+    ):
+        get(workspace)
+
+
+def test_a_release_from_before_references_is_refused(tmp_path: Path, workspace: Path, release: Path) -> None:
+    found = manifest.read(release)
+    with manifest.creating(tmp_path / "old", kind=found.kind, parents=found.parents, facts=found.facts) as folder:
+        shutil.copytree(release, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("canary.json"))
+        (folder / manifest.FILE_NAME).unlink()
+    publish(tmp_path / "old", workspace, NAME)
+    with pytest.raises(IntegrityError, match=r"canary\.json: missing"):
+        get(workspace)
+
+
+@pytest.mark.parametrize("reference", ["nothing", "tiny@candidat", "tiny/7"])
+def test_what_is_not_in_the_registry_is_said(workspace: Path, reference: str) -> None:
+    with pytest.raises(InputError, match=r"no such|no alias"):
+        get(workspace, reference)
+
+
+def test_auto_is_the_precision_of_the_weights(tmp_path: Path) -> None:
+    def of(dtype: str) -> Deployment:
+        return Deployment("tiny/1", "tiny", 1, "0" * 64, tmp_path, dtype)
+
+    assert choose_dtype(of("float32"), "auto") == "float32"
+    assert choose_dtype(of("bfloat16"), "auto") == "bfloat16"
+    assert choose_dtype(of("bfloat16"), "float32") == "float32"
+    with pytest.raises(InputError, match=r"--dtype auto \(float8_e4m3fn\)"):
+        choose_dtype(of("float8_e4m3fn"), "auto")
+
+
+def test_every_server_gets_a_log_of_its_own(tmp_path: Path) -> None:
+    first = deployment.log_file(tmp_path, "serve-tiny")
+    assert first.parent == tmp_path / "logs"
+    assert first.name.startswith("serve-tiny-")

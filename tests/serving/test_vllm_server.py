@@ -1,0 +1,190 @@
+"""One real vLLM server, and what the canary finds: nothing, or what was spoiled."""
+
+import copy
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from numprune.errors import InputError, MissingRuntime, ParityError
+from numprune.export import manifest
+from numprune.serving import canary
+from numprune.serving.canary import Reference
+from numprune.serving.deployment import Deployment, prove
+from numprune.serving.vllm import server
+from numprune.serving.vllm.environment import Environment
+from numprune.serving.vllm.process import tagged
+from numprune.serving.vllm.server import Server, ServerError, serving
+from tests.serving.releases import SMALL, make_release, require_vllm, write_checkpoint
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Environment:
+    return require_vllm()
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    folder = tmp_path_factory.mktemp("served")
+    made = make_release(write_checkpoint(folder / "model"), folder / "release")
+    return Deployment("tiny/1", "tiny", 1, manifest.read(made).digest, made, "float32")
+
+
+@pytest.fixture(scope="module")
+def running(vllm: Environment, release: Deployment) -> Iterator[Server]:
+    with serving(vllm, release.checkpoint, name="tiny", dtype="float32", options=SMALL) as started:
+        yield started
+
+
+@pytest.fixture
+def reference(release: Deployment) -> Reference:
+    return canary.read(release.folder / canary.REFERENCE)
+
+
+def test_a_server_computes_what_transformers_does(running: Server, release: Deployment) -> None:
+    found = prove(running, release, "float32")
+    assert found["worst"]["error"] <= 1e-3
+    assert found["greedy_match"] == 1.0
+    assert found["greedy_compared"] == 4 * 32
+    assert found["positions"] == found["greedy_compared"] + sum(
+        len(prompt.tokens) - 1 + len(prompt.greedy) for prompt in canary.read(release.folder / canary.REFERENCE).prompts
+    )
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+Json = dict[str, Any]
+
+
+def a_logprob(data: Json) -> str:
+    data["prompts"][1]["logprobs"][6] -= 0.002
+    return r"prefill, prompt 1, position 7, .*differs by 0\.002"
+
+
+def a_greedy_logprob(data: Json) -> str:
+    data["prompts"][2]["greedy_logprobs"][3] -= 0.01
+    return rf"prompt 2, position {len(data['prompts'][2]['tokens']) + 3}, .*differs by 0\.01 "
+
+
+def a_greedy_token(data: Json) -> str:
+    prompt = data["prompts"][0]
+    prompt["greedy"][31] = (prompt["greedy"][31] + 1) % 256  # the last: nothing that follows gives it away
+    prompt["margins"][31] = 1.0
+    return rf"position {len(prompt['tokens']) + 31}, "
+
+
+def the_tokenizer(data: Json) -> str:
+    data["texts"][3]["tokens"][2] += 1
+    return r"tokenizer reads 'Zażółć.* it is another model's"
+
+
+@pytest.mark.parametrize("spoil", [a_logprob, a_greedy_logprob, a_greedy_token, the_tokenizer])
+def test_every_difference_from_the_reference_is_named(
+    running: Server, reference: Reference, spoil: Callable[[Json], str]
+) -> None:
+    data = copy.deepcopy(reference.model_dump(by_alias=True))
+    message = spoil(data)
+    with pytest.raises(ParityError, match=message):
+        canary.check(running.url, Reference.model_validate(data), "float32")
+
+
+def test_another_releases_reference_fails_by_far_even_in_half_precision(running: Server, tmp_path: Path) -> None:
+    other = make_release(write_checkpoint(tmp_path / "model", seed=1), tmp_path / "release")
+    for dtype in canary.TOLERANCES:
+        with pytest.raises(ParityError):
+            canary.check(running.url, canary.read(other / canary.REFERENCE), dtype)
+
+
+def test_a_near_tie_may_go_either_way(running: Server, reference: Reference) -> None:
+    data = copy.deepcopy(reference.model_dump(by_alias=True))
+    prompt = data["prompts"][3]
+    start = len(prompt["tokens"])
+    prompt["greedy"][30] = (prompt["greedy"][30] + 1) % 256
+    prompt["margins"][30] = 0.0005
+    # What the first pass sees of the other token is taken from the server itself.
+    body = {"model": "tiny", "prompt": [*prompt["tokens"], *prompt["greedy"]], "max_tokens": 1, "prompt_logprobs": 0}
+    given = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["prompt_logprobs"]
+    for step in (30, 31):
+        prompt["greedy_logprobs"][step] = given[start + step][str(prompt["greedy"][step])]["logprob"]
+    found = canary.check(running.url, Reference.model_validate(data), "float32")
+    assert found["greedy_compared"] == 3 * 32 + 30
+    assert found["greedy_match"] == found["greedy_compared"] / (4 * 32)
+
+
+def test_what_the_server_refuses_is_said(running: Server, reference: Reference) -> None:
+    data = reference.model_dump(by_alias=True)
+    data["prompts"][0]["tokens"] *= 3  # beyond --max-model-len
+    data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
+    with pytest.raises(ServerError, match=r"/v1/completions was answered with 400: .*context length"):
+        canary.check(running.url, Reference.model_validate(data), "float32")
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(
+    vllm: Environment, running: Server, release: Deployment
+) -> None:
+    port = int(running.url.rpartition(":")[2])
+    before = {tag for _, tag in tagged("server-")}
+    with (
+        pytest.raises(InputError, match=rf"--port {port}: cannot be used .*Address already in use"),
+        serving(vllm, release.checkpoint, name="tiny", port=port),
+    ):
+        pass
+    assert {tag for _, tag in tagged("server-")} == before
+
+
+def test_layers_that_differ_need_the_plugin(vllm: Environment, release: Deployment, tmp_path: Path) -> None:
+    bare = Environment(vllm.python, vllm.version, vllm.cpu, None, None)
+    (tmp_path / "config.json").write_text('{"model_type": "numprune_llama"}')
+    with (
+        pytest.raises(MissingRuntime, match=r"differ in size \(numprune_llama\).*numprune-vllm.*make env-vllm"),
+        serving(bare, tmp_path, name="tiny"),
+    ):
+        pass
+
+
+def test_memory_that_is_not_there_is_reported_in_vllms_words(vllm: Environment, release: Deployment) -> None:
+    options = [*SMALL[:3], "--kv-cache-memory-bytes", str(1 << 50)]
+    started = time.monotonic()
+    with (
+        pytest.raises(ServerError, match=r"tiny: vLLM ended with exit status 1; its last lines: .*Error"),
+        serving(vllm, release.checkpoint, name="tiny", options=options),
+    ):
+        pass
+    assert time.monotonic() - started < server.STARTUP_S / 2  # noticed, not waited for
+
+
+def test_a_server_killed_during_the_canary_is_an_error_with_its_name(
+    running: Server, release: Deployment, reference: Reference, tmp_path: Path
+) -> None:
+    """The last test here: it takes the server away."""
+    long = Deployment(release.reference, release.name, release.version, release.digest, tmp_path, release.dtype)
+    many = reference.model_copy(update={"prompts": list(reference.prompts) * 200})
+    many.write(tmp_path / canary.REFERENCE)
+    busy = threading.Event()
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not busy.is_set() and time.monotonic() < deadline:
+            text = httpx.get(f"{running.url}/metrics", timeout=30).text
+            if any(
+                line.startswith("vllm:num_requests_running{") and not line.endswith(" 0.0") for line in text.split("\n")
+            ):
+                busy.set()
+        os.kill(running.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ServerError, match="tiny: vLLM was ended by SIGKILL"):
+        prove(running, long, "float32")
+    killer.join()
+    assert busy.is_set()
+    running.stop()
+    assert [tag for _, tag in tagged(running.process.tag)] == []
