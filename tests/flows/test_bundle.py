@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from numprune.export import manifest
-from numprune.flows.recipe import Recipe
 from numprune.flows.bundle import make_release
+from numprune.flows.recipe import Recipe
 
 RECIPE = Recipe.model_validate(
     {
