@@ -1,0 +1,42 @@
+"""The runtime vllm in recipes and on the command line: what is refused before anything is started."""
+
+from pathlib import Path
+
+import pytest
+
+from numprune.errors import InputError
+from numprune.flows.cli import main
+from numprune.flows.recipe import load
+from numprune.flows.work.checks import check
+
+BENCHMARK = ["benchmark", "./candidate", "--baseline", "./baseline", "--runtime"]
+
+
+def test_a_recipe_needs_the_target_and_the_environment(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMPRUNE_VLLM", str(tmp_path / "nowhere"))
+    recipe = load(tiny / "recipe.toml", ["benchmark.runtimes=['vllm']", "export.targets=['onnx']"])
+    with pytest.raises(InputError) as refused:
+        check(recipe, tmp_path)
+    assert "benchmark.runtimes: vllm runs the export 'vllm'; add it to export.targets" in str(refused.value)
+    assert "nowhere ($NUMPRUNE_VLLM): no virtual environment there" in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["[]", "[0]", "[2, 2]", "4"])
+def test_a_recipe_names_concurrencies(tiny: Path, value: str) -> None:
+    with pytest.raises(InputError, match=r"benchmark\.concurrency"):
+        load(tiny / "recipe.toml", [f"benchmark.concurrency={value}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["torch", "--concurrency", "2"], "--runtime torch: the options of runtime vllm"),
+        (["torch", "--untested-vllm"], "--runtime torch: the options of runtime vllm"),
+        (["vllm", "--vllm", "/nowhere"], "/nowhere: no virtual environment there"),
+    ],
+)
+def test_the_command_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BENCHMARK, *arguments]) == 1
+    assert said in capsys.readouterr().err
