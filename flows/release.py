@@ -20,7 +20,7 @@ from pydantic import Field
 
 from numprune.errors import InputError
 from numprune.flows import children, deploy, server, stages
-from numprune.serving.rollout import RolloutFailed, Settings
+from numprune.serving.rollout import RolloutBusy, RolloutFailed, Settings
 from numprune.serving.vllm import environment
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def release(
     if settings is not None:
         try:
             data["served"] = roll_out(folder, registry_uri, found["reference"], settings)
-        except RolloutFailed as error:
+        except (RolloutBusy, RolloutFailed) as error:
             data["error"] = str(error)
             take_back(folder, registry_uri, found["reference"], data["previous"])
             _announce(FAILED, found, data)

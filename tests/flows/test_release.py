@@ -173,3 +173,35 @@ def test_a_release_waits_for_somebody_s_word(
     failed = prefect.wait_for(asked, "FAILED")
     assert failed["state"]["message"] == f"{NAME}/2: refused by ada: not on a Friday"
     assert production(registry) == [1]
+
+
+@pytest.mark.vllm
+def test_production_is_taken_back_from_a_release_that_cannot_be_rolled_out(
+    registry: Registry,  # noqa: F811
+    workspace: Path,  # noqa: F811
+    make_release: Callable[..., Path],  # noqa: F811
+) -> None:
+    from numprune.flows.release import release
+
+    registries.publish(registry, make_release("a"), NAME)
+    registries.promote(registry, NAME)
+    registries.publish(registry, make_release("b"), NAME)  # whose weights are none
+    state = release(NAME, str(workspace), approval=False, return_state=True)
+    assert state.is_failed()
+    assert state.message.startswith(f"{NAME}/2: {NAME}: ")
+    assert "nothing serves" in state.message
+    assert production(registry) == [1]
+
+
+def test_without_a_deployment_nobody_can_be_asked(
+    registry: Registry,  # noqa: F811
+    workspace: Path,  # noqa: F811
+    make_release: Callable[..., Path],  # noqa: F811
+) -> None:
+    from numprune.errors import InputError
+    from numprune.flows.release import release
+
+    registries.publish(registry, make_release("a"), NAME)
+    with pytest.raises(InputError, match="or say approval=false"):
+        release(NAME, str(workspace), rollout=False)
+    assert production(registry) == []
