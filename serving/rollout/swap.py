@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError, IntegrityError, NumpruneError
 from numprune.serving.deployment import Deployment
 from numprune.serving.rollout import backend, router
 from numprune.serving.rollout.recovery import recover
@@ -112,8 +112,11 @@ def _back(place: Place, settings: Settings, state: State) -> State:
 
 
 def _who_serves(place: Place) -> str:
-    current = place.read().current
-    return f"{current.reference} goes on serving" if backend.is_alive(current) and current else "nothing serves"
+    try:
+        current = place.read().current
+    except IntegrityError:
+        return "what serves is not known"
+    return f"{current.reference} goes on serving" if current and backend.is_alive(current) else "nothing serves"
 
 
 def _require_same_address(state: State, settings: Settings) -> None:

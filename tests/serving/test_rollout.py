@@ -1,0 +1,330 @@
+"""Rollouts interrupted at every step, with the real router; the servers behind it are programs of a few lines."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from numprune.errors import InputError, IntegrityError, MissingRuntime
+from numprune.serving import rollout
+from numprune.serving.deployment import Deployment
+from numprune.serving.rollout import RolloutBusy, RolloutFailed, Settings, router, swap
+from numprune.serving.rollout import backend as backends
+from numprune.serving.rollout.recovery import recover
+from numprune.serving.rollout.state import Backend, Place, Started, State
+from numprune.serving.vllm import process, server
+from numprune.serving.vllm.environment import Environment
+from numprune.serving.vllm.process import kill_tagged, tagged
+from tests.serving.releases import require_vllm
+
+NAME = "tiny"
+
+# Speaks what the rollout asks of a server: /health, /v1/models, /metrics, and a completion that takes `seconds`.
+STAND_IN = """
+import json, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+port, model = int(sys.argv[1]), sys.argv[2]
+pending = []
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *_): pass
+    def answer(self, text):
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+    def do_GET(self):
+        if self.path == "/metrics":
+            running = f'vllm:num_requests_running{{engine="0",model_name="m"}} {len(pending)}.0'
+            return self.answer(running + '\\nvllm:num_requests_waiting{engine="0"} 0.0\\n')
+        self.answer(json.dumps({"data": [{"id": model}]}))
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        pending.append(1)
+        time.sleep(asked.get("seconds", 0))
+        pending.pop()
+        self.answer(json.dumps({"port": port}))
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path, NAME)
+    yield made
+    for _, tag in list(tagged(made.tag_prefix)):
+        kill_tagged(tag)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(require_vllm(), drain_timeout_s=20.0)
+
+
+def start(place: Place, reference: str, model: str = NAME) -> Backend:
+    port = server.free_port()
+    running = process.start(
+        [sys.executable, "-c", STAND_IN, str(port), model],
+        tag=f"{place.tag_prefix}server-{reference.replace('/', '-')}",
+        log=place.workspace / f"{reference.replace('/', '-')}.log",
+        detached=True,
+    )
+    made = Backend(
+        reference=reference,
+        digest=reference[-1] * 64,
+        url=f"http://127.0.0.1:{port}",
+        dtype="auto",
+        options=[],
+        started=Started.of(running),
+    )
+    deadline = time.monotonic() + 30
+    while not backends.is_healthy(made):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return made
+
+
+def serve(place: Place, settings: Settings, blue: Backend) -> State:
+    """A router in front of `blue`, as a finished rollout leaves it."""
+    made = router.start(place, settings, "127.0.0.1", server.free_port(), blue.url)
+    return place.write(State(name=NAME, router=made, current=blue))
+
+
+def ask(state: State, seconds: float = 0.0) -> str:
+    """Which server answered a request to the public address."""
+    assert state.router is not None
+    body = {"model": NAME, "prompt": "x", "seconds": seconds}
+    answer = httpx.post(f"{state.router.url}/v1/completions", json=body, timeout=30.0)
+    assert answer.status_code == 200, answer.text
+    return f"http://127.0.0.1:{answer.json()['port']}"
+
+
+def running(place: Place) -> set[str]:
+    return {tag for _, tag in tagged(place.tag_prefix)}
+
+
+# --- interrupted, and run again --------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("step", ["nothing switched", "green added", "blue removed"])
+def test_a_switch_that_was_begun_is_finished_and_no_request_is_lost(
+    place: Place, settings: Settings, step: str
+) -> None:
+    blue, green = start(place, "tiny/1"), start(place, "tiny/2")
+    state = serve(place, settings, blue)
+    assert state.router is not None
+    state = place.write(state.model_copy(update={"current": green, "retiring": blue}))
+    if step != "nothing switched":
+        httpx.post(f"{state.router.url}/add_worker", params={"url": green.url}, timeout=60)
+    answers: list[str] = []
+    slow = [threading.Thread(target=lambda: answers.append(ask(state, 3.0))) for _ in range(4)]
+    for thread in slow:
+        thread.start()
+    time.sleep(0.5)
+    if step == "blue removed":
+        httpx.post(f"{state.router.url}/remove_worker", params={"url": blue.url}, timeout=60)
+
+    after = recover(place, settings)
+
+    for thread in slow:
+        thread.join()
+    assert len(answers) == 4
+    assert blue.url in answers
+    assert (after.current, after.retiring) == (green, None)
+    assert place.read() == after
+    assert ask(after) == green.url
+    assert running(place) == after.tags()
+
+
+@pytest.mark.vllm
+def test_what_never_proved_itself_is_ended_and_blue_serves_on(place: Place, settings: Settings) -> None:
+    blue = start(place, "tiny/1")
+    state = serve(place, settings, blue)
+    start(place, "tiny/2")  # started by a rollout that was killed before it wrote anything
+    assert recover(place, settings) == state
+    assert running(place) == state.tags()
+    assert ask(state) == blue.url
+
+
+@pytest.mark.vllm
+def test_a_dead_router_is_replaced_at_the_same_address(place: Place, settings: Settings) -> None:
+    blue = start(place, "tiny/1")
+    state = serve(place, settings, blue)
+    assert state.router is not None
+    os.kill(state.router.started.pid, signal.SIGKILL)
+    after = recover(place, settings)
+    assert after.router is not None
+    assert after.router.url == state.router.url
+    assert ask(after) == blue.url
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("dead", ["current", "retiring"])
+def test_of_two_servers_the_living_one_serves(place: Place, settings: Settings, dead: str) -> None:
+    blue, green = start(place, "tiny/1"), start(place, "tiny/2")
+    state = place.write(serve(place, settings, blue).model_copy(update={"current": green, "retiring": blue}))
+    victim, survivor = (green, blue) if dead == "current" else (blue, green)
+    os.kill(victim.started.pid, signal.SIGKILL)
+    after = recover(place, settings)
+    assert (after.current, after.retiring) == (survivor, None)
+    assert ask(after) == survivor.url
+    assert after.router == state.router
+
+
+@pytest.mark.vllm
+def test_when_all_is_dead_it_begins_anew(place: Place, settings: Settings) -> None:
+    blue = start(place, "tiny/1")
+    state = serve(place, settings, blue)
+    for tag in state.tags():
+        kill_tagged(tag)
+    after = recover(place, settings)
+    assert (after.router, after.current, after.retiring) == (None, None, None)
+
+
+@pytest.mark.vllm
+def test_a_switch_that_fails_leaves_everything_as_it_was(place: Place, settings: Settings) -> None:
+    blue, green = start(place, "tiny/1"), start(place, "tiny/2", model="another")
+    state = serve(place, settings, blue)
+    with pytest.raises(router.RouterError, match=r"serves \['another'\], not tiny"):
+        swap._switch(place, settings, state, green)
+    assert place.read() == state
+    assert ask(state) == blue.url
+    assert state.router is not None
+    assert router.workers(state.router) == {blue.url}
+
+
+@pytest.mark.vllm
+def test_a_router_that_dies_in_a_switch_comes_back_with_blue(place: Place, settings: Settings) -> None:
+    blue, green = start(place, "tiny/1"), start(place, "tiny/2")
+    state = serve(place, settings, blue)
+    assert state.router is not None
+    os.kill(state.router.started.pid, signal.SIGKILL)
+    with pytest.raises(router.RouterError, match="the router does not answer"):
+        swap._switch(place, settings, state, green)
+    after = place.read()
+    assert after.current == blue
+    assert ask(after) == blue.url
+
+
+@pytest.mark.vllm
+def test_requests_that_outlast_the_drain_are_counted(place: Place, settings: Settings) -> None:
+    blue = start(place, "tiny/1")
+
+    def ask_in_vain() -> None:
+        with pytest.raises(httpx.TransportError):
+            httpx.post(f"{blue.url}/v1/completions", json={"seconds": 60}, timeout=90)
+
+    slow = threading.Thread(target=ask_in_vain)
+    slow.start()
+    time.sleep(0.5)
+    assert backends.retire(blue, 1.0) == 1
+    slow.join()
+    assert not backends.is_alive(blue)
+
+
+@pytest.mark.vllm
+def test_status_and_stop(place: Place, settings: Settings, tmp_path: Path) -> None:
+    assert rollout.status(NAME, tmp_path)["serving"] is False
+    state = serve(place, settings, start(place, "tiny/1"))
+    found = rollout.status(NAME, tmp_path)
+    assert state.router is not None
+    assert (found["serving"], found["url"], found["current"]["reference"]) == (True, state.router.url, "tiny/1")
+    assert rollout.stop(NAME, tmp_path) == {"name": NAME, "stopped": ["tiny/1"]}
+    assert running(place) == set()
+    assert rollout.status(NAME, tmp_path)["serving"] is False
+    assert rollout.stop(NAME, tmp_path)["stopped"] == []
+
+
+@pytest.mark.vllm
+def test_another_address_is_refused_while_it_runs(place: Place, settings: Settings, tmp_path: Path) -> None:
+    blue = start(place, "tiny/1")
+    state = serve(place, settings, blue)
+    moved = Settings(settings.environment, port=1)
+    with pytest.raises(RolloutFailed, match=r"--port 1: tiny is served at http.*--stop.*; tiny/1 goes on serving"):
+        rollout.roll_out(NAME, never, tmp_path, moved)
+    assert ask(state) == blue.url
+
+
+@pytest.mark.vllm
+def test_what_serves_already_stays_as_it_is(place: Place, settings: Settings, tmp_path: Path) -> None:
+    blue = start(place, "tiny/1")
+    state = serve(place, settings, blue)
+    release = Deployment("tiny/1", NAME, 1, blue.digest, tmp_path, "float32")
+    called: list[int] = []
+    found = rollout.roll_out(NAME, lambda: release, tmp_path, settings, then=lambda: called.append(1))
+    assert (found["changed"], found["reference"], found["pid"]) == (False, "tiny/1", blue.started.pid)
+    assert called == [1]
+    assert place.read() == state
+
+
+# --- without a server ------------------------------------------------------------------------------
+
+
+def never() -> Deployment:
+    raise AssertionError("nothing may be prepared")
+
+
+NO_ROUTER = Environment(Path(sys.executable), "0.32.0", True, None, None)
+
+
+def test_two_at_once_one_refuses(place: Place, tmp_path: Path) -> None:
+    script = """
+import sys, time
+from pathlib import Path
+from numprune.serving.rollout.state import Place
+with Place(Path(sys.argv[1]), "tiny").exclusive():
+    print("held", flush=True)
+    time.sleep(300)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(RolloutBusy, match=rf"another rollout of it is under way \(process {other.pid}\)"):
+        rollout.roll_out(NAME, never, tmp_path, Settings(NO_ROUTER))
+    with pytest.raises(RolloutBusy):
+        rollout.stop(NAME, tmp_path)
+    other.send_signal(signal.SIGKILL)  # the kernel lets go of a lock, however its holder ends
+    other.wait()
+    other.stdout.close()
+    with place.exclusive():
+        pass
+
+
+def test_without_the_router_nothing_is_started(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(RolloutFailed, match=r"vllm-router is not installed there; .*; nothing serves") as raised:
+        rollout.roll_out(NAME, never, tmp_path, Settings(NO_ROUTER))
+    assert raised.value.exit_code == 2
+    assert isinstance(raised.value.__cause__, MissingRuntime)
+
+
+def test_a_state_that_is_damaged_is_not_guessed_at(place: Place, tmp_path: Path) -> None:
+    place.write(State(name=NAME))
+    assert place.read() == State(name=NAME)
+    (place.folder / "state.json").write_text('{"schema": "numprune/rollout/1", "name": "tiny", "current": {}}')
+    with pytest.raises(IntegrityError, match=r"state\.json: current\..*--stop"):
+        place.read()
+    installed = Environment(Path(sys.executable), "0.32.0", True, None, "0.1.17")
+    with pytest.raises(RolloutFailed, match=r"state\.json: current.*; what serves is not known"):
+        rollout.roll_out(NAME, never, tmp_path, Settings(installed))
+    rollout.stop(NAME, tmp_path)
+    assert place.read() == State(name=NAME)
+
+
+def test_a_name_cannot_leave_the_workspace(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        Place(tmp_path, "../tiny")
+
+
+def test_names_and_workspaces_do_not_see_each_others_processes(tmp_path: Path) -> None:
+    prefixes = {Place(tmp_path / folder, name).tag_prefix for folder in ("a", "b") for name in ("tiny", "tiny-2")}
+    assert len(prefixes) == 4
+    assert not any(one != other and one.startswith(other) for one in prefixes for other in prefixes)
