@@ -112,7 +112,7 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
     try:
         found = canary.check(running.url, canary.read(deployment.folder / canary.REFERENCE), dtype)
     except ServerError:
-        running.require_alive()
+        running.require_alive(server.SETTLE_S)
         raise
     running.require_alive()
     logger.info(

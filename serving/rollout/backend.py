@@ -70,7 +70,7 @@ def _load(running: Server, reference: canary.Reference) -> None:
         try:
             answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=300.0)
         except httpx.TransportError as error:
-            running.require_alive()
+            running.require_alive(server.SETTLE_S)
             raise ServerError(
                 f"{running.name}: a request under load failed ({error or type(error).__name__})"
             ) from None

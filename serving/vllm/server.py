@@ -23,6 +23,7 @@ from numprune.serving.vllm.process import Process
 logger = logging.getLogger(__name__)
 
 STARTUP_S = 600.0
+SETTLE_S = 5.0
 _POLL_S = 0.5
 _REPORT_S = 10.0
 _PER_LAYER = "numprune_"  # model types that need our plug-in
@@ -74,8 +75,14 @@ class Server:
         self._require_ours()
         logger.info("%s: vLLM answers at %s after %.0f s", self.name, self.url, time.monotonic() - started)
 
-    def require_alive(self) -> None:
-        """Raises ServerError, with vLLM's last lines, when the process has ended."""
+    def require_alive(self, settle_s: float = 0.0) -> None:
+        """Raises ServerError, with vLLM's last lines, when the process has ended.
+
+        `settle_s`: how long it may take to end, for whoever lost his connection to it: that is cut before.
+        """
+        deadline = time.monotonic() + settle_s
+        while self.process.is_alive() and time.monotonic() < deadline:
+            time.sleep(_POLL_S / 5)
         if not self.process.is_alive():
             raise ServerError(f"{self.name}: vLLM {self.process.how_it_ended()}; {self.process.last_words()}")
 
