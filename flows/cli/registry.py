@@ -64,9 +64,12 @@ def add(commands: Subcommands) -> None:
 
 
 def publish(args: argparse.Namespace) -> Answer:
+    from numprune.flows import children
     from numprune.serving import registry
 
-    version = registry.publish(_open(args), Path(args.release), args.name)
+    release = Path(args.release)
+    children.work("publish.audit", release)
+    version = registry.publish(_open(args), release, args.name)
     return _version_answer(version, f"published {version.reference} as {registry.CANDIDATE}")
 
 

@@ -7,22 +7,23 @@ from numprune.errors import IntegrityError
 from numprune.flows import summary
 from numprune.serving import deployment, registry, report
 from numprune.serving.deployment import Deployment
+from numprune.serving.registry import Registry
 
 
 def prepare(workspace: Path, uri: str | None, reference: str) -> Deployment:
     """A release ready to be served: see `deployment.prepare`."""
-    return deployment.prepare(registry.open_registry(uri, workspace), reference, workspace)
+    return deployment.prepare(_open(workspace, uri), reference, workspace)
 
 
 def prepare_previous(workspace: Path, uri: str | None, name: str) -> Deployment:
     """The version that was in production before, ready to be served."""
-    opened = registry.open_registry(uri, workspace)
+    opened = _open(workspace, uri)
     return deployment.prepare(opened, registry.before_production(opened, name).reference, workspace)
 
 
 def move_back(workspace: Path, uri: str | None, reference: str) -> None:
     """Move `production` back to the version before, which must be `reference`. Raises IntegrityError."""
-    opened = registry.open_registry(uri, workspace)
+    opened = _open(workspace, uri)
     name = registry.parse(reference).name
     before = registry.before_production(opened, name).reference
     if before != reference:
@@ -35,7 +36,7 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
 
     Raises InputError, IntegrityError.
     """
-    opened = registry.open_registry(uri, workspace)
+    opened = _open(workspace, uri)
     wanted = reference if "@" in reference or "/" in reference else f"{reference}@{registry.CANDIDATE}"
     version = registry.verify(opened, wanted)
     shown = registry.show(opened, version.reference)
@@ -54,7 +55,7 @@ def promote(workspace: Path, uri: str | None, reference: str, digest: str) -> st
 
     Raises InputError, IntegrityError (damaged, another digest, or its verdict is not `pass`).
     """
-    opened = registry.open_registry(uri, workspace)
+    opened = _open(workspace, uri)
     name = registry.parse(reference).name
     before = [one.reference for one in registry.list_versions(opened, name) if registry.PRODUCTION in one.aliases]
     version = registry.verify(opened, reference)
@@ -67,4 +68,9 @@ def promote(workspace: Path, uri: str | None, reference: str, digest: str) -> st
 def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
     """Undo `promote`, which returned `previous`."""
     if previous != reference:
-        registry.take_back(registry.open_registry(uri, workspace), reference)
+        registry.take_back(_open(workspace, uri), reference)
+
+
+def _open(workspace: Path, uri: str | None) -> Registry:
+    """The registry that a recipe or a command line names: none, and "workspace", mean the workspace's own."""
+    return registry.open_registry(None if uri == "workspace" else uri, workspace)

@@ -2,10 +2,22 @@
 
 from pathlib import Path
 
+from numprune.export import checkpoint
+from numprune.flows.release import CHECKPOINT
 from numprune.serving import registry
 
 
 def publish(workspace: Path, uri: str, release: Path, name: str) -> str:
     """Publish a release and return its reference, NAME/VERSION; again, and it is the same one. Raises NumpruneError."""
+    audit(release)
     opened = registry.open_registry(None if uri == "workspace" else uri, workspace)
     return registry.publish(opened, release, name).reference
+
+
+def audit(release: Path) -> None:
+    """Raises IntegrityError, with its name, when a tensor of the release is not what the configuration says.
+
+    Digests do not say that: vLLM cuts weights that are too large to size without an error.
+    """
+    if (release / CHECKPOINT).is_dir():  # publishing itself refuses a release without
+        checkpoint.audit(release / CHECKPOINT)

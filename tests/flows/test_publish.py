@@ -1,0 +1,34 @@
+"""Before anything is published, its tensors are compared with its configuration."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.errors import IntegrityError
+from numprune.flows.work.publish import publish
+from tests.flows.conftest import Answered
+from tests.serving.releases import make_release, write_checkpoint
+
+
+def test_weights_that_do_not_fit_are_refused_with_their_name_though_every_digest_is_right(
+    tmp_path: Path, numprune: Callable[..., Answered]
+) -> None:
+    def widen(checkpoint: Path) -> None:
+        wide = write_checkpoint(tmp_path / "wide", intermediate_size=128)
+        shutil.copyfile(wide / "model.safetensors", checkpoint / "model.safetensors")
+
+    release = make_release(write_checkpoint(tmp_path / "model"), tmp_path / "release", widen)
+    with pytest.raises(IntegrityError, match=r"model\.layers\.0\.mlp\.\w+\.weight has shape"):
+        publish(tmp_path / "w", "workspace", release, "tiny")
+    refused = numprune("registry", "publish", release, "tiny", "--workspace", tmp_path / "w")
+    assert refused.code == 1
+    assert "model.layers.0.mlp" in refused.err
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_is_no_release_is_still_said(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
+    refused = numprune("registry", "publish", tmp_path / "nothing", "tiny", "--workspace", tmp_path / "w")
+    assert refused.code == 1
+    assert "nothing" in refused.err
