@@ -19,14 +19,13 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.serving import canary, registry
 from numprune.serving.registry import Registry, Version
+from numprune.serving.registry.releases import CHECKPOINT
 from numprune.serving.registry.versions import resolve
 from numprune.serving.vllm import server
 from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint"  # the part of a release that vLLM loads
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from numprune.export import checkpoint
-from numprune.flows.release import CHECKPOINT
+from numprune.flows.bundle import CHECKPOINT
 from numprune.serving import registry
 
 
