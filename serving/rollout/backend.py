@@ -26,8 +26,10 @@ _QUIET_POLLS = 4  # a request that the router had taken already may still be on 
 _PENDING = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
 
 
-def start(place: Place, settings: Settings, release: Deployment, dtype: str, options: list[str]) -> Backend:
-    """Start a server of the release on a free local port, and return when it is fit for traffic.
+def start(
+    place: Place, settings: Settings, release: Deployment, dtype: str, options: list[str]
+) -> tuple[Backend, dict[str, Any]]:
+    """Start a server of the release on a free local port; when it is fit for traffic, it and what its canary found.
 
     Whatever goes wrong, nothing stays behind. Raises what `server.start` and `prove` raise, ServerError.
     """
@@ -46,12 +48,12 @@ def start(place: Place, settings: Settings, release: Deployment, dtype: str, opt
     )
     try:
         running.wait_until_ready(settings.startup_timeout_s)
-        prove(running, release, precision)
+        found = prove(running, release, precision)
         _load(running, canary.read(release.folder / canary.REFERENCE))
     except BaseException:
         running.stop()
         raise
-    return Backend(
+    made = Backend(
         reference=release.reference,
         digest=release.digest,
         url=running.url,
@@ -59,6 +61,7 @@ def start(place: Place, settings: Settings, release: Deployment, dtype: str, opt
         options=options,
         started=Started.of(running.process),
     )
+    return made, found
 
 
 def _load(running: Server, reference: canary.Reference) -> None:

@@ -35,7 +35,8 @@ def roll_out(
 
     Returns:
         Plain JSON: reference, digest, url (of the router), changed, previous (reference or null), cut_off (requests of
-        the previous server that outlasted the drain), seconds.
+        the previous server that outlasted the drain), canary (what `canary.check` found; null when nothing changed),
+        the server's address, process and log, seconds.
 
     Raises:
         RolloutBusy: another rollout of the name is under way; nothing was done.
@@ -64,10 +65,10 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
         same = (before.digest, before.dtype, before.options) == (release.digest, dtype, options)
         if same:
             logger.info("%s: serves already", release.reference)
-            return _result(state, changed=False, previous=before, cut_off=0)
+            return _result(state, changed=False, previous=before, cut_off=0, canary=None)
     if state.router is None:
         server.require_free(settings.host or "127.0.0.1", settings.port or PORT)  # and not after the start
-    green = backend.start(place, settings, release, dtype, options)
+    green, canary = backend.start(place, settings, release, dtype, options)
     try:
         state = _switch(place, settings, state, green)
     except BaseException:
@@ -75,7 +76,7 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
         raise
     cut_off = backend.retire(before, settings.drain_timeout_s) if before else 0
     state = place.write(state.model_copy(update={"retiring": None}))
-    return _result(state, changed=True, previous=before, cut_off=cut_off)
+    return _result(state, changed=True, previous=before, cut_off=cut_off, canary=canary)
 
 
 def _switch(place: Place, settings: Settings, state: State, green: Backend) -> State:
@@ -133,7 +134,9 @@ def _require_same_address(state: State, settings: Settings) -> None:
             )
 
 
-def _result(state: State, *, changed: bool, previous: Backend | None, cut_off: int) -> dict[str, Any]:
+def _result(
+    state: State, *, changed: bool, previous: Backend | None, cut_off: int, canary: dict[str, Any] | None
+) -> dict[str, Any]:
     assert state.current is not None
     assert state.router is not None
     return {
@@ -147,4 +150,5 @@ def _result(state: State, *, changed: bool, previous: Backend | None, cut_off: i
         "changed": changed,
         "previous": previous.reference if previous else None,
         "cut_off": cut_off,
+        "canary": canary,
     }

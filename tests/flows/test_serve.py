@@ -1,4 +1,8 @@
-"""`numprune serve`, `rollout` and `rollback` with real vLLM servers, as scripts and people use them."""
+"""`numprune serve`, `rollout` and `rollback` with real vLLM servers, as scripts and people use them.
+
+What is served is the embedded model, pruned: version 1 with a uniform shape on stock vLLM, version 2 with a shape per
+layer through the plug-in.
+"""
 
 import json
 import os
@@ -16,28 +20,38 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
+from numprune.flows import embedded
+from numprune.flows.work.prune import prune_checkpoint
+from numprune.pruning import PruneOptions
 from numprune.serving import canary, registry, rollout
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm.process import TAG, kill_tagged, tagged
 from numprune.serving.vllm.server import free_port
 from tests.flows.conftest import Answered
-from tests.serving.releases import SMALL, make_release, publish, require_vllm, write_checkpoint
+from tests.serving.releases import SMALL, make_release, publish, require_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-NAME = "tiny"
+NAME = "embedded"
+SERVED = ("--dtype", "float32")  # in which a server must agree with transformers to 1e-3
 WAIT_S = 240
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two versions of `tiny`, the second in production after the first."""
+    """Two versions, the second in production after the first."""
     require_vllm()
     folder = tmp_path_factory.mktemp("deploy")
-    for seed in (0, 1):
-        release = make_release(write_checkpoint(folder / f"model {seed}", seed), folder / f"release {seed}")
-        publish(release, folder / "w", NAME)
+    base = Path(embedded.__file__).parent / "model"
+    rows = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(0))
+    for allocation in ("uniform", "global"):
+        options = PruneOptions(ratio=0.3, allocation=allocation, compensation="oneshot")
+        prune_checkpoint(base, rows, options, folder / allocation, torch.device("cpu"))
+        publish(make_release(folder / allocation, folder / f"release {allocation}"), folder / "w", NAME)
+    kinds = [json.loads((folder / kind / "config.json").read_text())["model_type"] for kind in ("uniform", "global")]
+    assert kinds == ["llama", "numprune_llama"]
     yield folder / "w"
     rollout.stop(NAME, folder / "w")
     for _, tag in list(tagged(Place(folder / "w", NAME).tag_prefix)):
@@ -90,7 +104,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     port = free_port()
-    serving = begin(workspace, "serve", f"{NAME}@production", "--port", port)
+    serving = begin(workspace, "serve", f"{NAME}@production", "--port", port, *SERVED)
     assert serving.stdout is not None
     assert serving.stderr is not None
     text = ""
@@ -99,7 +113,7 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
         assert line, serving.stderr.read()
         text += line
     ready = json.loads(text)
-    assert (ready["reference"], ready["url"], ready["dtype"]) == ("tiny/2", f"http://127.0.0.1:{port}", "float32")
+    assert (ready["reference"], ready["url"], ready["dtype"]) == ("embedded/2", f"http://127.0.0.1:{port}", "float32")
     assert ready["canary"]["worst"]["error"] <= 1e-3
     assert ready["canary"]["greedy_match"] == 1.0
     body = {"model": NAME, "prompt": "Hello", "max_tokens": 3}
@@ -185,7 +199,7 @@ class Traffic:
 
 def traffic(workspace: Path, url: str) -> Traffic:
     """Each answer must be, token by token, that of one of the two versions."""
-    folders = sorted((workspace.parent).glob("release ?"))
+    folders = [workspace.parent / f"release {kind}" for kind in ("uniform", "global")]
     references = [canary.read(folder / canary.REFERENCE) for folder in folders]
     steps = 6
     margins = [
@@ -208,10 +222,12 @@ def production(workspace: Path) -> int:
 
 def test_swap_and_back_under_load_with_everything_that_can_go_wrong(workspace: Path) -> None:
     port = free_port()
-    first = run(workspace, "rollout", f"{NAME}/1", "--port", port)
+    first = run(workspace, "rollout", f"{NAME}/1", "--port", port, *SERVED)
     assert first.code == 0, first.err
+    assert first.json["canary"]["worst"]["error"] <= 1e-3
+    assert first.json["canary"]["greedy_match"] == 1.0
     assert first.json["url"] == f"http://127.0.0.1:{port}"
-    assert (first.json["reference"], first.json["changed"], first.json["previous"]) == ("tiny/1", True, None)
+    assert (first.json["reference"], first.json["changed"], first.json["previous"]) == ("embedded/1", True, None)
     blue = first.json["pid"]
 
     with traffic(workspace, first.json["url"]) as load:
@@ -232,21 +248,24 @@ def test_swap_and_back_under_load_with_everything_that_can_go_wrong(workspace: P
         again = run(workspace, "rollout", NAME)
         assert again.code == 0, again.err
         assert "ending what an interrupted rollout left" in again.err
-        assert (again.json["reference"], again.json["previous"]) == ("tiny/2", "tiny/1")
+        assert (again.json["reference"], again.json["previous"]) == ("embedded/2", "embedded/1")
+        assert again.json["canary"]["dtype"] == "float32"  # as the server before it
+        assert again.json["canary"]["worst"]["error"] <= 1e-3
+        assert again.json["canary"]["greedy_match"] == 1.0
         assert again.json["cut_off"] == 0
         assert again.json["url"] == first.json["url"]
         assert green & {tag for _, tag in tagged(place.tag_prefix)} == set()
         assert not psutil.pid_exists(blue)
         done = len(load.answered)
         wait(lambda: len(load.answered) >= done + 4, "requests go on")
-        assert set(load.answered[done + 2 :]) == {"tiny/2"}
+        assert set(load.answered[done + 2 :]) == {"embedded/2"}
 
         # A version whose server does not start: what serves goes on, and the exit code says so.
         failed = run(workspace, "rollout", f"{NAME}/1", options=[*SMALL[:3], "--kv-cache-memory-bytes", str(1 << 50)])
         assert failed.code == 2
         assert failed.out == ""
         assert "its last lines: " in failed.err
-        assert "tiny/2 goes on serving" in failed.err
+        assert "embedded/2 goes on serving" in failed.err
         assert rollout.status(NAME, workspace)["current"]["pid"] == again.json["pid"]
         assert {tag for _, tag in tagged(place.tag_prefix)} == place.read().tags()
 
@@ -254,21 +273,21 @@ def test_swap_and_back_under_load_with_everything_that_can_go_wrong(workspace: P
         assert production(workspace) == 2
         back = run(workspace, "rollback", NAME)
         assert back.code == 0, back.err
-        assert (back.json["reference"], back.json["previous"]) == ("tiny/1", "tiny/2")
+        assert (back.json["reference"], back.json["previous"]) == ("embedded/1", "embedded/2")
         assert production(workspace) == 1
         done = len(load.answered)
         wait(lambda: len(load.answered) >= done + 4, "requests go on")
     assert load.failures == []
-    assert load.answered[0] == load.answered[-1] == "tiny/1"
-    assert "tiny/2" in load.answered
+    assert load.answered[0] == load.answered[-1] == "embedded/1"
+    assert "embedded/2" in load.answered
 
     # Servers and router outlive the command; --stop ends them.
     status = run(workspace, "rollout", NAME, "--status")
     assert (status.code, status.json["serving"]) == (0, True)
     nothing_before = run(workspace, "rollback", NAME)
     assert nothing_before.code == 2
-    assert "no version was in production before tiny/1" in nothing_before.err
-    assert run(workspace, "rollout", NAME, "--stop").json["stopped"] == ["tiny/1"]
+    assert "no version was in production before embedded/1" in nothing_before.err
+    assert run(workspace, "rollout", NAME, "--stop").json["stopped"] == ["embedded/1"]
     assert [tag for _, tag in tagged(place.tag_prefix)] == []
     assert run(workspace, "rollout", NAME, "--status").code == 1
     with pytest.raises(httpx.ConnectError):
