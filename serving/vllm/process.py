@@ -89,7 +89,8 @@ def start(
     """Start `command`, whose first item is a Python interpreter or another program, in a session of its own.
 
     Args:
-        detached: it outlives this process; else a SIGTERM reaches it when this process ends, however it ends (Linux).
+        detached: it outlives this process; else a SIGTERM reaches it when this process, or the thread of it that made
+            the call, ends, however it ends (Linux).
         env: on top of this process's environment.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}

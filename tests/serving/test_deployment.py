@@ -77,6 +77,14 @@ def edit_config(stored_release: Path, _other: Path) -> None:
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
 
 
+def another_tokenizer(stored_release: Path, _other: Path) -> None:
+    path = stored_release / "checkpoint" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+
+
 def another_shard(stored_release: Path, other_release: Path) -> None:
     shutil.copyfile(other_release / "checkpoint" / WEIGHTS, stored_release / "checkpoint" / WEIGHTS)
 
@@ -97,6 +105,7 @@ def another_release_whole(stored_release: Path, other_release: Path) -> None:
     [
         (truncate, WEIGHTS),
         (edit_config, "config.json"),
+        (another_tokenizer, "tokenizer.json"),
         (another_shard, WEIGHTS),
         (another_checkpoint_whole, "checkpoint/"),
         (another_release_whole, "was published"),
