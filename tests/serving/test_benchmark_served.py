@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import psutil
 import pytest
 
 from numprune.errors import MissingRuntime
+from numprune.flows.work.canary import reference
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.benchmark.vllm.client import start_bench
 from numprune.serving.benchmark.vllm.side import side_of
@@ -64,9 +69,9 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
         assert figures.noise_floor["ttft"].neighbours == 1
 
     memory = RuntimeMemory.model_validate(found["memory"])
-    # Half the KV heads, so twice the tokens in the same memory.
-    assert memory.kv_tokens.ratio == pytest.approx(2.0, rel=0.02)
-    assert memory.baseline.kv_bytes_per_token == pytest.approx(2 * 2 * 2 * 32 * 4, rel=0.02)
+    # Half the KV heads, so twice the tokens in the same memory; vLLM keeps some blocks for itself.
+    assert memory.kv_tokens.ratio == pytest.approx(2.0, rel=0.05)
+    assert memory.baseline.kv_bytes_per_token == pytest.approx(2 * 2 * 2 * 32 * 4, rel=0.05)
     assert memory.candidate.weight_bytes < memory.baseline.weight_bytes
     assert memory.baseline.peak_bytes_run >= memory.baseline.peak_bytes_load > 100 << 20
 
@@ -76,13 +81,18 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
     assert servers() == []
 
 
-def test_a_server_that_dies_ends_the_benchmark(vllm: Environment, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_server_that_dies_ends_the_benchmark(
+    vllm: Environment, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And before it dies, `numprune canary` stays beside it, as it does in a pod."""
     folder = tiny_checkpoint(head_dim=32)
-    options = ["--enforce-eager", "--max-model-len", str(LOAD.positions), "--kv-cache-memory-bytes", str(8 << 20)]
+    reference(folder).write(tmp_path / "canary.json")
+    options = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(8 << 20)]
     with (
         start_bench(vllm, folder, LOAD) as bench,
-        serving(vllm, folder, name="dense", options=options) as server,
+        serving(vllm, folder, name="dense", dtype="float32", options=options) as server,
     ):
+        assert passes_canary(tmp_path, server.url)
         side = side_of("dense", folder, server, on_gpu=False)
         before = bench.run(side, 2)
         assert (before.failed, len(before.succeeded)) == (0, 2)
@@ -93,3 +103,15 @@ def test_a_server_that_dies_ends_the_benchmark(vllm: Environment, tiny_checkpoin
         with pytest.raises(ServerError, match="dense: vLLM was ended by SIGKILL"):
             bench.run(side, 2)
     assert servers() == []
+
+
+def passes_canary(release: Path, url: str) -> bool:
+    """Whether the command says so by its marker, stays, and ends by a SIGTERM."""
+    marker = release / "passed"
+    command = [sys.executable, "-m", "numprune.flows.cli", "canary", str(release), "--url", url, "--dtype", "float32"]
+    with subprocess.Popen([*command, "--marker", str(marker)]) as process:
+        deadline = time.monotonic() + 120
+        while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.terminate()
+    return marker.exists() and process.returncode == 128 + signal.SIGTERM

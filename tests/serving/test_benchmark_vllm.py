@@ -259,13 +259,21 @@ def test_the_page_shows_every_concurrency(report_json: Json) -> None:
 
 INFO = (
     'vllm:cache_config_info{block_size="128",engine="0",note="a\\"b",'
-    'num_gpu_blocks="170",kv_cache_size_tokens="21760"} 1.0'
+    'num_gpu_blocks="170",kv_cache_max_concurrency="42.5",kv_cache_size_tokens="21760"} 1.0'
 )
 
 
-def test_the_kv_cache_is_read_from_the_metrics() -> None:
-    text = f"# HELP vllm:cache_config_info x\n{INFO}\nvllm:kv_cache_usage_perc 0.0\n"
-    assert parse_kv_cache(text) == KvCache(tokens=21760, blocks=170, block_size=128)
+@pytest.mark.parametrize(
+    ("max_model_len", "concurrency", "tokens"),
+    [
+        (512, "42.5", 21760),
+        (12, "170.0", 21760),  # whole blocks, however short the sequences
+        (512, "21.25", 10880),  # every token in two blocks
+    ],
+)
+def test_the_kv_cache_is_read_from_the_metrics(max_model_len: int, concurrency: str, tokens: int) -> None:
+    text = f"# HELP vllm:cache_config_info x\n{INFO.replace('42.5', concurrency)}\nvllm:kv_cache_usage_perc 0.0\n"
+    assert parse_kv_cache(text, max_model_len) == KvCache(tokens=tokens, blocks=170, block_size=128)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +282,16 @@ def test_the_kv_cache_is_read_from_the_metrics() -> None:
         "",
         f"{INFO}\n{INFO}",
         INFO.replace("170", "None"),
-        INFO.replace("kv_cache_size_tokens", "x"),
+        INFO.replace("kv_cache_max_concurrency", "x"),
+        INFO.replace("42.5", "None"),
+        INFO.replace("42.5", "inf"),
+        INFO.replace('"128"', '"0"'),
         INFO.replace("170", "0"),
     ],
 )
 def test_metrics_that_do_not_tell_are_refused(text: str) -> None:
     with pytest.raises(IntegrityError, match="/metrics of vLLM"):
-        parse_kv_cache(text)
+        parse_kv_cache(text, 512)
 
 
 # --- before any server -----------------------------------------------------------------------------

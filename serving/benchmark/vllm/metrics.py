@@ -1,5 +1,6 @@
 """What a vLLM server says of its KV cache, in the metrics that Prometheus would scrape."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,20 +14,25 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 @dataclass(frozen=True)
 class KvCache:
-    """`tokens`: how many positions of sequences it holds, over all blocks; `blocks` of `block_size` positions each."""
+    """`tokens`: how many positions of sequences it holds, in `blocks` of `block_size` positions."""
 
     tokens: int
     blocks: int
     block_size: int
 
 
-def read_kv_cache(url: str) -> KvCache:
-    """Of the server at `url`. Raises IntegrityError when it does not tell."""
-    return parse_kv_cache(httpx.get(f"{url}/metrics", timeout=30.0).text)
+def read_kv_cache(url: str, max_model_len: int) -> KvCache:
+    """Of the server at `url`, which was started with this limit. Raises IntegrityError when it does not tell."""
+    return parse_kv_cache(httpx.get(f"{url}/metrics", timeout=30.0).text, max_model_len)
 
 
-def parse_kv_cache(text: str) -> KvCache:
-    """From the text of /metrics. Raises IntegrityError."""
+def parse_kv_cache(text: str, max_model_len: int) -> KvCache:
+    """From the text of /metrics. Raises IntegrityError.
+
+    Tokens are those of the longest sequences, in whole blocks, times how many of these vLLM says it can hold at once:
+    blocks alone would count a token several times where layers of different kinds have blocks of their own, and vLLM's
+    own `kv_cache_size_tokens` leaves out what a shorter sequence does not use of its last block.
+    """
     labels = [
         dict(_LABEL.findall(line.partition("{")[2])) for line in text.splitlines() if line.startswith(_INFO + "{")
     ]
@@ -34,8 +40,9 @@ def parse_kv_cache(text: str) -> KvCache:
         raise IntegrityError(f"/metrics of vLLM has {len(labels)} times {_INFO}, not once: one engine is expected")
     try:
         blocks, size = int(labels[0]["num_gpu_blocks"]), int(labels[0]["block_size"])
-        tokens = int(labels[0]["kv_cache_size_tokens"])
-    except (KeyError, ValueError) as error:
+        sequences = float(labels[0]["kv_cache_max_concurrency"])
+        tokens = round(sequences * math.ceil(max_model_len / size) * size)
+    except (KeyError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise IntegrityError(f"/metrics of vLLM: {_INFO} does not tell the size of the KV cache ({error})") from None
     if min(blocks, size, tokens) < 1:
         raise IntegrityError(f"/metrics of vLLM: {_INFO} tells of {blocks} blocks of {size} positions")

@@ -40,7 +40,7 @@ class Side:
     def footprint(self, load: ServedLoad) -> Footprint:
         return Footprint(
             weight_bytes=weight_bytes(self.folder),
-            kv_cache=read_kv_cache(self.server.url),
+            kv_cache=read_kv_cache(self.server.url, load.positions),
             kv_cache_bytes=load.kv_cache_bytes,
             peak_bytes_load=self.peak_bytes_load,
             peak_bytes_run=None if self.peak_bytes_load is None else _peak_bytes(self.processes),
