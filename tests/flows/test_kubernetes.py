@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from numprune.export import manifest, vllm
-from numprune.flows.cli import main
+from numprune.flows.cli import COMMANDS, main
+from numprune.flows.cli.parser import build
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.report import Report, write
@@ -63,3 +64,22 @@ def test_manifests_of_the_version_in_production(
     assert main([*asked, "--format", "deployment", "--namespace", "no such: namespace"]) == 1
     assert "--namespace" in capsys.readouterr().err
     assert out.read_text(encoding="utf-8") == written
+
+
+def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "served.yaml"
+    asked = ["kubernetes", "served@production", *ARGUMENTS, "--workspace", str(workspace), "--out", str(out)]
+    assert main([*asked, "--format", "deployment"]) == 0
+    spec = next(yaml.safe_load_all(out.read_text(encoding="utf-8")))["spec"]["template"]["spec"]
+
+    fetch = spec["initContainers"][0]["args"]
+    assert build(COMMANDS).parse_args(fetch).uri == "http://mlflow.example:5000"
+    # The same from the registry that there is, and again, as when a pod's init containers are run once more.
+    here = {"/release/content": str(tmp_path / "content"), "/tmp/numprune": str(workspace)}
+    uri = fetch.index("--uri")
+    for _ in range(2):
+        assert main([here.get(word, word) for word in fetch[:uri] + fetch[uri + 2 :]]) == 0
+        assert manifest.verify(tmp_path / "content").digest == manifest.read(tmp_path / "release").digest
+
+    canary = build(COMMANDS).parse_args(spec["containers"][1]["args"])
+    assert (str(canary.release), canary.dtype) == ("/release/content", "float32")
