@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -39,8 +39,12 @@ def vllm() -> Environment:
         pytest.skip(str(error))
 
 
-def servers() -> list[psutil.Process]:
-    return [process for process, _ in tagged("server-")]
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """No process of a server outlives the test that started it."""
+    before = {tag for _, tag in tagged("server-")}
+    yield
+    assert {tag for _, tag in tagged("server-")} <= before
 
 
 def test_a_candidate_beside_its_baseline_as_they_are_served(
@@ -78,7 +82,6 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
     machine = Machine.model_validate(found["environment"])
     assert machine.valid == (not machine.reasons)
     assert len(found["samples"]["baseline"]["repeats"]["2"]) == 4
-    assert servers() == []
 
 
 def test_a_server_that_dies_ends_the_benchmark(
@@ -102,7 +105,6 @@ def test_a_server_that_dies_ends_the_benchmark(
             psutil.Process(pid).kill()
         with pytest.raises(ServerError, match="dense: vLLM was ended by SIGKILL"):
             bench.run(side, 2)
-    assert servers() == []
 
 
 def passes_canary(release: Path, url: str) -> bool:
