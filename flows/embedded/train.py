@@ -12,13 +12,15 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from numprune.flows.embedded.corpus import documents
@@ -79,7 +81,20 @@ def batches(stream: Tensor, rows: int, length: int, generator: torch.Generator) 
             yield windows[order[first : first + rows]]
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
+def training_step(model: LlamaForCausalLM, optimizers: list[Optimizer], tokens: Tensor) -> float:
+    """Update the model once on `tokens` (rows, length); their mean NLL in nats per token before that."""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def trapezoid(step: int, steps: int) -> float:
     """Warm-up over 2 % of the steps, flat to one half, then linear to zero (the trapezoid of short pre-training)."""
     return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.5 * steps))
 
@@ -97,8 +112,11 @@ def mean_nll(model: LlamaForCausalLM, streams: list[Tensor], length: int = 512) 
     return total / count
 
 
-def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
-    """Train for `steps` steps of `rows` x `length` tokens; the last 15 % run at the full context."""
+def train(out: Path, *, steps: int, adam_steps: int, rows: int, length: int, seed: int) -> None:
+    """Train for `steps` steps of `rows` x `length` tokens with Muon, then for `adam_steps` with AdamW.
+
+    The last 15 % of the first and all of the second run at the full context.
+    """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [text for _, text in documents("train", tests=True)]
@@ -117,39 +135,41 @@ def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
     model = build_model().to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.004, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    start = time.perf_counter()
+    history: list[dict[str, float]] = []
+
+    def run(steps: int, optimizers: list[Optimizer], tokens: Iterator[Tensor], factor: Callable[[int], float]) -> None:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in groups]
+        for step in range(steps):
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * factor(step)
+            nll = training_step(model, optimizers, next(tokens))
+            if (step + 1) % 100 == 0 or step + 1 == steps:
+                heldout_nll = mean_nll(model.eval(), heldout[:20])
+                model.train()
+                history.append({"step": step + 1, "train_nll": nll, "heldout_sample_nll": heldout_nll})
+                seconds = time.perf_counter() - start
+                print(
+                    f"step {step + 1}/{steps} train {nll:.3f} held-out {heldout_nll:.3f} {seconds:.0f} s",
+                    file=sys.stderr,
+                )
+
     generator = torch.Generator().manual_seed(seed)
     short = batches(stream, rows, length, generator)
     full = batches(stream, max(1, rows * length // CONTEXT), CONTEXT, generator)
-    history = []
-    start = time.perf_counter()
-    for step in range(steps):
-        factor = learning_rate_factor(step, steps)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, base_rates, strict=True):
-            group["lr"] = rate * factor
-        tokens = next(full if step >= 0.85 * steps else short)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            heldout_nll = mean_nll(model.eval(), heldout[:20])
-            model.train()
-            history.append({"step": step + 1, "train_nll": loss.item(), "heldout_sample_nll": heldout_nll})
-            seconds = time.perf_counter() - start
-            print(
-                f"step {step + 1}/{steps} train {loss.item():.3f} held-out {heldout_nll:.3f} {seconds:.0f} s",
-                file=sys.stderr,
-            )
+    muon = torch.optim.Muon(matrices, lr=0.004, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.0)
+    lengthening = chain(islice(short, math.ceil(0.85 * steps)), full)
+    run(steps, [muon, adam], lengthening, lambda step: trapezoid(step, steps))
+
+    # Muon learns most from little text, but its updates leave all channels of a matrix alike in size. The models that
+    # are pruned in practice come from Adam, whose channels differ, and which criterion is good depends on that.
+    model.to(torch.bfloat16).float()
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=0.005, betas=(0.9, 0.95))
+    full = batches(stream, max(1, rows * length // CONTEXT), CONTEXT, torch.Generator().manual_seed(seed + 1))
+    run(adam_steps, [adam], full, lambda step: min(1.0, (step + 1) / 20, (adam_steps - step) / (0.8 * adam_steps)))
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
@@ -160,8 +180,9 @@ def train(out: Path, *, steps: int, rows: int, length: int, seed: int) -> None:
         "device": str(device),
         "documents": len(texts),
         "training_tokens": len(stream),
-        "tokens_seen": steps * rows * length,
+        "tokens_seen": (steps + adam_steps) * rows * length,
         "steps": steps,
+        "adam_steps": adam_steps,
         "seed": seed,
         "seconds": round(time.perf_counter() - start),
         "heldout_tokens": sum(map(len, heldout)),
@@ -182,10 +203,12 @@ def card(record: dict[str, Any]) -> str:
         "training text": f"{record['documents']:,} documents, {record['training_tokens']:,} tokens: the docstrings and "
         f"comments of the standard library and `pydoc_data.topics`, read from Python {record['python']}",
         "held out": "one document in ten, by the SHA-256 of its name; never trained on",
-        "training": f"{record['steps']:,} steps, {record['tokens_seen']:,} tokens "
-        f"({record['tokens_seen'] / record['training_tokens']:.1f} epochs), Muon for matrices and AdamW for the rest, "
+        "training": f"{record['tokens_seen']:,} tokens "
+        f"({record['tokens_seen'] / record['training_tokens']:.1f} epochs): {record['steps']:,} steps with Muon for "
+        f"matrices and AdamW for the rest, then {record['adam_steps']:,} with AdamW; "
         f"seed {record['seed']}, torch {record['torch']} on {record['device']}",
-        "made by": f"`python -m numprune.flows.embedded.train OUT --steps {record['steps']}`",
+        "made by": "`python -m numprune.flows.embedded.train OUT "
+        f"--steps {record['steps']} --adam-steps {record['adam_steps']}`",
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     return f"""---
@@ -213,12 +236,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write (must not exist)")
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--adam-steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=8, help="windows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    train(args.out, steps=args.steps, rows=args.rows, length=args.length, seed=args.seed)
+    train(args.out, steps=args.steps, adam_steps=args.adam_steps, rows=args.rows, length=args.length, seed=args.seed)
 
 
 if __name__ == "__main__":
