@@ -1,6 +1,6 @@
 """Two real vLLM servers under `vllm bench serve`."""
 
-import json
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,11 +14,12 @@ import pytest
 
 from numprune.errors import MissingRuntime
 from numprune.flows.work.canary import reference
-from numprune.serving.benchmark.vllm import ServedLoad, run_served
+from numprune.serving.benchmark.vllm import BenchmarkFailed, ServedLoad
 from numprune.serving.benchmark.vllm.client import start_bench
+from numprune.serving.benchmark.vllm.run import run_once
 from numprune.serving.benchmark.vllm.side import side_of
-from numprune.serving.report import Environment as Machine
-from numprune.serving.report import RuntimeMemory, RuntimeSpeed
+from numprune.serving.gates import Gate, Policy, judge
+from numprune.serving.report import Report
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.process import tagged
@@ -26,7 +27,7 @@ from numprune.serving.vllm.server import ServerError, serving
 
 pytestmark = pytest.mark.vllm
 
-LOAD = ServedLoad(prompts=1, prompt_length=8, output_length=4, concurrency=(1, 2), repeats=4, kv_cache_mib=8)
+LOAD = ServedLoad(prompts=1, prompt_length=8, output_length=4, concurrency=(2,), repeats=4)
 
 
 @pytest.fixture
@@ -53,13 +54,22 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
     # vLLM's CPU kernels want heads of 32 and more.
     baseline = tiny_checkpoint(name="dense", head_dim=32)
     candidate = tiny_checkpoint(name="pruned", head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    sizes = ["--prompts", "1", "--prompt-length", "8", "--output-length", "4", "--repeats", "4", "--kv-cache-mib", "8"]
 
-    found = run_served({"candidate": candidate}, baseline, vllm, LOAD)["candidate"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "numprune.flows.cli", "benchmark", candidate, "--baseline", baseline),
+            *("--runtime", "vllm", "--vllm", vllm.python.parent.parent, "--concurrency", "1", "2", *sizes, "--json"),
+        ],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
 
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    speed = RuntimeSpeed.model_validate(found["speed"])
+    report = Report.model_validate_json(done.stdout)
+    speed = report.speed["vllm"]
     assert list(speed.concurrency) == ["1", "2"]
     assert speed.runtime["vllm"] == vllm.version
+    assert speed.runtime["dtype"] == {"baseline": "float32", "candidate": "float32"}
     for level, requests in (("1", 4), ("2", 8)):
         figures = speed.concurrency[level]
         assert (figures.order, figures.failed_requests) == ("ABBAABBA", 0)
@@ -72,22 +82,26 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
             assert metric.ratio.samples == 4
         assert figures.noise_floor["ttft"].neighbours == 1
 
-    memory = RuntimeMemory.model_validate(found["memory"])
+    memory = report.memory["vllm"]
     # Half the KV heads, so twice the tokens in the same memory; vLLM keeps some blocks for itself.
     assert memory.kv_tokens.ratio == pytest.approx(2.0, rel=0.05)
     assert memory.baseline.kv_bytes_per_token == pytest.approx(2 * 2 * 2 * 32 * 4, rel=0.05)
     assert memory.candidate.weight_bytes < memory.baseline.weight_bytes
     assert memory.baseline.peak_bytes_run >= memory.baseline.peak_bytes_load > 100 << 20
 
-    machine = Machine.model_validate(found["environment"])
-    assert machine.valid == (not machine.reasons)
-    assert len(found["samples"]["baseline"]["repeats"]["2"]) == 4
+    gates = (
+        Gate(metric="memory.vllm.kv_tokens.ratio", bound="point", min=1.9),
+        Gate(metric="speed.vllm.concurrency.2.output_tokens_per_s.ratio", bound="ci95_lower", min=1e-9),
+    )
+    outcomes = [gate.outcome for gate in judge(report, Policy(gates=gates)).gates]
+    assert outcomes[0] == "pass"
+    assert outcomes[1] in ("pass", "inconclusive")  # which it is, the machine decides
 
 
-def test_a_server_that_dies_ends_the_benchmark(
+def test_failed_requests_and_a_dead_server_end_the_benchmark(
     vllm: Environment, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """And before it dies, `numprune canary` stays beside it, as it does in a pod."""
+    """And before that `numprune canary` stays beside it, as it does in a pod: one server for it all."""
     folder = tiny_checkpoint(head_dim=32)
     reference(folder).write(tmp_path / "canary.json")
     options = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(8 << 20)]
@@ -100,6 +114,15 @@ def test_a_server_that_dies_ends_the_benchmark(
         before = bench.run(side, 2)
         assert (before.failed, len(before.succeeded)) == (0, 2)
         assert before.threads.ran_s > 0
+
+        refused = dataclasses.replace(LOAD, prompt_length=300)  # longer than the server takes
+        trace = bench.scratch / "trace.jsonl"
+        trace.write_text(refused.trace())
+        with pytest.raises(BenchmarkFailed, match=r"2 requests failed \(limit 0\), the last 2 of 2 at concurrency 2; "):
+            run_once(dataclasses.replace(bench, load=refused), side, [side], 2, [])
+        lenient = dataclasses.replace(refused, maximum_failed=2)
+        assert run_once(dataclasses.replace(bench, load=lenient), side, [side], 2, []).failed == 2
+        trace.write_text(LOAD.trace())
 
         for pid in side.processes:
             psutil.Process(pid).kill()

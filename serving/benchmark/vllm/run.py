@@ -148,7 +148,7 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
                 # A B, then B A; the count begins again with the first repeat.
                 warm, turn = index >= load.warmup, (index if index < load.warmup else index - load.warmup)
                 for side in sides if turn % 2 == 0 else sides[::-1]:
-                    found = _one(bench, side, sides, concurrency, failed)
+                    found = run_once(bench, side, sides, concurrency, failed)
                     (side.repeats if warm else side.warmup).setdefault(concurrency, []).append(found)
                     bar.update()
     stolen_share, after = stolen.share(), capture(**machine)
@@ -164,8 +164,14 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
     }
 
 
-def _one(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, failed: list[str]) -> Requests:
-    """One run, what the others did meanwhile, and whether too many requests have failed by now."""
+def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, failed: list[str]) -> Requests:
+    """Run one side, and see what the others do meanwhile.
+
+    Args:
+        failed: of earlier runs, a line for each request; this run's are added.
+
+    Raises BenchmarkFailed, and what `Bench.run` does.
+    """
     idle = [other for other in sides if other is not side]
     used, started = {other.name: other.cpu_seconds() for other in idle}, time.perf_counter()
     found = bench.run(side, concurrency)
@@ -175,7 +181,7 @@ def _one(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, fail
     failed += [f"{side.name}: {error}" for error in found.errors]
     if len(failed) > bench.load.maximum_failed:
         raise BenchmarkFailed(
-            f"{len(failed)} requests failed (limit {bench.load.maximum_failed}), at last {len(found.errors)} of "
+            f"{len(failed)} requests failed (limit {bench.load.maximum_failed}), the last {len(found.errors)} of "
             f"{bench.load.requests(concurrency)} at concurrency {concurrency}; {failed[-1]}"
         )
     return found
