@@ -62,9 +62,13 @@ class Engine:
         prompts: Sequence[list[int]] = PROMPTS,
         *,
         kv_cache_bytes: int = 16 << 20,
+        reload: Path | None = None,
         **options: Any,
     ) -> Answer:
-        """Load `checkpoint` with vLLM's `options` and continue `prompts` greedily. Raises EngineError."""
+        """Load `checkpoint` with vLLM's `options`, then the weights of `reload`, and continue `prompts` greedily.
+
+        Raises EngineError.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         request = {
@@ -72,6 +76,7 @@ class Engine:
             "prompts": prompts,
             "steps": STEPS,
             "kv_cache_bytes": kv_cache_bytes,
+            "reload": str(reload) if reload else None,
             "options": options,
             "out": str(self.out),
         }
@@ -84,9 +89,9 @@ class Engine:
             return Answer([arrays[str(i)] for i in range(len(prompts))], answer["tokens"], answer["kv_tokens"])
 
 
-def build(model_type: str, **config: Any) -> PreTrainedModel:
+def build(model_type: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random model of SIZES, changed by `config`."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **config})).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -35,6 +35,8 @@ def answer(request: dict) -> dict:
         **request["options"],
     )
     try:
+        if request["reload"]:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": request["reload"]})
         greedy = SamplingParams(
             temperature=0,
             max_tokens=request["steps"],

@@ -175,3 +175,14 @@ def test_dense_weights_beside_a_pruned_configuration_are_refused(engine, tmp_pat
     save_file(build("llama").state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(EngineError, match=r"layers\.\d\.\S+: stored"):
         engine.run(tmp_path)
+
+
+def test_weights_reloaded_into_a_running_engine_are_compared_too(engine, tmp_path):
+    running, other, wider = (tmp_path / name for name in ("running", "other", "wider"))
+    build("numprune_llama", per_layer_config=MIXED).save_pretrained(running)
+    model = build("numprune_llama", per_layer_config=MIXED, seed=1)
+    model.save_pretrained(other)
+    check(engine.run(running, reload=other), model)
+    build("numprune_llama", per_layer_config=MIXED, intermediate_size=128).save_pretrained(wider)
+    with pytest.raises(EngineError, match=r"layers\.3\.mlp\.\S+: stored with shape .*128.* config\.json means .*96"):
+        engine.run(running, reload=wider)
