@@ -90,9 +90,11 @@ lint: env
 	$(BIN)/mypy
 
 # pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
-test: lint
+PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm
+
+test: lint env-vllm
 	@$(BIN)/pytest -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
-	$(MAKE) test-vllm
+	$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 
 test-vllm: env env-vllm
-	@NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
+	@$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
