@@ -51,7 +51,7 @@ def start(
         found = prove(running, release, precision)
         _load(running, canary.read(release.folder / canary.REFERENCE))
     except BaseException:
-        running.stop()
+        running.abandon()
         raise
     made = Backend(
         reference=release.reference,

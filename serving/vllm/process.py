@@ -19,9 +19,8 @@ import psutil
 
 TAG = "NUMPRUNE_TAG"  # in the environment
 
-_LAUNCHER = Path(__file__).with_name("launch.py")
 _POLL_S = 0.1
-_GRACE_S = 30.0
+GRACE_S = 30.0
 _CHILDREN_S = 3.0  # Python's resource tracker is one of them: it removes the shared memory that a crash left
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 6
@@ -43,6 +42,7 @@ class Process:
     tag: str
     log: Path
     _child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False, compare=False)
+    _watcher: "subprocess.Popen[bytes] | None" = field(default=None, repr=False, compare=False)
 
     def is_alive(self) -> bool:
         if self._child is not None:
@@ -60,7 +60,7 @@ class Process:
             return "ended"
         return f"ended with exit status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
 
-    def stop(self, grace_s: float = _GRACE_S) -> None:
+    def stop(self, grace_s: float = GRACE_S) -> None:
         """SIGTERM to the process; after `grace_s`, or when it has ended, SIGKILL to what is left of its children."""
         if self.is_alive():
             with suppress(ProcessLookupError):
@@ -71,6 +71,9 @@ class Process:
         kill_tagged(self.tag, grace_s=_CHILDREN_S)
         if self._child is not None:
             self._child.wait()
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
 
     def last_words(self) -> str:
         """What the log ends with, in one line: the causes that it names, else its last lines."""
@@ -86,18 +89,18 @@ class Process:
 def start(
     command: Sequence[str | Path], *, tag: str, log: Path, detached: bool, env: Mapping[str, str] | None = None
 ) -> Process:
-    """Start `command`, whose first item is a Python interpreter or another program, in a session of its own.
+    """Start `command` in a session of its own.
 
     Args:
-        detached: it outlives this process; else a SIGTERM reaches it when this process, or the thread of it that made
-            the call, ends, however it ends (Linux).
+        detached: it outlives this process; else it ends with this process, however that ends.
         env: on top of this process's environment.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}
+    watcher = None if detached else _watch(tag)  # first: from its start on, the command is watched
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-I", _LAUNCHER, str(0 if detached else os.getpid()), *command],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -105,7 +108,17 @@ def start(
             # SPT_NOENV: vLLM names its processes with setproctitle, which else overwrites the environment in /proc.
             env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), TAG: tag},
         )
-    return Process(child.pid, tag, log, child)
+    return Process(child.pid, tag, log, child, watcher)
+
+
+def _watch(tag: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "numprune.serving.vllm.watch", str(os.getpid()), tag],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # it outlives us: whoever reads our output must not wait for it
+        start_new_session=True,
+    )
 
 
 def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
@@ -115,6 +128,15 @@ def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
             tag = process.environ().get(TAG)
             if tag is not None and tag.startswith(prefix) and process.status() != psutil.STATUS_ZOMBIE:
                 yield process, tag
+
+
+def end_tagged(tag: str, grace_s: float) -> None:
+    """SIGTERM to all processes of exactly this tag, and `grace_s` later SIGKILL to those that are left."""
+    for process, other in tagged(tag):
+        if other == tag:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+    kill_tagged(tag, grace_s)
 
 
 def kill_tagged(tag: str, grace_s: float = 0.0) -> None:

@@ -18,13 +18,14 @@ from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import manifest
 from numprune.serving.vllm import process
 from numprune.serving.vllm.environment import INSTALL, Environment
-from numprune.serving.vllm.process import Process
+from numprune.serving.vllm.process import GRACE_S, Process
 
 logger = logging.getLogger(__name__)
 
 STARTUP_S = 600.0
 SETTLE_S = 5.0
 _POLL_S = 0.5
+_ABANDON_S = 3.0
 _REPORT_S = 10.0
 _PER_LAYER = "numprune_"  # model types that need our plug-in
 
@@ -86,9 +87,13 @@ class Server:
         if not self.process.is_alive():
             raise ServerError(f"{self.name}: vLLM {self.process.how_it_ended()}; {self.process.last_words()}")
 
-    def stop(self) -> None:
-        """End the server and all of its processes; one that has ended already is no error."""
-        self.process.stop()
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """End the server and all of its processes, by force after `grace_s`; one that has ended already is no error."""
+        self.process.stop(grace_s)
+
+    def abandon(self) -> None:
+        """`stop` for one that takes no requests yet: a vLLM that is starting may miss its SIGTERM."""
+        self.stop(grace_s=_ABANDON_S)
 
     def _is_healthy(self) -> bool:
         try:
@@ -149,6 +154,10 @@ def serving(
         )
         try:
             server.wait_until_ready(startup_timeout_s)
+        except BaseException:
+            server.abandon()
+            raise
+        try:
             yield server
         finally:
             server.stop()

@@ -1,0 +1,25 @@
+"""Run as `python -m numprune.serving.vllm.watch PARENT_PID TAG`: ends everything of this tag when the parent ends.
+
+However the parent ends, by kill -9 too. A signal from the kernel at that moment (PR_SET_PDEATHSIG) is not enough: a
+vLLM that is starting may lose its SIGTERM, and its children would not get one at all.
+"""
+
+import os
+import sys
+import time
+
+from numprune.serving.vllm.process import end_tagged
+
+_POLL_S = 0.5
+_GRACE_S = 10.0
+
+
+def main() -> None:
+    parent, tag = int(sys.argv[1]), sys.argv[2]
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    end_tagged(tag, _GRACE_S)
+
+
+if __name__ == "__main__":
+    main()
