@@ -6,7 +6,7 @@ a test keeps them the same.
 
 from typing import Literal
 
-Criterion = Literal["numerical", "numerical-box", "obs", "flap", "wanda", "magnitude", "random"]
+Criterion = Literal["numerical", "numerical-newton", "obs", "flap", "wanda", "magnitude", "random"]
 Allocation = Literal["uniform", "global"]
 Compensation = Literal["none", "oneshot", "sequential"]
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]

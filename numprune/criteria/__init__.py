@@ -9,7 +9,7 @@ from torch import Tensor
 
 from numprune.criteria.flap import flap
 from numprune.criteria.magnitude import magnitude
-from numprune.criteria.numerical import numerical, numerical_box
+from numprune.criteria.numerical import numerical, numerical_newton
 from numprune.criteria.obs import obs
 from numprune.criteria.random import random
 from numprune.criteria.view import BlockView
@@ -23,7 +23,7 @@ CRITERIA: dict[str, Criterion] = {
     "wanda": wanda,
     "flap": flap,
     "numerical": numerical,
-    "numerical-box": numerical_box,
+    "numerical-newton": numerical_newton,
     "obs": obs,
 }
 
