@@ -119,7 +119,8 @@ def start_worker(
 ) -> Iterator[Worker]:
     """Start a worker process; it has ended when the block is left, whichever way.
 
-    Without a `command`, it is `numprune.serving.benchmark.worker`; `env` is its whole environment.
+    Without a `command`, it is `numprune.serving.benchmark.worker`; `env` is its whole environment. A `command` gets a
+    session of its own, as servers have: Linux shares the CPUs out among sessions, and in ours it might get less.
     """
     # Its stderr goes to a file and not to a pipe, which somebody would have to keep empty.
     with tempfile.TemporaryFile() as stderr:
@@ -130,6 +131,7 @@ def start_worker(
             stdout=subprocess.PIPE,
             stderr=stderr,
             env=env,
+            start_new_session=bool(command),
         )
         worker = Worker(name, process, stderr, timeout_s)
         try:

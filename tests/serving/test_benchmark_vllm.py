@@ -12,7 +12,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.benchmark.vllm.metrics import KvCache, parse_kv_cache
-from numprune.serving.benchmark.vllm.requests import METRICS, Request, Requests, read_requests
+from numprune.serving.benchmark.vllm.requests import METRICS, Request, Requests, packed_share, read_requests
 from numprune.serving.benchmark.vllm.sections import Footprint, memory_section, speed_section
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.report import Report, RuntimeMemory, RuntimeSpeed, markdown
@@ -103,6 +103,15 @@ def test_tokens_that_came_at_once_all_count(tmp_path: Path) -> None:
     packed = read(tmp_path, result(itls=[[0.03, 0.03]] * 4))
     assert packed.metrics()["tpot"] == pytest.approx(20.0)
     assert packed.metrics()["itl"] == pytest.approx(30.0)
+
+
+def test_tokens_that_were_read_together_are_seen(tmp_path: Path) -> None:
+    assert packed_share([read(tmp_path, result())]) == 0
+    assert packed_share([read(tmp_path, result(itls=[[0.03, 0.03]] * 4))]) == pytest.approx(1 / 3)
+    one_by_one, at_once = read(tmp_path, result()), read(tmp_path, result(itls=[[3e-6] * 3] * 4))
+    assert packed_share([at_once]) == 1
+    assert packed_share([one_by_one, at_once]) == 0.5
+    assert packed_share([]) == 0
 
 
 @pytest.mark.parametrize(

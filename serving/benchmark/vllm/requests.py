@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ METRICS = (
     *("ttft", "tpot", "itl", "e2e"),
     *("decode_tokens_per_s", "prefill_tokens_per_s", "output_tokens_per_s", "goodput_requests_per_s"),
 )
+
+_TOGETHER_MS = 0.05  # two tokens in less were read at once: no model makes one so soon after another
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -141,6 +144,17 @@ def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: Threa
         goodput_requests_per_s=found.request_goodput or 0.0,
         threads=threads,
     )
+
+
+def packed_share(repeats: Iterable[Requests]) -> float:
+    """Of the tokens after each request's first, those that came with the one before: their times are whoever read them.
+
+    0 when there are none.
+    """
+    requests = [request for repeat in repeats for request in repeat.succeeded]
+    apart = sum(step >= _TOGETHER_MS for request in requests for step in request.itl_ms)
+    after_first = sum(request.output_tokens - 1 for request in requests)
+    return 1 - apart / after_first if after_first else 0.0
 
 
 def _median(values: list[float]) -> float:

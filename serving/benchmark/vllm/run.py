@@ -15,7 +15,7 @@ from numprune.export.checkpoint import audit, read_config
 from numprune.serving.benchmark.contention import Contention, StolenTime
 from numprune.serving.benchmark.vllm.client import Bench, start_bench
 from numprune.serving.benchmark.vllm.load import ServedLoad
-from numprune.serving.benchmark.vllm.requests import Requests
+from numprune.serving.benchmark.vllm.requests import Requests, packed_share
 from numprune.serving.benchmark.vllm.sections import memory_section, speed_section
 from numprune.serving.benchmark.vllm.side import Side, side_of
 from numprune.serving.report import Environment as Machine
@@ -24,6 +24,7 @@ from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.server import STARTUP_S, serving
 
 BASELINE = "baseline"
+_PACKED_SHARE = 0.25  # a server that is asked for much sends some tokens in pairs; more, and TPOT is the client's
 _GPU_SHARE = 0.9  # of the GPU's memory, for all servers together
 
 
@@ -189,12 +190,22 @@ def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, 
 
 def _circumstances(baseline: Side, candidate: Side, machine: Machine, stolen_share: float) -> dict[str, Any]:
     contention = Contention(baseline.contention(), candidate.contention(), stolen_share)
-    reasons = (*machine.reasons, *contention.reasons)
+    packed = {
+        name: packed_share(itertools.chain.from_iterable(side.repeats.values()))
+        for name, side in ((BASELINE, baseline), ("candidate", candidate))
+    }
+    late = [
+        f"{share:.0%} of the {name}'s tokens came together with the one before (limit {_PACKED_SHARE:.0%}): whoever "
+        "timed them got no CPU meanwhile; end other programs"
+        for name, share in packed.items()
+        if share > _PACKED_SHARE
+    ]
+    reasons = (*machine.reasons, *contention.reasons, *late)
     machine = machine.model_copy(update={"valid": not reasons, "reasons": reasons})
     return {
         "environment": machine.model_dump(mode="json"),
         "samples": {
-            "contention": contention.describe(),
+            "contention": {**contention.describe(), "packed_share": packed},
             **{
                 name: {
                     kind: {str(level): [repeat.describe() for repeat in repeats] for level, repeats in found.items()}
