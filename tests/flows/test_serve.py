@@ -90,7 +90,7 @@ def wait(condition: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + WAIT_S
     while not (found := condition()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.1)
+        time.sleep(0.3)
     return found
 
 
@@ -204,7 +204,7 @@ class Traffic:
                 self.answered.append(self.expected[tokens])
             except Exception as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
-            time.sleep(0.3)  # two cores: what is started needs them too
+            time.sleep(0.5)  # two cores: what is started needs them too
 
 
 def traffic(workspace: Path, url: str) -> Traffic:
