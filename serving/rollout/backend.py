@@ -1,6 +1,7 @@
 """One server behind the router: started and proved, asked how it is, drained."""
 
 import logging
+import os
 import re
 import secrets
 import time
@@ -18,6 +19,8 @@ from numprune.serving.vllm.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
 
+# By itself vLLM pins a server to cores by their numbers: green to those of blue, which is at work there.
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _LOAD_REQUESTS = 16
 _LOAD_CONCURRENCY = 4
 _LOAD_TOKENS = 16
@@ -45,6 +48,7 @@ def start(
         tag=f"{place.tag_prefix}server-{secrets.token_hex(8)}",
         log=log_file(place.workspace, f"rollout-{release.name}-{release.version}"),
         detached=True,
+        env={} if _BIND in os.environ or not settings.environment.cpu else {_BIND: "nobind"},
     )
     try:
         running.wait_until_ready(settings.startup_timeout_s)
