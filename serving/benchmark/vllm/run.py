@@ -1,6 +1,7 @@
 """The measuring loop: every model on a server of its own, all up at once, one of them at work at a time."""
 
 import itertools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from numprune.serving.vllm.server import STARTUP_S, serving
 
 BASELINE = "baseline"
 _PACKED_SHARE = 0.25  # a server that is asked for much sends some tokens in pairs; more, and TPOT is the client's
+_FEW_CPUS = 3
 _GPU_SHARE = 0.9  # of the GPU's memory, for all servers together
 
 
@@ -70,6 +72,7 @@ def run_served(
     configs = _check(folders, load)
     dtypes = {name: str(config.dtype or "float32").removeprefix("torch.") for name, config in configs.items()}
     common = [*_common_options(environment, load, len(folders)), *options]
+    variables = _threads(environment)
     with ExitStack() as stack:
         bench = stack.enter_context(start_bench(environment, baseline, load))
         sides = []
@@ -79,6 +82,7 @@ def run_served(
                 folder,
                 name=name,
                 options=[*_needs(folder, configs[name]), *common],
+                env=variables,
                 dtype=dtypes[name],  # as it is stored: vLLM would halve float32
                 startup_timeout_s=startup_timeout_s,
             )
@@ -89,6 +93,7 @@ def run_served(
             "device": "cpu" if environment.cpu else "cuda",
             "dtype": dtypes,
             "options": common,
+            "env": variables,
         }
         return _measure(bench, sides, description)
 
@@ -132,6 +137,19 @@ def _common_options(environment: Environment, load: ServedLoad, servers: int) ->
         # A GPU's memory is checked against this share, although what it is used for is fixed above.
         *(["--enforce-eager"] if environment.cpu else ["--gpu-memory-utilization", f"{_GPU_SHARE / servers:.3f}"]),
     ]
+
+
+def _threads(environment: Environment) -> dict[str, str]:
+    """How a server uses few CPUs. What the user has set stays.
+
+    With its worker bound to one of two CPUs, vLLM's engine was seen to spin on the other for as long as a request took:
+    nobody was left to send the tokens, or to time them.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    if not environment.cpu or cpus > _FEW_CPUS:
+        return {}
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cpus - 1))}
+    return {name: os.environ.get(name, value) for name, value in threads.items()}
 
 
 def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]) -> dict[str, Any]:
