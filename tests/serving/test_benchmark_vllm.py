@@ -113,6 +113,10 @@ def test_tokens_that_were_read_together_are_seen(tmp_path: Path) -> None:
     assert packed_share([one_by_one, at_once]) == 0.5
     assert packed_share([]) == 0
 
+    whole = read(tmp_path, result(itls=[[], [0.03], [0.01, 0.02, 0.03], [0.01, 0.02, 0.03]]))  # all in the first piece
+    assert whole.failed == 0
+    assert packed_share([whole]) == pytest.approx(5 / 12)
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -120,7 +124,6 @@ def test_tokens_that_were_read_together_are_seen(tmp_path: Path) -> None:
         {"output_lens": [4, 0, 4, 4], "itls": [[0.1], [], [0.1], [0.1]], "completed": 3, "failed": 1},
         {"output_lens": [4, 3, 4, 4]},
         {"input_lens": [10, 9, 10, 10]},
-        {"itls": [[0.1], [], [0.1], [0.1]]},
         {"errors": ["", "Traceback …\nConnectionRefusedError: refused", "", ""], "completed": 3, "failed": 1},
     ],
 )

@@ -128,7 +128,7 @@ def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: Threa
     succeeded, errors = [], []
     rows = zip(found.input_lens, found.output_lens, found.ttfts, found.itls, found.errors, strict=True)
     for prompt, output, ttft, itls, reason in rows:
-        if (prompt, output) == (load.prompt_length, load.output_length) and not reason and itls:
+        if (prompt, output) == (load.prompt_length, load.output_length) and not reason:
             itl_ms = tuple(step * 1e3 for step in itls)
             succeeded.append(Request(prompt, output, ttft * 1e3, itl_ms))
         else:
