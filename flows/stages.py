@@ -41,7 +41,6 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "onnx",
-    "onnxscript",
     "onnxruntime",
     "tensorrt",
 )

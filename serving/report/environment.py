@@ -27,7 +27,6 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "onnx",
-    "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",

@@ -239,7 +239,7 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
     assert first.json["canary"]["greedy_match"] == 1.0
     assert first.json["url"] == f"http://127.0.0.1:{port}"
     assert (first.json["reference"], first.json["changed"], first.json["previous"]) == ("embedded/1", True, None)
-    blue = first.json["pid"]
+    blue = psutil.Process(first.json["pid"])
 
     with traffic(workspace, first.json["url"]) as load:
         # Two at once: one refuses. Then the other is killed in the middle: blue serves on, green is left half started.
@@ -251,7 +251,7 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
         assert f"another rollout of it is under way (process {second.pid})" in refused.err
         second.send_signal(signal.SIGKILL)
         end(second)
-        assert psutil.Process(blue).is_running()
+        assert not gone([blue])
         assert {tag for _, tag in tagged(place.tag_prefix)} == known | green
 
         # Run again, it recovers and finishes.
@@ -265,7 +265,7 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
         assert again.json["cut_off"] == 0
         assert again.json["url"] == first.json["url"]
         assert green & {tag for _, tag in tagged(place.tag_prefix)} == set()
-        assert not psutil.pid_exists(blue)
+        assert gone([blue])
         done = len(load.answered)
         wait(lambda: len(load.answered) >= done + 4, "requests go on")
         assert set(load.answered[done + 2 :]) == {"embedded/2"}
