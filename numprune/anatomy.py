@@ -93,6 +93,10 @@ class Anatomy:
     def of_kind(self, kind: str) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.kind == kind)
 
+    def of_layer(self, index: int) -> tuple[Block, ...]:
+        """Its attention and its MLP."""
+        return self.blocks[2 * index : 2 * index + 2]
+
     def keeping(self, units: Mapping[str, int]) -> "Anatomy":
         """Return the anatomy with `units[block.name]` units left in each block."""
         return replace(self, blocks=tuple(replace(block, units=units[block.name]) for block in self.blocks))

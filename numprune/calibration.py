@@ -1,7 +1,7 @@
 """Runs a decoder block by block over calibration rows and hands out each block's consumer inputs.
 
-Rows are walked layer by layer, not row by row: the hidden states of all rows stand in memory, the weights of one layer
-are used at a time. The dense and the pruned model can so be carried side by side.
+Rows are walked layer by layer, not row by row: the hidden states of all rows are kept, the weights of one layer are
+used at a time. The dense and the pruned model can so be carried side by side.
 """
 
 from collections.abc import Iterator
@@ -9,22 +9,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
+from numprune.layers import Layers
 
 _NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
-def check_rows(model: PreTrainedModel, anatomy: Anatomy, rows: Tensor) -> None:
+def check_rows(config: PreTrainedConfig, anatomy: Anatomy, rows: Tensor) -> None:
     """Refuse rows that the model cannot be calibrated on as its blocks are run here.
 
     Raises:
         InputError: a token outside the vocabulary, or rows longer than the context or than the sliding window.
     """
     length = rows.shape[1]
-    limit = model.config.max_position_embeddings
+    limit = config.max_position_embeddings
     if anatomy.sliding_window is not None:
         limit = min(limit, anatomy.sliding_window)  # inside the window, plain causal attention is the same thing
     if length > limit:
@@ -38,61 +39,76 @@ def check_rows(model: PreTrainedModel, anatomy: Anatomy, rows: Tensor) -> None:
         )
 
 
+def consumer_of(layer: nn.Module, block: Block) -> nn.Linear:
+    """Return the projection of the block in its decoder layer that reads the prunable channels."""
+    return cast(nn.Linear, layer.get_submodule(block.consumer))
+
+
+def block_output(layer: Any, block: Block, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return what the block adds to the residual stream `hidden` (n, S, H), of the same shape."""
+    states = layer.get_submodule(_NORMS[block.kind])(hidden)
+    if block.kind == "attention":
+        output: Tensor = layer.self_attn(states, position_embeddings=rotary, attention_mask=None)[0]
+    else:
+        output = layer.mlp(states)
+    return output
+
+
 class Walker:
     """Runs the blocks of one model over rows of one length, in batches.
 
     Args:
-        model: a supported model; attention must be "sdpa", which is causal when no mask is given.
+        layers: of the model.
         length: S.
         batch_size: rows at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, batch_size: int = 8) -> None:
-        if model.config._attn_implementation != "sdpa":
-            raise ValueError(f"calibration needs attn_implementation='sdpa', not {model.config._attn_implementation!r}")
-        self._model = model
+    def __init__(self, layers: Layers, length: int, batch_size: int = 8) -> None:
+        self._layers = layers
         self._batch_size = batch_size
-        device = model.get_input_embeddings().weight.device
-        probe = torch.empty(1, length, 1, device=device, dtype=model.dtype)
-        self._rope = model.model.rotary_emb(probe, torch.arange(length, device=device)[None])
-
-    def embed(self, rows: Tensor) -> Tensor:
-        """Return the hidden states (N, S, H) that enter the first layer."""
-        embedding = self._model.get_input_embeddings()
-        return embedding(rows.to(embedding.weight.device))
-
-    def layer(self, block: Block) -> nn.Module:
-        return self._model.model.layers[block.layer]
-
-    def consumer(self, block: Block) -> nn.Linear:
-        return cast(nn.Linear, self.layer(block).get_submodule(block.consumer))
+        self._rotary = layers.rotary(length)
 
     @torch.no_grad()
-    def run(self, block: Block, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, x, y) batch by batch: consumer inputs (n, S, D), block outputs (n, S, H) before the residual."""
-        layer: Any = self.layer(block)
-        norm = layer.get_submodule(_NORMS[block.kind])
+    def embed(self, rows: Tensor) -> Tensor:
+        """Return the hidden states (N, S, H) that enter the first layer."""
+        hidden = self._layers.allocate(*rows.shape, self._layers.anatomy.hidden_size)
+        for batch in self._batches(len(rows)):
+            hidden[batch] = self._layers.embed(rows[batch]).to(hidden.device)
+        return hidden
+
+    def copy(self, hidden: Tensor) -> Tensor:
+        """Return a copy of hidden states, kept where they are."""
+        return self._layers.allocate(*hidden.shape).copy_(hidden)
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, block: Block, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield (rows, x, y) batch by batch: consumer inputs (n, S, D), block outputs (n, S, H) before the residual.
+
+        Args:
+            layer: the block's decoder layer.
+            block: which of its blocks.
+            hidden: (N, S, H), what enters the block; `x` and `y` are on the layer's device.
+        """
         captured: list[Tensor] = []
 
         def capture(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             captured.append(inputs[0])
 
-        handle = self.consumer(block).register_forward_pre_hook(capture)
+        handle = consumer_of(layer, block).register_forward_pre_hook(capture)
         try:
-            for start in range(0, len(hidden), self._batch_size):
-                rows = slice(start, min(start + self._batch_size, len(hidden)))
-                states = norm(hidden[rows])
+            for batch in self._batches(len(hidden)):
                 captured.clear()  # another walk over the same block leaves its inputs here too
-                if block.kind == "attention":
-                    output = layer.self_attn(states, position_embeddings=self._rope, attention_mask=None)[0]
-                else:
-                    output = layer.mlp(states)
-                yield rows, captured.pop(), output
+                output = block_output(layer, block, hidden[batch].to(self._layers.device), self._rotary)
+                yield batch, captured.pop(), output
         finally:
             handle.remove()
 
     @torch.no_grad()
-    def advance(self, block: Block, hidden: Tensor) -> None:
+    def advance(self, layer: nn.Module, block: Block, hidden: Tensor) -> None:
         """Add the block's output to `hidden` (N, S, H), in place."""
-        for rows, _, output in self.run(block, hidden):
-            hidden[rows] += output
+        for batch, _, output in self.run(layer, block, hidden):
+            hidden[batch] += output.to(hidden.device)
+
+    def _batches(self, rows: int) -> Iterator[slice]:
+        for start in range(0, rows, self._batch_size):
+            yield slice(start, min(start + self._batch_size, rows))

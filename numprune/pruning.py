@@ -1,33 +1,38 @@
 """The whole of pruning: calibrate, score, allocate, choose, compensate, cut.
 
-The model is walked once from its first block to its last (once more before, where the allocation needs every block's
+The model is walked once from its first layer to its last (once more before, where the allocation needs every block's
 scores). In each block: moments of the consumer's inputs, scores, the choice of units, the refitted consumer. With
 `sequential` compensation the inputs come from the already pruned prefix and the targets from the dense model, both
-carried side by side.
+carried side by side. What is left of a layer is handed on as soon as it is finished, so that neither the model nor the
+result need be in memory.
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune.allocation import ALLOCATIONS, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import Anatomy, Block, read_anatomy
 from numprune.budget import Budget, measure
-from numprune.calibration import Walker, check_rows
+from numprune.calibration import Walker, check_rows, consumer_of
 from numprune.compensation import mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
 from numprune.errors import InputError
+from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan
 from numprune.statistics import Moments
-from numprune.surgery import channels_of, slice_model
+from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_counts
 
 logger = logging.getLogger(__name__)
+
+Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential")
@@ -97,6 +102,10 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         )
     if options.skips and options.compensation == "bias":
         raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
+    if options.compensation == "bias" and anatomy.family != "llama":
+        raise InputError(
+            f"bias compensation needs an architecture whose projections can hold a bias; {anatomy.family} has none"
+        )
     allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     check_ratio(anatomy, options.ratio, allowed)
     if options.allocation == "uniform":
@@ -104,7 +113,10 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
 
 
 def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned:
-    """Return `model` pruned; the one passed in is used up (its consumer weights are overwritten).
+    """Return `model` pruned; the one passed in is used up.
+
+    Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
+    pruned one does (but for the biases that `bias` compensation adds).
 
     Args:
         model: a supported model in float32, with attention "sdpa".
@@ -114,68 +126,73 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
-    plan, biases = prune_in_place(model, rows, options)
-    before = measure(read_anatomy(model.config))
-    pruned = slice_model(model, plan, biases)
-    return Pruned(pruned, plan, before, measure(read_anatomy(pruned.config)))
+    layers = ModelLayers(model)
+    cut: dict[str, Tensor] = {}
+    plan = prune_layers(layers, rows, options, cut.update)
+    pruned = assemble(model, config_after(layers, plan), cut)
+    return Pruned(pruned, plan, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
+
+
+def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
+    """Return the configuration of what `plan` leaves of the model."""
+    kept = layers.anatomy.keeping(plan.units_kept())
+    return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias")
 
 
 @torch.no_grad()
-def prune_in_place(
-    model: PreTrainedModel, rows: Tensor, options: PruneOptions
-) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Overwrite the consumers with refitted weights, zero at the removed channels, and return the plan.
+def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink) -> Plan:
+    """Return the plan; give `sink` the tensors that are left of each decoder layer, first layer first.
 
-    Until it is cut, `model` then computes exactly what the cut model will (plus the biases returned, if any).
+    What stands around the layers is not pruned and not given.
+
+    Args:
+        layers: of a supported model, computing in float32.
+        rows: (N, S) int64 calibration tokens.
+        options: what to remove and how.
+        sink: may keep the tensors, or not.
+
+    Raises:
+        InputError: options that cannot work, or rows that are not this model's.
     """
-    anatomy = read_anatomy(model.config)
+    anatomy = layers.anatomy
     check_options(anatomy, options)
-    check_rows(model, anatomy, rows)
-    widest = max(block.channels for block in anatomy.blocks)
-    if rows.numel() < 4 * widest:
-        logger.warning(
-            "%d calibration tokens are fewer than four times the widest block's %d channels; "
-            "the least squares will fit noise",
-            rows.numel(),
-            widest,
-        )
-    walker = Walker(model, rows.shape[1], options.batch_size)
-    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
-    if options.allocation == "global":
-        scores = _dense_scores(walker, anatomy, rows, options)
-        counts = global_sort(anatomy, options.ratio, allowed, scores)
-    else:
-        counts = uniform(anatomy, options.ratio, allowed)
+    check_rows(layers.config, anatomy, rows)
+    _warn_of_few(rows, anatomy)
+    walker = Walker(layers, rows.shape[1], options.batch_size)
+    counts = _units_to_keep(layers, walker, rows, options)
 
     dense = walker.embed(rows)
-    pruned = dense.clone() if options.compensation == "sequential" else dense
-    blocks: dict[str, BlockPlan] = {}
-    biases: dict[str, Tensor] = {}
-    for block in tqdm(anatomy.blocks, desc="prune", unit="block", disable=None, leave=False):
-        if not block.units:
-            blocks[block.name] = BlockPlan(units=0, kept=[])
-            continue
-        consumer = walker.consumer(block)
-        moments = _collect(walker, block, dense, pruned)
-        weight = consumer.weight.double()
-        units = keep_highest(_scores(block, weight, moments, options), counts[block.name])
-        kept = channels_of(block, units)
-        blocks[block.name] = BlockPlan(units=block.units, kept=units.tolist())
-        bias: Tensor | None = None if consumer.bias is None else consumer.bias.double()
-        columns = weight[:, kept]
-        if options.compensation == "bias":
-            biases[block.name] = mean_bias(weight, bias, kept, moments)
-        elif options.compensation != "none" and 0 < len(units) < block.units:
-            columns, bias = refit(weight, bias, kept, moments, options.damping)
-            if bias is not None:
-                consumer.bias.copy_(bias)
-        consumer.weight.zero_()
-        consumer.weight[:, kept] = columns.to(consumer.weight.dtype)
-        if not len(units) and consumer.bias is not None:
-            consumer.bias.zero_()  # it goes with the block
-        if pruned is not dense:
-            walker.advance(block, pruned)
-    plan = Plan(
+    pruned = walker.copy(dense) if options.compensation == "sequential" else dense
+    kept: dict[str, Tensor] = {}  # block name -> units
+    for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
+        blocks = anatomy.of_layer(index)
+        biases: dict[str, Tensor] = {}
+        with layers.layer(index) as layer:
+            for block in blocks:
+                if not block.units:
+                    kept[block.name] = torch.empty(0, dtype=torch.long)
+                    continue
+                moments = _collect(walker, layer, block, dense, pruned)
+                weight = consumer_of(layer, block).weight.double()
+                units = keep_highest(_scores(block, weight, moments, options), counts[block.name])
+                kept[block.name] = units
+                bias = _compensate(consumer_of(layer, block), weight, block, units, moments, options)
+                if bias is not None:
+                    biases[block.name] = bias
+                if pruned is not dense:
+                    walker.advance(layer, block, pruned)
+            sink(cut_layer(layer, blocks, kept, biases))
+    return describe(
+        anatomy,
+        rows,
+        options,
+        {block.name: BlockPlan(units=block.units, kept=kept[block.name].tolist()) for block in anatomy.blocks},
+    )
+
+
+def describe(anatomy: Anatomy, rows: Tensor, options: PruneOptions, blocks: dict[str, BlockPlan]) -> Plan:
+    """Return the plan of these blocks; all else that stands in it is known before anything is run."""
+    return Plan(
         family=anatomy.family,
         criterion=options.criterion,
         allocation=options.allocation,
@@ -188,34 +205,56 @@ def prune_in_place(
         calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
         blocks=blocks,
     )
-    return plan, biases or None
 
 
-def _collect(walker: Walker, block: Block, dense: Tensor, pruned: Tensor) -> Moments:
-    """Return the moments of the block's inputs in the pruned prefix, dense outputs as targets; advance `dense`."""
-    moments = Moments(block.channels, outputs=dense.shape[-1], device=dense.device)
-    if pruned is dense:
-        for index, inputs, output in walker.run(block, dense):
-            moments.add(inputs, output)
-            dense[index] += output
-    else:
-        both = zip(walker.run(block, dense), walker.run(block, pruned), strict=True)
-        for (index, _, output), (_, inputs, _) in both:
-            moments.add(inputs, output)
-            dense[index] += output
-    return moments
+def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
+    widest = max(block.channels for block in anatomy.blocks)
+    if rows.numel() < 4 * widest:
+        logger.warning(
+            "%d calibration tokens are fewer than four times the widest block's %d channels; "
+            "the least squares will fit noise",
+            rows.numel(),
+            widest,
+        )
 
 
-def _dense_scores(walker: Walker, anatomy: Anatomy, rows: Tensor, options: PruneOptions) -> dict[str, Tensor]:
+def _units_to_keep(layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions) -> dict[str, int]:
+    """Return the number of units to keep by block name; `global` walks the dense model for it."""
+    allowed = allowed_counts(layers.anatomy, options.target, skips=options.skips)
+    if options.allocation == "uniform":
+        return uniform(layers.anatomy, options.ratio, allowed)
+    scores = _dense_scores(layers, walker, rows, options)
+    return global_sort(layers.anatomy, options.ratio, allowed, scores)
+
+
+def _dense_scores(layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions) -> dict[str, Tensor]:
     hidden = walker.embed(rows)
     scores = {}
-    for block in tqdm(anatomy.blocks, desc="score", unit="block", disable=None, leave=False):
-        if not block.units:
-            scores[block.name] = torch.empty(0)
-            continue
-        moments = _collect(walker, block, hidden, hidden)
-        scores[block.name] = _scores(block, walker.consumer(block).weight.double(), moments, options)
+    for index in tqdm(range(layers.anatomy.layers), desc="score", unit="layer", disable=None, leave=False):
+        with layers.layer(index) as layer:
+            for block in layers.anatomy.of_layer(index):
+                if not block.units:
+                    scores[block.name] = torch.empty(0)
+                    continue
+                moments = _collect(walker, layer, block, hidden, hidden)
+                scores[block.name] = _scores(block, consumer_of(layer, block).weight.double(), moments, options)
     return scores
+
+
+def _collect(walker: Walker, layer: nn.Module, block: Block, dense: Tensor, pruned: Tensor) -> Moments:
+    """Return the moments of the block's inputs in the pruned prefix, dense outputs as targets; advance `dense`."""
+    weight = consumer_of(layer, block).weight
+    moments = Moments(block.channels, outputs=weight.shape[0], device=weight.device)
+    if pruned is dense:
+        for batch, inputs, output in walker.run(layer, block, dense):
+            moments.add(inputs, output)
+            dense[batch] += output.to(dense.device)
+    else:
+        both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
+        for (batch, _, output), (_, inputs, _) in both:
+            moments.add(inputs, output)
+            dense[batch] += output.to(dense.device)
+    return moments
 
 
 def _scores(block: Block, weight: Tensor, moments: Moments, options: PruneOptions) -> Tensor:
@@ -223,3 +262,31 @@ def _scores(block: Block, weight: Tensor, moments: Moments, options: PruneOption
     seed = (options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63)
     view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, options.ratio, seed)
     return CRITERIA[options.criterion](view)
+
+
+def _compensate(
+    consumer: nn.Linear, weight: Tensor, block: Block, units: Tensor, moments: Moments, options: PruneOptions
+) -> Tensor | None:
+    """Overwrite the consumer: zero at the removed channels, refitted at the others where the options ask for it.
+
+    Args:
+        consumer: of `block`.
+        weight: (out, D) float64, its weight.
+        units: to keep.
+
+    Returns:
+        The bias (out,) that `bias` compensation gives it, with what it had; None for every other compensation.
+    """
+    kept = channels_of(block, units)
+    columns = weight[:, kept]
+    own = None if consumer.bias is None else consumer.bias.double()
+    added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
+    if options.compensation in ("oneshot", "sequential") and 0 < len(units) < block.units:
+        columns, bias = refit(weight, own, kept, moments, options.damping)
+        if bias is not None:
+            consumer.bias.copy_(bias)
+    consumer.weight.zero_()
+    consumer.weight[:, kept] = columns.to(consumer.weight.dtype)
+    if not len(units) and consumer.bias is not None:
+        consumer.bias.zero_()  # it goes with the block
+    return added

@@ -5,17 +5,15 @@ hidden size, the same network is written as Mistral, which has no such check (sl
 give the family's per-layer class (modeling.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, read_anatomy
-from numprune.errors import InputError
+from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block
 from numprune.modeling import SKIPPED  # importing it registers the per-layer classes
-from numprune.plan import Plan
 
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
 _LLAMA_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp"}
@@ -33,16 +31,9 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
         config: of the model before pruning.
         anatomy: after pruning.
         with_bias: the consumers got biases that the configuration does not yet declare.
-
-    Raises:
-        InputError: `with_bias` for a family whose classes cannot hold consumer biases.
     """
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
     if with_bias:
-        if anatomy.family != "llama":
-            raise InputError(
-                f"bias compensation needs an architecture whose projections can hold a bias; {anatomy.family} has none"
-            )
         fields |= {"attention_bias": True, "mlp_bias": True}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
     # The first layer's sizes stand for the model; where it skips a block, those of the first that has it.
@@ -61,56 +52,60 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
     return AutoConfig.for_model(family, **fields)
 
 
-def slice_model(model: PreTrainedModel, plan: Plan, biases: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
-    """Return a new model that holds only the kept units; tensors that are not cut are shared with `model`.
+def cut_layer(
+    layer: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what is left of a decoder layer's tensors by full name; those that are not cut are shared with `layer`.
 
     Args:
-        model: the model the plan was made for, its consumer weights already compensated.
-        plan: the units to keep.
-        biases: block name -> (out,) consumer biases for blocks that had none (FLAP's compensation).
-
-    Raises:
-        InputError: the plan does not fit the model.
+        layer: its consumer weights already compensated.
+        blocks: its two blocks.
+        kept: block name -> (K,) units to keep; none: the block goes, its norm too.
+        biases: block name -> (out,) consumer biases for blocks that had none (FLAP's compensation); may be empty.
     """
-    anatomy = read_anatomy(model.config)
-    plan.check(anatomy)
-    state = dict(model.state_dict())
-    for block in anatomy.blocks:
-        prefix = f"model.layers.{block.layer}."
-        if not plan.blocks[block.name].kept:
-            gone = tuple(f"{prefix}{module}." for module in SKIPPED[block.kind])
+    state = dict(layer.state_dict())
+    index = {block.layer for block in blocks}.pop()
+    for block in blocks:
+        if not len(kept[block.name]):
+            gone = tuple(f"{module}." for module in SKIPPED[block.kind])
             state = {name: tensor for name, tensor in state.items() if not name.startswith(gone)}
             continue
-        kept = torch.tensor(plan.blocks[block.name].kept, device=model.device)
-        consumer = prefix + block.consumer + ".weight"
-        state[consumer] = state[consumer][:, channels_of(block, kept)].contiguous()
+        consumer = f"{block.consumer}.weight"
+        units = kept[block.name].to(state[consumer].device)
+        state[consumer] = state[consumer][:, channels_of(block, units)].contiguous()
         for producer, rows_per_unit in block.producers:
-            for name in (f"{prefix}{producer}.weight", f"{prefix}{producer}.bias"):
+            for name in (f"{producer}.weight", f"{producer}.bias"):
                 if name in state:
-                    state[name] = state[name][_expand(kept, rows_per_unit)].contiguous()
-        if biases is not None:
-            state[f"{prefix}{block.consumer}.bias"] = biases[block.name].to(model.dtype)
+                    state[name] = state[name][_expand(units, rows_per_unit)].contiguous()
+        if block.name in biases:
+            state[f"{block.consumer}.bias"] = biases[block.name].to(state[consumer].dtype)
             for producer, _ in block.producers:
-                rows = state[f"{prefix}{producer}.weight"]
-                state.setdefault(f"{prefix}{producer}.bias", rows.new_zeros(len(rows)))
-    config = pruned_config(model.config, anatomy.keeping(plan.units_kept()), with_bias=biases is not None)
-    return _assemble(model, config, state)
+                rows = state[f"{producer}.weight"]
+                state.setdefault(f"{producer}.bias", rows.new_zeros(len(rows)))
+    return {f"model.layers.{index}.{name}": tensor for name, tensor in state.items()}
 
 
-def _assemble(model: PreTrainedModel, config: PreTrainedConfig, state: dict[str, Tensor]) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model that `config` describes, in evaluation mode, on the meta device: shapes without values."""
     with torch.device("meta"):
-        result = AutoModelForCausalLM.from_config(config, attn_implementation=model.config._attn_implementation)
-    result.load_state_dict(state, strict=True, assign=True)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Return a new model of `config` with the tensors `layers` in its decoder layers, and `model`'s own around them."""
+    result = skeleton(config)
+    around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.layers.")}
+    result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()
     # Rotary frequencies are not in the state; built on the meta device they have no values.
     result.model.rotary_emb = type(result.model.rotary_emb)(config=result.config).to(model.device)
     result.generation_config = model.generation_config
-    return result.eval()
+    return result
 
 
 def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
     """The layer's entry of `per_layer_config`."""
-    attention, mlp = (block for block in anatomy.blocks if block.layer == layer)
+    attention, mlp = anatomy.of_layer(layer)
     sizes: dict[str, Any] = {}
     if attention.units:
         sizes["num_attention_heads"] = attention.units * anatomy.query_heads_per_group

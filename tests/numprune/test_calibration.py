@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from numprune.anatomy import FAMILIES, read_anatomy
-from numprune.calibration import Walker, check_rows
+from numprune.calibration import Walker, check_rows, consumer_of
 from numprune.errors import InputError
+from numprune.layers import ModelLayers
 from numprune.statistics import Moments
 
 
@@ -14,36 +15,38 @@ def rows(n=5, length=12):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_walking_block_by_block_is_the_model_s_own_forward_pass(tiny_model, family):
     model, tokens = tiny_model(family), rows()
-    walker = Walker(model, tokens.shape[1], batch_size=2)
+    walker = Walker(ModelLayers(model), tokens.shape[1], batch_size=2)
     hidden = walker.embed(tokens)
     with torch.no_grad():
         for block in read_anatomy(model.config).blocks:
-            walker.advance(block, hidden)
+            walker.advance(model.model.layers[block.layer], block, hidden)
         expected = model.model(tokens).last_hidden_state
         torch.testing.assert_close(model.model.norm(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_run_hands_out_what_the_consumer_reads_and_the_block_gives(tiny_model):
     model, tokens = tiny_model("llama", attention_bias=True, mlp_bias=True), rows()
-    walker = Walker(model, tokens.shape[1], batch_size=2)
+    walker = Walker(ModelLayers(model), tokens.shape[1], batch_size=2)
     hidden = walker.embed(tokens)
     for block in read_anatomy(model.config).blocks:
         seen = 0
-        for index, inputs, output in walker.run(block, hidden):
+        layer = model.model.layers[block.layer]
+        for index, inputs, output in walker.run(layer, block, hidden):
             assert inputs.shape == (*hidden[index].shape[:2], block.channels)
-            torch.testing.assert_close(walker.consumer(block)(inputs), output)
+            torch.testing.assert_close(consumer_of(layer, block)(inputs), output)
             seen += len(inputs)
         assert seen == len(tokens)
 
 
 def test_walks_do_not_leave_hooks_behind(tiny_model):
     model, tokens = tiny_model(), rows()
-    walker = Walker(model, tokens.shape[1])
+    walker = Walker(ModelLayers(model), tokens.shape[1])
     block = read_anatomy(model.config).blocks[0]
-    walk = walker.run(block, walker.embed(tokens))
+    layer = model.model.layers[0]
+    walk = walker.run(layer, block, walker.embed(tokens))
     next(walk)
     walk.close()
-    assert not walker.consumer(block)._forward_pre_hooks
+    assert not consumer_of(layer, block)._forward_pre_hooks
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_walks_do_not_leave_hooks_behind(tiny_model):
 def test_rows_that_are_not_the_model_s_are_refused(tiny_model, overrides, tokens, message):
     model = tiny_model("mistral", **overrides)
     with pytest.raises(InputError, match=message):
-        check_rows(model, read_anatomy(model.config), tokens)
+        check_rows(model.config, read_anatomy(model.config), tokens)
 
 
 def test_moments_are_those_of_all_batches_together():

@@ -5,14 +5,14 @@ import torch
 
 from numprune.errors import InputError
 from numprune.plan import read_plan
-from numprune.pruning import PruneOptions, prune_in_place
+from numprune.pruning import PruneOptions, prune
 from tests.conftest import build_tiny
 
 
 @pytest.fixture
 def plan():
     rows = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
-    return prune_in_place(build_tiny(), rows, PruneOptions(0.3))[0]
+    return prune(build_tiny(), rows, PruneOptions(0.3)).plan
 
 
 def test_plan_round_trips(plan, tmp_path):

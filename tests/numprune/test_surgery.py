@@ -7,9 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from numprune.anatomy import FAMILIES, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
-from numprune.plan import BlockPlan
-from numprune.pruning import PruneOptions, prune, prune_in_place
-from numprune.surgery import slice_model
+from numprune.pruning import PruneOptions, prune
+from numprune.surgery import assemble, cut_layer, pruned_config
 from numprune.target import Target
 
 ROWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -47,12 +46,11 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
     options = PruneOptions(
         0.4, criterion="numerical", allocation=allocation, compensation="sequential", target=Target(align=8)
     )
-    plan, _ = prune_in_place(model, ROWS, options)
-    masked = logits(model)
-    sliced = slice_model(model, plan)
+    pruned = prune(model, ROWS, options)
+    masked, sliced = logits(model), pruned.model
     torch.testing.assert_close(logits(sliced), masked, atol=1e-5, rtol=1e-5)
 
-    predicted = measure(before.keeping(plan.units_kept()))
+    predicted = measure(before.keeping(pruned.plan.units_kept()))
     assert measure(read_anatomy(sliced.config)) == predicted
     assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters < measure(before).parameters
 
@@ -71,7 +69,7 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
 def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, overrides):
     model = tiny_model(family, num_hidden_layers=3, **overrides)
     before = read_anatomy(model.config)
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1)))
+    plan = prune(model, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1))).plan
     gone = ["layers.0.attention", "layers.1.mlp", "layers.2.attention", "layers.2.mlp"]
     for name in gone:
         consumer = model.model.layers[int(name[7])].get_submodule(
@@ -79,11 +77,15 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
         )
         for parameter in consumer.parameters():
             parameter.data.zero_()
-    blocks = plan.blocks | {name: BlockPlan(units=plan.blocks[name].units, kept=[]) for name in gone}
-    sliced = slice_model(model, plan.model_copy(update={"blocks": blocks, "skips": True}))
+    kept = {name: torch.tensor([] if name in gone else block.kept) for name, block in plan.blocks.items()}
+    cut = {}
+    for index, layer in enumerate(model.model.layers):
+        cut |= cut_layer(layer, before.of_layer(index), kept, {})
+    after = before.keeping({name: len(units) for name, units in kept.items()})
+    sliced = assemble(model, pruned_config(model.config, after), cut)
     torch.testing.assert_close(logits(sliced), logits(model), atol=1e-5, rtol=1e-5)
 
-    predicted = measure(before.keeping({name: len(block.kept) for name, block in blocks.items()}))
+    predicted = measure(after)
     assert measure(read_anatomy(sliced.config)) == predicted
     assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters
 
@@ -92,9 +94,8 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
     torch.testing.assert_close(logits(loaded), logits(sliced), atol=1e-6, rtol=1e-6)
     assert_generates_as_uncached(loaded)
 
-    again, _ = prune_in_place(loaded, ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1)))
-    assert again.units_kept()["layers.0.attention"] == 0
-    slice_model(loaded, again)
+    again = prune(loaded, ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1)))
+    assert again.plan.units_kept()["layers.0.attention"] == 0
 
 
 def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):
@@ -119,9 +120,8 @@ def test_cached_generation_is_uncached_generation(tiny_model, family, allocation
 
 def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(tiny_model, tmp_path):
     model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, target=Target(align=1)))
+    sliced = prune(model, ROWS, PruneOptions(0.25, target=Target(align=1))).model
     masked = logits(model)
-    sliced = slice_model(model, plan)
     assert sliced.config.num_attention_heads == 6
     assert sliced.config.model_type == "mistral"
     assert sliced.config.sliding_window is None
@@ -141,16 +141,16 @@ def test_scaled_rotary_embeddings_survive(tiny_model, rope_type, extra):
     model = tiny_model(
         "llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8, rope_parameters=rope
     )
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.25, target=Target(align=1)))
-    torch.testing.assert_close(logits(slice_model(model, plan)), logits(model), atol=1e-5, rtol=1e-5)
+    pruned = prune(model, ROWS, PruneOptions(0.25, target=Target(align=1))).model
+    torch.testing.assert_close(logits(pruned), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_a_pruned_model_can_be_pruned_again(tiny_model):
     once = prune(
         tiny_model(num_hidden_layers=3), ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1))
     ).model
-    plan, _ = prune_in_place(once, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1)))
-    torch.testing.assert_close(logits(slice_model(once, plan)), logits(once), atol=1e-5, rtol=1e-5)
+    twice = prune(once, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1))).model
+    torch.testing.assert_close(logits(twice), logits(once), atol=1e-5, rtol=1e-5)
 
 
 def test_bias_compensation_adds_flap_s_bias(tiny_model):
@@ -170,13 +170,3 @@ def test_bias_compensation_adds_flap_s_bias(tiny_model):
 def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
     with pytest.raises(InputError, match="mistral has none"):
         prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
-
-
-def test_plan_of_another_model_is_refused(tiny_model):
-    model = tiny_model()
-    plan, _ = prune_in_place(model, ROWS, PruneOptions(0.3, target=Target(align=1)))
-    with pytest.raises(InputError, match=r"layers\.2\.attention has 2 units in the model and none in the plan"):
-        slice_model(tiny_model(num_hidden_layers=3), plan)
-    other = plan.model_copy(update={"blocks": plan.blocks | {"layers.0.mlp": BlockPlan(units=95, kept=[0])}})
-    with pytest.raises(InputError, match=r"layers\.0\.mlp has 96 units in the model and 95 in the plan"):
-        slice_model(model, other)

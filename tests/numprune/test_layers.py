@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from numprune.anatomy import FAMILIES
+from numprune.calibration import block_output
+from numprune.layers import ModelLayers
+
+TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+def loss_by_layers(layers, tokens):
+    """Mean NLL of the next tokens, through the layers one after the other."""
+    hidden, rotary = layers.embed(tokens), layers.rotary(tokens.shape[1])
+    for index in range(layers.anatomy.layers):
+        with layers.layer(index) as layer:
+            for block in layers.anatomy.of_layer(index):
+                hidden = hidden + block_output(layer, block, hidden, rotary)
+    with layers.head() as head:
+        logits = head.output(head.norm(hidden))
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_through_the_layers_are_the_model_s(tiny_model, family):
+    model = tiny_model(family)
+    loss_by_layers(ModelLayers(model), TOKENS).backward()
+    by_layers = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(by_layers[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_another_attention_is_refused(tiny_model):
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa', not 'eager'"):
+        ModelLayers(model)
