@@ -5,7 +5,7 @@ scored; exp of the mean NLL.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
+
+# Window indices (n,) and their tokens (n, S) to log-probabilities of the next token (n, S-1, V), float32.
+Distributions = Callable[[list[int], Tensor], Tensor]
 
 # Under this many documents the bootstrap over documents is not to be trusted; windows are drawn instead.
 _MINIMUM_DOCUMENTS = 20
@@ -120,14 +123,23 @@ def compare(
     model: PreTrainedModel, baseline: PreTrainedModel, rows: TokenRows, *, batch_size: int = 8, seed: int = 0
 ) -> Comparison:
     """Return how `model` differs from `baseline` on `rows`; raises as `evaluate` does."""
-    check_rows_fit(model, rows)
     check_rows_fit(baseline, rows)
     if model.config.vocab_size != baseline.config.vocab_size:
         raise InputError(f"vocabularies differ: {model.config.vocab_size} and {baseline.config.vocab_size} (baseline)")
+    return compare_with(
+        model, lambda _, tokens: _log_probabilities(baseline, tokens), rows, batch_size=batch_size, seed=seed
+    )
+
+
+def compare_with(
+    model: PreTrainedModel, baseline: Distributions, rows: TokenRows, *, batch_size: int = 8, seed: int = 0
+) -> Comparison:
+    """`compare` with a baseline whose distributions on `rows` are known, however they are."""
+    check_rows_fit(model, rows)
     windows = len(rows.rows)
     nll, baseline_nll, kl, agree = np.zeros(windows), np.zeros(windows), np.zeros(windows), np.zeros(windows)
     for index, tokens in _batches(rows, batch_size, "compare"):
-        ours, theirs = _log_probabilities(model, tokens), _log_probabilities(baseline, tokens)
+        ours, theirs = _log_probabilities(model, tokens), baseline(index, tokens)
         nll[index] = _token_nll(ours, tokens).sum(1).cpu().numpy()
         baseline_nll[index] = _token_nll(theirs, tokens).sum(1).cpu().numpy()
         kl[index] = (theirs.exp() * (theirs - ours)).sum((1, 2)).double().cpu().numpy()
