@@ -8,8 +8,9 @@ result need be in memory.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from numprune.target import Target, allowed_counts
 
 logger = logging.getLogger(__name__)
 
+DenseMoments = Mapping[str, Moments]  # block name -> of the dense model's inputs and outputs on the calibration rows
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias.
@@ -112,7 +114,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         uniform(anatomy, options.ratio, allowed)
 
 
-def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned:
+def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: DenseMoments | None = None) -> Pruned:
     """Return `model` pruned; the one passed in is used up.
 
     Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
@@ -122,13 +124,14 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions) -> Pruned
         model: a supported model in float32, with attention "sdpa".
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
+        known: the model's moments on these rows, where they have been collected already; not collected again.
 
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
     layers = ModelLayers(model)
     cut: dict[str, Tensor] = {}
-    plan = prune_layers(layers, rows, options, cut.update)
+    plan = prune_layers(layers, rows, options, cut.update, known)
     pruned = assemble(model, config_after(layers, plan), cut)
     return Pruned(pruned, plan, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
 
@@ -140,7 +143,9 @@ def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink) -> Plan:
+def prune_layers(
+    layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink, known: DenseMoments | None = None
+) -> Plan:
     """Return the plan; give `sink` the tensors that are left of each decoder layer, first layer first.
 
     What stands around the layers is not pruned and not given.
@@ -150,6 +155,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         sink: may keep the tensors, or not.
+        known: as of `prune`.
 
     Raises:
         InputError: options that cannot work, or rows that are not this model's.
@@ -159,10 +165,9 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     check_rows(layers.config, anatomy, rows)
     _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)
-    counts = _units_to_keep(layers, walker, rows, options)
-
-    dense = walker.embed(rows)
-    pruned = walker.copy(dense) if options.compensation == "sequential" else dense
+    counts = _units_to_keep(layers, walker, rows, options, known)
+    sequential = options.compensation == "sequential"
+    inputs = _Walk(walker, rows, sequential) if known is None or sequential else _Known(known)
     kept: dict[str, Tensor] = {}  # block name -> units
     for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
         blocks = anatomy.of_layer(index)
@@ -172,15 +177,14 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                 if not block.units:
                     kept[block.name] = torch.empty(0, dtype=torch.long)
                     continue
-                moments = _collect(walker, layer, block, dense, pruned)
+                moments = inputs.moments(layer, block)
                 weight = consumer_of(layer, block).weight.double()
                 units = keep_highest(_scores(block, weight, moments, options), counts[block.name])
                 kept[block.name] = units
                 bias = _compensate(consumer_of(layer, block), weight, block, units, moments, options)
                 if bias is not None:
                     biases[block.name] = bias
-                if pruned is not dense:
-                    walker.advance(layer, block, pruned)
+                inputs.pass_on(layer, block)
             sink(cut_layer(layer, blocks, kept, biases))
     return describe(
         anatomy,
@@ -218,17 +222,28 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
         )
 
 
-def _units_to_keep(layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions) -> dict[str, int]:
+def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
+    """Yield block name and moments of every block that has units, in the order of the forward pass."""
+    walk = _Walk(Walker(layers, rows.shape[1], batch_size), rows, sequential=False)
+    for index in tqdm(range(layers.anatomy.layers), desc="calibrate", unit="layer", disable=None, leave=False):
+        with layers.layer(index) as layer:
+            for block in layers.anatomy.of_layer(index):
+                if block.units:
+                    yield block.name, walk.moments(layer, block)
+
+
+def _units_to_keep(
+    layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions, known: DenseMoments | None
+) -> dict[str, int]:
     """Return the number of units to keep by block name; `global` walks the dense model for it."""
     allowed = allowed_counts(layers.anatomy, options.target, skips=options.skips)
     if options.allocation == "uniform":
         return uniform(layers.anatomy, options.ratio, allowed)
-    scores = _dense_scores(layers, walker, rows, options)
-    return global_sort(layers.anatomy, options.ratio, allowed, scores)
+    inputs = _Walk(walker, rows, sequential=False) if known is None else _Known(known)
+    return global_sort(layers.anatomy, options.ratio, allowed, _dense_scores(layers, inputs, options))
 
 
-def _dense_scores(layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions) -> dict[str, Tensor]:
-    hidden = walker.embed(rows)
+def _dense_scores(layers: Layers, inputs: "_Inputs", options: PruneOptions) -> dict[str, Tensor]:
     scores = {}
     for index in tqdm(range(layers.anatomy.layers), desc="score", unit="layer", disable=None, leave=False):
         with layers.layer(index) as layer:
@@ -236,25 +251,60 @@ def _dense_scores(layers: Layers, walker: Walker, rows: Tensor, options: PruneOp
                 if not block.units:
                     scores[block.name] = torch.empty(0)
                     continue
-                moments = _collect(walker, layer, block, hidden, hidden)
-                scores[block.name] = _scores(block, consumer_of(layer, block).weight.double(), moments, options)
+                weight = consumer_of(layer, block).weight.double()
+                scores[block.name] = _scores(block, weight, inputs.moments(layer, block), options)
     return scores
 
 
-def _collect(walker: Walker, layer: nn.Module, block: Block, dense: Tensor, pruned: Tensor) -> Moments:
-    """Return the moments of the block's inputs in the pruned prefix, dense outputs as targets; advance `dense`."""
-    weight = consumer_of(layer, block).weight
-    moments = Moments(block.channels, outputs=weight.shape[0], device=weight.device)
-    if pruned is dense:
-        for batch, inputs, output in walker.run(layer, block, dense):
-            moments.add(inputs, output)
-            dense[batch] += output.to(dense.device)
-    else:
-        both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
-        for (batch, _, output), (_, inputs, _) in both:
-            moments.add(inputs, output)
-            dense[batch] += output.to(dense.device)
-    return moments
+class _Inputs(Protocol):
+    """What the consumers read, block by block in the order of the forward pass."""
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        """Return the moments of the block's inputs, with the dense model's outputs as targets."""
+
+    def pass_on(self, layer: nn.Module, block: Block) -> None:
+        """The block has been pruned: what comes after it reads what it gives now."""
+
+
+class _Walk:
+    """Collected as the model is walked: from the dense model's prefix, or, `sequential`, from the pruned one's."""
+
+    def __init__(self, walker: Walker, rows: Tensor, sequential: bool) -> None:
+        self._walker = walker
+        self._dense = walker.embed(rows)
+        self._pruned = walker.copy(self._dense) if sequential else self._dense
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        walker, dense, pruned = self._walker, self._dense, self._pruned
+        weight = consumer_of(layer, block).weight
+        moments = Moments(block.channels, outputs=weight.shape[0], device=weight.device)
+        if pruned is dense:
+            for batch, inputs, output in walker.run(layer, block, dense):
+                moments.add(inputs, output)
+                dense[batch] += output.to(dense.device)
+        else:
+            both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
+            for (batch, _, output), (_, inputs, _) in both:
+                moments.add(inputs, output)
+                dense[batch] += output.to(dense.device)
+        return moments
+
+    def pass_on(self, layer: nn.Module, block: Block) -> None:
+        if self._pruned is not self._dense:
+            self._walker.advance(layer, block, self._pruned)
+
+
+class _Known:
+    """Those of the dense model, collected before."""
+
+    def __init__(self, moments: DenseMoments) -> None:
+        self._moments = moments
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        return self._moments[block.name]
+
+    def pass_on(self, layer: nn.Module, block: Block) -> None:
+        pass
 
 
 def _scores(block: Block, weight: Tensor, moments: Moments, options: PruneOptions) -> Tensor:

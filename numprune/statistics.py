@@ -1,5 +1,6 @@
 """First and second moments of a block's inputs, accumulated batch by batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,26 @@ class Moments:
             y = self._product_dtype(y.reshape(-1, self.outputs))
             self._cross += y.T @ x
             self._target_sum += y.sum(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was added so far, to be stored; `restored` makes moments of it again."""
+        count = torch.tensor(self.count, dtype=torch.int64)
+        return {
+            "gram": self._gram,
+            "sum": self._sum,
+            "cross": self._cross,
+            "target_sum": self._target_sum,
+            "count": count,
+        }
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Moments":
+        """Return the moments that gave these `tensors`, on `device`."""
+        outputs, channels = tensors["cross"].shape
+        moments = cls(channels, outputs, device, int(tensors["count"]))
+        for name in ("gram", "sum", "cross", "target_sum"):
+            setattr(moments, f"_{name}", tensors[name].to(device))
+        return moments
 
     def _product_dtype(self, values: Tensor) -> Tensor:
         return values.float() if values.is_cuda else values.double()

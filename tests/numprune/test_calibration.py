@@ -81,3 +81,12 @@ def test_moments_of_nothing_are_an_error():
         _ = Moments(3).gram
     with pytest.raises(ValueError, match="y is missing"):
         Moments(3, outputs=2).add(torch.zeros(1, 3))
+
+
+def test_moments_come_back_from_their_tensors():
+    generator = torch.Generator().manual_seed(0)
+    moments = Moments(4, outputs=2)
+    moments.add(torch.randn(9, 4, generator=generator), torch.randn(9, 2, generator=generator))
+    restored = Moments.restored(moments.tensors(), torch.device("cpu"))
+    for name in ("gram", "mean", "cross", "target_mean"):
+        assert torch.equal(getattr(restored, name), getattr(moments, name))

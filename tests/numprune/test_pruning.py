@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from numprune.errors import InputError
-from numprune.pruning import PruneOptions, prune
+from numprune.layers import ModelLayers
+from numprune.pruning import PruneOptions, dense_moments, prune
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -64,3 +65,31 @@ def test_options_that_cannot_work_are_refused(options, message):
 def test_too_few_calibration_tokens_warn(caplog):
     prune(build_tiny(), ROWS[:2], PruneOptions(0.3))
     assert "64 calibration tokens are fewer than four times the widest block's 96 channels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("criterion", "allocation", "compensation"),
+    [
+        ("wanda", "uniform", "none"),
+        ("flap", "global", "bias"),
+        ("obs", "uniform", "oneshot"),
+        ("flap", "global", "sequential"),
+    ],
+)
+def test_moments_that_are_known_give_what_collecting_them_gives(criterion, allocation, compensation):
+    options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
+    known = dict(dense_moments(ModelLayers(build_tiny()), ROWS))
+    collected, given = prune(build_tiny(), ROWS, options), prune(build_tiny(), ROWS, options, known)
+    assert given.plan == collected.plan
+    for a, b in zip(given.model.parameters(), collected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_known_moments_spare_the_walk():
+    """With them the model's own inputs do not matter: moments of other rows give those rows' result."""
+    options = PruneOptions(0.4, "obs", "uniform", "oneshot", target=Target(align=1))
+    other = ROWS.flip(1)
+    known = dict(dense_moments(ModelLayers(build_tiny()), other))
+    given, expected = prune(build_tiny(), ROWS, options, known), prune(build_tiny(), other, options)
+    for a, b in zip(given.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
