@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.layers import ModelLayers
+from numprune.sensitivity import measure
+from tests.conftest import build_tiny
+
+ROWS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def gradients_of(model):
+    """Per block, the gradient of the summed NLL at its output, (N * S, H); parameters get their gradients, too."""
+    outputs, handles = {}, []
+
+    def keep(name):
+        def hook(_module, _inputs, output):
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+            outputs[name].retain_grad()
+
+        return hook
+
+    for block in read_anatomy(model.config).blocks:
+        module = "self_attn" if block.kind == "attention" else "mlp"
+        handles.append(model.model.layers[block.layer].get_submodule(module).register_forward_hook(keep(block.name)))
+    logits = model(input_ids=ROWS, use_cache=False).logits[:, :-1]
+    cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return {name: output.grad.flatten(0, 1).double() for name, output in outputs.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sums_are_autograd_s_of_the_whole_model(family):
+    model = build_tiny(family)
+    found = measure(ModelLayers(model), ROWS, batch_size=2)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(
+            found.output[name], gradient.T @ gradient / ROWS.numel(), rtol=1e-4, atol=1e-5 * float(gradient.var())
+        )
+    for block in read_anatomy(model.config).blocks:
+        layer = model.model.layers[block.layer]
+        expected = torch.zeros(block.units)
+        for name in (block.consumer, *(producer for producer, _ in block.producers)):
+            for key, value in layer.get_submodule(name).named_parameters():
+                salience = (value * value.grad).detach().abs() / ROWS.numel()
+                if name == block.consumer:
+                    if key == "weight":
+                        expected += salience.T.reshape(block.units, -1).sum(1)
+                else:
+                    expected += salience.reshape(block.units, -1).sum(1)
+        torch.testing.assert_close(found.taylor[block.name].float(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_and_batches_change_nothing():
+    model = build_tiny("llama")
+    whole, parts = measure(ModelLayers(model), ROWS), measure(ModelLayers(model), ROWS, batch_size=1, chunk=2)
+    for name, value in whole.output.items():
+        torch.testing.assert_close(parts.output[name], value, rtol=1e-5, atol=1e-5 * float(value.max()))
+        torch.testing.assert_close(parts.taylor[name], whole.taylor[name], rtol=1e-4, atol=1e-9)
