@@ -5,17 +5,16 @@ from torch import Tensor
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
-    """Return `matrix` + damping * mean(diag) * I; for an all-zero matrix, + damping * I."""
-    scale = matrix.diagonal().mean()
-    if not scale > 0:
-        scale = torch.ones_like(scale)
+    """Return `matrix` (..., n, n) + damping * mean(diag) * I; for an all-zero matrix, + damping * I."""
     result = matrix.clone()
-    result.diagonal().add_(damping * scale)
+    diagonal = result.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(damping * torch.where(scale > 0, scale, 1.0))
     return result
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Return the lower Cholesky factor of a symmetric matrix that is positive up to rounding.
+    """Return the lower Cholesky factor of a symmetric matrix (..., n, n) that is positive up to rounding.
 
     A rank-deficient Gram matrix (fewer calibration tokens than channels, dead channels) can have eigenvalues of about
     -1e-16 times the largest one; the diagonal is then raised, tenfold each time from 1e-14, until the factor exists.
@@ -27,10 +26,10 @@ def cholesky(matrix: Tensor) -> Tensor:
         raise ValueError("matrix holds values that are not finite")
     factor, info = torch.linalg.cholesky_ex(matrix)
     jitter = 1e-14
-    while int(info) and jitter <= 1e-4:
+    while info.any() and jitter <= 1e-4:
         factor, info = torch.linalg.cholesky_ex(damped(matrix, jitter))
         jitter *= 10
-    if int(info):
+    if info.any():
         raise ValueError("matrix is not positive definite")
     return factor
 
@@ -41,5 +40,5 @@ def spd_solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:
-    """Return the inverse of a symmetric positive matrix. Only the OBS update needs one explicitly."""
+    """Return the inverse of a symmetric positive matrix (n, n). Only the OBS update needs one explicitly."""
     return torch.cholesky_inverse(cholesky(matrix))

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from numprune.criteria.view import BlockView
-from numprune.linalg import damped, spd_inverse
+from numprune.linalg import cholesky, damped, spd_inverse
+
+_PANEL = 128  # channels whose removals are applied together
+_COMPACT = 0.75  # share of the units still there under which the rows and columns of the others are dropped
 
 
 def obs(view: BlockView) -> Tensor:
@@ -21,58 +24,136 @@ def obs(view: BlockView) -> Tensor:
 
 
 def greedy_removal(
-    weight: Tensor, gram: Tensor, channels_per_unit: int, damping: float = 1e-4
+    weight: Tensor, gram: Tensor, channels_per_unit: int, damping: float = 1e-4, *, stop: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Remove every unit, cheapest first, refitting what is left after each removal.
+    """Remove units, cheapest first, refitting what is left after each removal.
 
     With Q = (G + gamma I)^-1, removing unit u with channels g costs s_u = tr(W_g (Q_gg)^-1 W_g^T), after which
     W <- W - W_g Q_gg^-1 Q_g: and Q <- Q - Q_:g Q_gg^-1 Q_g: (Hassibi & Stork 1993 for one channel; Kurtic et al. 2023,
     ZipLM, arXiv 2302.04089, eq. 2-4, for groups).
 
+    Done in panels, like LAPACK's pivoted Cholesky (dpstrf). W is seen only through M = W^T W: s_u = tr(Q_gg^-1 M_gg).
+    With Q_gg = R R^T and u = R^-1 Q_g:, a removal is
+
+        Q <- Q - u^T u,    M <- M - u^T v - v^T u,    v = R^-1 M_g: - (R^-1 M_gg R^-T) u / 2.
+
+    The next choice needs the diagonal blocks of Q and M, which are kept up to date, and the rows of the unit chosen,
+    which first take what the panel's u and v owe them. All else waits until the panel is full: three matrix products
+    then stand for its removals, where one by one each would pass over the whole of Q and W.
+
     Args:
         weight: (out, D) float64.
         gram: (D, D) float64.
         channels_per_unit: c; D is a multiple.
-        damping: gamma relative to the mean of diag(G).
+        damping: gamma relative to the mean of diag(G), above 0.
+        stop: n, how many units to remove; all when None. The first n are the same either way.
 
     Returns:
-        order: (units,) unit indices, first removed first.
-        costs: (units,) the squared output error E||dy||^2 that each removal adds, in that order.
+        order: (n,) unit indices, first removed first.
+        costs: (n,) the squared output error E||dy||^2 that each removal adds, in that order; finite and not negative.
+
+    Raises:
+        ValueError: `gram` is not finite or far from positive semidefinite.
     """
     c = channels_per_unit
     units = weight.shape[1] // c
-    weight = weight.clone()
-    inverse = spd_inverse(damped(gram, damping)).contiguous()
-    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
-    order = torch.empty(units, dtype=torch.long, device=weight.device)
-    costs = torch.empty(units, dtype=weight.dtype, device=weight.device)
-    blocks = torch.arange(units, device=weight.device)
-    for step in range(units):
-        if c == 1:
-            cost = weight.square().sum(0) / inverse.diagonal()
-        else:
-            diagonal = inverse.view(units, c, units, c)[blocks, :, blocks, :]  # (units, c, c)
-            grouped = weight.view(-1, units, c).permute(1, 2, 0)  # (units, c, out)
-            cost = _grouped_cost(diagonal, grouped, alive)
-        cost[~alive] = torch.inf
-        unit = int(cost.argmin())
-        channels = slice(unit * c, (unit + 1) * c)
-        order[step], costs[step] = unit, cost[unit]
-        alive[unit] = False
-        rows = torch.linalg.solve(inverse[channels, channels], inverse[channels])  # Q_gg^-1 Q_g:
-        columns = inverse[:, channels].clone()
-        weight.addmm_(weight[:, channels].clone(), rows, alpha=-1)
-        inverse.addmm_(columns, rows, alpha=-1)
-        # Exact arithmetic leaves zeros here; rounding does not, and a removed channel must not come back.
-        weight[:, channels] = 0
-        inverse[channels, :] = 0
-        inverse[:, channels] = 0
-        inverse.diagonal()[channels] = 1
-    return order, costs
+    steps = units if stop is None else min(stop, units)
+    moments = damped(gram, damping)
+    Q, M = spd_inverse(moments), weight.T @ weight
+    least = moments.diagonal().reciprocal()
+    left = torch.arange(units, device=weight.device)  # the units that Q and M hold
+    removed = torch.zeros(units, dtype=torch.bool, device=weight.device)  # which of those mean nothing any more
+    order, costs = [left[:0]], [least[:0]]
+    for done in range(0, steps, max(1, _PANEL // c)):
+        count = min(max(1, _PANEL // c), steps - done)
+        chosen, paid, U, V = _choose_panel(Q, M, least, removed, c, count)
+        order.append(left[chosen])
+        costs.append(paid)
+        removed[chosen] = True
+        if done + count == steps:
+            break
+        if units - done - count < _COMPACT * len(left):
+            stay = (~removed).nonzero()[:, 0]
+            channels = (stay[:, None] * c + torch.arange(c, device=stay.device)).flatten()
+            Q, M = Q[channels][:, channels], M[channels][:, channels]
+            U, V, least = U[:, channels], V[:, channels], least[channels]
+            left, removed = left[stay], removed[stay]
+        Q.addmm_(U.T, U, alpha=-1)
+        M.addmm_(U.T, V, alpha=-1).addmm_(V.T, U, alpha=-1)
+    return torch.cat(order), torch.cat(costs)
 
 
-def _grouped_cost(diagonal: Tensor, grouped: Tensor, alive: Tensor) -> Tensor:
-    cost = torch.zeros(len(diagonal), dtype=diagonal.dtype, device=diagonal.device)
-    solved = torch.linalg.solve(diagonal[alive], grouped[alive])
-    cost[alive] = (grouped[alive] * solved).sum((1, 2))
-    return cost
+def _choose_panel(
+    Q: Tensor, M: Tensor, least: Tensor, removed: Tensor, c: int, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose `count` units, each the cheapest once those before it are gone; Q and M (D, D) stay as they are.
+
+    Nothing in the loop waits for a value where c = 1, so that a GPU is kept busy.
+
+    Args:
+        least: (D,) what diag(Q) cannot fall below.
+        removed: (units,) those not to choose.
+
+    Returns:
+        chosen (count,), their costs (count,), and the rows u and v (count * c, D) of their removals.
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=Q.device)
+    costs = Q.new_empty(count)
+    U, V = Q.new_empty(count * c, len(Q)), Q.new_empty(count * c, len(Q))
+    q, m = _diagonal_blocks(Q, c), _diagonal_blocks(M, c)
+    q_diagonal, least = q.diagonal(dim1=1, dim2=2), least.view(-1, c)
+    identity = torch.eye(c, dtype=Q.dtype, device=Q.device)[None]
+    q[removed] = identity  # anything that can be factored
+    barred = Q.new_zeros(len(q)).masked_fill_(removed, torch.inf)
+    for k in range(count):
+        # Q_jj shrinks towards 1 / (G_jj + gamma), its value once j is all that is left: what falls below is rounding,
+        # and so is a cost below zero.
+        torch.maximum(q_diagonal, least, out=q_diagonal)
+        cost, unit = _costs(q, m).clamp_min_(0).add_(barred).min(0, keepdim=True)
+        chosen[k : k + 1], costs[k : k + 1] = unit, cost
+        g = (unit[:, None] * c + torch.arange(c, device=Q.device)).flatten()
+        before, here = slice(k * c), slice(k * c, (k + 1) * c)
+        owed_u, owed_v = U[before].index_select(1, g).T, V[before].index_select(1, g).T
+        u = torch.addmm(Q.index_select(0, g), owed_u, U[before], alpha=-1)
+        v = torch.addmm(M.index_select(0, g), owed_v, U[before], alpha=-1).addmm_(owed_u, V[before], alpha=-1)
+        pivot = q.index_select(0, unit)[0]
+        u, v = _whitened(pivot, u), _whitened(pivot, v)
+        mu = _whitened(pivot, v.index_select(1, g).T)
+        U[here], V[here] = u, v.addmm_(mu, u, alpha=-0.5)
+        u, v = (rows.view(c, -1, c).permute(1, 2, 0) for rows in (u, v))  # (units, c, c)
+        _subtract(q, u, u)
+        _subtract(m, u, v)
+        _subtract(m, v, u)
+        q.index_copy_(0, unit, identity)
+        barred.index_fill_(0, unit, torch.inf)
+    return chosen, costs, U, V
+
+
+# For one channel a unit these are divisions; LAPACK's batched calls would take most of the time.
+
+
+def _diagonal_blocks(matrix: Tensor, c: int) -> Tensor:
+    """Return a copy of the blocks (units, c, c) on the diagonal of (D, D)."""
+    return matrix.view(-1, c, len(matrix) // c, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _costs(q: Tensor, m: Tensor) -> Tensor:
+    """Return tr(q^-1 m) of each of (units, c, c): (units,)."""
+    if q.shape[1] == 1:
+        return (m / q).flatten()
+    return torch.cholesky_solve(m, cholesky(q)).diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _whitened(pivot: Tensor, rows: Tensor) -> Tensor:
+    """Return R^-1 rows, (c, D), with R the Cholesky factor of pivot (c, c)."""
+    if len(pivot) == 1:
+        return rows * pivot.rsqrt()
+    return torch.linalg.solve_triangular(cholesky(pivot), rows, upper=False)
+
+
+def _subtract(blocks: Tensor, a: Tensor, b: Tensor) -> None:
+    """Subtract a b^T from each of (units, c, c), in place."""
+    if blocks.shape[1] == 1:
+        blocks.addcmul_(a, b, value=-1)
+    else:
+        blocks.baddbmm_(a, b.mT, alpha=-1)
