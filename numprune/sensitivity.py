@@ -25,7 +25,7 @@ class Sensitivity:
 
     Attributes:
         output: (H, H) float64, S in nats per token.
-        taylor: (units,) float64, the sum over the unit's parameters in all its matrices of |w dL/dw|, L the mean NLL:
+        taylor: where it was asked for, (units,) float64, the sum over the unit's parameters in all its matrices of |w dL/dw|, L the mean NLL:
             LLM-Pruner's first-order score (Ma et al. 2023, arXiv 2305.11627, eq. 5 with element-wise grouping).
     """
 
@@ -33,7 +33,9 @@ class Sensitivity:
     taylor: dict[str, Tensor]
 
 
-def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, chunk: int | None = None) -> Sensitivity:
+def measure(
+    layers: Layers, rows: Tensor, batch_size: int = 8, *, chunk: int | None = None, taylor: bool = False
+) -> Sensitivity:
     """Return the sensitivities of all blocks over the calibration rows.
 
     Args:
@@ -42,14 +44,15 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, chunk: int | N
         batch_size: rows at a time in one layer.
         chunk: rows that are carried through all layers at once, N when not given. Every layer's input is kept for a
             chunk, and every layer is read once per chunk: small chunks suit a model in memory, large ones shards.
+        taylor: also collect the Taylor scores, for which the gradients of a chunk's weights are kept.
     """
     anatomy = layers.anatomy
     hidden_size, tokens = anatomy.hidden_size, rows.numel()
     double: Any = {"dtype": torch.float64, "device": layers.device}
     output = {block.name: torch.zeros(hidden_size, hidden_size, **double) for block in anatomy.blocks}
-    gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks}
+    gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     rotary = layers.rotary(rows.shape[1])
-    taylor: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     chunks = rows.split(chunk or len(rows))
     with tqdm(total=2 * anatomy.layers * len(chunks), desc="gradients", unit="layer", disable=None, leave=False) as bar:
         for number, part in enumerate(chunks):
@@ -62,11 +65,11 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, chunk: int | N
                 with layers.layer(index) as layer:
                     for batch in batches:
                         _backward(layer, blocks, hidden, gradient, batch, rotary, output, gradients)
-                    if number == len(chunks) - 1:
+                    if taylor and number == len(chunks) - 1:
                         for block in blocks:
-                            taylor[block.name] = _taylor(layer, block, gradients.pop(block.name), tokens)
+                            scores[block.name] = _taylor(layer, block, gradients.pop(block.name), tokens)
                 bar.update()
-    return Sensitivity({name: total / tokens for name, total in output.items()}, taylor)
+    return Sensitivity({name: total / tokens for name, total in output.items()}, scores)
 
 
 @torch.no_grad()
@@ -125,10 +128,10 @@ def _backward(
     for block, before, after in reversed(list(zip(blocks, states, states[1:], strict=False))):
         flat = behind.flatten(0, 1).double()
         output[block.name] += flat.T @ flat
-        matrices = _matrices(layer, block)
+        matrices = _matrices(layer, block) if block.name in gradients else {}
         behind, *found = torch.autograd.grad(after, [before, *matrices.values()], behind)
-        sums = gradients[block.name]
-        for (name, _), value in zip(matrices.items(), found, strict=True):
+        for name, value in zip(matrices, found, strict=True):
+            sums = gradients[block.name]
             sums[name] = sums[name] + value if name in sums else value
     gradient[batch] = behind.to(gradient.device)
 

@@ -34,7 +34,7 @@ def gradients_of(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sums_are_autograd_s_of_the_whole_model(family):
     model = build_tiny(family)
-    found = measure(ModelLayers(model), ROWS, batch_size=2)
+    found = measure(ModelLayers(model), ROWS, batch_size=2, taylor=True)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(
             found.output[name], gradient.T @ gradient / ROWS.numel(), rtol=1e-4, atol=1e-5 * float(gradient.var())
@@ -55,7 +55,10 @@ def test_both_sums_are_autograd_s_of_the_whole_model(family):
 
 def test_chunks_and_batches_change_nothing():
     model = build_tiny("llama")
-    whole, parts = measure(ModelLayers(model), ROWS), measure(ModelLayers(model), ROWS, batch_size=1, chunk=2)
+    whole, parts = (
+        measure(ModelLayers(model), ROWS, taylor=True),
+        measure(ModelLayers(model), ROWS, batch_size=1, chunk=2, taylor=True),
+    )
     for name, value in whole.output.items():
         torch.testing.assert_close(parts.output[name], value, rtol=1e-5, atol=1e-5 * float(value.max()))
         torch.testing.assert_close(parts.taylor[name], whole.taylor[name], rtol=1e-4, atol=1e-9)
