@@ -114,7 +114,7 @@ def evaluate(model: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> Qu
     """
     check_rows_fit(model, rows)
     nll = np.zeros(len(rows.rows))
-    for index, tokens in _batches(rows, batch_size, "evaluate"):
+    for index, tokens in batches(rows, batch_size, "evaluate"):
         nll[index] = _token_nll(_log_probabilities(model, tokens), tokens).sum(1).cpu().numpy()
     return Quality(nll, _scored(rows))
 
@@ -138,7 +138,7 @@ def compare_with(
     check_rows_fit(model, rows)
     windows = len(rows.rows)
     nll, baseline_nll, kl, agree = np.zeros(windows), np.zeros(windows), np.zeros(windows), np.zeros(windows)
-    for index, tokens in _batches(rows, batch_size, "compare"):
+    for index, tokens in batches(rows, batch_size, "compare"):
         ours, theirs = _log_probabilities(model, tokens), baseline(index, tokens)
         nll[index] = _token_nll(ours, tokens).sum(1).cpu().numpy()
         baseline_nll[index] = _token_nll(theirs, tokens).sum(1).cpu().numpy()
@@ -205,7 +205,7 @@ def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
         )
 
 
-def _batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list[int], Tensor]]:
+def batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (window indices, tokens (n, S)), rows of one length together so that none is padded."""
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows.rows):

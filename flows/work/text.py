@@ -19,6 +19,7 @@ from numprune.flows.embedded import corpus
 from numprune.flows.recipe import EMBEDDED
 
 _FILE = "rows.safetensors"
+_HELDOUT = "heldout.safetensors"
 # Of the embedded text no more is read than is needed: about four times the tokens that are drawn.
 _CHARACTERS_PER_TOKEN = 12
 
@@ -71,20 +72,24 @@ def load_calibration(stage: Path) -> Tensor:
 
 def make_heldout(out: Path, *, model: Path, text: str | list[str], sequence_length: int) -> dict[str, Any]:
     """Stage: the rows that quality is measured on."""
-    rows = token_rows(read_text(text, "heldout"), load_tokenizer(model), sequence_length)
+    return save_heldout(out, token_rows(read_text(text, "heldout"), load_tokenizer(model), sequence_length))
+
+
+def save_heldout(stage: Path, rows: TokenRows) -> dict[str, Any]:
+    """Write rows for `load_heldout`; return facts about them."""
     tensors = {
         "tokens": torch.cat(rows.rows),
         "lengths": torch.tensor([len(row) for row in rows.rows]),
         "document": torch.tensor(rows.document),
     }
-    save_file(tensors, out / _FILE)
-    (out / "names.json").write_text(json.dumps(rows.names), encoding="utf-8")
+    save_file(tensors, stage / _HELDOUT)
+    (stage / "names.json").write_text(json.dumps(rows.names), encoding="utf-8")
     return {"digest": rows.digest, "rows": len(rows.rows), "tokens": rows.tokens, "documents": len(rows.names)}
 
 
 def load_heldout(stage: Path, digest: str) -> TokenRows:
     """What `make_heldout` wrote; `digest` is from its facts."""
-    with safe_open(stage / _FILE, "pt") as file:
+    with safe_open(stage / _HELDOUT, "pt") as file:
         rows = list(file.get_tensor("tokens").split(file.get_tensor("lengths").tolist()))
         document = file.get_tensor("document").tolist()
     names = json.loads((stage / "names.json").read_text(encoding="utf-8"))

@@ -1,0 +1,150 @@
+"""The comparison's table: a row for each ratio, calibration size and method; as CSV and as Markdown."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one ratio.
+
+    Attributes:
+        ratio: asked for.
+        samples: calibration rows.
+        nll_increase: over the dense model, held-out nats per token; `ci95_lower` and `ci95_upper` are its one-sided
+            95 % bounds (None: a single sample) over documents or windows, as `sampling_unit` says.
+        seconds: to prune, calibration included, loading and judging not.
+        peak_bytes: highest memory while pruning, beyond interpreter and libraries.
+    """
+
+    ratio: float
+    samples: int
+    method: str
+    prunable_ratio_removed: float
+    nll_increase: float
+    ci95_lower: float | None
+    ci95_upper: float | None
+    sampling_unit: str
+    nll_nats_per_token: float
+    perplexity: float
+    kl_nats_per_token: float
+    top1_agreement: float
+    parameters: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all rows have in common: what makes two tables comparable."""
+
+    model: str
+    model_digest: str
+    sequence_length: int
+    align: int
+    seed: int
+    device: str
+    calibration: dict[int, str]  # rows -> digest
+    heldout_digest: str
+    heldout_tokens: int
+    heldout_documents: int
+    dense_nll_nats_per_token: float
+    dense_perplexity: float
+    dense_parameters: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Table:
+    conditions: Conditions
+    rows: Sequence[Row]
+
+    def in_order(self) -> list[Row]:
+        """Rows a ratio at a time, fewest calibration rows first, methods in the order they were asked for."""
+        return sorted(self.rows, key=lambda row: (row.ratio, row.samples))
+
+
+def as_csv(table: Table) -> str:
+    """Return every row with everything that identifies it, so that rows of several tables can be put together."""
+    common = {
+        "model_digest": table.conditions.model_digest,
+        "heldout_digest": table.conditions.heldout_digest,
+        "dense_nll_nats_per_token": table.conditions.dense_nll_nats_per_token,
+        "sequence_length": table.conditions.sequence_length,
+        "align": table.conditions.align,
+        "seed": table.conditions.seed,
+        "device": table.conditions.device,
+        "version": table.conditions.version,
+    }
+    text = io.StringIO()
+    columns = [*(field.name for field in fields(Row)), "calibration_digest", *common]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in table.in_order():
+        calibration = table.conditions.calibration[row.samples]
+        writer.writerow({**asdict(row), "calibration_digest": calibration, **common})
+    return text.getvalue()
+
+
+def as_markdown(table: Table) -> str:
+    """Return the table for people, with its conditions below."""
+    conditions, rows = table.conditions, table.in_order()
+    several = len(conditions.calibration) > 1
+    heading = [
+        "removed",
+        "method",
+        *(["calibration rows"] if several else []),
+        "NLL increase, nats/token (one-sided 95 % bounds)",
+        "NLL",
+        "perplexity",
+        "KL",
+        "top-1",
+        "parameters",
+        "seconds",
+        "memory, MiB",
+    ]
+    dense = [
+        "0",
+        "dense",
+        *([""] if several else []),
+        "0",
+        f"{conditions.dense_nll_nats_per_token:.4f}",
+        f"{conditions.dense_perplexity:.2f}",
+        "0",
+        "100 %",
+        f"{conditions.dense_parameters:,}",
+        "",
+        "",
+    ]
+    lines = [heading, ["---"] * len(heading), dense, *(_cells(row, several) for row in rows)]
+    unit = f" Bounds by bootstrap over {rows[0].sampling_unit}s." if rows else ""
+    sizes = ", ".join(str(size) for size in conditions.calibration)
+    notes = (
+        f"{conditions.model}: calibrated on {sizes} rows of {conditions.sequence_length} tokens "
+        f"(seed {conditions.seed}), judged on {conditions.heldout_tokens:,} tokens of "
+        f"{conditions.heldout_documents} held-out documents.{unit} `removed` is what was reached of the attention and "
+        "MLP projections, parameters that a method adds taken off; `KL` is from the dense model's next-token "
+        "distribution, `top-1` how often both put the same token first. Seconds are those of calibrating and pruning, "
+        "memory is the process's highest meanwhile, beyond interpreter and libraries "
+        f"({conditions.device})."
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"
+
+
+def _cells(row: Row, several: bool) -> list[str]:
+    bounds = "no bounds" if row.ci95_lower is None else f"{row.ci95_lower:.4f} to {row.ci95_upper:.4f}"
+    return [
+        f"{row.prunable_ratio_removed:.1%}".replace("%", " %"),
+        row.method.replace("/", " / "),
+        *([str(row.samples)] if several else []),
+        f"{row.nll_increase:.4f} ({bounds})",
+        f"{row.nll_nats_per_token:.4f}",
+        f"{row.perplexity:.2f}",
+        f"{row.kl_nats_per_token:.4f}",
+        f"{row.top1_agreement:.1%}".replace("%", " %"),
+        f"{row.parameters:,}",
+        f"{row.seconds:.1f}",
+        f"{row.peak_bytes / 2**20:,.0f}",
+    ]

@@ -1,0 +1,52 @@
+import pytest
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.flows.compare.methods import DEFAULT, METHODS, check, chosen, defaults, reads_dense_moments
+from numprune.target import Target
+from tests.conftest import build_tiny
+
+
+def checked(family="llama", **overrides):
+    anatomy = read_anatomy(build_tiny(family, **overrides).config)
+    return lambda method: check(method, anatomy, 0.3, Target(align=1))
+
+
+def test_wildcards_take_every_method_that_can_work_and_say_what_cannot():
+    methods, left_out = chosen(["shortgpt", "flap/*", "flap/uniform/none"], checked("qwen2"))
+    assert methods[0] == "shortgpt"
+    assert {method.split("/")[2] for method in methods[1:]} == {"none", "oneshot", "sequential"}
+    assert len(methods) == len(set(methods))
+    assert left_out
+    assert all(line.split(":")[0].endswith("/bias") for line in left_out)
+
+
+def test_a_method_named_in_full_that_cannot_work_is_refused():
+    with pytest.raises(InputError, match="flap/global/bias: bias compensation needs an architecture"):
+        chosen(["flap/global/bias"], checked("qwen2"))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_what_was_perhaps_meant():
+    with pytest.raises(InputError, match="did you mean 'wanda/uniform/none'"):
+        chosen(["wnda/uniform/none"], checked())
+
+
+def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none():
+    assert set(DEFAULT) <= set(METHODS)
+    assert defaults(checked()) == list(DEFAULT)
+    assert "flap/global/none" in defaults(checked("qwen3"))
+    assert "flap/global/bias" not in defaults(checked("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("shortgpt", False),
+        ("obs/uniform/sequential", False),
+        ("flap/global/sequential", True),
+        ("wanda/uniform/none", True),
+        ("obs/uniform/oneshot", True),
+    ],
+)
+def test_what_shares_the_calibration_pass(method, expected):
+    assert reads_dense_moments(method) is expected
