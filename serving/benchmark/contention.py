@@ -5,49 +5,38 @@ interval ends as inconclusive. A reason is what the interval cannot show, or wha
 the figures describe its scheduler. Hence the limits are far above what a desktop or a CI runner shows.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from numprune.serving.benchmark.scheduler import stolen_seconds
+from numprune.serving.benchmark.scheduler import ThreadTimes, stolen_seconds
 
 # A side that waited four times as long as it ran had a fifth of the CPUs it asked for. A program with as many busy
 # threads as there are CPUs leaves it half; ten of them on two CPUs were seen to leave it a third.
 WAITED_SHARE = 0.8
-# The idle worker runs beside the measured one, so what it burns is charged to the other side. Thread pools that still
-# spin for some milliseconds after a repeat stay below a tenth; one that spins on takes a whole CPU per thread.
-IDLE_CPUS = 0.25
 # Of the time the CPUs had work: the hypervisor gave it to somebody else, which no interleaving by us can even out.
 STOLEN_SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class SideContention:
-    """One side over all its measured repeats. `waited_share` and None as in `ThreadTimes`."""
-
-    waited_share: float | None  # of the time it ran or was ready to run
-    idle_cpus: float  # CPUs that it kept busy while the other side was measured
-
-
-@dataclass(frozen=True)
 class Contention:
-    """What was seen while measuring; `reasons` is empty when it does not put the measurement in doubt."""
+    """What was seen while measuring; `reasons` is empty when it does not put the measurement in doubt.
 
-    baseline: SideContention
-    candidate: SideContention
+    A side's waited share is of the time that it ran or was ready to run, over all its measured repeats; None where the
+    kernel does not tell.
+    """
+
+    baseline_waited_share: float | None
+    candidate_waited_share: float | None
     stolen_share: float
 
     @property
     def reasons(self) -> list[str]:
         found = []
-        for name, side in (("baseline", self.baseline), ("candidate", self.candidate)):
-            if side.waited_share is not None and side.waited_share > WAITED_SHARE:
+        for name, share in (("baseline", self.baseline_waited_share), ("candidate", self.candidate_waited_share)):
+            if share is not None and share > WAITED_SHARE:
                 found.append(
-                    f"the {name} waited for a free CPU {side.waited_share:.0%} of its time (limit {WAITED_SHARE:.0%}): "
+                    f"the {name} waited for a free CPU {share:.0%} of its time (limit {WAITED_SHARE:.0%}): "
                     "end other programs, or ask for fewer threads"
-                )
-            if side.idle_cpus > IDLE_CPUS:
-                found.append(
-                    f"the idle {name} kept {side.idle_cpus:.2f} CPUs busy while the other side was measured "
-                    f"(limit {IDLE_CPUS}): its thread pool spins"
                 )
         if self.stolen_share > STOLEN_SHARE:
             found.append(
@@ -59,6 +48,13 @@ class Contention:
     def describe(self) -> dict[str, object]:
         """Plain JSON."""
         return asdict(self)
+
+
+def waited_share(times: Iterable[ThreadTimes]) -> float | None:
+    """Of all this time; None when it is none, as where the kernel does not tell."""
+    found = list(times)
+    ran_s, waited_s = sum(one.ran_s for one in found), sum(one.waited_s for one in found)
+    return waited_s / (ran_s + waited_s) if ran_s + waited_s > 0 else None
 
 
 class StolenTime:

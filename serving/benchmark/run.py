@@ -1,7 +1,6 @@
 """Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
 
 import json
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,15 +10,14 @@ from tqdm import tqdm
 
 from numprune.errors import InputError
 from numprune.serving.benchmark.client import Worker, start_worker
-from numprune.serving.benchmark.contention import Contention, SideContention, StolenTime
+from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
 from numprune.serving.benchmark.load import Load, interleaving
 from numprune.serving.benchmark.samples import Repeat
-from numprune.serving.benchmark.scheduler import cpu_seconds
+from numprune.serving.benchmark.scheduler import ThreadTimes, standing_still
 from numprune.serving.benchmark.sections import memory_section, speed_section
 from numprune.serving.report import capture, combine
 
 _SIDES = {"A": "baseline", "B": "candidate"}
-_SETTLE_S = 0.02  # thread pools spin for some milliseconds after their last work; they should not meet the other side
 
 
 def run_benchmark(
@@ -116,16 +114,16 @@ def _measure(
 ) -> dict[str, Any]:
     machine = {"uses_gpu": opened["baseline"]["gpu"], "own_processes": [worker.pid for worker in workers.values()]}
     with tqdm(total=2 * (load.warmup + load.repeats), desc=f"benchmark ({runtime})", unit="run", disable=None) as bar:
-        warmup = _interleaved(load.warmup, workers, bar)[0]
+        warmup = _interleaved(load.warmup, workers, bar)
         before, stolen = capture(**machine), StolenTime()
-        repeats, idle_cpus = _interleaved(load.repeats, workers, bar)
+        repeats = _interleaved(load.repeats, workers, bar)
         stolen_share, after = stolen.share(), capture(**machine)
     finished = {name: worker.ask("finish") for name, worker in workers.items()}
 
-    contention = Contention(
-        **{name: SideContention(_waited_share(repeats[name]), idle_cpus[name]) for name in workers},
-        stolen_share=stolen_share,
-    )
+    waited = {
+        name: waited_share(ThreadTimes(one.ran_s, one.waited_s) for one in found) for name, found in repeats.items()
+    }
+    contention = Contention(waited["baseline"], waited["candidate"], stolen_share)
     environment = combine(before, after)
     reasons = (*environment.reasons, *contention.reasons)
     environment = environment.model_copy(update={"valid": not reasons, "reasons": reasons})
@@ -148,25 +146,12 @@ def _measure(
     }
 
 
-def _interleaved(
-    count: int, workers: Mapping[str, Worker], bar: "tqdm[Any]"
-) -> tuple[dict[str, list[Repeat]], dict[str, float]]:
-    """`count` repeats of each side, in turn, and how many CPUs each side kept busy while it was the other's turn."""
+def _interleaved(count: int, workers: Mapping[str, Worker], bar: "tqdm[Any]") -> dict[str, list[Repeat]]:
+    """`count` repeats of each side, in turn; the other stands still meanwhile."""
     repeats: dict[str, list[Repeat]] = {name: [] for name in workers}
-    idle_s = dict.fromkeys(workers, 0.0)
-    elapsed_s = dict.fromkeys(workers, 0.0)
     for letter in interleaving(count):
         name = _SIDES[letter]
-        (other,) = workers.keys() - {name}
-        time.sleep(_SETTLE_S)
-        used, started = cpu_seconds(workers[other].pid), time.perf_counter()
-        repeats[name].append(Repeat.from_json(workers[name].ask("repeat")))
-        elapsed_s[other] += time.perf_counter() - started
-        idle_s[other] += cpu_seconds(workers[other].pid) - used
+        with standing_still(worker.pid for other, worker in workers.items() if other != name):
+            repeats[name].append(Repeat.from_json(workers[name].ask("repeat")))
         bar.update()
-    return repeats, {name: idle_s[name] / elapsed_s[name] for name in workers}
-
-
-def _waited_share(repeats: list[Repeat]) -> float | None:
-    ran, waited = sum(repeat.ran_s for repeat in repeats), sum(repeat.waited_s for repeat in repeats)
-    return waited / (ran + waited) if ran + waited > 0 else None
+    return repeats

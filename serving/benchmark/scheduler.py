@@ -1,5 +1,7 @@
-"""What the kernel's scheduler says of a process and of the machine: who ran, who waited, who burnt time while idle."""
+"""The kernel's scheduler: what it says of a process and of the machine, and how to keep a process from running."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +35,24 @@ def thread_times(pid: int | None = None) -> ThreadTimes:
     return ThreadTimes(ran_ns / 1e9, waited_ns / 1e9)
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time, user and system, that a process has used."""
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
+@contextmanager
+def standing_still(pids: Iterable[int]) -> Iterator[None]:
+    """Within the block these processes do not run (SIGSTOP, SIGCONT); one that has ended is passed over.
+
+    Models that are not at work must not take CPUs from the one that is: thread pools and engines spin while they wait.
+    """
+    processes = []
+    try:
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                processes.append(process)
+                process.suspend()
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def family(pid: int) -> list[int]:

@@ -3,26 +3,24 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from numprune.serving.benchmark.contention import Contention, SideContention, StolenTime
-from numprune.serving.benchmark.scheduler import cpu_seconds, thread_times
-
-QUIET = SideContention(waited_share=0.02, idle_cpus=0.01)
+from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
+from numprune.serving.benchmark.scheduler import ThreadTimes, standing_still, thread_times
 
 
 def test_a_machine_with_other_load_is_no_reason():
-    half = SideContention(waited_share=0.6, idle_cpus=0.1)
-    assert Contention(half, half, stolen_share=0.1).reasons == []
-    assert Contention(SideContention(None, 0.0), QUIET, 0.0).reasons == []
+    assert Contention(0.6, 0.6, stolen_share=0.1).reasons == []
+    assert Contention(None, 0.02, 0.0).reasons == []
 
 
 @pytest.mark.parametrize(
     ("contention", "what"),
     [
-        (Contention(QUIET, SideContention(0.95, 0.0), 0.0), "candidate waited for a free CPU 95%"),
-        (Contention(SideContention(0.1, 0.9), QUIET, 0.0), "idle baseline kept 0.90 CPUs busy"),
-        (Contention(QUIET, QUIET, 0.4), "hypervisor took 40%"),
+        (Contention(0.02, 0.95, 0.0), "candidate waited for a free CPU 95%"),
+        (Contention(0.9, 0.02, 0.0), "baseline waited for a free CPU 90%"),
+        (Contention(0.02, 0.02, 0.4), "hypervisor took 40%"),
     ],
 )
 def test_what_makes_a_measurement_meaningless_is_named(contention, what):
@@ -39,21 +37,33 @@ def test_a_thread_that_computes_is_seen_to_run():
     assert (thread_times() - before).ran_s >= 0.09
 
 
-def test_cpu_time_tells_a_busy_process_from_an_idle_one():
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    idle = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+def test_the_waited_share_is_of_all_the_time():
+    assert waited_share([ThreadTimes(1.0, 3.0), ThreadTimes(3.0, 1.0)]) == 0.5
+    assert waited_share([ThreadTimes(0.0, 0.0)]) is None
+
+
+def test_a_process_that_spins_stands_still_for_as_long_as_it_is_told_to():
+    spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    process = psutil.Process(spinning.pid)
     try:
-        deadline = time.monotonic() + 60
-        while cpu_seconds(busy.pid) < 0.5 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert cpu_seconds(busy.pid) >= 0.5
-        settled = cpu_seconds(idle.pid)
-        time.sleep(0.2)
-        assert cpu_seconds(idle.pid) - settled < 0.15
+        spinning.stdout.readline()
+        with standing_still([spinning.pid, ended.pid]):
+            deadline = time.monotonic() + 60
+            while process.status() != psutil.STATUS_STOPPED:  # the signal is on its way
+                assert time.monotonic() < deadline
+            before = process.cpu_times()
+            time.sleep(0.2)
+            assert process.cpu_times() == before
+        while process.cpu_times() == before:
+            assert time.monotonic() < deadline
+        with pytest.raises(ZeroDivisionError), standing_still([spinning.pid]):
+            raise ZeroDivisionError
+        assert process.status() != psutil.STATUS_STOPPED
     finally:
-        for process in (busy, idle):
-            process.kill()
-            process.communicate()
+        spinning.kill()
+        spinning.communicate()
 
 
 def test_stolen_share_is_a_share():

@@ -1,16 +1,19 @@
 """Two real workers on two real models."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import psutil
 import pytest
+from tqdm import tqdm
 
 from numprune.errors import InputError
 from numprune.export import onnx
 from numprune.serving.benchmark import Load, WorkerError, run_benchmark
-from numprune.serving.benchmark.run import check_match
+from numprune.serving.benchmark.run import _interleaved, check_match
 from numprune.serving.report import Environment, RuntimeMemory, RuntimeSpeed
 
 LOAD = Load(prompts=4, prompt_length=6, output_length=4, batch_size=2, repeats=4, warmup=1)
@@ -84,6 +87,39 @@ def test_what_does_not_belong_together_is_not_compared():
         check_match(on_cpu, {"vocabulary": 300, "gpu": False})
     with pytest.raises(InputError, match="baseline runs on the CPU, the candidate on the GPU"):
         check_match(on_cpu, {"vocabulary": 259, "gpu": True})
+
+
+def is_stopped(pid):
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def test_each_side_is_measured_while_the_other_stands_still():
+    """Two processes of a kind that never rests, each asked in its turn."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    batch = {"size": 1, "prompt_length": 1, "ttft_ms": 1.0, "itl_ms": [1.0], "failed": 0}
+    turns = []
+
+    class Spinning:
+        def __init__(self, name, process):
+            self.name, self.pid = name, process.pid
+
+        def ask(self, operation):
+            deadline = time.monotonic() + 60
+            while not (stopped := {name for name, worker in workers.items() if is_stopped(worker.pid)}):
+                assert time.monotonic() < deadline  # the signal is on its way
+            turns.append((self.name, stopped))
+            return {"batches": [batch], "threads": {"ran_s": 1.0, "waited_s": 0.0}}
+
+    workers = {name: Spinning(name, process) for name, process in zip(("baseline", "candidate"), spinning, strict=True)}
+    try:
+        repeats = _interleaved(2, workers, tqdm(disable=True))
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+    assert {name: len(found) for name, found in repeats.items()} == {"baseline": 2, "candidate": 2}
+    a, b = ("baseline", {"candidate"}), ("candidate", {"baseline"})
+    assert turns == [a, b, b, a]
 
 
 def test_a_worker_killed_in_mid_run_ends_the_benchmark(tiny_checkpoint):

@@ -1,8 +1,7 @@
-"""The measuring loop: every model on a server of its own, all up at once, one of them at work at a time."""
+"""The measuring loop: every model on a server of its own, all started, one of them running at a time."""
 
 import itertools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from numprune.errors import InputError, NumpruneError
 from numprune.export import manifest, vllm
 from numprune.export.checkpoint import audit, read_config
 from numprune.serving.benchmark.contention import Contention, StolenTime
+from numprune.serving.benchmark.scheduler import standing_still
 from numprune.serving.benchmark.vllm.client import Bench, start_bench
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.requests import Requests, packed_share
@@ -184,19 +184,15 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
 
 
 def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, failed: list[str]) -> Requests:
-    """Run one side, and see what the others do meanwhile.
+    """Run one side while the others stand still.
 
     Args:
         failed: of earlier runs, a line for each request; this run's are added.
 
     Raises BenchmarkFailed, and what `Bench.run` does.
     """
-    idle = [other for other in sides if other is not side]
-    used, started = {other.name: other.cpu_seconds() for other in idle}, time.perf_counter()
-    found = bench.run(side, concurrency)
-    for other in idle:
-        other.others_s += time.perf_counter() - started
-        other.idle_s += other.cpu_seconds() - used[other.name]
+    with standing_still(pid for other in sides if other is not side for pid in other.processes):
+        found = bench.run(side, concurrency)
     failed += [f"{side.name}: {error}" for error in found.errors]
     if len(failed) > bench.load.maximum_failed:
         raise BenchmarkFailed(
@@ -207,7 +203,7 @@ def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, 
 
 
 def _circumstances(baseline: Side, candidate: Side, machine: Machine, stolen_share: float) -> dict[str, Any]:
-    contention = Contention(baseline.contention(), candidate.contention(), stolen_share)
+    contention = Contention(baseline.waited_share(), candidate.waited_share(), stolen_share)
     packed = {
         name: packed_share(itertools.chain.from_iterable(side.repeats.values()))
         for name, side in ((BASELINE, baseline), ("candidate", candidate))

@@ -7,8 +7,8 @@ from pathlib import Path
 import psutil
 
 from numprune.export.checkpoint import weight_bytes
-from numprune.serving.benchmark.contention import SideContention
-from numprune.serving.benchmark.scheduler import ThreadTimes, cpu_seconds, family, thread_times
+from numprune.serving.benchmark.contention import waited_share
+from numprune.serving.benchmark.scheduler import ThreadTimes, family, thread_times
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import read_kv_cache
 from numprune.serving.benchmark.vllm.requests import Requests
@@ -27,15 +27,10 @@ class Side:
     peak_bytes_load: int | None  # None on a GPU
     warmup: dict[int, list[Requests]] = field(default_factory=dict)
     repeats: dict[int, list[Requests]] = field(default_factory=dict)
-    idle_s: float = 0.0  # CPU time that it took while others were measured
-    others_s: float = 0.0  # how long they were
 
     def threads(self) -> ThreadTimes:
         times = [thread_times(pid) for pid in self.processes]
         return ThreadTimes(sum(found.ran_s for found in times), sum(found.waited_s for found in times))
-
-    def cpu_seconds(self) -> float:
-        return sum(cpu_seconds(pid) for pid in self.processes)
 
     def footprint(self, load: ServedLoad) -> Footprint:
         return Footprint(
@@ -46,13 +41,9 @@ class Side:
             peak_bytes_run=None if self.peak_bytes_load is None else _peak_bytes(self.processes),
         )
 
-    def contention(self) -> SideContention:
-        """Over all measured repeats."""
-        threads = [repeat.threads for repeats in self.repeats.values() for repeat in repeats]
-        ran, waited = sum(found.ran_s for found in threads), sum(found.waited_s for found in threads)
-        return SideContention(
-            waited_share=waited / (ran + waited) if ran + waited > 0 else None, idle_cpus=self.idle_s / self.others_s
-        )
+    def waited_share(self) -> float | None:
+        """Over all measured repeats: see `Contention`."""
+        return waited_share(repeat.threads for repeats in self.repeats.values() for repeat in repeats)
 
 
 def side_of(name: str, folder: Path, server: Server, *, on_gpu: bool) -> Side:
