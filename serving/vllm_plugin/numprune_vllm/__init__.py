@@ -1,19 +1,25 @@
-"""vLLM plug-in for decoders whose layers differ in size. vLLM finds `register` by its entry point."""
+"""vLLM plug-in for decoders whose layers differ in size, and a loader that compares weights with the configuration.
+
+vLLM finds `register` by its entry point.
+"""
 
 __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Tell transformers and vLLM of the model types; vLLM calls this in each of its processes, perhaps repeatedly.
+    """Tell transformers and vLLM of the model types and of the loader (`--load-format numprune`).
 
-    The model classes are named, not imported: vLLM imports them where it needs them, after it has chosen its device.
+    vLLM calls this in each of its processes, perhaps repeatedly. The model classes are named, not imported: vLLM
+    imports them where it needs them, after it has chosen its device.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
     from numprune_vllm.configs import ARCHITECTURES
+    from numprune_vllm.loader import AuditingLoader
     from numprune_vllm.preflight import Preflight
 
     for architecture, config in ARCHITECTURES.items():
@@ -21,3 +27,4 @@ def register() -> None:
             AutoConfig.register(config.model_type, config)
         MODELS_CONFIG_MAP[architecture] = Preflight
         ModelRegistry.register_model(architecture, f"numprune_vllm.models:{architecture}")
+    register_model_loader("numprune")(AuditingLoader)

@@ -6,6 +6,7 @@ Neither vLLM nor numprune is needed. Shapes are those of the checkpoint: [out, i
 from dataclasses import dataclass
 from typing import Any
 
+PREFIX = "numprune_"  # of the model types whose layers differ
 PER_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
 
 
@@ -27,24 +28,31 @@ class LayerSizes:
 
 def biases(config: Any) -> Biases:
     """Which projections have biases, as transformers' modeling code of the family decides it."""
-    match config.model_type:
-        case "numprune_llama":
+    match family(config):
+        case "llama":
             return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
-        case "numprune_mistral":
+        case "mistral":
             return Biases(False, False, False)
-        case "numprune_qwen2":
+        case "qwen2":
             return Biases(True, False, False)
-        case "numprune_qwen3":
+        case "qwen3":
             return Biases(config.attention_bias, config.attention_bias, False)
-    raise ValueError(f"model type {config.model_type!r} is not one of numprune's")
+    raise ValueError(f"model type {config.model_type!r}: known are llama, mistral, qwen2 and qwen3, also per layer")
+
+
+def family(config: Any) -> str:
+    """The stock model type, of a per-layer configuration too."""
+    return str(config.model_type.removeprefix(PREFIX))
 
 
 def head_size(config: Any) -> int:
-    """Of all layers."""
+    """Of all layers. Raises ValueError: a per-layer configuration does not say it."""
     size = getattr(config, "head_dim", None)
-    if size is None:
+    if size is not None:
+        return int(size)
+    if config.model_type.startswith(PREFIX):
         raise ValueError("config.json: head_dim is missing, and the layers' heads do not tell it")
-    return int(size)
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def read_layers(config: Any) -> list[LayerSizes]:
@@ -113,7 +121,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
             for name, heads in (("q", layer.query_heads), ("k", layer.kv_heads), ("v", layer.kv_heads)):
                 linear(f"{prefix}self_attn.{name}_proj", heads * head_dim, hidden, bias.qkv)
             linear(f"{prefix}self_attn.o_proj", hidden, layer.query_heads * head_dim, bias.output)
-            if config.model_type == "numprune_qwen3":
+            if family(config) == "qwen3":
                 shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
         if layer.width:
             shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)

@@ -4,18 +4,51 @@ vLLM's loaders narrow what is too large to the size they expect, leave what is m
 and drop biases they have no place for, all without an error. Nothing gets that far here.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that older versions of transformers stored
 
+Shapes = Mapping[str, tuple[int, ...]]
 
-def checked(
-    weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], *, tied: bool
-) -> Iterator[tuple[str, Tensor]]:
+
+class _Count:
+    """Which of the expected tensors were there so far."""
+
+    def __init__(self, shapes: Shapes, *, tied: bool) -> None:
+        self._shapes, self._tied = shapes, tied
+        self._seen: set[str] = set()
+
+    def add(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError: it is unexpected, of another shape, or there twice."""
+        if name not in self._shapes:
+            raise ValueError(f"{name}: stored, but it has no place in the model that config.json describes")
+        if shape != self._shapes[name]:
+            raise ValueError(
+                f"{name}: stored with shape {list(shape)}, but config.json means {list(self._shapes[name])}"
+            )
+        if name in self._seen:
+            raise ValueError(f"{name}: stored twice")
+        self._seen.add(name)
+
+    def finish(self) -> None:
+        """Raises ValueError: one is missing."""
+        missing = sorted(self._shapes.keys() - self._seen - ({OUTPUT} if self._tied else set()))
+        if missing:
+            raise ValueError(
+                f"{missing[0]} {list(self._shapes[missing[0]])}: not stored, but config.json needs it"
+                + (f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else "")
+            )
+
+
+def checked(weights: Iterable[tuple[str, Tensor]], shapes: Shapes, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """Pass on `weights`, which must be exactly those of `shapes`, each once, in any order.
 
     A tied output matrix may be absent; when present it must equal the embedding, and is not passed on.
@@ -23,20 +56,12 @@ def checked(
     Raises:
         ValueError: names the tensor that is unexpected, of another shape, there twice or missing.
     """
-    seen: set[str] = set()
+    count = _Count(shapes, tied=tied)
     twins: dict[str, Tensor] = {}
     for name, tensor in weights:
         if _COMPUTED.search(name):
             continue
-        if name not in shapes:
-            raise ValueError(f"{name}: stored, but it has no place in the model that config.json describes")
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"{name}: stored with shape {list(tensor.shape)}, but config.json means {list(shapes[name])}"
-            )
-        if name in seen:
-            raise ValueError(f"{name}: stored twice")
-        seen.add(name)
+        count.add(name, tuple(tensor.shape))
         if tied and name in (EMBEDDING, OUTPUT):
             twins[name] = tensor
             if len(twins) == 2 and not twins[EMBEDDING].equal(twins[OUTPUT]):
@@ -44,9 +69,30 @@ def checked(
             if name == OUTPUT:
                 continue
         yield name, tensor
-    missing = sorted(shapes.keys() - seen - ({OUTPUT} if tied else set()))
-    if missing:
-        raise ValueError(
-            f"{missing[0]} {list(shapes[missing[0]])}: not stored, but config.json needs it"
-            + (f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else "")
-        )
+    count.finish()
+
+
+def audit(folder: Path, shapes: Shapes, *, tied: bool) -> None:
+    """Compare the headers of a checkpoint's safetensors files with `shapes`; nothing is loaded.
+
+    Raises:
+        ValueError: as `checked` does, or there are no such files.
+    """
+    count = _Count(shapes, tied=tied)
+    for file in _files(folder):
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 (not a mapping)
+                if not _COMPUTED.search(name):
+                    count.add(name, tuple(stored.get_slice(name).get_shape()))
+    count.finish()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that vLLM reads: the index names them where there is one."""
+    index = folder / INDEX
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no safetensors files there")
+    return files

@@ -37,11 +37,12 @@ STEPS = 32
 @dataclass(frozen=True)
 class Answer:
     """Of one engine for one batch: per prompt the log-probabilities [positions, vocabulary] of what follows its first
-    token, greedy tokens, and how many tokens' keys and values its cache holds."""
+    token, greedy tokens, and how many tokens' keys and values its cache holds; what it said to each reload."""
 
     logprobs: list[np.ndarray]
     tokens: list[list[int]]
     kv_tokens: int
+    refused: Sequence[str] = ()
 
 
 class EngineError(Exception):
@@ -62,10 +63,10 @@ class Engine:
         prompts: Sequence[list[int]] = PROMPTS,
         *,
         kv_cache_bytes: int = 16 << 20,
-        reload: Path | None = None,
+        reload: Sequence[Path] = (),
         **options: Any,
     ) -> Answer:
-        """Load `checkpoint` with vLLM's `options`, then the weights of `reload`, and continue `prompts` greedily.
+        """Load `checkpoint` with vLLM's `options`, reload from each of `reload`, and continue `prompts` greedily.
 
         Raises EngineError.
         """
@@ -76,7 +77,7 @@ class Engine:
             "prompts": prompts,
             "steps": STEPS,
             "kv_cache_bytes": kv_cache_bytes,
-            "reload": str(reload) if reload else None,
+            "reload": [str(folder) for folder in reload],
             "options": options,
             "out": str(self.out),
         }
@@ -86,7 +87,8 @@ class Engine:
         if "error" in answer:
             raise EngineError(answer["error"])
         with np.load(self.out) as arrays:
-            return Answer([arrays[str(i)] for i in range(len(prompts))], answer["tokens"], answer["kv_tokens"])
+            logprobs = [arrays[str(i)] for i in range(len(prompts))]
+        return Answer(logprobs, answer["tokens"], answer["kv_tokens"], answer["refused"])
 
 
 def build(model_type: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:

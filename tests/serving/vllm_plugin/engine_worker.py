@@ -35,8 +35,7 @@ def answer(request: dict) -> dict:
         **request["options"],
     )
     try:
-        if request["reload"]:
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": request["reload"]})
+        refused = [_reload(llm, folder) for folder in request["reload"]]
         greedy = SamplingParams(
             temperature=0,
             max_tokens=request["steps"],
@@ -53,9 +52,18 @@ def answer(request: dict) -> dict:
             arrays[str(index)] = np.array([[row[token].logprob for token in range(len(row))] for row in positions])
             tokens.append(list(output.outputs[0].token_ids))
         np.savez(request["out"], **arrays)
-        return {"tokens": tokens, "kv_tokens": cache.num_gpu_blocks * cache.block_size}
+        return {"tokens": tokens, "kv_tokens": cache.num_gpu_blocks * cache.block_size, "refused": refused}
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def _reload(llm, folder: str) -> str:
+    """What vLLM said against it; nothing when it did it."""
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def release() -> None:

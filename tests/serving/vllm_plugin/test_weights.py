@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
-from numprune_vllm.weights import EMBEDDING, OUTPUT, checked
+from numprune_vllm.weights import EMBEDDING, INDEX, OUTPUT, audit, checked
+from safetensors.torch import save_file
 
 SHAPES = {EMBEDDING: (7, 4), OUTPUT: (7, 4), "model.norm.weight": (4,)}
 WEIGHTS = {name: torch.randn(shape) for name, shape in SHAPES.items()}
@@ -54,3 +57,28 @@ def test_a_tensor_that_does_not_belong_is_refused(change, message):
 def test_every_tensor_must_be_there_once(names, tied, message):
     with pytest.raises(ValueError, match=message):
         list(checked([(name, WEIGHTS[name]) for name in names], SHAPES, tied=tied))
+
+
+def test_files_are_audited_by_their_headers(tmp_path):
+    names = sorted(WEIGHTS)
+    shards = {"a.safetensors": names[:1], "b.safetensors": names[1:]}
+    for shard, held in shards.items():
+        save_file({name: WEIGHTS[name] for name in held}, tmp_path / shard)
+    audit(tmp_path, SHAPES, tied=False)
+
+    save_file({EMBEDDING: torch.ones(7, 4)}, tmp_path / "consolidated.safetensors")  # a copy in another format
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: stored twice"):
+        audit(tmp_path, SHAPES, tied=False)
+    index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (tmp_path / INDEX).write_text(json.dumps(index))  # says which files vLLM reads
+    audit(tmp_path, SHAPES, tied=False)
+
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: stored with shape \[4\], .* means \[3\]"):
+        audit(tmp_path, SHAPES | {"model.norm.weight": (3,)}, tied=False)
+    with pytest.raises(ValueError, match=r"model\.norm\.bias \[4\]: not stored"):
+        audit(tmp_path, SHAPES | {"model.norm.bias": (4,)}, tied=False)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no safetensors files"):
+        audit(tmp_path, SHAPES, tied=False)
