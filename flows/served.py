@@ -87,7 +87,7 @@ def markdown(rows: Sequence[Row], load: ServedLoad) -> str:
         f"{load.output_length} tokens each; {load.repeats} repeats of {load.prompts} requests in each stream, all "
         "servers in turn.",
         *(
-            f"Not valid: {reason}"
+            f"Not valid, {row.name}: {reason}"
             for row in rows[1:]
             for reason in Machine.model_validate(row.found["environment"]).reasons
         ),

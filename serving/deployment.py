@@ -1,13 +1,13 @@
 """From a version in the registry to a server that has proved itself: resolved, downloaded, verified, audited, compared.
 
-`prepare` ends with a folder that may be served, `deployed` with a server that may take traffic.
+`prepare` ends with a folder that may be served; a server of it that passes `prove` may take traffic.
 """
 
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,10 +22,13 @@ from numprune.serving.registry import Registry, Version
 from numprune.serving.registry.releases import CHECKPOINT
 from numprune.serving.registry.versions import resolve
 from numprune.serving.vllm import server
-from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
+
+_DIGITS = 16  # of a release's digest, in the name of its copy
+_PREPARED_S = 3600.0
+_LOGS = 20  # of one kind
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ def prepare(opened: Registry, reference: str, workspace: Path) -> Deployment:
     """
     with opened.speaking():
         version = resolve(opened, registry.parse(reference))
-    folder = workspace.absolute() / "served" / f"{version.name}-{version.digest[:16]}"
+    folder = _copy(workspace, version.name, version.digest)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         _fetch(opened, version, folder)
         dtype = _audit(folder / CHECKPOINT)
         canary.read(folder / canary.REFERENCE)
+        os.utime(folder)  # for `remove_copies`
     logger.info("%s: %s, verified and audited", version.reference, folder)
     return Deployment(version.reference, version.name, version.version, version.digest, folder, dtype)
 
@@ -125,37 +129,31 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
     return found
 
 
-@contextmanager
-def deployed(
-    environment: Environment,
-    deployment: Deployment,
-    *,
-    host: str,
-    port: int,
-    dtype: str,
-    options: Sequence[str],
-    log: Path,
-    startup_timeout_s: float = server.STARTUP_S,
-) -> Iterator[tuple[Server, dict[str, Any]]]:
-    """A server of the release and what its canary found; stopped when the block is left.
+def remove_copies(workspace: Path, name: str, keep: Collection[str]) -> None:
+    """Remove the copies of releases of `name` that nobody needs any more.
 
-    Raises what `serving` and `prove` raise.
+    What is kept: those with a digest of `keep`, those of running servers, and those prepared within the last hour, for
+    servers that are not started yet. A copy that is wanted again is fetched again.
     """
-    with server.serving(
-        environment,
-        deployment.checkpoint,
-        name=deployment.name,
-        host=host,
-        port=port,
-        dtype=dtype,
-        options=options,
-        log=log,
-        startup_timeout_s=startup_timeout_s,
-    ) as running:
-        yield running, prove(running, deployment, dtype)
+    served = workspace.absolute() / "served"
+    kept = {_copy(workspace, name, digest) for digest in keep}
+    kept |= {checkpoint.parent for checkpoint in server.served_checkpoints()}
+    for folder in served.glob(f"{name}-{'[0-9a-f]' * _DIGITS}"):
+        if folder not in kept and time.time() - folder.stat().st_mtime > _PREPARED_S:
+            logger.info("%s: no longer served: removed", folder)
+            shutil.rmtree(folder)
 
 
 def log_file(workspace: Path, what: str) -> Path:
-    """Where the output of a new server goes; `what` becomes a part of the name."""
+    """Where the output of a new process goes; `what` becomes a part of the name. Of older ones the newest stay."""
+    folder = workspace.absolute() / "logs"
+    older = sorted(folder.glob(f"{what}-{'?' * 8}T{'?' * 6}-*.log"), reverse=True)
+    for log in older[_LOGS - 1 :]:
+        log.unlink(missing_ok=True)
     now = datetime.now(UTC)
-    return workspace.absolute() / "logs" / f"{what}-{now:%Y%m%dT%H%M%S}-{os.getpid()}.log"
+    return folder / f"{what}-{now:%Y%m%dT%H%M%S}-{os.getpid()}.log"
+
+
+def _copy(workspace: Path, name: str, digest: str) -> Path:
+    """Where the copy of a release is."""
+    return workspace.absolute() / "served" / f"{name}-{digest[:_DIGITS]}"

@@ -70,19 +70,22 @@ def run(args: argparse.Namespace) -> Answer:
     release = children.work("deploy.prepare", workspace, args.uri, args.reference)
     dtype = deployment.choose_dtype(release, args.dtype)
     log = deployment.log_file(workspace, f"serve-{release.name}")
-    stack = ExitStack()
-    running, found = stack.enter_context(
-        deployment.deployed(
-            vllm,
-            release,
-            host=args.host,
-            port=args.port,
-            dtype=dtype,
-            options=vllm_options(args),
-            log=log,
-            startup_timeout_s=args.startup_timeout,
+    with ExitStack() as stack:
+        running = stack.enter_context(
+            server.serving(
+                vllm,
+                release.checkpoint,
+                name=release.name,
+                host=args.host,
+                port=args.port,
+                dtype=dtype,
+                options=vllm_options(args),
+                log=log,
+                startup_timeout_s=args.startup_timeout,
+            )
         )
-    )
+        found = deployment.prove(running, release, dtype)
+        proved = stack.pop_all()  # without it, leaving the block ends the server
     data = {
         "reference": release.reference,
         "name": release.name,
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> Answer:
         "seconds": round(time.perf_counter() - started, 3),
     }
     text = f"ready: {release.reference} at {running.url}/v1, model {release.name!r}; Ctrl-C stops it"
-    return Answer(data, text, then=partial(_serve, stack, running))
+    return Answer(data, text, then=partial(_serve, proved, running))
 
 
 def _serve(stack: ExitStack, running: "Server") -> int:

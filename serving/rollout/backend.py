@@ -46,7 +46,7 @@ def start(
         options=options,
         dtype=precision,
         tag=f"{place.tag_prefix}server-{secrets.token_hex(8)}",
-        log=log_file(place.workspace, f"rollout-{release.name}-{release.version}"),
+        log=log_file(place.workspace, f"rollout-{release.name}"),
         detached=True,
         env={} if _BIND in os.environ or not settings.environment.cpu else {_BIND: "nobind"},
     )

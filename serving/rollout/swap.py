@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError, IntegrityError, NumpruneError
-from numprune.serving.deployment import Deployment
+from numprune.serving.deployment import Deployment, remove_copies
 from numprune.serving.rollout import backend, router
 from numprune.serving.rollout.recovery import recover
 from numprune.serving.rollout.settings import PORT, Settings
@@ -76,6 +76,7 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
         raise
     cut_off = backend.retire(before, settings.drain_timeout_s) if before else 0
     state = place.write(state.model_copy(update={"retiring": None}))
+    remove_copies(place.workspace, place.name, keep={green.digest, *([before.digest] if before else [])})
     return _result(state, changed=True, previous=before, cut_off=cut_off, canary=canary)
 
 

@@ -77,6 +77,8 @@ class Process:
 
     def last_words(self) -> str:
         """What the log ends with, in one line: the causes that it names, else its last lines."""
+        if not self.log.exists():
+            return "its log has been removed"
         with self.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode(errors="replace")

@@ -8,11 +8,12 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import manifest
@@ -28,6 +29,7 @@ _POLL_S = 0.5
 _ABANDON_S = 3.0
 _REPORT_S = 10.0
 _PER_LAYER = "numprune_"  # model types that need our plug-in
+_SERVES = "NUMPRUNE_SERVES"  # in the environment of a server and its children: the checkpoint
 
 # None of these overrules what the user set.
 _ENVIRONMENT = {
@@ -37,6 +39,8 @@ _ENVIRONMENT = {
 }
 # vLLM compiles the function behind `logprobs` even then: the first request that asks for them, ours, would wait for it.
 _EAGER = {"TORCH_COMPILE_DISABLE": "1"}
+# Of our plug-in: the loader that compares weights with the configuration, those that are reloaded later on, too.
+_AUDITED = ("--load-format", "numprune")
 
 
 class ServerError(NumpruneError):
@@ -190,13 +194,29 @@ def start(
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype),
         *_needs(checkpoint),
+        *(_AUDITED if environment.plugin else ()),
         *options,
     ]
     defaults = {**_ENVIRONMENT, **(_EAGER if "--enforce-eager" in options else {})}
     variables = {key: value for key, value in defaults.items() if key not in os.environ}
-    running = process.start(command, tag=tag, log=log, detached=detached, env={**variables, **(env or {})})
+    running = process.start(
+        command,
+        tag=tag,
+        log=log,
+        detached=detached,
+        env={**variables, **(env or {}), _SERVES: str(checkpoint.absolute())},
+    )
     logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
     return Server(f"http://{reachable(host)}:{port}", name, running)
+
+
+def served_checkpoints() -> set[Path]:
+    """Those of all servers of ours that run on this machine."""
+    found = set()
+    for running, _ in process.tagged(""):
+        with suppress(psutil.Error):
+            found.add(running.environ().get(_SERVES))
+    return {Path(path) for path in found if path}
 
 
 def require_free(host: str, port: int) -> None:

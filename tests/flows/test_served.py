@@ -51,7 +51,7 @@ def test_a_line_for_each_model_and_concurrency() -> None:
     assert lines[5] == "| uniform | 4,000,000 | 1,400 | 4 | 20.0 | 1.25 (1.25 to 1.25) | 24.0 | 5.6 |"
     assert lines[7].startswith("| per-layer | 4,000,000 | 1,600 | 4 | 32.0 | 2.00 ")
     assert "vLLM 0.32.0 on 2 cores of A CPU" in lines[9]
-    assert lines[10] == "Not valid: the machine was shared"
+    assert lines[10] == "Not valid, per-layer: the machine was shared"
 
 
 @pytest.mark.parametrize(

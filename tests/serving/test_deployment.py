@@ -1,6 +1,7 @@
 """From the registry to a folder that may be served: everything that is not what was published stops here."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.serving import deployment, registry
 from numprune.serving.deployment import Deployment, choose_dtype, prepare
+from numprune.serving.vllm import server
+from numprune.serving.vllm.environment import TESTED, Environment
 from tests.serving.releases import make_release, publish, stored, write_checkpoint
 
 NAME = "tiny"
@@ -175,7 +178,47 @@ def test_auto_is_the_precision_of_the_weights(tmp_path: Path) -> None:
         choose_dtype(of("float8_e4m3fn"), "auto")
 
 
-def test_every_server_gets_a_log_of_its_own(tmp_path: Path) -> None:
-    first = deployment.log_file(tmp_path, "serve-tiny")
-    assert first.parent == tmp_path / "logs"
-    assert first.name.startswith("serve-tiny-")
+def test_every_server_gets_a_log_of_its_own_and_old_ones_go(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    of_others = ["serve-tiny-2-20250101T000000-7.log", "serve-tin-20250101T000000-7.log", "serve-tiny-router.log"]
+    old = [f"serve-tiny-20250101T0000{second:02}-7.log" for second in range(25)]
+    for name in [*of_others, *old]:
+        (logs / name).touch()
+    made = deployment.log_file(tmp_path, "serve-tiny")
+    assert made.parent == logs
+    assert made.name.startswith("serve-tiny-")
+    assert not made.exists()
+    assert sorted(path.name for path in logs.iterdir()) == sorted([*of_others, *old[6:]])
+
+
+def test_copies_that_nobody_needs_are_removed(tmp_path: Path) -> None:
+    served = tmp_path / "served"
+    digests = {what: what[0] * 64 for what in ("a current", "b before", "c running", "d prepared", "e old")}
+    others = [served / f"{NAME}-2-{'e' * 16}", served / f"other-{'e' * 16}"]
+    for folder in [*(served / f"{NAME}-{digest[:16]}" for digest in digests.values()), *others]:
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / "config.json").write_text('{"model_type": "llama"}')
+        if folder.name != f"{NAME}-{'d' * 16}":
+            os.utime(folder, (0, 0))
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 300\n")
+    python.chmod(0o755)
+    running = server.start(
+        Environment(python, TESTED[-1], True, None, None),
+        served / f"{NAME}-{'c' * 16}" / "checkpoint",
+        name=NAME,
+        port=0,
+        host="127.0.0.1",
+        options=[],
+        dtype="auto",
+        tag=f"test-{os.getpid()}:copies",
+        log=tmp_path / "log",
+        detached=True,
+    )
+    try:
+        deployment.remove_copies(tmp_path, NAME, keep=[digests["a current"], digests["b before"]])
+    finally:
+        running.stop(grace_s=0)
+    kept = {f"{NAME}-{letter * 16}" for letter in "abcd"} | {folder.name for folder in others}
+    assert {path.name for path in served.iterdir()} == kept
