@@ -7,6 +7,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from numprune.serving.problems import short
+
 
 def listed(what: str, problems: Sequence[str]) -> str:
     """Return one message for all `problems`, a line each."""
@@ -30,8 +32,8 @@ def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{path}: unknown; known are {', '.join(known)}{did_you_mean(problem['loc'][-1], known)}"
         case "literal_error":
             allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            return f"{path} = {_short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
-    return f"{path} = {_short(problem['input'])}: {message}"
+            return f"{path} = {short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
+    return f"{path} = {short(problem['input'])}: {message}"
 
 
 def _keys(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
@@ -54,8 +56,3 @@ def did_you_mean(given: object, known: Sequence[str]) -> str:
     """A hint to append to a message, empty when nothing is near."""
     near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

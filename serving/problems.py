@@ -11,13 +11,14 @@ def problems(error: ValidationError) -> str:
     lines = []
     for problem in found[:_SHOWN]:
         where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
-        given = "" if problem["type"] == "missing" else f" (given: {_short(problem['input'])})"
+        given = "" if problem["type"] == "missing" else f" (given: {short(problem['input'])})"
         lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}")
     if len(found) > _SHOWN:
         lines.append(f"and {len(found) - _SHOWN} more")
     return "; ".join(lines)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as it was given, or its beginning."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,7 +1,6 @@
 """Two real vLLM servers under `vllm bench serve`."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from numprune.errors import MissingRuntime
 from numprune.flows.work.canary import reference
 from numprune.serving.benchmark.vllm import BenchmarkFailed, ServedLoad
 from numprune.serving.benchmark.vllm.client import start_bench
@@ -20,10 +18,10 @@ from numprune.serving.benchmark.vllm.run import run_once
 from numprune.serving.benchmark.vllm.side import side_of
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.report import Report
-from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.process import tagged
 from numprune.serving.vllm.server import ServerError, serving
+from tests.serving.releases import require_vllm
 
 pytestmark = pytest.mark.vllm
 
@@ -32,12 +30,7 @@ LOAD = ServedLoad(prompts=1, prompt_length=8, output_length=4, concurrency=(2,),
 
 @pytest.fixture
 def vllm() -> Environment:
-    try:
-        return environment.find()
-    except MissingRuntime as error:
-        if environment.VARIABLE in os.environ:
-            raise
-        pytest.skip(str(error))
+    return require_vllm()
 
 
 @pytest.fixture(autouse=True)
