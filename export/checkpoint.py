@@ -1,6 +1,7 @@
 """Checkpoints: Hugging Face folders, read with every mistake named, written whole, audited tensor by tensor."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,21 @@ from transformers.utils import logging as transformers_logging
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError, IntegrityError
-from numprune.export.weights import TensorHeader, read_headers, read_tensor, weight_bytes
+from numprune.export.weights import TensorHeader, read_headers, slabs, weight_bytes
 
-__all__ = ["PLAN", "audit", "load", "load_tokenizer", "read_config", "resolve", "save", "weight_bytes"]
+__all__ = [
+    "PLAN",
+    "audit",
+    "check_finite",
+    "check_vocabulary",
+    "load",
+    "load_tokenizer",
+    "read_config",
+    "resolve",
+    "save",
+    "save_around_weights",
+    "weight_bytes",
+]
 
 PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 
@@ -75,12 +88,24 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
             raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite")
-    if tokenizer.vocab_size > loaded.config.vocab_size:  # without added tokens: those need not occur
+    check_vocabulary(folder, tokenizer, loaded.config)
+    return loaded, tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raises InputError when the tokenizer has tokens that the model does not."""
+    if tokenizer.vocab_size > config.vocab_size:  # without added tokens: those need not occur
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json says vocab_size="
-            f"{loaded.config.vocab_size}; they do not belong together"
+            f"{config.vocab_size}; they do not belong together"
         )
-    return loaded, tokenizer
+
+
+def check_finite(stored: Mapping[str, TensorHeader]) -> None:
+    """Read every value. Raises IntegrityError naming a tensor that holds NaN or infinity, or a file that is cut off."""
+    for name, header in stored.items():
+        if not all(torch.isfinite(slab).all() for slab in slabs(header)):
+            raise IntegrityError(f"{header.file}: {name} has values that are NaN or infinite")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -110,6 +135,25 @@ def save(
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _save_tokenizer(tokenizer, folder)
+
+
+def save_around_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> None:
+    """Complete a checkpoint whose weights, in `dtype`, are in `folder` already, and audit it.
+
+    Of `model` only the configurations are used, so it may be on the meta device. Raises IntegrityError.
+    """
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Complete a checkpoint with its tokenizer and audit it."""
     tokenizer.save_pretrained(folder)
     audit(folder)
     # transformers chooses the tokenizer's class by the model type too, which pruning may have changed.
@@ -148,13 +192,14 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
                 f"{list(expected[name])}"
             )
     for name, source in tied.items():
-        if (
-            name in stored
-            and source in stored
-            and not read_tensor(stored[name], name).equal(read_tensor(stored[source], source))
-        ):
+        if name in stored and source in stored and not _equal(stored[name], stored[source]):
             raise IntegrityError(f"{stored[name].file}: {name} differs from {source}, but config.json ties them")
     return stored
+
+
+def _equal(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two tensors of one shape are stored alike."""
+    return one.dtype == other.dtype and all(a.equal(b) for a, b in zip(slabs(one), slabs(other), strict=True))
 
 
 def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

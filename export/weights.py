@@ -1,32 +1,38 @@
-"""What the safetensors files of a folder say they hold, read from their headers alone."""
+"""What the safetensors files of a folder say they hold, read from their headers alone, and their tensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor: its shape, its data type as safetensors writes it (`F32`, `BF16`, …), and its file."""
+    """One stored tensor: its shape, its data type as safetensors writes it (`F32`, `BF16`, …), and where it is.
+
+    `offset`: of its first byte in `file`.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    offset: int
 
     @property
     def bytes(self) -> int:
-        count = _BYTES[self.dtype]
+        count = DTYPES[self.dtype].itemsize
         for size in self.shape:
             count *= size
         return count
@@ -55,28 +61,65 @@ def weight_bytes(folder: Path) -> int:
     return sum(header.bytes for header in read_headers(folder).values())
 
 
-def read_tensor(header: TensorHeader, name: str) -> Any:
-    """The tensor itself."""
+def read_tensor(header: TensorHeader, name: str) -> Tensor:
+    """The tensor, mapped: its values are read from the file when they are used."""
     with safe_open(header.file, "pt") as file:
-        return file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows of the tensor's first dimension (all of them by default), read into memory, in the stored data type.
+
+    Raises IntegrityError when the file ends before they do.
+    """
+    stop = header.shape[0] if stop is None else stop
+    row_bytes = header.bytes // header.shape[0]
+    result = torch.empty(stop - start, *header.shape[1:], dtype=DTYPES[header.dtype])
+    target = result.flatten().view(torch.uint8).numpy().data
+    with header.file.open("rb", buffering=0) as file:
+        file.seek(header.offset + start * row_bytes)
+        while target:
+            read = file.readinto(target)
+            if not read:
+                raise IntegrityError(f"{header.file}: ends in the middle of a tensor: it was cut off while in use")
+            target = target[read:]
+    return result
+
+
+def slabs(header: TensorHeader) -> Iterator[Tensor]:
+    """The tensor in stretches of rows, each about `SLAB_BYTES` large. Raises IntegrityError."""
+    step = max(1, SLAB_BYTES * header.shape[0] // header.bytes)
+    for start in range(0, header.shape[0], step):
+        yield read_rows(header, start, min(start + step, header.shape[0]))
 
 
 def _read_file(path: Path) -> dict[str, TensorHeader]:
     headers = {}
     try:
-        with safe_open(path, "pt") as file:
+        # As "pt" the whole file would be mapped for writing, and count as memory where that is limited.
+        with safe_open(path, "np") as file:
+            offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
-                headers[name] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path)
+                headers[name] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path}: not a whole safetensors file: {error}") from None
     for name, header in headers.items():
-        if header.dtype not in _BYTES:
+        if header.dtype not in DTYPES:
             raise InputError(
-                f"{path}: {name} is stored as {header.dtype}; only {', '.join(_BYTES)} are supported "
+                f"{path}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "
                 "(prune the unquantized model)"
             )
     return headers
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where each tensor's first byte is, of a file that `safe_open` takes for a whole one."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _read_shards(folder: Path) -> dict[str, TensorHeader]:

@@ -144,9 +144,10 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
             inputs={"base": run.base.digest, "rows": calibration.digest},
             sources={"base": run.base.path, "rows": calibration.path},
             options={
-                "options": run.recipe.prune.model_dump(),
+                "options": run.recipe.prune.options(),
                 "target": run.recipe.target.sizes(),
                 "device": run.device,
+                "stream": run.recipe.prune.stream,
             },
             layer="export",
         )
@@ -276,7 +277,7 @@ def gate(
         options={
             "name": run.recipe.registry.name,
             "identity": identity,
-            "prune": run.recipe.prune.model_dump(),
+            "prune": run.recipe.prune.options(),
             "parity": {**parity},
             "policy": [gate.model_dump(exclude_none=True) for gate in run.recipe.gates],
         },

@@ -67,7 +67,7 @@ class Data(Section):
 
 
 class Prune(Section):
-    """The fields of numprune.pruning.PruneOptions but its target."""
+    """The fields of numprune.pruning.PruneOptions but its target; `stream`: layer by layer, from the disk."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
     criterion: Criterion = "numerical"
@@ -77,6 +77,11 @@ class Prune(Section):
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0
     batch_size: Count = 8
+    stream: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The fields of numprune.pruning.PruneOptions but its target."""
+        return self.model_dump(exclude={"stream"})
 
 
 class Target(Section):

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from numprune.anatomy import Anatomy
 from numprune.errors import InputError
 from numprune.target import Target
 
@@ -68,19 +67,6 @@ class Plan(BaseModel):
 
     def units_kept(self) -> dict[str, int]:
         return {name: len(block.kept) for name, block in self.blocks.items()}
-
-    def check(self, anatomy: Anatomy) -> None:
-        """Raises InputError unless this plan fits `anatomy`, block by block."""
-        if self.family != anatomy.family:
-            raise InputError(f"the plan is for a {self.family} model, this one is {anatomy.family}")
-        expected = {block.name: block.units for block in anatomy.blocks}
-        given = {name: block.units for name, block in self.blocks.items()}
-        for name in sorted(expected.keys() | given.keys()):
-            if expected.get(name) != given.get(name):
-                raise InputError(
-                    f"the plan does not fit the model: block {name} has {expected.get(name, 'no')} units in the model "
-                    f"and {given.get(name, 'none')} in the plan"
-                )
 
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -50,6 +50,11 @@ def add(commands: Subcommands) -> None:
         )
     parser.add_argument("--skips", action="store_true", help="with global allocation: whole blocks may go, too")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="one layer in memory at a time: for models larger than the memory",
+    )
 
     parser = command(
         commands,
@@ -147,7 +152,7 @@ def inspect(args: argparse.Namespace) -> Answer:
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.corpus import sample_rows
-    from numprune.export import checkpoint
+    from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.work.prune import device_of, prune_checkpoint
     from numprune.pruning import PruneOptions, check_options
@@ -155,6 +160,7 @@ def prune(args: argparse.Namespace) -> Answer:
 
     started = time.perf_counter()
     _must_not_exist(args.out)
+    manifest.sweep(args.out.parent)  # what a killed run left there can be large
     base = checkpoint.resolve(args.model)
     options = PruneOptions(
         ratio=args.ratio,
@@ -168,7 +174,7 @@ def prune(args: argparse.Namespace) -> Answer:
     check_options(read_anatomy(checkpoint.read_config(base)), options)
     rows = _rows(base, args)
     drawn = sample_rows(rows, args.samples, max(map(len, rows.rows)), args.seed)
-    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"))
+    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"), stream=args.stream)
     data = {
         "out": str(args.out),
         "digest": facts["digest"],

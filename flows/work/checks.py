@@ -107,7 +107,7 @@ def model_folder(path: str) -> Path:
 
 
 def prune_options(recipe: Recipe) -> PruneOptions:
-    return PruneOptions(**recipe.prune.model_dump(), target=Target(**recipe.target.sizes()))
+    return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
 
 
 def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:

@@ -112,6 +112,22 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     assert manifest.verify(out).digest == found["digest"]
 
 
+def test_prune_streamed_gives_the_same_and_sweeps_first(
+    pruned: tuple[Path, Answered], numprune: Command, tiny: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / ".out.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "lock").touch()
+    command = ["prune", tiny / "base", tmp_path / "out", "--ratio", 0.3]
+    text = ["--text", tiny / "train.txt", tiny / "heldout.jsonl", "--samples", 8, "--sequence-length", 64]
+    found = numprune(*command, *text, "--stream", "--json").json
+    in_memory, answered = pruned
+    same = ("parameters_before", "parameters_after", "prunable_ratio_removed", "weight_bytes_after")
+    assert {name: found[name] for name in same} == {name: answered.json[name] for name in same}
+    assert manifest.verify(tmp_path / "out").facts == manifest.read(in_memory).facts
+    assert not left.exists()
+
+
 def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     common = ["prune", tiny / "base", tmp_path / "out", "--sequence-length", 64]
     short = numprune(*common, "--text", tiny / "train.txt", "--ratio", 0.3, "--samples", 1000)

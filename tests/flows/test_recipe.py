@@ -81,7 +81,7 @@ def test_defaults_are_those_of_what_does_the_work() -> None:
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 
-    assert PruneOptions(**recipe.Prune().model_dump()) == PruneOptions(ratio=0.3)
+    assert PruneOptions(**recipe.Prune().options()) == PruneOptions(ratio=0.3)
     assert Load(**recipe.Benchmark().load("torch")) == Load()
     served = recipe.Benchmark().load("vllm")
     assert ServedLoad(**{**served, "concurrency": tuple(served["concurrency"])}) == ServedLoad()
@@ -147,8 +147,8 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "prune.ratio = 1.4: must be less than 1",
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'flap', 'wanda', 'magnitude' or "
         "'random'; did you mean 'numerical'?",
-        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, skips, damping, seed, batch_size; "
-        "did you mean 'ratio'?",
+        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, skips, damping, seed, batch_size, "
+        "stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         "foo: unknown",
         "gates.0.bound: missing",

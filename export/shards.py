@@ -1,0 +1,120 @@
+"""Weights written tensor by tensor into safetensors shards: what is written need not be in memory any more."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from numprune.export.weights import DTYPES, INDEX, SINGLE
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+_ENTRY_BYTES = 200  # of a tensor's entry in a header, beside its name, at most
+
+
+class ShardWriter:
+    """Writes tensors in one data type. A file's header, which stands first, gets its room before and its content last.
+
+    Args:
+        folder: the shards' own while they are written; nothing there may be called model*.safetensors.
+        dtype: that everything is written in.
+        names: of every tensor that may come: a header must have room for all.
+        shard_bytes: a shard that would grow larger is closed, unless it holds a single tensor.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, names: Collection[str], shard_bytes: int) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._shard_bytes = shard_bytes
+        room = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names) + len(json.dumps(_METADATA)) + 100
+        self._header_bytes = -(-room // 8) * 8
+        self._file: BinaryIO | None = None
+        self._entries: dict[str, dict[str, Any]] = {}  # of the open shard
+        self._filled = 0  # bytes of data in it
+        self._weight_map: dict[str, int] = {}  # tensor -> its shard, from 1
+        self._shards = 0
+        self._values = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write each tensor by its name."""
+        for name, tensor in tensors.items():
+            self.add_slabs(name, tensor.shape, [tensor])
+
+    def add_slabs(self, name: str, shape: Iterable[int], slabs: Iterable[Tensor]) -> None:
+        """Write one tensor, given as its rows, stretch by stretch."""
+        if name in self._weight_map:
+            raise ValueError(f"{name} was written already")
+        shape = list(shape)
+        size = torch.Size(shape).numel() * self._dtype.itemsize
+        if self._file is not None and self._filled + size > self._shard_bytes:
+            self._close_shard()
+        file = self._file or self._open_shard()
+        written = 0
+        for slab in slabs:
+            written += file.write(_bytes(slab.to(self._dtype).cpu()))
+        if written != size:
+            raise ValueError(f"{name} {shape} has {size} bytes, not {written}")
+        entry = {"dtype": _NAMES[self._dtype], "shape": shape, "data_offsets": [self._filled, self._filled + size]}
+        self._entries[name] = entry
+        self._filled += size
+        self._values += size // self._dtype.itemsize
+        self._weight_map[name] = self._shards
+
+    def close(self) -> None:
+        """Write the last header, name the files as loaders expect, and write their index where there are several."""
+        self._close_shard()
+        if self._shards == 1:
+            self._partial(1).rename(self._folder / SINGLE)
+            return
+        files = {shard: f"model-{shard:05}-of-{self._shards:05}.safetensors" for shard in range(1, self._shards + 1)}
+        for shard, file in files.items():
+            self._partial(shard).rename(self._folder / file)
+        metadata = {"total_parameters": self._values, "total_size": self._values * self._dtype.itemsize}
+        index = {"metadata": metadata, "weight_map": {name: files[shard] for name, shard in self._weight_map.items()}}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def abandon(self) -> None:
+        """Close the open file and leave everything as it is."""
+        if self._file is not None:
+            self._file.close()
+
+    def _open_shard(self) -> BinaryIO:
+        self._shards += 1
+        self._file = self._partial(self._shards).open("xb")
+        self._file.seek(8 + self._header_bytes)
+        return self._file
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            raise ValueError("nothing was written")
+        header = json.dumps({"__metadata__": _METADATA, **self._entries}).encode()
+        if len(header) > self._header_bytes:
+            raise ValueError("tensors were written that were not announced: the header has no room for them")
+        self._file.seek(0)
+        self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))
+        self._file.close()
+        self._file, self._entries, self._filled = None, {}, 0
+
+    def _partial(self, shard: int) -> Path:
+        return self._folder / f"shard-{shard}"
+
+
+@contextmanager
+def writing(
+    folder: Path, dtype: torch.dtype, names: Collection[str], shard_bytes: int = 5 * 10**9
+) -> Iterator[ShardWriter]:
+    """Give a writer that is closed on a clean exit, and abandoned when the body raises."""
+    writer = ShardWriter(folder, dtype, names, shard_bytes)
+    try:
+        yield writer
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data

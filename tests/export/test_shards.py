@@ -1,0 +1,90 @@
+"""What is written tensor by tensor is what a loader reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from numprune.export import weights
+from numprune.export.shards import writing
+
+TENSORS = {
+    "a": torch.arange(12.0).view(3, 4),
+    "b.bias": torch.randn(5, generator=torch.Generator().manual_seed(0)),
+    "c": torch.randn(40, 30, generator=torch.Generator().manual_seed(1)),
+    "d": torch.ones(1),
+}
+
+
+def write(folder: Path, shard_bytes: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """All of `TENSORS`, and what is read back of each file."""
+    with writing(folder, dtype, TENSORS, shard_bytes) as writer:
+        writer.add(TENSORS)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shard_bytes", [10**6, 40, 1])
+def test_tensors_come_back_in_the_dtype_asked_for(tmp_path: Path, shard_bytes: int, dtype: torch.dtype) -> None:
+    read = write(tmp_path, shard_bytes, dtype)
+    assert read.keys() == TENSORS.keys()
+    assert all(torch.equal(read[name], tensor.to(dtype)) for name, tensor in TENSORS.items())
+    headers = weights.read_headers(tmp_path)
+    assert {name: torch.Size(header.shape) for name, header in headers.items()} == {
+        name: tensor.shape for name, tensor in TENSORS.items()
+    }
+
+
+def test_one_shard_is_a_single_file_and_several_have_an_index(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one", 10**6)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "more", 40)  # a and b.bias together, c alone although it is larger, d
+    files = [f"model-0000{shard}-of-00003.safetensors" for shard in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "more").iterdir()) == [*files, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "more" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"a": files[0], "b.bias": files[0], "c": files[1], "d": files[2]}
+    assert index["metadata"] == {"total_parameters": 1218, "total_size": 2436}
+
+
+def test_a_tensor_may_come_in_stretches_of_rows(tmp_path: Path) -> None:
+    with writing(tmp_path, torch.float32, ["c"]) as writer:
+        writer.add_slabs("c", (40, 30), TENSORS["c"].split(7))
+    header = weights.read_headers(tmp_path)["c"]
+    assert torch.equal(weights.read_rows(header), TENSORS["c"])
+    assert torch.equal(weights.read_rows(header, 38, 40), TENSORS["c"][38:])
+
+
+def test_transformers_loads_the_shards(tiny_checkpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with writing(folder, torch.float32, list(model.state_dict()), 100_000) as writer:
+        writer.add(model.state_dict())
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_mistakes_of_the_caller_leave_no_weights(tmp_path: Path) -> None:
+    def shape() -> None:
+        with writing(tmp_path / "shape", torch.float32, TENSORS) as writer:
+            writer.add_slabs("c", (40, 31), [TENSORS["c"]])
+
+    def twice() -> None:
+        with writing(tmp_path / "twice", torch.float32, TENSORS) as writer:
+            writer.add(TENSORS)
+            writer.add({"a": TENSORS["a"]})
+
+    def unannounced() -> None:
+        with writing(tmp_path / "unannounced", torch.float32, []) as writer:
+            writer.add(TENSORS)
+
+    for mistake, message in ((shape, "4960 bytes, not 4800"), (twice, "written already"), (unannounced, "no room")):
+        (tmp_path / mistake.__name__).mkdir()
+        with pytest.raises(ValueError, match=message):
+            mistake()
+        assert not list((tmp_path / mistake.__name__).glob("*.safetensors"))
