@@ -1,6 +1,7 @@
 """python -m numprune.compare: the command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,6 +38,8 @@ command goes on after an interruption, and with more ratios, sizes or methods ru
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 error, 130 interrupted."""
     children.yield_processors()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the children
     parser = _parser()
     args = parser.parse_args(argv)
     if args.methods == ["help"]:

@@ -1,6 +1,7 @@
 """The methods that can be compared, and their names.
 
-A method of ours is criterion/allocation/compensation; one that is no such triple has a plain name.
+A method of ours is criterion/allocation/compensation; an allocation that may take whole blocks is called
+`allocation+skips`. A method that is no such triple has a plain name.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from numprune.pruning import COMPENSATIONS, PruneOptions, check_options
 from numprune.rivals import RIVALS
 from numprune.target import Target
 
-METHODS = (*("/".join(parts) for parts in product(CRITERIA, ALLOCATIONS, COMPENSATIONS)), *RIVALS)
+_SKIPS = "+skips"
+_ALLOCATIONS = (*ALLOCATIONS, *(f"{name}{_SKIPS}" for name in ALLOCATIONS if name != "uniform"))
+METHODS = (*("/".join(parts) for parts in product(CRITERIA, _ALLOCATIONS, COMPENSATIONS)), *RIVALS)
 
 # Published rivals as they were published, then what is least squares on top of them, and ours.
 DEFAULT = (
@@ -36,7 +39,10 @@ DEFAULT = (
 def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOptions:
     """The options of a criterion/allocation/compensation."""
     criterion, allocation, compensation = method.split("/")
-    return PruneOptions(ratio, criterion, allocation, compensation, target=target, seed=seed)
+    skips = allocation.endswith(_SKIPS)
+    return PruneOptions(
+        ratio, criterion, allocation.removesuffix(_SKIPS), compensation, target=target, skips=skips, seed=seed
+    )
 
 
 def reads_dense_moments(method: str) -> bool:
@@ -71,7 +77,7 @@ def chosen(patterns: Sequence[str], check: Callable[[str], None]) -> tuple[list[
         if not matching:
             raise InputError(
                 f"--methods: {pattern!r} is no method: {', '.join(RIVALS)}, or criterion/allocation/compensation with "
-                f"{', '.join(CRITERIA)} / {', '.join(ALLOCATIONS)} / {', '.join(COMPENSATIONS)}; wildcards may be used"
+                f"{', '.join(CRITERIA)} / {', '.join(_ALLOCATIONS)} / {', '.join(COMPENSATIONS)}; wildcards may be used"
                 f"{did_you_mean(pattern, METHODS)}"
             )
         for method in matching:

@@ -2,7 +2,8 @@ import pytest
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.flows.compare.methods import DEFAULT, METHODS, check, chosen, defaults, reads_dense_moments
+from numprune.flows.compare.methods import DEFAULT, METHODS, check, chosen, defaults, options_of, reads_dense_moments
+from numprune.pruning import COMPENSATIONS
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -15,10 +16,17 @@ def checked(family="llama", **overrides):
 def test_wildcards_take_every_method_that_can_work_and_say_what_cannot():
     methods, left_out = chosen(["shortgpt", "flap/*", "flap/uniform/none"], checked("qwen2"))
     assert methods[0] == "shortgpt"
-    assert {method.split("/")[2] for method in methods[1:]} == {"none", "oneshot", "sequential"}
+    assert {method.split("/")[2] for method in methods[1:]} == set(COMPENSATIONS) - {"bias"}
     assert len(methods) == len(set(methods))
     assert left_out
     assert all(line.split(":")[0].endswith("/bias") for line in left_out)
+
+
+def test_skips_are_named_with_the_allocation():
+    options = options_of("flap/global+skips/oneshot", 0.3, Target(), seed=1)
+    assert (options.criterion, options.allocation, options.skips) == ("flap", "global", True)
+    assert not options_of("flap/global/oneshot", 0.3, Target(), seed=1).skips
+    assert "flap/uniform+skips/none" not in METHODS
 
 
 def test_a_method_named_in_full_that_cannot_work_is_refused():
