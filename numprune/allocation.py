@@ -4,6 +4,7 @@ Each block keeps one of the counts that `target.allowed_counts` gives it. What w
 what was asked for.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -17,6 +18,9 @@ from numprune.errors import InputError
 from numprune.target import HEAD_SHAPES, Counts, nearest
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
+Errors = Mapping[str, Tensor]  # block name -> (units + 1,), by units removed
+
+_SHARES = 20_000
 
 
 def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
@@ -83,6 +87,74 @@ def global_sort(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores)
     return _remove_lowest(anatomy, ratio, {**allowed, **fixed}, scores)
 
 
+def by_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors) -> dict[str, int]:
+    """Return units kept per block such that the errors of all blocks together are least, at least `ratio` removed.
+
+    The knapsack is solved by dynamic programming, so that error curves need not be convex; the blocks' errors are taken
+    to add up (ZipLM's SPDY, arXiv 2302.04089, takes them so, too). Costs are counted in the largest share that divides
+    them all, or, where that is under a 20,000th of what must go, rounded to such a share.
+
+    Where the result has more than `HEAD_SHAPES` different numbers of KV heads, levels are chosen as in `global_sort`,
+    and all is solved again with only those. Where all attention would go, or all MLPs, the dearest keeps a unit.
+
+    Args:
+        errors: block name -> (units + 1,), the error once the n cheapest units are gone, n = 0 … units; never falling.
+
+    Raises:
+        InputError: the ratio cannot be reached.
+    """
+    check_ratio(anatomy, ratio, allowed)
+    kept = _least_error(anatomy, ratio, allowed, errors)
+    for kind in ("attention", "mlp"):
+        blocks = [block for block in anatomy.of_kind(kind) if block.units]
+        if blocks and not any(kept[block.name] for block in blocks):  # a model without attention is none
+            dearest = max(blocks, key=lambda block: float(errors[block.name][block.units])).name
+            allowed = {**allowed, dearest: [count for count in allowed[dearest] if count]}
+            kept = _least_error(anatomy, ratio, allowed, errors)
+    heads = [kept[block.name] for block in anatomy.of_kind("attention") if kept[block.name]]
+    if len(set(heads)) <= HEAD_SHAPES:
+        return kept
+    levels = {*_levels(heads, HEAD_SHAPES), 0}
+    fixed = {block.name: [n for n in allowed[block.name] if n in levels] for block in anatomy.of_kind("attention")}
+    allowed = {**allowed, **fixed}
+    check_ratio(anatomy, ratio, allowed)
+    return _least_error(anatomy, ratio, allowed, errors)
+
+
+def _least_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors) -> dict[str, int]:
+    costs = {
+        block.name: [(block.units - kept) * block.parameters_per_unit for kept in allowed[block.name]]
+        for block in anatomy.blocks
+    }
+    wanted = ratio * measure(anatomy).prunable_parameters
+    share = max(math.gcd(*(cost for block in costs.values() for cost in block)), wanted / _SHARES)
+    if not share:
+        return {block.name: allowed[block.name][-1] for block in anatomy.blocks}
+    last = math.ceil(round(wanted / share, 6))  # the place of everything that costs as much or more
+    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least error by shares removed so far
+    total[0] = 0
+    chosen = []
+    for block in anatomy.blocks:
+        best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
+        for option, (kept, cost) in enumerate(zip(allowed[block.name], costs[block.name], strict=True)):
+            shift = min(round(cost / share), last)
+            reached = torch.full_like(total, torch.inf)
+            reached[shift:] = total[: last + 1 - shift]
+            reached[last] = total[last - shift :].min()
+            reached += errors[block.name][block.units - kept]
+            better = reached < best
+            best[better], choice[better] = reached[better], option
+        chosen.append((block, choice, total))
+        total = best
+    result, place = {}, int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded costs
+    for block, choice, before in reversed(chosen):
+        option = int(choice[place])
+        result[block.name] = allowed[block.name][option]
+        shift = min(round(costs[block.name][option] / share), last)
+        place = last - shift + int(before[last - shift :].argmin()) if place == last else place - shift
+    return result
+
+
 def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:
     # Units above the largest allowed count go in any case.
     kept = {block.name: allowed[block.name][-1] for block in anatomy.blocks}
@@ -135,4 +207,8 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {"uniform": uniform, "global": global_sort}
+ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {
+    "uniform": uniform,
+    "global": global_sort,
+    "error": by_error,
+}

@@ -7,8 +7,10 @@ will really see, the kept columns become
 
 ridge regression shrunk towards the original weights, by one Cholesky solve. When inputs and targets are the dense
 model's own (y = W x: *oneshot*) this is Theorem 3 of Shen et al. (AAAI 2025, arXiv 2412.12441):
-W_K + W_P G_PK (G_KK + gamma I)^-1. When x comes from the already pruned prefix (*sequential*) the block also corrects
-what earlier blocks got wrong.
+W_K + W_P G_PK (G_KK + gamma I)^-1. When x comes from the already pruned prefix (*sequential*) the block also allows for
+what earlier blocks got wrong in its inputs. *Residual* has it make up for what they got wrong in the residual stream,
+too: with h the dense and h' the pruned model's stream in front of the block, the targets are y + (h - h'), so that the
+stream behind the block comes as near the dense one as the kept channels can bring it. That costs nothing more.
 
 Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
 """

@@ -2,9 +2,9 @@
 
 The model is walked once from its first layer to its last (once more before, where the allocation needs every block's
 scores). In each block: moments of the consumer's inputs, scores, the choice of units, the refitted consumer. With
-`sequential` compensation the inputs come from the already pruned prefix and the targets from the dense model, both
-carried side by side. What is left of a layer is handed on as soon as it is finished, so that neither the model nor the
-result need be in memory.
+`sequential` and `residual` compensation the inputs come from the already pruned prefix and the targets from the dense
+model, both carried side by side. What is left of a layer is handed on as soon as it is finished, so that neither the
+model nor the result need be in memory.
 """
 
 import logging
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.allocation import ALLOCATIONS, check_ratio, global_sort, keep_highest, uniform
+from numprune import sensitivity
+from numprune.allocation import ALLOCATIONS, by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import Anatomy, Block, read_anatomy
 from numprune.budget import Budget, measure
 from numprune.calibration import Walker, check_rows, consumer_of
 from numprune.compensation import mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
+from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan
@@ -36,8 +38,11 @@ logger = logging.getLogger(__name__)
 DenseMoments = Mapping[str, Moments]  # block name -> of the dense model's inputs and outputs on the calibration rows
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
-# `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias.
-COMPENSATIONS = ("none", "bias", "oneshot", "sequential")
+# `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
+# compensation.py.
+COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual")
+_FROM_PRUNED_PREFIX = ("sequential", "residual")
+_REFITTING = ("oneshot", *_FROM_PRUNED_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
     if options.skips and options.allocation == "uniform":
-        raise InputError("skips: uniform allocation gives every layer the same size, so no block can go; use global")
+        raise InputError(
+            "skips: uniform allocation gives every layer the same size, so no block can go; use error or global"
+        )
     if options.skips and anatomy.attention_differs:
         raise InputError(
             "skips: a model with sliding windows in some layers only must keep the attention of every layer"
@@ -166,8 +173,11 @@ def prune_layers(
     _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)
     counts = _units_to_keep(layers, walker, rows, options, known)
-    sequential = options.compensation == "sequential"
-    inputs = _Walk(walker, rows, sequential) if known is None or sequential else _Known(known)
+    inputs = (
+        _Walk(walker, rows, options.compensation)
+        if known is None or options.compensation in _FROM_PRUNED_PREFIX
+        else _Known(known)
+    )
     kept: dict[str, Tensor] = {}  # block name -> units
     for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
         blocks = anatomy.of_layer(index)
@@ -224,7 +234,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield block name and moments of every block that has units, in the order of the forward pass."""
-    walk = _Walk(Walker(layers, rows.shape[1], batch_size), rows, sequential=False)
+    walk = _Walk(Walker(layers, rows.shape[1], batch_size), rows)
     for index in tqdm(range(layers.anatomy.layers), desc="calibrate", unit="layer", disable=None, leave=False):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
@@ -235,44 +245,59 @@ def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator
 def _units_to_keep(
     layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions, known: DenseMoments | None
 ) -> dict[str, int]:
-    """Return the number of units to keep by block name; `global` walks the dense model for it."""
-    allowed = allowed_counts(layers.anatomy, options.target, skips=options.skips)
+    """Return the number of units to keep by block name; `global` and `error` walk the dense model for it."""
+    anatomy, ratio = layers.anatomy, options.ratio
+    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     if options.allocation == "uniform":
-        return uniform(layers.anatomy, options.ratio, allowed)
-    inputs = _Walk(walker, rows, sequential=False) if known is None else _Known(known)
-    return global_sort(layers.anatomy, options.ratio, allowed, _dense_scores(layers, inputs, options))
+        return uniform(anatomy, ratio, allowed)
+    inputs = _Walk(walker, rows) if known is None else _Known(known)
+    if options.allocation == "global":
+        scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
+        scores |= {
+            block.name: _scores(block, weight, moments, options)
+            for block, weight, moments in _dense_blocks(layers, inputs)
+        }
+        return global_sort(anatomy, ratio, allowed, scores)
+    gradients = sensitivity.measure(layers, rows, options.batch_size).output
+    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1))
+    errors |= {
+        block.name: error_curve(weight, moments.gram, gradients[block.name], block.channels_per_unit)
+        for block, weight, moments in _dense_blocks(layers, inputs)
+    }
+    return by_error(anatomy, ratio, allowed, errors)
 
 
-def _dense_scores(layers: Layers, inputs: "_Inputs", options: PruneOptions) -> dict[str, Tensor]:
-    scores = {}
+def _dense_blocks(layers: Layers, inputs: "_Inputs") -> Iterator[tuple[Block, Tensor, Moments]]:
+    """Yield every block that has units, its consumer's weight (out, D) in float64, and its moments."""
     for index in tqdm(range(layers.anatomy.layers), desc="score", unit="layer", disable=None, leave=False):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
-                if not block.units:
-                    scores[block.name] = torch.empty(0)
-                    continue
-                weight = consumer_of(layer, block).weight.double()
-                scores[block.name] = _scores(block, weight, inputs.moments(layer, block), options)
-    return scores
+                if block.units:
+                    yield block, consumer_of(layer, block).weight.double(), inputs.moments(layer, block)
 
 
 class _Inputs(Protocol):
     """What the consumers read, block by block in the order of the forward pass."""
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
-        """Return the moments of the block's inputs, with the dense model's outputs as targets."""
+        """Return the moments of the block's inputs, and with them of its targets."""
 
     def pass_on(self, layer: nn.Module, block: Block) -> None:
         """The block has been pruned: what comes after it reads what it gives now."""
 
 
 class _Walk:
-    """Collected as the model is walked: from the dense model's prefix, or, `sequential`, from the pruned one's."""
+    """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
 
-    def __init__(self, walker: Walker, rows: Tensor, sequential: bool) -> None:
+    The targets are the dense block's outputs; for `residual`, what takes the pruned model's residual stream to where
+    the dense model's is behind the block.
+    """
+
+    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
         self._walker = walker
         self._dense = walker.embed(rows)
-        self._pruned = walker.copy(self._dense) if sequential else self._dense
+        self._pruned = walker.copy(self._dense) if compensation in _FROM_PRUNED_PREFIX else self._dense
+        self._residual = compensation == "residual"
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
@@ -285,7 +310,8 @@ class _Walk:
         else:
             both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
             for (batch, _, output), (_, inputs, _) in both:
-                moments.add(inputs, output)
+                missing = (dense[batch] - pruned[batch]).to(output.device) if self._residual else 0
+                moments.add(inputs, output + missing)
                 dense[batch] += output.to(dense.device)
         return moments
 
@@ -331,7 +357,8 @@ def _compensate(
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    if options.compensation in ("oneshot", "sequential") and 0 < len(units) < block.units:
+    loses = len(units) < block.units or options.compensation == "residual"  # what those before it lost, at least
+    if options.compensation in _REFITTING and loses and len(units):
         columns, bias = refit(weight, own, kept, moments, options.damping)
         if bias is not None:
             consumer.bias.copy_(bias)

@@ -25,8 +25,9 @@ class Sensitivity:
 
     Attributes:
         output: (H, H) float64, S in nats per token.
-        taylor: where it was asked for, (units,) float64, the sum over the unit's parameters in all its matrices of |w dL/dw|, L the mean NLL:
-            LLM-Pruner's first-order score (Ma et al. 2023, arXiv 2305.11627, eq. 5 with element-wise grouping).
+        taylor: where it was asked for, (units,) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
+            2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L
+            the mean NLL.
     """
 
     output: dict[str, Tensor]

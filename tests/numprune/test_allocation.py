@@ -1,10 +1,13 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from numprune.allocation import check_ratio, global_sort, keep_highest, uniform
+from numprune import allocation
+from numprune.allocation import by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
@@ -23,6 +26,21 @@ def anatomy(**overrides):
     return read_anatomy(AutoConfig.for_model("llama", **(sizes | overrides)))
 
 
+def random_errors(base, seed):
+    """Error curves that never fall, and are not convex."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        block.name: torch.cat([torch.zeros(1), torch.rand(block.units, generator=generator).square()])
+        .cumsum(0)
+        .double()
+        for block in base.blocks
+    }
+
+
+def total_error(base, errors, kept):
+    return sum(float(errors[block.name][block.units - kept[block.name]]) for block in base.blocks)
+
+
 def removed(before, kept):
     return 1 - measure(before.keeping(kept)).prunable_parameters / measure(before).prunable_parameters
 
@@ -33,7 +51,7 @@ def removed(before, kept):
     align=st.sampled_from([1, 8, 64, 128]),
     groups=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
-    kind=st.sampled_from(["uniform", "global"]),
+    kind=st.sampled_from(["uniform", "global", "error"]),
 )
 def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ratio, align, groups, seed, kind):
     base = anatomy(num_key_value_heads=groups)
@@ -46,6 +64,10 @@ def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ra
         kept = uniform(base, ratio, allowed)
         step = sum(block.parameters_per_unit for block in base.of_kind("mlp")) * align
         assert base.keeping(kept).is_uniform
+    elif kind == "error":
+        kept = by_error(base, ratio, allowed, random_errors(base, seed))
+        step = max(block.parameters_per_unit * (align if block.kind == "mlp" else 1) for block in base.blocks)
+        assert removed(base, kept) >= ratio - 1e-4
     else:
         generator = torch.Generator().manual_seed(seed)
         scores = {block.name: torch.randn(block.units, generator=generator) for block in base.blocks}
@@ -143,6 +165,46 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
     assert kept["layers.1.mlp"] == kept["layers.0.attention"] == 0
     assert kept["layers.1.attention"] == 1
     assert removed(base, kept) == pytest.approx(0.6, abs=0.04)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.35, 0.6])
+@pytest.mark.parametrize(("seed", "skips"), [(0, False), (1, True), (2, True)])
+def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, skips):
+    base = anatomy(num_hidden_layers=2)
+    allowed = allowed_counts(base, Target(align=128), skips=skips)
+    errors = random_errors(base, seed)
+    for block in base.of_kind("attention"):  # else all of it would go first, which is not allowed
+        errors[block.name] *= 100
+    names = [block.name for block in base.blocks]
+    every = (dict(zip(names, counts, strict=True)) for counts in itertools.product(*(allowed[name] for name in names)))
+    least = min(total_error(base, errors, kept) for kept in every if removed(base, kept) >= ratio - 1e-9)
+    kept = by_error(base, ratio, allowed, errors)
+    assert removed(base, kept) >= ratio - 1e-9
+    assert total_error(base, errors, kept) == pytest.approx(least)
+
+
+def test_by_error_with_rounded_costs_comes_as_near_as_its_shares_are_small(monkeypatch):
+    base, errors = anatomy(), random_errors(anatomy(), 3)
+    allowed = allowed_counts(base, Target(align=8))
+    exact = by_error(base, 0.4, allowed, errors)
+    monkeypatch.setattr(allocation, "_SHARES", 300)
+    rounded = by_error(base, 0.4, allowed, errors)
+    assert removed(base, rounded) == pytest.approx(0.4, abs=6 * 0.4 / 300)
+    assert total_error(base, errors, rounded) == pytest.approx(total_error(base, errors, exact), rel=0.05)
+
+
+def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
+    base = anatomy(num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8)
+    errors = {}
+    for block in base.blocks:  # the first heads of layer i are free, all that is left is dear
+        free = block.layer if block.kind == "attention" else 300
+        errors[block.name] = torch.cat([torch.zeros(free + 1), torch.arange(1.0, block.units - free + 1)]).double()
+    kept = by_error(base, 0.4, allowed_counts(base, Target(align=1)), errors)
+    assert len({kept[block.name] for block in base.of_kind("attention")}) == HEAD_SHAPES
+    nothing = {block.name: torch.zeros(block.units + 1).double() for block in base.blocks}
+    kept = by_error(base, 0.9, allowed_counts(base, Target(), skips=True), nothing)
+    assert any(kept[block.name] for block in base.of_kind("attention"))
+    assert any(kept[block.name] for block in base.of_kind("mlp"))
 
 
 def test_keep_highest_is_ascending_and_ties_go_to_the_lower_index():

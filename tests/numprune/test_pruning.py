@@ -16,14 +16,76 @@ def output_error(options):
         return float((prune(build_tiny(), ROWS, options).model.model(ROWS).last_hidden_state - dense).square().mean())
 
 
+def output_nll(options):
+    """KL(dense || pruned) on the calibration rows, nats per token, of a model whose layers matter unequally."""
+    with torch.no_grad():
+        models = build_tiny(num_hidden_layers=3), build_tiny(num_hidden_layers=3)
+        for model in models:
+            model.model.layers[1].self_attn.o_proj.weight.mul_(0.2)
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.2)
+        dense = models[0](ROWS).logits.log_softmax(-1)
+        pruned = prune(models[1], ROWS, options).model(ROWS).logits.log_softmax(-1)
+        return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+
 @pytest.mark.parametrize("criterion", ["random", "wanda", "numerical", "obs"])
 def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
-    none, oneshot, sequential = (
+    none, oneshot, sequential, residual = (
         output_error(PruneOptions(0.4, criterion=criterion, compensation=name, target=Target(align=1)))
-        for name in ("none", "oneshot", "sequential")
+        for name in ("none", "oneshot", "sequential", "residual")
     )
     assert oneshot < none
     assert sequential < oneshot
+    assert residual < sequential
+
+
+def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():
+    dense, options = build_tiny(), PruneOptions(0.3, compensation="residual", damping=0, target=Target(align=1))
+    pruned = prune(build_tiny(), ROWS, options).model
+    streams, inputs = {}, {}
+
+    def keep(place, name):
+        return lambda _module, args: place.__setitem__(name, args[0].flatten(0, 1).double())
+
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        for layer in (0, 1):
+            model.model.layers[layer].post_attention_layernorm.register_forward_pre_hook(keep(streams, (name, layer)))
+    for layer in (0, 1):
+        pruned.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(keep(inputs, layer))
+        pruned.model.layers[layer].input_layernorm.register_forward_pre_hook(keep(streams, ("before", layer)))
+    with torch.no_grad():
+        dense.model(ROWS)
+        pruned.model(ROWS)
+    for layer in (0, 1):
+        target = streams["dense", layer] - streams["before", layer]
+        expected = torch.linalg.lstsq(inputs[layer], target).solution.T
+        torch.testing.assert_close(
+            pruned.model.layers[layer].self_attn.o_proj.weight.double(), expected, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_residual_lets_a_block_that_loses_nothing_give_what_others_lost():
+    options = PruneOptions(0.1, compensation="residual", allocation="error", criterion="obs", target=Target(align=1))
+    model = build_tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(0.05)
+    before = model.model.layers[1].self_attn.o_proj.weight.clone()
+    result = prune(model, ROWS, options)
+    assert result.plan.units_kept() | {"layers.0.mlp": 0} == {
+        "layers.0.attention": 2,
+        "layers.0.mlp": 0,
+        "layers.1.attention": 2,
+        "layers.1.mlp": 96,
+    }
+    assert not torch.equal(result.model.model.layers[1].self_attn.o_proj.weight, before)
+
+
+def test_error_allocation_loses_less_than_an_even_one():
+    even, priced = (
+        output_nll(PruneOptions(0.4, criterion="obs", compensation="residual", allocation=name, target=Target(align=1)))
+        for name in ("uniform", "error")
+    )
+    assert priced < even
 
 
 def test_batch_size_does_not_change_the_result():
@@ -51,7 +113,7 @@ def test_plan_records_how_it_came_about():
     ("options", "message"),
     [
         (PruneOptions(0.3, criterion="magic"), "criterion is 'magic'; it must be one of random, magnitude"),
-        (PruneOptions(0.3, allocation="error"), "allocation is 'error'; it must be one of uniform, global"),
+        (PruneOptions(0.3, allocation="best"), "allocation is 'best'; it must be one of uniform, global, error"),
         (PruneOptions(0.3, compensation="some"), "compensation is 'some'"),
         (PruneOptions(0.3, damping=-1), "damping is -1"),
         (PruneOptions(0.999), "at most"),

@@ -1,0 +1,30 @@
+"""What it costs the model to remove a block's units: the error curves that the allocation `error` divides the ratio by.
+
+A block's curve is greedy OBS priced in the model's own loss. With S = E[g g^T], g the loss's gradient at the block's
+output (sensitivity.py), the removals that leave an output error dy cost 1/2 tr(S E[dy dy^T]) nats per token: greedy OBS
+with S^(1/2) W in the place of W, each cost halved. The least squares of compensation are the same for every S, so S
+decides prices and not weights.
+
+Measured (numprune.compare, 30 %): the full S prices as well as its trace or better; a share of the block's own output
+energy, which knows nothing of the loss, is worse than to divide evenly.
+"""
+
+import torch
+from torch import Tensor
+
+from numprune.criteria.obs import greedy_removal
+from numprune.linalg import cholesky
+
+
+def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, channels_per_unit: int) -> Tensor:
+    """Return the nats per token that are lost once the n cheapest units are gone, (units + 1,), n = 0 … units.
+
+    Args:
+        weight: (out, D) float64, the consumer's.
+        gram: (D, D) float64, E[x x^T] of its inputs.
+        sensitivity: (out, out) float64, S.
+        channels_per_unit: D / units.
+    """
+    priced = cholesky(sensitivity).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
+    _, costs = greedy_removal(priced, gram, channels_per_unit)
+    return torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2]).cpu()
