@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from numprune.statistics import Moments
+
+
+def inputs(count=50, channels=600, outputs=5):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(count, size, generator=generator, dtype=torch.float64) for size in (channels, outputs))
+
+
+@pytest.mark.parametrize("channels", [1, 255, 256, 257, 600])  # the half is summed in strips of 256
+def test_moments_are_the_sums_written_out(channels):
+    x, y = inputs(channels=channels)
+    moments = Moments(channels, outputs=5)
+    for part in (slice(0, 20), slice(20, 21), slice(21, 50)):
+        moments.add(x[part][None], y[part][None])  # (…, D): any leading dimensions
+    torch.testing.assert_close(moments.gram, x.T @ x / 50)
+    torch.testing.assert_close(moments.mean, x.mean(0))
+    torch.testing.assert_close(moments.cross, y.T @ x / 50)
+    torch.testing.assert_close(moments.target_mean, y.mean(0))
+    assert torch.equal(moments.gram, moments.gram.T)
+
+
+def test_sums_of_float32_inputs_are_exact_to_float64():
+    x = (inputs()[0] * 1e3).float()
+    moments = Moments(600)
+    moments.add(x)
+    torch.testing.assert_close(moments.gram, x.double().T @ x.double() / 50, rtol=1e-14, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sums_on_a_gpu_are_good_to_float32_and_refuse_tf32():
+    x = inputs(count=3000, channels=2100)[0].float()
+    moments = Moments(2100, device=torch.device("cuda"))
+    moments.add(x.cuda())
+    expected = x.double().T @ x.double() / 3000
+    assert float((moments.gram.cpu() - expected).abs().max()) < 1e-6
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match="highest"):
+            Moments(3, device=torch.device("cuda"))
+    finally:
+        torch.set_float32_matmul_precision("highest")
