@@ -44,6 +44,8 @@ class CheckpointLayers:
         IntegrityError: what is stored is not what the configuration says, or is not finite.
     """
 
+    resident = False
+
     def __init__(
         self,
         folder: Path,

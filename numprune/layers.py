@@ -30,12 +30,14 @@ class Layers(Protocol):
     Attributes:
         device: where the modules are, and their inputs must be.
         dtype: that everything is computed in.
+        resident: all layers are in memory, so that to come back to one costs nothing.
     """
 
     config: PreTrainedConfig
     anatomy: Anatomy
     device: torch.device
     dtype: torch.dtype
+    resident: bool
 
     def embed(self, rows: Tensor) -> Tensor:
         """Return the hidden states (n, S, H) of token rows (n, S) that enter the first layer, on `device`."""
@@ -65,6 +67,8 @@ class ModelLayers:
 
     Raises ValueError when its attention is not "sdpa".
     """
+
+    resident = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         if model.config._attn_implementation != "sdpa":

@@ -34,18 +34,17 @@ class Sensitivity:
     taylor: dict[str, Tensor]
 
 
-def measure(
-    layers: Layers, rows: Tensor, batch_size: int = 8, *, chunk: int | None = None, taylor: bool = False
-) -> Sensitivity:
+def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool = False) -> Sensitivity:
     """Return the sensitivities of all blocks over the calibration rows.
+
+    Every layer's input is kept on the way there for the way back. A model in memory goes both ways batch by batch; where
+    layers are read from a checkpoint, each is read twice, and its inputs of all rows are where `layers` puts them.
 
     Args:
         layers: of the model.
         rows: (N, S) int64 tokens.
-        batch_size: rows at a time in one layer.
-        chunk: rows that are carried through all layers at once, N when not given. Every layer's input is kept for a
-            chunk, and every layer is read once per chunk: small chunks suit a model in memory, large ones shards.
-        taylor: also collect the Taylor scores, for which the gradients of a chunk's weights are kept.
+        batch_size: rows at a time.
+        taylor: also collect the Taylor scores, for which the gradients of the weights are kept.
     """
     anatomy = layers.anatomy
     hidden_size, tokens = anatomy.hidden_size, rows.numel()
@@ -54,7 +53,7 @@ def measure(
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     rotary = layers.rotary(rows.shape[1])
     scores: dict[str, Tensor] = {}
-    chunks = rows.split(chunk or len(rows))
+    chunks = rows.split(batch_size if layers.resident else len(rows))
     with tqdm(total=2 * anatomy.layers * len(chunks), desc="gradients", unit="layer", disable=None, leave=False) as bar:
         for number, part in enumerate(chunks):
             batches = [slice(at, at + batch_size) for at in range(0, len(part), batch_size)]
