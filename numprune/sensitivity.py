@@ -7,6 +7,7 @@ to price its removals in the model's own loss (Hassibi & Stork 1993 have the los
 the identity), and what makes the prices of different blocks comparable.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +31,15 @@ class Sensitivity:
             the mean NLL.
     """
 
-    output: dict[str, Tensor]
-    taylor: dict[str, Tensor]
+    output: Mapping[str, Tensor]
+    taylor: Mapping[str, Tensor]
 
 
 def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool = False) -> Sensitivity:
     """Return the sensitivities of all blocks over the calibration rows.
 
-    Every layer's input is kept on the way there for the way back. A model in memory goes both ways batch by batch; where
-    layers are read from a checkpoint, each is read twice, and its inputs of all rows are where `layers` puts them.
+    Every layer's input is kept on the way there for the way back. A model in memory is gone through batch by batch;
+    where layers are read from a checkpoint, each is read twice, and its inputs of all rows are where `layers` puts them.
 
     Args:
         layers: of the model.
