@@ -39,7 +39,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     """Return the sensitivities of all blocks over the calibration rows.
 
     Every layer's input is kept on the way there for the way back. A model in memory is gone through batch by batch.
-    Where layers are read from a checkpoint, each is read twice, and its inputs of all rows are where `layers` puts them.
+    Where layers are read from a checkpoint, each is read twice, and its inputs are kept where `layers` puts them.
 
     Args:
         layers: of the model.
