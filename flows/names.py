@@ -6,9 +6,9 @@ a test keeps them the same.
 
 from typing import Literal
 
-Criterion = Literal["numerical", "numerical-newton", "obs", "flap", "wanda", "magnitude", "random"]
-Allocation = Literal["uniform", "global"]
-Compensation = Literal["none", "oneshot", "sequential"]
+Criterion = Literal["numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random"]
+Allocation = Literal["uniform", "global", "error"]
+Compensation = Literal["none", "oneshot", "sequential", "residual"]
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -29,13 +29,13 @@ from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan
+from numprune.sensitivity import Sensitivity
 from numprune.statistics import Moments
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_counts
 
 logger = logging.getLogger(__name__)
 
-DenseMoments = Mapping[str, Moments]  # block name -> of the dense model's inputs and outputs on the calibration rows
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
@@ -73,6 +73,19 @@ class PruneOptions:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What has been collected of the dense model on the calibration rows, so that it need not be collected again.
+
+    Attributes:
+        moments: block name -> of every block that has units.
+        sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
+    """
+
+    moments: Mapping[str, Moments]
+    sensitivity: Sensitivity | None = None
+
+
+@dataclass(frozen=True)
 class Pruned:
     model: PreTrainedModel
     plan: Plan
@@ -82,6 +95,16 @@ class Pruned:
     @property
     def prunable_ratio_removed(self) -> float:
         return 1 - self.after.prunable_parameters / self.before.prunable_parameters
+
+
+def uses_moments(options: PruneOptions) -> bool:
+    """Whether the dense model's moments are used, for scores, compensation or both: whether `Known.moments` helps."""
+    return options.allocation != "uniform" or options.compensation not in _FROM_PRUNED_PREFIX
+
+
+def uses_gradients(options: PruneOptions) -> bool:
+    """Whether the loss's gradients are used: whether `Known.sensitivity` helps."""
+    return options.allocation == "error" or options.criterion == "taylor"
 
 
 def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
@@ -121,7 +144,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         uniform(anatomy, options.ratio, allowed)
 
 
-def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: DenseMoments | None = None) -> Pruned:
+def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Known | None = None) -> Pruned:
     """Return `model` pruned; the one passed in is used up.
 
     Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
@@ -131,7 +154,7 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: De
         model: a supported model in float32, with attention "sdpa".
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
-        known: the model's moments on these rows, where they have been collected already; not collected again.
+        known: of the model on these rows.
 
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
@@ -150,9 +173,7 @@ def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def prune_layers(
-    layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink, known: DenseMoments | None = None
-) -> Plan:
+def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink, known: Known | None = None) -> Plan:
     """Return the plan; give `sink` the tensors that are left of each decoder layer, first layer first.
 
     What stands around the layers is not pruned and not given.
@@ -172,7 +193,10 @@ def prune_layers(
     check_rows(layers.config, anatomy, rows)
     _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)
-    counts = _units_to_keep(layers, walker, rows, options, known)
+    gradients = known.sensitivity if known else None
+    if uses_gradients(options) and gradients is None:
+        gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
+    counts = _units_to_keep(layers, walker, rows, options, known, gradients)
     inputs = (
         _Walk(walker, rows, options.compensation)
         if known is None or options.compensation in _FROM_PRUNED_PREFIX
@@ -189,7 +213,7 @@ def prune_layers(
                     continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_of(layer, block).weight.double()
-                units = keep_highest(_scores(block, weight, moments, options), counts[block.name])
+                units = keep_highest(_scores(block, weight, moments, options, gradients), counts[block.name])
                 kept[block.name] = units
                 bias = _compensate(consumer_of(layer, block), weight, block, units, moments, options)
                 if bias is not None:
@@ -243,7 +267,12 @@ def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator
 
 
 def _units_to_keep(
-    layers: Layers, walker: Walker, rows: Tensor, options: PruneOptions, known: DenseMoments | None
+    layers: Layers,
+    walker: Walker,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None,
+    gradients: Sensitivity | None,
 ) -> dict[str, int]:
     """Return the number of units to keep by block name; `global` and `error` walk the dense model for it."""
     anatomy, ratio = layers.anatomy, options.ratio
@@ -254,14 +283,14 @@ def _units_to_keep(
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
         scores |= {
-            block.name: _scores(block, weight, moments, options)
+            block.name: _scores(block, weight, moments, options, gradients)
             for block, weight, moments in _dense_blocks(layers, inputs)
         }
         return global_sort(anatomy, ratio, allowed, scores)
-    gradients = sensitivity.measure(layers, rows, options.batch_size).output
+    assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1))
     errors |= {
-        block.name: error_curve(weight, moments.gram, gradients[block.name], block.channels_per_unit)
+        block.name: error_curve(weight, moments.gram, gradients.output[block.name], block.channels_per_unit)
         for block, weight, moments in _dense_blocks(layers, inputs)
     }
     return by_error(anatomy, ratio, allowed, errors)
@@ -323,8 +352,8 @@ class _Walk:
 class _Known:
     """Those of the dense model, collected before."""
 
-    def __init__(self, moments: DenseMoments) -> None:
-        self._moments = moments
+    def __init__(self, known: Known) -> None:
+        self._moments = known.moments
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         return self._moments[block.name]
@@ -333,10 +362,13 @@ class _Known:
         pass
 
 
-def _scores(block: Block, weight: Tensor, moments: Moments, options: PruneOptions) -> Tensor:
+def _scores(
+    block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
+) -> Tensor:
     kind = 0 if block.kind == "attention" else 1
     seed = (options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63)
-    view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, options.ratio, seed)
+    taylor = gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None
+    view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, options.ratio, seed, taylor)
     return CRITERIA[options.criterion](view)
 
 

@@ -13,7 +13,7 @@ from numprune.anatomy import Anatomy
 from numprune.criteria import CRITERIA
 from numprune.errors import InputError
 from numprune.flows.problems import did_you_mean
-from numprune.pruning import COMPENSATIONS, PruneOptions, check_options
+from numprune.pruning import COMPENSATIONS, PruneOptions, check_options, uses_gradients, uses_moments
 from numprune.rivals import RIVALS
 from numprune.target import Target
 
@@ -27,12 +27,14 @@ DEFAULT = (
     "magnitude/uniform/none",
     "wanda/uniform/none",
     "flap/global/bias",
+    "taylor/uniform/none",
     "shortgpt",
     "slicegpt",
     "numerical-newton/global/none",
     "obs/uniform/oneshot",
-    "numerical/uniform/sequential",
-    "obs/uniform/sequential",
+    "numerical/uniform/residual",
+    "obs/uniform/residual",
+    "obs/error/residual",
 )
 
 
@@ -47,10 +49,12 @@ def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOpt
 
 def reads_dense_moments(method: str) -> bool:
     """Whether the method uses the dense model's moments: for its scores, its compensation, or both."""
-    if method in RIVALS:
-        return False
-    _, allocation, compensation = method.split("/")
-    return allocation != "uniform" or compensation != "sequential"
+    return method not in RIVALS and uses_moments(options_of(method, 0, Target(), 0))
+
+
+def reads_gradients(method: str) -> bool:
+    """Whether the method uses the gradients of the loss."""
+    return method not in RIVALS and uses_gradients(options_of(method, 0, Target(), 0))
 
 
 def check(method: str, anatomy: Anatomy, ratio: float, target: Target) -> None:

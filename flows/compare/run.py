@@ -27,7 +27,7 @@ from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest, sha256_file
 from numprune.flows import children, stages
-from numprune.flows.compare.methods import reads_dense_moments
+from numprune.flows.compare.methods import reads_dense_moments, reads_gradients
 from numprune.flows.compare.plot import as_svg
 from numprune.flows.compare.table import Conditions, Row, Table, as_csv, as_markdown
 from numprune.flows.stages import StageResult
@@ -158,15 +158,17 @@ class _Run:
         }
 
         def make(folder: Path) -> dict[str, Any]:
-            shared = self._moments(samples) if reads_dense_moments(method) else None
+            moments = self._moments(samples) if reads_dense_moments(method) else None
+            gradients = self._gradients(samples, method) if reads_gradients(method) else None
             found: dict[str, Any] = children.work(
                 "compare.make_method",
                 folder,
                 **self._where,
                 heldout=self._heldout,
                 reference=self._reference.path,
-                moments=shared.path if shared else None,
-                shared=shared.facts if shared else {},
+                moments=moments and moments.path,
+                gradients=gradients and gradients.path,
+                shared=[stage.facts for stage in (moments, gradients) if stage],
                 **options,
             )
             return found
@@ -202,9 +204,15 @@ class _Run:
         return digest
 
     def _moments(self, samples: int) -> StageResult:
+        return self._shared("moments", samples, {})
+
+    def _gradients(self, samples: int, method: str) -> StageResult:
+        return self._shared("gradients", samples, {"taylor": method.startswith("taylor/")})
+
+    def _shared(self, name: str, samples: int, options: Mapping[str, Any]) -> StageResult:
         inputs = {**self._model, "calibration": self._calibration(samples)}
-        options = {"device": self._request.device}
-        return self._stage("moments", "make_moments", inputs, {**self._where, "samples": samples}, options)
+        options = {"device": self._request.device, **options}
+        return self._stage(name, f"make_{name}", inputs, {**self._where, "samples": samples}, options)
 
     def _stage(
         self,

@@ -1,17 +1,18 @@
 """What a comparison is made of: its rows, what all methods share, and one method."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from numprune import sensitivity
 from numprune.corpus import TokenRows, rows_digest, sample_rows, token_rows
 from numprune.export.checkpoint import load, load_tokenizer
 from numprune.flows.compare.methods import options_of
@@ -20,11 +21,14 @@ from numprune.flows.work.meter import Meter
 from numprune.flows.work.reference import Reference, write_reference
 from numprune.flows.work.text import calibration_rows, load_heldout, read_text, save_heldout
 from numprune.layers import ModelLayers
-from numprune.pruning import dense_moments, prune
+from numprune.pruning import Known, dense_moments, prune
 from numprune.quality import compare_with
 from numprune.rivals import RIVALS
+from numprune.sensitivity import Sensitivity
 from numprune.statistics import Moments
 from numprune.target import Target
+
+T = TypeVar("T")
 
 BATCH_SIZE = 8
 _ROWS = "calibration.safetensors"
@@ -86,22 +90,51 @@ def make_moments(out: Path, *, model: Path, text: Path, samples: int, device: st
     return {"seconds": seconds, "peak_bytes": peak_bytes}
 
 
-class StoredMoments(Mapping[str, Moments]):
-    """What `make_moments` wrote, read block by block."""
+def make_gradients(out: Path, *, model: Path, text: Path, samples: int, device: str, taylor: bool) -> dict[str, Any]:
+    """Stage: the backward pass that methods share: every block's sensitivity, a file each."""
+    meter = Meter(torch.device(device))
+    loaded = load(model)[0].to(device)
+    meter.start()
+    found = sensitivity.measure(ModelLayers(loaded), load_rows(text, samples), BATCH_SIZE, taylor=taylor)
+    seconds, peak_bytes = meter.stop()
+    for name, output in found.output.items():
+        scores = {"taylor": found.taylor[name]} if name in found.taylor else {}
+        save_file({"output": output, **scores}, out / f"{name}.safetensors")
+    return {"seconds": seconds, "peak_bytes": peak_bytes}
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+
+class Stored(Mapping[str, T]):
+    """What a stage wrote of every block, a file each, read block by block.
+
+    Args:
+        folder: of the stage.
+        restore: makes a value of a file's tensors.
+    """
+
+    def __init__(self, folder: Path, restore: Callable[[dict[str, Tensor]], T]) -> None:
         self._files = {path.stem: path for path in folder.glob("*.safetensors")}
-        self._device = device
+        self._restore = restore
 
-    def __getitem__(self, block: str) -> Moments:
-        with safe_open(self._files[block], "pt") as file:
-            return Moments.restored({name: file.get_tensor(name) for name in file.keys()}, self._device)  # noqa: SIM118
+    def __getitem__(self, block: str) -> T:
+        return self._restore(load_file(self._files[block]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _known(moments: Path | None, gradients: Path | None, device: torch.device) -> Known:
+    """What was collected of the dense model. Raises KeyError where something is read that was not."""
+    found: Mapping[str, Moments] = {}
+    if moments:
+        found = Stored(moments, lambda tensors: Moments.restored(tensors, device))
+    if not gradients:
+        return Known(found)
+    output = Stored(gradients, lambda tensors: tensors["output"].to(device))
+    taylor = Stored(gradients, lambda tensors: tensors["taylor"].to(device))
+    return Known(found, Sensitivity(output, taylor))
 
 
 def make_method(
@@ -112,7 +145,8 @@ def make_method(
     heldout: str,
     reference: Path,
     moments: Path | None,
-    shared: dict[str, Any],
+    gradients: Path | None,
+    shared: list[dict[str, Any]],
     method: str,
     ratio: float,
     samples: int,
@@ -122,13 +156,14 @@ def make_method(
 ) -> dict[str, Any]:
     """Stage: one method's figures; nothing is kept of the model that it makes.
 
-    Seconds and memory are those of the method as if it were alone: those of the shared pass, `shared`, count with it.
+    Seconds and memory are those of the method as if it were alone: those of the passes that it shares with others,
+    `shared`, count with it.
     """
     meter = Meter(torch.device(device))
     loaded = load(model)[0].to(device)
     dense_head = loaded.get_output_embeddings().weight.detach()
     rows = load_rows(text, samples)
-    known = StoredMoments(moments, torch.device(device)) if moments else None
+    known = _known(moments, gradients, torch.device(device))
     meter.start()
     small, sizes = _reduce(loaded, rows, method, ratio, Target(align), seed, known)
     seconds, peak_bytes = meter.stop()
@@ -145,8 +180,8 @@ def make_method(
             "kl_nats_per_token": found.kl_nats_per_token,
             "top1_agreement": found.top1_agreement,
             **sizes,
-            "seconds": seconds + shared.get("seconds", 0),
-            "peak_bytes": max(peak_bytes, shared.get("peak_bytes", 0)),
+            "seconds": seconds + sum(part["seconds"] for part in shared),
+            "peak_bytes": max(peak_bytes, *(part["peak_bytes"] for part in shared), 0),
         }
     )
 
@@ -158,7 +193,7 @@ def _reduce(
     ratio: float,
     target: Target,
     seed: int,
-    known: StoredMoments | None,
+    known: Known,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The smaller model, and how small it is."""
     if method in RIVALS:

@@ -12,6 +12,7 @@ from numprune.criteria.magnitude import magnitude
 from numprune.criteria.numerical import numerical, numerical_newton
 from numprune.criteria.obs import obs
 from numprune.criteria.random import random
+from numprune.criteria.taylor import taylor
 from numprune.criteria.view import BlockView
 from numprune.criteria.wanda import wanda
 
@@ -22,6 +23,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "flap": flap,
+    "taylor": taylor,
     "numerical": numerical,
     "numerical-newton": numerical_newton,
     "obs": obs,

@@ -16,6 +16,7 @@ class BlockView:
         channels_per_unit: D / units.
         ratio: the share of the prunable parameters asked to be removed (the raw numerical score depends on it).
         seed: of this block, for the criteria that draw.
+        taylor: (units,) float64, sensitivity.py's first-order score, where the criterion needs the loss's gradients.
     """
 
     weight: Tensor
@@ -24,6 +25,7 @@ class BlockView:
     channels_per_unit: int
     ratio: float
     seed: int
+    taylor: Tensor | None = None
 
     @property
     def units(self) -> int:

@@ -21,7 +21,9 @@ def problem(seed=0, out=6, channels=12, samples=60, mean=0.5):
 
 
 def view(weight, x, channels_per_unit=1, ratio=0.3, seed=0):
-    return BlockView(weight, x.T @ x / len(x), x.mean(0), channels_per_unit, ratio, seed)
+    return BlockView(
+        weight, x.T @ x / len(x), x.mean(0), channels_per_unit, ratio, seed, torch.rand(x.shape[1] // channels_per_unit)
+    )
 
 
 def paper_newton(A, ratio, penalty, iterations=50):

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from numprune import sensitivity
+from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
-from numprune.pruning import PruneOptions, dense_moments, prune
+from numprune.pruning import Known, PruneOptions, dense_moments, prune, uses_gradients, uses_moments
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -129,6 +131,11 @@ def test_too_few_calibration_tokens_warn(caplog):
     assert "64 calibration tokens are fewer than four times the widest block's 96 channels" in caplog.text
 
 
+def known_of(rows, taylor=False):
+    layers = ModelLayers(build_tiny())
+    return Known(dict(dense_moments(layers, rows)), sensitivity.measure(layers, rows, taylor=taylor))
+
+
 @pytest.mark.parametrize(
     ("criterion", "allocation", "compensation"),
     [
@@ -136,22 +143,50 @@ def test_too_few_calibration_tokens_warn(caplog):
         ("flap", "global", "bias"),
         ("obs", "uniform", "oneshot"),
         ("flap", "global", "sequential"),
+        ("obs", "error", "residual"),
+        ("taylor", "global", "none"),
     ],
 )
-def test_moments_that_are_known_give_what_collecting_them_gives(criterion, allocation, compensation):
+def test_what_is_known_gives_what_collecting_it_gives(criterion, allocation, compensation):
     options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
-    known = dict(dense_moments(ModelLayers(build_tiny()), ROWS))
+    known = known_of(ROWS, taylor=criterion == "taylor")
     collected, given = prune(build_tiny(), ROWS, options), prune(build_tiny(), ROWS, options, known)
     assert given.plan == collected.plan
     for a, b in zip(given.model.parameters(), collected.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_known_moments_spare_the_walk():
-    """With them the model's own inputs do not matter: moments of other rows give those rows' result."""
-    options = PruneOptions(0.4, "obs", "uniform", "oneshot", target=Target(align=1))
+@pytest.mark.parametrize(
+    ("criterion", "allocation", "compensation", "moments", "gradients"),
+    [
+        ("obs", "uniform", "oneshot", True, False),
+        ("taylor", "uniform", "none", True, True),
+        ("obs", "error", "none", True, True),
+        ("obs", "uniform", "sequential", False, False),
+    ],
+)
+def test_what_is_known_is_used_where_it_is_said_to_be(criterion, allocation, compensation, moments, gradients):
+    """Of other rows: then the result is those rows' where it is used, and what it was where it is not."""
+    options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
+    assert (uses_moments(options), uses_gradients(options)) == (moments, gradients)
     other = ROWS.flip(1)
-    known = dict(dense_moments(ModelLayers(build_tiny()), other))
-    given, expected = prune(build_tiny(), ROWS, options, known), prune(build_tiny(), other, options)
+    given = prune(build_tiny(), ROWS, options, known_of(other, taylor=criterion == "taylor"))
+    expected = prune(build_tiny(), other if moments else ROWS, options)
     for a, b in zip(given.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_taylor_keeps_the_units_whose_parameters_autograd_finds_most_salient():
+    model = build_tiny()
+    model(input_ids=ROWS, use_cache=False, labels=ROWS).loss.backward()
+    plan = prune(build_tiny(), ROWS, PruneOptions(0.4, "taylor", "uniform", "none", target=Target(align=1))).plan
+    for block in read_anatomy(model.config).blocks:
+        layer = model.model.layers[block.layer]
+        consumer = layer.get_submodule(block.consumer).weight
+        score = (consumer * consumer.grad).abs().T.reshape(block.units, -1).sum(1)
+        for name, _ in block.producers:
+            weight = layer.get_submodule(name).weight
+            score += (weight * weight.grad).abs().reshape(block.units, -1).sum(1)
+        kept = plan.blocks[block.name].kept
+        assert 0 < len(kept) < block.units
+        assert kept == sorted(score.argsort(descending=True)[: len(kept)].tolist())

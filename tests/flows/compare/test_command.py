@@ -20,7 +20,7 @@ from numprune.quality import compare
 from numprune.target import Target
 from tests.conftest import build_tiny, byte_tokenizer
 
-METHODS = "magnitude/uniform/none,obs/uniform/oneshot,slicegpt"
+METHODS = "magnitude/uniform/none,obs/error/oneshot,taylor/uniform/none,slicegpt"
 
 
 @pytest.fixture
@@ -47,13 +47,13 @@ def test_figures_are_those_of_pruning_and_judging_by_hand(command, tiny, tmp_pat
     ]
     assert (tmp_path / "out" / "compare.md").read_text() == printed
     assert printed.count("\n| ") == 1 + 1 + len(rows)  # the rule, dense, and all others
-    assert "obs/uniform/oneshot, 6 rows" in (tmp_path / "out" / "compare.svg").read_text()
-    assert "[12/12] 0.4 slicegpt, 12 rows: +" in said
+    assert "obs/error/oneshot, 6 rows" in (tmp_path / "out" / "compare.svg").read_text()
+    assert "[16/16] 0.4 slicegpt, 12 rows: +" in said
 
     dense, tokenizer = load(tiny / "base")
     heldout = token_rows(read_documents([tiny / "heldout.jsonl"]), tokenizer, 32)
     windows = token_rows(read_documents([tiny / "train.txt"]), tokenizer, 32)
-    options = PruneOptions(0.4, "obs", "uniform", "oneshot", target=Target(align=1))
+    options = PruneOptions(0.4, "obs", "error", "oneshot", target=Target(align=1))
     pruned = prune(load(tiny / "base")[0], sample_rows(windows, 12, 32, seed=0), options)
     expected = compare(pruned.model, dense, heldout)
     row = next(row for row in rows if (row["ratio"], row["samples"], row["method"][:3]) == ("0.4", "12", "obs"))

@@ -2,7 +2,16 @@ import pytest
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.flows.compare.methods import DEFAULT, METHODS, check, chosen, defaults, options_of, reads_dense_moments
+from numprune.flows.compare.methods import (
+    DEFAULT,
+    METHODS,
+    check,
+    chosen,
+    defaults,
+    options_of,
+    reads_dense_moments,
+    reads_gradients,
+)
 from numprune.pruning import COMPENSATIONS
 from numprune.target import Target
 from tests.conftest import build_tiny
@@ -47,14 +56,16 @@ def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
+    ("method", "moments", "gradients"),
     [
-        ("shortgpt", False),
-        ("obs/uniform/sequential", False),
-        ("flap/global/sequential", True),
-        ("wanda/uniform/none", True),
-        ("obs/uniform/oneshot", True),
+        ("shortgpt", False, False),
+        ("obs/uniform/residual", False, False),
+        ("flap/global/sequential", True, False),
+        ("wanda/uniform/none", True, False),
+        ("obs/error+skips/residual", True, True),
+        ("taylor/uniform/none", True, True),
     ],
 )
-def test_what_shares_the_calibration_pass(method, expected):
-    assert reads_dense_moments(method) is expected
+def test_what_shares_the_calibration_and_the_backward_pass(method, moments, gradients):
+    assert reads_dense_moments(method) is moments
+    assert reads_gradients(method) is gradients
