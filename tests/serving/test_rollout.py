@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -69,6 +69,13 @@ def settings() -> Settings:
     return Settings(require_vllm(), drain_timeout_s=20.0)
 
 
+def wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
 def start(place: Place, reference: str, model: str = NAME) -> Backend:
     port = server.free_port()
     running = process.start(
@@ -85,10 +92,7 @@ def start(place: Place, reference: str, model: str = NAME) -> Backend:
         options=[],
         started=Started.of(running),
     )
-    deadline = time.monotonic() + 30
-    while not backends.is_healthy(made):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(lambda: backends.is_healthy(made), "the stand-in answers")
     return made
 
 
@@ -129,7 +133,7 @@ def test_a_switch_that_was_begun_is_finished_and_no_request_is_lost(
     slow = [threading.Thread(target=lambda: answers.append(ask(state, 3.0))) for _ in range(4)]
     for thread in slow:
         thread.start()
-    time.sleep(0.5)
+    wait(lambda: backends._pending(blue) + backends._pending(green) + len(answers) >= 4, "all requests have arrived")
     if step == "blue removed":
         httpx.post(f"{state.router.url}/remove_worker", params={"url": blue.url}, timeout=60)
 
@@ -225,7 +229,7 @@ def test_requests_that_outlast_the_drain_are_counted(place: Place, settings: Set
 
     slow = threading.Thread(target=ask_in_vain)
     slow.start()
-    time.sleep(0.5)
+    wait(lambda: backends._pending(blue) == 1, "the request has arrived")
     assert backends.retire(blue, 1.0) == 1
     slow.join()
     assert not backends.is_alive(blue)
