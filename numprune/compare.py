@@ -2,7 +2,8 @@
 
 import sys
 
-from numprune.flows.compare.command import main
-
 if __name__ == "__main__":
+    # Not before: every process that the command starts imports this module anew.
+    from numprune.flows.compare.command import main
+
     sys.exit(main())

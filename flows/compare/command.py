@@ -115,7 +115,7 @@ def _request(args: argparse.Namespace) -> Request:
         raise InputError("--methods: none that was asked for can work on this model")
     return Request(
         model=folder,
-        name="embedded" if args.model == EMBEDDED else folder.name,
+        name=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
         text=args.text or EMBEDDED,
         heldout=args.heldout or (None if args.text else EMBEDDED),
         ratios=args.ratios,
