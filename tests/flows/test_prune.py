@@ -153,6 +153,5 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     streamed, in_memory = map(int, ended.stdout.split())
-    assert streamed < size / 2  # of the bfloat16 weights, which are computed with in float32
-    assert in_memory > 2 * size
+    assert streamed < size < in_memory / 2  # of the bfloat16 weights, which are computed with in float32
     assert_same(tmp_path / "large-True", tmp_path / "large-False")
