@@ -61,18 +61,21 @@ class Walker:
         layers: of the model.
         length: S.
         batch_size: rows at a time.
+
+    Attributes:
+        rotary: (cos, sin) of the positions, as `block_output` takes them.
     """
 
     def __init__(self, layers: Layers, length: int, batch_size: int = 8) -> None:
         self._layers = layers
         self._batch_size = batch_size
-        self._rotary = layers.rotary(length)
+        self.rotary = layers.rotary(length)
 
     @torch.no_grad()
     def embed(self, rows: Tensor) -> Tensor:
         """Return the hidden states (N, S, H) that enter the first layer."""
         hidden = self._layers.allocate(*rows.shape, self._layers.anatomy.hidden_size)
-        for batch in self._batches(len(rows)):
+        for batch in self.batches(len(rows)):
             hidden[batch] = self._layers.embed(rows[batch]).to(hidden.device)
         return hidden
 
@@ -96,9 +99,9 @@ class Walker:
 
         handle = consumer_of(layer, block).register_forward_pre_hook(capture)
         try:
-            for batch in self._batches(len(hidden)):
+            for batch in self.batches(len(hidden)):
                 captured.clear()  # another walk over the same block leaves its inputs here too
-                output = block_output(layer, block, hidden[batch].to(self._layers.device), self._rotary)
+                output = block_output(layer, block, hidden[batch].to(self._layers.device), self.rotary)
                 yield batch, captured.pop(), output
         finally:
             handle.remove()
@@ -109,6 +112,7 @@ class Walker:
         for batch, _, output in self.run(layer, block, hidden):
             hidden[batch] += output.to(hidden.device)
 
-    def _batches(self, rows: int) -> Iterator[slice]:
+    def batches(self, rows: int) -> Iterator[slice]:
+        """Yield the slices that `rows` rows are worked through in."""
         for start in range(0, rows, self._batch_size):
             yield slice(start, min(start + self._batch_size, rows))

@@ -27,6 +27,7 @@ from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
 from numprune.curves import error_curve
 from numprune.errors import InputError
+from numprune.joint import refit_both
 from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan
 from numprune.sensitivity import Sensitivity
@@ -40,9 +41,9 @@ Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are le
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
 # compensation.py.
-COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual")
-_FROM_PRUNED_PREFIX = ("sequential", "residual")
-_REFITTING = ("oneshot", *_FROM_PRUNED_PREFIX)
+COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
+FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")
+_REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Pruned:
 
 def uses_moments(options: PruneOptions) -> bool:
     """Whether the dense model's moments are used, for scores, compensation or both: whether `Known.moments` helps."""
-    return options.allocation != "uniform" or options.compensation not in _FROM_PRUNED_PREFIX
+    return options.allocation != "uniform" or options.compensation not in FROM_PRUNED_PREFIX
 
 
 def uses_gradients(options: PruneOptions) -> bool:
@@ -198,8 +199,8 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
     counts = _units_to_keep(layers, walker, rows, options, known, gradients)
     inputs = (
-        _Walk(walker, rows, options.compensation)
-        if known is None or options.compensation in _FROM_PRUNED_PREFIX
+        _Walk(walker, rows, options.compensation, options.damping)
+        if known is None or options.compensation in FROM_PRUNED_PREFIX
         else _Known(known)
     )
     kept: dict[str, Tensor] = {}  # block name -> units
@@ -218,7 +219,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                 bias = _compensate(consumer_of(layer, block), weight, block, units, moments, options)
                 if bias is not None:
                     biases[block.name] = bias
-                inputs.pass_on(layer, block)
+                inputs.pass_on(layer, block, units)
             sink(cut_layer(layer, blocks, kept, biases))
     return describe(
         anatomy,
@@ -311,22 +312,24 @@ class _Inputs(Protocol):
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         """Return the moments of the block's inputs, and with them of its targets."""
 
-    def pass_on(self, layer: nn.Module, block: Block) -> None:
-        """The block has been pruned: what comes after it reads what it gives now."""
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
+        """The block has been pruned to `units`: what comes after it reads what it gives now."""
 
 
 class _Walk:
     """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
 
-    The targets are the dense block's outputs; for `residual`, what takes the pruned model's residual stream to where
-    the dense model's is behind the block.
+    The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
+    to where the dense model's is behind the block.
     """
 
-    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
+    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none", damping: float = 0.0) -> None:
         self._walker = walker
         self._dense = walker.embed(rows)
-        self._pruned = walker.copy(self._dense) if compensation in _FROM_PRUNED_PREFIX else self._dense
-        self._residual = compensation == "residual"
+        self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
+        self._residual = compensation in ("residual", "joint")
+        self._both_sides = compensation == "joint"
+        self._damping = damping
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
@@ -344,7 +347,9 @@ class _Walk:
                 dense[batch] += output.to(dense.device)
         return moments
 
-    def pass_on(self, layer: nn.Module, block: Block) -> None:
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
+        if self._both_sides and len(units):
+            refit_both(self._walker, layer, block, units, self._pruned, self._dense, self._damping)
         if self._pruned is not self._dense:
             self._walker.advance(layer, block, self._pruned)
 
@@ -358,7 +363,7 @@ class _Known:
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         return self._moments[block.name]
 
-    def pass_on(self, layer: nn.Module, block: Block) -> None:
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
         pass
 
 
@@ -389,7 +394,7 @@ def _compensate(
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    loses = len(units) < block.units or options.compensation == "residual"  # what those before it lost, at least
+    loses = len(units) < block.units or options.compensation in ("residual", "joint")  # at least what others lost
     if options.compensation in _REFITTING and loses and len(units):
         columns, bias = refit(weight, own, kept, moments, options.damping)
         if bias is not None:

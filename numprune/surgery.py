@@ -5,6 +5,7 @@ hidden size, the same network is written as Mistral, which has no such check (sl
 give the family's per-layer class (modeling.py).
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ _LLAMA_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp"}
 def channels_of(block: Block, units: Tensor) -> Tensor:
     """Return the consumer's channel indices of `units` (ascending), (len(units) * channels_per_unit,)."""
     return _expand(units, block.channels_per_unit)
+
+
+def rows_of(block: Block, units: Tensor, producer: tuple[str, int]) -> Tensor:
+    """Return the row indices of `units` (ascending) in one of the block's producers."""
+    return _expand(units, producer[1])
 
 
 def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool = False) -> PreTrainedConfig:
@@ -76,13 +82,26 @@ def cut_layer(
         for producer, rows_per_unit in block.producers:
             for name in (f"{producer}.weight", f"{producer}.bias"):
                 if name in state:
-                    state[name] = state[name][_expand(units, rows_per_unit)].contiguous()
+                    state[name] = state[name][rows_of(block, units, (producer, rows_per_unit))].contiguous()
         if block.name in biases:
             state[f"{block.consumer}.bias"] = biases[block.name].to(state[consumer].dtype)
             for producer, _ in block.producers:
                 rows = state[f"{producer}.weight"]
                 state.setdefault(f"{producer}.bias", rows.new_zeros(len(rows)))
     return {f"model.layers.{index}.{name}": tensor for name, tensor in state.items()}
+
+
+def narrowed(layer: nn.Module, block: Block, units: Tensor) -> nn.Module:
+    """Return a decoder layer whose `block` has only `units`; all parameters but that block's are those of `layer`."""
+    shared = {id(parameter): parameter for parameter in layer.parameters()}
+    result = copy.deepcopy(layer, shared)
+    for name, tensor in cut_layer(layer, (block,), {block.name: units}, {}).items():
+        module, _, parameter = name.removeprefix(f"model.layers.{block.layer}.").rpartition(".")
+        if module == block.consumer or module in dict(block.producers):
+            linear = result.get_submodule(module)
+            setattr(linear, parameter, nn.Parameter(tensor.clone()))
+            linear.out_features, linear.in_features = linear.weight.shape
+    return result
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

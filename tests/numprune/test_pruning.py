@@ -32,13 +32,13 @@ def output_nll(options):
 
 @pytest.mark.parametrize("criterion", ["random", "wanda", "numerical", "obs"])
 def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
-    none, oneshot, sequential, residual = (
+    none, oneshot, sequential, residual, joint = (
         output_error(PruneOptions(0.4, criterion=criterion, compensation=name, target=Target(align=1)))
-        for name in ("none", "oneshot", "sequential", "residual")
+        for name in ("none", "oneshot", "sequential", "residual", "joint")
     )
     assert oneshot < none
     assert sequential < oneshot
-    assert residual < sequential
+    assert joint < residual < sequential
 
 
 def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():

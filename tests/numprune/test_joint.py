@@ -1,0 +1,99 @@
+"""The fitted producer against `torch.linalg.lstsq` on its normal equations written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from numprune import joint
+from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.calibration import Walker, block_output, consumer_of
+from numprune.layers import ModelLayers
+from numprune.surgery import narrowed
+from tests.conftest import build_tiny
+
+SMALL = {"hidden_size": 16, "intermediate_size": 12, "head_dim": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+ROWS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(0))
+UNITS = {"attention": torch.tensor([1]), "mlp": torch.tensor([0, 3, 4, 5, 9, 11])}
+
+
+def first_layer(family):
+    """Model, walker, layer, its blocks, the stream in front of it, and one to aim at."""
+    model = build_tiny(family, **SMALL)
+    walker = Walker(ModelLayers(model), ROWS.shape[1], batch_size=4)
+    with torch.no_grad():
+        pruned = walker.embed(ROWS)
+        aim = pruned + torch.randn(pruned.shape, generator=torch.Generator().manual_seed(1))
+    return walker, model.model.layers[0], read_anatomy(model.config).of_layer(0), pruned, aim
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch, family, kind):
+    monkeypatch.setattr(joint, "STEPS", 300)
+    walker, layer, blocks, pruned, aim = first_layer(family)
+    block = next(block for block in blocks if block.kind == kind)
+    small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
+    weight = small.get_submodule(block.producers[-1][0]).weight
+    start = weight.detach().clone()
+
+    def output(value):
+        weight.data = value
+        with torch.no_grad():
+            return block_output(small, left, pruned, walker.rotary).double().flatten()
+
+    origin = output(torch.zeros_like(start))
+    columns = []  # the output is affine in the weight: a column for each of its values
+    for index in range(start.numel()):
+        unit = torch.zeros_like(start)
+        unit.view(-1)[index] = 1
+        columns.append(output(unit) - origin)
+    matrix = torch.stack(columns, dim=1)
+    best = torch.linalg.lstsq(matrix, (aim - pruned).double().flatten() - origin, driver="gelsd").solution
+    weight.data = start.clone()
+    with torch.no_grad():
+        joint._refit_producer(walker, small, left, pruned, aim, 1e-9)
+    least = matrix @ best + origin - (aim - pruned).double().flatten()
+    found = output(weight.detach().clone()) - (aim - pruned).double().flatten()
+    assert float(found.square().sum()) == pytest.approx(float(least.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_is_kept_of_the_two_matrices_changes_and_the_stream_comes_nearer(family, kind):
+    walker, layer, blocks, pruned, aim = first_layer(family)
+    block = next(block for block in blocks if block.kind == kind)
+    small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    joint.refit_both(walker, layer, block, UNITS[kind], pruned, aim, 1e-3)
+    changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+    producer = block.producers[-1][0]
+    assert {f"{block.consumer}.weight", f"{producer}.weight"} <= changed
+    assert changed <= {f"{block.consumer}.weight", f"{block.consumer}.bias", f"{producer}.weight"}
+    rest = torch.ones(before[f"{producer}.weight"].shape[0], dtype=torch.bool).view(block.units, -1)
+    rest[UNITS[kind]] = False
+    torch.testing.assert_close(
+        layer.state_dict()[f"{producer}.weight"][rest.flatten()], before[f"{producer}.weight"][rest.flatten()]
+    )
+    after = narrowed(layer, block, UNITS[kind])
+    with torch.no_grad():
+        errors = [
+            float((aim - pruned - block_output(module, left, pruned, walker.rotary)).square().sum())
+            for module in (small, after)
+        ]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrowed_layer_computes_what_the_whole_one_does_with_the_rest_zeroed(family, kind):
+    walker, layer, blocks, pruned, _ = first_layer(family)
+    block = next(block for block in blocks if block.kind == kind)
+    small = narrowed(layer, block, UNITS[kind])
+    rest = torch.ones(block.units, block.channels_per_unit, dtype=torch.bool)
+    rest[UNITS[kind]] = False
+    with torch.no_grad():
+        consumer_of(layer, block).weight[:, rest.flatten()] = 0
+        torch.testing.assert_close(
+            block_output(small, block, pruned, walker.rotary), block_output(layer, block, pruned, walker.rotary)
+        )
