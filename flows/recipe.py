@@ -70,9 +70,9 @@ class Prune(Section):
     """The fields of numprune.pruning.PruneOptions but its target; `stream`: layer by layer, from the disk."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    criterion: Criterion = "numerical"
+    criterion: Criterion = "obs"
     allocation: Allocation = "uniform"
-    compensation: Compensation = "sequential"
+    compensation: Compensation = "joint"
     skips: bool = False
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0

@@ -31,7 +31,7 @@ from numprune.serving.report import Estimate, Percentiles, RuntimeMemory, Runtim
 from numprune.serving.vllm import environment
 from numprune.target import Target
 
-METHODS = ("obs/uniform/sequential", "flap/global/oneshot")
+METHODS = ("obs/uniform/joint", "obs/error/joint")
 DENSE = "dense"
 
 

@@ -63,9 +63,9 @@ class PruneOptions:
     """
 
     ratio: float
-    criterion: str = "numerical"
+    criterion: str = "obs"
     allocation: str = "uniform"
-    compensation: str = "sequential"
+    compensation: str = "joint"
     target: Target = field(default_factory=Target)
     skips: bool = False
     damping: float = 1e-3

@@ -31,9 +31,9 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of the prunable parameters")
     for name, choices, default in (
-        ("criterion", names.Criterion, "numerical"),
+        ("criterion", names.Criterion, "obs"),
         ("allocation", names.Allocation, "uniform"),
-        ("compensation", names.Compensation, "sequential"),
+        ("compensation", names.Compensation, "joint"),
     ):
         parser.add_argument(
             f"--{name}", choices=get_args(choices), default=default, help=f"default: {default}", metavar=name.upper()
@@ -48,7 +48,7 @@ def add(commands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=at_least(1), default=least, metavar="N", help=f"{help_text} (default: {least})"
         )
-    parser.add_argument("--skips", action="store_true", help="with global allocation: whole blocks may go, too")
+    parser.add_argument("--skips", action="store_true", help="with allocation error or global: whole blocks may go, too")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
     parser.add_argument(
         "--stream",

@@ -58,7 +58,7 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
         (["prun"], "invalid choice: 'prun'"),
         (["prune", "m", "o", "--text", "t"], "the following arguments are required: --ratio"),
         (["prune", "m", "o", "--text", "t", "--ratio", "much"], "invalid float value: 'much'"),
-        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "error"], "invalid choice: 'error'"),
+        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "best"], "invalid choice: 'best'"),
         (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"], "0 is under 1"),
         (["benchmark", "c", "--baseline", "b", "--runtime", "tgi"], "invalid choice: 'tgi'"),
         (["serve", "m", "--vllm", "./none"], "none: no virtual environment there"),
@@ -104,7 +104,7 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     assert 0.2 < removed < 0.4
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 100 << 20
-    assert after["plan"]["criterion"] == "numerical"
+    assert after["plan"]["criterion"] == "obs"
 
     again = numprune("prune", tiny / "base", out, "--ratio", "0.1", "--text", tiny / "train.txt")
     assert (again.code, again.out) == (1, "")
