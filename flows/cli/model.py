@@ -48,7 +48,7 @@ def add(commands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=at_least(1), default=least, metavar="N", help=f"{help_text} (default: {least})"
         )
-    parser.add_argument("--skips", action="store_true", help="with allocation error or global: whole blocks may go, too")
+    parser.add_argument("--skips", action="store_true", help="with allocation error or global: whole blocks may go")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
     parser.add_argument(
         "--stream",
