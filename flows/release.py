@@ -55,7 +55,8 @@ def release(
         reference: NAME (its candidate), NAME@ALIAS or NAME/VERSION.
         workspace: of the registry and of the servers; `numprune-workspace` without it.
         registry_uri: an MLflow server; the workspace's own registry without it.
-        approval: wait for somebody to resume the run and to say yes. Needs a deployment.
+        approval: wait for somebody to resume the run and to say yes, unless it is in production already. Needs a
+            deployment.
         approval_hours: how long; the run fails after that.
         rollout: also let it serve on this host (`numprune rollout`). Without, the alias moves and others act on it.
         port: of the router; as it is, or 8000, without it.
@@ -69,7 +70,7 @@ def release(
     settings = Settings(environment=environment.find(vllm), port=port) if rollout else None
     found = verify(folder, registry_uri, reference)
     data: dict[str, Any] = {"release": found["reference"], "digest": found["digest"]}
-    if approval:
+    if approval and not found["in_production"]:
         answer = _ask(found, approval_hours)
         data["approval"] = answer.model_dump()
         if not answer.approved:

@@ -54,7 +54,7 @@ def add(commands: Subcommands) -> None:
     add_one(
         "fetch",
         fetch,
-        "copy a version, verified, to a new folder",
+        "copy a version, verified and audited, to a new folder",
         "fetch my-model@production ./release",
         reference=_REFERENCE,
         out="the folder to write; must not exist, unless --digest says what is in it",
@@ -125,9 +125,11 @@ def verify(args: argparse.Namespace) -> Answer:
 
 
 def fetch(args: argparse.Namespace) -> Answer:
+    from numprune.flows import children
     from numprune.serving import registry
 
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
+    children.work("publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
 
 

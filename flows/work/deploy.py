@@ -45,6 +45,7 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
         "reference": version.reference,
         "name": version.name,
         "digest": version.digest,
+        "in_production": registry.PRODUCTION in version.aliases,
         "summary": "\n".join(lines),
         "page": report.markdown(shown.report),
     }

@@ -57,7 +57,9 @@ def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
 
 
 def _fetch(release: ServedRelease, target: Target) -> Json:
-    """`registry fetch` resolves the version, compares its digest with the one asked for, and verifies every file."""
+    """`registry fetch` resolves the version, compares its digest with the one asked for, verifies every file, and
+    compares every tensor with the configuration.
+    """
     secret = target.registry_secret
     return {
         "name": "fetch",

@@ -1,4 +1,4 @@
-"""Before anything is published, its tensors are compared with its configuration."""
+"""Before anything is published, and when it is fetched, its tensors are compared with its configuration."""
 
 import shutil
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import pytest
 from numprune.errors import IntegrityError
 from numprune.flows.work.publish import publish
 from tests.flows.conftest import Answered
+from tests.serving import releases
 from tests.serving.releases import make_release, write_checkpoint
 
 
@@ -26,6 +27,11 @@ def test_weights_that_do_not_fit_are_refused_with_their_name_though_every_digest
     assert refused.code == 1
     assert "model.layers.0.mlp" in refused.err
     assert not (tmp_path / "w").exists()
+
+    releases.publish(release, tmp_path / "w", "tiny")  # around the command line; a pod's init container is the next
+    refused = numprune("registry", "fetch", "tiny", tmp_path / "out", "--workspace", tmp_path / "w")
+    assert (refused.code, refused.out) == (1, "")
+    assert "model.layers.0.mlp" in refused.err
 
 
 def test_what_is_no_release_is_still_said(tmp_path: Path, numprune: Callable[..., Answered]) -> None:

@@ -139,8 +139,9 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     started.close()
 
 
-def test_the_schedule_makes_runs(prefect: Prefect) -> None:
-    assert prefect.scheduled("nightly") > 0
+@pytest.mark.parametrize("deployment", ["nightly", "release"])
+def test_the_schedule_makes_runs(prefect: Prefect, deployment: str) -> None:
+    assert prefect.scheduled(deployment) > 0
 
 
 def production(registry: Registry) -> list[int]:  # noqa: F811
@@ -205,3 +206,7 @@ def test_without_a_deployment_nobody_can_be_asked(
     with pytest.raises(InputError, match="or say approval=false"):
         release(NAME, str(workspace), rollout=False)
     assert production(registry) == []
+
+    registries.promote(registry, NAME)  # what is in production already needs nobody's word
+    state = release(NAME, str(workspace), rollout=False, return_state=True)
+    assert (state.is_completed(), state.message) == (True, f"{NAME}/1 is in production")
