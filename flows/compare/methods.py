@@ -32,9 +32,9 @@ DEFAULT = (
     "slicegpt",
     "numerical-newton/global/none",
     "obs/uniform/oneshot",
-    "numerical/uniform/residual",
-    "obs/uniform/residual",
-    "obs/error/residual",
+    "numerical/uniform/joint",
+    "obs/uniform/joint",
+    "obs/error/joint",
 )
 
 

@@ -1,9 +1,12 @@
 """Runs a comparison: everything that methods share once, each method in a process of its own, what is there not again.
 
 A process of its own gives each method a peak of memory that is its own. What is shared goes through files: token rows,
-the dense model's moments (read block by block), and its last hidden states on the held-out rows. Every one of them and
-every finished method is a stage (see flows/stages.py), so a run that was killed goes on where it stopped, and nothing
-made from other weights, text, options or code is taken for what was asked for.
+the dense model's moments and gradients (read block by block), and its last hidden states on the held-out rows. Methods
+that walk the pruned prefix run the dense model beside it: its outputs of all blocks would be more to read than to
+compute again.
+
+Every one of these and every finished method is a stage (see flows/stages.py), so a run that was killed goes on where it
+stopped, and nothing made from other weights, text, options or code is taken for what was asked for.
 """
 
 import os

@@ -59,10 +59,10 @@ def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none
     ("method", "moments", "gradients"),
     [
         ("shortgpt", False, False),
-        ("obs/uniform/residual", False, False),
+        ("obs/uniform/joint", False, False),
         ("flap/global/sequential", True, False),
         ("wanda/uniform/none", True, False),
-        ("obs/error+skips/residual", True, True),
+        ("obs/error+skips/joint", True, True),
         ("taylor/uniform/none", True, True),
     ],
 )
