@@ -30,14 +30,36 @@ class BlockPlan(BaseModel):
         return self
 
 
+class Draw(BaseModel):
+    """How calibration rows came out of a text.
+
+    Attributes:
+        text: the names of its files, or "embedded:train" for that split of the embedded text.
+        seed: of the draw; with the same text, tokenizer, number and length it gives the same rows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: list[str]
+    seed: int
+
+
 class Calibration(BaseModel):
-    """The rows that the plan was made on; `split` says what text they are."""
+    """The rows of tokens that the plan was made on.
+
+    Attributes:
+        digest: of the tokens.
+        rows: how many.
+        sequence_length: tokens of each.
+        draw: where they are from; None where whoever pruned gave rows and did not say.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     digest: str
     rows: int
     sequence_length: int
+    draw: Draw | None = None
 
 
 class Plan(BaseModel):
@@ -64,6 +86,10 @@ class Plan(BaseModel):
             if block.units and not block.kept and not self.skips:
                 raise ValueError(f"{name} keeps no unit, although skips is false")
         return self
+
+    def drawn(self, draw: Draw | None) -> "Plan":
+        """Return this plan with what is known of its calibration rows' origin."""
+        return self.model_copy(update={"calibration": self.calibration.model_copy(update={"draw": draw})})
 
     def units_kept(self) -> dict[str, int]:
         return {name: len(block.kept) for name, block in self.blocks.items()}

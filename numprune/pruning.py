@@ -247,14 +247,18 @@ def describe(anatomy: Anatomy, rows: Tensor, options: PruneOptions, blocks: dict
 
 
 def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
-    widest = max(block.channels for block in anatomy.blocks)
-    if rows.numel() < 4 * widest:
-        logger.warning(
-            "%d calibration tokens are fewer than four times the widest block's %d channels; "
-            "the least squares will fit noise",
-            rows.numel(),
-            widest,
-        )
+    for kind in ("attention", "mlp"):
+        widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
+        if rows.numel() < 4 * widest.channels:
+            logger.warning(
+                "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: "
+                "its least squares will fit noise",
+                rows.numel(),
+                4 * widest.channels,
+                widest.channels,
+                widest.name,
+                kind,
+            )
 
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:

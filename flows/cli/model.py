@@ -155,6 +155,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.work.prune import device_of, prune_checkpoint
+    from numprune.flows.work.text import draw_of
     from numprune.pruning import PruneOptions, check_options
     from numprune.target import Target
 
@@ -174,7 +175,8 @@ def prune(args: argparse.Namespace) -> Answer:
     check_options(read_anatomy(checkpoint.read_config(base)), options)
     rows = _rows(base, args)
     drawn = sample_rows(rows, args.samples, max(map(len, rows.rows)), args.seed)
-    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"), stream=args.stream)
+    draw = draw_of(args.text, args.seed)
+    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
     data = {
         "out": str(args.out),
         "digest": facts["digest"],

@@ -26,7 +26,7 @@ from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.work.text import load_calibration
-from numprune.plan import Plan
+from numprune.plan import Draw, Plan
 from numprune.surgery import skeleton
 from numprune.target import Target
 
@@ -44,25 +44,26 @@ def prune_checkpoint(
     out: Path,
     device: torch.device,
     *,
+    draw: Draw | None = None,
     stream: bool = False,
 ) -> dict[str, Any]:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
-    `stream`: neither model is ever in memory, only one layer at a time; hidden states are in files on `out`'s disk. The
-    result is the same.
+    `draw`: where the rows are from, for the plan. `stream`: neither model is ever in memory, only one layer at a time;
+    hidden states are in files on `out`'s disk. The result is the same.
 
     Raises InputError (`out` exists, or the model, rows or options cannot be used), IntegrityError.
     """
     config = read_config(base)
     before = read_anatomy(config)
     pruning.check_options(before, options)
-    described = pruning.describe(before, rows, options, {})
+    described = pruning.describe(before, rows, options, {}).drawn(draw)
     facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks"})}
     make = _prune_streamed if stream else _prune_in_memory
     with manifest.creating(
         out, kind="checkpoint", parents={"base": manifest.folder_digest(base)}, facts=facts
     ) as folder:
-        plan = make(base, rows, options, folder, device, config.dtype or torch.float32)
+        plan = make(base, rows, options, folder, device, config.dtype or torch.float32).drawn(draw)
         plan.write(folder / PLAN)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
@@ -107,5 +108,5 @@ def make_pruned(
 ) -> dict[str, Any]:
     """Stage: the pruned checkpoint, in the folder `checkpoint`."""
     chosen = pruning.PruneOptions(**options, target=Target(**target))
-    tokens = load_calibration(rows)
-    return prune_checkpoint(base, tokens, chosen, out / CHECKPOINT, torch.device(device), stream=stream)
+    tokens, draw = load_calibration(rows)
+    return prune_checkpoint(base, tokens, chosen, out / CHECKPOINT, torch.device(device), draw=draw, stream=stream)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numprune.export.checkpoint import load_tokenizer
 from numprune.export.manifest import sha256_file
 from numprune.flows.embedded import corpus
 from numprune.flows.recipe import EMBEDDED
+from numprune.plan import Draw
 
 _FILE = "rows.safetensors"
 _HELDOUT = "heldout.safetensors"
@@ -56,18 +58,23 @@ def calibration_rows(
     return sample_rows(token_rows(documents, tokenizer, length), samples, length, seed)
 
 
+def draw_of(text: str | Sequence[str | Path], seed: int) -> Draw:
+    """What a plan says of the text that its calibration rows were drawn from, and of the draw."""
+    return Draw(text=[f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text], seed=seed)
+
+
 def make_calibration(
     out: Path, *, model: Path, text: str | list[str], samples: int, sequence_length: int, seed: int
 ) -> dict[str, Any]:
     """Stage: the rows that pruning is calibrated on."""
     rows = calibration_rows(text, load_tokenizer(model), samples, sequence_length, seed)
-    save_file({"rows": rows.contiguous()}, out / _FILE)
+    save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw_of(text, seed).model_dump_json()})
     return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel()}
 
 
-def load_calibration(stage: Path) -> Tensor:
+def load_calibration(stage: Path) -> tuple[Tensor, Draw]:
     with safe_open(stage / _FILE, "pt") as file:
-        return file.get_tensor("rows")
+        return file.get_tensor("rows"), Draw.model_validate_json(file.metadata()["draw"])
 
 
 def make_heldout(out: Path, *, model: Path, text: str | list[str], sequence_length: int) -> dict[str, Any]:

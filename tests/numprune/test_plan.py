@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from numprune.errors import InputError
-from numprune.plan import read_plan
+from numprune.plan import Draw, read_plan
 from numprune.pruning import PruneOptions, prune
 from tests.conftest import build_tiny
 
@@ -20,11 +20,22 @@ def test_plan_round_trips(plan, tmp_path):
     assert read_plan(tmp_path / "plan.json") == plan
 
 
+def test_where_the_calibration_rows_are_from_is_kept(plan, tmp_path):
+    assert plan.calibration.draw is None
+    drawn = plan.drawn(Draw(text=["train.txt"], seed=7))
+    drawn.write(tmp_path / "plan.json")
+    read = read_plan(tmp_path / "plan.json")
+    assert read == drawn
+    assert (read.calibration.draw.text, read.calibration.draw.seed) == (["train.txt"], 7)
+    assert read.drawn(None) == plan
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda p: p.update(version=2), "version"),
         (lambda p: p.pop("family"), "family"),
+        (lambda p: p["calibration"].update(draw={"text": ["train.txt"]}), "calibration.draw.seed: Field required"),
         (lambda p: p.update(note="x"), "note"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[3, 2]), "ascending"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[96]), "unit 96 is kept of only 96"),

@@ -126,9 +126,21 @@ def test_options_that_cannot_work_are_refused(options, message):
         prune(build_tiny(), ROWS, options)
 
 
-def test_too_few_calibration_tokens_warn(caplog):
-    prune(build_tiny(), ROWS[:2], PruneOptions(0.3))
-    assert "64 calibration tokens are fewer than four times the widest block's 96 channels" in caplog.text
+@pytest.mark.parametrize(
+    ("rows", "blocks"),
+    [
+        (7, {"layers.0.attention": 64, "layers.0.mlp": 96}),  # 224 tokens
+        (8, {"layers.0.mlp": 96}),  # 256 tokens
+        (12, {}),
+    ],
+)
+def test_too_few_calibration_tokens_for_either_kind_of_block_warn(caplog, rows, blocks):
+    prune(build_tiny(), ROWS[:rows], PruneOptions(0.3))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == len(blocks)
+    for warning, (name, channels) in zip(warnings, blocks.items(), strict=True):
+        few = f"{32 * rows} calibration tokens are fewer than {4 * channels}, four times the {channels} channels of "
+        assert warning.startswith(few + name)
 
 
 def known_of(rows, taylor=False):
