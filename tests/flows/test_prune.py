@@ -20,15 +20,18 @@ from numprune.target import Target
 ROWS = torch.randint(0, 256, (9, 32), generator=torch.Generator().manual_seed(0))
 UNIFORM = {"criterion": "numerical", "allocation": "uniform", "compensation": "sequential"}
 GLOBAL = {"criterion": "obs", "allocation": "global", "compensation": "oneshot", "skips": True}
+ERROR = {"criterion": "obs", "allocation": "error", "compensation": "joint"}
 FLAP = {"criterion": "flap", "allocation": "global", "compensation": "bias"}
 MODELS = [
     ("llama", {}, UNIFORM),
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, UNIFORM),
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, GLOBAL),
+    ("llama", {}, ERROR),
     ("llama", {"attention_bias": True, "mlp_bias": True}, FLAP),
     ("qwen2", {}, UNIFORM),
     ("qwen2", {}, GLOBAL),
-    ("qwen3", {"tie_word_embeddings": True}, UNIFORM),
+    ("qwen2", {"tie_word_embeddings": True}, ERROR),
+    ("qwen3", {"tie_word_embeddings": True}, {}),
 ]
 
 
