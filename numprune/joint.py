@@ -67,14 +67,17 @@ def _refit_producer(
     direction = preconditioned = curvature.solve(residual)
     fit = (residual * preconditioned).sum()
     for _ in range(STEPS):
-        if not fit > 0:  # fitted already
+        if not fit > 0:  # nothing left to gain
             break
         # The gradient is affine in W: its change along a direction is the Hessian's product with it. The change is
         # taken over a distance of W's own size, so that little is lost to rounding.
         distance = start.norm() / direction.norm()
         weight.copy_(start + distance * direction)
         product = (_gradient(walker, layer, block, pruned, dense) - at_start) / distance + curvature.ridge(direction)
-        length = fit / (direction * product).sum()
+        curving = (direction * product).sum()
+        if not curving > 0:  # no more than rounding
+            break
+        length = fit / curving
         step += length * direction
         residual -= length * product
         preconditioned = curvature.solve(residual)
@@ -121,9 +124,10 @@ class _Curvature:
         pulls = consumer.weight.double().square().sum(0) * consumed
         rows_per_unit = block.producers[-1][1]
         pulls = pulls.view(block.units, -1, rows_per_unit).sum(1).flatten()  # the query heads that share a KV head
-        rows = pulls / produced.clamp_min(torch.finfo(torch.float64).tiny)
+        least = torch.finfo(torch.float64).tiny  # of a row that nothing comes from, whose gradient is zero, too
+        rows = pulls / produced.clamp_min(least)
         self._gram = inputs.gram
-        self._rows = (rows + damping * rows.mean().clamp_min(torch.finfo(torch.float64).tiny))[:, None]
+        self._rows = (rows + damping * rows.mean()).clamp_min(least)[:, None]
         self._factor = cholesky(damped(self._gram, damping))
         self._damping = damping
 

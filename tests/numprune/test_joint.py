@@ -58,6 +58,24 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
     assert float(found.square().sum()) == pytest.approx(float(least.square().sum()), rel=1e-3)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
+    walker, layer, blocks, pruned, _ = first_layer("llama")
+    block, every = blocks[1], torch.arange(12)
+    with torch.no_grad():
+        layer.mlp.up_proj.weight[3] = 0
+        layer.mlp.gate_proj.weight[5] = 0
+        layer.mlp.down_proj.weight[:, 7] = 0
+        aim = pruned + block_output(layer, block, pruned, walker.rotary)
+        joint.refit_both(walker, layer, block, every, pruned, aim, damping)
+        torch.testing.assert_close(
+            pruned + block_output(layer, block, pruned, walker.rotary), aim, rtol=1e-4, atol=1e-4
+        )
+        layer.mlp.down_proj.weight.zero_()
+        joint.refit_both(walker, layer, block, every, pruned, pruned, damping)
+        assert all(torch.isfinite(value).all() for value in layer.state_dict().values())
+
+
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_what_is_kept_of_the_two_matrices_changes_and_the_stream_comes_nearer(family, kind):
