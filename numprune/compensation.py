@@ -34,21 +34,26 @@ def refit(
         weight: (out, D) the consumer's original weight, float64.
         bias: (out,) its bias, or None where it has none (then none is added).
         kept: (K,) indices of the kept channels.
-        moments: of the inputs x, with targets y, bias included.
+        moments: of the inputs x, with targets y, bias included; without targets these are y = W x + b, the block's own.
         damping: gamma relative to the mean of diag(G_KK).
     """
-    gram = moments.gram[kept][:, kept]
-    cross = moments.cross[:, kept]
+    inputs = moments.gram[:, kept]  # E[x x_K^T]
+    gram, mean = inputs[kept], moments.mean[kept]
+    if moments.outputs:
+        cross, target_mean = moments.cross[:, kept], moments.target_mean
+    else:
+        cross, target_mean = weight @ inputs, weight @ moments.mean
+        if bias is not None:
+            cross, target_mean = cross + bias[:, None] * mean, target_mean + bias
     if bias is not None:
-        mean = moments.mean[kept]
         gram = gram - mean[:, None] * mean
-        cross = cross - moments.target_mean[:, None] * mean
+        cross = cross - target_mean[:, None] * mean
     original = weight[:, kept]
     correction = spd_solve(damped(gram, damping), (cross - original @ gram).T).T
     columns = original + correction
     if bias is None:
         return columns, None
-    return columns, moments.target_mean - columns @ moments.mean[kept]
+    return columns, target_mean - columns @ mean
 
 
 def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:

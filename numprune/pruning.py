@@ -314,7 +314,7 @@ class _Inputs(Protocol):
     """What the consumers read, block by block in the order of the forward pass."""
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
-        """Return the moments of the block's inputs, and with them of its targets."""
+        """Return the moments of the block's inputs, and of its targets where they are not its own outputs on them."""
 
     def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
         """The block has been pruned to `units`: what comes after it reads what it gives now."""
@@ -338,10 +338,12 @@ class _Walk:
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
         weight = consumer_of(layer, block).weight
-        moments = Moments(block.channels, outputs=weight.shape[0], device=weight.device)
+        # The dense block's own outputs follow from its inputs: their moments are not collected.
+        outputs = 0 if pruned is dense else weight.shape[0]
+        moments = Moments(block.channels, outputs, weight.device)
         if pruned is dense:
             for batch, inputs, output in walker.run(layer, block, dense):
-                moments.add(inputs, output)
+                moments.add(inputs)
                 dense[batch] += output.to(dense.device)
         else:
             both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)

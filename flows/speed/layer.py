@@ -128,11 +128,11 @@ def _block_times(
     """Return the seconds of "forward", "sums", "least squares", and of each criterion under its name."""
     times = dict.fromkeys(("forward", "sums"), 0.0)
     consumer = consumer_of(layer, block)
-    moments = Moments(block.channels, outputs=consumer.out_features, device=device)
+    moments = Moments(block.channels, device=device)
     start = now(device)
-    for _, inputs, output in walker.run(layer, block, hidden):
+    for _, inputs, _ in walker.run(layer, block, hidden):
         ran = now(device)
-        moments.add(inputs, output)
+        moments.add(inputs)
         added = now(device)
         times["forward"] += ran - start
         times["sums"] += added - ran

@@ -95,3 +95,19 @@ def test_mean_bias_is_what_the_removed_channels_gave_on_average():
     expected = (x[:, removed] @ weight[:, removed].T).mean(0)
     torch.testing.assert_close(mean_bias(weight, None, KEPT, moments), expected)
     torch.testing.assert_close(mean_bias(weight, bias, KEPT, moments), expected + bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_without_targets_the_block_s_own_outputs_are_meant(with_bias):
+    x, _, weight, bias = data()
+    own = bias if with_bias else None
+    collected = moments_of(x, x @ weight.T + bias if with_bias else x @ weight.T)
+    inputs_only = Moments(x.shape[1])
+    inputs_only.add(x)
+    expected, expected_bias = refit(weight, own, KEPT, collected, damping=0.01)
+    columns, new_bias = refit(weight, own, KEPT, inputs_only, damping=0.01)
+    torch.testing.assert_close(columns, expected)
+    if with_bias:
+        torch.testing.assert_close(new_bias, expected_bias)
+    else:
+        assert new_bias is None
