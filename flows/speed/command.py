@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "environment": environment,
             "repeats": args.repeats,
             "parts": [asdict(part) | {"speedup": part.speedup} for part in parts],
-            "layer": asdict(layer) | {"besides": {name: layer.besides(name) for name in layer.scores}},
+            "layer": asdict(layer)
+            | {"besides": {sums: {name: layer.besides(sums, name) for name in layer.scores} for sums in layer.sums}},
         }
         print(json.dumps(record, indent=1))
     else:
@@ -84,10 +85,14 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
     size = layer.size
     rows = {
         "dense forward pass": layer.forward,
-        "sums of the moments": layer.sums,
+        **{f"sums of the moments {name}": time for name, time in layer.sums.items()},
         "least squares": layer.least_squares,
         **{f"score `{name}`": time for name, time in layer.scores.items()},
-        **{f"**all but the forward pass, with `{name}`**": layer.besides(name) for name in layer.scores},
+        **{
+            f"**all but forward passes, `{name}`, {sums}**": layer.besides(sums, name)
+            for sums in layer.sums
+            for name in layer.scores
+        },
     }
     lines += [
         "",
@@ -105,7 +110,11 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
             f"{layer.tokens / layer.measured_tokens:g}: they grow with the tokens, the rest does not.",
             "",
         ]
-    lines += ["`sequential` compensation takes the pruned layer forward twice besides, `oneshot` does not.", ""]
+    lines += [
+        "Targets are those of compensation from the pruned prefix, which takes the layer forward more than once: "
+        "`sequential` and `residual` three times in all, `joint` more often.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from numprune.layers import ModelLayers
 from numprune.statistics import Moments
 from numprune.surgery import channels_of
 
+SUMS = ("without targets", "with targets")
 SCORES = ("numerical", "obs")
 _RATIO = 0.3
 _DAMPING = 1e-3
@@ -42,7 +43,8 @@ class LayerTimes:
     Attributes:
         measured_tokens: those that were run; what grows with the tokens was multiplied by tokens / measured_tokens.
         forward: the dense forward pass.
-        sums: of the moments, over all tokens.
+        sums: the moments of all tokens, without and with those of targets, which only inputs from the pruned prefix
+            need.
         scores: by criterion, of both blocks.
         least_squares: of both blocks.
     """
@@ -51,13 +53,13 @@ class LayerTimes:
     tokens: int
     measured_tokens: int
     forward: float
-    sums: float
+    sums: dict[str, float]
     scores: dict[str, float]
     least_squares: float
 
-    def besides(self, criterion: str) -> float:
+    def besides(self, sums: str, criterion: str) -> float:
         """Return the seconds of all that is not a forward pass."""
-        return self.sums + self.scores[criterion] + self.least_squares
+        return self.sums[sums] + self.scores[criterion] + self.least_squares
 
 
 def measure_layer(
@@ -102,7 +104,7 @@ def measure_layer(
         tokens,
         rows * sequence_length,
         times["forward"] * scale,
-        times["sums"] * scale,
+        {name: times[name] * scale for name in SUMS},
         {name: times[name] for name in SCORES},
         times["least squares"],
     )
@@ -125,18 +127,17 @@ def _one_layer(size: Size, sequence_length: int) -> PreTrainedModel:
 def _block_times(
     walker: Walker, layer: nn.Module, block: Block, hidden: Tensor, criteria: Sequence[str], device: torch.device
 ) -> dict[str, float]:
-    """Return the seconds of "forward", "sums", "least squares", and of each criterion under its name."""
-    times = dict.fromkeys(("forward", "sums"), 0.0)
+    """Return the seconds of "forward", each of `SUMS`, "least squares", and each criterion."""
+    times = dict.fromkeys(("forward", *SUMS), 0.0)
     consumer = consumer_of(layer, block)
     moments = Moments(block.channels, device=device)
+    with_targets = Moments(block.channels, consumer.out_features, device)
     start = now(device)
-    for _, inputs, _ in walker.run(layer, block, hidden):
-        ran = now(device)
-        moments.add(inputs)
-        added = now(device)
-        times["forward"] += ran - start
-        times["sums"] += added - ran
-        start = added
+    for _, inputs, output in walker.run(layer, block, hidden):
+        times["forward"] += now(device) - start
+        times["without targets"] += seconds(partial(moments.add, inputs), device)
+        times["with targets"] += seconds(partial(with_targets.add, inputs, output), device)
+        start = now(device)
     weight = consumer.weight.double()
     view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, _RATIO, seed=0)
     for name in criteria:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -68,9 +69,9 @@ def test_tables_of_every_part_at_every_size_and_of_a_layer(capsys):
     layer = {name: (float(time), float(ratio)) for name, time, ratio in row.findall("\n".join(lines))}
     forward = layer["dense forward pass"]
     assert forward[1] == 1
-    for score in ("numerical", "obs"):
-        total, ratio = layer[f"**all but the forward pass, with `{score}`**"]
-        parts = (layer[name][0] for name in ("sums of the moments", "least squares", f"score `{score}`"))
+    for score, sums in itertools.product(("numerical", "obs"), ("with targets", "without targets")):
+        total, ratio = layer[f"**all but forward passes, `{score}`, {sums}**"]
+        parts = (layer[name][0] for name in (f"sums of the moments {sums}", "least squares", f"score `{score}`"))
         assert total == pytest.approx(sum(parts), rel=0.02)
         assert ratio == pytest.approx(total / forward[0], rel=0.02)
     # 6 rows of 16 tokens were run of 256 tokens.
@@ -86,8 +87,9 @@ def test_json_has_the_same_and_says_what_was_run(capsys):
     layer = record["layer"]
     assert (layer["tokens"], layer["measured_tokens"]) == (256, 256)
     assert layer["size"] == {"hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2}
-    for name, besides in layer["besides"].items():
-        assert besides == pytest.approx(layer["sums"] + layer["least_squares"] + layer["scores"][name])
+    for sums, name in itertools.product(layer["sums"], layer["scores"]):
+        expected = layer["sums"][sums] + layer["least_squares"] + layer["scores"][name]
+        assert layer["besides"][sums][name] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
