@@ -1,4 +1,4 @@
-"""`numprune serve`, `rollout` and `rollback` with real vLLM servers, as scripts and people use them.
+"""`numprune serve`, `rollout`, `rollback` and the release flow with real vLLM servers, as scripts and people use them.
 
 What is served is the embedded model, pruned: version 1 with a uniform shape on stock vLLM, version 2 with a shape per
 layer through the plug-in.
@@ -7,6 +7,7 @@ layer through the plug-in.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +26,43 @@ import pytest
 import torch
 
 from numprune.flows import embedded
+from numprune.flows.release import release
 from numprune.flows.work.prune import prune_checkpoint
 from numprune.pruning import PruneOptions
-from numprune.serving import canary, registry, rollout
+from numprune.serving import canary, deployment, registry, rollout
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm.process import TAG, kill_tagged, tagged
 from numprune.serving.vllm.server import free_port
 from tests.flows.conftest import Answered
-from tests.serving.releases import SMALL, make_release, publish, require_vllm
+from tests.serving.releases import SMALL, make_release, publish, require_vllm, stored
+from tests.serving.test_vllm_environment import make as make_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NAME = "embedded"
+BASE = Path(embedded.__file__).parent / "model"
+WEIGHTS = "model.safetensors"
 SERVED = ("--dtype", "float32")  # in which a server must agree with transformers to 1e-3
 WAIT_S = 240
 BEGUN: list["subprocess.Popen[str]"] = []
 
 
+def pruned(out: Path, allocation: str, seed: int = 0) -> Path:
+    """The embedded model, pruned by random rows."""
+    rows = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(seed))
+    options = PruneOptions(ratio=0.3, allocation=allocation, compensation="oneshot")
+    prune_checkpoint(BASE, rows, options, out, torch.device("cpu"))
+    return out
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two versions, the second in production after the first."""
+    """Two versions: the first in production, the second a candidate."""
     require_vllm()
     folder = tmp_path_factory.mktemp("deploy")
-    base = Path(embedded.__file__).parent / "model"
-    rows = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(0))
     for allocation in ("uniform", "global"):
-        options = PruneOptions(ratio=0.3, allocation=allocation, compensation="oneshot")
-        prune_checkpoint(base, rows, options, folder / allocation, torch.device("cpu"))
-        publish(make_release(folder / allocation, folder / f"release {allocation}"), folder / "w", NAME)
+        made = make_release(pruned(folder / allocation, allocation), folder / f"release {allocation}")
+        publish(made, folder / "w", NAME, promote=allocation == "uniform")
     kinds = [json.loads((folder / kind / "config.json").read_text())["model_type"] for kind in ("uniform", "global")]
     assert [kind.startswith("numprune_") for kind in kinds] == [False, True]
     yield folder / "w"
@@ -112,7 +123,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     port = free_port()
-    serving = begin(workspace, "serve", f"{NAME}@production", "--port", port, *SERVED)
+    serving = begin(workspace, "serve", f"{NAME}@candidate", "--port", port, *SERVED)
     assert serving.stdout is not None
     assert serving.stderr is not None
     text = ""
@@ -141,24 +152,32 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     assert gone(servers)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_stays_of_a_serve_that_is_ended_while_vllm_starts(workspace: Path, sent: signal.Signals) -> None:
-    serving = begin(workspace, "serve", NAME, "--port", free_port())
-    servers = wait(lambda: len(found := below(serving.pid)) >= 2 and found, "the engine's process is there")
-    serving.send_signal(sent)
-    started = time.monotonic()
-    ended = end(serving)
-    assert ended.code == (-signal.SIGKILL if sent == signal.SIGKILL else 130)
-    wait(lambda: gone(servers), "vLLM has ended")
-    assert time.monotonic() - started < 25
+def test_nothing_stays_of_a_serve_that_is_ended_while_vllm_starts(workspace: Path) -> None:
+    codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
+    started = {sent: begin(workspace, "serve", NAME, "--port", free_port()) for sent in codes}
+    servers = {
+        sent: wait(lambda: len(found := below(serving.pid)) >= 2 and found, "the engine's process is there")  # noqa: B023
+        for sent, serving in started.items()
+    }
+    for sent, serving in started.items():
+        serving.send_signal(sent)
+    assert {sent: end(serving).code for sent, serving in started.items()} == codes
+    for found in servers.values():
+        wait(lambda: gone(found), "vLLM has ended")  # noqa: B023
 
 
-def test_without_vllm_the_install_line_is_given(workspace: Path, tmp_path: Path) -> None:
-    refused = run(workspace, "serve", NAME, "--vllm", tmp_path / "none")
-    assert refused.code == 1
-    assert refused.err.startswith("numprune: error: ")
-    assert refused.err.count("\n") == 1
-    assert "make env-vllm" in refused.err
+def test_without_vllm_or_with_another_the_install_line_is_given(
+    numprune: Callable[..., Answered], workspace: Path, tmp_path: Path
+) -> None:
+    untested = make_environment(tmp_path / "e", vllm="0.31.0", vllm_router="0.1.17")
+    for command in ("serve", "rollout"):
+        for where, said in ((tmp_path / "none", "no virtual environment there"), (untested, "has vLLM 0.31.0")):
+            refused = numprune(command, NAME, "--workspace", workspace, "--vllm", where)
+            assert (refused.code, refused.out) == (1, "")
+            assert refused.err.startswith("numprune: error: ")
+            assert refused.err.count("\n") == 1
+            assert said in refused.err
+            assert "make env-vllm" in refused.err
 
 
 # --- rollout and rollback --------------------------------------------------------------------------
@@ -230,10 +249,10 @@ def production(workspace: Path) -> int:
     return registry.verify(registry.open_registry(None, workspace), NAME).version
 
 
-def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace: Path) -> None:
+def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(workspace: Path) -> None:
     place = Place(workspace, NAME)
     port = free_port()
-    first = run(workspace, "rollout", f"{NAME}/1", "--port", port, *SERVED)
+    first = run(workspace, "rollout", NAME, "--port", port, *SERVED)
     assert first.code == 0, first.err
     assert first.json["canary"]["worst"]["error"] <= 1e-3
     assert first.json["canary"]["greedy_match"] == 1.0
@@ -243,10 +262,13 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
 
     with traffic(workspace, first.json["url"]) as load:
         # Two at once: one refuses. Then the other is killed in the middle: blue serves on, green is left half started.
-        second = begin(workspace, "rollout", NAME)
+        second = begin(workspace, "rollout", f"{NAME}@candidate")
         known = place.read().tags()
         green = wait(lambda: {tag for _, tag in tagged(place.tag_prefix)} - known, "green is starting")
-        refused = run(workspace, "rollout", NAME)
+        for process, tag in tagged(place.tag_prefix):
+            if tag in green:
+                process.suspend()  # it shall not be there before the rollout is killed
+        refused = run(workspace, "rollout", f"{NAME}@candidate")
         assert refused.code == 1
         assert f"another rollout of it is under way (process {second.pid})" in refused.err
         second.send_signal(signal.SIGKILL)
@@ -254,17 +276,21 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
         assert not gone([blue])
         assert {tag for _, tag in tagged(place.tag_prefix)} == known | green
 
-        # Run again, it recovers and finishes.
-        again = run(workspace, "rollout", NAME)
-        assert again.code == 0, again.err
-        assert "ending what an interrupted rollout left" in again.err
-        assert (again.json["reference"], again.json["previous"]) == ("embedded/2", "embedded/1")
-        assert again.json["canary"]["dtype"] == "float32"  # as the server before it
-        assert again.json["canary"]["worst"]["error"] <= 1e-3
-        assert again.json["canary"]["greedy_match"] == 1.0
-        assert again.json["cut_off"] == 0
-        assert again.json["url"] == first.json["url"]
-        assert green & {tag for _, tag in tagged(place.tag_prefix)} == set()
+        # The release flow puts that in order, promotes, and rolls out with the address, precision and options of blue.
+        assert production(workspace) == 1
+        state = release(NAME, str(workspace), approval=False, return_state=True)
+        assert state.is_completed(), state.message
+        found = state.result()
+        assert (found["release"], found["previous"], production(workspace)) == ("embedded/2", "embedded/1", 2)
+        again = found["served"]
+        assert (again["reference"], again["previous"]) == ("embedded/2", "embedded/1")
+        assert again["canary"]["dtype"] == "float32"
+        assert again["canary"]["worst"]["error"] <= 1e-3
+        assert again["canary"]["greedy_match"] == 1.0
+        assert again["cut_off"] == 0
+        assert again["url"] == first.json["url"]
+        assert {tag for _, tag in tagged(place.tag_prefix)} == place.read().tags()
+        assert green & place.read().tags() == set()
         assert gone([blue])
         done = len(load.answered)
         wait(lambda: len(load.answered) >= done + 4, "requests go on")
@@ -273,27 +299,107 @@ def test_a_swap_under_load_that_is_killed_in_the_middle_and_run_again(workspace:
     assert (load.answered[0], load.answered[-1]) == ("embedded/1", "embedded/2")
 
 
-def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspace: Path) -> None:
+# What is done to the files of version 1 in the registry, and what is said. `other` is a release of the same sizes.
+
+
+def truncate(release: Path, other: Path) -> str:
+    weights = release / "checkpoint" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return WEIGHTS
+
+
+def weights_of_another_release(release: Path, other: Path) -> str:
+    shutil.copyfile(other / "checkpoint" / WEIGHTS, release / "checkpoint" / WEIGHTS)
+    return WEIGHTS
+
+
+def edit_config(release: Path, other: Path) -> str:
+    config = release / "checkpoint" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-0', '"rms_norm_eps": 2e-0'))
+    return r"config\.json"
+
+
+def dense_weights(release: Path, other: Path) -> str:
+    shutil.copyfile(BASE / WEIGHTS, release / "checkpoint" / WEIGHTS)
+    return WEIGHTS
+
+
+def another_tokenizer(release: Path, other: Path) -> str:
+    swap_tokens(release / "checkpoint")
+    return r"tokenizer\.json"
+
+
+def swap_tokens(checkpoint: Path) -> None:
+    path = checkpoint / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspace: Path, tmp_path: Path) -> None:
     place = Place(workspace, NAME)
-    served = run(workspace, "rollout", NAME, *SERVED)  # which the test before this one has done already
-    assert served.code == 0, served.err
-    assert served.json["reference"] == "embedded/2"
-    with traffic(workspace, served.json["url"]) as load:
-        # A server for which there is not enough memory: what serves goes on, and the exit code says so.
+    opened = registry.open_registry(None, workspace)
+    registry.promote(opened, f"{NAME}/2")  # which the test before this one has done already, as
+    begun = run(workspace, "rollout", NAME, *SERVED)  # this
+    assert begun.code == 0, begun.err
+    served = begun.json
+    first = registry.verify(opened, f"{NAME}/1")
+    copy = workspace / "served" / f"{NAME}-{first.digest[:16]}"
+    settings = rollout.Settings(require_vllm())
+
+    def fails(version: int, message: str) -> None:
+        prepare = partial(deployment.prepare, opened, f"{NAME}/{version}", workspace)
+        with pytest.raises(rollout.RolloutFailed, match=f"(?s){message}.*; embedded/2 goes on serving"):
+            rollout.roll_out(NAME, prepare, workspace, settings)
+        assert rollout.status(NAME, workspace)["current"]["pid"] == served["pid"]
+        assert {tag for _, tag in tagged(place.tag_prefix)} == place.read().tags()
+
+    with traffic(workspace, served["url"]) as load:
+        # What is not what was published is not started.
+        other = make_release(pruned(tmp_path / "other", "uniform", seed=1), tmp_path / "release")
+        for damage in (truncate, weights_of_another_release, edit_config, dense_weights, another_tokenizer):
+            files = stored(workspace, first)
+            shutil.copytree(files, tmp_path / damage.__name__)
+            shutil.rmtree(copy, ignore_errors=True)  # which is whole, and would do
+            message = damage(files, other)
+            fails(1, message)
+            shutil.rmtree(files)
+            shutil.copytree(tmp_path / damage.__name__, files)
+
+        # Nor is what was published with every digest right, and is not what its configuration says: vLLM would cut it.
+        uniform = workspace.parent / "uniform"
+        dense = make_release(
+            uniform, tmp_path / "dense", lambda folder: shutil.copyfile(BASE / WEIGHTS, folder / WEIGHTS)
+        )
+        fails(
+            publish(dense, workspace, NAME, promote=False).version, r"\S+\.weight has shape .* but config\.json means"
+        )
+
+        # What only the running server can tell: its tokenizer is another one.
+        babel = make_release(uniform, tmp_path / "babel", swap_tokens)
+        fails(publish(babel, workspace, NAME, promote=False).version, "the server's tokenizer reads .* another model's")
+
+        # A server for which there is not enough memory.
         failed = run(workspace, "rollout", f"{NAME}/1", options=[*SMALL[:3], "--kv-cache-memory-bytes", str(1 << 50)])
         assert failed.code == 2
         assert failed.out == ""
         assert re.search(r"embedded: vLLM ended with exit status 1; its last lines: .*Error", failed.err)
         assert "embedded/2 goes on serving" in failed.err
-        assert rollout.status(NAME, workspace)["current"]["pid"] == served.json["pid"]
+        assert rollout.status(NAME, workspace)["current"]["pid"] == served["pid"]
         assert {tag for _, tag in tagged(place.tag_prefix)} == place.read().tags()
 
-        # Back to the version before: the alias moves once it serves.
+        # Back to the version before: the alias moves once it serves. Copies that nobody needs any more go.
+        unneeded = workspace / "served" / f"{NAME}-{'0' * 16}"
+        unneeded.mkdir()
+        os.utime(unneeded, (0, 0))
         assert production(workspace) == 2
         back = run(workspace, "rollback", NAME)
         assert back.code == 0, back.err
         assert (back.json["reference"], back.json["previous"]) == ("embedded/1", "embedded/2")
         assert production(workspace) == 1
+        assert not unneeded.exists()
+        assert copy.is_dir()
         done = len(load.answered)
         wait(lambda: len(load.answered) >= done + 4, "requests go on")
     assert load.failures == []
@@ -309,5 +415,5 @@ def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspac
     assert [tag for _, tag in tagged(place.tag_prefix)] == []
     assert run(workspace, "rollout", NAME, "--status").code == 1
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{served.json['url']}/health")
+        httpx.get(f"{served['url']}/health")
     assert os.path.exists(status.json["current"]["log"])
