@@ -103,27 +103,29 @@ def _choose_panel(
     q, m = _diagonal_blocks(Q, c), _diagonal_blocks(M, c)
     q_diagonal, least = q.diagonal(dim1=1, dim2=2), least.view(-1, c)
     identity = torch.eye(c, dtype=Q.dtype, device=Q.device)[None]
+    within = torch.arange(c, device=Q.device)
     q[removed] = identity  # anything that can be factored
     barred = Q.new_zeros(len(q)).masked_fill_(removed, torch.inf)
     for k in range(count):
         # Q_jj shrinks towards 1 / (G_jj + gamma), its value once j is all that is left: what falls below is rounding,
         # and so is a cost below zero.
         torch.maximum(q_diagonal, least, out=q_diagonal)
-        cost, unit = _costs(q, m).clamp_min_(0).add_(barred).min(0, keepdim=True)
-        chosen[k : k + 1], costs[k : k + 1] = unit, cost
-        g = (unit[:, None] * c + torch.arange(c, device=Q.device)).flatten()
+        unit = chosen[k : k + 1]
+        torch.min(_costs(q, m).clamp_min_(0).add_(barred), 0, keepdim=True, out=(costs[k : k + 1], unit))
+        g = unit if c == 1 else unit * c + within
         before, here = slice(k * c), slice(k * c, (k + 1) * c)
         owed_u, owed_v = U[before].index_select(1, g).T, V[before].index_select(1, g).T
-        u = torch.addmm(Q.index_select(0, g), owed_u, U[before], alpha=-1)
-        v = torch.addmm(M.index_select(0, g), owed_v, U[before], alpha=-1).addmm_(owed_u, V[before], alpha=-1)
-        pivot = q.index_select(0, unit)[0]
-        u, v = _whitened(pivot, u), _whitened(pivot, v)
-        mu = _whitened(pivot, v.index_select(1, g).T)
-        U[here], V[here] = u, v.addmm_(mu, u, alpha=-0.5)
-        u, v = (rows.view(c, -1, c).permute(1, 2, 0) for rows in (u, v))  # (units, c, c)
-        _subtract(q, u, u)
-        _subtract(m, u, v)
-        _subtract(m, v, u)
+        u, v = U[here], V[here]
+        torch.addmm(Q.index_select(0, g), owed_u, U[before], alpha=-1, out=u)
+        torch.addmm(M.index_select(0, g), owed_v, U[before], alpha=-1, out=v)
+        v.addmm_(owed_u, V[before], alpha=-1)
+        R = _factor(q.index_select(0, unit)[0])
+        _solve(R, u)
+        _solve(R, v)
+        mu = v.index_select(1, g).T.contiguous()
+        _solve(R, mu)
+        v.addmm_(mu, u, alpha=-0.5)
+        _update(q, m, *(rows.view(c, -1, c).permute(1, 2, 0) for rows in (u, v)))
         q.index_copy_(0, unit, identity)
         barred.index_fill_(0, unit, torch.inf)
     return chosen, costs, U, V
@@ -144,16 +146,24 @@ def _costs(q: Tensor, m: Tensor) -> Tensor:
     return torch.cholesky_solve(m, cholesky(q)).diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _whitened(pivot: Tensor, rows: Tensor) -> Tensor:
-    """Return R^-1 rows, (c, D), with R the Cholesky factor of pivot (c, c)."""
-    if len(pivot) == 1:
-        return rows * pivot.rsqrt()
-    return torch.linalg.solve_triangular(cholesky(pivot), rows, upper=False)
+def _factor(pivot: Tensor) -> Tensor:
+    """Return R (c, c), the Cholesky factor of pivot."""
+    return pivot.sqrt() if len(pivot) == 1 else cholesky(pivot)
 
 
-def _subtract(blocks: Tensor, a: Tensor, b: Tensor) -> None:
-    """Subtract a b^T from each of (units, c, c), in place."""
-    if blocks.shape[1] == 1:
-        blocks.addcmul_(a, b, value=-1)
+def _solve(R: Tensor, rows: Tensor) -> None:
+    """Overwrite rows (c, n) with R^-1 rows."""
+    if len(R) == 1:
+        rows.div_(R)
     else:
-        blocks.baddbmm_(a, b.mT, alpha=-1)
+        rows.copy_(torch.linalg.solve_triangular(R, rows, upper=False))
+
+
+def _update(q: Tensor, m: Tensor, u: Tensor, v: Tensor) -> None:
+    """Subtract u u^T from q and u v^T + v u^T from m, all (units, c, c)."""
+    if q.shape[1] == 1:
+        q.addcmul_(u, u, value=-1)
+        m.addcmul_(u, v, value=-2)
+    else:
+        q.baddbmm_(u, u.mT, alpha=-1)
+        m.baddbmm_(u, v.mT, alpha=-1).baddbmm_(v, u.mT, alpha=-1)
