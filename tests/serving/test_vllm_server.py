@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -40,7 +41,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
 
 @pytest.fixture(scope="module")
 def running(vllm: Environment, release: Deployment) -> Iterator[Server]:
-    with serving(vllm, release.checkpoint, name="tiny", dtype="float32", options=SMALL) as started:
+    can_reload = {"VLLM_SERVER_DEV_MODE": "1"}
+    with serving(vllm, release.checkpoint, name="tiny", dtype="float32", options=SMALL, env=can_reload) as started:
         yield started
 
 
@@ -124,6 +126,15 @@ def test_what_the_server_refuses_is_said(running: Server, reference: Reference) 
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
     with pytest.raises(ServerError, match=r"/v1/completions was answered with 400: .*context length"):
         canary.check(running.url, Reference.model_validate(data), "float32")
+
+
+def test_weights_that_do_not_fit_are_not_reloaded_into_it(running: Server, release: Deployment, tmp_path: Path) -> None:
+    """By itself vLLM cuts them to size and goes on with another model."""
+    wider = write_checkpoint(tmp_path / "wider", intermediate_size=128)
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(wider)}}
+    assert httpx.post(f"{running.url}/collective_rpc", json=body, timeout=120).status_code == 500
+    assert re.search(r"mlp\.\w+\.weight: stored with shape .*128.* config\.json means", running.process.log.read_text())
+    assert prove(running, release, "float32")["greedy_match"] == 1.0
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(
