@@ -73,8 +73,9 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {part.name} | {part.channels} | {part.straightforward_seconds:.3g}"
-        f"{'' if part.share_run == 1 else f' ({part.share_run:.0%} run)'} | {part.seconds:.3g} | {part.speedup:.3g} |"
+        f"| {part.name} | {part.channels} | {_figure(part.straightforward_seconds)}"
+        f"{'' if part.share_run == 1 else f' ({100 * part.share_run:.2g} % run)'} "
+        f"| {_figure(part.seconds)} | {_figure(part.speedup)} |"
         for part in parts
     ]
     if any(part.share_run < 1 for part in parts):
@@ -101,7 +102,7 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
         "",
         "| work | s | of a forward pass |",
         "| --- | --- | --- |",
-        *(f"| {name} | {time:.3g} | {time / layer.forward:.3g} |" for name, time in rows.items()),
+        *(f"| {name} | {_figure(time)} | {_figure(time / layer.forward)} |" for name, time in rows.items()),
         "",
     ]
     if layer.measured_tokens < layer.tokens:
@@ -116,6 +117,11 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
         "",
     ]
     return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    """Three digits, and no exponent where there are more."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
