@@ -30,9 +30,9 @@ sequence_length = 64
 ratio = 0.25
 [benchmark]
 runtimes = ["onnxruntime"]
-prompts = 1
+prompts = 4
 prompt_length = 16
-output_length = 8
+output_length = 32
 repeats = 4
 [[gates]]
 metric = "quality.nll_delta_nats_per_token"

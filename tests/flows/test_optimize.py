@@ -164,7 +164,7 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "prune: ratio is 0.999, but with the least that every block must keep",
         "data.calibration: text file ",
         "data.sequence_length = 1000: the model takes at most 256 tokens",
-        "benchmark.prompt_length + output_length = 308",
+        "benchmark.prompt_length + output_length = 332",
         "benchmark.runtimes: tensorrt runs the export 'tensorrt'; add it to export.targets",
         "gates.0.metric = 'speed.torch.ttft.ratio': 'torch' is not benchmarked",
         "gates.1.metric = 'quality.nll_delta_nats': the report has no such figure; did you mean "
