@@ -2,11 +2,13 @@
 
     python -m numprune.flows.large OUT [--gigabytes 6] [--hidden-size 2048] [--vocabulary 128256]
 
-It says nothing about quality. What a machine needs to prune one that does not fit into a memory of 2 GiB:
+It says nothing about quality. Pruned within 2 GiB, a limit that the shell sets (in KiB):
 
     python -m numprune.flows.large ./large
-    (ulimit -d 2097152; numprune prune ./large ./pruned --ratio 0.3 --stream --text README.md --samples 8 \\
-        --sequence-length 128)
+    (ulimit -d 2097152; numprune prune ./large ./pruned --ratio 0.3 --stream --text README.md --samples 4 \\
+        --sequence-length 64 --criterion wanda --compensation sequential)
+
+The default criterion and compensation keep within that limit, too, and take longer.
 """
 
 import argparse
