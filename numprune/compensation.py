@@ -12,6 +12,11 @@ what earlier blocks got wrong in its inputs. *Residual* has it make up for what 
 too: with h the dense and h' the pruned model's stream in front of the block, the targets are y + (h - h'), so that the
 stream behind the block comes as near the dense one as the kept channels can bring it. That costs nothing more.
 
+With inputs from the pruned prefix the targets are no longer a function of the kept channels, and what few calibration
+tokens say of the difference is partly noise. So gamma is chosen for each block: the one, of five a factor of ten apart,
+that fitted to three rows of four brings the fourth nearest. (Measured on the embedded model at 30 %: with 24 rows of
+256 tokens the loss is a fifth less than with the least gamma, with 128 rows a hundredth.)
+
 Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
 """
 
@@ -19,6 +24,8 @@ from torch import Tensor
 
 from numprune.linalg import damped, spd_solve
 from numprune.statistics import Moments
+
+_GAMMAS = 5
 
 
 def refit(
@@ -54,6 +61,33 @@ def refit(
     if bias is None:
         return columns, None
     return columns, target_mean - columns @ mean
+
+
+def choose_damping(
+    weight: Tensor, bias: Tensor | None, kept: Tensor, fitted: Moments, held: Moments, damping: float
+) -> float:
+    """Return the gamma, of damping * 1, 10, … 10,000, whose refit to `fitted` has the least error on `held`.
+
+    Args:
+        weight, bias, kept: as of `refit`.
+        fitted: moments to fit to, with targets.
+        held: moments of other rows.
+        damping: the least gamma, relative to the mean of diag(G_KK).
+    """
+    errors = {}
+    for gamma in (damping * 10.0**power for power in range(_GAMMAS)):
+        columns, shift = refit(weight, bias, kept, fitted, gamma)
+        errors[gamma] = _output_error(columns, shift, kept, held)
+    return min(errors, key=errors.__getitem__)
+
+
+def _output_error(columns: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> float:
+    """E||y - W_K x_K - b||^2 less E||y||^2."""
+    gram, cross = moments.gram[kept][:, kept], moments.cross[:, kept]
+    error = (columns @ gram * columns).sum() - 2 * (columns * cross).sum()
+    if bias is not None:
+        error += bias @ (2 * (columns @ moments.mean[kept] - moments.target_mean) + bias)
+    return float(error)
 
 
 def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:

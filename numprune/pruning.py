@@ -22,7 +22,7 @@ from numprune.allocation import ALLOCATIONS, by_error, check_ratio, global_sort,
 from numprune.anatomy import Anatomy, Block, read_anatomy
 from numprune.budget import Budget, measure
 from numprune.calibration import Walker, check_rows, consumer_of
-from numprune.compensation import mean_bias, refit
+from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
 from numprune.curves import error_curve
@@ -43,6 +43,7 @@ Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are le
 # compensation.py.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
 FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")
+_HELD_OUT = 4  # every fourth calibration row, for choosing the damping
 _REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
 
 
@@ -57,7 +58,8 @@ class PruneOptions:
         compensation: one of `COMPENSATIONS`.
         target: what the server of the result needs of its sizes.
         skips: whole blocks may go, where the allocation gives each its own size.
-        damping: of the least squares, relative to the mean of diag(G).
+        damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
+            takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
         seed: of the criteria that draw.
         batch_size: calibration rows at a time; changes memory and speed, not the result beyond rounding.
     """
@@ -199,7 +201,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
     counts = _units_to_keep(layers, walker, rows, options, known, gradients)
     inputs = (
-        _Walk(walker, rows, options.compensation, options.damping)
+        _Walk(walker, rows, options.compensation)
         if known is None or options.compensation in FROM_PRUNED_PREFIX
         else _Known(known)
     )
@@ -216,10 +218,11 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                 weight = consumer_of(layer, block).weight.double()
                 units = keep_highest(_scores(block, weight, moments, options, gradients), counts[block.name])
                 kept[block.name] = units
-                bias = _compensate(consumer_of(layer, block), weight, block, units, moments, options)
+                damping = _damping(consumer_of(layer, block), weight, block, units, moments, inputs.held_out, options)
+                bias = _compensate(consumer_of(layer, block), weight, block, units, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
-                inputs.pass_on(layer, block, units)
+                inputs.pass_on(layer, block, units, damping)
             sink(cut_layer(layer, blocks, kept, biases))
     return describe(
         anatomy,
@@ -316,7 +319,11 @@ class _Inputs(Protocol):
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         """Return the moments of the block's inputs, and of its targets where they are not its own outputs on them."""
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
+    @property
+    def held_out(self) -> Moments | None:
+        """Those of every fourth row alone, where `moments` had targets that the inputs do not determine."""
+
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
         """The block has been pruned to `units`: what comes after it reads what it gives now."""
 
 
@@ -327,13 +334,13 @@ class _Walk:
     to where the dense model's is behind the block.
     """
 
-    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none", damping: float = 0.0) -> None:
+    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
         self._walker = walker
         self._dense = walker.embed(rows)
         self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
-        self._damping = damping
+        self.held_out: Moments | None = None
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
@@ -346,16 +353,21 @@ class _Walk:
                 moments.add(inputs)
                 dense[batch] += output.to(dense.device)
         else:
+            held_out = Moments(block.channels, outputs, weight.device)
             both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
             for (batch, _, output), (_, inputs, _) in both:
                 missing = (dense[batch] - pruned[batch]).to(output.device) if self._residual else 0
-                moments.add(inputs, output + missing)
+                target = output + missing
+                moments.add(inputs, target)
+                first = -(batch.start + 1) % _HELD_OUT  # of the batch's rows that are held out
+                held_out.add(inputs[first::_HELD_OUT], target[first::_HELD_OUT])
                 dense[batch] += output.to(dense.device)
+            self.held_out = held_out if held_out.count else None
         return moments
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
         if self._both_sides and len(units):
-            refit_both(self._walker, layer, block, units, self._pruned, self._dense, self._damping)
+            refit_both(self._walker, layer, block, units, self._pruned, self._dense, damping)
         if self._pruned is not self._dense:
             self._walker.advance(layer, block, self._pruned)
 
@@ -363,13 +375,15 @@ class _Walk:
 class _Known:
     """Those of the dense model, collected before."""
 
+    held_out = None
+
     def __init__(self, known: Known) -> None:
         self._moments = known.moments
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         return self._moments[block.name]
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor) -> None:
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
         pass
 
 
@@ -383,8 +397,31 @@ def _scores(
     return CRITERIA[options.criterion](view)
 
 
+def _damping(
+    consumer: nn.Linear,
+    weight: Tensor,
+    block: Block,
+    units: Tensor,
+    moments: Moments,
+    held_out: Moments | None,
+    options: PruneOptions,
+) -> float:
+    """The damping of the block's least squares: chosen on the rows held out, where there are any."""
+    if held_out is None or not len(units):
+        return options.damping
+    own = None if consumer.bias is None else consumer.bias.double()
+    kept = channels_of(block, units)
+    return choose_damping(weight, own, kept, moments.without(held_out), held_out, options.damping)
+
+
 def _compensate(
-    consumer: nn.Linear, weight: Tensor, block: Block, units: Tensor, moments: Moments, options: PruneOptions
+    consumer: nn.Linear,
+    weight: Tensor,
+    block: Block,
+    units: Tensor,
+    moments: Moments,
+    damping: float,
+    options: PruneOptions,
 ) -> Tensor | None:
     """Overwrite the consumer: zero at the removed channels, refitted at the others where the options ask for it.
 
@@ -392,6 +429,7 @@ def _compensate(
         consumer: of `block`.
         weight: (out, D) float64, its weight.
         units: to keep.
+        damping: of the refit.
 
     Returns:
         The bias (out,) that `bias` compensation gives it, with what it had; None for every other compensation.
@@ -402,7 +440,7 @@ def _compensate(
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
     loses = len(units) < block.units or options.compensation in ("residual", "joint")  # at least what others lost
     if options.compensation in _REFITTING and loses and len(units):
-        columns, bias = refit(weight, own, kept, moments, options.damping)
+        columns, bias = refit(weight, own, kept, moments, damping)
         if bias is not None:
             consumer.bias.copy_(bias)
     consumer.weight.zero_()

@@ -9,6 +9,7 @@ from torch import Tensor
 # Columns of the Gram matrix that are taken together, by kind of device: wide enough for the product to run at full
 # speed, narrow enough that little of the other half is computed. On a CPU 128 to 512 made no difference to speak of.
 _STRIP = {"cpu": 256, "cuda": 1024}
+_SUMS = ("gram", "sum", "cross", "target_sum")
 
 
 @dataclass
@@ -56,6 +57,13 @@ class Moments:
             _add_product(self._cross, y.T, x)
             self._target_sum += y.sum(0)
 
+    def without(self, part: "Moments") -> "Moments":
+        """Return the moments of what was added here and not to `part`, all of which was added here, too."""
+        rest = Moments(self.channels, self.outputs, self.device, self.count - part.count)
+        for name in _SUMS:
+            setattr(rest, f"_{name}", getattr(self, f"_{name}") - getattr(part, f"_{name}"))
+        return rest
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was added so far (of the Gram matrix the lower half means anything), for `restored`."""
         count = torch.tensor(self.count, dtype=torch.int64)
@@ -72,7 +80,7 @@ class Moments:
         """Return the moments that gave these `tensors`, on `device`."""
         outputs, channels = tensors["cross"].shape
         moments = cls(channels, outputs, device, int(tensors["count"]))
-        for name in ("gram", "sum", "cross", "target_sum"):
+        for name in _SUMS:
             setattr(moments, f"_{name}", tensors[name].to(device))
         return moments
 

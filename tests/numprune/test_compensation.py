@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from numprune.compensation import mean_bias, refit
+from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.statistics import Moments
 
 KEPT = torch.tensor([0, 2, 3, 7, 9])
@@ -111,3 +111,21 @@ def test_without_targets_the_block_s_own_outputs_are_meant(with_bias):
         torch.testing.assert_close(new_bias, expected_bias)
     else:
         assert new_bias is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("noise", "samples"), [(0.0, 60), (3.0, 16), (3.0, 400)])
+def test_the_damping_is_the_one_that_serves_the_rows_held_out_best(noise, samples, bias):
+    x, pruned_x, weight, own = data(samples=samples + 200)
+    own = own if bias else None
+    generator = torch.Generator().manual_seed(5)
+    y = pruned_x @ weight.T + noise * torch.randn(len(x), 4, generator=generator, dtype=torch.float64)
+    fitted, held = (moments_of(pruned_x[part], y[part]) for part in (slice(samples), slice(samples, None)))
+    errors = {}
+    for gamma in (0.001, 0.01, 0.1, 1.0, 10.0):
+        columns, shift = refit(weight, own, KEPT, fitted, gamma)
+        missed = y[samples:] - pruned_x[samples:][:, KEPT] @ columns.T - (0 if shift is None else shift)
+        errors[gamma] = float(missed.square().sum())
+    assert choose_damping(weight, own, KEPT, fitted, held, 0.001) == pytest.approx(min(errors, key=errors.get))
+    if noise and samples < 20:
+        assert min(errors, key=errors.get) > 0.01

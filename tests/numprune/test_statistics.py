@@ -43,3 +43,15 @@ def test_sums_on_a_gpu_are_good_to_float32_and_refuse_tf32():
             Moments(3, device=torch.device("cuda"))
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_moments_without_a_part_are_those_of_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, size, generator=generator) for size in (7, 3))
+    whole, part, rest = (Moments(7, outputs=3) for _ in range(3))
+    for moments, rows in ((whole, slice(None)), (part, slice(0, 8)), (rest, slice(8, None))):
+        moments.add(x[rows], y[rows])
+    left = whole.without(part)
+    assert left.count == 12
+    for name in ("gram", "mean", "cross", "target_mean"):
+        torch.testing.assert_close(getattr(left, name), getattr(rest, name))
