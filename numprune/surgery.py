@@ -98,7 +98,7 @@ def narrowed(layer: nn.Module, block: Block, units: Tensor) -> nn.Module:
     for name, tensor in cut_layer(layer, (block,), {block.name: units}, {}).items():
         module, _, parameter = name.removeprefix(f"model.layers.{block.layer}.").rpartition(".")
         if module == block.consumer or module in dict(block.producers):
-            linear = result.get_submodule(module)
+            linear: Any = result.get_submodule(module)
             setattr(linear, parameter, nn.Parameter(tensor.clone()))
             linear.out_features, linear.in_features = linear.weight.shape
     return result
