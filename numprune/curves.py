@@ -22,9 +22,9 @@ def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, channels_per_
     Args:
         weight: (out, D) float64, the consumer's.
         gram: (D, D) float64, E[x x^T] of its inputs.
-        sensitivity: (out, out) float64, S.
+        sensitivity: (out, out), S.
         channels_per_unit: D / units.
     """
-    priced = cholesky(sensitivity).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
+    priced = cholesky(sensitivity.to(weight)).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
     _, costs = greedy_removal(priced, gram, channels_per_unit)
     return torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2]).cpu()

@@ -25,7 +25,7 @@ class Sensitivity:
     """Of every block, by its name.
 
     Attributes:
-        output: (H, H) float64, S in nats per token.
+        output: (H, H), S in nats per token; where the layers put hidden states, since together they are large.
         taylor: where it was asked for, (units,) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
             2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L
             the mean NLL.
@@ -49,8 +49,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     """
     anatomy = layers.anatomy
     hidden_size, tokens = anatomy.hidden_size, rows.numel()
-    double: Any = {"dtype": torch.float64, "device": layers.device}
-    output = {block.name: torch.zeros(hidden_size, hidden_size, **double) for block in anatomy.blocks}
+    output = {block.name: layers.allocate(hidden_size, hidden_size).zero_() for block in anatomy.blocks}
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     rotary = layers.rotary(rows.shape[1])
     scores: dict[str, Tensor] = {}
@@ -70,7 +69,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), tokens)
                 bar.update()
-    return Sensitivity({name: total / tokens for name, total in output.items()}, scores)
+    return Sensitivity({name: total.div_(tokens) for name, total in output.items()}, scores)
 
 
 @torch.no_grad()
@@ -127,8 +126,8 @@ def _backward(
         for block in blocks:
             states.append(states[-1] + block_output(layer, block, states[-1], rotary))
     for block, before, after in reversed(list(zip(blocks, states, states[1:], strict=False))):
-        flat = behind.flatten(0, 1).double()
-        output[block.name] += flat.T @ flat
+        flat = behind.flatten(0, 1)
+        output[block.name] += (flat.T @ flat).to(output[block.name].device)
         matrices = _matrices(layer, block) if block.name in gradients else {}
         behind, *found = torch.autograd.grad(after, [before, *matrices.values()], behind)
         for name, value in zip(matrices, found, strict=True):

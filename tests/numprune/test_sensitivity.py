@@ -37,7 +37,10 @@ def test_both_sums_are_autograd_s_of_the_whole_model(family):
     found = measure(ModelLayers(model), ROWS, batch_size=2, taylor=True)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(
-            found.output[name], gradient.T @ gradient / ROWS.numel(), rtol=1e-4, atol=1e-5 * float(gradient.var())
+            found.output[name].double(),
+            gradient.T @ gradient / ROWS.numel(),
+            rtol=1e-4,
+            atol=1e-5 * float(gradient.var()),
         )
     for block in read_anatomy(model.config).blocks:
         layer = model.model.layers[block.layer]
