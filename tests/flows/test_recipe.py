@@ -145,8 +145,8 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
     message = str(caught.value)
     expected = [
         "prune.ratio = 1.4: must be less than 1",
-        "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', 'magnitude' or "
-        "'random'; did you mean 'numerical'?",
+        "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
+        "'magnitude' or 'random'; did you mean 'numerical'?",
         "prune.rato: unknown; known are ratio, criterion, allocation, compensation, skips, damping, seed, batch_size, "
         "stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
