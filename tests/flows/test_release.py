@@ -60,7 +60,12 @@ class Prefect:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def ask(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{self.url}{path}", json=body, timeout=60)
+        deadline = time.monotonic() + 60
+        while True:
+            answer = httpx.post(f"{self.url}{path}", json=body, timeout=60)
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                break
+            time.sleep(1)  # its SQLite is locked by another of its services; Prefect's own client asks again, too
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
