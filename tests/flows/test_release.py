@@ -71,7 +71,7 @@ class Prefect:
 
     def run(self, deployment: str, **parameters: Any) -> str:
         """Have a run made; its id."""
-        found = self._get(f"/deployments/name/{deployment}")
+        found = self._wait(lambda: self._get(f"/deployments/name/{deployment}"), 60)
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
     def wait_for(self, run_id: str, state: str) -> dict[str, Any]:
