@@ -60,7 +60,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
             entering = _forward(layers, part, batches, rotary, bar)
             gradient = _head_gradient(layers, part, batches, entering.pop())
             for index in reversed(range(anatomy.layers)):
-                blocks = [block for block in anatomy.blocks if block.layer == index and block.units]
+                blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
                 with layers.layer(index) as layer:
                     for batch in batches:
@@ -86,7 +86,7 @@ def _forward(
         with layers.layer(index) as layer:
             for batch in batches:
                 hidden = before[batch].to(layers.device)
-                for block in anatomy.blocks[2 * index : 2 * index + 2]:
+                for block in anatomy.of_layer(index):
                     if block.units:
                         hidden = hidden + block_output(layer, block, hidden, rotary)
                 after[batch] = hidden.to(after.device)
@@ -120,7 +120,8 @@ def _backward(
     gradients: dict[str, dict[str, Tensor]],
 ) -> None:
     """Take `gradient` (N, S, H), of the loss, from what leaves the layer to what enters it, for one batch of rows."""
-    behind = gradient[batch].to(next(layer.parameters()).device)
+    behind = gradient[batch].to(rotary[0].device)  # a layer that skips both blocks has no parameters to ask
+    matrices = {block.name: _matrices(layer, block) if block.name in gradients else {} for block in blocks}
     with torch.enable_grad():
         states = [hidden[batch].to(behind.device).requires_grad_()]
         for block in blocks:
@@ -128,16 +129,15 @@ def _backward(
     for block, before, after in reversed(list(zip(blocks, states, states[1:], strict=False))):
         flat = behind.flatten(0, 1)
         output[block.name] += (flat.T @ flat).to(output[block.name].device)
-        matrices = _matrices(layer, block) if block.name in gradients else {}
-        behind, *found = torch.autograd.grad(after, [before, *matrices.values()], behind)
-        for name, value in zip(matrices, found, strict=True):
+        behind, *found = torch.autograd.grad(after, [before, *matrices[block.name].values()], behind)
+        for name, value in zip(matrices[block.name], found, strict=True):
             sums = gradients[block.name]
             sums[name] = sums[name] + value if name in sums else value
     gradient[batch] = behind.to(gradient.device)
 
 
 def _matrices(layer: nn.Module, block: Block) -> dict[str, nn.Parameter]:
-    """The parameters that go with the block's units, by name."""
+    """The parameters that go with the block's units, by name; what is computed of them now has gradients."""
     modules = [block.consumer, *(name for name, _ in block.producers)]
     found = {f"{name}.{key}": value for name in modules for key, value in layer.get_submodule(name).named_parameters()}
     found.pop(f"{block.consumer}.bias", None)  # no unit's

@@ -4,6 +4,7 @@ from torch.nn.functional import cross_entropy
 
 from numprune.anatomy import FAMILIES, read_anatomy
 from numprune.layers import ModelLayers
+from numprune.rivals.shortgpt import shortgpt
 from numprune.sensitivity import measure
 from tests.conftest import build_tiny
 
@@ -22,6 +23,8 @@ def gradients_of(model):
         return hook
 
     for block in read_anatomy(model.config).blocks:
+        if not block.units:
+            continue
         module = "self_attn" if block.kind == "attention" else "mlp"
         handles.append(model.model.layers[block.layer].get_submodule(module).register_forward_hook(keep(block.name)))
     logits = model(input_ids=ROWS, use_cache=False).logits[:, :-1]
@@ -65,3 +68,25 @@ def test_all_rows_at_once_or_batch_by_batch_is_the_same():
     for name, value in whole.output.items():
         torch.testing.assert_close(parts.output[name], value, rtol=1e-5, atol=1e-5 * float(value.max()))
         torch.testing.assert_close(parts.taylor[name], whole.taylor[name], rtol=1e-4, atol=1e-9)
+
+
+def test_a_layer_that_skips_both_blocks_lets_the_gradient_through():
+    with torch.no_grad():
+        model = shortgpt(build_tiny(num_hidden_layers=3), ROWS, 0.3, 8).model
+    assert sum(block.units > 0 for block in read_anatomy(model.config).blocks) == 4
+    found = measure(ModelLayers(model), ROWS, taylor=True)
+    gradients = gradients_of(model)
+    assert found.taylor.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            found.output[name].double(),
+            gradient.T @ gradient / ROWS.numel(),
+            rtol=1e-4,
+            atol=1e-5 * float(gradient.var()),
+        )
+
+
+def test_frozen_parameters_are_measured_too():
+    frozen = measure(ModelLayers(build_tiny().requires_grad_(False)), ROWS, taylor=True)
+    for name, score in measure(ModelLayers(build_tiny()), ROWS, taylor=True).taylor.items():
+        assert torch.equal(frozen.taylor[name], score)
