@@ -51,7 +51,7 @@ def uniform(anatomy: Anatomy, ratio: float, allowed: Counts) -> dict[str, int]:
     check_ratio(anatomy, ratio, allowed)
     if not anatomy.is_uniform:
         raise InputError(
-            "the model's layers differ already; uniform allocation needs equal ones (use --allocation global)"
+            "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
         )
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
     groups, widths = ([count for count in allowed[blocks[0].name] if count] for blocks in (attention, mlp))
@@ -82,8 +82,11 @@ def global_sort(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores)
     heads = {block.name: kept[block.name] for block in anatomy.of_kind("attention")}
     if len(set(heads.values()) - {0}) <= HEAD_SHAPES:
         return kept
-    levels = _levels([count for count in heads.values() if count], HEAD_SHAPES)
-    fixed = {name: [nearest(levels, count) if count else 0] for name, count in heads.items()}
+    levels = _head_levels(heads, allowed)
+    fixed = {
+        name: [nearest([level for level in levels if level <= allowed[name][-1]], count) if count else 0]
+        for name, count in heads.items()
+    }
     return _remove_lowest(anatomy, ratio, {**allowed, **fixed}, scores)
 
 
@@ -111,11 +114,11 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors) ->
             dearest = max(blocks, key=lambda block: float(errors[block.name][block.units])).name
             allowed = {**allowed, dearest: [count for count in allowed[dearest] if count]}
             kept = _least_error(anatomy, ratio, allowed, errors)
-    heads = [kept[block.name] for block in anatomy.of_kind("attention") if kept[block.name]]
-    if len(set(heads)) <= HEAD_SHAPES:
+    heads = {block.name: kept[block.name] for block in anatomy.of_kind("attention")}
+    if len(set(heads.values()) - {0}) <= HEAD_SHAPES:
         return kept
-    levels = {*_levels(heads, HEAD_SHAPES), 0}
-    fixed = {block.name: [n for n in allowed[block.name] if n in levels] for block in anatomy.of_kind("attention")}
+    levels = {*_head_levels(heads, allowed), 0}
+    fixed = {name: [count for count in allowed[name] if count in levels] for name in heads}
     allowed = {**allowed, **fixed}
     check_ratio(anatomy, ratio, allowed)
     return _least_error(anatomy, ratio, allowed, errors)
@@ -180,6 +183,15 @@ def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scor
         kept[block.name] = fewer
         to_remove -= cost
     return kept
+
+
+def _head_levels(heads: Mapping[str, int], allowed: Counts) -> list[int]:
+    """Return `HEAD_SHAPES` numbers of KV heads near those kept (block name -> number), ascending.
+
+    The least is one that every block can have: the layers of a model that was pruned before may have fewer than others.
+    """
+    lowest, *others = _levels([count for count in heads.values() if count], HEAD_SHAPES)
+    return [min(lowest, *(allowed[name][-1] for name, count in heads.items() if count)), *others]
 
 
 def _levels(counts: Sequence[int], number: int) -> tuple[int, ...]:

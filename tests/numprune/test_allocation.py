@@ -207,5 +207,32 @@ def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
     assert any(kept[block.name] for block in base.of_kind("mlp"))
 
 
+@pytest.mark.parametrize("kind", ["global", "error"])
+def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
+    """The numbers nearest to what is kept have a least of four, and one layer has only three."""
+    base = anatomy(num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=8)
+    heads = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3]
+    base = base.keeping({block.name: block.units for block in base.blocks} | {"layers.10.attention": 3})
+    allowed, free = allowed_counts(base, Target(align=1)), {}
+    for block in base.blocks:
+        free[block.name] = block.units - heads[block.layer] if block.kind == "attention" else 300
+    ratio = sum(free[block.name] * block.parameters_per_unit for block in base.blocks)
+    ratio /= measure(base).prunable_parameters  # what costs nothing goes, and no more
+    if kind == "global":
+        scores = {
+            b.name: torch.cat([torch.zeros(free[b.name]), torch.ones(b.units - free[b.name])]) for b in base.blocks
+        }
+        kept = global_sort(base, ratio, allowed, scores)
+    else:
+        errors = {
+            b.name: torch.cat([torch.zeros(free[b.name] + 1), torch.arange(1.0, b.units - free[b.name] + 1)]).double()
+            for b in base.blocks
+        }
+        kept = by_error(base, ratio, allowed, errors)
+    assert all(1 <= kept[block.name] <= block.units for block in base.blocks)
+    assert len({kept[block.name] for block in base.of_kind("attention")}) <= HEAD_SHAPES
+    assert removed(base, kept) == pytest.approx(ratio, abs=0.002)
+
+
 def test_keep_highest_is_ascending_and_ties_go_to_the_lower_index():
     assert keep_highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0]), 2).tolist() == [1, 3]
