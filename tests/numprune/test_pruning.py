@@ -18,7 +18,7 @@ def output_error(options):
         return float((prune(build_tiny(), ROWS, options).model.model(ROWS).last_hidden_state - dense).square().mean())
 
 
-def output_nll(options):
+def output_kl(options):
     """KL(dense || pruned) on the calibration rows, nats per token, of a model whose layers matter unequally."""
     with torch.no_grad():
         models = build_tiny(num_hidden_layers=3), build_tiny(num_hidden_layers=3)
@@ -84,7 +84,7 @@ def test_residual_lets_a_block_that_loses_nothing_give_what_others_lost():
 
 def test_error_allocation_loses_less_than_an_even_one():
     even, priced = (
-        output_nll(PruneOptions(0.4, criterion="obs", compensation="residual", allocation=name, target=Target(align=1)))
+        output_kl(PruneOptions(0.4, criterion="obs", compensation="residual", allocation=name, target=Target(align=1)))
         for name in ("uniform", "error")
     )
     assert priced < even
@@ -156,6 +156,7 @@ def known_of(rows, taylor=False):
         ("obs", "uniform", "oneshot"),
         ("flap", "global", "sequential"),
         ("obs", "error", "residual"),
+        ("obs", "error", "joint"),
         ("taylor", "global", "none"),
     ],
 )
