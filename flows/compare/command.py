@@ -108,11 +108,11 @@ def _request(args: argparse.Namespace) -> Request:
         for ratio in args.ratios:
             check(method, anatomy, ratio, target)
 
-    methods, left_out = chosen(args.methods or defaults(works), works)
+    methods, left_out = chosen(args.methods or defaults(works), works, asked=bool(args.methods))
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if not methods:
-        raise InputError("--methods: none that was asked for can work on this model")
+        raise InputError("--methods: none of them can work on this model at every one of --ratios")
     return Request(
         model=folder,
         name=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,

@@ -15,6 +15,7 @@ from numprune.errors import InputError
 from numprune.flows.problems import did_you_mean
 from numprune.pruning import COMPENSATIONS, PruneOptions, check_options, uses_gradients, uses_moments
 from numprune.rivals import RIVALS
+from numprune.rivals import check as check_rival
 from numprune.target import Target
 
 _SKIPS = "+skips"
@@ -59,17 +60,20 @@ def reads_gradients(method: str) -> bool:
 
 def check(method: str, anatomy: Anatomy, ratio: float, target: Target) -> None:
     """Raises InputError where the method cannot work on the model."""
-    if method not in RIVALS:
+    if method in RIVALS:
+        check_rival(method, anatomy, ratio)
+    else:
         check_options(anatomy, options_of(method, ratio, target, seed=0))
 
 
-def chosen(patterns: Sequence[str], check: Callable[[str], None]) -> tuple[list[str], list[str]]:
+def chosen(patterns: Sequence[str], check: Callable[[str], None], *, asked: bool = True) -> tuple[list[str], list[str]]:
     """Return the methods that `patterns` name, in their order, and for each that was left out a line that says why.
 
     Args:
         patterns: names, or with wildcards as in file names: `obs/*/sequential`.
         check: raises InputError for a method that cannot work here; one that was named in full is then refused, one
             that only a wildcard matched is left out.
+        asked: by whoever runs the command; what stands in `patterns` by default is left out, too.
 
     Raises:
         InputError: a pattern matches no method, or a method named in full cannot work.
@@ -88,7 +92,7 @@ def chosen(patterns: Sequence[str], check: Callable[[str], None]) -> tuple[list[
             try:
                 check(method)
             except InputError as error:
-                if method == pattern:
+                if method == pattern and asked:
                     raise InputError(f"--methods: {method}: {error}") from None
                 left_out[method] = f"{method}: {error}"
             else:

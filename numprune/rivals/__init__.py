@@ -8,12 +8,22 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from numprune.anatomy import Anatomy
+from numprune.errors import InputError
 from numprune.rivals.result import Result
-from numprune.rivals.shortgpt import shortgpt
-from numprune.rivals.slicegpt import slicegpt
+from numprune.rivals.shortgpt import check_layers, shortgpt
+from numprune.rivals.slicegpt import check_blocks, slicegpt
 
 Rival = Callable[[PreTrainedModel, Tensor, float, int], Result]  # model (used up), rows, ratio, batch size
 
 RIVALS: dict[str, Rival] = {"shortgpt": shortgpt, "slicegpt": slicegpt}
+_CHECKS: dict[str, Callable[[Anatomy], None]] = {"shortgpt": check_layers, "slicegpt": check_blocks}
 
-__all__ = ["RIVALS", "Result", "Rival"]
+__all__ = ["RIVALS", "Result", "Rival", "check"]
+
+
+def check(name: str, anatomy: Anatomy, ratio: float) -> None:
+    """Refuse what the rival `name` cannot do before anything is run. Raises InputError."""
+    if not 0 <= ratio < 1:
+        raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
+    _CHECKS[name](anatomy)

@@ -28,8 +28,7 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
         InputError: some layers look at a window and others at everything; the cache of such a model needs all of them.
     """
     anatomy = read_anatomy(model.config)
-    if anatomy.attention_differs:
-        raise InputError("shortgpt: a model with sliding windows in some layers only must keep every layer")
+    check_layers(anatomy)
     gone = layers_to_drop(anatomy, block_influence(model, rows, batch_size), ratio)
     left = anatomy.keeping({block.name: 0 if block.layer in gone else block.units for block in anatomy.blocks})
     dropped = tuple(f"model.layers.{layer}." for layer in gone)
@@ -42,6 +41,12 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     after = measure(left)
     removed = 1 - after.prunable_parameters / measure(anatomy).prunable_parameters
     return Result(pruned, after.parameters, removed)
+
+
+def check_layers(anatomy: Anatomy) -> None:
+    """Refuse a model that no layer can be taken from. Raises InputError."""
+    if anatomy.attention_differs:
+        raise InputError("shortgpt: a model with sliding windows in some layers only must keep every layer")
 
 
 def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int]:

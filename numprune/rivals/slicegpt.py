@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from numprune.anatomy import Anatomy, read_anatomy
 from numprune.budget import measure
+from numprune.calibration import check_rows
 from numprune.errors import InputError
 from numprune.rivals.result import Result
 
@@ -40,17 +41,23 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
         batch_size: rows at a time.
 
     Raises:
-        InputError: the model skips blocks already.
+        InputError: the model skips blocks already, or the rows are not this model's.
     """
     anatomy = read_anatomy(model.config)
-    if not all(block.units for block in anatomy.blocks):
-        raise InputError("slicegpt: a model that skips blocks is not supported")
+    check_blocks(anatomy)
+    check_rows(model.config, anatomy, rows)
     dense = measure(anatomy).prunable_parameters
     hidden = anatomy.hidden_size
     width = min(range(1, hidden + 1), key=lambda size: abs(block_parameters(anatomy, size) - (1 - ratio) * dense))
     sliced = slice_hidden(model, rows, width, batch_size)
     parameters = sum(parameter.numel() for parameter in sliced.parameters())
     return Result(sliced, parameters, 1 - block_parameters(anatomy, width) / dense)
+
+
+def check_blocks(anatomy: Anatomy) -> None:
+    """Refuse a model that cannot be sliced. Raises InputError."""
+    if not all(block.units for block in anatomy.blocks):
+        raise InputError("slicegpt: a model that skips blocks is not supported")
 
 
 def block_parameters(anatomy: Anatomy, width: int) -> int:

@@ -43,6 +43,31 @@ def test_a_method_named_in_full_that_cannot_work_is_refused():
         chosen(["flap/global/bias"], checked("qwen2"))
 
 
+def test_defaults_that_cannot_work_are_left_out():
+    base = read_anatomy(build_tiny().config)
+    differing = base.keeping({block.name: block.units - block.layer for block in base.blocks})
+    methods, left_out = chosen(DEFAULT, lambda method: check(method, differing, 0.3, Target(align=1)), asked=False)
+    assert methods == [method for method in DEFAULT if "/uniform/" not in method]
+    assert all("layers differ already" in line for line in left_out)
+
+
+@pytest.mark.parametrize(
+    ("rival", "overrides", "message"),
+    [
+        ("shortgpt", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, "sliding windows"),
+        ("slicegpt", {}, "skips blocks"),
+    ],
+)
+def test_a_rival_that_cannot_work_is_refused_before_anything_is_run(rival, overrides, message):
+    anatomy = read_anatomy(build_tiny("qwen2", **overrides).config)
+    with pytest.raises(InputError, match=r"ratio is 1\.5"):
+        check(rival, anatomy, 1.5, Target())
+    if rival == "slicegpt":
+        anatomy = anatomy.keeping({block.name: block.units * (block.layer > 0) for block in anatomy.blocks})
+    with pytest.raises(InputError, match=message):
+        check(rival, anatomy, 0.3, Target())
+
+
 def test_a_pattern_that_matches_nothing_is_refused_with_what_was_perhaps_meant():
     with pytest.raises(InputError, match="did you mean 'wanda/uniform/none'"):
         chosen(["wnda/uniform/none"], checked())

@@ -73,6 +73,11 @@ def test_uncut_the_shortcuts_come_on_top():
     assert block_parameters(anatomy, 64) == measure(anatomy).prunable_parameters + 4 * 64 * 64
 
 
+def test_rows_longer_than_the_window_are_refused():
+    with pytest.raises(InputError, match="sequence length 24 is over the model's 16"):
+        slicegpt(build_tiny("mistral", sliding_window=16), ROWS, 0.3, 8)
+
+
 def test_a_model_that_skips_blocks_is_refused():
     skipping = shortgpt(build_tiny(), ROWS, 0.5, 8).model
     with pytest.raises(InputError, match="skips blocks"):
