@@ -200,6 +200,8 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     if uses_gradients(options) and gradients is None:
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
     counts = _units_to_keep(layers, walker, rows, options, known, gradients)
+    if options.criterion != "taylor":
+        gradients = None  # large, and needed no more
     inputs = (
         _Walk(walker, rows, options.compensation)
         if known is None or options.compensation in FROM_PRUNED_PREFIX
