@@ -10,7 +10,6 @@ model nor the result need be in memory.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
 from numprune.curves import error_curve
 from numprune.errors import InputError
-from numprune.joint import refit_both
+from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan
 from numprune.sensitivity import Sensitivity
@@ -42,8 +41,6 @@ Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are le
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
 # compensation.py.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
-FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")
-_HELD_OUT = 4  # every fourth calibration row, for choosing the damping
 _REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
 
 
@@ -203,9 +200,9 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     if options.criterion != "taylor":
         gradients = None  # large, and needed no more
     inputs = (
-        _Walk(walker, rows, options.compensation)
+        Walked(walker, rows, options.compensation)
         if known is None or options.compensation in FROM_PRUNED_PREFIX
-        else _Known(known)
+        else Collected(known.moments)
     )
     kept: dict[str, Tensor] = {}  # block name -> units
     for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
@@ -268,7 +265,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield block name and moments of every block that has units, in the order of the forward pass."""
-    walk = _Walk(Walker(layers, rows.shape[1], batch_size), rows)
+    walk = Walked(Walker(layers, rows.shape[1], batch_size), rows)
     for index in tqdm(range(layers.anatomy.layers), desc="calibrate", unit="layer", disable=None, leave=False):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
@@ -289,7 +286,7 @@ def _units_to_keep(
     allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     if options.allocation == "uniform":
         return uniform(anatomy, ratio, allowed)
-    inputs = _Walk(walker, rows) if known is None else _Known(known)
+    inputs = Walked(walker, rows) if known is None else Collected(known.moments)
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
         scores |= {
@@ -306,87 +303,13 @@ def _units_to_keep(
     return by_error(anatomy, ratio, allowed, errors)
 
 
-def _dense_blocks(layers: Layers, inputs: "_Inputs") -> Iterator[tuple[Block, Tensor, Moments]]:
+def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Moments]]:
     """Yield every block that has units, its consumer's weight (out, D) in float64, and its moments."""
     for index in tqdm(range(layers.anatomy.layers), desc="score", unit="layer", disable=None, leave=False):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
                 if block.units:
                     yield block, consumer_of(layer, block).weight.double(), inputs.moments(layer, block)
-
-
-class _Inputs(Protocol):
-    """What the consumers read, block by block in the order of the forward pass."""
-
-    def moments(self, layer: nn.Module, block: Block) -> Moments:
-        """Return the moments of the block's inputs, and of its targets where they are not its own outputs on them."""
-
-    @property
-    def held_out(self) -> Moments | None:
-        """Those of every fourth row alone, where `moments` had targets that the inputs do not determine."""
-
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
-        """The block has been pruned to `units`: what comes after it reads what it gives now."""
-
-
-class _Walk:
-    """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
-
-    The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
-    to where the dense model's is behind the block.
-    """
-
-    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
-        self._walker = walker
-        self._dense = walker.embed(rows)
-        self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
-        self._residual = compensation in ("residual", "joint")
-        self._both_sides = compensation == "joint"
-        self.held_out: Moments | None = None
-
-    def moments(self, layer: nn.Module, block: Block) -> Moments:
-        walker, dense, pruned = self._walker, self._dense, self._pruned
-        weight = consumer_of(layer, block).weight
-        # The dense block's own outputs follow from its inputs: their moments are not collected.
-        outputs = 0 if pruned is dense else weight.shape[0]
-        moments = Moments(block.channels, outputs, weight.device)
-        if pruned is dense:
-            for batch, inputs, output in walker.run(layer, block, dense):
-                moments.add(inputs)
-                dense[batch] += output.to(dense.device)
-        else:
-            held_out = Moments(block.channels, outputs, weight.device)
-            both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
-            for (batch, _, output), (_, inputs, _) in both:
-                missing = (dense[batch] - pruned[batch]).to(output.device) if self._residual else 0
-                target = output + missing
-                moments.add(inputs, target)
-                first = -(batch.start + 1) % _HELD_OUT  # of the batch's rows that are held out
-                held_out.add(inputs[first::_HELD_OUT], target[first::_HELD_OUT])
-                dense[batch] += output.to(dense.device)
-            self.held_out = held_out if held_out.count else None
-        return moments
-
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
-        if self._both_sides and len(units):
-            refit_both(self._walker, layer, block, units, self._pruned, self._dense, damping)
-        if self._pruned is not self._dense:
-            self._walker.advance(layer, block, self._pruned)
-
-
-class _Known:
-    """Those of the dense model, collected before."""
-
-    held_out = None
-
-    def __init__(self, known: Known) -> None:
-        self._moments = known.moments
-
-    def moments(self, layer: nn.Module, block: Block) -> Moments:
-        return self._moments[block.name]
-
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
-        pass
 
 
 def _scores(

@@ -1,0 +1,88 @@
+"""What the consumers of a model read while it is pruned: collected block by block, or known before."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from numprune.anatomy import Block
+from numprune.calibration import Walker, consumer_of
+from numprune.joint import refit_both
+from numprune.statistics import Moments
+
+FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations that read what the pruned blocks before give
+_HELD_OUT = 4  # every fourth calibration row, for choosing the damping
+
+
+class Inputs(Protocol):
+    """What the consumers read, block by block in the order of the forward pass."""
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        """Return the moments of the block's inputs, and of its targets where they are not its own outputs on them."""
+
+    @property
+    def held_out(self) -> Moments | None:
+        """Those of every fourth row alone, where `moments` had targets that the inputs do not determine."""
+
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
+        """The block has been pruned to `units`: what comes after it reads what it gives now."""
+
+
+class Walked:
+    """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
+
+    The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
+    to where the dense model's is behind the block.
+    """
+
+    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
+        self._walker = walker
+        self._dense = walker.embed(rows)
+        self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
+        self._residual = compensation in ("residual", "joint")
+        self._both_sides = compensation == "joint"
+        self.held_out: Moments | None = None
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        walker, dense, pruned = self._walker, self._dense, self._pruned
+        weight = consumer_of(layer, block).weight
+        # The dense block's own outputs follow from its inputs: their moments are not collected.
+        outputs = 0 if pruned is dense else weight.shape[0]
+        moments = Moments(block.channels, outputs, weight.device)
+        if pruned is dense:
+            for batch, inputs, output in walker.run(layer, block, dense):
+                moments.add(inputs)
+                dense[batch] += output.to(dense.device)
+        else:
+            held_out = Moments(block.channels, outputs, weight.device)
+            both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
+            for (batch, _, output), (_, inputs, _) in both:
+                missing = (dense[batch] - pruned[batch]).to(output.device) if self._residual else 0
+                target = output + missing
+                moments.add(inputs, target)
+                first = -(batch.start + 1) % _HELD_OUT  # of the batch's rows that are held out
+                held_out.add(inputs[first::_HELD_OUT], target[first::_HELD_OUT])
+                dense[batch] += output.to(dense.device)
+            self.held_out = held_out if held_out.count else None
+        return moments
+
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
+        if self._both_sides and len(units):
+            refit_both(self._walker, layer, block, units, self._pruned, self._dense, damping)
+        if self._pruned is not self._dense:
+            self._walker.advance(layer, block, self._pruned)
+
+
+class Collected:
+    """Those of the dense model, collected before."""
+
+    held_out = None
+
+    def __init__(self, moments: Mapping[str, Moments]) -> None:
+        self._moments = moments
+
+    def moments(self, layer: nn.Module, block: Block) -> Moments:
+        return self._moments[block.name]
+
+    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
+        pass
