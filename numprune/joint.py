@@ -21,7 +21,7 @@ from numprune.linalg import cholesky, damped
 from numprune.statistics import Moments
 from numprune.surgery import channels_of, narrowed, rows_of
 
-STEPS = 4  # measured: eight steps give a tenth more of what four give
+STEPS = 4  # on the one model and ratio tried, eight gave about a seventh more of the gain for twice the work
 
 
 @torch.no_grad()
