@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from numprune.corpus import TokenRows
 from numprune.export.checkpoint import load
 from numprune.flows.work.text import load_heldout
 from numprune.quality import Comparison, Quality, compare, evaluate
+from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 
 
 def compare_checkpoints(candidate: Path, baseline: Path, rows: TokenRows, device: torch.device) -> dict[str, Any]:
@@ -35,10 +37,32 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
             "candidate": side(found.candidate),
             "nll_delta_nats_per_token": dataclasses.asdict(found.nll_delta_nats_per_token),
             "perplexity_ratio": dataclasses.asdict(found.perplexity_ratio),
+            "document_deltas": document_deltas(found, rows),
             "kl_nats_per_token": found.kl_nats_per_token,
             "top1_agreement": found.top1_agreement,
         }
     )
+
+
+def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
+    """Each document's difference in nats per token, or the quantiles of many; and those that lost most, by name."""
+    sums = np.bincount(rows.document, found.candidate.nll - found.baseline.nll)
+    tokens = np.bincount(rows.document, found.candidate.scored)
+    scored = np.flatnonzero(tokens)
+    deltas = sums[scored] / tokens[scored]
+    few = len(deltas) <= MAXIMUM_DOCUMENTS
+    values = np.sort(deltas if few else np.quantile(deltas, np.linspace(0, 1, MAXIMUM_DOCUMENTS)))
+    return {
+        "values": values.tolist(),
+        "worst": [
+            {
+                "name": rows.names[scored[index]],
+                "tokens": int(tokens[scored[index]]),
+                "nll_delta_nats_per_token": float(deltas[index]),
+            }
+            for index in np.argsort(-deltas, kind="stable")[:MAXIMUM_WORST]
+        ],
+    }
 
 
 def finite(value: Any) -> Any:

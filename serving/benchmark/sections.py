@@ -1,7 +1,7 @@
 """From samples to the sections of the report."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, nan
 from typing import Any, Protocol
 
 from numprune.serving.benchmark.load import Load, interleaving
@@ -84,6 +84,15 @@ def ratios(baseline: Sequence[Measured], candidate: Sequence[Measured], metrics:
     return found
 
 
+def by_repeat(repeats: Sequence[Measured], metrics: Sequence[str]) -> dict[str, list[float | None]]:
+    """What each repeat gave; None for one in which a request failed, as for what is not a number."""
+    measured = [{} if repeat.failed else repeat.metrics() for repeat in repeats]
+    return {
+        metric: [value if isfinite(value) else None for value in (found.get(metric, nan) for found in measured)]
+        for metric in metrics
+    }
+
+
 def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:
     """`memory.<runtime>`, from what each worker said of itself. `peak_bytes` is the higher peak, of load and of run.
 
@@ -112,4 +121,5 @@ def _side(repeats: Sequence[Repeat]) -> Section:
         "e2e_ms": percentiles([batch.e2e_ms for batch in batches]),
         "decode_tokens_per_s": rates.get("decode_tokens_per_s"),
         "prefill_tokens_per_s": rates.get("prefill_tokens_per_s"),
+        "by_repeat": by_repeat(repeats, METRICS),
     }

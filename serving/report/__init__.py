@@ -8,7 +8,11 @@ from numprune.serving.report.environment import capture, combine, package_versio
 from numprune.serving.report.files import read, write
 from numprune.serving.report.markdown import markdown
 from numprune.serving.report.models import (
+    MAXIMUM_DOCUMENTS,
+    MAXIMUM_WORST,
     SCHEMA,
+    DocumentDelta,
+    DocumentDeltas,
     Environment,
     Estimate,
     GateResult,
@@ -34,7 +38,11 @@ from numprune.serving.report.models import (
 )
 
 __all__ = [
+    "MAXIMUM_DOCUMENTS",
+    "MAXIMUM_WORST",
     "SCHEMA",
+    "DocumentDelta",
+    "DocumentDeltas",
     "Environment",
     "Estimate",
     "GateResult",

@@ -39,11 +39,16 @@ def _facts(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool) else _number(value)
 
 
+MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
+MAXIMUM_WORST: Final = 10
+
 Number = Annotated[int | float | None, BeforeValidator(_number)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Facts = Annotated[dict[str, JsonValue], BeforeValidator(_facts)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Runtime = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]  # a segment of a metric's path
+Metric = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 Concurrency = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # requests in flight
 
 
@@ -181,6 +186,30 @@ class QualitySide(Model):
     perplexity: Number
 
 
+class DocumentDelta(Model):
+    name: str
+    tokens: Count
+    nll_delta_nats_per_token: Finite
+
+
+class DocumentDeltas(Model):
+    """Documents apart: how the mean difference comes about.
+
+    `values` ascend. They are every document's difference or, of more than MAXIMUM_DOCUMENTS, so many of their quantiles
+    at equal steps, from the least to the largest. `worst` are those that lost most, the worst first.
+    """
+
+    values: tuple[Finite, ...] = Field(min_length=1, max_length=MAXIMUM_DOCUMENTS)
+    worst: tuple[DocumentDelta, ...] = Field(default=(), max_length=MAXIMUM_WORST)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        descending = [worst.nll_delta_nats_per_token for worst in self.worst]
+        if list(self.values) != sorted(self.values) or descending != sorted(descending, reverse=True):
+            raise ValueError("the differences of documents ascend, and the worst come first")
+        return self
+
+
 class Quality(Model):
     """On held-out text; differences are candidate - baseline, paired by token."""
 
@@ -190,8 +219,16 @@ class Quality(Model):
     candidate: QualitySide
     nll_delta_nats_per_token: Estimate
     perplexity_ratio: Estimate
+    document_deltas: DocumentDeltas | None = None
     kl_nats_per_token: Number = None
     top1_agreement: Number = None
+
+    @model_validator(mode="after")
+    def _all_documents(self) -> Self:
+        expected = min(self.documents, MAXIMUM_DOCUMENTS)  # none at all is for the gates to refuse
+        if expected and self.document_deltas is not None and len(self.document_deltas.values) != expected:
+            raise ValueError(f"document_deltas.values has {expected} values for {self.documents} documents")
+        return self
 
 
 class Percentiles(Model):
@@ -205,7 +242,10 @@ class Percentiles(Model):
 
 
 class SpeedSide(Model):
-    """What only a server has is None elsewhere: TPOT, output tokens over the whole time, good requests."""
+    """What only a server has is None elsewhere: TPOT, output tokens over the whole time, good requests.
+
+    `by_repeat` has, for each ratio's name, what each repeat gave (latencies in ms), None for one with a failed request.
+    """
 
     ttft_ms: Percentiles | None = None
     tpot_ms: Percentiles | None = None
@@ -215,6 +255,7 @@ class SpeedSide(Model):
     prefill_tokens_per_s: Number = None
     output_tokens_per_s: Number = None
     goodput_requests_per_s: Number = None
+    by_repeat: dict[Metric, tuple[Number, ...]] = {}
 
 
 class Ratio(Model):
@@ -255,6 +296,13 @@ class RuntimeSpeed(Model):
     goodput_requests_per_s: Ratio | None = None
     noise_floor: dict[str, NoiseFloor] = {}
     concurrency: dict[Concurrency, "RuntimeSpeed"] = {}
+
+    @model_validator(mode="after")
+    def _every_repeat(self) -> Self:
+        lists = [*self.baseline.by_repeat.values(), *self.candidate.by_repeat.values()]
+        if self.repeats and any(len(values) != self.repeats for values in lists):  # as above
+            raise ValueError(f"by_repeat has a value for each of the {self.repeats} repeats")
+        return self
 
 
 class MemorySide(Model):

@@ -22,7 +22,17 @@ def estimate(value: Any, half_width: float = 0.01, samples: int = 40, unit: str 
 
 def _side(milliseconds: float) -> Json:
     latency = {"p50": milliseconds, "p90": milliseconds * 1.1, "p95": None, "p99": None, "samples": 40}
-    return {"ttft_ms": latency, "itl_ms": latency, "decode_tokens_per_s": 100.0, "prefill_tokens_per_s": 900.0}
+    drift = [1 + 0.01 * (repeat % 4) for repeat in range(10)]
+    return {
+        "ttft_ms": latency,
+        "itl_ms": latency,
+        "decode_tokens_per_s": 1000.0 / milliseconds,
+        "prefill_tokens_per_s": 9000.0 / milliseconds,
+        "by_repeat": {
+            "ttft": [milliseconds * slower for slower in drift],
+            "decode_tokens_per_s": [*(1000.0 / milliseconds / slower for slower in drift[1:]), None],
+        },
+    }
 
 
 COMPLETE: Json = {
@@ -65,6 +75,17 @@ COMPLETE: Json = {
         "candidate": {"nll_nats_per_token": 3.05, "perplexity": 21.12},
         "nll_delta_nats_per_token": estimate(0.05),
         "perplexity_ratio": estimate(1.051),
+        "document_deltas": {
+            "values": [0.002 * index - 0.01 for index in range(40)],
+            "worst": [
+                {
+                    "name": f"heldout.jsonl:{40 - index}",
+                    "tokens": 125,
+                    "nll_delta_nats_per_token": 0.068 - 0.002 * index,
+                }
+                for index in range(10)
+            ],
+        },
         "kl_nats_per_token": 0.02,
         "top1_agreement": 0.93,
     },

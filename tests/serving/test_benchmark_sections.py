@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from numprune.serving.benchmark.load import Load
@@ -95,3 +97,14 @@ def test_a_peak_that_nobody_saw_is_no_number():
     memory = RuntimeMemory.model_validate(memory_section(unseen, unseen))
     assert memory.peak_bytes.ratio is None
     assert memory.baseline.weight_bytes == 100
+
+
+def test_every_repeat_is_kept_but_those_that_failed():
+    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=(1, 4)), {})
+    kept = section["candidate"]["by_repeat"]
+    assert kept["ttft"] == pytest.approx([16.0, None, 17.6, 20.8, None, 16.0])
+    assert [value is None for value in kept["decode_tokens_per_s"]] == [False, True, False, False, True, False]
+    baseline = section["baseline"]["by_repeat"]["itl"]
+    RuntimeSpeed.model_validate(section)
+    ratios = [slow / fast for slow, fast in zip(kept["itl"], baseline, strict=True) if slow is not None]
+    assert section["itl"]["ratio"]["value"] == pytest.approx(math.prod(ratios) ** (1 / 4))

@@ -75,6 +75,27 @@ def test_an_estimate_that_contradicts_itself_is_refused(report_json: Any, change
         Estimate.model_validate({**good, **change})
 
 
+def _document(delta: float) -> dict[str, Any]:
+    return {"name": "d", "tokens": 1, "nll_delta_nats_per_token": delta}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("quality.document_deltas.values", [0.0] * 39),  # of 40 documents
+        ("quality.document_deltas.values", [1.0, *[0.0] * 39]),
+        ("quality.document_deltas.worst", [_document(0.1), _document(0.2)]),
+        ("quality.documents", 500),
+        ("speed.onnxruntime.baseline.by_repeat.ttft", [1.0] * 9),  # of 10 repeats
+        ("speed.onnxruntime.repeats", 8),
+    ],
+)
+def test_what_is_told_apart_is_told_of_all(report_json: Any, put: Any, path: str, value: Any) -> None:
+    Report.model_validate(report_json)
+    with pytest.raises(ValidationError, match=r"document|by_repeat"):
+        Report.model_validate(put(report_json, path, value))
+
+
 def test_a_ratio_follows_from_its_sizes() -> None:
     assert SizePair(baseline=4, candidate=3).ratio == 0.75
     assert SizePair(baseline=0, candidate=3).ratio is None
@@ -186,7 +207,7 @@ def test_the_page_begins_with_the_verdict_and_ends_with_identity(report_json: An
     assert "| sizes.parameters.ratio | 0.75 | ≤ 0.7 | fail | beyond the limit |" in page
     assert "0 of 1 gates pass; not sizes.parameters.ratio." in page
     assert "| perplexity | 20.09 | 21.12 | ratio 1.051 [1.039, 1.063] (n = 40) |" in page
-    assert "| decode, tokens/s | 100 | 100 | 1.2 [1.14, 1.26] (n = 10) | ± 0.03 |" in page
+    assert "| decode, tokens/s | 100 | 125 | 1.2 [1.14, 1.26] (n = 10) | ± 0.03 |" in page
 
 
 def test_the_page_of_a_bare_report_has_what_there_is() -> None:

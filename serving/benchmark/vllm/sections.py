@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from numprune.serving.benchmark.load import interleaving
-from numprune.serving.benchmark.sections import ratios
+from numprune.serving.benchmark.sections import by_repeat, ratios
 from numprune.serving.benchmark.statistics import percentiles
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import KvCache
@@ -75,6 +75,7 @@ def _side(repeats: Sequence[Requests]) -> Section:
         "itl_ms": percentiles([step for request in requests for step in request.itl_ms]),
         "e2e_ms": percentiles([request.e2e_ms for request in requests]),
         **{name: whole[name] for name in rates},
+        "by_repeat": by_repeat(repeats, METRICS),
     }
 
 
