@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from numprune.anatomy import Block
@@ -59,10 +60,9 @@ class Walked:
             for (batch, _, output), (_, inputs, _) in both:
                 missing = (dense[batch] - pruned[batch]).to(output.device) if self._residual else 0
                 target = output + missing
-                moments.add(inputs, target)
-                first = -(batch.start + 1) % _HELD_OUT  # of the batch's rows that are held out
-                held_out.add(inputs[first::_HELD_OUT], target[first::_HELD_OUT])
+                split_rows(batch, inputs, target, moments, held_out)
                 dense[batch] += output.to(dense.device)
+            moments.absorb(held_out)
             self.held_out = held_out if held_out.count else None
         return moments
 
@@ -71,6 +71,13 @@ class Walked:
             refit_both(self._walker, layer, block, units, self._pruned, self._dense, damping)
         if self._pruned is not self._dense:
             self._walker.advance(layer, block, self._pruned)
+
+
+def split_rows(batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments) -> None:
+    """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments each row belongs to."""
+    held = torch.arange(batch.start, batch.stop, device=inputs.device) % _HELD_OUT == _HELD_OUT - 1
+    fitted.add(inputs[~held], targets[~held])
+    held_out.add(inputs[held], targets[held])
 
 
 class Collected:

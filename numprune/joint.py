@@ -9,6 +9,8 @@ Gram matrix and a diagonal, do most of it; then the consumer is fitted again. Al
 original weights, as in compensation.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -60,8 +62,10 @@ def _refit_producer(
     """Fit W of the linear producer: minimise E||t - y(W)||^2 / 2 + the ridge, y affine in W, from W as it stands."""
     weight = _producer(layer, block).weight
     start = weight.detach().clone()
-    curvature = _Curvature(walker, layer, block, pruned, damping)
-    at_start = _gradient(walker, layer, block, pruned, dense)
+    seen = _Seen(layer, block)
+    with seen.watching():
+        at_start = _gradient(walker, layer, block, pruned, dense)
+    curvature = _Curvature(seen, damping)
     step = torch.zeros_like(at_start)
     residual = -at_start
     direction = preconditioned = curvature.solve(residual)
@@ -98,6 +102,35 @@ def _gradient(walker: Walker, layer: nn.Module, block: Block, pruned: Tensor, de
     return total / (pruned.shape[0] * pruned.shape[1])
 
 
+class _Seen:
+    """What passes through the linear producer and the consumer of a block while it is watched."""
+
+    def __init__(self, layer: nn.Module, block: Block) -> None:
+        self.block, self.producer, self.consumer = block, _producer(layer, block), consumer_of(layer, block)
+        double = {"dtype": torch.float64, "device": self.producer.weight.device}
+        self.inputs = Moments(self.producer.in_features, device=self.producer.weight.device)
+        self.produced = torch.zeros(self.producer.out_features, **double)  # type: ignore[call-overload]
+        self.consumed = torch.zeros(self.consumer.in_features, **double)  # type: ignore[call-overload]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Sum the moments of the producer's inputs, and the squares of its outputs and of the consumer's inputs."""
+
+        def produce(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.inputs.add(args[0].detach())
+            self.produced.add_(_squares(output))
+
+        def consume(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.consumed.add_(_squares(args[0]))
+
+        handles = (self.producer.register_forward_hook(produce), self.consumer.register_forward_pre_hook(consume))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 class _Curvature:
     """D x G in the place of the Hessian: G the Gram matrix of the producer's input, D diagonal, one value for each row.
 
@@ -105,28 +138,13 @@ class _Curvature:
     comes through to them (the gate's square, or that of the attention weights).
     """
 
-    def __init__(self, walker: Walker, layer: nn.Module, block: Block, pruned: Tensor, damping: float) -> None:
-        producer, consumer = _producer(layer, block), consumer_of(layer, block)
-        inputs = Moments(producer.in_features, device=producer.weight.device)
-        produced = torch.zeros(producer.out_features, dtype=torch.float64, device=producer.weight.device)
-        consumed = torch.zeros(consumer.in_features, dtype=torch.float64, device=producer.weight.device)
-
-        def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs.add(args[0])
-            produced.add_(output.flatten(0, 1).double().square().sum(0))
-
-        handle = producer.register_forward_hook(keep)
-        try:
-            for _, read, _ in walker.run(layer, block, pruned):
-                consumed.add_(read.flatten(0, 1).double().square().sum(0))
-        finally:
-            handle.remove()
-        pulls = consumer.weight.double().square().sum(0) * consumed
-        rows_per_unit = block.producers[-1][1]
-        pulls = pulls.view(block.units, -1, rows_per_unit).sum(1).flatten()  # the query heads that share a KV head
+    def __init__(self, seen: _Seen, damping: float) -> None:
+        pulls = seen.consumer.weight.double().square().sum(0) * seen.consumed
+        rows_per_unit = seen.block.producers[-1][1]
+        pulls = pulls.view(seen.block.units, -1, rows_per_unit).sum(1).flatten()  # the query heads that share a KV head
         least = torch.finfo(torch.float64).tiny  # of a row that nothing comes from, whose gradient is zero, too
-        rows = pulls / produced.clamp_min(least)
-        self._gram = inputs.gram
+        rows = pulls / seen.produced.clamp_min(least)
+        self._gram = seen.inputs.gram
         self._rows = (rows + damping * rows.mean()).clamp_min(least)[:, None]
         self._factor = cholesky(damped(self._gram, damping))
         self._damping = damping
@@ -138,6 +156,11 @@ class _Curvature:
     def ridge(self, direction: Tensor) -> Tensor:
         """The ridge's part of the Hessian, times a direction (rows, H)."""
         return self._damping * self._rows * (direction @ self._gram)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """The sum over all tokens of each channel's square, float64."""
+    return values.detach().flatten(0, 1).double().square().sum(0)
 
 
 def _producer(layer: nn.Module, block: Block) -> nn.Linear:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from numprune.errors import InputError, NumpruneError
-from numprune.flows.speed.layer import LayerTimes, Size, measure_layer
+from numprune.flows.speed.layer import PARTS, LayerTimes, Size, measure_layer
 from numprune.flows.speed.parts import Part, measure_parts
 from numprune.flows.work.prune import device_of
 
@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--repeats, --tokens, --measured-tokens and --sequence-length must be at least 1, --patience 0"
             )
         parts = measure_parts(channels, args.repeats, args.patience, device, _progress)
-        layer = measure_layer(
-            size, args.tokens, measured, min(args.sequence_length, measured), args.repeats, device, _progress
-        )
+        layer = measure_layer(size, args.tokens, measured, args.sequence_length, args.repeats, device, _progress)
     except NumpruneError as error:
         print(f"speed: error: {error}", file=sys.stderr)
         return 1
@@ -51,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "environment": environment,
             "repeats": args.repeats,
             "parts": [asdict(part) | {"speedup": part.speedup} for part in parts],
-            "layer": asdict(layer)
-            | {"besides": {sums: {name: layer.besides(sums, name) for name in layer.scores} for sums in layer.sums}},
+            "layer": asdict(layer) | {"whole": {name: layer.whole(name) for name in PARTS}},
         }
         print(json.dumps(record, indent=1))
     else:
@@ -85,16 +82,11 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
         ]
     size = layer.size
     rows = {
-        "dense forward pass": layer.forward,
-        **{f"sums of the moments {name}": time for name, time in layer.sums.items()},
-        "least squares": layer.least_squares,
-        **{f"score `{name}`": time for name, time in layer.scores.items()},
-        **{
-            f"**all but forward passes, `{name}`, {sums}**": layer.besides(sums, name)
-            for sums in layer.sums
-            for name in layer.scores
-        },
+        **layer.parts,
+        **{f"**all but forward passes, `{name}`**": layer.besides(name) for name in PARTS},
+        **{f"**whole, `{name}`**": layer.whole(name) for name in PARTS},
     }
+    forward = layer.parts["forward"]
     lines += [
         "",
         f"One layer, hidden size {size.hidden}, intermediate size {size.intermediate}, {size.heads} heads "
@@ -102,18 +94,18 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
         "",
         "| work | s | of a forward pass |",
         "| --- | --- | --- |",
-        *(f"| {name} | {_figure(time)} | {_figure(time / layer.forward)} |" for name, time in rows.items()),
+        *(f"| {name} | {_figure(time)} | {_figure(time / forward)} |" for name, time in rows.items()),
         "",
     ]
     if layer.measured_tokens < layer.tokens:
         lines += [
-            f"Forward pass and sums were measured over {layer.measured_tokens} tokens and multiplied by "
-            f"{layer.tokens / layer.measured_tokens:g}: they grow with the tokens, the rest does not.",
+            f"What grows with the tokens was measured over {layer.measured_tokens} and multiplied by "
+            f"{layer.tokens / layer.measured_tokens:g}.",
             "",
         ]
     lines += [
-        "Targets are those of compensation from the pruned prefix, which takes the layer forward more than once: "
-        "`sequential` and `residual` three times in all, `joint` more often.",
+        "Where the inputs come from the pruned prefix the layer is run three times. What `joint` adds, forward and "
+        "backward passes of the kept units, counts as its own work.",
         "",
     ]
     return "\n".join(lines)
@@ -169,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="hidden and intermediate size, heads and KV heads of the whole layer (default %(default)s)",
     )
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="of the calibration (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default %(default)s)")
     parser.add_argument(
         "--measured-tokens", type=int, help="of these so many are run (default: 2048 on a CPU, all on a GPU)"
     )
