@@ -93,7 +93,8 @@ def judge(report: Report, policy: Policy) -> Verdict:
     data = report.to_json()
     gates = tuple(_judge_gate(data, gate) for gate in policy.gates)
     valid = report.environment.valid
-    return Verdict(outcome=overall(gate.outcome for gate in gates) if valid else "invalid environment", gates=gates)
+    outcome = overall(gate.outcome for gate in gates) if valid else "invalid environment"
+    return Verdict(outcome=outcome, gates=gates, judged=report.digest)
 
 
 def exit_code(verdict: Verdict) -> int:

@@ -1,10 +1,11 @@
 """numprune benchmark and gate: measure, then judge."""
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from numprune.errors import InputError
+from numprune.errors import InputError, NumpruneError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
 
@@ -50,10 +51,16 @@ def add(commands: Subcommands) -> None:
         "gate",
         gate,
         "judge a report by a policy; the exit code is the verdict",
-        "numprune gate report.json --policy policy.toml",
+        "numprune gate report.json --policy policy.toml --junit gates.xml --markdown summary.md",
     )
     parser.add_argument("report", metavar="REPORT", type=Path, help="a report.json")
     parser.add_argument("--policy", required=True, metavar="POLICY", type=Path, help="a TOML file of [[gates]]")
+    parser.add_argument(
+        "--junit", metavar="FILE", type=Path, help="write the verdict as JUnit XML, a test for each gate"
+    )
+    parser.add_argument(
+        "--markdown", metavar="FILE", type=Path, help="write the report, judged, as Markdown: for $GITHUB_STEP_SUMMARY"
+    )
 
 
 def benchmark(args: argparse.Namespace) -> Answer:
@@ -80,9 +87,46 @@ def benchmark(args: argparse.Namespace) -> Answer:
 def gate(args: argparse.Namespace) -> Answer:
     from numprune.flows import summary
     from numprune.serving import gates, report
+    from numprune.serving.junit import junit, junit_error
 
-    policy = gates.read_policy(args.policy)
-    verdict = gates.judge(report.read(args.report), policy)
+    _check_outputs(args)
+    try:
+        policy = gates.read_policy(args.policy)
+        found = report.read(args.report)
+        if found.verdict is not None:
+            gates.confirm(found)
+        verdict = gates.judge(found, policy)
+    except NumpruneError as error:  # a CI system must not go on showing what an earlier run left there
+        _write("--junit", args.junit, junit_error(str(error), datetime.now(UTC)))
+        _write("--markdown", args.markdown, report.not_judged(str(error)))
+        raise
+    _write("--junit", args.junit, junit(found, verdict))
+    _write("--markdown", args.markdown, report.markdown(found.judged(verdict)))
     data = verdict.model_dump(mode="json")
     lines = [f"{args.report}: {verdict.outcome}", *summary.gate_lines(data["gates"])]
     return Answer({"report": str(args.report), **data}, "\n".join(lines), gates.exit_code(verdict))
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError where one of the files to be written is another of the command's, or no file."""
+    taken = {args.report.resolve(): "the report", args.policy.resolve(): "the policy"}
+    for option, path in (("--junit", args.junit), ("--markdown", args.markdown)):
+        if path is None:
+            continue
+        if path.exists() and not path.is_file():
+            raise InputError(f"{option} {path}: exists and is not a file; name one to be written")
+        if (other := taken.setdefault(path.resolve(), option)) != option:
+            raise InputError(f"{option} {path}: is {other}, which it would replace; name another file")
+
+
+def _write(option: str, path: Path | None, text: str) -> None:
+    from numprune.serving import report
+
+    if path is None:
+        return
+    try:
+        report.replace(path.resolve(), text)
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: cannot be written: {error.strerror}; name a file in a folder that can"
+        ) from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from numprune.flows.stages import read_facts
 from numprune.serving import gates
+from numprune.serving.junit import junit
 from numprune.serving.report import (
     Environment,
     Identity,
@@ -18,7 +19,7 @@ from numprune.serving.report import (
     write,
 )
 
-JSON, PAGE = "report.json", "report.md"
+JSON, PAGE, JUNIT = "report.json", "report.md", "junit.xml"
 
 
 def assemble(
@@ -82,7 +83,7 @@ def make_report(
     parity: dict[str, Any],
     policy: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Stage: report.json and report.md, with the verdict.
+    """Stage: report.json, report.md and junit.xml, with the verdict.
 
     Args:
         pruned, quality, benchmarks: stages; the last by runtime.
@@ -101,4 +102,5 @@ def make_report(
     write(report, out / JSON)
     (out / PAGE).write_text(markdown(report), encoding="utf-8")
     assert report.verdict is not None  # judged
+    (out / JUNIT).write_text(junit(report, report.verdict), encoding="utf-8")
     return {"outcome": report.verdict.outcome, "run_id": report.run_id}

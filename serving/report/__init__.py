@@ -5,8 +5,8 @@ the page for a terminal or a pull request.
 """
 
 from numprune.serving.report.environment import capture, combine, package_versions
-from numprune.serving.report.files import read, write
-from numprune.serving.report.markdown import markdown
+from numprune.serving.report.files import read, replace, write
+from numprune.serving.report.markdown import markdown, not_judged
 from numprune.serving.report.models import (
     MAXIMUM_DOCUMENTS,
     MAXIMUM_WORST,
@@ -67,8 +67,10 @@ __all__ = [
     "capture",
     "combine",
     "markdown",
+    "not_judged",
     "overall",
     "package_versions",
     "read",
+    "replace",
     "write",
 ]

@@ -17,7 +17,11 @@ MAXIMUM_BYTES = 64 << 20  # checked before anything is parsed
 
 def write(report: Report, path: Path) -> None:
     """Write `path` whole or not at all; an existing file is replaced."""
-    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace(path, json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write `path` whole or not at all; an existing file is replaced. Raises OSError, and then nothing has changed."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with beside.open("x", encoding="utf-8") as file:

@@ -35,6 +35,11 @@ def markdown(report: Report) -> str:
     return "\n".join(line for lines in sections for line in lines)
 
 
+def not_judged(message: str) -> str:
+    """The page of a report that could not be judged."""
+    return f"# Not judged\n\n{_cell(message)}\n"
+
+
 def _verdict(report: Report) -> list[str]:
     if report.verdict is None:
         return [f"# {_cell(report.run_id)}: not judged yet", ""]

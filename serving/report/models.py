@@ -6,6 +6,8 @@ null too. Unknown fields are refused everywhere but in the bags of facts (a load
 the result of a parity check), whose content belongs to whoever writes it.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -342,10 +344,14 @@ class GateResult(Model):
 
 
 class Verdict(Model):
-    """The gates and what they come to. A verdict that contradicts its gates cannot be made or read."""
+    """The gates and what they come to. A verdict that contradicts its gates cannot be made or read.
+
+    `judged` is the digest of the report that it was given on: one that was altered afterwards cannot be read.
+    """
 
     outcome: Outcome
     gates: tuple[GateResult, ...] = Field(min_length=1)
+    judged: Sha256 | None = None
 
     @model_validator(mode="after")
     def _follows(self) -> Self:
@@ -387,6 +393,18 @@ class Report(Model):
         if self.verdict is not None and claimed_valid != self.environment.valid:
             raise ValueError(f"verdict {self.verdict.outcome!r} contradicts environment.valid")
         return self
+
+    @model_validator(mode="after")
+    def _as_judged(self) -> Self:
+        if self.verdict is not None and self.verdict.judged not in (None, self.digest):
+            raise ValueError("the report was altered after its verdict: measure and judge again")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything but the verdict; what has its default does not count, so that fields can be added."""
+        facts = self.model_dump(mode="json", exclude={"verdict"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, by the names of the file."""

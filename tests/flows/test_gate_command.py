@@ -1,0 +1,197 @@
+"""numprune gate: exit codes, JUnit XML and Markdown, through the real command line."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from numprune.serving import gates
+from numprune.serving.report import Report, read, write
+from tests.serving.conftest import COMPLETE
+
+Json = dict[str, Any]
+RULE = '[[gates]]\nmetric = "{}"\nbound = "{}"\n{}\n'
+NLL = "quality.nll_delta_nats_per_token"
+PASS = RULE.format(NLL, "ci95_upper", "max = 0.1")
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Callable[..., Path]:
+    """`report(environment={…})` writes a report with other fields."""
+
+    def make(**fields: Any) -> Path:
+        path = tmp_path / "report of a run é.json"
+        write(Report.model_validate(COMPLETE | fields), path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Callable[[str], Path]:
+    def make(text: str) -> Path:
+        path = tmp_path / "policy.toml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def shell(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    command = [sys.executable, "-m", "numprune.flows.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def cases_of(path: Path) -> dict[str, str]:
+    """Name of each test case and how it ended."""
+    cases = ElementTree.parse(path).getroot().iter("testcase")
+    return {
+        case.attrib["name"]: "pass" if len(case) == 0 else f"{case[0].tag} {case[0].attrib['type']}" for case in cases
+    }
+
+
+INVALID = {**COMPLETE["environment"], "valid": False, "reasons": ["the fan is off"]}
+
+
+@pytest.mark.parametrize(
+    ("limit", "environment", "code", "outcome", "test"),
+    [
+        (0.1, COMPLETE["environment"], 0, "pass", "pass"),
+        (0.01, COMPLETE["environment"], 2, "fail", "failure fail"),
+        (0.055, COMPLETE["environment"], 3, "inconclusive", "failure inconclusive"),
+        (0.1, INVALID, 4, "invalid environment", "error invalid environment"),
+    ],
+)
+def test_exit_code_junit_and_markdown_say_the_same(
+    numprune: Any,
+    report: Any,
+    policy: Any,
+    tmp_path: Path,
+    limit: float,
+    environment: Json,
+    code: int,
+    outcome: str,
+    test: str,
+) -> None:
+    junit, page = tmp_path / "gates ü.xml", tmp_path / "summary.md"
+    judged = numprune(
+        "gate",
+        report(environment=environment),
+        "--policy",
+        policy(RULE.format(NLL, "ci95_upper", f"max = {limit}")),
+        "--json",
+        "--junit",
+        junit,
+        "--markdown",
+        page,
+    )
+    assert (judged.code, judged.json["outcome"]) == (code, outcome)
+    assert cases_of(junit) == {f"{NLL} max (ci95_upper)": test}
+    text = page.read_text()
+    assert text.startswith(f"# 2026-11-20-quiet-owl: {outcome}\n")
+    assert f"| {NLL} | 0.05 [0.04, 0.06] | ci95_upper ≤ {limit:g} |" in text.replace("\\_", "_")
+
+
+def test_the_real_command_in_a_step_of_a_ci_job(report: Any, policy: Any, tmp_path: Path) -> None:
+    """As on GitHub: the runner has made the summary's file, and the step stops at an exit code other than 0."""
+    summary, junit = tmp_path / "step_summary_1", tmp_path / "gates.xml"
+    summary.touch()
+    rules = policy(PASS + RULE.format("sizes.parameters.ratio", "point", "max = 0.1"))
+    done = shell("gate", report(), "--policy", rules, "--junit", junit, "--markdown", summary)
+    assert done.returncode == 2, done.stderr
+    assert "fail          sizes.parameters.ratio" in done.stdout
+    assert "1 of 2 gates pass; not sizes.parameters.ratio." in summary.read_text()
+    assert list(cases_of(junit).values()) == ["pass", "failure fail"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_error_replaces_what_an_earlier_run_left(numprune: Any, report: Any, policy: Any, tmp_path: Path) -> None:
+    junit, page = tmp_path / "gates.xml", tmp_path / "summary.md"
+    outputs = ("--junit", junit, "--markdown", page)
+    assert numprune("gate", report(), "--policy", policy(PASS), *outputs).code == 0
+    refused = numprune("gate", tmp_path / "gone.json", "--policy", policy(PASS), *outputs)
+    assert refused.code == 1
+    assert cases_of(junit) == {"report": "error error"}
+    assert page.read_text().startswith("# Not judged\n")
+    assert "gone.json: no such report" in page.read_text().replace("\\_", "_")
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_where_nothing_can_be_written_the_command_says_so(
+    numprune: Any, report: Any, policy: Any, tmp_path: Path, option: str
+) -> None:
+    measured, rules = report(), policy(PASS)
+    for target, why in [
+        (tmp_path / "no such folder" / "out", "cannot be written: No such file or directory"),
+        (tmp_path, "is not a file"),
+        (Path("/dev/null"), "is not a file"),
+        (measured, "is the report, which it would replace"),
+        (rules, "is the policy, which it would replace"),
+    ]:
+        before = measured.read_bytes(), rules.read_bytes()
+        refused = numprune("gate", measured, "--policy", rules, option, target)
+        assert refused.code == 1
+        assert f"{option} {target}: " in refused.err
+        assert why in refused.err
+        assert (measured.read_bytes(), rules.read_bytes()) == before
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    same = numprune("gate", measured, "--policy", rules, "--junit", tmp_path / "x", "--markdown", tmp_path / "x")
+    assert same.code == 1
+    assert "--markdown" in same.err
+
+
+def test_a_link_to_a_file_stays_a_link(numprune: Any, report: Any, policy: Any, tmp_path: Path) -> None:
+    (tmp_path / "real.xml").write_text("old")
+    (tmp_path / "link.xml").symlink_to("real.xml")
+    assert numprune("gate", report(), "--policy", policy(PASS), "--junit", tmp_path / "link.xml").code == 0
+    assert (tmp_path / "link.xml").is_symlink()
+    assert list(cases_of(tmp_path / "real.xml").values()) == ["pass"]
+
+
+# --- a report that was altered after its verdict ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda data: data["quality"]["nll_delta_nats_per_token"].update(value=0.049),  # the outcome stays
+        lambda data: data["quality"].update(tokens=5001),
+        lambda data: data["identity"].update(candidate="f" * 64),
+        lambda data: data["speed"]["onnxruntime"].update(failed_requests=1),
+        lambda data: data["environment"].update(cpu="Another CPU"),
+        lambda data: data["verdict"]["gates"][0].update(outcome="fail"),
+        lambda data: data["verdict"].update(judged="0" * 64),
+    ],
+)
+def test_a_report_altered_after_its_verdict_is_refused(
+    numprune: Any, report: Any, policy: Any, alter: Callable[[Json], None]
+) -> None:
+    path, rules = report(), policy(PASS)
+    unjudged = read(path)
+    write(unjudged.judged(gates.judge(unjudged, gates.read_policy(rules))), path)
+    assert numprune("gate", path, "--policy", rules).code == 0
+    data = json.loads(path.read_text())
+    alter(data)
+    path.write_text(json.dumps(data))
+    refused = numprune("gate", path, "--policy", rules)
+    assert refused.code == 1
+    assert "altered after its verdict" in refused.err or "does not follow from the gates" in refused.err
+
+
+def test_a_claim_that_the_measurements_do_not_bear_out_is_refused(numprune: Any, report: Any, policy: Any) -> None:
+    path, rules = report(), policy(RULE.format(NLL, "ci95_upper", "max = 0.01"))
+    unjudged = read(path)
+    data = unjudged.judged(gates.judge(unjudged, gates.read_policy(rules))).to_json()
+    data["verdict"]["outcome"] = data["verdict"]["gates"][0]["outcome"] = "pass"  # consistently, and the digest kept
+    path.write_text(json.dumps(data))
+    refused = numprune("gate", path, "--policy", rules)
+    assert refused.code == 1
+    assert f"its verdict says pass for {NLL}, but its measurements come to fail" in refused.err
