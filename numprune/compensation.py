@@ -75,7 +75,7 @@ def choose_damping(
         damping: the least gamma, relative to the mean of diag(G_KK).
     """
     errors = {}
-    for gamma in (damping * 10.0**power for power in range(_GAMMAS)):
+    for gamma in dict.fromkeys(damping * 10.0**power for power in range(_GAMMAS)):
         columns, shift = refit(weight, bias, kept, fitted, gamma)
         errors[gamma] = _output_error(columns, shift, kept, held)
     return min(errors, key=errors.__getitem__)

@@ -16,10 +16,19 @@ Index = Annotated[int, Field(ge=0)]
 
 
 class BlockPlan(BaseModel):
+    """One block's part of a plan.
+
+    Attributes:
+        units: it had.
+        kept: of them, ascending; none: the block is skipped.
+        damping: of the least squares that its consumer was fitted by; None where it was not fitted.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     units: Index
-    kept: list[Index]  # none: the block is skipped
+    kept: list[Index]
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _indices(self) -> "BlockPlan":

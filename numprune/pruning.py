@@ -205,6 +205,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         else Collected(known.moments)
     )
     kept: dict[str, Tensor] = {}  # block name -> units
+    dampings: dict[str, float | None] = {}  # block name -> of its least squares
     for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
         blocks = anatomy.of_layer(index)
         biases: dict[str, Tensor] = {}
@@ -218,6 +219,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                 units = keep_highest(_scores(block, weight, moments, options, gradients), counts[block.name])
                 kept[block.name] = units
                 damping = _damping(consumer_of(layer, block), weight, block, units, moments, inputs.held_out, options)
+                dampings[block.name] = damping if _is_fitted(block, units, options) else None
                 bias = _compensate(consumer_of(layer, block), weight, block, units, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
@@ -227,7 +229,10 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         anatomy,
         rows,
         options,
-        {block.name: BlockPlan(units=block.units, kept=kept[block.name].tolist()) for block in anatomy.blocks},
+        {
+            block.name: BlockPlan(units=block.units, kept=kept[block.name].tolist(), damping=dampings.get(block.name))
+            for block in anatomy.blocks
+        },
     )
 
 
@@ -339,6 +344,12 @@ def _damping(
     return choose_damping(weight, own, kept, moments.without(held_out), held_out, options.damping)
 
 
+def _is_fitted(block: Block, units: Tensor, options: PruneOptions) -> bool:
+    """Whether the block's consumer is fitted: it has lost units, or makes up for what others lost."""
+    loses = len(units) < block.units or options.compensation in ("residual", "joint")
+    return options.compensation in _REFITTING and loses and len(units) > 0
+
+
 def _compensate(
     consumer: nn.Linear,
     weight: Tensor,
@@ -363,8 +374,7 @@ def _compensate(
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    loses = len(units) < block.units or options.compensation in ("residual", "joint")  # at least what others lost
-    if options.compensation in _REFITTING and loses and len(units):
+    if _is_fitted(block, units, options):
         columns, bias = refit(weight, own, kept, moments, damping)
         if bias is not None:
             consumer.bias.copy_(bias)

@@ -66,6 +66,16 @@ def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():
         )
 
 
+@pytest.mark.parametrize(
+    ("compensation", "expected"), [("none", {None}), ("oneshot", {0.01}), ("joint", {0.01, 0.1, 1.0, 10.0, 100.0})]
+)
+def test_the_plan_says_what_damping_each_block_was_fitted_with(compensation, expected):
+    options = PruneOptions(0.4, compensation=compensation, damping=0.01, target=Target(align=1))
+    found = {block.damping for block in prune(build_tiny(), ROWS, options).plan.blocks.values()}
+    assert found <= expected
+    assert compensation != "joint" or found != {0.01}  # so few rows call for more than the least
+
+
 def test_residual_lets_a_block_that_loses_nothing_give_what_others_lost():
     options = PruneOptions(0.1, compensation="residual", allocation="error", criterion="obs", target=Target(align=1))
     model = build_tiny()
