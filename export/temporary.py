@@ -7,12 +7,12 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from numprune.errors import InputError
 
-_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
+_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.(partial|removed)")
 
 
 @contextmanager
@@ -49,13 +49,32 @@ def move(content: Path, folder: Path) -> None:
     _fsync(folder.parent)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder, without room for anything on the disk. It loses its name first, so whoever is killed meanwhile
+    leaves no half of it under that name, only what a sweep removes. Links in it are removed, never followed.
+    """
+    removed = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.removed"
+    os.rename(folder, removed)
+    _fsync(folder.parent)
+    _discard(removed)
+
+
+def abandoned(parent: Path) -> list[Path]:
+    """What `sweep` would remove now."""
+    return [path for path in _candidates(parent) if _is_removed(path) or _is_dead(path)]
+
+
 def sweep(parent: Path) -> list[Path]:
-    """Remove what killed processes left of `beside` directly in `parent`; those of live processes stay.
+    """Remove what killed processes left of `beside` and `remove` directly in `parent`; that of live processes stays.
 
     Returns the removed folders.
     """
-    candidates = [path for path in parent.iterdir() if _NAME.fullmatch(path.name)] if parent.is_dir() else []
-    return [path for path in sorted(candidates) if path.is_dir() and not path.is_symlink() and _remove_if_dead(path)]
+    return [path for path in _candidates(parent) if (_discard(path) if _is_removed(path) else _remove_if_dead(path))]
+
+
+def _candidates(parent: Path) -> list[Path]:
+    named = [path for path in parent.iterdir() if _NAME.fullmatch(path.name)] if parent.is_dir() else []
+    return [path for path in sorted(named) if path.is_dir() and not path.is_symlink()]
 
 
 def _fsync(path: Path) -> None:
@@ -79,6 +98,31 @@ def _lock_new_folder(folder: Path) -> tuple[Path, int]:
         if (outer / "lock").exists():
             return outer, lock
         os.close(lock)  # a sweep was between our open and our lock
+
+
+def _is_removed(path: Path) -> bool:
+    return path.suffix == ".removed"
+
+
+def _discard(removed: Path) -> bool:
+    while removed.exists():
+        with suppress(FileNotFoundError):  # another process does the same at this moment
+            shutil.rmtree(removed)
+    return True
+
+
+def _is_dead(outer: Path) -> bool:
+    try:
+        lock = os.open(outer / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False  # being made or removed at this moment, or empty
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def _remove_if_dead(outer: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.export import manifest
+from numprune.flows import runs
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import exclusive, is_whole
 
@@ -23,7 +24,14 @@ def folder_name(target: str) -> str:
     return CHECKPOINT if target == "vllm" else target
 
 
-def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], report: Path, canary: Path) -> Path:
+def make_release(
+    workspace: Path,
+    recipe: Recipe,
+    parts: Mapping[str, Path],
+    report: Path,
+    canary: Path,
+    used_by: Path | None = None,
+) -> Path:
     """Return the folder of a release, made unless it is there.
 
     It holds the parts, report.json, report.md, canary.json, recipe.toml and plan.json.
@@ -32,6 +40,7 @@ def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], rep
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
         report: the folder with report.json and report.md.
         canary: the folder with canary.json, what a server of the release must answer.
+        used_by: the folder of the run that publishes it (see runs.py).
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
     """
@@ -41,6 +50,7 @@ def make_release(workspace: Path, recipe: Recipe, parts: Mapping[str, Path], rep
     key = hashlib.sha256(json.dumps([parents, facts], sort_keys=True).encode()).hexdigest()
     folder = workspace / "releases" / f"{recipe.registry.name}-{key[:16]}"
     with exclusive(folder):
+        runs.mark(used_by, folder)
         if folder.exists() and is_whole(folder, key):
             return folder
         with manifest.creating(folder, kind="release", parents=parents, facts={**facts, "key": key}) as content:

@@ -5,7 +5,6 @@ starts in milliseconds where a fresh interpreter takes seconds, and shares the l
 """
 
 import importlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from numprune.errors import NumpruneError
+from numprune.flows import logs
 
 T = TypeVar("T")
 
@@ -70,8 +70,8 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     warm_up()
     ours, theirs = _context.Pipe()
-    level = logging.getLogger("numprune").getEffectiveLevel()
-    process = _context.Process(target=_run, args=(theirs, level, partial(function, *args, **kwargs)), daemon=True)
+    work = partial(function, *args, **kwargs)
+    process = _context.Process(target=_run, args=(theirs, logs.settings(), work), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -108,13 +108,12 @@ def find_work(name: str) -> Callable[..., Any]:
     return found
 
 
-def _run(connection: Connection, level: int, function: Callable[[], Any]) -> None:
+def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[], Any]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole process group; ending us is the parent's part
     os.dup2(2, 1)  # stdout is the parent's alone
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("numprune").setLevel(level)
+    logs.adopt(logging_as)
     answered = threading.Event()
     threading.Thread(target=_end_with, args=(connection, answered), daemon=True).start()
     try:

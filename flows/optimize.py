@@ -7,6 +7,7 @@ know, so no task caches. Deploy it as `flows/optimize.py:optimize`.
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Completed, Failed, State
 
-from numprune.flows import children, recipe, server, stages, summary
+from numprune.flows import children, recipe, runs, server, stages, summary, tracing
 from numprune.flows.bundle import CHECKPOINT, folder_name, make_release
 from numprune.flows.names import RUNTIMES, TARGETS
 from numprune.flows.run import Artifact, Run
+from numprune.flows.runs import Recording
 from numprune.flows.stages import StageResult
 
 logger = logging.getLogger(__name__)
@@ -48,10 +50,25 @@ def optimize(
     server.bind_to_this_process()
     run = check(recipe_path, overrides or [], workspace)
     stages.sweep(run.workspace)
+    source = Path(recipe_path) if recipe_path else recipe.EMBEDDED_RECIPE
+    with (
+        runs.recording(run.workspace, run.recipe, source) as recording,
+        tracing.run("optimize", run=recording.run, recipe=run.recipe.digest, name=run.recipe.registry.name) as watched,
+    ):
+        found = _chain(replace(run, record=recording.folder), recording)
+        watched.set(outcome=found["outcome"], version=found["version"])
+    if found["outcome"] == "pass":
+        return Completed(message=f"published {found['version']}", data=found)
+    return Failed(message=summary.refusal(found), data=found)
+
+
+def _chain(run: Run, recording: Recording) -> dict[str, Any]:
+    """Every stage of a run, and what `summary.summarize` gives of them."""
     done: list[StageResult] = []
 
     def keep(result: StageResult) -> StageResult:
         done.append(result)
+        recording.add(result)
         return result
 
     calibration = keep(sample_calibration(run))
@@ -90,11 +107,10 @@ def optimize(
     elif outcome in _UNSETTLED:
         for result in benchmarks.values():  # the next run measures again
             stages.discard(result)
-    found = summary.summarize(judged.path, done, release, version)
+    recording.judged(outcome, judged.path, release, version)
+    found = summary.summarize(recording.run, judged.path, done, release, version)
     _show(judged.path / "report.md", found)
-    if outcome == "pass":
-        return Completed(message=f"published {version}", data=found)
-    return Failed(message=summary.refusal(found), data=found)
+    return found
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -288,7 +304,7 @@ def gate(
 @task(cache_policy=NO_CACHE, persist_result=False)
 def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: StageResult) -> tuple[Path, str]:
     """The release folder, and the version of the registry that it became."""
-    release = make_release(run.workspace, run.recipe, parts, judged.path, canary.path)
+    release = make_release(run.workspace, run.recipe, parts, judged.path, canary.path, run.record)
     registry = run.recipe.registry
     return release, str(children.work("publish.publish", run.workspace, registry.uri, release, registry.name))
 

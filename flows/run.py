@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from numprune.flows import children
+from numprune.flows import children, logs, tracing
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import Layer, StageResult, run_stage
 
@@ -32,6 +32,7 @@ class Run:
         device: on which the model is calibrated and evaluated, cpu or cuda.
         uses_gpu: anything at all runs on a GPU.
         machine: where timings are taken.
+        record: the folder in which the run is recorded.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Run:
     device: str
     uses_gpu: bool
     machine: dict[str, str]
+    record: Path | None = None
 
     def stage(
         self,
@@ -62,9 +64,12 @@ class Run:
             options: the plain values that the body uses.
             label: what it is called in logs and tables, where the name is not enough.
         """
-        result = children.call(_in_child, self.workspace, name, body, dict(inputs), dict(sources), dict(options), layer)
-        result = replace(result, name=label or name)
-        logger.info("%-24s %6.1f s%s", result.name, result.seconds, "  reused" if result.reused else "")
+        label = label or name
+        job = (self.workspace, name, body, dict(inputs), dict(sources), dict(options), layer, self.record)
+        with logs.within(stage=label), tracing.stage(label) as span:
+            result = replace(children.call(_in_child, *job), name=label)
+            span.found(result)
+            logger.info("%-24s %6.1f s%s", label, result.seconds, "  reused" if result.reused else "")
         return result
 
 
@@ -76,5 +81,7 @@ def _in_child(
     sources: dict[str, object],
     options: dict[str, Any],
     layer: Layer,
+    record: Path | None,
 ) -> StageResult:
-    return run_stage(workspace, name, inputs, options, partial(children.find_work(body), **sources, **options), layer)
+    work = partial(children.find_work(body), **sources, **options)
+    return run_stage(workspace, name, inputs, options, work, layer, record)

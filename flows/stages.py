@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numprune
 from numprune.errors import IntegrityError
 from numprune.export import manifest
+from numprune.flows import runs
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class StageResult:
         reused: it was there already.
         seconds: that the call took, waiting for another run included.
         peak_memory_bytes: highest resident size so far of the process that ran it.
+        bytes: of its files.
     """
 
     name: str
@@ -66,6 +68,11 @@ class StageResult:
     reused: bool
     seconds: float
     peak_memory_bytes: int
+    bytes: int
+
+
+class Busy(Exception):
+    """Somebody else holds the lock of a stage."""
 
 
 def workspace_folder(asked: str | None) -> Path:
@@ -80,6 +87,7 @@ def run_stage(
     options: Mapping[str, Any],
     body: Callable[[Path], dict[str, Any]],
     layer: Layer = "serving",
+    used_by: Path | None = None,
 ) -> StageResult:
     """Return the stage of these inputs and options, made by `body` unless it is there.
 
@@ -91,6 +99,7 @@ def run_stage(
         options: every plain value that `body` uses.
         body: writes into the empty folder that it is given, and returns facts about it.
         layer: the highest package whose code `body` calls; a change in it or below makes another stage.
+        used_by: the folder of the run that asks (see runs.py), for whose sake `numprune runs clean` leaves it.
     """
     started = time.perf_counter()
     key: dict[str, Any] = {
@@ -102,6 +111,7 @@ def run_stage(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
     folder = workspace / "stages" / f"{name}-{digest[:16]}"
     with exclusive(folder):
+        runs.mark(used_by, folder)
         reused = folder.exists() and is_whole(folder, digest)
         if not reused:
             with manifest.creating(folder, kind="stage", parents=inputs, facts={**key, "key": digest}) as content:
@@ -109,7 +119,8 @@ def run_stage(
                 (content / RESULT).write_text(text + "\n", encoding="utf-8")
         found = manifest.read(folder)
         facts = read_facts(folder)
-    return StageResult(name, folder, found.digest, facts, reused, time.perf_counter() - started, peak_memory_bytes())
+    seconds, size = time.perf_counter() - started, sum(entry.size for entry in found.files.values())
+    return StageResult(name, folder, found.digest, facts, reused, seconds, peak_memory_bytes(), size)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -119,9 +130,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def discard(result: StageResult) -> None:
-    """Forget a stage: the next run makes it again."""
+    """Forget a stage: the next run makes it again. What another run has made there meanwhile stays."""
     with exclusive(result.path):
-        if result.path.exists():
+        if result.path.exists() and manifest.read(result.path).digest == result.digest:
             shutil.rmtree(result.path)
 
 
@@ -174,8 +185,11 @@ def is_whole(folder: Path, key: str) -> bool:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock of a stage; the kernel lets it go when the process ends, however it ends."""
+def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a stage; the kernel lets it go when the process ends, however it ends.
+
+    Raises Busy when another process holds it and there shall be no waiting.
+    """
     path = folder.parent / ".locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -183,6 +197,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise Busy(folder.name) from None
             logger.info("%s: another run is making it; waiting", folder.name)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -11,15 +11,19 @@ from numprune.serving.report import GateResult, Report
 Summary = Mapping[str, Any]
 
 
-def summarize(judged: Path, stages: Sequence[StageResult], release: Path | None, version: str | None) -> dict[str, Any]:
+def summarize(
+    run: str, judged: Path, stages: Sequence[StageResult], release: Path | None, version: str | None
+) -> dict[str, Any]:
     """Plain JSON: verdict, sizes, quality, speed, where everything is, what took how long.
 
     Args:
+        run: its id (see runs.py); `run_id` is that of the report, which an earlier run may have made.
         judged: the folder with report.json and report.md.
         release, version: None when nothing was published.
     """
     report = reports.read(judged / "report.json").to_json()
     return {
+        "run": run,
         "run_id": report["run_id"],
         "outcome": report["verdict"]["outcome"],
         "reasons": report["environment"]["reasons"],
@@ -55,7 +59,7 @@ def text(found: Summary) -> str:
     lines = [f"{found['run_id']}: {found['outcome']}", ""]
     lines += [f"  {name:<9} {value}" for name, value in _lines(found)]
     lines += ["", *gate_lines(found["gates"]), "", *_stage_lines(found), ""]
-    lines.append(f"  report    {found['page']}")
+    lines += [f"  run       {found['run']}", f"  report    {found['page']}"]
     if found["release"]:
         lines += [f"  release   {found['release']}", f"  published {found['version']} as candidate"]
     else:

@@ -7,7 +7,6 @@ Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid en
 """
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -16,11 +15,11 @@ from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
-from numprune.flows import children
-from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, rollout, serve
+from numprune.flows import children, logs
+from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, rollout, runs, serve
 from numprune.flows.cli.parser import Answer, build, parse
 
-COMMANDS = (optimize, model, measure, registry, serve, rollout, canary, kubernetes)
+COMMANDS = (optimize, model, measure, registry, serve, rollout, canary, kubernetes, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,34 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     children.yield_processors()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    form: logs.Format = "human"
     try:
+        form = logs.chosen(None)
         args = parse(build(COMMANDS), sys.argv[1:] if argv is None else argv)
-        with _logged(), _terminable():
+        form = logs.chosen(args.log_format)
+        with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)
             _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
             return answer.then() if answer.then else answer.exit_code
     except NumpruneError as error:
-        print(f"numprune: error: {error}", file=sys.stderr)
+        logs.complain(form, f"error: {error}")
         return 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
-        print("numprune: interrupted", file=sys.stderr)
+        logs.complain(form, "interrupted")
         return 130
-
-
-@contextmanager
-def _logged() -> Iterator[None]:
-    """Our own log lines go to stderr as they are; those of libraries are for whoever configures logging."""
-    logger, handler = logging.getLogger("numprune"), logging.StreamHandler(sys.stderr)
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before
 
 
 @contextmanager

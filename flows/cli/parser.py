@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any, NoReturn, Protocol
 
 from numprune.errors import InputError
+from numprune.flows import logs
 
 Subcommands = Any  # argparse's own type is private
 
@@ -78,6 +79,11 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        help=f"of our lines on stderr; json: an object a line with run and stage (default: ${logs.VARIABLE}, or human)",
+    )
     parser.set_defaults(run=run)
     return parser
 

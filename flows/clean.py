@@ -1,0 +1,187 @@
+"""What of a workspace can go, and its removal.
+
+What a run that is remembered uses stays, and so does everything in the registry. Nothing is half removed: a folder
+loses its name first, and what a killed clean leaves has a name that nobody takes for a stage. No link is followed.
+"""
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+from numprune.errors import InputError, NumpruneError
+from numprune.export import manifest, temporary
+from numprune.flows import recipe, runs
+from numprune.flows.stages import Busy, exclusive
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["run", "stage", "release", "temporary"]
+
+_STAGES, _RELEASES = "stages", "releases"
+_MADE = re.compile(r"[A-Za-z0-9][\w.-]*-[0-9a-f]{16}")  # the folder of a stage or a release
+
+
+@dataclass(frozen=True)
+class Item:
+    """A folder: `bytes` of the files in it, and why it can go, or stays although no run uses it."""
+
+    kind: Kind
+    path: Path
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """`used`: folder of the workspace -> bytes of its files; `goes`: what can; `stays`: what no run uses, but stays."""
+
+    used: dict[str, int]
+    goes: list[Item] = field(default_factory=list)
+    stays: list[Item] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.goes)
+
+
+def look(workspace: Path, keep: int | None = None, older_than: timedelta | None = None) -> Found:
+    """See what can go.
+
+    Args:
+        keep: of runs that are over, remember the newest so many.
+        older_than: and those that started within this time. With neither, all.
+
+    Raises InputError: no run was ever recorded there, or a folder that is looked into is a link.
+    """
+    if not (workspace / runs.FOLDER).is_dir():
+        raise InputError(f"{workspace}: no run was recorded there; what is not a run's workspace is not cleaned")
+    for name in (runs.FOLDER, _STAGES, _RELEASES):
+        if (workspace / name).is_symlink():
+            raise InputError(f"{workspace / name}: a link; nothing is removed through links: clean where it leads to")
+    found = Found({path.name: size(path) for path in sorted(workspace.iterdir()) if not path.is_symlink()})
+    kept = runs.list_runs(workspace)
+    if keep is not None or older_than is not None:
+        ended = [run for run in kept if not run.alive]
+        late = datetime.now(UTC) - (older_than or timedelta())
+        for run in ended[keep or 0 :]:
+            if older_than is None or run.started < late:
+                kept.remove(run)
+                found.goes.append(
+                    Item("run", run.folder, size(run.folder), f"{run.state}, {run.started:%Y-%m-%d %H:%M}")
+                )
+    used = set().union(*(runs.uses(run) for run in kept))
+    for folder in _made(workspace / _STAGES):
+        if (_STAGES, folder.name) not in used:
+            found.goes.append(Item("stage", folder, size(folder), "no run that is remembered uses it"))
+    published = cache(partial(_published, workspace))
+    for folder in _made(workspace / _RELEASES):
+        if (_RELEASES, folder.name) not in used:
+            why, stays = _why_release(folder, published)
+            (found.stays if stays else found.goes).append(Item("release", folder, size(folder), why))
+    for parent in (runs.FOLDER, _STAGES, _RELEASES):
+        for folder in temporary.abandoned(workspace / parent):
+            found.goes.append(Item("temporary", folder, size(folder), "half made by a process that was killed"))
+    return found
+
+
+def remove(workspace: Path, found: Found) -> tuple[list[Item], list[Item]]:
+    """Remove what can go; return what went, and what did not because it is used again by now.
+
+    One clean at a time: another waits for its turn. Runs may begin and go on meanwhile.
+    """
+    went: list[Item] = []
+    busy: list[Item] = []
+    with _alone(workspace):
+        for item in found.goes:
+            (went if _remove(workspace, item) else busy).append(item)
+    return went, busy
+
+
+def size(path: Path) -> int:
+    """Bytes of all files in a folder, or of a file; what goes meanwhile counts nothing, and no link is followed."""
+    total = 0
+    for where, _, files in os.walk(path):
+        for name in files:
+            total += _bytes(Path(where) / name)
+    return total if path.is_dir() else _bytes(path)
+
+
+# --- details --------------------------------------------------------------------------------------
+
+
+def _remove(workspace: Path, item: Item) -> bool:
+    if item.kind == "temporary":
+        temporary.sweep(item.path.parent)
+        return not item.path.exists()
+    if item.kind == "run":
+        run = next((run for run in runs.list_runs(workspace) if run.folder == item.path), None)
+        if run is None:
+            return True
+        with runs.only_if_over(run) as over:
+            if over:
+                temporary.remove(item.path)
+            return over
+    try:
+        # A run that takes the stage marks it with this lock held: either it is marked by now, or it will be made again.
+        with exclusive(item.path, wait=False):
+            if runs.is_used(workspace, item.path):
+                return False
+            if item.path.exists():
+                temporary.remove(item.path)
+            return True
+    except Busy:
+        return False
+
+
+@contextmanager
+def _alone(workspace: Path) -> Iterator[None]:
+    handle = os.open(workspace / runs.FOLDER / ".clean", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _made(parent: Path) -> list[Path]:
+    named = [path for path in parent.iterdir() if _MADE.fullmatch(path.name)] if parent.is_dir() else []
+    return [path for path in sorted(named) if path.is_dir() and not path.is_symlink()]
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _why_release(folder: Path, published: Callable[[str], frozenset[str]]) -> tuple[str, bool]:
+    """Why a release that no remembered run uses can go or, with True, stays: it was published, or nobody can tell."""
+    try:
+        digest = manifest.read(folder).digest
+        uri = recipe.load(folder / "recipe.toml").registry.uri
+        if any(digest in published(place) for place in {"workspace", uri}):
+            return "published", True
+    except (NumpruneError, OSError) as error:
+        return f"whether it was published cannot be told: {error}", True
+    return "not in the registry, and no run that is remembered uses it", False
+
+
+def _published(workspace: Path, uri: str) -> frozenset[str]:
+    """Digests of all releases in a registry."""
+    embedded = uri == "workspace"
+    if embedded and not (workspace / "registry" / "mlflow.db").exists():
+        return frozenset()
+    from numprune.serving import registry
+
+    opened = registry.open_registry(None if embedded else uri, workspace)
+    models = registry.list_models(opened)
+    return frozenset(version.digest for model in models for version in registry.list_versions(opened, model.name))

@@ -1,0 +1,154 @@
+"""Our log lines: for people, or one JSON object a line. Each knows the run and the stage that it belongs to.
+
+Only our own loggers are looked after; those of libraries, Prefect's among them, are for whoever configures logging.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TextIO, cast, get_args
+
+from numprune.errors import InputError
+
+Format = Literal["human", "json"]
+FORMATS: tuple[str, ...] = get_args(Format)
+VARIABLE = "NUMPRUNE_LOG_FORMAT"
+
+_ours = logging.getLogger("numprune")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a line belongs to: the run's id and the stage's name, as far as there are any."""
+
+    run: str | None = None
+    stage: str | None = None
+
+
+_place: ContextVar[Place] = ContextVar("numprune_place", default=Place())  # noqa: B039 (it is frozen)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a child process needs to log as this one does; picklable."""
+
+    format: Format
+    level: int
+    place: Place
+    files: tuple[Path, ...]
+
+
+class Lines(logging.Formatter):
+    """One JSON object a line: time (UTC, ISO 8601), level, logger, message, run, stage, an exception's traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        place = _place.get()
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "run": place.run,
+            "stage": place.stage,
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def chosen(asked: str | None) -> Format:
+    """The format asked for, that of the environment, or lines for people. Raises InputError for another word."""
+    word = asked or os.environ.get(VARIABLE) or "human"
+    if word not in FORMATS:
+        raise InputError(f"{VARIABLE} is {word!r}; it must be one of {', '.join(FORMATS)}")
+    return cast(Format, word)
+
+
+@contextmanager
+def to_stream(form: Format, stream: TextIO | None = None) -> Iterator[None]:
+    """Our lines go to `stream` (standard error by default), from INFO up, and nowhere else but into files."""
+    handler = _handler(form, stream or sys.stderr)
+    before = _ours.level, _ours.propagate
+    _ours.addHandler(handler)
+    _ours.setLevel(logging.INFO)
+    _ours.propagate = False
+    try:
+        yield
+    finally:
+        _ours.removeHandler(handler)
+        _ours.level, _ours.propagate = before
+
+
+@contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Our lines, of the run that this context is in, go to a file, too, as JSON. It grows; children write into it."""
+    handler, run = _file_handler(path), _place.get().run
+    handler.addFilter(lambda _record: _place.get().run == run)
+    before = _ours.level
+    if before == logging.NOTSET:  # nobody asked for less than INFO, and a worker's default shows warnings only
+        _ours.setLevel(logging.INFO)
+    _ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        _ours.removeHandler(handler)
+        _ours.setLevel(before)
+        handler.close()
+
+
+@contextmanager
+def within(**changes: str) -> Iterator[None]:
+    """Lines of the body belong to this `run` or `stage`."""
+    token = _place.set(replace(_place.get(), **changes))
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def place() -> Place:
+    """What lines belong to, here."""
+    return _place.get()
+
+
+def settings() -> Settings:
+    """How this process logs, here."""
+    handlers = _ours.handlers
+    files = tuple(Path(handler.baseFilename) for handler in handlers if isinstance(handler, logging.FileHandler))
+    streams = [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
+    in_json = any(isinstance(handler.formatter, Lines) for handler in streams)
+    return Settings("json" if in_json else "human", _ours.getEffectiveLevel(), _place.get(), files)
+
+
+def adopt(found: Settings) -> None:
+    """Log as the parent does, in a child that does one thing and ends. Warnings of libraries go the same way."""
+    logging.basicConfig(handlers=[_handler(found.format, sys.stderr)])
+    _ours.setLevel(found.level)
+    _place.set(found.place)
+    for path in found.files:
+        _ours.addHandler(_file_handler(path))
+
+
+def complain(form: Format, message: str) -> None:
+    """The last line of a command that failed, on standard error."""
+    with to_stream(form):
+        logging.getLogger("numprune").error(message if form == "json" else f"numprune: {message}")
+
+
+def _handler(form: Format, stream: TextIO) -> logging.Handler:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Lines() if form == "json" else logging.Formatter("%(message)s"))
+    return handler
+
+
+def _file_handler(path: Path) -> logging.FileHandler:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(Lines())
+    return handler
