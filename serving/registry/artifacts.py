@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from numprune.errors import IntegrityError
-from numprune.export import manifest
+from numprune.export import disk, manifest
 from numprune.export.manifest import Manifest
 from numprune.serving.registry.errors import speaking
 
@@ -55,6 +55,7 @@ class LocalArtifacts:
     def put(self, run_id: str, release: Path) -> str:
         out = self._folder(run_id)
         found = manifest.verify(release)
+        disk.require_room(out, sum(entry.size for entry in found.files.values()))
         with manifest.creating(out, kind=found.kind, parents=found.parents, facts=found.facts) as partial:
             for name in found.files:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,9 @@ class LocalArtifacts:
 class ServerArtifacts:
     """Behind an MLflow server, through its client."""
 
-    def __init__(self, client: "MlflowClient") -> None:
+    def __init__(self, client: "MlflowClient", uri: str) -> None:
         self._client = client
+        self._uri = uri
 
     def put(self, run_id: str, release: Path) -> str:
         expected = manifest.verify(release)
@@ -111,13 +113,13 @@ class ServerArtifacts:
                 yield folder
 
     def copy(self, run_id: str, into: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=into.parent) as scratch:  # beside it: a rename, not a second copy
+        with tempfile.TemporaryDirectory(dir=into) as scratch:  # a rename, not a second copy; gone when `into` is
             for item in self._download(run_id, FOLDER, Path(scratch)).iterdir():
                 item.rename(into / item.name)
 
     def _download(self, run_id: str, path: str, into: Path) -> Path:
         """Where below `into` it landed: that depends on the server's kind of store."""
-        with speaking(f"MLflow run {run_id}, {path}"):
+        with speaking(f"registry {self._uri}, MLflow run {run_id}, {path},"):
             landed = Path(self._client.download_artifacts(run_id, path, str(into)))
         if not landed.exists():  # what is not there is, to MLflow, an empty folder
             raise IntegrityError(f"MLflow run {run_id}: {path} is missing")

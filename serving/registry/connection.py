@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts
-from numprune.serving.registry.errors import RegistryError, error_code, speaking
+from numprune.serving.registry.errors import RegistryError, error_code, speaking, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,8 +29,9 @@ _QUIET = {  # none of these overrules what the user set
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # MLflow's own 7 let a mistyped address hang for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # some 12 s, in which a server may restart; MLflow's own 7 take minutes
 }
+_HEALTH_TIMEOUT_S = 10  # for the first word only: an upload is answered when the server has passed it on
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,41 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
     root = workspace.absolute() / "registry"
     if uri is None:
         return _open_embedded(root)
-    if not uri.startswith(("http://", "https://")):
-        raise RegistryError(
-            f"{uri!r}: not an MLflow server's address (http://… or https://…); "
-            "without one, the workspace's own registry is used"
-        )
+    _require_address(uri)
     with speaking(f"registry {uri}"):
         client = _client(uri)
+        _require_reachable(uri)
         return Registry(
             uri=uri,
             client=client,
-            artifacts=ServerArtifacts(client),
+            artifacts=ServerArtifacts(client, uri),
             experiment=_experiment(client, None),
             embedded=False,
             lock_file=root / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock",
         )
+
+
+def _require_address(uri: str) -> None:
+    if not uri.startswith(("http://", "https://")):
+        raise RegistryError(
+            f"{without_secrets(uri)!r}: not an MLflow server's address (http://… or https://…); "
+            "without one, the workspace's own registry is used"
+        )
+    if "@" in uri:  # it would be seen in process lists, recipes and logs
+        raise RegistryError(
+            f"{without_secrets(uri)}: holds credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN, instead"
+        )
+    if "?" in uri or "#" in uri:
+        raise RegistryError(f"{uri.partition('?')[0]}: an MLflow server's address has neither '?' nor '#'")
+
+
+def _require_reachable(uri: str) -> None:
+    """Where nothing answers, MLflow's own requests would each wait for two minutes, several times."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    http_request(get_default_host_creds(uri), "/health", "GET", timeout=_HEALTH_TIMEOUT_S)
 
 
 def _open_embedded(root: Path) -> Registry:

@@ -41,9 +41,7 @@ def publish(registry: Registry, release: Path, name: str) -> Version:
             version = _create(registry, release, name, whole, report)
         else:
             _mend(registry, release, version)
-        current = model(registry, name).aliases.get(CANDIDATE, 0)
-        if current < version.version:
-            registry.client.set_registered_model_alias(name, CANDIDATE, str(version.version))
+        _point_candidate(registry, version)
         return resolve(registry, Reference(name, None, version.version))
 
 
@@ -107,12 +105,22 @@ def _create(registry: Registry, release: Path, name: str, whole: Manifest, repor
     client.set_terminated(run_id)
     first = _published(registry, name, whole.digest)
     assert first is not None  # ours is there
-    if first.run_id != run_id:  # a publisher on another machine was faster: one release, one version
-        ours = find_versions(registry, name, f"run_id = '{run_id}'")
-        for version in ours:
+    # One release, one version: a publisher on another machine may have been faster, and where an answer of the server
+    # was lost, MLflow asked a second time.
+    for version in find_versions(registry, name, f"run_id = '{run_id}'"):
+        if version.version != first.version:
             client.delete_model_version(name, str(version.version))
+    if first.run_id != run_id:
         client.delete_run(run_id)
     return first
+
+
+def _point_candidate(registry: Registry, version: Version) -> None:
+    """At the newest version, never back: one on another machine may be pointing at an older one at this moment."""
+    while model(registry, version.name).aliases.get(CANDIDATE, 0) < version.version:
+        registry.client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
+        first_of = {found.digest: found for found in reversed(find_versions(registry, version.name, ""))}
+        version = max(first_of.values(), key=lambda found: found.version)  # a second one of a release is about to go
 
 
 def _tags(whole: Manifest, report: Report) -> dict[str, str]:

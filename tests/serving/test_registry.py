@@ -537,7 +537,7 @@ def test_a_damaged_history_is_said_to_be(registry: Registry, make_release: MakeR
 def remote(registry: Registry, tmp_path: Path) -> Registry:
     """The store is MLflow's SQLite still, as its server needs packages that we do not; files go through the client."""
     experiment = registry.client.create_experiment("remote", artifact_location=(tmp_path / "remöte").as_uri())
-    artifacts = ServerArtifacts(registry.client)
+    artifacts = ServerArtifacts(registry.client, registry.uri)
     return dataclasses.replace(registry, artifacts=artifacts, experiment=experiment, embedded=False)
 
 
