@@ -1,0 +1,103 @@
+"""What a page is made of. All text is plain; escaping it is the templates' work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+Tone = str  # "" or a class of page.css: "pass", "fail", "inconclusive", "code"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`note` stands small below `text`, each of its lines on one of its own."""
+
+    text: str
+    note: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first cell of each row is its heading."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell | str]]
+    numeric: bool = True  # all columns but the first are figures
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture and a line below it. The svg's title tells what can be seen; a table beside it has the figures."""
+
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and values."""
+
+    items: Sequence[tuple[str, Cell | str]]
+
+    @property
+    def cells(self) -> list[tuple[str, Cell]]:
+        return [(name, value if isinstance(value, Cell) else Cell(value)) for name, value in self.items]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Shown on demand, and in print."""
+
+    title: str
+    blocks: Sequence["Block"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Side by side where there is room: a chart and its figures."""
+
+    left: Sequence["Block"]
+    right: Sequence["Block"]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Charts, as many beside each other as there is room for."""
+
+    charts: Sequence[Chart]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Within a section."""
+
+    text: str
+
+
+Block = Table | Chart | Text | Facts | Folded | Pair | Gallery | Heading
+
+
+@dataclass(frozen=True)
+class Section:
+    """`key` is its anchor."""
+
+    key: str
+    title: str
+    blocks: Sequence[Block] = field(default=())
+
+
+def kind(block: Block) -> str:
+    """For the templates: which macro shows it."""
+    return type(block).__name__.lower()

@@ -1,0 +1,59 @@
+"""Section: each gate's limit, drawn on the interval that it judges."""
+
+from collections.abc import Iterator
+
+from numprune.serving.report.models import GateResult, Report
+from numprune.serving.report.page import charts, words
+from numprune.serving.report.page.blocks import Block, Chart, Facts, Heading, Pair, Section, Text
+from numprune.serving.report.page.charts import Interval, Limit
+from numprune.serving.report.page.verdict import MARKS, judged, rule
+
+_MAXIMUM = 50
+
+
+def section(report: Report) -> Section:
+    if report.verdict is None:
+        return Section("gates", "Gates", [Text("No policy was applied.", "absent")])
+    gates = report.verdict.gates
+    blocks: list[Block] = [
+        Text("Hatched: what the limit forbids. The bar is between the one-sided 95 % bounds; grey is the noise floor.")
+    ]
+    for index, gate in enumerate(gates[:_MAXIMUM]):
+        blocks += _gate(index, gate)
+    if len(gates) > _MAXIMUM:
+        blocks.append(Text(f"{len(gates) - _MAXIMUM} more gates are in report.json.", "absent"))
+    return Section("gates", "Gates", blocks)
+
+
+def _gate(index: int, gate: GateResult) -> Iterator[Block]:
+    yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric)}: {gate.outcome}")
+    items: list[tuple[str, str]] = [
+        ("Rule", rule(gate)),
+        ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
+        *([("One-sided 95 % bounds", words.span(*gate.interval))] if gate.interval else []),
+        *([("Samples", f"{gate.samples:,}")] if gate.samples is not None else []),
+        *([("Samples that would settle it", f"{gate.samples_needed:,}")] if gate.samples_needed is not None else []),
+        *([("Noise floor", f"1 ± {words.number(gate.noise_floor, 3)}")] if gate.noise_floor is not None else []),
+        ("Outcome", f"{gate.outcome}: {gate.reason}"),
+        ("Metric", gate.metric),
+    ]
+    facts = Facts(items)
+    drawn = _drawn(index, gate)
+    yield Pair([drawn], [facts]) if drawn else facts
+
+
+def _drawn(index: int, gate: GateResult) -> Chart | None:
+    value = gate.max if gate.max is not None else gate.min
+    if value is None or judged(gate) is None:
+        return None
+    title = f"{words.metric(gate.metric)}: {words.number(gate.value)}" + (
+        f", bounds {words.span(*gate.interval)}" if gate.interval else ""
+    )
+    drawn = charts.intervals(
+        f"gate-{index}",
+        f"{title}; {rule(gate)}: {gate.outcome}.",
+        [Interval("", gate.value, *(gate.interval or (None, None)), gate.noise_floor)],
+        reference=1.0 if gate.noise_floor is not None else None,
+        limit=Limit(value, gate.max is not None),
+    )
+    return Chart(drawn) if drawn else None

@@ -1,0 +1,71 @@
+"""Sections, folded away: what exactly was measured, and on what."""
+
+from numprune.serving.report.models import Environment, Gpu, Identity, Report
+from numprune.serving.report.page import words
+from numprune.serving.report.page.blocks import Block, Cell, Facts, Folded, Section, Text
+
+_MAXIMUM = 300
+
+
+def section(report: Report) -> Section:
+    environment = report.environment
+    blocks: list[Block] = [
+        Text(f"Not fit to measure on: {reason}", "fail") for reason in environment.reasons[:_MAXIMUM]
+    ]
+    blocks += [
+        Folded("Identity: digests of what went in and came out", [_identity(report)]),
+        Folded("Environment: the machine", [_machine(environment)]),
+        Folded(f"Packages: {len(report.identity.packages)} versions", [_packages(report.identity)]),
+    ]
+    return Section("origin", "Identity and environment", blocks)
+
+
+def digests(identity: Identity) -> dict[str, str | None]:
+    """Everything that has a digest, by a name for people."""
+    return {
+        "Base weights": identity.base,
+        "Candidate": identity.candidate,
+        "Recipe": identity.recipe,
+        "Calibration rows": identity.calibration_rows,
+        "Held-out rows": identity.heldout_rows,
+        "Plan": identity.plan,
+        **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},
+    }
+
+
+def machine(environment: Environment) -> str:
+    """In one line, without what changes from hour to hour."""
+    gpu = f", {environment.gpu.name}" if environment.gpu else ""
+    return f"{environment.cpu}, {words.count(environment.cores, 'core')}{gpu}"
+
+
+def _identity(report: Report) -> Facts:
+    found = [(name, Cell(digest, tone="code")) for name, digest in digests(report.identity).items() if digest]
+    return Facts([("Run", report.run_id), ("Created", f"{report.created:%Y-%m-%d %H:%M:%S %Z}"), *found])
+
+
+def _machine(environment: Environment) -> Facts:
+    load = environment.load_average
+    return Facts(
+        [
+            ("CPU", environment.cpu),
+            ("Cores", f"{environment.cores:,}"),
+            ("Memory", words.size(environment.memory_bytes)),
+            ("Platform", environment.platform),
+            ("GPU", _gpu(environment.gpu)),
+            ("Load average", words.ABSENT if load is None else ", ".join(words.number(one, 3) for one in load)),
+            ("Fit to measure on", "yes" if environment.valid else "no"),
+        ]
+    )
+
+
+def _gpu(gpu: Gpu | None) -> Cell:
+    if gpu is None:
+        return Cell("none was used")
+    clock = f"{words.number(gpu.sm_clock_mhz)} of {words.number(gpu.max_sm_clock_mhz)} MHz"
+    limit = f"limit {words.number(gpu.power_limit_watts)} W, {words.number(gpu.temperature_celsius)} °C"
+    return Cell(f"{gpu.name}, {words.size(gpu.memory_bytes)}, driver {gpu.driver}", f"{clock}, {limit}, {gpu.uuid}")
+
+
+def _packages(identity: Identity) -> Facts:
+    return Facts(list(identity.packages.items())[:_MAXIMUM])

@@ -1,0 +1,43 @@
+"""Section: every export computes what the checkpoint computes."""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from numprune.serving.report.models import Report
+from numprune.serving.report.page import facts, words
+from numprune.serving.report.page.blocks import Block, Cell, Folded, Section, Table, Text
+
+_COLUMNS = {
+    "logprob_error_max": "Largest error",
+    "tolerance": "Tolerance",
+    "greedy_match": "Greedy match",
+    "positions": "Positions",
+}
+_MAXIMUM_RUNTIMES = 16
+
+
+def section(report: Report) -> Section:
+    if not report.parity:
+        return Section("parity", "Parity", [Text("No export was compared with the checkpoint in this run.", "absent")])
+    shown = dict(islice(report.parity.items(), _MAXIMUM_RUNTIMES))
+    rows: list[list[Cell | str]] = [
+        [runtime, *(_figure(found, key) for key in _COLUMNS)] for runtime, found in shown.items()
+    ]
+    blocks: list[Block] = [
+        Text(
+            "The same prompts through the checkpoint and through each export: prefill, decode with the cache, single "
+            "prompts and padded batches. An export beyond its tolerance ends the run before it is timed. Errors "
+            "are of log-probabilities."
+        ),
+        Table("Parity with the checkpoint", ("Runtime", *_COLUMNS.values()), rows),
+        *(Folded(f"All of it, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
+    ]
+    return Section("parity", "Parity", blocks)
+
+
+def _figure(found: Mapping[str, Any], key: str) -> str:
+    value = found.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return words.ABSENT
+    return words.share(value) if key == "greedy_match" else words.plain(value)

@@ -1,0 +1,172 @@
+"""Sections: baseline and candidate side by side, in one process and behind a server."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from numprune.serving.report.models import NoiseFloor, Percentiles, Report, RuntimeSpeed
+from numprune.serving.report.page import charts, facts, words
+from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Heading, Pair, Section, Table, Text
+from numprune.serving.report.page.charts import Interval, Samples
+from numprune.serving.report.page.memory import served_rows
+
+_MAXIMUM_RUNTIMES = 8
+_MAXIMUM_REPEATS = 200  # in a table
+
+_NAMES = (*words.RATES, *words.LATENCIES)
+
+
+def section(report: Report) -> Section:
+    blocks: list[Block] = []
+    local = {name: found for name, found in report.speed.items() if not is_served(name, found)}
+    for name, found in islice(local.items(), _MAXIMUM_RUNTIMES):
+        blocks += [Heading(name), *_measured(f"speed-{name}", name, found)]
+    if len(local) > _MAXIMUM_RUNTIMES:
+        blocks.append(Text(f"{len(local) - _MAXIMUM_RUNTIMES} more runtimes are in report.json.", "absent"))
+    return Section("speed", "Speed", blocks or [Text("Not measured in this run.", "absent")])
+
+
+def served(report: Report) -> Section | None:
+    """None where nothing was measured behind a server."""
+    blocks: list[Block] = []
+    servers = {name: found for name, found in report.speed.items() if is_served(name, found)}
+    for name, found in islice(servers.items(), _MAXIMUM_RUNTIMES):
+        blocks.append(Heading(name))
+        if name in report.memory:
+            rows = list(served_rows(report.memory[name]))
+            blocks.append(Table(f"Memory of a server, {name}", ("", "Baseline", "Candidate", "Ratio"), rows))
+        levels = found.concurrency or {"": found}
+        for level, measured in islice(levels.items(), _MAXIMUM_RUNTIMES):
+            at = f", {level} at a time" if level else ""
+            if level:
+                blocks.append(Heading(f"{name}, {words.count(int(level), 'request')} at a time"))
+            blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured)
+    return Section("served", "Behind a server", blocks) if blocks else None
+
+
+def is_served(name: str, found: RuntimeSpeed) -> bool:
+    return name == "vllm" or bool(found.concurrency)
+
+
+def reading(name: str, found: RuntimeSpeed) -> str:
+    """In a word, what a ratio and its noise floor say."""
+    ratio = getattr(found, name)
+    if ratio is None or None in ratio.ratio.interval95:
+        return ""
+    low, high = ratio.ratio.interval95
+    floor = _floor(found.noise_floor, name) or 0.0
+    if low <= 1 <= high:
+        return "no clear difference"
+    if abs(ratio.ratio.value - 1) <= floor:
+        return "within the noise"
+    return "faster" if (low > 1) == (name in words.RATES) else "slower"
+
+
+def _measured(key: str, name: str, found: RuntimeSpeed) -> Iterator[Block]:
+    failed = f"{words.count(found.failed_requests, 'request')} failed" if found.failed_requests else "no request failed"
+    order = found.order[:8] + ("…" if len(found.order) > 8 else "")
+    yield Text(
+        f"{words.count(found.repeats, 'repeat')} of each side after {found.warmup} of warm-up, in turns ({order}); "
+        f"{failed}.",
+        "fail" if found.failed_requests else "",
+    )
+    table = Table(f"Speed, {name}", ("", "Baseline", "Candidate", "Ratio"), list(_rows(found)))
+    metrics = [
+        metric for metric in _NAMES if metric in found.baseline.by_repeat and metric in found.candidate.by_repeat
+    ]
+    drawn = [chart for chart in (_strips(key, name, found, metrics), _ratios(key, name, found)) if chart]
+    repeats = [Folded(f"Every repeat, {name}", [_repeats(name, found, metrics)])] if metrics else []
+    if len(drawn) == 2:
+        yield Pair(drawn[:1], [drawn[1], table])
+    elif drawn:
+        yield Pair(drawn, [table])
+    else:
+        yield table
+    yield from repeats
+    yield Folded(f"Load and runtime, {name}", [facts.block({"load": found.load, "runtime": found.runtime})])
+
+
+def _rows(found: RuntimeSpeed) -> Iterator[list[Cell | str]]:
+    one, other = found.baseline, found.candidate
+    for name, label in words.RATES.items():
+        slow, fast = getattr(one, name), getattr(other, name)
+        if slow is not None or fast is not None:
+            unit = words.RATE_UNITS.get(name, "tokens/s")
+            yield [Cell(label, unit), words.number(slow, 4), words.number(fast, 4), _ratio(name, found)]
+    for name, label in words.LATENCIES.items():
+        before, after = getattr(one, f"{name}_ms"), getattr(other, f"{name}_ms")
+        if before is not None or after is not None:
+            yield [Cell(label, "ms, median"), _percentiles(before), _percentiles(after), _ratio(name, found)]
+
+
+def _ratio(name: str, found: RuntimeSpeed) -> Cell:
+    ratio = getattr(found, name)
+    if ratio is None:
+        return Cell(words.ABSENT)
+    floor, told = _floor(found.noise_floor, name), reading(name, found)
+    noise = "" if floor is None else f"noise ±{words.NARROW}{words.share(floor)}"
+    said = ", ".join(part for part in (told, noise) if part)
+    return Cell(words.times(ratio.ratio.value), f"{words.interval(ratio.ratio)}\n{said}".strip())
+
+
+def _floor(floors: Mapping[str, NoiseFloor], name: str) -> float | None:
+    return floors[name].relative if name in floors else None
+
+
+def _percentiles(found: Percentiles | None) -> Cell:
+    if found is None:
+        return Cell(words.ABSENT)
+    others = {"p90": found.p90, "p95": found.p95, "p99": found.p99}
+    known = [f"{name}{words.WIDE}{words.number(value, 3)}" for name, value in others.items() if value is not None]
+    return Cell(words.number(found.p50, 3), "\n".join(known))
+
+
+def _ratios(key: str, name: str, found: RuntimeSpeed) -> Chart | None:
+    rows, told = [], []
+    for metric in _NAMES:
+        if (ratio := getattr(found, metric)) is not None:
+            low, high = ratio.ratio.interval95
+            rows.append(Interval(_short(metric), ratio.ratio.value, low, high, _floor(found.noise_floor, metric)))
+            told.append(f"{words.named(metric)} {words.times(ratio.ratio.value)} ({words.interval(ratio.ratio)})")
+    drawn = charts.intervals(
+        f"{key}-ratios",
+        f"Candidate over baseline, {name}, with 95 % intervals: {'; '.join(told)}.",
+        rows,
+        axis="candidate / baseline",
+        reference=1.0,
+    )
+    caption = "Ratios with 95 % intervals; grey: what noise alone makes of the baseline. Rates are better above 1, "
+    return Chart(drawn, f"{caption}latencies below.") if drawn else None
+
+
+def _strips(key: str, name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Chart | None:
+    one, other = found.baseline.by_repeat, found.candidate.by_repeat
+    drawn = charts.strips(
+        f"{key}-repeats",
+        f"What each repeat gave, {name}: baseline and candidate on one axis for each metric. The table of every repeat "
+        "has the figures.",
+        [Samples(_titled(metric), one[metric], other[metric]) for metric in metrics],
+    )
+    caption = "A mark for each repeat (circles: baseline, diamonds: candidate); bars: medians."
+    return Chart(drawn, caption) if drawn else None
+
+
+def _repeats(name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Table:
+    one, other = found.baseline.by_repeat, found.candidate.by_repeat
+    rows: list[list[Cell | str]] = [
+        [
+            str(repeat + 1),
+            *(Cell(words.number(one[metric][repeat]), words.number(other[metric][repeat])) for metric in metrics),
+        ]
+        for repeat in range(min(found.repeats, _MAXIMUM_REPEATS))
+    ]
+    header = ("Repeat", *(_titled(metric) for metric in metrics))
+    return Table(f"Every repeat, {name}: baseline, and below it the candidate", header, rows)
+
+
+def _short(metric: str) -> str:
+    return words.RATES.get(metric) or {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "End to end"}[metric]
+
+
+def _titled(metric: str) -> str:
+    unit = words.RATE_UNITS.get(metric, "tokens/s") if metric in words.RATES else "ms"
+    return f"{_short(metric)}, {unit}"

@@ -1,0 +1,104 @@
+"""Section: what was removed where."""
+
+import re
+from collections.abc import Mapping
+
+from numprune.serving.report.models import Pruning, Report
+from numprune.serving.report.page import charts, words
+from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
+from numprune.serving.report.page.charts import Layers
+
+_BLOCK = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(attention|mlp)")
+_KINDS = {"attention": "KV groups", "mlp": "MLP channels"}
+_MAXIMUM_ROWS = 1000
+
+Units = dict[int, tuple[int, int]]  # layer -> (kept, of)
+
+
+def section(report: Report) -> Section:
+    found = report.pruning
+    blocks = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
+    return Section("units", "Kept units", blocks)
+
+
+def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
+    """`layers.3.mlp` → {"mlp": {3: (kept, of)}}; other names are left out."""
+    kinds: dict[str, Units] = {}
+    for name, units in kept_units.items():
+        if match := _BLOCK.fullmatch(name):
+            kinds.setdefault(match[2], {})[int(match[1])] = units
+    return {kind: dict(sorted(kinds[kind].items())) for kind in _KINDS if kind in kinds}
+
+
+def _blocks(found: Pruning) -> list[Block]:
+    removed = found.ratio_removed
+    facts = Facts(
+        [
+            ("Criterion", found.criterion),
+            ("Allocation", found.allocation),
+            ("Compensation", found.compensation),
+            ("Asked to remove", f"{words.share(found.ratio_asked)} of prunable parameters"),
+            (
+                "Removed",
+                f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",
+            ),
+            ("KV cache removed", words.share(removed.kv_bytes)),
+        ]
+    )
+    kinds = by_kind(found.kept_units)
+    told = [_told(_KINDS[kind], units) for kind, units in kinds.items()]
+    drawn = charts.layers(
+        "units-layers",
+        f"What each layer keeps. {' '.join(told)}",
+        [
+            Layers(f"{_KINDS[kind]} kept", [(layer, kept, of) for layer, (kept, of) in units.items()])
+            for kind, units in kinds.items()
+        ],
+    )
+    told_all = " ".join(told) or "The report does not say which units were kept."
+    tables = [Folded("Kept units, layer by layer", _tables(found, kinds))] if found.kept_units else []
+    right: list[Block] = [facts, Text(told_all), *tables]
+    caption = (
+        "Filled: kept. Outlined: what the layer had. A cross: the whole block is skipped. A KV group is a KV head with "
+        "its query heads."
+    )
+    return [Pair([Chart(drawn, caption)], right)] if drawn else right
+
+
+def _told(name: str, units: Units) -> str:
+    """One sentence."""
+    skipped = [str(layer) for layer, (kept, _) in units.items() if kept == 0]
+    different = sorted(set(units.values()))
+    if len(different) == 1:
+        kept, of = different[0]
+        return f"{name}: {kept:,} of {of:,} in every layer."
+    total, before = (sum(column) for column in zip(*units.values(), strict=True))
+    least, most = (pick(kept for kept, _ in units.values()) for pick in (min, max))
+    skip = f"; skipped in {'layer' if len(skipped) == 1 else 'layers'} {', '.join(skipped[:20])}" if skipped else ""
+    return f"{name}: {total:,} of {before:,}, from {least:,} to {most:,} a layer{skip}."
+
+
+def _tables(found: Pruning, kinds: Mapping[str, Units]) -> list[Block]:
+    blocks: list[Block] = []
+    numbers = sorted({layer for units in kinds.values() for layer in units})
+    if numbers:
+        rows: list[list[Cell | str]] = [
+            [str(layer), *(_cell(units.get(layer)) for units in kinds.values())] for layer in numbers[:_MAXIMUM_ROWS]
+        ]
+        blocks.append(Table("Units kept in each layer", ("Layer", *(_KINDS[kind] for kind in kinds)), rows))
+    others = {name: units for name, units in found.kept_units.items() if not _BLOCK.fullmatch(name)}
+    if others:
+        rest: list[list[Cell | str]] = [
+            [Cell(name, tone="code"), _cell(units)] for name, units in list(others.items())[:_MAXIMUM_ROWS]
+        ]
+        blocks.append(Table("Units kept in other blocks", ("Block", "Kept"), rest))
+    if max(len(numbers), len(others)) > _MAXIMUM_ROWS:
+        blocks.append(Text("The rest is in report.json.", "absent"))
+    return blocks
+
+
+def _cell(units: tuple[int, int] | None) -> str:
+    if units is None:
+        return words.ABSENT
+    kept, of = units
+    return f"{kept:,} of {of:,}" if kept else f"skipped, of {of:,}"

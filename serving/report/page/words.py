@@ -1,0 +1,115 @@
+"""Figures as text: few digits, units, and a word for what is not known."""
+
+import math
+import re
+
+from numprune.serving.report.models import Estimate
+
+ABSENT = "–"  # noqa: RUF001
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+WIDE = "\N{NO-BREAK SPACE}"
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+_METRICS = {
+    "quality.nll_delta_nats_per_token": "NLL difference, nats/token",
+    "quality.perplexity_ratio": "Perplexity, ratio",
+    "quality.kl_nats_per_token": "KL divergence, nats/token",
+    "quality.top1_agreement": "Top-1 agreement",
+    "sizes.parameters.ratio": "Parameters, ratio",
+    "sizes.weight_bytes.ratio": "Weight bytes, ratio",
+    "sizes.kv_bytes_per_token.ratio": "KV cache per token, ratio",
+    "sizes.flops_per_token.ratio": "FLOPs per token, ratio",
+}
+
+LATENCIES = {"ttft": "Time to first token", "tpot": "Time per output token", "itl": "Inter-token latency"} | {
+    "e2e": "End to end"
+}
+RATES = {
+    "decode_tokens_per_s": "Decode",
+    "prefill_tokens_per_s": "Prefill",
+    "output_tokens_per_s": "Output",
+    "goodput_requests_per_s": "Goodput",
+}
+RATE_UNITS = {"goodput_requests_per_s": "requests/s"}  # others: tokens/s
+
+_SPEED = re.compile(r"speed\.(?P<runtime>[a-z0-9_-]+)(?:\.concurrency\.(?P<level>\d+))?\.(?P<name>[a-z0-9_]+)\.ratio")
+_PEAK = re.compile(r"memory\.(?P<runtime>[a-z0-9_-]+)\.(?P<name>peak_bytes|kv_tokens)\.ratio")
+_MEMORY = {"peak_bytes": "Peak memory, ratio", "kv_tokens": "Tokens in the KV cache, ratio"}
+
+
+def metric(path: str) -> str:
+    """A name for people of a metric's dotted path; the path itself where there is none."""
+    if path in _METRICS:
+        return _METRICS[path]
+    if (found := _SPEED.fullmatch(path)) and found["name"] in LATENCIES | RATES:
+        level = f", {found['level']} at a time" if found["level"] else ""
+        return f"{named(found['name'])}, ratio ({found['runtime']}{level})"
+    if found := _PEAK.fullmatch(path):
+        return f"{_MEMORY[found['name']]} ({found['runtime']})"
+    return path
+
+
+def named(name: str) -> str:
+    """`ttft` → Time to first token; `decode_tokens_per_s` → Decode tokens/s."""
+    return LATENCIES[name] if name in LATENCIES else f"{RATES[name]} {RATE_UNITS.get(name, 'tokens/s')}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """With so many significant digits; integers and thousands whole."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    if isinstance(value, int) or value == 0:
+        return _minus(f"{value:,}") if abs(value) < 10**15 else _minus(f"{float(value):.{digits - 1}e}")
+    size = math.floor(math.log10(abs(value)))
+    if not -5 < size < 15:
+        return _minus(f"{value:.{digits - 1}e}")
+    return _minus(f"{value:,.{max(0, digits - 1 - size)}f}")
+
+
+def plain(value: float | None) -> str:
+    """As it was written: 0.25, and not 0.2500."""
+    return ABSENT if value is None else _minus(f"{value:,.4g}" if 1e-4 < abs(value) < 1e4 else number(value))
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    text = number(value, digits)
+    return f"+{text}" if value is not None and math.isfinite(value) and value > 0 else text
+
+
+def share(value: float | None) -> str:
+    return ABSENT if value is None else f"{number(100 * value, 3)}{NARROW}%"
+
+
+def times(value: float | None) -> str:
+    """A ratio, with a times sign before it."""
+    return ABSENT if value is None else f"\N{MULTIPLICATION SIGN}{number(value, 3)}"
+
+
+def change(ratio: float | None) -> str:
+    """What a ratio is in percent: −24.2 %."""
+    return ABSENT if ratio is None else f"{signed(100 * (ratio - 1))}{NARROW}%"
+
+
+def size(value: float | None) -> str:
+    """Bytes, in the largest unit that leaves a whole number before the point."""
+    if value is None:
+        return ABSENT
+    power = min(int(math.log2(abs(value)) / 10), len(_UNITS) - 1) if abs(value) >= 1 else 0
+    return f"{plain(value / 1024**power)}{WIDE}{_UNITS[power]}"
+
+
+def span(lower: float | None, upper: float | None, digits: int = 3) -> str:
+    return f"{number(lower, digits)} to {number(upper, digits)}"
+
+
+def interval(estimate: Estimate, digits: int = 3) -> str:
+    return span(*estimate.interval95, digits)
+
+
+def count(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")
