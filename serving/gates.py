@@ -4,16 +4,20 @@ A gate compares one metric with one limit. It passes on evidence only: what is m
 unknown fails; an interval that straddles the limit is inconclusive.
 
 With `bound = "ci95_upper"` and `max = L` (mirrored for `ci95_lower` and `min`), for an estimate v with the one-sided
-95 % bounds l and u from n samples:
+95 % bounds l and u:
 
     pass           u <= L
     fail           l > L
-    inconclusive   l <= L < u; the samples that would settle it, should v stay where it is:
-                   N = ceil(n ((u - v) / (L - v))^2) when v < L,  ceil(n ((v - l) / (v - L))^2) when v > L,
-                   because the distance from v to its bounds shrinks as 1 / sqrt(n); no number when v = L.
+    inconclusive   l <= L < u; with how many samples there would be a verdict is said in `power`
 
-A ratio of speeds has a noise floor f: baseline against itself lies within 1 ± f. When the limit is nearer to 1 than f,
-a pass must also be outside 1 ± f, else it is inconclusive, and no number of samples settles it.
+So a candidate whose true value is beyond the limit passes at most as often as its bound is wrong, nominally 5 %. All
+gates must pass: a candidate that is bad in one respect is let through no more often than that one gate errs, however
+many there are; it is a good one that each gate more costs chances, and `GateResult.power` says what one leaves to a
+candidate that equals the baseline.
+
+A ratio of speeds has a noise floor f: baseline against itself lies within 1 ± f. A limit nearer to 1 than f is refused:
+what is judged in its place is the floor's far edge, and what does not clear that is inconclusive. f falls as
+1 / sqrt(repeats), so that ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
 """
 
 import difflib
@@ -28,6 +32,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.errors import InputError, IntegrityError
+from numprune.serving.power import SETTLED, power, samples_needed, student
 from numprune.serving.problems import problems
 from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
 
@@ -36,6 +41,9 @@ EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
 )
 
 MAXIMUM_POLICY_BYTES = 1 << 20
+
+# The value, by its name, of a candidate that is the baseline.
+_EQUAL = {"nll_delta_nats_per_token": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
 
 _COUNTS = ("samples", "tokens", "documents", "repeats")  # what stands beside a measurement and must not be zero
 
@@ -137,6 +145,7 @@ class _Evidence:
     worst: float  # the bound that must be within the limit
     limit: float
     samples: int | None
+    sign: int  # -1 where they are negated
 
 
 def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
@@ -145,10 +154,13 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
         found = _resolve(data, gate.metric)
         floor = _noise_floor(data, gate.metric)
         evidence = _evidence(found, gate, seen)
-        outcome, reason, needed = _decide(evidence, gate.bound)
+        chance = seen["power"] = _power(evidence, gate, floor)
+        outcome, reason, needed = _decide(evidence, gate.bound, chance)
         if floor is not None:
             seen["noise_floor"] = floor
             outcome, reason, needed = _mind_noise(evidence, gate, floor, (outcome, reason, needed))
+        if isinstance(found, Estimate) and found.sampling_unit == "window":
+            reason += "; its samples are windows of too few documents: it speaks for this text alone"
     except _UnfitError as why:
         outcome, reason, needed = "fail", str(why), None
     return GateResult(**gate.model_dump(), **seen, outcome=outcome, reason=reason, samples_needed=needed)
@@ -157,42 +169,59 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
 _Decision = tuple[Literal["pass", "fail", "inconclusive"], str, int | None]
 
 
-def _decide(evidence: _Evidence, bound: str) -> _Decision:
+def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
     """The table of this module's docstring."""
     if evidence.worst <= evidence.limit:
         return "pass", "within the limit", None
     if evidence.best > evidence.limit:
         return "fail", "beyond the limit" if bound == "point" else "the whole interval is beyond the limit", None
-    needed = _samples_needed(evidence)
-    if needed is None:
-        return "inconclusive", "the value stands at the limit: no number of samples settles it", None
-    return "inconclusive", f"the interval straddles the limit; about {needed} samples would settle it", needed
+    assert evidence.samples is not None  # a plain number has no interval
+    value = evidence.value
+    distance = evidence.limit - value
+    needed = samples_needed(evidence.samples, value - evidence.best, evidence.worst - value, distance)
+    reason = f"the interval straddles the limit; about {needed} samples would settle it"
+    if chance is not None and chance < SETTLED:
+        reason += f" (with {evidence.samples} a candidate equal to the baseline passes {chance:.0%} of the time)"
+    return "inconclusive", reason, needed
 
 
-def _samples_needed(evidence: _Evidence) -> int | None:
-    distance = evidence.limit - evidence.value
-    spread = evidence.worst - evidence.value if distance > 0 else evidence.value - evidence.best
-    if distance == 0 or evidence.samples is None:
+def _power(evidence: _Evidence, gate: Gate, floor: float | None) -> float | None:
+    """Chance that a candidate equal to the baseline passes; None where it should not, and for points."""
+    equal = _EQUAL.get(gate.metric.rsplit(".", 1)[-1])
+    if gate.bound == "point" or equal is None or evidence.samples is None:
         return None
-    spreads = spread / abs(distance)
-    needed = evidence.samples * spreads * spreads  # a product overflows to infinity, a power would raise
-    # A rounding error above a whole number is not one more sample.
-    return max(math.ceil(needed * (1 - 1e-9)), evidence.samples + 1) if needed < 1e15 else None
+    margin = evidence.limit - evidence.sign * equal
+    if margin <= 0:
+        return None
+    if floor is not None and margin < floor:
+        margin = -floor  # the edge that is to be cleared
+    return power(evidence.samples, (evidence.worst - evidence.value) / student(evidence.samples), margin)
 
 
 def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decision) -> _Decision:
-    """A limit tighter than the noise floor is said to be; a pass on it must stand clear of the noise."""
-    limit = gate.min if gate.min is not None else gate.max
-    if limit is None or abs(limit - 1) >= floor:
+    """A limit tighter than the noise floor is refused; what passes must stand clear of the noise."""
+    limit = evidence.sign * evidence.limit
+    if abs(limit - 1) >= floor:
         return decided
     outcome, reason, needed = decided
     note = f"the limit {limit:g} is tighter than the noise floor 1 ± {floor:.3g}"
     clear = -(1 + floor) if gate.min is not None else 1 - floor
     if outcome == "pass" and evidence.worst <= clear:
         return outcome, f"{reason}; {note}, which it clears", needed
+    if outcome == "fail":
+        return outcome, f"{reason}; {note}", needed
+    quiet = _repeats_for(floor, limit, evidence.samples)
+    remedy = "loosen the limit or quieten the machine" + ("" if quiet is None else f", or take about {quiet} repeats")
     if outcome == "pass":
-        return "inconclusive", f"{note}, within which it lies: loosen the limit or quieten the machine", None
-    return outcome, f"{reason}; {note}", needed
+        return "inconclusive", f"{note}, within which it lies: {remedy}", quiet
+    return outcome, f"{reason}; {note}: {remedy}", None if quiet is None or needed is None else max(quiet, needed)
+
+
+def _repeats_for(floor: float, limit: float, repeats: int | None) -> int | None:
+    """With how many repeats the noise floor is down at the limit; None where that is no number to give."""
+    distance = abs(limit - 1)
+    needed = math.inf if distance == 0 or repeats is None else repeats * (floor / distance) ** 2
+    return math.ceil(needed) if needed < 1e9 else None
 
 
 def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
@@ -204,13 +233,13 @@ def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
         seen["value"] = number
         if gate.bound != "point":
             raise _UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
-        return _Evidence(sign * number, sign * number, sign * number, sign * limit, None)
+        return _Evidence(sign * number, sign * number, sign * number, sign * limit, None, sign)
     seen |= {"value": found.value, "interval": (found.ci95_lower, found.ci95_upper), "samples": found.samples}
     if found.samples < 1:
         raise _UnfitError(f"{gate.metric} has no samples")
     value = _as_number(found.value, gate.metric)
     if gate.bound == "point":
-        return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples)
+        return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples, sign)
     if found.samples < 2:
         raise _UnfitError(f"{gate.metric} has one sample, which has no interval")
     lower, upper, first, last = (
@@ -222,7 +251,7 @@ def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
         raise _UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
     # A bootstrap's one-sided bound can miss its own value by rounding or skew; the worse of both is judged.
     bounds = sorted((sign * min(lower, value), sign * max(upper, value)))
-    return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples)
+    return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign)
 
 
 def _as_number(found: Any, name: str) -> float:

@@ -24,7 +24,8 @@ def replace(path: Path, text: str) -> None:
     """Write `path` whole or not at all; an existing file is replaced. Raises OSError, and then nothing has changed."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with beside.open("x", encoding="utf-8") as file:
+        # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape.
+        with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -328,7 +328,11 @@ class RuntimeMemory(Model):
 
 
 class GateResult(Model):
-    """One gate: its rule, what it saw, and how it ended. `interval` holds the one-sided 95 % bounds."""
+    """One gate: its rule, what it saw, and how it ended.
+
+    `interval` holds the one-sided 95 % bounds, `power` the chance that a candidate equal to the baseline passes with so
+    many samples and this spread: None where it should not pass, and where there is no interval.
+    """
 
     metric: str
     bound: Literal["point", "ci95_lower", "ci95_upper"]
@@ -338,6 +342,7 @@ class GateResult(Model):
     interval: tuple[Number, Number] | None = None
     samples: Count | None = None
     noise_floor: Number = None
+    power: Number = None
     outcome: Literal["pass", "fail", "inconclusive"]
     reason: str
     samples_needed: Count | None = None

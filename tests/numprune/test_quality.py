@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from numprune.corpus import Document, TokenRows, token_rows
 from numprune.errors import InputError, IntegrityError
-from numprune.quality import bootstrap_mean, compare, evaluate
+from numprune.quality import _spread, bootstrap_mean, compare, evaluate
 from tests.conftest import build_tiny, byte_tokenizer
 
 
@@ -56,9 +57,9 @@ def test_comparison_agrees_with_two_evaluations_and_a_direct_kl():
 
 
 def test_documents_are_the_sampling_unit_only_when_there_are_enough():
-    few = compare(build_tiny(seed=1), build_tiny(), text_rows(19)).nll_delta_nats_per_token
+    few = compare(build_tiny(seed=1), build_tiny(), text_rows(4)).nll_delta_nats_per_token
     assert few.sampling_unit == "window"
-    assert few.samples == len(text_rows(19).rows)
+    assert few.samples == len(text_rows(4).rows)
 
 
 def test_bootstrap_is_close_to_the_normal_interval_and_seeded():
@@ -72,6 +73,58 @@ def test_bootstrap_is_close_to_the_normal_interval_and_seeded():
     assert estimate.ci95_lower == pytest.approx(estimate.value - 1.645 * spread, abs=0.15 * spread)
     assert estimate.interval95[1] == pytest.approx(estimate.value + 1.96 * spread, abs=0.15 * spread)
     assert estimate == bootstrap_mean(sums, counts, "document", seed=3)
+
+
+def test_bounds_of_few_units_are_students_and_wider_where_the_units_are_skewed():
+    generator = np.random.default_rng(1)
+    counts = np.full(8, 10)
+    x = generator.normal(0.0, 1.0, 8)
+    x = np.concatenate([x, -x])  # as symmetric as can be
+    low, high = stats.t.interval(0.90, 15, loc=0, scale=stats.sem(x))
+    symmetric = bootstrap_mean(10 * x, np.full(16, 10), "document")
+    assert symmetric.ci95_lower == pytest.approx(low, rel=0.15)
+    assert symmetric.ci95_upper == pytest.approx(high, rel=0.15)
+    assert symmetric.ci95_upper - symmetric.ci95_lower >= 0.999 * (high - low)  # never narrower
+
+    skewed = bootstrap_mean(10 * x[:8] ** 4, counts, "document")
+    assert skewed.ci95_upper - skewed.value > 1.3 * (skewed.value - skewed.ci95_lower)
+    mirrored = bootstrap_mean(-10 * x[:8] ** 4, counts, "document")
+    assert mirrored.ci95_lower == pytest.approx(-skewed.ci95_upper)
+    assert mirrored.interval95[0] == pytest.approx(-skewed.interval95[1])
+
+
+def test_one_long_document_has_the_say_but_is_not_taken_for_certain():
+    """One document with nine tenths of the tokens: the mean rests on little more than one sample."""
+    generator = np.random.default_rng(2)
+    counts = np.array([5000, *[80] * 7])
+    missed = 0
+    for _ in range(600):
+        deltas = generator.normal(0, 0.05, 8)  # the truth is 0
+        missed += bootstrap_mean(deltas * counts, counts, "document").ci95_upper < 0
+    assert missed <= stats.binom.ppf(0.999, 600, 0.05)
+
+
+def test_spread_is_unbiased_and_its_degrees_of_freedom_are_satterthwaites():
+    generator = np.random.default_rng(3)
+    n, draws = 12, 200_000
+    lengths = np.exp(generator.normal(size=n))
+    lengths /= lengths.mean()
+    sums = generator.normal(size=(draws, n)) * lengths  # each document differs by an amount of its own, of sd 1
+    value = sums.sum(1) / n
+    squared = np.array([_spread(row, lengths) for row in (sums - value[:, None] * lengths)[:5000]])
+    variance = (lengths**2).sum() / n**2
+    assert (squared[:, 0] ** 2).mean() == pytest.approx(variance, rel=0.05)
+    # Var[s^2] = 2 variance^2 / f defines f.
+    assert 2 * variance**2 / (squared[:, 0] ** 2).var() == pytest.approx(squared[0, 1], rel=0.1)
+    assert squared[0, 1] < n - 1
+    assert _spread(sums[0], np.ones(n))[1] == pytest.approx(n - 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_very_few_units_are_bounded_widely(n):
+    estimate = bootstrap_mean(np.arange(1.0, n + 1), np.full(n, 2), "document")
+    spread = np.arange(1.0, n + 1).std(ddof=1) / 2 / math.sqrt(n)
+    assert spread * stats.t.ppf(0.95, n - 1) * 0.999 <= estimate.ci95_upper - estimate.value < math.inf
 
 
 def test_one_document_of_one_window_bounds_nothing():

@@ -9,17 +9,7 @@ from numprune.serving.benchmark.statistics import (
     paired_ratio,
     percentiles,
     samples_needed,
-    student_cdf,
-    student_quantile,
 )
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 200])
-def test_student_is_students(degrees):
-    for t in (0.0, 0.3, 1.0, 2.5, 9.0):
-        assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
-    for probability in (0.6, 0.95, 0.975, 0.999):
-        assert student_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9)
 
 
 def test_ratio_is_the_geometric_mean_with_students_bounds():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from numprune.errors import InputError
 from numprune.serving.gates import EXIT_CODES, Gate, Policy, exit_code, judge, read_policy
+from numprune.serving.power import power, student
 from numprune.serving.report import GateResult, Report
 
 Json = dict[str, Any]
@@ -60,14 +61,55 @@ def test_the_point_of_an_estimate_ignores_its_interval(report_json: Json) -> Non
 
 
 def test_inconclusive_says_how_many_samples_would_settle_it(report_json: Json) -> None:
-    # 40 samples leave a half-width of 0.01; the limit is 0.005 from the value: half the width takes four times as many.
-    for limit in (0.055, 0.045):
+    # 40 samples leave a half-width of 0.01.
+    needed = []
+    for limit in (0.05, 0.052, 0.055, 0.059):
         result = check(report_json, NLL, "ci95_upper", max=limit)
         assert result.outcome == "inconclusive"
-        assert result.samples_needed == 160
-        assert str(result.samples_needed) in result.reason
-    at_the_limit = check(report_json, NLL, "ci95_upper", max=0.05)
-    assert (at_the_limit.outcome, at_the_limit.samples_needed) == ("inconclusive", None)
+        assert result.samples_needed is not None
+        assert f"about {result.samples_needed} samples would settle it" in result.reason
+        needed.append(result.samples_needed)
+    assert needed == sorted(needed, reverse=True)
+    assert 41 < needed[-1] < 40 * 10 < needed[0] < 40 * 42
+    below = check(report_json, NLL, "ci95_upper", max=0.045)  # as far from the value on its other side
+    assert below.samples_needed == needed[2]
+
+
+def test_a_gate_tells_its_power(report_json: Json) -> None:
+    """The chance that a candidate equal to the baseline passes: an NLL difference of 0, a ratio of 1."""
+    error = 0.01 / student(40)  # 40 documents leave a half-width of 0.01
+    for limit in (0.01, 0.015, 0.03):
+        assert check(report_json, NLL, "ci95_upper", max=limit).power == pytest.approx(power(40, error, limit))
+    assert check(report_json, NLL, "ci95_upper", max=0.1).power == pytest.approx(1)
+    assert check(report_json, "quality.perplexity_ratio", "ci95_upper", max=1.015).power == pytest.approx(
+        power(40, error, 0.015)
+    )
+    assert check(report_json, DECODE, "ci95_lower", min=0.9).power == pytest.approx(power(10, 0.05 / student(10), 0.1))
+    assert check(report_json, DECODE, "ci95_lower", min=0.98).power < 0.05  # inside the noise floor
+    for metric, bound, limit in [
+        (NLL, "ci95_upper", {"max": -0.01}),  # an equal candidate should not pass
+        (DECODE, "ci95_lower", {"min": 1.1}),
+        (NLL, "point", {"max": 0.1}),
+        ("sizes.parameters.ratio", "point", {"max": 1.1}),
+    ]:
+        assert check(report_json, metric, bound, **limit).power is None
+
+
+def test_inconclusive_says_when_even_an_equal_candidate_had_little_chance(report_json: Json, put: Any) -> None:
+    wide = {"value": 0.0, "ci95_lower": -0.1, "ci95_upper": 0.1, "interval95": [-0.12, 0.12]}
+    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **wide})
+    assert (
+        "with 40 a candidate equal to the baseline passes 2" in check(report_json, NLL, "ci95_upper", max=0.06).reason
+    )
+    assert "equal to the baseline" not in check(report_json, NLL, "ci95_upper", max=-0.06).reason
+
+
+def test_windows_are_said_to_speak_for_their_text_alone(report_json: Json, put: Any) -> None:
+    assert "text alone" not in check(report_json, NLL, "ci95_upper", max=0.1).reason
+    put(report_json, f"{NLL}.sampling_unit", "window")
+    result = check(report_json, NLL, "ci95_upper", max=0.1)
+    assert result.outcome == "pass"
+    assert "it speaks for this text alone" in result.reason
 
 
 # --- every way to pass wrongly ---------------------------------------------------------------------
@@ -230,6 +272,24 @@ def test_a_noise_floor_that_was_not_really_measured_fails(report_json: Json, flo
     assert "noise_floor" in check(report_json, DECODE, "ci95_lower", min=0.5).reason
 
 
+def test_inside_the_noise_it_says_how_many_repeats_bring_the_noise_down(report_json: Json, put: Any) -> None:
+    def judged(lower: float, limit: float) -> GateResult:
+        ratio = {"value": 1.2, "ci95_lower": lower, "ci95_upper": 1.4, "interval95": [0.9, 1.5]}
+        put(report_json, DECODE, {**report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"], **ratio})
+        return check(report_json, DECODE, "ci95_lower", min=limit)
+
+    # The floor of 0.03 from 10 repeats falls with their square root: for 0.02 it takes 22.5.
+    within = judged(1.025, 1.02)
+    assert (within.outcome, within.samples_needed) == ("inconclusive", 23)
+    assert "take about 23 repeats" in within.reason
+    straddling = judged(1.01, 1.02)
+    assert straddling.samples_needed is not None
+    assert straddling.samples_needed >= 23
+    at_one = judged(1.001, 1.0)
+    assert (at_one.outcome, at_one.samples_needed) == ("inconclusive", None)
+    assert "repeats" not in at_one.reason
+
+
 # --- the verdict -----------------------------------------------------------------------------------
 
 
@@ -357,34 +417,30 @@ def test_a_wider_interval_never_makes_a_pass(estimate: Json, direction: tuple[st
 
 
 widths = st.floats(min_value=1e-3, max_value=1)
-straddling = st.floats(min_value=0.01, max_value=0.99)
+shares = st.floats(min_value=-0.99, max_value=0.99)
 
 
-@given(near_one, widths, widths, straddling, st.booleans(), st.integers(2, 1000), directions)
-def test_the_samples_that_would_settle_it_do(
-    value: float,
-    below: float,
-    above: float,
-    share: float,
-    high: bool,
-    samples: int,
-    direction: tuple[str, str],
+@given(near_one, widths, widths, shares, shares, st.integers(2, 1000), directions)
+def test_a_limit_nearer_to_the_value_asks_for_more_samples(
+    value: float, below: float, above: float, one: float, other: float, samples: int, direction: tuple[str, str]
 ) -> None:
     bound, side = direction
-    limit = value + share * above if high else value - share * below
 
-    def judged(shrink: float, samples: int) -> GateResult:
-        lower, upper = value - shrink * below, value + shrink * above
-        estimate = {"value": value, "ci95_lower": lower, "ci95_upper": upper, "interval95": [lower, upper]}
-        return _judge({**estimate, "samples": samples, "sampling_unit": "repeat"}, 0.0, bound, **{side: limit})
+    def needed(share: float) -> int:
+        limit = value + share * (above if share > 0 else below)
+        estimate = {"value": value, "ci95_lower": value - below, "ci95_upper": value + above, "samples": samples}
+        interval = [value - below, value + above]
+        result = _judge({**estimate, "interval95": interval, "sampling_unit": "repeat"}, 0.0, bound, **{side: limit})
+        assert result.outcome == "inconclusive"
+        assert result.samples_needed is not None
+        return result.samples_needed
 
-    result = judged(1.0, samples)
-    assert result.outcome == "inconclusive"
-    assert result.samples_needed is not None
-    assert result.samples_needed > samples
-    # With that many, the value staying where it is and its bounds nearer by the square root, nothing is left open.
-    enough = result.samples_needed + 1
-    assert judged(math.sqrt(samples / enough), enough).outcome == ("pass" if high == (side == "max") else "fail")
+    # On the same side of the value: on the other one the bound is another.
+    near, far = sorted((abs(one), abs(other)))
+    for sign in (1, -1):
+        # Where one side's bound is much the wider, the likelier end for a value at its limit is the other side's.
+        if max(below, above) < 1.5 * min(below, above):
+            assert needed(sign * near) >= needed(sign * far) > samples
 
 
 leaves = st.none() | st.booleans() | st.floats() | st.text(max_size=3)

@@ -1,0 +1,70 @@
+"""What a number of samples can tell: the chance that a gate passes a good candidate, and how many settle a doubt.
+
+Notation: n samples; value v; its one-sided 95 % bounds are v - b and v + a; the gate passes when v + a <= L (minima are
+mirrored). t(n) is Student's 95 % quantile of n - 1 degrees of freedom, and a = t(n) se for a standard error se.
+"""
+
+import math
+
+from scipy import special
+
+CONFIDENCE = 0.95
+SETTLED = 0.80  # the probability with which `samples_needed` promises a verdict
+
+
+def power(n: int, standard_error: float, margin: float) -> float:
+    """Chance that a candidate passes whose true value is `margin` within the limit.
+
+    P(T >= t(n)) with T noncentral t of n - 1 degrees of freedom and noncentrality margin / se: with se = sd / sqrt(n)
+    this is the power of the one-sided t test (Chow, Shao and Wang, Sample Size Calculations in Clinical Research,
+    3.2). A candidate exactly at the limit passes with 5 %.
+    """
+    if standard_error == 0:
+        return float(margin >= 0)
+    noncentrality = min(max(margin / standard_error, -37.0), 37.0)  # beyond, a double has only 0 and 1 left
+    return 1 - float(special.nctdtr(n - 1, noncentrality, student(n)))
+
+
+def samples_needed(n: int, below: float, above: float, distance: float) -> int | None:
+    """Fewest samples that end in a verdict, pass or fail, with 80 % probability, as far as these n can tell.
+
+    That the value stays where it is, is not assumed. Before anything else is known, the true value lies about v with
+    se t(n - 1), and v', measured afresh from N samples, with se sqrt(1 + n / N). Its bounds are nearer by
+    r = sqrt(n / N) t(N) / t(n). With d = L - v and F the distribution function of Student's t for n,
+
+        P(N) = F((d - r a) / (se sqrt(1 + n / N))) + F((-d - r b) / (se sqrt(1 + n / N)))
+
+    is the probability of a pass and that of a fail. It rises with N, to 1. For a value exactly at its limit N is about
+    41 n: even then the truth is most probably not there. (The number for which v' passes with 80 % if the true value is
+    v is smaller for values far from the limit, and boundless for those near it.)
+
+    Args:
+        below, above: b and a, not negative.
+        distance: L - v.
+
+    Returns:
+        N > n; None where the spread is nothing.
+    """
+    error = (below + above) / (2 * student(n))
+    if not error > 0:
+        return None
+
+    def settled(more: int) -> bool:
+        nearer = math.sqrt(n / more) * student(more) / student(n)
+        wider = error * math.sqrt(1 + n / more)
+        passes, fails = (distance - nearer * above) / wider, (-distance - nearer * below) / wider
+        return float(special.stdtr(n - 1, passes) + special.stdtr(n - 1, fails)) >= SETTLED
+
+    high = n + 1
+    while not settled(high):
+        high *= 2
+    low = n
+    while high - low > 1:  # P rises
+        middle = (low + high) // 2
+        low, high = (low, middle) if settled(middle) else (middle, high)
+    return high
+
+
+def student(n: int) -> float:
+    """Student's 95 % quantile for n samples, n >= 2."""
+    return float(special.stdtrit(n - 1, CONFIDENCE))
