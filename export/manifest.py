@@ -120,16 +120,17 @@ def read(folder: Path) -> Manifest:
         raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes")
     try:
         parsed = _Schema.model_validate(json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant))
+        files = {name: FileEntry(entry.sha256, entry.size) for name, entry in parsed.files.items()}
+        manifest = Manifest(parsed.kind, files, parsed.parents, parsed.facts)
+        digest = manifest.digest  # which 1e999, JSON as it is, has none of
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(f"{path}: {where}: {first['msg']}") from None
+        raise IntegrityError(f"{path}: {where[:200]}: {first['msg'][:200]}") from None
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not a manifest: {error}") from None
-    files = {name: FileEntry(entry.sha256, entry.size) for name, entry in parsed.files.items()}
-    manifest = Manifest(parsed.kind, files, parsed.parents, parsed.facts)
-    if manifest.digest != parsed.digest:
-        raise IntegrityError(f"{path}: its content's digest is {manifest.digest}, but it says {parsed.digest}")
+    if digest != parsed.digest:
+        raise IntegrityError(f"{path}: its content's digest is {digest}, but it says {parsed.digest}")
     return manifest
 
 
@@ -142,8 +143,18 @@ def verify(folder: Path) -> Manifest:
             raise IntegrityError(f"{folder / name}: missing, but in the manifest")
         if name not in manifest.files:
             raise IntegrityError(f"{folder / name}: not in the manifest")
-        _compare(folder / name, manifest.files[name])
+        verify_file(folder / name, manifest.files[name])
     return manifest
+
+
+def verify_file(path: Path, expected: FileEntry) -> None:
+    """Raises IntegrityError unless the file has this size and digest."""
+    size = path.stat().st_size
+    if size != expected.size:
+        raise IntegrityError(f"{path}: {size} bytes, but {expected.size} in the manifest")
+    digest = sha256_file(path)
+    if digest != expected.sha256:
+        raise IntegrityError(f"{path}: its SHA-256 is {digest}, but {expected.sha256} in the manifest")
 
 
 # --- the manifest's schema ------------------------------------------------------------------------
@@ -208,7 +219,7 @@ def _digest(value: Any) -> str:
 def _walk(folder: Path, *, follow_files: bool = False, skip_hidden: bool = False) -> list[str]:
     """Relative paths of all files below `folder`, sorted. Raises IntegrityError for anything but files and folders."""
     names = []
-    for where, folders, files in os.walk(folder, onerror=_raise):
+    for where, folders, files in _walked(folder):
         if skip_hidden and Path(where) == folder:
             folders[:] = [name for name in folders if not name.startswith(".")]
             files = [name for name in files if not name.startswith(".")]
@@ -222,18 +233,16 @@ def _walk(folder: Path, *, follow_files: bool = False, skip_hidden: bool = False
     return sorted(names)
 
 
+def _walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    try:
+        yield from os.walk(folder, onerror=_raise)
+    except RecursionError:
+        raise IntegrityError(f"{folder}: its folders are nested too deeply") from None
+
+
 def _raise(error: OSError) -> None:
     raise error
 
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(sha256_file(path), path.stat().st_size)
-
-
-def _compare(path: Path, expected: FileEntry) -> None:
-    size = path.stat().st_size
-    if size != expected.size:
-        raise IntegrityError(f"{path}: {size} bytes, but {expected.size} in the manifest")
-    digest = sha256_file(path)
-    if digest != expected.sha256:
-        raise IntegrityError(f"{path}: its SHA-256 is {digest}, but {expected.sha256} in the manifest")

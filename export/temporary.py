@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from numprune.errors import InputError
+from numprune.export import disk
 
 _NAME = re.compile(r"\..+\.[0-9a-f]{16}\.(partial|removed)")
 
@@ -20,13 +21,15 @@ def beside(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder next to `folder` (same file system). It is removed on exit, unless `move` renamed it.
 
     Around it stands a folder with a lock file that this process holds: `sweep` leaves alone what is still alive.
+    Raises DiskError when the disk is full, or refuses to be written to.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     outer, lock = _lock_new_folder(folder)
     try:
         content = outer / "content"
-        content.mkdir()
-        yield content
+        with disk.writing(folder, content):
+            content.mkdir()
+            yield content
     finally:
         _remove(outer)
         os.close(lock)

@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from numprune.export import manifest
+from numprune.errors import IntegrityError
+from numprune.export import disk, manifest
 from numprune.flows import runs
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import exclusive, is_whole
@@ -43,6 +45,7 @@ def make_release(
         used_by: the folder of the run that publishes it (see runs.py).
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
+    Raises DiskError (no room), IntegrityError (what is to be copied is no longer what it was when it was made).
     """
     parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
     parents |= {"report": manifest.read(report).digest, "canary": manifest.read(canary).digest}
@@ -54,10 +57,26 @@ def make_release(
         if folder.exists() and is_whole(folder, key):
             return folder
         with manifest.creating(folder, kind="release", parents=parents, facts={**facts, "key": key}) as content:
+            disk.require_room(folder, sum(disk.bytes_below(part) for part in parts.values()))
             for name, part in parts.items():
                 shutil.copytree(part, content / name)
+                with _unchanged(part):
+                    manifest.verify(content / name)
             for source, name in ((report, "report.json"), (report, "report.md"), (canary, "canary.json")):
                 shutil.copyfile(source / name, content / name)
+                with _unchanged(source):
+                    manifest.verify_file(content / name, manifest.read(source).files[name])
             shutil.copyfile(parts[CHECKPOINT] / _PLAN, content / "plan.json")
             (content / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _unchanged(source: Path) -> Iterator[None]:
+    """What is released gets a manifest of its own, so damage since the stage was verified would never be seen again."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{source}: damaged since this run verified it; run the same again, and it is made again ({error})"
+        ) from None

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from numprune.errors import NumpruneError
+from numprune.export import disk
 from numprune.flows import logs
 
 T = TypeVar("T")
@@ -65,7 +66,7 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     The child ends with this process, however that ends, and when waiting for it is interrupted.
 
     Raises:
-        NumpruneError: what the function raised, or ChildDied.
+        NumpruneError: what the function raised, or DiskError for what a file system refused it, or ChildDied.
         ChildFailed: it raised anything else.
     """
     warm_up()
@@ -118,10 +119,9 @@ def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[
     threading.Thread(target=_end_with, args=(connection, answered), daemon=True).start()
     try:
         answer = "returned", function()
-    except NumpruneError as error:
-        answer = "raised", error
-    except BaseException:
-        answer = "crashed", traceback.format_exc()
+    except BaseException as error:
+        told = error if isinstance(error, NumpruneError) else disk.refusal(error)
+        answer = ("raised", told) if told else ("crashed", traceback.format_exc())
     answered.set()
     connection.send(answer)
 

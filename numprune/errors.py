@@ -27,3 +27,7 @@ class MissingRuntime(NumpruneError):
 
 class EnvironmentInvalid(NumpruneError):
     """The machine is in a state in which its measurements mean nothing."""
+
+
+class DiskError(NumpruneError):
+    """A file system that has no room, is read-only, refuses us, or fails."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
+from numprune.export import disk
 from numprune.flows import children, logs
 from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, rollout, runs, serve
 from numprune.flows.cli.parser import Answer, build, parse
@@ -43,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logs.complain(form, "interrupted")
         return 130
+    except Exception as error:
+        refused = disk.refusal(error)
+        if refused is None:
+            raise
+        logs.complain(form, f"error: {refused}")
+        return 1
 
 
 @contextmanager

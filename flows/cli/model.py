@@ -4,14 +4,11 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
-
-if TYPE_CHECKING:
-    from numprune.corpus import TokenRows
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
@@ -155,7 +152,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.work.prune import device_of, prune_checkpoint
-    from numprune.flows.work.text import draw_of
+    from numprune.flows.work.text import draw_of, rows_of
     from numprune.pruning import PruneOptions, check_options
     from numprune.target import Target
 
@@ -173,7 +170,7 @@ def prune(args: argparse.Namespace) -> Answer:
         seed=args.seed,
     )
     check_options(read_anatomy(checkpoint.read_config(base)), options)
-    rows = _rows(base, args)
+    rows = rows_of(args.text, args.sequence_length, base)
     drawn = sample_rows(rows, args.samples, max(map(len, rows.rows)), args.seed)
     draw = draw_of(args.text, args.seed)
     facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
@@ -199,10 +196,11 @@ def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
     from numprune.flows.work.evaluate import compare_checkpoints, evaluate_checkpoint, side
     from numprune.flows.work.prune import device_of
+    from numprune.flows.work.text import rows_of
 
     model = checkpoint.resolve(args.model)
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
-    rows = _rows(model, args)
+    rows = rows_of(args.text, args.sequence_length, model, baseline)
     if baseline is None:
         quality = evaluate_checkpoint(model, rows, device_of("auto"))
         data = {"model": str(model), **side(quality), "tokens": quality.tokens}
@@ -232,10 +230,11 @@ def evaluate(args: argparse.Namespace) -> Answer:
 
 
 def export(args: argparse.Namespace) -> Answer:
-    from numprune.export import checkpoint
+    from numprune.export import checkpoint, manifest
     from numprune.flows.work.export import export_and_prove
 
     _must_not_exist(args.out)
+    manifest.sweep(args.out.parent)
     source = checkpoint.resolve(args.checkpoint)
     made, proof = export_and_prove(source, args.out, args.to)
     data = {
@@ -247,18 +246,6 @@ def export(args: argparse.Namespace) -> Answer:
         "parity": proof,
     }
     return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {data['bytes']:,} bytes; parity proved")
-
-
-def _rows(model: Path, args: argparse.Namespace) -> "TokenRows":
-    """The text of `--text` in rows of `--sequence-length`."""
-    from numprune.corpus import read_documents, token_rows
-    from numprune.export import checkpoint
-
-    context = checkpoint.read_config(model).max_position_embeddings
-    length = args.sequence_length or min(names.SEQUENCE_LENGTH, context)
-    if length > context:
-        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
-    return token_rows(read_documents(args.text), checkpoint.load_tokenizer(model), length)
 
 
 def _must_not_exist(out: Path) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure as measure_budget
-from numprune.corpus import read_documents, token_rows
-from numprune.errors import InputError
-from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve, weight_bytes
+from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
 from numprune.export.manifest import folder_digest
-from numprune.flows.names import SEQUENCE_LENGTH, TARGETS
+from numprune.flows.names import TARGETS
 from numprune.flows.work.evaluate import compare_checkpoints
 from numprune.flows.work.export import export
 from numprune.flows.work.prune import device_of
 from numprune.flows.work.report import assemble
+from numprune.flows.work.text import rows_of
 from numprune.serving.benchmark import Load, run_benchmark
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Report
@@ -64,12 +63,8 @@ def measure(
     """
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
     for folder in sides.values():
-        audit(folder)
-    context = read_config(sides["candidate"]).max_position_embeddings
-    length = length or min(SEQUENCE_LENGTH, context)
-    if length > context:
-        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
-    rows = token_rows(read_documents(text), load_tokenizer(sides["baseline"]), length) if text else None
+        check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
+    rows = rows_of(text, length, sides["candidate"], sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
     sections: dict[str, Any] = {"sizes": sizes(sides["baseline"], sides["candidate"])}

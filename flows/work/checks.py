@@ -13,7 +13,8 @@ from numprune.anatomy import Anatomy, read_anatomy
 from numprune.corpus import read_documents
 from numprune.errors import InputError, NumpruneError
 from numprune.export import tensorrt
-from numprune.export.checkpoint import audit, load_tokenizer, read_config, resolve
+from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
+from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
 from numprune.export.vllm import CPU_HEAD_SIZES
 from numprune.flows.names import TARGETS
@@ -73,11 +74,14 @@ def check(recipe: Recipe, workspace: Path) -> None:
             problems.append(f"{field}: {error}")
             return None
 
+    collect("--workspace", require_writable, workspace)
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
     if config is not None:
         collect("model.path", audit, base)
-        collect("model.path", load_tokenizer, base)
+        tokenizer = collect("model.path", load_tokenizer, base)
+        if tokenizer is not None:
+            collect("model.path", check_vocabulary, base, tokenizer, config)
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)

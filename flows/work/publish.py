@@ -15,9 +15,9 @@ def publish(workspace: Path, uri: str, release: Path, name: str) -> str:
 
 
 def audit(release: Path) -> None:
-    """Raises IntegrityError, with its name, when a tensor of the release is not what the configuration says.
+    """Raises IntegrityError, naming the tensor, when one is not what the configuration says, or holds NaN or infinity.
 
     Digests do not say that: vLLM cuts weights that are too large to size without an error.
     """
     if (release / CHECKPOINT).is_dir():  # publishing itself refuses a release without
-        checkpoint.audit(release / CHECKPOINT)
+        checkpoint.check_finite(checkpoint.audit(release / CHECKPOINT))

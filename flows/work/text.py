@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from numprune.corpus import Document, TokenRows, read_documents, rows_digest, sample_rows, token_rows
-from numprune.export.checkpoint import load_tokenizer
+from numprune.errors import InputError
+from numprune.export.checkpoint import load_tokenizer, read_config
 from numprune.export.manifest import sha256_file
 from numprune.flows.embedded import corpus
+from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
 from numprune.plan import Draw
 
@@ -48,6 +50,28 @@ def read_text(text: str | list[str], split: corpus.Split, tokens: int | None = N
         if tokens is not None and characters >= tokens * _CHARACTERS_PER_TOKEN:
             break
     return documents
+
+
+def rows_of(files: Sequence[Path], length: int | None, model: Path, baseline: Path | None = None) -> TokenRows:
+    """The text as rows for a model and, where there is one, for the baseline that it is compared with.
+
+    Args:
+        length: None for `SEQUENCE_LENGTH`, or the model's context where that is shorter.
+
+    Raises InputError: as `read_documents` and `token_rows` do, and when the tokenizers of the two differ on the text.
+    """
+    context = read_config(model).max_position_embeddings
+    length = length or min(SEQUENCE_LENGTH, context)
+    if length > context:
+        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
+    documents = read_documents(files)
+    rows = token_rows(documents, load_tokenizer(model), length)
+    if baseline is not None and token_rows(documents, load_tokenizer(baseline), length).digest != rows.digest:
+        raise InputError(
+            f"{model} and {baseline}: their tokenizers make different tokens of the text, so there is nothing to "
+            "compare; the baseline must be the model that the other one was made from"
+        )
+    return rows
 
 
 def calibration_rows(
