@@ -44,7 +44,7 @@ def release(
     workspace: str | None = None,
     registry_uri: str | None = None,
     approval: bool = True,
-    approval_hours: int = 72,
+    approval_hours: float = 72,
     rollout: bool = True,
     port: int | None = None,
     vllm: str | None = None,
@@ -77,7 +77,7 @@ def release(
             _announce(REFUSED, found, data)
             return Failed(message=f"{found['reference']}: refused by {answer.by}: {answer.comment}", data=data)
     # By digest, not by alias: what was approved is what goes into production.
-    data["previous"] = promote(folder, registry_uri, found["reference"], found["digest"])
+    data["previous"] = promote(folder, registry_uri, found["reference"], found["digest"], to_serve=rollout)
     if settings is not None:
         try:
             data["served"] = roll_out(folder, registry_uri, found["reference"], settings)
@@ -85,7 +85,8 @@ def release(
             data["error"] = str(error)
             take_back(folder, registry_uri, found["reference"], data["previous"])
             _announce(FAILED, found, data)
-            return Failed(message=f"{found['reference']}: {error}", data=data)
+            stands = f"{data['previous']} is in production" if data["previous"] else "nothing is in production"
+            return Failed(message=f"{found['reference']}: {error}; {stands}", data=data)
     _announce(IN_PRODUCTION, found, data)
     return Completed(message=f"{found['reference']} is in production", data=data)
 
@@ -104,16 +105,18 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def promote(workspace: Path, uri: str | None, reference: str, digest: str) -> str | None:
-    """Move the alias `production`; the reference of what it stood at before."""
-    previous: str | None = children.work("deploy.promote", workspace, uri, reference, digest)
+def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_serve: bool) -> str | None:
+    """Move the alias `production`; the reference of what it goes back to should this one not serve."""
+    previous: str | None = children.work("deploy.promote", workspace, uri, reference, digest, to_serve)
     return previous
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def roll_out(workspace: Path, uri: str | None, reference: str, settings: Settings) -> dict[str, Any]:
     """Let it serve, blue/green."""
-    return deploy.roll_out(workspace, uri, reference, settings)
+    served = deploy.roll_out(workspace, uri, reference, settings)
+    children.work("deploy.serves", workspace, reference)
+    return served
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -125,7 +128,7 @@ def take_back(workspace: Path, uri: str | None, reference: str, previous: str | 
 # --- details --------------------------------------------------------------------------------------
 
 
-def _ask(found: dict[str, Any], hours: int) -> Approval:
+def _ask(found: dict[str, Any], hours: float) -> Approval:
     """Suspend the run until somebody resumes it with an answer."""
     if deployment.id is None:
         raise InputError(
@@ -134,7 +137,7 @@ def _ask(found: dict[str, Any], hours: int) -> Approval:
         )
     question = Approval.with_initial_data(description=f"{found['summary']}\n\nInto production?")
     # The key holds the digest: when the candidate moved while the run waited, it asks again.
-    return suspend_flow_run(wait_for_input=question, timeout=hours * 3600, key=f"approve-{found['digest'][:16]}")
+    return suspend_flow_run(wait_for_input=question, timeout=round(hours * 3600), key=f"approve-{found['digest'][:16]}")
 
 
 def _announce(event: str, found: dict[str, Any], data: dict[str, Any]) -> None:

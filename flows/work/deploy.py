@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import IntegrityError
-from numprune.flows import summary
+from numprune.flows import promotion, summary
 from numprune.serving import deployment, registry, report
 from numprune.serving.deployment import Deployment
 from numprune.serving.registry import Registry
+from numprune.serving.rollout.state import Place
 
 
 def prepare(workspace: Path, uri: str | None, reference: str) -> Deployment:
@@ -51,25 +52,40 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
     }
 
 
-def promote(workspace: Path, uri: str | None, reference: str, digest: str) -> str | None:
+def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_serve: bool) -> str | None:
     """Put a version of this digest into production; the reference of what was there before.
+
+    `to_serve`: here, too, and `serves` or `take_back` will follow. What a killed run put there and never let serve does
+    not count as what was there before.
 
     Raises InputError, IntegrityError (damaged, another digest, or its verdict is not `pass`).
     """
     opened = _open(workspace, uri)
     name = registry.parse(reference).name
-    before = [one.reference for one in registry.list_versions(opened, name) if registry.PRODUCTION in one.aliases]
+    found = [one.reference for one in registry.list_versions(opened, name) if registry.PRODUCTION in one.aliases]
+    before = found[0] if found else None
     version = registry.verify(opened, reference)
     if version.digest != digest:
         raise IntegrityError(f"{reference}: has the digest {version.digest}, but {digest} was approved")
+    if to_serve:
+        before = promotion.begin(Place(workspace, name), reference, before)
     registry.promote(opened, reference)
-    return before[0] if before else None
+    return before
+
+
+def serves(workspace: Path, reference: str) -> None:
+    """What was promoted serves."""
+    promotion.end(Place(workspace, registry.parse(reference).name))
 
 
 def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
-    """Undo `promote`, which returned `previous`."""
-    if previous != reference:
-        registry.take_back(_open(workspace, uri), reference)
+    """Undo `promote`, which returned `previous`: production is that again, whatever killed runs put in between."""
+    opened = _open(workspace, uri)
+    current: str | None = reference
+    while current is not None and current != previous:
+        version = registry.take_back(opened, current)
+        current = version.reference if version else None
+    promotion.end(Place(workspace, registry.parse(reference).name))
 
 
 def _open(workspace: Path, uri: str | None) -> Registry:
