@@ -1,9 +1,10 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
-# make test        sets up .venv and .venv-vllm when they are missing, then lints, checks types and runs all the tests
+# make test        sets up what is missing of .venv, .venv-team and .venv-vllm, then lints, checks types, runs all tests
 # make test-vllm   only those that need vLLM
 # make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
 # make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest
+# make env-team    only sets up .venv-team: MLflow's server and an S3 store, with which the tests make a team's registry
 #
 # PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
 # EXTRAS=cpu,dev          what is installed beside the core; `gpu` takes the place of `cpu` where there is an NVIDIA driver
@@ -13,7 +14,7 @@
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: env env-vllm lint optimize packages test test-vllm
+.PHONY: env env-team env-vllm lint optimize packages test test-vllm
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
@@ -55,6 +56,8 @@ env: .venv/complete
 
 env-vllm: .venv-vllm/complete
 
+env-team: .venv-team/complete
+
 .venv/complete: pyproject.toml constraints.txt
 	@$(call begin,.venv)
 	# torch first and exactly; with it the build back-end at its pinned version, which isolation would fetch unpinned.
@@ -92,6 +95,17 @@ packages:
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(PACKAGES) > /dev/null
 
+.venv-team/complete: requirements-team.txt
+	@$(call begin,.venv-team)
+	# The list is complete, so nothing is looked for beyond it.
+	if .venv-team/bin/python -m pip install $(PIP_FLAGS) --no-deps --only-binary :all: -r requirements-team.txt; then
+		rm .venv-team/unfinished
+		touch $@
+	else
+		rm .venv-team/unfinished
+		exit 1
+	fi
+
 optimize: env
 	@$(BIN)/numprune optimize $(ARGS)
 
@@ -103,8 +117,8 @@ lint: env
 # pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
 PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm
 
-test: lint env-vllm
-	@$(BIN)/pytest -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
+test: lint env-team env-vllm
+	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 	$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 
 test-vllm: env env-vllm
