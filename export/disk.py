@@ -64,7 +64,7 @@ def writing(folder: Path, content: Path) -> Iterator[None]:
         code = code_of(error)
         if code is None:
             raise
-        if getattr(error, "filename", None) and not _is_below(error.filename, content):
+        if isinstance(error, OSError) and error.filename and not _is_below(error.filename, content):
             raise refusal(error) or error from None
         raise DiskError(f"{_full(code, folder, content)}; {_REMEDIES[code]}") from error
 
