@@ -32,6 +32,8 @@ PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 
 # Buffers that older versions of transformers stored and newer ones compute; every loader, vLLM's too, ignores them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
+MAXIMUM_CONFIG_BYTES = 16 << 20  # these are checked before a file is parsed
+MAXIMUM_TOKENIZER_BYTES = 512 << 20
 _SAMPLE = "The 27 numbers, e.g. 3.14:\n\tdef f(x):  return x**2  # naïve — 数"
 
 
@@ -61,13 +63,26 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
+    _require_size(path, MAXIMUM_CONFIG_BYTES)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise, it is the file that is at fault
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise InputError(f"{path}: transformers cannot read it: {reason.strip()}") from error
+        raise InputError(f"{path}: transformers cannot read it: {_reason(error)}") from error
     read_anatomy(config)
     return config
+
+
+def _require_size(path: Path, maximum: int) -> None:
+    if not path.is_file():  # a link to a device has no end
+        raise InputError(f"{path}: not a regular file")
+    if path.stat().st_size > maximum:
+        raise InputError(f"{path}: larger than {maximum} bytes, no such file is")
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error of transformers, which says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -83,7 +98,12 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     audit(folder)
     tokenizer = load_tokenizer(folder)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -112,10 +132,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises InputError."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"{folder}: no tokenizer (tokenizer.json) there; copy it from the model's origin")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and not path.is_dir():
+            _require_size(path, MAXIMUM_TOKENIZER_BYTES)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # as in read_config
-        raise InputError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
+        # Its chat template is text to us: nothing here renders it.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:  # as in read_config; and a panic of the tokenizers' Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{folder}: transformers cannot read its tokenizer: {_reason(error)}") from error
 
 
 def save(
@@ -208,7 +234,9 @@ def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str,
     transformers_logging.set_verbosity_error()  # it warns about sizes that we check ourselves
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as in read_config
+        raise InputError(f"config.json: transformers cannot make a model of it: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

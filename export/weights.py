@@ -15,6 +15,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
 SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
 
 
@@ -29,6 +31,11 @@ class TensorHeader:
     dtype: str
     file: Path
     offset: int
+
+    @property
+    def rows(self) -> int:
+        """Of the first dimension; a tensor without dimensions is one."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def bytes(self) -> int:
@@ -50,8 +57,8 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
             raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is stale")
         return _read_shards(folder)
     if not (folder / SINGLE).is_file():
-        other = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3])
-        hint = f"; convert {other} with `save_pretrained`" if other else ""
+        other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
+        hint = f"; {other} may run code when it is read, and is not: convert it with `save_pretrained`" if other else ""
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     return _read_file(folder / SINGLE)
 
@@ -73,9 +80,10 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
 
     Raises IntegrityError when the file ends before they do.
     """
-    stop = header.shape[0] if stop is None else stop
-    row_bytes = header.bytes // header.shape[0]
-    result = torch.empty(stop - start, *header.shape[1:], dtype=DTYPES[header.dtype])
+    stop = header.rows if stop is None else stop
+    row_bytes = header.bytes // max(header.rows, 1)
+    shape = (stop - start, *header.shape[1:]) if header.shape else ()  # of no dimensions: a single value
+    result = torch.empty(shape, dtype=DTYPES[header.dtype])
     target = result.flatten().view(torch.uint8).numpy().data
     with header.file.open("rb", buffering=0) as file:
         file.seek(header.offset + start * row_bytes)
@@ -89,9 +97,9 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
 
 def slabs(header: TensorHeader) -> Iterator[Tensor]:
     """The tensor in stretches of rows, each about `SLAB_BYTES` large. Raises IntegrityError."""
-    step = max(1, SLAB_BYTES * header.shape[0] // header.bytes)
-    for start in range(0, header.shape[0], step):
-        yield read_rows(header, start, min(start + step, header.shape[0]))
+    step = max(1, SLAB_BYTES * header.rows // max(header.bytes, 1))
+    for start in range(0, max(header.rows, 1), step):
+        yield read_rows(header, start, min(start + step, header.rows))
 
 
 def _read_file(path: Path) -> dict[str, TensorHeader]:
@@ -140,10 +148,14 @@ def _read_shards(folder: Path) -> dict[str, TensorHeader]:
 
 def _read_index(path: Path) -> Mapping[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        with path.open("rb") as file:
+            raw = file.read(_MAXIMUM_INDEX_BYTES + 1)
+        if len(raw) > _MAXIMUM_INDEX_BYTES:
+            raise IntegrityError(f"{path}: larger than {_MAXIMUM_INDEX_BYTES} bytes, no index is")
+        weight_map = json.loads(raw)["weight_map"]
         names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path}: not an index of shards: {error!r}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{path}: not an index of shards: {str(error)[:200]}") from None
     for name in names:
         if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
             raise IntegrityError(f"{path}: {name!r} is not the name of a safetensors file in this folder")

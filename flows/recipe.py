@@ -41,7 +41,7 @@ def _distinct(value: list[Any]) -> list[Any]:
 
 
 Text = Annotated[str | list[str], PlainValidator(_text)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -62,7 +62,7 @@ class Data(Section):
     calibration: Text
     heldout: Text
     samples: Count = 128
-    sequence_length: Annotated[int, Field(ge=2)] = SEQUENCE_LENGTH
+    sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = SEQUENCE_LENGTH
     seed: Seed = 0
 
 
@@ -113,16 +113,16 @@ class Benchmark(Section):
     device: Device = "auto"
     prompts: Count = 4
     prompt_length: Count = 128
-    output_length: Annotated[int, Field(ge=2)] = 32
+    output_length: Annotated[int, Field(ge=2, lt=2**31)] = 32
     batch_size: Count = 1
-    repeats: Annotated[int, Field(ge=4, multiple_of=2)] = 10
+    repeats: Annotated[int, Field(ge=4, lt=2**31, multiple_of=2)] = 10
     warmup: Count = 1
     seed: Seed = 0
     concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 4]
     goodput_ttft_ms: Count = 200
     goodput_tpot_ms: Count = 50
     kv_cache_mib: Count = 256
-    maximum_failed: Annotated[int, Field(ge=0)] = 0
+    maximum_failed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     def load(self, runtime: str) -> dict[str, Any]:
         """What of it the runtime is given: fields of Load, or of ServedLoad."""
@@ -220,7 +220,7 @@ def _value(text: str) -> Any:
     """`text` as a TOML value; what is none is a plain string, so that a shell needs no second pair of quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # TOML's own errors are ValueErrors
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
@@ -241,7 +241,10 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
         return [_anchored(item, base, key) for item in value]
     if not isinstance(value, str) or value in ("", EMBEDDED):
         return value
-    path = (base / Path(value).expanduser()).absolute()
+    try:
+        path = (base / Path(value).expanduser()).absolute()
+    except RuntimeError:  # ~somebody who is not there: then it is the name of a folder
+        path = (base / value).absolute()
     if key == ("model", "path") and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value):
         return value
     return os.path.normpath(path)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_CLOSING_S = 5.0  # that the end of a run waits for the last spans to be taken
+_CLOSING_S = 3.0  # that the end of a run waits for the last spans to be taken
 _PREFIX = "numprune."  # of our attributes
 
 _tracer: ContextVar["Tracer | None"] = ContextVar("numprune_tracer", default=None)

@@ -33,6 +33,7 @@ FAMILIES: dict[str, Family] = {
 }
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
+MAXIMUM_LAYERS = 10_000  # a configuration from a stranger may say anything, and every layer is looked at
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         InputError: the architecture is not supported, or its sizes contradict each other.
     """
     family = family_of(config)
+    _require_sizes(config, "hidden_size", "vocab_size", "num_hidden_layers")
+    if config.num_hidden_layers > MAXIMUM_LAYERS:
+        raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     blocks: list[Block] = []
     fixed = vocabulary * hidden * (1 if config.tie_word_embeddings else 2) + hidden
@@ -133,6 +137,8 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     for layer in range(config.num_hidden_layers):
         sizes = config.per_layer_config[layer]
         skipped = getattr(sizes, "skip", [])
+        _require_sizes(sizes, "num_attention_heads", "intermediate_size", where=f"layer {layer}: ")
+        _require_sizes(sizes, "num_key_value_heads", "head_dim", where=f"layer {layer}: ", optional=True)
         heads = sizes.num_attention_heads
         kv_heads = sizes.num_key_value_heads or heads
         head_dim = getattr(sizes, "head_dim", None) or hidden // heads
@@ -194,6 +200,16 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         sliding_window=getattr(config, "sliding_window", None),
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
     )
+
+
+def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:
+    """Raises InputError unless each of these is a whole number above zero, or may be and is not there."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is None and optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise InputError(f"{where}{name}={str(value)[:80]}; it must be a whole number above zero")
 
 
 def _flag(fixed: bool | None, config: Any, name: str) -> bool:

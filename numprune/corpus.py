@@ -71,12 +71,25 @@ def _json_lines(file: Path, text: str) -> Iterable[Document]:
         where = f"{file.name}:{number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: line {number} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{file}: line {number} is not JSON ({str(error)[:200]})") from None
         value = record.get("text") if isinstance(record, dict) else None
         if not isinstance(value, str):
             raise InputError(f'{file}: line {number} must be an object with a string field "text"')
-        yield Document(str(record.get("name", where)), value)
+        name = record.get("name", where)
+        if not isinstance(name, str):
+            raise InputError(f'{file}: line {number}: its field "name" must be a string')
+        if not (_is_text(value) and _is_text(name)):
+            raise InputError(f"{file}: line {number} has half of a surrogate pair, which is no text")
+        yield Document(name, value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def token_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenRows:

@@ -11,6 +11,7 @@ from numprune.target import Target
 
 PLAN_FILE = "numprune_plan.json"
 _MAXIMUM_BYTES = 256 << 20
+_SHOWN = 12  # problems of a file that is something else
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -114,11 +115,16 @@ def read_plan(path: Path) -> Plan:
         InputError: the file is missing, too large, or not a plan; every problem with its field.
     """
     try:
-        if path.stat().st_size > _MAXIMUM_BYTES:
-            raise InputError(f"plan {str(path)!r} is larger than {_MAXIMUM_BYTES} bytes")
-        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            raw = file.read(_MAXIMUM_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"plan {str(path)!r} does not exist") from None
+    if len(raw) > _MAXIMUM_BYTES:
+        raise InputError(f"plan {str(path)!r} is larger than {_MAXIMUM_BYTES} bytes")
+    try:
+        return Plan.model_validate_json(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise InputError(f"plan {str(path)!r} is not valid: {problems}") from None
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = [f"{'.'.join(map(str, item['loc']))[:80]}: {item['msg'][:200]}" for item in found[:_SHOWN]]
+        problems += [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise InputError(f"plan {str(path)!r} is not valid: {'; '.join(problems)}") from None

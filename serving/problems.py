@@ -10,7 +10,7 @@ def problems(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_context=False)
     lines = []
     for problem in found[:_SHOWN]:
-        where = ".".join(str(part) for part in problem["loc"]) or "as a whole"
+        where = ".".join(str(part)[:80] for part in problem["loc"]) or "as a whole"
         given = "" if problem["type"] == "missing" else f" (given: {short(problem['input'])})"
         lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}")
     if len(found) > _SHOWN:
@@ -20,5 +20,8 @@ def problems(error: ValidationError) -> str:
 
 def short(value: object) -> str:
     """A value as it was given, or its beginning."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+        return f"a value of {type(value).__name__} that is too large to print"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -33,7 +33,7 @@ def add(commands: Subcommands) -> None:
 
     add_one("list", list_all, "list the runs of a workspace, newest first", "list --workspace /data/numprune")
     shown = add_one("show", show, "show a run: its stages, what they cost, what came of it, its log", "show 20261121")
-    shown.add_argument("run", nargs="?", metavar="RUN", help="its id, or the beginning of it (default: the newest)")
+    shown.add_argument("which", nargs="?", metavar="RUN", help="its id, or the beginning of it (default: the newest)")
     cleaned = add_one(
         "clean",
         clean,
@@ -64,7 +64,7 @@ def show(args: argparse.Namespace) -> Answer:
     from numprune.flows import runs
 
     workspace = _workspace(args)
-    run = runs.find(workspace, args.run)
+    run = runs.find(workspace, args.which)
     log = runs.log_tail(run, _LINES)
     lines = [_line(run)]
     if run.problem:
@@ -169,7 +169,7 @@ def _readable(line: str) -> str:
     """A line of the log, for people; one that was cut off as it is."""
     try:
         found = json.loads(line)
-        parts: Sequence[Any] = (found["time"], found["level"], found["stage"] or "-", found["message"])
+        parts: Sequence[Any] = (found["time"], found["level"], found["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return line
     text = "  ".join(map(str, parts))

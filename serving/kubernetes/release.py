@@ -11,10 +11,12 @@ from numprune.serving import canary
 from numprune.serving.problems import problems
 from numprune.serving.registry import Registry
 from numprune.serving.registry.releases import CHECKPOINT, reading
+from numprune.serving.vllm import needs
 
 _KIND = "vllm"  # of a checkpoint that was exported for vLLM
 _MANIFEST = f"{CHECKPOINT}/{manifest.FILE_NAME}"
 _CONFIG = f"{CHECKPOINT}/config.json"
+_MAXIMUM_CONFIG_BYTES = 16 << 20
 _Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -79,6 +81,8 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
                 "make it again"
             )
         exported = manifest.read(folder / CHECKPOINT)
+        if whole.files[_CONFIG].size > _MAXIMUM_CONFIG_BYTES:
+            raise IntegrityError(f"{version.reference}, {_CONFIG}: larger than {_MAXIMUM_CONFIG_BYTES} bytes")
         config = (folder / _CONFIG).read_bytes()
     if exported.kind != _KIND:
         raise InputError(
@@ -97,7 +101,7 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
         size_bytes=sum(entry.size for entry in whole.files.values()),
         weight_bytes=sum(entry.size for name, entry in exported.files.items() if name.endswith(".safetensors")),
         dtype=dtype,
-        options=tuple(facts.needs),
+        options=needs.checked(facts.needs, f"{version.reference}, {_MANIFEST}"),
         plugin=facts.plugin,
         tensor_parallel=tuple(facts.tensor_parallel),
         cpu=facts.cpu,

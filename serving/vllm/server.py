@@ -17,7 +17,7 @@ import psutil
 
 from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import manifest
-from numprune.serving.vllm import process
+from numprune.serving.vllm import needs, process
 from numprune.serving.vllm.environment import INSTALL, Environment
 from numprune.serving.vllm.process import GRACE_S, Process
 
@@ -28,6 +28,7 @@ SETTLE_S = 5.0
 _POLL_S = 0.5
 _ABANDON_S = 3.0
 _REPORT_S = 10.0
+_MAXIMUM_CONFIG_BYTES = 16 << 20  # what is longer is cut, and then no JSON
 _PER_LAYER = "numprune_"  # model types that need our plug-in
 _SERVES = "NUMPRUNE_SERVES"  # in the environment of a server and its children: the checkpoint
 
@@ -238,19 +239,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def _needs(checkpoint: Path) -> list[str]:
+def _needs(checkpoint: Path) -> tuple[str, ...]:
     """Options without which vLLM does not load it: the exporter found them out."""
     if not (checkpoint / manifest.FILE_NAME).is_file():
-        return []
-    needs = manifest.read(checkpoint).facts.get("needs", [])
-    return [str(option) for option in needs] if isinstance(needs, list) else []
+        return ()
+    return needs.checked(manifest.read(checkpoint).facts.get("needs", []), checkpoint / manifest.FILE_NAME)
 
 
 def _require_plugin(environment: Environment, checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        with path.open("rb") as file:
+            model_type = json.loads(file.read(_MAXIMUM_CONFIG_BYTES)).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a model is a folder with config.json") from None
     if str(model_type).startswith(_PER_LAYER) and environment.plugin is None:
         raise MissingRuntime(

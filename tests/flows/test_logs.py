@@ -76,7 +76,7 @@ def test_children_log_as_their_parent_does(tmp_path: Path) -> None:
 
 
 def test_errors_of_a_command_are_lines_too() -> None:
-    answered = shell("inspect", "/nowhere", "--log-format", "json")
+    answered = shell("runs", "show", "--workspace", "/nowhere", "--log-format", "json")
     (line,) = map(json.loads, answered.err.splitlines())
     assert (answered.code, answered.out) == (1, "")
-    assert (line["level"], line["message"]) == ("ERROR", "error: /nowhere: no such folder")
+    assert (line["level"], line["message"]) == ("ERROR", "error: /nowhere: no run was recorded there")

@@ -91,7 +91,11 @@ def _files(folder: Path) -> list[Path]:
     """Those that vLLM reads: the index names them where there is one."""
     index = folder / INDEX
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{index}: {outside[0]!r} is not the name of a file in this folder")
+        return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no safetensors files there")

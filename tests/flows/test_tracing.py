@@ -1,0 +1,187 @@
+"""Spans, sent to a real OTLP endpoint and decoded by OpenTelemetry's own protocol."""
+
+import os
+import queue
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from numprune.errors import ParityError
+from numprune.flows import logs, tracing
+from numprune.flows.stages import run_stage
+
+ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+class Collector:
+    """An OTLP/HTTP endpoint that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        received: queue.SimpleQueue[Span] = queue.SimpleQueue()
+        self._received = received
+        self.services: set[str] = set()
+        services = self.services
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+                for resource in request.resource_spans:
+                    services.update(
+                        pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name"
+                    )
+                    for scope in resource.scope_spans:
+                        for span in scope.spans:
+                            received.put(span)
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def spans(self) -> dict[str, Span]:
+        found: dict[str, Span] = {}
+        while not self._received.empty():
+            span = self._received.get()
+            found[span.name] = span
+        return found
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    found = Collector()
+    monkeypatch.setenv(ENDPOINT, found.url)
+    yield found
+    found.close()
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in span.attributes}
+
+
+def test_a_run_and_its_stages(collector: Collector, tmp_path: Path) -> None:
+    with tracing.run("optimize", run="r1", name="model") as run, logs.within(run="r1"):
+        with tracing.stage("prune") as stage:
+            result = run_stage(tmp_path, "prune", {}, {}, lambda _: {})
+            stage.found(result)
+        run.set(outcome="pass", version=None)
+    spans = collector.spans()  # all of them, once the run is over
+    assert set(spans) == {"optimize", "prune"}
+    assert collector.services == {"numprune"}
+    assert attributes(spans["optimize"]) == {"numprune.run": "r1", "numprune.name": "model", "numprune.outcome": "pass"}
+    assert spans["prune"].parent_span_id == spans["optimize"].span_id
+    assert spans["prune"].trace_id == spans["optimize"].trace_id
+    assert attributes(spans["prune"]) == {
+        "numprune.run": "r1",
+        "numprune.stage": "prune",
+        "numprune.folder": result.path.name,
+        "numprune.digest": result.digest,
+        "numprune.reused": False,
+        "numprune.seconds": round(result.seconds, 3),
+        "numprune.peak_memory_bytes": result.peak_memory_bytes,
+        "numprune.bytes": result.bytes,
+    }
+
+
+def test_an_error_is_recorded_in_the_stage_and_in_the_run(collector: Collector) -> None:
+    def fail() -> None:
+        with tracing.run("optimize", run="r1"), tracing.stage("parity onnx"):
+            raise ParityError("row 3, token 7")
+
+    with pytest.raises(ParityError):
+        fail()
+    spans = collector.spans()
+    assert set(spans) == {"optimize", "parity onnx"}
+    for span in spans.values():
+        assert span.status.code == Status.STATUS_CODE_ERROR
+        (event,) = span.events
+        told = {pair.key: pair.value.string_value for pair in event.attributes}
+        assert told["exception.message"] == "row 3, token 7"
+        assert told["exception.type"] == "numprune.errors.ParityError"
+
+
+def watch_nothing() -> None:
+    with tracing.run("optimize", run="r1") as run, tracing.stage("prune"):
+        run.set(outcome="pass")
+
+
+def test_without_an_endpoint_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENDPOINT, raising=False)
+    threads = threading.active_count()
+    with tracing.run("optimize", run="r1"):
+        assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({ENDPOINT: "http://127.0.0.1:9"}, "could not be delivered"),
+        ({ENDPOINT: "not an address"}, "could not be delivered"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "'grpc'"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, None),
+        ({"OTEL_SDK_DISABLED": "true"}, None),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_is_a_warning(
+    collector: Collector,
+    changes: dict[str, str],
+    warning: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tracing, "_CLOSING_S", 0.3)  # it would try for longer
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    watch_nothing()
+    ours = [record.message for record in caplog.records if record.name.startswith("numprune")]
+    assert warning is None or any(warning in message for message in ours)
+    if "OTEL_EXPORTER_OTLP_TIMEOUT" not in changes:
+        assert collector.spans() == {}
+
+
+def test_an_endpoint_that_never_answers_holds_a_run_up_for_no_longer_than_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import socket
+
+    monkeypatch.setattr(tracing, "_CLOSING_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        watch_nothing()
+        assert time.monotonic() - started < 9  # the exporter's own time-out is ten seconds
+    assert "could not be delivered" in caplog.text
+
+
+def test_without_the_packages_a_warning_names_the_extra(tmp_path: Path) -> None:
+    program = """
+        import sys
+        sys.modules["opentelemetry.exporter"] = None
+        from numprune.flows import logs, tracing
+        with logs.to_stream("human"), tracing.run("optimize", run="r1"):
+            print("goes on")
+    """
+    environment = {**os.environ, ENDPOINT: "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "goes on\n"
+    assert "pip install 'numprune[otel]'" in done.stderr

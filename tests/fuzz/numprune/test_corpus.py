@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from numprune.corpus import read_documents, token_rows
+from numprune.errors import NumpruneError
+from tests.conftest import byte_tokenizer
+from tests.fuzz.strangers import documents, named, written
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text") / "text.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+@given(st.lists(documents({"text": "words", "name": "a"}), max_size=3))
+@example([b'{"text": "a", "b": ' + b"1" * 5000 + b"}"])
+@example([b'{"text": ' + b"[" * 100_000])
+@example([b'{"text": "half \\ud800 a pair"}'])
+@example([b'{"text": "words", "name": "\\udfff"}'])
+@example([b'{"text": "words", "name": [1]}'])
+def test_lines_of_text_become_rows_or_are_refused(
+    file: Path, tokenizer: PreTrainedTokenizerBase, lines: list[bytes]
+) -> None:
+    file.write_bytes(b"\n".join(lines))
+    found = named(read_documents, [file])
+    if isinstance(found, NumpruneError):
+        assert str(file) in str(found)
+        return
+    for document in found:
+        json.dumps(document.name, ensure_ascii=False).encode()  # as reports name it
+    named(token_rows, found, tokenizer, 8)
+
+
+@given(st.binary(max_size=200) | st.text().map(str.encode))
+@example(written("\ud800"))
+def test_any_other_file_is_one_document_or_refused(
+    file: Path, tokenizer: PreTrainedTokenizerBase, content: bytes
+) -> None:
+    path = file.with_suffix(".txt")
+    path.write_bytes(content)
+    found = named(read_documents, [path])
+    if not isinstance(found, NumpruneError):
+        assert len(found) == 1
+        named(token_rows, found, tokenizer, 8)

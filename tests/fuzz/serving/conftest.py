@@ -1,0 +1,3 @@
+from tests.serving.conftest import report_json
+
+__all__ = ["report_json"]

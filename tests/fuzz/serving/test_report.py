@@ -1,0 +1,66 @@
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from numprune.errors import NumpruneError
+from numprune.serving import gates
+from numprune.serving import report as reports
+from tests.fuzz.strangers import NAMES, ODD, changed, documents, named, written
+
+POLICY = '[[gates]]\nmetric = "quality.tokens"\nbound = "point"\nmin = 1\n'
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report") / "report.json"
+
+
+@given(st.data())
+@example(None)
+def test_a_report_is_read_and_judged_or_refused(path: Path, report_json: Any, data: st.DataObject | None) -> None:
+    """Whatever was read can be judged, confirmed, shown and written; and no oddity makes a gate pass."""
+    if data is None:
+        path.write_text(json.dumps({**report_json, "created": 0}).replace('"created": 0', '"created": 1e999'))
+    else:
+        path.write_bytes(data.draw(documents(report_json)))
+    found = named(reports.read, path)
+    if isinstance(found, NumpruneError):
+        return
+    policy = gates.Policy(gates=(gates.Gate(metric="quality.tokens", bound="point", min=1),))
+    verdict = gates.judge(found, policy)
+    if verdict.outcome == "pass":
+        assert found.quality is not None
+        assert found.quality.tokens >= 1
+    named(gates.confirm, found)
+    reports.markdown(found)
+    reports.write(found, path.with_name("again.json"))
+    named(reports.read, path.with_name("again.json"))
+
+
+@given(
+    changed(tomllib.loads(POLICY)).map(written)
+    | st.sampled_from([*map(repr, ODD), "0x" + "f" * 5000, "1e999", "nan", "[" * 5000]).map(
+        lambda value: POLICY.replace("min = 1", f"min = {value}").encode(errors="surrogatepass")
+    )
+    | st.sampled_from(NAMES).map(lambda name: POLICY.replace("quality.tokens", name).encode(errors="surrogatepass"))
+    | st.binary(max_size=60)
+)
+@example(b"gates = " + b"[" * 100_000)
+@example(POLICY.replace("min = 1", "min = 0x" + "f" * 5000).encode())
+@example(POLICY.replace('"point"', "0x" + "f" * 5000).encode())
+def test_a_policy_is_read_or_refused(path: Path, content: bytes) -> None:
+    policy = path.with_name("policy.toml")
+    policy.write_bytes(content)
+    named(gates.read_policy, policy)
+
+
+@pytest.mark.parametrize("read", [reports.read, gates.read_policy])
+def test_no_size_is_read_that_no_such_file_has(path: Path, read: Any) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    assert "larger than" in str(named(read, path))

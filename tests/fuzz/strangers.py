@@ -1,0 +1,119 @@
+"""Documents from strangers: any JSON, a good document with something changed in it, and bytes that are hardly JSON."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from numprune.errors import NumpruneError
+
+NAMES = [
+    "../x",
+    "/etc/passwd",
+    "a/../../x",
+    "a//b",
+    "./a",
+    ".",
+    "..",
+    "",
+    "a\0b",
+    "a\\..\\x",
+    "C:\\x",
+    "é",
+    "e\u0301",
+    "A",
+    "a",
+    "\u202e",
+    "\ud800",
+    "a/" * 1500,
+    "x" * 300,
+    "~root/x",
+    "~nobody-of-that-name/x",
+    "a\nb",
+    "manifest.json",
+    "con",
+    "%2e%2e/x",
+]
+ODD: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1e308, 1e-320, -0.5, [], {}, [[]], "", *NAMES]
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(NAMES)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+
+# Bytes that a parser must get over: truncated, nested, huge, doubled.
+RAW = [
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"{",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"[" * 900 + b"]" * 900,
+    b"1" * 1_000_000,
+    b'{"a": 1, "a": 2}',
+    b'{"a": NaN}',
+    b'{"a": 1e999}',
+    b'{"a": -Infinity}',
+    b'"\\ud800"',
+    b'{"\\ud800": 1}',
+    "﻿{}".encode(),
+    b"null",
+    b"[]",
+    b"{}",
+]
+raw = st.sampled_from(RAW) | st.binary(max_size=40)
+
+
+@st.composite
+def changed(draw: st.DrawFn, document: Any) -> Any:
+    """`document` with up to three places replaced, removed, added to or doubled."""
+    result = copy.deepcopy(document)
+    for _ in range(draw(st.integers(1, 3))):
+        node = result
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(node[key], dict | list) and node[key] and draw(st.integers(0, 3)):
+                node = node[key]
+                continue
+            match draw(st.sampled_from(["replace", "replace", "odd", "odd", "remove", "add"])):
+                case "replace":
+                    node[key] = draw(values)
+                case "odd":
+                    node[key] = draw(st.sampled_from(ODD))
+                case "remove":
+                    del node[key]
+                case "add" if isinstance(node, dict):
+                    node[draw(st.sampled_from(NAMES) | st.text(max_size=6))] = copy.deepcopy(node[key])
+                case _:
+                    node.append(copy.deepcopy(node[key]))
+            break
+    return result
+
+
+def written(document: Any) -> bytes:
+    """As JSON that says what Python would let it say, NaN and lone surrogates included."""
+    return json.dumps(document).encode()
+
+
+def documents(good: Any) -> st.SearchStrategy[bytes]:
+    """Something that claims to be such a document."""
+    return st.one_of(changed(good).map(written), changed(good).map(written), values.map(written), raw)
+
+
+def named(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the function returns, or the error with a name that it raises: nothing else may come of a stranger's."""
+    try:
+        return function(*args, **kwargs)
+    except NumpruneError as error:
+        told = str(error)
+        assert told
+        assert len(told) < 20_000
+        return error
