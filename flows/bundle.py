@@ -36,11 +36,11 @@ def make_release(
 ) -> Path:
     """Return the folder of a release, made unless it is there.
 
-    It holds the parts, report.json, report.md, canary.json, recipe.toml and plan.json.
+    It holds the parts, report.json, report.md, report.html, canary.json, recipe.toml and plan.json.
 
     Args:
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
-        report: the folder with report.json and report.md.
+        report: the folder with report.json, report.md and report.html.
         canary: the folder with canary.json, what a server of the release must answer.
         used_by: the folder of the run that publishes it (see runs.py).
 
@@ -62,7 +62,8 @@ def make_release(
                 shutil.copytree(part, content / name)
                 with _unchanged(part):
                     manifest.verify(content / name)
-            for source, name in ((report, "report.json"), (report, "report.md"), (canary, "canary.json")):
+            files = [(report, "report.json"), (report, "report.md"), (report, "report.html"), (canary, "canary.json")]
+            for source, name in files:
                 shutil.copyfile(source / name, content / name)
                 with _unchanged(source):
                     manifest.verify_file(content / name, manifest.read(source).files[name])

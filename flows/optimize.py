@@ -109,7 +109,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
             stages.discard(result)
     recording.judged(outcome, judged.path, release, version)
     found = summary.summarize(recording.run, judged.path, done, release, version)
-    _show(judged.path / "report.md", found)
+    _show(judged.path, found)
     return found
 
 
@@ -267,7 +267,7 @@ def gate(
     quality: StageResult,
     benchmarks: Mapping[str, StageResult],
 ) -> StageResult:
-    """report.json and report.md, with the verdict."""
+    """report.json, report.md and report.html, with the verdict."""
     identity = {
         "base": run.base.digest,
         "candidate": candidate.digest,
@@ -329,10 +329,11 @@ def gpu_slot(run: Run) -> Iterator[None]:
         yield
 
 
-def _show(page: Path, found: Mapping[str, Any]) -> None:
+def _show(judged: Path, found: Mapping[str, Any]) -> None:
     """The summary and the report in Prefect's UI."""
     create_markdown_artifact(
         markdown=summary.markdown(found), key="numprune-summary", description="Sizes, quality, speed, verdict, times"
     )
-    create_markdown_artifact(markdown=page.read_text(encoding="utf-8"), key="numprune-report", description="The report")
-    create_link_artifact(link=page.absolute().as_uri(), link_text="report.md", key="numprune-report-link")
+    text, page = (judged / "report.md").read_text(encoding="utf-8"), judged / "report.html"
+    create_markdown_artifact(markdown=text, key="numprune-report", description="The report")
+    create_link_artifact(link=page.absolute().as_uri(), link_text="report.html", key="numprune-report-link")

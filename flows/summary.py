@@ -18,7 +18,7 @@ def summarize(
 
     Args:
         run: its id (see runs.py); `run_id` is that of the report, which an earlier run may have made.
-        judged: the folder with report.json and report.md.
+        judged: the folder with report.json, report.html and junit.xml.
         release, version: None when nothing was published.
     """
     report = reports.read(judged / "report.json").to_json()
@@ -32,7 +32,8 @@ def summarize(
         "quality": report["quality"],
         "speed": {runtime: _ratios(speed) for runtime, speed in report["speed"].items()},
         "report": str((release or judged) / "report.json"),
-        "page": str((release or judged) / "report.md"),
+        "page": str((release or judged) / "report.html"),
+        "junit": str(judged / "junit.xml"),
         "release": str(release) if release else None,
         "version": version,
         "stages": [

@@ -17,10 +17,10 @@ from types import FrameType
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
 from numprune.flows import children, logs
-from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, rollout, runs, serve
+from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, report, rollout, runs, serve
 from numprune.flows.cli.parser import Answer, build, parse
 
-COMMANDS = (optimize, model, measure, registry, serve, rollout, canary, kubernetes, runs)
+COMMANDS = (optimize, model, measure, report, registry, serve, rollout, canary, kubernetes, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

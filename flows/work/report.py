@@ -16,10 +16,11 @@ from numprune.serving.report import (
     combine,
     markdown,
     package_versions,
+    page,
     write,
 )
 
-JSON, PAGE, JUNIT = "report.json", "report.md", "junit.xml"
+JSON, TEXT, PAGE, JUNIT = "report.json", "report.md", "report.html", "junit.xml"
 
 
 def assemble(
@@ -83,7 +84,7 @@ def make_report(
     parity: dict[str, Any],
     policy: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Stage: report.json, report.md and junit.xml, with the verdict.
+    """Stage: report.json, report.md, report.html and junit.xml, with the verdict.
 
     Args:
         pruned, quality, benchmarks: stages; the last by runtime.
@@ -100,7 +101,8 @@ def make_report(
     report = assemble(name, identity, sections, {runtime: read_facts(stage) for runtime, stage in benchmarks.items()})
     report = report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy})))
     write(report, out / JSON)
-    (out / PAGE).write_text(markdown(report), encoding="utf-8")
+    (out / TEXT).write_text(markdown(report), encoding="utf-8")
+    (out / PAGE).write_text(page.html(report), encoding="utf-8")
     assert report.verdict is not None  # judged
     (out / JUNIT).write_text(junit(report, report.verdict), encoding="utf-8")
     return {"outcome": report.verdict.outcome, "run_id": report.run_id}

@@ -41,6 +41,8 @@ def read(path: Path) -> Report:
             raw = file.read(MAXIMUM_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such report; it is the report.json that `numprune optimize` writes") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(raw) > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes, no report is")
     try:

@@ -26,7 +26,8 @@ def parts(tmp_path: Path) -> dict[str, Path]:
     ]:
         with manifest.creating(tmp_path / name, kind=name) as folder:
             (folder / file).write_text(name)
-            (folder / "report.md").write_text("page")
+            (folder / "report.md").write_text("text")
+            (folder / "report.html").write_text("page")
     return {"checkpoint": tmp_path / "checkpoint", "onnx": tmp_path / "onnx"}
 
 
@@ -40,6 +41,7 @@ def test_a_release_holds_its_parts_whole_and_the_same_content_is_the_same_releas
         assert manifest.verify(release / name).digest == manifest.read(part).digest == whole.parents[name]
     assert (release / "plan.json").read_text() == "checkpoint"
     assert (release / "report.json").read_text() == "judged"
+    assert (release / "report.html").read_text() == "page"
     assert (release / "canary.json").read_text() == "canary"
     elsewhere = make_release(tmp_path / "other", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
     assert manifest.read(elsewhere).digest == whole.digest

@@ -52,7 +52,8 @@ def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Pa
     whole = manifest.verify(release)
     assert whole.kind == "release"
     assert release.parent == workspace / "releases"
-    files = {"report.json", "report.md", "canary.json", "recipe.toml", "plan.json", "manifest.json"}
+    assert 'name="numprune.gates" package="numprune"' in Path(found["junit"]).read_text()
+    files = {"report.json", "report.md", "report.html", "canary.json", "recipe.toml", "plan.json", "manifest.json"}
     assert {path.name for path in release.iterdir()} == {"checkpoint", "onnx", *files}
     resolved = Recipe.model_validate(tomllib.loads((release / "recipe.toml").read_text()))
     report = reports.read(release / "report.json")

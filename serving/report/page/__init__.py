@@ -47,6 +47,11 @@ def comparison(reports: Sequence[tuple[str, Report]]) -> str:
     return _render("comparison.html", entries=entries, sections=side_by_side.sections(entries))
 
 
+def differences(reports: Sequence[Report]) -> list[tuple[str, str]]:
+    """What differs between reports though it should not, and what that means for their figures."""
+    return [(item.name, item.consequence) for item, _ in side_by_side.differences(reports)]
+
+
 def _render(template: str, **values: Any) -> str:
     environment, style, policy = _environment()
     return environment.get_template(template).render(style=style, policy=policy, **values)

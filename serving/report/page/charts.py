@@ -124,7 +124,7 @@ def _ticks(axis: Axis, most: int = 5, *, whole: bool = False) -> None:
     """At most so many, with as many digits as tell them apart, and commas between thousands."""
     locator = MaxNLocator(most, integer=whole, min_n_ticks=1)
     steps = np.diff(locator.tick_values(*axis.get_view_interval()))
-    digits = next((n for n in range(12) if not len(steps) or round(steps[0], n) >= 0.999 * steps[0]), 12)
+    digits = next((n for n in range(12) if not len(steps) or abs(round(steps[0], n) / steps[0] - 1) < 1e-6), 12)
 
     def show(value: float, _: int) -> str:
         return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
@@ -198,7 +198,7 @@ def strips(key: str, title: str, metrics: Sequence[Samples]) -> Markup | None:
             _ticks(axes.xaxis)
             axes.set_title(found.label)
 
-    return picture(key, title, 84 * len(shown) + 4, draw)
+    return picture(key, title, 88 * len(shown) + 4, draw)
 
 
 def shares(key: str, title: str, rows: Sequence[tuple[str, float | None]]) -> Markup | None:

@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Any
 
 from numprune.serving.report.page import words
-from numprune.serving.report.page.blocks import Cell, Facts
+from numprune.serving.report.page.blocks import Cell, Facts, Table
 
 _MAXIMUM = 200
 _LONGEST = 400  # characters
@@ -19,12 +19,22 @@ def block(facts: Mapping[str, Any]) -> Facts:
     return Facts([*shown, ("more", "the rest is in report.json")] if len(items) > _MAXIMUM else shown)
 
 
+def sides(caption: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Table:
+    """Two bags beside each other, a row for each leaf of either."""
+    one, other = (dict(islice(_leaves(side, "", 0), _MAXIMUM)) for side in (baseline, candidate))
+    rows = [
+        [name, *(shorten(side.get(name, words.ABSENT)) for side in (one, other))]
+        for name in dict.fromkeys([*one, *other])
+    ]
+    return Table(caption, ("", "Baseline", "Candidate"), rows, numeric=False)
+
+
 def shorten(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _leaves(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value and depth < _DEEPEST:
+    if isinstance(value, Mapping) and (value or not path) and depth < _DEEPEST:
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{shorten(key)}" if path else shorten(key), depth + 1)
     elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value) and depth < _DEEPEST:

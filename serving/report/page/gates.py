@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from numprune.serving.report.models import GateResult, Report
 from numprune.serving.report.page import charts, words
-from numprune.serving.report.page.blocks import Block, Chart, Facts, Heading, Pair, Section, Text
+from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Heading, Pair, Section, Text
 from numprune.serving.report.page.charts import Interval, Limit
 from numprune.serving.report.page.verdict import MARKS, judged, rule
 
@@ -27,12 +27,17 @@ def section(report: Report) -> Section:
 
 def _gate(index: int, gate: GateResult) -> Iterator[Block]:
     yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric)}: {gate.outcome}")
-    items: list[tuple[str, str]] = [
+    items: list[tuple[str, Cell | str]] = [
         ("Rule", rule(gate)),
         ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
         *([("One-sided 95 % bounds", words.span(*gate.interval))] if gate.interval else []),
         *([("Samples", f"{gate.samples:,}")] if gate.samples is not None else []),
         *([("Samples that would settle it", f"{gate.samples_needed:,}")] if gate.samples_needed is not None else []),
+        *(
+            [("Power", Cell(words.share(gate.power), "chance that an equal model passes"))]
+            if gate.power is not None
+            else []
+        ),
         *([("Noise floor", f"1 ± {words.number(gate.noise_floor, 3)}")] if gate.noise_floor is not None else []),
         ("Outcome", f"{gate.outcome}: {gate.reason}"),
         ("Metric", gate.metric),

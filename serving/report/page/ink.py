@@ -73,7 +73,7 @@ def picture(key: str, title: str, height: float, draw: Callable[[Figure], None])
     """
     written = io.StringIO()
     with rc_context({**_STYLE, "svg.hashsalt": key}):  # type: ignore[dict-item]  # its keys are literals
-        air = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72)
+        air = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=3 / 72)
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout=air)
         draw(figure)
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -5,7 +5,7 @@ from itertools import islice
 
 from numprune.serving.report.models import Report, RuntimeMemory, SizePair
 from numprune.serving.report.page import charts, words
-from numprune.serving.report.page.blocks import Block, Cell, Chart, Pair, Section, Table, Text
+from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Pair, Section, Table, Text
 
 _SIZES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("parameters", "Parameters", words.number),
@@ -24,7 +24,8 @@ def section(report: Report) -> Section:
         if pair is not None:
             rows.append([label, show(pair.baseline), show(pair.candidate), _ratio(pair)])
             bars.append((label, pair.ratio))
-    for runtime, found in islice(report.memory.items(), _MAXIMUM_RUNTIMES):
+    shown = dict(islice(report.memory.items(), _MAXIMUM_RUNTIMES))
+    for runtime, found in shown.items():
         rows.append(_peak(f"Peak, {runtime}", found))
         bars.append((f"Peak, {runtime}", found.peak_bytes.ratio))
     if not rows:
@@ -34,10 +35,13 @@ def section(report: Report) -> Section:
     table = Table("Memory and size", ("", "Baseline", "Candidate", "Ratio"), rows)
     peaks = "Peaks are of the whole process: device memory on a GPU, resident memory on a CPU."
     blocks: list[Block] = [Text(peaks)] if report.memory else []
-    pair_or_table: Block = (
-        Pair([Chart(drawn, "Filled: the candidate. Outlined: the baseline, 100 %.")], [table]) if drawn else table
-    )
-    return Section("memory", "Memory and size", [*blocks, pair_or_table])
+    phases = [row for runtime, found in shown.items() for row in _phases(runtime, found)]
+    right: list[Block] = [table]
+    if phases:
+        apart = Table("Peaks of load and run", ("", "Baseline", "Candidate", "Ratio"), phases)
+        right.append(Folded("Peaks of load and run", [apart]))
+    chart = [Chart(drawn, "Filled: the candidate. Outlined: the baseline.")] if drawn else []
+    return Section("memory", "Memory and size", [*blocks, *([Pair(chart, right)] if chart else right)])
 
 
 def served_rows(found: RuntimeMemory) -> Iterator[list[Cell | str]]:
@@ -55,12 +59,16 @@ def served_rows(found: RuntimeMemory) -> Iterator[list[Cell | str]]:
 
 
 def _peak(label: str, found: RuntimeMemory) -> list[Cell | str]:
-    pair, sides = found.peak_bytes, (found.baseline, found.candidate)
-    cells = [
-        Cell(words.size(peak), f"load {words.size(side.peak_bytes_load)}\nrun {words.size(side.peak_bytes_run)}")
-        for peak, side in zip((pair.baseline, pair.candidate), sides, strict=True)
-    ]
-    return [label, *cells, _ratio(pair)]
+    pair = found.peak_bytes
+    return [label, words.size(pair.baseline), words.size(pair.candidate), _ratio(pair)]
+
+
+def _phases(label: str, found: RuntimeMemory) -> Iterator[list[Cell | str]]:
+    for phase in ("load", "run"):
+        pair = SizePair(
+            **{side: getattr(getattr(found, side), f"peak_bytes_{phase}") for side in ("baseline", "candidate")}
+        )
+        yield [Cell(label, f"peak of the {phase}"), words.size(pair.baseline), words.size(pair.candidate), _ratio(pair)]
 
 
 def _ratio(pair: SizePair) -> Cell:

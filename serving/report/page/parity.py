@@ -12,7 +12,6 @@ _COLUMNS = {
     "logprob_error_max": "Largest error",
     "tolerance": "Tolerance",
     "greedy_match": "Greedy match",
-    "positions": "Positions",
 }
 _MAXIMUM_RUNTIMES = 16
 
@@ -36,8 +35,13 @@ def section(report: Report) -> Section:
     return Section("parity", "Parity", blocks)
 
 
-def _figure(found: Mapping[str, Any], key: str) -> str:
+def _figure(found: Mapping[str, Any], key: str) -> Cell:
+    value, positions = _number(found, key), _number(found, "positions")
+    if key != "greedy_match":
+        return Cell(words.plain(value))
+    return Cell(words.share(value), f"of {words.plain(positions)} positions" if positions is not None else "")
+
+
+def _number(found: Mapping[str, Any], key: str) -> float | None:
     value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return words.ABSENT
-    return words.share(value) if key == "greedy_match" else words.plain(value)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from numprune.serving.report.models import NoiseFloor, Percentiles, Report, RuntimeSpeed
 from numprune.serving.report.page import charts, facts, words
@@ -82,7 +83,16 @@ def _measured(key: str, name: str, found: RuntimeSpeed) -> Iterator[Block]:
     else:
         yield table
     yield from repeats
-    yield Folded(f"Load and runtime, {name}", [facts.block({"load": found.load, "runtime": found.runtime})])
+    yield Folded(f"Load and runtime, {name}", [facts.block(found.load), *_runtime(name, found.runtime)])
+
+
+def _runtime(name: str, described: Mapping[str, Any]) -> Iterator[Block]:
+    """Side by side where each side described itself."""
+    baseline, candidate = described.get("baseline"), described.get("candidate")
+    if isinstance(baseline, Mapping) and isinstance(candidate, Mapping):
+        yield facts.sides(f"Runtime, {name}", baseline, candidate)
+    elif described:
+        yield facts.block(described)
 
 
 def _rows(found: RuntimeSpeed) -> Iterator[list[Cell | str]]:
