@@ -14,6 +14,8 @@ from numprune.flows.error_rates import count
 from numprune.flows.error_rates.command import main
 from numprune.flows.error_rates.count import Share, quality_rates, settled, speed_rates
 from numprune.flows.error_rates.worlds import MACHINES, TEXTS
+from numprune.serving import gates
+from numprune.serving.report import Report
 
 
 def at_most(share: Share, rate: float) -> bool:
@@ -116,3 +118,21 @@ def test_the_command_prints_both_tables(capsys):
 def test_what_cannot_be_counted_is_refused(capsys, words, message):
     assert main(words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_of_several_gates_at_their_limits_all_pass_more_rarely_than_one():
+    """A policy errs no more often than the gate that a bad candidate is beyond the limit of."""
+    generator = np.random.default_rng(7)
+    steady = MACHINES[0]
+    one = both = 0
+    for _ in range(300):
+        sums, tokens = TEXTS[0].draw(generator, 20)
+        baseline, candidate = steady.draw(generator, 6)
+        speed = count.speed_report(baseline, [count.Repeat(1.5 * repeat.speed) for repeat in candidate])
+        data = count.quality_report(sums, tokens).to_json() | {"speed": speed.to_json()["speed"]}
+        policy = gates.Policy(gates=(count._at_most(0.0), count._at_least(1.5)))
+        verdict = gates.judge(Report.model_validate(data), policy)
+        one += verdict.gates[0].outcome == "pass"
+        both += verdict.outcome == "pass"
+    assert at_most(Share(one, 300), 0.05)
+    assert at_most(Share(both, 300), 0.0025)

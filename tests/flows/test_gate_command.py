@@ -195,3 +195,67 @@ def test_a_claim_that_the_measurements_do_not_bear_out_is_refused(numprune: Any,
     refused = numprune("gate", path, "--policy", rules)
     assert refused.code == 1
     assert f"its verdict says pass for {NLL}, but its measurements come to fail" in refused.err
+
+
+# --- what a policy may ask, and what a report may lack ----------------------------------------------
+
+DECODE = "speed.onnxruntime.decode_tokens_per_s.ratio"
+
+
+def _speed(**fields: Any) -> Json:
+    return {"speed": {"onnxruntime": COMPLETE["speed"]["onnxruntime"] | fields}}
+
+
+def _nll(**fields: Any) -> Json:
+    delta = COMPLETE["quality"]["nll_delta_nats_per_token"] | fields
+    return {"quality": COMPLETE["quality"] | {"nll_delta_nats_per_token": delta}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule", "code", "why"),
+    [
+        ({}, ("quality.nll_delta_nats_pro_token", "ci95_upper", "max = 9.0"), 2, f"did you mean {NLL}"),
+        ({}, ("speed.vllm.ttft.ratio", "ci95_upper", "max = 9.0"), 2, "the report has no speed.vllm.ttft.ratio"),
+        ({"quality": None}, (NLL, "ci95_upper", "max = 9.0"), 2, f"the report has no {NLL}"),
+        (_nll(value=None), (NLL, "ci95_upper", "max = 9.0"), 2, "was not measured (null, NaN or infinite)"),
+        (_nll(ci95_upper=None), (NLL, "ci95_upper", "max = 9.0"), 2, "a bound of"),
+        (_nll(samples=0), (NLL, "ci95_upper", "max = 9.0"), 2, "has no samples"),
+        (_nll(samples=1), (NLL, "ci95_upper", "max = 9.0"), 2, "one sample, which has no interval"),
+        (_speed(noise_floor={}), (DECODE, "ci95_lower", "min = 0.5"), 2, "noise_floor.decode_tokens_per_s was not"),
+        (_speed(failed_requests=3), (DECODE, "ci95_lower", "min = 0.5"), 2, "failed_requests is 3"),
+        (
+            _speed(noise_floor={"decode_tokens_per_s": {"relative": 0.3, "neighbours": 4}}),
+            (DECODE, "ci95_lower", "min = 1.05"),  # the lower bound is 1.15
+            3,
+            "the limit 1.05 is tighter than the noise floor 1 ± 0.3",
+        ),
+    ],
+)
+def test_what_was_not_measured_does_not_pass(
+    numprune: Any,
+    report: Any,
+    policy: Any,
+    tmp_path: Path,
+    fields: Json,
+    rule: tuple[str, str, str],
+    code: int,
+    why: str,
+) -> None:
+    junit = tmp_path / "gates.xml"
+    judged = numprune("gate", report(**fields), "--policy", policy(RULE.format(*rule)), "--json", "--junit", junit)
+    assert judged.code == code
+    assert why in judged.json["gates"][0]["reason"]
+    assert set(cases_of(junit).values()) == {"failure fail" if code == 2 else "failure inconclusive"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused_or_fail(numprune: Any, report: Any, policy: Any, number: str) -> None:
+    path = report()
+    text = json.dumps(json.loads(path.read_text()))
+    path.write_text(
+        text.replace('"nll_delta_nats_per_token": {"value": 0.05', f'"nll_delta_nats_per_token": {{"value": {number}')
+    )
+    assert number in path.read_text()
+    judged = numprune("gate", path, "--policy", policy(PASS))
+    assert judged.code in (1, 2)
+    assert "is not JSON" in judged.err or "was not measured" in judged.out
