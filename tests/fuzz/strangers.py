@@ -2,12 +2,22 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from numprune.errors import NumpruneError
+
+# The same in every run, so that a failure is one for everybody; NUMPRUNE_FUZZ=5000 looks for more, elsewhere each time.
+fuzz = settings(
+    max_examples=int(os.environ.get("NUMPRUNE_FUZZ", "40")),
+    deadline=None,
+    derandomize="NUMPRUNE_FUZZ" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
 
 NAMES = [
     "../x",

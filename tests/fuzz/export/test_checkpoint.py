@@ -15,7 +15,7 @@ from numprune.anatomy import MAXIMUM_LAYERS
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
 from tests.conftest import build_tiny, byte_tokenizer
-from tests.fuzz.strangers import NAMES, changed, named, raw, values, written
+from tests.fuzz.strangers import NAMES, changed, fuzz, named, raw, values, written
 
 PER_LAYER = {"per_layer_config": {"0": {"intermediate_size": 48}}, "model_type": "numprune_llama", "head_dim": 16}
 
@@ -47,6 +47,7 @@ def refused_or_read(folder: Path) -> Any:
     return config
 
 
+@fuzz
 @given(st.data())
 def test_a_configuration_is_read_or_refused(folder: Path, good: dict[str, Any], data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "per layer"]))
@@ -121,6 +122,7 @@ def test_no_code_of_a_model_is_run_and_nobody_is_asked(
     assert not ran.exists()
 
 
+@fuzz
 @given(st.data())
 @example(None)
 def test_a_tokenizer_is_read_or_refused(folder: Path, data: st.DataObject | None) -> None:
@@ -137,6 +139,7 @@ def test_a_tokenizer_is_read_or_refused(folder: Path, data: st.DataObject | None
         path.write_text(good)
 
 
+@fuzz
 @given(st.data())
 def test_how_a_tokenizer_is_described_is_read_or_refused(folder: Path, data: st.DataObject) -> None:
     path = folder / "tokenizer_config.json"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from numprune.errors import IntegrityError
 from numprune.export import manifest
-from tests.fuzz.strangers import NAMES, documents, named
+from tests.fuzz.strangers import NAMES, documents, fuzz, named
 
 CONTENT = b"content"
 
@@ -34,6 +34,7 @@ GOOD: dict[str, Any] = {
 }
 
 
+@fuzz
 @given(documents(GOOD))
 @example(json.dumps(GOOD | {"facts": {"a": 1}}).replace('"a": 1', '"a": 1e999').encode())
 @example(json.dumps(GOOD | {"facts": {"a": 0}}).replace('"a": 0', '"a": ' + "[" * 500 + "]" * 500).encode())
@@ -49,6 +50,7 @@ def test_a_manifest_is_read_or_refused(folder: Path, content: bytes) -> None:
     manifest.verify(folder)
 
 
+@fuzz
 @given(st.sampled_from(NAMES) | st.text())
 @example("../x")
 def test_a_path_that_leaves_the_folder_is_never_verified(folder: Path, name: str) -> None:

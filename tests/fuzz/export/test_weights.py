@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from numprune.errors import IntegrityError, NumpruneError
 from numprune.export import weights
 from numprune.export.checkpoint import check_finite
-from tests.fuzz.strangers import NAMES, changed, documents, named, written
+from tests.fuzz.strangers import NAMES, changed, documents, fuzz, named, written
 
 DATA = bytes(64)
 HEADER: dict[str, Any] = {
@@ -25,6 +25,7 @@ def tensor(dtype: str, shape: list[int], start: int, end: int) -> bytes:
     return written({"a": entry, "b": {"dtype": "U8", "shape": [64 - end], "data_offsets": [end, 64]}} if end else {})
 
 
+@fuzz
 @given(
     documents(HEADER)
     | st.builds(
@@ -73,6 +74,7 @@ INDEX: dict[str, Any] = {"metadata": {"total_size": 16}, "weight_map": {"a": "on
 ESCAPES = ["../x.safetensors", "/x.safetensors", "a/one.safetensors", "d.safetensors", "pytorch_model.bin", *NAMES]
 
 
+@fuzz
 @given(documents(INDEX) | changed(INDEX).map(written))
 @example(b'{"weight_map": ' + b"[" * 100_000)
 @example(b'{"weight_map": {"a": ' + b"1" * 5000 + b"}}")
@@ -82,6 +84,7 @@ def test_an_index_is_read_or_refused(shards: Path, content: bytes) -> None:
     assert isinstance(found, NumpruneError) or set(found) <= {"a", "b"}
 
 
+@fuzz
 @given(st.sampled_from(ESCAPES))
 def test_a_shard_outside_the_folder_is_never_read(shards: Path, name: str) -> None:
     (shards / weights.INDEX).write_bytes(written({"weight_map": {"a": name, "b": "two.safetensors"}}))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numprune.errors import NumpruneError
 from numprune.flows import recipe
 from numprune.flows.recipe import EMBEDDED_RECIPE, Recipe
-from tests.fuzz.strangers import NAMES, named
+from tests.fuzz.strangers import NAMES, fuzz, named
 
 GOOD = EMBEDDED_RECIPE.read_text()
 KEYS = [f"{section}.{key}" for section, keys in tomllib.loads(GOOD).items() if section != "gates" for key in keys]
@@ -36,6 +36,7 @@ def rewritten(found: Recipe, where: Path) -> Path:
     return where.with_name("again.toml")
 
 
+@fuzz
 @given(st.sampled_from(KEYS), st.sampled_from(VALUES) | st.integers().map(str) | st.floats().map(str) | st.text())
 @example("benchmark.prompts", "0x" + "f" * 5000)
 @example("prune.ratio", "[" * 5000)
@@ -46,6 +47,7 @@ def test_any_override_is_taken_or_refused(path: Path, key: str, value: str) -> N
     check(named(recipe.load, EMBEDDED_RECIPE, [f"{key}={value}"]), path)
 
 
+@fuzz
 @given(st.data())
 @example(None)
 def test_any_file_is_taken_or_refused(path: Path, data: st.DataObject | None) -> None:

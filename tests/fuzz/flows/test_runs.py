@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from numprune.flows import clean, recipe, runs
 from numprune.flows.stages import run_stage
-from tests.fuzz.strangers import NAMES, documents, named
+from tests.fuzz.strangers import NAMES, documents, fuzz, named
 
 RUN = "20261121T120000Z-01234567"
 GOOD: dict[str, Any] = {
@@ -50,6 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@fuzz
 @given(documents(GOOD))
 @example(b"[" * 100_000)
 def test_a_record_is_read_or_called_damaged(workspace: Path, content: bytes) -> None:
@@ -63,12 +64,14 @@ def test_a_record_is_read_or_called_damaged(workspace: Path, content: bytes) -> 
         runs.log_tail(run, 5)
 
 
+@fuzz
 @given(st.sampled_from(NAMES) | st.text())
 @example("20269999T999999Z-01234567")
 def test_what_is_asked_for_is_never_a_path(workspace: Path, asked: str) -> None:
     named(runs.find, workspace, asked)
 
 
+@fuzz
 @given(st.lists(st.sampled_from([name for name in NAMES if "/" not in name and "\0" not in name][:20]), max_size=3))
 def test_only_what_is_called_a_stage_goes(workspace: Path, names: list[str]) -> None:
     made = []

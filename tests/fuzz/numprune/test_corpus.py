@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from numprune.corpus import read_documents, token_rows
 from numprune.errors import NumpruneError
 from tests.conftest import byte_tokenizer
-from tests.fuzz.strangers import documents, named, written
+from tests.fuzz.strangers import documents, fuzz, named, written
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return byte_tokenizer()
 
 
+@fuzz
 @given(st.lists(documents({"text": "words", "name": "a"}), max_size=3))
 @example([b'{"text": "a", "b": ' + b"1" * 5000 + b"}"])
 @example([b'{"text": ' + b"[" * 100_000])
@@ -41,6 +42,7 @@ def test_lines_of_text_become_rows_or_are_refused(
     named(token_rows, found, tokenizer, 8)
 
 
+@fuzz
 @given(st.binary(max_size=200) | st.text().map(str.encode))
 @example(written("\ud800"))
 def test_any_other_file_is_one_document_or_refused(

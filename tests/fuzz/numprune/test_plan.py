@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 
 from numprune.plan import Plan, read_plan
-from tests.fuzz.strangers import documents, named
+from tests.fuzz.strangers import documents, fuzz, named
 
 GOOD: dict[str, Any] = {
     "version": 1,
@@ -28,6 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plan") / "numprune_plan.json"
 
 
+@fuzz
 @given(documents(GOOD))
 @example(b"\xff")
 @example(b"[" * 100_000)

@@ -6,7 +6,7 @@ from hypothesis import example, given
 
 from numprune.errors import NumpruneError
 from numprune.serving import canary
-from tests.fuzz.strangers import documents, named
+from tests.fuzz.strangers import documents, fuzz, named
 
 GOOD: dict[str, Any] = {
     "schema": "numprune/canary/1",
@@ -28,6 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("canary") / canary.REFERENCE
 
 
+@fuzz
 @given(documents(GOOD))
 @example(b"[" * 100_000)
 def test_a_reference_is_read_or_refused(path: Path, content: bytes) -> None:

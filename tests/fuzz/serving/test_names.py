@@ -12,11 +12,12 @@ from numprune.serving.registry.artifacts import LocalArtifacts
 from numprune.serving.registry.reference import parse
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm import needs
-from tests.fuzz.strangers import NAMES, named, values
+from tests.fuzz.strangers import NAMES, fuzz, named, values
 
 words = st.sampled_from([*NAMES, *(f"{name}@a" for name in NAMES), *(f"{name}/1" for name in NAMES)]) | st.text()
 
 
+@fuzz
 @given(words)
 @example("a' or name like '%")
 @example("a/1\n")
@@ -32,6 +33,7 @@ def test_a_reference_names_a_model_and_no_path(text: str) -> None:
     assert str(parse(str(found))) == str(found)
 
 
+@fuzz
 @given(words)
 def test_the_place_of_a_name_is_inside_the_workspace(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     workspace = tmp_path_factory.getbasetemp()
@@ -40,6 +42,7 @@ def test_the_place_of_a_name_is_inside_the_workspace(tmp_path_factory: pytest.Te
         assert found.folder.parent == workspace / "rollouts"
 
 
+@fuzz
 @given(words | st.text("0123456789abcdef", min_size=32, max_size=33))
 @example("0" * 32 + "\n")
 def test_the_id_of_a_run_is_no_path(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
@@ -49,6 +52,7 @@ def test_the_id_of_a_run_is_no_path(tmp_path_factory: pytest.TempPathFactory, te
     )
 
 
+@fuzz
 @given(
     values
     | st.lists(

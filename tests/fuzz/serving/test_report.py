@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numprune.errors import NumpruneError
 from numprune.serving import gates
 from numprune.serving import report as reports
-from tests.fuzz.strangers import NAMES, ODD, changed, documents, named, written
+from tests.fuzz.strangers import NAMES, ODD, changed, documents, fuzz, named, written
 
 POLICY = '[[gates]]\nmetric = "quality.tokens"\nbound = "point"\nmin = 1\n'
 
@@ -20,6 +20,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("report") / "report.json"
 
 
+@fuzz
 @given(st.data())
 @example(None)
 def test_a_report_is_read_and_judged_or_refused(path: Path, report_json: Any, data: st.DataObject | None) -> None:
@@ -42,6 +43,7 @@ def test_a_report_is_read_and_judged_or_refused(path: Path, report_json: Any, da
     named(reports.read, path.with_name("again.json"))
 
 
+@fuzz
 @given(
     changed(tomllib.loads(POLICY)).map(written)
     | st.sampled_from([*map(repr, ODD), "0x" + "f" * 5000, "1e999", "nan", "[" * 5000]).map(
