@@ -118,7 +118,7 @@ def token_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
                 rows.append(row)
                 owner.append(index)
     if not rows:
-        raise InputError("the text has no document of at least two tokens")
+        raise InputError("the text has no document of at least two tokens; give files with more text")
     digest.update(length.to_bytes(8, "little"))
     return TokenRows(rows, owner, [document.name for document in documents], digest.hexdigest())
 

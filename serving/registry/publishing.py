@@ -178,7 +178,7 @@ def _remove_orphans(registry: Registry) -> None:
 
 
 def _this_process() -> str:
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+    return f"{socket.gethostname()} {os.getpid()} {_start(os.getpid())}"
 
 
 def _is_dead(publisher: str) -> bool:
@@ -186,7 +186,20 @@ def _is_dead(publisher: str) -> bool:
     match publisher.split(" "):
         case [host, pid, started] if host == socket.gethostname() and pid.isdecimal():
             try:
-                return f"{psutil.Process(int(pid)).create_time():.2f}" != started
+                return _start(int(pid)) != started
             except psutil.NoSuchProcess:
                 return True
     return False
+
+
+def _start(pid: int) -> str:
+    """When the process started, in words that stay the same when the clock is set. Raises psutil.NoSuchProcess."""
+    started = psutil.Process(pid).create_time()
+    if not psutil.LINUX:
+        return f"{started:.2f}"
+    # psutil adds the time of the boot, which the kernel reckons back from the clock as it is now.
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    return stat.rpartition(")")[2].split()[19]  # starttime, in ticks since the boot

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from numprune.errors import IntegrityError
 from numprune.flows.work.publish import publish
@@ -38,3 +40,22 @@ def test_what_is_no_release_is_still_said(tmp_path: Path, numprune: Callable[...
     refused = numprune("registry", "publish", tmp_path / "nothing", "tiny", "--workspace", tmp_path / "w")
     assert refused.code == 1
     assert "nothing" in refused.err
+
+
+def test_weights_of_nan_are_not_published(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
+    """Nor fetched: vLLM would serve them."""
+
+    def spoil(checkpoint: Path) -> None:
+        weights = load_file(checkpoint / "model.safetensors")
+        weights["model.norm.weight"][3] = torch.nan
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    release = make_release(write_checkpoint(tmp_path / "model"), tmp_path / "release", spoil)
+    where = ["--workspace", tmp_path / "w"]
+    refused = numprune("registry", "publish", release, "tiny", *where)
+    assert refused.code == 1
+    assert "model.norm.weight has values that are NaN or infinite" in refused.err
+    releases.publish(release, tmp_path / "w", "tiny")
+    refused = numprune("registry", "fetch", "tiny", tmp_path / "out", *where)
+    assert (refused.code, refused.out) == (1, "")
+    assert "model.norm.weight has values that are NaN or infinite" in refused.err
