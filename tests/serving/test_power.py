@@ -49,3 +49,18 @@ def test_samples_needed_at_the_limit_and_far_from_it() -> None:
     assert samples_needed(100, 1.0, 1.0, 0.999) == samples_needed(100, 1.0, 1.0, -0.999) < 500
     assert samples_needed(100, 0.0, 0.0, 0.0) is None
     assert samples_needed(2, 1e300, 1e300, 0.0) > 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
+def test_the_probability_promised_is_the_one_after_what_was_seen(share: float) -> None:
+    """Given 40 samples: standard deviation and truth drawn as they then may be, and a larger measurement of them."""
+    n, draws = 40, 200_000
+    generator = np.random.default_rng(40)
+    limit = share * student(n)  # the value is 0, its standard error 1
+    needed = samples_needed(n, student(n), student(n), limit)
+    assert needed is not None
+    sd = math.sqrt(n) * np.sqrt((n - 1) / generator.chisquare(n - 1, draws))
+    truth = generator.normal(0, sd / math.sqrt(n))
+    mean = generator.normal(truth, sd / math.sqrt(needed))
+    bound = student(needed) * sd * np.sqrt(generator.chisquare(needed - 1, draws) / (needed - 1) / needed)
+    assert np.mean(abs(limit - mean) > bound) == pytest.approx(0.8, abs=0.01)
