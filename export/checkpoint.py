@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
@@ -22,12 +29,14 @@ __all__ = [
     "load",
     "load_tokenizer",
     "read_config",
+    "read_generation_config",
     "resolve",
     "save",
     "save_around_weights",
     "weight_bytes",
 ]
 
+GENERATION = "generation_config.json"
 PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 
 # Buffers that older versions of transformers stored and newer ones compute; every loader, vLLM's too, ignores them.
@@ -97,6 +106,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     folder = resolve(model)
     audit(folder)
     tokenizer = load_tokenizer(folder)
+    read_generation_config(folder)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -110,6 +120,26 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite")
     check_vocabulary(folder, tokenizer, loaded.config)
     return loaded, tokenizer
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """How the model is asked to generate, or None where nothing says it.
+
+    Raises InputError, also for what transformers takes with a warning and then refuses to write with the pruned model.
+    """
+    path = folder / GENERATION
+    if not path.exists():
+        return None
+    _require_size(path, MAXIMUM_CONFIG_BYTES)
+    try:
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        found.validate(strict=True)
+    except Exception as error:  # as in read_config
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"{path}: transformers refuses it: {reason}; mend it, or remove it: the model then has the defaults"
+        ) from error
+    return found
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

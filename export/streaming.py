@@ -57,8 +57,9 @@ class CheckpointLayers:
         self._stored = checkpoint.audit(folder)
         checkpoint.check_finite(self._stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
-        if (folder / "generation_config.json").is_file():
-            self._skeleton.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        generation = checkpoint.read_generation_config(folder)
+        if generation is not None:
+            self._skeleton.generation_config = generation
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)

@@ -15,7 +15,7 @@ from numprune.anatomy import MAXIMUM_LAYERS
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
 from tests.conftest import build_tiny, byte_tokenizer
-from tests.fuzz.strangers import NAMES, changed, fuzz, named, raw, values, written
+from tests.fuzz.strangers import NAMES, changed, documents, fuzz, named, raw, values, written
 
 PER_LAYER = {"per_layer_config": {"0": {"intermediate_size": 48}}, "model_type": "numprune_llama", "head_dim": 16}
 
@@ -156,6 +156,39 @@ def test_how_a_tokenizer_is_described_is_read_or_refused(folder: Path, data: st.
         named(checkpoint.load_tokenizer, folder)
     finally:
         path.write_text(good)
+
+
+GENERATION: dict[str, Any] = {"bos_token_id": 256, "eos_token_id": [257], "temperature": 0.6, "do_sample": True}
+
+
+@fuzz
+@given(documents(GENERATION))
+@example(b"[1]")
+@example(b"[" * 100_000)
+@example(written({"watermarking_config": 5}))
+@example(written({"cache_implementation": "x"}))
+def test_how_a_model_generates_is_read_or_refused(folder: Path, content: bytes) -> None:
+    path = folder / checkpoint.GENERATION
+    path.write_bytes(content)
+    try:
+        found = named(checkpoint.load, folder)
+        assert isinstance(found, NumpruneError) == isinstance(
+            named(checkpoint.read_generation_config, folder), InputError
+        )
+        if not isinstance(found, NumpruneError):
+            found[0].generation_config.save_pretrained(folder / "again")
+    finally:
+        path.unlink()
+
+
+def test_what_transformers_would_not_write_is_refused_before_any_work(folder: Path) -> None:
+    path = folder / checkpoint.GENERATION
+    path.write_bytes(written({"temperature": 0.6, "do_sample": False}))
+    try:
+        with pytest.raises(InputError, match=r"generation_config\.json: transformers refuses it: .*temperature"):
+            checkpoint.load(folder)
+    finally:
+        path.unlink()
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "added_tokens.json"])
