@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from numprune.serving.report.models import Report
 from numprune.serving.report.page import comparison as side_by_side
-from numprune.serving.report.page import gates, identity, memory, parity, quality, speed, units
+from numprune.serving.report.page import gates, identity, memory, parity, quality, speed, units, words
 from numprune.serving.report.page.blocks import kind
 from numprune.serving.report.page.verdict import verdict
 
@@ -76,11 +76,4 @@ def _environment() -> tuple[Environment, Markup, str]:
 
 
 def _clean(value: Any) -> Any:
-    """Text without what HTML cannot hold, and what would reorder the text around it."""
-    return "".join(map(_printable, value)) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _printable(letter: str) -> str:
-    if letter.isprintable() or letter in "\n\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}":
-        return letter
-    return " " if letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+    return words.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -17,6 +17,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from numprune.serving.report.page import words
+
 WIDTH: Final = 340  # user units, about the CSS pixels of a phone
 FONT: Final = 12
 
@@ -81,7 +83,7 @@ def picture(key: str, title: str, height: float, draw: Callable[[Figure], None])
     root = ET.fromstring(written.getvalue())  # noqa: S314
     _tidy(root, key)
     heading = ET.Element("title", {"id": f"{key}-title"})
-    heading.text = _printable(title)
+    heading.text = words.printable(title)
     root.insert(0, heading)
     return Markup(ET.tostring(root, encoding="unicode"))  # noqa: S704 # ElementTree escapes
 
@@ -152,10 +154,6 @@ def _shorter(text: str) -> str:
 
 def _local(name: str) -> str:
     return name.rpartition("}")[2]
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def padded(low: float, high: float, share: float = 0.08) -> tuple[float, float]:

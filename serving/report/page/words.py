@@ -111,5 +111,16 @@ def count(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """Without what HTML cannot hold, and what would reorder the text around it."""
+    return "".join(map(_printable, text))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable() or letter in f"\n{NARROW}{WIDE}":
+        return letter
+    return " " if letter.isspace() else "\N{REPLACEMENT CHARACTER}"
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")

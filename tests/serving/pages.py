@@ -1,0 +1,97 @@
+"""Reports for the tests of their page: one with everything in it, and ways to alter it."""
+
+import copy
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+from numprune.serving import gates
+from numprune.serving.report import Report
+from tests.serving.conftest import COMPLETE, Json, estimate
+
+POLICY = [
+    {"metric": "quality.nll_delta_nats_per_token", "bound": "ci95_upper", "max": 0.25},
+    {"metric": "speed.onnxruntime.decode_tokens_per_s.ratio", "bound": "ci95_lower", "min": 0.5},
+    {"metric": "sizes.parameters.ratio", "bound": "point", "max": 0.85},
+]
+
+
+def full() -> Json:
+    """Every section, layers that differ, a skipped block, two concurrencies of a server."""
+    data = copy.deepcopy(COMPLETE)
+    local = data["speed"]["onnxruntime"]
+    local["itl"] = {"ratio": estimate(1.001, 0.02, samples=10, unit="repeat")}
+    local["runtime"] = {"baseline": {"device": "cpu"}, "candidate": {"device": "cpu", "threads": 2}}
+    level = copy.deepcopy(local)
+    for side, rate in (("baseline", 100.0), ("candidate", 120.0)):
+        level[side]["output_tokens_per_s"] = rate
+        level[side]["by_repeat"]["output_tokens_per_s"] = [rate + repeat for repeat in range(10)]
+    level["output_tokens_per_s"] = {"ratio": estimate(1.2, 0.02, samples=10, unit="repeat")}
+    level["noise_floor"]["output_tokens_per_s"] = {"relative": 0.05, "neighbours": 5}
+    data["speed"]["vllm"] = {**copy.deepcopy(level), "concurrency": {"1": level, "4": copy.deepcopy(level)}}
+    memory = {"peak_bytes_load": 2 << 30, "peak_bytes_run": 3 << 30, "weight_bytes": 1 << 30, "kv_tokens": 87296}
+    data["memory"]["vllm"] = {
+        "baseline": memory,
+        "candidate": {**memory, "weight_bytes": 3 << 28, "kv_tokens": 116480},
+        "peak_bytes": {"baseline": 3 << 30, "candidate": 3 << 30},
+        "kv_tokens": {"baseline": 87296, "candidate": 116480},
+    }
+    data["pruning"]["kept_units"] = {
+        **{f"layers.{layer}.attention": [layer % 4, 4] for layer in range(12)},
+        **{f"layers.{layer}.mlp": [0 if layer == 7 else 704 - 8 * layer, 704] for layer in range(12)},
+    }
+    data["environment"]["gpu"] = {"name": "A GPU", "uuid": "GPU-1", "driver": "570", "memory_bytes": 80 << 30}
+    data["parity"]["vllm"] = {"logprob_error_max": 2e-5, "tolerance": 1e-3, "greedy_match": 1.0, "positions": 358}
+    return data
+
+
+def judged(data: Json, policy: list[dict[str, Any]] | None = None) -> Report:
+    report = Report.model_validate(data)
+    return report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy or POLICY})))
+
+
+def altered(data: Json, change: Callable[[Any], Any], kinds: tuple[type, ...]) -> Json:
+    """The report with `change` made to every leaf of those kinds, but where the schema then refuses the report."""
+    data = copy.deepcopy(data)
+    for node, key in list(_leaves(data, kinds)):
+        before = node[key]
+        node[key] = change(before)
+        try:
+            Report.model_validate(data)
+        except ValueError:
+            node[key] = before
+    return data
+
+
+def _leaves(node: Any, kinds: tuple[type, ...]) -> Iterator[tuple[Any, Any]]:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, dict | list):
+            yield from _leaves(value, kinds)
+        elif isinstance(value, kinds) and not isinstance(value, bool):
+            yield node, key
+
+
+class Parsed(HTMLParser):
+    """What a page is made of: its elements with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).split())
+
+    def named(self, *tags: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag in tags]
