@@ -72,7 +72,9 @@ def ratios(baseline: Sequence[Measured], candidate: Sequence[Measured], metrics:
     ]
     found: Section = {
         "noise_floor": {
-            metric: noise_floor([(first[metric], second[metric]) for first, second in neighbours], len(pairs))
+            metric: noise_floor(
+                *([(one[metric], other[metric]) for one, other in found] for found in (neighbours, pairs))
+            )
             for metric in usable
             if neighbours and pairs
         },

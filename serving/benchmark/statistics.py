@@ -63,22 +63,28 @@ def paired_ratio(candidate: Sequence[float], baseline: Sequence[float]) -> dict[
     }
 
 
-def noise_floor(neighbours: Sequence[tuple[float, float]], repeats: int) -> dict[str, float | int]:
-    """How far from 1 a ratio of `repeats` pairs could come if both sides were the baseline.
+def noise_floor(
+    neighbours: Sequence[tuple[float, float]], pairs: Sequence[tuple[float, float]]
+) -> dict[str, float | int]:
+    """How far from 1 the ratio of these pairs could come if both sides were the baseline.
 
     `neighbours` are the baseline's values in repeats of which one directly followed the other ("A A" in A B B A A B …):
     as far apart in time as the two sides of a pair, and nothing but noise. Their log ratios have mean 0 by
     construction, so the spread is their root mean square about 0, with as many degrees of freedom as there are
     neighbours; going first or second counts as noise in it, as it does in the pairs. `relative` is the half-width,
     e^h - 1, of the two-sided 95 % interval: a limit closer to 1 than that cannot be told from noise.
+
+    There are half as many neighbours as pairs, and what comes now and then can have missed all of them: where the
+    spread of the pairs about their own mean says more, that is the floor. With neighbours alone, stalls and other work
+    on the machine carried a baseline beyond its own floor one time in four.
     """
-    if not neighbours:
-        raise ValueError("a noise floor needs at least one pair of neighbouring baseline repeats")
-    first, second = ([pair[side] for pair in neighbours] for side in (0, 1))
-    logs = _logarithms(second, len(first)) - _logarithms(first, len(second))
-    spread = math.sqrt(float(np.mean(logs**2)))
-    half_width = _student(0.975, len(logs)) * spread / math.sqrt(repeats)
-    return {"relative": math.expm1(half_width), "neighbours": len(logs)}
+    if not neighbours or not pairs:
+        raise ValueError("a noise floor needs at least one pair and one of neighbouring baseline repeats")
+    alone = _log_ratios(neighbours)
+    half_width = _student(0.975, len(alone)) * math.sqrt(float(np.mean(alone**2)))
+    if len(pairs) > 1:
+        half_width = max(half_width, _student(0.975, len(pairs) - 1) * float(_log_ratios(pairs).std(ddof=1)))
+    return {"relative": math.expm1(half_width / math.sqrt(len(pairs))), "neighbours": len(alone)}
 
 
 def _student(probability: float, degrees: int) -> float:
@@ -86,6 +92,11 @@ def _student(probability: float, degrees: int) -> float:
     from scipy import special  # here: the workers import this module, and their memory is measured
 
     return float(special.stdtrit(degrees, probability))
+
+
+def _log_ratios(pairs: Sequence[tuple[float, float]]) -> np.ndarray:
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    return _logarithms(second, len(pairs)) - _logarithms(first, len(pairs))
 
 
 def _logarithms(values: Sequence[float], length: int) -> np.ndarray:

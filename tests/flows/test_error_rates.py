@@ -72,8 +72,9 @@ def test_ratios_of_speeds_keep_their_promise(machine, repeats):
 
 
 def test_baseline_against_itself_stays_within_its_noise_floor():
-    for machine in MACHINES[:2]:
-        assert about(speed_rates(machine, 10, 200, seed=2).itself_inside, 0.95, 0.03)
+    for machine in MACHINES[:-1]:
+        inside = speed_rates(machine, 10, 200, seed=2).itself_inside
+        assert at_most(Share(inside.of - inside.count, inside.of), 0.05), machine.name
 
 
 def test_as_many_documents_as_asked_for_settle_it():
