@@ -181,6 +181,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += described(error, Recipe)
     if problems:
         raise InputError(listed(f"recipe {path}", problems))
+    try:
+        recipe.to_toml().encode()
+    except UnicodeEncodeError:  # a name of bytes that are no text, which a shell can give and a release cannot keep
+        raise InputError(f"recipe {path}: a name or path in it is not UTF-8; rename the file or folder") from None
     return recipe
 
 

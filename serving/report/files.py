@@ -46,7 +46,7 @@ def read(path: Path) -> Report:
     if len(raw) > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes, no report is")
     try:
-        data = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        data = json.loads(raw, **_STRICT)
         if isinstance(data, dict) and data.get("schema") != SCHEMA:
             raise IntegrityError(f"{path}: schema: {data.get('schema')!r}; this version reads {SCHEMA!r}")
         return Report.model_validate(data)
@@ -64,3 +64,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _sized(digits: str) -> int:
+    if len(digits) > 20:  # beyond 64 bits: nothing is as large, and arithmetic with it raises
+        raise ValueError(f"{digits[:20]}… is too large a number")
+    return int(digits)
+
+
+_STRICT: dict[str, Any] = {"object_pairs_hook": _no_duplicates, "parse_constant": _no_constant, "parse_int": _sized}

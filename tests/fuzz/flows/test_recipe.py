@@ -42,6 +42,7 @@ def rewritten(found: Recipe, where: Path) -> Path:
 @example("prune.ratio", "[" * 5000)
 @example("prune.ratio", "9" * 5000)
 @example("model.path", "~nobody-of-that-name/x")
+@example("model.path", "\udcff")
 @example("gates", '[{metric="a.b", bound="point", max=0x' + "f" * 5000 + "}]")
 def test_any_override_is_taken_or_refused(path: Path, key: str, value: str) -> None:
     check(named(recipe.load, EMBEDDED_RECIPE, [f"{key}={value}"]), path)
