@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     (folder / "recipe.toml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with the release that the recipe makes, undisturbed; not to be written to."""
+    from tests.flows.faults import finish
+
+    workspace = tmp_path_factory.mktemp("finished") / "w"
+    assert finish(tiny / "recipe.toml", workspace)["version"] == "tiny/1"
+    return workspace
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished one."""
+    return Path(shutil.copytree(finished, tmp_path / "w"))
 
 
 @dataclass(frozen=True)
