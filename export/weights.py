@@ -58,7 +58,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         return _read_shards(folder)
     if not (folder / SINGLE).is_file():
         other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
-        hint = f"; {other} may run code when it is read, and is not: convert it with `save_pretrained`" if other else ""
+        hint = f"; convert {other} with `save_pretrained`: reading such a file may run code" if other else ""
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     return _read_file(folder / SINGLE)
 
