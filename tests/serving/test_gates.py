@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune.errors import InputError
@@ -16,6 +16,7 @@ from numprune.serving.power import power, student
 from numprune.serving.report import GateResult, Report
 
 Json = dict[str, Any]
+unhurried = settings(deadline=None)  # how busy the machine is, is not tested
 NLL = "quality.nll_delta_nats_per_token"
 DECODE = "speed.onnxruntime.decode_tokens_per_s.ratio"
 
@@ -374,6 +375,7 @@ def _judge(estimate: Json, floor: float, bound: str, **limit: float) -> GateResu
     return check(data, "speed.torch.ttft.ratio", bound, **limit)
 
 
+@unhurried
 @given(estimates(), floors, directions, near_one | finite)
 def test_a_pass_has_its_bound_and_its_value_within_the_limit(
     estimate: Json, floor: float, direction: tuple[str, str], limit: float
@@ -388,6 +390,7 @@ def test_a_pass_has_its_bound_and_its_value_within_the_limit(
         assert estimate["interval95"][0] - 1e-2 <= estimate["value"] <= estimate["interval95"][1] + 1e-2
 
 
+@unhurried
 @given(estimates(), floors, directions, near_one | finite, st.floats(min_value=0, max_value=1e6))
 def test_a_looser_limit_never_turns_a_pass_into_anything_else(
     estimate: Json, floor: float, direction: tuple[str, str], limit: float, slack: float
@@ -398,6 +401,7 @@ def test_a_looser_limit_never_turns_a_pass_into_anything_else(
         assert _judge(estimate, floor, bound, **{side: looser}).outcome == "pass"
 
 
+@unhurried
 @given(estimates(), floors, directions, near_one)
 def test_a_noise_floor_never_makes_a_pass(
     estimate: Json, floor: float, direction: tuple[str, str], limit: float
@@ -407,6 +411,7 @@ def test_a_noise_floor_never_makes_a_pass(
         assert _judge(estimate, 0.0, bound, **{side: limit}).outcome == "pass"
 
 
+@unhurried
 @given(estimates(), directions, near_one)
 def test_a_wider_interval_never_makes_a_pass(estimate: Json, direction: tuple[str, str], limit: float) -> None:
     bound, side = direction
@@ -420,6 +425,7 @@ widths = st.floats(min_value=1e-3, max_value=1)
 shares = st.floats(min_value=-0.99, max_value=0.99)
 
 
+@unhurried
 @given(near_one, widths, widths, shares, shares, st.integers(2, 1000), directions)
 def test_a_limit_nearer_to_the_value_asks_for_more_samples(
     value: float, below: float, above: float, one: float, other: float, samples: int, direction: tuple[str, str]
@@ -452,6 +458,7 @@ bags = st.recursive(
 )
 
 
+@unhurried
 @given(bags)
 def test_facts_of_any_shape_pass_only_as_numbers(facts: Any) -> None:
     data = {

@@ -5,7 +5,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune.serving.gates import Gate, Policy, judge
@@ -108,6 +108,7 @@ def test_text_from_a_report_stays_text(report_json: Json, text: str) -> None:
     assert found == text or found.startswith("\\u")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=[])))
 def test_any_message_can_be_written_and_read_back(message: str) -> None:
     suite = read(junit_error(message, datetime(2026, 11, 20, tzinfo=UTC)))
