@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import build_tiny, byte_tokenizer
+from tests.flows.collector import ENDPOINT, Collector
 
 # Before Prefect is imported: its database is nobody's but these tests'.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="numprune-prefect-")
@@ -107,3 +108,15 @@ def shell(*argv: object) -> Answered:
     command = [sys.executable, "-m", "numprune.flows.cli", *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     return Answered(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """The endpoint that spans are sent to."""
+    from numprune.flows import tracing
+
+    found = Collector()
+    monkeypatch.setenv(ENDPOINT, found.url)
+    monkeypatch.setattr(tracing, "_CLOSING_S", 60.0)  # however busy the machine is
+    yield found
+    found.close()
