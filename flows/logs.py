@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -100,7 +100,8 @@ def to_file(path: Path) -> Iterator[None]:
     finally:
         _ours.removeHandler(handler)
         _ours.setLevel(before)
-        handler.close()
+        with suppress(OSError):  # as in `_lost`
+            handler.close()
 
 
 @contextmanager
@@ -151,4 +152,9 @@ def _handler(form: Format, stream: TextIO) -> logging.Handler:
 def _file_handler(path: Path) -> logging.FileHandler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(Lines())
+    handler.handleError = _lost  # type: ignore[method-assign]
     return handler
+
+
+def _lost(_record: logging.LogRecord) -> None:
+    """A line that a full disk does not take stands on standard error, too, where logging would print a traceback."""

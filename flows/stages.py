@@ -138,8 +138,9 @@ def discard(result: StageResult) -> None:
 
 def sweep(workspace: Path) -> None:
     """Remove what killed runs left half made."""
-    for path in manifest.sweep(workspace / "stages") + manifest.sweep(workspace / "releases"):
-        logger.info("%s: half made by a run that was killed; removed", path)
+    for folder in ("stages", "releases", runs.FOLDER):
+        for path in manifest.sweep(workspace / folder):
+            logger.info("%s: half made by a run that was killed; removed", path)
 
 
 def peak_memory_bytes() -> int:

@@ -17,6 +17,7 @@ import pytest
 from numprune.export import manifest
 from numprune.flows.recipe import Recipe
 from numprune.serving import report as reports
+from tests.flows.collector import Collector, attributes
 from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
@@ -86,6 +87,39 @@ def test_the_same_recipe_again_reuses_every_stage_and_publishes_nothing_new(
     assert second.json["version"] == first.json["version"] == "tiny/1"
     assert second.json["release"] == first.json["release"]
     assert all(stage["reused"] for stage in second.json["stages"])
+
+
+def test_a_run_is_recorded_logged_and_traced(
+    numprune: Command, tiny: Path, workspace: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMPRUNE_LOG_FORMAT", "json")
+    answered = numprune("optimize", tiny / "recipe.toml", "--workspace", workspace, "--json")
+    assert answered.code in (0, 4), answered.err  # on a busy machine, too, there is a run
+    found = answered.json
+    names = [stage["name"] for stage in found["stages"]]
+    lines = [json.loads(line) for line in answered.err.splitlines() if line.startswith("{")]
+    stages = [line for line in lines if line["logger"] == "numprune.flows.run"]
+    assert [line["stage"] for line in stages] == names
+    assert {line["run"] for line in lines if line["stage"]} == {found["run"]}
+
+    shown = numprune("runs", "show", found["run"], "--workspace", workspace, "--json").json
+    assert (shown["state"], shown["version"], shown["name"]) == (found["outcome"], found["version"], "tiny")
+    assert [stage["name"] for stage in shown["stages"]] == names
+    assert [stage["seconds"] for stage in shown["stages"]] == [stage["seconds"] for stage in found["stages"]]
+    assert all(stage["peak_memory_bytes"] > 1 << 20 for stage in shown["stages"])
+    assert shown["release"] == (found["release"] and f"releases/{Path(found['release']).name}")
+    told = [json.loads(line) for line in shown["log"]]
+    assert [line for line in told if line["logger"] == "numprune.flows.run"] == stages
+
+    spans = collector.spans()
+    assert set(spans) == {"optimize", *names}
+    assert attributes(spans["optimize"])["numprune.outcome"] == found["outcome"]
+    for stage in shown["stages"]:
+        span = spans[stage["name"]]
+        assert span.parent_span_id == spans["optimize"].span_id
+        assert attributes(span)["numprune.run"] == found["run"]
+        assert attributes(span)["numprune.digest"] == stage["digest"]
+    assert numprune("runs", "clean", "--workspace", workspace, "--json").json["goes"] == []
 
 
 def test_a_failed_gate_is_named_and_publishes_nothing(numprune: Command, tiny: Path, workspace: Path) -> None:
