@@ -22,6 +22,7 @@ what is judged in its place is the floor's far edge, and what does not clear tha
 
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.errors import InputError, IntegrityError
-from numprune.serving.power import SETTLED, power, samples_needed, student
+from numprune.serving.power import MAXIMUM, SETTLED, power, samples_needed, student
 from numprune.serving.problems import problems
 from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
 
@@ -179,7 +180,8 @@ def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
     value = evidence.value
     distance = evidence.limit - value
     needed = samples_needed(evidence.samples, value - evidence.best, evidence.worst - value, distance)
-    reason = f"the interval straddles the limit; about {needed} samples would settle it"
+    remedy = "no number of samples settles it" if needed is None else f"about {needed} samples would settle it"
+    reason = f"the interval straddles the limit; {remedy}"
     if chance is not None and chance < SETTLED:
         reason += f" (with {evidence.samples} a candidate equal to the baseline passes {chance:.0%} of the time)"
     return "inconclusive", reason, needed
@@ -242,6 +244,8 @@ def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
         return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples, sign)
     if found.samples < 2:
         raise _UnfitError(f"{gate.metric} has one sample, which has no interval")
+    if found.samples > MAXIMUM:
+        raise _UnfitError(f"{gate.metric} has more samples than can be: over {MAXIMUM}")
     lower, upper, first, last = (
         _as_number(bound, f"a bound of {gate.metric}")
         for bound in (found.ci95_lower, found.ci95_upper, *found.interval95)
@@ -259,7 +263,7 @@ def _as_number(found: Any, name: str) -> float:
         raise _UnfitError(f"{name} was not measured (null, NaN or infinite)")
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise _UnfitError(f"{name} is {type(found).__name__}, not a number")
-    if not math.isfinite(found):
+    if not abs(found) <= sys.float_info.max:  # nor does a whole number fit that is larger
         raise _UnfitError(f"{name} is {found}")
     return found
 

@@ -9,6 +9,7 @@ import math
 from scipy import special
 
 CONFIDENCE = 0.95
+MAXIMUM = 1 << 52  # samples: beyond, a double does not count them one by one
 SETTLED = 0.80  # the probability with which `samples_needed` promises a verdict
 
 
@@ -43,10 +44,10 @@ def samples_needed(n: int, below: float, above: float, distance: float) -> int |
         distance: L - v.
 
     Returns:
-        N > n; None where the spread is nothing.
+        N > n; None where the spread is nothing or beyond all numbers.
     """
     error = (below + above) / (2 * student(n))
-    if not error > 0:
+    if not 0 < error < math.inf:
         return None
 
     def settled(more: int) -> bool:
@@ -57,6 +58,8 @@ def samples_needed(n: int, below: float, above: float, distance: float) -> int |
 
     high = n + 1
     while not settled(high):
+        if high > MAXIMUM:
+            return None
         high *= 2
     low = n
     while high - low > 1:  # P rises

@@ -178,6 +178,26 @@ def test_what_is_no_number_fails(report_json: Json, metric: str, bound: str | No
     assert why in result.reason
 
 
+@pytest.mark.parametrize("samples", [1 << 53, 10**400])
+def test_more_samples_than_can_be_fail(report_json: Json, put: Any, samples: int) -> None:
+    result = check(put(report_json, f"{NLL}.samples", samples), NLL, "ci95_upper", max=1e9)
+    assert result.outcome == "fail"
+    assert "more samples than can be" in result.reason
+
+
+def test_a_count_beyond_all_numbers_fails(report_json: Json, put: Any) -> None:
+    put(report_json, "quality.tokens", 10**400)
+    assert check(report_json, "quality.tokens", "point", min=1.0).outcome == "fail"
+
+
+def test_an_interval_beyond_all_numbers_is_inconclusive(report_json: Json, put: Any) -> None:
+    endless = {"value": 0.0, "ci95_lower": -1e308, "ci95_upper": 1e308, "interval95": [-1.7e308, 1.7e308]}
+    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **endless})
+    result = check(report_json, NLL, "ci95_upper", max=0.1)
+    assert (result.outcome, result.samples_needed) == ("inconclusive", None)
+    assert "no number of samples settles it" in result.reason
+
+
 def test_percentiles_without_samples_fail(report_json: Json, put: Any) -> None:
     metric = "speed.onnxruntime.candidate.ttft_ms.p50"
     assert check(report_json, metric, "point", max=100).outcome == "pass"

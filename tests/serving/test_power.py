@@ -48,7 +48,12 @@ def test_samples_needed_at_the_limit_and_far_from_it() -> None:
     assert samples_needed(100, 1.0, 1.0, 0.0) == pytest.approx(41 * 100, rel=0.03)
     assert samples_needed(100, 1.0, 1.0, 0.999) == samples_needed(100, 1.0, 1.0, -0.999) < 500
     assert samples_needed(100, 0.0, 0.0, 0.0) is None
-    assert samples_needed(2, 1e300, 1e300, 0.0) > 2
+    assert samples_needed(2, 1e300, 1e300, 0.0) == samples_needed(2, 1.0, 1.0, 0.0)
+    assert samples_needed(100, math.inf, 1.0, 0.0) is None
+    assert samples_needed(100, 1e308, 1e308, 0.0) is None
+    for n in (1 << 40, 1 << 51, 1 << 52):
+        needed = samples_needed(n, 1.0, 1.0, 0.9)
+        assert needed is None or needed > n
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
