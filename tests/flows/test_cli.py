@@ -12,7 +12,7 @@ from numprune.export import manifest
 from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
-COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate"]
+COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate", "report"]
 REGISTRY = ["publish", "list", "show", "promote", "rollback", "verify", "fetch"]
 
 

@@ -145,9 +145,9 @@ def histogram(key: str, title: str, values: Sequence[float], mean: float | None,
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-        worse = centres > 0
+        worse, better = (counts > 0) & (centres > 0), (counts > 0) & (centres < 0)
         axes.bar(centres[worse], heights[worse], width * 0.86, color=CANDIDATE)
-        axes.bar(centres[~worse], heights[~worse], width * 0.86, facecolor="none", edgecolor=CANDIDATE, linewidth=1.2)
+        axes.bar(centres[better], heights[better], width * 0.86, facecolor="none", edgecolor=CANDIDATE, linewidth=1.2)
         axes.axvline(0, color=MUTED, linewidth=1)
         if mean is not None:
             axes.axvline(mean, color=INK, linewidth=1.5, linestyle=(0, (4, 2)))

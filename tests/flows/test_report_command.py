@@ -1,0 +1,190 @@
+"""numprune report: pages from files and folders; what is no report ends in one error and writes nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from numprune.corpus import TokenRows
+from numprune.export import manifest
+from numprune.flows.work.evaluate import section
+from numprune.quality import Comparison, Quality, bootstrap_mean
+from numprune.serving.report import Quality as QualitySection
+from numprune.serving.report import Report, write
+from tests.flows.conftest import Answered
+from tests.serving.pages import POLICY, full, judged
+
+Command = Callable[..., Answered]
+
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def small() -> Report:
+    """Judged, and quickly drawn."""
+    data = full()
+    return judged({**data, "speed": {"onnxruntime": data["speed"]["onnxruntime"]}})
+
+
+@pytest.fixture
+def stage(tmp_path: Path, small: Report) -> Path:
+    with manifest.creating(tmp_path / "report-12", kind="stage") as folder:
+        write(small, folder / "report.json")
+    return tmp_path / "report-12"
+
+
+def test_one_report(numprune: Command, stage: Path, tmp_path: Path) -> None:
+    answered = numprune("report", stage)
+    assert answered.code == 0, answered.err
+    assert answered.out.splitlines() == [f"{stage}: pass", "page numprune-report.html"]
+    assert "<h1>" in (tmp_path / "numprune-report.html").read_text()
+    (tmp_path / "numprune-report.html").write_text("an earlier one")
+    found = numprune("report", stage / "report.json", "--json").json
+    assert found["page"] == "numprune-report.html"
+    assert found["reports"] == [
+        {"report": str(stage / "report.json"), "run_id": "2026-11-20-quiet-owl", "outcome": "pass"}
+    ]
+    assert found["differences"] == []
+    assert "an earlier one" not in (tmp_path / "numprune-report.html").read_text()
+
+
+def test_several_are_compared_and_a_failed_gate_is_not_the_commands(
+    numprune: Command, stage: Path, tmp_path: Path
+) -> None:
+    data = full()
+    data["identity"]["heldout_rows"] = "9" * 64
+    write(judged(data, [{**POLICY[0], "max": 0.01}]), tmp_path / "other ümlaut.json")
+    answered = numprune("report", stage, "other ümlaut.json", "--out", "both.html")
+    assert answered.code == 0, answered.err
+    assert answered.out.splitlines()[1] == "other ümlaut.json: fail"
+    assert "  Held-out text: NLL and perplexity are of other text, so quality does not compare" in answered.out
+    assert "2 reports side by side" in (tmp_path / "both.html").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["both.html", "other ümlaut.json", "report-12"]
+
+
+def damaged(stage: Path, kind: str) -> str:
+    """Damage the stage's report; what the error says."""
+    file = stage / "report.json"
+    raw, unwrapped = file.read_bytes(), stage / "manifest.json"
+    match kind:
+        case "a bit":
+            raw = raw.replace(b'"value": 0.05', b'"value": 0.04', 1)
+            said = "report.json: its SHA-256 is"
+        case "no report":
+            unwrapped.unlink()
+            raw, said = b"<!doctype html>", "not a report"
+        case "another schema":
+            unwrapped.unlink()
+            raw, said = (
+                raw.replace(b"numprune/report/1", b"numprune/report/9"),
+                "this version reads 'numprune/report/1'",
+            )
+        case "truncated":
+            unwrapped.unlink()
+            raw, said = raw[: len(raw) // 2], "not a report"
+        case "a verdict of its own":
+            unwrapped.unlink()
+            data = json.loads(raw)
+            data["verdict"] |= {"judged": None}
+            data["quality"]["nll_delta_nats_per_token"] |= {"ci95_upper": 9.0, "interval95": [0.038, 9.9]}
+            raw, said = json.dumps(data).encode(), "its verdict says pass"
+        case "not of this stage":
+            with manifest.creating(stage.with_name("empty"), kind="stage"):
+                pass
+            shutil.copy(stage.with_name("empty") / "manifest.json", unwrapped)
+            said = "the manifest beside it knows no such file"
+    file.write_bytes(raw)
+    return said
+
+
+@pytest.mark.parametrize(
+    "kind", ["a bit", "no report", "another schema", "truncated", "a verdict of its own", "not of this stage"]
+)
+def test_what_is_no_report_is_refused(numprune: Command, stage: Path, tmp_path: Path, small: Report, kind: str) -> None:
+    write(small, tmp_path / "good.json")
+    said = damaged(stage, kind)
+    answered = numprune("report", "good.json", stage)
+    assert (answered.code, answered.out) == (1, "")
+    assert answered.err.count("\n") == 1
+    assert said in answered.err
+    assert "report-12" in answered.err
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_a_file_larger_than_any_report_is_refused(numprune: Command, tmp_path: Path) -> None:
+    with (tmp_path / "large.json").open("wb") as file:
+        file.truncate(1 << 40)  # nothing of it is on the disk, and nothing but its beginning is read
+    answered = numprune("report", "large.json")
+    assert answered.code == 1
+    assert "large.json: larger than 67108864 bytes, no report is" in answered.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: no such file or folder; a report is in the folder of a stage"),
+        (["."], ".: no report.json is in this folder"),
+        (["r.json", "--out", "r.json"], "--out r.json: the page is HTML; give a name that ends in .html"),
+        (["r.json", "--out", "no/where.html"], "--out no/where.html: there is no folder no"),
+        (["r.json", "--out", "folder.html"], "--out folder.html: a folder"),
+        (["r.json"] * 27, "27 reports; one page compares 26 at most"),
+    ],
+)
+def test_arguments_are_checked_first(
+    numprune: Command, tmp_path: Path, small: Report, arguments: list[str], said: str
+) -> None:
+    write(small, tmp_path / "r.json")
+    (tmp_path / "folder.html").mkdir()
+    answered = numprune("report", *arguments)
+    assert answered.code == 1
+    assert said in answered.err
+
+
+# --- what the page draws ---------------------------------------------------------------------------
+
+
+def compared(deltas: list[float], names: list[str], windows: int = 2) -> dict[str, object]:
+    """The section of a comparison in which each document has so many windows of ten scored tokens."""
+    document = [index for index in range(len(deltas)) for _ in range(windows)]
+    rows = TokenRows([torch.zeros(11, dtype=torch.int64)] * len(document), document, names, "0" * 64)
+    scored = np.full(len(document), 10)
+    baseline = np.full(len(document), 30.0)
+    nll = baseline + 10 * np.repeat(deltas, windows)
+    estimate = bootstrap_mean(nll - baseline, scored, "window")
+    found = Comparison(Quality(nll, scored), Quality(baseline, scored), len(deltas), 0.1, 0.9, estimate, {})
+    made = section(found, rows)
+    QualitySection.model_validate(made)
+    deltas_section = made["document_deltas"]
+    assert isinstance(deltas_section, dict)
+    return deltas_section
+
+
+def test_documents_apart_even_those_of_one_name() -> None:
+    found = compared([0.3, -0.1, 0.2], ["a.txt", "a.txt", "b.txt"])
+    assert found["values"] == pytest.approx([-0.1, 0.2, 0.3])
+    assert [(worst["name"], worst["tokens"]) for worst in found["worst"]] == [  # type: ignore[attr-defined]
+        ("a.txt", 20),
+        ("b.txt", 20),
+        ("a.txt", 20),
+    ]
+
+
+def test_of_many_documents_the_quantiles() -> None:
+    deltas = np.random.default_rng(0).normal(size=1_001)
+    found = compared(deltas.tolist(), [str(index) for index in range(1_001)], windows=1)
+    values = found["values"]
+    assert isinstance(values, list)
+    assert len(values) == 200
+    assert (values[0], values[-1]) == pytest.approx((deltas.min(), deltas.max()))
+    assert np.median(values) == pytest.approx(np.median(deltas), abs=0.02)
+    assert found["worst"][0]["name"] == str(deltas.argmax())  # type: ignore[index]
