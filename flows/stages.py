@@ -41,6 +41,7 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "scipy",
     "onnx",
     "onnxruntime",
     "tensorrt",

@@ -26,6 +26,7 @@ PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
+    "scipy",
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
