@@ -82,3 +82,14 @@ def test_files_are_audited_by_their_headers(tmp_path):
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no safetensors files"):
         audit(tmp_path, SHAPES, tied=False)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors"])
+def test_no_file_outside_the_folder_is_read(tmp_path, name):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for place in (tmp_path, folder):
+        save_file(WEIGHTS, place / "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, name)}))
+    with pytest.raises(ValueError, match="is not the name of a file in this folder"):
+        audit(folder, SHAPES, tied=False)
