@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 from numprune.errors import IntegrityError
 from numprune.export import disk, manifest
 from numprune.export.manifest import Manifest
-from numprune.serving.registry.errors import speaking
+from numprune.serving.registry.errors import RegistryError, speaking, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FOLDER = "release"
+
+_FAILED = re.compile(r"##### File (.+?) #####\n(.*)")  # of a folder's files, in MLflow's message
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -119,10 +121,24 @@ class ServerArtifacts:
 
     def _download(self, run_id: str, path: str, into: Path) -> Path:
         """Where below `into` it landed: that depends on the server's kind of store."""
-        with speaking(f"registry {self._uri}, MLflow run {run_id}, {path},"):
-            landed = Path(self._client.download_artifacts(run_id, path, str(into)))
+        from mlflow.artifacts import download_artifacts
+
+        where = f"registry {self._uri}, MLflow run {run_id}"
+        try:
+            # By its address: asked for by run, MLflow keeps to itself what went wrong.
+            address = f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
+            landed = Path(download_artifacts(artifact_uri=address, dst_path=str(into), tracking_uri=self._uri))
+        except Exception as error:
+            failed = "; ".join(f"{file}: {reason}" for file, reason in _FAILED.findall(str(error)))
+            if failed:
+                raise RegistryError(
+                    f"{where}: not to be had: {without_secrets(failed)}. Try again; if it stays, restore the file from "
+                    "the backup of the server's store"
+                ) from None
+            with speaking(f"{where}, {path}"):
+                raise
         if not landed.exists():  # what is not there is, to MLflow, an empty folder
-            raise IntegrityError(f"MLflow run {run_id}: {path} is missing")
+            raise IntegrityError(f"{where}: {path} is missing")
         return landed
 
     def remove(self, run_id: str) -> None:

@@ -55,6 +55,11 @@ def error_code(error: Exception) -> str:
     return str(getattr(error, "error_code", ""))
 
 
+def lost_race(error: Exception) -> bool:
+    """Whether somebody else made the same entry of the database at this moment: MLflow looks first, then inserts."""
+    return error_code(error) == "BAD_REQUEST" and "unique" in str(error).lower()
+
+
 def without_secrets(text: str) -> str:
     """`text` with `***` for the user and password of an address, and for MLflow's password and token."""
     text = re.sub(r"://[^\s'\"]*@", "://***@", text)

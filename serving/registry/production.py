@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.problems import problems
 from numprune.serving.registry.connection import Registry
+from numprune.serving.registry.errors import lost_race
 from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, check_name, parse
 from numprune.serving.registry.releases import verify_version
 from numprune.serving.registry.versions import VERDICT, Version, model, resolve
@@ -114,11 +115,17 @@ def _current(registry: Registry, name: str) -> int | None:
 
 def _move(registry: Registry, name: str, history: list[int], following: list[int]) -> None:
     following = following[-_KEPT:]
-    _write(registry, name, _Journal(history=history, next=following))
-    registry.client.set_registered_model_alias(name, PRODUCTION, str(following[-1]))
-    _write(registry, name, _Journal(history=following))
+    somebody = IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same moment; look, and do it again")
+    try:
+        _write(registry, name, _Journal(history=history, next=following))
+        registry.client.set_registered_model_alias(name, PRODUCTION, str(following[-1]))
+        _write(registry, name, _Journal(history=following))
+    except Exception as error:
+        if not lost_race(error):
+            raise
+        raise somebody from None
     if _current(registry, name) != following[-1]:
-        raise IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same moment; look, and do it again")
+        raise somebody
 
 
 def _recover(registry: Registry, name: str) -> list[int]:

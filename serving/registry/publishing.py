@@ -12,7 +12,7 @@ from numprune.export.manifest import Manifest
 from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.registry.connection import Registry
-from numprune.serving.registry.errors import RefusedReleaseError, error_code
+from numprune.serving.registry.errors import RefusedReleaseError, error_code, lost_race
 from numprune.serving.registry.reference import CANDIDATE, Reference, check_name
 from numprune.serving.registry.releases import CHECKPOINT, KIND, REPORT, verify_version
 from numprune.serving.registry.versions import MARK, RELEASE, VERDICT, Version, find_versions, model, resolve
@@ -118,7 +118,11 @@ def _create(registry: Registry, release: Path, name: str, whole: Manifest, repor
 def _point_candidate(registry: Registry, version: Version) -> None:
     """At the newest version, never back: one on another machine may be pointing at an older one at this moment."""
     while model(registry, version.name).aliases.get(CANDIDATE, 0) < version.version:
-        registry.client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
+        try:
+            registry.client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
+        except Exception as error:
+            if not lost_race(error):
+                raise
         first_of = {found.digest: found for found in reversed(find_versions(registry, version.name, ""))}
         version = max(first_of.values(), key=lambda found: found.version)  # a second one of a release is about to go
 

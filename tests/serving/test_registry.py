@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
-from numprune.serving.registry import RefusedReleaseError, Registry, RegistryError, publishing
+from numprune.serving.registry import RefusedReleaseError, Registry, RegistryError, connection, publishing
 from numprune.serving.registry.artifacts import ServerArtifacts
 from numprune.serving.report import Report, markdown, write
+from tests.serving.team import Actors
 
 Json = dict[str, Any]
 NAME = "tiny-llama"
@@ -335,6 +337,118 @@ def test_a_killed_promotion_or_rollback_is_done_or_not_done(
         registries.rollback(registry, NAME)
 
 
+@pytest.fixture(scope="module")
+def actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
+    forking = Actors(tmp_path_factory.mktemp("actors"))
+    yield forking
+    forking.close()
+
+
+class Killed:
+    """A command on copies of one workspace, killed between its steps: see `actor.act`."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        workspace: Path,
+        do: str,
+        *arguments: object,
+        times: int = 5,
+        forget: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._actors, self._workspace, self._do, self._arguments = actors, workspace, do, arguments
+        self._times = times
+        self._forget = forget
+
+    def everywhere(self) -> Iterator[tuple[int, Path, Registry]]:
+        """After each kill: its step, the workspace and the registry in it, as they were left.
+
+        There are more steps than there is time for; the first and the last are among those that are taken.
+        """
+        whole = self._copy("whole")
+        steps = self.again(whole)["steps"]
+        shutil.rmtree(whole)
+        self._forget()
+        assert steps > self._times
+        for step in sorted({round(share * (steps - 1) / (self._times - 1)) for share in range(self._times)}):
+            copy = self._copy(str(step))
+            ended = self._actors.run(self._do, *self._arguments, workspace=copy, die_at=step)
+            assert ended.code == -signal.SIGKILL, ended
+            yield step, copy, registries.open_registry(None, copy)
+            shutil.rmtree(copy)
+
+    def again(self, workspace: Path) -> Any:
+        ended = self._actors.run(self._do, *self._arguments, workspace=workspace)
+        assert ended.code == 0, ended
+        return ended.said
+
+    def _copy(self, name: str) -> Path:
+        return shutil.copytree(self._workspace, self._workspace.with_name(f"{name} {self._do}"))
+
+
+def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
+    actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
+) -> None:
+    first, second = make_release("a"), make_release("b")
+    registries.publish(registry, first, NAME)
+    registries.promote(registry, NAME)
+    killed = Killed(actors, workspace, "publish", second, NAME, times=8)
+    seen = set()
+    for step, copy, left in killed.everywhere():
+        versions = [registries.verify(left, version.reference) for version in registries.list_versions(left, NAME)]
+        seen.add(len(versions))
+        assert len(versions) in (1, 2)
+        assert registries.verify(left, NAME).version == 1  # production
+        assert registries.verify(left, f"{NAME}@candidate").version in (1, 2)
+        registries.publish(left, second, NAME)
+        assert registries.verify(left, f"{NAME}@candidate").digest == manifest.read(second).digest, step
+        assert [version.version for version in registries.list_versions(left, NAME)] == [1, 2]
+        assert len(artifact_folders(copy)) == 2
+    assert seen == {1, 2}
+
+
+@pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
+def test_production_moves_or_does_not_when_its_mover_is_killed_at_any_step(
+    actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease, do: str, before: int, then: int
+) -> None:
+    for content in "ab":
+        registries.publish(registry, make_release(content), NAME)
+    registries.promote(registry, f"{NAME}/1")
+    if do == "rollback":
+        registries.promote(registry, NAME)
+    killed = Killed(actors, workspace, do, NAME)
+    seen = []
+    for _, _copy, left in killed.everywhere():
+        seen.append(registries.verify(left, NAME).version)
+        if do == "promote":
+            assert registries.promote(left, NAME).version == then
+            assert registries.rollback(left, NAME).version == before  # the history is whole
+        elif seen[-1] == before:
+            assert registries.rollback(left, NAME).version == then
+        with pytest.raises(InputError, match="no version was in production before tiny-llama/1"):
+            registries.rollback(left, NAME)
+    assert set(seen) == {before, then}
+    assert seen == sorted(seen, key=[before, then].index)  # from one step on, and never back
+
+
+def test_a_fetch_killed_at_any_step_leaves_no_folder_of_that_name(
+    actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease, tmp_path: Path
+) -> None:
+    release = make_release()
+    registries.publish(registry, release, NAME)
+    out = tmp_path / "fetched" / "out"
+    killed = Killed(actors, workspace, "fetch", f"{NAME}@candidate", out, forget=lambda: shutil.rmtree(out))
+    out.parent.mkdir()
+    for _, _copy, left in killed.everywhere():
+        if out.exists():  # killed after the last change but one: what is left is swept by the next fetch to this place
+            manifest.sweep(out.parent)
+        else:
+            registries.fetch(left, f"{NAME}@candidate", out)
+        assert contents(out) == contents(release)
+        assert os.listdir(out.parent) == ["out"]
+        shutil.rmtree(out)
+
+
 def test_orphans_on_a_server_are_removed_only_when_their_publisher_is_dead() -> None:
     host, pid, started = publishing._this_process().split(" ")
     assert not publishing._is_dead(f"{host} {pid} {started}")
@@ -370,6 +484,22 @@ def test_two_publishers_at_once_on_a_registry_that_is_not_there_yet(tmp_path: Pa
     assert [version.version for version in versions if version.aliases] == [3]
     assert sorted(version.run_id for version in versions) == artifact_folders(workspace)
     assert sorted(os.listdir(workspace / "registry")) == ["artifacts", "lock", "mlflow.db"]
+
+
+def test_promotion_and_rollback_at_once_are_done_one_after_the_other(
+    actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
+) -> None:
+    for content in "abc":
+        registries.publish(registry, make_release(content), NAME)
+        registries.promote(registry, NAME)
+    at_work = [actors.start(do, NAME, workspace=workspace) for do in ("rollback", "promote", "rollback", "promote")]
+    ended = [actor.wait() for actor in at_work]
+    assert [one.code for one in ended] == [0] * 4, ended
+    registries.promote(registry, f"{NAME}/3")
+    while registries.verify(registry, NAME).version != 1:  # the history leads back to the first, whoever came first
+        registries.rollback(registry, NAME)
+    with pytest.raises(InputError, match="no version was in production before"):
+        registries.rollback(registry, NAME)
 
 
 def test_a_registry_killed_while_it_was_made_is_made_again(tmp_path: Path, make_release: MakeRelease) -> None:
@@ -662,8 +792,56 @@ def test_only_servers_are_addresses(uri: str, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:1"):
+    with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*again"):
         registries.open_registry("http://127.0.0.1:1", tmp_path)
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_as_an_upload_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
+    monkeypatch.setattr(connection, "_HEALTH_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(RegistryError, match=rf"registry {uri} cannot be reached \(.*timed out.*is it running"):
+            registries.open_registry(uri, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (
+            "http://ann:s3cret@mlflow.example",
+            r"http://\*\*\*@mlflow.example: holds credentials; set MLFLOW_TRACKING_USER",
+        ),
+        ("https://:s3cret@mlflow.example/x", "holds credentials"),
+        (
+            "postgresql://ann:s3cr@et@db.example/mlflow",
+            r"'postgresql://\*\*\*@db.example/mlflow': not an MLflow server's",
+        ),
+        ("http://mlflow.example?token=s3cret", "has neither"),
+    ],
+)
+def test_addresses_with_secrets_are_refused_without_repeating_them(uri: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=message) as refused:
+        registries.open_registry(uri, tmp_path)
+    assert "s3cr" not in str(refused.value)
+    assert "ann" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
+def test_no_error_holds_a_secret_nor_does_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A token with the line break of the file it was read from is repeated by MLflow's own error."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv(name, "s3cret\n")
+    with pytest.raises(RegistryError) as refused:
+        registries.open_registry("http://127.0.0.1:1/s3cret", tmp_path)
+    assert "s3cret" not in "".join(traceback.format_exception(refused.value))
+    if name == "MLFLOW_TRACKING_TOKEN":
+        assert "MLFLOW_TRACKING_TOKEN cannot be sent" in str(refused.value)
 
 
 def test_a_registry_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
