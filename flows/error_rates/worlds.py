@@ -50,7 +50,7 @@ class Text:
 
 TEXTS = (
     Text("documents of one length, normal differences", 0.0),
-    Text("as seen: lengths and differences skewed", 1.25, 2.0),
+    Text("as seen: lengths and differences skewed", 1.25, 2.0, 0.12),
     Text("as seen, but longer documents lose more", 1.25, 2.0, 0.25),
     Text("heavy: lengths and differences more skewed", 1.4, 0.5),
 )
