@@ -14,6 +14,7 @@ from tests.flows.conftest import Answered, shell
 Command = Callable[..., Answered]
 COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate", "report"]
 REGISTRY = ["publish", "list", "show", "promote", "rollback", "verify", "fetch"]
+RUNS = [["runs", "list"], ["runs", "show"], ["runs", "clean"]]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def test_help_needs_no_heavy_library() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "1 []\n"
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), *(["registry", name] for name in REGISTRY)])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), *(["registry", name] for name in REGISTRY), *RUNS]
+)
 def test_every_command_has_help_with_an_example(
     command: list[str], numprune: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:

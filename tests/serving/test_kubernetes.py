@@ -384,6 +384,18 @@ def test_a_release_that_was_not_exported_for_vllm_is_refused(
         read_release(publish(tmp_path / "plain"), "served@candidate")
 
 
+def test_a_release_that_asks_vllm_to_run_its_code_is_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+) -> None:
+    good = tmp_path / "good"
+    facts = {**vllm.export(tiny_checkpoint(head_dim=32), good).facts, "needs": ["--trust-remote-code"]}
+    with manifest.creating(tmp_path / "bad", kind="vllm", facts=facts) as folder:
+        shutil.copytree(good, folder, dirs_exist_ok=True)
+        (folder / manifest.FILE_NAME).unlink()
+    with pytest.raises(IntegrityError, match=r"asks for options of vLLM .*--trust-remote-code"):
+        read_release(publish(tmp_path / "bad"), "served@candidate")
+
+
 def test_a_release_without_a_reference_for_its_server_is_refused(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
 ) -> None:

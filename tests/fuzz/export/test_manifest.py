@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ def test_links_devices_and_depth_are_refused(tmp_path: Path) -> None:
             below = os.open("d", os.O_RDONLY, dir_fd=here)
             os.close(here)
             here = below
+        assert "nested too deeply" in str(named(manifest.verify, made))
     finally:
         os.close(here)
-    assert isinstance(named(manifest.verify, made), IntegrityError)
+        subprocess.run(["rm", "-r", made / "d"], check=True)  # too deep for pytest, too
 
 
 @pytest.mark.parametrize("size", [manifest.MAXIMUM_BYTES + 1, 1 << 40])
