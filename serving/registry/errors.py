@@ -40,6 +40,8 @@ def speaking(about: str) -> Iterator[None]:
     except NumpruneError:
         raise
     except Exception as error:
+        if isinstance(error, ImportError) and error.name and not error.name.startswith("numprune"):
+            raise RegistryError(f"{about}: its store needs the Python package {error.name} here: install it") from error
         packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
         if not isinstance(error, OSError) and not packages & _STORE:
             raise

@@ -701,6 +701,17 @@ def test_files_go_through_mlflow_and_come_back_the_same(
     assert not [name for name in os.listdir(tmp_path) if "again" in name]
 
 
+def test_a_store_that_needs_a_package_says_which(
+    remote: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the server hands out addresses of its store instead of passing the files on."""
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    experiment = remote.client.create_experiment("direct", artifact_location="s3://bucket/releases")
+    with pytest.raises(RegistryError, match=r"registry .*needs the Python package boto3 here: install it"):
+        registries.publish(dataclasses.replace(remote, experiment=experiment), make_release(), NAME)
+    assert registries.list_versions(remote, NAME) == []
+
+
 def test_a_publisher_elsewhere_is_left_alone(remote: Registry, make_release: MakeRelease) -> None:
     alive = remote.client.create_run(remote.experiment, tags={"numprune.publisher": "elsewhere 1 1.00"})
     dead = remote.client.create_run(remote.experiment, tags={"numprune.publisher": f"{socket.gethostname()} 1 1.00"})
