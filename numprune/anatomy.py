@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
@@ -187,6 +188,8 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         )
     group, head_dim = groups.pop()
     dtype = config.dtype
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype={str(dtype)[:80]}; it must be the name of a data type of torch")
     return Anatomy(
         family=family.name,
         hidden_size=hidden,

@@ -56,27 +56,27 @@ values = st.recursive(
 )
 
 # Bytes that a parser must get over: truncated, nested, huge, doubled.
-RAW = [
-    b"",
-    b"\0",
-    b"\xff\xfe",
-    b"{",
-    b"[" * 100_000,
-    b'{"a":' * 100_000,
-    b"[" * 900 + b"]" * 900,
-    b"1" * 1_000_000,
-    b'{"a": 1, "a": 2}',
-    b'{"a": NaN}',
-    b'{"a": 1e999}',
-    b'{"a": -Infinity}',
-    b'"\\ud800"',
-    b'{"\\ud800": 1}',
-    "﻿{}".encode(),
-    b"null",
-    b"[]",
-    b"{}",
-]
-raw = st.sampled_from(RAW) | st.binary(max_size=40)
+RAW = {
+    "empty": b"",
+    "NUL": b"\0",
+    "no UTF-8": b"\xff\xfe",
+    "cut off": b"{",
+    "lists in lists": b"[" * 100_000,
+    "objects in objects": b'{"a":' * 100_000,
+    "deep and whole": b"[" * 900 + b"]" * 900,
+    "a million digits": b"1" * 1_000_000,
+    "twice the same": b'{"a": 1, "a": 2}',
+    "NaN": b'{"a": NaN}',
+    "1e999": b'{"a": 1e999}',
+    "-Infinity": b'{"a": -Infinity}',
+    "half a pair": b'"\\ud800"',
+    "half a pair for a key": b'{"\\ud800": 1}',
+    "BOM": "\ufeff{}".encode(),
+    "null": b"null",
+    "a list": b"[]",
+    "an object": b"{}",
+}
+raw = st.sampled_from(list(RAW)).map(RAW.__getitem__) | st.binary(max_size=40)
 
 
 @st.composite
