@@ -152,7 +152,7 @@ def _handler(form: Format, stream: TextIO) -> logging.Handler:
 def _file_handler(path: Path) -> logging.FileHandler:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(Lines())
-    handler.handleError = _lost  # type: ignore[method-assign]
+    handler.handleError = _lost  # type: ignore[assignment]
     return handler
 
 

@@ -97,7 +97,7 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
                 case "replace":
                     node[key] = draw(values)
                 case "odd":
-                    node[key] = draw(st.sampled_from(ODD))
+                    node[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
                 case "remove":
                     del node[key]
                 case "add" if isinstance(node, dict):
