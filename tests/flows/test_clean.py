@@ -107,9 +107,12 @@ def test_a_run_under_way_keeps_everything(tmp_path: Path) -> None:
         make(tmp_path, 2, recording.folder)  # between the look and the removal
         went, busy = clean.remove(tmp_path, found)
         assert (went, [item.path for item in busy]) == ([], [unused])
-        with exclusive(unused):
-            assert clean.remove(tmp_path, found)[0] == []  # being made, or verified
-    assert {used.name, unused.name} == stages(tmp_path)
+        wanted = make(tmp_path, 3)
+        found = clean.look(tmp_path)
+        with exclusive(wanted):  # being verified, by a run that has not marked it yet
+            went, busy = clean.remove(tmp_path, found)
+            assert (went, [item.path for item in busy]) == ([], [wanted])
+    assert {used.name, unused.name, wanted.name} == stages(tmp_path)
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:
