@@ -61,7 +61,7 @@ class Graph:
         place = {"location": DATA_FILE, "offset": self.data.tell(), "length": array.nbytes}
         for key, value in place.items():
             proto.external_data.add(key=key, value=str(value))
-        array.tofile(self.data)
+        self.data.write(array.data)  # `tofile` does not say why it failed
         self.initializers[name] = proto
         return name
 

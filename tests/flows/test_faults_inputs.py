@@ -1,0 +1,289 @@
+"""Models, tokenizers and texts that are not what they should be; paths that are unusual; clocks that go back."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+
+from tests.conftest import build_tiny, byte_tokenizer
+from tests.flows.conftest import RECIPE, Answered
+from tests.flows.faults import command, digests, finish, stage, wait_until
+
+Command = Callable[..., Answered]
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(tiny / "base", tmp_path / "model"))
+
+
+def refused(answered: Answered, *words: str) -> None:
+    """Exit code 1, nothing on stdout, no traceback, and every word is said."""
+    assert (answered.code, answered.out) == (1, "")
+    assert "Traceback" not in answered.err
+    assert "numprune: error: " in answered.err
+    for word in words:
+        assert word in answered.err
+
+
+def remove(model: Path) -> str:
+    (model / WEIGHTS).unlink()
+    return f"neither {WEIGHTS} nor"
+
+
+def truncate(model: Path) -> str:
+    os.truncate(model / WEIGHTS, (model / WEIGHTS).stat().st_size // 2)
+    return f"{WEIGHTS}: not a whole safetensors file"
+
+
+def nan(model: Path) -> str:
+    weights = load_file(model / WEIGHTS)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+    return "model.layers.1.mlp.up_proj.weight has values that are NaN or infinite"
+
+
+PRUNE = ["prune", "MODEL", "OUT", "--ratio", "0.2", "--samples", "4", "--sequence-length", "64", "--text", "TEXT"]
+READERS: dict[str, list[str]] = {
+    "inspect": ["inspect", "MODEL"],
+    "prune": PRUNE,
+    "stream": [*PRUNE, "--stream"],
+    "evaluate": ["evaluate", "MODEL", "--text", "TEXT"],
+    "baseline": ["evaluate", "GOOD", "--baseline", "MODEL", "--text", "TEXT"],
+    "vllm": ["export", "MODEL", "OUT", "--to", "vllm"],
+    "onnx": ["export", "MODEL", "OUT", "--to", "onnx"],
+    "candidate": ["benchmark", "MODEL", "--baseline", "GOOD", "--runtime", "torch"],
+    "reference": ["benchmark", "GOOD", "--baseline", "MODEL", "--runtime", "onnxruntime"],
+}
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, nan])
+@pytest.mark.parametrize("reader", READERS)
+def test_damaged_weights_are_refused_by_every_command_that_reads_them(
+    numprune: Command, tiny: Path, model: Path, tmp_path: Path, reader: str, damage: Callable[[Path], str]
+) -> None:
+    if (reader, damage) == ("inspect", nan):
+        pytest.skip("inspect reads headers, whatever the model's size")
+    reason = damage(model)
+    places = {"MODEL": model, "OUT": tmp_path / "out", "GOOD": tiny / "base", "TEXT": tiny / "train.txt"}
+    refused(numprune(*(places.get(word, word) for word in READERS[reader])), str(model), reason)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [remove, truncate, nan])
+def test_damaged_weights_end_a_run(
+    numprune: Command, tiny: Path, model: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    reason = damage(model)
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"model.path={model}"))
+    refused(answered, str(model), reason)
+    assert not (tmp_path / "w" / "releases").exists()
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def with_more_tokens(model: Path) -> None:
+    """One word of the text is a token that the model has no embedding for."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("fox", special=False)])
+    tokenizer.save_pretrained(model)
+
+
+def with_other_tokens(model: Path) -> None:
+    """As many tokens, in another order."""
+    saved = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+
+
+def test_a_text_with_tokens_that_the_model_does_not_have(
+    numprune: Command, tiny: Path, model: Path, tmp_path: Path
+) -> None:
+    with_more_tokens(model)
+    text = ["--sequence-length", "64", "--text", tiny / "train.txt"]
+    prune = ["prune", model, tmp_path / "out", "--ratio", "0.2", "--samples", "4", *text]
+    for arguments in (["evaluate", model, *text], prune, [*prune, "--stream"]):
+        refused(numprune(*arguments), "token 259 is outside the model's vocabulary of 259", "tokenizer")
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"model.path={model}"))
+    refused(answered, "token 259 is outside the model's vocabulary of 259")
+
+
+def test_a_tokenizer_larger_than_the_model(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    build_tiny(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"model.path={tmp_path / 'model'}"))
+    refused(answered, "model.path: ", "the tokenizer has 259 tokens, but config.json says vocab_size=200")
+    assert not (tmp_path / "w").exists()
+
+
+def test_candidate_and_baseline_with_tokenizers_of_their_own(numprune: Command, tiny: Path, model: Path) -> None:
+    """Same sizes: nothing but the tokens themselves tells."""
+    with_other_tokens(model)
+    for one, other in ((model, tiny / "base"), (tiny / "base", model)):
+        for arguments in (
+            ["evaluate", one, "--baseline", other, "--text", tiny / "train.txt"],
+            ["benchmark", one, "--baseline", other, "--runtime", "torch", "--text", tiny / "train.txt"],
+        ):
+            refused(numprune(*arguments), f"{one} and {other}: their tokenizers make different tokens of the text")
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def documents(path: Path, *texts: str) -> Path:
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def test_texts_that_are_too_short_or_empty(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").write_text(" \n")
+    documents(tmp_path / "hollow.jsonl", "", "", "x")
+    for name, reason in (
+        ("short.txt", "give more text, fewer samples or a shorter sequence length"),
+        ("empty.txt", "is empty"),
+        ("hollow.jsonl", "the text has no document of at least two tokens"),
+    ):
+        text = tmp_path / name
+        prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.2", "--text", text]
+        refused(numprune(*prune), reason)
+        answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"data.calibration={[str(text)]}"))
+        refused(answered, reason)
+        if name != "short.txt":
+            refused(numprune("evaluate", tiny / "base", "--text", text), reason)
+            answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"data.heldout={[str(text)]}"))
+            refused(answered, reason)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_documents_among_others_change_nothing(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    texts = [f"Document {number} is about {number} sheep." for number in range(24)]
+    plain = documents(tmp_path / "plain.jsonl", *texts)
+    hollow = documents(tmp_path / "hollow.jsonl", "", *texts[:12], "", " ", *texts[12:], "")
+    found = [numprune("evaluate", tiny / "base", "--text", text, "--json").json for text in (plain, hollow)]
+    assert found[0] == found[1]
+
+
+def test_a_ratio_that_leaves_less_than_the_floor(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.99", "--text", tiny / "train.txt"]
+    refused(numprune(*prune), "ratio is 0.99, but with the least that every block must keep")
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", "prune.ratio=0.99"))
+    refused(answered, "prune: ratio is 0.99, but with the least that every block must keep")
+    assert not (tmp_path / "w").exists()
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+ODD = "Größe & 'Maß' 模型 🙂"
+
+
+@pytest.mark.slow
+def test_paths_with_spaces_and_other_scripts(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    """Model, texts, recipe, workspace, release and registry; under a locale that knows none of their characters."""
+    here = tmp_path / ODD
+    shutil.copytree(tiny, here)
+    (here / "base").rename(here / f"base {ODD}")
+    (here / "train.txt").rename(here / f"train {ODD}.txt")
+    recipe = here / f"recipe {ODD}.toml"
+    recipe.write_text(RECIPE.replace('"base"', f'"base {ODD}"').replace('"train.txt"', f'"train {ODD}.txt"'))
+    workspace = here / f"work {ODD}"
+    assert finish(recipe, workspace)["version"] == "tiny/1"
+    where = ["--workspace", str(workspace)]
+    assert numprune("registry", "promote", "tiny", *where).code == 0
+    assert numprune("registry", "fetch", "tiny", here / f"out {ODD}", *where).code == 0
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "numprune.flows.cli", "inspect", str(here / f"out {ODD}" / "checkpoint")],
+        capture_output=True,
+        check=False,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_files_from_the_future_are_used_as_any_others(numprune: Command, workspace: Path, tiny: Path) -> None:
+    """What was made before the clock went back looks as if it were made in two years."""
+    before = digests(workspace)
+    for path in (workspace, *workspace.rglob("*")):
+        os.utime(path, (2**31 - 1, 2**31 - 1))
+    answered = numprune(*command(tiny / "recipe.toml", workspace))
+    assert (answered.code, answered.json["version"]) == (0, "tiny/1")
+    assert all(one["reused"] for one in answered.json["stages"])
+    assert digests(workspace) == before
+
+
+def test_a_publisher_is_alive_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's time of the boot moves with the clock; taken for dead, a publisher would lose its files at work."""
+    from numprune.serving.registry import publishing
+
+    us = publishing._this_process()
+    for name in ("self", str(os.getpid())):
+        (tmp_path / name).symlink_to(Path("/proc") / name)
+    clock = re.sub(r"btime (\d+)", lambda found: f"btime {int(found[1]) - 864_000}", Path("/proc/stat").read_text())
+    (tmp_path / "stat").write_text(clock)
+    before = psutil.Process().create_time()
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert before - psutil.Process().create_time() == pytest.approx(864_000)  # that is what a step of the clock does
+    assert not publishing._is_dead(us)
+
+
+@pytest.mark.slow
+def test_a_clock_that_goes_back_while_a_run_is_under_way(
+    workspace: Path, tiny: Path, finished: Path, tmp_path: Path
+) -> None:
+    """By ten days, between two stages; the system's clock as the run and all its processes see it."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed: make packages")
+    for name in ("calibration", "prune", "canary", "quality", "report"):
+        shutil.rmtree(stage(workspace, name))
+    clock = tmp_path / "clock"
+    clock.write_text("+10d")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "numprune.flows.cli", *command(tiny / "recipe.toml", workspace)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    wait_until(lambda: list((workspace / "stages").glob("calibration-*")) or process.poll() is not None)
+    clock.write_text("+0d")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    found = json.loads(out)
+    assert all(0 <= one["seconds"] < 300 for one in found["stages"])
+    assert {one["name"] for one in found["stages"] if not one["reused"]} >= {"calibration", "prune", "report"}
+    assert digests(workspace) == digests(finished)
