@@ -22,6 +22,7 @@ from tests.serving.test_registry import WEIGHTS, MakeRelease, contents, flip_bit
 pytestmark = pytest.mark.slow
 
 UPLOAD = "PUT /api/2.0/mlflow-artifacts"
+DOWNLOAD = "GET /api/2.0/mlflow-artifacts"
 CREATE_RUN = "POST /api/2.0/mlflow/runs/create"
 CREATE_VERSION = "POST /api/2.0/mlflow/model-versions/create"
 SET_ALIAS = "POST /api/2.0/mlflow/registered-models/alias"
@@ -169,6 +170,9 @@ def test_two_publish_at_once(
     seen: list[list[int]] = []
     both = threading.Barrier(2, action=lambda: seen.append(numbers(registry, "busy")), timeout=120)
     team.relay.at(CREATE_VERSION, both.wait, nth=None)
+    together = threading.Barrier(2, timeout=120)
+    for nth in (0, 1):  # the first time that each points at what it published, when there is no alias yet
+        team.relay.at(SET_ALIAS, together.wait, nth=nth)
     for releases_ in ((left, right), (same, same)):
         at_work = [
             person.start("publish", release, "busy") for person, release in zip((ann, bob), releases_, strict=True)
@@ -289,36 +293,25 @@ def test_an_answer_that_is_lost_makes_no_second_version(
     assert (numbers(registry, "twice"), aliases(registry, "twice")) == ([1], {"candidate": 1})
 
 
-@pytest.mark.parametrize("answered", [False, True])
-@pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
 def test_a_connection_lost_while_production_moves(
     team: Team,
     ann: Person,
     registry: Registry,
     make_release: MakeRelease,
-    do: str,
-    before: int,
-    then: int,
-    answered: bool,
 ) -> None:
-    name = f"moved-by-{do}-{answered}"
     for content in "ab":
-        registries.publish(registry, make_release(content), name)
-    registries.promote(registry, f"{name}/1")
-    if do == "rollback":
-        registries.promote(registry, f"{name}/2")
-    team.relay.cut(SET_ALIAS, answered=answered)
-    ended = ann.run(do, name)
-    assert ended.code == 1
-    assert f"registry {team.uri} cannot be reached" in ended.said
-    team.relay.reset()
-    assert registries.verify(registry, name).version == (then if answered else before)
-    again = ann.run(do, name)
-    if do == "rollback" and answered:  # it was done
-        assert f"no version was in production before {name}/1" in again.said
-    else:
-        assert again.said["version"] == then
-    assert registries.verify(registry, name).version == then
+        registries.publish(registry, make_release(content), "cut-off")
+    registries.promote(registry, "cut-off/1")
+    for do, before, then in (("promote", 1, 2), ("rollback", 2, 1)):
+        for answered, stands in ((False, before), (True, then)):
+            team.relay.cut(SET_ALIAS, answered=answered)
+            ended = ann.run(do, "cut-off")
+            assert ended.code == 1
+            assert f"registry {team.uri} cannot be reached" in ended.said
+            team.relay.reset()
+            assert registries.verify(registry, "cut-off").version == stands
+    assert "no version was in production before cut-off/1" in ann.run("rollback", "cut-off").said  # it was done
+    assert ann.run("promote", "cut-off").said["version"] == 2
 
 
 # --- people who are lost ---------------------------------------------------------------------------
@@ -336,7 +329,7 @@ def test_a_publisher_killed_at_any_change_leaves_nothing_half_made(
     uploads = [one for one in changes if one.startswith(UPLOAD)]
     assert len(uploads) == len(contents(release))
     steps = [(one, 0) for one in dict.fromkeys(changes) if not one.startswith(UPLOAD)]
-    for number, (request, nth) in enumerate([*steps, (UPLOAD, 0), (UPLOAD, len(uploads) - 1)]):
+    for number, (request, nth) in enumerate([*steps, (UPLOAD, len(uploads) - 1)]):
         name = f"killed-{number}"
         ann.killed(request, nth, "publish", release, name)
         if name in [model.name for model in registries.list_models(registry)]:
@@ -348,30 +341,42 @@ def test_a_publisher_killed_at_any_change_leaves_nothing_half_made(
     assert runs == []
 
 
-@pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
 def test_production_is_moved_or_not_when_who_moves_it_is_killed(
     team: Team,
     ann: Person,
     registry: Registry,
     make_release: MakeRelease,
-    do: str,
-    before: int,
-    then: int,
 ) -> None:
-    name = f"killed-in-{do}"
     for content in "ab":
-        registries.publish(registry, make_release(content), name)
-    registries.promote(registry, f"{name}/1")
-    if do == "rollback":
-        registries.promote(registry, f"{name}/2")
-    for request, nth, stands in ((SET_TAG, 0, before), (SET_ALIAS, 0, before), (SET_TAG, 1, then)):
-        ann.killed(request, nth, do, name)
-        assert registries.verify(registry, name).version == stands
-    if do == "rollback":
-        assert f"no version was in production before {name}/1" in ann.run(do, name).said
-    else:
-        assert ann.run(do, name).said["version"] == then
-        assert registries.rollback(registry, name).version == before
+        registries.publish(registry, make_release(content), "abandoned")
+    registries.promote(registry, "abandoned/1")
+    for do, before, then in (("promote", 1, 2), ("rollback", 2, 1)):
+        for request, nth, stands in ((SET_TAG, 0, before), (SET_ALIAS, 0, before), (SET_TAG, 1, then)):
+            ann.killed(request, nth, do, "abandoned")
+            assert registries.verify(registry, "abandoned").version == stands
+    assert "no version was in production before abandoned/1" in ann.run("rollback", "abandoned").said
+    assert ann.run("promote", "abandoned").said["version"] == 2
+    assert registries.rollback(registry, "abandoned").version == 1
+
+
+def test_a_fetch_killed_in_the_middle_leaves_nothing_behind(
+    team: Team,
+    ann: Person,
+    registry: Registry,
+    make_release: MakeRelease,
+    tmp_path: Path,
+) -> None:
+    release, out = make_release(), tmp_path / "fetched" / "out"
+    registries.publish(registry, release, "taken")
+    team.relay.reset()
+    assert ann.run("fetch", "taken/1", out).code == 0
+    downloads = sum(one.startswith(DOWNLOAD) for one in team.relay.seen)
+    shutil.rmtree(out)
+    ann.killed(DOWNLOAD, downloads - 1, "fetch", "taken/1", out)
+    assert not out.exists()
+    assert ann.run("fetch", "taken/1", out).code == 0
+    assert contents(out) == contents(release)
+    assert os.listdir(out.parent) == ["out"]
 
 
 # --- damage ----------------------------------------------------------------------------------------
@@ -384,7 +389,7 @@ def test_a_bit_flipped_in_the_object_store(
     make_release: MakeRelease,
     tmp_path: Path,
 ) -> None:
-    first, second = make_release("a"), make_release("b")
+    first, second = make_release("x"), make_release("y")  # no other test stores these
     for release in (first, second):
         registries.publish(registry, release, "damaged")
     (stored,) = team.stored((first / WEIGHTS).read_bytes())
@@ -392,7 +397,6 @@ def test_a_bit_flipped_in_the_object_store(
     for do, more in (("verify", ()), ("promote", ()), ("fetch", (tmp_path / "out",))):
         refused = ann.run(do, "damaged/1", *more)
         assert refused.code == 1
-        print(do, refused.said.splitlines()[-1])
         assert WEIGHTS in refused.said.splitlines()[-1], refused.said
     assert not (tmp_path / "out").exists()
     assert aliases(registry, "damaged") == {"candidate": 2}
