@@ -226,7 +226,7 @@ def test_clean_beside_a_run_that_takes_stages(tmp_path: Path) -> None:
             print("done", flush=True)
             sys.stdin.read()
     """
-    number = 25
+    number = 12
     told = tmp_path / "told"
     with told.open("w") as file:
         command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(number)]
