@@ -161,7 +161,7 @@ def compared(deltas: list[float], names: list[str], windows: int = 2) -> dict[st
     baseline = np.full(len(document), 30.0)
     nll = baseline + 10 * np.repeat(deltas, windows)
     estimate = bootstrap_mean(nll - baseline, scored, "window")
-    found = Comparison(Quality(nll, scored), Quality(baseline, scored), len(deltas), 0.1, 0.9, estimate, {})
+    found = Comparison(Quality(nll, scored), Quality(baseline, scored), len(deltas), 0.1, 0.9, estimate)
     made = section(found, rows)
     QualitySection.model_validate(made)
     deltas_section = made["document_deltas"]
