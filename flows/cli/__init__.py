@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
@@ -81,6 +82,8 @@ def _terminable() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader has seen enough
