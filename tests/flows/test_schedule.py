@@ -229,6 +229,7 @@ def test_a_scheduled_night_ends_in_a_release_and_no_two_run_at_once(prefect: Pre
         night = prefect.wait(published, 600)
     finally:
         prefect.shell(f"prefect deployment schedule clear {NIGHTLY} --accept-yes")
+    prefect.wait(lambda: not nights("PENDING", "RUNNING"), 240)  # the next, had its minute come already
     assert night["state"]["message"] == "published tiny/1"
     opened = registries.open_registry(None, folder / "workspace")
     assert registries.verify(opened, "tiny@candidate").reference == "tiny/1"
