@@ -8,6 +8,7 @@ name of its own and `sweep` removes it.
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,6 +100,9 @@ def creating(
         files = {name: _entry(content / name) for name in _walk(content)}
         manifest = Manifest(kind, files, frozen["parents"], frozen["facts"])
         (content / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        mode = stat.S_IMODE((content / FILE_NAME).stat().st_mode)
+        for name in files:  # safetensors closes its files to all but their owner: another user may be the server's
+            (content / name).chmod(mode)
         temporary.move(content, folder)
 
 

@@ -216,3 +216,12 @@ def test_folder_digest_without_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "blob").unlink()
     with pytest.raises(IntegrityError, match=r"config\.json"):
         manifest.folder_digest(hub)
+
+
+def test_files_are_as_readable_as_the_user_s_others(tmp_path):
+    """safetensors writes its files for their owner only."""
+    (tmp_path / "other").touch()
+    with manifest.creating(tmp_path / "made", kind="checkpoint") as folder:
+        (folder / "closed").touch(mode=0o600)
+    modes = {path.stat().st_mode for path in (tmp_path / "other", *(tmp_path / "made").iterdir())}
+    assert len(modes) == 1
