@@ -14,12 +14,14 @@ def test_every_fault_has_its_test() -> None:
     lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     rows = [line for line in lines if not line.startswith(("| fault |", "| --- |"))]
     assert len(rows) > 30
+    missing = []
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+(?:\.py)?)(?:::(\w+))?`", row)
         assert named, f"no test: {row}"
         for file, name in named:
             path = TESTS.parent / file
-            assert path.exists(), row
             tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
             functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert not name or name in functions, f"{file} has no {name}"
+            if not path.exists() or (name and name not in functions):
+                missing.append(f"{file}::{name}")
+    assert not missing
