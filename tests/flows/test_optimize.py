@@ -153,7 +153,11 @@ def test_prefect_sees_the_verdict_and_the_report(numprune: Command, tiny: Path, 
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200)
         artifacts = client.read_artifacts()
-    last, before = (run for run in runs if run.parameters["workspace"] == str(workspace))
+    here = [run for run in runs if run.parameters["workspace"] == str(workspace)]
+    # `optimize` asks again where the machine was too busy.
+    last, before, *_ = (
+        run for run in here if run.state is None or "invalid environment" not in (run.state.message or "")
+    )
     assert last.state is not None
     assert last.state.is_failed()
     assert "sizes.parameters.ratio" in (last.state.message or "")

@@ -109,7 +109,7 @@ class Lost(Exception):
 class _Plan:
     request: str
     action: Callable[[], object]
-    nth: int | None
+    nth: int
     answered: bool
     met: int = 0  # requests so far
 
@@ -147,8 +147,8 @@ class Relay:
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def at(self, request: str, action: Callable[[], object], *, nth: int | None = 0, answered: bool = False) -> None:
-        """Do `action` when the nth request that begins with `request` has come, or each (None); or when it is answered.
+    def at(self, request: str, action: Callable[[], object], *, nth: int = 0, answered: bool = False) -> None:
+        """Do `action` when the nth request that begins with `request` has come; or when it is answered.
 
         Whoever sent it waits meanwhile, and gets no answer when the action raises Lost.
         """
@@ -176,7 +176,7 @@ class Relay:
     def _met(self, asked: str, *, answered: bool) -> None:
         with self._lock:
             plans = [plan for plan in self._plans if asked.startswith(plan.request) and plan.answered == answered]
-            due = [plan for plan in plans if plan.nth is None or plan.nth == plan.met]
+            due = [plan for plan in plans if plan.nth == plan.met]
             for plan in plans:
                 plan.met += 1
         for plan in due:

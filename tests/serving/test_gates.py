@@ -452,8 +452,8 @@ def test_a_limit_nearer_to_the_value_asks_for_more_samples(
 ) -> None:
     bound, side = direction
 
-    def needed(share: float) -> int:
-        limit = value + share * (above if share > 0 else below)
+    def needed(distance: float) -> int:
+        limit = value + distance
         estimate = {"value": value, "ci95_lower": value - below, "ci95_upper": value + above, "samples": samples}
         interval = [value - below, value + above]
         result = _judge({**estimate, "interval95": interval, "sampling_unit": "repeat"}, 0.0, bound, **{side: limit})
@@ -461,12 +461,12 @@ def test_a_limit_nearer_to_the_value_asks_for_more_samples(
         assert result.samples_needed is not None
         return result.samples_needed
 
-    # On the same side of the value: on the other one the bound is another.
-    near, far = sorted((abs(one), abs(other)))
-    for sign in (1, -1):
-        # Where one side's bound is much the wider, the likelier end for a value at its limit is the other side's.
-        if max(below, above) < 1.5 * min(below, above):
-            assert needed(sign * near) >= needed(sign * far) > samples
+    for width, across, sign in ((above, below, 1), (below, above, -1)):
+        # The derivative of P by d > 0 has the sign of d - r (width - across) / 2: nearer to the limit than that, the
+        # likelier end is across the value.
+        equal = max(width - across, 0) / 2
+        near, far = (max(share * width, equal) for share in sorted((abs(one), abs(other))))
+        assert needed(sign * near) >= needed(sign * far) > samples
 
 
 leaves = st.none() | st.booleans() | st.floats() | st.text(max_size=3)

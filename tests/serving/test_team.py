@@ -169,15 +169,17 @@ def test_two_publish_at_once(
     left, right, same = make_release("l"), make_release("r"), make_release("s")
     seen: list[list[int]] = []
     both = threading.Barrier(2, action=lambda: seen.append(numbers(registry, "busy")), timeout=120)
-    team.relay.at(CREATE_VERSION, both.wait, nth=None)
     together = threading.Barrier(2, timeout=120)
     for nth in (0, 1):  # the first time that each points at what it published, when there is no alias yet
         team.relay.at(SET_ALIAS, together.wait, nth=nth)
     for releases_ in ((left, right), (same, same)):
+        for nth in (0, 1):  # who asks again waits for nobody
+            team.relay.at(CREATE_VERSION, both.wait, nth=nth)
         at_work = [
             person.start("publish", release, "busy") for person, release in zip((ann, bob), releases_, strict=True)
         ]
         ended = [actor.wait() for actor in at_work]
+        team.relay.reset()
         assert [one.code for one in ended] == [0, 0], ended
     assert seen == [[], [1, 2]]  # nothing that was on its way
     versions = registries.list_versions(registry, "busy")
@@ -199,7 +201,8 @@ def test_promotion_and_rollback_at_once_end_in_one_of_them(
     both = threading.Barrier(2, timeout=120)
 
     def at_once(left: tuple[str, str], right: tuple[str, str]) -> list[Ended]:
-        team.relay.at(SET_ALIAS, both.wait, nth=None)
+        for nth in (0, 1):  # who writes again waits for nobody
+            team.relay.at(SET_ALIAS, both.wait, nth=nth)
         at_work = [person.start(*command) for person, command in ((ann, left), (bob, right))]
         ended: list[Ended] = [actor.wait() for actor in at_work]
         team.relay.reset()
