@@ -20,6 +20,7 @@ worse than `oneshot`.
 Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
 """
 
+import torch
 from torch import Tensor
 
 from numprune.linalg import damped, spd_solve
@@ -52,41 +53,42 @@ def refit(
         cross, target_mean = weight @ inputs, weight @ moments.mean
         if bias is not None:
             cross, target_mean = cross + bias[:, None] * mean, target_mean + bias
+    del inputs  # D x K; the solve needs room
     if bias is not None:
         gram = gram - mean[:, None] * mean
         cross = cross - target_mean[:, None] * mean
     original = weight[:, kept]
-    correction = spd_solve(damped(gram, damping), (cross - original @ gram).T).T
-    columns = original + correction
+    missing = (cross - original @ gram).T
+    gram = damped(gram, damping)
+    columns = original + spd_solve(gram, missing).T
     if bias is None:
         return columns, None
     return columns, target_mean - columns @ mean
 
 
-def choose_damping(
-    weight: Tensor, bias: Tensor | None, kept: Tensor, fitted: Moments, held: Moments, damping: float
-) -> float:
+def choose_damping(weight: Tensor, bias: Tensor | None, fitted: Moments, held: Moments, damping: float) -> float:
     """Return the gamma, of damping * 1, 10, … 10,000, whose refit to `fitted` has the least error on `held`.
 
     Args:
-        weight, bias, kept: as of `refit`.
-        fitted: moments to fit to, with targets.
-        held: moments of other rows.
+        weight: (out, K) the kept columns of the consumer's original weight, float64.
+        bias: (out,) its bias, or None.
+        fitted: moments of the kept channels to fit to, with targets.
+        held: those of other rows.
         damping: the least gamma, relative to the mean of diag(G_KK).
     """
+    every = torch.arange(weight.shape[1], device=weight.device)
     errors = {}
     for gamma in dict.fromkeys(damping * 10.0**power for power in range(_GAMMAS)):
-        columns, shift = refit(weight, bias, kept, fitted, gamma)
-        errors[gamma] = _output_error(columns, shift, kept, held)
+        columns, shift = refit(weight, bias, every, fitted, gamma)
+        errors[gamma] = _output_error(columns, shift, held)
     return min(errors, key=errors.__getitem__)
 
 
-def _output_error(columns: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> float:
-    """E||y - W_K x_K - b||^2 less E||y||^2."""
-    gram, cross = moments.gram[kept][:, kept], moments.cross[:, kept]
-    error = (columns @ gram * columns).sum() - 2 * (columns * cross).sum()
+def _output_error(columns: Tensor, bias: Tensor | None, moments: Moments) -> float:
+    """E||y - W x - b||^2 less E||y||^2."""
+    error = (columns @ moments.gram * columns).sum() - 2 * (columns * moments.cross).sum()
     if bias is not None:
-        error += bias @ (2 * (columns @ moments.mean[kept] - moments.target_mean) + bias)
+        error += bias @ (2 * (columns @ moments.mean - moments.target_mean) + bias)
     return float(error)
 
 

@@ -341,7 +341,8 @@ def _damping(
         return options.damping
     own = None if consumer.bias is None else consumer.bias.double()
     kept = channels_of(block, units)
-    return choose_damping(weight, own, kept, moments.without(held_out), held_out, options.damping)
+    held = held_out.of(kept)
+    return choose_damping(weight[:, kept], own, moments.of(kept).without(held), held, options.damping)
 
 
 def _is_fitted(block: Block, units: Tensor, options: PruneOptions) -> bool:

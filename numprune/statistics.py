@@ -78,6 +78,15 @@ class Moments:
             setattr(rest, f"_{name}", getattr(self, f"_{name}") - getattr(part, f"_{name}"))
         return rest
 
+    def of(self, channels: Tensor) -> "Moments":
+        """Return the moments of only these input channels, (K,) ascending."""
+        some = Moments(len(channels), self.outputs, self.device, self.count)
+        some._gram = self._gram[channels[:, None], channels]  # ascending: so the lower half comes from the lower half
+        some._sum = self._sum[channels]
+        some._cross = self._cross[:, channels]
+        some._target_sum = self._target_sum.clone()
+        return some
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was added so far (of the Gram matrix the lower half means anything), for `restored`."""
         count = torch.tensor(self.count, dtype=torch.int64)
@@ -101,8 +110,14 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """E[x x^T], (D, D) float64."""
-        gram = self._gram.tril().div_(self._positive_count())
-        return gram.add_(gram.tril(-1).T)
+        gram = self._gram / self._positive_count()
+        strip = _STRIP[self.device.type]
+        for start in range(0, self.channels, strip):  # in place, since there are other such matrices beside it
+            stop = min(start + strip, self.channels)
+            square = gram[start:stop, start:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+            gram[start:stop, stop:] = gram[stop:, start:stop].T
+        return gram
 
     @property
     def mean(self) -> Tensor:

@@ -152,7 +152,11 @@ def _block_times(
     kept = channels_of(block, units)
     times["least squares"] = seconds(partial(refit, weight, None, kept, moments, _DAMPING), device)
     held = held_out if held_out.count else fitted
-    times["damping"] = seconds(partial(choose_damping, weight, None, kept, fitted, held, _DAMPING), device)
+
+    def choose() -> None:
+        choose_damping(weight[:, kept], None, fitted.of(kept), held.of(kept), _DAMPING)
+
+    times["damping"] = seconds(choose, device)
     for name, rows in (("producers", len(hidden)), ("producers, one row", 1)):
         fit = partial(refit_both, walker, layer, block, units, hidden[:rows], behind[:rows], _DAMPING)
         times[name] = seconds(fit, device)

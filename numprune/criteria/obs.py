@@ -61,6 +61,7 @@ def greedy_removal(
     moments = damped(gram, damping)
     Q, M = spd_inverse(moments), weight.T @ weight
     least = moments.diagonal().reciprocal()
+    del moments  # D x D, as Q and M are
     left = torch.arange(units, device=weight.device)  # the units that Q and M hold
     removed = torch.zeros(units, dtype=torch.bool, device=weight.device)  # which of those mean nothing any more
     order, costs = [left[:0]], [least[:0]]
@@ -75,7 +76,8 @@ def greedy_removal(
         if units - done - count < _COMPACT * len(left):
             stay = (~removed).nonzero()[:, 0]
             channels = (stay[:, None] * c + torch.arange(c, device=stay.device)).flatten()
-            Q, M = Q[channels][:, channels], M[channels][:, channels]
+            Q = Q[channels][:, channels]
+            M = M[channels][:, channels]
             U, V, least = U[:, channels], V[:, channels], least[channels]
             left, removed = left[stay], removed[stay]
         Q.addmm_(U.T, U, alpha=-1)

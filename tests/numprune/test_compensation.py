@@ -126,6 +126,7 @@ def test_the_damping_is_the_one_that_serves_the_rows_held_out_best(noise, sample
         columns, shift = refit(weight, own, KEPT, fitted, gamma)
         missed = y[samples:] - pruned_x[samples:][:, KEPT] @ columns.T - (0 if shift is None else shift)
         errors[gamma] = float(missed.square().sum())
-    assert choose_damping(weight, own, KEPT, fitted, held, 0.001) == pytest.approx(min(errors, key=errors.get))
+    chosen = choose_damping(weight[:, KEPT], own, fitted.of(KEPT), held.of(KEPT), 0.001)
+    assert chosen == pytest.approx(min(errors, key=errors.get))
     if noise and samples < 20:
         assert min(errors, key=errors.get) > 0.01

@@ -51,6 +51,24 @@ def test_sums_on_a_gpu_are_good_to_float32_and_refuse_tf32():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("channels", [[0, 5], [3, 200, 255, 256, 257, 511, 512, 599], list(range(600))])
+def test_moments_of_some_channels_are_as_if_there_were_no_others(channels):
+    """600 channels are summed in three strips."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(20, size, generator=generator, dtype=torch.float64) for size in (600, 3))
+    whole, alone = Moments(600, outputs=3), Moments(len(channels), outputs=3)
+    whole.add(x, y)
+    alone.add(x[:, channels], y)
+    some = whole.of(torch.tensor(channels))
+    assert (some.channels, some.outputs, some.count) == (len(channels), 3, 20)
+    for name in ("gram", "mean", "cross", "target_mean"):
+        torch.testing.assert_close(getattr(some, name), getattr(alone, name))
+    torch.testing.assert_close(some.gram, x[:, channels].T @ x[:, channels] / 20)
+    some.absorb(alone)
+    torch.testing.assert_close(whole.gram, x.T @ x / 20)
+    torch.testing.assert_close(whole.target_mean, y.mean(0))
+
+
 def test_moments_without_a_part_are_those_of_the_rest_and_with_it_the_whole():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(20, size, generator=generator) for size in (7, 3))
