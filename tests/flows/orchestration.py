@@ -21,9 +21,12 @@ Json = dict[str, Any]
 
 
 class Prefect:
-    """A server, with prefect.yaml beside it whose parameters are the test's, and a worker when it is asked for."""
+    """A server, with prefect.yaml beside it whose parameters are the test's, and a worker when it is asked for.
 
-    def __init__(self, folder: Path, parameters: dict[str, Json]) -> None:
+    On PostgreSQL: on SQLite a busy server finds its database locked, and gives up events and what they are to set off.
+    """
+
+    def __init__(self, folder: Path, database: str, parameters: dict[str, Json]) -> None:
         self.folder = folder
         shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__", "embedded"))
         deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -42,7 +45,8 @@ class Prefect:
             "PREFECT_API_URL": self.url,
             "PREFECT_CLI_PROMPT": "false",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # of SQLite, should the machine be busy
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+            "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # should the machine be busy
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             f"{services}_SCHEDULER_LOOP_SECONDS": "1",
             f"{services}_LATE_RUNS_LOOP_SECONDS": "1",

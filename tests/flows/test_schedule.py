@@ -22,6 +22,7 @@ from numprune.serving import registry as registries
 from numprune.serving.registry import Registry
 from tests.flows.orchestration import Json, Prefect
 from tests.serving.conftest import report_json  # noqa: F401 - fixtures
+from tests.serving.team import databases, postgresql
 from tests.serving.test_registry import _empty_registry, make_release, registry, workspace  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
@@ -44,14 +45,16 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prefect(folder: Path) -> Iterator[Prefect]:
     nightly = {"recipe_path": str(folder / "tiny" / "recipe.toml"), "workspace": str(folder / "workspace")}
-    started = Prefect(folder / "prefect", {"nightly": nightly, "release": {}})
-    try:
-        started.shell("prefect work-pool create gpu --type process")
-        started.shell("prefect work-pool set-concurrency-limit gpu 1")
-        started.shell("prefect deploy --all")
-        yield started
-    finally:
-        started.close()
+    with databases(postgresql(), "prefect") as server:
+        database = f"postgresql+asyncpg://mlflow@127.0.0.1:{server.port}/prefect"
+        started = Prefect(folder / "prefect", database, {"nightly": nightly, "release": {}})
+        try:
+            started.shell("prefect work-pool create gpu --type process")
+            started.shell("prefect work-pool set-concurrency-limit gpu 1")
+            started.shell("prefect deploy --all")
+            yield started
+        finally:
+            started.close()
 
 
 @pytest.fixture(scope="module")

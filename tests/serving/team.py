@@ -45,8 +45,8 @@ def _environment() -> Path:
     return folder / "bin"
 
 
-def _postgres() -> Path:
-    """The folder of PostgreSQL's programs."""
+def postgresql() -> Path:
+    """The folder of PostgreSQL's programs; the test is skipped where there is none."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     on_path = shutil.which("initdb")
     if not found and on_path is None:
@@ -236,18 +236,14 @@ class Team:
 @contextmanager
 def running(folder: Path) -> Iterator[Team]:
     """Everything, from nothing. `folder` must be on a file system with extended attributes: Swift keeps its there."""
-    programs, postgres = _environment(), _postgres()
+    programs, postgres = _environment(), postgresql()
     _require_attributes(folder)
     with ExitStack() as stack:
         store = _swift(programs, folder / "swift")
         for service in store:
             stack.callback(service.kill)
             service.start()
-        database = _database(postgres, stack)
-        stack.callback(database.kill)
-        database.start()
-        for name in ("mlflow", "users"):
-            _psql(postgres, database.port, f"CREATE DATABASE {name}")
+        database = stack.enter_context(databases(postgres, "mlflow", "users"))
         server = _server(programs, folder, database.port, store[-1].port)
         stack.callback(server.kill)
         server.start()
@@ -291,6 +287,18 @@ def _server(programs: Path, folder: Path, database: int, store: int) -> Service:
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def databases(programs: Path, *names: str) -> Iterator[Service]:
+    """A server with empty databases of these names, all of the user mlflow."""
+    with ExitStack() as stack:
+        server = _database(programs, stack)
+        stack.callback(server.kill)
+        server.start()
+        for name in names:
+            _psql(programs, server.port, f"CREATE DATABASE {name}")
+        yield server
 
 
 def _database(programs: Path, stack: ExitStack) -> Service:
