@@ -22,7 +22,7 @@ from numprune.flows import logs
 
 T = TypeVar("T")
 
-_PRELOADED = ["torch", "numprune.flows.work.prune", "numprune.flows.work.evaluate"]
+_PRELOADED = ["torch", "numprune.flows.steps.prune", "numprune.flows.steps.evaluate"]
 _CLOSING_S = 10.0
 
 _context = multiprocessing.get_context("forkserver")
@@ -94,18 +94,19 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return value
 
 
-def work(name: str, *args: Any, **kwargs: Any) -> Any:
-    """`call` of "module.function" of `numprune.flows.work`, which only the child imports."""
-    return call(_work, name, args, kwargs)
+def step(name: str, *args: Any, **kwargs: Any) -> Any:
+    """`call` of `name` (see `find_step`), whose module only the child imports."""
+    return call(_step, name, args, kwargs)
 
 
-def _work(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return find_work(name)(*args, **kwargs)
+def _step(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return find_step(name)(*args, **kwargs)
 
 
-def find_work(name: str) -> Callable[..., Any]:
-    module, function = name.split(".")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"numprune.flows.work.{module}"), function)
+def find_step(name: str) -> Callable[..., Any]:
+    """The function "module.function" of `numprune.flows`, for example "steps.prune.make_pruned"."""
+    module, function = name.rsplit(".", 1)
+    found: Callable[..., Any] = getattr(importlib.import_module(f"numprune.flows.{module}"), function)
     return found
 
 

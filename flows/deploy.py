@@ -16,7 +16,7 @@ def roll_out(workspace: Path, uri: str | None, reference: str, settings: Setting
     Raises InputError (no reference), RolloutBusy, RolloutFailed.
     """
     name = registry.parse(reference).name
-    prepare = partial(children.work, "deploy.prepare", workspace, uri, reference)
+    prepare = partial(children.step, "steps.deploy.prepare", workspace, uri, reference)
     return rollout.roll_out(name, prepare, workspace, settings)
 
 
@@ -28,11 +28,11 @@ def roll_back(workspace: Path, uri: str | None, name: str, settings: Settings) -
     chosen: list[Deployment] = []
 
     def prepare() -> Deployment:
-        release: Deployment = children.work("deploy.prepare_previous", workspace, uri, name)
+        release: Deployment = children.step("steps.deploy.prepare_previous", workspace, uri, name)
         chosen.append(release)
         return release
 
     def move_alias() -> None:
-        children.work("deploy.move_back", workspace, uri, chosen[0].reference)
+        children.step("steps.deploy.move_back", workspace, uri, chosen[0].reference)
 
     return rollout.roll_out(name, prepare, workspace, settings, then=move_alias)

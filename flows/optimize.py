@@ -120,7 +120,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
 def check(recipe_path: str | None, overrides: list[str], workspace: str | None) -> Run:
     """The recipe, found to be one that can be done here."""
     asked = recipe.load(Path(recipe_path) if recipe_path else recipe.EMBEDDED_RECIPE, overrides)
-    run: Run = children.work("checks.prepare", asked, stages.workspace_folder(workspace))
+    run: Run = children.step("steps.checks.prepare", asked, stages.workspace_folder(workspace))
     return run
 
 
@@ -129,7 +129,7 @@ def sample_calibration(run: Run) -> StageResult:
     data = run.recipe.data
     return run.stage(
         "calibration",
-        "text.make_calibration",
+        "steps.text.make_calibration",
         inputs={"model": run.base.digest, "text": run.texts["calibration"]},
         sources={"model": run.base.path, "text": data.calibration},
         options={"samples": data.samples, "sequence_length": data.sequence_length, "seed": data.seed},
@@ -142,7 +142,7 @@ def read_heldout(run: Run) -> StageResult:
     data = run.recipe.data
     return run.stage(
         "heldout",
-        "text.make_heldout",
+        "steps.text.make_heldout",
         inputs={"model": run.base.digest, "text": run.texts["heldout"]},
         sources={"model": run.base.path, "text": data.heldout},
         options={"sequence_length": data.sequence_length},
@@ -156,7 +156,7 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
     with gpu_slot(run):
         return run.stage(
             "prune",
-            "prune.make_pruned",
+            "steps.prune.make_pruned",
             inputs={"base": run.base.digest, "rows": calibration.digest},
             sources={"base": run.base.path, "rows": calibration.path},
             options={
@@ -184,7 +184,7 @@ def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
     machine = {**run.machine} if target == "tensorrt" else {}
     return run.stage(
         f"export-{target}",
-        "export.make_export",
+        "steps.export.make_export",
         inputs={"checkpoint": source.digest},
         sources={"source": source.path},
         options={"target": target, "options": by_target[target], "machine": machine},
@@ -199,7 +199,7 @@ def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: 
     with gpu_slot(run):
         return run.stage(
             f"parity-{target}",
-            "export.make_parity",
+            "steps.export.make_parity",
             inputs={"reference": reference.digest, "candidate": exported.digest},
             sources={"reference": reference.path, "candidate": exported.path},
             options={"runtime": RUNTIMES[target]},
@@ -214,7 +214,7 @@ def make_canary(run: Run, candidate: Artifact) -> StageResult:
     with gpu_slot(run):
         return run.stage(
             "canary",
-            "canary.make_canary",
+            "steps.canary.make_canary",
             inputs={"checkpoint": candidate.digest},
             sources={"checkpoint": candidate.path},
             options={"device": run.device},
@@ -227,7 +227,7 @@ def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult
     with gpu_slot(run):
         return run.stage(
             "quality",
-            "evaluate.make_quality",
+            "steps.evaluate.make_quality",
             inputs={"base": run.base.digest, "candidate": candidate.digest, "rows": heldout.digest},
             sources={"baseline": run.base.path, "candidate": candidate.path, "rows": heldout.path},
             options={"rows_digest": heldout.facts["digest"], "device": run.device},
@@ -241,7 +241,7 @@ def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact) -
     with gpu_slot(run):
         return run.stage(
             f"benchmark-{runtime}",
-            "benchmark.make_benchmark",
+            "steps.benchmark.make_benchmark",
             inputs={"candidate": candidate.digest, "baseline": baseline.digest},
             sources={"candidate": candidate.path, "baseline": baseline.path},
             options={
@@ -279,7 +279,7 @@ def gate(
     }
     return run.stage(
         "report",
-        "report.make_report",
+        "steps.report.make_report",
         inputs={
             "pruned": pruned.digest,
             "quality": quality.digest,
@@ -306,7 +306,7 @@ def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: St
     """The release folder, and the version of the registry that it became."""
     release = make_release(run.workspace, run.recipe, parts, judged.path, canary.path, run.record)
     registry = run.recipe.registry
-    return release, str(children.work("publish.publish", run.workspace, registry.uri, release, registry.name))
+    return release, str(children.step("steps.publish.publish", run.workspace, registry.uri, release, registry.name))
 
 
 # --- details --------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ class Run:
         """Return a stage, made in a process of its own unless it is there.
 
         Args:
-            body: "module.function" of `numprune.flows.work`; it gets the stage's folder, the sources and the options.
+            body: "module.function" of `numprune.flows` (see `children.find_step`); it gets the stage's folder, the
+                sources and the options.
             inputs: digests of all that stands in `sources`.
             sources: where the body finds its inputs; no part of the stage's identity.
             options: the plain values that the body uses.
@@ -83,5 +84,5 @@ def _in_child(
     layer: Layer,
     record: Path | None,
 ) -> StageResult:
-    work = partial(children.find_work(body), **sources, **options)
+    work = partial(children.find_step(body), **sources, **options)
     return run_stage(workspace, name, inputs, options, work, layer, record)

@@ -32,8 +32,16 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"  # in a stage's folder: what its body returned
 _ROOT = Path(numprune.__file__).parent
-_LAYERS = ("numprune", "export", "serving")
-Layer = Literal["numprune", "export", "serving"]
+_LINKED = ("export", "serving", "flows")  # in _ROOT, beside the core
+Layer = Literal["numprune", "export", "serving", "studies"]
+# Where each layer's code is, beside the core's; a layer's stages use the layers before it, too. `flows/steps` holds the
+# bodies of the stages. Studies are a layer of their own, so that an edit there leaves production stages valid.
+_FOLDERS: dict[Layer, tuple[str, ...]] = {
+    "numprune": ("flows/steps",),
+    "export": ("export",),
+    "serving": ("serving",),
+    "studies": ("flows/studies",),
+}
 # What does the work beside our own code: another version of one of them makes another stage.
 _PACKAGES = (
     "torch",
@@ -167,9 +175,10 @@ def code_version(layer: Layer) -> dict[str, str]:
 
 def sources(layer: Layer) -> list[Path]:
     """Our source files up to `layer`, and the bodies of the stages; relative to the package."""
-    files = [path for path in _ROOT.rglob("*.py") if path.relative_to(_ROOT).parts[0] not in {*_LAYERS, "flows"}]
-    for folder in ["flows/work", *_LAYERS[1 : _LAYERS.index(layer) + 1]]:
-        files += (_ROOT / folder).rglob("*.py")
+    layers = list(_FOLDERS)
+    folders = [folder for name in layers[: layers.index(layer) + 1] for folder in _FOLDERS[name]]
+    files = [path for path in _ROOT.rglob("*.py") if path.relative_to(_ROOT).parts[0] not in _LINKED]
+    files += [path for folder in folders for path in (_ROOT / folder).rglob("*.py")]
     return sorted(path.relative_to(_ROOT) for path in files)
 
 

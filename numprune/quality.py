@@ -166,8 +166,8 @@ def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 
 
     A unit's weight is its length, so a few long documents can decide, and differences of documents are skewed: to what
     gets worse there is no end. The percentile bootstrap minds neither: over 20 documents like those of the embedded
-    text its one-sided 95 % bound is below the truth more than one time in ten (`python -m numprune.flows.error_rates`
-    counts it). So the bound is studentized,
+    text its one-sided 95 % bound is below the truth more than one time in ten (counted by
+    `python -m numprune.flows.studies.error_rates`). So the bound is studentized,
 
         value + max(-q, t(n - 1)) * t(f) / t(n - 1) * s
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 }
 FOR_EVERYBODY = "numprune.errors"
 # `python -m numprune.compare` is an address that others use; the module is nothing but a call of the command in flows.
-EXCEPTIONS = {Path("compare.py"): {"numprune.flows.compare.command.main"}}
+EXCEPTIONS = {Path("compare.py"): {"numprune.flows.studies.compare.command.main"}}
 NOT_IN_THE_CORE = {"prefect", "mlflow", "vllm", "argparse", "click", "typer"}
 
 

@@ -78,8 +78,8 @@ def benchmark(args: argparse.Namespace) -> Answer:
         more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "load": ServedLoad(**given)}
     elif given or args.vllm or args.untested_vllm:
         raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
-    report: Report = children.work(
-        "benchmark.measure", args.candidate, args.baseline, args.runtime, args.text, args.sequence_length, **more
+    report: Report = children.step(
+        "steps.benchmark.measure", args.candidate, args.baseline, args.runtime, args.text, args.sequence_length, **more
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))
 

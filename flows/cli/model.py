@@ -151,8 +151,8 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.corpus import sample_rows
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
-    from numprune.flows.work.prune import device_of, prune_checkpoint
-    from numprune.flows.work.text import draw_of, rows_of
+    from numprune.flows.steps.prune import device_of, prune_checkpoint
+    from numprune.flows.steps.text import draw_of, rows_of
     from numprune.pruning import PruneOptions, check_options
     from numprune.target import Target
 
@@ -194,9 +194,9 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
-    from numprune.flows.work.evaluate import compare_checkpoints, evaluate_checkpoint, side
-    from numprune.flows.work.prune import device_of
-    from numprune.flows.work.text import rows_of
+    from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint, side
+    from numprune.flows.steps.prune import device_of
+    from numprune.flows.steps.text import rows_of
 
     model = checkpoint.resolve(args.model)
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
@@ -231,7 +231,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
 
 def export(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
-    from numprune.flows.work.export import export_and_prove
+    from numprune.flows.steps.export import export_and_prove
 
     _must_not_exist(args.out)
     manifest.sweep(args.out.parent)

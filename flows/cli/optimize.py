@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Answer:
     errors: list[Exception] = []
     starting = threading.Thread(target=_start_server, args=(errors,), daemon=True)
     starting.start()  # beside the checks, whose complaints come first
-    children.work("checks.check", asked, workspace)
+    children.step("steps.checks.check", asked, workspace)
     starting.join()
     if errors:
         raise errors[0]

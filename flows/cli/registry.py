@@ -68,7 +68,7 @@ def publish(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     release = Path(args.release)
-    children.work("publish.audit", release)
+    children.step("steps.publish.audit", release)
     version = registry.publish(_open(args), release, args.name)
     return _version_answer(version, f"published {version.reference} as {registry.CANDIDATE}")
 
@@ -129,7 +129,7 @@ def fetch(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
-    children.work("publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
+    children.step("steps.publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
 
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> Answer:
     vllm = environment.find(args.vllm, untested=args.untested_vllm)
     server.require_free(args.host, args.port)  # and not after the download
     workspace = stages.workspace_folder(args.workspace)
-    release = children.work("deploy.prepare", workspace, args.uri, args.reference)
+    release = children.step("steps.deploy.prepare", workspace, args.uri, args.reference)
     dtype = deployment.choose_dtype(release, args.dtype)
     log = deployment.log_file(workspace, f"serve-{release.name}")
     with ExitStack() as stack:

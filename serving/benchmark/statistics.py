@@ -40,9 +40,9 @@ def paired_ratio(candidate: Sequence[float], baseline: Sequence[float]) -> dict[
     Student's t and not the bootstrap, because repeats are few: with 10 of them the percentile bootstrap covers only
     about 90 % where it promises 95 (it has neither the n-1 nor the t), while Student's interval is exact for normal log
     ratios and, as the difference within a pair takes the common skew away, close to it for real timings: with drift,
-    stalls of both sides, noise of uneven size, it is wrong 5 % of the time or less (`python -m
-    numprune.flows.error_rates` counts it). What no interval over so few repeats can know of are rare stalls of one side
-    alone: those that no repeat had.
+    stalls of both sides, noise of uneven size, it is wrong 5 % of the time or less (counted by
+    `python -m numprune.flows.studies.error_rates`). What no interval over so few repeats can know of are rare stalls of
+    one side alone: those that no repeat had.
 
     Both sequences hold one positive, finite number per repeat; at least two, or ValueError.
     """

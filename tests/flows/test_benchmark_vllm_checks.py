@@ -7,7 +7,7 @@ import pytest
 from numprune.errors import InputError
 from numprune.flows.cli import main
 from numprune.flows.recipe import load
-from numprune.flows.work.checks import check
+from numprune.flows.steps.checks import check
 from numprune.serving.vllm.environment import TESTED
 from tests.serving.test_vllm_environment import make as make_environment
 

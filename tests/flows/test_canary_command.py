@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from numprune.flows.cli import main
-from numprune.flows.work.canary import reference
+from numprune.flows.steps.canary import reference
 from numprune.serving.vllm.server import free_port
 
 

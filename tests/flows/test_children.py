@@ -91,7 +91,7 @@ def test_interrupted_waiting_ends_the_child(tmp_path: Path) -> None:
 
 
 def test_work_is_found_by_name() -> None:
-    assert children.find_work("evaluate.finite")([1.0, float("inf")]) == [1.0, None]
+    assert children.find_step("steps.evaluate.finite")([1.0, float("inf")]) == [1.0, None]
 
 
 def read_when_there(path: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from numprune.export import checkpoint, manifest
 from numprune.flows import large
-from numprune.flows.work.prune import prune_checkpoint
+from numprune.flows.steps.prune import prune_checkpoint
 from numprune.pruning import PruneOptions
 from numprune.target import Target
 
@@ -94,7 +94,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from numprune.export.shards import ShardWriter
-from numprune.flows.work.prune import prune_checkpoint
+from numprune.flows.steps.prune import prune_checkpoint
 from numprune.pruning import PruneOptions
 
 add, calls = ShardWriter.add, []
@@ -122,7 +122,7 @@ _GROWTH = """
 import sys
 from pathlib import Path
 import torch
-from numprune.flows.work.prune import prune_checkpoint
+from numprune.flows.steps.prune import prune_checkpoint
 from numprune.pruning import PruneOptions
 
 def peak():

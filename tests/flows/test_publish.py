@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from numprune.errors import IntegrityError
-from numprune.flows.work.publish import publish
+from numprune.flows.steps.publish import publish
 from tests.flows.conftest import Answered
 from tests.serving import releases
 from tests.serving.releases import make_release, write_checkpoint

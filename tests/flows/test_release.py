@@ -10,7 +10,7 @@ import pytest
 
 from numprune.errors import InputError
 from numprune.flows.release import release
-from numprune.flows.work import deploy
+from numprune.flows.steps import deploy
 from numprune.serving import registry as registries
 from numprune.serving.registry import Registry, Version
 from tests.serving.conftest import report_json  # noqa: F401 - fixtures
@@ -44,7 +44,7 @@ def test_production_is_taken_back_from_a_release_that_cannot_be_rolled_out(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from numprune.flows.work import deploy
+from numprune.flows.steps import deploy
 workspace, reference, digest = sys.argv[1:]
 deploy.promote(Path(workspace), None, reference, digest, to_serve=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ import torch
 
 from numprune.corpus import TokenRows
 from numprune.export import manifest
-from numprune.flows.work.evaluate import section
+from numprune.flows.steps.evaluate import section
 from numprune.quality import Comparison, Quality, bootstrap_mean
 from numprune.serving.report import Quality as QualitySection
 from numprune.serving.report import Report, write

@@ -88,10 +88,11 @@ def test_code_version_covers_the_layers_below_and_no_more() -> None:
     assert len({version["sources"] for version in versions}) == 3
     assert "torch" in versions[0]
     names = {layer: {path.as_posix() for path in stages.sources(layer)} for layer in ("numprune", "export", "serving")}
-    assert {"pruning.py", "criteria/numerical.py", "flows/work/prune.py"} <= names["numprune"]
+    assert {"pruning.py", "criteria/numerical.py", "flows/steps/prune.py"} <= names["numprune"]
     assert "export/manifest.py" in names["export"] - names["numprune"]
     assert "serving/benchmark/run.py" in names["serving"] - names["export"]
-    assert not any(name.startswith("flows/cli") for name in names["serving"])
+    assert not any(name.startswith(("flows/cli", "flows/studies")) for name in names["serving"])
+    assert "flows/studies/compare/steps.py" in {path.as_posix() for path in stages.sources("studies")}
 
 
 def test_nothing_is_left_of_a_body_that_raises(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from numprune.corpus import rows_digest
 from numprune.export.checkpoint import PLAN, load_tokenizer
 from numprune.flows.bundle import CHECKPOINT
-from numprune.flows.work.prune import make_pruned
-from numprune.flows.work.text import calibration_rows, draw_of, make_calibration
+from numprune.flows.steps.prune import make_pruned
+from numprune.flows.steps.text import calibration_rows, draw_of, make_calibration
 from numprune.plan import Draw, read_plan
 
 

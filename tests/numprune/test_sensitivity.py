@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.flows.studies.rivals.shortgpt import shortgpt
 from numprune.layers import ModelLayers
-from numprune.rivals.shortgpt import shortgpt
 from numprune.sensitivity import measure
 from tests.conftest import build_tiny
 

@@ -10,7 +10,7 @@ import pytest
 
 from numprune.errors import MissingRuntime
 from numprune.export import manifest, vllm
-from numprune.flows.work import canary
+from numprune.flows.steps import canary
 from numprune.serving import canary as canaries
 from numprune.serving import registry
 from numprune.serving.gates import Gate, Policy, judge

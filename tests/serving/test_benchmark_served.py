@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from numprune.flows.work.canary import reference
+from numprune.flows.steps.canary import reference
 from numprune.serving.benchmark.vllm import BenchmarkFailed, ServedLoad
 from numprune.serving.benchmark.vllm.client import start_bench
 from numprune.serving.benchmark.vllm.run import run_once

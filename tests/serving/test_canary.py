@@ -11,7 +11,7 @@ import torch
 from numprune.errors import InputError, IntegrityError
 from numprune.export.checkpoint import load
 from numprune.flows.cli.serve import DTYPES
-from numprune.flows.work import canary as making
+from numprune.flows.steps import canary as making
 from numprune.serving import canary
 from numprune.serving.canary import MINIMUM_STEPS, TOLERANCES, Reference
 from tests.conftest import byte_tokenizer

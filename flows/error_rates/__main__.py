@@ -1,8 +1,0 @@
-"""The address of the command, `python -m numprune.flows.error_rates`."""
-
-import sys
-
-from numprune.flows.error_rates.command import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Baseline and candidate, timed against each other."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure as measure_budget
+from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
+from numprune.export.manifest import folder_digest
+from numprune.flows.names import TARGETS
+from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.export import export
+from numprune.flows.steps.prune import device_of
+from numprune.flows.steps.report import assemble
+from numprune.flows.steps.text import rows_of
+from numprune.serving.benchmark import Load, run_benchmark
+from numprune.serving.benchmark.vllm import ServedLoad, run_served
+from numprune.serving.report import Report
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import Environment
+
+logger = logging.getLogger(__name__)
+
+
+def make_benchmark(
+    out: Path,
+    *,
+    candidate: Path,
+    baseline: Path,
+    runtime: str,
+    device: str,
+    load: dict[str, Any],
+    machine: dict[str, str],
+) -> dict[str, Any]:
+    """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
+
+    `machine` is where: timings of another one are another stage.
+    """
+    if runtime == "vllm":
+        served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
+        return run_served({"candidate": candidate}, baseline, environment.find(), served)["candidate"]
+    return run_benchmark(candidate, baseline, runtime, Load(**load), device=device)
+
+
+def measure(
+    candidate: str,
+    baseline: str,
+    runtime: str,
+    text: list[Path] | None,
+    length: int | None,
+    *,
+    vllm: Environment | None = None,
+    load: ServedLoad | None = None,
+) -> Report:
+    """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
+
+    Args:
+        vllm, load: for the runtime "vllm".
+
+    Raises InputError, IntegrityError, MissingRuntime, and what the benchmark raises.
+    """
+    sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
+    for folder in sides.values():
+        check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
+    rows = rows_of(text, length, sides["candidate"], sides["baseline"]) if text else None
+    digests = {name: folder_digest(folder) for name, folder in sides.items()}
+    identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
+    sections: dict[str, Any] = {"sizes": sizes(sides["baseline"], sides["candidate"])}
+    if rows is not None:
+        identity["heldout_rows"] = rows.digest
+        sections["quality"] = compare_checkpoints(sides["candidate"], sides["baseline"], rows, device_of("auto"))
+    with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
+        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
+        if target is not None:
+            for name, folder in sides.items():
+                logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, target, name)
+                made = export(folder, Path(scratch) / name, target)
+                sides[name] = Path(scratch) / name
+            identity["exports"] = {target: made.digest}
+        if vllm is not None:
+            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, load)["candidate"]
+        else:
+            found = run_benchmark(sides["candidate"], sides["baseline"], runtime)
+    return assemble(Path(candidate).name, identity, sections, {runtime: found})
+
+
+def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
+    """The report's section `sizes` of two checkpoints."""
+    one, other = (measure_budget(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
+    return {
+        "parameters": {"baseline": one.parameters, "candidate": other.parameters},
+        "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
+        "kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token},
+        "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
+    }

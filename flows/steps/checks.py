@@ -1,0 +1,210 @@
+"""Whether files, model and runtimes can do what a recipe asks for: all that can be known before the work begins."""
+
+import importlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from numprune.anatomy import Anatomy, read_anatomy
+from numprune.corpus import read_documents
+from numprune.errors import InputError, NumpruneError
+from numprune.export import tensorrt
+from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
+from numprune.export.disk import require_writable
+from numprune.export.manifest import folder_digest
+from numprune.export.vllm import CPU_HEAD_SIZES
+from numprune.flows.names import TARGETS
+from numprune.flows.problems import did_you_mean, listed, models_in
+from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
+from numprune.flows.run import Artifact, Run
+from numprune.flows.steps.text import text_digest
+from numprune.pruning import PruneOptions, check_options
+from numprune.serving.registry import open_registry
+from numprune.serving.report import Report
+from numprune.serving.vllm import environment
+from numprune.serving.vllm.environment import TESTED
+from numprune.target import Target
+
+_MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
+_INSTALL = {
+    "onnx": "pip install onnx",
+    "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
+}
+
+
+def prepare(recipe: Recipe, workspace: Path) -> Run:
+    """Return the run of a recipe, its inputs identified. Raises InputError as `check` does."""
+    check(recipe, workspace)
+    base = model_folder(recipe.model.path)
+    available = torch.cuda.is_available()
+    return Run(
+        recipe=recipe,
+        workspace=workspace,
+        base=Artifact(base, folder_digest(base)),
+        texts={
+            "calibration": text_digest(recipe.data.calibration, "train"),
+            "heldout": text_digest(recipe.data.heldout, "heldout"),
+        },
+        device="cuda" if available and recipe.model.device != "cpu" else "cpu",
+        uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
+        machine={
+            "node": platform.node(),
+            "cores": str(len(os.sched_getaffinity(0))),
+            "gpu": torch.cuda.get_device_name() if available else "",
+            **({"vllm": str(environment.find())} if "vllm" in recipe.benchmark.runtimes else {}),
+        },
+    )
+
+
+def check(recipe: Recipe, workspace: Path) -> None:
+    """Refuse a recipe that cannot be done here.
+
+    Raises InputError with every problem: its field, the value, what is allowed.
+    """
+    problems: list[str] = []
+
+    def collect(field: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except NumpruneError as error:
+            problems.append(f"{field}: {error}")
+            return None
+
+    collect("--workspace", require_writable, workspace)
+    base = collect("model.path", model_folder, recipe.model.path)
+    config = collect("model.path", read_config, base) if base else None
+    if config is not None:
+        collect("model.path", audit, base)
+        tokenizer = collect("model.path", load_tokenizer, base)
+        if tokenizer is not None:
+            collect("model.path", check_vocabulary, base, tokenizer, config)
+        anatomy = read_anatomy(config)
+        collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
+        problems += _servers(recipe, anatomy)
+        problems += _lengths(recipe, config.max_position_embeddings, anatomy)
+    for split, text in (("calibration", recipe.data.calibration), ("heldout", recipe.data.heldout)):
+        for file in text if isinstance(text, list) else []:
+            collect(f"data.{split}", read_documents, [file])
+    problems += _combinations(recipe)
+    problems += _metrics(recipe)
+    for field, name in _needed(recipe):
+        problems += [f"{field}: {problem}" for problem in _missing(name)]
+    if "tensorrt" in recipe.export.targets:
+        collect("export.targets", tensorrt.require)
+    if "vllm" in recipe.benchmark.runtimes:
+        vllm = collect("benchmark.runtimes", environment.find)
+        if vllm and vllm.cpu and config is not None:
+            problems += [f"benchmark.runtimes: {problem}" for problem in _kernels(anatomy)]
+    if recipe.registry.uri != "workspace":
+        collect("registry.uri", open_registry, recipe.registry.uri, workspace)
+    if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
+        problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
+    if problems:
+        raise InputError(listed("the recipe cannot be done here", problems))
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a recipe's model. Raises InputError."""
+    return EMBEDDED_FOLDER / "model" if path == EMBEDDED else resolve(path)
+
+
+def prune_options(recipe: Recipe) -> PruneOptions:
+    return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
+
+
+def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
+    problems = []
+    limit = min(context, anatomy.sliding_window or context)
+    if recipe.data.sequence_length > limit:
+        problems.append(f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {limit} tokens")
+    positions = recipe.benchmark.prompt_length + recipe.benchmark.output_length
+    if positions > context:
+        problems.append(
+            f"benchmark.prompt_length + output_length = {positions}: the model takes at most {context} tokens"
+        )
+    return problems
+
+
+def _servers(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+    """What keeps the servers from running the result, whatever its sizes."""
+    if "vllm" not in recipe.export.targets:
+        return []
+    problems = []
+    if recipe.target.vllm not in TESTED:
+        problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
+    if recipe.target.device == "cpu":
+        problems += [f"target.device = 'cpu': {problem}" for problem in _kernels(anatomy)]
+    return problems
+
+
+def _kernels(anatomy: Anatomy) -> list[str]:
+    """What keeps vLLM from running the result on CPUs."""
+    if anatomy.head_dim in CPU_HEAD_SIZES:
+        return []
+    return [
+        f"vLLM's CPU kernels know head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, and the model's is "
+        f"{anatomy.head_dim}; serve it on GPUs, or leave vllm out of export.targets and benchmark.runtimes"
+    ]
+
+
+def _combinations(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.benchmark.prompts % recipe.benchmark.batch_size:
+        problems.append(
+            f"benchmark.prompts = {recipe.benchmark.prompts}: must be a multiple of benchmark.batch_size = "
+            f"{recipe.benchmark.batch_size}"
+        )
+    for runtime in recipe.benchmark.runtimes:
+        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
+        if target is not None and target not in recipe.export.targets:
+            problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
+    return problems
+
+
+def _metrics(recipe: Recipe) -> list[str]:
+    """Gates that can only fail, because the report will have no such figure."""
+    problems = []
+    for index, gate in enumerate(recipe.gates):
+        section, name, *rest = gate.metric.split(".")
+        where = f"gates.{index}.metric = {gate.metric!r}"
+        field = Report.model_fields.get(section)
+        if field is None:
+            problems.append(
+                f"{where}: the report has no section {section!r}{did_you_mean(section, list(Report.model_fields))}"
+            )
+            continue
+        if section in ("speed", "memory"):
+            if name not in recipe.benchmark.runtimes:
+                runtimes = ", ".join(recipe.benchmark.runtimes)
+                problems.append(f"{where}: {name!r} is not benchmarked; benchmark.runtimes are {runtimes}")
+            name = rest[0] if rest else ""
+        known = [key for model in models_in(field.annotation) for key in model.model_fields]
+        if known and name not in known:
+            problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
+    return problems
+
+
+def _needed(recipe: Recipe) -> list[tuple[str, str]]:
+    names: list[tuple[str, str]] = [
+        ("export.targets", target) for target in recipe.export.targets if target in _MODULES
+    ]
+    names += [("benchmark.runtimes", runtime) for runtime in recipe.benchmark.runtimes if runtime in _MODULES]
+    if "onnx" in recipe.export.targets:
+        names.append(("export.targets", "onnxruntime"))  # parity runs what was exported
+    return list(dict.fromkeys(names))
+
+
+def _missing(name: str) -> list[str]:
+    problems = []
+    for module in _MODULES[name]:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError) as error:  # a missing shared library is an OSError here and there
+            problems.append(
+                f"{name} needs the package {module}, which cannot be imported ({error}): {_INSTALL[module]}"
+            )
+    return problems

@@ -1,0 +1,112 @@
+"""A dense checkpoint to a pruned one."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numprune import pruning
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure
+from numprune.export import manifest
+from numprune.export.checkpoint import (
+    PLAN,
+    check_vocabulary,
+    load,
+    load_tokenizer,
+    read_config,
+    save,
+    save_around_weights,
+    weight_bytes,
+)
+from numprune.export.shards import writing
+from numprune.export.streaming import CheckpointLayers
+from numprune.flows.bundle import CHECKPOINT
+from numprune.flows.steps.text import load_calibration
+from numprune.plan import Draw, Plan
+from numprune.surgery import skeleton
+from numprune.target import Target
+
+
+def device_of(device: str) -> torch.device:
+    """The device that "auto" means here, or the one asked for."""
+    available = torch.cuda.is_available()
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
+
+
+def prune_checkpoint(
+    base: Path,
+    rows: Tensor,
+    options: pruning.PruneOptions,
+    out: Path,
+    device: torch.device,
+    *,
+    draw: Draw | None = None,
+    stream: bool = False,
+) -> dict[str, Any]:
+    """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
+
+    `draw`: where the rows are from, for the plan. `stream`: neither model is ever in memory, only one layer at a time;
+    hidden states are in files on `out`'s disk. The result is the same.
+
+    Raises InputError (`out` exists, or the model, rows or options cannot be used), IntegrityError.
+    """
+    config = read_config(base)
+    before = read_anatomy(config)
+    pruning.check_options(before, options)
+    described = pruning.describe(before, rows, options, {}).drawn(draw)
+    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks"})}
+    make = _prune_streamed if stream else _prune_in_memory
+    with manifest.creating(
+        out, kind="checkpoint", parents={"base": manifest.folder_digest(base)}, facts=facts
+    ) as folder:
+        plan = make(base, rows, options, folder, device, config.dtype or torch.float32).drawn(draw)
+        plan.write(folder / PLAN)
+    # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
+    budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
+    return {
+        "digest": manifest.read(out).digest,
+        "before": dataclasses.asdict(budgets[0]),
+        "after": dataclasses.asdict(budgets[1]),
+        "prunable_ratio_removed": 1 - budgets[1].prunable_parameters / budgets[0].prunable_parameters,
+        "weight_bytes_before": weight_bytes(base),
+        "weight_bytes_after": weight_bytes(out),
+        "plan": hashlib.sha256((out / PLAN).read_bytes()).hexdigest(),
+        "kept_units": {name: [len(block.kept), block.units] for name, block in plan.blocks.items()},
+    }
+
+
+def _prune_in_memory(
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, dtype: torch.dtype
+) -> Plan:
+    model, tokenizer = load(base)
+    pruned = pruning.prune(model.to(device), rows, options)
+    save(pruned.model.cpu(), tokenizer, folder, dtype=dtype)
+    return pruned.plan
+
+
+def _prune_streamed(
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, dtype: torch.dtype
+) -> Plan:
+    tokenizer = load_tokenizer(base)
+    layers = CheckpointLayers(base, scratch=folder, device=device)
+    check_vocabulary(base, tokenizer, layers.config)
+    with writing(folder, dtype, layers.names) as writer:
+        layers.copy_around(writer)
+        plan = pruning.prune_layers(layers, rows, options, writer.add)
+    pruned = skeleton(pruning.config_after(layers, plan))
+    pruned.generation_config = layers.generation_config
+    save_around_weights(pruned, tokenizer, folder, dtype=dtype)
+    return plan
+
+
+def make_pruned(
+    out: Path, *, base: Path, rows: Path, options: dict[str, Any], target: dict[str, int], device: str, stream: bool
+) -> dict[str, Any]:
+    """Stage: the pruned checkpoint, in the folder `checkpoint`."""
+    chosen = pruning.PruneOptions(**options, target=Target(**target))
+    tokens, draw = load_calibration(rows)
+    return prune_checkpoint(base, tokens, chosen, out / CHECKPOINT, torch.device(device), draw=draw, stream=stream)

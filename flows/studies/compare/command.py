@@ -1,0 +1,141 @@
+"""python -m numprune.compare: the command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError, NumpruneError
+from numprune.export.checkpoint import read_config, resolve
+from numprune.flows import children
+from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
+from numprune.flows.steps.prune import device_of
+from numprune.flows.studies.compare.methods import METHODS, check, chosen, defaults
+from numprune.flows.studies.compare.run import Request, compare
+from numprune.flows.studies.compare.table import as_markdown
+from numprune.flows.studies.rivals import RIVALS
+from numprune.target import Target
+
+T = TypeVar("T")
+
+_EPILOG = f"""\
+A method is criterion/allocation/compensation, or has a plain name: {", ".join(RIVALS)}. Wildcards may stand for any
+part: --methods 'obs/*/sequential,flap/global/*,shortgpt'; --methods help lists all {len(METHODS)}.
+
+  python -m numprune.compare                                            the embedded model on its own text
+  python -m numprune.compare ./my-model --text train.txt --heldout test.txt --ratios 0.1,0.2,0.3,0.5
+  python -m numprune.compare ./my-model --text train.txt --samples 32,128,512 --methods obs/uniform/sequential
+
+Writes compare.csv, compare.md and compare.svg into --out, after each method anew, and prints the Markdown. The same
+command goes on after an interruption, and with more ratios, sizes or methods runs only what is not there yet.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 error, 130 interrupted."""
+    children.yield_processors()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the children
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.methods == ["help"]:
+        print("\n".join(METHODS))
+        return 0
+    try:
+        sys.stdout.write(as_markdown(compare(_request(args))))
+    except NumpruneError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("compare: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.compare",
+        description="Pruning methods side by side: one model, one calibration text, one held-out text.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder or hub id (default: the embedded model)"
+    )
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="calibration text (default: the embedded one)")
+    parser.add_argument(
+        "--heldout",
+        nargs="+",
+        metavar="FILE",
+        help="text to be judged on (default: the last fifth of --text, which is then not calibrated on)",
+    )
+    numbers = partial(_list, float, "a number"), partial(_list, int, "a whole number")
+    parser.add_argument(
+        "--ratios",
+        type=numbers[0],
+        default=[0.3],
+        metavar="R,R",
+        help="shares of the prunable parameters to remove (default: 0.3)",
+    )
+    parser.add_argument("--methods", type=_names, metavar="M,M", help="see below (default: rivals and ours)")
+    parser.add_argument(
+        "--samples", type=numbers[1], default=[128], metavar="N,N", help="calibration rows (default: 128)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=256, metavar="N", help="tokens per row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of it (default: 8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--out", type=Path, default=Path("numprune-compare"), metavar="DIR", help="default: %(default)s"
+    )
+    return parser
+
+
+def _request(args: argparse.Namespace) -> Request:
+    folder = EMBEDDED_FOLDER / "model" if args.model == EMBEDDED else resolve(args.model)
+    anatomy = read_anatomy(read_config(folder))
+    target = Target(args.align)
+
+    def works(method: str) -> None:
+        for ratio in args.ratios:
+            check(method, anatomy, ratio, target)
+
+    methods, left_out = chosen(args.methods or defaults(works), works, asked=bool(args.methods))
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    if not methods:
+        raise InputError("--methods: none of them can work on this model at every one of --ratios")
+    return Request(
+        model=folder,
+        name=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
+        text=args.text or EMBEDDED,
+        heldout=args.heldout or (None if args.text else EMBEDDED),
+        ratios=args.ratios,
+        methods=methods,
+        samples=args.samples,
+        sequence_length=args.sequence_length,
+        align=args.align,
+        seed=args.seed,
+        device=device_of(args.device).type,
+        out=args.out,
+    )
+
+
+def _list(kind: Callable[[str], T], what: str, text: str) -> list[T]:
+    """The values of a comma-separated argument, ascending, each once."""
+    try:
+        return sorted({kind(part): None for part in text.split(",")})  # type: ignore[type-var]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: each must be {what}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,47 @@
+"""The comparison as a picture: NLL increase over the share removed, a line for each method."""
+
+import io
+
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+
+from numprune.flows.studies.compare.table import Row, Table
+
+_MARKERS = "os^vDPX*<>"
+
+
+def as_svg(table: Table) -> str:
+    """Return an SVG, the same for the same table; the increase is on a logarithmic axis where all are positive."""
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in table.in_order():
+        lines.setdefault((row.method, row.samples), []).append(row)
+    methods = list(dict.fromkeys(method for method, _ in lines))
+    sizes = list(table.conditions.calibration)
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for (method, samples), rows in lines.items():
+        index = methods.index(method)
+        rows = sorted(rows, key=lambda row: row.prunable_ratio_removed)
+        axes.plot(
+            [100 * row.prunable_ratio_removed for row in rows],
+            [row.nll_increase for row in rows],
+            label=method if len(sizes) == 1 else f"{method}, {samples} rows",
+            color=colours[index * 2 % 20 + index // 10 % 2],
+            marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=("-", "--", ":", "-.")[sizes.index(samples) % 4],
+            linewidth=1.5,
+            markersize=5,
+        )
+    if all(row.nll_increase > 0 for row in table.rows):
+        axes.set_yscale("log")
+    axes.set_xlabel("prunable parameters removed, %")
+    axes.set_ylabel("increase of held-out NLL, nats/token")
+    axes.set_title(table.conditions.model)
+    axes.grid(which="both", color="0.9")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    picture = io.StringIO()
+    # Ids are drawn at random and the date is written, unless told otherwise.
+    with rc_context({"svg.hashsalt": "numprune"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()

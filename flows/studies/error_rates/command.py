@@ -1,0 +1,117 @@
+"""python -m numprune.flows.studies.error_rates: the command."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from numprune.errors import InputError, NumpruneError
+from numprune.flows.studies.error_rates.count import (
+    QualityRates,
+    Share,
+    SpeedRates,
+    quality_rates,
+    settled,
+    speed_rates,
+)
+from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+
+_EPILOG = """\
+  python -m numprune.flows.studies.error_rates
+  python -m numprune.flows.studies.error_rates --worlds 200 --documents 20,50 --repeats 6
+
+Every world is estimated and judged by the code that judges real reports. With the defaults it takes some minutes.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.flows.studies.error_rates",
+        description="How often the gates are wrong, counted over worlds whose truth is known; Markdown.",
+        epilog=f"Examples:\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--worlds", type=int, default=1000, metavar="N", help="per row (1000); over 100 documents fewer"
+    )
+    parser.add_argument("--documents", default="20,50,100,400", metavar="N,…", help="of the held-out text")
+    parser.add_argument("--repeats", default="6,10,20", metavar="N,…", help="of the benchmark")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    args = parser.parse_args(argv)
+    try:
+        documents, repeats = _numbers("--documents", args.documents, 5), _numbers("--repeats", args.repeats, 4)
+        if args.worlds < 10:
+            raise InputError(f"--worlds: {args.worlds} is under 10")
+    except NumpruneError as error:
+        print(f"error_rates: error: {error}", file=sys.stderr)
+        return 1
+    texts = [(text, n) for n in documents for text in TEXTS]
+    machines = [(machine, n) for n in repeats for machine in MACHINES]
+    sys.stdout.write(
+        quality_table(
+            quality_rates(text, n, _fewer(args.worlds, n), args.seed) for text, n in tqdm(texts, desc="quality")
+        )
+    )
+    sys.stdout.write(
+        speed_table(speed_rates(machine, n, args.worlds, args.seed) for machine, n in tqdm(machines, desc="speed"))
+    )
+    again = settled(TEXTS[1], min(documents), max(10, args.worlds // 10), args.seed)
+    print(
+        f"Of inconclusive verdicts over {min(documents)} documents as seen, {_cell(again)} % were settled by as many "
+        "documents as they asked for (80 are promised)."
+    )
+    return 0
+
+
+def quality_table(rates: Iterable[QualityRates]) -> str:
+    header = (
+        "documents | world | exactly at the limit: passes | fails | passes by the percentile bootstrap | "
+        "equal to the baseline: passes | power claimed"
+    )
+    rows = [
+        f"{r.documents} | {r.world} | {_cell(r.worse_passes)} | {_cell(r.better_fails)} | "
+        f"{_cell(r.percentile_passes)} | {_cell(r.equal_passes)} | {100 * r.power:.0f}"
+        for r in rates
+    ]
+    return _table("NLL difference, candidate's upper bound against a maximum", header, rows)
+
+
+def speed_table(rates: Iterable[SpeedRates]) -> str:
+    header = (
+        "repeats | machine | exactly at the limit: passes a minimum | passes a maximum | "
+        "baseline against itself: within its noise floor | passes a minimum of 1 | "
+        "equal to the baseline: passes | power claimed"
+    )
+    rows = [
+        f"{r.repeats} | {r.world} | {_cell(r.slower_passes)} | {_cell(r.faster_passes)} | {_cell(r.itself_inside)} | "
+        f"{_cell(r.itself_passes)} | {_cell(r.equal_passes)} | {100 * r.power:.0f}"
+        for r in rates
+    ]
+    return _table("Ratio of speeds, interleaved repeats", header, rows)
+
+
+def _table(title: str, header: str, rows: Sequence[str]) -> str:
+    rule = " | ".join("---" for _ in header.split(" | "))
+    lines = [f"{title}; % of worlds, ± standard error of the count", "", header, rule, *rows]
+    return "\n".join(f"| {line} |" if " | " in line else line for line in lines) + "\n\n"
+
+
+def _cell(share: Share) -> str:
+    return f"{100 * share.value:.1f} ± {100 * share.error:.1f}"
+
+
+def _fewer(worlds: int, documents: int) -> int:
+    """Resampling takes time in proportion to the documents."""
+    return max(10, worlds * 100 // max(documents, 100))
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: {text!r}; whole numbers with commas between them") from None
+    if min(found) < least:
+        raise InputError(f"{option}: {min(found)} is under {least}")
+    return found

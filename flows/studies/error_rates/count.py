@@ -1,0 +1,237 @@
+"""Counting verdicts: every estimate is the project's own, every verdict a gate's on a real report."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from numprune import quality
+from numprune.flows.studies.error_rates.worlds import METRIC, Machine, Repeat, Text
+from numprune.serving import gates
+from numprune.serving.benchmark.sections import ratios
+from numprune.serving.gates import Gate, Policy
+from numprune.serving.power import student
+from numprune.serving.report import GateResult, Report
+
+NLL = "quality.nll_delta_nats_per_token"
+RATIO = f"speed.torch.{METRIC}.ratio"
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of how many."""
+
+    count: int
+    of: int
+
+    @property
+    def value(self) -> float:
+        return self.count / self.of
+
+    @property
+    def error(self) -> float:
+        """Standard error; that of a count of one where there is none, or no other."""
+        inside = min(max(self.value, 1 / self.of), 1 - 1 / self.of)
+        return math.sqrt(inside * (1 - inside) / self.of)
+
+
+@dataclass(frozen=True)
+class QualityRates:
+    """One world of text, so many documents.
+
+    Attributes:
+        worse_passes: a candidate exactly as bad as the limit allows passes; one that is worse, less often.
+        better_fails: the same candidate fails; one that is better, less often.
+        percentile_passes: worse_passes of the plain percentile bootstrap, for comparison.
+        equal_passes: a candidate equal to the baseline passes at a margin that leaves it something to lose.
+        power: the mean of what the gate claims that chance to be.
+    """
+
+    world: str
+    documents: int
+    worse_passes: Share
+    better_fails: Share
+    percentile_passes: Share
+    equal_passes: Share
+    power: float
+
+
+@dataclass(frozen=True)
+class SpeedRates:
+    """One machine, so many repeats.
+
+    Attributes:
+        slower_passes: a candidate exactly as slow as the minimum allows passes.
+        faster_passes: a candidate exactly as fast as a maximum allows passes (for latencies, the wrong end).
+        itself_inside: baseline against itself stays within its noise floor.
+        itself_passes: baseline against itself passes a minimum of 1, which is inside the floor.
+        equal_passes, power: as of QualityRates, with a minimum under 1.
+    """
+
+    world: str
+    repeats: int
+    slower_passes: Share
+    faster_passes: Share
+    itself_inside: Share
+    itself_passes: Share
+    equal_passes: Share
+    power: float
+
+
+def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> QualityRates:
+    """Draw `worlds` sets of documents and judge each."""
+    generator = np.random.default_rng([seed, documents])
+    margin = _margin(_spread_of(text, documents), documents)
+    results, percentiles = [], []
+    for _ in range(worlds):
+        sums, tokens = text.draw(generator, documents)
+        results.append(_judge(quality_report(sums, tokens), _at_most(0.0), _at_most(margin)))
+        percentiles.append(percentile_bound(sums, tokens, generator) <= 0)
+    at_limit, equal = zip(*results, strict=True)
+    return QualityRates(
+        text.name,
+        documents,
+        _share(gate.outcome == "pass" for gate in at_limit),
+        _share(gate.outcome == "fail" for gate in at_limit),
+        _share(percentiles),
+        _share(gate.outcome == "pass" for gate in equal),
+        float(np.mean([gate.power for gate in equal])),
+    )
+
+
+def speed_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> SpeedRates:
+    """Draw `worlds` benchmarks, of an equal candidate and of one 1.5 times as fast, and judge each."""
+    generator = np.random.default_rng([seed, repeats])
+    faster = 1.5  # so far from 1 that no noise floor has a say
+    alike = replace(machine, stalls=0.0)
+    spread = [math.log(_value(*alike.draw(generator, repeats))) for _ in range(200)]
+    minimum = math.exp(-_margin(float(np.sqrt(np.mean(np.square(spread)))), repeats))
+    limits, itself = [], []
+    for _ in range(worlds):
+        baseline, candidate = machine.draw(generator, repeats)
+        report = speed_report(baseline, [Repeat(one.speed * faster) for one in candidate])
+        limit = machine.truth * faster
+        limits.append(_judge(report, _at_least(limit), Gate(metric=RATIO, bound="ci95_upper", max=limit)))
+        baseline, candidate = alike.draw(generator, repeats)
+        itself.append(_judge(speed_report(baseline, candidate), _at_least(1.0), _at_least(minimum)))
+    slower, not_faster = zip(*limits, strict=True)
+    at_one, equal = zip(*itself, strict=True)
+    return SpeedRates(
+        machine.name,
+        repeats,
+        _share(gate.outcome == "pass" for gate in slower),
+        _share(gate.outcome == "pass" for gate in not_faster),
+        _share(abs(math.log(gate.value)) <= math.log1p(gate.noise_floor) for gate in at_one),
+        _share(gate.outcome == "pass" for gate in at_one),
+        _share(gate.outcome == "pass" for gate in equal),
+        float(np.mean([gate.power for gate in equal])),
+    )
+
+
+def settled(text: Text, documents: int, worlds: int, seed: int) -> Share:
+    """Of verdicts that are inconclusive, how many are settled by as many documents as they ask for.
+
+    The true differences lie evenly around the limit; a world that is not inconclusive is drawn again.
+    """
+    generator = np.random.default_rng([seed, documents])
+    reach = 3 * student(documents) * _spread_of(text, documents)
+    ends: list[bool] = []
+    while len(ends) < worlds:
+        truth = generator.uniform(-reach, reach)
+        first = _shifted(text, documents, truth, generator)
+        if first.outcome == "inconclusive" and first.samples_needed is not None:
+            ends.append(_shifted(text, first.samples_needed, truth, generator).outcome != "inconclusive")
+    return _share(ends)
+
+
+def _shifted(text: Text, documents: int, truth: float, generator: np.random.Generator) -> GateResult:
+    sums, tokens = text.draw(generator, documents)
+    return _judge(quality_report(sums + truth * tokens, tokens), _at_most(0.0))[0]
+
+
+# --- from a world to a report ---------------------------------------------------------------------
+
+
+def quality_report(sums: np.ndarray, tokens: np.ndarray) -> Report:
+    """The report of a comparison over these documents."""
+    delta = asdict(quality.bootstrap_mean(sums, tokens, "document"))
+    side = {"nll_nats_per_token": 3.0, "perplexity": math.exp(3.0)}
+    section = {
+        "tokens": int(tokens.sum()),
+        "documents": len(sums),
+        "baseline": side,
+        "candidate": side,
+        "nll_delta_nats_per_token": delta,
+        "perplexity_ratio": delta | {"interval95": (0.0, 9.0), "ci95_lower": 0.0, "ci95_upper": 9.0},
+    }
+    return _report({"quality": section})
+
+
+def speed_report(baseline: list[Repeat], candidate: list[Repeat]) -> Report:
+    """The report of a benchmark with these repeats."""
+    section = {
+        "load": {},
+        "warmup": 1,
+        "repeats": len(baseline),
+        "order": "ABBA",
+        "failed_requests": 0,
+        "baseline": {},
+        "candidate": {},
+        **ratios(baseline, candidate, (METRIC,)),
+    }
+    return _report({"speed": {"torch": section}})
+
+
+def percentile_bound(sums: np.ndarray, tokens: np.ndarray, generator: np.random.Generator) -> float:
+    """The one-sided 95 % upper bound of the plain percentile bootstrap, 1,000 draws."""
+    units = generator.integers(0, len(sums), (1000, len(sums)))
+    return float(np.quantile(sums[units].sum(1) / tokens[units].sum(1), 0.95))
+
+
+def _report(sections: Mapping[str, Any]) -> Report:
+    machine = {"cpu": "simulated", "cores": 1, "memory_bytes": 1, "platform": "simulated", "valid": True}
+    return Report.model_validate(
+        {
+            "created": datetime(2000, 1, 1, tzinfo=UTC),
+            "run_id": "simulated",
+            "identity": {"base": "0" * 64, "candidate": "1" * 64},
+            "environment": machine,
+            **sections,
+        }
+    )
+
+
+def _judge(report: Report, *rules: Gate) -> tuple[GateResult, ...]:
+    return gates.judge(report, Policy(gates=rules)).gates
+
+
+def _at_most(limit: float) -> Gate:
+    return Gate(metric=NLL, bound="ci95_upper", max=limit)
+
+
+def _at_least(limit: float) -> Gate:
+    return Gate(metric=RATIO, bound="ci95_lower", min=limit)
+
+
+def _share(found: Iterable[bool]) -> Share:
+    listed = list(found)
+    return Share(sum(listed), len(listed))
+
+
+def _value(baseline: list[Repeat], candidate: list[Repeat]) -> float:
+    return float(ratios(baseline, candidate, (METRIC,))[METRIC]["ratio"]["value"])
+
+
+def _margin(standard_error: float, n: int) -> float:
+    """At which a candidate equal to the baseline should pass about four times in five, were all normal and alike."""
+    return (student(n) + 0.84) * standard_error
+
+
+def _spread_of(text: Text, documents: int) -> float:
+    """Standard error of the mean difference over so many documents, from 2,000 sets of them."""
+    generator = np.random.default_rng(documents)
+    draws = (text.draw(generator, documents) for _ in range(2000))
+    return float(np.std([sums.sum() / tokens.sum() for sums, tokens in draws]))

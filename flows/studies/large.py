@@ -1,0 +1,109 @@
+"""A Llama of any size with random weights, written without ever holding it: to try what larger models need.
+
+    python -m numprune.flows.studies.large OUT [--gigabytes 6] [--hidden-size 2048] [--vocabulary 128256]
+
+It says nothing about quality. Pruned within 2 GiB, a limit that the shell sets (in KiB):
+
+    python -m numprune.flows.studies.large ./large
+    (ulimit -d 2097152; numprune prune ./large ./pruned --ratio 0.3 --stream --text README.md --samples 4 \\
+        --sequence-length 64 --criterion wanda --compensation sequential)
+
+The default criterion and compensation take about ten times as long; they were tried on the first layers only.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from numprune.errors import InputError, NumpruneError
+from numprune.export import checkpoint, manifest
+from numprune.export.shards import writing
+from numprune.export.weights import SLAB_BYTES, weight_bytes
+from numprune.flows.recipe import EMBEDDED_FOLDER
+from numprune.surgery import skeleton
+
+_DTYPE = torch.bfloat16
+_DEVIATION = 0.02  # of the weights, as Llama's are initialised
+
+
+def random_llama(total_bytes: int, hidden_size: int, vocabulary: int) -> LlamaConfig:
+    """Return the configuration of a Llama of at least `total_bytes` in bfloat16, with as many layers as that takes.
+
+    Heads of 64 channels, four of which share a KV head; the MLP is twice as wide as the hidden states.
+
+    Raises:
+        InputError: no such model.
+    """
+    if hidden_size < 256 or hidden_size % 256:
+        raise InputError(f"--hidden-size {hidden_size}: it must be a multiple of 256")
+    layer_bytes = (2 * hidden_size**2 + 2 * hidden_size**2 // 4 + 6 * hidden_size**2 + 2 * hidden_size) * 2
+    around_bytes = (2 * vocabulary * hidden_size + hidden_size) * 2
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 256,
+        num_hidden_layers=max(1, -((around_bytes - total_bytes) // layer_bytes)),
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def write_random(out: Path, config: LlamaConfig, seed: int = 0) -> None:
+    """Write the checkpoint, with the embedded model's tokenizer.
+
+    Raises:
+        InputError: `out` exists, or the vocabulary is smaller than that tokenizer's.
+    """
+    tokenizer = checkpoint.load_tokenizer(EMBEDDED_FOLDER / "model")
+    checkpoint.check_vocabulary(out, tokenizer, config)
+    model = skeleton(config)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with manifest.creating(out, kind="checkpoint", facts={"random": seed}) as folder:
+        with writing(folder, _DTYPE, shapes) as writer:
+            for name, shape in shapes.items():
+                writer.add_slabs(name, shape, _slabs(shape, generator))
+        checkpoint.save_around_weights(model, tokenizer, folder, dtype=_DTYPE)
+
+
+def _slabs(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
+    if len(shape) == 1:
+        yield torch.ones(shape)  # of a norm
+        return
+    step = max(1, SLAB_BYTES // (4 * shape[1]))
+    for start in range(0, shape[0], step):
+        yield torch.randn(min(step, shape[0] - start), shape[1], generator=generator) * _DEVIATION
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.flows.studies.large",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--gigabytes", type=float, default=6, metavar="G", help="at least (default: 6)")
+    parser.add_argument("--hidden-size", type=int, default=2048, metavar="H", help="default: 2048")
+    parser.add_argument("--vocabulary", type=int, default=128_256, metavar="V", help="default: 128256")
+    args = parser.parse_args(argv)
+    try:
+        config = random_llama(int(args.gigabytes * 10**9), args.hidden_size, args.vocabulary)
+        write_random(args.out, config)
+    except NumpruneError as error:
+        print(f"large: error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {config.num_hidden_layers} layers, {weight_bytes(args.out):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Depth pruning by block influence (ShortGPT; Men et al. 2024, arXiv 2403.03853)."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from numprune.anatomy import Anatomy, read_anatomy
+from numprune.budget import measure
+from numprune.errors import InputError
+from numprune.flows.studies.rivals.result import Result
+from numprune.surgery import assemble, pruned_config
+
+
+def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int) -> Result:
+    """Remove whole decoder layers, those of the least influence first, until the ratio is nearest; nothing is refitted.
+
+    Args:
+        model: used up.
+        rows: (N, S) int64 calibration tokens.
+        ratio: of the prunable parameters; reached to within half a layer. One layer always stays.
+        batch_size: rows at a time.
+
+    Raises:
+        InputError: some layers look at a window and others at everything; the cache of such a model needs all of them.
+    """
+    anatomy = read_anatomy(model.config)
+    check_layers(anatomy)
+    gone = layers_to_drop(anatomy, block_influence(model, rows, batch_size), ratio)
+    left = anatomy.keeping({block.name: 0 if block.layer in gone else block.units for block in anatomy.blocks})
+    dropped = tuple(f"model.layers.{layer}." for layer in gone)
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.startswith("model.layers.") and not name.startswith(dropped)
+    }
+    pruned = assemble(model, pruned_config(model.config, left), tensors)
+    after = measure(left)
+    removed = 1 - after.prunable_parameters / measure(anatomy).prunable_parameters
+    return Result(pruned, after.parameters, removed)
+
+
+def check_layers(anatomy: Anatomy) -> None:
+    """Refuse a model that no layer can be taken from. Raises InputError."""
+    if anatomy.attention_differs:
+        raise InputError("shortgpt: a model with sliding windows in some layers only must keep every layer")
+
+
+def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int]:
+    """Return the layers of the least `influence` (layers,), as many as bring the removed share nearest to `ratio`."""
+    sizes = [0] * anatomy.layers
+    for block in anatomy.blocks:
+        sizes[block.layer] += block.units * block.parameters_per_unit
+    order = influence.argsort(stable=True).tolist()[:-1]
+    removed = list(accumulate((sizes[layer] for layer in order), initial=0))
+    count = min(range(len(removed)), key=lambda n: abs(removed[n] - ratio * sum(sizes)))
+    return set(order[:count])
+
+
+@torch.inference_mode()
+def block_influence(model: PreTrainedModel, rows: Tensor, batch_size: int) -> Tensor:
+    """Return BI_i = 1 - E[cos(x_i, x_{i+1})] over all tokens, (layers,) float64; x_i enters layer i (eq. 1)."""
+    layers = model.model.layers
+    similarity = torch.zeros(len(layers), dtype=torch.float64)
+
+    def add(index: int) -> Callable[..., None]:
+        def hook(_layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            similarity[index] += torch.cosine_similarity(inputs[0].double(), output.double(), dim=-1).sum().cpu()
+
+        return hook
+
+    handles = [layer.register_forward_hook(add(index)) for index, layer in enumerate(layers)]
+    try:
+        for batch in rows.split(batch_size):
+            model.model(input_ids=batch.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1 - similarity / rows.numel()

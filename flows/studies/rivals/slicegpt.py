@@ -1,0 +1,204 @@
+"""Rotating and slicing the hidden dimension (SliceGPT; Ashkboos et al., ICLR 2024, arXiv 2401.15024).
+
+An RMS norm without a scale does not see a rotation of its input. So the norms' scales are folded into the matrices that
+read them, the residual stream before each block is rotated onto the principal axes Q_l of what the block's norm gives,
+and the last axes are cut off. Blocks have different axes: between two of them the residual stream passes the shortcut
+P_l^T P_{l+1}, P_l the kept columns of Q_l. These shortcuts are new parameters, and no stock architecture has them.
+
+As in the authors' program: blocks are sliced one after another, each block's axes come from the already sliced prefix,
+every block has the same width, and the stream that enters the head is rotated but not cut.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from numprune.anatomy import Anatomy, read_anatomy
+from numprune.budget import measure
+from numprune.calibration import check_rows
+from numprune.errors import InputError
+from numprune.flows.studies.rivals.result import Result
+
+_MODULES = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
+
+
+def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int) -> Result:
+    """Slice the hidden dimension such that the prunable parameters, the shortcuts counted among what is left, are
+    fewer by `ratio`.
+
+    That is another ratio than the paper's, which is the share of the hidden dimension; it makes the method comparable
+    with those that add nothing. Embedding and head become smaller, too, which the ratio does not count; `parameters`
+    counts them, apart from each other: tied ones come untied, since only the head takes up a norm's scale.
+
+    Args:
+        model: used up.
+        rows: (N, S) int64 calibration tokens.
+        ratio: of the prunable parameters.
+        batch_size: rows at a time.
+
+    Raises:
+        InputError: the model skips blocks already, or the rows are not this model's.
+    """
+    anatomy = read_anatomy(model.config)
+    check_blocks(anatomy)
+    check_rows(model.config, anatomy, rows)
+    dense = measure(anatomy).prunable_parameters
+    hidden = anatomy.hidden_size
+    width = min(range(1, hidden + 1), key=lambda size: abs(block_parameters(anatomy, size) - (1 - ratio) * dense))
+    sliced = slice_hidden(model, rows, width, batch_size)
+    parameters = sum(parameter.numel() for parameter in sliced.parameters())
+    return Result(sliced, parameters, 1 - block_parameters(anatomy, width) / dense)
+
+
+def check_blocks(anatomy: Anatomy) -> None:
+    """Refuse a model that cannot be sliced. Raises InputError."""
+    if not all(block.units for block in anatomy.blocks):
+        raise InputError("slicegpt: a model that skips blocks is not supported")
+
+
+def block_parameters(anatomy: Anatomy, width: int) -> int:
+    """Return how many parameters projections and shortcuts have when every block's stream is `width` wide."""
+    total = 0
+    for index, block in enumerate(anatomy.blocks):
+        out = anatomy.hidden_size if index == len(anatomy.blocks) - 1 else width
+        rows = block.units * sum(rows for _, rows in block.producers)
+        biases = block.units * block.parameters_per_unit - (rows + block.channels) * anatomy.hidden_size
+        total += rows * width + biases + block.channels * out + width * out
+    return total
+
+
+@torch.no_grad()
+def slice_hidden(model: PreTrainedModel, rows: Tensor, width: int, batch_size: int) -> "Sliced":
+    """Return `model`, which is used up, with `width` of its hidden dimensions before every block."""
+    anatomy = read_anatomy(model.config)
+    embedding = model.get_input_embeddings().weight
+    positions = torch.arange(rows.shape[1], device=embedding.device)[None]
+    rope = model.model.rotary_emb(embedding.new_empty(1, rows.shape[1], 1), positions)
+    sliced = Sliced(model, anatomy)
+    hidden = torch.nn.functional.embedding(rows.to(embedding.device), embedding)  # (N, S, H), in the dense basis
+    kept = principal_axes(sliced.norm, hidden, batch_size)[:, :width]
+    sliced.embedding.weight.data = _cast(embedding.double() @ kept, embedding)
+    block: Any
+    for index, block in enumerate(sliced.blocks):
+        block.read_through(kept)
+        for batch in hidden.split(batch_size):
+            stream = (batch.double() @ kept).to(batch.dtype)
+            batch.copy_((stream.double() @ kept.T).to(batch.dtype) + block.run(sliced.norm(stream), rope))
+        last = index == len(sliced.blocks) - 1
+        after = principal_axes(sliced.norm, hidden, batch_size)
+        after = after if last else after[:, :width]
+        block.write_through(kept, after)
+        kept = after
+    sliced.head.weight.data = _cast(sliced.head.weight.double() @ kept, sliced.head.weight)
+    return sliced
+
+
+def principal_axes(norm: nn.Module, hidden: Tensor, batch_size: int) -> Tensor:
+    """Return the orthogonal Q (H, H) float64, eigenvectors of sum x x^T, largest eigenvalue first; x = norm(hidden).
+
+    Args:
+        norm: without a scale, so that it is the signal which the block's matrices read (section 3.3).
+        hidden: (N, S, H).
+        batch_size: rows of `hidden` at a time.
+    """
+    width = hidden.shape[-1]
+    moment = torch.zeros(width, width, dtype=torch.float64, device=hidden.device)
+    for batch in hidden.split(batch_size):
+        x = norm(batch).reshape(-1, width).double()
+        moment += x.T @ x
+    return torch.linalg.eigh(moment).eigenvectors.flip(1)
+
+
+class UnscaledNorm(nn.Module):
+    """x / rms(x), the mean taken over the dense model's width: what was cut off was nearly nothing, not nothing."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self._width, self._epsilon = width, epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.square().sum(-1, keepdim=True) / self._width
+        return x * torch.rsqrt(mean_square + self._epsilon)
+
+
+class Block(nn.Module):
+    """Attention or MLP, its norm's scale folded in, with the shortcut beside it.
+
+    Before `read_through` and `write_through` it reads and writes the dense model's hidden dimensions.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, scale: Tensor, producers: list[str], consumer: str) -> None:
+        super().__init__()
+        self.module, self._kind = module, kind
+        self._producers: list[Any] = [module.get_submodule(name) for name in producers]
+        self._consumer: Any = module.get_submodule(consumer)
+        self.shortcut = nn.Parameter(scale.new_empty(0))
+        for producer in self._producers:
+            producer.weight.data = _cast(producer.weight.double() * scale.double(), producer.weight)
+
+    def read_through(self, kept: Tensor) -> None:
+        """Read a stream in the coordinates of `kept` (H, width)."""
+        for producer in self._producers:
+            producer.weight.data = _cast(producer.weight.double() @ kept, producer.weight)
+
+    def write_through(self, before: Tensor, after: Tensor) -> None:
+        """Write to a stream in the coordinates of `after` (H, width'); the stream came in those of `before`."""
+        weight, bias = self._consumer.weight, self._consumer.bias
+        self._consumer.weight.data = _cast(after.T @ weight.double(), weight)
+        if bias is not None:
+            self._consumer.bias.data = _cast(after.T @ bias.double(), bias)
+        self.shortcut.data = _cast(before.T @ after, weight)
+
+    def run(self, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        if self._kind == "mlp":
+            return self.module(normed)
+        return self.module(normed, position_embeddings=rope, attention_mask=None)[0]
+
+    def forward(self, stream: Tensor, normed: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return stream @ self.shortcut + self.run(normed, rope)
+
+
+class Sliced(nn.Module):
+    """A decoder of such blocks. It has no cache and no mask: rows of one length, causal."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.config = model.config
+        self.norm = UnscaledNorm(anatomy.hidden_size, model.config.rms_norm_eps)
+        self.embedding = model.get_input_embeddings()
+        self.blocks = nn.ModuleList(_blocks(model, anatomy))
+        self.rotary = model.model.rotary_emb
+        head = model.get_output_embeddings().weight
+        self.head = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+        self.head.weight = nn.Parameter(_cast(head.double() * model.model.norm.weight.double(), head))
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        """Return `.logits` (n, S, V) of `input_ids` (n, S)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        stream = self.embedding(input_ids)
+        rope = self.rotary(stream, positions)
+        for block in self.blocks:
+            stream = block(stream, self.norm(stream), rope)
+        return SimpleNamespace(logits=self.head(self.norm(stream)))
+
+
+def _blocks(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Block]:
+    for block in anatomy.blocks:
+        layer: Any = model.model.layers[block.layer]
+        name, norm = _MODULES[block.kind]
+        producers = [path.removeprefix(f"{name}.") for path, _ in block.producers]
+        consumer = block.consumer.removeprefix(f"{name}.")
+        scale = layer.get_submodule(norm).weight
+        yield Block(layer.get_submodule(name), block.kind, scale, producers, consumer)
+
+
+def _cast(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).contiguous()

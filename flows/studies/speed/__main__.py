@@ -1,0 +1,8 @@
+"""The address of the command, `python -m numprune.flows.studies.speed`."""
+
+import sys
+
+from numprune.flows.studies.speed.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

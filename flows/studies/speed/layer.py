@@ -1,0 +1,163 @@
+"""What pruning one decoder layer costs beside its forward pass, measured with the parts that `prune` is made of."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from numprune.anatomy import Block
+from numprune.calibration import Walker, consumer_of
+from numprune.compensation import choose_damping, refit
+from numprune.criteria import CRITERIA, BlockView
+from numprune.flows.studies.speed.clock import now, seconds
+from numprune.inputs import split_rows
+from numprune.joint import refit_both
+from numprune.layers import ModelLayers
+from numprune.statistics import Moments
+from numprune.surgery import channels_of
+
+CRITERION = "obs"
+PER_TOKEN = ("forward", "sums", "sums with targets")
+FIXED = ("score", "least squares", "damping")
+# What each compensation is made of, by name of its parts, how often. The inputs of the others come from the pruned
+# prefix, so the block is run dense, run on them, and run again once it has been pruned.
+PARTS = {
+    "oneshot": {"forward": 1, "sums": 1, "score": 1, "least squares": 1},
+    "residual": {"forward": 3, "sums with targets": 1, "score": 1, "least squares": 1, "damping": 1},
+}
+PARTS["joint"] = PARTS["residual"] | {"producers": 1}
+_RATIO = 0.3
+_DAMPING = 1e-3
+_BATCH = 8  # rows
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder layer's."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds for one decoder layer and `tokens` calibration tokens.
+
+    Attributes:
+        measured_tokens: those that were run; what grows with the tokens was multiplied by tokens / measured_tokens.
+        parts: of both blocks together: "forward", a dense forward pass; "sums", the moments of what the consumers read;
+            "sums with targets", with those of targets, a quarter of the rows by themselves; "score", by greedy OBS;
+            "least squares"; "damping", its choice; "producers", the fit of those that are read linearly, with all its
+            passes over the kept units.
+    """
+
+    size: Size
+    tokens: int
+    measured_tokens: int
+    parts: dict[str, float]
+
+    def whole(self, compensation: str) -> float:
+        """Return the seconds of pruning with this compensation, greedy OBS, uniform."""
+        return sum(times * self.parts[name] for name, times in PARTS[compensation].items())
+
+    def besides(self, compensation: str) -> float:
+        """Return those of all that is not a forward pass of the dense or the pruned layer."""
+        return self.whole(compensation) - PARTS[compensation]["forward"] * self.parts["forward"]
+
+
+def measure_layer(
+    size: Size,
+    tokens: int,
+    measured_tokens: int,
+    sequence_length: int,
+    repeats: int,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> LayerTimes:
+    """Return the times of a layer with random weights in float32, medians of `repeats`.
+
+    Args:
+        size: of the layer.
+        tokens: calibration tokens that the times are given for.
+        measured_tokens: at most so many are run, in whole rows, but two rows at least.
+        sequence_length: tokens of a row.
+        repeats: how often everything is run.
+        device: to run on.
+        progress: told what comes next.
+    """
+    layers = ModelLayers(_one_layer(size, sequence_length).to(device))
+    walker = Walker(layers, sequence_length, _BATCH)
+    rows = max(2, min(tokens, measured_tokens) // sequence_length)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(rows, sequence_length, size.hidden, generator=generator, device=device)
+    runs: list[Counter[str]] = []
+    with layers.layer(0) as layer, torch.no_grad():
+        blocks = layers.anatomy.of_layer(0)
+        for block in blocks:  # libraries are loaded when they are first called
+            _block_times(walker, layer, block, hidden[:1], "numerical-newton", device)
+        for repeat in range(repeats):
+            runs.append(Counter())
+            for block in blocks:
+                progress(f"layer of {size.hidden} and {size.intermediate}, {block.kind}, {repeat + 1} of {repeats}")
+                runs[-1].update(_block_times(walker, layer, block, hidden, CRITERION, device))
+    times = {name: median(run[name] for run in runs) for name in runs[0]}
+    scale = tokens / (rows * sequence_length)
+    parts = {name: times[name] * scale for name in PER_TOKEN} | {name: times[name] for name in FIXED}
+    # Of this fit the solves do not grow with the tokens: what each further row takes is the difference from one row.
+    one = times["producers, one row"]
+    parts["producers"] = one + (times["producers"] - one) * (tokens / sequence_length - 1) / (rows - 1)
+    return LayerTimes(size, tokens, rows * sequence_length, parts)
+
+
+def _one_layer(size: Size, sequence_length: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=sequence_length,
+        num_hidden_layers=1,
+        vocab_size=8,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def _block_times(
+    walker: Walker, layer: nn.Module, block: Block, hidden: Tensor, criterion: str, device: torch.device
+) -> dict[str, float]:
+    times = dict.fromkeys(PER_TOKEN, 0.0)
+    consumer = consumer_of(layer, block)
+    moments = Moments(block.channels, device=device)
+    fitted, held_out = (Moments(block.channels, consumer.out_features, device) for _ in range(2))
+    behind = hidden.clone()
+    start = now(device)
+    for batch, inputs, output in walker.run(layer, block, hidden):
+        times["forward"] += now(device) - start
+        times["sums"] += seconds(partial(moments.add, inputs), device)
+        times["sums with targets"] += seconds(partial(split_rows, batch, inputs, output, fitted, held_out), device)
+        behind[batch] += output
+        start = now(device)
+    weight = consumer.weight.double()
+    view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, _RATIO, seed=0)
+    times["score"] = seconds(partial(CRITERIA[criterion], view), device)
+    units = torch.arange(max(1, round((1 - _RATIO) * block.units)), device=device)
+    kept = channels_of(block, units)
+    times["least squares"] = seconds(partial(refit, weight, None, kept, moments, _DAMPING), device)
+    held = held_out if held_out.count else fitted
+
+    def choose() -> None:
+        choose_damping(weight[:, kept], None, fitted.of(kept), held.of(kept), _DAMPING)
+
+    times["damping"] = seconds(choose, device)
+    for name, rows in (("producers", len(hidden)), ("producers, one row", 1)):
+        fit = partial(refit_both, walker, layer, block, units, hidden[:rows], behind[:rows], _DAMPING)
+        times[name] = seconds(fit, device)
+    return times

@@ -1,0 +1,96 @@
+import pytest
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.flows.studies.compare.methods import (
+    DEFAULT,
+    METHODS,
+    check,
+    chosen,
+    defaults,
+    options_of,
+    reads_dense_moments,
+    reads_gradients,
+)
+from numprune.pruning import COMPENSATIONS
+from numprune.target import Target
+from tests.conftest import build_tiny
+
+
+def checked(family="llama", **overrides):
+    anatomy = read_anatomy(build_tiny(family, **overrides).config)
+    return lambda method: check(method, anatomy, 0.3, Target(align=1))
+
+
+def test_wildcards_take_every_method_that_can_work_and_say_what_cannot():
+    methods, left_out = chosen(["shortgpt", "flap/*", "flap/uniform/none"], checked("qwen2"))
+    assert methods[0] == "shortgpt"
+    assert {method.split("/")[2] for method in methods[1:]} == set(COMPENSATIONS) - {"bias"}
+    assert len(methods) == len(set(methods))
+    assert left_out
+    assert all(line.split(":")[0].endswith("/bias") for line in left_out)
+
+
+def test_skips_are_named_with_the_allocation():
+    options = options_of("flap/global+skips/oneshot", 0.3, Target(), seed=1)
+    assert (options.criterion, options.allocation, options.skips) == ("flap", "global", True)
+    assert not options_of("flap/global/oneshot", 0.3, Target(), seed=1).skips
+    assert "flap/uniform+skips/none" not in METHODS
+
+
+def test_a_method_named_in_full_that_cannot_work_is_refused():
+    with pytest.raises(InputError, match="flap/global/bias: bias compensation needs an architecture"):
+        chosen(["flap/global/bias"], checked("qwen2"))
+
+
+def test_defaults_that_cannot_work_are_left_out():
+    base = read_anatomy(build_tiny().config)
+    differing = base.keeping({block.name: block.units - block.layer for block in base.blocks})
+    methods, left_out = chosen(DEFAULT, lambda method: check(method, differing, 0.3, Target(align=1)), asked=False)
+    assert methods == [method for method in DEFAULT if "/uniform/" not in method]
+    assert all("layers differ already" in line for line in left_out)
+
+
+@pytest.mark.parametrize(
+    ("rival", "overrides", "message"),
+    [
+        ("shortgpt", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, "sliding windows"),
+        ("slicegpt", {}, "skips blocks"),
+    ],
+)
+def test_a_rival_that_cannot_work_is_refused_before_anything_is_run(rival, overrides, message):
+    anatomy = read_anatomy(build_tiny("qwen2", **overrides).config)
+    with pytest.raises(InputError, match=r"ratio is 1\.5"):
+        check(rival, anatomy, 1.5, Target())
+    if rival == "slicegpt":
+        anatomy = anatomy.keeping({block.name: block.units * (block.layer > 0) for block in anatomy.blocks})
+    with pytest.raises(InputError, match=message):
+        check(rival, anatomy, 0.3, Target())
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_what_was_perhaps_meant():
+    with pytest.raises(InputError, match="did you mean 'wanda/uniform/none'"):
+        chosen(["wnda/uniform/none"], checked())
+
+
+def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none():
+    assert set(DEFAULT) <= set(METHODS)
+    assert defaults(checked()) == list(DEFAULT)
+    assert "flap/global/none" in defaults(checked("qwen3"))
+    assert "flap/global/bias" not in defaults(checked("qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("method", "moments", "gradients"),
+    [
+        ("shortgpt", False, False),
+        ("obs/uniform/joint", False, False),
+        ("flap/global/sequential", True, False),
+        ("wanda/uniform/none", True, False),
+        ("obs/error+skips/joint", True, True),
+        ("taylor/uniform/none", True, True),
+    ],
+)
+def test_what_shares_the_calibration_and_the_backward_pass(method, moments, gradients):
+    assert reads_dense_moments(method) is moments
+    assert reads_gradients(method) is gradients

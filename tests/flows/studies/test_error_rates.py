@@ -1,0 +1,139 @@
+"""The gates' error rates over worlds of known truth; the command counts more worlds than there is time for here.
+
+Each share is compared with what it should be by the binomial distribution, at one in a thousand.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from numprune import quality
+from numprune.flows.studies.error_rates import count
+from numprune.flows.studies.error_rates.command import main
+from numprune.flows.studies.error_rates.count import Share, quality_rates, settled, speed_rates
+from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+from numprune.serving import gates
+from numprune.serving.report import Report
+
+
+def at_most(share: Share, rate: float) -> bool:
+    return share.count <= stats.binom.ppf(0.999, share.of, rate)
+
+
+def about(share: Share, rate: float, slack: float = 0.0) -> bool:
+    low = stats.binom.ppf(0.001, share.of, max(rate - slack, 0))
+    return bool(low <= share.count <= stats.binom.ppf(0.999, share.of, min(rate + slack, 1)))
+
+
+@pytest.mark.parametrize("text", TEXTS[:2], ids=lambda text: text.name)
+@pytest.mark.parametrize("documents", [20, 50])
+def test_a_candidate_as_bad_as_the_limit_passes_at_most_at_the_nominal_rate(text, documents):
+    rates = quality_rates(text, documents, 6000 // documents, seed=1)
+    assert at_most(rates.worse_passes, 0.05), rates
+    assert at_most(rates.better_fails, 0.05), rates
+    assert about(rates.equal_passes, rates.power, 0.05), rates  # what the gate claims, and five points
+
+
+def test_a_candidate_that_is_worse_than_the_limit_passes_less_often():
+    generator = np.random.default_rng(5)
+    passes = 0
+    for _ in range(200):
+        sums, tokens = TEXTS[1].draw(generator, 50)
+        report = count.quality_report(sums + 0.02 * tokens, tokens)
+        (gate,) = count._judge(report, count._at_most(0.0))
+        passes += gate.outcome == "pass"
+    assert passes <= 3
+
+
+def test_the_count_finds_a_bound_that_is_wrong(monkeypatch):
+    """The plain percentile bootstrap does not keep what it promises: were it used, these tests would say so."""
+    rates = quality_rates(TEXTS[1], 20, 300, seed=1)
+    assert not at_most(rates.percentile_passes, 0.05)
+
+    def plain(sums, counts, unit, seed=0):
+        upper = count.percentile_bound(sums, counts, np.random.default_rng(seed))
+        value = float(sums.sum() / counts.sum())
+        return quality.Estimate(value, -9.0, max(upper, value), (-9.0, 9.0), len(sums), unit)
+
+    monkeypatch.setattr(quality, "bootstrap_mean", plain)
+    assert not at_most(quality_rates(TEXTS[1], 20, 300, seed=1).worse_passes, 0.05)
+
+
+@pytest.mark.parametrize("machine", MACHINES[:-1], ids=lambda machine: machine.name)
+@pytest.mark.parametrize("repeats", [6, 12])
+def test_ratios_of_speeds_keep_their_promise(machine, repeats):
+    rates = speed_rates(machine, repeats, 200, seed=1)
+    assert at_most(rates.slower_passes, 0.05), rates
+    assert at_most(rates.faster_passes, 0.05), rates
+    assert at_most(rates.itself_passes, 0.01), rates
+    assert about(rates.equal_passes, rates.power, 0.05), rates
+
+
+def test_baseline_against_itself_stays_within_its_noise_floor():
+    for machine in MACHINES[:-1]:
+        inside = speed_rates(machine, 10, 200, seed=2).itself_inside
+        assert at_most(Share(inside.of - inside.count, inside.of), 0.05), machine.name
+
+
+def test_as_many_documents_as_asked_for_settle_it():
+    assert about(settled(TEXTS[0], 6, 60, seed=1), 0.8, 0.05)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+def test_the_truth_of_every_text_is_no_difference(text):
+    sums, tokens = text.draw(np.random.default_rng(0), 2_000_000)
+    error = (sums - sums.mean()).std() / math.sqrt(len(sums)) / tokens.mean()
+    assert abs(sums.sum() / tokens.sum()) < 4 * error
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_the_truth_of_every_machine_is_what_it_says(machine):
+    generator = np.random.default_rng(0)
+    logs = []
+    for _ in range(1000):
+        baseline, candidate = machine.draw(generator, 2)
+        logs += [math.log(b.speed / a.speed) for a, b in zip(baseline, candidate, strict=True)]
+    pairs = np.reshape(logs, (-1, 2)).mean(1)  # first and second in turn: a drift is in both, and cancels
+    assert abs(pairs.mean() - math.log(machine.truth)) < 4 * pairs.std() / math.sqrt(len(pairs))
+
+
+def test_the_command_prints_both_tables(capsys):
+    assert main(["--worlds", "10", "--documents", "8", "--repeats", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("|") for line in lines if line.startswith(("| 8 |", "| 6 |"))]
+    assert [len(row) for row in rows] == [9] * len(TEXTS) + [10] * len(MACHINES)
+    assert "were settled by as many documents" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--documents", "20,x"], "--documents: '20,x'"),
+        (["--documents", "4"], "--documents: 4 is under 5"),
+        (["--repeats", "2"], "--repeats: 2 is under 4"),
+        (["--worlds", "1"], "--worlds: 1 is under 10"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(capsys, words, message):
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_of_several_gates_at_their_limits_all_pass_more_rarely_than_one():
+    """A policy errs no more often than the gate that a bad candidate is beyond the limit of."""
+    generator = np.random.default_rng(7)
+    steady = MACHINES[0]
+    one = both = 0
+    for _ in range(300):
+        sums, tokens = TEXTS[0].draw(generator, 20)
+        baseline, candidate = steady.draw(generator, 6)
+        speed = count.speed_report(baseline, [count.Repeat(1.5 * repeat.speed) for repeat in candidate])
+        data = count.quality_report(sums, tokens).to_json() | {"speed": speed.to_json()["speed"]}
+        policy = gates.Policy(gates=(count._at_most(0.0), count._at_least(1.5)))
+        verdict = gates.judge(Report.model_validate(data), policy)
+        one += verdict.gates[0].outcome == "pass"
+        both += verdict.outcome == "pass"
+    assert at_most(Share(one, 300), 0.05)
+    assert at_most(Share(both, 300), 0.0025)
