@@ -1,7 +1,9 @@
 # make optimize    sets up .venv when it is missing, then runs the main job: make optimize ARGS="recipe.toml --json"
 # make test        sets up what is missing of .venv, .venv-team and .venv-vllm, then lints, checks types, runs all tests;
 #                  make -j3 test sets them up side by side
+# make check       lint, types and the quick tests, in a few minutes: before every commit
 # make test-vllm   only those that need vLLM
+# make docs        builds the documentation into build/docs; a warning is an error
 # make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
 # make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest
@@ -16,7 +18,7 @@
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: env env-team env-vllm lint optimize packages test test-vllm
+.PHONY: check docs env env-team env-vllm lint optimize packages test test-vllm
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
@@ -116,6 +118,12 @@ lint: env
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not vllm and not slow" tests/numprune tests/export tests/serving tests/test_*.py $(ARGS)
+
+docs: env
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
 PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm

@@ -68,7 +68,7 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package_files(tree: Path) -> set[str]:
     """Every file that must be installed, as `numprune/flows/…`: modules, the default recipe, the embedded model."""
     roots = [tree / "numprune", *(tree / "numprune" / package for package in PACKAGES)]  # rglob does not follow links
-    files = (file for root in roots for file in root.rglob("*") if file.is_file() and "screenshots" not in file.parts)
+    files = (file for root in roots for file in root.rglob("*") if file.is_file())
     return {file.relative_to(tree).as_posix() for file in files}
 
 
