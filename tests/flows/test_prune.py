@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from numprune.export import checkpoint, manifest
-from numprune.flows import large
 from numprune.flows.steps.prune import prune_checkpoint
+from numprune.flows.studies import large
 from numprune.pruning import PruneOptions
 from numprune.target import Target
 
