@@ -15,10 +15,10 @@ from torch import Tensor
 from numprune.anatomy import Anatomy, Block
 from numprune.budget import measure
 from numprune.errors import InputError
+from numprune.splits import Errors, priced, splits_meeting
 from numprune.target import HEAD_SHAPES, Counts, nearest
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
-Errors = Mapping[str, Tensor]  # block name -> (units + 1,), by units removed
 
 _SHARES = 20_000
 
@@ -40,31 +40,23 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
         )
 
 
-def uniform(anatomy: Anatomy, ratio: float, allowed: Counts) -> dict[str, int]:
+def uniform(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors | None = None) -> dict[str, int]:
     """Return units kept per block: the same number in every layer, so that a stock architecture holds the result.
 
-    KV groups are coarse, so attention takes the nearest allowed number of groups and the MLP makes up the difference.
+    Of the splits between attention and MLPs that meet the ratio it is the cheapest by `errors`. Without them it is the
+    one that takes most nearly the same share of both.
+
+    Args:
+        errors: as of `by_error`.
 
     Raises:
         InputError: the layers already differ, or the ratio cannot be reached.
     """
     check_ratio(anatomy, ratio, allowed)
-    if not anatomy.is_uniform:
-        raise InputError(
-            "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
-        )
-    attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
-    groups, widths = ([count for count in allowed[blocks[0].name] if count] for blocks in (attention, mlp))
-    target = (1 - ratio) * measure(anatomy).prunable_parameters
-    step = max((after - before for before, after in pairwise(widths)), default=1)
-    for kept_groups in sorted(groups, key=lambda kept: (abs(kept - (1 - ratio) * attention[0].units), -kept)):
-        remaining = target - kept_groups * sum(block.parameters_per_unit for block in attention)
-        exact = remaining / sum(block.parameters_per_unit for block in mlp)
-        if exact > widths[-1] + step / 2 or exact < widths[0] - step / 2:
-            continue  # this many groups leave the MLP more than it has, or less than its least
-        kept_width = nearest(widths, exact)
-        return {block.name: kept_groups if block.kind == "attention" else kept_width for block in anatomy.blocks}
-    raise InputError(f"no uniform allocation that suits the target removes {ratio} of the prunable parameters")
+    splits = splits_meeting(anatomy, ratio, allowed)
+    if errors is not None:
+        splits = list(priced(splits, anatomy, errors))
+    return splits[0].units(anatomy)
 
 
 def global_sort(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:

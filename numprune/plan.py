@@ -72,12 +72,35 @@ class Calibration(BaseModel):
     draw: Draw | None = None
 
 
-class Plan(BaseModel):
-    """Units kept per block of one model, relative to that model before pruning."""
+class PricedSplit(BaseModel):
+    """One way to split the ratio between attention and MLPs that uniform allocation had to choose from.
+
+    Attributes:
+        kv_groups: kept in every layer.
+        mlp_channels: kept in every layer.
+        nats_per_token: what it costs the model by the blocks' error curves. They add up what the blocks lose, each
+            refitted by itself, on the calibration rows: a price to rank by, not a forecast.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    kv_groups: Index
+    mlp_channels: Index
+    nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Plan(BaseModel):
+    """Units kept per block of one model, relative to that model before pruning.
+
+    Attributes:
+        version: 1 knows no `splits`.
+        splits: that uniform allocation chose from, the cheapest first; it is the one that was taken. None where nothing
+            was priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1, 2] = 2
     family: str
     criterion: str
     allocation: str
@@ -88,6 +111,7 @@ class Plan(BaseModel):
     damping: float
     seed: int
     calibration: Calibration
+    splits: list[PricedSplit] | None = None
     blocks: dict[str, BlockPlan]
 
     @model_validator(mode="after")

@@ -1,10 +1,10 @@
 """The whole of pruning: calibrate, score, allocate, choose, compensate, cut.
 
 The model is walked once from its first layer to its last (once more before, where the allocation needs every block's
-scores). In each block: moments of the consumer's inputs, scores, the choice of units, the refitted consumer. With
-`sequential` and `residual` compensation the inputs come from the already pruned prefix and the targets from the dense
-model, both carried side by side. What is left of a layer is handed on as soon as it is finished, so that neither the
-model nor the result need be in memory.
+scores or error curve). In each block: moments of the consumer's inputs, scores, the choice of units, the refitted
+consumer. With `sequential` and `residual` compensation the inputs come from the already pruned prefix and the targets
+from the dense model, both carried side by side. What is left of a layer is handed on as soon as it is finished, so that
+neither the model nor the result need be in memory.
 """
 
 import logging
@@ -28,8 +28,9 @@ from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
-from numprune.plan import BlockPlan, Calibration, Plan
+from numprune.plan import BlockPlan, Calibration, Plan, PricedSplit
 from numprune.sensitivity import Sensitivity
+from numprune.splits import priced, splits_meeting
 from numprune.statistics import Moments
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_counts
@@ -42,6 +43,7 @@ Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are le
 # compensation.py.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
 _REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
+_PRICED_ROWS = 4  # every fourth calibration row: gradients for uniform's prices; those of all rows ranked splits alike
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,6 @@ class Pruned:
     @property
     def prunable_ratio_removed(self) -> float:
         return 1 - self.after.prunable_parameters / self.before.prunable_parameters
-
-
-def uses_moments(options: PruneOptions) -> bool:
-    """Whether the dense model's moments are used, for scores, compensation or both: whether `Known.moments` helps."""
-    return options.allocation != "uniform" or options.compensation not in FROM_PRUNED_PREFIX
 
 
 def uses_gradients(options: PruneOptions) -> bool:
@@ -193,10 +190,10 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     check_rows(layers.config, anatomy, rows)
     _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)
-    gradients = known.sensitivity if known else None
+    gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
-    counts = _units_to_keep(layers, walker, rows, options, known, gradients)
+    counts, splits = _units_to_keep(layers, walker, rows, options, known, gradients)
     if options.criterion != "taylor":
         gradients = None  # large, and needed no more
     inputs = (
@@ -233,11 +230,18 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
             block.name: BlockPlan(units=block.units, kept=kept[block.name].tolist(), damping=dampings.get(block.name))
             for block in anatomy.blocks
         },
+        splits,
     )
 
 
-def describe(anatomy: Anatomy, rows: Tensor, options: PruneOptions, blocks: dict[str, BlockPlan]) -> Plan:
-    """Return the plan of these blocks; all else that stands in it is known before anything is run."""
+def describe(
+    anatomy: Anatomy,
+    rows: Tensor,
+    options: PruneOptions,
+    blocks: dict[str, BlockPlan],
+    splits: list[PricedSplit] | None = None,
+) -> Plan:
+    """Return the plan of these blocks and splits; all else that stands in it is known before anything is run."""
     return Plan(
         family=anatomy.family,
         criterion=options.criterion,
@@ -249,6 +253,7 @@ def describe(anatomy: Anatomy, rows: Tensor, options: PruneOptions, blocks: dict
         damping=options.damping,
         seed=options.seed,
         calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
+        splits=splits,
         blocks=blocks,
     )
 
@@ -285,12 +290,18 @@ def _units_to_keep(
     options: PruneOptions,
     known: Known | None,
     gradients: Sensitivity | None,
-) -> dict[str, int]:
-    """Return the number of units to keep by block name; `global` and `error` walk the dense model for it."""
+) -> tuple[dict[str, int], list[PricedSplit] | None]:
+    """Return the number of units to keep by block name, and what `uniform` chose from.
+
+    The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
+    """
     anatomy, ratio = layers.anatomy, options.ratio
     allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     if options.allocation == "uniform":
-        return uniform(anatomy, ratio, allowed)
+        splits = splits_meeting(anatomy, ratio, allowed)
+        if len(splits) == 1 or options.compensation not in _REFITTING:  # the curves are those of refitted consumers
+            return uniform(anatomy, ratio, allowed), None
+        gradients = gradients or sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     inputs = Walked(walker, rows) if known is None else Collected(known.moments)
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
@@ -298,14 +309,23 @@ def _units_to_keep(
             block.name: _scores(block, weight, moments, options, gradients)
             for block, weight, moments in _dense_blocks(layers, inputs)
         }
-        return global_sort(anatomy, ratio, allowed, scores)
+        return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1))
     errors |= {
         block.name: error_curve(weight, moments.gram, gradients.output[block.name], block.channels_per_unit)
         for block, weight, moments in _dense_blocks(layers, inputs)
     }
-    return by_error(anatomy, ratio, allowed, errors)
+    if options.allocation == "error":
+        return by_error(anatomy, ratio, allowed, errors), None
+    return uniform(anatomy, ratio, allowed, errors), [
+        PricedSplit(
+            kv_groups=split.kv_groups,
+            mlp_channels=split.mlp_channels,
+            nats_per_token=float(f"{nats:.4g}"),  # further digits depend on the batch size and the machine
+        )
+        for split, nats in priced(splits, anatomy, errors).items()
+    ]
 
 
 def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Moments]]:

@@ -58,7 +58,7 @@ def prune_checkpoint(
     before = read_anatomy(config)
     pruning.check_options(before, options)
     described = pruning.describe(before, rows, options, {}).drawn(draw)
-    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks"})}
+    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks", "splits"})}
     make = _prune_streamed if stream else _prune_in_memory
     with manifest.creating(
         out, kind="checkpoint", parents={"base": manifest.folder_digest(base)}, facts=facts

@@ -30,10 +30,21 @@ def test_where_the_calibration_rows_are_from_is_kept(plan, tmp_path):
     assert read.drawn(None) == plan
 
 
+def test_a_plan_of_version_1_is_read(plan, tmp_path):
+    """It was written before uniform allocation had splits to choose from."""
+    content = json.loads(plan.model_dump_json()) | {"version": 1}
+    del content["splits"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    read = read_plan(tmp_path / "plan.json")
+    assert read.splits is None
+    assert read.blocks == plan.blocks
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(version=2), "version"),
+        (lambda p: p.update(version=3), "version"),
+        (lambda p: p["splits"][0].update(nats_per_token=-1), "splits.0.nats_per_token: .* greater than or equal to 0"),
         (lambda p: p.pop("family"), "family"),
         (lambda p: p["calibration"].update(draw={"text": ["train.txt"]}), "calibration.draw.seed: Field required"),
         (lambda p: p.update(note="x"), "note"),

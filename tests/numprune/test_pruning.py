@@ -5,7 +5,7 @@ from numprune import sensitivity
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
-from numprune.pruning import Known, PruneOptions, dense_moments, prune, uses_gradients, uses_moments
+from numprune.pruning import Known, PruneOptions, dense_moments, prune, uses_gradients
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -33,7 +33,7 @@ def output_kl(options):
 @pytest.mark.parametrize("criterion", ["random", "wanda", "numerical", "obs"])
 def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
     none, oneshot, sequential, residual, joint = (
-        output_error(PruneOptions(0.4, criterion=criterion, compensation=name, target=Target(align=1)))
+        output_error(PruneOptions(0.55, criterion, compensation=name, target=Target(align=32)))  # only one split
         for name in ("none", "oneshot", "sequential", "residual", "joint")
     )
     assert oneshot < none
@@ -67,7 +67,8 @@ def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():
 
 
 @pytest.mark.parametrize(
-    ("compensation", "expected"), [("none", {None}), ("oneshot", {0.01}), ("joint", {0.01, 0.1, 1.0, 10.0, 100.0})]
+    ("compensation", "expected"),
+    [("none", {None}), ("oneshot", {0.01, None}), ("joint", {0.01, 0.1, 1.0, 10.0, 100.0})],
 )
 def test_the_plan_says_what_damping_each_block_was_fitted_with(compensation, expected):
     options = PruneOptions(0.4, compensation=compensation, damping=0.01, target=Target(align=1))
@@ -98,6 +99,38 @@ def test_error_allocation_loses_less_than_an_even_one():
         for name in ("uniform", "error")
     )
     assert priced < even
+
+
+@pytest.mark.parametrize(("small", "kept"), [("self_attn.o_proj", (1, 88)), ("mlp.down_proj", (2, 56))])
+def test_uniform_takes_from_the_kind_of_block_that_the_loss_minds_less(small, kept):
+    model = build_tiny()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.get_submodule(small).weight.mul_(0.05)
+    plan = prune(model, ROWS, PruneOptions(0.25, compensation="oneshot", target=Target(align=1))).plan
+    assert [(split.kv_groups, split.mlp_channels) for split in plan.splits] == sorted(
+        [(1, 88), (2, 56)], key=kept.__ne__
+    )
+    assert plan.splits[0].nats_per_token < plan.splits[1].nats_per_token
+    assert plan.units_kept() == {
+        f"layers.{layer}.{kind}": count
+        for layer in (0, 1)
+        for kind, count in zip(("attention", "mlp"), kept, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        (PruneOptions(0.3, compensation="none"), 2),  # no error curve describes consumers that are not refitted
+        (PruneOptions(0.3, compensation="residual"), 1),  # one KV group: a single split
+        (PruneOptions(0.3, allocation="error", compensation="oneshot"), 2),
+    ],
+)
+def test_where_uniform_prices_no_splits_the_plan_has_none(monkeypatch, options, groups):
+    if options.allocation == "uniform":
+        monkeypatch.setattr(sensitivity, "measure", lambda *_args, **_how: pytest.fail("gradients were measured"))
+    assert prune(build_tiny(num_key_value_heads=groups), ROWS, options).plan.splits is None
 
 
 def test_batch_size_does_not_change_the_result():
@@ -164,6 +197,8 @@ def known_of(rows, taylor=False):
         ("wanda", "uniform", "none"),
         ("flap", "global", "bias"),
         ("obs", "uniform", "oneshot"),
+        ("obs", "uniform", "residual"),
+        ("taylor", "uniform", "oneshot"),
         ("flap", "global", "sequential"),
         ("obs", "error", "residual"),
         ("obs", "error", "joint"),
@@ -180,21 +215,20 @@ def test_what_is_known_gives_what_collecting_it_gives(criterion, allocation, com
 
 
 @pytest.mark.parametrize(
-    ("criterion", "allocation", "compensation", "moments", "gradients"),
+    ("criterion", "allocation", "compensation", "gradients"),
     [
-        ("obs", "uniform", "oneshot", True, False),
-        ("taylor", "uniform", "none", True, True),
-        ("obs", "error", "none", True, True),
-        ("obs", "uniform", "sequential", False, False),
+        ("wanda", "uniform", "none", False),
+        ("taylor", "uniform", "none", True),
+        ("obs", "error", "none", True),
     ],
 )
-def test_what_is_known_is_used_where_it_is_said_to_be(criterion, allocation, compensation, moments, gradients):
-    """Of other rows: then the result is those rows' where it is used, and what it was where it is not."""
+def test_what_is_known_is_used_where_it_is_said_to_be(criterion, allocation, compensation, gradients):
+    """Of other rows: then the result is those rows'."""
     options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
-    assert (uses_moments(options), uses_gradients(options)) == (moments, gradients)
+    assert uses_gradients(options) is gradients
     other = ROWS.flip(1)
     given = prune(build_tiny(), ROWS, options, known_of(other, taylor=criterion == "taylor"))
-    expected = prune(build_tiny(), other if moments else ROWS, options)
+    expected = prune(build_tiny(), other, options)
     for a, b in zip(given.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -15,7 +15,7 @@ from numprune.errors import InputError
 from numprune.flows.problems import did_you_mean
 from numprune.flows.studies.rivals import RIVALS
 from numprune.flows.studies.rivals import check as check_rival
-from numprune.pruning import COMPENSATIONS, PruneOptions, check_options, uses_gradients, uses_moments
+from numprune.pruning import COMPENSATIONS, PruneOptions, check_options, uses_gradients
 from numprune.target import Target
 
 _SKIPS = "+skips"
@@ -49,8 +49,8 @@ def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOpt
 
 
 def reads_dense_moments(method: str) -> bool:
-    """Whether the method uses the dense model's moments: for its scores, its compensation, or both."""
-    return method not in RIVALS and uses_moments(options_of(method, 0, Target(), 0))
+    """Whether the method uses the dense model's moments: for its scores, its error curves or its compensation."""
+    return method not in RIVALS
 
 
 def reads_gradients(method: str) -> bool:

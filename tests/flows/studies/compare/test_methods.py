@@ -84,7 +84,7 @@ def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none
     ("method", "moments", "gradients"),
     [
         ("shortgpt", False, False),
-        ("obs/uniform/joint", False, False),
+        ("obs/uniform/joint", True, False),
         ("flap/global/sequential", True, False),
         ("wanda/uniform/none", True, False),
         ("obs/error+skips/joint", True, True),

@@ -1,0 +1,89 @@
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numprune.allocation import check_ratio, uniform
+from numprune.budget import measure
+from numprune.errors import InputError
+from numprune.splits import Split, priced, splits_meeting
+from numprune.target import Target, allowed_counts
+from tests.numprune.test_allocation import anatomy, random_errors, removed
+
+
+def flat(base, attention, mlp):
+    """Error curves that rise by the same for every unit of a kind."""
+    return {
+        block.name: torch.arange(block.units + 1).double() * (attention if block.kind == "attention" else mlp)
+        for block in base.blocks
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0, 0.95),
+    align=st.sampled_from([1, 8, 64]),
+    groups=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+)
+def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_the_cheapest(ratio, align, groups, seed):
+    base = anatomy(num_hidden_layers=2, num_key_value_heads=groups, intermediate_size=320)
+    allowed, errors = allowed_counts(base, Target(align=align)), random_errors(base, seed)
+    try:
+        check_ratio(base, ratio, allowed)
+        splits = splits_meeting(base, ratio, allowed)
+    except InputError:
+        return
+    half_a_step = align / 2 * sum(block.parameters_per_unit for block in base.of_kind("mlp"))
+    short = {}  # by (groups, channels), every pair there is
+    for pair in itertools.product(allowed["layers.0.attention"], allowed["layers.0.mlp"]):
+        short[pair] = abs(removed(base, Split(*pair, 0).units(base)) - ratio) * measure(base).prunable_parameters
+    found = {(split.kv_groups, split.mlp_channels) for split in splits}
+    assert found <= {pair for pair, parameters in short.items() if parameters <= half_a_step * (1 + 1e-9)}
+    assert found >= {pair for pair, parameters in short.items() if parameters < half_a_step * (1 - 1e-9)}
+    assert len({split.kv_groups for split in splits}) == len(splits)
+    prices = priced(splits, base, errors)
+    assert min(prices.values()) == next(iter(prices.values()))
+    assert uniform(base, ratio, allowed, errors) == min(splits, key=lambda split: prices[split]).units(base)
+
+
+@pytest.mark.parametrize(("attention", "mlp", "groups"), [(1000, 0.1, 4), (1, 1, 1)])
+def test_dear_groups_stay_and_cheap_ones_go(attention, mlp, groups):
+    base = anatomy()
+    allowed = allowed_counts(base, Target())
+    kept = uniform(base, 0.3, allowed, flat(base, attention, mlp))
+    assert kept["layers.0.attention"] == groups
+    assert uniform(base, 0.3, allowed)["layers.0.attention"] == 3  # without prices the nearest to 0.7 * 4
+
+
+def test_rounding_to_the_alignment_does_not_make_a_split_cheaper():
+    """A group costs what its parameters cost in MLP channels, so that no split is cheaper than another."""
+    base = anatomy()
+    group, channel = (base.of_kind(kind)[0].parameters_per_unit for kind in ("attention", "mlp"))
+    splits = splits_meeting(base, 0.3, allowed_counts(base, Target(align=128)))
+    assert len(splits) == 4
+    assert len({removed(base, split.units(base)) for split in splits}) > 1
+    prices = [split.price(base, flat(base, group, channel)) for split in splits]
+    assert prices == pytest.approx([0.3 * measure(base).prunable_parameters] * 4)
+
+
+def test_a_single_kv_group_leaves_nothing_to_choose():
+    base = anatomy(num_key_value_heads=1)
+    splits = splits_meeting(base, 0.2, allowed_counts(base, Target()))
+    assert [split.kv_groups for split in splits] == [1]
+
+
+def test_the_nearest_ratios_are_named_where_none_meets_it():
+    base = anatomy(num_key_value_heads=2, intermediate_size=64)
+    allowed = allowed_counts(base, Target())
+    message = (
+        "uniform allocation cannot remove 0.3 of the prunable parameters: one KV group of every layer is 0.385 of "
+        "them, more than the MLPs can make up for; choose ratio 0.202 or 0.385, or allocation error"
+    )
+    with pytest.raises(InputError, match=re.escape(message)):
+        uniform(base, 0.3, allowed)
+    for ratio in (0.202, 0.385):
+        assert removed(base, uniform(base, ratio, allowed)) == pytest.approx(ratio, abs=1e-3)
