@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from numprune.anatomy import Anatomy
+from numprune.anatomy import Anatomy, Kind
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,25 @@ def measure(anatomy: Anatomy) -> Budget:
         attention_flops_per_context_token=sum(4 * block.channels for block in attention),
         kv_bytes_per_token=sum(2 * block.units * anatomy.head_dim for block in attention) * anatomy.bytes_per_value,
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The smallest number of units that pruning takes from a block, and what it costs.
+
+    Attributes:
+        units: of one block.
+        every_layer: share of the prunable parameters that goes when every block of the kind loses so many.
+        one_layer: when one does, the one where they cost most.
+    """
+
+    units: int
+    every_layer: float
+    one_layer: float
+
+
+def step(anatomy: Anatomy, kind: Kind, units: int) -> Step:
+    """Return what `units` units of the blocks of this kind cost; blocks that are skipped already cost nothing."""
+    prunable = measure(anatomy).prunable_parameters
+    shares = [units * block.parameters_per_unit / prunable for block in anatomy.of_kind(kind) if block.units]
+    return Step(units, sum(shares), max(shares, default=0.0))

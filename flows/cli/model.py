@@ -95,15 +95,17 @@ def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def inspect(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.budget import measure
+    from numprune.budget import measure, step
     from numprune.export import checkpoint
     from numprune.plan import PLAN_FILE, read_plan
+    from numprune.target import Target
 
     folder = checkpoint.resolve(args.model)
     config = checkpoint.read_config(folder)
     checkpoint.audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
+    granularity = {"attention": step(anatomy, "attention", 1), "mlp": step(anatomy, "mlp", Target().align)}
     data = {
         "model": str(folder),
         "architecture": (config.architectures or [config.model_type])[0],
@@ -119,6 +121,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "uniform": anatomy.is_uniform,
         "weight_bytes": checkpoint.weight_bytes(folder),
         **dataclasses.asdict(measure(anatomy)),
+        "granularity": {kind: dataclasses.asdict(found) for kind, found in granularity.items()},
         "blocks": [
             {
                 "name": block.name,
@@ -133,16 +136,27 @@ def inspect(args: argparse.Namespace) -> Answer:
     }
     lines = [f"{folder}"]
     lines += [
-        f"  {name:<36} {_shown(value)}" for name, value in data.items() if name not in ("model", "blocks", "plan")
+        f"  {name:<36} {_shown(value)}"
+        for name, value in data.items()
+        if name not in ("model", "granularity", "blocks", "plan")
     ]
-    for kind in ("attention", "mlp"):
+    for kind, smallest in granularity.items():
         units = [block.units for block in anatomy.of_kind(kind)]
-        what = "KV groups" if kind == "attention" else "channels"
-        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, units))}")
+        what = "KV group" if kind == "attention" else "channel"
+        lines.append(f"  {f'{kind}: {what}s by layer':<36} {', '.join(map(str, units))}")
+        lines.append(
+            f"  {f'{kind}: {smallest.units} {what}(s) of every layer':<36} {smallest.every_layer:.2%} of the prunable "
+            f"parameters, {smallest.one_layer:.3%} in one layer"
+        )
     if plan:
         lines.append(
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
         )
+        lines += [
+            f"  {'other split' if number else 'chosen split':<36} {split.kv_groups} KV groups and "
+            f"{split.mlp_channels:,} channels per layer, priced at {split.nats_per_token:.4f} nats per token"
+            for number, split in enumerate(plan.splits or ())
+        ]
     return Answer(data, "\n".join(lines))
 
 

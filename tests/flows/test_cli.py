@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -85,6 +86,16 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     assert found["prunable_parameters"] == sum(b["units"] * b["parameters_per_unit"] for b in found["blocks"])
     text = numprune("inspect", tiny / "base").out
     assert f"{found['parameters']:,}" in text
+    for block, units, line in (
+        (found["blocks"][0], 1, "1 KV group(s) of every layer"),
+        (found["blocks"][1], 8, "8 channel(s) of every layer"),
+    ):
+        share = units * block["parameters_per_unit"] / found["prunable_parameters"]
+        step = found["granularity"][block["kind"]]
+        assert step == pytest.approx({"units": units, "every_layer": 2 * share, "one_layer": share})
+        assert re.search(
+            rf"{re.escape(line)} +{2 * share:.2%} of the prunable parameters, {share:.3%} in one layer", text
+        )
 
 
 def test_unsupported_architecture_is_refused_by_name(numprune: Command, tmp_path: Path) -> None:
@@ -108,6 +119,11 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 100 << 20
     assert after["plan"]["criterion"] == "obs"
+    text = numprune("inspect", out).out
+    for number, split in enumerate(after["plan"]["splits"]):
+        sizes = f"{split['kv_groups']} KV groups and {split['mlp_channels']} channels per layer"
+        assert re.search(rf"{'other' if number else 'chosen'} split +{sizes}, priced at \d", text)
+    assert [block["units"] for block in after["blocks"][:2]] == list(after["plan"]["splits"][0].values())[:2]
 
     again = numprune("prune", tiny / "base", out, "--ratio", "0.1", "--text", tiny / "train.txt")
     assert (again.code, again.out) == (1, "")
