@@ -70,7 +70,7 @@ def test_tables_of_every_part_at_every_size_and_of_a_layer(capsys):
     assert forward[1] == 1
     once = ("score", "least squares")
     wholes = {"oneshot": (1, "sums", *once), "residual": (3, "sums with targets", "damping", *once)}
-    wholes["joint"] = (*wholes["residual"], "producers")
+    wholes |= {"joint": (*wholes["residual"], "producers"), "split": (2, "sums", "score")}
     for name, (passes, *parts) in wholes.items():
         besides = sum(layer[part][0] for part in parts)
         for title, expected in (("all but forward passes", besides), ("whole", besides + passes * forward[0])):
@@ -90,7 +90,7 @@ def test_json_has_the_same_and_says_what_was_run(capsys):
     layer = record["layer"]
     assert (layer["tokens"], layer["measured_tokens"]) == (256, 256)
     assert layer["size"] == {"hidden": 32, "intermediate": 48, "heads": 4, "kv_heads": 2}
-    assert set(layer["whole"]) == {"oneshot", "residual", "joint"}
+    assert set(layer["whole"]) == {"oneshot", "residual", "joint", "split"}
     assert layer["whole"]["joint"] == pytest.approx(layer["whole"]["residual"] + layer["parts"]["producers"])
 
 
