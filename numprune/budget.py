@@ -38,13 +38,13 @@ def measure(anatomy: Anatomy) -> Budget:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The smallest number of units that pruning takes from a block, and what it costs.
+class PruningStep:
+    """A number of units of a block, and what their removal takes from the model.
 
     Attributes:
         units: of one block.
         every_layer: share of the prunable parameters that goes when every block of the kind loses so many.
-        one_layer: when one does, the one where they cost most.
+        one_layer: share when one block does, the one where they are largest.
     """
 
     units: int
@@ -52,8 +52,8 @@ class Step:
     one_layer: float
 
 
-def step(anatomy: Anatomy, kind: Kind, units: int) -> Step:
-    """Return what `units` units of the blocks of this kind cost; blocks that are skipped already cost nothing."""
+def pruning_step(anatomy: Anatomy, kind: Kind, units: int) -> PruningStep:
+    """Return what `units` units of the blocks of this kind take from the model; skipped blocks have none to lose."""
     prunable = measure(anatomy).prunable_parameters
     shares = [units * block.parameters_per_unit / prunable for block in anatomy.of_kind(kind) if block.units]
-    return Step(units, sum(shares), max(shares, default=0.0))
+    return PruningStep(units, sum(shares), max(shares, default=0.0))

@@ -95,7 +95,7 @@ def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 def inspect(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.budget import measure, step
+    from numprune.budget import measure, pruning_step
     from numprune.export import checkpoint
     from numprune.plan import PLAN_FILE, read_plan
     from numprune.target import Target
@@ -105,7 +105,8 @@ def inspect(args: argparse.Namespace) -> Answer:
     checkpoint.audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
-    granularity = {"attention": step(anatomy, "attention", 1), "mlp": step(anatomy, "mlp", Target().align)}
+    align = Target().align
+    granularity = {"attention": pruning_step(anatomy, "attention", 1), "mlp": pruning_step(anatomy, "mlp", align)}
     data = {
         "model": str(folder),
         "architecture": (config.architectures or [config.model_type])[0],
@@ -140,13 +141,12 @@ def inspect(args: argparse.Namespace) -> Answer:
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
-    for kind, smallest in granularity.items():
-        units = [block.units for block in anatomy.of_kind(kind)]
-        what = "KV group" if kind == "attention" else "channel"
-        lines.append(f"  {f'{kind}: {what}s by layer':<36} {', '.join(map(str, units))}")
+    for kind, what, smallest in (("attention", "KV groups", "1 KV group"), ("mlp", "channels", f"{align} channels")):
+        units, share = [block.units for block in anatomy.of_kind(kind)], granularity[kind]
+        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, units))}")
         lines.append(
-            f"  {f'{kind}: {smallest.units} {what}(s) of every layer':<36} {smallest.every_layer:.2%} of the prunable "
-            f"parameters, {smallest.one_layer:.3%} in one layer"
+            f"  {f'{kind}: {smallest} of every layer':<36} {share.every_layer:.2%} of the prunable parameters, "
+            f"{share.one_layer:.3%} in one layer"
         )
     if plan:
         lines.append(

@@ -87,8 +87,8 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     text = numprune("inspect", tiny / "base").out
     assert f"{found['parameters']:,}" in text
     for block, units, line in (
-        (found["blocks"][0], 1, "1 KV group(s) of every layer"),
-        (found["blocks"][1], 8, "8 channel(s) of every layer"),
+        (found["blocks"][0], 1, "attention: 1 KV group of every layer"),
+        (found["blocks"][1], 8, "mlp: 8 channels of every layer"),
     ):
         share = units * block["parameters_per_unit"] / found["prunable_parameters"]
         step = found["granularity"][block["kind"]]
