@@ -58,7 +58,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
         for number, part in enumerate(chunks):
             batches = [slice(at, at + batch_size) for at in range(0, len(part), batch_size)]
             entering = _forward(layers, part, batches, rotary, bar)
-            gradient = _head_gradient(layers, part, batches, entering.pop())
+            gradient = _head_gradient(layers, part, entering.pop())
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
@@ -95,10 +95,10 @@ def _forward(
     return entering
 
 
-def _head_gradient(layers: Layers, rows: Tensor, batches: list[slice], hidden: Tensor) -> Tensor:
+def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor) -> Tensor:
     """Return the gradient of the summed NLL with respect to what leaves the last layer, written over it."""
     with layers.head() as head:
-        for batch in batches:
+        for batch in (slice(row, row + 1) for row in range(len(rows))):  # a batch's logits could be the largest tensor
             leaving = hidden[batch].to(layers.device).requires_grad_()
             with torch.enable_grad():
                 logits = head.output(head.norm(leaving))[:, :-1].float()
