@@ -4,7 +4,6 @@ There is one flavour, named in the model's metadata: operators of the ONNX stand
 TensorRT both take and which are exact for left-padded rows (see `onnx_decoder`).
 """
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +17,6 @@ from numprune.export.weights import read_tensor
 
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
-
-# Kept beside the graph: what a program needs to use it, and what it was made from.
-_COMPANIONS = ("config.json", "generation_config.json", checkpoint.PLAN)
 
 
 def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
@@ -43,7 +39,7 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
     headers = checkpoint.audit(source)
     config = checkpoint.read_config(source)
-    tokenizer = checkpoint.load_tokenizer(source)
+    checkpoint.load_tokenizer(source)
     facts: dict[str, JsonValue] = {
         "flavour": FLAVOUR,
         "opset": opset,
@@ -58,8 +54,5 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
             write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name], name), opset)
         metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
         save(graph.model(opset, metadata), folder / MODEL_FILE)
-        tokenizer.save_pretrained(folder)
-        for name in _COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        checkpoint.copy_around_weights(config, source, folder)
     return manifest.read(out)

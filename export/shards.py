@@ -1,7 +1,7 @@
 """Weights written tensor by tensor into safetensors shards: what is written need not be in memory any more."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,59 +9,69 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from numprune.errors import IntegrityError
 from numprune.export.weights import DTYPES, INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = {"format": "pt"}  # transformers refuses files without it
+SHARD_BYTES = 5 * 10**9
 _ENTRY_BYTES = 200  # of a tensor's entry in a header, beside its name, at most
 
 
 class ShardWriter:
-    """Writes tensors in one data type. A file's header, which stands first, gets its room before and its content last.
+    """Writes tensors. A file's header, which stands first, gets its room before and its content last.
 
     Args:
         folder: the shards' own while they are written; nothing there may be called model*.safetensors.
-        dtype: that everything is written in.
-        names: of every tensor that may come: a header must have room for all.
+        dtypes: that each tensor is written in, for every one that may come: a header must have room for all.
         shard_bytes: a shard that would grow larger is closed, unless it holds a single tensor.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, names: Collection[str], shard_bytes: int) -> None:
+    def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> None:
         self._folder = folder
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._shard_bytes = shard_bytes
-        room = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in names) + len(json.dumps(_METADATA)) + 100
+        room = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in dtypes) + len(json.dumps(_METADATA)) + 100
         self._header_bytes = -(-room // 8) * 8
         self._file: BinaryIO | None = None
         self._entries: dict[str, dict[str, Any]] = {}  # of the open shard
         self._filled = 0  # bytes of data in it
         self._weight_map: dict[str, int] = {}  # tensor -> its shard, from 1
         self._shards = 0
-        self._values = 0
+        self._values = 0  # and bytes, in all
+        self._bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write each tensor by its name."""
+        """Write each tensor by its name. Raises IntegrityError as `add_slabs` does."""
         for name, tensor in tensors.items():
             self.add_slabs(name, tensor.shape, [tensor])
 
     def add_slabs(self, name: str, shape: Iterable[int], slabs: Iterable[Tensor]) -> None:
-        """Write one tensor, given as its rows, stretch by stretch."""
+        """Write one tensor, given as its rows, stretch by stretch.
+
+        Raises IntegrityError where a value is not finite, or no longer is once it is cast.
+        """
         if name in self._weight_map:
             raise ValueError(f"{name} was written already")
+        if name not in self._dtypes:
+            raise ValueError(f"{name} was not announced: the header has no room for it")
         shape = list(shape)
-        size = torch.Size(shape).numel() * self._dtype.itemsize
+        dtype = self._dtypes[name]
+        values = torch.Size(shape).numel()
+        size = values * dtype.itemsize
         if self._file is not None and self._filled + size > self._shard_bytes:
             self._close_shard()
         file = self._file or self._open_shard()
         written = 0
         for slab in slabs:
-            written += file.write(_bytes(slab.to(self._dtype).cpu()))
+            written += file.write(_bytes(_cast(name, slab, dtype)))
         if written != size:
             raise ValueError(f"{name} {shape} has {size} bytes, not {written}")
-        entry = {"dtype": _NAMES[self._dtype], "shape": shape, "data_offsets": [self._filled, self._filled + size]}
+        entry = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [self._filled, self._filled + size]}
         self._entries[name] = entry
         self._filled += size
-        self._values += size // self._dtype.itemsize
+        self._values += values
+        self._bytes += size
         self._weight_map[name] = self._shards
 
     def close(self) -> None:
@@ -73,7 +83,7 @@ class ShardWriter:
         files = {shard: f"model-{shard:05}-of-{self._shards:05}.safetensors" for shard in range(1, self._shards + 1)}
         for shard, file in files.items():
             self._partial(shard).rename(self._folder / file)
-        metadata = {"total_parameters": self._values, "total_size": self._values * self._dtype.itemsize}
+        metadata = {"total_parameters": self._values, "total_size": self._bytes}
         index = {"metadata": metadata, "weight_map": {name: files[shard] for name, shard in self._weight_map.items()}}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -92,8 +102,6 @@ class ShardWriter:
         if self._file is None:
             raise ValueError("nothing was written")
         header = json.dumps({"__metadata__": _METADATA, **self._entries}).encode()
-        if len(header) > self._header_bytes:
-            raise ValueError("tensors were written that were not announced: the header has no room for them")
         self._file.seek(0)
         self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))
         self._file.close()
@@ -104,16 +112,26 @@ class ShardWriter:
 
 
 @contextmanager
-def writing(
-    folder: Path, dtype: torch.dtype, names: Collection[str], shard_bytes: int = 5 * 10**9
-) -> Iterator[ShardWriter]:
+def writing(folder: Path, dtypes: Mapping[str, torch.dtype], shard_bytes: int = SHARD_BYTES) -> Iterator[ShardWriter]:
     """Give a writer that is closed on a clean exit, and abandoned when the body raises."""
-    writer = ShardWriter(folder, dtype, names, shard_bytes)
+    writer = ShardWriter(folder, dtypes, shard_bytes)
     try:
         yield writer
         writer.close()
     finally:
         writer.abandon()
+
+
+def _cast(name: str, slab: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = slab.to(dtype).cpu()
+    if not torch.isfinite(cast).all():
+        if not torch.isfinite(slab).all():
+            raise IntegrityError(f"{name}: what was computed is NaN or infinite; nothing is written")
+        raise IntegrityError(
+            f"{name}: {slab.abs().max():.4g} is more than {_NAMES[dtype]} can hold ({torch.finfo(dtype).max:.4g}), in "
+            "which the model is stored; convert the model to bfloat16 or float32, and prune that"
+        )
+    return cast
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
@@ -57,9 +57,6 @@ class CheckpointLayers:
         self._stored = checkpoint.audit(folder)
         checkpoint.check_finite(self._stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
-        generation = checkpoint.read_generation_config(folder)
-        if generation is not None:
-            self._skeleton.generation_config = generation
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
@@ -71,10 +68,6 @@ class CheckpointLayers:
         """Of all tensors, tied ones once."""
         tied = self._skeleton.all_tied_weights_keys
         return [name for name in self._skeleton.state_dict() if name not in tied]
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        return self._skeleton.generation_config
 
     def embed(self, rows: Tensor) -> Tensor:
         tokens, places = rows.unique(return_inverse=True)

@@ -5,7 +5,6 @@ vLLM truncates weights that are larger than the configuration says, without an e
 serve with a bare assertion once it is started. Both are found here instead.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import JsonValue
 from numprune.anatomy import FAMILIES, PER_LAYER_PREFIX, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
+from numprune.export.tokenizer import other_reading
 from numprune.export.weights import read_tensor
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
@@ -25,21 +25,20 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
     """Write the checkpoint `source` to the new folder `out`, tensors as they are, in shards of at most `shard_size`.
 
     Raises:
-        InputError: `out` exists, or vLLM has no class for the architecture.
+        InputError: `out` exists, vLLM has no class for the architecture, or would read the tokenizer differently.
         IntegrityError: a tensor is not what the configuration says, before or after.
     """
     config = checkpoint.read_config(source)
     facts: dict[str, JsonValue] = {"shard_size": shard_size, **preflight(config)}
     headers = checkpoint.audit(source)
-    tokenizer = checkpoint.load_tokenizer(source)
+    checkpoint.load_tokenizer(source)
+    if problem := other_reading(source):
+        raise InputError(problem)
     parents = {"checkpoint": manifest.folder_digest(source)}
     with manifest.creating(out, kind="vllm", parents=parents, facts=facts) as folder:
         tensors = {name: read_tensor(header, name) for name, header in headers.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
-        for name in ("config.json", "generation_config.json", checkpoint.PLAN):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        tokenizer.save_pretrained(folder)
+        checkpoint.copy_around_weights(config, source, folder)
         checkpoint.audit(folder)
     return manifest.read(out)
 

@@ -1,6 +1,7 @@
 """What the safetensors files of a folder say they hold, read from their headers alone, and their tensors."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -45,6 +46,10 @@ class TensorHeader:
         return count
 
 
+def has_weights(folder: Path) -> bool:
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """Every stored tensor by name. The data are not read, but each file must be long enough to hold them.
 
@@ -66,6 +71,24 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 def weight_bytes(folder: Path) -> int:
     """Bytes of all stored tensors: what the weights need on disk and, in their own data type, in memory."""
     return sum(header.bytes for header in read_headers(folder).values())
+
+
+def main_dtype(stored: Mapping[str, TensorHeader]) -> torch.dtype:
+    """The data type that holds most of the bytes."""
+    sizes = Counter(dict.fromkeys(DTYPES, 0))
+    for header in stored.values():
+        sizes[header.dtype] += header.bytes
+    return DTYPES[sizes.most_common(1)[0][0]]
+
+
+def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
+    """The data types that a model made from this one is stored in, tensor by tensor.
+
+    Each keeps its own; a bias that compensation may give to a matrix without one has that of the matrix.
+    """
+    dtypes = {name: DTYPES[header.dtype] for name, header in stored.items()}
+    matrices = {name: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
+    return {name.removesuffix("weight") + "bias": dtype for name, dtype in matrices.items()} | dtypes
 
 
 def read_tensor(header: TensorHeader, name: str) -> Tensor:

@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 # Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
@@ -50,10 +51,14 @@ TINY = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that needs no training: one token a byte, and three special ones."""
+    """A tokenizer that needs no training: one token a byte, and three special ones.
+
+    It composes accents, as transformers makes every tokenizer of a Qwen model do.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -71,6 +76,19 @@ def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     return model
 
 
+def write_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def recast(folder: Path, dtype: torch.dtype) -> Path:
+    """Store every tensor of a checkpoint of one file in `dtype`, whatever its config.json says."""
+    path = folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
     return build_tiny
@@ -81,9 +99,6 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """`tiny_checkpoint(family="llama", name="base", seed=0, **config)` writes a random model and a byte tokenizer."""
 
     def write(family: str = "llama", name: str = "base", seed: int = 0, **overrides: Any) -> Path:
-        folder = tmp_path / name
-        build_tiny(family, seed, **overrides).save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
-        return folder
+        return write_checkpoint(build_tiny(family, seed, **overrides), tmp_path / name)
 
     return write

@@ -16,6 +16,7 @@ from numprune.export import tensorrt
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
+from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES
 from numprune.flows.names import TARGETS
 from numprune.flows.problems import did_you_mean, listed, models_in
@@ -82,6 +83,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         tokenizer = collect("model.path", load_tokenizer, base)
         if tokenizer is not None:
             collect("model.path", check_vocabulary, base, tokenizer, config)
+            if "vllm" in recipe.export.targets and (problem := other_reading(base)):
+                problems.append(f"model.path: {problem}")
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)

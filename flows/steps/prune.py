@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from numprune.export.checkpoint import (
 )
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
+from numprune.export.tokenizer import other_reading
+from numprune.export.weights import dtypes_of, read_headers
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.text import load_calibration
 from numprune.plan import Draw, Plan
 from numprune.surgery import skeleton
 from numprune.target import Target
+
+logger = logging.getLogger(__name__)
 
 
 def device_of(device: str) -> torch.device:
@@ -54,16 +59,17 @@ def prune_checkpoint(
 
     Raises InputError (`out` exists, or the model, rows or options cannot be used), IntegrityError.
     """
-    config = read_config(base)
-    before = read_anatomy(config)
+    before = read_anatomy(read_config(base))
     pruning.check_options(before, options)
+    if problem := other_reading(base):
+        logger.warning("%s", problem)
     described = pruning.describe(before, rows, options, {}).drawn(draw)
     facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks", "splits"})}
     make = _prune_streamed if stream else _prune_in_memory
     with manifest.creating(
         out, kind="checkpoint", parents={"base": manifest.folder_digest(base)}, facts=facts
     ) as folder:
-        plan = make(base, rows, options, folder, device, config.dtype or torch.float32).drawn(draw)
+        plan = make(base, rows, options, folder, device).drawn(draw)
         plan.write(folder / PLAN)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
@@ -80,26 +86,23 @@ def prune_checkpoint(
 
 
 def _prune_in_memory(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, dtype: torch.dtype
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device
 ) -> Plan:
-    model, tokenizer = load(base)
+    model, _ = load(base)
     pruned = pruning.prune(model.to(device), rows, options)
-    save(pruned.model.cpu(), tokenizer, folder, dtype=dtype)
+    save(pruned.model, base, folder)
     return pruned.plan
 
 
 def _prune_streamed(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, dtype: torch.dtype
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device
 ) -> Plan:
-    tokenizer = load_tokenizer(base)
     layers = CheckpointLayers(base, scratch=folder, device=device)
-    check_vocabulary(base, tokenizer, layers.config)
-    with writing(folder, dtype, layers.names) as writer:
+    check_vocabulary(base, load_tokenizer(base), layers.config)
+    with writing(folder, dtypes_of(read_headers(base))) as writer:
         layers.copy_around(writer)
         plan = pruning.prune_layers(layers, rows, options, writer.add)
-    pruned = skeleton(pruning.config_after(layers, plan))
-    pruned.generation_config = layers.generation_config
-    save_around_weights(pruned, tokenizer, folder, dtype=dtype)
+    save_around_weights(skeleton(pruning.config_after(layers, plan)), base, folder)
     return plan
 
 

@@ -63,16 +63,16 @@ def write_random(out: Path, config: LlamaConfig, seed: int = 0) -> None:
     Raises:
         InputError: `out` exists, or the vocabulary is smaller than that tokenizer's.
     """
-    tokenizer = checkpoint.load_tokenizer(EMBEDDED_FOLDER / "model")
-    checkpoint.check_vocabulary(out, tokenizer, config)
+    source = EMBEDDED_FOLDER / "model"
+    checkpoint.check_vocabulary(out, checkpoint.load_tokenizer(source), config)
     model = skeleton(config)
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with manifest.creating(out, kind="checkpoint", facts={"random": seed}) as folder:
-        with writing(folder, _DTYPE, shapes) as writer:
+        with writing(folder, dict.fromkeys(shapes, _DTYPE)) as writer:
             for name, shape in shapes.items():
                 writer.add_slabs(name, shape, _slabs(shape, generator))
-        checkpoint.save_around_weights(model, tokenizer, folder, dtype=_DTYPE)
+        checkpoint.save_around_weights(model, source, folder)
 
 
 def _slabs(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:

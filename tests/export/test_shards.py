@@ -17,11 +17,12 @@ TENSORS = {
     "c": torch.randn(40, 30, generator=torch.Generator().manual_seed(1)),
     "d": torch.ones(1),
 }
+FLOAT32 = dict.fromkeys(TENSORS, torch.float32)
 
 
 def write(folder: Path, shard_bytes: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """All of `TENSORS`, and what is read back of each file."""
-    with writing(folder, dtype, TENSORS, shard_bytes) as writer:
+    with writing(folder, dict.fromkeys(TENSORS, dtype), shard_bytes) as writer:
         writer.add(TENSORS)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -51,8 +52,17 @@ def test_one_shard_is_a_single_file_and_several_have_an_index(tmp_path: Path) ->
     assert index["metadata"] == {"total_parameters": 1218, "total_size": 2436}
 
 
+def test_each_tensor_has_a_data_type_of_its_own(tmp_path: Path) -> None:
+    with writing(tmp_path, {**FLOAT32, "c": torch.bfloat16}) as writer:
+        writer.add(TENSORS)
+    assert [header.dtype for header in weights.read_headers(tmp_path).values()].count("BF16") == 1
+    read = load_file(tmp_path / "model.safetensors")
+    assert read["c"].equal(TENSORS["c"].bfloat16())
+    assert all(read[name].equal(TENSORS[name]) for name in ("a", "b.bias", "d"))
+
+
 def test_a_tensor_may_come_in_stretches_of_rows(tmp_path: Path) -> None:
-    with writing(tmp_path, torch.float32, ["c"]) as writer:
+    with writing(tmp_path, {"c": torch.float32}) as writer:
         writer.add_slabs("c", (40, 30), TENSORS["c"].split(7))
     header = weights.read_headers(tmp_path)["c"]
     assert torch.equal(weights.read_rows(header), TENSORS["c"])
@@ -63,7 +73,7 @@ def test_transformers_loads_the_shards(tiny_checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    with writing(folder, torch.float32, list(model.state_dict()), 100_000) as writer:
+    with writing(folder, dict.fromkeys(model.state_dict(), torch.float32), 100_000) as writer:
         writer.add(model.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
@@ -71,16 +81,16 @@ def test_transformers_loads_the_shards(tiny_checkpoint, tmp_path: Path) -> None:
 
 def test_mistakes_of_the_caller_leave_no_weights(tmp_path: Path) -> None:
     def shape() -> None:
-        with writing(tmp_path / "shape", torch.float32, TENSORS) as writer:
+        with writing(tmp_path / "shape", FLOAT32) as writer:
             writer.add_slabs("c", (40, 31), [TENSORS["c"]])
 
     def twice() -> None:
-        with writing(tmp_path / "twice", torch.float32, TENSORS) as writer:
+        with writing(tmp_path / "twice", FLOAT32) as writer:
             writer.add(TENSORS)
             writer.add({"a": TENSORS["a"]})
 
     def unannounced() -> None:
-        with writing(tmp_path / "unannounced", torch.float32, []) as writer:
+        with writing(tmp_path / "unannounced", {}) as writer:
             writer.add(TENSORS)
 
     for mistake, message in ((shape, "4960 bytes, not 4800"), (twice, "written already"), (unannounced, "no room")):

@@ -16,15 +16,15 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.layers import Layers, ModelLayers
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
+from tests.conftest import recast
 
 TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
 
 
 def sharded(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """The same checkpoint in many small shards of another data type."""
-    model, tokenizer = checkpoint.load(folder)
     target = folder.with_name("sharded")
-    checkpoint.save(model, tokenizer, target, dtype=dtype, max_shard_size=40_000)
+    checkpoint.save(checkpoint.load(recast(folder, dtype))[0], folder, target, shard_bytes=40_000)
     return target
 
 
@@ -74,12 +74,13 @@ def test_the_layers_of_shards_are_those_of_the_loaded_model(tiny_checkpoint, tmp
 
 
 def test_layers_that_differ_and_skip_blocks_are_read_too(tiny_checkpoint, tmp_path) -> None:
-    model, tokenizer = checkpoint.load(tiny_checkpoint(num_hidden_layers=3))
+    base = tiny_checkpoint(num_hidden_layers=3)
+    model, _ = checkpoint.load(base)
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
     options = PruneOptions(0.35, criterion="magnitude", allocation="global", skips=True, target=Target(align=1))
     pruned = prune(model, TOKENS, options).model
     assert pruned.config.per_layer_config[1].skip == ["mlp"]
-    checkpoint.save(pruned, tokenizer, tmp_path / "pruned")
+    checkpoint.save(pruned, base, tmp_path / "pruned")
     streamed = CheckpointLayers(tmp_path / "pruned", scratch=tmp_path)
     torch.testing.assert_close(forward_and_gradients(streamed)[0], pruned(TOKENS).logits)
 

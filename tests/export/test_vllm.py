@@ -10,7 +10,7 @@ from numprune.errors import IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
-from tests.conftest import build_tiny, byte_tokenizer
+from tests.conftest import build_tiny, byte_tokenizer, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -30,10 +30,7 @@ def test_sharded_copy_loads_with_stock_transformers_and_computes_the_same(tiny_c
 @pytest.mark.parametrize(("family", "needs"), [("qwen2", ["--model-impl", "transformers"]), ("qwen3", [])])
 def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
     pruned = prune(build_tiny(family), ROWS, PruneOptions(0.4, target=Target(align=8))).model
-    checkpoint_folder = tmp_path / "pruned"
-    checkpoint_folder.mkdir()
-    checkpoint.save(pruned, byte_tokenizer(), checkpoint_folder)
-    facts = vllm.export(checkpoint_folder, tmp_path / "out").facts
+    facts = vllm.export(write_checkpoint(pruned, tmp_path / "pruned"), tmp_path / "out").facts
     assert (facts["query_heads"], facts["kv_heads"], facts["head_size"]) == ([2, 2], [1, 1], 16)
     assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == (needs, False, 1)
     assert facts["tensor_parallel"] == [1, 2]
@@ -46,11 +43,8 @@ def test_layers_that_differ_are_exported_for_the_plug_in(tmp_path, family):
         0: {"skip": ["attention"], "intermediate_size": 32},
         1: {"num_attention_heads": 2, "num_key_value_heads": 1, "skip": ["mlp"]},
     }
-    source, out = tmp_path / "pruned", tmp_path / "out"
-    source.mkdir()
-    checkpoint.save(
-        build_tiny(f"numprune_{family}", num_hidden_layers=4, per_layer_config=layers), byte_tokenizer(), source
-    )
+    model = build_tiny(f"numprune_{family}", num_hidden_layers=4, per_layer_config=layers)
+    source, out = write_checkpoint(model, tmp_path / "pruned"), tmp_path / "out"
     made = vllm.export(source, out)
     assert manifest.verify(out) == made
     facts = made.facts

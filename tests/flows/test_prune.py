@@ -16,6 +16,7 @@ from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.studies import large
 from numprune.pruning import PruneOptions
 from numprune.target import Target
+from tests.conftest import recast
 
 ROWS = torch.randint(0, 256, (9, 32), generator=torch.Generator().manual_seed(0))
 UNIFORM = {"criterion": "numerical", "allocation": "uniform", "compensation": "sequential"}
@@ -56,10 +57,9 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize(("family", "overrides", "how"), MODELS)
 def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, overrides, how) -> None:
-    dense = tiny_checkpoint(family, **overrides)
-    model, tokenizer = checkpoint.load(dense)
-    base = tmp_path / "shards"  # float16: what is read is not what is computed in
-    checkpoint.save(model, tokenizer, base, dtype=torch.float16, max_shard_size=40_000)
+    dense = recast(tiny_checkpoint(family, **overrides), torch.float16)  # what is read is not what is computed in
+    base = tmp_path / "shards"
+    checkpoint.save(checkpoint.load(dense)[0], dense, base, shard_bytes=40_000)
     options = PruneOptions(0.4, **how, target=Target(align=1), batch_size=4)
     memory, streamed = (
         prune_checkpoint(base, ROWS, options, tmp_path / name, torch.device("cpu"), stream=stream)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from numprune.export import checkpoint, manifest, vllm
+from numprune.export import manifest, vllm
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
-from tests.conftest import byte_tokenizer
+from tests.conftest import write_checkpoint
 from tests.serving.vllm_plugin.engine import SIZES, EngineError, build, reference
 
 pytestmark = pytest.mark.vllm
@@ -96,10 +96,7 @@ def check(computed, model):
 
 def exported(model, tmp_path) -> tuple[Path, manifest.Manifest]:
     """A checkpoint written and exported as a release's is."""
-    source = tmp_path / "model"
-    source.mkdir()
-    checkpoint.save(model, byte_tokenizer(), source)
-    return tmp_path / "out", vllm.export(source, tmp_path / "out")
+    return tmp_path / "out", vllm.export(write_checkpoint(model, tmp_path / "model"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,104 @@
+"""config.json: read with every mistake named, and written so that older readers compute the same model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+import numprune.modeling  # noqa: F401 - registers the per-layer classes
+from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
+from numprune.errors import InputError
+from numprune.export import files
+from numprune.export.weights import has_weights, main_dtype, read_headers
+from numprune.surgery import pruned_config
+
+_ADAPTER = "adapter_config.json"
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a supported architecture. Its dtype is that of the stored weights, where there are any.
+
+    A Llama whose heads do not divide the hidden size is read as the same network's Mistral configuration, which
+    transformers does not refuse.
+
+    Raises:
+        InputError: config.json is missing or malformed, or the architecture is not supported.
+        IntegrityError: a file of weights is missing or truncated.
+    """
+    if (folder / _ADAPTER).exists():
+        raise InputError(
+            f"{folder / _ADAPTER}: the folder holds an adapter, which would be ignored; merge the adapter first (peft: "
+            "merge_and_unload) and save the merged model to a folder of its own"
+        )
+    path = folder / files.CONFIG
+    if not path.exists():
+        raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
+    content = files.read_object(path)
+    try:
+        config = _parse(folder, content)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a malformed file makes transformers raise, it is the file that is at fault
+        raise InputError(f"{path}: transformers cannot read it: {reason(error)}") from error
+    read_anatomy(config)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise InputError(f"{path}: sliding_window={window}; give null for no window, or the number of tokens it spans")
+    if has_weights(folder):
+        config.dtype = main_dtype(read_headers(folder))
+    return config
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> Any:
+    if content.get("model_type") == "llama" and content.get("head_dim"):
+        hidden, heads = content.get("hidden_size"), content.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads:
+            # transformers insists that they divide, though head_dim says what the quotient would. Ours does not.
+            config = AutoConfig.for_model(**{**content, "model_type": f"{PER_LAYER_PREFIX}llama"})
+            return pruned_config(config, read_anatomy(config))
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def reason(error: BaseException) -> str:
+    """The last line of an error of transformers, which says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__
+
+
+def write_config(config: Any, source: Path, folder: Path) -> None:
+    """Write config.json into `folder`.
+
+    Args:
+        config: its architectures and dtype are those of the model beside it.
+        source: the folder of the model that this one was made from. What it says about generation is carried along:
+            transformers reads it from config.json where there is no generation_config.json, and does not write it.
+    """
+    fields = json.loads(config.to_json_string())
+    fields.pop("auto_map", None)  # names code that is not carried
+    before = files.read_object(source / files.CONFIG)
+    generation = GenerationConfig().to_dict().keys() & before.keys()
+    fields |= {name: before[name] for name in generation - fields.keys()}
+    files.write_object(folder / files.CONFIG, dict(sorted({**fields, **_for_older_readers(fields)}.items())))
+
+
+def copy_config(config: Any, source: Path, folder: Path) -> None:
+    """Copy config.json, byte for byte where other readers take it for what `read_config` did: `config`."""
+    if files.read_object(source / files.CONFIG).get("model_type") == config.model_type:
+        files.copy_without_code(source / files.CONFIG, folder / files.CONFIG)
+    else:
+        write_config(config, source, folder)
+
+
+def _for_older_readers(fields: dict[str, Any]) -> dict[str, Any]:
+    """What transformers before 5, and vLLM of that time, read instead of `dtype` and `rope_parameters`.
+
+    Without it they compute in float32 with a theta of 10,000 and no scaling, and say nothing.
+    """
+    older = {"torch_dtype": fields["dtype"]}
+    rotary = fields.get("rope_parameters") or {}
+    if "rope_theta" in rotary:  # else there are none, or several, one for each kind of layer
+        older |= {name: rotary[name] for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
+        scaling = {name: value for name, value in rotary.items() if name not in older}
+        older["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return older

@@ -1,0 +1,98 @@
+"""Files of a model's folder beside its weights: which of them pruning leaves as they are, and how large they may be."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import InputError
+
+CONFIG = "config.json"
+PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+
+# Checked before a file is parsed or copied.
+MAXIMUM_CONFIG_BYTES = 16 << 20
+MAXIMUM_FILE_BYTES = 512 << 20
+
+# Tokenizer, chat templates, generation settings, licence; matched in lower case. README.md is left behind: its figures
+# are the dense model's and would be read as those of the pruned one. So is code, which nothing here would run.
+_CARRIED = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "merges.txt",
+    "vocab.txt",
+    "licen[sc]e*",
+    "notice*",
+    "copying*",
+    "*policy*",
+)
+_NOT_CARRIED = (CONFIG, PLAN, "*.index.json", "manifest.json", "params.json")  # these hold sizes, or are made anew
+
+# What a hub is asked for.
+DOWNLOADED = [
+    *("*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja"),
+    *("LICENSE*", "NOTICE*", "*POLICY*"),
+]
+
+
+def require_size(path: Path, maximum: int) -> None:
+    """Raises InputError unless `path` is a regular file, or a link to one, of at most `maximum` bytes."""
+    if not path.is_file():  # a link to a device has no end
+        raise InputError(f"{path}: not a regular file")
+    if path.stat().st_size > maximum:
+        raise InputError(f"{path}: exceeds the limit of {maximum:,} bytes")
+
+
+def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError."""
+    require_size(path, maximum)
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: must hold a JSON object")
+    return found
+
+
+def write_object(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def carried(folder: Path) -> Iterator[Path]:
+    """The files of a model's folder that are the same for the pruned model, sorted. Raises InputError."""
+    for path in sorted([*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*.jinja")]):
+        name = path.name.lower()
+        if path.is_dir() or any(fnmatchcase(name, pattern) for pattern in _NOT_CARRIED):
+            continue
+        if any(fnmatchcase(name, pattern) for pattern in _CARRIED):
+            require_size(path, MAXIMUM_FILE_BYTES)
+            yield path
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy into `target`, byte for byte, the files of the folder `source` that are the same for the pruned model.
+
+    The one exception is an `auto_map`, which names code that is not carried: tokenizer_config.json goes without it.
+    Raises InputError.
+    """
+    for path in carried(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        copy_without_code(path, copy) if path.name == "tokenizer_config.json" else shutil.copyfile(path, copy)
+
+
+def copy_without_code(source: Path, target: Path) -> None:
+    """Copy a JSON file, byte for byte where it names no code (`auto_map`), else without that. Raises InputError."""
+    content = read_object(source)
+    if content.pop("auto_map", None) is None:
+        shutil.copyfile(source, target)
+    else:
+        write_object(target, content)
