@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 import transformers
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from numprune.errors import InputError
@@ -19,62 +20,67 @@ from numprune.export import files
 from numprune.export.config import reason
 
 _FILE = "tokenizer.json"
+_MODEL = "tokenizer.model"
 _SETTINGS = "tokenizer_config.json"
 _OBJECTS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 
-# Spaces, breaks, digits, case, code, composed and decomposed accents, other scripts: where readers differ, it shows.
-_SAMPLES = (
-    " a b",
+# Breaks, digits, case, code, composed and decomposed accents, other scripts: where readers differ, it shows.
+_PLAIN = (
     "The 27 numbers, e.g. 3.14:\n\tdef f(x):  return x**2  # naïve — 数",
     "I'll  see\r\n\n   you,   it's 1,234,567 €\u00a0",
     "Cafe\u0301 caf\u00e9 \ufb01 ½ \u212a \uff21",
     "Привет, мир! 你好。 こんにちは 안녕 مرحبا नमस्ते 🙂",
-    "<html>&nbsp;</html> ▁ Ġ <0x0A> <s>",
 )
+_SAMPLES = (" a b", *_PLAIN, "<html>&nbsp;</html> ▁ Ġ <0x0A> <s>")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer: where there is a tokenizer.json, its tokens are exactly those that `tokenizers` reads.
 
-    Special tokens and the chat template are those of the other files; neither adds a token. Raises InputError.
+    A tokenizer.model alone is read by transformers, and refused where sentencepiece gives other tokens. Special tokens
+    and the chat template are those of the other files; neither adds a token. Raises InputError.
     """
-    if not any((folder / name).is_file() for name in (_FILE, "tokenizer.model", "vocab.json")):
+    if not any((folder / name).is_file() for name in (_FILE, _MODEL, "vocab.json")):
         raise InputError(f"{folder}: no tokenizer (tokenizer.json) there; copy it from the model's origin")
     for path in files.carried(folder):  # each of an acceptable size
         if path.name in _OBJECTS:
             files.read_object(path)
     with _named(folder):
-        return _as_written(folder) if (folder / _FILE).is_file() else _as_transformers_reads(folder)
+        if (folder / _FILE).is_file():
+            return _as_written(folder)
+        return _as_sentencepiece(folder) if (folder / _MODEL).is_file() else _as_transformers_reads(folder)
 
 
 def other_reading(folder: Path) -> str | None:
     """What is wrong, and the remedy, where transformers does not give the tokens that `load_tokenizer` does.
 
-    vLLM reads tokenizers with transformers and would serve a model with text that it does not know. Raises InputError.
+    vLLM reads tokenizers with transformers, and would give such a model tokens that it was not trained on. Raises
+    InputError.
     """
+    ours = load_tokenizer(folder)
+    settings = files.read_object(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    reader = f"transformers {transformers.__version__}, by which vLLM reads tokenizers,"
+    for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
+        if settings.get(name) == "":
+            return f'{folder / _SETTINGS}: "{name}": "" is no token, and {reader} fails on it; remove that line'
     if not (folder / _FILE).is_file():
         return None
-    ours = load_tokenizer(folder)
-    reader = f"transformers {transformers.__version__}, by which vLLM reads tokenizers,"
     try:
         with _named(folder):
             theirs = _as_transformers_reads(folder)
             found = {text: (theirs.encode(text), ours.encode(text)) for text in _SAMPLES}
     except InputError as error:
-        return f"{error}; {_FILE} is in order, but {reader} goes by {_SETTINGS}: mend that"
-    different = next((text for text, (one, other) in found.items() if one != other), None)
-    if different is None:
+        return f"{error}; {_FILE} can be read, but {reader} goes by {_SETTINGS}: correct that"
+    text = next((text for text, (one, other) in found.items() if one != other), None)
+    if text is None:
         return None
-    label = files.read_object(folder / _SETTINGS).get("tokenizer_class") if (folder / _SETTINGS).is_file() else None
-    taken = type(theirs).__name__
+    taken, label = type(theirs).__name__, settings.get("tokenizer_class")
     if isinstance(label, str) and label.removesuffix("Fast") == taken.removesuffix("Fast"):
         remedy = f'set "tokenizer_class": "PreTrainedTokenizerFast" in {_SETTINGS}'
     else:
-        remedy = f"it chooses {taken} by the model type, so vLLM cannot serve this tokenizer with this model"
-    return (
-        f"{folder}: {reader} takes it for {taken} and gives other tokens than {_FILE}: {different!r} is "
-        f"{found[different][0][:8]}, not {found[different][1][:8]}; {remedy}"
-    )
+        remedy = f"it takes {taken} for this model type, so vLLM cannot serve the model with this tokenizer"
+    one, other = (tokens[:8] for tokens in found[text])
+    return f"{folder}: {reader} reads it as {taken}: {text!r} begins with {one}, by {_FILE} with {other}; {remedy}"
 
 
 @contextmanager
@@ -117,6 +123,28 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
     paths["default"] = folder / files.CHAT_TEMPLATE
     found = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     return found if len(found) > 1 else found["default"]
+
+
+def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """transformers' conversion of a tokenizer.model, where it gives the tokens that sentencepiece itself does.
+
+    On plain text, that is: it is known to drop a space at the beginning, and to read special tokens in a text.
+    """
+    path = folder / _MODEL
+    try:
+        original = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not a sentencepiece model ({reason(error)}); put the model's {_FILE} beside it"
+        ) from None
+    tokenizer = _as_transformers_reads(folder)
+    for text in _PLAIN:
+        if tokenizer.encode(text, add_special_tokens=False) != original.encode(text):
+            raise InputError(
+                f"{path}: transformers takes it for {type(tokenizer).__name__} and gives other tokens of {text!r} than "
+                f"sentencepiece; put the model's {_FILE} beside it"
+            )
+    return tokenizer
 
 
 def _as_transformers_reads(folder: Path) -> PreTrainedTokenizerBase:
