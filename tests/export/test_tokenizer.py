@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
 from numprune.errors import InputError
@@ -59,12 +60,13 @@ def test_a_byte_level_tokenizer_that_is_labelled_llama(tiny_checkpoint: Checkpoi
     reads_as_written(folder)
 
 
-def test_a_class_that_the_model_type_chooses_has_no_such_remedy(tiny_checkpoint: Checkpoint) -> None:
-    """transformers composes accents for every Qwen2, whatever the files say."""
+def test_a_class_that_the_model_type_chooses(tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers gives every Qwen2 that class's normaliser, whatever the files say."""
     folder = tiny_checkpoint("qwen2")
     assert other_reading(folder) is None
-    document = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**document, "normalizer": None}))
+    assert "decomposed ones get other tokens" in caplog.text
+    reads_as_written(folder)
+    alter(folder, lambda tokenizer: setattr(tokenizer, "normalizer", Lowercase()))
     assert "it takes Qwen2Tokenizer for this model type" in str(other_reading(folder))
     reads_as_written(folder)
 
