@@ -172,6 +172,9 @@ def train(out: Path, *, steps: int, adam_steps: int, rows: int, length: int, see
     run(adam_steps, [adam], full, lambda step: min(1.0, (step + 1) / 20, (adam_steps - step) / (0.8 * adam_steps)))
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers before 5 knows it by
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
     nll = mean_nll(model, heldout)
     record = {

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from numprune.errors import IntegrityError
 from numprune.export import weights
 from numprune.export.shards import writing
 
@@ -59,6 +60,15 @@ def test_each_tensor_has_a_data_type_of_its_own(tmp_path: Path) -> None:
     read = load_file(tmp_path / "model.safetensors")
     assert read["c"].equal(TENSORS["c"].bfloat16())
     assert all(read[name].equal(TENSORS[name]) for name in ("a", "b.bias", "d"))
+
+
+def test_a_value_that_its_data_type_cannot_hold_ends_the_writing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(IntegrityError, match=r"^c: 7e\+04 is more than F16 can hold"),
+        writing(tmp_path, {"c": torch.float16}) as writer,
+    ):
+        writer.add_slabs("c", (40, 30), [TENSORS["c"][:39], torch.full((1, 30), -7e4)])
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_tensor_may_come_in_stretches_of_rows(tmp_path: Path) -> None:

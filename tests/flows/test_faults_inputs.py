@@ -56,6 +56,12 @@ def nan(model: Path) -> str:
     return "model.layers.1.mlp.up_proj.weight has values that are NaN or infinite"
 
 
+def adapter(model: Path) -> str:
+    """Ignored without peft; with it, applied by some commands and not by others."""
+    (model / "adapter_config.json").write_text("{}")
+    return "adapter_config.json: the folder holds an adapter, which would be ignored; merge the adapter first"
+
+
 PRUNE = ["prune", "MODEL", "OUT", "--ratio", "0.2", "--samples", "4", "--sequence-length", "64", "--text", "TEXT"]
 READERS: dict[str, list[str]] = {
     "inspect": ["inspect", "MODEL"],
@@ -70,7 +76,7 @@ READERS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", [remove, truncate, nan])
+@pytest.mark.parametrize("damage", [remove, truncate, nan, adapter])
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_weights_are_refused_by_every_command_that_reads_them(
     numprune: Command, tiny: Path, model: Path, tmp_path: Path, reader: str, damage: Callable[[Path], str]
@@ -95,6 +101,32 @@ def test_damaged_weights_end_a_run(
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
+
+
+def labelled_llama(model: Path) -> None:
+    """A byte-level tokenizer of that class: so R1-distilled models are published."""
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+
+
+def test_a_tokenizer_that_vllm_would_read_differently(
+    numprune: Command, tiny: Path, model: Path, tmp_path: Path
+) -> None:
+    """Its own tokens are scored and pruned with; an export that would be served with others is refused at once."""
+    text = ["--text", tiny / "train.txt", "--sequence-length", "64"]
+    before = numprune("evaluate", model, *text, "--json").json
+    labelled_llama(model)
+    assert numprune("evaluate", model, "--baseline", tiny / "base", *text, "--json").json["kl_nats_per_token"] == 0
+    assert numprune("evaluate", model, *text, "--json").json == before
+    remedy = 'set "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+    pruned = numprune("prune", model, tmp_path / "out", "--ratio", "0.2", "--samples", "4", *text)
+    assert (pruned.code, remedy in pruned.err) == (0, True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    refused(numprune("export", model, tmp_path / "served", "--to", "vllm"), remedy)
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"model.path={model}"))
+    refused(answered, "model.path: ", remedy)
+    assert not (tmp_path / "w").exists()
 
 
 def with_more_tokens(model: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from numprune.export import manifest, vllm
+from numprune.export import checkpoint, manifest, vllm
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
 from tests.conftest import write_checkpoint
@@ -75,9 +75,11 @@ CASES = {
 }
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 32}
+
 # Heads whose size is not the hidden size divided by them, where the architecture allows it.
 UNIFORM = {
-    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": YARN},
     "mistral": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1},
     "qwen3": {"num_attention_heads": 3, "num_key_value_heads": 3},
@@ -96,7 +98,8 @@ def check(computed, model):
 
 def exported(model, tmp_path) -> tuple[Path, manifest.Manifest]:
     """A checkpoint written and exported as a release's is."""
-    return tmp_path / "out", vllm.export(write_checkpoint(model, tmp_path / "model"), tmp_path / "out")
+    checkpoint.save(model, write_checkpoint(model, tmp_path / "base"), tmp_path / "model")
+    return tmp_path / "out", vllm.export(tmp_path / "model", tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", CASES)
