@@ -52,8 +52,8 @@ def resolve(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{model}: no such folder, and the hub does not give it either ({reason})") from None
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{model}: no such folder, and the hub does not give it either ({first})") from None
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

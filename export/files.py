@@ -86,7 +86,10 @@ def carry(source: Path, target: Path) -> None:
     for path in carried(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        copy_without_code(path, copy) if path.name == "tokenizer_config.json" else shutil.copyfile(path, copy)
+        if path.name == "tokenizer_config.json":
+            copy_without_code(path, copy)
+        else:
+            shutil.copyfile(path, copy)
 
 
 def copy_without_code(source: Path, target: Path) -> None:

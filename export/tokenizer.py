@@ -62,19 +62,15 @@ def other_reading(folder: Path) -> str | None:
     in decomposed accents alone is only warned of. Raises InputError.
     """
     ours = load_tokenizer(folder)
-    settings = files.read_object(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
-    reader = f"transformers {transformers.__version__}, by which vLLM reads tokenizers,"
-    for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
-        if settings.get(name) == "":
-            return f'{folder / _SETTINGS}: "{name}": "" is no token, and {reader} fails on it; remove that line'
     if not (folder / _FILE).is_file():
         return None
+    reader = f"transformers {transformers.__version__}, by which vLLM reads tokenizers,"
     try:
         with _named(folder):
             theirs = _as_transformers_reads(folder)
             found = {text: (theirs.encode(text), ours.encode(text)) for text in _SAMPLES}
     except InputError as error:
-        return f"{error}; {_FILE} can be read, but {reader} goes by {_SETTINGS}: correct that"
+        return f"{error} ({_FILE} is in order, but {reader} goes by {_SETTINGS})"
     text = next((text for text, (one, other) in found.items() if one != other), None)
     if text is None:
         if theirs.encode(_DECOMPOSED) != ours.encode(_DECOMPOSED):
@@ -82,7 +78,7 @@ def other_reading(folder: Path) -> str | None:
                 "%s: %s composes accents, which %s does not: decomposed ones get other tokens", folder, reader, _FILE
             )
         return None
-    taken, label = type(theirs).__name__, settings.get("tokenizer_class")
+    taken, label = type(theirs).__name__, _settings(folder).get("tokenizer_class")
     if isinstance(label, str) and label.removesuffix("Fast") == taken.removesuffix("Fast"):
         remedy = f'set "tokenizer_class": "PreTrainedTokenizerFast" in {_SETTINGS}'
     else:
@@ -108,10 +104,7 @@ def _as_written(folder: Path) -> PreTrainedTokenizerBase:
     backend = tokenizers.Tokenizer.from_file(str(folder / _FILE))
     backend.no_truncation()  # some files keep the settings of a batch that was once encoded
     backend.no_padding()
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", _SETTINGS):
-        if (folder / name).is_file():
-            settings |= files.read_object(folder / name)
+    settings = _settings(folder)
     # Its chat template is text to us: nothing here renders it.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_chat_template(folder, settings))
     for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
@@ -121,6 +114,15 @@ def _as_written(folder: Path) -> PreTrainedTokenizerBase:
         if token and backend.token_to_id(token) is not None:
             setattr(tokenizer, name, token)  # given to the constructor, it would become an added token
     return tokenizer
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, and of special tokens what only special_tokens_map.json does."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", _SETTINGS):
+        if (folder / name).is_file():
+            found |= files.read_object(folder / name)
+    return found
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
@@ -156,5 +158,8 @@ def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _as_transformers_reads(folder: Path) -> PreTrainedTokenizerBase:
+    for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
+        if _settings(folder).get(name) == "":  # transformers looks it up without end
+            raise InputError(f'{folder / _SETTINGS}: "{name}": "" is no token; remove that line')
     config = read_config(folder)  # transformers' own reading refuses some that ours does not
     return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)

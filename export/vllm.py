@@ -31,7 +31,6 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
     config = checkpoint.read_config(source)
     facts: dict[str, JsonValue] = {"shard_size": shard_size, **preflight(config)}
     headers = checkpoint.audit(source)
-    checkpoint.load_tokenizer(source)
     if problem := other_reading(source):
         raise InputError(problem)
     parents = {"checkpoint": manifest.folder_digest(source)}

@@ -78,10 +78,11 @@ def write_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def recast(folder: Path, dtype: torch.dtype) -> Path:
-    """Store every tensor of a checkpoint of one file in `dtype`, whatever its config.json says."""
+def recast(folder: Path, dtype: torch.dtype, **others: torch.dtype) -> Path:
+    """Store the tensors of a checkpoint of one file in `dtype`, or `others` by name, whatever its config.json says."""
     path = folder / "model.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    cast = {name: tensor.to(others.get(name, dtype)) for name, tensor in load_file(path).items()}
+    save_file(cast, path, {"format": "pt"})
     return folder
 
 

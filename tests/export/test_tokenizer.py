@@ -92,7 +92,7 @@ def test_special_tokens_add_none(tiny_checkpoint: Checkpoint) -> None:
 def test_an_empty_unknown_token_is_named_where_vllm_would_fail(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
     settings(folder, unk_token="")
-    with pytest.raises(InputError, match=r'tokenizer_config\.json: "unk_token": "" is no token, .*remove that line'):
+    with pytest.raises(InputError, match=r'tokenizer_config\.json: "unk_token": "" is no token; remove that line'):
         vllm.export(folder, folder.with_name("out"))
     settings(folder, unk_token=None)
     assert other_reading(folder) is None
@@ -159,6 +159,9 @@ def test_a_sentencepiece_model_alone(sentencepiece: Callable[..., Path]) -> None
         assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text)
     checkpoint.save(model, folder, folder.with_name("out"))
     assert not folder.with_name("out").joinpath("tokenizer.json").exists()
+    settings(folder.with_name("out"), unk_token="")
+    with pytest.raises(InputError, match=r'"unk_token": "" is no token; remove that line'):
+        load_tokenizer(folder.with_name("out"))
     vllm.export(folder, folder.with_name("vllm"))
     for name in ("out", "vllm"):
         assert (folder.with_name(name) / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()

@@ -28,6 +28,7 @@ MODELS = [
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, UNIFORM),
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, GLOBAL),
     ("llama", {}, ERROR),
+    ("llama", {}, FLAP),
     ("llama", {"attention_bias": True, "mlp_bias": True}, FLAP),
     ("qwen2", {}, UNIFORM),
     ("qwen2", {}, GLOBAL),
@@ -57,7 +58,8 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize(("family", "overrides", "how"), MODELS)
 def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, overrides, how) -> None:
-    dense = recast(tiny_checkpoint(family, **overrides), torch.float16)  # what is read is not what is computed in
+    # What is read is not what is computed in, nor all of one data type.
+    dense = recast(tiny_checkpoint(family, **overrides), torch.float16, **{"model.norm.weight": torch.float32})
     base = tmp_path / "shards"
     checkpoint.save(checkpoint.load(dense)[0], dense, base, shard_bytes=40_000)
     options = PruneOptions(0.4, **how, target=Target(align=1), batch_size=4)
@@ -67,6 +69,8 @@ def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, o
     )
     assert_same(tmp_path / "streamed", tmp_path / "memory")
     assert {**streamed, "digest": ""} == {**memory, "digest": ""}
+    dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "memory").items()}
+    assert {name for name, dtype in dtypes.items() if dtype != torch.float16} == {"model.norm.weight"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
     assert loaded(ROWS).logits.isfinite().all()
 
