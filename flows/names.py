@@ -8,7 +8,7 @@ from typing import Literal
 
 Criterion = Literal["numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "error"]
-Compensation = Literal["none", "oneshot", "sequential", "residual", "joint"]
+Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -132,7 +132,12 @@ def sample_calibration(run: Run) -> StageResult:
         "steps.text.make_calibration",
         inputs={"model": run.base.digest, "text": run.texts["calibration"]},
         sources={"model": run.base.path, "text": data.calibration},
-        options={"samples": data.samples, "sequence_length": data.sequence_length, "seed": data.seed},
+        options={
+            "samples": data.samples,
+            "sequence_length": data.sequence_length,
+            "seed": data.seed,
+            "reading": data.reading(),
+        },
         layer="numprune",
     )
 
@@ -145,7 +150,7 @@ def read_heldout(run: Run) -> StageResult:
         "steps.text.make_heldout",
         inputs={"model": run.base.digest, "text": run.texts["heldout"]},
         sources={"model": run.base.path, "text": data.heldout},
-        options={"sequence_length": data.sequence_length},
+        options={"sequence_length": data.sequence_length, "reading": data.reading()},
         layer="numprune",
     )
 

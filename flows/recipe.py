@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from numprune.documents import WHOLE_FILE, separator
 from numprune.errors import InputError
 from numprune.flows.names import SEQUENCE_LENGTH, Allocation, Compensation, Criterion, Device, ExportTarget, Runtime
 from numprune.flows.problems import described, listed
@@ -40,6 +41,20 @@ def _distinct(value: list[Any]) -> list[Any]:
     return value
 
 
+def _separator(value: str) -> str:
+    try:
+        separator(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _pack(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError('must be "auto", true or false')
+    return value
+
+
 Text = Annotated[str | list[str], PlainValidator(_text)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -57,13 +72,23 @@ class Model(Section):
 
 
 class Data(Section):
-    """Text files, or "embedded"; `samples` rows of `sequence_length` tokens are drawn for calibration with `seed`."""
+    """Text files, or "embedded"; `samples` rows of `sequence_length` tokens are drawn for calibration with `seed`.
+
+    `split`, `chat` and `pack` are the fields of numprune.documents.Reading.
+    """
 
     calibration: Text
     heldout: Text
     samples: Count = 128
     sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = SEQUENCE_LENGTH
     seed: Seed = 0
+    split: Annotated[str, AfterValidator(_separator)] = WHOLE_FILE
+    chat: bool = False
+    pack: Annotated[bool | Literal["auto"], PlainValidator(_pack)] = "auto"
+
+    def reading(self) -> dict[str, Any]:
+        """The fields of numprune.documents.Reading."""
+        return self.model_dump(include={"split", "chat", "pack"})
 
 
 class Prune(Section):

@@ -18,20 +18,22 @@ from numprune.layers import Layers
 _NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
+def longest_row(config: PreTrainedConfig, anatomy: Anatomy) -> int:
+    """Return how many tokens a row may have that the model is calibrated on."""
+    limit: int = config.max_position_embeddings
+    # Inside the sliding window, plain causal attention is the same thing.
+    return limit if anatomy.sliding_window is None else min(limit, anatomy.sliding_window)
+
+
 def check_rows(config: PreTrainedConfig, anatomy: Anatomy, rows: Tensor) -> None:
     """Refuse rows that the model cannot be calibrated on as its blocks are run here.
 
     Raises:
         InputError: a token outside the vocabulary, or rows longer than the context or than the sliding window.
     """
-    length = rows.shape[1]
-    limit = config.max_position_embeddings
-    if anatomy.sliding_window is not None:
-        limit = min(limit, anatomy.sliding_window)  # inside the window, plain causal attention is the same thing
+    length, limit = rows.shape[1], longest_row(config, anatomy)
     if length > limit:
-        raise InputError(
-            f"sequence length {length} is over the model's {limit}; give --sequence-length {limit} or less"
-        )
+        raise InputError(f"sequence length {length} is over the model's {limit}; give rows of {limit} tokens or less")
     if int(rows.max()) >= anatomy.vocabulary:
         raise InputError(
             f"token {int(rows.max())} is outside the model's vocabulary of {anatomy.vocabulary}: "

@@ -1,111 +1,145 @@
-"""Text files to rows of tokens. Documents are kept apart: no row crosses from one into the next."""
+"""Documents to rows of tokens: windows of each document, or of all documents joined by EOS."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from numprune.documents import Document
 from numprune.errors import InputError
 
 
 @dataclass(frozen=True)
-class Document:
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
 class TokenRows:
-    """Consecutive windows of each document's tokens.
+    """Consecutive windows of tokens: each of one document, or, *packed*, of all documents joined by EOS.
+
+    What a row holds of one document is a *span*. All tokens of a row are scored but the first, whatever document they
+    are from. An EOS belongs to the document that it ends.
 
     Attributes:
-        rows: (S',) int64 each; S' is the sequence length, less in a document's last row.
-        document: index of each row's document.
+        rows: (S',) int64 each; S' is the sequence length, less in the last row of a document, or of all of them.
+        document: index of each span's document, row by row.
         names: of the documents.
-        digest: SHA-256 of the tokens and of where the documents end.
+        digest: SHA-256 of the tokens, of where the documents end, and of whether they are packed.
+        spans: each row's spans' tokens; None where the rows are not packed: then a row is one span.
     """
 
     rows: list[Tensor]
     document: list[int]
     names: list[str]
     digest: str
+    spans: list[list[int]] | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.spans is not None
 
     @property
     def tokens(self) -> int:
-        return sum(len(row) for row in self.rows)
+        """How many are scored."""
+        return int(self.scored.sum())
+
+    @property
+    def documents(self) -> int:
+        """How many have tokens that are scored."""
+        return len(np.unique(np.array(self.document)[self.scored > 0]))
+
+    @cached_property
+    def scored(self) -> np.ndarray:
+        """(spans,) int64: scored tokens."""
+        return np.array([part.stop - part.start for parts in self._parts for part in parts], dtype=np.int64)
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        """(spans,) int64: index of each span's row."""
+        return np.repeat(np.arange(len(self.rows)), [len(parts) for parts in self._parts])
+
+    def add(self, sums: np.ndarray, rows: Sequence[int], values: np.ndarray) -> None:
+        """Add values of scored tokens, (n, S' - 1) of these `rows`, to the `sums` (spans,) of their spans."""
+        for index, of_row in zip(rows, values, strict=True):
+            for span, part in enumerate(self._parts[index], start=self._first_span[index]):
+                sums[span] += of_row[part].sum()
+
+    def part(self, rows: slice) -> "TokenRows":
+        """Return these of the rows alone."""
+        first = [*self._first_span, len(self.document)]
+        start, stop, _ = rows.indices(len(self.rows))
+        return TokenRows(
+            self.rows[rows],
+            self.document[first[start] : first[stop]],
+            self.names,
+            hashlib.sha256(f"{self.digest} {rows.start}:{rows.stop}".encode()).hexdigest(),
+            self.spans and self.spans[rows],
+        )
+
+    @cached_property
+    def _parts(self) -> list[list[slice]]:
+        """Each row's spans, as slices of its scored tokens; that of a single first token is empty."""
+        if self.spans is None:
+            return [[slice(0, len(row) - 1)] for row in self.rows]
+        ends = ([0, *(end - 1 for end in accumulate(lengths))] for lengths in self.spans)
+        return [[slice(*pair) for pair in pairwise(end)] for end in ends]
+
+    @cached_property
+    def _first_span(self) -> list[int]:
+        return [0, *accumulate(map(len, self._parts))][:-1]
 
 
-def read_documents(files: Iterable[Path | str]) -> list[Document]:
-    """Return the documents of `files`: a line of a `.jsonl` file (its field "text") each, any other file is one.
+def token_rows(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    pack: bool | Literal["auto"] = "auto",
+) -> TokenRows:
+    """Return the documents' tokens in consecutive windows of `length`, no overlap.
+
+    Not packed, each document is cut for itself; its last window may be shorter, and one of a single token scores
+    nothing and is left out. Packed, documents that are not blank are joined by EOS and cut as one text, in their order;
+    attention is causal over the whole row, so that a document sees the end of the one before it. No other special
+    tokens are added.
+
+    Args:
+        documents: in the order in which they are packed.
+        tokenizer: the model's.
+        length: tokens of a row.
+        pack: "auto" packs where the tokenizer has an EOS and full windows of single documents would hold less than half
+            of the tokens.
 
     Raises:
-        InputError: a file is missing, empty, not UTF-8, or a line is not what it should be; names file and line.
-    """
-    documents: list[Document] = []
-    for file in map(Path, files):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise InputError(f"text file {str(file)!r} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"text file {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-        if not text.strip():
-            raise InputError(f"text file {str(file)!r} is empty")
-        if file.suffix == ".jsonl":
-            documents.extend(_json_lines(file, text))
-        else:
-            documents.append(Document(file.name, text))
-    return documents
-
-
-def _json_lines(file: Path, text: str) -> Iterable[Document]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file.name}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}: line {number} is not JSON ({str(error)[:200]})") from None
-        value = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            raise InputError(f'{file}: line {number} must be an object with a string field "text"')
-        name = record.get("name", where)
-        if not isinstance(name, str):
-            raise InputError(f'{file}: line {number}: its field "name" must be a string')
-        if not (_is_text(value) and _is_text(name)):
-            raise InputError(f"{file}: line {number} has half of a surrogate pair, which is no text")
-        yield Document(name, value)
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def token_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenRows:
-    """Return the documents' tokens in consecutive windows of `length`, no overlap, no special tokens added.
-
-    A document's last window may be shorter; one of a single token scores nothing and is left out.
-
-    Raises:
-        InputError: `length` is under 2, or no document has two tokens.
+        InputError: `length` is under 2, no document has two tokens, or there is no EOS to pack with.
     """
     if length < 2:
         raise InputError(f"sequence length is {length}; at least 2 tokens are needed, to score one")
     if not documents:
         raise InputError("no text: give at least one text file")
+    eos = tokenizer.eos_token_id
+    if pack is True and eos is None:
+        raise InputError("pack: the tokenizer has no EOS token to join documents by; leave it out")
     # verbose=False: a document is meant to be longer than the model's context here.
     encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)["input_ids"]
+    names = [document.name for document in documents]
+    if pack == "auto":
+        pack = eos is not None and _are_short(list(map(len, encoded)), length)
+    if pack:
+        kept = [index for index, document in enumerate(documents) if document.text.strip()]
+        return _packed(kept, [encoded[index] for index in kept], names, eos, length)
+    return _apart(encoded, names, length)
+
+
+def _are_short(lengths: Sequence[int], length: int) -> bool:
+    """Whether full windows of single documents would hold less than half of the tokens."""
+    return len(lengths) > 1 and 2 * sum(tokens - tokens % length for tokens in lengths) < sum(lengths)
+
+
+def _apart(encoded: Sequence[list[int]], names: list[str], length: int) -> TokenRows:
     rows: list[Tensor] = []
     owner: list[int] = []
     digest = hashlib.sha256()
@@ -117,10 +151,35 @@ def token_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
             if len(row) > 1:
                 rows.append(row)
                 owner.append(index)
+    digest.update(length.to_bytes(8, "little"))
+    return TokenRows(_required(rows), owner, names, digest.hexdigest())
+
+
+def _packed(kept: Sequence[int], encoded: Sequence[list[int]], names: list[str], eos: int, length: int) -> TokenRows:
+    """Rows of the documents with the indices `kept`."""
+    # A conversation may end with EOS already.
+    joined = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded[:-1]] + list(encoded[-1:])
+    tokens = torch.tensor([token for ids in joined for token in ids], dtype=torch.int64)
+    owner = torch.tensor([index for index, ids in zip(kept, joined, strict=True) for _ in ids], dtype=torch.int64)
+    digest = hashlib.sha256(b"packed")
+    digest.update(json.dumps([len(ids) for ids in joined]).encode())
+    digest.update(tokens.numpy().tobytes())
+    digest.update(length.to_bytes(8, "little"))
+    rows = _required([row for row in tokens.split(length) if len(row) > 1])
+    document: list[int] = []
+    spans: list[list[int]] = []
+    for row in owner.split(length)[: len(rows)]:
+        found, counts = row.unique_consecutive(return_counts=True)
+        document += found.tolist()
+        spans.append(counts.tolist())
+    return TokenRows(rows, document, names, digest.hexdigest(), spans)
+
+
+def _required(rows: list[Tensor]) -> list[Tensor]:
+    """`rows`, where there are any. Raises InputError."""
     if not rows:
         raise InputError("the text has no document of at least two tokens; give files with more text")
-    digest.update(length.to_bytes(8, "little"))
-    return TokenRows(rows, owner, [document.name for document in documents], digest.hexdigest())
+    return rows
 
 
 def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor:
@@ -133,9 +192,10 @@ def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor
     if samples < 1:
         raise InputError(f"samples is {samples}; calibration needs at least 1")
     if len(full) < samples:
+        packing = "" if rows.packed or len(rows.names) < 2 else "packed documents, "
         raise InputError(
             f"the calibration text gives {len(full)} windows of {length} tokens, but {samples} samples were asked for; "
-            f"give more text, fewer samples or a shorter sequence length"
+            f"give more text, {packing}fewer samples or a shorter sequence length"
         )
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))[:samples]
     return torch.stack([full[index] for index in order.tolist()])

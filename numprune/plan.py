@@ -45,13 +45,18 @@ class Draw(BaseModel):
 
     Attributes:
         text: the names of its files, or "embedded:train" for that split of the embedded text.
-        seed: of the draw; with the same text, tokenizer, number and length it gives the same rows.
+        seed: of the draw; with all the rest, the same tokenizer, number and length it gives the same rows.
+        split, chat: as of `documents.Reading`.
+        packed: the rows are of all documents joined by EOS.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: list[str]
     seed: int
+    split: str = "file"
+    chat: bool = False
+    packed: bool = False
 
 
 class Calibration(BaseModel):

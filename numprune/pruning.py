@@ -188,7 +188,8 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     anatomy = layers.anatomy
     check_options(anatomy, options)
     check_rows(layers.config, anatomy, rows)
-    _warn_of_few(rows, anatomy)
+    if options.compensation in _REFITTING:
+        _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)
     gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:

@@ -23,7 +23,7 @@ Distributions = Callable[[list[int], Tensor], Tensor]
 
 # Fewer documents bound nothing that is of use. Windows take their place, which say something of this text alone: those
 # of one document are alike.
-_MINIMUM_DOCUMENTS = 5
+MINIMUM_DOCUMENTS = 5
 _DRAWS = 10_000
 
 
@@ -49,11 +49,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """NLL of one model, window by window.
+    """NLL of one model, by span: what a row has of one document (a window, where rows are not packed).
 
     Attributes:
-        nll: (windows,) summed NLL in nats, float64.
-        scored: (windows,) tokens scored.
+        nll: (spans,) summed NLL in nats, float64.
+        scored: (spans,) tokens scored.
     """
 
     nll: np.ndarray
@@ -113,10 +113,10 @@ def evaluate(model: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> Qu
         IntegrityError: the model gives logits that are not finite.
     """
     check_rows_fit(model, rows)
-    nll = np.zeros(len(rows.rows))
+    nll = np.zeros(len(rows.document))
     for index, tokens in batches(rows, batch_size, "evaluate"):
-        nll[index] = _token_nll(_log_probabilities(model, tokens), tokens).sum(1).cpu().numpy()
-    return Quality(nll, _scored(rows))
+        rows.add(nll, index, _token_nll(_log_probabilities(model, tokens), tokens).cpu().numpy())
+    return Quality(nll, rows.scored)
 
 
 def compare(
@@ -136,28 +136,25 @@ def compare_with(
 ) -> Comparison:
     """`compare` with a baseline whose distributions on `rows` are known, however they are."""
     check_rows_fit(model, rows)
-    windows = len(rows.rows)
-    nll, baseline_nll, kl, agree = np.zeros(windows), np.zeros(windows), np.zeros(windows), np.zeros(windows)
+    windows, spans = len(rows.rows), len(rows.document)
+    nll, baseline_nll, kl, agree = np.zeros(spans), np.zeros(spans), np.zeros(windows), np.zeros(windows)
     for index, tokens in batches(rows, batch_size, "compare"):
         ours, theirs = _log_probabilities(model, tokens), baseline(index, tokens)
-        nll[index] = _token_nll(ours, tokens).sum(1).cpu().numpy()
-        baseline_nll[index] = _token_nll(theirs, tokens).sum(1).cpu().numpy()
+        rows.add(nll, index, _token_nll(ours, tokens).cpu().numpy())
+        rows.add(baseline_nll, index, _token_nll(theirs, tokens).cpu().numpy())
         kl[index] = (theirs.exp() * (theirs - ours)).sum((1, 2)).double().cpu().numpy()
         agree[index] = (ours.argmax(-1) == theirs.argmax(-1)).sum(1).cpu().numpy()
-    scored = _scored(rows)
-    document = np.array(rows.document)
-    delta = nll - baseline_nll
-    by_document = np.bincount(document, delta), np.bincount(document, scored)
-    used = by_document[1] > 0
-    unit = "document" if used.sum() >= _MINIMUM_DOCUMENTS else "window"
-    sums, counts = (by_document[0][used], by_document[1][used]) if unit == "document" else (delta, scored)
+    scored, delta = rows.scored, nll - baseline_nll
+    unit = "document" if rows.documents >= MINIMUM_DOCUMENTS else "window"
+    units = rows.document if unit == "document" else rows.row
+    sums, counts = np.bincount(units, delta), np.bincount(units, scored)
     return Comparison(
         candidate=Quality(nll, scored),
         baseline=Quality(baseline_nll, scored),
-        documents=int(used.sum()),
+        documents=rows.documents,
         kl_nats_per_token=float(kl.sum() / scored.sum()),
         top1_agreement=float(agree.sum() / scored.sum()),
-        nll_delta_nats_per_token=bootstrap_mean(sums, counts, unit, seed),
+        nll_delta_nats_per_token=bootstrap_mean(sums[counts > 0], counts[counts > 0], unit, seed),
     )
 
 
@@ -300,7 +297,3 @@ def _token_nll(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
     if not torch.isfinite(nll).all():
         raise IntegrityError("the model's probabilities are not finite; its weights are damaged or overflow")
     return nll
-
-
-def _scored(rows: TokenRows) -> np.ndarray:
-    return np.array([len(row) - 1 for row in rows.rows], dtype=np.int64)

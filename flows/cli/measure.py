@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from numprune.errors import InputError, NumpruneError
 from numprune.flows import names
-from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 _SERVED = {  # fields of ServedLoad
     "prompts": "one after the other, in each of the streams that are in flight (4)",
@@ -28,13 +28,14 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("candidate", metavar="CANDIDATE", help="a checkpoint")
     parser.add_argument("--baseline", required=True, metavar="BASELINE", help="a checkpoint")
-    parser.add_argument("--runtime", required=True, choices=get_args(names.Runtime), help="in which both are run")
+    add_choice(parser, "--runtime", get_args(names.Runtime), None, "in which both are run")
     parser.add_argument(
         "--text", nargs="+", type=Path, metavar="FILE", help="held-out text: adds quality to the report"
     )
     parser.add_argument(
         "--sequence-length", type=at_least(2), metavar="L", help="of the text's windows (default: 512, or the context)"
     )
+    add_reading(parser)
     served = parser.add_argument_group("runtime vllm", "each side on a server of its own, under `vllm bench serve`")
     served.add_argument(
         "--concurrency", nargs="+", type=at_least(1), metavar="N", help="requests in flight, one after the other (1 4)"
@@ -78,8 +79,16 @@ def benchmark(args: argparse.Namespace) -> Answer:
         more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "load": ServedLoad(**given)}
     elif given or args.vllm or args.untested_vllm:
         raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
+    how = reading(args, args.text or [])
     report: Report = children.step(
-        "steps.benchmark.measure", args.candidate, args.baseline, args.runtime, args.text, args.sequence_length, **more
+        "steps.benchmark.measure",
+        args.candidate,
+        args.baseline,
+        args.runtime,
+        args.text,
+        args.sequence_length,
+        how,
+        **more,
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
-from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
@@ -27,14 +27,12 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of the prunable parameters")
-    for name, choices, default in (
-        ("criterion", names.Criterion, "obs"),
-        ("allocation", names.Allocation, "uniform"),
-        ("compensation", names.Compensation, "joint"),
+    for option, choices, default, help_text in (
+        ("--criterion", names.Criterion, "obs", "what scores the units"),
+        ("--allocation", names.Allocation, "uniform", "how many units each layer loses"),
+        ("--compensation", names.Compensation, "joint", "how the kept channels take over from the removed ones"),
     ):
-        parser.add_argument(
-            f"--{name}", choices=get_args(choices), default=default, help=f"default: {default}", metavar=name.upper()
-        )
+        add_choice(parser, option, get_args(choices), default, help_text)
     _add_text(parser, "text to calibrate on")
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="rows of text (default: 128)")
     for name, least, help_text in (
@@ -73,7 +71,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--to", required=True, choices=get_args(names.ExportTarget), help="what to write")
+    add_choice(parser, "--to", get_args(names.ExportTarget), None, "what to write")
 
 
 def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
@@ -83,8 +81,10 @@ def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help=f'{help_text}: a document per line of a .jsonl file (its field "text"), any other file is one document',
+        help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "
+        '"text"), any other file is plain text',
     )
+    add_reading(parser)
     parser.add_argument(
         "--sequence-length",
         type=at_least(2),
@@ -162,11 +162,11 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.corpus import sample_rows
+    from numprune.calibration import longest_row
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, prune_checkpoint
-    from numprune.flows.steps.text import draw_of, rows_of
+    from numprune.flows.steps.text import calibration_rows, row_length
     from numprune.pruning import PruneOptions, check_options
     from numprune.target import Target
 
@@ -183,11 +183,13 @@ def prune(args: argparse.Namespace) -> Answer:
         skips=args.skips,
         seed=args.seed,
     )
-    check_options(read_anatomy(checkpoint.read_config(base)), options)
-    rows = rows_of(args.text, args.sequence_length, base)
-    drawn = sample_rows(rows, args.samples, max(map(len, rows.rows)), args.seed)
-    draw = draw_of(args.text, args.seed)
-    facts = prune_checkpoint(base, drawn, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
+    config = checkpoint.read_config(base)
+    anatomy = read_anatomy(config)
+    check_options(anatomy, options)
+    length = row_length(args.sequence_length, longest_row(config, anatomy))
+    tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
+    rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how)
+    facts = prune_checkpoint(base, rows, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
     data = {
         "out": str(args.out),
         "digest": facts["digest"],
@@ -210,14 +212,20 @@ def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
     from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint, side
     from numprune.flows.steps.prune import device_of
-    from numprune.flows.steps.text import rows_of
+    from numprune.flows.steps.text import heldout_rows
 
     model = checkpoint.resolve(args.model)
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
-    rows = rows_of(args.text, args.sequence_length, model, baseline)
+    rows = heldout_rows(args.text, args.sequence_length, model, reading(args, args.text), baseline)
     if baseline is None:
         quality = evaluate_checkpoint(model, rows, device_of("auto"))
-        data = {"model": str(model), **side(quality), "tokens": quality.tokens}
+        data = {
+            "model": str(model),
+            **side(quality),
+            "tokens": quality.tokens,
+            "documents": rows.documents,
+            "packed": rows.packed,
+        }
         return Answer(data, _quality_line(model, data))
     found = compare_checkpoints(model, baseline, rows, device_of("auto"))
     delta = found["nll_delta_nats_per_token"]
@@ -226,6 +234,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
         **found["candidate"],
         "tokens": found["tokens"],
         "documents": found["documents"],
+        "packed": rows.packed,
         "baseline": {"model": str(baseline), **found["baseline"]},
         **{
             name: found[name]
@@ -270,7 +279,8 @@ def _must_not_exist(out: Path) -> None:
 def _quality_line(model: Path, data: dict[str, Any]) -> str:
     return (
         f"{model}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
-        f"{data['tokens']:,} tokens"
+        f"{data['tokens']:,} tokens of {data['documents']:,} document{'' if data['documents'] == 1 else 's'}"
+        f"{', packed' if data['packed'] else ''}"
     )
 
 

@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from numprune.documents import BLANK_LINE, WHOLE_FILE, Reading, is_plain, separator
 from numprune.errors import InputError
 from numprune.flows import logs
 
@@ -99,6 +101,58 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
     parse.__name__ = "int"  # argparse's "invalid int value"
     return parse
+
+
+def add_choice(
+    parser: argparse.ArgumentParser, option: str, choices: Sequence[str], default: str | None, help_text: str
+) -> None:
+    """Add an option that takes one of `choices`; its help lists them all, and the default."""
+    listed = f"{help_text}: {', '.join(choices)}"
+    parser.add_argument(
+        option,
+        choices=choices,
+        default=default,
+        required=default is None,
+        metavar=option.lstrip("-").upper(),
+        help=f"{listed} (default: {default})" if default else listed,
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how text files become rows of tokens: see `reading`."""
+    parser.add_argument(
+        "--split",
+        type=_separator,
+        default=WHOLE_FILE,
+        metavar="SEPARATOR",
+        help=f"what separates the documents of a plain text file: {BLANK_LINE}, or a regular expression "
+        f"(default: {WHOLE_FILE}, a file is one document)",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="a record's \"messages\" are its text, by the model's chat template"
+    )
+    parser.add_argument(
+        "--pack",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="join documents by EOS and cut them as one text, or each by itself (default: join them where full windows "
+        "of single documents hold less than half of the tokens)",
+    )
+
+
+def reading(args: argparse.Namespace, files: Iterable[str | Path]) -> Reading:
+    """How the text `files` are to be read. Raises InputError."""
+    if args.split != WHOLE_FILE and not any(is_plain(Path(file)) for file in files):
+        raise InputError(f"--split {args.split}: there is no plain text file to split; leave it out")
+    return Reading(args.split, args.chat, args.pack)
+
+
+def _separator(text: str) -> str:
+    try:
+        separator(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+    return text
 
 
 class _Version(argparse.Action):

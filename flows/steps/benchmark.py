@@ -7,6 +7,7 @@ from typing import Any
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure as measure_budget
+from numprune.documents import Reading
 from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
 from numprune.export.manifest import folder_digest
 from numprune.flows.names import TARGETS
@@ -14,7 +15,7 @@ from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.report import assemble
-from numprune.flows.steps.text import rows_of
+from numprune.flows.steps.text import heldout_rows
 from numprune.serving.benchmark import Load, run_benchmark
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Report
@@ -50,6 +51,7 @@ def measure(
     runtime: str,
     text: list[Path] | None,
     length: int | None,
+    reading: Reading,
     *,
     vllm: Environment | None = None,
     load: ServedLoad | None = None,
@@ -64,7 +66,7 @@ def measure(
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
     for folder in sides.values():
         check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
-    rows = rows_of(text, length, sides["candidate"], sides["baseline"]) if text else None
+    rows = heldout_rows(text, length, sides["candidate"], reading, sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
     sections: dict[str, Any] = {"sizes": sizes(sides["baseline"], sides["candidate"])}

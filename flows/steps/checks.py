@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from numprune.anatomy import Anatomy, read_anatomy
-from numprune.corpus import read_documents
+from numprune.calibration import longest_row
+from numprune.chat import renderer
+from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
 from numprune.export import tensorrt
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
@@ -75,6 +77,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             problems.append(f"{field}: {error}")
             return None
 
+    tokenizer = None
     collect("--workspace", require_writable, workspace)
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
@@ -88,10 +91,15 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
-        problems += _lengths(recipe, config.max_position_embeddings, anatomy)
-    for split, text in (("calibration", recipe.data.calibration), ("heldout", recipe.data.heldout)):
-        for file in text if isinstance(text, list) else []:
-            collect(f"data.{split}", read_documents, [file])
+        problems += _lengths(recipe, config, anatomy)
+    data = recipe.data
+    texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
+    if tokenizer is not None or not data.chat:
+        render = renderer(tokenizer) if data.chat else None
+        for name, files in texts.items():
+            collect(f"data.{name}", read_documents, files, data.split, render)
+    if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
+        problems.append(f"data.split = {data.split!r}: there is no plain text file to split; leave it out")
     problems += _combinations(recipe)
     problems += _metrics(recipe)
     for field, name in _needed(recipe):
@@ -119,9 +127,9 @@ def prune_options(recipe: Recipe) -> PruneOptions:
     return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
 
 
-def _lengths(recipe: Recipe, context: int, anatomy: Anatomy) -> list[str]:
+def _lengths(recipe: Recipe, config: Any, anatomy: Anatomy) -> list[str]:
     problems = []
-    limit = min(context, anatomy.sliding_window or context)
+    limit, context = longest_row(config, anatomy), config.max_position_embeddings
     if recipe.data.sequence_length > limit:
         problems.append(f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {limit} tokens")
     positions = recipe.benchmark.prompt_length + recipe.benchmark.output_length

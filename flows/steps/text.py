@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from numprune.corpus import Document, TokenRows, read_documents, rows_digest, sample_rows, token_rows
+from numprune.chat import renderer
+from numprune.corpus import TokenRows, rows_digest, sample_rows, token_rows
+from numprune.documents import Document, Reading, content_of, read_documents
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer, read_config
 from numprune.export.manifest import sha256_file
@@ -21,6 +24,11 @@ from numprune.flows.embedded import corpus
 from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
 from numprune.plan import Draw
+from numprune.quality import MINIMUM_DOCUMENTS
+
+logger = logging.getLogger(__name__)
+
+Text = str | Sequence[str | Path]  # "embedded", or files
 
 _FILE = "rows.safetensors"
 _HELDOUT = "heldout.safetensors"
@@ -28,23 +36,45 @@ _HELDOUT = "heldout.safetensors"
 _CHARACTERS_PER_TOKEN = 12
 
 
-def text_digest(text: str | list[str], split: corpus.Split) -> str:
+def text_digest(text: Text, part: corpus.Split) -> str:
     """The identity of a recipe's text: its files', or that of the interpreter that carries it and of our reader."""
     if text == EMBEDDED:
-        parts = [sys.version, split, sha256_file(Path(corpus.__file__))]
+        parts = [sys.version, part, sha256_file(Path(corpus.__file__))]
     else:
         # The names count: they name the documents, and a suffix decides how a file is read.
-        parts = [part for file in text for part in (Path(file).name, sha256_file(Path(file)))]
+        parts = [word for file in map(Path, text) for word in (file.name, *map(sha256_file, content_of(file)))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def read_text(text: str | list[str], split: corpus.Split, tokens: int | None = None) -> list[Document]:
-    """The documents of a recipe's text; of the embedded one enough for `tokens`, or all. Raises InputError."""
-    if text != EMBEDDED:
-        return read_documents(text)
+def text_rows(
+    text: Text,
+    part: corpus.Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    reading: Reading,
+    tokens: int | None = None,
+) -> TokenRows:
+    """A recipe's text as rows; of the embedded one enough for `tokens`, or all. Raises InputError."""
+    if text == EMBEDDED:
+        documents = _embedded(part, tokens)
+    else:
+        documents = read_documents(text, reading.split, renderer(tokenizer) if reading.chat else None)
+    rows = token_rows(documents, tokenizer, length, reading.pack)
+    logger.info(
+        "%s text: %s, %s of %d tokens%s",
+        "calibration" if part == "train" else "held-out",
+        _counted(len(documents), "document"),
+        _counted(len(rows.rows), "packed row" if rows.packed else "row"),
+        length,
+        "" if rows.packed else " or less",
+    )
+    return rows
+
+
+def _embedded(part: corpus.Split, tokens: int | None) -> list[Document]:
     documents: list[Document] = []
     characters = 0
-    for name, content in corpus.documents(split):
+    for name, content in corpus.documents(part):
         documents.append(Document(name, content))
         characters += len(content)
         if tokens is not None and characters >= tokens * _CHARACTERS_PER_TOKEN:
@@ -52,48 +82,91 @@ def read_text(text: str | list[str], split: corpus.Split, tokens: int | None = N
     return documents
 
 
-def rows_of(files: Sequence[Path], length: int | None, model: Path, baseline: Path | None = None) -> TokenRows:
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def row_length(asked: int | None, limit: int) -> int:
+    """The sequence length that a command is asked for, or by default `SEQUENCE_LENGTH`, and at most `limit`."""
+    if asked is not None and asked > limit:
+        raise InputError(f"--sequence-length {asked}: the model takes at most {limit} tokens")
+    return asked or min(SEQUENCE_LENGTH, limit)
+
+
+def heldout_rows(
+    files: Sequence[Path], length: int | None, model: Path, reading: Reading, baseline: Path | None = None
+) -> TokenRows:
     """The text as rows for a model and, where there is one, for the baseline that it is compared with.
 
     Args:
-        length: None for `SEQUENCE_LENGTH`, or the model's context where that is shorter.
+        length: see `row_length`.
 
     Raises InputError: as `read_documents` and `token_rows` do, and when the tokenizers of the two differ on the text.
     """
-    context = read_config(model).max_position_embeddings
-    length = length or min(SEQUENCE_LENGTH, context)
-    if length > context:
-        raise InputError(f"--sequence-length {length}: the model takes at most {context} tokens")
-    documents = read_documents(files)
-    rows = token_rows(documents, load_tokenizer(model), length)
-    if baseline is not None and token_rows(documents, load_tokenizer(baseline), length).digest != rows.digest:
+    length = row_length(length, read_config(model).max_position_embeddings)
+    rows = text_rows(files, "heldout", load_tokenizer(model), length, reading)
+    if baseline is None:
+        return rows
+    if text_rows(files, "heldout", load_tokenizer(baseline), length, reading).digest != rows.digest:
         raise InputError(
             f"{model} and {baseline}: their tokenizers make different tokens of the text, so there is nothing to "
             "compare; the baseline must be the model that the other one was made from"
         )
+    warn_of_windows(rows, "--split")
     return rows
 
 
+def warn_of_windows(rows: TokenRows, option: str) -> None:
+    """Say so where the text has too few documents for an interval over documents."""
+    if rows.documents < MINIMUM_DOCUMENTS:
+        logger.warning(
+            "the held-out text has %s, so intervals are over its %s: they are alike, and say little of other text; "
+            "separate its documents (%s blank-line, or a regular expression) or give %d and more",
+            _counted(rows.documents, "document"),
+            _counted(len(rows.rows), "window"),
+            option,
+            MINIMUM_DOCUMENTS,
+        )
+
+
 def calibration_rows(
-    text: str | list[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int
-) -> Tensor:
-    """(samples, length) token rows drawn from a recipe's text. Raises InputError."""
-    documents = read_text(text, "train", tokens=samples * length)
-    return sample_rows(token_rows(documents, tokenizer, length), samples, length, seed)
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+    reading: Reading,
+    option: str = "--samples",
+) -> tuple[Tensor, Draw]:
+    """(samples, length) token rows drawn from a recipe's text, and what a plan says of them.
 
-
-def draw_of(text: str | Sequence[str | Path], seed: int) -> Draw:
-    """What a plan says of the text that its calibration rows were drawn from, and of the draw."""
-    return Draw(text=[f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text], seed=seed)
+    `option` is what the user knows `samples` by. Raises InputError.
+    """
+    rows = text_rows(text, "train", tokenizer, length, reading, tokens=samples * length)
+    try:
+        drawn = sample_rows(rows, samples, length, seed)
+    except InputError as error:
+        raise InputError(f"{option} {samples}: {error}") from None
+    names = [f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text]
+    return drawn, Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=rows.packed)
 
 
 def make_calibration(
-    out: Path, *, model: Path, text: str | list[str], samples: int, sequence_length: int, seed: int
+    out: Path,
+    *,
+    model: Path,
+    text: str | list[str],
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    reading: dict[str, Any],
 ) -> dict[str, Any]:
     """Stage: the rows that pruning is calibrated on."""
-    rows = calibration_rows(text, load_tokenizer(model), samples, sequence_length, seed)
-    save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw_of(text, seed).model_dump_json()})
-    return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel()}
+    rows, draw = calibration_rows(
+        text, load_tokenizer(model), samples, sequence_length, seed, Reading(**reading), option="data.samples ="
+    )
+    save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw.model_dump_json()})
+    return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel(), "packed": draw.packed}
 
 
 def load_calibration(stage: Path) -> tuple[Tensor, Draw]:
@@ -101,9 +174,13 @@ def load_calibration(stage: Path) -> tuple[Tensor, Draw]:
         return file.get_tensor("rows"), Draw.model_validate_json(file.metadata()["draw"])
 
 
-def make_heldout(out: Path, *, model: Path, text: str | list[str], sequence_length: int) -> dict[str, Any]:
+def make_heldout(
+    out: Path, *, model: Path, text: str | list[str], sequence_length: int, reading: dict[str, Any]
+) -> dict[str, Any]:
     """Stage: the rows that quality is measured on."""
-    return save_heldout(out, token_rows(read_text(text, "heldout"), load_tokenizer(model), sequence_length))
+    rows = text_rows(text, "heldout", load_tokenizer(model), sequence_length, Reading(**reading))
+    warn_of_windows(rows, "data.split:")
+    return save_heldout(out, rows)
 
 
 def save_heldout(stage: Path, rows: TokenRows) -> dict[str, Any]:
@@ -113,15 +190,30 @@ def save_heldout(stage: Path, rows: TokenRows) -> dict[str, Any]:
         "lengths": torch.tensor([len(row) for row in rows.rows]),
         "document": torch.tensor(rows.document),
     }
+    if rows.spans is not None:
+        tensors["spans"] = torch.tensor([tokens for lengths in rows.spans for tokens in lengths])
+        tensors["spans_of_row"] = torch.tensor([len(lengths) for lengths in rows.spans])
     save_file(tensors, stage / _HELDOUT)
     (stage / "names.json").write_text(json.dumps(rows.names), encoding="utf-8")
-    return {"digest": rows.digest, "rows": len(rows.rows), "tokens": rows.tokens, "documents": len(rows.names)}
+    return {
+        "digest": rows.digest,
+        "rows": len(rows.rows),
+        "tokens": rows.tokens,
+        "documents": rows.documents,
+        "packed": rows.packed,
+    }
 
 
 def load_heldout(stage: Path, digest: str) -> TokenRows:
     """What `make_heldout` wrote; `digest` is from its facts."""
-    with safe_open(stage / _HELDOUT, "pt") as file:
-        rows = list(file.get_tensor("tokens").split(file.get_tensor("lengths").tolist()))
-        document = file.get_tensor("document").tolist()
-    names = json.loads((stage / "names.json").read_text(encoding="utf-8"))
-    return TokenRows(rows, document, names, digest)
+    found = load_file(stage / _HELDOUT)
+    spans = None
+    if "spans" in found:
+        spans = [part.tolist() for part in found["spans"].split(found["spans_of_row"].tolist())]
+    return TokenRows(
+        rows=list(found["tokens"].split(found["lengths"].tolist())),
+        document=found["document"].tolist(),
+        names=json.loads((stage / "names.json").read_text(encoding="utf-8")),
+        digest=digest,
+        spans=spans,
+    )

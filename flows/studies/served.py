@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint, vllm
 from numprune.flows import children
@@ -156,7 +157,8 @@ def _served(args: argparse.Namespace) -> str:
     base = model_folder(args.model)
     found = environment.find(args.vllm)  # before the work
     tokenizer = checkpoint.load_tokenizer(base)
-    rows = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, args.sequence_length, 0)
+    text = args.calibration or EMBEDDED
+    rows, _ = calibration_rows(text, tokenizer, args.samples, args.sequence_length, 0, Reading())
     with tempfile.TemporaryDirectory(prefix="numprune-served-") as scratch:
         vllm.export(base, Path(scratch) / DENSE)
         candidates: dict[str, Path] = {}

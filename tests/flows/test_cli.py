@@ -162,7 +162,7 @@ def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: 
 def test_evaluate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> None:
     text = ["--text", tiny / "heldout.jsonl", "--sequence-length", 32, "--json"]
     alone = numprune("evaluate", pruned[0], *text).json
-    assert set(alone) == {"model", "nll_nats_per_token", "perplexity", "tokens"}
+    assert set(alone) == {"model", "nll_nats_per_token", "perplexity", "tokens", "documents", "packed"}
     both = numprune("evaluate", pruned[0], "--baseline", tiny / "base", *text).json
     assert both["nll_nats_per_token"] == pytest.approx(alone["nll_nats_per_token"], rel=1e-6)
     assert both["tokens"] == alone["tokens"]

@@ -71,7 +71,7 @@ def test_names_are_those_that_are_implemented() -> None:
 
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
-    assert set(get_args(names.Compensation)) == set(COMPENSATIONS) - {"bias"}
+    assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
 

@@ -1,10 +1,26 @@
-"""What is said of calibration rows is what they were drawn from."""
+"""What is said of calibration rows is what they were drawn from; held-out rows are read back as they were written."""
+
+import json
+import logging
+from dataclasses import asdict, replace
+
+import pytest
+import torch
 
 from numprune.corpus import rows_digest
+from numprune.documents import Reading
+from numprune.errors import InputError
 from numprune.export.checkpoint import PLAN, load_tokenizer
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.prune import make_pruned
-from numprune.flows.steps.text import calibration_rows, draw_of, make_calibration
+from numprune.flows.steps.text import (
+    calibration_rows,
+    heldout_rows,
+    load_heldout,
+    make_calibration,
+    make_heldout,
+    text_digest,
+)
 from numprune.plan import Draw, read_plan
 
 
@@ -13,11 +29,13 @@ def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_
     text = [tmp_path / "some" / "train.txt", tmp_path / "more.txt"]
     text[0].parent.mkdir()
     for number, file in enumerate(text):
-        file.write_text(" ".join(str(number * value) for value in range(900)))
+        file.write_text("\n\n".join(str(number * value) for value in range(900)))
     names = [str(file) for file in text]
     for folder in ("rows", "pruned"):
         (tmp_path / folder).mkdir()
-    facts = make_calibration(tmp_path / "rows", model=base, text=names, samples=20, sequence_length=32, seed=5)
+    reading = Reading(split="blank-line", pack=True)
+    asked = {"model": base, "text": names, "samples": 20, "sequence_length": 32, "reading": asdict(reading)}
+    facts = make_calibration(tmp_path / "rows", **asked, seed=5)
     make_pruned(
         tmp_path / "pruned",
         base=base,
@@ -29,13 +47,70 @@ def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_
     )
 
     calibration = read_plan(tmp_path / "pruned" / CHECKPOINT / PLAN).calibration
-    assert calibration.draw == Draw(text=["train.txt", "more.txt"], seed=5)
+    assert calibration.draw == Draw(text=["train.txt", "more.txt"], seed=5, split="blank-line", packed=True)
     assert (calibration.rows, calibration.sequence_length, calibration.digest) == (20, 32, facts["digest"])
-    again = calibration_rows(names, load_tokenizer(base), 20, 32, calibration.draw.seed)
-    assert rows_digest(again) == calibration.digest
-    other = calibration_rows(names, load_tokenizer(base), 20, 32, 6)
-    assert rows_digest(other) != calibration.digest
+    again, draw = calibration_rows(names, load_tokenizer(base), 20, 32, calibration.draw.seed, reading)
+    assert (rows_digest(again), draw) == (calibration.digest, calibration.draw)
+    for seed, other in ((6, reading), (5, replace(reading, split=r"[05]\n+"))):
+        assert rows_digest(calibration_rows(names, load_tokenizer(base), 20, 32, seed, other)[0]) != calibration.digest
 
 
-def test_the_embedded_text_is_named_with_its_split():
-    assert draw_of("embedded", 1) == Draw(text=["embedded:train"], seed=1)
+def test_the_embedded_text_is_named_with_its_split(tiny):
+    rows, draw = calibration_rows("embedded", load_tokenizer(tiny / "base"), 2, 32, 1, Reading())
+    assert draw == Draw(text=["embedded:train"], seed=1)
+    assert rows.shape == (2, 32)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
+    reading = Reading(pack=pack)
+    text = [str(tiny / "heldout.jsonl")]
+    facts = make_heldout(tmp_path, model=tiny / "base", text=text, sequence_length=32, reading=asdict(reading))
+    rows = heldout_rows([tiny / "heldout.jsonl"], 32, tiny / "base", reading)
+    found = load_heldout(tmp_path, facts["digest"])
+    assert all(torch.equal(one, other) for one, other in zip(found.rows, rows.rows, strict=True))
+    assert replace(found, rows=[]) == replace(rows, rows=[])
+    assert facts == {
+        "digest": rows.digest,
+        "rows": len(rows.rows),
+        "tokens": rows.tokens,
+        "documents": 24,
+        "packed": pack,
+    }
+
+
+def test_a_text_of_few_documents_gets_its_intervals_from_windows_and_a_warning(tiny, caplog):
+    caplog.set_level(logging.WARNING, "numprune")
+    base, long, short = tiny / "base", tiny / "train.txt", tiny / "heldout.jsonl"
+    heldout_rows([short], 32, base, Reading(), baseline=base)
+    heldout_rows([long], 32, base, Reading())  # nothing is compared
+    assert not caplog.messages
+    heldout_rows([long], 32, base, Reading(), baseline=base)
+    assert caplog.messages == [
+        "the held-out text has 1 document, so intervals are over its 141 windows: they are alike, and say little of "
+        "other text; separate its documents (--split blank-line, or a regular expression) or give 5 and more"
+    ]
+
+
+def test_too_few_samples_name_the_option(tiny, tmp_path):
+    text, tokenizer = [str(tiny / "train.txt")], load_tokenizer(tiny / "base")
+    with pytest.raises(
+        InputError, match=r"^--samples 999: the calibration text gives 140 windows of 32 tokens, but 999"
+    ):
+        calibration_rows(text, tokenizer, 999, 32, 0, Reading())
+    asked = {"model": tiny / "base", "text": text, "samples": 999, "sequence_length": 32, "seed": 0}
+    with pytest.raises(InputError, match=r"^data\.samples = 999: the calibration text gives 140 windows"):
+        make_calibration(tmp_path, **asked, reading=asdict(Reading()))
+
+
+def test_the_identity_of_a_text_is_its_names_and_its_content(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("one")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+    (folder / "data.arrow").write_bytes(b"one")
+    texts = [[str(tmp_path / "a.txt")], [str(tmp_path / "b.txt")], [str(folder)]]
+    before = [text_digest(text, "train") for text in texts]
+    (folder / "data.arrow").write_bytes(b"two")
+    assert len({*before, text_digest([str(folder)], "train")}) == 4

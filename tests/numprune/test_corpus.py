@@ -1,41 +1,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from numprune.corpus import Document, read_documents, rows_digest, sample_rows, token_rows
+from numprune.corpus import rows_digest, sample_rows, token_rows
+from numprune.documents import Document
 from numprune.errors import InputError
 from tests.conftest import byte_tokenizer
-
-
-def test_plain_file_is_one_document_and_json_lines_are_many(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    (tmp_path / "b.jsonl").write_text('{"text": "x\u2028y", "name": "first"}\n\n{"text": "z"}\n')
-    documents = read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])
-    assert documents == [Document("a.txt", "one\n\ntwo"), Document("first", "x\u2028y"), Document("b.jsonl:3", "z")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b"\xff\xfe", "UTF-8"),
-        ("a.jsonl", b'{"text": 1}', 'line 1 must be an object with a string field "text"'),
-        ("a.jsonl", b'{"text": "a"}\n[1]', "line 2 must be"),
-        ("a.jsonl", b"{", "line 1 is not JSON"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        read_documents([tmp_path / name])
-    assert name in str(caught.value)
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.txt' does not exist"):
-        read_documents([tmp_path / "nowhere.txt"])
 
 
 def test_windows_are_consecutive_and_never_cross_a_document():
@@ -45,7 +18,7 @@ def test_windows_are_consecutive_and_never_cross_a_document():
     # "m" and "n" alone score nothing
     assert texts == ["abcd", "efgh", "ijkl"]
     assert rows.document == [0, 0, 1]
-    assert rows.tokens == 12
+    assert (rows.tokens, rows.documents, rows.packed) == (9, 2, False)
 
 
 def test_digest_depends_on_tokens_boundaries_and_length():
@@ -81,3 +54,98 @@ def test_nothing_to_score_is_an_error(documents, length):
 def test_all_tokens_but_the_first_of_each_window_are_scored():
     rows = token_rows([Document("a", "x" * 1000)], byte_tokenizer(), 64)
     assert sum(len(row) - 1 for row in rows.rows) == 1000 - math.ceil(1000 / 64)
+
+
+# --- packed ---------------------------------------------------------------------------------------
+
+EOS = 257
+
+
+def bytes_of(rows):
+    return ["".join("|" if token == EOS else byte_tokenizer().decode(token) for token in row) for row in rows.rows]
+
+
+def test_packed_documents_are_joined_by_eos_and_cut_as_one_text():
+    documents = [Document("a", "abc"), Document("blank", " \n"), Document("b", "d"), Document("c", "efghi")]
+    rows = token_rows(documents, byte_tokenizer(), 4, pack=True)
+    assert bytes_of(rows) == ["abc|", "d|ef", "ghi"]
+    assert rows.packed
+    assert (rows.document, rows.spans) == ([0, 2, 3, 3], [[4], [2, 2], [3]])
+    assert (rows.scored.tolist(), rows.row.tolist()) == ([3, 1, 2, 2], [0, 1, 1, 2])
+    assert (rows.tokens, rows.documents) == (8, 3)  # of 11, the first of each row is not scored
+
+
+def test_a_document_that_ends_with_eos_gets_no_second_one():
+    rows = token_rows([Document("a", "ab</s>"), Document("b", "cd")], byte_tokenizer(), 8, pack=True)
+    assert bytes_of(rows) == ["ab|cd"]
+
+
+def test_values_of_scored_tokens_are_added_up_by_span():
+    documents = [Document("a", "abc"), Document("b", "d"), Document("c", "efghi")]
+    rows = token_rows(documents, byte_tokenizer(), 3, pack=True)  # abc, |d|, efg, hi
+    sums = np.zeros(len(rows.document))
+    rows.add(sums, [1, 2], np.array([[1.0, 10.0], [100.0, 1000.0]]))
+    rows.add(sums, [0], np.array([[2.0, 3.0]]))
+    assert rows.document == [0, 0, 1, 2, 2]
+    # The EOS of "a" is the first token of its row: not scored, and "d" is.
+    assert sums.tolist() == [5.0, 0.0, 11.0, 1100.0, 0.0]
+    assert rows.scored.tolist() == [2, 0, 2, 2, 1]
+
+
+def test_a_part_of_the_rows_has_their_spans():
+    documents = [Document("a", "abc"), Document("b", "d"), Document("c", "efghi")]
+    for pack in (True, False):
+        rows = token_rows(documents, byte_tokenizer(), 3, pack=pack)
+        first, rest = rows.part(slice(1)), rows.part(slice(1, None))
+        assert [*first.rows, *rest.rows] == rows.rows
+        assert first.document + rest.document == rows.document
+        assert [*first.scored, *rest.scored] == [*rows.scored]
+        assert first.tokens + rest.tokens == rows.tokens
+        assert len({first.digest, rest.digest, rows.digest}) == 3
+
+
+def test_short_documents_are_packed_by_default_and_long_ones_are_not():
+    short = [Document(str(i), f"document {i}") for i in range(30)]
+    long = [Document(str(i), f"document {i} " * 9) for i in range(30)]
+    assert token_rows(short, byte_tokenizer(), 32).packed
+    assert not token_rows(short, byte_tokenizer(), 32, pack=False).packed
+    assert not token_rows(long, byte_tokenizer(), 32).packed
+    assert not token_rows([Document("a", "one short document")], byte_tokenizer(), 32).packed
+    half = [Document("a", "x" * 8), Document("b", "y" * 8), Document("c", "z" * 16)]
+    assert not token_rows(half, byte_tokenizer(), 16).packed
+    assert token_rows([*half, Document("d", "!")], byte_tokenizer(), 16).packed
+
+
+def test_digests_of_packed_rows_are_their_own():
+    documents = [Document("a", "abcd"), Document("b", "efgh")]
+    packed = token_rows(documents, byte_tokenizer(), 4, pack=True).digest
+    assert packed != token_rows(documents, byte_tokenizer(), 4, pack=False).digest
+    assert packed == token_rows(documents, byte_tokenizer(), 4, pack=True).digest
+    moved = [Document("a", "abcde"), Document("b", "fgh")]
+    assert packed != token_rows(moved, byte_tokenizer(), 4, pack=True).digest
+
+
+def test_the_digest_of_rows_that_are_not_packed_is_what_it_was():
+    rows = token_rows([Document("a", "abcd"), Document("b", "efgh")], byte_tokenizer(), 4)
+    assert rows.digest == "0044fb058d77065e570067cb9b81b72ac6c40b47768f9995c4ccff6e4d305a31"
+
+
+def test_without_eos_nothing_is_packed():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    documents = [Document(str(i), "short") for i in range(9)]
+    assert not token_rows(documents, tokenizer, 32).packed
+    with pytest.raises(InputError, match="pack: the tokenizer has no EOS token"):
+        token_rows(documents, tokenizer, 32, pack=True)
+
+
+def test_too_few_rows_of_documents_that_are_not_packed_say_so():
+    documents = [Document(str(i), "x" * 20) for i in range(9)]
+    assert len(sample_rows(token_rows(documents, byte_tokenizer(), 32), 5, 32, 0)) == 5
+    with pytest.raises(InputError, match=r"gives 0 windows of 32 tokens.*give more text, packed documents, fewer"):
+        sample_rows(token_rows(documents, byte_tokenizer(), 32, pack=False), 5, 32, 0)
+
+
+def test_blank_documents_only_are_refused_packed_too():
+    with pytest.raises(InputError, match="no document of at least two tokens"):
+        token_rows([Document("a", " "), Document("b", "")], byte_tokenizer(), 4, pack=True)

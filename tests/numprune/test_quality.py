@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from numprune.corpus import Document, TokenRows, token_rows
+from numprune.corpus import TokenRows, token_rows
+from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
 from numprune.quality import _spread, bootstrap_mean, compare, evaluate
 from tests.conftest import build_tiny, byte_tokenizer
@@ -60,6 +61,36 @@ def test_documents_are_the_sampling_unit_only_when_there_are_enough():
     few = compare(build_tiny(seed=1), build_tiny(), text_rows(4)).nll_delta_nats_per_token
     assert few.sampling_unit == "window"
     assert few.samples == len(text_rows(4).rows)
+
+
+def test_packed_rows_are_compared_document_by_document():
+    """A row of several documents: what each adds to the sums is its own tokens, counted here one by one."""
+    texts = [Document(str(i), "lorem ipsum dolor"[: 3 + 2 * (i % 5)]) for i in range(12)]
+    rows = token_rows(texts, byte_tokenizer(), 32)
+    assert rows.packed
+    assert len(rows.rows) < len(texts)
+    candidate, baseline = build_tiny(seed=1), build_tiny()
+    sums, counts = np.zeros(len(texts)), np.zeros(len(texts))
+    stream = [index for index, text in enumerate(texts) for _ in [*text.text, "eos"]][:-1]
+    for number, row in enumerate(rows.rows):
+        with torch.no_grad():
+            ours, theirs = (model(row[None]).logits[0].log_softmax(-1) for model in (candidate, baseline))
+        for position in range(1, len(row)):
+            document = stream[32 * number + position]
+            sums[document] += float(theirs[position - 1, row[position]] - ours[position - 1, row[position]])
+            counts[document] += 1
+    result = compare(candidate, baseline, rows, batch_size=2)
+    expected = bootstrap_mean(sums, counts, "document")
+    delta = result.nll_delta_nats_per_token
+    assert (delta.samples, delta.sampling_unit, result.documents) == (12, "document", 12)
+    assert result.candidate.tokens == counts.sum() == len(stream) - len(rows.rows)
+    assert delta.value == pytest.approx(expected.value, abs=1e-5)
+    assert delta.interval95 == pytest.approx(expected.interval95, abs=1e-5)
+    assert evaluate(candidate, rows).nll.sum() == pytest.approx(result.candidate.nll.sum())
+
+    few = token_rows(texts[:4], byte_tokenizer(), 8)
+    delta = compare(candidate, baseline, few).nll_delta_nats_per_token
+    assert (delta.sampling_unit, delta.samples) == ("window", len(few.rows))
 
 
 def test_bootstrap_is_close_to_the_normal_interval_and_seeded():

@@ -6,14 +6,18 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from numprune.anatomy import read_anatomy
+from numprune.calibration import longest_row
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config, resolve
 from numprune.flows import children
+from numprune.flows.cli.parser import Parser, add_choice, add_reading, at_least, reading
+from numprune.flows.names import Device
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
 from numprune.flows.steps.prune import device_of
+from numprune.flows.steps.text import row_length
 from numprune.flows.studies.compare.methods import METHODS, check, chosen, defaults
 from numprune.flows.studies.compare.run import Request, compare
 from numprune.flows.studies.compare.table import as_markdown
@@ -40,12 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     children.yield_processors()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the children
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.methods == ["help"]:
-        print("\n".join(METHODS))
-        return 0
     try:
+        args = _parser().parse_args(argv)
+        if args.methods == ["help"]:
+            print("\n".join(METHODS))
+            return 0
         sys.stdout.write(as_markdown(compare(_request(args))))
     except NumpruneError as error:
         print(f"compare: error: {error}", file=sys.stderr)
@@ -56,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m numprune.compare",
         description="Pruning methods side by side: one model, one calibration text, one held-out text.",
         epilog=_EPILOG,
@@ -73,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text to be judged on (default: the last fifth of --text, which is then not calibrated on)",
     )
-    numbers = partial(_list, float, "a number"), partial(_list, int, "a whole number")
+    add_reading(parser)
+    numbers = partial(_list, float, "a number"), partial(_list, at_least(1), "a whole number, at least 1")
     parser.add_argument(
         "--ratios",
         type=numbers[0],
@@ -86,13 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=numbers[1], default=[128], metavar="N,N", help="calibration rows (default: 128)"
     )
     parser.add_argument(
-        "--sequence-length", type=int, default=256, metavar="N", help="tokens per row (default: %(default)s)"
+        "--sequence-length", type=at_least(2), default=256, metavar="N", help="tokens per row (default: %(default)s)"
     )
     parser.add_argument(
         "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of it (default: 8)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add_choice(parser, "--device", get_args(Device), "auto", "where everything is run")
     parser.add_argument(
         "--out", type=Path, default=Path("numprune-compare"), metavar="DIR", help="default: %(default)s"
     )
@@ -101,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _request(args: argparse.Namespace) -> Request:
     folder = EMBEDDED_FOLDER / "model" if args.model == EMBEDDED else resolve(args.model)
-    anatomy = read_anatomy(read_config(folder))
+    config = read_config(folder)
+    anatomy = read_anatomy(config)
     target = Target(args.align)
 
     def works(method: str) -> None:
@@ -118,10 +123,11 @@ def _request(args: argparse.Namespace) -> Request:
         name=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
         text=args.text or EMBEDDED,
         heldout=args.heldout or (None if args.text else EMBEDDED),
+        reading=reading(args, [*(args.text or []), *(args.heldout or [])]),
         ratios=args.ratios,
         methods=methods,
         samples=args.samples,
-        sequence_length=args.sequence_length,
+        sequence_length=row_length(args.sequence_length, longest_row(config, anatomy)),
         align=args.align,
         seed=args.seed,
         device=device_of(args.device).type,
@@ -133,7 +139,7 @@ def _list(kind: Callable[[str], T], what: str, text: str) -> list[T]:
     """The values of a comma-separated argument, ascending, each once."""
     try:
         return sorted({kind(part): None for part in text.split(",")})  # type: ignore[type-var]
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r}: each must be {what}") from None
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from importlib import metadata
 from itertools import product
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
+from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest, sha256_file
@@ -51,6 +52,7 @@ class Request:
         model: folder of the dense model.
         name: what it is called in the table.
         text: calibration text: files, or the embedded one.
+        reading: how both texts become rows.
         heldout: files, the embedded one, or None: the last fifth of the calibration text, which is then not drawn from.
         ratios, methods, samples: a row for each of their combinations.
         out: folder of the results, and of what they are made of.
@@ -60,6 +62,7 @@ class Request:
     name: str
     text: str | list[str]
     heldout: str | list[str] | None
+    reading: Reading
     ratios: Sequence[float]
     methods: Sequence[str]
     samples: Sequence[int]
@@ -133,6 +136,7 @@ class _Run:
             "samples": sorted(request.samples),
             "sequence_length": request.sequence_length,
             "seed": request.seed,
+            "reading": asdict(request.reading),
         }
         own = {"model": request.model, "text": request.text, "heldout": request.heldout}
         split = {"split": request.heldout is None}

@@ -1,8 +1,6 @@
 """What a comparison is made of: its rows, what all methods share, and one method."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune import sensitivity
-from numprune.corpus import TokenRows, rows_digest, sample_rows, token_rows
+from numprune.corpus import rows_digest, sample_rows
+from numprune.documents import Reading
 from numprune.export.checkpoint import load, load_tokenizer
 from numprune.flows.steps.evaluate import finite, side
-from numprune.flows.steps.text import calibration_rows, load_heldout, read_text, save_heldout
+from numprune.flows.steps.text import calibration_rows, load_heldout, save_heldout, text_rows
 from numprune.flows.studies.compare.meter import Meter
 from numprune.flows.studies.compare.methods import options_of
 from numprune.flows.studies.compare.reference import Reference, write_reference
@@ -43,28 +42,23 @@ def make_text(
     samples: list[int],
     sequence_length: int,
     seed: int,
+    reading: dict[str, Any],
 ) -> dict[str, Any]:
     """Stage: calibration rows of each size, and held-out rows; without `heldout`, the last fifth of the windows."""
-    tokenizer = load_tokenizer(model)
+    tokenizer, how = load_tokenizer(model), Reading(**reading)
     if heldout is None:
-        windows = token_rows(read_text(text, "train"), tokenizer, sequence_length)
+        windows = text_rows(text, "train", tokenizer, sequence_length, how)
         cut = len(windows.rows) * 4 // 5
-        judged = _part(windows, slice(cut, None))
-        draws = {n: sample_rows(_part(windows, slice(cut)), n, sequence_length, seed) for n in samples}
+        judged = windows.part(slice(cut, None))
+        draws = {n: sample_rows(windows.part(slice(cut)), n, sequence_length, seed) for n in samples}
     else:
-        judged = token_rows(read_text(heldout, "heldout"), tokenizer, sequence_length)
-        draws = {n: calibration_rows(text, tokenizer, n, sequence_length, seed) for n in samples}
+        judged = text_rows(heldout, "heldout", tokenizer, sequence_length, how)
+        draws = {n: calibration_rows(text, tokenizer, n, sequence_length, seed, how)[0] for n in samples}
     save_file({str(n): rows.contiguous() for n, rows in draws.items()}, out / _ROWS)
     return {
         "heldout": save_heldout(out, judged),
         "calibration": {str(n): {"digest": rows_digest(rows), "tokens": rows.numel()} for n, rows in draws.items()},
     }
-
-
-def _part(rows: TokenRows, windows: slice) -> TokenRows:
-    chosen = rows.rows[windows]
-    digest = hashlib.sha256(f"{rows.digest} {windows.start}:{windows.stop}".encode()).hexdigest()
-    return replace(rows, rows=chosen, document=rows.document[windows], digest=digest)
 
 
 def load_rows(text: Path, samples: int) -> Tensor:

@@ -6,7 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from numprune.corpus import read_documents, token_rows
+from numprune.corpus import token_rows
+from numprune.documents import read_documents
 from numprune.errors import NumpruneError
 from tests.conftest import byte_tokenizer
 from tests.fuzz.strangers import documents, fuzz, named, written

@@ -12,7 +12,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from numprune.corpus import read_documents, sample_rows, token_rows
+from numprune.corpus import sample_rows, token_rows
+from numprune.documents import read_documents
 from numprune.export.checkpoint import load
 from numprune.flows.studies.compare import methods
 from numprune.flows.studies.compare.command import main
@@ -136,7 +137,7 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_a_
     facts = json.loads((text / "result.json").read_text())
     rows = token_rows(read_documents([tmp_path / "text.jsonl"]), byte_tokenizer(), 32)
     held = rows.rows[len(rows.rows) * 4 // 5 :]
-    assert facts["heldout"]["tokens"] == sum(map(len, held))
+    assert facts["heldout"]["tokens"] == sum(len(row) - 1 for row in held)
     from numprune.flows.studies.compare.steps import load_rows
 
     drawn = load_rows(text, 5)
@@ -149,7 +150,10 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_a_
         (["--methods", "obs/uniform"], "'obs/uniform' is no method"),
         (["--methods", "obs/uniform/bias", "--ratios", "0.99"], "--methods: obs/uniform/bias: ratio is 0.99"),
         (["--samples", "100000"], "100000 samples were asked for"),
-        (["--samples", "0"], "samples is 0"),
+        (["--samples", "0"], "argument --samples: '0': each must be a whole number, at least 1"),
+        (["--sequence-length", "1"], "argument --sequence-length: 1 is under 2"),
+        (["--sequence-length", "300"], "--sequence-length 300: the model takes at most 256 tokens"),
+        (["--split", "zebra"], "split 'zebra' separates nothing in"),
     ],
 )
 def test_what_cannot_work_is_refused(command, capsys, arguments, said):

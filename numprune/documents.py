@@ -1,0 +1,282 @@
+"""Text files to documents: plain text, JSON Lines, JSON arrays, Parquet, and folders that `datasets` saved.
+
+What cannot be read as text is refused by name; nothing is ever taken for text because its format is not known.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from numprune import arrow
+from numprune.errors import InputError
+
+# A record's messages and tools to its text: see `chat.renderer`.
+Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
+
+WHOLE_FILE = "file"
+BLANK_LINE = "blank-line"
+_LINES = (".jsonl", ".ndjson")
+_FIELDS = ("text", "messages", "tools", "name")
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A kind of file that holds no plain text: how it is told by name and by its first bytes, and what to do."""
+
+    what: str
+    suffixes: tuple[str, ...]
+    magic: tuple[bytes, ...]
+    remedy: str
+
+
+_FOREIGN = (
+    _Foreign(
+        "compressed",
+        (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z", ".rar"),
+        (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00", b"\x04\x22\x4d\x18", b"PK\x03\x04", b"7z\xbc\xaf"),
+        "unpack it first",
+    ),
+    _Foreign("a table", (".csv", ".tsv"), (), 'write its text column as .jsonl, a line {"text": …} for each row'),
+    _Foreign(
+        "a formatted document",
+        (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".xlsx", ".pptx"),
+        (b"%PDF-", b"{\\rtf"),
+        "extract its text first",
+    ),
+    _Foreign("Parquet", (), (b"PAR1",), "give it the suffix .parquet"),
+    _Foreign(
+        "an Arrow file",
+        (".arrow", ".feather"),
+        (b"ARROW1",),
+        "give the folder that `datasets` saved, or a .parquet file",
+    ),
+    _Foreign("UTF-16 text", (), (b"\xff\xfe", b"\xfe\xff"), "convert it: iconv -f UTF-16 -t UTF-8"),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How text becomes rows of tokens: the recipe's `data.split`, `data.chat` and `data.pack`.
+
+    Attributes:
+        split: what separates the documents of a plain text file: "file" (nothing does, it is one document),
+            "blank-line", or a regular expression (^ and $ match at each line); what it matches is dropped.
+        chat: a record's "messages" are its document, rendered by the model's own chat template.
+        pack: documents are joined by EOS and cut as one text; "auto": where they are short, see `corpus.token_rows`.
+    """
+
+    split: str = WHOLE_FILE
+    chat: bool = False
+    pack: bool | Literal["auto"] = "auto"
+
+
+def read_documents(
+    files: Iterable[Path | str], split: str = WHOLE_FILE, render: Render | None = None
+) -> list[Document]:
+    """Return the documents of `files`.
+
+    A record is a document: a line of a .jsonl file, an item of a .json array, a row of a .parquet file or of a folder
+    that `datasets` saved. Its text is its field "text", or its "messages" as `render` writes them. Any other file is
+    plain text.
+
+    Args:
+        files: to read, in this order.
+        split: what separates the documents of a plain text, see `Reading`.
+        render: None: a record needs a text.
+
+    Raises:
+        InputError: a file is missing, empty, or not what it should be; names every such file, and the line or record.
+    """
+    between = separator(split)
+    documents: list[Document] = []
+    problems: list[str] = []
+    whole: list[Path] = []  # plain texts of one document
+    separated = False
+    for file in map(Path, files):
+        try:
+            if is_plain(file):
+                found = [*_split(file, between)]
+                separated = separated or len(found) > 1
+                whole += [file] if len(found) == 1 else []
+            else:
+                found = [_document(file, where, record, render) for where, record in _records(file)]
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            documents += found
+    if between and whole and not separated and not problems:
+        problems.append(f"split {split!r} separates nothing in {whole[0]}; correct it, or leave it out")
+    if problems:
+        raise InputError("; ".join(problems))
+    return documents
+
+
+def content_of(file: Path) -> list[Path]:
+    """Return the files that `file` is read from: itself, or those of a folder that `datasets` saved."""
+    return [file / arrow.STATE, *arrow.files_of(file)] if file.is_dir() else [file]
+
+
+def is_plain(file: Path) -> bool:
+    """Whether `file` would be read as plain text, by its name."""
+    return file.suffix.lower() not in (*_LINES, ".json", ".parquet") and not file.is_dir()
+
+
+# --- plain text -----------------------------------------------------------------------------------
+
+
+def separator(split: str) -> re.Pattern[str] | None:
+    """Return the pattern that a `split` stands for, None for whole files. Raises InputError."""
+    if split == WHOLE_FILE:
+        return None
+    if split == BLANK_LINE:
+        return re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")
+    try:
+        pattern = re.compile(split, re.MULTILINE)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f'must be "{WHOLE_FILE}", "{BLANK_LINE}" or a regular expression ({error})') from None
+    if pattern.search(""):
+        raise InputError("must not match an empty string, or every character would be a document")
+    return pattern
+
+
+def _split(file: Path, between: re.Pattern[str] | None) -> Iterator[Document]:
+    """The documents of a plain text, each named after the line that it begins on; blank ones are dropped."""
+    text = _text(file)
+    if _is_json(text):
+        raise InputError(f"text file {str(file)!r} holds JSON; give it the suffix .jsonl (a record per line) or .json")
+    if between is None:
+        yield Document(file.name, text)
+        return
+    start, line = 0, 1
+    for match in chain(between.finditer(text), [None]):
+        piece = text[start : match.start() if match else None]
+        if piece.strip():
+            blank = piece[: len(piece) - len(piece.lstrip())].count("\n")
+            yield Document(f"{file.name}:{line + blank}", piece)
+        if match:
+            line += text.count("\n", start, match.end())
+            start = match.end()
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text that is to be plain is one or more JSON records."""
+    text = text.strip()
+    candidates = {"{": (text.partition("\n")[0], text), "[": (text,)}
+    for candidate in candidates.get(text[:1], ()):
+        try:
+            value = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) or (value and all(isinstance(item, dict) for item in value)):
+            return True
+    return False
+
+
+def _text(file: Path) -> str:
+    """A file's text, its lines ended by \\n, without a byte order mark. Raises InputError."""
+    shown = f"text file {str(file)!r}"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{shown} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read: {error.strerror}") from None
+    for kind in _FOREIGN:
+        if file.suffix.lower() in kind.suffixes or content.startswith(kind.magic):
+            raise InputError(f"{shown} is {kind.what}, not text; {kind.remedy}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown} cannot be read as UTF-8 text: {error}") from None
+    if "\0" in text:
+        raise InputError(f"{shown} holds NUL bytes, so it is no text; give plain text, .jsonl, .json or .parquet")
+    if not text.strip():
+        raise InputError(f"{shown} is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def _records(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each record of a file or folder, and where it is."""
+    if file.is_dir() or file.suffix.lower() == ".parquet":
+        for number, row in enumerate(arrow.rows(file, _FIELDS), start=1):
+            yield f"row {number}", row
+        return
+    text = _text(file)
+    if file.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
+        for number, record in enumerate(_loaded(file, "the file", text), start=1):
+            yield f"item {number}", record
+        return
+    # Many a .json holds a record per line, too. Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _loaded(file, f"line {number}", line)
+
+
+def _loaded(file: Path, where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        remedy = "; a .json file must be an array of records or a record per line" if file.suffix == ".json" else ""
+        raise InputError(f"{file}: {where} is not JSON ({str(error)[:200]}){remedy}") from None
+
+
+def _document(file: Path, where: str, record: Any, render: Render | None) -> Document:
+    named = f"{file}: {where}"
+    if not isinstance(record, dict):
+        raise InputError(f'{named} must be an object with a string field "text"')
+    value = record.get("text")
+    if render is not None and record.get("messages") is not None:
+        value = _rendered(named, record, render)
+    elif not isinstance(value, str):
+        raise InputError(f'{named} must be an object with a string field "text"{_instead(record)}')
+    name = record.get("name")
+    if name is None:
+        name = f"{file.name}:{where.split()[-1]}"
+    if not isinstance(name, str):
+        raise InputError(f'{named}: its field "name" must be a string')
+    if not (_is_unicode(value) and _is_unicode(name)):
+        raise InputError(f"{named} has half of a surrogate pair, which is no text")
+    return Document(name, value)
+
+
+def _instead(record: dict[str, Any]) -> str:
+    """What a record without text has."""
+    if record.get("messages") is not None:
+        return "; it has messages: --chat, or data.chat = true, renders them by the model's chat template"
+    names = ", ".join(map(repr, [*record][:8]))
+    return f"; its fields are {names[:200]}" if names else ""
+
+
+def _rendered(named: str, record: dict[str, Any], render: Render) -> str:
+    messages, tools = record["messages"], record.get("tools")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{named}: its field "messages" must be a list of messages')
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise InputError(f'{named}: each of its messages must be an object with a string field "role"')
+    if tools is not None and not isinstance(tools, list):
+        raise InputError(f'{named}: its field "tools" must be a list')
+    try:
+        return render(messages, tools)
+    except InputError as error:
+        raise InputError(f"{named}: {error}") from None
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
