@@ -133,7 +133,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
     if options.compensation == "bias" and anatomy.family != "llama":
         raise InputError(
-            f"bias compensation needs an architecture whose projections can hold a bias; {anatomy.family} has none"
+            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another (llama can)"
         )
     allowed = allowed_counts(anatomy, options.target, skips=options.skips)
     check_ratio(anatomy, options.ratio, allowed)

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
@@ -80,6 +81,8 @@ def benchmark(args: argparse.Namespace) -> Answer:
     elif given or args.vllm or args.untested_vllm:
         raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
     how = reading(args, args.text or [])
+    if not args.text and how != Reading():
+        raise InputError("--split, --chat and --pack say how --text is read, and none is given")
     report: Report = children.step(
         "steps.benchmark.measure",
         args.candidate,

@@ -1,15 +1,20 @@
+import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from numprune.export import manifest
+from numprune.flows.cli import COMMANDS as MODULES
+from numprune.flows.cli.parser import build
+from tests.conftest import build_tiny, byte_tokenizer
 from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
@@ -48,6 +53,32 @@ def test_every_command_has_help_with_an_example(
     assert shown.err == ""
 
 
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def test_help_lists_the_choices_of_every_option_and_its_default() -> None:
+    from numprune.flows.studies.compare.command import _parser as compare
+    from numprune.flows.studies.speed.command import _parser as speed
+
+    seen = set()
+    for parser in [*parsers(build(MODULES)), compare(), speed()]:
+        for action in parser._actions:
+            if not action.choices or isinstance(action, argparse._SubParsersAction):
+                continue
+            seen.add(action.option_strings[0])
+            formatter = parser._get_formatter()
+            formatter.add_argument(action)
+            shown = formatter.format_help()
+            assert [choice for choice in action.choices if choice not in shown] == [], shown
+            assert action.default is None or f"default: {action.default}" in " ".join(shown.split()), shown
+    assert seen >= {"--criterion", "--allocation", "--compensation", "--to", "--runtime", "--device", "--log-format"}
+
+
 def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         numprune("--version")
@@ -63,8 +94,14 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
         (["prune", "m", "o", "--text", "t"], "the following arguments are required: --ratio"),
         (["prune", "m", "o", "--text", "t", "--ratio", "much"], "invalid float value: 'much'"),
         (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "best"], "invalid choice: 'best'"),
-        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"], "0 is under 1"),
+        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"], "argument --samples: 0 is under 1"),
+        (["evaluate", "m", "--text", "t", "--sequence-length", "1"], "argument --sequence-length: 1 is under 2"),
+        (["evaluate", "m", "--text", "t", "--split", "("], 'argument --split: \'(\' must be "file", "blank-line" or'),
         (["benchmark", "c", "--baseline", "b", "--runtime", "tgi"], "invalid choice: 'tgi'"),
+        (
+            ["benchmark", "c", "--baseline", "b", "--runtime", "torch", "--no-pack"],
+            "--split, --chat and --pack say how --text is read, and none is given",
+        ),
         (["serve", "m", "--vllm", "./none"], "none: no virtual environment there"),
         (["registry"], "the following arguments are required"),
         (["optimize", "none.toml"], "recipe none.toml: no such file"),
@@ -147,16 +184,60 @@ def test_prune_streamed_gives_the_same_and_sweeps_first(
     assert not left.exists()
 
 
+def test_compensation_with_a_bias(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    command = ["--ratio", 0.3, "--compensation", "bias", "--criterion", "flap", "--text", tiny / "train.txt"]
+    done = numprune("prune", tiny / "base", tmp_path / "out", *command, "--samples", 8, "--sequence-length", 64)
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["attention_bias"], config["mlp_bias"]) == (True, True)
+    build_tiny("mistral").save_pretrained(tmp_path / "mistral")
+    byte_tokenizer().save_pretrained(tmp_path / "mistral")
+    refused = numprune("prune", tmp_path / "mistral", tmp_path / "none", *command)
+    assert (refused.code, refused.err) == (
+        1,
+        "numprune: error: compensation bias: the projections of mistral cannot hold a bias; use another (llama can)\n",
+    )
+
+
 def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     common = ["prune", tiny / "base", tmp_path / "out", "--sequence-length", 64]
     short = numprune(*common, "--text", tiny / "train.txt", "--ratio", 0.3, "--samples", 1000)
-    assert "windows of 64 tokens, but 1000 samples were asked for" in short.err
+    assert "--samples 1000: the calibration text gives 70 windows of 64 tokens, but 1000 samples were" in short.err
     ratio = numprune(*common, "--text", tiny / "train.txt", "--ratio", 1.5, "--samples", 4)
     assert "ratio is 1.5" in ratio.err
     text = numprune(*common, "--text", tiny / "none.txt", "--ratio", 0.3)
     assert "none.txt' does not exist" in text.err
     assert [short.code, ratio.code, text.code] == [1, 1, 1]
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_reads_text_as_it_is_told(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    """A chat file, and one file of many documents: packed, unpacked, split."""
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    talk = [{"role": "user", "content": "How many sheep?"}, {"role": "assistant", "content": "Seven."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(6)))
+    command = ["evaluate", tmp_path / "base", "--sequence-length", 32, "--json", "--text"]
+
+    refused = numprune(*command, tmp_path / "chat.jsonl")
+    assert 'line 1 must be an object with a string field "text"; it has messages: --chat, or data.chat' in refused.err
+    chat = numprune(*command, tmp_path / "chat.jsonl", "--chat").json
+    tokens = 6 * len("How many sheep?.Seven..")  # an EOS after each message
+    assert (chat["documents"], chat["packed"], chat["tokens"]) == (6, True, tokens - -(-tokens // 32))
+    apart = numprune(*command, tmp_path / "chat.jsonl", "--chat", "--no-pack").json
+    assert (apart["documents"], apart["packed"], apart["tokens"]) == (6, False, tokens - 6)
+
+    lines = (tiny / "heldout.jsonl").read_text().splitlines()
+    (tmp_path / "one.txt").write_text("\n\n".join(json.loads(line)["text"] for line in lines))
+    split = numprune(*command, tmp_path / "one.txt", "--split", "blank-line").json
+    records = numprune(*command, tiny / "heldout.jsonl").json
+    assert {**split, "model": ""} == {**records, "model": ""}
+    assert split["documents"] == 24
+    dead = numprune(*command, tiny / "heldout.jsonl", "--split", "blank-line")
+    assert dead.err == "numprune: error: --split blank-line: there is no plain text file to split; leave it out\n"
+    found = numprune(*command, tmp_path / "one.txt", "--baseline", tmp_path / "base")
+    assert found.json["nll_delta_nats_per_token"]["sampling_unit"] == "window"
+    assert "the held-out text has 1 document, so intervals are over its" in found.err
 
 
 def test_evaluate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> None:

@@ -204,6 +204,29 @@ def test_texts_that_are_too_short_or_empty(numprune: Command, tiny: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_in_other_formats_are_refused_by_name(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("text\nwords")
+    (tmp_path / "records.txt").write_text(json.dumps({"text": "words"}))
+    (tmp_path / "folder").mkdir()
+    texts = [tmp_path / "table.csv", tmp_path / "records.txt", tmp_path / "folder"]
+    said = [
+        f"text file '{texts[0]}' is a table, not text; write its text column as .jsonl, a line",
+        f"text file '{texts[1]}' holds JSON; give it the suffix .jsonl (a record per line) or .json",
+        f"{texts[2]}: is a folder, but not one that `Dataset.save_to_disk` wrote; give the text files in it",
+    ]
+    prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.2", "--text", *texts]
+    refused(numprune(*prune), *said)
+    refused(numprune("evaluate", tiny / "base", "--text", *texts), *said)
+    data = [f"data.{part}={list(map(str, texts))}" for part in ("calibration", "heldout")]
+    answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", *data))
+    refused(answered, "data.calibration: ", "data.heldout: ", *said)
+    answered = numprune(
+        *command(tiny / "recipe.toml", tmp_path / "w", "data.calibration=embedded", "data.split=blank-line")
+    )
+    refused(answered, "data.split = 'blank-line': there is no plain text file to split; leave it out")
+    assert not (tmp_path / "w").exists()
+
+
 def test_empty_documents_among_others_change_nothing(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     texts = [f"Document {number} is about {number} sheep." for number in range(24)]
     plain = documents(tmp_path / "plain.jsonl", *texts)

@@ -30,6 +30,7 @@ MODELS = [
     ("llama", {}, ERROR),
     ("llama", {}, FLAP),
     ("llama", {"attention_bias": True, "mlp_bias": True}, FLAP),
+    ("llama", {}, FLAP),
     ("qwen2", {}, UNIFORM),
     ("qwen2", {}, GLOBAL),
     ("qwen2", {"tie_word_embeddings": True}, ERROR),

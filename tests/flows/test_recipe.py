@@ -133,6 +133,10 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
                 "prune.criterion=numercal",
                 "prune.rato=2",
                 "data.calibration=[]",
+                "data.split='('",
+                "data.pack='maybe'",
+                "data.samples=0",
+                "data.sequence_length=1",
                 "foo.bar=1",
                 "gates=[{metric='a.b', bund='point', max=1}]",
                 "benchmark.runtimes=['torch','torch']",
@@ -150,6 +154,10 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "prune.rato: unknown; known are ratio, criterion, allocation, compensation, skips, damping, seed, batch_size, "
         "stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
+        'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
+        "data.pack = 'maybe': must be \"auto\", true or false",
+        "data.samples = 0: must be greater than or equal to 1",
+        "data.sequence_length = 1: must be greater than or equal to 2",
         "foo: unknown",
         "gates.0.bound: missing",
         "gates.0.bund: unknown; known are metric, bound, min, max; did you mean 'bound'?",
@@ -185,7 +193,7 @@ def test_gates_are_not_left_to_a_default(minimal: Path) -> None:
 
 def test_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
     odd = 'data.calibration=["a \\" b.txt", "ü\\u007f\\n.txt"]'
-    loaded = load(minimal, [odd, "prune.damping=1e-7"])
+    loaded = load(minimal, [odd, "prune.damping=1e-7", "data.pack=true", r"data.split='\n(?=\w+)'"])
     again = Recipe.model_validate(tomllib.loads(loaded.to_toml()))
     assert again == loaded
     assert again.digest == loaded.digest

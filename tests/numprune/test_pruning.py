@@ -186,6 +186,12 @@ def test_too_few_calibration_tokens_for_either_kind_of_block_warn(caplog, rows, 
         assert warning.startswith(few + name)
 
 
+@pytest.mark.parametrize("compensation", ["none", "bias"])
+def test_without_least_squares_few_tokens_do_not_warn_of_them(caplog, compensation):
+    prune(build_tiny(), ROWS[:2], PruneOptions(0.3, compensation=compensation))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def known_of(rows, taylor=False):
     layers = ModelLayers(build_tiny())
     return Known(dict(dense_moments(layers, rows)), sensitivity.measure(layers, rows, taylor=taylor))

@@ -6,11 +6,13 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from numprune.errors import InputError, NumpruneError
+from numprune.flows.cli.parser import add_choice
+from numprune.flows.names import Device
 from numprune.flows.steps.prune import device_of
 from numprune.flows.studies.speed.layer import PARTS, LayerTimes, Size, measure_layer
 from numprune.flows.studies.speed.parts import Part, measure_parts
@@ -172,6 +174,6 @@ def _parser() -> argparse.ArgumentParser:
         default=20,
         help="seconds after which the rest of a printed way is extrapolated (default %(default)s)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_choice(parser, "--device", get_args(Device), "auto", "where everything is run")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
     return parser
