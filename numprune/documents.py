@@ -139,7 +139,7 @@ def separator(split: str) -> re.Pattern[str] | None:
     if split == WHOLE_FILE:
         return None
     if split == BLANK_LINE:
-        return re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+")
+        return re.compile(r"(?:\A|\n)(?:[^\S\n]*\n)+|\n[^\S\n]*\Z")
     try:
         pattern = re.compile(split, re.MULTILINE)
     except (re.error, RecursionError, OverflowError) as error:

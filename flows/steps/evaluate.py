@@ -33,6 +33,7 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
         {
             "tokens": found.candidate.tokens,
             "documents": found.documents,
+            "packed": rows.packed,
             "baseline": side(found.baseline),
             "candidate": side(found.candidate),
             "nll_delta_nats_per_token": dataclasses.asdict(found.nll_delta_nats_per_token),

@@ -213,10 +213,14 @@ class DocumentDeltas(Model):
 
 
 class Quality(Model):
-    """On held-out text; differences are candidate - baseline, paired by token."""
+    """On held-out text; differences are candidate - baseline, paired by token.
+
+    `packed`: documents were joined by EOS and scored as one text; without it, each was scored by itself.
+    """
 
     tokens: Count
     documents: Count
+    packed: bool = Field(default=False, strict=True)
     baseline: QualitySide
     candidate: QualitySide
     nll_delta_nats_per_token: Estimate

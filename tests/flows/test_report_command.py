@@ -179,6 +179,18 @@ def test_documents_apart_even_those_of_one_name() -> None:
     ]
 
 
+def test_documents_apart_in_packed_rows() -> None:
+    """The middle row ends "a", holds all of "b", and begins "c"; its first token is not scored."""
+    rows = TokenRows([torch.zeros(4)] * 3, [0, 0, 1, 2, 2], ["a", "b", "c"], "0" * 64, [[4], [2, 1, 1], [4]])
+    delta = np.array([3.0, 2.0, 5.0, 1.0, 3.0])
+    estimate = bootstrap_mean(delta, rows.scored, "window")
+    found = Comparison(Quality(delta, rows.scored), Quality(0 * delta, rows.scored), 3, 0.1, 0.9, estimate)
+    made = section(found, rows)
+    QualitySection.model_validate(made)
+    assert (made["tokens"], made["packed"]) == (9, True)
+    assert made["document_deltas"]["values"] == pytest.approx([(1 + 3) / 4, (3 + 2) / 4, 5 / 1])
+
+
 def test_of_many_documents_the_quantiles() -> None:
     deltas = np.random.default_rng(0).normal(size=1_001)
     found = compared(deltas.tolist(), [str(index) for index in range(1_001)], windows=1)

@@ -180,8 +180,9 @@ def test_separators_of_a_plain_text(tmp_path, split, expected):
     assert {name: text.strip() for name, text in found.items()} == {n: text.strip() for n, text in expected.items()}
 
 
-def test_blank_lines_belong_to_no_document(tmp_path):
-    (tmp_path / "a").write_text(" \n\none \n\t\n\n  two\nthree\n\n")
+@pytest.mark.parametrize("end", ["", "\n", "\n \n\n", "\n\t"])
+def test_blank_lines_and_the_last_line_s_end_belong_to_no_document(tmp_path, end):
+    (tmp_path / "a").write_text(f" \n\none \n\t\n\n  two\nthree{end}")
     assert [document.text for document in read_documents([tmp_path / "a"], "blank-line")] == ["one ", "  two\nthree"]
 
 

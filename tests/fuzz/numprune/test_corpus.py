@@ -1,5 +1,7 @@
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -12,10 +14,16 @@ from numprune.errors import NumpruneError
 from tests.conftest import byte_tokenizer
 from tests.fuzz.strangers import documents, fuzz, named, written
 
+RECORD = {"text": "words", "name": "a", "messages": [{"role": "user", "content": "words"}], "tools": [{}]}
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("text") / "text.jsonl"
+
+def chat(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    return f"{messages} {tools}"
+
+
+@pytest.fixture(scope="module", params=[".jsonl", ".json"])
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return (tmp_path_factory.mktemp("text") / "text").with_suffix(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @fuzz
-@given(st.lists(documents({"text": "words", "name": "a"}), max_size=3))
+@given(st.lists(documents(RECORD), max_size=3))
+@example([written({"messages": [{"role": "half \ud800"}]})])
 @example([b'{"text": "a", "b": ' + b"1" * 5000 + b"}"])
 @example([b'{"text": ' + b"[" * 100_000])
 @example([b'{"text": "half \\ud800 a pair"}'])
@@ -34,7 +43,7 @@ def test_lines_of_text_become_rows_or_are_refused(
     file: Path, tokenizer: PreTrainedTokenizerBase, lines: list[bytes]
 ) -> None:
     file.write_bytes(b"\n".join(lines))
-    found = named(read_documents, [file])
+    found = named(read_documents, [file], "file", chat)
     if isinstance(found, NumpruneError):
         assert str(file) in str(found)
         return
@@ -55,3 +64,6 @@ def test_any_other_file_is_one_document_or_refused(
     if not isinstance(found, NumpruneError):
         assert len(found) == 1
         named(token_rows, found, tokenizer, 8)
+    pieces = named(read_documents, [path], r"[\s\d]")
+    if not isinstance(pieces, NumpruneError):
+        assert "".join(piece.text for piece in pieces) == "".join(re.split(r"[\s\d]", found[0].text))
