@@ -46,6 +46,15 @@ def text_digest(text: Text, part: corpus.Split) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def read_text(
+    text: Text, part: corpus.Split, tokenizer: PreTrainedTokenizerBase, reading: Reading, tokens: int | None = None
+) -> list[Document]:
+    """The documents of a recipe's text; of the embedded one enough for `tokens`, or all. Raises InputError."""
+    if text == EMBEDDED:
+        return _embedded(part, tokens)
+    return read_documents(text, reading.split, renderer(tokenizer) if reading.chat else None)
+
+
 def text_rows(
     text: Text,
     part: corpus.Split,
@@ -54,16 +63,12 @@ def text_rows(
     reading: Reading,
     tokens: int | None = None,
 ) -> TokenRows:
-    """A recipe's text as rows; of the embedded one enough for `tokens`, or all. Raises InputError."""
-    if text == EMBEDDED:
-        documents = _embedded(part, tokens)
-    else:
-        documents = read_documents(text, reading.split, renderer(tokenizer) if reading.chat else None)
-    rows = token_rows(documents, tokenizer, length, reading.pack)
+    """A recipe's text as rows; the other arguments are `read_text`'s. Raises InputError."""
+    rows = token_rows(read_text(text, part, tokenizer, reading, tokens), tokenizer, length, reading.pack)
     logger.info(
         "%s text: %s, %s of %d tokens%s",
         "calibration" if part == "train" else "held-out",
-        _counted(len(documents), "document"),
+        _counted(len(rows.names), "document"),
         _counted(len(rows.rows), "packed row" if rows.packed else "row"),
         length,
         "" if rows.packed else " or less",
@@ -104,10 +109,12 @@ def heldout_rows(
     Raises InputError: as `read_documents` and `token_rows` do, and when the tokenizers of the two differ on the text.
     """
     length = row_length(length, read_config(model).max_position_embeddings)
-    rows = text_rows(files, "heldout", load_tokenizer(model), length, reading)
+    tokenizer = load_tokenizer(model)
+    documents = read_text(files, "heldout", tokenizer, reading)
+    rows = token_rows(documents, tokenizer, length, reading.pack)
     if baseline is None:
         return rows
-    if text_rows(files, "heldout", load_tokenizer(baseline), length, reading).digest != rows.digest:
+    if token_rows(documents, load_tokenizer(baseline), length, reading.pack).digest != rows.digest:
         raise InputError(
             f"{model} and {baseline}: their tokenizers make different tokens of the text, so there is nothing to "
             "compare; the baseline must be the model that the other one was made from"
@@ -121,7 +128,7 @@ def warn_of_windows(rows: TokenRows, option: str) -> None:
     if rows.documents < MINIMUM_DOCUMENTS:
         logger.warning(
             "the held-out text has %s, so intervals are over its %s: they are alike, and say little of other text; "
-            "separate its documents (%s blank-line, or a regular expression) or give %d and more",
+            "separate its documents (%s: blank-line, or a regular expression) or give %d and more",
             _counted(rows.documents, "document"),
             _counted(len(rows.rows), "window"),
             option,
@@ -146,7 +153,7 @@ def calibration_rows(
     try:
         drawn = sample_rows(rows, samples, length, seed)
     except InputError as error:
-        raise InputError(f"{option} {samples}: {error}") from None
+        raise InputError(f"{option}: {error}") from None
     names = [f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text]
     return drawn, Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=rows.packed)
 
@@ -163,7 +170,7 @@ def make_calibration(
 ) -> dict[str, Any]:
     """Stage: the rows that pruning is calibrated on."""
     rows, draw = calibration_rows(
-        text, load_tokenizer(model), samples, sequence_length, seed, Reading(**reading), option="data.samples ="
+        text, load_tokenizer(model), samples, sequence_length, seed, Reading(**reading), option="data.samples"
     )
     save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw.model_dump_json()})
     return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel(), "packed": draw.packed}
@@ -179,7 +186,7 @@ def make_heldout(
 ) -> dict[str, Any]:
     """Stage: the rows that quality is measured on."""
     rows = text_rows(text, "heldout", load_tokenizer(model), sequence_length, Reading(**reading))
-    warn_of_windows(rows, "data.split:")
+    warn_of_windows(rows, "data.split")
     return save_heldout(out, rows)
 
 

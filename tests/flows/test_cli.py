@@ -202,7 +202,7 @@ def test_compensation_with_a_bias(numprune: Command, tiny: Path, tmp_path: Path)
 def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     common = ["prune", tiny / "base", tmp_path / "out", "--sequence-length", 64]
     short = numprune(*common, "--text", tiny / "train.txt", "--ratio", 0.3, "--samples", 1000)
-    assert "--samples 1000: the calibration text gives 70 windows of 64 tokens, but 1000 samples were" in short.err
+    assert "--samples: the calibration text gives 70 windows of 64 tokens, but 1000 samples were" in short.err
     ratio = numprune(*common, "--text", tiny / "train.txt", "--ratio", 1.5, "--samples", 4)
     assert "ratio is 1.5" in ratio.err
     text = numprune(*common, "--text", tiny / "none.txt", "--ratio", 0.3)

@@ -88,18 +88,16 @@ def test_a_text_of_few_documents_gets_its_intervals_from_windows_and_a_warning(t
     heldout_rows([long], 32, base, Reading(), baseline=base)
     assert caplog.messages == [
         "the held-out text has 1 document, so intervals are over its 141 windows: they are alike, and say little of "
-        "other text; separate its documents (--split blank-line, or a regular expression) or give 5 and more"
+        "other text; separate its documents (--split: blank-line, or a regular expression) or give 5 and more"
     ]
 
 
 def test_too_few_samples_name_the_option(tiny, tmp_path):
     text, tokenizer = [str(tiny / "train.txt")], load_tokenizer(tiny / "base")
-    with pytest.raises(
-        InputError, match=r"^--samples 999: the calibration text gives 140 windows of 32 tokens, but 999"
-    ):
+    with pytest.raises(InputError, match=r"^--samples: the calibration text gives 140 windows of 32 tokens, but 999"):
         calibration_rows(text, tokenizer, 999, 32, 0, Reading())
     asked = {"model": tiny / "base", "text": text, "samples": 999, "sequence_length": 32, "seed": 0}
-    with pytest.raises(InputError, match=r"^data\.samples = 999: the calibration text gives 140 windows"):
+    with pytest.raises(InputError, match=r"^data\.samples: the calibration text gives 140 windows"):
         make_calibration(tmp_path, **asked, reading=asdict(Reading()))
 
 
