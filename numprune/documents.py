@@ -110,6 +110,8 @@ def read_documents(
                 whole += [file] if len(found) == 1 else []
             else:
                 found = [_document(file, where, record, render) for where, record in _records(file)]
+            if not found:
+                raise InputError(f"text file {str(file)!r} holds no documents")
         except InputError as error:
             problems.append(str(error))
         else:

@@ -109,6 +109,7 @@ def test_records_in_parquet_and_in_a_saved_dataset(tmp_path):
             "line 1 is not JSON .*; a .json file must be an array of records or a record per",
         ),
         ("a.json", b'["a"]', "item 1 must be an object"),
+        ("a.json", b"[]", "holds no documents"),
         ("a.json", b'[{"text": "a"}', "the file is not JSON"),
         (
             "a.jsonl",
@@ -196,6 +197,7 @@ def test_records_are_not_split(tmp_path):
     [
         ("(", 'must be "file", "blank-line" or a regular expression'),
         ("x*", "must not match an empty string"),
+        (r"[\s\S]+", "a' holds no documents"),
         ("blank-lines", r"split 'blank-lines' separates nothing in .*a; correct it, or leave it out"),
     ],
 )
