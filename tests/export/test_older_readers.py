@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "dynamic": ("llama", {**scaled("dynamic", factor=4.0), "max_position_embeddings": 64}),
     "yarn": ("llama", scaled("yarn", factor=8.0, original_max_position_embeddings=32)),
     "llama3": ("llama", scaled("llama3", **LLAMA3, original_max_position_embeddings=32)),
-    "heads that no longer divide": ("llama", {**scaled("default"), "num_key_value_heads": 4}),
+    "heads that do not divide": ("mistral", {**scaled("default"), "num_attention_heads": 6, "num_key_value_heads": 3}),
     "mistral": ("mistral", {**scaled("default"), "sliding_window": 16}),
     "qwen2": ("qwen2", scaled("yarn", factor=8.0, original_max_position_embeddings=32)),
     "qwen3": ("qwen3", {**scaled("default"), "tie_word_embeddings": True}),
