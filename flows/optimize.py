@@ -73,6 +73,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
 
     calibration = keep(sample_calibration(run))
     heldout = keep(read_heldout(run))
+    scores = keep(score_baseline(run, heldout))
     pruned = keep(prune(run, calibration))
 
     candidate = _artifact(pruned, CHECKPOINT)
@@ -90,7 +91,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
             keep(prove(run, target, run.base, baselines[target], "baseline"))
 
     canary = keep(make_canary(run, candidate))
-    quality = keep(evaluate(run, candidate, heldout))
+    quality = keep(evaluate(run, candidate, heldout, scores))
     benchmarks: dict[str, StageResult] = {
         runtime: keep(benchmark(run, runtime, exports.get(target, candidate), baselines.get(target, run.base)))
         for runtime in run.recipe.benchmark.runtimes
@@ -228,14 +229,38 @@ def make_canary(run: Run, candidate: Artifact) -> StageResult:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def evaluate(run: Run, candidate: Artifact, heldout: StageResult) -> StageResult:
+def score_baseline(run: Run, heldout: StageResult) -> StageResult:
+    """The base on the held-out text and the prompts: the same for every ratio and method."""
+    with gpu_slot(run):
+        return run.stage(
+            "baseline",
+            "steps.baseline.make_baseline",
+            inputs={"base": run.base.digest, "rows": heldout.digest},
+            sources={"model": run.base.path, "rows": heldout.path},
+            options=_evaluation(run, heldout),
+            layer="export",
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def evaluate(run: Run, candidate: Artifact, heldout: StageResult, scores: StageResult) -> StageResult:
     with gpu_slot(run):
         return run.stage(
             "quality",
             "steps.evaluate.make_quality",
-            inputs={"base": run.base.digest, "candidate": candidate.digest, "rows": heldout.digest},
-            sources={"baseline": run.base.path, "candidate": candidate.path, "rows": heldout.path},
-            options={"rows_digest": heldout.facts["digest"], "device": run.device},
+            inputs={
+                "base": run.base.digest,
+                "candidate": candidate.digest,
+                "rows": heldout.digest,
+                "scores": scores.digest,
+            },
+            sources={
+                "baseline": run.base.path,
+                "candidate": candidate.path,
+                "rows": heldout.path,
+                "scores": scores.path,
+            },
+            options=_evaluation(run, heldout),
             layer="export",
         )
 
@@ -319,6 +344,15 @@ def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: St
 
 def _artifact(stage: StageResult, folder: str) -> Artifact:
     return Artifact(stage.path / folder, str(stage.facts["digest"]))
+
+
+def _evaluation(run: Run, heldout: StageResult) -> dict[str, Any]:
+    """What baseline and candidate are evaluated with."""
+    return {
+        "rows_digest": heldout.facts["digest"],
+        "prompts": run.recipe.evaluate.prompts,
+        "device": run.device,
+    }
 
 
 @contextmanager

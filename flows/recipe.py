@@ -16,9 +16,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from numprune.documents import WHOLE_FILE, separator
 from numprune.errors import InputError
-from numprune.flows.names import SEQUENCE_LENGTH, Allocation, Compensation, Criterion, Device, ExportTarget, Runtime
+from numprune.flows.names import (
+    BUILT_IN,
+    SEQUENCE_LENGTH,
+    Allocation,
+    Compensation,
+    Criterion,
+    Device,
+    ExportTarget,
+    Runtime,
+)
 from numprune.flows.problems import described, listed
 from numprune.serving.gates import Gate
+from numprune.serving.report import MAXIMUM_PROMPTS
 
 EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -33,6 +43,16 @@ def _text(value: Any) -> Any:
     if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
         raise ValueError('must be "embedded" or a list of text files')
     return files
+
+
+def _prompts(value: Any) -> Any:
+    if value == BUILT_IN:
+        return value
+    if not isinstance(value, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in value):
+        raise ValueError(f'must be "{BUILT_IN}" or a list of texts, none of them empty')
+    if len(value) > MAXIMUM_PROMPTS:
+        raise ValueError(f"must have at most {MAXIMUM_PROMPTS} prompts")
+    return value
 
 
 def _distinct(value: list[Any]) -> list[Any]:
@@ -56,6 +76,7 @@ def _pack(value: Any) -> Any:
 
 
 Text = Annotated[str | list[str], PlainValidator(_text)]
+Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -131,6 +152,12 @@ class Export(Section):
     opset: Literal[20, 23] = 23
 
 
+class Evaluate(Section):
+    """`prompts`: both models generate from them, greedily: "built-in", or a list of texts; [] for none."""
+
+    prompts: Prompts = BUILT_IN
+
+
 class Benchmark(Section):
     """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime."""
 
@@ -170,6 +197,7 @@ class Recipe(Section):
     prune: Prune = Prune()
     target: Target = Target()
     export: Export = Export()
+    evaluate: Evaluate = Evaluate()
     benchmark: Benchmark = Benchmark()
     gates: Annotated[list[Gate], Field(min_length=1)]
     registry: Registry

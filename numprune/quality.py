@@ -4,6 +4,7 @@ Perplexity: the text's tokens in consecutive windows of the sequence length, no 
 scored; exp of the mean NLL.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,15 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import special
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
 
-# Window indices (n,) and their tokens (n, S) to log-probabilities of the next token (n, S-1, V), float32.
-Distributions = Callable[[list[int], Tensor], Tensor]
+# Logits are computed for a few positions at a time, so that memory depends neither on the batch nor on the vocabulary:
+# 2^23 of them are 32 MiB. A batch of 8 rows of 512 tokens has 805 MB of them where there are 49,152 words.
+_LOGITS = 1 << 23
 
 # Fewer documents bound nothing that is of use. Windows take their place, which say something of this text alone: those
 # of one document are alike.
@@ -45,6 +48,25 @@ class Estimate:
     interval95: tuple[float, float]
     samples: int
     sampling_unit: str
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """The next-token distributions of a model on token rows, as what they are computed from.
+
+    Attributes:
+        hidden: row indices (n,) and their tokens (n, S) to what enters the head, (n, S-1, H).
+        head: hidden states (p, H) to logits (p, V).
+        vocabulary: V.
+    """
+
+    hidden: Callable[[list[int], Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    vocabulary: int
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """Return (p, V) in float32 of hidden states (p, H)."""
+        return self.head(hidden).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -105,17 +127,32 @@ class Comparison:
         )
 
 
-def evaluate(model: PreTrainedModel, rows: TokenRows, batch_size: int = 8) -> Quality:
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    rows: TokenRows,
+    batch_size: int = 8,
+    keep: Callable[[list[int], Tensor], None] | None = None,
+) -> Quality:
     """Return the NLL of `model` on `rows`.
+
+    Args:
+        keep: is called with each batch's row indices and hidden states, which `Distributions.hidden` can give back.
 
     Raises:
         InputError: a token is outside the vocabulary, or a row longer than the model's context.
         IntegrityError: the model gives logits that are not finite.
     """
     check_rows_fit(model, rows)
+    found = distributions(model)
     nll = np.zeros(len(rows.document))
     for index, tokens in batches(rows, batch_size, "evaluate"):
-        rows.add(nll, index, _token_nll(_log_probabilities(model, tokens), tokens).cpu().numpy())
+        hidden = found.hidden(index, tokens)
+        if keep is not None:
+            keep(index, hidden)
+        parts = _parts(found.vocabulary, hidden, tokens[:, 1:].to(hidden.device))
+        by_token = torch.cat([_token_nll(found.log_probabilities(states), targets) for states, targets in parts])
+        rows.add(nll, index, by_token.view(len(index), -1).cpu().numpy())
     return Quality(nll, rows.scored)
 
 
@@ -124,37 +161,42 @@ def compare(
 ) -> Comparison:
     """Return how `model` differs from `baseline` on `rows`; raises as `evaluate` does."""
     check_rows_fit(baseline, rows)
-    if model.config.vocab_size != baseline.config.vocab_size:
-        raise InputError(f"vocabularies differ: {model.config.vocab_size} and {baseline.config.vocab_size} (baseline)")
-    return compare_with(
-        model, lambda _, tokens: _log_probabilities(baseline, tokens), rows, batch_size=batch_size, seed=seed
-    )
+    return compare_with(model, distributions(baseline), rows, batch_size=batch_size, seed=seed)
 
 
+@torch.inference_mode()
 def compare_with(
     model: PreTrainedModel, baseline: Distributions, rows: TokenRows, *, batch_size: int = 8, seed: int = 0
 ) -> Comparison:
-    """`compare` with a baseline whose distributions on `rows` are known, however they are."""
+    """`compare` with a baseline whose hidden states on `rows` are known already."""
     check_rows_fit(model, rows)
-    windows, spans = len(rows.rows), len(rows.document)
-    nll, baseline_nll, kl, agree = np.zeros(spans), np.zeros(spans), np.zeros(windows), np.zeros(windows)
+    candidate = distributions(model)
+    if candidate.vocabulary != baseline.vocabulary:
+        raise InputError(f"vocabularies differ: {candidate.vocabulary} and {baseline.vocabulary} (baseline)")
+    nll, baseline_nll, kl, agree = sums = np.zeros((4, len(rows.document)))
     for index, tokens in batches(rows, batch_size, "compare"):
-        ours, theirs = _log_probabilities(model, tokens), baseline(index, tokens)
-        rows.add(nll, index, _token_nll(ours, tokens).cpu().numpy())
-        rows.add(baseline_nll, index, _token_nll(theirs, tokens).cpu().numpy())
-        kl[index] = (theirs.exp() * (theirs - ours)).sum((1, 2)).double().cpu().numpy()
-        agree[index] = (ours.argmax(-1) == theirs.argmax(-1)).sum(1).cpu().numpy()
+        ours, theirs = candidate.hidden(index, tokens), baseline.hidden(index, tokens)
+        parts = _parts(baseline.vocabulary, ours, theirs, tokens[:, 1:].to(ours.device))
+        by_token = torch.cat(
+            [
+                _differences(candidate.log_probabilities(one), baseline.log_probabilities(other), targets)
+                for one, other, targets in parts
+            ],
+            dim=1,
+        )
+        for total, values in zip(sums, by_token.view(4, len(index), -1).cpu().numpy(), strict=True):
+            rows.add(total, index, values)
     scored, delta = rows.scored, nll - baseline_nll
     unit = "document" if rows.documents >= MINIMUM_DOCUMENTS else "window"
     units = rows.document if unit == "document" else rows.row
-    sums, counts = np.bincount(units, delta), np.bincount(units, scored)
+    of_units, counts = np.bincount(units, delta), np.bincount(units, scored)
     return Comparison(
         candidate=Quality(nll, scored),
         baseline=Quality(baseline_nll, scored),
         documents=rows.documents,
         kl_nats_per_token=float(kl.sum() / scored.sum()),
         top1_agreement=float(agree.sum() / scored.sum()),
-        nll_delta_nats_per_token=bootstrap_mean(sums[counts > 0], counts[counts > 0], unit, seed),
+        nll_delta_nats_per_token=bootstrap_mean(of_units[counts > 0], counts[counts > 0], unit, seed),
     )
 
 
@@ -279,21 +321,59 @@ def batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list
                 bar.update(len(batch))
 
 
-@torch.inference_mode()
-def _log_probabilities(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return (n, S-1, V) log-probabilities of the next token, float32."""
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].float()
-    return logits.log_softmax(-1)
+def distributions(model: PreTrainedModel) -> Distributions:
+    """The distributions of a model in memory."""
+
+    def hidden(_: list[int], tokens: Tensor) -> Tensor:
+        states: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+        return states[:, :-1]
+
+    return Distributions(hidden, head_of(model), model.config.vocab_size)
 
 
-def _token_nll(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
-    """Return (n, S-1) NLL in nats, float64 so that long sums stay exact.
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What `model` does with its last hidden states, without the rest of it: (p, H) to logits (p, V).
+
+    It is the model's own forward with a decoder that passes on what it is given. So whatever a family does beside the
+    product with the output matrix (scale the logits, cap them) is done, too.
+    """
+    head = copy.copy(model)  # of the module alone: its parts are shared
+    head._modules = {**model._modules, model.base_model_prefix: _Passing()}
+
+    def logits(hidden: Tensor) -> Tensor:
+        found: Tensor = head(inputs_embeds=hidden[None], use_cache=False).logits
+        return found[0]
+
+    return logits
+
+
+class _Passing(nn.Module):
+    """Stands for a decoder whose last hidden states are known."""
+
+    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _parts(vocabulary: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield `values`, (n, S-1, …) each, as parts (p, …) whose logits fit into memory."""
+    positions = max(1, _LOGITS // vocabulary)
+    return zip(*(value.flatten(0, 1).split(positions) for value in values), strict=True)
+
+
+def _token_nll(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Return the NLL of each target, (p,) in nats, float64 so that long sums stay exact.
 
     One logit that is NaN or infinite makes every probability of its position NaN, or the right token's zero; either way
     its NLL is not finite, and looking at that is cheaper than looking at all logits.
     """
-    targets = tokens[:, 1:, None].to(log_probabilities.device)
-    nll = -log_probabilities.gather(-1, targets)[..., 0].double()
+    nll = -log_probabilities.gather(-1, targets[:, None])[:, 0].double()
     if not torch.isfinite(nll).all():
         raise IntegrityError("the model's probabilities are not finite; its weights are damaged or overflow")
     return nll
+
+
+def _differences(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
+    """Return (4, p) float64 of log-probabilities (p, V): NLL of ours, of theirs, KL(theirs || ours), same top token."""
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    agree = ours.argmax(-1) == theirs.argmax(-1)
+    return torch.stack([_token_nll(ours, targets), _token_nll(theirs, targets), kl.double(), agree.double()])

@@ -4,11 +4,15 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
+
+if TYPE_CHECKING:
+    from numprune.corpus import TokenRows
+    from numprune.quality import Quality
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
@@ -56,10 +60,10 @@ def add(commands: Subcommands) -> None:
         "evaluate",
         evaluate,
         "measure NLL and perplexity, and what changed against a baseline",
-        "numprune evaluate ./pruned --baseline ./my-model --text heldout.txt",
+        "numprune evaluate ./pruned ./pruned-more --baseline ./my-model --text heldout.txt",
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--baseline", metavar="MODEL", help="compare with this model, token by token")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"{_MODEL}; several are evaluated one after another")
+    parser.add_argument("--baseline", metavar="MODEL", help="compare each with this model, token by token")
     _add_text(parser, "text to score")
 
     parser = command(
@@ -210,46 +214,49 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
-    from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint, side
+    from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import heldout_rows
 
-    model = checkpoint.resolve(args.model)
+    models = [checkpoint.resolve(model) for model in args.models]
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
-    rows = heldout_rows(args.text, args.sequence_length, model, reading(args, args.text), baseline)
+    rows = heldout_rows(args.text, args.sequence_length, models, reading(args, args.text), baseline)
+    device = device_of("auto")
     if baseline is None:
-        quality = evaluate_checkpoint(model, rows, device_of("auto"))
-        data = {
-            "model": str(model),
-            **side(quality),
-            "tokens": quality.tokens,
-            "documents": rows.documents,
-            "packed": rows.packed,
-        }
-        return Answer(data, _quality_line(model, data))
-    found = compare_checkpoints(model, baseline, rows, device_of("auto"))
-    delta = found["nll_delta_nats_per_token"]
-    data = {
+        found = [_evaluated(model, evaluate_checkpoint(model, rows, device), rows) for model in models]
+        lines = [_quality_line(data) for data in found]
+    else:
+        sections = compare_checkpoints(models, baseline, rows, device)
+        found = [_compared(model, baseline, section) for model, section in zip(models, sections, strict=True)]
+        lines = [_quality_line({**found[0], **found[0]["baseline"]})]
+        lines += [line for data in found for line in (_quality_line(data), _difference_line(data))]
+    return Answer(found[0] if len(found) == 1 else {"candidates": found}, "\n".join(lines))
+
+
+def _evaluated(model: Path, quality: "Quality", rows: "TokenRows") -> dict[str, Any]:
+    return {
         "model": str(model),
-        **found["candidate"],
-        "tokens": found["tokens"],
-        "documents": found["documents"],
+        "nll_nats_per_token": quality.nll_nats_per_token,
+        "perplexity": quality.perplexity,
+        "tokens": quality.tokens,
+        "documents": rows.documents,
         "packed": rows.packed,
-        "baseline": {"model": str(baseline), **found["baseline"]},
+    }
+
+
+def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        **section["candidate"],
+        "tokens": section["tokens"],
+        "documents": section["documents"],
+        "packed": section["packed"],
+        "baseline": {"model": str(baseline), **section["baseline"]},
         **{
-            name: found[name]
+            name: section[name]
             for name in ("kl_nats_per_token", "top1_agreement", "nll_delta_nats_per_token", "perplexity_ratio")
         },
     }
-    low, high = delta["interval95"]
-    interval = f" [{low:+.4f}, {high:+.4f}]" if low is not None and high is not None else ""
-    lines = [
-        _quality_line(model, data),
-        _quality_line(baseline, {**data, **found["baseline"]}),
-        f"difference: NLL {delta['value']:+.4f} nats/token{interval} ({delta['samples']} {delta['sampling_unit']}s), "
-        f"KL {data['kl_nats_per_token']:.4f} nats/token, top-1 agreement {data['top1_agreement']:.2%}",
-    ]
-    return Answer(data, "\n".join(lines))
 
 
 def export(args: argparse.Namespace) -> Answer:
@@ -276,11 +283,21 @@ def _must_not_exist(out: Path) -> None:
         raise InputError(f"{out}: already exists; choose another folder or remove it")
 
 
-def _quality_line(model: Path, data: dict[str, Any]) -> str:
+def _quality_line(data: dict[str, Any]) -> str:
     return (
-        f"{model}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
+        f"{data['model']}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
         f"{data['tokens']:,} tokens of {data['documents']:,} document{'' if data['documents'] == 1 else 's'}"
         f"{', packed' if data['packed'] else ''}"
+    )
+
+
+def _difference_line(data: dict[str, Any]) -> str:
+    delta = data["nll_delta_nats_per_token"]
+    low, high = delta["interval95"]
+    interval = f" [{low:+.4f}, {high:+.4f}]" if low is not None and high is not None else ""
+    return (
+        f"difference: NLL {delta['value']:+.4f} nats/token{interval} ({delta['samples']} {delta['sampling_unit']}s), "
+        f"KL {data['kl_nats_per_token']:.4f} nats/token, top-1 agreement {data['top1_agreement']:.2%}"
     )
 
 

@@ -13,9 +13,10 @@ from numprune.export.manifest import folder_digest
 from numprune.flows.names import TARGETS
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
-from numprune.flows.steps.prune import device_of
+from numprune.flows.steps.prune import device_of, stored_dtype
 from numprune.flows.steps.report import assemble
 from numprune.flows.steps.text import heldout_rows
+from numprune.generation import PROMPTS
 from numprune.serving.benchmark import Load, run_benchmark
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Report
@@ -66,13 +67,15 @@ def measure(
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
     for folder in sides.values():
         check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
-    rows = heldout_rows(text, length, sides["candidate"], reading, sides["baseline"]) if text else None
+    rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
     sections: dict[str, Any] = {"sizes": sizes(sides["baseline"], sides["candidate"])}
     if rows is not None:
         identity["heldout_rows"] = rows.digest
-        sections["quality"] = compare_checkpoints(sides["candidate"], sides["baseline"], rows, device_of("auto"))
+        [sections["quality"]] = compare_checkpoints(
+            [sides["candidate"]], sides["baseline"], rows, device_of("auto"), PROMPTS
+        )
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
         if target is not None:
@@ -92,6 +95,7 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
     """The report's section `sizes` of two checkpoints."""
     one, other = (measure_budget(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
     return {
+        "dtype": {"baseline": stored_dtype(baseline), "candidate": stored_dtype(candidate)},
         "parameters": {"baseline": one.parameters, "candidate": other.parameters},
         "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
         "kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token},

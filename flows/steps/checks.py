@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from numprune.anatomy import Anatomy, read_anatomy
 from numprune.calibration import longest_row
@@ -24,7 +25,9 @@ from numprune.flows.names import TARGETS
 from numprune.flows.problems import did_you_mean, listed, models_in
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
+from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.text import text_digest
+from numprune.generation import encode
 from numprune.pruning import PruneOptions, check_options
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report
@@ -88,6 +91,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("model.path", check_vocabulary, base, tokenizer, config)
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
                 problems.append(f"model.path: {problem}")
+            collect("evaluate.prompts", check_prompts, tokenizer, recipe, config.max_position_embeddings)
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
@@ -116,6 +120,12 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
     if problems:
         raise InputError(listed("the recipe cannot be done here", problems))
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: int) -> None:
+    """Raises InputError for the first prompt that the model cannot be given."""
+    for prompt in prompts_of(recipe.evaluate.prompts):
+        encode(tokenizer, prompt, context)
 
 
 def model_folder(path: str) -> Path:
@@ -196,6 +206,8 @@ def _metrics(recipe: Recipe) -> list[str]:
         known = [key for model in models_in(field.annotation) for key in model.model_fields]
         if known and name not in known:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
+        if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
+            problems.append(f"{where}: evaluate.prompts = [] generates nothing; give it prompts")
     return problems
 
 

@@ -2,30 +2,119 @@
 
 import dataclasses
 import math
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.corpus import TokenRows
-from numprune.export.checkpoint import load
+from numprune.errors import InputError
+from numprune.export.checkpoint import load, read_config
+from numprune.flows.stages import read_facts
+from numprune.flows.steps.baseline import prompts_of, score, scored, side
 from numprune.flows.steps.text import load_heldout
-from numprune.quality import Comparison, Quality, compare, evaluate
+from numprune.generation import MAXIMUM_TOKENS, generate
+from numprune.quality import Comparison, Distributions, Quality, compare_with, evaluate, head_of
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 
 
-def compare_checkpoints(candidate: Path, baseline: Path, rows: TokenRows, device: torch.device) -> dict[str, Any]:
-    """The report's section `quality`. Raises InputError, IntegrityError."""
-    dense, _ = load(baseline)
-    pruned, _ = load(candidate)
-    return section(compare(pruned.to(device), dense.to(device), rows), rows)
+def make_quality(
+    out: Path,
+    *,
+    candidate: Path,
+    baseline: Path,
+    scores: Path,
+    rows: Path,
+    rows_digest: str,
+    prompts: str | list[str],
+    device: str,
+) -> dict[str, Any]:
+    """Stage: the section `quality`. `scores`: the stage that scored the baseline on the same rows and prompts."""
+    held_out, where = load_heldout(rows, rows_digest), torch.device(device)
+    known = _scored(scores, held_out, load(baseline)[0].to(where))
+    return _compare(candidate, known, read_facts(scores)["generations"], held_out, prompts_of(prompts), where)
+
+
+def compare_checkpoints(
+    candidates: Sequence[Path], baseline: Path, rows: TokenRows, device: torch.device, prompts: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The section `quality` of each candidate. The baseline is scored once, and one model is in memory at a time.
+
+    Raises InputError, IntegrityError.
+    """
+    vocabulary = read_config(baseline).vocab_size
+    for candidate in candidates:
+        if (other := read_config(candidate).vocab_size) != vocabulary:
+            raise InputError(f"vocabularies differ: {candidate} has {other} tokens, {baseline} has {vocabulary}")
+    with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
+        dense, tokenizer = load(baseline)
+        facts = score(Path(scratch), dense.to(device), tokenizer, rows, prompts)
+        known = _scored(Path(scratch), rows, dense)
+        del dense  # but its head
+        return [_compare(candidate, known, facts["generations"], rows, prompts, device) for candidate in candidates]
 
 
 def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> Quality:
     """NLL of one model. Raises InputError, IntegrityError."""
     loaded, _ = load(model)
     return evaluate(loaded.to(device), rows)
+
+
+def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel) -> Distributions:
+    return scored(folder, rows, head_of(dense), dense.config.vocab_size, dense.device)
+
+
+def _compare(
+    candidate: Path,
+    baseline: Distributions,
+    generations: Sequence[dict[str, Any]],
+    rows: TokenRows,
+    prompts: Sequence[str],
+    device: torch.device,
+) -> dict[str, Any]:
+    pruned, tokenizer = load(candidate)
+    pruned.to(device)
+    found = section(compare_with(pruned, baseline, rows), rows)
+    if prompts:
+        found["generation"] = generation(pruned, tokenizer, prompts, generations)
+    return found
+
+
+def generation(
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    baseline: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The part `generation` of the section; `baseline`: what the baseline generated from the same prompts."""
+    candidate = [dataclasses.asdict(one) for one in generate(pruned, tokenizer, prompts)]
+    degraded = sum(_failed(ours) and not _failed(theirs) for ours, theirs in zip(candidate, baseline, strict=True))
+    return {
+        "prompts": len(prompts),
+        "chat_template": tokenizer.chat_template is not None,
+        "maximum_tokens": MAXIMUM_TOKENS,
+        "baseline": _counted(baseline),
+        "candidate": _counted(candidate),
+        "degraded": degraded,
+        "degraded_share": degraded / len(prompts),
+        "outputs": [
+            {"prompt": prompt, "baseline": theirs, "candidate": ours}
+            for prompt, theirs, ours in zip(prompts, baseline, candidate, strict=True)
+        ],
+    }
+
+
+def _failed(output: dict[str, Any]) -> bool:
+    return bool(output["empty"] or output["repeating"])
+
+
+def _counted(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counts = {name: sum(output[name] for output in outputs) for name in ("empty", "repeating")}
+    return {**counts, **{f"{name}_share": count / len(outputs) for name, count in counts.items()}}
 
 
 def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
@@ -73,14 +162,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def side(quality: Quality) -> dict[str, Any]:
-    return {"nll_nats_per_token": quality.nll_nats_per_token, "perplexity": quality.perplexity}
-
-
-def make_quality(
-    out: Path, *, candidate: Path, baseline: Path, rows: Path, rows_digest: str, device: str
-) -> dict[str, Any]:
-    """Stage: the section `quality`."""
-    return compare_checkpoints(candidate, baseline, load_heldout(rows, rows_digest), torch.device(device))

@@ -99,27 +99,28 @@ def row_length(asked: int | None, limit: int) -> int:
 
 
 def heldout_rows(
-    files: Sequence[Path], length: int | None, model: Path, reading: Reading, baseline: Path | None = None
+    files: Sequence[Path], length: int | None, models: Sequence[Path], reading: Reading, baseline: Path | None = None
 ) -> TokenRows:
-    """The text as rows for a model and, where there is one, for the baseline that it is compared with.
+    """The text as rows for models and, where there is one, for the baseline that they are compared with.
 
     Args:
         length: see `row_length`.
 
-    Raises InputError: as `read_documents` and `token_rows` do, and when the tokenizers of the two differ on the text.
+    Raises InputError: as `read_documents` and `token_rows` do, and when their tokenizers differ on the text.
     """
+    model, *others = models
     length = row_length(length, read_config(model).max_position_embeddings)
     tokenizer = load_tokenizer(model)
     documents = read_text(files, "heldout", tokenizer, reading)
     rows = token_rows(documents, tokenizer, length, reading.pack)
-    if baseline is None:
-        return rows
-    if token_rows(documents, load_tokenizer(baseline), length, reading.pack).digest != rows.digest:
-        raise InputError(
-            f"{model} and {baseline}: their tokenizers make different tokens of the text, so there is nothing to "
-            "compare; the baseline must be the model that the other one was made from"
-        )
-    warn_of_windows(rows, "--split")
+    for other in (*others, *([baseline] if baseline else [])):
+        if token_rows(documents, load_tokenizer(other), length, reading.pack).digest != rows.digest:
+            raise InputError(
+                f"{model} and {other}: their tokenizers make different tokens of the text, so there is nothing to "
+                "compare; the baseline must be the model that the other one was made from"
+            )
+    if baseline is not None:
+        warn_of_windows(rows, "--split")
     return rows
 
 

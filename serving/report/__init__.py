@@ -9,10 +9,12 @@ from numprune.serving.report.files import read, replace, write
 from numprune.serving.report.markdown import markdown, not_judged
 from numprune.serving.report.models import (
     MAXIMUM_DOCUMENTS,
+    MAXIMUM_PROMPTS,
     MAXIMUM_WORST,
     SCHEMA,
     DocumentDelta,
     DocumentDeltas,
+    Dtypes,
     Environment,
     Estimate,
     GateResult,
@@ -39,10 +41,12 @@ from numprune.serving.report.models import (
 
 __all__ = [
     "MAXIMUM_DOCUMENTS",
+    "MAXIMUM_PROMPTS",
     "MAXIMUM_WORST",
     "SCHEMA",
     "DocumentDelta",
     "DocumentDeltas",
+    "Dtypes",
     "Environment",
     "Estimate",
     "GateResult",

@@ -43,6 +43,7 @@ def _facts(value: Any) -> Any:
 
 MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
 MAXIMUM_WORST: Final = 10
+MAXIMUM_PROMPTS: Final = 100
 
 Number = Annotated[int | float | None, BeforeValidator(_number)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -176,7 +177,17 @@ def _quotient(numerator: int | float | None, denominator: int | float | None) ->
     return None if numerator is None or not denominator else numerator / denominator
 
 
+class Dtypes(Model):
+    """Names of data types, as torch has them: "float32", "bfloat16"."""
+
+    baseline: str
+    candidate: str
+
+
 class Sizes(Model):
+    """`dtype`: of the stored weights."""
+
+    dtype: Dtypes | None = None
     parameters: SizePair | None = None
     weight_bytes: SizePair | None = None
     kv_bytes_per_token: SizePair | None = None
@@ -212,6 +223,71 @@ class DocumentDeltas(Model):
         return self
 
 
+class Output(Model):
+    """What a model generated, greedily.
+
+    `empty`: white space at most. `repeating`: its end repeats a sequence of up to 20 tokens three times or more, over
+    at least 16 tokens.
+    """
+
+    text: str
+    tokens: Count
+    empty: bool = Field(strict=True)
+    repeating: bool = Field(strict=True)
+
+    @property
+    def failed(self) -> bool:
+        return self.empty or self.repeating
+
+
+class SideBySide(Model):
+    prompt: str
+    baseline: Output
+    candidate: Output
+
+
+class OutputCounts(Model):
+    """Of one side: how many outputs are empty or repeating, and as shares of all."""
+
+    empty: Count
+    repeating: Count
+    empty_share: Number
+    repeating_share: Number
+
+
+class Generation(Model):
+    """Both models on the same prompts. Greedy generation has no chance in it, so these counts have no interval.
+
+    `degraded`: prompts on which the candidate's output is empty or repeating, and the baseline's is neither.
+    """
+
+    prompts: Count
+    chat_template: bool = Field(strict=True)
+    maximum_tokens: Count
+    baseline: OutputCounts
+    candidate: OutputCounts
+    degraded: Count
+    degraded_share: Number
+    outputs: tuple[SideBySide, ...] = Field(min_length=1, max_length=MAXIMUM_PROMPTS)
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        pairs = self.outputs
+        claimed: list[int | float | None] = [self.prompts, self.degraded, self.degraded_share]
+        degraded = sum(pair.candidate.failed and not pair.baseline.failed for pair in pairs)
+        expected = [len(pairs), degraded, degraded / len(pairs)]
+        for side, outputs in (
+            (self.baseline, [pair.baseline for pair in pairs]),
+            (self.candidate, [pair.candidate for pair in pairs]),
+        ):
+            empty, repeating = (sum(getattr(output, name) for output in outputs) for name in ("empty", "repeating"))
+            claimed += [side.empty, side.repeating, side.empty_share, side.repeating_share]
+            expected += [empty, repeating, empty / len(pairs), repeating / len(pairs)]
+        if any(one is None or not math.isclose(one, other) for one, other in zip(claimed, expected, strict=True)):
+            raise ValueError(f"the counts of generation are not those of its outputs, which are {expected}")
+        return self
+
+
 class Quality(Model):
     """On held-out text; differences are candidate - baseline, paired by token.
 
@@ -228,6 +304,7 @@ class Quality(Model):
     document_deltas: DocumentDeltas | None = None
     kl_nats_per_token: Number = None
     top1_agreement: Number = None
+    generation: Generation | None = None
 
     @model_validator(mode="after")
     def _all_documents(self) -> Self:
@@ -280,12 +357,13 @@ class NoiseFloor(Model):
 class RuntimeSpeed(Model):
     """One runtime; `noise_floor` has the names of the ratios.
 
-    A server is measured at several concurrencies: `concurrency` has them all, by number, and the fields beside it are
-    those of the first.
+    `dtype`: what is computed in. A server is measured at several concurrencies: `concurrency` has them all, by number,
+    and the fields beside it are those of the first.
     """
 
     load: Facts
     runtime: Facts = {}  # provider, threads, versions, device
+    dtype: Dtypes | None = None
     warmup: Count
     repeats: Count
     order: str

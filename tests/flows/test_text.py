@@ -66,7 +66,7 @@ def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
     reading = Reading(pack=pack)
     text = [str(tiny / "heldout.jsonl")]
     facts = make_heldout(tmp_path, model=tiny / "base", text=text, sequence_length=32, reading=asdict(reading))
-    rows = heldout_rows([tiny / "heldout.jsonl"], 32, tiny / "base", reading)
+    rows = heldout_rows([tiny / "heldout.jsonl"], 32, [tiny / "base"], reading)
     found = load_heldout(tmp_path, facts["digest"])
     assert all(torch.equal(one, other) for one, other in zip(found.rows, rows.rows, strict=True))
     assert replace(found, rows=[]) == replace(rows, rows=[])
@@ -82,10 +82,10 @@ def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
 def test_a_text_of_few_documents_gets_its_intervals_from_windows_and_a_warning(tiny, caplog):
     caplog.set_level(logging.WARNING, "numprune")
     base, long, short = tiny / "base", tiny / "train.txt", tiny / "heldout.jsonl"
-    heldout_rows([short], 32, base, Reading(), baseline=base)
-    heldout_rows([long], 32, base, Reading())  # nothing is compared
+    heldout_rows([short], 32, [base], Reading(), baseline=base)
+    heldout_rows([long], 32, [base], Reading())  # nothing is compared
     assert not caplog.messages
-    heldout_rows([long], 32, base, Reading(), baseline=base)
+    heldout_rows([long], 32, [base], Reading(), baseline=base)
     assert caplog.messages == [
         "the held-out text has 1 document, so intervals are over its 141 windows: they are alike, and say little of "
         "other text; separate its documents (--split: blank-line, or a regular expression) or give 5 and more"

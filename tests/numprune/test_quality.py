@@ -1,14 +1,18 @@
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from numprune import quality
+from numprune.anatomy import FAMILIES
 from numprune.corpus import TokenRows, token_rows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
-from numprune.quality import _spread, bootstrap_mean, compare, evaluate
+from numprune.quality import _spread, bootstrap_mean, compare, distributions, evaluate, head_of
 from tests.conftest import build_tiny, byte_tokenizer
 
 
@@ -25,9 +29,9 @@ def test_perplexity_is_that_of_the_definition():
         for position in range(1, len(row)):
             total -= float(logits[position - 1].log_softmax(-1)[row[position]])
             count += 1
-    quality = evaluate(model, rows, batch_size=3)
-    assert quality.tokens == count
-    assert quality.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+    found = evaluate(model, rows, batch_size=3)
+    assert found.tokens == count
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 def test_a_model_against_itself_differs_in_nothing():
@@ -55,6 +59,50 @@ def test_comparison_agrees_with_two_evaluations_and_a_direct_kl():
         count += len(row) - 1
     assert result.kl_nats_per_token == pytest.approx(kl / count, rel=1e-4)
     assert result.top1_agreement == pytest.approx(agree / count)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 10_000])
+def test_figures_do_not_depend_on_how_many_logits_are_computed_at_a_time(monkeypatch, positions):
+    candidate, baseline, rows = build_tiny("qwen2", seed=1), build_tiny("qwen2"), text_rows(6)
+    whole = compare(candidate, baseline, rows)
+    sizes = []
+    for model in (candidate, baseline):
+        model.lm_head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
+    monkeypatch.setattr(quality, "_LOGITS", 259 * positions)
+    parts = compare(candidate, baseline, rows)
+    np.testing.assert_allclose(parts.candidate.nll, whole.candidate.nll, rtol=1e-6)
+    np.testing.assert_allclose(parts.baseline.nll, whole.baseline.nll, rtol=1e-6)
+    assert parts.kl_nats_per_token == pytest.approx(whole.kl_nats_per_token, rel=1e-5)
+    assert parts.top1_agreement == whole.top1_agreement
+    np.testing.assert_allclose(evaluate(candidate, rows).nll, whole.candidate.nll, rtol=1e-6)
+    assert max(sizes) <= 259 * positions
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        *((family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)),
+        ("granite", {"logits_scaling": 7.0}),  # the logits are divided
+        ("gemma2", {"final_logit_softcapping": 2.0, "sliding_window": 8}),  # and capped
+    ],
+)
+@torch.no_grad()
+def test_the_head_does_all_that_the_model_does_with_its_hidden_states(family, overrides):
+    model, tokens = build_tiny(family, **overrides), torch.arange(20).view(2, 10)
+    found = distributions(model)
+    hidden = found.hidden([0, 1], tokens)
+    assert hidden.shape == (2, 9, 64)
+    torch.testing.assert_close(found.head(hidden.flatten(0, 1)), model(tokens).logits[:, :-1].flatten(0, 1))
+
+
+def test_a_head_keeps_nothing_else_of_its_model_alive():
+    model = build_tiny()
+    layer = weakref.ref(model.model.layers[0])
+    head = head_of(model)
+    del model
+    gc.collect()
+    assert layer() is None
+    assert head(torch.zeros(3, 64)).shape == (3, 259)
 
 
 def test_documents_are_the_sampling_unit_only_when_there_are_enough():

@@ -14,15 +14,15 @@ from numprune import sensitivity
 from numprune.corpus import rows_digest, sample_rows
 from numprune.documents import Reading
 from numprune.export.checkpoint import load, load_tokenizer
-from numprune.flows.steps.evaluate import finite, side
+from numprune.flows.steps.baseline import score, scored, side
+from numprune.flows.steps.evaluate import finite
 from numprune.flows.steps.text import calibration_rows, load_heldout, save_heldout, text_rows
 from numprune.flows.studies.compare.meter import Meter
 from numprune.flows.studies.compare.methods import options_of
-from numprune.flows.studies.compare.reference import Reference, write_reference
 from numprune.flows.studies.rivals import RIVALS
 from numprune.layers import ModelLayers
 from numprune.pruning import Known, dense_moments, prune
-from numprune.quality import compare_with
+from numprune.quality import compare_with, head_of
 from numprune.sensitivity import Sensitivity
 from numprune.statistics import Moments
 from numprune.target import Target
@@ -69,8 +69,8 @@ def load_rows(text: Path, samples: int) -> Tensor:
 
 def make_reference(out: Path, *, model: Path, text: Path, heldout: str, device: str) -> dict[str, Any]:
     """Stage: the dense model on the held-out rows."""
-    loaded, _ = load(model)
-    return side(write_reference(out, loaded.to(device), load_heldout(text, heldout)))
+    loaded, tokenizer = load(model)
+    return score(out, loaded.to(device), tokenizer, load_heldout(text, heldout))
 
 
 def make_moments(out: Path, *, model: Path, text: Path, samples: int, device: str) -> dict[str, Any]:
@@ -155,14 +155,14 @@ def make_method(
     """
     meter = Meter(torch.device(device))
     loaded = load(model)[0].to(device)
-    dense_head = loaded.get_output_embeddings().weight.detach()
+    dense_head, vocabulary = head_of(loaded), loaded.config.vocab_size
     rows = load_rows(text, samples)
     known = _known(moments, gradients, torch.device(device))
     meter.start()
     small, sizes = _reduce(loaded, rows, method, ratio, Target(align), seed, known)
     seconds, peak_bytes = meter.stop()
     judged = load_heldout(text, heldout)
-    found = compare_with(small, Reference(reference, judged, dense_head), judged)
+    found = compare_with(small, scored(reference, judged, dense_head, vocabulary, torch.device(device)), judged)
     increase = found.nll_delta_nats_per_token
     return finite(
         {

@@ -79,17 +79,18 @@ def slice_hidden(model: PreTrainedModel, rows: Tensor, width: int, batch_size: i
     positions = torch.arange(rows.shape[1], device=embedding.device)[None]
     rope = model.model.rotary_emb(embedding.new_empty(1, rows.shape[1], 1), positions)
     sliced = Sliced(model, anatomy)
+    decoder = sliced.decoder
     hidden = torch.nn.functional.embedding(rows.to(embedding.device), embedding)  # (N, S, H), in the dense basis
-    kept = principal_axes(sliced.norm, hidden, batch_size)[:, :width]
-    sliced.embedding.weight.data = _cast(embedding.double() @ kept, embedding)
+    kept = principal_axes(decoder.norm, hidden, batch_size)[:, :width]
+    decoder.embedding.weight.data = _cast(embedding.double() @ kept, embedding)
     block: Any
-    for index, block in enumerate(sliced.blocks):
+    for index, block in enumerate(decoder.blocks):
         block.read_through(kept)
         for batch in hidden.split(batch_size):
             stream = (batch.double() @ kept).to(batch.dtype)
-            batch.copy_((stream.double() @ kept.T).to(batch.dtype) + block.run(sliced.norm(stream), rope))
-        last = index == len(sliced.blocks) - 1
-        after = principal_axes(sliced.norm, hidden, batch_size)
+            batch.copy_((stream.double() @ kept.T).to(batch.dtype) + block.run(decoder.norm(stream), rope))
+        last = index == len(decoder.blocks) - 1
+        after = principal_axes(decoder.norm, hidden, batch_size)
         after = after if last else after[:, :width]
         block.write_through(kept, after)
         kept = after
@@ -162,32 +163,50 @@ class Block(nn.Module):
         return stream @ self.shortcut + self.run(normed, rope)
 
 
-class Sliced(nn.Module):
-    """A decoder of such blocks. It has no cache and no mask: rows of one length, causal."""
+class Decoder(nn.Module):
+    """Such blocks between embedding and last norm. It has no cache and no mask: rows of one length, causal."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__()
-        self.config = model.config
         self.norm = UnscaledNorm(anatomy.hidden_size, model.config.rms_norm_eps)
         self.embedding = model.get_input_embeddings()
         self.blocks = nn.ModuleList(_blocks(model, anatomy))
         self.rotary = model.model.rotary_emb
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        """Return `.last_hidden_state` (n, S, H) of `input_ids` (n, S)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        stream = self.embedding(input_ids)
+        rope = self.rotary(stream, positions)
+        for block in self.blocks:
+            stream = block(stream, self.norm(stream), rope)
+        return SimpleNamespace(last_hidden_state=self.norm(stream))
+
+
+class Sliced(nn.Module):
+    """The decoder and its head, in two parts by transformers' names, as `quality` needs them."""
+
+    base_model_prefix = "decoder"
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.config = model.config
+        self.decoder = Decoder(model, anatomy)
         head = model.get_output_embeddings().weight
         self.head = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
         self.head.weight = nn.Parameter(_cast(head.double() * model.model.norm.weight.double(), head))
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.head.weight.device
 
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+    @property
+    def base_model(self) -> nn.Module:
+        return self.decoder
+
+    def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> SimpleNamespace:
         """Return `.logits` (n, S, V) of `input_ids` (n, S)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        stream = self.embedding(input_ids)
-        rope = self.rotary(stream, positions)
-        for block in self.blocks:
-            stream = block(stream, self.norm(stream), rope)
-        return SimpleNamespace(logits=self.head(self.norm(stream)))
+        return SimpleNamespace(logits=self.head(self.decoder(input_ids=input_ids, **inputs).last_hidden_state))
 
 
 def _blocks(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Block]:

@@ -1,0 +1,140 @@
+"""Greedy generation from fixed prompts, and the two failures it shows that NLL does not: loops, and nothing at all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from numprune.errors import InputError, IntegrityError
+
+MAXIMUM_TOKENS = 64  # of each generation; the longest loop that is looked for fits in it three times
+_LONGEST_LOOP = 20
+_ROUNDS = 3
+_SHORTEST_TAIL = 16
+
+# Instructions that a chat model answers and a base model continues.
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "List three kinds of fruit.",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that returns the larger of two numbers.",
+    "Summarize in one sentence: The train left at nine, but the fog held it up, and we arrived after noon.",
+    "How many days are there in two weeks?",
+    "Tell me a short story that begins with an open window.",
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model generated from one prompt.
+
+    Attributes:
+        text: without special tokens.
+        tokens: how many, without the end token.
+        empty: the text is nothing but white space.
+        repeating: see `ends_in_loop`.
+    """
+
+    text: str
+    tokens: int
+    empty: bool
+    repeating: bool
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 8
+) -> list[Generation]:
+    """Return what `model` generates from each prompt: greedily, up to MAXIMUM_TOKENS, to an end token or its context.
+
+    Raises:
+        InputError: as `encode` does.
+        IntegrityError: the model gives logits that are not finite.
+    """
+    encoded = [encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
+    ends = _end_tokens(model, tokenizer)
+    found: list[Generation] = []
+    for start in range(0, len(encoded), batch_size):
+        for tokens in _greedy(model, encoded[start : start + batch_size], ends):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            found.append(Generation(text, len(tokens), not text.strip(), ends_in_loop(tokens)))
+    return found
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> list[int]:
+    """Return a prompt's tokens: as a user's turn in the chat template where there is one, else as a server would.
+
+    transformers renders the template in its sandbox, where it can call nothing.
+
+    Raises:
+        InputError: the template cannot be rendered, or the prompt leaves no room in the context, or is no token.
+    """
+    shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+    if tokenizer.chat_template is None:
+        tokens = list(tokenizer.encode(prompt))
+    else:
+        turn = [{"role": "user", "content": prompt}]
+        try:
+            tokens = list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # whatever a template raises, or makes jinja raise
+            raise InputError(
+                f"prompt {shown!r}: the model's chat template cannot render it: {error}; mend it, or give no prompts"
+            ) from None
+    if not 0 < len(tokens) < context:
+        raise InputError(
+            f"prompt {shown!r}: {len(tokens)} tokens; it must have at least 1, and fewer than the context of {context}"
+        )
+    return tokens
+
+
+def ends_in_loop(tokens: Sequence[int]) -> bool:
+    """Whether the end repeats a sequence of up to 20 tokens three times or more, over at least 16 tokens."""
+    for period in range(1, _LONGEST_LOOP + 1):
+        length = max(_ROUNDS * period, _SHORTEST_TAIL)
+        tail = list(tokens[-length:])
+        if len(tail) == length and tail[period:] == tail[:-period]:
+            return True
+    return False
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The generation configuration's, since a chat model ends a turn with a token of its own; and the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    several = configured if isinstance(configured, list) else [configured]
+    return {end for end in (*several, tokenizer.eos_token_id) if isinstance(end, int)}
+
+
+@torch.inference_mode()
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], ends: set[int]) -> list[list[int]]:
+    """Return the most probable continuation of each prompt, without its end token."""
+    context = model.config.max_position_embeddings
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # (n, width), padded left
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    cache = DynamicCache(config=model.config)
+    found: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    for _ in range(MAXIMUM_TOKENS):
+        positions = (mask.cumsum(1) - 1).clamp(0, context - 1)[:, -tokens.shape[1] :]
+        logits: Tensor = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if not torch.isfinite(logits).all():
+            raise IntegrityError("the model's logits are not finite; its weights are damaged or overflow")
+        tokens = logits.argmax(-1, keepdim=True)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        for row, token in enumerate(tokens[:, 0].tolist()):
+            ended[row] = ended[row] or token in ends or len(prompts[row]) + len(found[row]) >= context
+            if not ended[row]:
+                found[row].append(token)
+        if all(ended):
+            break
+    return found
