@@ -66,7 +66,8 @@ class StageResult:
         facts: what its body returned.
         reused: it was there already.
         seconds: that the call took, waiting for another run included.
-        peak_memory_bytes: highest resident size so far of the process that ran it.
+        peak_memory_bytes: highest resident size of the process that ran it, or of one that this started: a
+            benchmark's workers.
         bytes: of its files.
     """
 
@@ -153,9 +154,9 @@ def sweep(workspace: Path) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The highest resident size of this process so far."""
+    """The highest resident size so far of this process, or of one that it started and that has ended."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
 
 
 @cache

@@ -112,8 +112,16 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
         yield (
             "quality",
             f"perplexity {quality['baseline']['perplexity']:.2f} → {quality['candidate']['perplexity']:.2f}, "
-            f"NLL {delta['value']:+.4f} nats/token{_interval(delta)} on {quality['tokens']:,} tokens",
+            f"NLL {delta['value']:+.4f} nats/token{_interval(delta)} on {quality['tokens']:,} tokens "
+            f"({delta['samples']:,} {delta['sampling_unit']}s)",
         )
+        if (outputs := quality["generation"]) is not None:
+            before, after = outputs["baseline"], outputs["candidate"]
+            yield (
+                "outputs",
+                f"empty {before['empty']} → {after['empty']}, repeating {before['repeating']} → {after['repeating']}, "
+                f"degraded {outputs['degraded']}, of {outputs['prompts']} prompts",
+            )
     for runtime, ratios in found["speed"].items():
         parts = [f"{label} x{ratio['value']:.3f}{_interval(ratio)}" for label, ratio in ratios.items()]
         yield "speed", f"{runtime}: {', '.join(parts)}"

@@ -37,7 +37,7 @@ class Runtime(Protocol):
         """Extend every row by one token: (B, 1) int64 -> logits (B, V)."""
 
     def describe(self) -> dict[str, Any]:
-        """Plain JSON for a report: device, threads, versions, weight_bytes, kv_bytes_per_token."""
+        """Plain JSON for a report: dtype, device, threads, versions, weight_bytes, kv_bytes_per_token."""
 
 
 def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:

@@ -64,6 +64,7 @@ class OnnxRuntime:
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
+            "dtype": "float32",
             "device": self._device,
             "provider": self._session.get_providers()[0],
             "threads": self._threads or "default",

@@ -46,6 +46,7 @@ class TorchRuntime:
         attentions = [layer.self_attn for layer in self._model.model.layers if hasattr(layer, "self_attn")]
         return {
             "runtime": self.name,
+            "dtype": "float32",
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self._model.config._attn_implementation,

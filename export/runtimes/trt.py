@@ -60,6 +60,7 @@ class TensorRTRuntime:
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
+            "dtype": "float32",
             "device": "cuda",
             "max_batch": self._facts["max_batch"],
             "max_length": self._facts["max_length"],

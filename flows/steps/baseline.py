@@ -22,7 +22,7 @@ from numprune.flows.steps.text import load_heldout
 from numprune.generation import PROMPTS, generate
 from numprune.quality import Distributions, Quality, evaluate
 
-_HIDDEN = "hidden.npy"
+_HIDDEN = "hidden.f32"  # (scored tokens, H), row-major
 
 
 def make_baseline(
@@ -46,15 +46,14 @@ def score(
     """
     generations = generate(model, tokenizer, prompts)
     starts = _starts(rows)
-    size = (int(starts[-1]), model.config.hidden_size)
-    kept = np.lib.format.open_memmap(folder / _HIDDEN, mode="w+", dtype=np.float32, shape=size)
+    with (folder / _HIDDEN).open("wb") as file:  # not mapped: a full disk would end the process without a word
 
-    def keep(index: list[int], hidden: Tensor) -> None:
-        for row, states in zip(index, hidden.float().cpu().numpy(), strict=True):
-            kept[starts[row] : starts[row] + len(states)] = states
+        def keep(index: list[int], hidden: Tensor) -> None:
+            for row, states in zip(index, hidden.float().cpu().numpy(), strict=True):
+                file.seek(int(starts[row]) * states.shape[1] * states.itemsize)
+                file.write(states.tobytes())
 
-    quality = evaluate(model, rows, keep=keep)
-    kept.flush()
+        quality = evaluate(model, rows, keep=keep)
     return {**side(quality), "generations": [dataclasses.asdict(one) for one in generations]}
 
 
@@ -62,8 +61,8 @@ def scored(
     folder: Path, rows: TokenRows, head: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device
 ) -> Distributions:
     """What `score` wrote into `folder`, of the same rows. `head`: the scored model's (see `quality.head_of`)."""
-    kept = np.load(folder / _HIDDEN, mmap_mode="r")
     starts = _starts(rows)
+    kept = np.memmap(folder / _HIDDEN, dtype=np.float32, mode="r").reshape(int(starts[-1]), -1)
 
     def hidden(index: list[int], tokens: Tensor) -> Tensor:
         scored = tokens.shape[1] - 1

@@ -68,7 +68,8 @@ def sizes_section(pruned: Mapping[str, Any]) -> dict[str, Any]:
         key: {"baseline": before[key], "candidate": after[key]}
         for key in ("parameters", "kv_bytes_per_token", "flops_per_token")
     }
-    pairs["weight_bytes"] = {"baseline": pruned["weight_bytes_before"], "candidate": pruned["weight_bytes_after"]}
+    for key in ("dtype", "weight_bytes"):
+        pairs[key] = {"baseline": pruned[f"{key}_before"], "candidate": pruned[f"{key}_after"]}
     return pairs
 
 

@@ -129,7 +129,10 @@ def _measure(
     environment = environment.model_copy(update={"valid": not reasons, "reasons": reasons})
     descriptions = {name: answer["description"] for name, answer in opened.items()}
     return {
-        "speed": speed_section(load, repeats["baseline"], repeats["candidate"], descriptions),
+        "speed": {
+            **speed_section(load, repeats["baseline"], repeats["candidate"], descriptions),
+            "dtype": {name: description["dtype"] for name, description in descriptions.items()},
+        },
         "memory": memory_section(**{name: {**opened[name], **finished[name]} for name in workers}),
         "environment": environment.model_dump(mode="json"),
         "samples": {

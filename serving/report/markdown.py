@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from numprune.serving.report import precision
+from numprune.serving.report.kept import KINDS, by_kind, others, ranges
 from numprune.serving.report.models import (
     Environment,
     Estimate,
     GateResult,
+    Generation,
+    Output,
     Percentiles,
     Pruning,
     Quality,
@@ -17,6 +21,7 @@ from numprune.serving.report.models import (
 )
 
 _ABSENT = "-"
+_CHARACTERS = 200  # of a prompt or output; report.json has it whole
 
 
 def markdown(report: Report) -> str:
@@ -69,7 +74,7 @@ def _limit(gate: GateResult) -> str:
 
 def _pruning(pruning: Pruning) -> list[str]:
     removed = pruning.ratio_removed
-    kept = [f"{kept}/{of}" for kept, of in pruning.kept_units.values()]
+    kept = [*_kept(pruning)]
     return [
         "## Pruning",
         "",
@@ -78,8 +83,19 @@ def _pruning(pruning: Pruning) -> list[str]:
         f"{_share(removed.prunable)} of them, {_share(removed.parameters)} of all parameters and "
         f"{_share(removed.kv_bytes)} of the KV cache.",
         "",
-        *([f"Kept units by block: {', '.join(kept)}.", ""] if kept else []),
+        *([*kept, ""] if kept else []),
     ]
+
+
+def _kept(pruning: Pruning) -> Iterable[str]:
+    for kind, units in by_kind(pruning.kept_units).items():
+        parts = [
+            f"{f'layer {first}' if first == last else f'layers {first} to {last}'}: {kept:,} of {of:,}"
+            for first, last, (kept, of) in ranges(units)
+        ]
+        yield f"- {KINDS[kind]} kept: {'; '.join(parts)}"
+    for name, (kept, of) in others(pruning.kept_units).items():
+        yield f"- {_cell(name)} kept: {kept:,} of {of:,}"
 
 
 def _sizes(sizes: Sizes) -> list[str]:
@@ -94,7 +110,8 @@ def _sizes(sizes: Sizes) -> list[str]:
         for name, pair in pairs.items()
         if pair is not None
     ]
-    return ["## Sizes", "", *_table(["", "baseline", "candidate", "ratio"], rows)]
+    stored = [f"Weights are stored in {_cell(precision.named(sizes.dtype))}.", ""] if sizes.dtype else []
+    return ["## Sizes", "", *stored, *_table(["", "baseline", "candidate", "ratio"], rows)]
 
 
 def _quality(quality: Quality) -> list[str]:
@@ -118,11 +135,42 @@ def _quality(quality: Quality) -> list[str]:
     return [
         "## Quality",
         "",
-        f"{quality.tokens} tokens of {quality.documents} held-out documents; intervals are two-sided, 95 %, over "
-        f"{quality.nll_delta_nats_per_token.sampling_unit}s.",
+        f"{quality.tokens:,} tokens of {quality.documents:,} held-out document{'' if quality.documents == 1 else 's'}; "
+        f"intervals are two-sided, 95 %, over {_units(quality.nll_delta_nats_per_token)}.",
         "",
         *_table(["", "baseline", "candidate", "difference"], rows),
+        *(_generation(quality.generation) if quality.generation else []),
     ]
+
+
+def _units(estimate: Estimate) -> str:
+    few = ": the documents are too few, so they speak for this text alone" if estimate.sampling_unit == "window" else ""
+    return f"{estimate.samples:,} {estimate.sampling_unit}s{few}"
+
+
+def _generation(found: Generation) -> list[str]:
+    through = "through the chat template" if found.chat_template else "as plain text"
+    counts = [
+        ["empty", str(found.baseline.empty), str(found.candidate.empty)],
+        ["repeating", str(found.baseline.repeating), str(found.candidate.repeating)],
+    ]
+    outputs = [[_shown(pair.prompt), _output(pair.baseline), _output(pair.candidate)] for pair in found.outputs]
+    return [
+        f"Greedy generation from {found.prompts} prompts, {through}, up to {found.maximum_tokens} tokens each. "
+        f"{found.degraded} degraded: the candidate's output is empty or repeating, and the baseline's is neither.",
+        "",
+        *_table(["outputs", "baseline", "candidate"], counts),
+        *_table(["prompt", "baseline", "candidate"], outputs),
+    ]
+
+
+def _output(output: Output) -> str:
+    failures = [name for name in ("empty", "repeating") if getattr(output, name)]
+    return " ".join([_shown(output.text), *(f"({', '.join(failures)})" for _ in failures[:1])])
+
+
+def _shown(text: str) -> str:
+    return f"{text[:_CHARACTERS]}…" if len(text) > _CHARACTERS else text
 
 
 def _speed(report: Report) -> list[str]:
@@ -135,7 +183,7 @@ def _speed(report: Report) -> list[str]:
                 "",
                 f"{found.repeats} repeats after {found.warmup} of warm-up, in the order {_cell(found.order)}; "
                 f"{found.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % "
-                "interval.",
+                f"interval. {_cell(precision.computed(report, runtime))}".rstrip(),
                 "",
                 *_table(["", "baseline", "candidate", "ratio", "noise floor"], _speed_rows(found)),
             ]

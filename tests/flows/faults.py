@@ -19,10 +19,11 @@ import pytest
 from numprune.export import manifest
 
 # The least that every stage takes; a tiny model needs no more to be judged.
-QUICK = ["benchmark.prompts=2", "benchmark.prompt_length=8", "benchmark.output_length=2"]
+QUICK = ["benchmark.prompts=2", "benchmark.prompt_length=8", "benchmark.output_length=2", "evaluate.prompts=['Once']"]
 STAGES = (  # in the order in which a run of the tests' recipe makes them
     "calibration",
     "heldout",
+    "baseline",
     "prune",
     "export-vllm",
     "parity-vllm",

@@ -55,7 +55,7 @@ def refused(answered: Answered, *words: str) -> None:
         assert word in last
 
 
-@pytest.mark.parametrize("name", ["prune", "export-onnx", "report"])
+@pytest.mark.parametrize("name", ["baseline", "prune", "export-onnx", "report"])
 def test_a_disk_that_fills_up_in_a_stage(numprune: Command, disk: Path, finished: Path, tiny: Path, name: str) -> None:
     """The stage's folder is named, with what was needed; once there is room, the run goes on with what is finished."""
     workspace = Path(shutil.copytree(finished, disk / "w"))

@@ -36,6 +36,20 @@ PROGRAM = """
 """
 
 
+def test_the_peak_of_a_stage_is_that_of_the_processes_it_started() -> None:
+    program = """
+        import subprocess, sys
+        from numprune.flows.stages import peak_memory_bytes
+
+        before = peak_memory_bytes()
+        subprocess.run([sys.executable, "-c", f"held = b'x' * {before + (64 << 20)}"], check=True)
+        print(before, peak_memory_bytes())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after >= before + (64 << 20)
+
+
 def body(out: Path) -> dict[str, Any]:
     (out / "data.bin").write_bytes(b"0123456789" * 1000)
     return {"answer": 42}

@@ -40,9 +40,51 @@ def full() -> Json:
         **{f"layers.{layer}.attention": [layer % 4, 4] for layer in range(12)},
         **{f"layers.{layer}.mlp": [0 if layer == 7 else 704 - 8 * layer, 704] for layer in range(12)},
     }
+    data["quality"]["generation"] = generation()
+    data["sizes"]["dtype"] = {"baseline": "bfloat16", "candidate": "bfloat16"}
+    local["dtype"] = {"baseline": "float32", "candidate": "float32"}
     data["environment"]["gpu"] = {"name": "A GPU", "uuid": "GPU-1", "driver": "570", "memory_bytes": 80 << 30}
     data["parity"]["vllm"] = {"logprob_error_max": 2e-5, "tolerance": 1e-3, "greedy_match": 1.0, "positions": 358}
     return data
+
+
+def generation() -> Json:
+    """Three prompts, on one of which the candidate says nothing and on one of which both loop."""
+    texts = [("Paris.", "Paris, I think."), ("The sea is blue.", "\n\n"), ("a b " * 32, "of the " * 32)]
+    outputs = [
+        {
+            "prompt": f"Prompt {number}",
+            **{
+                side: {"text": text, "tokens": 64, "empty": not text.strip(), "repeating": len(text) > 100}
+                for side, text in zip(("baseline", "candidate"), pair, strict=True)
+            },
+        }
+        for number, pair in enumerate(texts)
+    ]
+    return {
+        "prompts": 3,
+        "chat_template": True,
+        "maximum_tokens": 64,
+        "baseline": {"empty": 0, "empty_share": 0.0, "repeating": 1, "repeating_share": 1 / 3},
+        "candidate": {"empty": 1, "empty_share": 1 / 3, "repeating": 1, "repeating_share": 1 / 3},
+        "degraded": 1,
+        "degraded_share": 1 / 3,
+        "outputs": outputs,
+    }
+
+
+def few_documents(data: Json, count: int) -> None:
+    """Make the report one of so few documents that windows are resampled."""
+    quality = data["quality"]
+    quality["documents"] = count
+    for name in ("nll_delta_nats_per_token", "perplexity_ratio"):
+        quality[name]["sampling_unit"] = "window"
+    deltas = [0.05 + 0.01 * index for index in range(count)]
+    worst = [
+        {"name": f"text {index}", "tokens": 9, "nll_delta_nats_per_token": deltas[index]}
+        for index in reversed(range(count))
+    ]
+    quality["document_deltas"] = {"values": deltas, "worst": worst}
 
 
 def judged(data: Json, policy: list[dict[str, Any]] | None = None) -> Report:

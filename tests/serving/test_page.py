@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numprune.serving.report import Report
 from numprune.serving.report.page import charts, comparison, differences, html, words
 from numprune.serving.report.page.charts import Interval, Limit, Samples
-from tests.serving.pages import POLICY, Parsed, altered, full, judged
+from tests.serving.pages import POLICY, Parsed, altered, few_documents, full, generation, judged
 
 HOSTILE = (
     "<script>alert(1)</script>\"onload='alert(2)'<img src=x onerror=alert(3)> $\\frac{1} {{ 7 * 7 }} \x00\u202e\ud800"
@@ -150,6 +150,33 @@ def test_older_reports_without_samples_have_a_page() -> None:
     assert "speed-onnxruntime-repeats" not in page
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+def test_few_documents_are_no_distribution(documents: int) -> None:
+    data = full()
+    few_documents(data, documents)
+    page = html(Report.model_validate(data))
+    text = Parsed(page).text
+    assert "bootstrap over 40 windows: the documents are too few to resample" in text
+    assert "Documents that lost" not in text
+    assert "Median document" not in text
+    assert "quality-documents-title" not in page  # the histogram
+    assert ("text 2" in text) == (documents == 3)
+
+
+def test_generations_stand_side_by_side(page: str) -> None:
+    text = Parsed(page).text
+    assert "Greedy, from 3 prompts through the chat template, up to 64 tokens each." in text
+    assert "Prompt 0 Paris. 64 tokens Paris, I think. 64 tokens" in text
+    assert f"Prompt 1 The sea is blue. 64 tokens {words.ABSENT} 64 tokens, empty" in text
+
+
+def test_the_precision_of_measurements_is_told_where_it_is_known(page: str) -> None:
+    text = Parsed(page).text
+    said = "onnxruntime computes in float32, while the weights are stored in bfloat16: sizes are of the stored weights"
+    assert text.count(said) == 2  # with speed, and with memory
+    assert "Weights stored in bfloat16" in text
+
+
 # --- from strangers --------------------------------------------------------------------------------
 
 
@@ -192,6 +219,10 @@ def test_a_report_without_measure_has_a_page_within_measure() -> None:
     data["identity"]["packages"] = {f"package-{index}": "1" for index in range(10_000)}
     side: dict[str, Any] = {"by_repeat": {"ttft": [1.0] * 5_000}}
     speed = {"load": {}, "warmup": 0, "order": "AB" * 5_000, "failed_requests": 0, "baseline": side, "candidate": side}
+    outputs = [{**generation()["outputs"][0], "prompt": "x" * 100_000} for _ in range(100)]
+    none = {"empty": 0, "empty_share": 0, "repeating": 0, "repeating_share": 0}
+    counts = {"prompts": 100, "degraded": 0, "degraded_share": 0, "baseline": none, "candidate": none}
+    data["quality"]["generation"] |= {**counts, "outputs": outputs}
     data["speed"] = {f"r{index}": {**speed, "repeats": 5_000} for index in range(30)}
     page = html(Report.model_validate(data))
     assert len(page) < 3 << 20

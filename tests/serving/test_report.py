@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from numprune.errors import InputError, IntegrityError
 from numprune.serving import report as reports
 from numprune.serving.report import Estimate, Report, SizePair, Verdict
+from tests.serving.pages import few_documents, full, generation
 
 SMI = "NVIDIA H100, GPU-1234, 570.1, 81559, {clock}, 1980, 700.00, 40, {mask}"
 
@@ -94,6 +95,25 @@ def test_what_is_told_apart_is_told_of_all(report_json: Any, put: Any, path: str
     Report.model_validate(report_json)
     with pytest.raises(ValidationError, match=r"document|by_repeat"):
         Report.model_validate(put(report_json, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("prompts", 4),
+        ("degraded", 0),
+        ("degraded_share", 0.0),
+        ("degraded_share", None),
+        ("candidate.empty", 0),
+        ("candidate.repeating_share", 0.0),
+        ("baseline.repeating", 0),
+        ("outputs", []),
+    ],
+)
+def test_counts_of_generations_are_those_of_the_outputs(report_json: Any, put: Any, path: str, value: Any) -> None:
+    Report.model_validate(put(report_json, "quality.generation", generation()))
+    with pytest.raises(ValidationError, match=r"counts of generation|at least 1 item"):
+        Report.model_validate(put(report_json, f"quality.generation.{path}", value))
 
 
 def test_a_ratio_follows_from_its_sizes() -> None:
@@ -229,6 +249,36 @@ def test_text_in_a_report_cannot_break_its_page(report_json: Any) -> None:
     tables = [line for line in page.splitlines() if line.startswith("| ") and "alert" in line]
     assert tables
     assert all(line.replace("\\|", "").count("|") == 3 for line in tables)
+
+
+def test_the_page_puts_layers_that_keep_the_same_together(report_json: Any) -> None:
+    kept = {f"layers.{layer}.{kind}": [2, 3] for layer in range(30) for kind in ("attention", "mlp")}
+    report_json["pruning"]["kept_units"] = {**kept, "layers.7.mlp": [0, 3], "embedding": [1, 2]}
+    lines = reports.markdown(Report.model_validate(report_json)).splitlines()
+    assert [line for line in lines if "kept:" in line] == [
+        "- KV groups kept: layers 0 to 29: 2 of 3",
+        "- MLP channels kept: layers 0 to 6: 2 of 3; layer 7: 0 of 3; layers 8 to 29: 2 of 3",
+        "- embedding kept: 1 of 2",
+    ]
+
+
+def test_the_page_shows_what_both_sides_generate_and_in_which_precision_they_ran() -> None:
+    page = reports.markdown(Report.model_validate(full()))
+    assert "1 degraded: the candidate's output is empty or repeating" in page
+    assert "| repeating | 1 | 1 |" in page
+    assert "| Prompt 0 | Paris. | Paris, I think. |" in page
+    assert "| Prompt 1 | The sea is blue. | (empty) |" in page
+    assert (
+        page.count("onnxruntime computes in float32, while the weights are stored in bfloat16") == 1
+    )  # of vllm nothing is known
+
+
+@pytest.mark.parametrize(("documents", "told"), [(1, "1 held-out document; "), (3, "3 held-out documents; ")])
+def test_the_page_says_that_few_documents_are_windows(report_json: Any, documents: int, told: str) -> None:
+    few_documents(report_json, documents)
+    page = reports.markdown(Report.model_validate(report_json))
+    assert told in page
+    assert "over 40 windows: the documents are too few, so they speak for this text alone." in page
 
 
 # --- the machine -----------------------------------------------------------------------------------

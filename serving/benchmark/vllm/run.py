@@ -175,7 +175,10 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
     footprint = first.footprint(load)
     return {
         side.name: {
-            "speed": speed_section(load, first.repeats, side.repeats, description),
+            "speed": {
+                **speed_section(load, first.repeats, side.repeats, description),
+                "dtype": {BASELINE: description["dtype"][BASELINE], "candidate": description["dtype"][side.name]},
+            },
             "memory": memory_section(footprint, side.footprint(load)),
             **_circumstances(first, side, combine(before, after), stolen_share),
         }

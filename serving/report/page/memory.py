@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from numprune.serving.report import precision
 from numprune.serving.report.models import Report, RuntimeMemory, SizePair
 from numprune.serving.report.page import charts, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Pair, Section, Table, Text
@@ -18,11 +19,13 @@ _MAXIMUM_RUNTIMES = 16
 
 def section(report: Report) -> Section:
     rows: list[list[Cell | str]] = []
+    dtype = report.sizes.dtype if report.sizes else None
     bars: list[tuple[str, float | None]] = []
     for key, label, show in _SIZES:
         pair = getattr(report.sizes, key) if report.sizes else None
         if pair is not None:
-            rows.append([label, show(pair.baseline), show(pair.candidate), _ratio(pair)])
+            stored = f"stored in {precision.named(dtype)}" if key == "weight_bytes" and dtype else ""
+            rows.append([Cell(label, stored), show(pair.baseline), show(pair.candidate), _ratio(pair)])
             bars.append((label, pair.ratio))
     shown = dict(islice(report.memory.items(), _MAXIMUM_RUNTIMES))
     for runtime, found in shown.items():
@@ -35,6 +38,7 @@ def section(report: Report) -> Section:
     table = Table("Memory and size", ("", "Baseline", "Candidate", "Ratio"), rows)
     peaks = "Peaks are of the whole process: device memory on a GPU, resident memory on a CPU."
     blocks: list[Block] = [Text(peaks)] if report.memory else []
+    blocks += [Text(said) for runtime in shown if (said := precision.computed(report, runtime))]
     phases = [row for runtime, found in shown.items() for row in _phases(runtime, found)]
     right: list[Block] = [table]
     if phases:

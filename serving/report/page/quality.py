@@ -4,11 +4,12 @@ import statistics
 from collections.abc import Iterator
 
 from numprune.serving.report.models import Estimate, Quality, Report
-from numprune.serving.report.page import charts, words
+from numprune.serving.report.page import charts, generation, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 
 _METRIC = "quality.nll_delta_nats_per_token"
+_TOO_FEW = ": the documents are too few to resample, so they speak for this text alone"
 
 
 def section(report: Report) -> Section:
@@ -22,7 +23,7 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
     yield Text(
         f"On {words.count(found.tokens, 'token')} of {words.count(found.documents, 'held-out document')}, candidate "
         "minus baseline, paired by token. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
-        f"{delta.sampling_unit}s."
+        f"{words.count(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
     )
     table = Table("Quality on held-out text", ("", "Baseline", "Candidate", "Difference"), list(_rows(found)))
     documents, told = _documents(found)
@@ -31,6 +32,13 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
         yield Pair(drawn, [table, *told])
     else:
         yield from [table, *told]
+    if found.generation is not None:
+        yield from generation.blocks(found.generation)
+
+
+def _few(found: Quality) -> bool:
+    """Whether the documents are too few to resample, and to make a distribution."""
+    return found.nll_delta_nats_per_token.sampling_unit == "window"
 
 
 def _difference(delta: Estimate, limit: Limit | None) -> Chart | None:
@@ -70,6 +78,13 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
     apart = found.document_deltas
     if apart is None:
         return None, [Text("This report does not tell the documents apart.", "absent")]
+    rows: list[list[Cell | str]] = [
+        [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.nll_delta_nats_per_token)]
+        for one in apart.worst
+    ]
+    header = ("Document", "Tokens", "Difference, nats/token")
+    if _few(found):
+        return None, [Table("Documents", header, rows)] if len(rows) > 1 else []
     values = apart.values
     worse = words.share(sum(value > 0 for value in values) / len(values))
     ten, half, ninety = (words.signed(_quantile(values, percent)) for percent in (10, 50, 90))
@@ -81,11 +96,7 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
             ("Least and largest", f"{words.signed(values[0])} to {words.signed(values[-1])}"),
         ]
     )
-    rows: list[list[Cell | str]] = [
-        [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.nll_delta_nats_per_token)]
-        for one in apart.worst
-    ]
-    worst = Table("Documents that lost most", ("Document", "Tokens", "Difference, nats/token"), rows)
+    worst = Table("Documents that lost most", header, rows)
     drawn = charts.histogram(
         "quality-documents",
         f"Documents by their NLL difference: {worse} lost; the median is {half}, eight in ten lie from {ten} to "

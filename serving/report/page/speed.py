@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from numprune.serving.report import precision
 from numprune.serving.report.models import NoiseFloor, Percentiles, Report, RuntimeSpeed
 from numprune.serving.report.page import charts, facts, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Heading, Pair, Section, Table, Text
@@ -20,7 +21,7 @@ def section(report: Report) -> Section:
     blocks: list[Block] = []
     local = {name: found for name, found in report.speed.items() if not is_served(name, found)}
     for name, found in islice(local.items(), _MAXIMUM_RUNTIMES):
-        blocks += [Heading(name), *_measured(f"speed-{name}", name, found)]
+        blocks += [Heading(name), *_measured(f"speed-{name}", name, found, precision.computed(report, name))]
     if len(local) > _MAXIMUM_RUNTIMES:
         blocks.append(Text(f"{len(local) - _MAXIMUM_RUNTIMES} more runtimes are in report.json.", "absent"))
     return Section("speed", "Speed", blocks or [Text("Not measured in this run.", "absent")])
@@ -40,7 +41,8 @@ def served(report: Report) -> Section | None:
             at = f", {level} at a time" if level else ""
             if level:
                 blocks.append(Heading(f"{name}, {words.count(int(level), 'request')} at a time"))
-            blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured)
+            said = precision.computed(report, name)
+            blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured, said)
     return Section("served", "Behind a server", blocks) if blocks else None
 
 
@@ -62,12 +64,13 @@ def reading(name: str, found: RuntimeSpeed) -> str:
     return "faster" if (low > 1) == (name in words.RATES) else "slower"
 
 
-def _measured(key: str, name: str, found: RuntimeSpeed) -> Iterator[Block]:
+def _measured(key: str, name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
+    """`said`: of its precision."""
     failed = f"{words.count(found.failed_requests, 'request')} failed" if found.failed_requests else "no request failed"
     order = found.order[:8] + ("…" if len(found.order) > 8 else "")
     yield Text(
         f"{words.count(found.repeats, 'repeat')} of each side after {found.warmup} of warm-up, in turns ({order}); "
-        f"{failed}.",
+        f"{failed}. {said}".rstrip(),
         "fail" if found.failed_requests else "",
     )
     table = Table(f"Speed, {name}", ("", "Baseline", "Candidate", "Ratio"), list(_rows(found)))

@@ -1,33 +1,20 @@
 """Section: what was removed where."""
 
-import re
 from collections.abc import Mapping
 
+from numprune.serving.report.kept import KINDS, Units, by_kind, others
 from numprune.serving.report.models import Pruning, Report
 from numprune.serving.report.page import charts, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Layers
 
-_BLOCK = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(attention|mlp)")
-_KINDS = {"attention": "KV groups", "mlp": "MLP channels"}
 _MAXIMUM_ROWS = 1000
-
-Units = dict[int, tuple[int, int]]  # layer -> (kept, of)
 
 
 def section(report: Report) -> Section:
     found = report.pruning
     blocks = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
     return Section("units", "Kept units", blocks)
-
-
-def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
-    """`layers.3.mlp` → {"mlp": {3: (kept, of)}}; other names are left out."""
-    kinds: dict[str, Units] = {}
-    for name, units in kept_units.items():
-        if match := _BLOCK.fullmatch(name):
-            kinds.setdefault(match[2], {})[int(match[1])] = units
-    return {kind: dict(sorted(kinds[kind].items())) for kind in _KINDS if kind in kinds}
 
 
 def _blocks(found: Pruning) -> list[Block]:
@@ -46,12 +33,12 @@ def _blocks(found: Pruning) -> list[Block]:
         ]
     )
     kinds = by_kind(found.kept_units)
-    told = [_told(_KINDS[kind], units) for kind, units in kinds.items()]
+    told = [_told(KINDS[kind], units) for kind, units in kinds.items()]
     drawn = charts.layers(
         "units-layers",
         f"What each layer keeps. {' '.join(told)}",
         [
-            Layers(f"{_KINDS[kind]} kept", [(layer, kept, of) for layer, (kept, of) in units.items()])
+            Layers(f"{KINDS[kind]} kept", [(layer, kept, of) for layer, (kept, of) in units.items()])
             for kind, units in kinds.items()
         ],
     )
@@ -85,14 +72,14 @@ def _tables(found: Pruning, kinds: Mapping[str, Units]) -> list[Block]:
         rows: list[list[Cell | str]] = [
             [str(layer), *(_cell(units.get(layer)) for units in kinds.values())] for layer in numbers[:_MAXIMUM_ROWS]
         ]
-        blocks.append(Table("Units kept in each layer", ("Layer", *(_KINDS[kind] for kind in kinds)), rows))
-    others = {name: units for name, units in found.kept_units.items() if not _BLOCK.fullmatch(name)}
-    if others:
+        blocks.append(Table("Units kept in each layer", ("Layer", *(KINDS[kind] for kind in kinds)), rows))
+    unknown = others(found.kept_units)
+    if unknown:
         rest: list[list[Cell | str]] = [
-            [Cell(name, tone="code"), _cell(units)] for name, units in list(others.items())[:_MAXIMUM_ROWS]
+            [Cell(name, tone="code"), _cell(units)] for name, units in list(unknown.items())[:_MAXIMUM_ROWS]
         ]
         blocks.append(Table("Units kept in other blocks", ("Block", "Kept"), rest))
-    if max(len(numbers), len(others)) > _MAXIMUM_ROWS:
+    if max(len(numbers), len(unknown)) > _MAXIMUM_ROWS:
         blocks.append(Text("The rest is in report.json.", "absent"))
     return blocks
 

@@ -1,0 +1,37 @@
+"""What each layer keeps, by kind of block."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+KINDS: Mapping[str, str] = {"attention": "KV groups", "mlp": "MLP channels"}
+_BLOCK = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(attention|mlp)")
+
+Units = dict[int, tuple[int, int]]  # layer -> (kept, of)
+
+
+def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
+    """`layers.3.mlp` → {"mlp": {3: (kept, of)}}, layers ascending; see `others`."""
+    kinds: dict[str, Units] = {}
+    for name, units in kept_units.items():
+        if match := _BLOCK.fullmatch(name):
+            kinds.setdefault(match[2], {})[int(match[1])] = units
+    return {kind: dict(sorted(kinds[kind].items())) for kind in KINDS if kind in kinds}
+
+
+def others(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The blocks that `by_kind` leaves out."""
+    return {name: units for name, units in kept_units.items() if not _BLOCK.fullmatch(name)}
+
+
+def ranges(units: Units) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Yield (first layer, last layer, (kept, of)) of consecutive layers that keep the same."""
+    first = last = None
+    for layer, kept in units.items():
+        if first is not None and last is not None:
+            if layer == last + 1 and kept == units[first]:
+                last = layer
+                continue
+            yield first, last, units[first]
+        first = last = layer
+    if first is not None and last is not None:
+        yield first, last, units[first]
