@@ -64,9 +64,9 @@ def generate(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> list[int]:
-    """Return a prompt's tokens: as a user's turn in the chat template where there is one, else as a server would.
+    """Return a prompt's tokens: as the user's turn of a chat where the model has a template, else as plain text.
 
-    transformers renders the template in its sandbox, where it can call nothing.
+    transformers renders the template in jinja's sandbox.
 
     Raises:
         InputError: the template cannot be rendered, or the prompt leaves no room in the context, or is no token.

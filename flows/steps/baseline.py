@@ -1,8 +1,8 @@
 """A baseline on held-out text, scored once for all candidates that are compared with it.
 
-What is kept is its last hidden states, in float32: as many numbers a token as the hidden size, where the distributions
-have one for each word. Its head makes logits of them again, bit by bit those of the whole model. So a candidate's
-figures do not depend on whether the baseline was scored just now; in the checkpoint's own 16 bits they would.
+What is kept is its last hidden states in float32, which its head turns into the same logits again: 4 bytes for each
+token and hidden channel, where logits need them for each word of the vocabulary. A candidate's figures do not depend on
+whether the baseline was scored just now; in 16 bits they would.
 """
 
 import dataclasses

@@ -143,6 +143,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
                 "benchmark.repeats=5",
                 "export.targets=[]",
                 "registry.name='a b'",
+                "evaluate.prompts=['Hello', ' ']",
                 "nonsense",
             ],
         )
@@ -164,6 +165,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "benchmark.runtimes = ['torch', 'torch']: must not name one thing twice",
         "benchmark.repeats = 5: must be a multiple of 2",
         "registry.name = 'a b'",
+        "evaluate.prompts = ['Hello', ' ']: must be \"built-in\" or a list of texts, none of them empty",
         "--set nonsense: must be section.key=value",
     ]
     for line in expected:
