@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from numprune.errors import InputError, IntegrityError
 
 MAXIMUM_TOKENS = 64  # of each generation; the longest loop that is looked for fits in it three times
+_DATE = datetime(2024, 7, 26)  # for templates that write today's: a prompt must give the same tokens tomorrow
 _LONGEST_LOOP = 20
 _ROUNDS = 3
 _SHORTEST_TAIL = 16
@@ -77,7 +79,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> lis
     else:
         turn = [{"role": "user", "content": prompt}]
         try:
-            tokens = list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+            rendered = tokenizer.apply_chat_template(
+                turn, add_generation_prompt=True, return_dict=False, strftime_now=_DATE.strftime
+            )
+            tokens = list(rendered)
         except Exception as error:  # whatever a template raises, or makes jinja raise
             raise InputError(
                 f"prompt {shown!r}: the model's chat template cannot render it: {error}; mend it, or give no prompts"

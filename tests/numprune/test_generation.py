@@ -83,6 +83,8 @@ def test_a_prompt_goes_through_the_chat_template():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
     )
     assert tokenizer.decode(encode(tokenizer, "Hello", 256)) == "<user>Hello<bot>"
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"  # as Llama 3 has it
+    assert tokenizer.decode(encode(tokenizer, "Hello", 256)) == "26 Jul 2024 Hello"
 
 
 @pytest.mark.parametrize(
