@@ -135,7 +135,7 @@ def _quality(quality: Quality) -> list[str]:
     return [
         "## Quality",
         "",
-        f"{quality.tokens:,} tokens of {quality.documents:,} held-out document{'' if quality.documents == 1 else 's'}; "
+        f"{quality.tokens:,} tokens of {_count(quality.documents, 'held-out document')}; "
         f"intervals are two-sided, 95 %, over {_units(quality.nll_delta_nats_per_token)}.",
         "",
         *_table(["", "baseline", "candidate", "difference"], rows),
@@ -145,7 +145,7 @@ def _quality(quality: Quality) -> list[str]:
 
 def _units(estimate: Estimate) -> str:
     few = ": the documents are too few, so they speak for this text alone" if estimate.sampling_unit == "window" else ""
-    return f"{estimate.samples:,} {estimate.sampling_unit}s{few}"
+    return f"{_count(estimate.samples, estimate.sampling_unit)}{few}"
 
 
 def _generation(found: Generation) -> list[str]:
@@ -156,8 +156,8 @@ def _generation(found: Generation) -> list[str]:
     ]
     outputs = [[_shown(pair.prompt), _output(pair.baseline), _output(pair.candidate)] for pair in found.outputs]
     return [
-        f"Greedy generation from {found.prompts} prompts, {through}, up to {found.maximum_tokens} tokens each. "
-        f"{found.degraded} degraded: the candidate's output is empty or repeating, and the baseline's is neither.",
+        f"Greedy generation from {_count(found.prompts, 'prompt')}, {through}, up to {found.maximum_tokens} tokens "
+        f"each. {found.degraded} degraded: the candidate's output is empty or repeating and the baseline's is neither.",
         "",
         *_table(["outputs", "baseline", "candidate"], counts),
         *_table(["prompt", "baseline", "candidate"], outputs),
@@ -317,6 +317,10 @@ def _figure(value: float | None) -> str:
     if value is None:
         return _ABSENT
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _count(amount: int, noun: str) -> str:
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def _amount(value: float | None) -> str:
