@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from numprune.chat import renderer
 from numprune.errors import InputError, IntegrityError
 
 MAXIMUM_TOKENS = 64  # of each generation; the longest loop that is looked for fits in it three times
-_DATE = datetime(2024, 7, 26)  # for templates that write today's: a prompt must give the same tokens tomorrow
 _LONGEST_LOOP = 20
 _ROUNDS = 3
 _SHORTEST_TAIL = 16
@@ -68,25 +67,18 @@ def generate(
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> list[int]:
     """Return a prompt's tokens: as the user's turn of a chat where the model has a template, else as plain text.
 
-    transformers renders the template in jinja's sandbox.
-
     Raises:
         InputError: the template cannot be rendered, or the prompt leaves no room in the context, or is no token.
     """
     shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
-    if tokenizer.chat_template is None:
-        tokens = list(tokenizer.encode(prompt))
+    if not tokenizer.chat_template:
+        tokens = tokenizer.encode(prompt)
     else:
-        turn = [{"role": "user", "content": prompt}]
         try:
-            rendered = tokenizer.apply_chat_template(
-                turn, add_generation_prompt=True, return_dict=False, strftime_now=_DATE.strftime
-            )
-            tokens = list(rendered)
-        except Exception as error:  # whatever a template raises, or makes jinja raise
-            raise InputError(
-                f"prompt {shown!r}: the model's chat template cannot render it: {error}; mend it, or give no prompts"
-            ) from None
+            text = renderer(tokenizer, answer=True)([{"role": "user", "content": prompt}], None)
+        except InputError as error:
+            raise InputError(f"prompt {shown!r}: {error}; mend the template, or give no prompts") from None
+        tokens = tokenizer.encode(text, add_special_tokens=False)
     if not 0 < len(tokens) < context:
         raise InputError(
             f"prompt {shown!r}: {len(tokens)} tokens; it must have at least 1, and fewer than the context of {context}"

@@ -95,7 +95,7 @@ def generation(
     degraded = sum(_failed(ours) and not _failed(theirs) for ours, theirs in zip(candidate, baseline, strict=True))
     return {
         "prompts": len(prompts),
-        "chat_template": tokenizer.chat_template is not None,
+        "chat_template": bool(tokenizer.chat_template),
         "maximum_tokens": MAXIMUM_TOKENS,
         "baseline": _counted(baseline),
         "candidate": _counted(candidate),

@@ -135,7 +135,8 @@ def _quality(quality: Quality) -> list[str]:
     return [
         "## Quality",
         "",
-        f"{quality.tokens:,} tokens of {_count(quality.documents, 'held-out document')}; "
+        f"{quality.tokens:,} tokens of {_count(quality.documents, 'held-out document')}"
+        f"{', packed' if quality.packed else ''}; "
         f"intervals are two-sided, 95 %, over {_units(quality.nll_delta_nats_per_token)}.",
         "",
         *_table(["", "baseline", "candidate", "difference"], rows),

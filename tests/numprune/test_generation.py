@@ -99,7 +99,9 @@ def test_a_prompt_goes_through_the_chat_template():
 def test_a_template_that_fails_or_reaches_out_of_its_sandbox_is_refused(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(InputError, match=r"prompt 'Hello': the model's chat template cannot render it: .*; mend it"):
+    with pytest.raises(
+        InputError, match=r"prompt 'Hello': the model's chat template does not accept .*; mend the template"
+    ):
         encode(tokenizer, "Hello", 256)
 
 

@@ -21,7 +21,8 @@ def section(report: Report) -> Section:
 def _blocks(found: Quality, report: Report) -> Iterator[Block]:
     delta = found.nll_delta_nats_per_token
     yield Text(
-        f"On {words.count(found.tokens, 'token')} of {words.count(found.documents, 'held-out document')}, candidate "
+        f"On {words.count(found.tokens, 'token')} of {words.count(found.documents, 'held-out document')}"
+        f"{', packed' if found.packed else ''}, candidate "
         "minus baseline, paired by token. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
         f"{words.count(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
     )
