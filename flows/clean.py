@@ -163,25 +163,23 @@ def _bytes(path: Path) -> int:
         return 0
 
 
-def _why_release(folder: Path, published: Callable[[str], frozenset[str]]) -> tuple[str, bool]:
+def _why_release(folder: Path, published: Callable[[str, str], frozenset[str]]) -> tuple[str, bool]:
     """Why a release that no remembered run uses can go or, with True, stays: it was published, or nobody can tell."""
     try:
         digest = manifest.read(folder).digest
-        uri = recipe.load(folder / "recipe.toml").registry.uri
-        if any(digest in published(place) for place in {"workspace", uri}):
+        asked = recipe.load(folder / "recipe.toml").registry
+        if any(digest in published(uri, asked.name) for uri in {"workspace", asked.uri}):
             return "published", True
     except (NumpruneError, OSError) as error:
         return f"whether it was published cannot be told: {error}", True
     return "not in the registry, and no run that is remembered uses it", False
 
 
-def _published(workspace: Path, uri: str) -> frozenset[str]:
-    """Digests of all releases in a registry."""
+def _published(workspace: Path, uri: str, name: str) -> frozenset[str]:
+    """Digests of all releases in a registry; `name` is the model that the release would have been published to."""
     embedded = uri == "workspace"
     if embedded and not (workspace / "registry" / "mlflow.db").exists():
         return frozenset()
     from numprune.serving import registry
 
-    opened = registry.open_registry(None if embedded else uri, workspace)
-    models = registry.list_models(opened)
-    return frozenset(version.digest for model in models for version in registry.list_versions(opened, model.name))
+    return registry.published_digests(registry.open_registry(None if embedded else uri, workspace), name)

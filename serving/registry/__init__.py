@@ -17,7 +17,7 @@ from numprune.serving.registry.production import before_production, promote, rol
 from numprune.serving.registry.publishing import publish
 from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, parse
 from numprune.serving.registry.releases import Shown, fetch, show, verify
-from numprune.serving.registry.versions import Model, Version, list_models, list_versions
+from numprune.serving.registry.versions import Model, Version, list_models, list_versions, published_digests
 
 __all__ = [
     "CANDIDATE",
@@ -37,6 +37,7 @@ __all__ = [
     "parse",
     "promote",
     "publish",
+    "published_digests",
     "rollback",
     "show",
     "take_back",

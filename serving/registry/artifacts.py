@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
-from numprune.errors import IntegrityError
+from numprune.errors import IntegrityError, NumpruneError
 from numprune.export import disk, manifest
 from numprune.export.manifest import Manifest
 from numprune.serving.registry.errors import RegistryError, speaking, without_secrets
@@ -96,10 +97,11 @@ class ServerArtifacts:
 
     def put(self, run_id: str, release: Path) -> str:
         expected = manifest.verify(release)
+        address = self._address(run_id)
         self._client.log_artifacts(run_id, str(release), FOLDER)
         with self.at(run_id) as stored:
             require_digest(manifest.verify(stored), expected.digest, f"MLflow run {run_id}")
-        return f"{self._client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+        return f"{address}/{FOLDER}"
 
     @contextmanager
     def at(self, run_id: str, only: Sequence[str] | None = None) -> Iterator[Path]:
@@ -126,8 +128,10 @@ class ServerArtifacts:
         where = f"registry {self._uri}, MLflow run {run_id}"
         try:
             # By its address: asked for by run, MLflow keeps to itself what went wrong.
-            address = f"{self._client.get_run(run_id).info.artifact_uri}/{path}"
+            address = f"{self._address(run_id)}/{path}"
             landed = Path(download_artifacts(artifact_uri=address, dst_path=str(into), tracking_uri=self._uri))
+        except NumpruneError:
+            raise
         except Exception as error:
             failed = "; ".join(f"{file}: {reason}" for file, reason in _FAILED.findall(str(error)))
             if failed:
@@ -141,8 +145,33 @@ class ServerArtifacts:
             raise IntegrityError(f"{where}: {path} is missing")
         return landed
 
+    def _address(self, run_id: str) -> str:
+        """The location of a run's artifacts. Raises RegistryError when it is a local folder."""
+        address = str(self._client.get_run(run_id).info.artifact_uri)
+        require_shared(
+            address,
+            f"registry {self._uri}, MLflow run {run_id}",
+            "delete the version in MLflow, and publish the release again",
+        )
+        return address
+
     def remove(self, run_id: str) -> None:
         """Nothing: a client cannot delete files; `mlflow gc` on the server does, once the run is deleted."""
+
+
+def require_shared(location: str, where: str, remedy: str) -> None:
+    """Raises RegistryError when a server's artifact location is a local folder.
+
+    Args:
+        where: whose location it is, for the message.
+        remedy: for the message.
+    """
+    scheme = urlsplit(location).scheme
+    if len(scheme) < 2 or scheme == "file":  # one letter is a drive of Windows
+        raise RegistryError(
+            f"{where}: keeps artifacts in {location}, a local folder: every client would write to its own disk and "
+            f"read from there; {remedy}"
+        )
 
 
 @contextmanager

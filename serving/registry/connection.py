@@ -6,6 +6,7 @@ MLflow is imported here and only when a registry is opened: the import takes a s
 import hashlib
 import logging
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts
+from numprune.serving.problems import short
+from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts, require_shared
 from numprune.serving.registry.errors import RegistryError, error_code, speaking, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 EXPERIMENT = "numprune"  # the MLflow experiment whose runs hold the artifacts
 _LOCK_TIMEOUT_S = 600.0  # longer than verifying a large release takes
@@ -31,7 +34,10 @@ _QUIET = {  # none of these overrules what the user set
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # some 12 s, in which a server may restart; MLflow's own 7 take minutes
 }
-_HEALTH_TIMEOUT_S = 10  # for the first word only: an upload is answered when the server has passed it on
+_VERSION_TIMEOUT_S = 10  # for this request only: an upload is answered when the server has passed it on
+# MLflow servers: up to 2.20 they answer a newer client's searches with nothing instead of an error.
+_SUPPORTED_FROM, _SUPPORTED_BELOW = (2, 21), (4, 0)
+_SUPPORTED = "2.21 or newer, below 4.0"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,10 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
     """Open the registry at `uri`, an MLflow server's http(s) address, or, with None, the workspace's own.
 
     The workspace's own is `registry/` in it, made on first use: `mlflow.db` and `artifacts/`. It may be moved. Any
-    number of processes may open it at once. Raises RegistryError.
+    number of processes may open it at once.
+
+    Raises RegistryError: not a server's address, no answer, an MLflow version that is not supported, or a server whose
+    artifact location is a local folder.
     """
     root = workspace.absolute() / "registry"
     if uri is None:
@@ -70,12 +79,14 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
     _require_address(uri)
     with speaking(f"registry {uri}"):
         client = _client(uri)
-        _require_reachable(uri)
+        _require_supported(uri)
+        experiment = _experiment(client, None)
+        require_shared(experiment.artifact_location, f"registry {uri}", _relocation(uri, experiment))
         return Registry(
             uri=uri,
             client=client,
             artifacts=ServerArtifacts(client, uri),
-            experiment=_experiment(client, None),
+            experiment=experiment.experiment_id,
             embedded=False,
             lock_file=root / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock",
         )
@@ -96,12 +107,26 @@ def _require_address(uri: str) -> None:
         raise RegistryError(f"{uri.partition('?')[0]}: an MLflow server's address has neither '?' nor '#'")
 
 
-def _require_reachable(uri: str) -> None:
-    """Where nothing answers, MLflow's own requests would each wait for two minutes, several times."""
+def _require_supported(uri: str) -> None:
+    """Ask the server for its version. Sent first, with a short timeout: other requests retry for minutes.
+
+    Raises RegistryError: no version in the answer, or one that is not supported.
+    """
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    http_request(get_default_host_creds(uri), "/health", "GET", timeout=_HEALTH_TIMEOUT_S)
+    answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=_VERSION_TIMEOUT_S)
+    if answer.status_code in (401, 403) or answer.status_code >= 500:
+        answer.raise_for_status()
+    version = answer.text.strip()
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})[\w.+-]{0,40}", version) if answer.ok else None
+    if found is None:
+        raise RegistryError(
+            f"registry {uri}: {uri}/version was answered with {answer.status_code} and {short(version)}, not with a "
+            "version of MLflow; check the address, and that no proxy or login page stands before /version"
+        )
+    if not _SUPPORTED_FROM <= (int(found[1]), int(found[2])) < _SUPPORTED_BELOW:
+        raise RegistryError(f"registry {uri}: MLflow {version} is not supported; update the server to {_SUPPORTED}")
 
 
 def _open_embedded(root: Path) -> Registry:
@@ -122,7 +147,7 @@ def _open_embedded(root: Path) -> Registry:
             uri=uri,
             client=client,
             artifacts=LocalArtifacts(root / "artifacts"),
-            experiment=_experiment(client, root / "artifacts"),
+            experiment=_experiment(client, root / "artifacts").experiment_id,
             embedded=True,
             lock_file=lock,
         )
@@ -155,20 +180,29 @@ def _client(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _experiment(client: "MlflowClient", artifacts: Path | None) -> str:
-    """The id of our experiment, made when it is not there."""
+def _experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
+    """Our experiment, made when it is not there."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         try:
-            location = None if artifacts is None else artifacts.as_uri()
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            client.create_experiment(EXPERIMENT, artifact_location=None if artifacts is None else artifacts.as_uri())
         except Exception as error:
-            if error_code(error) != "RESOURCE_ALREADY_EXISTS":
+            if error_code(error) != "RESOURCE_ALREADY_EXISTS":  # another publisher was faster
                 raise
-            found = client.get_experiment_by_name(EXPERIMENT)  # another publisher was faster
+        found = client.get_experiment_by_name(EXPERIMENT)
     if found is None or found.lifecycle_stage != "active":
         raise RegistryError(f"the MLflow experiment {EXPERIMENT!r} was deleted; restore it in MLflow")
-    return str(found.experiment_id)
+    return found
+
+
+def _relocation(uri: str, experiment: "Experiment") -> str:
+    """How to give the experiment an artifact location that all clients reach; it cannot be changed in place."""
+    number = experiment.experiment_id
+    return (
+        "restart the server with --serve-artifacts and without --default-artifact-root; as an experiment keeps its "
+        f"location, then run `MLFLOW_TRACKING_URI={uri} mlflow experiments rename --experiment-id {number} "
+        f"--new-name {EXPERIMENT}-{number}`"
+    )
 
 
 @contextmanager

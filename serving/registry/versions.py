@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.registry.connection import Registry
-from numprune.serving.registry.errors import error_code
+from numprune.serving.registry.errors import RegistryError, error_code
 from numprune.serving.registry.reference import Reference, check_name
 
 if TYPE_CHECKING:
@@ -59,6 +59,31 @@ def list_versions(registry: Registry, name: str) -> list[Version]:
         return find_versions(registry, name, "")
 
 
+def published_digests(registry: Registry, name: str) -> frozenset[str]:
+    """Digests of all published releases, whatever their model; for decisions that a missing one would make wrong.
+
+    A search that finds nothing is not proof: servers before MLflow 2.21, and those that hide models from a user, answer
+    it with an empty list. So `name`, and what the aliases of each model point at, are looked up one by one, too.
+
+    Raises RegistryError when the search misses one of them.
+    """
+    with registry.speaking():
+        names = [listed.name for listed in list_models(registry)]
+        if name not in names and MARK in _tags(registry, name):
+            raise RegistryError(f"registry {registry.uri}: has the model {name}, but its list of models lacks it")
+        found: set[str] = set()
+        for listed in names:
+            found |= {version.digest for version in find_versions(registry, listed, "")}
+            for alias, number in model(registry, listed).aliases.items():
+                tags = registry.client.get_model_version(listed, str(number)).tags or {}
+                if tags.get(RELEASE, "") not in {"", *found}:
+                    raise RegistryError(
+                        f"registry {registry.uri}: has the version {listed}/{number} ({alias}), but its list of "
+                        "versions lacks it"
+                    )
+        return frozenset(found)
+
+
 def find_versions(registry: Registry, name: str, condition: str) -> list[Version]:
     """Versions that fulfil a further condition of MLflow's search language, oldest first."""
     aliases = model(registry, name).aliases
@@ -78,6 +103,16 @@ def model(registry: Registry, name: str) -> Model:
     near = difflib.get_close_matches(name, [known.name for known in list_models(registry)], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; `numprune registry list` shows what there is"
     raise InputError(f"{name}: no such model in the registry{hint}")
+
+
+def _tags(registry: Registry, name: str) -> Mapping[str, str]:
+    """Of a model, by its name; none when there is no such model."""
+    try:
+        return registry.client.get_registered_model(check_name(name)).tags or {}
+    except Exception as error:
+        if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    return {}
 
 
 def resolve(registry: Registry, reference: Reference) -> Version:

@@ -21,6 +21,7 @@ from numprune.flows.stages import exclusive, run_stage
 from numprune.serving import registry
 from numprune.serving.registry.versions import MARK, RELEASE
 from tests.flows.conftest import Answered
+from tests.serving.servers import answering
 
 EMBEDDED = recipe.load(recipe.EMBEDDED_RECIPE)
 Command = Callable[..., Answered]
@@ -162,6 +163,39 @@ def test_published_releases_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [item.path for item in clean.remove(tmp_path, found)[0]] == [unpublished]
     assert sorted((tmp_path / "registry").rglob("*")) == before
     assert published.exists()
+
+
+def test_a_published_release_stays_whatever_the_registrys_lists_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow servers before 2.21 answer every search for models with an empty list."""
+    record(tmp_path, 1)
+    published, name = release(tmp_path, "a"), EMBEDDED.registry.name
+    opened = registry.open_registry(None, tmp_path)
+    opened.client.create_registered_model(name, tags={MARK: "1"})
+    tags = {RELEASE: manifest.read(published).digest}
+    opened.client.create_model_version(name, source="file:///nowhere", run_id="0" * 32, tags=tags)
+    opened.client.set_registered_model_alias(name, "candidate", "1")
+    opened.client.create_model_version(name, source="file:///somebody-elses")
+    opened.client.set_registered_model_alias(name, "theirs", "2")
+
+    def stays() -> str:
+        found = clean.look(tmp_path)
+        assert found.goes == []
+        return next(item.why for item in found.stays if item.path == published)
+
+    assert stays() == "published"
+    for search, lacks in (
+        ("search_registered_models", f"has the model {name}, but its list of models lacks it"),
+        ("search_model_versions", f"has the version {name}/1 (candidate), but its list of versions lacks it"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(opened.client), search, lambda *_, **__: [])
+            assert lacks in stays()
+    with answering({"/version": (200, "2.20.4")}) as old:
+        unknown = release(tmp_path, "b", uri=old)
+        why = next(item.why for item in clean.look(tmp_path).stays if item.path == unknown)
+        assert f"cannot be told: registry {old}: MLflow 2.20.4 is not supported" in why
 
 
 def test_killed_in_the_middle_of_a_removal(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.registry import RefusedReleaseError, Registry, RegistryError, connection, publishing
 from numprune.serving.registry.artifacts import ServerArtifacts
+from numprune.serving.registry.versions import RELEASE, VERDICT
 from numprune.serving.report import Report, markdown, write
+from tests.serving.servers import answering, storing
 from tests.serving.team import Actors
 
 Json = dict[str, Any]
@@ -665,9 +667,15 @@ def test_a_damaged_history_is_said_to_be(registry: Registry, make_release: MakeR
 
 
 @pytest.fixture
-def remote(registry: Registry, tmp_path: Path) -> Registry:
-    """The store is MLflow's SQLite still, as its server needs packages that we do not; files go through the client."""
-    experiment = registry.client.create_experiment("remote", artifact_location=(tmp_path / "remöte").as_uri())
+def remote(registry: Registry, tmp_path: Path) -> Iterator[Registry]:
+    """Versions in MLflow's SQLite still, as its server needs packages that we do not; files over HTTP."""
+    with storing(tmp_path / "remöte") as address:
+        yield remote_with(registry, address)
+
+
+def remote_with(registry: Registry, location: str) -> Registry:
+    """With this artifact location."""
+    experiment = registry.client.create_experiment("remote", artifact_location=location)
     artifacts = ServerArtifacts(registry.client, registry.uri)
     return dataclasses.replace(registry, artifacts=artifacts, experiment=experiment, embedded=False)
 
@@ -702,14 +710,72 @@ def test_files_go_through_mlflow_and_come_back_the_same(
 
 
 def test_a_store_that_needs_a_package_says_which(
-    remote: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the server hands out addresses of its store instead of passing the files on."""
     monkeypatch.setitem(sys.modules, "boto3", None)
-    experiment = remote.client.create_experiment("direct", artifact_location="s3://bucket/releases")
+    remote = remote_with(registry, "s3://bucket/releases")
     with pytest.raises(RegistryError, match=r"registry .*needs the Python package boto3 here: install it"):
-        registries.publish(dataclasses.replace(remote, experiment=experiment), make_release(), NAME)
+        registries.publish(remote, make_release(), NAME)
     assert registries.list_versions(remote, NAME) == []
+
+
+@pytest.mark.parametrize("form", ["{folder}", "file://{folder}"])
+def test_nothing_is_written_to_a_local_folder_for_a_server_nor_read_from_it(
+    registry: Registry, make_release: MakeRelease, tmp_path: Path, form: str
+) -> None:
+    """MLflow's client takes the path that a server gives for its own."""
+    folder = tmp_path / "srv"
+    remote = remote_with(registry, form.format(folder=folder))
+    with pytest.raises(RegistryError, match=rf"keeps artifacts in {form.format(folder=folder)}/.*, a local folder: "):
+        registries.publish(remote, make_release(), NAME)
+    assert not list(folder.rglob("*.safetensors"))
+    assert registries.list_versions(remote, NAME) == []
+
+    # A version from before this was refused: its files are whole, on the disk of whoever published it.
+    run = remote.client.create_run(remote.experiment)
+    release = make_release()
+    remote.client.log_artifacts(run.info.run_id, str(release), "release")
+    tags = {RELEASE: manifest.read(release).digest, VERDICT: "pass"}
+    remote.client.create_model_version(NAME, source=str(folder), run_id=run.info.run_id, tags=tags)
+    for ask in (registries.verify, registries.promote, registries.show):
+        with pytest.raises(RegistryError, match=r"a local folder: .*publish the release again"):
+            ask(remote, f"{NAME}/1")
+
+
+@pytest.mark.parametrize(
+    ("location", "shared"),
+    [
+        ("/srv/mlflow/1", False),
+        ("srv/mlflow/1", False),
+        ("file:///srv/mlflow/1", False),
+        ("C:/mlflow/1", False),
+        ("mlflow-artifacts:/1", True),
+        ("s3://bucket/1", True),
+        ("https://mlflow.example/api/2.0/mlflow-artifacts/artifacts/1", True),
+    ],
+)
+def test_a_server_whose_artifact_location_is_a_local_folder_is_refused_when_connecting(
+    tmp_path: Path, location: str, shared: bool
+) -> None:
+    """MLflow's own answer, as with `mlflow server --default-artifact-root /srv/mlflow --no-serve-artifacts`."""
+    experiment = {
+        "experiment_id": "7",
+        "name": "numprune",
+        "artifact_location": location,
+        "lifecycle_stage": "active",
+        "last_update_time": 1795856395069,
+        "creation_time": 1795856395069,
+    }
+    answers = {**VERSION, "/api/2.0/mlflow/experiments/get-by-name": (200, json.dumps({"experiment": experiment}))}
+    with answering(answers) as uri:
+        if shared:
+            assert registries.open_registry(uri, tmp_path).experiment == "7"
+            return
+        with pytest.raises(RegistryError, match=rf"keeps artifacts in {location}, a local folder") as refused:
+            registries.open_registry(uri, tmp_path)
+    assert "--serve-artifacts" in str(refused.value)
+    assert "rename --experiment-id 7 --new-name numprune-7" in str(refused.value)
 
 
 def test_a_publisher_elsewhere_is_left_alone(remote: Registry, make_release: MakeRelease) -> None:
@@ -808,12 +874,47 @@ def test_a_server_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pyt
         registries.open_registry("http://127.0.0.1:1", tmp_path)
 
 
+VERSION = {"/version": (200, "3.17.2")}
+
+
+@pytest.mark.parametrize(
+    ("status", "version", "message"),
+    [
+        (
+            200,
+            "2.20.4",
+            r"MLflow 2\.20\.4 is not supported; update the server to 2\.21 or newer, below 4\.0",
+        ),
+        (200, "1.30.0", r"MLflow 1\.30\.0 is not"),
+        (200, "4.0.0", r"MLflow 4\.0\.0 is not"),
+        (
+            200,
+            "<!doctype html><title>Log in</title>",
+            r"/version was answered with 200 .*Log in.*login page",
+        ),
+        (404, "2.21", "answered with 404 .*check the address"),
+        (401, "", r"does not know who we are \(401\)"),
+    ],
+)
+def test_servers_that_are_not_supported_are_refused_when_connecting(
+    tmp_path: Path, status: int, version: str, message: str
+) -> None:
+    with answering({"/version": (status, version)}) as uri, pytest.raises(RegistryError, match=message):
+        registries.open_registry(uri, tmp_path)
+
+
+@pytest.mark.parametrize("version", ["2.21.0", "2.22.0rc1", "3.17.2", "3.18.1.dev0"])
+def test_servers_that_are_supported_are_asked_on(tmp_path: Path, version: str) -> None:
+    with answering({"/version": (200, version)}) as uri, pytest.raises(RegistryError, match="experiments/get-by-name"):
+        registries.open_registry(uri, tmp_path)
+
+
 def test_a_server_that_says_nothing_is_not_waited_for_as_an_upload_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    monkeypatch.setattr(connection, "_HEALTH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection, "_VERSION_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         message = rf"registry {uri} cannot be reached \(timed out\): is it running"
