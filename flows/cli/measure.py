@@ -1,6 +1,7 @@
 """numprune benchmark and gate: measure, then judge."""
 
 import argparse
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -61,7 +62,10 @@ def add(commands: Subcommands) -> None:
         "--junit", metavar="FILE", type=Path, help="write the verdict as JUnit XML, a test for each gate"
     )
     parser.add_argument(
-        "--markdown", metavar="FILE", type=Path, help="write the report, judged, as Markdown: for $GITHUB_STEP_SUMMARY"
+        "--markdown",
+        metavar="FILE",
+        type=Path,
+        help="write the report, judged, as Markdown; appended when it is $GITHUB_STEP_SUMMARY, within its 1 MiB",
     )
 
 
@@ -109,11 +113,11 @@ def gate(args: argparse.Namespace) -> Answer:
             gates.confirm(found)
         verdict = gates.judge(found, policy)
     except NumpruneError as error:  # a CI system must not go on showing what an earlier run left there
-        _write("--junit", args.junit, junit_error(str(error), datetime.now(UTC)))
-        _write("--markdown", args.markdown, report.not_judged(str(error)))
+        _write("--junit", args.junit, junit_error(str(error), datetime.now(UTC)), report.replace)
+        _write_page(args.markdown, report.not_judged(str(error)))
         raise
-    _write("--junit", args.junit, junit(found, verdict))
-    _write("--markdown", args.markdown, report.markdown(found.judged(verdict)))
+    _write("--junit", args.junit, junit(found, verdict), report.replace)
+    _write_page(args.markdown, report.markdown(found.judged(verdict)))
     data = verdict.model_dump(mode="json")
     lines = [f"{args.report}: {verdict.outcome}", *summary.gate_lines(data["gates"])]
     return Answer({"report": str(args.report), **data}, "\n".join(lines), gates.exit_code(verdict))
@@ -131,13 +135,18 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise InputError(f"{option} {path}: is {other}, which it would replace; name another file")
 
 
-def _write(option: str, path: Path | None, text: str) -> None:
-    from numprune.serving import report
+def _write_page(path: Path | None, page: str) -> None:
+    from numprune.serving.report import replace, step_summary
 
+    shared = path is not None and step_summary.is_summary(path)
+    _write("--markdown", path, page, step_summary.append if shared else replace)
+
+
+def _write(option: str, path: Path | None, text: str, write: Callable[[Path, str], None]) -> None:
     if path is None:
         return
     try:
-        report.replace(path.resolve(), text)
+        write(path.resolve(), text)
     except OSError as error:
         raise InputError(
             f"{option} {path}: cannot be written: {error.strerror}; name a file in a folder that can"

@@ -100,15 +100,22 @@ def test_exit_code_junit_and_markdown_say_the_same(
     assert f"| {NLL} | 0.05 [0.04, 0.06] | ci95_upper ≤ {limit:g} |" in text.replace("\\_", "_")
 
 
-def test_the_real_command_in_a_step_of_a_ci_job(report: Any, policy: Any, tmp_path: Path) -> None:
-    """As on GitHub: the runner has made the summary's file, and the step stops at an exit code other than 0."""
+def test_the_real_command_in_a_step_of_a_ci_job(
+    report: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GitHub: commands of the step append to its summary, and it stops at an exit code other than 0."""
     summary, junit = tmp_path / "step_summary_1", tmp_path / "gates.xml"
-    summary.touch()
+    summary.write_text("Tests: 12 passed.\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     rules = policy(PASS + RULE.format("sizes.parameters.ratio", "point", "max = 0.1"))
     done = shell("gate", report(), "--policy", rules, "--junit", junit, "--markdown", summary)
     assert done.returncode == 2, done.stderr
     assert "fail          sizes.parameters.ratio" in done.stdout
-    assert "1 of 2 gates pass; not sizes.parameters.ratio." in summary.read_text()
+    written = summary.read_text()
+    assert written.startswith("Tests: 12 passed.\n\n\n# 2026-11-20-quiet-owl: fail\n")
+    assert "1 of 2 gates pass; not sizes.parameters.ratio." in written
+    assert shell("gate", tmp_path / "gone.json", "--policy", rules, "--markdown", summary).returncode == 1
+    assert summary.read_text().startswith(f"{written}\n\n# Not judged\n")
     assert list(cases_of(junit).values()) == ["pass", "failure fail"]
     assert not list(tmp_path.glob(".*"))
 
