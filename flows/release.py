@@ -21,7 +21,7 @@ from pydantic import Field
 from numprune.errors import InputError
 from numprune.flows import children, deploy, server, stages
 from numprune.serving.rollout import RolloutBusy, RolloutFailed, Settings
-from numprune.serving.vllm import environment
+from numprune.serving.vllm import api_key, environment
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def release(
         approval: wait for somebody to resume the run and to say yes, unless it is in production already. Needs a
             deployment.
         approval_hours: how long; the run fails after that.
-        rollout: also let it serve on this host (`numprune rollout`). Without, the alias moves and others act on it.
+        rollout: also let it serve on this host (`numprune rollout`), with the API key of the environment. Without, the
+            alias moves and others act on it.
         port: of the router; as it is, or 8000, without it.
         vllm: the environment that has vLLM; found as `numprune serve` finds it without it.
 
@@ -67,7 +68,7 @@ def release(
     """
     server.bind_to_this_process()
     folder = stages.workspace_folder(workspace)
-    settings = Settings(environment=environment.find(vllm), port=port) if rollout else None
+    settings = Settings(environment=environment.find(vllm), port=port, api_key=api_key.read()) if rollout else None
     found = verify(folder, registry_uri, reference)
     data: dict[str, Any] = {"release": found["reference"], "digest": found["digest"]}
     if approval and not found["in_production"]:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.serving.problems import problems
+from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 
 REFERENCE = "canary.json"  # in a release
@@ -113,8 +114,8 @@ def read(path: Path) -> Reference:
         raise IntegrityError(f"{path}: {problems(error)}") from None
 
 
-def check(url: str, reference: Reference, dtype: str) -> dict[str, Any]:
-    """Compare the server at `url`, which computes in `dtype`, with the reference.
+def check(url: str, reference: Reference, dtype: str, api_key: str | None = None) -> dict[str, Any]:
+    """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
 
     The greedy tokens must be the reference's; where its second best token was as near as twice the tolerance, either is
     right, and what follows a different one is not compared any more (the first pass compares it all the same).
@@ -131,7 +132,7 @@ def check(url: str, reference: Reference, dtype: str) -> dict[str, Any]:
     if dtype not in TOLERANCES:
         raise InputError(f"dtype is {dtype!r}; the canary knows {', '.join(TOLERANCES)}")
     tolerance = TOLERANCES[dtype]
-    with httpx.Client(base_url=url, timeout=_TIMEOUT_S) as client:
+    with httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=keys.headers(api_key)) as client:
         model = _ask(client, "GET", "/v1/models")["data"][0]["id"]
         _check_tokenizer(client, model, reference)
         found = [*_prefill(client, model, reference)]
@@ -262,6 +263,8 @@ def _ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
         raise ServerError(f"{client.base_url}: {path} was not answered ({error or type(error).__name__})") from None
     except ValueError:
         raise ServerError(f"{client.base_url}: {path} was answered with something that is not JSON") from None
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise ServerError(f"{client.base_url}: {keys.refused(client.headers.get('Authorization'))}")
     raise ServerError(f"{client.base_url}: {path} was answered with {answer.status_code}: {_short(answer.text)}")
 
 

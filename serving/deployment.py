@@ -113,7 +113,8 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
     Raises ParityError; ServerError, with vLLM's last lines when it died meanwhile.
     """
     try:
-        found = canary.check(running.url, canary.read(deployment.folder / canary.REFERENCE), dtype)
+        reference = canary.read(deployment.folder / canary.REFERENCE)
+        found = canary.check(running.url, reference, dtype, running.api_key)
     except ServerError:
         running.require_alive(server.SETTLE_S)
         raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from numprune.errors import NumpruneError
 from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+from numprune.serving.vllm import api_key
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,12 @@ def add(commands: Subcommands) -> None:
         "--startup-timeout", type=at_least(0), default=0, metavar="S", help="wait so long for it to be healthy"
     )
     parser.add_argument(
+        api_key.OPTION,
+        type=Path,
+        metavar="FILE",
+        help="with the server's API key (default: $VLLM_API_KEY, where it is set)",
+    )
+    parser.add_argument(
         "--marker", type=Path, metavar="FILE", help="write this file when it has passed, then stay until SIGTERM"
     )
 
@@ -36,11 +43,12 @@ def add(commands: Subcommands) -> None:
 def canary(args: argparse.Namespace) -> Answer:
     from numprune.serving import canary as canaries
 
+    key = api_key.read(args.api_key_file)
     reference = canaries.read(args.release / canaries.REFERENCE)
     if args.marker:
         args.marker.unlink(missing_ok=True)  # of an earlier server
-    _wait(args.url, args.startup_timeout)
-    found = canaries.check(args.url, reference, args.dtype)
+    _wait(args.url, key, args.startup_timeout)
+    found = canaries.check(args.url, reference, args.dtype, key)
     text = (
         f"{args.url}: passed in {found['dtype']}, worst difference of a log-probability {found['worst']['error']:.2g} "
         f"nats (limit {found['tolerance']:g}), {found['greedy_match']:.0%} of greedy tokens"
@@ -52,14 +60,14 @@ def canary(args: argparse.Namespace) -> Answer:
     return Answer(found, text)
 
 
-def _wait(url: str, timeout_s: float) -> None:
+def _wait(url: str, key: str | None, timeout_s: float) -> None:
     """Until /health says so. Raises NumpruneError when it does not in time."""
     import httpx
 
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            said = str(httpx.get(f"{url}/health", timeout=5.0).status_code)
+            said = str(httpx.get(f"{url}/health", headers=api_key.headers(key), timeout=5.0).status_code)
             if said == str(httpx.codes.OK.value):
                 return
         except httpx.HTTPError as error:

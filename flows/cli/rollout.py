@@ -65,7 +65,7 @@ def run_back(args: argparse.Namespace) -> Answer:
 
 def _settings(args: argparse.Namespace) -> "Settings":
     from numprune.serving.rollout import Settings
-    from numprune.serving.vllm import environment
+    from numprune.serving.vllm import api_key, environment
 
     return Settings(
         environment=environment.find(args.vllm, untested=args.untested_vllm),
@@ -73,6 +73,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
         port=args.port,
         dtype=args.dtype,
         options=vllm_options(args) if args.max_model_len or args.vllm_options is not None else None,
+        api_key=api_key.read(args.api_key_file),
         startup_timeout_s=args.startup_timeout,
         drain_timeout_s=args.drain_timeout,
     )

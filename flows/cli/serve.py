@@ -5,9 +5,12 @@ import logging
 import time
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from numprune.errors import InputError
 from numprune.flows.cli.parser import Answer, Parser, Subcommands, at_least, command
+from numprune.serving.vllm import api_key, options
 
 if TYPE_CHECKING:
     from numprune.serving.vllm.server import Server
@@ -16,6 +19,14 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.canary can judge
 _WATCH_S = 0.5
+
+# Options of vLLM that numprune gives itself.
+_OURS = {
+    **{name: f"give {name} before the --" for name in ("--host", "--port", "--dtype")},
+    "--model": "the release is the model",
+    "--uds": "a server must listen on --host and --port, to be compared with the release",
+    "--api-key": f"other users would see it; set ${api_key.VARIABLE} or give {api_key.OPTION} before the --",
+}
 
 
 def add(commands: Subcommands) -> None:
@@ -39,10 +50,19 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
     )
     parser.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=dtype, help=f"default: {dtype or 'as it is, or'} auto, the weights'"
+        "--dtype",
+        choices=DTYPES,
+        default=dtype,
+        help=f"to compute in (default: {'auto' if dtype else 'as it is, or auto'}, that of the weights)",
     )
     parser.add_argument(
         "--max-model-len", type=at_least(1), metavar="N", help="longest sequence (default: the model's)"
+    )
+    parser.add_argument(
+        api_key.OPTION,
+        type=Path,
+        metavar="FILE",
+        help=f"with the API key that clients must send (default: ${api_key.VARIABLE}, where it is set)",
     )
     parser.add_argument(
         "--startup-timeout", type=at_least(1), default=600, metavar="S", help="seconds for vLLM to start (default: 600)"
@@ -53,7 +73,11 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
 
 
 def vllm_options(args: argparse.Namespace) -> list[str]:
-    """The options for vLLM."""
+    """The options for vLLM. Raises InputError for one that is not to be passed on."""
+    for word in args.vllm_options or []:
+        option = options.taken(word, _OURS)
+        if option is not None:
+            raise InputError(f"-- {word.partition('=')[0]}: {_OURS[option]}")
     length = ["--max-model-len", str(args.max_model_len)] if args.max_model_len else []
     return [*length, *(args.vllm_options or [])]
 
@@ -65,6 +89,7 @@ def run(args: argparse.Namespace) -> Answer:
 
     started = time.perf_counter()
     vllm = environment.find(args.vllm, untested=args.untested_vllm)
+    passed_on, key = vllm_options(args), api_key.read(args.api_key_file)
     server.require_free(args.host, args.port)  # and not after the download
     workspace = stages.workspace_folder(args.workspace)
     release = children.step("steps.deploy.prepare", workspace, args.uri, args.reference)
@@ -79,7 +104,8 @@ def run(args: argparse.Namespace) -> Answer:
                 host=args.host,
                 port=args.port,
                 dtype=dtype,
-                options=vllm_options(args),
+                options=passed_on,
+                api_key=key,
                 log=log,
                 startup_timeout_s=args.startup_timeout,
             )
@@ -88,7 +114,7 @@ def run(args: argparse.Namespace) -> Answer:
         proved = stack.pop_all()  # without it, leaving the block ends the server
     data = {
         "reference": release.reference,
-        "name": release.name,
+        "name": running.name,
         "version": release.version,
         "digest": release.digest,
         "url": running.url,
@@ -99,7 +125,7 @@ def run(args: argparse.Namespace) -> Answer:
         "canary": found,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    text = f"ready: {release.reference} at {running.url}/v1, model {release.name!r}; Ctrl-C stops it"
+    text = f"ready: {release.reference} at {running.url}/v1, model {running.name!r}; Ctrl-C stops it"
     return Answer(data, text, then=partial(_serve, proved, running))
 
 

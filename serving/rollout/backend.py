@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,8 @@ from numprune.serving import canary
 from numprune.serving.deployment import Deployment, choose_dtype, log_file, prove
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Backend, Place, Started
-from numprune.serving.vllm import server
+from numprune.serving.vllm import api_key, server
+from numprune.serving.vllm.options import split_names
 from numprune.serving.vllm.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def start(
         host="127.0.0.1",
         options=options,
         dtype=precision,
+        api_key=settings.api_key,
         tag=f"{place.tag_prefix}server-{secrets.token_hex(8)}",
         log=log_file(place.workspace, f"rollout-{release.name}"),
         detached=True,
@@ -75,7 +78,7 @@ def _load(running: Server, reference: canary.Reference) -> None:
         prompt = reference.prompts[number % len(reference.prompts)].tokens
         body = {"model": running.name, "prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
         try:
-            answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=300.0)
+            answer = httpx.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=300.0)
         except httpx.TransportError as error:
             running.require_alive(server.SETTLE_S)
             raise ServerError(
@@ -91,18 +94,24 @@ def _load(running: Server, reference: canary.Reference) -> None:
     logger.info("%s: %d requests, %d at a time, none failed", running.name, _LOAD_REQUESTS, _LOAD_CONCURRENCY)
 
 
+def serves_as(backend: Backend, name: str) -> str:
+    """The name of the model in its answers; `name` unless its options say otherwise."""
+    return split_names(backend.options, name)[0][0]
+
+
+def takes_key(backend: Backend, key: str | None) -> bool:
+    """Whether it asks for exactly this key, or, with None, for none."""
+    codes = [_status(f"{backend.url}/v1/models", api_key.headers(sent)) for sent in {key, None}]
+    return sorted(codes) == ([httpx.codes.OK] if key is None else [httpx.codes.OK, httpx.codes.UNAUTHORIZED])
+
+
 def is_alive(backend: Backend | None) -> bool:
     return backend is not None and backend.started.process.is_alive()
 
 
 def is_healthy(backend: Backend | None) -> bool:
     """Alive, and /health says so."""
-    if backend is None or not is_alive(backend):
-        return False
-    try:
-        return httpx.get(f"{backend.url}/health", timeout=10.0).is_success
-    except httpx.TransportError:
-        return False
+    return backend is not None and is_alive(backend) and _status(f"{backend.url}/health", {}) == httpx.codes.OK
 
 
 def retire(backend: Backend, timeout_s: float) -> int:
@@ -113,6 +122,14 @@ def retire(backend: Backend, timeout_s: float) -> int:
     backend.started.process.stop()
     logger.info("%s: stopped", backend.reference)
     return left
+
+
+def _status(url: str, headers: Mapping[str, str]) -> int:
+    """Of the answer; 0 when there is none."""
+    try:
+        return httpx.get(url, headers=headers, timeout=10.0).status_code
+    except httpx.TransportError:
+        return 0
 
 
 def _drain(backend: Backend, timeout_s: float) -> int:

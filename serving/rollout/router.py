@@ -12,6 +12,7 @@ from numprune.errors import MissingRuntime, NumpruneError
 from numprune.serving.deployment import log_file
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Place, Router, Started
+from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm import process, server
 from numprune.serving.vllm.environment import INSTALL, Environment
 
@@ -107,10 +108,10 @@ def serve_only(router: Router, worker: str) -> None:
         raise RouterError(f"{router.url}: sends requests to {sorted(after)}, not to {worker} alone")
 
 
-def require_answer(router: Router, model: str) -> None:
+def require_answer(router: Router, model: str, api_key: str | None) -> None:
     """Raises RouterError unless a request through it is answered by a server of `model`."""
     try:
-        answer = httpx.get(f"{router.url}/v1/models", timeout=_TIMEOUT_S)
+        answer = httpx.get(f"{router.url}/v1/models", headers=keys.headers(api_key), timeout=_TIMEOUT_S)
         served = [item["id"] for item in answer.json()["data"]] if answer.is_success else []
     except (httpx.TransportError, ValueError, KeyError, TypeError) as error:
         raise RouterError(f"{router.url}: /v1/models was not answered ({error or type(error).__name__})") from None

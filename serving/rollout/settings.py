@@ -1,7 +1,7 @@
 """How servers are to be started."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from numprune.serving.vllm import server
 from numprune.serving.vllm.environment import Environment
@@ -17,6 +17,8 @@ class Settings:
         host, port: of the router, the address that clients use.
         dtype: "auto" or a precision of `canary.TOLERANCES`.
         options: for vLLM. Two servers run side by side during a switch: on a GPU they share its memory.
+        api_key: that clients must send. It is not stored: None means none, and is refused where the model was served
+            with one before.
         drain_timeout_s: how long requests that the old server still works on may take.
     """
 
@@ -25,5 +27,6 @@ class Settings:
     port: int | None = None
     dtype: str | None = None
     options: Sequence[str] | None = None
+    api_key: str | None = field(default=None, repr=False)
     startup_timeout_s: float = server.STARTUP_S
     drain_timeout_s: float = 300.0

@@ -71,13 +71,17 @@ class Router(_Model):
 
 
 class State(_Model):
-    """`current` serves, or a switch under way leads to it; `retiring` is what it replaces, until that is gone."""
+    """`current` serves, or a switch under way leads to it; `retiring` is what it replaces, until that is gone.
+
+    `guarded`: by an API key, which is not stored.
+    """
 
     schema_: Literal["numprune/rollout/1"] = Field(default="numprune/rollout/1", alias="schema")
     name: str
     router: Router | None = None
     current: Backend | None = None
     retiring: Backend | None = None
+    guarded: bool = False
 
     def tags(self) -> set[str]:
         """Of everything that is known to run."""

@@ -12,7 +12,7 @@ from numprune.serving.rollout import backend, router
 from numprune.serving.rollout.recovery import recover
 from numprune.serving.rollout.settings import PORT, Settings
 from numprune.serving.rollout.state import Backend, Place, RolloutFailed, State
-from numprune.serving.vllm import server
+from numprune.serving.vllm import api_key, server
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def roll_out(
             router.require_installed(settings.environment)
             state = recover(place, settings)
             _require_same_address(state, settings)
+            _require_key(state, settings)
             release = prepare()
             result = _deploy(place, settings, state, release)
             then()
@@ -63,7 +64,7 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
     options = list(settings.options if settings.options is not None else before.options if before else [])
     if before and state.router and backend.is_healthy(before):
         same = (before.digest, before.dtype, before.options) == (release.digest, dtype, options)
-        if same:
+        if same and backend.takes_key(before, settings.api_key):
             logger.info("%s: serves already", release.reference)
             return _result(state, changed=False, previous=before, cut_off=0, canary=None)
     if state.router is None:
@@ -82,19 +83,20 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
 
 def _switch(place: Place, settings: Settings, state: State, green: Backend) -> State:
     """Let the router send everything to `green`; when it does not, everything is as it was before."""
+    changes = {"current": green, "retiring": state.current, "guarded": settings.api_key is not None}
     if state.router is None:
         first = router.start(place, settings, settings.host or "127.0.0.1", settings.port or PORT, green.url)
         try:
-            router.require_answer(first, place.name)
-            return place.write(state.model_copy(update={"router": first, "current": green, "retiring": state.current}))
+            router.require_answer(first, backend.serves_as(green, place.name), settings.api_key)
+            return place.write(state.model_copy(update={"router": first, **changes}))
         except BaseException:
             first.started.process.stop()
             raise
     # Whoever is killed from here on leaves a state that leads to green: it has proved itself.
-    switched = place.write(state.model_copy(update={"current": green, "retiring": state.current}))
+    switched = place.write(state.model_copy(update=changes))
     try:
         router.serve_only(state.router, green.url)
-        router.require_answer(state.router, place.name)
+        router.require_answer(state.router, backend.serves_as(green, place.name), settings.api_key)
     except BaseException:
         place.write(_back(place, settings, state))
         raise
@@ -133,6 +135,15 @@ def _require_same_address(state: State, settings: Settings) -> None:
                 f"{option} {asked}: {state.name} is served at {state.router.url}, and its address stays while it runs; "
                 f"leave the option out, or end it all with `numprune rollout {state.name} --stop`"
             )
+
+
+def _require_key(state: State, settings: Settings) -> None:
+    """A key is not dropped because somebody forgot it, not even when the server has died meanwhile."""
+    if state.guarded and settings.api_key is None:
+        raise InputError(
+            f"{state.name} is served with an API key; give one with ${api_key.VARIABLE} or {api_key.OPTION}, or end it "
+            f"all with `numprune rollout {state.name} --stop`"
+        )
 
 
 def _result(

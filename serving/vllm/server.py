@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -17,8 +17,10 @@ import psutil
 
 from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import manifest
-from numprune.serving.vllm import needs, process
+from numprune.serving.vllm import api_key as keys
+from numprune.serving.vllm import memory, needs, process
 from numprune.serving.vllm.environment import INSTALL, Environment
+from numprune.serving.vllm.options import split_names
 from numprune.serving.vllm.process import GRACE_S, Process
 
 logger = logging.getLogger(__name__)
@@ -55,11 +57,18 @@ class Server:
     Attributes:
         url: of its root, without a slash at the end; the API is at `/v1`.
         name: of the model it serves, as requests name it.
+        api_key: that its clients must send.
     """
 
     url: str
     name: str
     process: Process
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Of requests to it."""
+        return keys.headers(self.api_key)
 
     @property
     def pid(self) -> int:
@@ -109,7 +118,9 @@ class Server:
     def _require_ours(self) -> None:
         """What answers must be the model we started: another server may have taken the port meanwhile."""
         self.require_alive()
-        answer = httpx.get(f"{self.url}/v1/models", timeout=30.0)
+        answer = httpx.get(f"{self.url}/v1/models", headers=self.headers, timeout=30.0)
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise ServerError(f"{self.url}: {keys.refused(self.api_key)}; another server has this port")
         served = [model.get("id") for model in answer.json().get("data", [])] if answer.is_success else []
         if self.name not in served:
             raise ServerError(f"{self.url}: serves {served}, not {self.name}; another server has this port")
@@ -125,6 +136,7 @@ def serving(
     host: str = "127.0.0.1",
     options: Sequence[str] = (),
     dtype: str = "auto",
+    api_key: str | None = None,
     env: Mapping[str, str] | None = None,
     log: Path | None = None,
     startup_timeout_s: float = STARTUP_S,
@@ -132,9 +144,10 @@ def serving(
     """A server that is ready, and is stopped when the block is left or when this process ends, however that happens.
 
     Args:
-        name: of the model, for requests.
+        name: of the model, for requests, unless `options` has --served-model-name.
         port: 0 is any free one.
         options: of vLLM, behind those that the checkpoint needs.
+        api_key: that clients must send; None asks for none, whatever the environment has for vLLM.
         env: environment variables for it.
         log: where its output goes; without one, to a temporary file that is removed with the server.
 
@@ -152,6 +165,7 @@ def serving(
             host=host,
             options=options,
             dtype=dtype,
+            api_key=api_key,
             env=env,
             tag=f"server-{secrets.token_hex(8)}",
             log=log or Path(scratch) / "vllm.log",
@@ -180,10 +194,13 @@ def start(
     tag: str,
     log: Path,
     detached: bool,
+    api_key: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Server:
     """Start a server and return at once. Raises as `serving` does, but for ServerError."""
     _require_plugin(environment, checkpoint)
+    names, others = split_names(options, name)
+    needs_memory = environment.cpu and not memory.is_set(others, {**os.environ, **(env or {})})
     port = port or free_port(host)
     require_free(host, port)
     command: list[str | Path] = [
@@ -191,12 +208,13 @@ def start(
         "-m",
         "vllm.entrypoints.openai.api_server",  # `vllm serve` wants a distribution called vllm; the CPU's is not
         *("--model", str(checkpoint.absolute())),
-        *("--served-model-name", name),
+        *("--served-model-name", *names),
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype),
         *_needs(checkpoint),
         *(_AUDITED if environment.plugin else ()),
-        *options,
+        *(_memory(checkpoint, name) if needs_memory else ()),
+        *others,
     ]
     defaults = {**_ENVIRONMENT, **(_EAGER if "--enforce-eager" in options else {})}
     variables = {key: value for key, value in defaults.items() if key not in os.environ}
@@ -205,10 +223,10 @@ def start(
         tag=tag,
         log=log,
         detached=detached,
-        env={**variables, **(env or {}), _SERVES: str(checkpoint.absolute())},
+        env={**variables, **(env or {}), keys.VARIABLE: api_key or "", _SERVES: str(checkpoint.absolute())},
     )
     logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
-    return Server(f"http://{reachable(host)}:{port}", name, running)
+    return Server(f"http://{reachable(host)}:{port}", names[0], running, api_key)
 
 
 def served_checkpoints() -> set[Path]:
@@ -244,6 +262,21 @@ def _needs(checkpoint: Path) -> tuple[str, ...]:
     if not (checkpoint / manifest.FILE_NAME).is_file():
         return ()
     return needs.checked(manifest.read(checkpoint).facts.get("needs", []), checkpoint / manifest.FILE_NAME)
+
+
+def _memory(checkpoint: Path, name: str) -> tuple[str, ...]:
+    """The option for a server on CPUs whose memory nobody has set."""
+    found = memory.measure()
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    share = memory.share(found, weights)
+    logger.info(
+        "%s: vLLM gets %.1f %% of the memory, %.1f GiB, which leaves half of what is free; change it with -- %s",
+        name,
+        100 * share,
+        share * found.total / (1 << 30),
+        memory.OPTION,
+    )
+    return (memory.OPTION, str(share))
 
 
 def _require_plugin(environment: Environment, checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ layer through the plug-in.
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from numprune.flows.steps.prune import prune_checkpoint
 from numprune.pruning import PruneOptions
 from numprune.serving import canary, deployment, registry, rollout
 from numprune.serving.rollout.state import Place
+from numprune.serving.vllm import api_key
 from numprune.serving.vllm.process import TAG, kill_tagged, tagged
 from numprune.serving.vllm.server import free_port
 from tests.flows.conftest import Answered
@@ -43,6 +45,8 @@ NAME = "embedded"
 BASE = Path(embedded.__file__).parent / "model"
 WEIGHTS = "model.safetensors"
 SERVED = ("--dtype", "float32")  # in which a server must agree with transformers to 1e-3
+KEY = secrets.token_hex()
+HEADERS = {"Authorization": f"Bearer {KEY}"}
 WAIT_S = 240
 BEGUN: list["subprocess.Popen[str]"] = []
 
@@ -53,6 +57,12 @@ def pruned(out: Path, allocation: str, seed: int = 0) -> Path:
     options = PruneOptions(ratio=0.3, allocation=allocation, compensation="oneshot")
     prune_checkpoint(BASE, rows, options, out, torch.device("cpu"))
     return out
+
+
+@pytest.fixture(autouse=True)
+def _api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here serves with an API key, from the environment."""
+    monkeypatch.setenv(api_key.VARIABLE, KEY)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +133,9 @@ def gone(processes: list[psutil.Process]) -> bool:
 
 def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     port = free_port()
-    serving = begin(workspace, "serve", f"{NAME}@candidate", "--port", port, *SERVED)
+    # The memory is numprune's choice, which vLLM must accept on this machine.
+    options = [*SMALL[: SMALL.index("--kv-cache-memory-bytes")], "--served-model-name", "first", "second"]
+    serving = begin(workspace, "serve", f"{NAME}@candidate", "--port", port, *SERVED, options=options)
     assert serving.stdout is not None
     assert serving.stderr is not None
     text = ""
@@ -135,8 +147,10 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     assert (ready["reference"], ready["url"], ready["dtype"]) == ("embedded/2", f"http://127.0.0.1:{port}", "float32")
     assert ready["canary"]["worst"]["error"] <= 1e-3
     assert ready["canary"]["greedy_match"] == 1.0
-    body = {"model": NAME, "prompt": "Hello", "max_tokens": 3}
-    assert httpx.post(f"{ready['url']}/v1/completions", json=body, timeout=60).status_code == 200
+    assert ready["name"] == "first"
+    body = {"model": "second", "prompt": "Hello", "max_tokens": 3}
+    asked = partial(httpx.post, f"{ready['url']}/v1/completions", json=body, timeout=60)
+    assert (asked(headers=HEADERS).status_code, asked().status_code) == (200, 401)
 
     refused = run(workspace, "serve", NAME, "--port", port)
     assert refused.code == 1
@@ -148,6 +162,8 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     stopped = end(serving)
     assert (stopped.code, stopped.out) == (0, "")
     assert "canary passed in float32" in stopped.err
+    assert re.search(r"vLLM gets [\d.]+ % of the memory, .*, which leaves half of what is free", stopped.err)
+    assert KEY not in stopped.err + text
     assert "Traceback" not in stopped.err
     assert gone(servers)
 
@@ -218,7 +234,7 @@ class Traffic:
         }
         while not self._stop.is_set():
             try:
-                answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+                answer = httpx.post(f"{self.url}/v1/completions", json=body, headers=HEADERS, timeout=120)
                 tokens = tuple(answer.json()["choices"][0]["token_ids"])
                 self.answered.append(self.expected[tokens])
             except Exception as error:
@@ -249,7 +265,9 @@ def production(workspace: Path) -> int:
     return registry.verify(registry.open_registry(None, workspace), NAME).version
 
 
-def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(workspace: Path) -> None:
+def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Place(workspace, NAME)
     port = free_port()
     first = run(workspace, "rollout", NAME, "--port", port, *SERVED)
@@ -259,6 +277,11 @@ def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(worksp
     assert first.json["url"] == f"http://127.0.0.1:{port}"
     assert (first.json["reference"], first.json["changed"], first.json["previous"]) == ("embedded/1", True, None)
     blue = psutil.Process(first.json["pid"])
+    for key, code in (("", 2), (KEY, 0)):  # a key is not dropped by whoever forgets it
+        monkeypatch.setenv(api_key.VARIABLE, key)
+        again = run(workspace, "rollout", NAME)
+        assert (again.code, "is served with an API key" in again.err) == (code, code == 2)
+    assert KEY not in place.folder.joinpath("state.json").read_text()
 
     with traffic(workspace, first.json["url"]) as load:
         # Two at once: one refuses. Then the other is killed in the middle: blue serves on, green is left half started.
@@ -346,7 +369,7 @@ def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspac
     served = begun.json
     first = registry.verify(opened, f"{NAME}/1")
     copy = workspace / "served" / f"{NAME}-{first.digest[:16]}"
-    settings = rollout.Settings(require_vllm())
+    settings = rollout.Settings(require_vllm(), api_key=KEY)
 
     def fails(version: int, message: str) -> None:
         prepare = partial(deployment.prepare, opened, f"{NAME}/{version}", workspace)

@@ -26,9 +26,10 @@ from tests.serving.releases import require_vllm
 
 NAME = "tiny"
 
-# Speaks what the rollout asks of a server: /health, /v1/models, /metrics, and a completion that takes `seconds`.
+# Speaks what the rollout asks of a server: /health, /v1/models, /metrics, and a completion that takes `seconds`. As in
+# vLLM, $VLLM_API_KEY guards /v1.
 STAND_IN = """
-import json, sys, time
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 port, model = int(sys.argv[1]), sys.argv[2]
 pending = []
@@ -36,7 +37,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_message(self, *_): pass
     def answer(self, text):
-        self.send_response(200)
+        key = os.environ.get("VLLM_API_KEY")
+        refused = key and self.path.startswith("/v1") and self.headers["authorization"] != f"Bearer {key}"
+        self.send_response(401 if refused else 200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(text)))
         self.end_headers()
@@ -76,13 +79,14 @@ def wait(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def start(place: Place, reference: str, model: str = NAME) -> Backend:
+def start(place: Place, reference: str, model: str = NAME, key: str = "") -> Backend:
     port = server.free_port()
     running = process.start(
         [sys.executable, "-c", STAND_IN, str(port), model],
         tag=f"{place.tag_prefix}server-{reference.replace('/', '-')}",
         log=place.workspace / f"{reference.replace('/', '-')}.log",
         detached=True,
+        env={"VLLM_API_KEY": key},
     )
     made = Backend(
         reference=reference,
@@ -268,6 +272,29 @@ def test_what_serves_already_stays_as_it_is(place: Place, settings: Settings, tm
     assert (found["changed"], found["reference"], found["pid"]) == (False, "tiny/1", blue.started.pid)
     assert called == [1]
     assert place.read() == state
+
+
+@pytest.mark.vllm
+def test_a_server_with_another_key_does_not_serve_already(place: Place, settings: Settings, tmp_path: Path) -> None:
+    blue = start(place, "tiny/1", key="old")
+    place.write(serve(place, settings, blue).model_copy(update={"guarded": True}))
+    release = Deployment("tiny/1", NAME, 1, blue.digest, tmp_path / "gone", "float32")
+    same, changed = (Settings(settings.environment, api_key=key) for key in ("old", "new"))
+    assert rollout.roll_out(NAME, lambda: release, tmp_path, same)["changed"] is False
+    with pytest.raises(RolloutFailed, match=r"gone/checkpoint/config\.json: cannot be read"):  # it is to be started
+        rollout.roll_out(NAME, lambda: release, tmp_path, changed)
+    for blue_lives in (True, False):
+        with pytest.raises(RolloutFailed, match=r"is served with an API key; give one with \$VLLM_API_KEY or"):
+            rollout.roll_out(NAME, never, tmp_path, settings)
+        assert backends.is_alive(blue) == blue_lives
+        blue.started.process.stop()
+
+
+def test_the_key_that_a_server_asks_for_is_found_out(place: Place) -> None:
+    guarded, open_to_all = start(place, "tiny/1", key="old"), start(place, "tiny/2")
+    keys = ("old", "new", None)
+    assert [backends.takes_key(guarded, key) for key in keys] == [True, False, False]
+    assert [backends.takes_key(open_to_all, key) for key in keys] == [False, False, True]
 
 
 # --- without a server ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import secrets
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from numprune.errors import InputError, MissingRuntime, ParityError
@@ -39,10 +41,17 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     return Deployment("tiny/1", "tiny", 1, manifest.read(made).digest, made, "float32")
 
 
+KEY = "sesame-" + secrets.token_hex()
+
+
 @pytest.fixture(scope="module")
 def running(vllm: Environment, release: Deployment) -> Iterator[Server]:
+    """With two names of the user's, and an API key."""
     can_reload = {"VLLM_SERVER_DEV_MODE": "1"}
-    with serving(vllm, release.checkpoint, name="tiny", dtype="float32", options=SMALL, env=can_reload) as started:
+    options = ["--served-model-name", "small", "tiny", *SMALL]
+    with serving(
+        vllm, release.checkpoint, name="other", dtype="float32", options=options, api_key=KEY, env=can_reload
+    ) as started:
         yield started
 
 
@@ -60,6 +69,25 @@ def test_a_server_computes_what_transformers_does(running: Server, release: Depl
         len(prompt.tokens) - 1 + len(prompt.greedy) for prompt in canary.read(release.folder / canary.REFERENCE).prompts
     )
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_the_names_are_the_users(running: Server) -> None:
+    models = httpx.get(f"{running.url}/v1/models", headers=running.headers, timeout=30).json()["data"]
+    assert [model["id"] for model in models] == ["small", "tiny"]
+    assert running.name == "small"
+
+
+def test_the_api_key_is_asked_for_and_told_to_nobody(running: Server, reference: Reference) -> None:
+    for key, message in (
+        (None, "wants an API key: set .VLLM_API_KEY or give --api-key-file"),
+        ("x", "refuses the API"),
+    ):
+        with pytest.raises(ServerError, match=message):
+            canary.check(running.url, reference, "float32", key)
+    family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+    assert not any(KEY in word for process in family for word in process.cmdline())
+    assert KEY not in running.process.log.read_text()
+    assert KEY not in repr(running)
 
 
 Json = dict[str, Any]
@@ -94,14 +122,14 @@ def test_every_difference_from_the_reference_is_named(
     data = copy.deepcopy(reference.model_dump(by_alias=True))
     message = spoil(data)
     with pytest.raises(ParityError, match=message):
-        canary.check(running.url, Reference.model_validate(data), "float32")
+        canary.check(running.url, Reference.model_validate(data), "float32", KEY)
 
 
 def test_another_releases_reference_fails_by_far_even_in_half_precision(running: Server, tmp_path: Path) -> None:
     other = make_release(write_checkpoint(tmp_path / "model", seed=1), tmp_path / "release")
     for dtype in canary.TOLERANCES:
         with pytest.raises(ParityError):
-            canary.check(running.url, canary.read(other / canary.REFERENCE), dtype)
+            canary.check(running.url, canary.read(other / canary.REFERENCE), dtype, KEY)
 
 
 def test_a_near_tie_may_go_either_way(running: Server, reference: Reference) -> None:
@@ -112,10 +140,11 @@ def test_a_near_tie_may_go_either_way(running: Server, reference: Reference) -> 
     prompt["margins"][30] = 0.0005
     # What the first pass sees of the other token is taken from the server itself.
     body = {"model": "tiny", "prompt": [*prompt["tokens"], *prompt["greedy"]], "max_tokens": 1, "prompt_logprobs": 0}
-    given = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["prompt_logprobs"]
+    answer = httpx.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=60)
+    given = answer.json()["choices"][0]["prompt_logprobs"]
     for step in (30, 31):
         prompt["greedy_logprobs"][step] = given[start + step][str(prompt["greedy"][step])]["logprob"]
-    found = canary.check(running.url, Reference.model_validate(data), "float32")
+    found = canary.check(running.url, Reference.model_validate(data), "float32", KEY)
     assert found["greedy_compared"] == 3 * 32 + 30
     assert found["greedy_match"] == found["greedy_compared"] / (4 * 32)
 
@@ -125,7 +154,7 @@ def test_what_the_server_refuses_is_said(running: Server, reference: Reference) 
     data["prompts"][0]["tokens"] *= 3  # beyond --max-model-len
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
     with pytest.raises(ServerError, match=r"/v1/completions was answered with 400: .*context length"):
-        canary.check(running.url, Reference.model_validate(data), "float32")
+        canary.check(running.url, Reference.model_validate(data), "float32", KEY)
 
 
 def test_weights_that_do_not_fit_are_not_reloaded_into_it(running: Server, release: Deployment, tmp_path: Path) -> None:
@@ -179,7 +208,7 @@ def test_a_server_killed_during_the_canary_is_an_error_with_its_name(running: Se
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(ServerError, match="tiny: vLLM was ended by SIGKILL"):
+    with pytest.raises(ServerError, match="small: vLLM was ended by SIGKILL"):
         prove(running, release, "float32")
     killer.join()
     assert asked.is_set()

@@ -1,0 +1,59 @@
+"""What `serve` and `rollout` refuse before anything is downloaded or started; vLLM is not needed for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.flows.cli import main
+from numprune.serving.vllm.environment import TESTED
+from tests.flows.conftest import Answered
+from tests.serving.test_vllm_environment import make as make_environment
+
+
+@pytest.mark.parametrize("command", ["serve", "rollout", "rollback"])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "--api-key=hunter2",
+            "-- --api-key: other users would see it; set $VLLM_API_KEY or give --api-key-file before",
+        ),
+        ("--api_key", "-- --api_key: other users would see it"),
+        ("--port=1", "-- --port: give --port before the --"),
+        ("--host", "-- --host: give --host before the --"),
+        ("--model=x", "-- --model: the release is the model"),
+        ("--uds=/x", "-- --uds: a server must listen on --host and --port"),
+    ],
+)
+def test_options_that_numprune_gives_itself_are_not_passed_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, said: str
+) -> None:
+    vllm = make_environment(tmp_path / "e", vllm=TESTED[-1], vllm_router="0.1.17")
+    assert main([command, "my-model", "--workspace", str(tmp_path), "--vllm", str(vllm), "--", option, "hunter2"]) == 1
+    written = capsys.readouterr().err
+    assert said in written
+    assert "hunter2" not in written
+
+
+@pytest.mark.parametrize("command", ["serve", "rollout", "canary"])
+def test_a_key_that_is_none_is_refused_and_not_repeated(
+    numprune: Callable[..., Answered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hunter2 hunter2")
+    vllm = make_environment(tmp_path / "e", vllm=TESTED[-1], vllm_router="0.1.17")
+    more = ("--url", "http://127.0.0.1:1") if command == "canary" else ("--workspace", tmp_path, "--vllm", vllm)
+    refused = numprune(command, "my-model", *more)
+    assert refused.code == 1
+    assert "$VLLM_API_KEY: not an API key" in refused.err
+    assert "hunter2" not in refused.err
+    file = tmp_path / "none"
+    assert f"--api-key-file {file}: cannot be read" in numprune(command, "my-model", *more, "--api-key-file", file).err
+
+
+def test_serve_says_what_it_takes_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "to compute in (default: auto, that of the weights)" in text
+    assert "(default: $VLLM_API_KEY, where it is set)" in text
