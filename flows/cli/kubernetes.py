@@ -46,6 +46,15 @@ def add(commands: Subcommands) -> None:
         "--registry-secret", metavar="SECRET", help="with MLflow's environment variables, as MLFLOW_TRACKING_TOKEN"
     )
     parser.add_argument(
+        "--api-key-secret", metavar="SECRET", help="with the entry VLLM_API_KEY: the API key that clients must send"
+    )
+    parser.add_argument(
+        "--values",
+        type=Path,
+        metavar="FILE",
+        help="YAML: nodeSelector, tolerations, imagePullSecrets, securityContext, env, fetchEnv, releaseClaim",
+    )
+    parser.add_argument(
         "--option",
         action="append",
         default=[],
@@ -70,7 +79,9 @@ def kubernetes(args: argparse.Namespace) -> Answer:
         cpus=args.cpus,
         memory=args.memory,
         registry_secret=args.registry_secret,
+        api_key_secret=args.api_key_secret,
         options=tuple(args.option),
+        values=manifests.read_values(args.values) if args.values else manifests.Values(),
     )
     uri = None if args.workspace else args.registry_uri
     release = manifests.read_release(open_registry(uri, workspace_folder(args.workspace)), args.reference)
@@ -78,7 +89,12 @@ def kubernetes(args: argparse.Namespace) -> Answer:
     documents = render(release, target)
     args.out.write_text(manifests.to_yaml(documents), encoding="utf-8")
     kinds = " and ".join(document["kind"] for document in documents)
+    text = f"{args.out}: {kinds} for {release.reference}, digest {release.digest}"
+    if target.vllm_image is None and target.values.security_context.run_as_user is None:
+        text += (
+            "\nvLLM's image runs as root, which the pod does not allow. OpenShift gives it a user; elsewhere set "
+            "securityContext.runAsUser with --values."
+        )
     return Answer(
-        {"out": str(args.out), "reference": release.reference, "digest": release.digest, "documents": documents},
-        f"{args.out}: {kinds} for {release.reference}, digest {release.digest}",
+        {"out": str(args.out), "reference": release.reference, "digest": release.digest, "documents": documents}, text
     )

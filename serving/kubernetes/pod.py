@@ -7,15 +7,16 @@ from typing import Any
 
 from numprune.serving.kubernetes.release import ServedRelease
 from numprune.serving.kubernetes.target import VLLM_IMAGE, Target
+from numprune.serving.kubernetes.values import merged
+from numprune.serving.vllm import api_key
+from numprune.serving.vllm.options import split_names
 
 Json = dict[str, Any]
 
 PORT = 8080  # KServe's own default
-_RELEASE = "/release"  # a volume; the release is the folder `content` in it, which appears there whole or not at all
-_CONTENT = f"{_RELEASE}/content"
+_RELEASE = "/release"  # a volume; the release is a folder in it, which appears there whole or not at all
 _TMP = "/tmp"  # noqa: S108 - in a container of its own
 _PASSED = f"{_TMP}/canary-passed"
-_USER = 1000
 _GIB = 1 << 30
 _MIB = 1 << 20
 _CPU_KV_GIB = 4
@@ -33,22 +34,25 @@ _CONFINED = {
 
 def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
     """The spec of a pod whose main container is called `container`."""
+    claim = target.values.release_claim
     return {
         "automountServiceAccountToken": False,
         # With them, a Service called `vllm` sets VLLM_PORT, which vLLM takes for its own.
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _GRACE_S,
+        # No user of ours: OpenShift gives each namespace its own, and admits no other.
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "fsGroup": _USER,
             "seccompProfile": {"type": "RuntimeDefault"},
+            **target.values.security_context.to_json(),
         },
+        **target.values.pod_fields(),
         "initContainers": [_fetch(release, target)],
         "containers": [_vllm(release, target, container), _canary(release, target)],
         "volumes": [
-            {"name": "release", "emptyDir": {"sizeLimit": _mebibytes(release.size_bytes * 1.05 + 64 * _MIB)}},
+            {"name": "release", "persistentVolumeClaim": {"claimName": claim}}
+            if claim
+            else {"name": "release", "emptyDir": {"sizeLimit": _mebibytes(release.size_bytes * 1.05 + 64 * _MIB)}},
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},  # numprune's
             {"name": "vllm", "emptyDir": {"sizeLimit": "16Gi"}},  # what it compiles
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
@@ -61,17 +65,18 @@ def _fetch(release: ServedRelease, target: Target) -> Json:
     compares every tensor with the configuration.
     """
     secret = target.registry_secret
+    copy = {} if target.values.release_claim else {"ephemeral-storage": _mebibytes(release.size_bytes * 1.05)}
     return {
         "name": "fetch",
         "image": target.image,
         "args": _literal(
-            *("registry", "fetch", release.reference, _CONTENT, "--digest", release.digest),
+            *("registry", "fetch", release.reference, _content(release), "--digest", release.digest),
             *("--uri", target.registry_uri, "--workspace", f"{_TMP}/numprune"),
         ),
-        "env": [{"name": "HOME", "value": _TMP}],
+        "env": merged({"HOME": _TMP}, target.values.fetch_env),
         **({"envFrom": [{"secretRef": {"name": secret}}]} if secret else {}),
         "resources": {
-            "requests": {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": _mebibytes(release.size_bytes * 1.05)},
+            "requests": {"cpu": "500m", "memory": "1Gi", **copy},
             "limits": {"memory": "2Gi"},
         },
         "securityContext": _CONFINED,
@@ -85,10 +90,10 @@ def _canary(release: ServedRelease, target: Target) -> Json:
         "name": "canary",
         "image": target.image,
         "args": _literal(
-            *("canary", _CONTENT, "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
+            *("canary", _content(release), "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
             *("--startup-timeout", str(STARTUP_S), "--marker", _PASSED),
         ),
-        "env": [{"name": "HOME", "value": _TMP}],
+        "env": [{"name": "HOME", "value": _TMP}, *_api_key(target)],
         "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
         "readinessProbe": {"exec": {"command": ["test", "-f", _PASSED]}, "periodSeconds": 5},
         "securityContext": _CONFINED,
@@ -114,19 +119,20 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
     if target.gpus == 0:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_CPU_KV_GIB)
     memory = target.memory or _memory(release, target)
+    names, options = split_names(target.options, release.name)
     return {
         "name": container,
         "image": target.vllm_image or VLLM_IMAGE,
         "command": ["python3", "-m", "vllm.entrypoints.openai.api_server"],
         "args": _literal(
-            *("--model", f"{_CONTENT}/checkpoint", "--served-model-name", release.name),
+            *("--model", f"{_content(release)}/checkpoint", "--served-model-name", *names),
             *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104 - inside the pod
             *("--dtype", release.dtype),  # vLLM's own choice would halve float32
             *split,
             *release.options,
-            *target.options,
+            *options,
         ),
-        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "env": [*merged(environment, target.values.env), *_api_key(target)],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {
             "requests": {"cpu": str(target.cpus), "memory": memory},
@@ -143,6 +149,19 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - through it vLLM's processes talk
         ],
     }
+
+
+def _content(release: ServedRelease) -> str:
+    """The folder of the release. Its name has the digest: a claim holds several releases."""
+    return f"{_RELEASE}/{release.digest[:16]}"
+
+
+def _api_key(target: Target) -> list[Json]:
+    """The variable with the API key, by reference."""
+    if target.api_key_secret is None:
+        return []
+    reference = {"name": target.api_key_secret, "key": api_key.VARIABLE}
+    return [{"name": api_key.VARIABLE, "valueFrom": {"secretKeyRef": reference}}]
 
 
 def _probe(*, period_s: int, failures: int) -> Json:

@@ -1,12 +1,14 @@
 """Where a release is to run and how: everything that somebody types, checked before any of it stands in a manifest."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from numprune.errors import InputError
 from numprune.serving.kubernetes.release import ServedRelease
+from numprune.serving.kubernetes.values import Values
 from numprune.serving.vllm.environment import TESTED
+from numprune.serving.vllm.options import split_names, taken
 
 VLLM_IMAGE = f"vllm/vllm-openai:v{TESTED[-1]}"
 
@@ -21,7 +23,7 @@ _IMAGE = re.compile(
 _NAME_LIMIT = 53  # KServe makes NAME-predictor of it, which is a label, too
 # What the manifest sets itself; what would run code that came with a model, or write a secret into a manifest.
 _RESERVED = (
-    *("--model", "--served-model-name", "--host", "--port", "--dtype", "--tensor-parallel-size"),
+    *("--model", "--host", "--port", "--uds", "--dtype", "--tensor-parallel-size"),
     *("--trust-remote-code", "--api-key", "--config"),
 )
 
@@ -39,7 +41,9 @@ class Target:
         gpus: in each replica, over which the model is split; 0 runs on CPUs, with an image that has vLLM for CPUs.
         cpus, memory: of vLLM's container in each replica; without one, memory by the size of the weights.
         registry_secret: a Secret whose keys are environment variables of MLflow's client (MLFLOW_TRACKING_TOKEN, …).
-        options: further ones of vLLM.
+        api_key_secret: a Secret with the key VLLM_API_KEY: the API key that clients must send.
+        options: further ones of vLLM; without --served-model-name, the model has its name in the registry.
+        values: what the cluster asks of the pod.
     """
 
     image: str
@@ -52,7 +56,9 @@ class Target:
     cpus: int = 4
     memory: str | None = None
     registry_secret: str | None = None
+    api_key_secret: str | None = None
     options: tuple[str, ...] = ()
+    values: Values = field(default_factory=Values)
 
     def __post_init__(self) -> None:
         problems = [
@@ -61,18 +67,19 @@ class Target:
             *_registry(self.registry_uri),
             *_matching("namespace", self.namespace, _LABEL, 63),
             *([] if self.name is None else _matching("name", self.name, _LABEL, _NAME_LIMIT)),
-            *(
-                []
-                if self.registry_secret is None
-                else _matching("registry-secret", self.registry_secret, _SUBDOMAIN, 253)
-            ),
         ]
-        for field, value, minimum in (("replicas", self.replicas, 1), ("gpus", self.gpus, 0), ("cpus", self.cpus, 1)):
+        for option, secret in (("registry-secret", self.registry_secret), ("api-key-secret", self.api_key_secret)):
+            problems += [] if secret is None else _matching(option, secret, _SUBDOMAIN, 253)
+        for option, value, minimum in (("replicas", self.replicas, 1), ("gpus", self.gpus, 0), ("cpus", self.cpus, 1)):
             if not minimum <= value <= 10_000:
-                problems.append(f"--{field} {value}: must be from {minimum} to 10000")
+                problems.append(f"--{option} {value}: must be from {minimum} to 10000")
         if self.memory is not None and not _MEMORY.fullmatch(self.memory):
             problems.append(f"--memory {self.memory!r}: must be a whole number of Mi or Gi, as in 24Gi")
         problems += [problem for option in self.options for problem in _option(option)]
+        try:
+            split_names(self.options, "")
+        except InputError as error:
+            problems.append(f"--option {error}")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -136,6 +143,7 @@ def _registry(value: str) -> list[str]:
 def _option(option: str) -> list[str]:
     if not option.isprintable() or len(option) > 4096:
         return [f"--option {option!r}: not a word of a command line"]
-    name = option.partition("=")[0].replace("_", "-")  # as vLLM reads it, which takes an unambiguous beginning, too
-    taken = [reserved for reserved in _RESERVED if name.startswith("-") and reserved.startswith(name)]
-    return [f"--option {option!r}: {taken[0]} is not for you to set here"] if taken else []
+    reserved = taken(option, _RESERVED)
+    if reserved == "--api-key":
+        return ["--option: --api-key is not for a manifest; name a Secret with --api-key-secret"]
+    return [f"--option {option!r}: {reserved} is not for you to set here"] if reserved else []

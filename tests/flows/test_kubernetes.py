@@ -57,8 +57,18 @@ def test_manifests_of_the_version_in_production(
     assert [document["kind"] for document in documents] == ["Deployment", "Service"]
     assert documents[0]["metadata"]["namespace"] == "llm"
 
+    values = tmp_path / "values.yaml"
+    values.write_text("nodeSelector: {pool: llm}\nsecurityContext: {runAsUser: 1000}\n")
+    assert main([*asked, "--format", "deployment", "--values", str(values), "--api-key-secret", "keys"]) == 0
+    pod = next(yaml.safe_load_all(out.read_text(encoding="utf-8")))["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"pool": "llm"}
+    assert "secretKeyRef" in str(pod["containers"])
+    assert "runAsUser" not in capsys.readouterr().out
+
     assert main([*asked, "--format", "kserve"]) == 0
-    assert "InferenceService for served/1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "InferenceService for served/1" in told
+    assert "set securityContext.runAsUser with --values" in told
 
     written = out.read_text(encoding="utf-8")
     assert main([*asked, "--format", "deployment", "--namespace", "no such: namespace"]) == 1
@@ -75,11 +85,12 @@ def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_pat
     fetch = spec["initContainers"][0]["args"]
     assert build(COMMANDS).parse_args(fetch).uri == "http://mlflow.example:5000"
     # The same from the registry that there is, and again, as when a pod's init containers are run once more.
-    here = {"/release/content": str(tmp_path / "content"), "/tmp/numprune": str(workspace)}
+    content = f"/release/{manifest.read(tmp_path / 'release').digest[:16]}"
+    here = {content: str(tmp_path / "content"), "/tmp/numprune": str(workspace)}
     uri = fetch.index("--uri")
     for _ in range(2):
         assert main([here.get(word, word) for word in fetch[:uri] + fetch[uri + 2 :]]) == 0
         assert manifest.verify(tmp_path / "content").digest == manifest.read(tmp_path / "release").digest
 
     canary = build(COMMANDS).parse_args(spec["containers"][1]["args"])
-    assert (str(canary.release), canary.dtype) == ("/release/content", "float32")
+    assert (str(canary.release), canary.dtype) == (content, "float32")

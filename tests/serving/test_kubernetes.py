@@ -20,9 +20,11 @@ from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.kubernetes import (
     ServedRelease,
     Target,
+    Values,
     deployment,
     inference_service,
     read_release,
+    read_values,
     to_yaml,
 )
 from numprune.serving.report import Report, markdown, write
@@ -44,6 +46,7 @@ RELEASE = ServedRelease(
     cpu=True,
 )
 TARGET = Target(image="registry.example:5000/team/numprune:0.1.0", registry_uri="https://mlflow.example/team")
+CONTENT = f"/release/{RELEASE.digest[:16]}"
 CPU_IMAGE = "registry.example/vllm-cpu:0.32.0"
 
 
@@ -51,6 +54,25 @@ def changed(**fields: Any) -> Target:
     return dataclasses.replace(TARGET, **fields)
 
 
+VALUES: Json = {
+    "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"},
+    "tolerations": [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "dedicated", "value": "llm", "effect": "NoExecute", "tolerationSeconds": 60},
+        {"operator": "Exists"},
+    ],
+    "imagePullSecrets": [{"name": "registry.example"}],
+    "securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "supplementalGroups": [2000]},
+    "env": [
+        {"name": "VLLM_LOGGING_LEVEL", "value": "DEBUG"},
+        {"name": "HF_HUB_OFFLINE", "value": "0"},
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+        {"name": "LEVEL", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "level"}}},
+        {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+    ],
+    "fetchEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
+    "releaseClaim": "releases",
+}
 VARIANTS = {
     "one GPU": (RELEASE, TARGET),
     "two GPUs": (RELEASE, changed(gpus=2, replicas=3, memory="40Gi", registry_secret="mlflow.token")),
@@ -59,6 +81,7 @@ VARIANTS = {
         dataclasses.replace(RELEASE, plugin=True, options=("--model-impl", "vllm")),
         changed(vllm_image=f"registry.example/vllm@sha256:{'0' * 64}", options=("--max-model-len=4096",)),
     ),
+    "values": (RELEASE, changed(values=Values.model_validate(VALUES), api_key_secret="keys")),
 }
 
 
@@ -147,6 +170,7 @@ def check_inference_service(document: Json) -> None:
     predictor = document["spec"]["predictor"]
     pod_fields = {"containers", "initContainers", "volumes", "securityContext", "automountServiceAccountToken"}
     pod_fields |= {"enableServiceLinks", "terminationGracePeriodSeconds"}
+    pod_fields |= {"nodeSelector", "tolerations", "imagePullSecrets"}
     spec = {name: value for name, value in predictor.items() if name in pod_fields}
     own = set(predictor) - pod_fields
     assert own == {"minReplicas", "maxReplicas", "deploymentStrategy", "labels", "annotations"}
@@ -180,10 +204,10 @@ def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None
     spec = workload["spec"]["template"]["spec"]
     (fetch,), (server, _) = spec["initContainers"], spec["containers"]
     assert fetch["args"] == [
-        *("registry", "fetch", "my-model/3", "/release/content", "--digest", RELEASE.digest),
+        *("registry", "fetch", "my-model/3", CONTENT, "--digest", RELEASE.digest),
         *("--uri", "https://mlflow.example/team", "--workspace", "/tmp/numprune"),
     ]
-    assert server["args"][:4] == ["--model", "/release/content/checkpoint", "--served-model-name", "my-model"]
+    assert server["args"][:4] == ["--model", f"{CONTENT}/checkpoint", "--served-model-name", "my-model"]
     assert server["args"][-2:] == ["--dtype", "bfloat16"]
     assert {"name": "release", "mountPath": "/release", "readOnly": True} in server["volumeMounts"]
     assert spec["volumes"][0]["emptyDir"]["sizeLimit"] == "3290Mi"
@@ -196,7 +220,7 @@ def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None
 
 def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
     spec = pod(deployment(RELEASE, TARGET))
-    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert not spec["automountServiceAccountToken"]
     for container in (*spec["initContainers"], *spec["containers"]):
         security = container["securityContext"]
@@ -216,7 +240,7 @@ def test_vllm_is_asked_for_its_health() -> None:
 def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> None:
     server, canary = pod(deployment(RELEASE, TARGET))["containers"]
     assert canary["image"] == TARGET.image
-    assert canary["args"][:4] == ["canary", "/release/content", "--url", "http://127.0.0.1:8080"]
+    assert canary["args"][:4] == ["canary", CONTENT, "--url", "http://127.0.0.1:8080"]
     assert canary["args"][canary["args"].index("--dtype") + 1] == server["args"][-1] == "bfloat16"
     marker = canary["args"][canary["args"].index("--marker") + 1]
     assert canary["readinessProbe"]["exec"]["command"] == ["test", "-f", marker]
@@ -242,6 +266,84 @@ def test_gpus_and_what_the_release_needs() -> None:
     server, _ = pod(deployment(release, target))["containers"]
     assert "nvidia.com/gpu" not in server["resources"]["limits"]
     assert not any(variable["name"] == "VLLM_PLUGINS" for variable in server["env"])
+
+
+def test_the_values_stand_in_the_pod() -> None:
+    spec = pod(deployment(*VARIANTS["values"]))
+    for field in ("nodeSelector", "tolerations", "imagePullSecrets"):
+        assert spec[field] == VALUES[field]
+    assert spec["securityContext"].items() >= VALUES["securityContext"].items()
+    assert spec["volumes"][0] == {"name": "release", "persistentVolumeClaim": {"claimName": "releases"}}
+    (fetch,), (server, canary) = spec["initContainers"], spec["containers"]
+    assert "ephemeral-storage" not in fetch["resources"]["requests"]
+    assert fetch["env"] == [{"name": "HOME", "value": "/tmp"}, *VALUES["fetchEnv"]]
+    names = [variable["name"] for variable in server["env"]]
+    assert len(names) == len(set(names))
+    assert all(variable in server["env"] for variable in VALUES["env"])  # in the place of ours
+    key = {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "VLLM_API_KEY"}}}
+    for container in (server, canary):
+        assert key in container["env"]
+
+
+def test_without_values_nothing_is_asked_of_the_cluster() -> None:
+    spec = pod(deployment(RELEASE, TARGET))
+    assert not {"nodeSelector", "tolerations", "imagePullSecrets"} & set(spec)
+    assert "VLLM_API_KEY" not in to_yaml(deployment(RELEASE, TARGET))
+
+
+def test_the_model_can_have_names_of_its_own() -> None:
+    options = ("--seed=3", "--served-model-name", "chat", "chat-1.5")
+    server, _ = pod(deployment(RELEASE, changed(options=options)))["containers"]
+    assert server["args"][2:5] == ["--served-model-name", "chat", "chat-1.5"]
+    assert server["args"][-1] == "--seed=3"
+
+
+SECRET = "hunter2"
+WRONG_VALUES = {
+    "no mapping": ("[1]", "as a whole: Input should be a valid dictionary"),
+    "no YAML": (f"env:\n- {{name: A, value: {SECRET}", "not YAML"),
+    "unknown field": ("nodeselector: {}", "nodeselector: Extra inputs are not permitted"),
+    "a number for text": ("nodeSelector: {a: 1}", r"nodeSelector\.a: Input should be a valid string \(given: 1\)"),
+    "a label": ("nodeSelector: {a: 'b c'}", r"nodeSelector\.a: String should match"),
+    "an effect": ("tolerations: [{key: a, effect: Never}]", r"tolerations\.0\.effect"),
+    "a value that is not compared": ("tolerations: [{key: a, operator: Exists, value: b}]", "value must be left out"),
+    "no key": ("tolerations: [{value: b}]", "operator must be Exists"),
+    "seconds": ("tolerations: [{key: a, tolerationSeconds: 3}]", "tolerationSeconds needs effect NoExecute"),
+    "a pull secret": ("imagePullSecrets: [registry]", r"imagePullSecrets\.0"),
+    "root": ("securityContext: {runAsUser: 0}", r"securityContext\.runAsUser: .*greater than or equal to 1"),
+    "a secret": (f"env: [{{name: HF_TOKEN, value: {SECRET}}}]", r"env\.0: is a secret: .*secretKeyRef"),
+    "the API key": (f"env: [{{name: VLLM_API_KEY, value: {SECRET}}}]", "--api-key-secret"),
+    "both": (f"fetchEnv: [{{name: A, value: {SECRET}, valueFrom: {{}}}}]", r"fetchEnv\.0"),
+    "neither": ("env: [{name: A}]", "either value or valueFrom"),
+    "twice": (f"env: [{{name: A, value: {SECRET}}}, {{name: A, value: b}}]", "env: A: must be there once"),
+    "a misspelling": (f"env: [{{name: A, valeu: {SECRET}}}]", r"env\.0\.valeu"),
+    "two origins": (
+        "env: [{name: A, valueFrom: {fieldRef: {fieldPath: a}, secretKeyRef: {name: a, key: b}}}]",
+        "must be one of secretKeyRef, configMapKeyRef and fieldRef",
+    ),
+    "a claim": ("releaseClaim: ../x", "releaseClaim"),
+    "nested": ("[" * 3000, "not YAML"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_wrong_values_are_refused_by_name_and_no_secret_is_repeated(tmp_path: Path, wrong: str) -> None:
+    text, message = WRONG_VALUES[wrong]
+    file = tmp_path / "values.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"--values .*values\.yaml.*: .*{message}") as refused:
+        read_values(file)
+    assert SECRET not in str(refused.value)
+
+
+def test_values_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(VALUES))
+    assert read_values(file).to_json() == VALUES
+    file.write_text("# nothing\n")
+    assert read_values(file) == Values()
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_values(tmp_path / "none.yaml")
 
 
 def test_kubernetes_puts_nothing_in_the_place_of_an_option() -> None:
@@ -270,6 +372,8 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ({"name": "-x"}, "--name"),
         ({"name": "a" * 54}, "at most 53"),
         ({"registry_secret": "../x"}, "--registry-secret"),
+        ({"api_key_secret": "a/b"}, "--api-key-secret"),
+        ({"options": ("--served-model-name",)}, "--option --served-model-name: expected at least one"),
         ({"image": "numprune"}, "moves"),
         ({"image": "numprune:latest"}, "moves"),
         ({"image": "numprune:1.0\n  privileged: true"}, "not the name of an image"),
@@ -289,7 +393,7 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ({"options": ("--model=/other",)}, "--model"),
         ({"options": ("--trust_remote_code",)}, "--trust-remote-code"),
         ({"options": ("--trust",)}, "--trust-remote-code"),
-        ({"options": ("--api-key", "secret")}, "--api-key"),
+        ({"options": ("--api-key", "secret")}, "--api-key is not for a manifest; name a Secret with --api-key-secret"),
         ({"options": ("--port=1",)}, "--port"),
         ({"options": ("a\x00b",)}, "not a word"),
     ],
