@@ -26,15 +26,15 @@ class TorchRuntime:
         if threads is not None:
             torch.set_num_threads(threads)  # of the whole process
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self._model = checkpoint.load(folder)[0].to(self._device)
-        self.vocabulary: int = self._model.config.vocab_size
-        self.context: int = self._model.config.max_position_embeddings
+        self.model = checkpoint.load(folder)[0].to(self._device)
+        self.vocabulary: int = self.model.config.vocab_size
+        self.context: int = self.model.config.max_position_embeddings
         self._mask: Tensor | None = None
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = DynamicCache(config=self.model.config)
 
     def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> Tensor:
         self._mask = prompt_mask(tokens, mask, self.vocabulary)
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = DynamicCache(config=self.model.config)
         return self._run(tokens, logits_to_keep=1 if last_only else 0)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -42,14 +42,14 @@ class TorchRuntime:
         return self._run(tokens, logits_to_keep=1)[:, -1]
 
     def describe(self) -> dict[str, Any]:
-        parameters = list(self._model.parameters())
-        attentions = [layer.self_attn for layer in self._model.model.layers if hasattr(layer, "self_attn")]
+        parameters = list(self.model.parameters())
+        attentions = [layer.self_attn for layer in self.model.model.layers if hasattr(layer, "self_attn")]
         return {
             "runtime": self.name,
             "dtype": "float32",
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "attention": self._model.config._attn_implementation,
+            "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
             "kv_bytes_per_token": sum(4 * (part.k_proj.out_features + part.v_proj.out_features) for part in attentions),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -61,7 +61,7 @@ class TorchRuntime:
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         # Without padding no mask is needed, and attention is faster without one.
         mask = None if self._mask.all() else self._mask.to(self._device)
-        output = self._model(
+        output = self.model(
             input_ids=tokens.to(self._device),
             attention_mask=mask,
             position_ids=positions.to(self._device),

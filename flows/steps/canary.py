@@ -10,18 +10,10 @@ from transformers import PreTrainedModel
 
 from numprune.errors import InputError
 from numprune.export.checkpoint import load
+from numprune.export.prompts import TEXTS
 from numprune.serving.canary import MINIMUM_STEPS, REFERENCE, Encoded, Prompt, Reference
 
-# Prose, code, figures and other scripts; of each as many tokens as `_LENGTHS` says, so that a batch is ragged.
-TEXTS = (
-    "The committee met on Tuesday to discuss the budget, and after three hours it had agreed on almost nothing: "
-    "the library would stay open, the bridge would be painted, and everything else would be decided in spring.",
-    "def mean(values: list[float]) -> float:\n    if not values:\n        raise ValueError('empty')\n"
-    "    return sum(values) / len(values)\n\n\nclass Reader:\n    def __init__(self, path):\n",
-    "In 1998 there were 12,345 of them; by 2004 only 3.14 % remained (see table 7, columns a-f).",
-    "Zażółć gęślą jaźń. Der Fluß steigt. 天地玄黃 宇宙洪荒。 Привет, мир! 🙂 <tag attribute='x'/> ",
-)
-_LENGTHS = (64, 48, 24, 9)
+_LENGTHS = (64, 48, 24, 9)  # tokens of each text, so that a batch is ragged
 _CPU = torch.device("cpu")
 
 
@@ -35,10 +27,10 @@ def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
             f"{checkpoint}: its context of {model.config.max_position_embeddings} tokens cannot hold the "
             f"{MINIMUM_STEPS} greedy tokens that a server is compared by"
         )
-    texts = [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
+    texts = [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
     prompts = [
         _prompt(model, tokenizer.encode(text)[: min(length, room)])
-        for text, length in zip(TEXTS, _LENGTHS, strict=True)
+        for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
     ]
     return Reference(texts=texts, prompts=prompts)
 

@@ -8,6 +8,7 @@ import onnx as onnx_format
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.export import manifest, onnx, parity
@@ -55,7 +56,7 @@ def test_parity_of_torch_with_itself_is_exact_and_with_other_weights_fails(tiny_
 
 def test_an_export_of_other_weights_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     onnx.export(tiny_checkpoint(name="other", seed=1), tmp_path / "onnx")
-    with pytest.raises(ParityError, match="onnxruntime is not"):
+    with pytest.raises(ParityError, match="in onnxruntime does not compute what"):
         parity.check(tiny_checkpoint(), tmp_path / "onnx", "onnxruntime", threads=1)
 
 
@@ -67,6 +68,24 @@ def weight(name: str, change: Callable[[torch.Tensor], object]) -> Change:
         found.CopyFrom(numpy_helper.from_array(tensor.numpy(), name))
 
     return apply
+
+
+def swap_two_heads(tensor: torch.Tensor) -> None:
+    """Of layer 1's queries, in (hidden, heads * 16)."""
+    tensor[:, :32] = torch.cat([tensor[:, 16:32], tensor[:, :16]], dim=1)
+
+
+def one_percent_more_theta(frequencies: torch.Tensor) -> None:
+    """theta^(-i / n) for i from 0 to n - 1."""
+    count = frequencies.numel()
+    frequencies.mul_((1.01 ** (-torch.arange(count) / count)).reshape(frequencies.shape))
+
+
+def another_epsilon(model: onnx_format.ModelProto) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "RMSNormalization" and attribute.name == "epsilon":
+                attribute.f *= 100
 
 
 def ignore_padding(model: onnx_format.ModelProto) -> None:
@@ -102,7 +121,9 @@ ALTERATIONS = {
     ),
     "infinity": (weight("lm_head.weight.T", lambda tensor: tensor[0, 5].fill_(float("inf"))), r"token 5: .*(inf|nan)"),
     "padding that is attended to": (ignore_padding, "worst at batch size 3, left-padded"),
-    "rotary positions that run too fast": (weight("rotary.frequencies", lambda tensor: tensor.mul_(1.05)), "worst at"),
+    "a permuted head": (weight("model.layers.1.self_attn.q_proj.weight.T", swap_two_heads), "worst at"),
+    "a rotary theta that is 1 % off": (weight("rotary.frequencies", one_percent_more_theta), "worst at"),
+    "another epsilon": (another_epsilon, "worst at"),
     "a cache in the wrong order": (shuffle_the_past, r"decode step \d+"),
 }
 
@@ -116,6 +137,66 @@ def test_a_wrong_graph_fails_and_is_placed(tiny_checkpoint: Checkpoint, tmp_path
         parity.check(base, altered(tmp_path / "onnx", change), "onnxruntime", threads=1)
 
 
+def test_a_missing_bias_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint("qwen2")
+    onnx.export(base, tmp_path / "onnx")
+    without = altered(tmp_path / "onnx", weight("model.layers.1.self_attn.v_proj.bias", lambda tensor: tensor.zero_()))
+    with pytest.raises(ParityError, match="does not compute"):
+        parity.check(base, without, "onnxruntime", threads=1)
+
+
+def rescaled(checkpoint: Path, factor: float) -> Path:
+    """The same network with logits `factor` times as large, and float32's rounding with them."""
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] *= factor
+    save_file(tensors, file, metadata={"format": "pt"})
+    return checkpoint
+
+
+def test_rounding_beyond_the_floor_is_told_from_a_wrong_export(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = rescaled(tiny_checkpoint(), 3000)
+    onnx.export(base, tmp_path / "onnx")
+    result = parity.check(base, tmp_path / "onnx", "onnxruntime", threads=1)
+    assert result["logit_error_max"] > parity.FLOOR
+    decided = [prompt for prompt in result["prompts"] if prompt["yardstick"] == "float32 error"]
+    assert decided
+    for prompt in decided:
+        assert prompt["tolerance"] == parity.FACTOR * prompt["float32_error"] > parity.FLOOR
+        assert prompt["logit_error_max"] <= prompt["tolerance"]
+    largest = max(result["prompts"], key=lambda prompt: max(prompt["logit_error_max"], prompt["logprob_error_max"]))
+    assert result["tolerance"] == largest["tolerance"]
+
+    off = altered(tmp_path / "onnx", weight("rotary.frequencies", one_percent_more_theta))
+    with pytest.raises(ParityError, match=r"on (prose|code|random tokens), prompt length \d+, .*PyTorch's own float32"):
+        parity.check(base, off, "onnxruntime", threads=1)
+
+
+def test_the_floor_decides_without_float64_where_rounding_is_small(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    result = parity.check(base, base, "torch", batch_sizes=(3,))
+    assert [(prompt["prompt"], prompt["tokens"]) for prompt in result["prompts"]] == [
+        ("prose", 24),
+        ("random tokens", 24),
+        ("code", 24),
+        ("random tokens", 13),
+        ("code", 1),
+    ]
+    assert {prompt["yardstick"] for prompt in result["prompts"]} == {"floor"}
+    assert {prompt["float32_error"] for prompt in result["prompts"]} == {None}
+
+
+def test_float32_that_is_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) -> None:
+    """Rounding as large as the logits: what comes of the checkpoint depends on who runs it."""
+    base = tiny_checkpoint()
+    logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
+    rows = [parity.Row("prose", torch.arange(4), torch.arange(2), logits)]
+    with pytest.raises(
+        ParityError, match=r"on prose its logits spread by .* own float32 error there is .*; prune less"
+    ):
+        parity._allowed(base, rows, [parity._Difference(logit_max=1.0)], parity.FLOOR, "cpu")
+
+
 def test_another_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     onnx.export(tiny_checkpoint(name="wide", vocab_size=300), tmp_path / "onnx")
     with pytest.raises(ParityError, match=r"shape \[1, 24, 300\], not \[1, 24, 259\]"):
@@ -124,8 +205,8 @@ def test_another_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -
 
 def test_logits_that_say_nothing_prove_nothing(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
-    with pytest.raises(ParityError, match="would prove nothing"):
-        parity.check(base, base, "torch", tolerance=10.0)
+    with pytest.raises(ParityError, match=r"on prose .*would prove nothing"):
+        parity.check(base, base, "torch", floor=10.0)
 
 
 def test_a_folder_that_was_altered_after_export_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
