@@ -1,6 +1,7 @@
 """What a server of a release must answer, computed with transformers in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.errors import InputError
+from numprune.export import float64
 from numprune.export.checkpoint import load
 from numprune.export.prompts import TEXTS
-from numprune.serving.canary import MINIMUM_STEPS, REFERENCE, Encoded, Prompt, Reference
+from numprune.serving.canary import MINIMUM_STEPS, REFERENCE, Encoded, Prompt, Reference, Rounding
 
 _LENGTHS = (64, 48, 24, 9)  # tokens of each text, so that a batch is ragged
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
 
 
@@ -32,7 +35,30 @@ def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
         _prompt(model, tokenizer.encode(text)[: min(length, room)])
         for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
     ]
-    return Reference(texts=texts, prompts=prompts)
+    float64.in_float64(model)
+    found = {"float32": _rounding(prompts, partial(float64.logits, model))}
+    del model
+    for name, dtype in _HALF.items():
+        half = load(checkpoint, dtype)[0].to(device)
+        found[name] = _rounding(prompts, partial(_logits, half))
+    return Reference(texts=texts, prompts=prompts, rounding={name: one for name, one in found.items() if one})
+
+
+def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
+    """How far the reference is from another precision, whose `logits` are (S,) -> (S, V); None where that overflows."""
+    errors = []
+    for prompt in prompts:
+        tokens = torch.tensor([*prompt.tokens, *prompt.greedy])
+        found = logits(tokens)[:-1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        errors.append(found - torch.tensor([*prompt.logprobs, *prompt.greedy_logprobs], dtype=torch.float64))
+    error = torch.cat(errors).abs()
+    return Rounding(worst=float(error.max()), mean=float(error.mean())) if error.isfinite().all() else None
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0]
+    return found.cpu()
 
 
 @torch.inference_mode()

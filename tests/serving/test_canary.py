@@ -13,7 +13,7 @@ from numprune.export.checkpoint import load
 from numprune.flows.cli.serve import DTYPES
 from numprune.flows.steps import canary as making
 from numprune.serving import canary
-from numprune.serving.canary import MINIMUM_STEPS, TOLERANCES, Reference
+from numprune.serving.canary import MINIMUM_STEPS, TOLERANCES, Reference, Rounding, Tolerance
 from tests.conftest import byte_tokenizer
 
 
@@ -47,6 +47,43 @@ def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, referenc
         best = whole.topk(2, -1).values
         assert prompt.greedy_logprobs == pytest.approx(best[:, 0].tolist(), abs=1e-4)
         assert prompt.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
+
+
+def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: Reference) -> None:
+    assert list(reference.rounding) == list(TOLERANCES)
+    rounding = {name: found.worst for name, found in reference.rounding.items()}
+    assert 0 < rounding["float32"] < 1e-4 < rounding["float16"] < rounding["bfloat16"]
+    for name, found in reference.rounding.items():
+        assert found.mean < found.worst
+        assert reference.tolerance(name).worst >= TOLERANCES[name].worst
+    model, _ = load(folder, torch.bfloat16)
+    errors = []
+    for prompt in reference.prompts:
+        tokens = torch.tensor([*prompt.tokens, *prompt.greedy])
+        with torch.no_grad():
+            logprobs = model(tokens[None]).logits[0].double().log_softmax(-1)
+        expected = [*prompt.logprobs, *prompt.greedy_logprobs]
+        errors += [abs(float(logprobs[i, tokens[i + 1]]) - value) for i, value in enumerate(expected)]
+    assert rounding["bfloat16"] == pytest.approx(max(errors))
+
+
+def test_a_model_that_rounds_much_is_allowed_more_of_its_servers(reference: Reference) -> None:
+    assert reference.tolerance("float32") == TOLERANCES["float32"]
+    rough = reference.model_copy(update={"rounding": {"bfloat16": Rounding(worst=6.0, mean=0.2)}})
+    assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.8)
+    assert rough.tolerance("float16") == TOLERANCES["float16"]  # in which it overflows
+
+
+def test_a_reference_of_before_rounding_was_measured_is_read(tmp_path: Path, reference: Reference) -> None:
+    data = json.loads(reference.model_dump_json(by_alias=True))
+    del data["rounding"]
+    (tmp_path / "canary.json").write_text(json.dumps(data))
+    assert canary.read(tmp_path / "canary.json").tolerance("bfloat16") == TOLERANCES["bfloat16"]
+
+
+def test_a_precision_in_which_the_model_overflows_has_no_rounding(reference: Reference) -> None:
+    infinite = torch.full((200, 259), torch.inf)
+    assert making._rounding(reference.prompts, lambda tokens: infinite[: len(tokens)]) is None
 
 
 def test_the_texts_fix_the_tokenizer(reference: Reference) -> None:
