@@ -112,14 +112,9 @@ def run_stage(
         used_by: the folder of the run that asks (see runs.py), for whose sake `numprune runs clean` leaves it.
     """
     started = time.perf_counter()
-    key: dict[str, Any] = {
-        "name": name,
-        "inputs": {**inputs},
-        "options": {**options},
-        "code": {**code_version(layer)},
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
-    folder = workspace / "stages" / f"{name}-{digest[:16]}"
+    key = _key(name, inputs, options, layer)
+    digest = _digest(key)
+    folder = _folder(workspace, name, digest)
     with exclusive(folder):
         runs.mark(used_by, folder)
         reused = folder.exists() and is_whole(folder, digest)
@@ -131,6 +126,25 @@ def run_stage(
         facts = read_facts(folder)
     seconds, size = time.perf_counter() - started, sum(entry.size for entry in found.files.values())
     return StageResult(name, folder, found.digest, facts, reused, seconds, peak_memory_bytes(), size)
+
+
+def is_made(
+    workspace: Path, name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer = "serving"
+) -> bool:
+    """Whether `run_stage` would find this stage."""
+    return _folder(workspace, name, _digest(_key(name, inputs, options, layer))).exists()
+
+
+def _key(name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
+    return {"name": name, "inputs": {**inputs}, "options": {**options}, "code": {**code_version(layer)}}
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _folder(workspace: Path, name: str, digest: str) -> Path:
+    return workspace / "stages" / f"{name}-{digest[:16]}"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.flows.stages import StageResult
+from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.report import GateResult, Report
 
@@ -21,13 +22,15 @@ def summarize(
         judged: the folder with report.json, report.html and junit.xml.
         release, version: None when nothing was published.
     """
-    report = reports.read(judged / "report.json").to_json()
+    verdict = reports.read(judged / "report.json")
+    report = verdict.to_json()
     return {
         "run": run,
         "run_id": report["run_id"],
         "outcome": report["verdict"]["outcome"],
         "reasons": report["environment"]["reasons"],
         "gates": report["verdict"]["gates"],
+        "next_look": gates.next_look(verdict),
         "sizes": report["sizes"],
         "quality": report["quality"],
         "speed": {runtime: _ratios(speed) for runtime, speed in report["speed"].items()},
@@ -50,9 +53,20 @@ def summarize(
 
 def refusal(found: Summary) -> str:
     """Why nothing was published: the gates that did not pass, or what is wrong with the machine."""
-    gates = [gate for gate in found["gates"] if gate["outcome"] != "pass"]
-    whys = [*found["reasons"], *(f"{gate['metric']} {gate['outcome']}: {gate['reason']}" for gate in gates)]
-    return f"{found['outcome']}, nothing was published: {'; '.join(whys)}"
+    stopped = [gate for gate in found["gates"] if gate["outcome"] != "pass"]
+    whys = [*found["reasons"], *(f"{gate['metric']} {gate['outcome']}: {gate['reason']}" for gate in stopped)]
+    return f"{found['outcome']}, nothing was published: {'; '.join([*whys, *_next_run(found)])}"
+
+
+def _next_run(found: Summary) -> Iterator[str]:
+    """What the same command would measure, where the verdict is open."""
+    if found["outcome"] == "invalid environment":
+        yield "this measurement does not count: run the same command again"
+    elif found["next_look"]:
+        again = ", ".join(found["next_look"])
+        yield f"run the same command again to add repeats of {again} ({gates.LOOKS} looks at most)"
+    elif found["outcome"] == "inconclusive":
+        yield "the same command measures nothing more; see the reasons, or raise benchmark.repeats for a new benchmark"
 
 
 def text(found: Summary) -> str:

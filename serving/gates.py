@@ -15,6 +15,12 @@ gates must pass: a candidate that is bad in one respect is let through no more o
 many there are; it is a good one that each gate more costs chances, and `GateResult.power` says what one leaves to a
 candidate that equals the baseline.
 
+An inconclusive benchmark may be repeated: the new repeats are added to the earlier ones, and all of them are judged
+together, `LOOKS` times at most. Each look is another chance for a bad candidate. From the second look on, u and l are
+therefore one-sided 97.5 % bounds, the ends of the two-sided 95 % interval: a candidate at its limit passes within three
+looks about 7.5 % of the time, and 5 % of the time at the first (counted by `python -m
+numprune.flows.studies.error_rates`).
+
 A ratio of speeds has a noise floor f: baseline against itself lies within 1 ± f. A limit nearer to 1 than f is refused:
 what is judged in its place is the floor's far edge, and what does not clear that is inconclusive. f falls as
 1 / sqrt(repeats), so that ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
@@ -33,7 +39,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.errors import InputError, IntegrityError
-from numprune.serving.power import MAXIMUM, SETTLED, power, samples_needed, student
+from numprune.serving.power import CONFIDENCE, MAXIMUM, SETTLED, power, samples_needed, student
 from numprune.serving.problems import problems
 from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
 
@@ -42,6 +48,9 @@ EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
 )
 
 MAXIMUM_POLICY_BYTES = 1 << 20
+
+LOOKS = 3
+_LATER_CONFIDENCE = 0.975  # from the second look on; one-sided
 
 # The value, by its name, of a candidate that is the baseline.
 _EQUAL = {"nll_delta_nats_per_token": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
@@ -130,6 +139,19 @@ def confirm(report: Report) -> None:
             )
 
 
+def next_look(report: Report) -> list[str]:
+    """The runtimes whose next look may settle an inconclusive report.
+
+    None where something other than a speed is inconclusive (on the same text quality never changes), or where one of
+    the runtimes has had all its `LOOKS`.
+    """
+    gates = report.verdict.gates if report.verdict and report.verdict.outcome == "inconclusive" else ()
+    paths = [gate.metric.split(".") for gate in gates if gate.outcome == "inconclusive"]
+    runtimes = sorted({runtime for section, runtime, *_ in paths if section == "speed"})
+    spent = [runtime for runtime in runtimes if report.speed[runtime].looks >= LOOKS]
+    return [] if spent or any(section != "speed" for section, *_ in paths) else runtimes
+
+
 # --- one gate -------------------------------------------------------------------------------------
 
 
@@ -147,19 +169,23 @@ class _Evidence:
     limit: float
     samples: int | None
     sign: int  # -1 where they are negated
+    confidence: float = CONFIDENCE  # of the bounds
 
 
 def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
     seen: dict[str, Any] = {}  # what there is to show, also when it does not suffice
     try:
         found = _resolve(data, gate.metric)
+        looks = _looks(data, gate.metric)
         floor = _noise_floor(data, gate.metric)
-        evidence = _evidence(found, gate, seen)
+        evidence = _evidence(found, gate, looks, seen)
         chance = seen["power"] = _power(evidence, gate, floor)
         outcome, reason, needed = _decide(evidence, gate.bound, chance)
         if floor is not None:
             seen["noise_floor"] = floor
             outcome, reason, needed = _mind_noise(evidence, gate, floor, (outcome, reason, needed))
+        if looks > 1 and gate.bound != "point":
+            reason += f"; look {looks} of {LOOKS}, judged by {100 * _LATER_CONFIDENCE:g} % bounds"
         if isinstance(found, Estimate) and found.sampling_unit == "window":
             reason += "; its samples are windows of too few documents: it speaks for this text alone"
     except _UnfitError as why:
@@ -179,7 +205,9 @@ def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
     assert evidence.samples is not None  # a plain number has no interval
     value = evidence.value
     distance = evidence.limit - value
-    needed = samples_needed(evidence.samples, value - evidence.best, evidence.worst - value, distance)
+    needed = samples_needed(
+        evidence.samples, value - evidence.best, evidence.worst - value, distance, evidence.confidence
+    )
     remedy = "no number of samples settles it" if needed is None else f"about {needed} samples would settle it"
     reason = f"the interval straddles the limit; {remedy}"
     if chance is not None and chance < SETTLED:
@@ -197,7 +225,8 @@ def _power(evidence: _Evidence, gate: Gate, floor: float | None) -> float | None
         return None
     if floor is not None and margin < floor:
         margin = -floor  # the edge that is to be cleared
-    return power(evidence.samples, (evidence.worst - evidence.value) / student(evidence.samples), margin)
+    error = (evidence.worst - evidence.value) / student(evidence.samples, evidence.confidence)
+    return power(evidence.samples, error, margin, evidence.confidence)
 
 
 def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decision) -> _Decision:
@@ -226,7 +255,7 @@ def _repeats_for(floor: float, limit: float, repeats: int | None) -> int | None:
     return math.ceil(needed) if needed < 1e9 else None
 
 
-def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
+def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evidence:
     sign = 1 if gate.max is not None else -1
     limit = gate.max if gate.max is not None else gate.min
     assert limit is not None  # Gate has exactly one
@@ -236,7 +265,8 @@ def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
         if gate.bound != "point":
             raise _UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
         return _Evidence(sign * number, sign * number, sign * number, sign * limit, None, sign)
-    seen |= {"value": found.value, "interval": (found.ci95_lower, found.ci95_upper), "samples": found.samples}
+    *judged, confidence = _bounds(found, looks)
+    seen |= {"value": found.value, "interval": judged, "samples": found.samples}
     if found.samples < 1:
         raise _UnfitError(f"{gate.metric} has no samples")
     value = _as_number(found.value, gate.metric)
@@ -247,15 +277,21 @@ def _evidence(found: Any, gate: Gate, seen: dict[str, Any]) -> _Evidence:
     if found.samples > MAXIMUM:
         raise _UnfitError(f"{gate.metric} has more samples than can be: over {MAXIMUM}")
     lower, upper, first, last = (
-        _as_number(bound, f"a bound of {gate.metric}")
-        for bound in (found.ci95_lower, found.ci95_upper, *found.interval95)
+        _as_number(bound, f"a bound of {gate.metric}") for bound in (*judged, *found.interval95)
     )
     slack = 1e-9 * max(abs(first), abs(last))
     if not first - slack <= value <= last + slack:
         raise _UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
     # A bootstrap's one-sided bound can miss its own value by rounding or skew; the worse of both is judged.
     bounds = sorted((sign * min(lower, value), sign * max(upper, value)))
-    return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign)
+    return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign, confidence)
+
+
+def _bounds(found: Estimate, looks: int) -> tuple[Any, Any, float]:
+    """The one-sided bounds that are judged at this look, and their confidence."""
+    if looks == 1:
+        return found.ci95_lower, found.ci95_upper, CONFIDENCE
+    return *found.interval95, _LATER_CONFIDENCE
 
 
 def _as_number(found: Any, name: str) -> float:
@@ -329,6 +365,15 @@ def _noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
                 raise _UnfitError(f"{where} is {floor:g}, below zero")
             return floor
     return None
+
+
+def _looks(data: Mapping[str, Any], metric: str) -> int:
+    """The looks that a metric rests on: 1 but for repeated benchmarks. Raises _UnfitError for more than `LOOKS`."""
+    section, runtime, *_ = metric.split(".")
+    looks: int = data["speed"][runtime]["looks"] if section == "speed" else 1
+    if not 1 <= looks <= LOOKS:
+        raise _UnfitError(f"speed.{runtime}.looks is {looks}: a benchmark has from 1 to {LOOKS} looks")
+    return looks
 
 
 def _did_you_mean(metric: str, data: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What a number of samples can tell: the chance that a gate passes a good candidate, and how many settle a doubt.
 
-Notation: n samples; value v; its one-sided 95 % bounds are v - b and v + a; the gate passes when v + a <= L (minima are
-mirrored). t(n) is Student's 95 % quantile of n - 1 degrees of freedom, and a = t(n) se for a standard error se.
+Notation: n samples; value v; its one-sided bounds are v - b and v + a; the gate passes when v + a <= L (minima are
+mirrored). t(n) is Student's quantile of the bounds' confidence and n - 1 degrees of freedom, and a = t(n) se for a
+standard error se.
 """
 
 import math
@@ -13,20 +14,20 @@ MAXIMUM = 1 << 52  # samples: beyond, a double does not count them one by one
 SETTLED = 0.80  # the probability with which `samples_needed` promises a verdict
 
 
-def power(n: int, standard_error: float, margin: float) -> float:
+def power(n: int, standard_error: float, margin: float, confidence: float = CONFIDENCE) -> float:
     """Chance that a candidate passes whose true value is `margin` within the limit.
 
     P(T >= t(n)) with T noncentral t of n - 1 degrees of freedom and noncentrality margin / se: with se = sd / sqrt(n)
     this is the power of the one-sided t test (Chow, Shao and Wang, Sample Size Calculations in Clinical Research,
-    3.2). A candidate exactly at the limit passes with 5 %.
+    3.2). A candidate exactly at the limit passes with 1 - confidence.
     """
     if standard_error == 0:
         return float(margin >= 0)
     noncentrality = min(max(margin / standard_error, -37.0), 37.0)  # beyond, a double has only 0 and 1 left
-    return 1 - float(special.nctdtr(n - 1, noncentrality, student(n)))
+    return 1 - float(special.nctdtr(n - 1, noncentrality, student(n, confidence)))
 
 
-def samples_needed(n: int, below: float, above: float, distance: float) -> int | None:
+def samples_needed(n: int, below: float, above: float, distance: float, confidence: float = CONFIDENCE) -> int | None:
     """Fewest samples that end in a verdict, pass or fail, with 80 % probability, as far as these n can tell.
 
     That the value stays where it is, is not assumed. Before anything else is known, the true value lies about v with
@@ -46,12 +47,12 @@ def samples_needed(n: int, below: float, above: float, distance: float) -> int |
     Returns:
         N > n; None where the spread is nothing or beyond all numbers.
     """
-    error = (below + above) / (2 * student(n))
+    error = (below + above) / (2 * student(n, confidence))
     if not 0 < error < math.inf:
         return None
 
     def settled(more: int) -> bool:
-        nearer = math.sqrt(n / more) * student(more) / student(n)
+        nearer = math.sqrt(n / more) * student(more, confidence) / student(n, confidence)
         wider = error * math.sqrt(1 + n / more)
         passes, fails = (distance - nearer * above) / wider, (-distance - nearer * below) / wider
         return float(special.stdtr(n - 1, passes) + special.stdtr(n - 1, fails)) >= SETTLED
@@ -68,6 +69,6 @@ def samples_needed(n: int, below: float, above: float, distance: float) -> int |
     return high
 
 
-def student(n: int) -> float:
-    """Student's 95 % quantile for n samples, n >= 2."""
-    return float(special.stdtrit(n - 1, CONFIDENCE))
+def student(n: int, confidence: float = CONFIDENCE) -> float:
+    """Student's quantile for n samples, n >= 2."""
+    return float(special.stdtrit(n - 1, confidence))

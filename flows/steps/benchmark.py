@@ -35,10 +35,11 @@ def make_benchmark(
     device: str,
     load: dict[str, Any],
     machine: dict[str, str],
+    look: int,
 ) -> dict[str, Any]:
     """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
 
-    `machine` is where: timings of another one are another stage.
+    `machine` is where: timings of another one are another stage. So is another `look`: the same, measured once more.
     """
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from numprune.flows.stages import read_facts
-from numprune.serving import gates
+from numprune.serving import benchmark, gates
+from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
 from numprune.serving.report import (
     Environment,
@@ -78,7 +79,7 @@ def make_report(
     *,
     pruned: Path,
     quality: Path,
-    benchmarks: dict[str, Path],
+    benchmarks: dict[str, list[Path]],
     name: str,
     identity: dict[str, Any],
     prune: dict[str, Any],
@@ -88,7 +89,7 @@ def make_report(
     """Stage: report.json, report.md, report.html and junit.xml, with the verdict.
 
     Args:
-        pruned, quality, benchmarks: stages; the last by runtime.
+        pruned, quality, benchmarks: stages; the last by runtime, every look.
         prune: the options that were asked for.
         policy: the gates.
     """
@@ -99,11 +100,19 @@ def make_report(
         "quality": read_facts(quality),
         "parity": parity,
     }
-    report = assemble(name, identity, sections, {runtime: read_facts(stage) for runtime, stage in benchmarks.items()})
+    report = assemble(
+        name, identity, sections, {runtime: _pooled(runtime, looks) for runtime, looks in benchmarks.items()}
+    )
     report = report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy})))
     write(report, out / JSON)
     (out / TEXT).write_text(markdown(report), encoding="utf-8")
     (out / PAGE).write_text(page.html(report), encoding="utf-8")
     assert report.verdict is not None  # judged
     (out / JUNIT).write_text(junit(report, report.verdict), encoding="utf-8")
-    return {"outcome": report.verdict.outcome, "run_id": report.run_id}
+    return {"outcome": report.verdict.outcome, "run_id": report.run_id, "next_look": gates.next_look(report)}
+
+
+def _pooled(runtime: str, looks: list[Path]) -> dict[str, Any]:
+    """What these stages measured, as one benchmark."""
+    found = [read_facts(folder) for folder in looks]
+    return benchmark_vllm.pool(found) if runtime == "vllm" else benchmark.pool(found)

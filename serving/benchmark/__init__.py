@@ -8,6 +8,6 @@
 
 from numprune.serving.benchmark.client import WorkerError
 from numprune.serving.benchmark.load import Load
-from numprune.serving.benchmark.run import run_benchmark
+from numprune.serving.benchmark.run import pool, run_benchmark
 
-__all__ = ["Load", "WorkerError", "run_benchmark"]
+__all__ = ["Load", "WorkerError", "pool", "run_benchmark"]

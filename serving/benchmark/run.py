@@ -1,7 +1,7 @@
 """Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numprune.serving.benchmark.contention import Contention, StolenTime, waited
 from numprune.serving.benchmark.load import Load, interleaving
 from numprune.serving.benchmark.samples import Repeat
 from numprune.serving.benchmark.scheduler import ThreadTimes, standing_still
-from numprune.serving.benchmark.sections import memory_section, speed_section
+from numprune.serving.benchmark.sections import Look, memory_section, speed_section
 from numprune.serving.report import capture, combine
 
 _SIDES = {"A": "baseline", "B": "candidate"}
@@ -34,7 +34,7 @@ def run_benchmark(
 
     - `speed`, `memory`: the report's sections for this runtime;
     - `environment`: the report's section, before and after put together, with the reasons of what happened meanwhile;
-    - `samples`: the metrics of each repeat, the warm-up's too, load times, and how much the two sides were disturbed.
+    - `samples`: every repeat, the warm-up's too, load times, and how much the two sides were disturbed.
 
     The interval is that of repeats in one pair of processes. What differs between two processes of one model (where its
     memory happens to lie) is in neither the interval nor the noise floor: only running the benchmark again shows it.
@@ -76,6 +76,19 @@ def run_benchmark(
                 output_length=load.output_length,
             )
         return _measure(load, runtime, workers, opened)
+
+
+def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's."""
+    last = looks[-1]
+    sides = _SIDES.values()
+
+    def read(look: Mapping[str, Any]) -> Look[Repeat]:
+        return Look(*([Repeat.from_json(repeat) for repeat in look["samples"][side]["repeats"]] for side in sides))
+
+    repeats = [read(look) for look in looks]
+    speed = speed_section(Load(**last["speed"]["load"]), repeats, last["speed"]["runtime"])
+    return {**last, "speed": {**speed, "dtype": last["speed"]["dtype"]}}
 
 
 def _check_context(folder: Path, load: Load) -> None:
@@ -130,7 +143,7 @@ def _measure(
     descriptions = {name: answer["description"] for name, answer in opened.items()}
     return {
         "speed": {
-            **speed_section(load, repeats["baseline"], repeats["candidate"], descriptions),
+            **speed_section(load, [Look(**repeats)], descriptions),
             "dtype": {name: description["dtype"] for name, description in descriptions.items()},
         },
         "memory": memory_section(**{name: {**opened[name], **finished[name]} for name in workers}),
@@ -140,8 +153,8 @@ def _measure(
             **{
                 name: {
                     "opened": opened[name],
-                    "warmup": [repeat.describe() for repeat in warmup[name]],
-                    "repeats": [repeat.describe() for repeat in repeats[name]],
+                    "warmup": [repeat.to_json() for repeat in warmup[name]],
+                    "repeats": [repeat.to_json() for repeat in repeats[name]],
                 }
                 for name in workers
             },

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -34,6 +34,13 @@ class Repeat:
     def from_json(cls, answer: Mapping[str, Any]) -> "Repeat":
         return cls(tuple(Generation(**batch) for batch in answer["batches"]), **answer["threads"])
 
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and a worker answers: every step, so that looks can be put together later."""
+        return {
+            "batches": [asdict(batch) for batch in self.batches],
+            "threads": {"ran_s": self.ran_s, "waited_s": self.waited_s},
+        }
+
     @property
     def failed(self) -> int:
         """Requests."""
@@ -53,10 +60,6 @@ class Repeat:
             "decode_tokens_per_s": sum(batch.size * len(batch.itl_ms) for batch in self.batches) / decode_s,
             "prefill_tokens_per_s": sum(batch.size * batch.prompt_length for batch in self.batches) / prefill_s,
         }
-
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON: what every ratio and noise floor can be computed from again; single steps are not kept."""
-        return {**self.metrics(), "failed_requests": self.failed, "ran_s": self.ran_s, "waited_s": self.waited_s}
 
 
 METRICS = ("ttft", "itl", "e2e", "decode_tokens_per_s", "prefill_tokens_per_s")

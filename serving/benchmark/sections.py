@@ -1,38 +1,15 @@
 """From samples to the sections of the report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite, nan
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from numprune.serving.benchmark.load import Load, interleaving
 from numprune.serving.benchmark.samples import METRICS, Repeat
 from numprune.serving.benchmark.statistics import noise_floor, paired_ratio, percentiles
 
 Section = dict[str, Any]
-
-
-def speed_section(
-    load: Load,
-    baseline: Sequence[Repeat],
-    candidate: Sequence[Repeat],
-    descriptions: Mapping[str, Any],
-) -> Section:
-    """`speed.<runtime>`. Repeats with the same index form a pair; a pair in which a request failed enters no ratio.
-
-    A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
-    of the baseline: a gate on them fails.
-    """
-    return {
-        "load": load.describe(),
-        "runtime": dict(descriptions),
-        "warmup": load.warmup,
-        "repeats": load.repeats,
-        "order": interleaving(load.repeats),
-        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
-        "baseline": _side(baseline),
-        "candidate": _side(candidate),
-        **ratios(baseline, candidate, METRICS),
-    }
 
 
 class Measured(Protocol):
@@ -48,22 +25,60 @@ class Measured(Protocol):
         ...
 
 
-def ratios(baseline: Sequence[Measured], candidate: Sequence[Measured], metrics: Sequence[str]) -> Section:
-    """For each metric `{"ratio": estimate}`, and `noise_floor` by metric, from repeats in the order "ABBAABBA…".
+R = TypeVar("R", bound=Measured)
+
+
+@dataclass(frozen=True)
+class Look(Generic[R]):
+    """The repeats of one benchmark, in the order "ABBAABBA…". Those with the same index form a pair."""
+
+    baseline: Sequence[R]
+    candidate: Sequence[R]
+
+
+def repeats_of(looks: Sequence[Look[R]]) -> tuple[list[R], list[R]]:
+    """All of the baseline, and all of the candidate."""
+    return [one for look in looks for one in look.baseline], [one for look in looks for one in look.candidate]
+
+
+def speed_section(load: Load, looks: Sequence[Look[Repeat]], descriptions: Mapping[str, Any]) -> Section:
+    """`speed.<runtime>`, of all looks together. A pair in which a request failed enters no ratio.
+
+    A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
+    of the baseline: a gate on them fails.
+    """
+    baseline, candidate = repeats_of(looks)
+    return {
+        "load": load.describe(),
+        "runtime": dict(descriptions),
+        "looks": len(looks),
+        "warmup": load.warmup,
+        "repeats": len(baseline),
+        "order": interleaving(len(baseline)),
+        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        **ratios(looks, METRICS),
+    }
+
+
+def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
+    """For each metric `{"ratio": estimate}`, and `noise_floor` by metric, of all looks together.
 
     Left out as in `speed_section`; so is a metric that is zero or not a number in any pair, which has no ratio.
     """
-    sound = [not (first.failed or second.failed) for first, second in zip(baseline, candidate, strict=True)]
     pairs = [
         (first.metrics(), second.metrics())
-        for first, second, use in zip(baseline, candidate, sound, strict=True)
-        if use
+        for look in looks
+        for first, second in zip(look.baseline, look.candidate, strict=True)
+        if not (first.failed or second.failed)
     ]
-    # In "ABBAABBA…" the baseline's repeats 1 and 2, 3 and 4, … follow each other directly.
+    # In "ABBAABBA…" the baseline's repeats 1 and 2, 3 and 4, … follow each other directly; those of two looks do not.
     neighbours = [
-        (baseline[index].metrics(), baseline[index + 1].metrics())
-        for index in range(1, len(baseline) - 1, 2)
-        if not (baseline[index].failed or baseline[index + 1].failed)
+        (first.metrics(), second.metrics())
+        for look in looks
+        for first, second in zip(look.baseline[1:-1:2], look.baseline[2::2], strict=True)
+        if not (first.failed or second.failed)
     ]
     usable = [
         metric

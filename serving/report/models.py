@@ -355,7 +355,7 @@ class NoiseFloor(Model):
 
 
 class RuntimeSpeed(Model):
-    """One runtime; `noise_floor` has the names of the ratios.
+    """One runtime; `noise_floor` has the names of the ratios, and `looks` counts the benchmarks that were pooled.
 
     `dtype`: what is computed in. A server is measured at several concurrencies: `concurrency` has them all, by number,
     and the fields beside it are those of the first.
@@ -364,8 +364,9 @@ class RuntimeSpeed(Model):
     load: Facts
     runtime: Facts = {}  # provider, threads, versions, device
     dtype: Dtypes | None = None
+    looks: Count = 1
     warmup: Count
-    repeats: Count
+    repeats: Count  # of all looks
     order: str
     failed_requests: Count
     baseline: SpeedSide
@@ -412,8 +413,9 @@ class RuntimeMemory(Model):
 class GateResult(Model):
     """One gate: its rule, what it saw, and how it ended.
 
-    `interval` holds the one-sided 95 % bounds, `power` the chance that a candidate equal to the baseline passes with so
-    many samples and this spread: None where it should not pass, and where there is no interval.
+    `interval` holds the one-sided bounds that are judged (95 %; 97.5 % from a benchmark's second look on), `power` the
+    chance that a candidate equal to the baseline passes with so many samples and this spread: None where it should not
+    pass, and where there is no interval.
     """
 
     metric: str

@@ -92,6 +92,21 @@ def test_a_verdict_that_was_altered_with_its_manifests(numprune: Command, worksp
     assert "sizes.parameters.ratio" in refused.err
 
 
+def test_only_a_disturbed_look_is_thrown_away(tmp_path: Path) -> None:
+    from numprune.flows.optimize import _discard_disturbed
+
+    def measure(runtime: str, look: int, valid: bool) -> stages.StageResult:
+        facts = {"environment": {"valid": valid}}
+        return stages.run_stage(tmp_path, f"benchmark-{runtime}", {}, {"look": look}, lambda out: facts)
+
+    _discard_disturbed([[measure("torch", 1, True), measure("torch", 2, False)], [measure("onnxruntime", 1, True)]])
+    made = [
+        stages.is_made(tmp_path, f"benchmark-{runtime}", {}, {"look": look})
+        for runtime, look in (("torch", 1), ("torch", 2), ("onnxruntime", 1))
+    ]
+    assert made == [True, False, True]
+
+
 def test_a_benchmark_that_another_run_has_made_meanwhile_is_not_discarded(tmp_path: Path) -> None:
     """Two runs share a measurement that settles nothing; one has measured again when the other one throws it away."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,46 @@ def test_a_failed_gate_is_named_and_publishes_nothing(numprune: Command, tiny: P
     text = numprune("optimize", tiny / "recipe.toml", "--workspace", workspace, "--set", gate)
     assert text.code == 2
     assert "fail, nothing was published: sizes.parameters.ratio fail: beyond the limit" in text.out
+
+
+def test_an_inconclusive_run_is_measured_again_and_adds_to_what_there_is(
+    numprune: Command, tiny: Path, workspace: Path, tmp_path: Path
+) -> None:
+    metric = "speed.onnxruntime.prefill_tokens_per_s.ratio"
+
+    def speed(found: Answered) -> Any:
+        return json.loads(Path(found.json["report"]).read_text())["speed"]["onnxruntime"]
+
+    def at_the_limit(found: Answered) -> str:
+        """A gate whose limit is the value that was measured: whatever the machine gave, it is inconclusive."""
+        limit = speed(found)["prefill_tokens_per_s"]["ratio"]["value"]
+        return f'gates=[{{metric="{metric}", bound="ci95_lower", min={limit}}}]'
+
+    def reused(found: Answered) -> dict[str, bool]:
+        return {stage["name"]: stage["reused"] for stage in found.json["stages"] if "benchmark" in stage["name"]}
+
+    settled = optimize(numprune, tiny, workspace)
+    shutil.copytree(workspace / "stages", tmp_path / "w" / "stages")  # what is measured here is for no other test
+    workspace = tmp_path / "w"
+    gate = at_the_limit(settled)
+    first = optimize(numprune, tiny, workspace, gate)  # another policy alone measures nothing
+    assert (first.code, first.json["next_look"]) == (3, ["onnxruntime"])
+    assert reused(first) == {"benchmark onnxruntime": True}
+    assert speed(first) == speed(settled)
+
+    second = optimize(numprune, tiny, workspace, gate)  # the same once more: another look
+    assert set(reused(second)) == {"benchmark onnxruntime", "benchmark onnxruntime look 2"}
+    assert reused(second)["benchmark onnxruntime"]
+    before, after = speed(first), speed(second)
+    assert (before["looks"], after["looks"]) == (1, 2)
+    repeats = before["repeats"]
+    assert after["repeats"] == after["prefill_tokens_per_s"]["ratio"]["samples"] == 2 * repeats
+    assert after["baseline"]["by_repeat"]["ttft"][:repeats] == before["baseline"]["by_repeat"]["ttft"]
+    assert "look 2 of 3, judged by 97.5 % bounds" in second.json["gates"][0]["reason"]
+
+    third = optimize(numprune, tiny, workspace, at_the_limit(second))
+    assert speed(third) == after  # nothing again, and nothing left out
+    assert third.code == 3
 
 
 def test_prefect_sees_the_verdict_and_the_report(numprune: Command, tiny: Path, workspace: Path) -> None:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from numprune.errors import InputError
 from numprune.export import onnx
-from numprune.serving.benchmark import Load, WorkerError, run_benchmark
+from numprune.serving.benchmark import Load, WorkerError, pool, run_benchmark
 from numprune.serving.benchmark.run import _interleaved, check_match
+from numprune.serving.benchmark.samples import Repeat
 from numprune.serving.report import Environment, RuntimeMemory, RuntimeSpeed
 
 LOAD = Load(prompts=4, prompt_length=6, output_length=4, batch_size=2, repeats=4, warmup=1)
@@ -51,8 +52,10 @@ def test_a_candidate_beside_its_baseline(tiny_checkpoint):
         samples = result["samples"][name]
         assert (len(samples["warmup"]), len(samples["repeats"])) == (1, 4)
         assert samples["opened"]["load_s"] > 0
-        rates = [repeat["decode_tokens_per_s"] for repeat in samples["repeats"]]
+        rates = [Repeat.from_json(repeat).metrics()["decode_tokens_per_s"] for repeat in samples["repeats"]]
         assert min(rates) <= result["speed"][name]["decode_tokens_per_s"] <= max(rates)
+    assert pool([result]) == result
+    assert pool([result, result])["speed"]["decode_tokens_per_s"]["ratio"]["samples"] == 8
     assert workers() == []
 
 

@@ -1,10 +1,11 @@
+import json
 import math
 
 import pytest
 
 from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.samples import Generation, Repeat
-from numprune.serving.benchmark.sections import memory_section, speed_section
+from numprune.serving.benchmark.sections import Look, memory_section, speed_section
 from numprune.serving.report import RuntimeMemory, RuntimeSpeed
 
 LOAD = Load(prompts=2, prompt_length=10, output_length=3, repeats=6)
@@ -40,7 +41,7 @@ def test_metrics_of_a_repeat():
 
 
 def test_section_is_the_reports():
-    section = speed_section(LOAD, repeats(1.0), repeats(0.8), {"baseline": {"device": "cpu"}, "candidate": {}})
+    section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8))], {"baseline": {"device": "cpu"}, "candidate": {}})
     speed = RuntimeSpeed.model_validate(section)
 
     assert speed.order == "ABBAABBAABBA"
@@ -57,17 +58,40 @@ def test_section_is_the_reports():
 
 
 def test_noise_floor_is_of_baseline_repeats_that_follow_each_other():
-    section = speed_section(LOAD, repeats(1.0), repeats(0.8), {})
+    section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8))], {})
     # "ABBAABBAABBA": the baseline's repeats 1 and 2 (equally fast), and 3 and 4 (1.3 and 0.9), counted from 0.
     assert section["noise_floor"]["itl"]["neighbours"] == 2
     assert section["noise_floor"]["itl"]["relative"] > 0.3
     steady = [repeats(1.0)[0]] * 6
-    assert speed_section(LOAD, steady, [repeats(0.8)[0]] * 6, {})["noise_floor"]["ttft"]["relative"] == 0.0
-    assert speed_section(LOAD, steady, repeats(0.8), {})["noise_floor"]["ttft"]["relative"] > 0.1  # as the pairs say
+    assert speed_section(LOAD, [Look(steady, [repeats(0.8)[0]] * 6)], {})["noise_floor"]["ttft"]["relative"] == 0.0
+    assert (
+        speed_section(LOAD, [Look(steady, repeats(0.8))], {})["noise_floor"]["ttft"]["relative"] > 0.1
+    )  # as the pairs say
+
+
+def test_looks_are_one_benchmark_but_no_neighbours_of_each_other():
+    """Between the last repeat of one look and the first of the next the processes were started again."""
+    one, other = Look(repeats(1.0), repeats(0.8)), Look([*repeats(2.0)[1:], repeats(2.0)[0]], repeats(1.0))
+    apart = [speed_section(LOAD, [look], {}) for look in (one, other)]
+    both = speed_section(LOAD, [one, other], {})
+    RuntimeSpeed.model_validate(both)
+    assert (both["looks"], both["repeats"], both["order"]) == (2, 12, "ABBAABBAABBAABBAABBAABBA")
+    assert both["itl"]["ratio"]["samples"] == 12
+    values = [section["itl"]["ratio"]["value"] for section in apart]
+    assert both["itl"]["ratio"]["value"] == pytest.approx(math.sqrt(math.prod(values)))
+    assert both["noise_floor"]["itl"]["neighbours"] == 4
+    assert both["baseline"]["itl_ms"]["samples"] == 48
+    joined = apart[0]["baseline"]["by_repeat"]["itl"] + apart[1]["baseline"]["by_repeat"]["itl"]
+    assert both["baseline"]["by_repeat"]["itl"] == joined
+
+
+def test_a_repeat_is_kept_whole():
+    for repeat in repeats(0.8, failed_at=(1,)):
+        assert Repeat.from_json(json.loads(json.dumps(repeat.to_json()))) == repeat
 
 
 def test_failed_requests_are_counted_and_their_pairs_left_out():
-    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=(1, 4)), {})
+    section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8, failed_at=(1, 4)))], {})
     assert section["failed_requests"] == 4
     assert section["ttft"]["ratio"]["samples"] == 4
     assert section["candidate"]["itl_ms"]["samples"] == 16
@@ -75,7 +99,7 @@ def test_failed_requests_are_counted_and_their_pairs_left_out():
 
 
 def test_a_side_that_always_fails_has_no_ratio():
-    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=tuple(range(6))), {})
+    section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8, failed_at=tuple(range(6))))], {})
     speed = RuntimeSpeed.model_validate(section)
     assert speed.failed_requests == 12
     assert speed.decode_tokens_per_s is None
@@ -101,7 +125,7 @@ def test_a_peak_that_nobody_saw_is_no_number():
 
 
 def test_every_repeat_is_kept_but_those_that_failed():
-    section = speed_section(LOAD, repeats(1.0), repeats(0.8, failed_at=(1, 4)), {})
+    section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8, failed_at=(1, 4)))], {})
     kept = section["candidate"]["by_repeat"]
     assert kept["ttft"] == pytest.approx([16.0, None, 17.6, 20.8, None, 16.0])
     assert [value is None for value in kept["decode_tokens_per_s"]] == [False, True, False, False, True, False]

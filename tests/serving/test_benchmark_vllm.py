@@ -10,7 +10,8 @@ import pytest
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.benchmark.scheduler import ThreadTimes
-from numprune.serving.benchmark.vllm import ServedLoad, run_served
+from numprune.serving.benchmark.sections import Look
+from numprune.serving.benchmark.vllm import ServedLoad, pool, run_served
 from numprune.serving.benchmark.vllm.metrics import KvCache, parse_kv_cache
 from numprune.serving.benchmark.vllm.requests import METRICS, Request, Requests, packed_share, read_requests
 from numprune.serving.benchmark.vllm.sections import Footprint, memory_section, speed_section
@@ -140,7 +141,7 @@ def test_a_run_in_which_all_failed_has_no_figures(tmp_path: Path) -> None:
     figures = found.metrics()
     assert figures.pop("output_tokens_per_s") == figures.pop("goodput_requests_per_s") == 0
     assert all(math.isnan(value) for value in figures.values())
-    assert json.loads(json.dumps(found.describe(), allow_nan=False))["ttft"] is None
+    assert Requests.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
 
 
 @pytest.mark.parametrize(
@@ -186,8 +187,12 @@ def levels(scale: float, **changes: Any) -> dict[int, list[Requests]]:
     return {concurrency: repeats(scale, concurrency, **changes) for concurrency in LOAD.concurrency}
 
 
+def looks(baseline: dict[int, list[Requests]], candidate: dict[int, list[Requests]]) -> dict[int, list[Look[Requests]]]:
+    return {concurrency: [Look(baseline[concurrency], candidate[concurrency])] for concurrency in LOAD.concurrency}
+
+
 def test_section_is_the_reports_at_every_concurrency() -> None:
-    section = speed_section(LOAD, levels(1.0), levels(0.8), {"vllm": "0.32.0"})
+    section = speed_section(LOAD, looks(levels(1.0), levels(0.8)), {"vllm": "0.32.0"})
     speed = RuntimeSpeed.model_validate(json.loads(json.dumps(section, allow_nan=False)))
 
     assert list(speed.concurrency) == ["1", "2"]
@@ -207,8 +212,33 @@ def test_section_is_the_reports_at_every_concurrency() -> None:
     assert speed.baseline.goodput_requests_per_s == pytest.approx(2.0)
 
 
+def test_looks_at_servers_are_one_benchmark() -> None:
+    """As read from two stages."""
+
+    def stage(scale: float) -> Json:
+        sides = {"baseline": levels(1.0), "candidate": levels(scale)}
+        found = {
+            "speed": {
+                **speed_section(LOAD, looks(*sides.values()), {"vllm": "0.32.0"}),
+                "dtype": dict.fromkeys(sides, "bfloat16"),
+            },
+            "samples": {
+                side: {"repeats": {str(level): [one.to_json() for one in found] for level, found in by_level.items()}}
+                for side, by_level in sides.items()
+            },
+        }
+        return json.loads(json.dumps(found, allow_nan=False))
+
+    assert pool([stage(0.8)])["speed"] == stage(0.8)["speed"]
+    speed = RuntimeSpeed.model_validate(pool([stage(0.8), stage(0.5)])["speed"])
+    assert speed.tpot.ratio.value == pytest.approx(math.sqrt(0.8 * 0.5))
+    for level, found in speed.concurrency.items():
+        assert (found.looks, found.repeats, found.tpot.ratio.samples) == (2, 12, 12)
+        assert found.baseline.ttft_ms.samples == 12 * LOAD.requests(int(level))
+
+
 def test_without_a_good_request_there_is_no_ratio_of_goodput() -> None:
-    section = speed_section(LOAD, levels(1.0, goodput=0.0), levels(0.8), {})
+    section = speed_section(LOAD, looks(levels(1.0, goodput=0.0), levels(0.8)), {})
     assert "goodput_requests_per_s" not in section
     assert "goodput_requests_per_s" not in section["noise_floor"]
     assert section["baseline"]["goodput_requests_per_s"] == 0
@@ -223,7 +253,7 @@ def gate_outcome(report_json: Json, section: Json, metric: str) -> str:
 @pytest.mark.parametrize("way", ["", "concurrency.2."])
 def test_gates_reach_every_concurrency_and_mind_its_noise(report_json: Json, way: str) -> None:
     metric = f"speed.vllm.{way}output_tokens_per_s.ratio"
-    section = speed_section(LOAD, levels(1.0), levels(0.8), {})
+    section = speed_section(LOAD, looks(levels(1.0), levels(0.8)), {})
     for level in (section, *section["concurrency"].values()):
         level["noise_floor"] = {name: {"relative": 0.05, "neighbours": 2} for name in level["noise_floor"]}
     assert gate_outcome(report_json, section, metric) == "pass"
@@ -234,7 +264,7 @@ def test_gates_reach_every_concurrency_and_mind_its_noise(report_json: Json, way
 
 @pytest.mark.parametrize("way", ["", "concurrency.1.", "concurrency.2."])
 def test_no_gate_passes_beside_a_failed_request_at_any_concurrency(report_json: Json, way: str) -> None:
-    section = speed_section(LOAD, levels(1.0), {1: repeats(0.8, 1), 2: repeats(0.8, 2, failed_at=3)}, {})
+    section = speed_section(LOAD, looks(levels(1.0), {1: repeats(0.8, 1), 2: repeats(0.8, 2, failed_at=3)}), {})
     assert (section["failed_requests"], section["concurrency"]["1"]["failed_requests"]) == (1, 0)
     assert gate_outcome(report_json, section, f"speed.vllm.{way}output_tokens_per_s.ratio") == "fail"
 
@@ -253,7 +283,7 @@ def test_memory_section_compares_what_the_same_memory_holds() -> None:
 
 def test_the_page_shows_every_concurrency(report_json: Json) -> None:
     before, after = Footprint(1, KvCache(100, 10, 10), 1, 1, 1), Footprint(1, KvCache(160, 16, 10), 1, 1, 1)
-    section = speed_section(LOAD, levels(1.0), levels(0.8), {})
+    section = speed_section(LOAD, looks(levels(1.0), levels(0.8)), {})
     page = markdown(
         Report.model_validate(
             {**report_json, "speed": {"vllm": section}, "memory": {"vllm": memory_section(before, after)}}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune.errors import InputError
-from numprune.serving.gates import EXIT_CODES, Gate, Policy, exit_code, judge, read_policy
+from numprune.serving.gates import EXIT_CODES, Gate, Policy, exit_code, judge, next_look, read_policy
 from numprune.serving.power import power, student
 from numprune.serving.report import GateResult, Report
 
@@ -48,6 +48,62 @@ def test_a_maximum_is_judged_by_the_upper_bound(report_json: Json, put: Any, lim
 )
 def test_a_minimum_is_judged_by_the_lower_bound(report_json: Json, limit: float, outcome: str) -> None:
     assert check(report_json, DECODE, "ci95_lower", min=limit).outcome == outcome
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3])
+def test_a_speed_measured_again_is_judged_by_wider_bounds(report_json: Json, looks: int) -> None:
+    report_json["speed"]["onnxruntime"]["looks"] = looks
+    ratio = report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"]
+    outer, inner = ratio["interval95"][0], ratio["ci95_lower"]
+    assert outer < inner
+    between = check(report_json, DECODE, "ci95_lower", min=(outer + inner) / 2)
+    assert between.outcome == ("pass" if looks == 1 else "inconclusive")
+    assert between.interval is not None
+    assert between.interval[0] == (inner if looks == 1 else outer)
+    assert (f"look {looks} of 3, judged by 97.5 % bounds" in between.reason) == (looks > 1)
+    assert check(report_json, DECODE, "ci95_lower", min=outer - 1e-6).outcome == "pass"
+    nll = report_json["quality"]["nll_delta_nats_per_token"]["ci95_upper"]
+    assert check(report_json, NLL, "ci95_upper", max=nll).outcome == "pass"  # quality is judged as ever
+
+
+@pytest.mark.parametrize("looks", [0, 4, 100])
+def test_a_speed_measured_too_often_fails(report_json: Json, looks: int) -> None:
+    report_json["speed"]["onnxruntime"]["looks"] = looks
+    result = check(report_json, DECODE, "ci95_lower", min=0.1)
+    assert result.outcome == "fail"
+    assert f"speed.onnxruntime.looks is {looks}" in result.reason
+
+
+def test_the_power_of_a_later_look_is_that_of_its_bounds(report_json: Json) -> None:
+    powers = []
+    for looks in (1, 2):
+        report_json["speed"]["onnxruntime"]["looks"] = looks
+        result = check(report_json, DECODE, "ci95_lower", min=0.9)
+        powers.append(result.power)
+    assert 0 < powers[1] < powers[0]
+
+
+@pytest.mark.parametrize(
+    ("gates", "looks", "runtimes"),
+    [
+        ([(DECODE, "min", 1.2)], 1, ["onnxruntime"]),
+        ([(DECODE, "min", 1.2)], 2, ["onnxruntime"]),
+        ([(DECODE, "min", 1.2)], 3, []),  # it has had its looks
+        ([(DECODE, "min", 1.0)], 1, []),  # it passes
+        ([(DECODE, "min", 1.2), (NLL, "max", 0.2)], 1, ["onnxruntime"]),
+        ([(DECODE, "min", 1.2), (NLL, "max", 0.05)], 1, []),  # quality stays open, whatever is timed
+        ([(DECODE, "min", 1.2), (NLL, "max", 0.001)], 1, []),  # it fails
+    ],
+)
+def test_another_look_is_taken_only_where_it_can_settle_the_verdict(
+    report_json: Json, gates: list[tuple[str, str, float]], looks: int, runtimes: list[str]
+) -> None:
+    report_json["speed"]["onnxruntime"]["looks"] = looks
+    bounds = {"min": "ci95_lower", "max": "ci95_upper"}
+    rules = tuple(Gate.model_validate({"metric": m, "bound": bounds[side], side: limit}) for m, side, limit in gates)
+    report = Report.model_validate({**report_json, "verdict": None})
+    assert next_look(report) == []  # not judged
+    assert next_look(report.judged(judge(report, Policy(gates=rules)))) == runtimes
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(0.75, "pass"), (0.7499, "fail")])

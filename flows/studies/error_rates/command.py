@@ -9,13 +9,16 @@ from tqdm import tqdm
 from numprune.errors import InputError, NumpruneError
 from numprune.flows.studies.error_rates.count import (
     QualityRates,
+    RerunRates,
     Share,
     SpeedRates,
     quality_rates,
+    rerun_rates,
     settled,
     speed_rates,
 )
 from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+from numprune.serving.gates import LOOKS
 
 _EPILOG = """\
   python -m numprune.flows.studies.error_rates
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(
         speed_table(speed_rates(machine, n, args.worlds, args.seed) for machine, n in tqdm(machines, desc="speed"))
     )
+    sys.stdout.write(
+        rerun_table(rerun_rates(machine, n, args.worlds, args.seed) for machine, n in tqdm(machines, desc="reruns"))
+    )
     again = settled(TEXTS[1], min(documents), max(10, args.worlds // 10), args.seed)
     print(
         f"Of inconclusive verdicts over {min(documents)} documents as seen, {_cell(again)} % were settled by as many "
@@ -90,6 +96,24 @@ def speed_table(rates: Iterable[SpeedRates]) -> str:
         for r in rates
     ]
     return _table("Ratio of speeds, interleaved repeats", header, rows)
+
+
+def rerun_table(rates: Iterable[RerunRates]) -> str:
+    by_look = [f"by look {look}" for look in range(1, LOOKS + 1)]
+    header = " | ".join(
+        [
+            *("repeats a look", "machine"),
+            *(f"exactly at the limit: passes a minimum {look}" for look in by_look),
+            *("passes a maximum", "baseline against itself: passes a minimum of 1"),
+            *(f"equal to the baseline: passes {look}" for look in by_look),
+        ]
+    )
+    rows = [
+        f"{r.repeats} | {r.world} | {' | '.join(map(_cell, r.slower_passes))} | {_cell(r.faster_passes[-1])} | "
+        f"{_cell(r.itself_passes[-1])} | {' | '.join(map(_cell, r.equal_passes))}"
+        for r in rates
+    ]
+    return _table("Ratio of speeds, measured again while inconclusive", header, rows)
 
 
 def _table(title: str, header: str, rows: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Counting verdicts: every estimate is the project's own, every verdict a gate's on a real report."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -11,13 +11,14 @@ import numpy as np
 from numprune import quality
 from numprune.flows.studies.error_rates.worlds import METRIC, Machine, Repeat, Text
 from numprune.serving import gates
-from numprune.serving.benchmark.sections import ratios
+from numprune.serving.benchmark.sections import Look, ratios
 from numprune.serving.gates import Gate, Policy
 from numprune.serving.power import student
 from numprune.serving.report import GateResult, Report
 
 NLL = "quality.nll_delta_nats_per_token"
 RATIO = f"speed.torch.{METRIC}.ratio"
+_FASTER = 1.5  # so far from 1 that no noise floor has a say
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,23 @@ class SpeedRates:
     power: float
 
 
+@dataclass(frozen=True)
+class RerunRates:
+    """One machine, so many repeats a look: what a series of reruns comes to. A share for each look, of those that have
+    passed by then.
+
+    Attributes:
+        slower_passes, faster_passes, itself_passes, equal_passes: as of SpeedRates.
+    """
+
+    world: str
+    repeats: int
+    slower_passes: tuple[Share, ...]
+    faster_passes: tuple[Share, ...]
+    itself_passes: tuple[Share, ...]
+    equal_passes: tuple[Share, ...]
+
+
 def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> QualityRates:
     """Draw `worlds` sets of documents and judge each."""
     generator = np.random.default_rng([seed, documents])
@@ -105,18 +123,14 @@ def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> Quality
 def speed_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> SpeedRates:
     """Draw `worlds` benchmarks, of an equal candidate and of one 1.5 times as fast, and judge each."""
     generator = np.random.default_rng([seed, repeats])
-    faster = 1.5  # so far from 1 that no noise floor has a say
     alike = replace(machine, stalls=0.0)
-    spread = [math.log(_value(*alike.draw(generator, repeats))) for _ in range(200)]
-    minimum = math.exp(-_margin(float(np.sqrt(np.mean(np.square(spread)))), repeats))
+    minimum = _minimum(alike, repeats, generator)
     limits, itself = [], []
     for _ in range(worlds):
-        baseline, candidate = machine.draw(generator, repeats)
-        report = speed_report(baseline, [Repeat(one.speed * faster) for one in candidate])
-        limit = machine.truth * faster
-        limits.append(_judge(report, _at_least(limit), Gate(metric=RATIO, bound="ci95_upper", max=limit)))
-        baseline, candidate = alike.draw(generator, repeats)
-        itself.append(_judge(speed_report(baseline, candidate), _at_least(1.0), _at_least(minimum)))
+        report = speed_report(_faster(machine.draw(generator, repeats), _FASTER))
+        limit = machine.truth * _FASTER
+        limits.append(_judge(report, _at_least(limit), _at_most_fast(limit)))
+        itself.append(_judge(speed_report(alike.draw(generator, repeats)), _at_least(1.0), _at_least(minimum)))
     slower, not_faster = zip(*limits, strict=True)
     at_one, equal = zip(*itself, strict=True)
     return SpeedRates(
@@ -129,6 +143,36 @@ def speed_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> Speed
         _share(gate.outcome == "pass" for gate in equal),
         float(np.mean([gate.power for gate in equal])),
     )
+
+
+def rerun_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> RerunRates:
+    """Draw `worlds` series of benchmarks, in which an inconclusive one is measured again as often as is allowed."""
+    generator = np.random.default_rng([seed, repeats, gates.LOOKS])
+    alike = replace(machine, stalls=0.0)
+    minimum = _minimum(alike, repeats, generator)
+    limit = machine.truth * _FASTER
+    slower, faster, itself, equal = [], [], [], []
+    for _ in range(worlds):
+        looks = [_faster(machine.draw(generator, repeats), _FASTER) for _ in range(gates.LOOKS)]
+        slower.append(_passes_at(looks, _at_least(limit)))
+        faster.append(_passes_at(looks, _at_most_fast(limit)))
+        looks = [alike.draw(generator, repeats) for _ in range(gates.LOOKS)]
+        itself.append(_passes_at(looks, _at_least(1.0)))
+        equal.append(_passes_at(looks, _at_least(minimum)))
+    return RerunRates(machine.name, repeats, *(_by_look(passes) for passes in (slower, faster, itself, equal)))
+
+
+def _passes_at(looks: Sequence[Look[Repeat]], rule: Gate) -> int | None:
+    """The look at which a series ends with a pass; None where it ends otherwise."""
+    for number in range(1, len(looks) + 1):
+        (gate,) = _judge(speed_report(*looks[:number]), rule)
+        if gate.outcome != "inconclusive":
+            return number if gate.outcome == "pass" else None
+    return None
+
+
+def _by_look(passes: Sequence[int | None]) -> tuple[Share, ...]:
+    return tuple(_share(at is not None and at <= number for at in passes) for number in range(1, gates.LOOKS + 1))
 
 
 def settled(text: Text, documents: int, worlds: int, seed: int) -> Share:
@@ -170,17 +214,18 @@ def quality_report(sums: np.ndarray, tokens: np.ndarray) -> Report:
     return _report({"quality": section})
 
 
-def speed_report(baseline: list[Repeat], candidate: list[Repeat]) -> Report:
+def speed_report(*looks: Look[Repeat]) -> Report:
     """The report of a benchmark with these repeats."""
     section = {
         "load": {},
+        "looks": len(looks),
         "warmup": 1,
-        "repeats": len(baseline),
+        "repeats": sum(len(look.baseline) for look in looks),
         "order": "ABBA",
         "failed_requests": 0,
         "baseline": {},
         "candidate": {},
-        **ratios(baseline, candidate, (METRIC,)),
+        **ratios(looks, (METRIC,)),
     }
     return _report({"speed": {"torch": section}})
 
@@ -216,18 +261,32 @@ def _at_least(limit: float) -> Gate:
     return Gate(metric=RATIO, bound="ci95_lower", min=limit)
 
 
+def _at_most_fast(limit: float) -> Gate:
+    return Gate(metric=RATIO, bound="ci95_upper", max=limit)
+
+
 def _share(found: Iterable[bool]) -> Share:
     listed = list(found)
     return Share(sum(listed), len(listed))
 
 
-def _value(baseline: list[Repeat], candidate: list[Repeat]) -> float:
-    return float(ratios(baseline, candidate, (METRIC,))[METRIC]["ratio"]["value"])
+def _value(look: Look[Repeat]) -> float:
+    return float(ratios([look], (METRIC,))[METRIC]["ratio"]["value"])
+
+
+def _faster(look: Look[Repeat], factor: float) -> Look[Repeat]:
+    return replace(look, candidate=[Repeat(one.speed * factor) for one in look.candidate])
 
 
 def _margin(standard_error: float, n: int) -> float:
     """At which a candidate equal to the baseline should pass about four times in five, were all normal and alike."""
     return (student(n) + 0.84) * standard_error
+
+
+def _minimum(machine: Machine, repeats: int, generator: np.random.Generator) -> float:
+    """Of the ratio, with the margin of `_margin`."""
+    spread = [math.log(_value(machine.draw(generator, repeats))) for _ in range(200)]
+    return math.exp(-_margin(float(np.sqrt(np.mean(np.square(spread)))), repeats))
 
 
 def _spread_of(text: Text, documents: int) -> float:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from numprune.serving.benchmark.sections import Look
+
 METRIC = "decode_tokens_per_s"
 
 _MEDIAN_TOKENS = math.exp(6.54)
@@ -88,15 +90,15 @@ class Machine:
         """Candidate / baseline, of geometric means, for a candidate that is equal but for its stalls."""
         return math.exp(-0.3 * self.stalls)
 
-    def draw(self, generator: np.random.Generator, repeats: int) -> tuple[list[Repeat], list[Repeat]]:
-        """Return the repeats of (baseline, candidate), interleaved as the benchmark does: A B B A A B …"""
+    def draw(self, generator: np.random.Generator, repeats: int) -> Look[Repeat]:
+        """Return the repeats of baseline and candidate, interleaved as the benchmark does: A B B A A B …"""
         order = [side for index in range(repeats) for side in ((0, 1) if index % 2 == 0 else (1, 0))]
         logs = self.noise(generator, 2 * repeats)
         sides: tuple[list[Repeat], list[Repeat]] = ([], [])
         for side, log in zip(order, logs, strict=True):
             stalled = side == 1 and generator.random() < self.stalls
             sides[side].append(Repeat(100 * math.exp(log - (generator.exponential(0.3) if stalled else 0.0))))
-        return sides
+        return Look(*sides)
 
 
 def _steady(generator: np.random.Generator, times: int) -> np.ndarray:

@@ -6,6 +6,6 @@ the report's sections.
 """
 
 from numprune.serving.benchmark.vllm.load import ServedLoad
-from numprune.serving.benchmark.vllm.run import BenchmarkFailed, run_served
+from numprune.serving.benchmark.vllm.run import BenchmarkFailed, pool, run_served
 
-__all__ = ["BenchmarkFailed", "ServedLoad", "run_served"]
+__all__ = ["BenchmarkFailed", "ServedLoad", "pool", "run_served"]

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,15 +101,16 @@ class Requests:
             "goodput_requests_per_s": self.goodput_requests_per_s,
         }
 
-    def describe(self) -> dict[str, Any]:
-        """Plain JSON: what every ratio and noise floor can be computed from again; single requests are not kept."""
-        metrics = {name: value if math.isfinite(value) else None for name, value in self.metrics().items()}
-        return {
-            **metrics,
-            "failed_requests": self.failed,
-            "ran_s": self.threads.ran_s,
-            "waited_s": self.threads.waited_s,
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON of every request, so that looks can be put together later."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Requests":
+        """What `to_json` gave."""
+        succeeded = (Request(**{**request, "itl_ms": tuple(request["itl_ms"])}) for request in data["succeeded"])
+        threads = ThreadTimes(**data["threads"])
+        return cls(**{**data, "succeeded": tuple(succeeded), "errors": tuple(data["errors"]), "threads": threads})
 
 
 def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: ThreadTimes) -> Requests:

@@ -14,6 +14,7 @@ from numprune.export import manifest, vllm
 from numprune.export.checkpoint import audit, read_config
 from numprune.serving.benchmark.contention import Contention, StolenTime
 from numprune.serving.benchmark.scheduler import standing_still
+from numprune.serving.benchmark.sections import Look
 from numprune.serving.benchmark.vllm.client import Bench, start_bench
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.requests import Requests, packed_share
@@ -98,6 +99,22 @@ def run_served(
         return _measure(bench, sides, description)
 
 
+def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """As `numprune.serving.benchmark.run.pool`, of what `run_served` gave of one candidate."""
+    last = looks[-1]
+    fields = last["speed"]["load"]
+    load = ServedLoad(**{**fields, "concurrency": tuple(fields["concurrency"])})
+    sides = (BASELINE, "candidate")
+
+    def read(look: Mapping[str, Any], level: int) -> Look[Requests]:
+        found = (look["samples"][side]["repeats"][str(level)] for side in sides)
+        return Look(*([Requests.from_json(repeat) for repeat in repeats] for repeats in found))
+
+    levels = {level: [read(look, level) for look in looks] for level in load.concurrency}
+    speed = speed_section(load, levels, last["speed"]["runtime"])
+    return {**last, "speed": {**speed, "dtype": last["speed"]["dtype"]}}
+
+
 def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, Any]:
     """The configuration of each checkpoint. Raises as `run_served`."""
     configs: dict[str, Any] = {}
@@ -176,7 +193,11 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
     return {
         side.name: {
             "speed": {
-                **speed_section(load, first.repeats, side.repeats, description),
+                **speed_section(
+                    load,
+                    {level: [Look(first.repeats[level], side.repeats[level])] for level in load.concurrency},
+                    description,
+                ),
                 "dtype": {BASELINE: description["dtype"][BASELINE], "candidate": description["dtype"][side.name]},
             },
             "memory": memory_section(footprint, side.footprint(load)),
@@ -225,7 +246,7 @@ def _circumstances(baseline: Side, candidate: Side, machine: Machine, stolen_sha
             "contention": {**contention.describe(), "packed_share": packed},
             **{
                 name: {
-                    kind: {str(level): [repeat.describe() for repeat in repeats] for level, repeats in found.items()}
+                    kind: {str(level): [repeat.to_json() for repeat in repeats] for level, repeats in found.items()}
                     for kind, found in (("warmup", side.warmup), ("repeats", side.repeats))
                 }
                 for name, side in ((BASELINE, baseline), ("candidate", candidate))

@@ -6,14 +6,14 @@ from itertools import chain
 from typing import Any
 
 from numprune.serving.benchmark.load import interleaving
-from numprune.serving.benchmark.sections import by_repeat, ratios
+from numprune.serving.benchmark.sections import Look, by_repeat, ratios, repeats_of
 from numprune.serving.benchmark.statistics import percentiles
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import KvCache
 from numprune.serving.benchmark.vllm.requests import METRICS, Requests
 
 Section = dict[str, Any]
-Levels = Mapping[int, Sequence[Requests]]  # by concurrency, the measured repeats of one side
+Levels = Mapping[int, Sequence[Look[Requests]]]  # by concurrency
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Footprint:
     peak_bytes_run: int | None
 
 
-def speed_section(load: ServedLoad, baseline: Levels, candidate: Levels, descriptions: Mapping[str, Any]) -> Section:
+def speed_section(load: ServedLoad, looks: Levels, descriptions: Mapping[str, Any]) -> Section:
     """`speed.vllm`: the figures of the first concurrency, and under `concurrency` those of each.
 
     `failed_requests` is of them all, so that no gate passes on the requests that happened to succeed.
     """
-    levels = {str(level): _level(load, level, baseline[level], candidate[level]) for level in load.concurrency}
+    levels = {str(level): _level(load, level, looks[level]) for level in load.concurrency}
     first = levels[str(load.concurrency[0])]
     return {
         **first,
@@ -43,16 +43,18 @@ def speed_section(load: ServedLoad, baseline: Levels, candidate: Levels, descrip
     }
 
 
-def _level(load: ServedLoad, level: int, baseline: Sequence[Requests], candidate: Sequence[Requests]) -> Section:
+def _level(load: ServedLoad, level: int, looks: Sequence[Look[Requests]]) -> Section:
+    baseline, candidate = repeats_of(looks)
     return {
         "load": {"concurrency": level, "requests": load.requests(level)},
+        "looks": len(looks),
         "warmup": load.warmup,
-        "repeats": load.repeats,
-        "order": interleaving(load.repeats),
+        "repeats": len(baseline),
+        "order": interleaving(len(baseline)),
         "failed_requests": sum(repeat.failed for repeat in chain(baseline, candidate)),
         "baseline": _side(baseline),
         "candidate": _side(candidate),
-        **ratios(baseline, candidate, METRICS),
+        **ratios(looks, METRICS),
     }
 
 

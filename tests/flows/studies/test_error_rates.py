@@ -12,9 +12,10 @@ from scipy import stats
 from numprune import quality
 from numprune.flows.studies.error_rates import count
 from numprune.flows.studies.error_rates.command import main
-from numprune.flows.studies.error_rates.count import Share, quality_rates, settled, speed_rates
+from numprune.flows.studies.error_rates.count import Share, quality_rates, rerun_rates, settled, speed_rates
 from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
 from numprune.serving import gates
+from numprune.serving.power import CONFIDENCE
 from numprune.serving.report import Report
 
 
@@ -93,17 +94,37 @@ def test_the_truth_of_every_machine_is_what_it_says(machine):
     generator = np.random.default_rng(0)
     logs = []
     for _ in range(1000):
-        baseline, candidate = machine.draw(generator, 2)
-        logs += [math.log(b.speed / a.speed) for a, b in zip(baseline, candidate, strict=True)]
+        look = machine.draw(generator, 2)
+        logs += [math.log(b.speed / a.speed) for a, b in zip(look.baseline, look.candidate, strict=True)]
     pairs = np.reshape(logs, (-1, 2)).mean(1)  # first and second in turn: a drift is in both, and cancels
     assert abs(pairs.mean() - math.log(machine.truth)) < 4 * pairs.std() / math.sqrt(len(pairs))
 
 
-def test_the_command_prints_both_tables(capsys):
+def test_a_series_of_reruns_keeps_its_own_promise():
+    steady, stalling = MACHINES[0], MACHINES[3]
+    for machine in (steady, stalling):
+        rates = rerun_rates(machine, 6, 200, seed=1)
+        for passes in (rates.slower_passes, rates.faster_passes):
+            assert at_most(passes[0], 0.05), rates  # as if nobody looked again
+            assert at_most(passes[-1], 0.075), rates
+        assert at_most(rates.itself_passes[-1], 0.01), rates
+        assert rates.equal_passes[0].count < rates.equal_passes[1].count <= rates.equal_passes[2].count
+
+
+def test_the_count_finds_that_unguarded_reruns_pass_too_often(monkeypatch):
+    """With the bounds of the first look at each look, these tests would say so."""
+    monkeypatch.setattr(gates, "_bounds", lambda found, looks: (found.ci95_lower, found.ci95_upper, CONFIDENCE))
+    generator = np.random.default_rng(1)
+    series = ([count._faster(MACHINES[0].draw(generator, 6), 1.5) for _ in range(gates.LOOKS)] for _ in range(1200))
+    passes = [count._passes_at(looks, count._at_least(1.5)) is not None for looks in series]
+    assert not at_most(Share(sum(passes), len(passes)), 0.075)
+
+
+def test_the_command_prints_every_table(capsys):
     assert main(["--worlds", "10", "--documents", "8", "--repeats", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("|") for line in lines if line.startswith(("| 8 |", "| 6 |"))]
-    assert [len(row) for row in rows] == [9] * len(TEXTS) + [10] * len(MACHINES)
+    assert [len(row) for row in rows] == [9] * len(TEXTS) + [10] * len(MACHINES) + [12] * len(MACHINES)
     assert "were settled by as many documents" in lines[-1]
 
 
@@ -128,8 +149,7 @@ def test_of_several_gates_at_their_limits_all_pass_more_rarely_than_one():
     one = both = 0
     for _ in range(300):
         sums, tokens = TEXTS[0].draw(generator, 20)
-        baseline, candidate = steady.draw(generator, 6)
-        speed = count.speed_report(baseline, [count.Repeat(1.5 * repeat.speed) for repeat in candidate])
+        speed = count.speed_report(count._faster(steady.draw(generator, 6), 1.5))
         data = count.quality_report(sums, tokens).to_json() | {"speed": speed.to_json()["speed"]}
         policy = gates.Policy(gates=(count._at_most(0.0), count._at_least(1.5)))
         verdict = gates.judge(Report.model_validate(data), policy)

@@ -4,6 +4,7 @@ import pytest
 
 from numprune.flows.studies import served
 from numprune.serving.benchmark.scheduler import ThreadTimes
+from numprune.serving.benchmark.sections import Look
 from numprune.serving.benchmark.vllm import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import KvCache
 from numprune.serving.benchmark.vllm.requests import Request, Requests
@@ -19,11 +20,10 @@ def found(scale: float, kv_tokens: int, reasons: tuple[str, ...] = ()) -> dict[s
             Requests(concurrency, requests, (), scale * drift, 1.0, ThreadTimes(1, 0)) for drift in (1, 1.1, 1, 0.9)
         ]
 
-    before = {level: repeats(level, 1.0) for level in LOAD.concurrency}
-    after = {level: repeats(level, scale) for level in LOAD.concurrency}
+    looks = {level: [Look(repeats(level, 1.0), repeats(level, scale))] for level in LOAD.concurrency}
     dense, pruned = Footprint(9, KvCache(1000, 10, 100), 9, 9, 9), Footprint(6, KvCache(kv_tokens, 10, 1), 9, 9, 9)
     return {
-        "speed": speed_section(LOAD, before, after, {"vllm": "0.32.0"}),
+        "speed": speed_section(LOAD, looks, {"vllm": "0.32.0"}),
         "memory": memory_section(dense, pruned),
         "environment": {
             "cpu": "A CPU",
