@@ -120,7 +120,7 @@ def test_cached_generation_is_uncached_generation(tiny_model, family, allocation
 
 def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(tiny_model, tmp_path):
     model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
-    sliced = prune(model, ROWS, PruneOptions(0.25, target=Target(align=1))).model
+    sliced = prune(model, ROWS, PruneOptions(0.25, compensation="none", target=Target(align=1))).model
     masked = logits(model)
     assert sliced.config.num_attention_heads == 6
     assert sliced.config.model_type == "mistral"
