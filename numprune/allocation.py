@@ -43,8 +43,8 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
 def uniform(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors | None = None) -> dict[str, int]:
     """Return units kept per block: the same number in every layer, so that a stock architecture holds the result.
 
-    Of the splits between attention and MLPs that meet the ratio it is the cheapest by `errors`. Without them it is the
-    one that takes most nearly the same share of both.
+    Of the splits between attention and MLPs that meet the ratio it is the one that takes most nearly the same share of
+    both; by `errors`, the most even of those that cost at most a tenth more than the cheapest.
 
     Args:
         errors: as of `by_error`.

@@ -99,8 +99,9 @@ class Plan(BaseModel):
 
     Attributes:
         version: 1 knows no `splits`.
-        splits: that uniform allocation chose from, the cheapest first; it is the one that was taken. None where nothing
-            was priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
+        splits: that uniform allocation chose from: the one that was taken, then the others, the cheapest first. None
+            where nothing was priced: only one split meets the ratio, the consumers are not refitted, or the allocation
+            is another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
