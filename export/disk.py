@@ -28,6 +28,9 @@ _REMEDIES = {
     errno.EMFILE: "allow more open files (`ulimit -n`)",
     errno.ENFILE: "the system has no more open files to give",
 }
+_SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
+_BELOW_BYTES = 40  # what multiprocessing and vLLM add to the folder: "/pymp-…/listener-…", a UUID
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - where Python itself looks, too
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors, which is written in it, ends its messages
 
@@ -79,6 +82,30 @@ def _full(code: int, folder: Path, content: Path) -> str:
         return f"{scratch}: {what}: {free_bytes(scratch):,} bytes are free"
     free = "" if code == errno.EFBIG else f", {free_bytes(folder) + written:,} are free"
     return f"{folder}: {what}: more than {written:,} bytes are needed{free}"
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Network and FUSE file systems refuse it for folders; they keep the order of renames in their own way.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def folder_for_sockets() -> str:
+    """The temporary folder or, where that is too long for a Unix socket below it, another. Raises DiskError."""
+    for folder in (tempfile.gettempdir(), *_SHORT):
+        if len(os.fsencode(folder)) + _BELOW_BYTES <= _SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise DiskError(
+        f"TMPDIR {tempfile.gettempdir()}: too long for the sockets of our processes; choose one of at most "
+        f"{_SOCKET_BYTES - _BELOW_BYTES} bytes"
+    )
 
 
 def require_room(folder: Path, size: int) -> None:

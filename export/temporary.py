@@ -1,17 +1,19 @@
 """A folder that is written beside its final place and renamed into it; what killed processes leave, and its removal."""
 
 import errno
-import fcntl
+import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from numprune.errors import InputError
-from numprune.export import disk
+from numprune.export import disk, locks
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"\..+\.[0-9a-f]{16}\.(partial|removed)")
 
@@ -42,23 +44,34 @@ def move(content: Path, folder: Path) -> None:
     """
     for where, _, files in os.walk(content, topdown=False):
         for path in [*(Path(where) / name for name in files), Path(where)]:
-            _fsync(path)
+            disk.sync(path)
     try:
         os.rename(content, folder)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise InputError(f"{folder}: another process created it in the meantime") from None
         raise
-    _fsync(folder.parent)
+    disk.sync(folder.parent)
 
 
 def remove(folder: Path) -> None:
     """Remove a folder, without room for anything on the disk. It loses its name first, so whoever is killed meanwhile
     leaves no half of it under that name, only what a sweep removes. Links in it are removed, never followed.
+
+    On an overlay a folder of an image's layer keeps its name. What stands directly in it then goes first, its manifest
+    or record with it: nobody takes the rest for whole.
     """
     removed = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.removed"
-    os.rename(folder, removed)
-    _fsync(folder.parent)
+    try:
+        os.rename(folder, removed)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        for path in folder.iterdir():
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+        removed = folder
+    disk.sync(folder.parent)
     _discard(removed)
 
 
@@ -80,24 +93,16 @@ def _candidates(parent: Path) -> list[Path]:
     return [path for path in sorted(named) if path.is_dir() and not path.is_symlink()]
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _lock_new_folder(folder: Path) -> tuple[Path, int]:
     """The outer folder and the handle that holds its lock for as long as this process lives."""
     while True:
         outer = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.partial"
         outer.mkdir()
         try:
-            lock = os.open(outer / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            lock = locks.open_file(outer / "lock")
         except FileNotFoundError:
             continue  # a sweep met the folder before its lock was in it
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.acquire(lock, outer / "lock")
         if (outer / "lock").exists():
             return outer, lock
         os.close(lock)  # a sweep was between our open and our lock
@@ -109,37 +114,40 @@ def _is_removed(path: Path) -> bool:
 
 def _discard(removed: Path) -> bool:
     while removed.exists():
-        with suppress(FileNotFoundError):  # another process does the same at this moment
+        try:
             shutil.rmtree(removed)
+        except FileNotFoundError:
+            continue  # another process does the same at this moment
+        except PermissionError as error:
+            logger.warning("%s: of another user, who alone can remove it", error.filename)
+            return False
     return True
 
 
 def _is_dead(outer: Path) -> bool:
     try:
-        lock = os.open(outer / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False  # being made or removed at this moment, or empty
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(lock)
-    return True
+        return locks.is_free(outer / "lock")
+    except (FileNotFoundError, PermissionError):
+        return False  # being made or removed at this moment, or empty; another user's
 
 
 def _remove_if_dead(outer: Path) -> bool:
     try:
-        lock = os.open(outer / "lock", os.O_RDWR | os.O_CLOEXEC)
+        lock = locks.open_file(outer / "lock", create=False)
     except FileNotFoundError:
         return _remove_if_empty(outer)
+    except PermissionError:
+        return False  # another user's, and nobody can say whether its process lives
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.acquire(lock, outer / "lock", wait=False)
         if not (outer / "lock").exists():
             return False  # its process finished just now
         _remove(outer)
-    except BlockingIOError:
+    except locks.Held:
         return False  # its process lives
+    except PermissionError as error:
+        logger.warning("%s: left by a run of another user, who alone can remove it", error.filename)
+        return False
     finally:
         os.close(lock)
     return True

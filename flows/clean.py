@@ -4,12 +4,10 @@ What a run that is remembered uses stays, and so does everything in the registry
 loses its name first, and what a killed clean leaves has a name that nobody takes for a stage. No link is followed.
 """
 
-import fcntl
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from numprune.errors import InputError, NumpruneError
-from numprune.export import manifest, temporary
+from numprune.export import locks, manifest, temporary
 from numprune.flows import recipe, runs
-from numprune.flows.stages import Busy, exclusive
+from numprune.flows.stages import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ def remove(workspace: Path, found: Found) -> tuple[list[Item], list[Item]]:
     """
     went: list[Item] = []
     busy: list[Item] = []
-    with _alone(workspace):
+    with locks.held(workspace / runs.FOLDER / ".clean"):
         for item in found.goes:
             (went if _remove(workspace, item) else busy).append(item)
     return went, busy
@@ -137,18 +135,8 @@ def _remove(workspace: Path, item: Item) -> bool:
             if item.path.exists():
                 temporary.remove(item.path)
             return True
-    except Busy:
+    except locks.Held:
         return False
-
-
-@contextmanager
-def _alone(workspace: Path) -> Iterator[None]:
-    handle = os.open(workspace / runs.FOLDER / ".clean", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _made(parent: Path) -> list[Path]:

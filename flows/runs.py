@@ -9,7 +9,6 @@
 A record without an outcome whose lock nobody holds is of a run that was interrupted.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import temporary
+from numprune.export import locks, temporary
 from numprune.flows import logs
 from numprune.serving.problems import problems
 
@@ -256,14 +255,15 @@ def read(folder: Path) -> Record:
 @contextmanager
 def only_if_over(run: Run) -> Iterator[bool]:
     """Hold the lock of a run whose process is gone; False, and nothing is held, while it lives."""
+    lock = run.folder / _LOCK
     try:
-        handle = os.open(run.folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = locks.open_file(lock, create=False)
     except FileNotFoundError:  # damaged, or removed just now
         yield run.folder.is_dir()
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        locks.acquire(handle, lock, wait=False)
+    except locks.Held:
         os.close(handle)
         yield False
         return
@@ -294,9 +294,9 @@ def _started(workspace: Path, recipe: "Recipe", source: Path) -> Iterator[Record
     with temporary.beside(folder) as content:
         for kind in ("stages", "releases"):
             (content / _USES / kind).mkdir(parents=True)
-        handle = os.open(content / _LOCK, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        handle = locks.open_file(content / _LOCK)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            locks.acquire(handle, content / _LOCK)
             _write(content, record)
             temporary.move(content, folder)
         except BaseException:
@@ -352,13 +352,6 @@ def _look(folder: Path) -> Run | None:
 
 def _is_alive(folder: Path) -> bool:
     try:
-        handle = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return not locks.is_free(folder / _LOCK)
     except OSError:
         return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

@@ -5,7 +5,6 @@ code and the packages that do the work. It is written beside its place and renam
 complete: that is the cache and the crash recovery at once.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from typing import Any, Literal
 
 import numprune
 from numprune.errors import IntegrityError
-from numprune.export import manifest
+from numprune.export import locks, manifest
 from numprune.flows import runs
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,6 @@ class StageResult:
     seconds: float
     peak_memory_bytes: int
     bytes: int
-
-
-class Busy(Exception):
-    """Somebody else holds the lock of a stage."""
 
 
 def workspace_folder(asked: str | None) -> Path:
@@ -214,19 +209,19 @@ def is_whole(folder: Path, key: str) -> bool:
 def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of a stage; the kernel lets it go when the process ends, however it ends.
 
-    Raises Busy when another process holds it and there shall be no waiting.
+    Raises locks.Held when another process holds it and there shall be no waiting.
     """
     path = folder.parent / ".locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    handle = locks.open_file(path)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            locks.acquire(handle, path, wait=False)
+        except locks.Held:
             if not wait:
-                raise Busy(folder.name) from None
+                raise
             logger.info("%s: another run is making it; waiting", folder.name)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            locks.acquire(handle, path)
         yield
     finally:
         os.close(handle)

@@ -13,10 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from numprune.errors import InputError, IntegrityError
-from numprune.export import manifest
+from numprune.export import locks, manifest
 from numprune.serving import canary, registry
 from numprune.serving.registry import Registry, Version
 from numprune.serving.registry.releases import CHECKPOINT
@@ -65,8 +63,7 @@ def prepare(opened: Registry, reference: str, workspace: Path) -> Deployment:
     with opened.speaking():
         version = resolve(opened, registry.parse(reference))
     folder = _copy(workspace, version.name, version.digest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with locks.held(folder.with_name(f".{folder.name}.lock")):
         _fetch(opened, version, folder)
         dtype = _audit(folder / CHECKPOINT)
         canary.read(folder / canary.REFERENCE)

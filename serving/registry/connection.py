@@ -10,13 +10,12 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
+from numprune.export import locks
 from numprune.serving.problems import short
 from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts, require_shared
 from numprune.serving.registry.errors import RegistryError, error_code, speaking, without_secrets
@@ -208,15 +207,11 @@ def _relocation(uri: str, experiment: "Experiment") -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the file's flock: it ends with the process, however that ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=_LOCK_TIMEOUT_S)
-        lock.acquire()
-    except Timeout:
-        raise RegistryError(f"{path}: held by another process for {_LOCK_TIMEOUT_S:.0f} s; try again") from None
-    except OSError as error:
-        raise RegistryError(f"{path}: the registry cannot be locked: {error.strerror}") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.held(path, timeout_s=_LOCK_TIMEOUT_S))
+        except locks.Held:
+            raise RegistryError(f"{path}: held by another process for {_LOCK_TIMEOUT_S:.0f} s; try again") from None
+        except OSError as error:
+            raise RegistryError(f"{path}: the registry cannot be locked: {error.strerror}") from None
         yield
-    finally:
-        lock.release()

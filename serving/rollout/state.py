@@ -1,6 +1,5 @@
 """What runs for a name, as a file that is written at once or not at all, and the lock that goes with it."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from numprune.errors import IntegrityError, NumpruneError
+from numprune.export import locks
 from numprune.serving.problems import problems
 from numprune.serving.registry.reference import check_name
 from numprune.serving.vllm.process import Process
@@ -128,11 +128,12 @@ class Place:
     def exclusive(self) -> Iterator[None]:
         """Be the only one who changes what runs; the kernel ends it with this process. Raises RolloutBusy."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        path = self.folder / "lock"
+        handle = locks.open_file(path)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                locks.acquire(handle, path, wait=False)
+            except locks.Held:
                 holder = os.read(handle, 32).decode() or "unknown"
                 raise RolloutBusy(
                     f"{self.name}: another rollout of it is under way (process {holder}); wait for its end"

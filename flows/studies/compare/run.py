@@ -21,13 +21,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
+from numprune.export import locks
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest, sha256_file
 from numprune.flows import children, stages
@@ -251,11 +251,10 @@ def _check_text(request: Request) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the kernel lets it go when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", blocking=False):
+        with locks.held(folder / ".lock", timeout_s=0):
             yield
-    except Timeout:
+    except locks.Held:
         raise InputError(f"another comparison is at work in {folder}; wait for it, or give another --out") from None
 
 

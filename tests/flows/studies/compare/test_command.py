@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from numprune.corpus import sample_rows, token_rows
 from numprune.documents import read_documents
+from numprune.export import locks
 from numprune.export.checkpoint import load
 from numprune.flows.studies.compare import methods
 from numprune.flows.studies.compare.command import main
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, capsys):
 
 def test_of_two_runs_in_one_folder_one_refuses(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"):
+    with locks.held(tmp_path / "out" / ".lock"):
         assert main(command("--methods", "magnitude/uniform/none")) == 1
     assert f"another comparison is at work in {tmp_path / 'out'}" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]

@@ -1,0 +1,95 @@
+"""Locks of files (flock): held by a process, and freed by the kernel when it ends, however it ends.
+
+Several users may share a folder: a lock file has the permissions that the umask leaves, and one that another user made
+can be locked by whoever may read it.
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from numprune.errors import DiskError
+
+_WITHOUT = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
+_POLL_S = 0.05
+
+
+class Held(Exception):
+    """Another process holds the lock."""
+
+
+def open_file(path: Path, *, create: bool = True) -> int:
+    """The handle of a lock file. Raises OSError, with `create` only for a file that can be neither made nor read."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | flags | (os.O_CREAT if create else 0), 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)  # another user's, and not for the group to write
+
+
+def acquire(handle: int, path: Path, *, wait: bool = True, shared: bool = False) -> None:
+    """Lock an open file; it is free again when the last handle of this opening is closed.
+
+    Raises Held, when it shall not wait, and DiskError for a file system without locks.
+    """
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise Held(path) from None
+    except OSError as error:
+        if error.errno not in _WITHOUT:
+            raise
+        raise DiskError(
+            f"{path}: files cannot be locked here ({os.strerror(error.errno)}), and two runs at once would damage each "
+            "other's work; choose a folder on a local disk, or have it mounted with locks (NFS: a lock service, or "
+            "`-o local_lock=flock` where one machine uses it; Lustre: `-o flock`)"
+        ) from None
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of an existing file now. Raises OSError when it cannot be opened, DiskError."""
+    handle = open_file(path, create=False)
+    try:
+        acquire(handle, path, wait=False, shared=True)  # who asks is not taken for a holder by others who ask
+    except Held:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+@contextmanager
+def held(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
+    """Hold the lock of a file, which is made where it is not there, and its folder too.
+
+    Args:
+        timeout_s: give up after so long; None waits without end, 0 not at all.
+
+    Raises Held, DiskError (a file system without locks), OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = open_file(path)
+    try:
+        _acquire_within(handle, path, timeout_s)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _acquire_within(handle: int, path: Path, timeout_s: float | None) -> None:
+    if timeout_s is None:
+        acquire(handle, path)
+        return
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            acquire(handle, path, wait=False)
+            return
+        except Held:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_S)
