@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune import sensitivity
@@ -29,6 +28,7 @@ from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
 from numprune.plan import BlockPlan, Calibration, Plan, PricedSplit
+from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
 from numprune.splits import priced, splits_meeting
 from numprune.statistics import Moments
@@ -204,7 +204,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     )
     kept: dict[str, Tensor] = {}  # block name -> units
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
-    for index in tqdm(range(anatomy.layers), desc="prune", unit="layer", disable=None, leave=False):
+    for index in progress(range(anatomy.layers), "prune", "layer"):
         blocks = anatomy.of_layer(index)
         biases: dict[str, Tensor] = {}
         with layers.layer(index) as layer:
@@ -277,7 +277,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield block name and moments of every block that has units, in the order of the forward pass."""
     walk = Walked(Walker(layers, rows.shape[1], batch_size), rows)
-    for index in tqdm(range(layers.anatomy.layers), desc="calibrate", unit="layer", disable=None, leave=False):
+    for index in progress(range(layers.anatomy.layers), "calibrate", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
                 if block.units:
@@ -331,7 +331,7 @@ def _units_to_keep(
 
 def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Moments]]:
     """Yield every block that has units, its consumer's weight (out, D) in float64, and its moments."""
-    for index in tqdm(range(layers.anatomy.layers), desc="score", unit="layer", disable=None, leave=False):
+    for index in progress(range(layers.anatomy.layers), "score", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
                 if block.units:

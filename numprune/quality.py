@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from scipy import special
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
+from numprune.progress import Progress
 
 # Logits are computed for a few positions at a time, so that memory depends neither on the batch nor on the vocabulary:
 # 2^23 of them are 32 MiB. A batch of 8 rows of 512 tokens has 805 MB of them where there are 49,152 words.
@@ -312,7 +312,7 @@ def batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows.rows):
         by_length.setdefault(len(row), []).append(index)
-    with tqdm(total=len(rows.rows), desc=title, unit="window", disable=None, leave=False) as bar:
+    with Progress(len(rows.rows), title, "window") as bar:
         for length in sorted(by_length, reverse=True):
             indices = by_length[length]
             for start in range(0, len(indices), batch_size):

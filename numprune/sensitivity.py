@@ -9,15 +9,14 @@ the identity), and what makes the prices of different blocks comparable.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from numprune.anatomy import Block
 from numprune.calibration import block_output
 from numprune.layers import Layers
+from numprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     rotary = layers.rotary(rows.shape[1])
     scores: dict[str, Tensor] = {}
     chunks = rows.split(batch_size if layers.resident else len(rows))
-    with tqdm(total=2 * anatomy.layers * len(chunks), desc="gradients", unit="layer", disable=None, leave=False) as bar:
+    with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
         for number, part in enumerate(chunks):
             batches = [slice(at, at + batch_size) for at in range(0, len(part), batch_size)]
             entering = _forward(layers, part, batches, rotary, bar)
@@ -74,7 +73,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
 
 @torch.no_grad()
 def _forward(
-    layers: Layers, rows: Tensor, batches: list[slice], rotary: tuple[Tensor, Tensor], bar: "tqdm[Any]"
+    layers: Layers, rows: Tensor, batches: list[slice], rotary: tuple[Tensor, Tensor], bar: Progress
 ) -> list[Tensor]:
     """Return what enters each layer, and what leaves the last."""
     anatomy = layers.anatomy

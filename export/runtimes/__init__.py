@@ -47,7 +47,7 @@ def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int 
         name: `torch` (a checkpoint folder), `onnxruntime` (of `export.onnx`) or `tensorrt` (of `export.tensorrt`).
         folder: what to load.
         device: `cpu`, `cuda`, or `auto`: CUDA where the runtime and the machine have it.
-        threads: of the CPU, for one operator; None: the runtime's own default.
+        threads: of the CPU, for one operator; None: the runtime's own default, or the CPU quota.
 
     Raises:
         InputError: unknown name or device, or a folder of another kind.

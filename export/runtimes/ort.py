@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError, MissingRuntime
-from numprune.export import manifest
+from numprune.export import manifest, processors
 from numprune.export.onnx import MODEL_FILE
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
@@ -36,6 +36,7 @@ class OnnxRuntime:
         self._facts = dict(found.facts)
         provider = _choose_provider(device)
         self._device = "cuda" if provider == CUDA else "cpu"
+        threads = threads or processors.quota()
         self._threads = threads
         self._session = _open(folder / MODEL_FILE, provider, threads)
         if provider == CUDA:

@@ -1,7 +1,6 @@
 """Whether files, model and runtimes can do what a recipe asks for: all that can be known before the work begins."""
 
 import importlib
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from numprune.calibration import longest_row
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
-from numprune.export import tensorrt
+from numprune.export import processors, tensorrt
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
@@ -59,7 +58,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         machine={
             "node": platform.node(),
-            "cores": str(len(os.sched_getaffinity(0))),
+            "cores": str(processors.count()),
             "gpu": torch.cuda.get_device_name() if available else "",
             **({"vllm": str(environment.find())} if "vllm" in recipe.benchmark.runtimes else {}),
         },

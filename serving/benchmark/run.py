@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from numprune.errors import InputError
+from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
 from numprune.serving.benchmark.load import Load, interleaving
@@ -126,7 +125,7 @@ def _measure(
     load: Load, runtime: str, workers: Mapping[str, Worker], opened: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     machine = {"uses_gpu": opened["baseline"]["gpu"], "own_processes": [worker.pid for worker in workers.values()]}
-    with tqdm(total=2 * (load.warmup + load.repeats), desc=f"benchmark ({runtime})", unit="run", disable=None) as bar:
+    with Progress(2 * (load.warmup + load.repeats), f"benchmark ({runtime})", "run", leave=True) as bar:
         warmup = _interleaved(load.warmup, workers, bar)
         before, stolen = capture(**machine), StolenTime()
         repeats = _interleaved(load.repeats, workers, bar)
@@ -162,7 +161,7 @@ def _measure(
     }
 
 
-def _interleaved(count: int, workers: Mapping[str, Worker], bar: "tqdm[Any]") -> dict[str, list[Repeat]]:
+def _interleaved(count: int, workers: Mapping[str, Worker], bar: Progress) -> dict[str, list[Repeat]]:
     """`count` repeats of each side, in turn; the other stands still meanwhile."""
     repeats: dict[str, list[Repeat]] = {name: [] for name in workers}
     for letter in interleaving(count):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from numprune.export import processors
 from numprune.serving.report.models import Environment, Gpu
 
 # What a measurement depends on; those that are not installed are left out.
@@ -82,7 +83,7 @@ def capture(*, uses_gpu: bool = False, own_processes: Collection[int] = ()) -> E
             reasons.append(f"the GPU's state cannot be read: {problem}")
     return Environment(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=processors.count(),
         memory_bytes=psutil.virtual_memory().total,
         platform=f"{platform.platform()}, Python {platform.python_version()}",
         gpu=gpu,

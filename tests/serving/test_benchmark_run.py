@@ -8,10 +8,10 @@ import time
 
 import psutil
 import pytest
-from tqdm import tqdm
 
 from numprune.errors import InputError
 from numprune.export import onnx
+from numprune.progress import Progress
 from numprune.serving.benchmark import Load, WorkerError, pool, run_benchmark
 from numprune.serving.benchmark.run import _interleaved, check_match
 from numprune.serving.benchmark.samples import Repeat
@@ -115,7 +115,7 @@ def test_each_side_is_measured_while_the_other_stands_still():
 
     workers = {name: Spinning(name, process) for name, process in zip(("baseline", "candidate"), spinning, strict=True)}
     try:
-        repeats = _interleaved(2, workers, tqdm(disable=True))
+        repeats = _interleaved(2, workers, Progress(4, "benchmark", "run"))
     finally:
         for process in spinning:
             process.kill()

@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 
-from tqdm import tqdm
-
 from numprune.errors import InputError, NumpruneError
 from numprune.flows.studies.error_rates.count import (
     QualityRates,
@@ -18,6 +16,7 @@ from numprune.flows.studies.error_rates.count import (
     speed_rates,
 )
 from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+from numprune.progress import progress
 from numprune.serving.gates import LOOKS
 
 _EPILOG = """\
@@ -54,14 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     machines = [(machine, n) for n in repeats for machine in MACHINES]
     sys.stdout.write(
         quality_table(
-            quality_rates(text, n, _fewer(args.worlds, n), args.seed) for text, n in tqdm(texts, desc="quality")
+            quality_rates(text, n, _fewer(args.worlds, n), args.seed) for text, n in progress(texts, "quality", "text")
         )
     )
     sys.stdout.write(
-        speed_table(speed_rates(machine, n, args.worlds, args.seed) for machine, n in tqdm(machines, desc="speed"))
+        speed_table(
+            speed_rates(machine, n, args.worlds, args.seed) for machine, n in progress(machines, "speed", "machine")
+        )
     )
     sys.stdout.write(
-        rerun_table(rerun_rates(machine, n, args.worlds, args.seed) for machine, n in tqdm(machines, desc="reruns"))
+        rerun_table(
+            rerun_rates(machine, n, args.worlds, args.seed) for machine, n in progress(machines, "reruns", "machine")
+        )
     )
     again = settled(TEXTS[1], min(documents), max(10, args.worlds // 10), args.seed)
     print(

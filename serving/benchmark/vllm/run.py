@@ -7,11 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from numprune.errors import InputError, NumpruneError
-from numprune.export import manifest, vllm
+from numprune.export import manifest, processors, vllm
 from numprune.export.checkpoint import audit, read_config
+from numprune.progress import Progress
 from numprune.serving.benchmark.contention import Contention, StolenTime
 from numprune.serving.benchmark.scheduler import standing_still
 from numprune.serving.benchmark.sections import Look
@@ -162,7 +161,7 @@ def _threads(environment: Environment) -> dict[str, str]:
     With its worker bound to one of two CPUs, vLLM's engine was seen to spin on the other for as long as a request took:
     nobody was left to send the tokens, or to time them.
     """
-    cpus = len(os.sched_getaffinity(0))
+    cpus = processors.count()
     if not environment.cpu or cpus > _FEW_CPUS:
         return {}
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, cpus - 1))}
@@ -178,7 +177,7 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
     failed: list[str] = []
     total = len(sides) * len(load.concurrency) * (load.warmup + load.repeats)
     before, stolen = capture(**machine), StolenTime()
-    with tqdm(total=total, desc="benchmark (vllm)", unit="run", disable=None) as bar:
+    with Progress(total, "benchmark (vllm)", "run", leave=True) as bar:
         for concurrency in load.concurrency:
             for index in range(load.warmup + load.repeats):
                 # A B, then B A; the count begins again with the first repeat.

@@ -1,0 +1,65 @@
+"""How far a long loop is: a bar on a terminal, and elsewhere a line in the log every 30 seconds."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 30.0
+
+
+class Progress:
+    """`with Progress(total, "calibrate", "layer") as bar: … bar.update()`."""
+
+    def __init__(self, total: int, title: str, unit: str, *, leave: bool = False) -> None:
+        """
+        Args:
+            unit: what is counted, in the singular.
+            leave: the bar stays on the terminal when the loop is over.
+        """
+        self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, disable=None)
+        self._total, self._title, self._unit = total, title, unit
+        self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._bar.update(count)
+        self._done += count
+        now = time.monotonic()
+        if self._bar.disable and now - self._told >= _EVERY_S and self._done < self._total:
+            self._told = now
+            left = (now - self._started) / self._done * (self._total - self._done)
+            logger.info(
+                "%s: %d of %d %ss, about %s left", self._title, self._done, self._total, self._unit, _duration(left)
+            )
+
+
+def progress(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
+    """Yield the items, and show how many of them are done."""
+    with Progress(len(items), title, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

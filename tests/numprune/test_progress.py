@@ -1,0 +1,48 @@
+"""What is said of a loop's progress where there is no terminal."""
+
+import logging
+import time
+
+import pytest
+
+from numprune.progress import Progress, progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, in a list for the test to change."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_every_30_seconds(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "numprune")
+    for item in progress(range(100), "calibrate", "layer"):
+        clock[0] += 13.0
+        assert item == round(clock[0] / 13) - 1
+    assert caplog.messages[:2] == [
+        "calibrate: 3 of 100 layers, about 21 min left",
+        "calibrate: 6 of 100 layers, about 20 min left",
+    ]
+    assert len(caplog.messages) == 33  # of 1,300 s; the last one is not told when all is done
+
+
+def test_short_loops_say_nothing(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "numprune")
+    with Progress(4, "evaluate", "window") as bar:
+        for _ in range(4):
+            clock[0] += 7.0
+            bar.update()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("seconds_each", "left"), [(31.0, "31 s"), (360.0, "6 min"), (7200.0, "2 h 0 min"), (9000.0, "2 h 30 min")]
+)
+def test_time_left(clock: list[float], caplog: pytest.LogCaptureFixture, seconds_each: float, left: str) -> None:
+    caplog.set_level(logging.INFO, "numprune")
+    with Progress(2, "prune", "layer") as bar:
+        clock[0] += seconds_each
+        bar.update()
+    assert caplog.messages == [f"prune: 1 of 2 layers, about {left} left"]
