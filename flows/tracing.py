@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, cast
 
 from numprune.flows import logs
+from numprune.serving import loopback
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -103,7 +104,7 @@ def _provider() -> "tuple[TracerProvider, _Delivery] | None":
         logger.warning("no spans are sent: OTEL_EXPORTER_OTLP_PROTOCOL is %r, and we speak http/protobuf", protocol)
         return None
     try:
-        return _make_provider()
+        return _make_provider(endpoint)
     except ImportError as error:
         logger.warning("no spans are sent, though an endpoint is set: %s; pip install 'numprune[otel]'", error)
     except Exception as error:  # whatever a malformed variable makes the SDK raise
@@ -111,7 +112,8 @@ def _provider() -> "tuple[TracerProvider, _Delivery] | None":
     return None
 
 
-def _make_provider() -> "tuple[TracerProvider, _Delivery]":
+def _make_provider(endpoint: str) -> "tuple[TracerProvider, _Delivery]":
+    import requests
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -122,7 +124,9 @@ def _make_provider() -> "tuple[TracerProvider, _Delivery]":
     provider = TracerProvider(
         resource=Resource.create({} if named else {"service.name": "numprune"}), shutdown_on_exit=False
     )
-    delivery = _Delivery(OTLPSpanExporter())
+    session = requests.Session()
+    session.proxies.update(loopback.proxies(endpoint))
+    delivery = _Delivery(OTLPSpanExporter(session=session))
     provider.add_span_processor(BatchSpanProcessor(cast("SpanExporter", delivery)))
     return provider, delivery
 

@@ -18,6 +18,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.errors import InputError, IntegrityError, ParityError
+from numprune.serving import loopback
 from numprune.serving.problems import problems
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
@@ -154,7 +155,7 @@ def check(url: str, reference: Reference, dtype: str, api_key: str | None = None
     if dtype not in TOLERANCES:
         raise InputError(f"dtype is {dtype!r}; the canary knows {', '.join(TOLERANCES)}")
     tolerance = reference.tolerance(dtype)
-    with httpx.Client(base_url=url, timeout=_TIMEOUT_S, headers=keys.headers(api_key)) as client:
+    with loopback.client(url, timeout=_TIMEOUT_S, headers=keys.headers(api_key)) as client:
         model = _ask(client, "GET", "/v1/models")["data"][0]["id"]
         _check_tokenizer(client, model, reference)
         found = [*_prefill(client, model, reference)]

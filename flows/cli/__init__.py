@@ -6,6 +6,8 @@ imported by the commands that need them, so `numprune --help` answers at once.
 Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment, 130 interrupted.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
@@ -17,16 +19,21 @@ from types import FrameType
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
-from numprune.flows import children, logs
+from numprune.flows import children, logs, machine
 from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, report, rollout, runs, serve
 from numprune.flows.cli.parser import Answer, build, parse
+from numprune.serving import loopback
 
 COMMANDS = (optimize, model, measure, report, registry, serve, rollout, canary, kubernetes, runs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    atexit.register(gc.freeze)  # or ending takes a second, for memory that goes anyway
     children.yield_processors()
+    loopback.exempt()
+    machine.open_closed_streams()
+    machine.provide_home()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     form: logs.Format = "human"
@@ -34,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = logs.chosen(None)
         args = parse(build(COMMANDS), sys.argv[1:] if argv is None else argv)
         form = logs.chosen(args.log_format)
+        machine.require_stdout()
+        machine.require_current_folder()
         with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)

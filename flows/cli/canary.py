@@ -64,10 +64,12 @@ def _wait(url: str, key: str | None, timeout_s: float) -> None:
     """Until /health says so. Raises NumpruneError when it does not in time."""
     import httpx
 
+    from numprune.serving import loopback
+
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            said = str(httpx.get(f"{url}/health", headers=api_key.headers(key), timeout=5.0).status_code)
+            said = str(loopback.get(f"{url}/health", headers=api_key.headers(key), timeout=5.0).status_code)
             if said == str(httpx.codes.OK.value):
                 return
         except httpx.HTTPError as error:

@@ -50,16 +50,19 @@ def run(args: argparse.Namespace) -> Answer:
     logger.info("recipe %s, workspace %s", path, workspace)
     children.warm_up()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
-    from numprune.flows.optimize import optimize
+    from numprune.flows import server
 
     errors: list[Exception] = []
     starting = threading.Thread(target=_start_server, args=(errors,), daemon=True)
-    starting.start()  # beside the checks, whose complaints come first
-    children.step("steps.checks.check", asked, workspace)
-    starting.join()
-    if errors:
-        raise errors[0]
-    state = optimize(args.recipe, args.overrides, str(workspace), return_state=True)
+    with server.reaching():
+        from numprune.flows.optimize import optimize
+
+        starting.start()  # beside the checks, whose complaints come first
+        children.step("steps.checks.check", asked, workspace)
+        starting.join()
+        if errors:
+            raise errors[0]
+        state = optimize(args.recipe, args.overrides, str(workspace), return_state=True)
     found: Any = state.result(raise_on_failure=False)
     if isinstance(found, BaseException):
         raise found

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from numprune.serving import canary
+from numprune.serving import canary, loopback
 from numprune.serving.deployment import Deployment, choose_dtype, log_file, prove
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Backend, Place, Started
@@ -78,7 +78,7 @@ def _load(running: Server, reference: canary.Reference) -> None:
         prompt = reference.prompts[number % len(reference.prompts)].tokens
         body = {"model": running.name, "prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
         try:
-            answer = httpx.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=300.0)
+            answer = loopback.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=300.0)
         except httpx.TransportError as error:
             running.require_alive(server.SETTLE_S)
             raise ServerError(
@@ -127,7 +127,7 @@ def retire(backend: Backend, timeout_s: float) -> int:
 def _status(url: str, headers: Mapping[str, str]) -> int:
     """Of the answer; 0 when there is none."""
     try:
-        return httpx.get(url, headers=headers, timeout=10.0).status_code
+        return loopback.get(url, headers=headers, timeout=10.0).status_code
     except httpx.TransportError:
         return 0
 
@@ -150,7 +150,7 @@ def _drain(backend: Backend, timeout_s: float) -> int:
 def _pending(backend: Backend) -> int:
     """Requests that run or wait; one, when the server is too busy to say."""
     try:
-        answer: Any = httpx.get(f"{backend.url}/metrics", timeout=10.0)
+        answer: Any = loopback.get(f"{backend.url}/metrics", timeout=10.0)
     except httpx.TransportError:
         return 1
     counts = _PENDING.findall(answer.text)

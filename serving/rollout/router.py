@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from numprune.errors import MissingRuntime, NumpruneError
+from numprune.serving import loopback
 from numprune.serving.deployment import log_file
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Place, Router, Started
@@ -88,7 +89,7 @@ def ensure(place: Place, settings: Settings, router: Router, worker: str) -> Rou
 def workers(router: Router) -> set[str] | None:
     """The servers that it sends requests to; None when it does not answer."""
     try:
-        answer = httpx.get(f"{router.url}/list_workers", timeout=10.0)
+        answer = loopback.get(f"{router.url}/list_workers", timeout=10.0)
         return set(answer.json()["urls"]) if answer.is_success else None
     except (httpx.TransportError, ValueError, KeyError, TypeError):
         return None
@@ -111,7 +112,7 @@ def serve_only(router: Router, worker: str) -> None:
 def require_answer(router: Router, model: str, api_key: str | None) -> None:
     """Raises RouterError unless a request through it is answered by a server of `model`."""
     try:
-        answer = httpx.get(f"{router.url}/v1/models", headers=keys.headers(api_key), timeout=_TIMEOUT_S)
+        answer = loopback.get(f"{router.url}/v1/models", headers=keys.headers(api_key), timeout=_TIMEOUT_S)
         served = [item["id"] for item in answer.json()["data"]] if answer.is_success else []
     except (httpx.TransportError, ValueError, KeyError, TypeError) as error:
         raise RouterError(f"{router.url}: /v1/models was not answered ({error or type(error).__name__})") from None
@@ -129,7 +130,7 @@ def _require_workers(router: Router) -> set[str]:
 def _ask(router: Router, what: str, worker: str) -> None:
     parameters: dict[str, Any] = {"url": worker}
     try:
-        answer = httpx.post(f"{router.url}/{what}", params=parameters, timeout=_TIMEOUT_S)
+        answer = loopback.post(f"{router.url}/{what}", params=parameters, timeout=_TIMEOUT_S)
     except httpx.TransportError as error:
         raise RouterError(f"{router.url}: {what} {worker}: {error or type(error).__name__}") from None
     if not answer.is_success:

@@ -16,7 +16,8 @@ import httpx
 import psutil
 
 from numprune.errors import InputError, MissingRuntime, NumpruneError
-from numprune.export import manifest
+from numprune.export import disk, manifest
+from numprune.serving import loopback
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm import memory, needs, process
 from numprune.serving.vllm.environment import INSTALL, Environment
@@ -111,14 +112,14 @@ class Server:
 
     def _is_healthy(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == httpx.codes.OK
+            return loopback.get(f"{self.url}/health", timeout=5.0).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def _require_ours(self) -> None:
         """What answers must be the model we started: another server may have taken the port meanwhile."""
         self.require_alive()
-        answer = httpx.get(f"{self.url}/v1/models", headers=self.headers, timeout=30.0)
+        answer = loopback.get(f"{self.url}/v1/models", headers=self.headers, timeout=30.0)
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise ServerError(f"{self.url}: {keys.refused(self.api_key)}; another server has this port")
         served = [model.get("id") for model in answer.json().get("data", [])] if answer.is_success else []
@@ -216,7 +217,8 @@ def start(
         *(_memory(checkpoint, name) if needs_memory else ()),
         *others,
     ]
-    defaults = {**_ENVIRONMENT, **(_EAGER if "--enforce-eager" in options else {})}
+    sockets = {"VLLM_RPC_BASE_PATH": disk.folder_for_sockets()}
+    defaults = {**_ENVIRONMENT, **sockets, **(_EAGER if "--enforce-eager" in options else {})}
     variables = {key: value for key, value in defaults.items() if key not in os.environ}
     running = process.start(
         command,

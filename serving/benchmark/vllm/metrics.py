@@ -4,9 +4,8 @@ import math
 import re
 from dataclasses import dataclass
 
-import httpx
-
 from numprune.errors import IntegrityError
+from numprune.serving import loopback
 
 _INFO = "vllm:cache_config_info"
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -23,7 +22,7 @@ class KvCache:
 
 def read_kv_cache(url: str, max_model_len: int) -> KvCache:
     """Of the server at `url`, which was started with this limit. Raises IntegrityError when it does not tell."""
-    return parse_kv_cache(httpx.get(f"{url}/metrics", timeout=30.0).text, max_model_len)
+    return parse_kv_cache(loopback.get(f"{url}/metrics", timeout=30.0).text, max_model_len)
 
 
 def parse_kv_cache(text: str, max_model_len: int) -> KvCache:
