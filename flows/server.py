@@ -44,11 +44,13 @@ def start() -> None:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
             client.read_flow_runs(limit=1)
     except Exception as error:  # Prefect's own, its HTTP client's
+        said = (str(error) or type(error).__name__).splitlines()[0]
         if not url:
-            raise ServerError(f"Prefect's temporary server does not work: {error}") from error
+            raise ServerError(f"Prefect's temporary server does not work: {said}") from error
         source, remedy = _configured_by()
         raise ServerError(
-            f"the Prefect server at {url} ({source}) does not answer: {error}; start it, or {remedy} to do without"
+            f"the Prefect server at {url} ({source}) cannot be used: {said}; start it or correct its address, or "
+            f"{remedy} to do without"
         ) from error
 
 
