@@ -52,6 +52,8 @@ def warm_up() -> None:
     """Start the server now, so that it imports while this process does something else."""
     yield_processors()
     _context.set_forkserver_preload(_PRELOADED)
+    # Ctrl-C reaches the whole process group, and ending the children is our part. They inherit the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     tempfile.tempdir, temporary = disk.folder_for_sockets(), tempfile.gettempdir()
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"  # no file in the current folder may stand in for a module
@@ -59,6 +61,7 @@ def warm_up() -> None:
         forkserver.ensure_running()
     finally:
         tempfile.tempdir = temporary
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
             del os.environ["PYTHONSAFEPATH"]
         else:
@@ -116,9 +119,6 @@ def find_step(name: str) -> Callable[..., Any]:
 
 
 def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[], Any]) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole process group; ending us is the parent's part
     os.dup2(2, 1)  # stdout is the parent's alone
     logs.adopt(logging_as)
     answered = threading.Event()

@@ -39,10 +39,14 @@ def require_current_folder() -> None:
 
 
 def provide_home() -> None:
-    """Give a user without a home folder (no HOME, no entry in passwd) a temporary one, where libraries keep caches."""
+    """Give a user without a home folder (none in HOME and passwd, or one that is not there) a temporary one, for the
+    caches of libraries.
+    """
     try:
-        Path.home()
+        there = Path.home().is_dir()
     except RuntimeError:
+        there = False
+    if not there:
         home = tempfile.mkdtemp(prefix="numprune-home-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
         os.environ["HOME"] = home

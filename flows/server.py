@@ -35,10 +35,18 @@ def start() -> None:
     Raises ServerError.
     """
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_MAX_RETRIES,
+        PREFECT_SERVER_EPHEMERAL_ENABLED,
+        temporary_settings,
+    )
 
     url = PREFECT_API_URL.value()
     if not url:
+        if not PREFECT_SERVER_EPHEMERAL_ENABLED.value():
+            name = PREFECT_SERVER_EPHEMERAL_ENABLED.name
+            raise ServerError(f"{name} is false and no Prefect server is configured; unset it, or set PREFECT_API_URL")
         _start_temporary()
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
@@ -57,6 +65,7 @@ def start() -> None:
 @contextmanager
 def reaching() -> Iterator[None]:
     """Let no proxy stand between this process and a server on this machine. Children start before: they keep theirs."""
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "true")  # else only Prefect's own profile has it
     with loopback.direct():  # Prefect makes HTTP clients when it is imported
         from prefect.settings import PREFECT_API_URL
 
@@ -137,10 +146,10 @@ def _wait(server: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
 
 
 def _end_with_us(server: int, home: Path | None = None) -> None:
-    """End a server, and remove its home, when this process has ended."""
-    remove = f"; rm -rf {shlex.quote(str(home))}" if home else ""
+    """End a server when this process has ended; one with a home of its own at once, and the home with it."""
+    end = f"kill -9 {server}; rm -rf {shlex.quote(str(home))}" if home else f"kill {server}"
     watcher = subprocess.Popen(
-        ["/bin/sh", "-c", f"read _; kill {server} 2>/dev/null{remove}"],
+        ["/bin/sh", "-c", f"read _; {end}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -16,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from numprune.serving import loopback
+from tests.processes import pytest_configure  # noqa: F401 - a hook
+
 # Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
 # what is tested of Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+loopback.exempt()  # what tests ask of their own servers goes through no proxy
 
 
 @pytest.hookimpl(wrapper=True)
