@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ class ChildFailed(Exception):
     """A mistake of ours in the child; the message is its traceback."""
 
 
-def yield_processors() -> None:
+def prepare_threads() -> None:
     """Have no more threads than CPUs, and let those that wait sleep instead of spin; before torch is imported.
 
     What the user has set stays. On a machine that has other work, too, spinning threads keep those they wait for off
@@ -50,8 +50,9 @@ def yield_processors() -> None:
 
 def warm_up() -> None:
     """Start the server now, so that it imports while this process does something else."""
-    yield_processors()
+    prepare_threads()
     _context.set_forkserver_preload(_PRELOADED)
+    resource_tracker.ensure_running()  # which would unblock SIGINT
     # Ctrl-C reaches the whole process group, and ending the children is our part. They inherit the mask.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     tempfile.tempdir, temporary = disk.folder_for_sockets(), tempfile.gettempdir()

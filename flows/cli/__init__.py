@@ -30,7 +30,7 @@ COMMANDS = (optimize, model, measure, report, registry, serve, rollout, canary, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     atexit.register(gc.freeze)  # or ending takes a second, for memory that goes anyway
-    children.yield_processors()
+    children.prepare_threads()
     loopback.exempt()
     machine.open_closed_streams()
     machine.provide_home()

@@ -76,8 +76,8 @@ def test_threads_follow_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(processors, "quota", lambda: None)
-    children.yield_processors()
+    children.prepare_threads()
     assert "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setattr(processors, "quota", lambda: 3)
-    children.yield_processors()
+    children.prepare_threads()
     assert os.environ.pop("OMP_NUM_THREADS") == "3"

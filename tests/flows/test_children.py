@@ -100,3 +100,14 @@ def read_when_there(path: Path) -> Iterator[str]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     yield path.read_text()
+
+
+def test_ctrl_c_is_the_parents_alone() -> None:
+    """A terminal sends it to the children, too: from their first moment on they take no notice."""
+    assert children.call(_blocked) & 1 << (signal.SIGINT - 1)
+
+
+def _blocked() -> int:
+    """The mask of signals that are blocked here."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1], 16)

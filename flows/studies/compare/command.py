@@ -41,7 +41,7 @@ command goes on after an interruption, and with more ratios, sizes or methods ru
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 error, 130 interrupted."""
-    children.yield_processors()
+    children.prepare_threads()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the children
     try:
