@@ -97,13 +97,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_folder() -> str:
+    """`tempfile.gettempdir()`. Raises DiskError when there is none, as in a container that is read-only throughout."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise DiskError(f"{error.strerror}; set TMPDIR to a folder that can be written to") from None
+
+
 def folder_for_sockets() -> str:
     """The temporary folder or, where that is too long for a Unix socket below it, another. Raises DiskError."""
-    for folder in (tempfile.gettempdir(), *_SHORT):
+    asked = temporary_folder()
+    for folder in (asked, *_SHORT):
         if len(os.fsencode(folder)) + _BELOW_BYTES <= _SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise DiskError(
-        f"TMPDIR {tempfile.gettempdir()}: too long for the sockets of our processes; choose one of at most "
+        f"TMPDIR {asked}: too long for the sockets of our processes; choose one of at most "
         f"{_SOCKET_BYTES - _BELOW_BYTES} bytes"
     )
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from numprune.errors import InputError
+from numprune.export import disk
 
 
 def open_closed_streams() -> None:
@@ -41,13 +42,15 @@ def require_current_folder() -> None:
 def provide_home() -> None:
     """Give a user without a home folder (none in HOME and passwd, or one that is not there) a temporary one, for the
     caches of libraries.
+
+    Raises DiskError when there is no temporary folder either.
     """
     try:
         there = Path.home().is_dir()
     except RuntimeError:
         there = False
     if not there:
-        home = tempfile.mkdtemp(prefix="numprune-home-")
+        home = tempfile.mkdtemp(prefix="numprune-home-", dir=disk.temporary_folder())
         atexit.register(shutil.rmtree, home, ignore_errors=True)
         os.environ["HOME"] = home
         os.environ.setdefault("USER", str(os.getuid()))  # for getpass, which else asks passwd

@@ -30,11 +30,11 @@ def is_local(url: str) -> bool:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except (httpx.InvalidURL, ValueError):
         return False
-    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
-        try:
+    try:
+        with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
             probe.bind((str(address), 0))
-        except OSError:
-            return address.is_loopback  # in containers, ::1 may be missing
+    except OSError:
+        return address.is_loopback  # in containers, ::1 may be missing
     return True
 
 

@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     children.prepare_threads()
     loopback.exempt()
     machine.open_closed_streams()
-    machine.provide_home()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     form: logs.Format = "human"
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = logs.chosen(args.log_format)
         machine.require_stdout()
         machine.require_current_folder()
+        machine.provide_home()
         with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)

@@ -313,6 +313,14 @@ def test_a_temporary_folder_that_is_too_long_for_sockets(tmp_path: Path) -> None
     assert (done.stdout, done.stderr) == ("b\n", "")
 
 
+def test_a_machine_without_any_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container is whose file systems are all read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(DiskError, match=r"^No usable temporary directory found in .*; set TMPDIR to a folder"):
+        disk.folder_for_sockets()
+
+
 def test_no_folder_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
     monkeypatch.setattr(disk, "_SHORT", (str(tmp_path / "none"),))
