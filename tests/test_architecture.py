@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "serving": {"serving", "export"},
     "flows": {"flows", "serving", "export", "numprune"},
 }
-FOR_EVERYBODY = "numprune.errors"
+FOR_EVERYBODY = ("numprune.errors", "numprune.progress")
 # `python -m numprune.compare` is an address that others use; the module is nothing but a call of the command in flows.
 EXCEPTIONS = {Path("compare.py"): {"numprune.flows.studies.compare.command.main"}}
 NOT_IN_THE_CORE = {"prefect", "mlflow", "vllm", "argparse", "click", "typer"}
@@ -58,7 +58,7 @@ def violations(source: str, package: str, excepted: Set[str] = frozenset()) -> l
             found.append(f"line {line}: {name} is found only inside the checkout; write numprune.{name}")
         elif package == "numprune" and top in NOT_IN_THE_CORE:
             found.append(f"line {line}: {name} does not belong into the core")
-        elif top == "numprune" and f"{name}.".startswith(f"{FOR_EVERYBODY}."):
+        elif top == "numprune" and any(f"{name}.".startswith(f"{shared}.") for shared in FOR_EVERYBODY):
             continue
         elif top == "numprune" and package_of(tuple(below)) not in MAY_IMPORT[package]:
             found.append(f"line {line}: {package} may not import {name}")
