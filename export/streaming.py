@@ -4,28 +4,25 @@ In memory are at any time: the layer that is asked for, in the data type that is
 that a batch of tokens needs; and what the kernel likes to keep of the mapped hidden states.
 """
 
-import copy
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from numprune.anatomy import read_anatomy
+from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.export.shards import ShardWriter
-from numprune.export.weights import read_rows, slabs
-from numprune.layers import Head, rotary_of
+from numprune.export.weights import TensorHeader, read_rows, slabs
+from numprune.layers import Entered, Head, enter, leave
 from numprune.surgery import skeleton
-
-_EMBEDDING = "model.embed_tokens.weight"
-_LAYERS = "model.layers."
 
 
 class CheckpointLayers:
@@ -57,11 +54,18 @@ class CheckpointLayers:
         self._stored = checkpoint.audit(folder)
         checkpoint.check_finite(self._stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
+        self._family = family_of(self._skeleton.config)
+        self._layers: Any = self._skeleton.get_submodule(self._family.layers)
+        # It is filled with some rows only, and the row of padding has a part in training alone.
+        self._skeleton.get_submodule(self._family.embedding).padding_idx = None
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
         self.device = torch.device(device)
         self.dtype = dtype
+        for module in self._skeleton.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
 
     @property
     def names(self) -> list[str]:
@@ -69,28 +73,25 @@ class CheckpointLayers:
         tied = self._skeleton.all_tied_weights_keys
         return [name for name in self._skeleton.state_dict() if name not in tied]
 
-    def embed(self, rows: Tensor) -> Tensor:
-        tokens, places = rows.unique(return_inverse=True)
-        header = self._stored[_EMBEDDING]
-        table = torch.cat([read_rows(header, token, token + 1) for token in tokens.tolist()])
-        return table.to(self.device, self.dtype)[places.to(self.device)]
+    def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
+        with self._around(tokens, head=False) as places:
+            return enter(self._skeleton, self._layers, places, mask)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        with self._filled(self._skeleton.model.layers[index], f"{_LAYERS}{index}.") as layer:
+        path = f"{self._family.layers}.{index}"
+        layer = self._skeleton.get_submodule(path)
+        with self._filled({f"{path}.{name}": None for name, _ in layer.named_parameters()}):
             yield layer
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        with (
-            self._filled(self._skeleton.model.norm, "model.norm.") as norm,
-            self._filled(self._skeleton.lm_head, "lm_head.") as output,
-        ):
-            yield Head(norm, output)
+        def run(tokens: Tensor, hidden: Tensor) -> Tensor:
+            return leave(self._skeleton, self._layers, torch.zeros_like(tokens, device=self.device), hidden)
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        module = type(self._skeleton.model.rotary_emb)(config=self.config).to(self.device)
-        return rotary_of(module, length, self.dtype)
+        # Of the tokens it takes no more than their shape.
+        with self._around(torch.zeros(1, 1, dtype=torch.long), head=True):
+            yield run
 
     def allocate(self, *shape: int) -> Tensor:
         return _mapped(self._scratch, torch.Size(shape), self.dtype)
@@ -98,23 +99,40 @@ class CheckpointLayers:
     def copy_around(self, writer: ShardWriter) -> None:
         """Write the tensors that stand around the layers as they are: embedding, last norm, output matrix."""
         for name in self.names:
-            if not name.startswith(_LAYERS):
+            if not name.startswith(f"{self._family.layers}."):
                 writer.add_slabs(name, self._stored[name].shape, slabs(self._stored[name]))
 
     @contextmanager
-    def _filled(self, empty: nn.Module, prefix: str) -> Iterator[nn.Module]:
-        module = copy.deepcopy(empty)
-        state = {name: self._read(prefix + name) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        del state
-        try:
-            yield module
-        finally:
-            module.to("meta")  # whoever still holds it keeps no weights in memory
+    def _around(self, tokens: Tensor, *, head: bool) -> Iterator[Tensor]:
+        """Fill what stands around the layers; give the places of `tokens` in the embedding: it has their rows only."""
+        embedding, output = f"{self._family.embedding}.weight", f"{self._family.head}.weight"
+        inside = (f"{self._family.layers}.", embedding, output)
+        names = [name for name, _ in self._skeleton.named_parameters() if not name.startswith(inside)]
+        used, places = tokens.unique(return_inverse=True)
+        stored = self._header(embedding)
+        rows = torch.cat([read_rows(stored, token, token + 1) for token in used.tolist()])
+        values: dict[str, Tensor | None] = {embedding: rows, **dict.fromkeys(names)}
+        with self._filled(values | ({output: None} if head else {})):
+            yield places.to(self.device)
 
-    def _read(self, name: str) -> Tensor:
-        source = name if name in self._stored else self._skeleton.all_tied_weights_keys[name]
-        return read_rows(self._stored[source]).to(self.device, self.dtype)
+    @contextmanager
+    def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:
+        """Give the skeleton's parameters values, by name: those that are stored where it is None."""
+        empty = {}
+        for name, value in values.items():
+            path, _, parameter = name.rpartition(".")
+            module = self._skeleton.get_submodule(path)
+            found = read_rows(self._header(name)) if value is None else value
+            empty[name] = (module, parameter, module.get_parameter(parameter))
+            setattr(module, parameter, nn.Parameter(found.to(self.device, self.dtype)))
+        try:
+            yield
+        finally:
+            for module, parameter, without_values in empty.values():  # whoever still holds a module keeps no weights
+                setattr(module, parameter, without_values)
+
+    def _header(self, name: str) -> TensorHeader:
+        return self._stored[name if name in self._stored else self._skeleton.all_tied_weights_keys[name]]
 
 
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -1,69 +1,142 @@
-"""Where a model's prunable units are: blocks, units, channels, and the matrices that share them.
+"""Where a model's prunable units are: blocks, units, channels, and the stored tensors that share them.
 
-Everything is read from the configuration, so a model can be planned for before its weights are loaded. Supported
-architectures stand in `FAMILIES`; every other one is refused by name.
+Everything is read from the configuration, so a model can be planned for before its weights are loaded. What an
+architecture looks like stands in `families`; every other one is refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from math import prod
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
+from numprune.families import FAMILIES, Family, Kind, Matrix
+from numprune.families.family import LINEAR_PARTS, Part, Wiring
 
-Kind = Literal["attention", "mlp"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """What sets an architecture apart from plain Llama, as far as its prunable matrices go."""
-
-    name: str
-    qkv_bias: bool | None  # None: the configuration's `attention_bias` says
-    qk_norm: bool  # RMS norms over the head dimension of queries and keys, shared by all heads
-    mlp_bias: bool | None = False  # None: the configuration's `mlp_bias` says
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", qkv_bias=None, qk_norm=False, mlp_bias=None),
-    "mistral": Family("mistral", qkv_bias=False, qk_norm=False),
-    "qwen2": Family("qwen2", qkv_bias=True, qk_norm=False),
-    "qwen3": Family("qwen3", qkv_bias=None, qk_norm=True),
-}
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
 MAXIMUM_LAYERS = 10_000  # a configuration from a stranger may say anything, and every layer is looked at
+HOW_TO_ADD = "docs/adding-an-architecture.md"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of a block lie in one stored tensor.
+
+    Attributes:
+        tensor: its name in the layer.
+        dim: the dimension that the units divide.
+        parts: how many entries of `dim` a unit owns in each part of the tensor.
+        width: the size of the other dimension; None: there is no other.
+        interleaved: a unit has all its parts, then comes the next; otherwise all units' first parts come first.
+    """
+
+    tensor: str
+    dim: int
+    parts: tuple[int, ...]
+    width: int | None
+    interleaved: bool = False
+
+    @property
+    def size(self) -> int:
+        """Entries of `dim` that a unit owns."""
+        return sum(self.parts)
+
+    @property
+    def parameters_per_unit(self) -> int:
+        return self.size * (1 if self.width is None else self.width)
+
+    def shape(self, units: int) -> tuple[int, ...]:
+        """Return the shape of the tensor of a block with so many units."""
+        if self.width is None:
+            return (units * self.size,)
+        return (units * self.size, self.width) if self.dim == 0 else (self.width, units * self.size)
+
+    def entries(self, units: Tensor, total: int, part: int | None = None) -> Tensor:
+        """Return the indices along `dim`, ascending, of `units` (ascending) out of `total`, in one part or in all."""
+        wanted = range(len(self.parts)) if part is None else (part,)
+        found = []
+        for index in wanted:
+            offset = sum(self.parts[:index])
+            stride, start = (self.size, offset) if self.interleaved else (self.parts[index], offset * total)
+            inside = torch.arange(self.parts[index], device=units.device)
+            found.append((start + units[:, None] * stride + inside).flatten())
+        return torch.cat(found).sort().values
 
 
 @dataclass(frozen=True)
 class Block:
-    """One prunable block of one decoder layer.
+    """One prunable block of one layer.
 
     A unit of attention is a KV group (one KV head and the query heads that share it; a single head where there is no
-    grouping), a unit of an MLP is one intermediate channel. Unit `u` owns the channels
-    `u * channels_per_unit … (u + 1) * channels_per_unit` of the consumer's input, and in each producer the rows
-    `u * rows … (u + 1) * rows`. A block of no units is skipped: its modules are not there.
+    grouping), a unit of an MLP is one intermediate channel. A block of no units is skipped: its modules are not there.
+
+    Attributes:
+        path: of its layer in the model.
+        units: how many it has.
+        consumer: the module in the layer that reads the units; its output is the block's.
+        reader: the units' place in the consumer's weight.
+        writers: their place in the matrices, and in their biases, that write them.
+        linear: the weight among `writers`, and its part, that the block's output is linear in, the rest given; or None.
+        shared: name -> shape of the tensors that go only with the whole block: norms, the consumer's bias.
+        modules: that silence the block when they put out zeros.
+        separable: units can go without changing what the others compute.
+        norm_behind: a norm stands between the consumer and the residual stream.
+        resize: tells the layer how many units it has, where that does not follow from its tensors.
     """
 
     layer: int
     kind: Kind
+    path: str
     units: int
-    channels_per_unit: int
-    consumer: str  # module path inside the decoder layer
-    producers: tuple[tuple[str, int], ...]  # (module path, rows per unit)
-    parameters_per_unit: int
-    shared_parameters: int  # its norms and the consumer's bias: what goes only with the whole block
-    consumer_bias: bool
+    consumer: str
+    reader: Slice
+    writers: tuple[Slice, ...]
+    linear: tuple[Slice, int] | None
+    shared: Mapping[str, tuple[int, ...]]
+    modules: tuple[str, ...]
+    separable: bool
+    norm_behind: bool
+    resize: Callable[[nn.Module, int], None] | None
 
     @property
     def name(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
 
     @property
+    def slices(self) -> tuple[Slice, ...]:
+        return (self.reader, *self.writers)
+
+    @property
+    def channels_per_unit(self) -> int:
+        return self.reader.size
+
+    @property
     def channels(self) -> int:
+        """Of the consumer's input. Unit `u` owns channels_per_unit of them, from `u * channels_per_unit` on."""
         return self.units * self.channels_per_unit
+
+    @property
+    def consumer_bias(self) -> bool:
+        return f"{self.consumer}.bias" in self.shared
+
+    @property
+    def parameters_per_unit(self) -> int:
+        return sum(part.parameters_per_unit for part in self.slices)
+
+    @property
+    def shared_parameters(self) -> int:
+        return sum(prod(shape) for shape in self.shared.values())
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of all tensors of the block, by their names in the layer."""
+        if not self.units:
+            return {}
+        return {part.tensor: part.shape(self.units) for part in self.slices} | dict(self.shared)
 
 
 @dataclass(frozen=True)
@@ -76,15 +149,22 @@ class Anatomy:
     query_heads_per_group: int
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP, first layer first: the order of the forward pass
-    fixed_parameters: int  # embeddings and the last norm: what no block owns
+    around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
     output_parameters: int  # of the matrix that gives the logits, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
     attention_differs: bool  # some layers look at a window, others at everything
+    parallel: bool  # both blocks of a layer read what enters it
+    residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
 
     @property
     def layers(self) -> int:
         return self.blocks[-1].layer + 1
+
+    @property
+    def fixed_parameters(self) -> int:
+        """Embeddings and the last norm."""
+        return sum(prod(shape) for shape in self.around.values())
 
     @property
     def is_uniform(self) -> bool:
@@ -103,22 +183,36 @@ class Anatomy:
         """Return the anatomy with `units[block.name]` units left in each block."""
         return replace(self, blocks=tuple(replace(block, units=units[block.name]) for block in self.blocks))
 
+    def stock_holds(self, block: Block, units: int) -> bool:
+        """Whether a configuration that is not ours can hold a model whose blocks of that kind have so many units."""
+        family = FAMILIES[self.family]
+        heads = units * self.query_heads_per_group
+        if block.kind == "mlp" or family.stock_heads == "any" or family.stand_in is not None:
+            return True
+        if family.stock_heads == "divisors":
+            return self.hidden_size % heads == 0
+        return heads * self.head_dim == self.hidden_size
+
 
 def family_of(config: PreTrainedConfig) -> Family:
     """Return the family of a configuration.
 
     Raises:
-        InputError: the architecture is not supported; names it and the supported ones.
+        InputError: the architecture is not supported; names it, the supported ones, and how to add one.
     """
     name = config.model_type.removeprefix(PER_LAYER_PREFIX)
     if name not in FAMILIES:
         raise InputError(
             f"architecture {config.model_type!r} ({', '.join(config.architectures or ['no class named'])}) is not "
-            f"supported; supported are {', '.join(FAMILIES)}"
+            f"supported; supported are {', '.join(FAMILIES)}; {HOW_TO_ADD} shows how to add one"
         )
     if getattr(config, "quantization_config", None):
         raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
-    return FAMILIES[name]
+    family = FAMILIES[name]
+    for field, value in family.requires.items():
+        if getattr(config, field) != value:
+            raise InputError(f"{field}={getattr(config, field)!r}: {name} is supported only with {field}={value!r}")
+    return family
 
 
 def read_anatomy(config: PreTrainedConfig) -> Anatomy:
@@ -133,55 +227,18 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
     hidden, vocabulary = config.hidden_size, config.vocab_size
     blocks: list[Block] = []
-    fixed = vocabulary * hidden * (1 if config.tie_word_embeddings else 2) + hidden
     groups = set()
     for layer in range(config.num_hidden_layers):
         sizes = config.per_layer_config[layer]
-        skipped = getattr(sizes, "skip", [])
-        _require_sizes(sizes, "num_attention_heads", "intermediate_size", where=f"layer {layer}: ")
-        _require_sizes(sizes, "num_key_value_heads", "head_dim", where=f"layer {layer}: ", optional=True)
-        heads = sizes.num_attention_heads
-        kv_heads = sizes.num_key_value_heads or heads
-        head_dim = getattr(sizes, "head_dim", None) or hidden // heads
-        if heads % kv_heads:
-            raise InputError(
-                f"layer {layer}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
-            )
+        heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
         group = heads // kv_heads
         groups.add((group, head_dim))
-        attention_bias = _flag(family.qkv_bias, config, "attention_bias")
-        output_bias = family.qkv_bias is None and attention_bias  # Qwen2 has biases on q, k, v only
-        mlp_bias = _flag(family.mlp_bias, config, "mlp_bias")
-        blocks.append(
-            Block(
-                layer=layer,
-                kind="attention",
-                units=0 if "attention" in skipped else kv_heads,
-                channels_per_unit=group * head_dim,
-                consumer="self_attn.o_proj",
-                producers=(
-                    ("self_attn.q_proj", group * head_dim),
-                    ("self_attn.k_proj", head_dim),
-                    ("self_attn.v_proj", head_dim),
-                ),
-                parameters_per_unit=(2 * group + 2) * hidden * head_dim + attention_bias * (group + 2) * head_dim,
-                shared_parameters=hidden + family.qk_norm * 2 * head_dim + output_bias * hidden,
-                consumer_bias=output_bias,
-            )
-        )
-        blocks.append(
-            Block(
-                layer=layer,
-                kind="mlp",
-                units=0 if "mlp" in skipped else sizes.intermediate_size,
-                channels_per_unit=1,
-                consumer="mlp.down_proj",
-                producers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
-                parameters_per_unit=3 * hidden + 2 * mlp_bias,
-                shared_parameters=hidden + mlp_bias * hidden,
-                consumer_bias=mlp_bias,
-            )
-        )
+        skipped = getattr(sizes, "skip", [])
+        entries: dict[Part, int] = {"query": group * head_dim, "key": head_dim, "value": head_dim}
+        entries |= {"gate": 1, "up": 1, "inner": 1}
+        for kind, units in (("attention", kv_heads), ("mlp", width)):
+            wiring = family.wiring(kind)
+            blocks.append(_block(family, wiring, config, layer, kind, 0 if kind in skipped else units, entries))
     if len(groups) != 1:
         raise InputError(
             f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported"
@@ -197,12 +254,91 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         query_heads_per_group=group,
         vocabulary=vocabulary,
         blocks=tuple(blocks),
-        fixed_parameters=fixed,
+        around=_around(family, config),
         output_parameters=vocabulary * hidden,
         bytes_per_value=dtype.itemsize if dtype is not None else 4,
         sliding_window=getattr(config, "sliding_window", None),
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
+        parallel=family.flag(family.parallel, config),
+        residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
     )
+
+
+def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:
+    """Return query heads, KV heads, channels of a head and the MLP's width of one layer's configuration."""
+    where, hidden = f"layer {layer}: ", sizes.hidden_size
+    _require_sizes(sizes, family.heads, where=where)
+    _require_sizes(sizes, family.width, where=where, optional=family.default_width is not None)
+    _require_sizes(sizes, *filter(None, (family.kv_heads, "head_dim")), where=where, optional=True)
+    heads = getattr(sizes, family.heads)
+    kv_heads = (getattr(sizes, family.kv_heads) if family.kv_heads else None) or heads
+    if heads % kv_heads:
+        raise InputError(f"{where}{family.heads}={heads} is no multiple of {family.kv_heads}={kv_heads}")
+    head_dim = getattr(sizes, "head_dim", None) or hidden // heads
+    width = getattr(sizes, family.width)
+    if width is None and family.default_width is not None:
+        width = family.default_width * hidden
+    return heads, kv_heads, head_dim, width
+
+
+def _block(
+    family: Family, wiring: Wiring, config: Any, layer: int, kind: Kind, units: int, entries: Mapping[Part, int]
+) -> Block:
+    hidden = config.hidden_size
+
+    def weight(matrix: Matrix, dim: int) -> Slice:
+        parts = tuple(entries[part] for part in matrix.parts)
+        return Slice(f"{matrix.path}.weight", dim, parts, hidden, family.interleaved)
+
+    writers, linear = [], None
+    for matrix in wiring.writers:
+        place = weight(matrix, 1 if family.transposed else 0)
+        writers.append(place)
+        if family.flag(matrix.bias, config):
+            writers.append(replace(place, tensor=f"{matrix.path}.bias", dim=0, width=None))
+        for index, part in enumerate(matrix.parts):
+            if part in LINEAR_PARTS:
+                linear = (place, index)
+    shared = {}
+    for norm in wiring.norms:
+        shared |= _norm(family, norm, hidden)
+    shared |= {f"{norm}.weight": (entries["key"],) for norm in wiring.head_norms}
+    for norm, part in zip(wiring.joint_norms, ("query", "key"), strict=False):
+        shared[f"{norm}.weight"] = (entries[part] * units,)
+    if family.flag(wiring.reader.bias, config):
+        shared[f"{wiring.reader.path}.bias"] = (hidden,)
+    return Block(
+        layer=layer,
+        kind=kind,
+        path=f"{family.layers}.{layer}",
+        units=units,
+        consumer=wiring.reader.path,
+        reader=weight(wiring.reader, 0 if family.transposed else 1),
+        writers=tuple(writers),
+        linear=linear,
+        shared=shared,
+        modules=wiring.modules,
+        separable=not wiring.joint_norms,
+        norm_behind=wiring.norm_behind,
+        resize=family.resize if kind == "attention" else None,
+    )
+
+
+def _norm(family: Family, path: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{path}.{name}": (size,) for name in (("weight", "bias") if family.norm_bias else ("weight",))}
+
+
+def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    table = (config.vocab_size, hidden)
+    around: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": table}
+    if family.positions:
+        path, extra = family.positions
+        around[f"{path}.weight"] = (config.max_position_embeddings + extra, hidden)
+    around |= _norm(family, family.final_norm, hidden)
+    if not config.tie_word_embeddings:
+        around[f"{family.head}.weight"] = table
+    return around
 
 
 def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:
@@ -213,7 +349,3 @@ def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = F
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise InputError(f"{where}{name}={str(value)[:80]}; it must be a whole number above zero")
-
-
-def _flag(fixed: bool | None, config: Any, name: str) -> bool:
-    return bool(getattr(config, name, False)) if fixed is None else fixed

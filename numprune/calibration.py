@@ -1,11 +1,16 @@
-"""Runs a decoder block by block over calibration rows and hands out each block's consumer inputs.
+"""Runs a decoder block by block over calibration rows and hands out each block's consumer inputs and outputs.
 
 Rows are walked layer by layer, not row by row: the hidden states of all rows are kept, the weights of one layer are
 used at a time. The dense and the pruned model can so be carried side by side.
+
+A layer is run by its own forward pass, with the arguments that the model calls it with. One block alone is the layer
+with the other block's output put to zero.
 """
 
 from collections.abc import Iterator
-from typing import Any, cast
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +18,16 @@ from transformers import PreTrainedConfig
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
-from numprune.layers import Layers
-
-_NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-
-
-def longest_row(config: PreTrainedConfig, anatomy: Anatomy) -> int:
-    """Return how many tokens a row may have that the model is calibrated on."""
-    limit: int = config.max_position_embeddings
-    # Inside the sliding window, plain causal attention is the same thing.
-    return limit if anatomy.sliding_window is None else min(limit, anatomy.sliding_window)
+from numprune.layers import SILENT, Arguments, Layers, replaced
 
 
 def check_rows(config: PreTrainedConfig, anatomy: Anatomy, rows: Tensor) -> None:
-    """Refuse rows that the model cannot be calibrated on as its blocks are run here.
+    """Refuse rows that are not the model's.
 
     Raises:
-        InputError: a token outside the vocabulary, or rows longer than the context or than the sliding window.
+        InputError: a token outside the vocabulary, or rows longer than the context.
     """
-    length, limit = rows.shape[1], longest_row(config, anatomy)
+    length, limit = rows.shape[1], config.max_position_embeddings
     if length > limit:
         raise InputError(f"sequence length {length} is over the model's {limit}; give rows of {limit} tokens or less")
     if int(rows.max()) >= anatomy.vocabulary:
@@ -46,73 +42,133 @@ def consumer_of(layer: nn.Module, block: Block) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(block.consumer))
 
 
-def block_output(layer: Any, block: Block, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Return what the block adds to the residual stream `hidden` (n, S, H), of the same shape."""
-    states = layer.get_submodule(_NORMS[block.kind])(hidden)
-    if block.kind == "attention":
-        output: Tensor = layer.self_attn(states, position_embeddings=rotary, attention_mask=None)[0]
-    else:
-        output = layer.mlp(states)
-    return output
+def consumer_weight(layer: nn.Module, block: Block) -> Tensor:
+    """Return the consumer's weight (out, D), a view where it is stored transposed."""
+    weight = consumer_of(layer, block).weight
+    return weight if block.reader.dim == 1 else weight.T
+
+
+@dataclass(frozen=True)
+class Run:
+    """One block over a batch.
+
+    Attributes:
+        inputs: (n, S, D), what the consumer reads.
+        output: (n, S, out), what it puts out, bias included.
+        after: (n, S, H), what leaves the layer when its other block puts out zeros.
+    """
+
+    inputs: Tensor
+    output: Tensor
+    after: Tensor
+
+
+def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> Run:
+    """Run one block of its decoder layer on `hidden` (n, S, H)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    with ExitStack() as stack:
+        for other in anatomy.of_layer(block.layer):
+            if other.kind != block.kind and other.units:
+                modules = [layer.get_submodule(path) for path in other.modules]
+                stack.enter_context(replaced(modules, SILENT[other.kind]))
+        hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        stack.callback(hook.remove)
+        after = arguments.call(layer, hidden)
+    inputs, output = (value.view(*hidden.shape[:-1], -1) for value in seen.pop())  # some models flatten their rows
+    return Run(inputs, output, after)
+
+
+class Stream:
+    """The residual stream of all rows on its way through the blocks.
+
+    Attributes:
+        hidden: (N, S, H), with all that the blocks so far have added.
+    """
+
+    def __init__(self, hidden: Tensor, entry: Tensor | None) -> None:
+        self.hidden = hidden
+        self._entry = entry  # what entered the layer, where its blocks read that; else they read `hidden`
+        self._layer: int | None = None
+
+    def enter(self, layer: int) -> None:
+        """Say which layer's blocks come next."""
+        if self._entry is not None and layer != self._layer:
+            self._entry.copy_(self.hidden)
+        self._layer = layer
+
+    def read(self, batch: slice) -> Tensor:
+        """Return what a block reads, (n, S, H)."""
+        return (self.hidden if self._entry is None else self._entry)[batch]
+
+    def write(self, batch: slice, after: Tensor) -> None:
+        """Let `after`, what leaves the layer with one block in it, be what that block has made of the stream."""
+        after = after.to(self.hidden.device)
+        if self._entry is None:
+            self.hidden[batch] = after
+        else:
+            self.hidden[batch] += after - self._entry[batch]
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
 
 class Walker:
-    """Runs the blocks of one model over rows of one length, in batches.
+    """Runs the blocks of one model over rows of one length, without padding, in batches.
 
     Args:
         layers: of the model.
         length: S.
         batch_size: rows at a time.
-
-    Attributes:
-        rotary: (cos, sin) of the positions, as `block_output` takes them.
     """
 
     def __init__(self, layers: Layers, length: int, batch_size: int = 8) -> None:
-        self._layers = layers
+        self.layers = layers
+        self._length = length
         self._batch_size = batch_size
-        self.rotary = layers.rotary(length)
+        self._arguments: dict[int, tuple[Arguments, ...]] = {}  # by rows in a batch
 
     @torch.no_grad()
-    def embed(self, rows: Tensor) -> Tensor:
-        """Return the hidden states (N, S, H) that enter the first layer."""
-        hidden = self._layers.allocate(*rows.shape, self._layers.anatomy.hidden_size)
+    def embed(self, rows: Tensor) -> Stream:
+        """Return what enters the first layer."""
+        hidden = self.layers.allocate(*rows.shape, self.layers.anatomy.hidden_size)
         for batch in self.batches(len(rows)):
-            hidden[batch] = self._layers.embed(rows[batch]).to(hidden.device)
-        return hidden
+            hidden[batch] = self.layers.enter(rows[batch]).hidden.to(hidden.device)
+        return self.stream(hidden)
 
-    def copy(self, hidden: Tensor) -> Tensor:
-        """Return a copy of hidden states, kept where they are."""
-        return self._layers.allocate(*hidden.shape).copy_(hidden)
+    def stream(self, hidden: Tensor) -> Stream:
+        """Return `hidden` (N, S, H) as a stream, which it is used up by."""
+        entry = self.layers.allocate(*hidden.shape) if self.layers.anatomy.parallel else None
+        return Stream(hidden, entry)
 
-    @torch.no_grad()
-    def run(self, layer: nn.Module, block: Block, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, x, y) batch by batch: consumer inputs (n, S, D), block outputs (n, S, H) before the residual.
-
-        Args:
-            layer: the block's decoder layer.
-            block: which of its blocks.
-            hidden: (N, S, H), what enters the block; `x` and `y` are on the layer's device.
-        """
-        captured: list[Tensor] = []
-
-        def capture(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            captured.append(inputs[0])
-
-        handle = consumer_of(layer, block).register_forward_pre_hook(capture)
-        try:
-            for batch in self.batches(len(hidden)):
-                captured.clear()  # another walk over the same block leaves its inputs here too
-                output = block_output(layer, block, hidden[batch].to(self._layers.device), self.rotary)
-                yield batch, captured.pop(), output
-        finally:
-            handle.remove()
+    def copy(self, stream: Stream) -> Stream:
+        """Return a copy of a stream that no block has been run on, kept where it is."""
+        return self.stream(self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden))
 
     @torch.no_grad()
-    def advance(self, layer: nn.Module, block: Block, hidden: Tensor) -> None:
-        """Add the block's output to `hidden` (N, S, H), in place."""
-        for batch, _, output in self.run(layer, block, hidden):
-            hidden[batch] += output.to(hidden.device)
+    def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Run]]:
+        """Run the block batch by batch; yield the rows of each and what came of it, on the layer's device."""
+        stream.enter(block.layer)
+        for batch in self.batches(len(stream)):
+            yield batch, self.run_batch(layer, block, stream.read(batch))
+
+    def run_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> Run:
+        """Run the block on `hidden` (n, S, H), with gradients where they are enabled."""
+        arguments = self.arguments(len(hidden))[block.layer]
+        return run_block(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
+
+    def arguments(self, rows: int) -> tuple[Arguments, ...]:
+        """Return each layer's arguments for a batch of so many rows: without padding they depend on nothing else."""
+        if rows not in self._arguments:
+            with torch.no_grad():
+                entered = self.layers.enter(torch.zeros(rows, self._length, dtype=torch.long))
+            self._arguments[rows] = entered.arguments
+        return self._arguments[rows]
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module, block: Block, stream: Stream) -> None:
+        """Add what the block gives to the stream."""
+        for batch, run in self.run(layer, block, stream):
+            stream.write(batch, run.after)
 
     def batches(self, rows: int) -> Iterator[slice]:
         """Yield the slices that `rows` rows are worked through in."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from numprune.linalg import damped, spd_solve
-from numprune.statistics import Moments
+from numprune.moments import Moments
 
 _GAMMAS = 5
 

@@ -1,8 +1,8 @@
 """Both sides of what is left of a block fitted to its targets: the consumer, and the producer that it reads linearly.
 
-A block's output is linear in its consumer (`o_proj`, `down_proj`), and with the consumer given it is linear in one of
-its producers, too: in `v_proj`, since the attention weights do not depend on it, and in `up_proj`, whose output the
-gate multiplies. So the kept units' rows of that producer can be fitted to the same targets by least squares. Their
+A block's output is linear in its consumer, and with the consumer given it is linear in one of its producers, too: in
+the values' projection, since the attention weights do not depend on it, and in the one whose output an MLP's gate
+multiplies. So the kept units' rows of that producer can be fitted to the same targets by least squares. Their
 normal equations are too large to be written down, (K H)^2 values, but not to be multiplied with: one forward and one
 backward pass of the block. A few steps of conjugate gradients, preconditioned by the Kronecker product of the input's
 Gram matrix and a diagonal, do most of it; then the consumer is fitted again. All of it is ridge regression towards the
@@ -11,60 +11,74 @@ original weights, as in compensation.py.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from numprune.anatomy import Block
-from numprune.calibration import Walker, block_output, consumer_of
+from numprune.calibration import Stream, Walker, consumer_of, consumer_weight
 from numprune.compensation import refit
 from numprune.linalg import cholesky, damped
-from numprune.statistics import Moments
-from numprune.surgery import channels_of, narrowed, rows_of
+from numprune.moments import Moments
+from numprune.surgery import channels_of, narrowed
 
 STEPS = 4  # on the one model and ratio tried, eight gave about a seventh more of the gain for twice the work
 
 
+@dataclass(frozen=True)
+class Aims:
+    """What a block should put out: (goal - start) / scale, all (N, S, H); without `start`, the goal itself."""
+
+    goal: Tensor
+    start: Tensor | None = None
+    scale: float = 1.0
+
+    def of(self, batch: slice, device: torch.device) -> Tensor:
+        """Return that of a batch of rows, (n, S, H)."""
+        aim = self.goal[batch] if self.start is None else self.goal[batch] - self.start[batch]
+        return aim.to(device) / self.scale
+
+
 @torch.no_grad()
 def refit_both(
-    walker: Walker, layer: nn.Module, block: Block, units: Tensor, pruned: Tensor, dense: Tensor, damping: float
+    walker: Walker, layer: nn.Module, block: Block, units: Tensor, pruned: Stream, aims: Aims, damping: float
 ) -> None:
     """Overwrite the linear producer's and the consumer's weights of `units` with fitted ones.
 
     Args:
         walker: of the model.
         layer: the block's decoder layer, the consumer fitted already.
+        block: with a producer that it is linear in.
         units: (K,) that are kept, at least one.
-        pruned: (N, S, H) the pruned model's residual stream in front of the block.
-        dense: (N, S, H) the dense model's behind it: `pruned` and the block's output together should give it.
+        pruned: the pruned model's residual stream in front of the block.
+        aims: what the block should put out there.
         damping: relative to the mean of the normal equations' diagonals.
     """
     small = narrowed(layer, block, units)
     left = replace(block, units=len(units))
-    _refit_producer(walker, small, left, pruned, dense, damping)
-    consumer, producer = consumer_of(small, left), _producer(small, block)
-    moments = Moments(left.channels, outputs=consumer.weight.shape[0], device=consumer.weight.device)
-    for batch, inputs, output in walker.run(small, left, pruned):
-        moments.add(inputs, (dense[batch] - pruned[batch]).to(output.device))
-    every = torch.arange(left.channels, device=consumer.weight.device)
-    own = None if consumer.bias is None else consumer.bias.double()
-    columns, bias = refit(consumer.weight.double(), own, every, moments, damping)
-    consumer_of(layer, block).weight[:, channels_of(block, units)] = columns.to(consumer.weight.dtype)
+    _refit_producer(walker, small, left, pruned, aims, damping)
+    weight = consumer_weight(small, left)
+    moments = Moments(left.channels, outputs=weight.shape[0], device=weight.device)
+    for batch, run in walker.run(small, left, pruned):
+        moments.add(run.inputs, aims.of(batch, weight.device))
+    every = torch.arange(left.channels, device=weight.device)
+    own = consumer_of(small, left).bias
+    columns, bias = refit(weight.double(), None if own is None else own.double(), every, moments, damping)
+    consumer_weight(layer, block)[:, channels_of(block, units)] = columns.to(weight.dtype)
     if bias is not None:
         consumer_of(layer, block).bias.copy_(bias)
-    _producer(layer, block).weight[rows_of(block, units, block.producers[-1])] = producer.weight
+    _Producer(layer, block).put(units, _Producer(small, left).get())
 
 
-def _refit_producer(
-    walker: Walker, layer: nn.Module, block: Block, pruned: Tensor, dense: Tensor, damping: float
-) -> None:
+def _refit_producer(walker: Walker, layer: nn.Module, block: Block, pruned: Stream, aims: Aims, damping: float) -> None:
     """Fit W of the linear producer: minimise E||t - y(W)||^2 / 2 + the ridge, y affine in W, from W as it stands."""
-    weight = _producer(layer, block).weight
-    start = weight.detach().clone()
-    seen = _Seen(layer, block)
+    producer = _Producer(layer, block)
+    every = torch.arange(block.units, device=producer.matrix.device)
+    start = producer.get()
+    seen = _Seen(layer, block, producer)
     with seen.watching():
-        at_start = _gradient(walker, layer, block, pruned, dense)
+        at_start = _gradient(walker, layer, block, producer, pruned, aims)
     curvature = _Curvature(seen, damping)
     step = torch.zeros_like(at_start)
     residual = -at_start
@@ -76,8 +90,9 @@ def _refit_producer(
         # The gradient is affine in W: its change along a direction is the Hessian's product with it. The change is
         # taken over a distance of W's own size, so that little is lost to rounding.
         distance = start.norm() / direction.norm()
-        weight.copy_(start + distance * direction)
-        product = (_gradient(walker, layer, block, pruned, dense) - at_start) / distance + curvature.ridge(direction)
+        producer.put(every, start + distance * direction)
+        gradient = _gradient(walker, layer, block, producer, pruned, aims)
+        product = (gradient - at_start) / distance + curvature.ridge(direction)
         curving = (direction * product).sum()
         if not curving > 0:  # no more than rounding
             break
@@ -87,30 +102,75 @@ def _refit_producer(
         preconditioned = curvature.solve(residual)
         before, fit = fit, (residual * preconditioned).sum()
         direction = preconditioned + fit / before * direction
-    weight.copy_(start + step)
+    producer.put(every, start + step)
 
 
-def _gradient(walker: Walker, layer: nn.Module, block: Block, pruned: Tensor, dense: Tensor) -> Tensor:
+def _gradient(
+    walker: Walker, layer: nn.Module, block: Block, producer: "_Producer", pruned: Stream, aims: Aims
+) -> Tensor:
     """Return the gradient of E||t - y||^2 / 2 with respect to the linear producer's weight, (rows, H) float64."""
-    weight = _producer(layer, block).weight
-    total = torch.zeros_like(weight, dtype=torch.float64)
+    total = torch.zeros_like(producer.weight, dtype=torch.float64)
     for batch in walker.batches(len(pruned)):
-        before, behind = (hidden[batch].to(weight.device) for hidden in (pruned, dense))
         with torch.enable_grad():
-            missing = behind - before - block_output(layer, block, before, walker.rotary)
-            total += torch.autograd.grad(missing.square().sum() / 2, weight)[0]
-    return total / (pruned.shape[0] * pruned.shape[1])
+            run = walker.run_batch(layer, block, pruned.read(batch))
+            missing = aims.of(batch, run.output.device) - run.output
+            total += torch.autograd.grad(missing.square().sum() / 2, producer.weight)[0]
+    return producer.rows_of(total) / pruned.hidden[..., 0].numel()
+
+
+class _Producer:
+    """The rows of a block's producer that its output is linear in: those of the values, or of the gated projection.
+
+    Attributes:
+        module: the projection.
+        weight: its weight as it is stored.
+        entries: (rows,) their indices among its outputs, unit by unit.
+        rows_per_unit: how many of them a unit has.
+    """
+
+    def __init__(self, layer: nn.Module, block: Block) -> None:
+        assert block.linear is not None
+        self._place, self._part = block.linear
+        self._units = block.units
+        self.module = layer.get_submodule(self._place.tensor.removesuffix(".weight"))
+        self.weight = layer.get_parameter(self._place.tensor)
+        self.entries = self._entries(torch.arange(block.units, device=self.weight.device))
+        self.rows_per_unit = self._place.parts[self._part]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight (outputs, H), a view where it is stored transposed."""
+        return self._outputs_first(self.weight)
+
+    def get(self) -> Tensor:
+        """Return a copy of the rows, (rows, H)."""
+        return self.rows_of(self.weight.detach())
+
+    def put(self, units: Tensor, rows: Tensor) -> None:
+        """Overwrite those of `units`, (K * rows_per_unit, H)."""
+        self.matrix[self._entries(units)] = rows.to(self.weight.dtype)
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """Return the rows out of values of the weight's shape, (rows, H)."""
+        return self._outputs_first(values)[self.entries]
+
+    def _entries(self, units: Tensor) -> Tensor:
+        return self._place.entries(units, self._units, self._part)
+
+    def _outputs_first(self, values: Tensor) -> Tensor:
+        return values if self._place.dim == 0 else values.T
 
 
 class _Seen:
     """What passes through the linear producer and the consumer of a block while it is watched."""
 
-    def __init__(self, layer: nn.Module, block: Block) -> None:
-        self.block, self.producer, self.consumer = block, _producer(layer, block), consumer_of(layer, block)
-        double = {"dtype": torch.float64, "device": self.producer.weight.device}
-        self.inputs = Moments(self.producer.in_features, device=self.producer.weight.device)
-        self.produced = torch.zeros(self.producer.out_features, **double)  # type: ignore[call-overload]
-        self.consumed = torch.zeros(self.consumer.in_features, **double)  # type: ignore[call-overload]
+    def __init__(self, layer: nn.Module, block: Block, producer: _Producer) -> None:
+        self.units, self.producer, self.consumer = block.units, producer, consumer_of(layer, block)
+        self.weight = consumer_weight(layer, block)
+        double = {"dtype": torch.float64, "device": self.weight.device}
+        self.inputs = Moments(producer.matrix.shape[1], device=self.weight.device)
+        self.produced = torch.zeros(len(producer.entries), **double)  # type: ignore[call-overload]
+        self.consumed = torch.zeros(block.channels, **double)  # type: ignore[call-overload]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -118,12 +178,15 @@ class _Seen:
 
         def produce(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.inputs.add(args[0].detach())
-            self.produced.add_(_squares(output))
+            self.produced.add_(_squares(output[..., self.producer.entries]))
 
         def consume(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.consumed.add_(_squares(args[0]))
 
-        handles = (self.producer.register_forward_hook(produce), self.consumer.register_forward_pre_hook(consume))
+        handles = (
+            self.producer.module.register_forward_hook(produce),
+            self.consumer.register_forward_pre_hook(consume),
+        )
         try:
             yield
         finally:
@@ -139,9 +202,9 @@ class _Curvature:
     """
 
     def __init__(self, seen: _Seen, damping: float) -> None:
-        pulls = seen.consumer.weight.double().square().sum(0) * seen.consumed
-        rows_per_unit = seen.block.producers[-1][1]
-        pulls = pulls.view(seen.block.units, -1, rows_per_unit).sum(1).flatten()  # the query heads that share a KV head
+        pulls = seen.weight.double().square().sum(0) * seen.consumed
+        # The query heads that share a KV head.
+        pulls = pulls.view(seen.units, -1, seen.producer.rows_per_unit).sum(1).flatten()
         least = torch.finfo(torch.float64).tiny  # of a row that nothing comes from, whose gradient is zero, too
         rows = pulls / seen.produced.clamp_min(least)
         self._gram = seen.inputs.gram
@@ -160,10 +223,4 @@ class _Curvature:
 
 def _squares(values: Tensor) -> Tensor:
     """The sum over all tokens of each channel's square, float64."""
-    return values.detach().flatten(0, 1).double().square().sum(0)
-
-
-def _producer(layer: nn.Module, block: Block) -> nn.Linear:
-    module = layer.get_submodule(block.producers[-1][0])
-    assert isinstance(module, nn.Linear)
-    return module
+    return values.detach().flatten(0, -2).double().square().sum(0)

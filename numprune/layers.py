@@ -1,10 +1,14 @@
 """A decoder as its layers, one at a time: what pruning and everything else that walks a model needs of it.
 
+What surrounds the layers is the model's own forward pass, run with something else in the layers' place: recorders, that
+keep what each layer is called with, or a hidden state that is to leave the last one. So embeddings, positions, masks,
+rotary tables, norms and the head are whatever the architecture has.
+
 `ModelLayers` is a model in memory; export/streaming.py reads the same from a checkpoint's shards. Whoever walks cannot
 tell which it is, except by what stays in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,19 +17,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import Anatomy, family_of, read_anatomy
+from numprune.families import Kind
+
+# Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> logits (n, S, vocabulary).
+Head = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Head:
-    """What makes logits of the last layer's output: logits = output(norm(hidden))."""
+class Arguments:
+    """What the model calls one layer with besides the hidden states: masks, positions, rotary tables."""
 
-    norm: nn.Module
-    output: nn.Module  # (…, H) -> (…, vocabulary)
+    positional: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run the layer: (n, S, H) -> (n, S, H)."""
+        output: Tensor = layer(hidden, *self.positional, **self.named)
+        return output
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A batch on the doorstep of the layers.
+
+    Attributes:
+        hidden: (n, S, H), what enters the first layer.
+        arguments: of each layer.
+    """
+
+    hidden: Tensor
+    arguments: tuple[Arguments, ...]
 
 
 class Layers(Protocol):
-    """A decoder whose layers can be had in any order. Attention is "sdpa": causal when no mask is given.
+    """A decoder whose layers can be had in any order.
 
     Attributes:
         device: where the modules are, and their inputs must be.
@@ -39,8 +65,13 @@ class Layers(Protocol):
     dtype: torch.dtype
     resident: bool
 
-    def embed(self, rows: Tensor) -> Tensor:
-        """Return the hidden states (n, S, H) of token rows (n, S) that enter the first layer, on `device`."""
+    def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
+        """Return what token rows (n, S) bring to the layers, on `device`.
+
+        Args:
+            tokens: (n, S) int64.
+            mask: (n, S), 1 = token, 0 = padding; None: no padding.
+        """
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
         """Give the decoder layer for the duration of a `with` block, its parameters leaves that can have gradients.
@@ -50,10 +81,7 @@ class Layers(Protocol):
         """
 
     def head(self) -> AbstractContextManager[Head]:
-        """Give the last norm and the output matrix for the duration of a `with` block."""
-
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the rotary embeddings (cos, sin) of positions 0 … length - 1, each (1, length, head_dim)."""
+        """Give what makes logits of the last layer's output for the duration of a `with` block."""
 
     def allocate(self, *shape: int) -> Tensor:
         """Return room for the hidden states of all rows, in `dtype`, its values undefined: on `device`, or in a file.
@@ -63,44 +91,84 @@ class Layers(Protocol):
 
 
 class ModelLayers:
-    """The layers of a model in memory: `layer` and `head` give the model's own modules.
+    """The layers of a model in memory: `layer` gives the model's own modules.
 
-    Raises ValueError when its attention is not "sdpa".
+    Raises ValueError when its attention is not the one that its family is walked with.
     """
 
     resident = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if model.config._attn_implementation != "sdpa":
-            raise ValueError(f"layers need attn_implementation='sdpa', not {model.config._attn_implementation!r}")
-        self._model: Any = model
+        family = family_of(model.config)
+        found, wanted = model.config._attn_implementation, family.attention_implementation
+        if found != wanted:
+            raise ValueError(f"layers of {family.name} need attn_implementation={wanted!r}, not {found!r}")
+        self._model = model
+        self._layers: Any = model.get_submodule(family.layers)
         self.config: PreTrainedConfig = model.config
         self.anatomy = read_anatomy(model.config)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
 
-    def embed(self, rows: Tensor) -> Tensor:
-        embedded: Tensor = self._model.get_input_embeddings()(rows.to(self.device))
-        return embedded
+    def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
+        return enter(self._model, self._layers, tokens.to(self.device), mask)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield self._model.model.layers[index]
+        yield self._layers[index]
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        yield Head(self._model.model.norm, self._model.get_output_embeddings())
-
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        return rotary_of(self._model.model.rotary_emb, length, self.dtype)
+        yield lambda tokens, hidden: leave(self._model, self._layers, tokens.to(self.device), hidden)
 
     def allocate(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
 
-def rotary_of(module: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each (1, length, head_dim) in `dtype`, of a decoder's rotary embedding."""
-    device = next(module.buffers()).device
-    probe = torch.empty(1, length, 1, device=device, dtype=dtype)
-    cos, sin = module(probe, torch.arange(length, device=device)[None])
-    return cos, sin
+def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, mask: Tensor | None) -> Entered:
+    """Run `model`, whose decoder layers are `layers`, up to them; of the layers nothing is used."""
+    entering: list[Tensor] = []
+    arguments: list[Arguments] = []
+
+    def record(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+        entering.append(hidden)
+        arguments.append(Arguments(positional, named))
+        return hidden
+
+    mask = torch.ones_like(tokens) if mask is None else mask.to(tokens.device)
+    with replaced(layers, record):
+        model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return Entered(entering[0], tuple(arguments))
+
+
+def leave(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Return the logits (n, S, vocabulary) of `model` when `hidden` (n, S, H) leaves its layers."""
+    with replaced(layers, lambda *_, **__: hidden):
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Have `forward` called in the place of each module's own forward pass."""
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def silent(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stand for an MLP, or for one of its projections, that puts out zeros."""
+    return torch.zeros_like(hidden_states)
+
+
+def silent_attention(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """Stand for attention, which gives its weights back, too."""
+    return torch.zeros_like(hidden_states), None
+
+
+# What stands for the modules of a block that is left out, by its kind.
+SILENT: dict[Kind, Callable[..., Any]] = {"attention": silent_attention, "mlp": silent}

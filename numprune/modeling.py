@@ -1,47 +1,49 @@
-"""Decoders whose layers differ in heads and intermediate size: classes that heed Hugging Face's `per_layer_config`.
+"""Decoders whose layers differ in heads and MLP width: classes that heed Hugging Face's `per_layer_config`.
 
-transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. Each
-class here is its family's stock class with layers built from their own configuration. A layer whose `skip` names
-"attention" or "mlp" does without that block, its norm included. Importing this module registers the classes with
-`AutoConfig` and `AutoModelForCausalLM`; nothing is loaded from a checkpoint but data.
+transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. For
+each family a class is made of its stock class, with layers built from their own configuration. Where that takes no
+fewer heads than the hidden size has room for, the layer is built with those and then made smaller. A layer whose `skip`
+names "attention" or "mlp" does without that block, its norms included: modules that put out zeros stand in their place.
+Importing this module registers the classes with `AutoConfig` and `AutoModelForCausalLM`; nothing is loaded from a
+checkpoint but data.
 """
 
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
-SKIPPED = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+from numprune.anatomy import PER_LAYER_PREFIX, Block, read_anatomy
+from numprune.families import FAMILIES, Family
+from numprune.layers import SILENT
+
+KINDS = ("attention", "mlp")
 
 
 class _PerLayerConfig:
     """Replaces the stock check that heads divide the hidden size, which pruned layers need not obey."""
 
     def validate_architecture(self: Any) -> None:
+        family = FAMILIES[self.model_type.removeprefix(PER_LAYER_PREFIX)]
         attending = 0
         for index in range(self.num_hidden_layers):
             layer = self.per_layer_config[index]
             skipped = getattr(layer, "skip", [])
             attending += "attention" not in skipped
-            if not set(skipped) <= SKIPPED.keys():
-                raise ValueError(f"layer {index}: skip={skipped}; known are {', '.join(SKIPPED)}")
-            if layer.num_attention_heads % layer.num_key_value_heads:
+            if not set(skipped) <= set(KINDS):
+                raise ValueError(f"layer {index}: skip={skipped}; known are {', '.join(KINDS)}")
+            heads = getattr(layer, family.heads)
+            kv_heads = getattr(layer, family.kv_heads) if family.kv_heads else heads
+            if heads % kv_heads:
                 raise ValueError(
-                    f"layer {index}: num_attention_heads={layer.num_attention_heads} is no multiple of "
-                    f"num_key_value_heads={layer.num_key_value_heads}"
+                    f"layer {index}: {family.heads}={heads} is no multiple of {family.kv_heads}={kv_heads}"
                 )
         if attending == 0:
             raise ValueError("every layer skips its attention; at least one must have it")
@@ -53,94 +55,100 @@ class _PerLayerConfig:
 class _PerLayerModel:
     """Builds each decoder layer from `config.per_layer_config[i]`."""
 
+    family: Family
+
     def __init__(self: Any, config: PreTrainedConfig) -> None:
         # The stock constructor reads the global sizes, which do not exist here: give it the first layer's.
-        super().__init__(config.per_layer_config[0])  # type: ignore[call-arg]
+        super().__init__(_buildable(self.family, config, 0))  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation_internal
-        self.config = self.model.config = config
-        stock = type(self.model.layers[0])
-        self.model.layers = nn.ModuleList()
+        layers = self.get_submodule(self.family.layers)
+        stock = type(layers[0])
+        blocks = read_anatomy(config).blocks
         attending = 0
         for index in range(config.num_hidden_layers):
-            sizes = config.per_layer_config[index]
-            skips = getattr(sizes, "skip", [])
-            layer: Any = _skipping(stock)(sizes, index) if skips else stock(sizes, index)
-            if "attention" not in skips:
-                # Its place in the KV cache, which takes the length so far from its first layer.
-                layer.self_attn.layer_idx = attending
-                attending += 1
-            self.model.layers.append(layer)
+            layer = layers[index] = stock(_buildable(self.family, config, index), index)
+            for block in blocks[2 * index : 2 * index + 2]:
+                if not block.units:
+                    _skip(layer, block, self.family)
+                elif block.kind == "attention":
+                    if self.family.stock_heads == "all":
+                        empty = {name: torch.empty(shape) for name, shape in block.tensors().items()}
+                        resize(layer, block, {part.tensor: empty[part.tensor] for part in block.slices})
+                    # Its place in the KV cache, which takes the length so far from its first layer.
+                    layer.get_submodule(block.modules[0]).layer_idx = attending
+                    attending += 1
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config = config
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        for layer in self.model.layers:  # each layer holds a copy of the configuration
-            if hasattr(layer, "self_attn"):
-                layer.self_attn.config._attn_implementation_internal = self.config._attn_implementation_internal
+        for block in read_anatomy(self.config).of_kind("attention"):  # each layer holds a copy of the configuration
+            if block.units:
+                attention = self.get_submodule(f"{self.family.layers}.{block.layer}.{block.modules[0]}")
+                attention.config._attn_implementation_internal = self.config._attn_implementation_internal
 
 
-def _skipping(stock: Any) -> Any:
-    """The family's decoder layer for a configuration with `skip`."""
+class Silent(nn.Module):
+    """Stands where a block is not: a `silent` or `silent_attention` of layers.py."""
 
-    class SkippingLayer(stock):
-        def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-            super().__init__(config, layer_idx)
-            self.skip = frozenset(config.skip)
-            for block in self.skip:
-                for module in SKIPPED[block]:
-                    delattr(self, module)
+    def __init__(self, output: Callable[..., Any]) -> None:
+        super().__init__()
+        self._output = output
 
-        def forward(self, hidden_states: Tensor, **attention: Any) -> Tensor:
-            if "attention" not in self.skip:
-                hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **attention)[0]
-            if "mlp" not in self.skip:
-                hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-            return hidden_states
-
-    return SkippingLayer
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output(*args, **kwargs)
 
 
-# `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
-@strict
-class NumpruneLlamaConfig(_PerLayerConfig, LlamaConfig):
-    model_type = "numprune_llama"
+def _skip(layer: nn.Module, block: Block, family: Family) -> None:
+    for path in block.modules:
+        layer.set_submodule(path, Silent(SILENT[block.kind]))
+    for path in family.wiring(block.kind).norms:
+        layer.set_submodule(path, nn.Identity())
 
 
-@strict
-class NumpruneMistralConfig(_PerLayerConfig, MistralConfig):
-    model_type = "numprune_mistral"
+def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """Return a configuration that the stock classes build the layer from, perhaps with more heads than it has."""
+    sizes = copy.copy(config.per_layer_config[index])
+    if family.stock_heads == "all":
+        setattr(sizes, family.heads, sizes.hidden_size // sizes.head_dim)
+    return sizes
 
 
-@strict
-class NumpruneQwen2Config(_PerLayerConfig, Qwen2Config):
-    model_type = "numprune_qwen2"
+def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
+    """Give a decoder layer the tensors of some of the block's units, by their names in the layer, in place."""
+    for name, tensor in tensors.items():
+        path, _, parameter = name.rpartition(".")
+        module: Any = layer.get_submodule(path)
+        setattr(module, parameter, nn.Parameter(tensor))
+        if parameter == "weight":
+            if isinstance(module, Conv1D):
+                module.nx, module.nf = tensor.shape
+            else:
+                module.out_features, module.in_features = tensor.shape
+    if block.resize is not None:
+        block.resize(layer, tensors[block.reader.tensor].shape[block.reader.dim] // block.reader.size)
 
 
-@strict
-class NumpruneQwen3Config(_PerLayerConfig, Qwen3Config):
-    model_type = "numprune_qwen3"
+def _register(family: Family) -> None:
+    stock_config = CONFIG_MAPPING[family.name]
+    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
+    config = strict(
+        type(
+            f"Numprune{stock_config.__name__}",
+            (_PerLayerConfig, stock_config),
+            {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
+        )
+    )
+    model = type(
+        f"Numprune{stock_model.__name__}",
+        (_PerLayerModel, stock_model),
+        {"config_class": config, "family": family, "__module__": __name__},
+    )
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
 
 
-class NumpruneLlamaForCausalLM(_PerLayerModel, LlamaForCausalLM):
-    config_class = NumpruneLlamaConfig
-
-
-class NumpruneMistralForCausalLM(_PerLayerModel, MistralForCausalLM):
-    config_class = NumpruneMistralConfig
-
-
-class NumpruneQwen2ForCausalLM(_PerLayerModel, Qwen2ForCausalLM):
-    config_class = NumpruneQwen2Config
-
-
-class NumpruneQwen3ForCausalLM(_PerLayerModel, Qwen3ForCausalLM):
-    config_class = NumpruneQwen3Config
-
-
-for _config, _model in (
-    (NumpruneLlamaConfig, NumpruneLlamaForCausalLM),
-    (NumpruneMistralConfig, NumpruneMistralForCausalLM),
-    (NumpruneQwen2Config, NumpruneQwen2ForCausalLM),
-    (NumpruneQwen3Config, NumpruneQwen3ForCausalLM),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForCausalLM.register(_config, _model)
+for _family in FAMILIES.values():
+    _register(_family)

@@ -19,7 +19,7 @@ from numprune import sensitivity
 from numprune.allocation import ALLOCATIONS, by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import Anatomy, Block, read_anatomy
 from numprune.budget import Budget, measure
-from numprune.calibration import Walker, check_rows, consumer_of
+from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
@@ -27,13 +27,13 @@ from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
+from numprune.moments import Moments
 from numprune.plan import BlockPlan, Calibration, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
 from numprune.splits import priced, splits_meeting
-from numprune.statistics import Moments
-from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
-from numprune.target import Target, allowed_counts
+from numprune.surgery import assemble, can_hold_bias, channels_of, cut_layer, pruned_config
+from numprune.target import Counts, Target, allowed_counts
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +131,11 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         )
     if options.skips and options.compensation == "bias":
         raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
-    if options.compensation == "bias" and anatomy.family != "llama":
+    if options.compensation == "bias" and not can_hold_bias(anatomy.family):
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another (llama can)"
         )
-    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
+    allowed = _allowed(anatomy, options)
     check_ratio(anatomy, options.ratio, allowed)
     if options.allocation == "uniform":
         uniform(anatomy, options.ratio, allowed)
@@ -213,12 +213,12 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                     kept[block.name] = torch.empty(0, dtype=torch.long)
                     continue
                 moments = inputs.moments(layer, block)
-                weight = consumer_of(layer, block).weight.double()
+                weight = consumer_weight(layer, block).double()
                 units = keep_highest(_scores(block, weight, moments, options, gradients), counts[block.name])
                 kept[block.name] = units
                 damping = _damping(consumer_of(layer, block), weight, block, units, moments, inputs.held_out, options)
                 dampings[block.name] = damping if _is_fitted(block, units, options) else None
-                bias = _compensate(consumer_of(layer, block), weight, block, units, moments, damping, options)
+                bias = _compensate(layer, weight, block, units, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
                 inputs.pass_on(layer, block, units, damping)
@@ -233,6 +233,11 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         },
         splits,
     )
+
+
+def _allowed(anatomy: Anatomy, options: PruneOptions) -> Counts:
+    """The numbers of units that each block may keep; uniform ones are those that a stock configuration holds."""
+    return allowed_counts(anatomy, options.target, skips=options.skips, stock=options.allocation == "uniform")
 
 
 def describe(
@@ -297,7 +302,7 @@ def _units_to_keep(
     The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
     """
     anatomy, ratio = layers.anatomy, options.ratio
-    allowed = allowed_counts(anatomy, options.target, skips=options.skips)
+    allowed = _allowed(anatomy, options)
     if options.allocation == "uniform":
         splits = splits_meeting(anatomy, ratio, allowed)
         if len(splits) == 1 or options.compensation not in _REFITTING:  # the curves are those of refitted consumers
@@ -335,7 +340,7 @@ def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tenso
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
                 if block.units:
-                    yield block, consumer_of(layer, block).weight.double(), inputs.moments(layer, block)
+                    yield block, consumer_weight(layer, block).double(), inputs.moments(layer, block)
 
 
 def _scores(
@@ -373,7 +378,7 @@ def _is_fitted(block: Block, units: Tensor, options: PruneOptions) -> bool:
 
 
 def _compensate(
-    consumer: nn.Linear,
+    layer: nn.Module,
     weight: Tensor,
     block: Block,
     units: Tensor,
@@ -384,14 +389,15 @@ def _compensate(
     """Overwrite the consumer: zero at the removed channels, refitted at the others where the options ask for it.
 
     Args:
-        consumer: of `block`.
-        weight: (out, D) float64, its weight.
+        layer: the block's.
+        weight: (out, D) float64, the consumer's weight.
         units: to keep.
         damping: of the refit.
 
     Returns:
         The bias (out,) that `bias` compensation gives it, with what it had; None for every other compensation.
     """
+    consumer, stored = consumer_of(layer, block), consumer_weight(layer, block)
     kept = channels_of(block, units)
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
@@ -400,8 +406,8 @@ def _compensate(
         columns, bias = refit(weight, own, kept, moments, damping)
         if bias is not None:
             consumer.bias.copy_(bias)
-    consumer.weight.zero_()
-    consumer.weight[:, kept] = columns.to(consumer.weight.dtype)
+    stored.zero_()
+    stored[:, kept] = columns.to(stored.dtype)
     if not len(units) and consumer.bias is not None:
         consumer.bias.zero_()  # it goes with the block
     return added

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from numprune.anatomy import Block
-from numprune.calibration import block_output
-from numprune.layers import Layers
+from numprune.calibration import Walker, consumer_of
+from numprune.layers import Arguments, Layers
 from numprune.progress import Progress
 
 
@@ -50,20 +50,21 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     hidden_size, tokens = anatomy.hidden_size, rows.numel()
     output = {block.name: layers.allocate(hidden_size, hidden_size).zero_() for block in anatomy.blocks}
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
-    rotary = layers.rotary(rows.shape[1])
+    walker = Walker(layers, rows.shape[1], batch_size)
     scores: dict[str, Tensor] = {}
     chunks = rows.split(batch_size if layers.resident else len(rows))
     with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
         for number, part in enumerate(chunks):
-            batches = [slice(at, at + batch_size) for at in range(0, len(part), batch_size)]
-            entering = _forward(layers, part, batches, rotary, bar)
+            batches = list(walker.batches(len(part)))
+            entering = _forward(walker, part, batches, bar)
             gradient = _head_gradient(layers, part, entering.pop())
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
                 with layers.layer(index) as layer:
                     for batch in batches:
-                        _backward(layer, blocks, hidden, gradient, batch, rotary, output, gradients)
+                        call = walker.arguments(batch.stop - batch.start)[index]
+                        _backward(layer, blocks, call, hidden, gradient, batch, layers.device, output, gradients)
                     if taylor and number == len(chunks) - 1:
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), tokens)
@@ -72,23 +73,16 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
 
 
 @torch.no_grad()
-def _forward(
-    layers: Layers, rows: Tensor, batches: list[slice], rotary: tuple[Tensor, Tensor], bar: Progress
-) -> list[Tensor]:
+def _forward(walker: Walker, rows: Tensor, batches: list[slice], bar: Progress) -> list[Tensor]:
     """Return what enters each layer, and what leaves the last."""
-    anatomy = layers.anatomy
-    entering = [layers.allocate(*rows.shape, anatomy.hidden_size)]
-    for batch in batches:
-        entering[0][batch] = layers.embed(rows[batch]).to(entering[0].device)
-    for index in range(anatomy.layers):
-        before, after = entering[-1], layers.allocate(*rows.shape, anatomy.hidden_size)
+    layers = walker.layers
+    entering = [walker.embed(rows).hidden]
+    for index in range(layers.anatomy.layers):
+        before, after = entering[-1], layers.allocate(*entering[-1].shape)
         with layers.layer(index) as layer:
             for batch in batches:
-                hidden = before[batch].to(layers.device)
-                for block in anatomy.of_layer(index):
-                    if block.units:
-                        hidden = hidden + block_output(layer, block, hidden, rotary)
-                after[batch] = hidden.to(after.device)
+                call = walker.arguments(batch.stop - batch.start)[index]
+                after[batch] = call.call(layer, before[batch].to(layers.device)).to(after.device)
         entering.append(after)
         bar.update()
     return entering
@@ -100,7 +94,7 @@ def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor) -> Tensor:
         for batch in (slice(row, row + 1) for row in range(len(rows))):  # a batch's logits could be the largest tensor
             leaving = hidden[batch].to(layers.device).requires_grad_()
             with torch.enable_grad():
-                logits = head.output(head.norm(leaving))[:, :-1].float()
+                logits = head(rows[batch], leaving)[:, :-1].float()
                 targets = rows[batch][:, 1:].to(logits.device)
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             (gradient,) = torch.autograd.grad(loss, leaving)
@@ -111,46 +105,58 @@ def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor) -> Tensor:
 def _backward(
     layer: nn.Module,
     blocks: list[Block],
+    call: Arguments,
     hidden: Tensor,
     gradient: Tensor,
     batch: slice,
-    rotary: tuple[Tensor, Tensor],
+    device: torch.device,
     output: dict[str, Tensor],
     gradients: dict[str, dict[str, Tensor]],
 ) -> None:
-    """Take `gradient` (N, S, H), of the loss, from what leaves the layer to what enters it, for one batch of rows."""
-    behind = gradient[batch].to(rotary[0].device)  # a layer that skips both blocks has no parameters to ask
+    """Take `gradient` (N, S, H), of the loss, from what leaves the layer to what enters it, for one batch of rows.
+
+    The blocks' outputs are their consumers', before any norm that stands between them and the residual stream.
+    """
     matrices = {block.name: _matrices(layer, block) if block.name in gradients else {} for block in blocks}
-    with torch.enable_grad():
-        states = [hidden[batch].to(behind.device).requires_grad_()]
-        for block in blocks:
-            states.append(states[-1] + block_output(layer, block, states[-1], rotary))
-    for block, before, after in reversed(list(zip(blocks, states, states[1:], strict=False))):
-        flat = behind.flatten(0, 1)
+    seen: list[Tensor] = []
+    hooks = [
+        consumer_of(layer, block).register_forward_hook(lambda _module, _inputs, value: seen.append(value))
+        for block in blocks
+    ]
+    try:
+        with torch.enable_grad():
+            before = hidden[batch].to(device).requires_grad_()
+            after = call.call(layer, before)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    behind = gradient[batch].to(after.device)
+    wanted = [before, *seen, *(value for block in blocks for value in matrices[block.name].values())]
+    entering, *rest = torch.autograd.grad(after, wanted, behind)
+    found = iter(rest)
+    for block in blocks:
+        flat = next(found).reshape(-1, hidden.shape[-1])
         output[block.name] += (flat.T @ flat).to(output[block.name].device)
-        behind, *found = torch.autograd.grad(after, [before, *matrices[block.name].values()], behind)
-        for name, value in zip(matrices[block.name], found, strict=True):
-            sums = gradients[block.name]
+    for block in blocks:
+        sums = gradients.get(block.name, {})
+        for name in matrices[block.name]:
+            value = next(found)
             sums[name] = sums[name] + value if name in sums else value
-    gradient[batch] = behind.to(gradient.device)
+    gradient[batch] = entering.to(gradient.device)  # last: what has passed a sum unchanged is `gradient` itself
 
 
 def _matrices(layer: nn.Module, block: Block) -> dict[str, nn.Parameter]:
     """The parameters that go with the block's units, by name; what is computed of them now has gradients."""
-    modules = [block.consumer, *(name for name, _ in block.producers)]
-    found = {f"{name}.{key}": value for name in modules for key, value in layer.get_submodule(name).named_parameters()}
-    found.pop(f"{block.consumer}.bias", None)  # no unit's
-    for value in found.values():
-        value.requires_grad_()
-    return found
+    return {part.tensor: layer.get_parameter(part.tensor).requires_grad_() for part in block.slices}
 
 
 def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], tokens: int) -> Tensor:
     matrices = _matrices(layer, block)
-    score = torch.zeros(block.units, dtype=torch.float64, device=next(layer.parameters()).device)
-    for name, gradient in gradients.items():
-        salience = (matrices[name].detach().double() * gradient.double() / tokens).abs()
-        if name.startswith(block.consumer):
-            salience = salience.T
-        score += salience.reshape(block.units, -1).sum(1)
+    score = torch.zeros(block.units, dtype=torch.float64, device=matrices[block.reader.tensor].device)
+    for part in block.slices:
+        salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / tokens).abs()
+        entries = salience.movedim(part.dim, 0).reshape(salience.shape[part.dim], -1).sum(1)
+        for index, size in enumerate(part.parts):
+            units = torch.arange(block.units, device=entries.device)
+            score += entries[part.entries(units, block.units, index)].view(block.units, size).sum(1)
     return score

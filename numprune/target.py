@@ -38,18 +38,19 @@ class Target:
                 raise InputError(f"{field} is {value}; it must be at least 1")
 
 
-def allowed_counts(anatomy: Anatomy, target: Target, *, skips: bool = False) -> Counts:
+def allowed_counts(anatomy: Anatomy, target: Target, *, skips: bool = False, stock: bool = False) -> Counts:
     """Return the numbers of units that each block may keep.
 
     Args:
         anatomy: of the model to prune.
         target: of the result.
         skips: a block may also lose all its units; its layer then passes the residual stream on.
+        stock: only numbers that the architecture's own configuration holds.
 
     Raises:
         InputError: a block has no size that the target can run; names the block, its size and the rule.
     """
-    return {block.name: _counts(block, anatomy, target, skips) for block in anatomy.blocks}
+    return {block.name: _counts(block, anatomy, target, skips, stock) for block in anatomy.blocks}
 
 
 def nearest(counts: Sequence[int], exact: float) -> int:
@@ -59,7 +60,7 @@ def nearest(counts: Sequence[int], exact: float) -> int:
     return min(around, key=lambda count: (abs(count - exact), -count))
 
 
-def _counts(block: Block, anatomy: Anatomy, target: Target, skips: bool) -> list[int]:
+def _counts(block: Block, anatomy: Anatomy, target: Target, skips: bool, stock: bool) -> list[int]:
     if not block.units:
         return [0]
     if block.kind == "mlp":
@@ -70,7 +71,11 @@ def _counts(block: Block, anatomy: Anatomy, target: Target, skips: bool) -> list
             counts.append(block.units)
         rule = f"a multiple of quantization_group * tensor_parallel = {least}"
     else:
-        counts = [groups for groups in range(1, block.units + 1) if _splits(groups, anatomy, target)]
+        counts = [
+            groups
+            for groups in range(1, block.units + 1)
+            if _splits(groups, anatomy, target) and _may_have(block, groups, anatomy, stock)
+        ]
         rule = (
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
             f"in groups of quantization_group={target.quantization_group} channels"
@@ -81,6 +86,12 @@ def _counts(block: Block, anatomy: Anatomy, target: Target, skips: bool) -> list
             "choose a smaller tensor_parallel or quantization_group"
         )
     return [0, *counts] if skips else counts
+
+
+def _may_have(block: Block, groups: int, anatomy: Anatomy, stock: bool) -> bool:
+    if groups == block.units:
+        return True
+    return block.separable and (not stock or anatomy.stock_holds(block, groups))
 
 
 def _splits(groups: int, anatomy: Anatomy, target: Target) -> bool:

@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
+from numprune.anatomy import read_anatomy
 from numprune.errors import MissingRuntime
 from numprune.export import checkpoint
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
@@ -43,7 +44,7 @@ class TorchRuntime:
 
     def describe(self) -> dict[str, Any]:
         parameters = list(self.model.parameters())
-        attentions = [layer.self_attn for layer in self.model.model.layers if hasattr(layer, "self_attn")]
+        anatomy = read_anatomy(self.model.config)
         return {
             "runtime": self.name,
             "dtype": "float32",
@@ -51,7 +52,7 @@ class TorchRuntime:
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
-            "kv_bytes_per_token": sum(4 * (part.k_proj.out_features + part.v_proj.out_features) for part in attentions),
+            "kv_bytes_per_token": sum(2 * 4 * block.units * anatomy.head_dim for block in anatomy.of_kind("attention")),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 

@@ -166,7 +166,6 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.calibration import longest_row
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, prune_checkpoint
@@ -190,7 +189,7 @@ def prune(args: argparse.Namespace) -> Answer:
     config = checkpoint.read_config(base)
     anatomy = read_anatomy(config)
     check_options(anatomy, options)
-    length = row_length(args.sequence_length, longest_row(config, anatomy))
+    length = row_length(args.sequence_length, config.max_position_embeddings)
     tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
     rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how)
     facts = prune_checkpoint(base, rows, options, args.out, device_of("auto"), draw=draw, stream=args.stream)

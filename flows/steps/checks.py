@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from numprune.anatomy import Anatomy, read_anatomy
-from numprune.calibration import longest_row
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
@@ -94,7 +93,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
-        problems += _lengths(recipe, config, anatomy)
+        problems += _lengths(recipe, config.max_position_embeddings)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
     if tokenizer is not None or not data.chat:
@@ -136,11 +135,12 @@ def prune_options(recipe: Recipe) -> PruneOptions:
     return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
 
 
-def _lengths(recipe: Recipe, config: Any, anatomy: Anatomy) -> list[str]:
+def _lengths(recipe: Recipe, context: int) -> list[str]:
     problems = []
-    limit, context = longest_row(config, anatomy), config.max_position_embeddings
-    if recipe.data.sequence_length > limit:
-        problems.append(f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {limit} tokens")
+    if recipe.data.sequence_length > context:
+        problems.append(
+            f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {context} tokens"
+        )
     positions = recipe.benchmark.prompt_length + recipe.benchmark.output_length
     if positions > context:
         problems.append(

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from numprune.anatomy import FAMILIES
-from numprune.calibration import block_output
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, weights
 from numprune.export.streaming import CheckpointLayers
@@ -30,32 +29,25 @@ def sharded(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 def forward_and_gradients(layers: Layers) -> list[torch.Tensor]:
     """Logits, and the gradients of a loss with respect to what enters each layer, last layer first."""
-    rotary = layers.rotary(TOKENS.shape[1])
+    entered = layers.enter(TOKENS)
 
     def through(index: int, hidden: torch.Tensor) -> torch.Tensor:
         with layers.layer(index) as layer:
-            for block in layers.anatomy.of_layer(index):
-                if block.units:
-                    hidden = hidden + block_output(layer, block, hidden, rotary)
-            return hidden
+            return entered.arguments[index].call(layer, hidden)
 
     with torch.no_grad():
-        entering = [layers.embed(TOKENS)]
+        entering = [entered.hidden]
         for index in range(layers.anatomy.layers):
             entering.append(through(index, entering[-1]))
-    hidden = entering.pop().requires_grad_()
+    hidden = entering.pop().detach().requires_grad_()
     with layers.head() as head:
-        logits = head.output(head.norm(hidden))
+        logits = head(TOKENS, hidden)
         functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
     gradients = [hidden.grad]
     for index in reversed(range(layers.anatomy.layers)):
-        hidden = entering.pop().requires_grad_()
+        hidden = entering.pop().detach().requires_grad_()
         with layers.layer(index) as layer:  # the gradient is taken while the weights are there
-            result = hidden
-            for block in layers.anatomy.of_layer(index):
-                if block.units:
-                    result = result + block_output(layer, block, result, rotary)
-            result.backward(gradients[-1])
+            entered.arguments[index].call(layer, hidden).backward(gradients[-1])
         gradients.append(hidden.grad)
     return [logits.detach(), *gradients]
 

@@ -1,7 +1,8 @@
 import pytest
+import torch
 from transformers import AutoConfig
 
-from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.anatomy import FAMILIES, Slice, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 
@@ -21,15 +22,22 @@ def test_budget_counts_the_parameters_that_the_model_has(tiny_model, family, ove
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_units_own_every_row_of_the_producers_and_every_column_of_the_consumer(tiny_model, family, overrides):
+def test_the_tensors_are_those_of_the_model(tiny_model, family, overrides):
     model = tiny_model(family, **overrides)
-    for block in read_anatomy(model.config).blocks:
-        layer = model.model.layers[block.layer]
-        consumer = layer.get_submodule(block.consumer)
-        assert consumer.in_features == block.channels
-        assert (consumer.bias is not None) == block.consumer_bias
-        for producer, rows in block.producers:
-            assert layer.get_submodule(producer).out_features == rows * block.units
+    anatomy = read_anatomy(model.config)
+    found = dict(anatomy.around)
+    for block in anatomy.blocks:
+        found |= {f"{block.path}.{name}": shape for name, shape in block.tensors().items()}
+    assert found == {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def test_the_entries_of_units_in_stacked_and_interleaved_parts():
+    units = torch.tensor([0, 2])
+    stacked, interleaved = (Slice("x", 0, (2, 1), 4, interleaved=value) for value in (False, True))
+    assert stacked.entries(units, 3).tolist() == [0, 1, 4, 5, 6, 8]
+    assert stacked.entries(units, 3, part=1).tolist() == [6, 8]
+    assert interleaved.entries(units, 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert interleaved.entries(units, 3, part=1).tolist() == [2, 8]
 
 
 def test_budget_counts_the_kv_cache(tiny_model):
@@ -39,8 +47,8 @@ def test_budget_counts_the_kv_cache(tiny_model):
 
 
 def test_unsupported_architecture_is_refused_by_name():
-    with pytest.raises(InputError, match=r"'gpt2'.*supported are llama, mistral, qwen2, qwen3"):
-        read_anatomy(AutoConfig.for_model("gpt2"))
+    with pytest.raises(InputError, match=r"'mamba'.*supported are llama, .*; docs/adding-an-architecture.md shows how"):
+        read_anatomy(AutoConfig.for_model("mamba"))
 
 
 def test_quantized_model_is_refused():

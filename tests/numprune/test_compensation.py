@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from numprune.compensation import choose_damping, mean_bias, refit
-from numprune.statistics import Moments
+from numprune.moments import Moments
 
 KEPT = torch.tensor([0, 2, 3, 7, 9])
 

@@ -7,7 +7,7 @@ import torch
 
 from numprune import joint
 from numprune.anatomy import FAMILIES, read_anatomy
-from numprune.calibration import Walker, block_output, consumer_of
+from numprune.calibration import Walker, consumer_of
 from numprune.layers import ModelLayers
 from numprune.surgery import narrowed
 from tests.conftest import build_tiny
@@ -17,13 +17,22 @@ ROWS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(0)
 UNITS = {"attention": torch.tensor([1]), "mlp": torch.tensor([0, 3, 4, 5, 9, 11])}
 
 
+def output_of(walker, layer, block, stream):
+    with torch.no_grad():
+        return walker.run_batch(layer, block, stream.hidden).output
+
+
+def linear_of(block):
+    """The name of the matrix that the block's output is linear in."""
+    return block.linear[0].tensor
+
+
 def first_layer(family):
     """Model, walker, layer, its blocks, the stream in front of it, and one to aim at."""
     model = build_tiny(family, **SMALL)
     walker = Walker(ModelLayers(model), ROWS.shape[1], batch_size=4)
-    with torch.no_grad():
-        pruned = walker.embed(ROWS)
-        aim = pruned + torch.randn(pruned.shape, generator=torch.Generator().manual_seed(1))
+    pruned = walker.embed(ROWS)
+    aim = pruned.hidden + torch.randn(pruned.hidden.shape, generator=torch.Generator().manual_seed(1))
     return walker, model.model.layers[0], read_anatomy(model.config).of_layer(0), pruned, aim
 
 
@@ -34,13 +43,12 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
     walker, layer, blocks, pruned, aim = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
     small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
-    weight = small.get_submodule(block.producers[-1][0]).weight
+    weight = small.get_parameter(linear_of(block))
     start = weight.detach().clone()
 
     def output(value):
         weight.data = value
-        with torch.no_grad():
-            return block_output(small, left, pruned, walker.rotary).double().flatten()
+        return output_of(walker, small, left, pruned).double().flatten()
 
     origin = output(torch.zeros_like(start))
     columns = []  # the output is affine in the weight: a column for each of its values
@@ -49,12 +57,12 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
         unit.view(-1)[index] = 1
         columns.append(output(unit) - origin)
     matrix = torch.stack(columns, dim=1)
-    best = torch.linalg.lstsq(matrix, (aim - pruned).double().flatten() - origin, driver="gelsd").solution
+    best = torch.linalg.lstsq(matrix, (aim - pruned.hidden).double().flatten() - origin, driver="gelsd").solution
     weight.data = start.clone()
     with torch.no_grad():
-        joint._refit_producer(walker, small, left, pruned, aim, 1e-9)
-    least = matrix @ best + origin - (aim - pruned).double().flatten()
-    found = output(weight.detach().clone()) - (aim - pruned).double().flatten()
+        joint._refit_producer(walker, small, left, pruned, joint.Aims(aim, pruned.hidden), 1e-9)
+    least = matrix @ best + origin - (aim - pruned.hidden).double().flatten()
+    found = output(weight.detach().clone()) - (aim - pruned.hidden).double().flatten()
     assert float(found.square().sum()) == pytest.approx(float(least.square().sum()), rel=1e-3)
 
 
@@ -66,13 +74,11 @@ def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
         layer.mlp.up_proj.weight[3] = 0
         layer.mlp.gate_proj.weight[5] = 0
         layer.mlp.down_proj.weight[:, 7] = 0
-        aim = pruned + block_output(layer, block, pruned, walker.rotary)
-        joint.refit_both(walker, layer, block, every, pruned, aim, damping)
-        torch.testing.assert_close(
-            pruned + block_output(layer, block, pruned, walker.rotary), aim, rtol=1e-4, atol=1e-4
-        )
+        aim = output_of(walker, layer, block, pruned)
+        joint.refit_both(walker, layer, block, every, pruned, joint.Aims(aim), damping)
+        torch.testing.assert_close(output_of(walker, layer, block, pruned), aim, rtol=1e-4, atol=1e-4)
         layer.mlp.down_proj.weight.zero_()
-        joint.refit_both(walker, layer, block, every, pruned, pruned, damping)
+        joint.refit_both(walker, layer, block, every, pruned, joint.Aims(torch.zeros_like(aim)), damping)
         assert all(torch.isfinite(value).all() for value in layer.state_dict().values())
 
 
@@ -83,22 +89,19 @@ def test_only_what_is_kept_of_the_two_matrices_changes_and_the_stream_comes_near
     block = next(block for block in blocks if block.kind == kind)
     small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    joint.refit_both(walker, layer, block, UNITS[kind], pruned, aim, 1e-3)
+    joint.refit_both(walker, layer, block, UNITS[kind], pruned, joint.Aims(aim, pruned.hidden), 1e-3)
     changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
-    producer = block.producers[-1][0]
-    assert {f"{block.consumer}.weight", f"{producer}.weight"} <= changed
-    assert changed <= {f"{block.consumer}.weight", f"{block.consumer}.bias", f"{producer}.weight"}
-    rest = torch.ones(before[f"{producer}.weight"].shape[0], dtype=torch.bool).view(block.units, -1)
+    producer = linear_of(block)
+    assert {f"{block.consumer}.weight", producer} <= changed
+    assert changed <= {f"{block.consumer}.weight", f"{block.consumer}.bias", producer}
+    rest = torch.ones(before[producer].shape[0], dtype=torch.bool).view(block.units, -1)
     rest[UNITS[kind]] = False
-    torch.testing.assert_close(
-        layer.state_dict()[f"{producer}.weight"][rest.flatten()], before[f"{producer}.weight"][rest.flatten()]
-    )
+    torch.testing.assert_close(layer.state_dict()[producer][rest.flatten()], before[producer][rest.flatten()])
     after = narrowed(layer, block, UNITS[kind])
-    with torch.no_grad():
-        errors = [
-            float((aim - pruned - block_output(module, left, pruned, walker.rotary)).square().sum())
-            for module in (small, after)
-        ]
+    errors = [
+        float((aim - pruned.hidden - output_of(walker, module, left, pruned)).square().sum())
+        for module in (small, after)
+    ]
     assert errors[1] < errors[0]
 
 
@@ -112,6 +115,4 @@ def test_a_narrowed_layer_computes_what_the_whole_one_does_with_the_rest_zeroed(
     rest[UNITS[kind]] = False
     with torch.no_grad():
         consumer_of(layer, block).weight[:, rest.flatten()] = 0
-        torch.testing.assert_close(
-            block_output(small, block, pruned, walker.rotary), block_output(layer, block, pruned, walker.rotary)
-        )
+    torch.testing.assert_close(output_of(walker, small, block, pruned), output_of(walker, layer, block, pruned))

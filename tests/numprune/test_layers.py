@@ -3,7 +3,6 @@ import torch
 from torch.nn import functional
 
 from numprune.anatomy import FAMILIES
-from numprune.calibration import block_output
 from numprune.layers import ModelLayers
 
 TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
@@ -11,13 +10,13 @@ TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(
 
 def loss_by_layers(layers, tokens):
     """Mean NLL of the next tokens, through the layers one after the other."""
-    hidden, rotary = layers.embed(tokens), layers.rotary(tokens.shape[1])
+    entered = layers.enter(tokens)
+    hidden = entered.hidden
     for index in range(layers.anatomy.layers):
         with layers.layer(index) as layer:
-            for block in layers.anatomy.of_layer(index):
-                hidden = hidden + block_output(layer, block, hidden, rotary)
+            hidden = entered.arguments[index].call(layer, hidden)
     with layers.head() as head:
-        logits = head.output(head.norm(hidden))
+        logits = head(tokens, hidden)
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -35,5 +34,5 @@ def test_gradients_through_the_layers_are_the_model_s(tiny_model, family):
 def test_another_attention_is_refused(tiny_model):
     model = tiny_model()
     model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="attn_implementation='sdpa', not 'eager'"):
+    with pytest.raises(ValueError, match="layers of llama need attn_implementation='sdpa', not 'eager'"):
         ModelLayers(model)

@@ -245,11 +245,11 @@ def test_taylor_keeps_the_units_whose_parameters_autograd_finds_most_salient():
     plan = prune(build_tiny(), ROWS, PruneOptions(0.4, "taylor", "uniform", "none", target=Target(align=1))).plan
     for block in read_anatomy(model.config).blocks:
         layer = model.model.layers[block.layer]
-        consumer = layer.get_submodule(block.consumer).weight
-        score = (consumer * consumer.grad).abs().T.reshape(block.units, -1).sum(1)
-        for name, _ in block.producers:
-            weight = layer.get_submodule(name).weight
-            score += (weight * weight.grad).abs().reshape(block.units, -1).sum(1)
+        score = torch.zeros(block.units)
+        for part in block.slices:
+            weight = layer.get_parameter(part.tensor)
+            salience = (weight * weight.grad).detach().abs()
+            score += (salience if part.dim == 0 else salience.T).reshape(block.units, -1).sum(1)
         kept = plan.blocks[block.name].kept
         assert 0 < len(kept) < block.units
         assert kept == sorted(score.argsort(descending=True)[: len(kept)].tolist())

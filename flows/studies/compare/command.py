@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from numprune.anatomy import read_anatomy
-from numprune.calibration import longest_row
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config, resolve
 from numprune.flows import children
@@ -127,7 +126,7 @@ def _request(args: argparse.Namespace) -> Request:
         ratios=args.ratios,
         methods=methods,
         samples=args.samples,
-        sequence_length=row_length(args.sequence_length, longest_row(config, anatomy)),
+        sequence_length=row_length(args.sequence_length, config.max_position_embeddings),
         align=args.align,
         seed=args.seed,
         device=device_of(args.device).type,

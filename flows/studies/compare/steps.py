@@ -21,10 +21,10 @@ from numprune.flows.studies.compare.meter import Meter
 from numprune.flows.studies.compare.methods import options_of
 from numprune.flows.studies.rivals import RIVALS
 from numprune.layers import ModelLayers
+from numprune.moments import Moments
 from numprune.pruning import Known, dense_moments, prune
 from numprune.quality import compare_with, head_of
 from numprune.sensitivity import Sensitivity
-from numprune.statistics import Moments
 from numprune.target import Target
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import Anatomy, family_of, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
@@ -31,12 +31,8 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     check_layers(anatomy)
     gone = layers_to_drop(anatomy, block_influence(model, rows, batch_size), ratio)
     left = anatomy.keeping({block.name: 0 if block.layer in gone else block.units for block in anatomy.blocks})
-    dropped = tuple(f"model.layers.{layer}." for layer in gone)
-    tensors = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith("model.layers.") and not name.startswith(dropped)
-    }
+    inside = tuple(f"{block.path}." for block in anatomy.blocks if block.layer not in gone)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     pruned = assemble(model, pruned_config(model.config, left), tensors)
     after = measure(left)
     removed = 1 - after.prunable_parameters / measure(anatomy).prunable_parameters
@@ -63,7 +59,7 @@ def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int
 @torch.inference_mode()
 def block_influence(model: PreTrainedModel, rows: Tensor, batch_size: int) -> Tensor:
     """Return BI_i = 1 - E[cos(x_i, x_{i+1})] over all tokens, (layers,) float64; x_i enters layer i (eq. 1)."""
-    layers = model.model.layers
+    layers: Any = model.get_submodule(family_of(model.config).layers)
     similarity = torch.zeros(len(layers), dtype=torch.float64)
 
     def add(index: int) -> Callable[..., None]:
@@ -75,7 +71,7 @@ def block_influence(model: PreTrainedModel, rows: Tensor, batch_size: int) -> Te
     handles = [layer.register_forward_hook(add(index)) for index, layer in enumerate(layers)]
     try:
         for batch in rows.split(batch_size):
-            model.model(input_ids=batch.to(model.device), use_cache=False)
+            model.base_model(input_ids=batch.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

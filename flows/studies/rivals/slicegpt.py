@@ -23,6 +23,7 @@ from numprune.calibration import check_rows
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # an RMS norm in front of each block, nothing behind it
 _MODULES = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
 
@@ -56,6 +57,8 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
 
 def check_blocks(anatomy: Anatomy) -> None:
     """Refuse a model that cannot be sliced. Raises InputError."""
+    if anatomy.family not in FAMILIES:
+        raise InputError(f"slicegpt: {anatomy.family} is not supported; supported are {', '.join(FAMILIES)}")
     if not all(block.units for block in anatomy.blocks):
         raise InputError("slicegpt: a model that skips blocks is not supported")
 
@@ -65,8 +68,8 @@ def block_parameters(anatomy: Anatomy, width: int) -> int:
     total = 0
     for index, block in enumerate(anatomy.blocks):
         out = anatomy.hidden_size if index == len(anatomy.blocks) - 1 else width
-        rows = block.units * sum(rows for _, rows in block.producers)
-        biases = block.units * block.parameters_per_unit - (rows + block.channels) * anatomy.hidden_size
+        rows = block.units * sum(writer.size for writer in block.writers if writer.width is not None)
+        biases = block.units * sum(writer.size for writer in block.writers if writer.width is None)
         total += rows * width + biases + block.channels * out + width * out
     return total
 
@@ -213,7 +216,8 @@ def _blocks(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[Block]:
     for block in anatomy.blocks:
         layer: Any = model.model.layers[block.layer]
         name, norm = _MODULES[block.kind]
-        producers = [path.removeprefix(f"{name}.") for path, _ in block.producers]
+        written = [writer.tensor.removeprefix(f"{name}.") for writer in block.writers]
+        producers = [tensor.removesuffix(".weight") for tensor in written if tensor.endswith(".weight")]
         consumer = block.consumer.removeprefix(f"{name}.")
         scale = layer.get_submodule(norm).weight
         yield Block(layer.get_submodule(name), block.kind, scale, producers, consumer)

@@ -16,9 +16,9 @@ from numprune.compensation import choose_damping, refit
 from numprune.criteria import CRITERIA, BlockView
 from numprune.flows.studies.speed.clock import now, seconds
 from numprune.inputs import split_rows
-from numprune.joint import refit_both
+from numprune.joint import Aims, refit_both
 from numprune.layers import ModelLayers
-from numprune.statistics import Moments
+from numprune.moments import Moments
 from numprune.surgery import channels_of
 
 CRITERION = "obs"
@@ -142,11 +142,12 @@ def _block_times(
     fitted, held_out = (Moments(block.channels, consumer.out_features, device) for _ in range(2))
     behind = hidden.clone()
     start = now(device)
-    for batch, inputs, output in walker.run(layer, block, hidden):
+    for batch, run in walker.run(layer, block, walker.stream(hidden)):
         times["forward"] += now(device) - start
-        times["sums"] += seconds(partial(moments.add, inputs), device)
-        times["sums with targets"] += seconds(partial(split_rows, batch, inputs, output, fitted, held_out), device)
-        behind[batch] += output
+        times["sums"] += seconds(partial(moments.add, run.inputs), device)
+        with_targets = partial(split_rows, batch, run.inputs, run.output, fitted, held_out)
+        times["sums with targets"] += seconds(with_targets, device)
+        behind[batch] = run.after
         start = now(device)
     weight = consumer.weight.double()
     view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, _RATIO, seed=0)
@@ -161,6 +162,7 @@ def _block_times(
 
     times["damping"] = seconds(choose, device)
     for name, rows in (("producers", len(hidden)), ("producers, one row", 1)):
-        fit = partial(refit_both, walker, layer, block, units, hidden[:rows], behind[:rows], _DAMPING)
+        aims = Aims(behind[:rows], hidden[:rows])
+        fit = partial(refit_both, walker, layer, block, units, walker.stream(hidden[:rows]), aims, _DAMPING)
         times[name] = seconds(fit, device)
     return times

@@ -12,7 +12,7 @@ from numprune.criteria.numerical import boxed_mask, error_matrix, relaxed_mask
 from numprune.criteria.obs import greedy_removal
 from numprune.flows.studies.speed import straightforward
 from numprune.flows.studies.speed.clock import seconds, seconds_of_steps
-from numprune.statistics import Moments
+from numprune.moments import Moments
 
 _RATIO = 0.3
 _ITERATIONS = 50

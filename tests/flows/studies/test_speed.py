@@ -8,7 +8,7 @@ from numprune.criteria.numerical import error_matrix, relaxed_mask
 from numprune.criteria.obs import greedy_removal
 from numprune.flows.studies.speed import clock, straightforward
 from numprune.flows.studies.speed.command import main
-from numprune.statistics import Moments
+from numprune.moments import Moments
 
 TINY = ["--channels", "12,20", "--layer", "32x48x4x2", "--tokens", "256", "--sequence-length", "16", "--device", "cpu"]
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from numprune.statistics import Moments
+from numprune.moments import Moments
 
 
 def inputs(count=50, channels=600, outputs=5):

@@ -1,0 +1,8 @@
+from numprune.families.family import Family, Vllm, attention, gated_mlp
+
+QWEN2 = Family(
+    name="qwen2",
+    attention=attention(bias=True),
+    mlp=gated_mlp(),
+    vllm=Vllm(takes_head_dim=False, per_layer=True),
+)

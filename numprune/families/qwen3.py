@@ -1,0 +1,12 @@
+from numprune.families.family import Family, Vllm, attention, gated_mlp
+
+QWEN3 = Family(
+    name="qwen3",
+    attention=attention(
+        bias="attention_bias",
+        reader_bias="attention_bias",
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    ),
+    mlp=gated_mlp(),
+    vllm=Vllm(per_layer=True),
+)
