@@ -236,7 +236,8 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         skipped = getattr(sizes, "skip", [])
         entries: dict[Part, int] = {"query": group * head_dim, "key": head_dim, "value": head_dim}
         entries |= {"gate": 1, "up": 1, "inner": 1}
-        for kind, units in (("attention", kv_heads), ("mlp", width)):
+        counts: dict[Kind, int] = {"attention": kv_heads, "mlp": width}
+        for kind, units in counts.items():
             wiring = family.wiring(kind)
             blocks.append(_block(family, wiring, config, layer, kind, 0 if kind in skipped else units, entries))
     if len(groups) != 1:
@@ -299,12 +300,12 @@ def _block(
         for index, part in enumerate(matrix.parts):
             if part in LINEAR_PARTS:
                 linear = (place, index)
-    shared = {}
+    shared: dict[str, tuple[int, ...]] = {}
     for norm in wiring.norms:
         shared |= _norm(family, norm, hidden)
     shared |= {f"{norm}.weight": (entries["key"],) for norm in wiring.head_norms}
-    for norm, part in zip(wiring.joint_norms, ("query", "key"), strict=False):
-        shared[f"{norm}.weight"] = (entries[part] * units,)
+    for norm, size in zip(wiring.joint_norms, (entries["query"], entries["key"]), strict=False):
+        shared[f"{norm}.weight"] = (size * units,)
     if family.flag(wiring.reader.bias, config):
         shared[f"{wiring.reader.path}.bias"] = (hidden,)
     return Block(

@@ -134,7 +134,7 @@ def _register(family: Family) -> None:
     stock_config = CONFIG_MAPPING[family.name]
     stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
-    config = strict(
+    config: Any = strict(
         type(
             f"Numprune{stock_config.__name__}",
             (_PerLayerConfig, stock_config),

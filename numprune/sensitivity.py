@@ -145,7 +145,7 @@ def _backward(
     gradient[batch] = entering.to(gradient.device)  # last: what has passed a sum unchanged is `gradient` itself
 
 
-def _matrices(layer: nn.Module, block: Block) -> dict[str, nn.Parameter]:
+def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
     """The parameters that go with the block's units, by name; what is computed of them now has gradients."""
     return {part.tensor: layer.get_parameter(part.tensor).requires_grad_() for part in block.slices}
 

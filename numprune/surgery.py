@@ -58,8 +58,8 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
     other = family.stand_in
     if other is None or any(fields[flag] for flag in other.unless):
         return AutoConfig.for_model(per_layer, **fields, per_layer_config={})
-    fields = {key: value for key, value in fields.items() if key not in (*other.unless, *other.dropped)}
-    return AutoConfig.for_model(other.name, **fields | other.fields)
+    fields = {key: value for key, value in fields.items() if key not in (*other.unless, *other.dropped, *other.fields)}
+    return AutoConfig.for_model(other.name, **fields, **other.fields)
 
 
 def cut_layer(
@@ -124,11 +124,10 @@ def _parameters_without_values() -> Iterator[None]:
     """Have every parameter that a module is given be on the meta device."""
     register = nn.Module.register_parameter
 
-    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        empty = None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, empty)
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The configurations of per-layer models, word for word those of `numprune.modeling`, which a test compares.
+"""The configurations of per-layer models, made of transformers' own for the stock families.
 
 This distribution stands alone: neither numprune nor, for this module, vLLM is needed.
 """
@@ -6,9 +6,12 @@ This distribution stands alone: neither numprune nor, for this module, vLLM is n
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-SKIPPED = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+from numprune_vllm.sizes import PREFIX, SKIPPED
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers `layers.DecoderLayer` is
 
 
 class _PerLayerConfig:
@@ -34,30 +37,14 @@ class _PerLayerConfig:
             raise ValueError("layers skip their attention, while layer_types differ; that is not supported")
 
 
-# `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
-@strict
-class NumpruneLlamaConfig(_PerLayerConfig, LlamaConfig):
-    model_type = "numprune_llama"
+def _config(family: str) -> type[PreTrainedConfig]:
+    stock = CONFIG_MAPPING[family]
+    # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
+    fields = {"model_type": PREFIX + family, "__module__": __name__}
+    return strict(type(f"Numprune{stock.__name__}", (_PerLayerConfig, stock), fields))
 
 
-@strict
-class NumpruneMistralConfig(_PerLayerConfig, MistralConfig):
-    model_type = "numprune_mistral"
-
-
-@strict
-class NumpruneQwen2Config(_PerLayerConfig, Qwen2Config):
-    model_type = "numprune_qwen2"
-
-
-@strict
-class NumpruneQwen3Config(_PerLayerConfig, Qwen3Config):
-    model_type = "numprune_qwen3"
-
-
+_CONFIGS = [_config(family) for family in FAMILIES]
 ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
-    "NumpruneLlamaForCausalLM": NumpruneLlamaConfig,
-    "NumpruneMistralForCausalLM": NumpruneMistralConfig,
-    "NumpruneQwen2ForCausalLM": NumpruneQwen2Config,
-    "NumpruneQwen3ForCausalLM": NumpruneQwen3Config,
+    f"{config.__name__.removesuffix('Config')}ForCausalLM": config for config in _CONFIGS
 }

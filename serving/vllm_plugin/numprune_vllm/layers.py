@@ -15,15 +15,14 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.qwen3 import Qwen3Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from numprune_vllm.sizes import biases, head_size
+from numprune_vllm.sizes import Biases, biases, head_size
 
-# (the layer's own configuration, vLLM's configuration, prefix of the module's name)
-MakeAttention = Callable[[Any, VllmConfig, str], nn.Module]
+# (the layer's own configuration, its biases, vLLM's configuration, prefix of the module's name)
+MakeAttention = Callable[[Any, Biases, VllmConfig, str], nn.Module]
 
 
-def llama_attention(config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+def llama_attention(config: Any, bias: Biases, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """Attention of Llama and Mistral, and of Qwen2: Llama's with biases where Qwen2 has them and a free head size."""
-    bias = biases(config)
     return LlamaAttention(
         config=config,
         hidden_size=config.hidden_size,
@@ -38,9 +37,9 @@ def llama_attention(config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Mod
     )
 
 
-def qwen3_attention(config: Any, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+def qwen3_attention(config: Any, bias: Biases, vllm_config: VllmConfig, prefix: str) -> nn.Module:
     """Attention with norms over each head's queries and keys."""
-    bias, head_dim = biases(config), head_size(config)
+    head_dim = head_size(config)
     slides = config.layer_types[extract_layer_index(prefix)] == "sliding_attention"
     attention = Qwen3Attention(
         hidden_size=config.hidden_size,
@@ -74,10 +73,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config.per_layer_config[extract_layer_index(prefix)]
         skipped = getattr(config, "skip", [])
+        bias = biases(config)
         self.attends, self.has_mlp = "attention" not in skipped, "mlp" not in skipped
         if self.attends:
             self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            self.self_attn = make_attention(config, vllm_config, f"{prefix}.self_attn")
+            self.self_attn = make_attention(config, bias, vllm_config, f"{prefix}.self_attn")
         if self.has_mlp:
             self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = LlamaMLP(
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
                 intermediate_size=config.intermediate_size,
                 hidden_act=config.hidden_act,
                 quant_config=vllm_config.quant_config,
-                bias=biases(config).mlp,
+                bias=bias.mlp,
                 prefix=f"{prefix}.mlp",
             )
 

@@ -13,18 +13,17 @@ from vllm.config import ModelConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from numprune_vllm.sizes import tensor_shapes
+from numprune_vllm.sizes import expected_tensors
 from numprune_vllm.weights import audit
 
 
 class AuditingLoader(DefaultModelLoader):
-    """For local folders of the four families, uniform and per layer, whichever class of vLLM runs them."""
+    """For local folders of decoders, uniform and per layer, whichever class of vLLM runs them."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
         """Raises ValueError, naming the tensor; at once, and not when the first one is drawn."""
-        config = model_config.hf_config
-        audit(Path(model_config.model), tensor_shapes(config), tied=config.tie_word_embeddings)
+        audit(Path(model_config.model), expected_tensors(model_config.hf_config))
         return super().get_all_weights(model_config, model)

@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from numprune_vllm.layers import DecoderLayer, MakeAttention, llama_attention, qwen3_attention
 from numprune_vllm.preflight import Preflight
-from numprune_vllm.sizes import tensor_shapes
+from numprune_vllm.sizes import expected_tensors
 from numprune_vllm.weights import checked
 
 
@@ -29,8 +29,7 @@ class NumpruneLlamaForCausalLM(LlamaForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load all tensors of a checkpoint; part of one is refused as the rest would be missing."""
-        tied = self.config.tie_word_embeddings
-        return AutoWeightsLoader(self).load_weights(checked(weights, tensor_shapes(self.config), tied=tied))
+        return AutoWeightsLoader(self).load_weights(checked(weights, expected_tensors(self.config)))
 
 
 class NumpruneMistralForCausalLM(NumpruneLlamaForCausalLM):

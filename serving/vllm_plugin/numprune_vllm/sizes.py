@@ -3,11 +3,34 @@
 Neither vLLM nor numprune is needed. Shapes are those of the checkpoint: [out, in] for a matrix.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
 PREFIX = "numprune_"  # of the model types whose layers differ
 PER_LAYER = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
+SKIPPED = {"attention": ("input_layernorm", "self_attn"), "mlp": ("post_attention_layernorm", "mlp")}
+_LAYER = "model.layers.0."  # of a model that has one
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        shapes: of every tensor by name; of tied ones, too.
+        tied: name of a tensor that need not be stored -> of the one that it equals.
+    """
+
+    shapes: Shapes
+    tied: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -24,20 +47,6 @@ class LayerSizes:
     query_heads: int
     kv_heads: int
     width: int  # of the MLP: `intermediate_size`
-
-
-def biases(config: Any) -> Biases:
-    """Which projections have biases, as transformers' modeling code of the family decides it."""
-    match family(config):
-        case "llama":
-            return Biases(config.attention_bias, config.attention_bias, config.mlp_bias)
-        case "mistral":
-            return Biases(False, False, False)
-        case "qwen2":
-            return Biases(True, False, False)
-        case "qwen3":
-            return Biases(config.attention_bias, config.attention_bias, False)
-    raise ValueError(f"model type {config.model_type!r}: known are llama, mistral, qwen2 and qwen3, also per layer")
 
 
 def family(config: Any) -> str:
@@ -99,33 +108,43 @@ def check_parallel(layers: list[LayerSizes], size: int) -> None:
         )
 
 
-def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the checkpoint must have; `lm_head.weight` too, also where it is tied."""
-    hidden, head_dim, bias = config.hidden_size, head_size(config), biases(config)
-    embedding = (config.vocab_size, hidden)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": embedding,
-    }
+def expected_tensors(config: Any) -> Expected:
+    """What the checkpoint of a model must hold: what transformers' own model does, each layer at its own sizes."""
+    if not config.model_type.startswith(PREFIX):
+        return _expected(config)
+    head_size(config)  # or it would be derived from a layer's heads
+    read_layers(config)
+    shapes: Shapes = {}
+    tied: Mapping[str, str] = {}
+    for index in range(config.num_hidden_layers):
+        layer = config.per_layer_config[index]
+        skipped = tuple(f"{name}." for block in getattr(layer, "skip", []) for name in SKIPPED[block])
+        found = _one_layer(layer)
+        tied = found.tied
+        for name, shape in found.shapes.items():
+            inside = name.removeprefix(_LAYER)
+            if inside == name:
+                shapes[name] = shape
+            elif not inside.startswith(skipped):
+                shapes[f"model.layers.{index}.{inside}"] = shape
+    return Expected(shapes, tied)
 
-    def linear(name: str, outputs: int, inputs: int, has_bias: bool) -> None:
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        if has_bias:
-            shapes[f"{name}.bias"] = (outputs,)
 
-    for index, layer in enumerate(read_layers(config)):
-        prefix = f"model.layers.{index}."
-        if layer.query_heads:
-            shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-            for name, heads in (("q", layer.query_heads), ("k", layer.kv_heads), ("v", layer.kv_heads)):
-                linear(f"{prefix}self_attn.{name}_proj", heads * head_dim, hidden, bias.qkv)
-            linear(f"{prefix}self_attn.o_proj", hidden, layer.query_heads * head_dim, bias.output)
-            if family(config) == "qwen3":
-                shapes[f"{prefix}self_attn.q_norm.weight"] = shapes[f"{prefix}self_attn.k_norm.weight"] = (head_dim,)
-        if layer.width:
-            shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-            linear(f"{prefix}mlp.gate_proj", layer.width, hidden, bias.mlp)
-            linear(f"{prefix}mlp.up_proj", layer.width, hidden, bias.mlp)
-            linear(f"{prefix}mlp.down_proj", hidden, layer.width, bias.mlp)
-    return shapes
+def biases(layer: Any) -> Biases:
+    """Which projections of a layer with this configuration have biases."""
+    names = _one_layer(layer).shapes
+    return Biases(*(f"{_LAYER}{name}_proj.bias" in names for name in ("self_attn.q", "self_attn.o", "mlp.up")))
+
+
+def _one_layer(layer: Any) -> Expected:
+    config = copy.copy(layer)
+    config.num_hidden_layers = 1
+    return _expected(config)
+
+
+def _expected(config: Any) -> Expected:
+    """Those of the stock model of the configuration's family."""
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family(config)]](config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Expected(shapes, dict(model.all_tied_weights_keys))

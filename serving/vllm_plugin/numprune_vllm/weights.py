@@ -6,24 +6,23 @@ and drop biases they have no place for, all without an error. Nothing gets that 
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+from numprune_vllm.sizes import Expected
+
 INDEX = "model.safetensors.index.json"
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that older versions of transformers stored
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _Count:
     """Which of the expected tensors were there so far."""
 
-    def __init__(self, shapes: Shapes, *, tied: bool) -> None:
-        self._shapes, self._tied = shapes, tied
+    def __init__(self, expected: Expected) -> None:
+        self._shapes, self._tied = expected.shapes, expected.tied
         self._seen: set[str] = set()
 
     def add(self, name: str, shape: tuple[int, ...]) -> None:
@@ -40,7 +39,9 @@ class _Count:
 
     def finish(self) -> None:
         """Raises ValueError: one is missing."""
-        missing = sorted(self._shapes.keys() - self._seen - ({OUTPUT} if self._tied else set()))
+        # Of two that are tied, one is enough.
+        tied = {name for name, other in self._tied.items() if other in self._seen}
+        missing = sorted(self._shapes.keys() - self._seen - tied)
         if missing:
             raise ValueError(
                 f"{missing[0]} {list(self._shapes[missing[0]])}: not stored, but config.json needs it"
@@ -48,37 +49,37 @@ class _Count:
             )
 
 
-def checked(weights: Iterable[tuple[str, Tensor]], shapes: Shapes, *, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """Pass on `weights`, which must be exactly those of `shapes`, each once, in any order.
+def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterator[tuple[str, Tensor]]:
+    """Pass on `weights`, which must be exactly those that are `expected`, each once, in any order.
 
     A tied output matrix may be absent; when present it must equal the embedding, and is not passed on.
 
     Raises:
         ValueError: names the tensor that is unexpected, of another shape, there twice or missing.
     """
-    count = _Count(shapes, tied=tied)
+    count = _Count(expected)
+    sources = {source: name for name, source in expected.tied.items()}
     twins: dict[str, Tensor] = {}
     for name, tensor in weights:
         if _COMPUTED.search(name):
             continue
         count.add(name, tuple(tensor.shape))
-        if tied and name in (EMBEDDING, OUTPUT):
-            twins[name] = tensor
-            if len(twins) == 2 and not twins[EMBEDDING].equal(twins[OUTPUT]):
-                raise ValueError(f"{OUTPUT}: differs from {EMBEDDING}, but config.json ties them")
-            if name == OUTPUT:
-                continue
+        source = expected.tied.get(name, name)
+        if source in sources and not twins.setdefault(source, tensor).equal(tensor):
+            raise ValueError(f"{sources[source]}: differs from {source}, but config.json ties them")
+        if name in expected.tied:
+            continue
         yield name, tensor
     count.finish()
 
 
-def audit(folder: Path, shapes: Shapes, *, tied: bool) -> None:
-    """Compare the headers of a checkpoint's safetensors files with `shapes`; nothing is loaded.
+def audit(folder: Path, expected: Expected) -> None:
+    """Compare the headers of a checkpoint's safetensors files with what is `expected`; nothing is loaded.
 
     Raises:
         ValueError: as `checked` does, or there are no such files.
     """
-    count = _Count(shapes, tied=tied)
+    count = _Count(expected)
     for file in _files(folder):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (not a mapping)

@@ -2,16 +2,19 @@ import json
 
 import pytest
 import torch
-from numprune_vllm.weights import EMBEDDING, INDEX, OUTPUT, audit, checked
+from numprune_vllm.sizes import Expected
+from numprune_vllm.weights import INDEX, audit, checked
 from safetensors.torch import save_file
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES = {EMBEDDING: (7, 4), OUTPUT: (7, 4), "model.norm.weight": (4,)}
 WEIGHTS = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+UNTIED, TIED = Expected(SHAPES, {}), Expected(SHAPES, {OUTPUT: EMBEDDING})
 
 
 def test_what_fits_is_passed_on_unchanged_in_any_order():
     weights = {**dict(reversed(WEIGHTS.items())), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    passed = dict(checked(weights.items(), SHAPES, tied=False))
+    passed = dict(checked(weights.items(), UNTIED))
     assert passed.keys() == WEIGHTS.keys()
     assert all(passed[name] is tensor for name, tensor in WEIGHTS.items())
 
@@ -20,15 +23,15 @@ def test_what_fits_is_passed_on_unchanged_in_any_order():
 def test_a_tied_output_matrix_may_be_stored_or_not(order):
     twins = {**WEIGHTS, OUTPUT: WEIGHTS[EMBEDDING].clone()}
     weights = dict(list(twins.items())[::order])
-    assert OUTPUT not in dict(checked(weights.items(), SHAPES, tied=True))
+    assert OUTPUT not in dict(checked(weights.items(), TIED))
     del weights[OUTPUT]
-    assert dict(checked(weights.items(), SHAPES, tied=True)).keys() == weights.keys()
+    assert dict(checked(weights.items(), TIED)).keys() == weights.keys()
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_tied_output_matrix_that_differs_is_refused(order):
     with pytest.raises(ValueError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
-        list(checked(list(WEIGHTS.items())[::order], SHAPES, tied=True))
+        list(checked(list(WEIGHTS.items())[::order], TIED))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_a_tied_output_matrix_that_differs_is_refused(order):
 )
 def test_a_tensor_that_does_not_belong_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        list(checked((WEIGHTS | change).items(), SHAPES, tied=False))
+        list(checked((WEIGHTS | change).items(), UNTIED))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_a_tensor_that_does_not_belong_is_refused(change, message):
 )
 def test_every_tensor_must_be_there_once(names, tied, message):
     with pytest.raises(ValueError, match=message):
-        list(checked([(name, WEIGHTS[name]) for name in names], SHAPES, tied=tied))
+        list(checked([(name, WEIGHTS[name]) for name in names], TIED if tied else UNTIED))
 
 
 def test_files_are_audited_by_their_headers(tmp_path):
@@ -64,24 +67,24 @@ def test_files_are_audited_by_their_headers(tmp_path):
     shards = {"a.safetensors": names[:1], "b.safetensors": names[1:]}
     for shard, held in shards.items():
         save_file({name: WEIGHTS[name] for name in held}, tmp_path / shard)
-    audit(tmp_path, SHAPES, tied=False)
+    audit(tmp_path, UNTIED)
 
     save_file({EMBEDDING: torch.ones(7, 4)}, tmp_path / "consolidated.safetensors")  # a copy in another format
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: stored twice"):
-        audit(tmp_path, SHAPES, tied=False)
+        audit(tmp_path, UNTIED)
     index = {"weight_map": {name: shard for shard, held in shards.items() for name in held}}
     (tmp_path / INDEX).write_text(json.dumps(index))  # says which files vLLM reads
-    audit(tmp_path, SHAPES, tied=False)
+    audit(tmp_path, UNTIED)
 
     with pytest.raises(ValueError, match=r"model\.norm\.weight: stored with shape \[4\], .* means \[3\]"):
-        audit(tmp_path, SHAPES | {"model.norm.weight": (3,)}, tied=False)
+        audit(tmp_path, Expected(SHAPES | {"model.norm.weight": (3,)}, {}))
     with pytest.raises(ValueError, match=r"model\.norm\.bias \[4\]: not stored"):
-        audit(tmp_path, SHAPES | {"model.norm.bias": (4,)}, tied=False)
+        audit(tmp_path, Expected(SHAPES | {"model.norm.bias": (4,)}, {}))
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no safetensors files"):
-        audit(tmp_path, SHAPES, tied=False)
+        audit(tmp_path, UNTIED)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "a/model.safetensors"])
@@ -92,4 +95,4 @@ def test_no_file_outside_the_folder_is_read(tmp_path, name):
         save_file(WEIGHTS, place / "model.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, name)}))
     with pytest.raises(ValueError, match="is not the name of a file in this folder"):
-        audit(folder, SHAPES, tied=False)
+        audit(folder, UNTIED)
