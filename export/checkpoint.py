@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
+from numprune.anatomy import family_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import copy_config, read_config, reason, write_config
 from numprune.export.files import DOWNLOADED, PLAN, carry
@@ -29,11 +31,10 @@ __all__ = [
     "resolve",
     "save",
     "save_around_weights",
+    "stored_names",
     "weight_bytes",
 ]
 
-# Buffers that older versions of transformers stored and newer ones compute; every loader, vLLM's too, ignores them.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 
 
 def resolve(model: str | Path) -> Path:
@@ -57,7 +58,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in `dtype`, in evaluation mode, with SDPA attention, and its tokenizer.
+    """A model in `dtype`, in evaluation mode, with the attention that its family is walked with, and its tokenizer.
 
     No code from the folder is run, and only safetensors are read.
 
@@ -73,7 +74,7 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
         config=read_config(folder),
         generation_config=GenerationConfig(),  # the folder's, which need not even be valid, is not read
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=family_of(read_config(folder)).attention_implementation,
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -107,9 +108,9 @@ def save(model: PreTrainedModel, source: Path, folder: Path, *, shard_bytes: int
     Every tensor is stored in the data type that it has in `source`. Raises InputError, IntegrityError.
     """
     folder.mkdir(exist_ok=True)
-    tied = model.all_tied_weights_keys
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    with writing(folder, dtypes_of(read_headers(source)), shard_bytes) as writer:
+    tied, names = model.all_tied_weights_keys, stored_names(model)
+    tensors = {names[name]: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    with writing(folder, dtypes_of(audit(source)), shard_bytes) as writer:
         writer.add(tensors)
     save_around_weights(model, source, folder)
 
@@ -149,14 +150,16 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
         IntegrityError: names the tensor or the file.
     """
     config = read_config(folder)
-    stored = read_headers(folder)
-    expected, tied = _expected_shapes(config)
+    expected, tied, base = _expected_shapes(config)
+    stored = _with_base(read_headers(folder), expected, base)
+    computed = family_of(config).computed
     for name in sorted(expected.keys() | stored.keys()):
         if name not in expected:
-            if not _COMPUTED.search(name):
+            if not name.endswith(computed):
                 raise IntegrityError(
                     f"{stored[name].file}: {name} has no place in the model that config.json describes"
                 )
+            del stored[name]
         elif name not in stored:
             if tied.get(name) not in stored:
                 raise IntegrityError(f"{folder}: {name} {list(expected[name])} is not stored, but config.json needs it")
@@ -179,8 +182,28 @@ def _equal(one: TensorHeader, other: TensorHeader) -> bool:
     return one.dtype == other.dtype and all(a.equal(b) for a, b in zip(slabs(one), slabs(other), strict=True))
 
 
-def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by tensor name, and tied names with their source, of the model that `config` describes."""
+def _with_base(
+    stored: dict[str, TensorHeader], expected: Mapping[str, tuple[int, ...]], base: str
+) -> dict[str, TensorHeader]:
+    """Name tensors as a whole model does that were stored by its part without a head, whose name is `base`."""
+    if any(name.startswith(base) for name in stored):
+        return stored
+    return {base + name if base + name in expected else name: header for name, header in stored.items()}
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name of every tensor in the model -> its name in a checkpoint."""
+    state = model.state_dict()
+    if revert_weight_conversion(model, state) is state:
+        return {name: name for name in state}
+    return {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in state.items()}
+
+
+def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str], str]:
+    """Of the model that `config` describes: shapes by name, tied names with their source, the prefix without a head.
+
+    All by the names in a checkpoint.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns about sizes that we check ourselves
     try:
@@ -190,5 +213,7 @@ def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str,
         raise InputError(f"config.json: transformers cannot make a model of it: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes, dict(model.all_tied_weights_keys)
+    names = stored_names(model)
+    shapes = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = {names[name]: names[source] for name, source in model.all_tied_weights_keys.items()}
+    return shapes, tied, f"{model.base_model_prefix}."

@@ -9,14 +9,24 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from numprune.anatomy import Anatomy, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
-from numprune.export.onnx_decoder import OPSETS, write_decoder
+from numprune.export.onnx_decoder import FAMILIES, OPSETS, write_decoder
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.weights import read_tensor
 
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
+
+
+def check_family(anatomy: Anatomy) -> None:
+    """Refuse a family whose network the writer does not know. Raises InputError."""
+    if anatomy.family not in FAMILIES:
+        raise InputError(
+            f"{anatomy.family} is not supported in ONNX, nor in TensorRT, which is built from it; supported are "
+            f"{', '.join(FAMILIES)}. Leave onnx and tensorrt out"
+        )
 
 
 def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
@@ -37,8 +47,9 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
     """
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
-    headers = checkpoint.audit(source)
     config = checkpoint.read_config(source)
+    check_family(read_anatomy(config))
+    headers = checkpoint.audit(source)
     checkpoint.load_tokenizer(source)
     facts: dict[str, JsonValue] = {
         "flavour": FLAVOUR,
@@ -51,7 +62,7 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
     with manifest.creating(out, kind="onnx", parents=parents, facts=facts) as folder:
         with (folder / DATA_FILE).open("wb") as data:
             graph = Graph(data)
-            write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name], name), opset)
+            write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset)
         metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
         save(graph.model(opset, metadata), folder / MODEL_FILE)
         checkpoint.copy_around_weights(config, source, folder)

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from numprune.errors import InputError
 from numprune.export.onnx_graph import Graph
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 OPSETS = (20, 23)  # 23 has Attention, RMSNormalization and RotaryEmbedding; 24 and up are not yet written right by all
 
 EMBEDDING = "model.embed_tokens.weight"

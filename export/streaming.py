@@ -54,6 +54,7 @@ class CheckpointLayers:
         self._stored = checkpoint.audit(folder)
         checkpoint.check_finite(self._stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
+        self._names = checkpoint.stored_names(self._skeleton)
         self._family = family_of(self._skeleton.config)
         self._layers: Any = self._skeleton.get_submodule(self._family.layers)
         # It is filled with some rows only, and the row of padding has a part in training alone.
@@ -69,9 +70,9 @@ class CheckpointLayers:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors, tied ones once."""
+        """Of all tensors as they are stored, tied ones once."""
         tied = self._skeleton.all_tied_weights_keys
-        return [name for name in self._skeleton.state_dict() if name not in tied]
+        return [stored for name, stored in self._names.items() if name not in tied]
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
         with self._around(tokens, head=False) as places:
@@ -98,9 +99,10 @@ class CheckpointLayers:
 
     def copy_around(self, writer: ShardWriter) -> None:
         """Write the tensors that stand around the layers as they are: embedding, last norm, output matrix."""
-        for name in self.names:
-            if not name.startswith(f"{self._family.layers}."):
-                writer.add_slabs(name, self._stored[name].shape, slabs(self._stored[name]))
+        tied = self._skeleton.all_tied_weights_keys
+        for name, stored in self._names.items():
+            if name not in tied and not name.startswith(f"{self._family.layers}."):
+                writer.add_slabs(stored, self._stored[stored].shape, slabs(self._stored[stored]))
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[Tensor]:
@@ -132,7 +134,9 @@ class CheckpointLayers:
                 setattr(module, parameter, without_values)
 
     def _header(self, name: str) -> TensorHeader:
-        return self._stored[name if name in self._stored else self._skeleton.all_tied_weights_keys[name]]
+        if self._names[name] not in self._stored:
+            name = self._skeleton.all_tied_weights_keys[name]
+        return self._stored[self._names[name]]
 
 
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from pydantic import JsonValue
 
-from numprune.anatomy import FAMILIES, PER_LAYER_PREFIX, read_anatomy
+from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import read_tensor
+from numprune.families import FAMILIES
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -35,11 +36,21 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
         raise InputError(problem)
     parents = {"checkpoint": manifest.folder_digest(source)}
     with manifest.creating(out, kind="vllm", parents=parents, facts=facts) as folder:
-        tensors = {name: read_tensor(header, name) for name, header in headers.items()}
+        tensors = {name: read_tensor(header) for name, header in headers.items()}
         save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
         checkpoint.copy_around_weights(config, source, folder)
         checkpoint.audit(folder)
     return manifest.read(out)
+
+
+def check_per_layer(anatomy: Anatomy) -> None:
+    """Refuse a family that vLLM runs only where all layers have the same sizes. Raises InputError."""
+    if not FAMILIES[anatomy.family].vllm.per_layer:
+        able = ", ".join(name for name, family in FAMILIES.items() if family.vllm.per_layer)
+        raise InputError(
+            f"vLLM does not run {anatomy.family} with layers of different sizes; numprune-vllm runs those of {able}. "
+            "Prune with --allocation uniform, or leave vllm out"
+        )
 
 
 def preflight(config: Any) -> dict[str, JsonValue]:
@@ -56,16 +67,17 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     Raises:
         InputError: vLLM cannot load it.
     """
-    if config.model_type.removeprefix(PER_LAYER_PREFIX) not in FAMILIES:
-        raise InputError(f"{config.model_type}: not an architecture that numprune exports to vLLM")
     anatomy = read_anatomy(config)
+    plugin = config.model_type.startswith(PER_LAYER_PREFIX)
+    if plugin:
+        check_per_layer(anatomy)
     kv_heads = [block.units for block in anatomy.of_kind("attention")]
     query_heads = [units * anatomy.query_heads_per_group for units in kv_heads]
     widths = [block.units for block in anatomy.of_kind("mlp")]
-    plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     needs: list[JsonValue] = []
-    if not plugin and anatomy.family == "qwen2" and query_heads[0] * anatomy.head_dim != anatomy.hidden_size:
-        # vLLM's own Qwen2 class derives the head size from the hidden size; transformers' reads head_dim.
+    served = FAMILIES[anatomy.family].vllm
+    if not plugin and not served.takes_head_dim and query_heads[0] * anatomy.head_dim != anatomy.hidden_size:
+        # vLLM's own class derives the head size from the hidden size; transformers' reads head_dim.
         needs = ["--model-impl", "transformers"]
     return {
         "architecture": config.architectures[0] if config.architectures else config.model_type,

@@ -25,9 +25,10 @@ SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
 class TensorHeader:
     """One stored tensor: its shape, its data type as safetensors writes it (`F32`, `BF16`, …), and where it is.
 
-    `offset`: of its first byte in `file`.
+    `name`: in `file`; `offset`: of its first byte there.
     """
 
+    name: str
     shape: tuple[int, ...]
     dtype: str
     file: Path
@@ -91,10 +92,10 @@ def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
     return {name.removesuffix("weight") + "bias": dtype for name, dtype in matrices.items()} | dtypes
 
 
-def read_tensor(header: TensorHeader, name: str) -> Tensor:
+def read_tensor(header: TensorHeader) -> Tensor:
     """The tensor, mapped: its values are read from the file when they are used."""
     with safe_open(header.file, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(header.name)
         return tensor
 
 
@@ -133,7 +134,7 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
             offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
-                headers[name] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
+                headers[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path}: not a whole safetensors file: {error}") from None
     for name, header in headers.items():

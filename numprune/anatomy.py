@@ -4,13 +4,13 @@ Everything is read from the configuration, so a model can be planned for before 
 architecture looks like stands in `families`; every other one is refused by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
@@ -86,7 +86,7 @@ class Block:
         modules: that silence the block when they put out zeros.
         separable: units can go without changing what the others compute.
         norm_behind: a norm stands between the consumer and the residual stream.
-        resize: tells the layer how many units it has, where that does not follow from its tensors.
+        sizes: attribute of the layer's modules -> what it counts for each unit, where tensors do not tell all.
     """
 
     layer: int
@@ -101,7 +101,7 @@ class Block:
     modules: tuple[str, ...]
     separable: bool
     norm_behind: bool
-    resize: Callable[[nn.Module, int], None] | None
+    sizes: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -209,9 +209,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(config, "quantization_config", None):
         raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
     family = FAMILIES[name]
-    for field, value in family.requires.items():
-        if getattr(config, field) != value:
-            raise InputError(f"{field}={getattr(config, field)!r}: {name} is supported only with {field}={value!r}")
+    required = {**family.requires, **{field: getattr(config, other) for field, other in family.equal.items()}}
+    for field, value in required.items():
+        name_of_field, _, key = field.partition(".")
+        found = getattr(config, name_of_field)
+        found = found.get(key) if key else found
+        if found != value:
+            raise InputError(f"{field}={found!r}: {name} is supported only with {field}={value!r}")
     return family
 
 
@@ -291,6 +295,7 @@ def _block(
         parts = tuple(entries[part] for part in matrix.parts)
         return Slice(f"{matrix.path}.weight", dim, parts, hidden, family.interleaved)
 
+    counted = {"groups": 1, "heads": entries["query"] // entries["key"], "channels": entries["query"]}
     writers, linear = [], None
     for matrix in wiring.writers:
         place = weight(matrix, 1 if family.transposed else 0)
@@ -321,7 +326,7 @@ def _block(
         modules=wiring.modules,
         separable=not wiring.joint_norms,
         norm_behind=wiring.norm_behind,
-        resize=family.resize if kind == "attention" else None,
+        sizes={attribute: counted[what] for attribute, what in wiring.sizes.items()},
     )
 
 

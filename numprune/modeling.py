@@ -10,12 +10,17 @@ checkpoint but data.
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +33,10 @@ KINDS = ("attention", "mlp")
 
 
 class _PerLayerConfig:
-    """Replaces the stock check that heads divide the hidden size, which pruned layers need not obey."""
+    """Replaces the stock checks that relate heads to the hidden size, which pruned layers need not obey."""
+
+    def validate_rope(self: Any) -> None:
+        PreTrainedConfig.validate_rope(self)
 
     def validate_architecture(self: Any) -> None:
         family = FAMILIES[self.model_type.removeprefix(PER_LAYER_PREFIX)]
@@ -126,8 +134,10 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
                 module.nx, module.nf = tensor.shape
             else:
                 module.out_features, module.in_features = tensor.shape
-    if block.resize is not None:
-        block.resize(layer, tensors[block.reader.tensor].shape[block.reader.dim] // block.reader.size)
+    units = tensors[block.reader.tensor].shape[block.reader.dim] // block.reader.size
+    for attribute, per_unit in block.sizes.items():
+        *owners, field = attribute.split(".")
+        setattr(reduce(getattr, owners, layer), field, units * per_unit)
 
 
 def _register(family: Family) -> None:
@@ -146,6 +156,9 @@ def _register(family: Family) -> None:
         (_PerLayerModel, stock_model),
         {"config_class": config, "family": family, "__module__": __name__},
     )
+    renamed = get_checkpoint_conversion_mapping(family.name)  # names in checkpoints that are not the model's
+    if renamed:
+        register_checkpoint_conversion_mapping(config.model_type, renamed)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
 

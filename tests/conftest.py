@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from numprune.families import FAMILIES
 from numprune.serving import loopback
 from tests.processes import pytest_configure  # noqa: F401 - a hook
 
@@ -64,11 +65,36 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+_LAYER_TYPES = ["sliding_attention", "full_attention"]
+# What makes an architecture differ from Llama must show in its logits.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma2": {
+        "sliding_window": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 9,
+    },
+    "gemma3_text": {"sliding_window": 8, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 9},
+    "gpt2": {"n_inner": 96},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+}
+
+
 def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of `family` in float32; biases, where it has them, are not zero."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**TINY, "sliding_window": None, **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
+    config = AutoConfig.for_model(family, **fields)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=FAMILIES[family].attention_implementation
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Wider than the initialiser's: with nearly zero logits every comparison would pass.

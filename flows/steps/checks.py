@@ -17,8 +17,9 @@ from numprune.export import processors, tensorrt
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
+from numprune.export.onnx import check_family
 from numprune.export.tokenizer import other_reading
-from numprune.export.vllm import CPU_HEAD_SIZES
+from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
 from numprune.flows.names import TARGETS
 from numprune.flows.problems import did_you_mean, listed, models_in
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
@@ -93,6 +94,11 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy = read_anatomy(config)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
+        formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
+        if formats & {"onnx", "onnxruntime", "tensorrt"}:
+            collect("export.targets and benchmark.runtimes", check_family, anatomy)
+        if "vllm" in formats and recipe.prune.allocation != "uniform":
+            collect("prune.allocation", check_per_layer, anatomy)
         problems += _lengths(recipe, config.max_position_embeddings)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}

@@ -1,11 +1,37 @@
 """The architectures that numprune knows, a file for each. docs/adding-an-architecture.md shows how to add one."""
 
 from numprune.families.family import Family, Kind, Matrix, Wiring
+from numprune.families.gemma2 import GEMMA2
+from numprune.families.gemma3 import GEMMA3
+from numprune.families.gpt2 import GPT2
+from numprune.families.gpt_neox import GPT_NEOX
+from numprune.families.granite import GRANITE
 from numprune.families.llama import LLAMA
 from numprune.families.mistral import MISTRAL
+from numprune.families.olmo2 import OLMO2
+from numprune.families.opt import OPT
+from numprune.families.phi3 import PHI3
 from numprune.families.qwen2 import QWEN2
 from numprune.families.qwen3 import QWEN3
+from numprune.families.smollm3 import SMOLLM3
+from numprune.families.starcoder2 import STARCODER2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_ALL = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    STARCODER2,
+    GRANITE,
+    SMOLLM3,
+    PHI3,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    GPT2,
+    OPT,
+    GPT_NEOX,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 __all__ = ["FAMILIES", "Family", "Kind", "Matrix", "Wiring"]

@@ -4,11 +4,9 @@ Paths are those of modules in transformers' modeling code: of a layer's modules 
 the model. Fields that are strings name fields of the configuration.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from torch import nn
 
 Kind = Literal["attention", "mlp"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
@@ -46,6 +44,7 @@ class Wiring:
         head_norms: norms over a head's queries or keys, which all heads share.
         joint_norms: norms over the queries or the keys of all heads together: no head can go without changing the rest.
         norm_behind: a norm stands between the reader and the residual stream.
+        sizes: attributes by which the layer knows how large the block is, besides its matrices -> what they count.
     """
 
     writers: tuple[Matrix, ...]
@@ -55,6 +54,7 @@ class Wiring:
     head_norms: tuple[str, ...] = ()
     joint_norms: tuple[str, ...] = ()
     norm_behind: bool = False
+    sizes: Mapping[str, Literal["groups", "heads", "channels"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Family:
         stock_heads: what the stock configuration holds: `any` number of heads of the same size, `divisors` of the
             hidden size, or `all` that the hidden size has room for.
         stand_in: holds the rest, or None.
-        requires: field -> the only value that this description is right for.
+        requires: field, or "field.key", -> the only value that this description is right for.
+        equal: field -> another that must have the same value.
         attention_implementation: of transformers.
-        resize: tells a layer's attention how many KV groups it has; None: it looks at its matrices.
-        stored: name of a tensor in the model -> its name in a checkpoint, where they differ.
+        computed: ends of the names of tensors that older versions of transformers stored and newer ones compute.
         vllm: how it is served.
     """
 
@@ -136,9 +136,9 @@ class Family:
     stock_heads: Literal["any", "divisors", "all"] = "any"
     stand_in: StandIn | None = None
     requires: Mapping[str, Any] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
     attention_implementation: str = "sdpa"
-    resize: Callable[[nn.Module, int], None] | None = None
-    stored: Mapping[str, str] = field(default_factory=dict)
+    computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     vllm: Vllm = field(default_factory=Vllm)
 
     def wiring(self, kind: Kind) -> Wiring:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -146,5 +147,5 @@ def _expected(config: Any) -> Expected:
     """Those of the stock model of the configuration's family."""
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family(config)]](config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     return Expected(shapes, dict(model.all_tied_weights_keys))

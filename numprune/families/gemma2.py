@@ -1,0 +1,18 @@
+from numprune.families.family import Family, attention, gated_mlp
+
+# A norm in front of each block and another behind it.
+ATTENTION = attention(
+    bias="attention_bias",
+    reader_bias="attention_bias",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    norm_behind=True,
+)
+MLP = gated_mlp(norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"), norm_behind=True)
+
+GEMMA2 = Family(
+    name="gemma2",
+    attention=ATTENTION,
+    mlp=MLP,
+    stock_heads="divisors",
+    attention_implementation="eager",  # SDPA ignores the soft-capping of attention scores
+)

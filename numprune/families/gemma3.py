@@ -1,0 +1,12 @@
+from dataclasses import replace
+
+from numprune.families.family import Family
+from numprune.families.gemma2 import ATTENTION, MLP
+
+GEMMA3 = Family(
+    name="gemma3_text",
+    attention=replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    mlp=MLP,
+    stock_heads="divisors",
+    requires={"use_bidirectional_attention": False},
+)

@@ -1,0 +1,8 @@
+from numprune.families.family import Family, Vllm, attention, gated_mlp
+
+SMOLLM3 = Family(
+    name="smollm3",
+    attention=attention(bias="attention_bias", reader_bias="attention_bias"),
+    mlp=gated_mlp(bias="mlp_bias"),
+    vllm=Vllm(native=False),
+)

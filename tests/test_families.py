@@ -1,0 +1,202 @@
+"""Every family proves itself here: its file in numprune/families describes the model that transformers makes of it.
+
+A family that passes is pruned, saved, read back and streamed right. docs/families.md holds the table of what is proved.
+"""
+
+import pytest
+import torch
+from numprune_vllm import sizes, weights
+from transformers import AutoModelForCausalLM
+
+from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
+from numprune.budget import measure
+from numprune.calibration import Walker, consumer_weight
+from numprune.errors import InputError
+from numprune.export import checkpoint, onnx, onnx_decoder, parity, vllm
+from numprune.export.streaming import CheckpointLayers
+from numprune.families import FAMILIES
+from numprune.layers import ModelLayers
+from numprune.pruning import PruneOptions, prune, prune_layers
+from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
+from numprune.target import Target, allowed_counts
+from tests.conftest import build_tiny, byte_tokenizer
+
+ROWS = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))  # longer than a window of 8
+ALIGNED = Target(align=1)
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model, tokens=ROWS, mask=None):
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=mask).logits
+
+
+def test_parameters_are_counted_from_the_configuration(family):
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    found = dict(anatomy.around)
+    for block in anatomy.blocks:
+        found |= {f"{block.path}.{name}": shape for name, shape in block.tensors().items()}
+    assert found == {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert measure(anatomy).parameters == sum(value.numel() for value in model.parameters())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_walking_layer_by_layer_is_the_model_s_own_forward_pass(family, padded):
+    model = build_tiny(family)
+    layers = ModelLayers(model)
+    mask = torch.ones_like(ROWS)
+    if padded:
+        mask[0, :7] = mask[3, :1] = 0
+    entered = layers.enter(ROWS, mask)
+    hidden = entered.hidden
+    with torch.no_grad(), layers.head() as head:
+        for index in range(layers.anatomy.layers):
+            hidden = entered.arguments[index].call(model.get_submodule(FAMILIES[family].layers)[index], hidden)
+        found = head(ROWS, hidden)
+    expected = logits(model, mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_walking_block_by_block_is_the_model_s_own_forward_pass(family):
+    model = build_tiny(family)
+    layers = ModelLayers(model)
+    walker = Walker(layers, ROWS.shape[1], batch_size=4)
+    stream = walker.embed(ROWS)
+    for block in layers.anatomy.blocks:
+        with layers.layer(block.layer) as layer:
+            walker.advance(layer, block, stream)
+    with torch.no_grad(), layers.head() as head:
+        torch.testing.assert_close(head(ROWS, stream.hidden), logits(model), atol=1e-4, rtol=1e-4)
+
+
+# By layer: the share of its units that each kind of block keeps.
+CUTS = {
+    "attention": ({"attention": 0.5}, {"attention": 0.5}),
+    "mlp": ({"mlp": 0.4}, {"mlp": 0.4}),
+    "both": ({"attention": 0.5, "mlp": 0.4}, {"attention": 0.5, "mlp": 0.4}),
+    "attention per layer": ({"attention": 0.5}, {}),
+    "mlp per layer": ({"mlp": 0.4}, {"mlp": 0.7}),
+    "both per layer": ({"attention": 0.5}, {"mlp": 0.4}),
+    "blocks gone": ({"attention": 0.5, "mlp": 0.0}, {"mlp": 0.4}),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_path):
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    kept = {}
+    for block in anatomy.blocks:
+        share = CUTS[case][block.layer].get(block.kind, 1.0)
+        count = round(block.units * share)
+        if block.kind == "attention" and not block.separable:
+            count = block.units
+        order = torch.randperm(block.units, generator=torch.Generator().manual_seed(block.layer))
+        kept[block.name] = order[:count].sort().values
+    cut = {}
+    with torch.no_grad():
+        for index in range(anatomy.layers):
+            layer, blocks = model.get_submodule(anatomy.of_layer(index)[0].path), anatomy.of_layer(index)
+            cut |= {name: value.clone() for name, value in cut_layer(layer, blocks, kept, {}).items()}
+            for block in blocks:
+                gone = torch.ones(block.channels, dtype=torch.bool)
+                gone[channels_of(block, kept[block.name])] = False
+                consumer_weight(layer, block)[:, gone] = 0
+                if not len(kept[block.name]) and block.consumer_bias:
+                    layer.get_parameter(f"{block.consumer}.bias").zero_()
+    after = anatomy.keeping({name: len(units) for name, units in kept.items()})
+    sliced = assemble(model, pruned_config(model.config, after), cut)
+    masked = logits(model)
+    torch.testing.assert_close(logits(sliced), masked, atol=2e-5, rtol=1e-4)
+    assert measure(read_anatomy(sliced.config)) == measure(after)
+    assert measure(after).parameters == sum(value.numel() for value in sliced.parameters())
+
+    attention = anatomy.blocks[0]
+    stock = after.is_uniform and anatomy.stock_holds(attention, len(kept[attention.name]))
+    assert sliced.config.model_type.startswith(PER_LAYER_PREFIX) != stock
+    sliced.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation=FAMILIES[family].attention_implementation
+    ).eval()
+    torch.testing.assert_close(logits(read), logits(sliced), atol=1e-6, rtol=1e-6)
+    assert read_anatomy(read.config).blocks == after.blocks
+
+    read.generation_config.eos_token_id = None
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    cached, uncached = (read.generate(ROWS[:2, :9], use_cache=use_cache, **greedy) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "error"])
+def test_streamed_is_in_memory(family, allocation, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    checkpoint.save(build_tiny(family), byte_tokenizer(), folder)
+    options = PruneOptions(0.25, allocation=allocation, target=ALIGNED)
+    kept = prune(build_tiny(family), ROWS, options)
+    cut = {}
+    plan = prune_layers(
+        CheckpointLayers(folder, scratch=tmp_path),
+        ROWS,
+        options,
+        lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
+    )
+    assert plan.units_kept() == kept.plan.units_kept()
+    inside = kept.model.state_dict()
+    for name, value in cut.items():
+        torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "error"])
+def test_a_refitted_model_errs_less(family, allocation):
+    dense = logits(build_tiny(family)).log_softmax(-1)
+
+    def error(compensation):
+        options = PruneOptions(0.25, allocation=allocation, compensation=compensation, target=ALIGNED)
+        pruned = logits(prune(build_tiny(family), ROWS, options).model).log_softmax(-1)
+        return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+    none, oneshot, joint = (error(name) for name in ("none", "oneshot", "joint"))
+    assert oneshot < none
+    assert joint < none
+
+
+def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family):
+    anatomy = read_anatomy(build_tiny(family).config)
+    block = anatomy.blocks[0]
+    uniform, per_layer = (allowed_counts(anatomy, ALIGNED, stock=stock)[block.name] for stock in (True, False))
+    every = list(range(1, block.units + 1))
+    assert per_layer == (every if block.separable else [block.units])
+    assert uniform == [units for units in per_layer if anatomy.stock_holds(block, units)]
+    assert uniform[-1] == block.units
+
+
+def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
+    base, pruned = tmp_path / "base", tmp_path / "pruned"
+    for folder in (base, pruned):
+        folder.mkdir()
+    checkpoint.save(build_tiny(family), byte_tokenizer(), base)
+    if family in onnx_decoder.FAMILIES:
+        onnx.export(base, tmp_path / "onnx")
+        parity.check(base, tmp_path / "onnx", "onnxruntime")
+    else:
+        with pytest.raises(InputError, match=f"{family} is not supported in ONNX"):
+            onnx.export(base, tmp_path / "onnx")
+    assert not vllm.preflight(checkpoint.read_config(base))["plugin"]
+    options = PruneOptions(0.25, allocation="error", target=ALIGNED)
+    checkpoint.save(prune(build_tiny(family), ROWS, options).model, byte_tokenizer(), pruned)
+    if FAMILIES[family].vllm.per_layer:
+        assert vllm.preflight(checkpoint.read_config(pruned))["plugin"]
+    else:
+        with pytest.raises(InputError, match=f"vLLM does not run {family} with layers of different sizes"):
+            vllm.export(pruned, tmp_path / "vllm")
+
+
+def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
+    source, out = tmp_path / "base", tmp_path / "vllm"
+    source.mkdir()
+    checkpoint.save(build_tiny(family), byte_tokenizer(), source)
+    vllm.export(source, out)
+    weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
