@@ -209,13 +209,13 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(config, "quantization_config", None):
         raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
     family = FAMILIES[name]
-    required = {**family.requires, **{field: getattr(config, other) for field, other in family.equal.items()}}
-    for field, value in required.items():
-        name_of_field, _, key = field.partition(".")
-        found = getattr(config, name_of_field)
+    equal = {field: (getattr(config, other),) for field, other in family.equal.items()}
+    for field, values in (family.requires | equal).items():
+        attribute, _, key = field.partition(".")
+        found = getattr(config, attribute)
         found = found.get(key) if key else found
-        if found != value:
-            raise InputError(f"{field}={found!r}: {name} is supported only with {field}={value!r}")
+        if found not in values:
+            raise InputError(f"{field}={found!r}: {name} is supported only with {' or '.join(map(repr, values))}")
     return family
 
 

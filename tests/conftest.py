@@ -65,6 +65,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+# The families that are one network with or without some biases and norms.
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 # What makes an architecture differ from Llama must show in its logits.
 OF_FAMILY: dict[str, dict[str, Any]] = {

@@ -3,11 +3,15 @@
 A family that passes is pruned, saved, read back and streamed right. docs/families.md holds the table of what is proved.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from numprune_vllm import sizes, weights
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.budget import measure
 from numprune.calibration import Walker, consumer_weight
@@ -149,6 +153,29 @@ def test_streamed_is_in_memory(family, allocation, tmp_path):
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
 
 
+def test_gradients_of_the_loss_are_autograd_s_of_the_whole_model(family):
+    model = build_tiny(family)
+    found = sensitivity.measure(ModelLayers(model), ROWS, batch_size=4, taylor=True)
+    blocks = read_anatomy(model.config).blocks
+    outputs = []
+    for block in blocks:
+        consumer = model.get_submodule(f"{block.path}.{block.consumer}")
+        consumer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    scored = model(input_ids=ROWS, use_cache=False).logits[:, :-1]
+    loss = cross_entropy(scored.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
+    loss.backward()
+    for block, gradient in zip(blocks, gradients, strict=True):
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        expected = flat.T @ flat / ROWS.numel()
+        torch.testing.assert_close(found.output[block.name], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+        salience = sum(
+            (value * value.grad).detach().abs().sum() / ROWS.numel()
+            for value in (model.get_parameter(f"{block.path}.{part.tensor}") for part in block.slices)
+        )
+        torch.testing.assert_close(found.taylor[block.name].sum().float(), salience, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "error"])
 def test_a_refitted_model_errs_less(family, allocation):
     dense = logits(build_tiny(family)).log_softmax(-1)
@@ -200,3 +227,28 @@ def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
     checkpoint.save(build_tiny(family), byte_tokenizer(), source)
     vllm.export(source, out)
     weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
+
+
+def row_of(family):
+    """The family's row of docs/families.md; that every cell of it is true, the other tests say."""
+    entry = FAMILIES[family]
+    attention, mlp = read_anatomy(build_tiny(family).config).of_layer(0)
+    heads = {
+        "any": "any number",
+        "divisors": "any number" if entry.stand_in else "divisors of the hidden size",
+        "all": "none; any number per layer",
+    }
+    cells = [
+        f"`{family}`",
+        heads[entry.stock_heads] if attention.separable else "none",
+        "values, up" if mlp.linear else "values",
+        "yes" if family in onnx_decoder.FAMILIES else "no",
+        "native" if entry.vllm.native else "transformers backend",
+        "plug-in" if entry.vllm.per_layer else "no",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_in_the_documentation_is_what_is_proved(family):
+    page = Path(__file__).parent.parent / "docs" / "families.md"
+    assert row_of(family) in page.read_text(encoding="utf-8").splitlines()

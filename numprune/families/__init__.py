@@ -1,6 +1,7 @@
 """The architectures that numprune knows, a file for each. docs/adding-an-architecture.md shows how to add one."""
 
 from numprune.families.family import Family, Kind, Matrix, Wiring
+from numprune.families.gemma import GEMMA
 from numprune.families.gemma2 import GEMMA2
 from numprune.families.gemma3 import GEMMA3
 from numprune.families.gpt2 import GPT2
@@ -25,6 +26,7 @@ _ALL = (
     GRANITE,
     SMOLLM3,
     PHI3,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     OLMO2,

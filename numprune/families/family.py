@@ -109,7 +109,7 @@ class Family:
         stock_heads: what the stock configuration holds: `any` number of heads of the same size, `divisors` of the
             hidden size, or `all` that the hidden size has room for.
         stand_in: holds the rest, or None.
-        requires: field, or "field.key", -> the only value that this description is right for.
+        requires: field, or "field.key", -> the values that this description is right for.
         equal: field -> another that must have the same value.
         attention_implementation: of transformers.
         computed: ends of the names of tensors that older versions of transformers stored and newer ones compute.
@@ -135,7 +135,7 @@ class Family:
     residual_scale: str | None = None
     stock_heads: Literal["any", "divisors", "all"] = "any"
     stand_in: StandIn | None = None
-    requires: Mapping[str, Any] = field(default_factory=dict)
+    requires: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
     attention_implementation: str = "sdpa"
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)

@@ -14,5 +14,6 @@ GEMMA2 = Family(
     attention=ATTENTION,
     mlp=MLP,
     stock_heads="divisors",
+    requires={"use_bidirectional_attention": (None, False)},
     attention_implementation="eager",  # SDPA ignores the soft-capping of attention scores
 )

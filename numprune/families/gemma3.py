@@ -8,5 +8,5 @@ GEMMA3 = Family(
     attention=replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     mlp=MLP,
     stock_heads="divisors",
-    requires={"use_bidirectional_attention": False},
+    requires={"use_bidirectional_attention": (None, False)},
 )

@@ -21,6 +21,6 @@ GPT2 = Family(
     norm_bias=True,
     transposed=True,
     stock_heads="all",
-    requires={"add_cross_attention": False},
+    requires={"add_cross_attention": (False,)},
     computed=("attn.bias", "attn.masked_bias"),
 )

@@ -19,9 +19,9 @@ OPT = Family(
     norm_bias=True,
     stock_heads="all",
     requires={
-        "do_layer_norm_before": True,
-        "_remove_final_layer_norm": False,
-        "layer_norm_elementwise_affine": True,
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "layer_norm_elementwise_affine": (True,),
     },
     equal={"word_embed_proj_dim": "hidden_size"},
 )

@@ -15,5 +15,5 @@ PHI3 = Family(
         modules=("mlp",),
         norms=("post_attention_layernorm",),
     ),
-    requires={"rope_parameters.rope_type": "default"},  # the others have a table of the length of the heads
+    requires={"rope_parameters.rope_type": ("default",)},  # the others have a table of the length of the heads
 )

@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from numprune.anatomy import FAMILIES
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, weights
 from numprune.export.streaming import CheckpointLayers
 from numprune.layers import Layers, ModelLayers
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
-from tests.conftest import recast
+from tests.conftest import LLAMA_LIKE, recast
 
 TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -54,7 +53,7 @@ def forward_and_gradients(layers: Layers) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [*((family, {}) for family in FAMILIES), ("llama", {"tie_word_embeddings": True}), ("llama", {"mlp_bias": True})],
+    [*((family, {}) for family in LLAMA_LIKE), ("llama", {"tie_word_embeddings": True}), ("llama", {"mlp_bias": True})],
 )
 def test_the_layers_of_shards_are_those_of_the_loaded_model(tiny_checkpoint, tmp_path, family, overrides) -> None:
     folder = sharded(tiny_checkpoint(family, **overrides))

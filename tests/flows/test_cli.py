@@ -136,10 +136,10 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
 
 
 def test_unsupported_architecture_is_refused_by_name(numprune: Command, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     answered = numprune("inspect", tmp_path)
     assert answered.code == 1
-    assert "'gpt2' (GPT2LMHeadModel) is not supported; supported are llama, mistral, qwen2, qwen3" in answered.err
+    assert "'mamba' (MambaForCausalLM) is not supported; supported are llama, mistral, qwen2, qwen3" in answered.err
 
 
 def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> None:

@@ -2,11 +2,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from numprune.anatomy import FAMILIES, Slice, read_anatomy
+from numprune.anatomy import Slice, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
+from tests.conftest import LLAMA_LIKE
 
-VARIANTS = [(family, {}) for family in FAMILIES] + [
+VARIANTS = [(family, {}) for family in LLAMA_LIKE] + [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"num_key_value_heads": 4}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -49,6 +50,35 @@ def test_budget_counts_the_kv_cache(tiny_model):
 def test_unsupported_architecture_is_refused_by_name():
     with pytest.raises(InputError, match=r"'mamba'.*supported are llama, .*; docs/adding-an-architecture.md shows how"):
         read_anatomy(AutoConfig.for_model("mamba"))
+
+
+FACTORS = ("short_factor", "long_factor")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True: gpt2 is supported only with False"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False: opt is supported only with True"),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32: opt is supported only with 768"),
+        ("gemma", {"use_bidirectional_attention": True}, "gemma is supported only with None or False"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1] * 48,
+                    "long_factor": [1] * 48,
+                }
+            },
+            "rope_parameters.rope_type='longrope': phi3 is supported only with 'default'",
+        ),
+    ],
+)
+def test_a_variant_that_its_family_does_not_describe_is_refused(family, fields, message):
+    with pytest.raises(InputError, match=message):
+        read_anatomy(AutoConfig.for_model(family, **fields))
 
 
 def test_quantized_model_is_refused():

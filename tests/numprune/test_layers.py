@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from numprune.anatomy import FAMILIES
 from numprune.layers import ModelLayers
+from tests.conftest import LLAMA_LIKE
 
 TOKENS = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +20,7 @@ def loss_by_layers(layers, tokens):
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_gradients_through_the_layers_are_the_model_s(tiny_model, family):
     model = tiny_model(family)
     loss_by_layers(ModelLayers(model), TOKENS).backward()

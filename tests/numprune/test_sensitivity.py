@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.anatomy import read_anatomy
 from numprune.flows.studies.rivals.shortgpt import shortgpt
 from numprune.layers import ModelLayers
 from numprune.sensitivity import measure
-from tests.conftest import build_tiny
+from tests.conftest import LLAMA_LIKE, build_tiny
 
 ROWS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +34,7 @@ def gradients_of(model):
     return {name: output.grad.flatten(0, 1).double() for name, output in outputs.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_both_sums_are_autograd_s_of_the_whole_model(family):
     model = build_tiny(family)
     found = measure(ModelLayers(model), ROWS, batch_size=2, taylor=True)

@@ -4,17 +4,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.pruning import PruneOptions, prune
 from numprune.surgery import assemble, cut_layer, pruned_config
 from numprune.target import Target
+from tests.conftest import LLAMA_LIKE
 
 ROWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 PROMPT = ROWS[:2, :9]
 
-MODELS = [(family, {}) for family in FAMILIES] + [
+MODELS = [(family, {}) for family in LLAMA_LIKE] + [
     ("llama", {"num_key_value_heads": 4}),  # no grouping
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
@@ -59,12 +60,12 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
     assert loaded.config.model_type == sliced.config.model_type
     torch.testing.assert_close(logits(loaded), logits(sliced), atol=1e-6, rtol=1e-6)
     if allocation == "uniform":
-        assert loaded.config.model_type in FAMILIES
+        assert loaded.config.model_type in LLAMA_LIKE
 
 
 @pytest.mark.parametrize(
     ("family", "overrides"),
-    [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": True, "mlp_bias": True})],
+    [*((family, {}) for family in LLAMA_LIKE), ("llama", {"attention_bias": True, "mlp_bias": True})],
 )
 def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, overrides):
     model = tiny_model(family, num_hidden_layers=3, **overrides)
@@ -109,7 +110,7 @@ def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_cached_generation_is_uncached_generation(tiny_model, family, allocation):
     model = tiny_model(family, num_hidden_layers=3)
     pruned = prune(

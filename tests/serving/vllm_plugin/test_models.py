@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from numprune.export import checkpoint, manifest, vllm
+from numprune.families import FAMILIES
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
-from tests.conftest import write_checkpoint
+from tests.conftest import build_tiny, write_checkpoint
 from tests.serving.vllm_plugin.engine import SIZES, EngineError, build, reference
 
 pytestmark = pytest.mark.vllm
@@ -117,6 +118,19 @@ def test_a_uniform_model_on_stock_vllm(engine, tmp_path, family):
     assert not made.facts["plugin"]
     words = [word.removeprefix("--").replace("-", "_") for word in made.facts["needs"]]
     check(engine.run(folder, **dict(zip(words[::2], words[1::2], strict=True))), model)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNIFORM])
+def test_every_other_family_pruned_uniformly(engine, tmp_path, family):
+    rows = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
+    fields = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
+    fields |= {"word_embed_proj_dim": 128} if family == "opt" else {}
+    model = build_tiny(family, **fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    options = PruneOptions(0.4, "magnitude", compensation="none", target=Target(align=8))
+    pruned = prune(model, rows, options).model
+    folder, made = exported(pruned, tmp_path)
+    assert not made.facts["plugin"]
+    check(engine.run(folder, load_format="numprune"), pruned)
 
 
 def test_a_model_pruned_globally_and_exported(engine, tmp_path):

@@ -1,0 +1,8 @@
+from numprune.families.family import Family, attention, gated_mlp
+
+GEMMA = Family(
+    name="gemma",
+    attention=attention(bias="attention_bias", reader_bias="attention_bias"),
+    mlp=gated_mlp(),
+    requires={"use_bidirectional_attention": (None, False)},
+)
