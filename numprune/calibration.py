@@ -137,7 +137,7 @@ class Walker:
 
     def stream(self, hidden: Tensor) -> Stream:
         """Return `hidden` (N, S, H) as a stream, which it is used up by."""
-        entry = self.layers.allocate(*hidden.shape) if self.layers.anatomy.parallel else None
+        entry = self.layers.allocate(*hidden.shape).copy_(hidden) if self.layers.anatomy.parallel else None
         return Stream(hidden, entry)
 
     def copy(self, stream: Stream) -> Stream:
