@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 
-
 def resolve(model: str | Path) -> Path:
     """The local folder of a model: itself, or a hub id's files, downloaded (no code, safetensors only).
 

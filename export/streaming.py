@@ -51,8 +51,8 @@ class CheckpointLayers:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._stored = checkpoint.audit(folder)
-        checkpoint.check_finite(self._stored)
+        self.stored = checkpoint.audit(folder)
+        checkpoint.check_finite(self.stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
         self._names = checkpoint.stored_names(self._skeleton)
         self._family = family_of(self._skeleton.config)
@@ -67,12 +67,6 @@ class CheckpointLayers:
         for module in self._skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-
-    @property
-    def names(self) -> list[str]:
-        """Of all tensors as they are stored, tied ones once."""
-        tied = self._skeleton.all_tied_weights_keys
-        return [stored for name, stored in self._names.items() if name not in tied]
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
         with self._around(tokens, head=False) as places:
@@ -102,7 +96,7 @@ class CheckpointLayers:
         tied = self._skeleton.all_tied_weights_keys
         for name, stored in self._names.items():
             if name not in tied and not name.startswith(f"{self._family.layers}."):
-                writer.add_slabs(stored, self._stored[stored].shape, slabs(self._stored[stored]))
+                writer.add_slabs(stored, self.stored[stored].shape, slabs(self.stored[stored]))
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[Tensor]:
@@ -134,9 +128,9 @@ class CheckpointLayers:
                 setattr(module, parameter, without_values)
 
     def _header(self, name: str) -> TensorHeader:
-        if self._names[name] not in self._stored:
+        if self._names[name] not in self.stored:
             name = self._skeleton.all_tied_weights_keys[name]
-        return self._stored[self._names[name]]
+        return self.stored[self._names[name]]
 
 
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:

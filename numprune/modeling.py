@@ -156,9 +156,11 @@ def _register(family: Family) -> None:
         (_PerLayerModel, stock_model),
         {"config_class": config, "family": family, "__module__": __name__},
     )
-    renamed = get_checkpoint_conversion_mapping(family.name)  # names in checkpoints that are not the model's
-    if renamed:
-        register_checkpoint_conversion_mapping(config.model_type, renamed)
+    # Names in checkpoints that are not the model's go with the class or with the model type.
+    for theirs, ours in ((stock_model.__name__, model.__name__), (family.name, config.model_type)):
+        renamed = get_checkpoint_conversion_mapping(theirs)
+        if renamed:
+            register_checkpoint_conversion_mapping(ours, renamed)
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
 

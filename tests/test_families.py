@@ -23,7 +23,7 @@ from numprune.layers import ModelLayers
 from numprune.pruning import PruneOptions, prune, prune_layers
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_counts
-from tests.conftest import build_tiny, byte_tokenizer
+from tests.conftest import build_tiny, write_checkpoint
 
 ROWS = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))  # longer than a window of 8
 ALIGNED = Target(align=1)
@@ -136,8 +136,7 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
 @pytest.mark.parametrize("allocation", ["uniform", "error"])
 def test_streamed_is_in_memory(family, allocation, tmp_path):
     folder = tmp_path / "base"
-    folder.mkdir()
-    checkpoint.save(build_tiny(family), byte_tokenizer(), folder)
+    write_checkpoint(build_tiny(family), folder)
     options = PruneOptions(0.25, allocation=allocation, target=ALIGNED)
     kept = prune(build_tiny(family), ROWS, options)
     cut = {}
@@ -201,10 +200,7 @@ def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family):
 
 
 def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
-    base, pruned = tmp_path / "base", tmp_path / "pruned"
-    for folder in (base, pruned):
-        folder.mkdir()
-    checkpoint.save(build_tiny(family), byte_tokenizer(), base)
+    base, pruned = write_checkpoint(build_tiny(family), tmp_path / "base"), tmp_path / "pruned"
     if family in onnx_decoder.FAMILIES:
         onnx.export(base, tmp_path / "onnx")
         parity.check(base, tmp_path / "onnx", "onnxruntime")
@@ -213,7 +209,7 @@ def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
             onnx.export(base, tmp_path / "onnx")
     assert not vllm.preflight(checkpoint.read_config(base))["plugin"]
     options = PruneOptions(0.25, allocation="error", target=ALIGNED)
-    checkpoint.save(prune(build_tiny(family), ROWS, options).model, byte_tokenizer(), pruned)
+    checkpoint.save(prune(build_tiny(family), ROWS, options).model, base, pruned)
     if FAMILIES[family].vllm.per_layer:
         assert vllm.preflight(checkpoint.read_config(pruned))["plugin"]
     else:
@@ -222,10 +218,8 @@ def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
 
 
 def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
-    source, out = tmp_path / "base", tmp_path / "vllm"
-    source.mkdir()
-    checkpoint.save(build_tiny(family), byte_tokenizer(), source)
-    vllm.export(source, out)
+    out = tmp_path / "vllm"
+    vllm.export(write_checkpoint(build_tiny(family), tmp_path / "base"), out)
     weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
 
 

@@ -106,7 +106,7 @@ def _prune_streamed(
 ) -> Plan:
     layers = CheckpointLayers(base, scratch=folder, device=device)
     check_vocabulary(base, load_tokenizer(base), layers.config)
-    with writing(folder, dtypes_of(read_headers(base))) as writer:
+    with writing(folder, dtypes_of(layers.stored)) as writer:
         layers.copy_around(writer)
         plan = pruning.prune_layers(layers, rows, options, writer.add)
     save_around_weights(skeleton(pruning.config_after(layers, plan)), base, folder)
