@@ -148,7 +148,7 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Kn
     pruned one does (but for the biases that `bias` compensation adds).
 
     Args:
-        model: a supported model in float32, with attention "sdpa".
+        model: a supported model in float32, with the attention that its family is walked with.
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         known: of the model on these rows.

@@ -96,7 +96,7 @@ def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
     config = AutoConfig.for_model(family, **fields)
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=FAMILIES[family].attention_implementation
+        config, attn_implementation=FAMILIES[family.removeprefix("numprune_")].attention_implementation
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -163,4 +163,4 @@ def test_rotary_frequencies_that_older_versions_stored_are_not_a_layer_s_weights
     layers = CheckpointLayers(folder, scratch=tmp_path)
     with layers.layer(0) as layer:
         assert "self_attn.rotary_emb.inv_freq" not in layer.state_dict()
-    assert not any("inv_freq" in name for name in layers.names)
+    assert not any("inv_freq" in name for name in layers.stored)

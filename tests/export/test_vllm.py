@@ -5,10 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
-from numprune.anatomy import FAMILIES
 from numprune.errors import IntegrityError
 from numprune.export import checkpoint, manifest, vllm
-from tests.conftest import build_tiny, byte_tokenizer, write_checkpoint
+from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 
@@ -35,7 +34,7 @@ def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
     assert facts["cpu"] is False
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_layers_that_differ_are_exported_for_the_plug_in(tmp_path, family):
     layers = {
         0: {"skip": ["attention"], "intermediate_size": 32},

@@ -47,6 +47,9 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     anatomy = read_anatomy(model.config)
     check_blocks(anatomy)
     check_rows(model.config, anatomy, rows)
+    length, window = rows.shape[1], anatomy.sliding_window
+    if window is not None and length > window:  # its blocks are run without a mask
+        raise InputError(f"slicegpt: sequence length {length} is over the model's sliding window of {window}")
     dense = measure(anatomy).prunable_parameters
     hidden = anatomy.hidden_size
     width = min(range(1, hidden + 1), key=lambda size: abs(block_parameters(anatomy, size) - (1 - ratio) * dense))

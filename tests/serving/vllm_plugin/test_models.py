@@ -126,7 +126,7 @@ def test_every_other_family_pruned_uniformly(engine, tmp_path, family):
     fields = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
     fields |= {"word_embed_proj_dim": 128} if family == "opt" else {}
     model = build_tiny(family, **fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    options = PruneOptions(0.4, "magnitude", compensation="none", target=Target(align=8))
+    options = PruneOptions(0.1, "magnitude", compensation="none", target=Target(align=8))
     pruned = prune(model, rows, options).model
     folder, made = exported(pruned, tmp_path)
     assert not made.facts["plugin"]

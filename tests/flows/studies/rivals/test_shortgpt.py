@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.shortgpt import block_influence, layers_to_drop, shortgpt
-from tests.conftest import build_tiny
+from tests.conftest import LLAMA_LIKE, build_tiny
 
 ROWS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,7 @@ def test_influence_is_the_paper_s_formula():
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 @torch.no_grad()
 def test_result_is_the_dense_model_without_the_layers_of_least_influence(family):
     dense = build_tiny(family, num_hidden_layers=4)

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from numprune.anatomy import FAMILIES, read_anatomy
+from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.shortgpt import shortgpt
 from numprune.flows.studies.rivals.slicegpt import block_parameters, principal_axes, slice_hidden, slicegpt
-from tests.conftest import build_tiny
+from tests.conftest import LLAMA_LIKE, build_tiny
 
 ROWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(0))
 BIASED = {"llama": {"attention_bias": True, "mlp_bias": True}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_LIKE)
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_with_nothing_cut_it_is_the_dense_model(family, tied):
@@ -74,7 +74,7 @@ def test_uncut_the_shortcuts_come_on_top():
 
 
 def test_rows_longer_than_the_window_are_refused():
-    with pytest.raises(InputError, match="sequence length 24 is over the model's 16"):
+    with pytest.raises(InputError, match="sequence length 24 is over the model's sliding window of 16"):
         slicegpt(build_tiny("mistral", sliding_window=16), ROWS, 0.3, 8)
 
 
