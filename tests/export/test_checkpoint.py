@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, weights
+from numprune.export.streaming import CheckpointLayers
 from tests.conftest import recast
 
 Checkpoint = Callable[..., Path]
@@ -262,3 +263,23 @@ def test_resolve(tmp_path: Path, tiny_checkpoint: Checkpoint) -> None:
             checkpoint.resolve(absent)
     with pytest.raises(InputError, match="the hub does not give it"):
         checkpoint.resolve("numprune-tests/no-such-model")  # offline in the tests: an error, not a download
+
+
+def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint("gpt2")
+    model, _ = checkpoint.load(folder)
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / weights.SINGLE).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(tensors, folder / weights.SINGLE, {"format": "pt"})
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert checkpoint.load(folder)[0](tokens).logits.equal(expected)
+        layers = CheckpointLayers(folder, scratch=tmp_path)
+        entered = layers.enter(tokens)
+        hidden = entered.hidden
+        for index, arguments in enumerate(entered.arguments):
+            with layers.layer(index) as layer:
+                hidden = arguments.call(layer, hidden)
+        with layers.head() as head:
+            torch.testing.assert_close(head(tokens, hidden), expected)

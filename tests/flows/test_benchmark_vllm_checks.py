@@ -9,6 +9,7 @@ from numprune.flows.cli import main
 from numprune.flows.recipe import load
 from numprune.flows.steps.checks import check
 from numprune.serving.vllm.environment import TESTED
+from tests.conftest import build_tiny, write_checkpoint
 from tests.serving.test_vllm_environment import make as make_environment
 
 BENCHMARK = ["benchmark", "./candidate", "--baseline", "./baseline", "--runtime"]
@@ -36,6 +37,17 @@ def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Pa
             except InputError as error:
                 said = str(error)
         assert ("benchmark.runtimes: vLLM's CPU kernels know head sizes 32, " in said) == refused
+
+
+def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    base = write_checkpoint(build_tiny("granite"), tmp_path / "granite")
+    recipe = load(
+        tiny / "recipe.toml", [f"model.path='{base}'", "export.targets=['onnx', 'vllm']", "prune.allocation='error'"]
+    )
+    with pytest.raises(InputError) as refused:
+        check(recipe, tmp_path)
+    assert "export.targets and benchmark.runtimes: granite is not supported in ONNX" in str(refused.value)
+    assert "prune.allocation: vLLM does not run granite with layers of different sizes" in str(refused.value)
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[2, 2]", "4"])
