@@ -118,14 +118,17 @@ class CheckpointLayers:
         for name, value in values.items():
             path, _, parameter = name.rpartition(".")
             module = self._skeleton.get_submodule(path)
-            found = read_rows(self._header(name)) if value is None else value
             empty[name] = (module, parameter, module.get_parameter(parameter))
-            setattr(module, parameter, nn.Parameter(found.to(self.device, self.dtype)))
+            setattr(module, parameter, self._parameter(name, value))
         try:
             yield
         finally:
             for module, parameter, without_values in empty.values():  # whoever still holds a module keeps no weights
                 setattr(module, parameter, without_values)
+
+    def _parameter(self, name: str, value: Tensor | None) -> nn.Parameter:
+        found = read_rows(self._header(name)) if value is None else value
+        return nn.Parameter(found.to(self.device, self.dtype))
 
     def _header(self, name: str) -> TensorHeader:
         if self._names[name] not in self.stored:

@@ -350,7 +350,7 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 class _Passing(nn.Module):
     """Stands for a decoder whose last hidden states are known."""
 
-    def forward(self, inputs_embeds: Tensor, **_: object) -> BaseModelOutputWithPast:
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 

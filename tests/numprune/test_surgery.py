@@ -169,5 +169,5 @@ def test_bias_compensation_adds_flap_s_bias(tiny_model):
 
 
 def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
-    with pytest.raises(InputError, match="mistral has none"):
+    with pytest.raises(InputError, match="projections of mistral cannot hold a bias"):
         prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
