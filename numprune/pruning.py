@@ -135,7 +135,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
         able = ", ".join(name for name in FAMILIES if can_hold_bias(name))
         raise InputError(
-            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another (it works for {able})"
+            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another, or one of {able}"
         )
     allowed = _allowed(anatomy, options)
     check_ratio(anatomy, options.ratio, allowed)

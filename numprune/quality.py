@@ -14,7 +14,7 @@ import torch
 from scipy import special
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
@@ -350,8 +350,13 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 class _Passing(nn.Module):
     """Stands for a decoder whose last hidden states are known."""
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    @property
+    def decoder(self) -> nn.Module:
+        """Itself: some models call the decoder inside their base model."""
+        return self
+
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def _parts(vocabulary: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
