@@ -1,4 +1,4 @@
-"""The four families as vLLM models: its Llama around layers of their own sizes. vLLM imports this, never `register`."""
+"""The families that the plug-in serves, as vLLM models: its Llama around layers of their own sizes. vLLM imports this, never `register`."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -15,7 +15,7 @@ from numprune_vllm.weights import checked
 
 
 class NumpruneLlamaForCausalLM(LlamaForCausalLM):
-    """Embedding, last norm and output matrix are the same in all four families; only attention differs."""
+    """Embedding, last norm and output matrix are the same in all of them; only attention differs."""
 
     make_attention: MakeAttention = staticmethod(llama_attention)
 
