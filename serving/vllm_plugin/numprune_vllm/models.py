@@ -1,4 +1,4 @@
-"""The families that the plug-in serves, as vLLM models: its Llama around layers of their own sizes. vLLM imports this, never `register`."""
+"""Models whose layers differ: vLLM's Llama around layers of their own sizes. vLLM imports this, never `register`."""
 
 from collections.abc import Iterable
 from functools import partial
