@@ -25,7 +25,6 @@ from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView
 from numprune.curves import error_curve
 from numprune.errors import InputError
-from numprune.families import FAMILIES
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
 from numprune.moments import Moments
@@ -133,9 +132,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
     if options.skips and options.compensation == "bias":
         raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
-        able = ", ".join(name for name in FAMILIES if can_hold_bias(name))
         raise InputError(
-            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another, or one of {able}"
+            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
     allowed = _allowed(anatomy, options)
     check_ratio(anatomy, options.ratio, allowed)

@@ -195,7 +195,7 @@ def test_compensation_with_a_bias(numprune: Command, tiny: Path, tmp_path: Path)
     refused = numprune("prune", tmp_path / "mistral", tmp_path / "none", *command)
     assert (refused.code, refused.err) == (
         1,
-        "numprune: error: compensation bias: the projections of mistral cannot hold a bias; use another (llama can)\n",
+        "numprune: error: compensation bias: the projections of mistral cannot hold a bias; use another compensation\n",
     )
 
 
