@@ -3,8 +3,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -323,12 +325,19 @@ def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
 
 
 def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
-    fifo = tmp_path / "policy.toml"  # opening it waits for a writer that never comes
+    fifo = tmp_path / "policy.toml"
     os.mkfifo(fifo)
-    program = (
-        "import sys, os, threading, signal; from numprune.flows.cli import main;"
-        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start();"
-        f"sys.exit(main(['gate', 'r.json', '--policy', {str(fifo)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "numprune: interrupted\n")
+    program = "import sys; from numprune.flows.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "gate", "r.json", "--policy", str(fifo)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        writer = None
+        while writer is None and process.poll() is None:
+            try:  # which succeeds once the command reads the policy; then it waits for text that never comes
+                writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "numprune: interrupted\n")
+    assert writer is not None
+    os.close(writer)

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +200,20 @@ def test_promotion_and_rollback_at_once_end_in_one_of_them(
 ) -> None:
     for content in "abc":
         registries.publish(registry, make_release(content), "moving")
-    both = threading.Barrier(2, timeout=120)
 
     def at_once(left: tuple[str, str], right: tuple[str, str]) -> list[Ended]:
+        both = threading.Barrier(2, timeout=120)
+
+        def meet() -> None:
+            with suppress(threading.BrokenBarrierError):
+                both.wait()
+
         for nth in (0, 1):  # who writes again waits for nobody
-            team.relay.at(SET_ALIAS, both.wait, nth=nth)
+            team.relay.at(SET_ALIAS, meet, nth=nth)
         at_work = [person.start(*command) for person, command in ((ann, left), (bob, right))]
+        while not any(actor.out.exists() for actor in at_work):
+            time.sleep(0.05)
+        both.abort()  # one may have lost before it wrote, and never comes
         ended: list[Ended] = [actor.wait() for actor in at_work]
         team.relay.reset()
         for one in ended:

@@ -44,7 +44,7 @@ def refused_or_read(folder: Path) -> Any:
     if not isinstance(config, NumpruneError):
         named(checkpoint.audit, folder)
         with suppress(ValueError):  # as the plug-in reads it, in vLLM's process, and refuses it
-            sizes.tensor_shapes(config)
+            sizes.read_layers(config)
     return config
 
 
