@@ -223,27 +223,13 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
     Raises:
-        InputError: the architecture is not supported, or its sizes contradict each other.
+        InputError: as `read_blocks`, or layers differ in the query heads of a KV head or in the head size.
     """
     family = family_of(config)
-    _require_sizes(config, "hidden_size", "vocab_size", "num_hidden_layers")
-    if config.num_hidden_layers > MAXIMUM_LAYERS:
-        raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
+    blocks = read_blocks(config)
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    blocks: list[Block] = []
-    groups = set()
-    for layer in range(config.num_hidden_layers):
-        sizes = config.per_layer_config[layer]
-        heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
-        group = heads // kv_heads
-        groups.add((group, head_dim))
-        skipped = getattr(sizes, "skip", [])
-        entries: dict[Part, int] = {"query": group * head_dim, "key": head_dim, "value": head_dim}
-        entries |= {"gate": 1, "up": 1, "inner": 1}
-        counts: dict[Kind, int] = {"attention": kv_heads, "mlp": width}
-        for kind, units in counts.items():
-            wiring = family.wiring(kind)
-            blocks.append(_block(family, wiring, config, layer, kind, 0 if kind in skipped else units, entries))
+    sizes = (_layer_sizes(family, config.per_layer_config[layer], layer) for layer in range(config.num_hidden_layers))
+    groups = {(heads // kv_heads, head_dim) for heads, kv_heads, head_dim, _ in sizes}
     if len(groups) != 1:
         raise InputError(
             f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported"
@@ -258,7 +244,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         head_dim=head_dim,
         query_heads_per_group=group,
         vocabulary=vocabulary,
-        blocks=tuple(blocks),
+        blocks=blocks,
         around=_around(family, config),
         output_parameters=vocabulary * hidden,
         bytes_per_value=dtype.itemsize if dtype is not None else 4,
@@ -267,6 +253,30 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         parallel=family.flag(family.parallel, config),
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
     )
+
+
+def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
+    """Return the blocks of a model, attention before MLP, first layer first; each layer's units may be of its own kind.
+
+    Raises:
+        InputError: the architecture is not supported, or its sizes contradict each other.
+    """
+    family = family_of(config)
+    _require_sizes(config, "hidden_size", "vocab_size", "num_hidden_layers")
+    if config.num_hidden_layers > MAXIMUM_LAYERS:
+        raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
+    blocks: list[Block] = []
+    for layer in range(config.num_hidden_layers):
+        sizes = config.per_layer_config[layer]
+        heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
+        skipped = getattr(sizes, "skip", [])
+        entries: dict[Part, int] = {"query": heads // kv_heads * head_dim, "key": head_dim, "value": head_dim}
+        entries |= {"gate": 1, "up": 1, "inner": 1}
+        counts: dict[Kind, int] = {"attention": kv_heads, "mlp": width}
+        for kind, units in counts.items():
+            wiring = family.wiring(kind)
+            blocks.append(_block(family, wiring, config, layer, kind, 0 if kind in skipped else units, entries))
+    return tuple(blocks)
 
 
 def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from numprune.anatomy import PER_LAYER_PREFIX, Block, read_anatomy
+from numprune.anatomy import PER_LAYER_PREFIX, Block, read_blocks
 from numprune.families import FAMILIES, Family
 from numprune.layers import SILENT
 
@@ -71,7 +71,7 @@ class _PerLayerModel:
         config._attn_implementation_internal = self.config._attn_implementation_internal
         layers = self.get_submodule(self.family.layers)
         stock = type(layers[0])
-        blocks = read_anatomy(config).blocks
+        blocks = read_blocks(config)
         attending = 0
         for index in range(config.num_hidden_layers):
             layer = layers[index] = stock(_buildable(self.family, config, index), index)
@@ -91,8 +91,8 @@ class _PerLayerModel:
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        for block in read_anatomy(self.config).of_kind("attention"):  # each layer holds a copy of the configuration
-            if block.units:
+        for block in read_blocks(self.config):  # each layer holds a copy of the configuration
+            if block.units and block.kind == "attention":
                 attention = self.get_submodule(f"{self.family.layers}.{block.layer}.{block.modules[0]}")
                 attention.config._attn_implementation_internal = self.config._attn_implementation_internal
 
