@@ -156,6 +156,7 @@ def _register(family: Family) -> None:
         (_PerLayerModel, stock_model),
         {"config_class": config, "family": family, "__module__": __name__},
     )
+    globals().update({made.__name__: made for made in (config, model)})  # where pickle looks for them
     # Names in checkpoints that are not the model's go with the class or with the model type.
     for theirs, ours in ((stock_model.__name__, model.__name__), (family.name, config.model_type)):
         renamed = get_checkpoint_conversion_mapping(theirs)

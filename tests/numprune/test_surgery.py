@@ -1,5 +1,7 @@
 """What is cut computes what was masked, and stock loaders read it."""
 
+import pickle
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -171,3 +173,8 @@ def test_bias_compensation_adds_flap_s_bias(tiny_model):
 def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
     with pytest.raises(InputError, match="projections of mistral cannot hold a bias"):
         prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
+
+
+def test_a_per_layer_configuration_can_be_pickled() -> None:
+    config = AutoConfig.for_model("numprune_llama", per_layer_config={})
+    assert type(pickle.loads(pickle.dumps(config))) is type(config)

@@ -45,6 +45,8 @@ def _config(family: str) -> type[PreTrainedConfig]:
 
 
 _CONFIGS = [_config(family) for family in FAMILIES]
+# pickle, by which vLLM's workers get their configuration, finds a class by its name in its module.
+globals().update({config.__name__: config for config in _CONFIGS})
 ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
     f"{config.__name__.removesuffix('Config')}ForCausalLM": config for config in _CONFIGS
 }
