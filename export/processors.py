@@ -16,7 +16,7 @@ def count() -> int:
 
 
 def quota(root: Path = Path("/")) -> int | None:
-    """The quota in CPUs, rounded up; None where there is none below the affinity mask. `root` is that of /proc."""
+    """The quota in CPUs, rounded up; None without one below the affinity mask. `root` is that of /proc."""
     found = [math.ceil(share) for share in _shares(root)]
     least = min(found, default=None)
     return least if least is not None and least < len(os.sched_getaffinity(0)) else None

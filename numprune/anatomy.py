@@ -19,7 +19,7 @@ from numprune.families.family import LINEAR_PARTS, Part, Wiring
 
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
-MAXIMUM_LAYERS = 10_000  # a configuration from a stranger may say anything, and every layer is looked at
+MAXIMUM_LAYERS = 10_000  # an untrusted configuration may say anything, and every layer is looked at
 HOW_TO_ADD = "docs/adding-an-architecture.md"
 
 
