@@ -98,7 +98,7 @@ def sync(path: Path) -> None:
 
 
 def temporary_folder() -> str:
-    """`tempfile.gettempdir()`. Raises DiskError when there is none, as in a container that is read-only throughout."""
+    """`tempfile.gettempdir()`. Raises DiskError without one, as in a read-only container."""
     try:
         return tempfile.gettempdir()
     except FileNotFoundError as error:

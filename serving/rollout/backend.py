@@ -125,7 +125,7 @@ def retire(backend: Backend, timeout_s: float) -> int:
 
 
 def _status(url: str, headers: Mapping[str, str]) -> int:
-    """Of the answer; 0 when there is none."""
+    """Of the answer; 0 without one."""
     try:
         return loopback.get(url, headers=headers, timeout=10.0).status_code
     except httpx.TransportError:
