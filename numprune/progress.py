@@ -1,6 +1,7 @@
 """How far a long loop is: a bar on a terminal, and elsewhere a line in the log every 30 seconds."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -13,6 +14,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 30.0
+
+# tqdm's own lock is a semaphore of the system, which Python reports as leaked where a child is ended by Ctrl-C. Two
+# processes of ours never draw on one terminal.
+tqdm.set_lock(threading.RLock())
 
 
 class Progress:

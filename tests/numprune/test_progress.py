@@ -1,7 +1,10 @@
 """What is said of a loop's progress where there is no terminal."""
 
 import logging
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +49,21 @@ def test_time_left(clock: list[float], caplog: pytest.LogCaptureFixture, seconds
         clock[0] += seconds_each
         bar.update()
     assert caplog.messages == [f"prune: 1 of 2 layers, about {left} left"]
+
+
+def test_a_bar_needs_no_semaphore_of_the_system(tmp_path: Path) -> None:
+    """A child that is ended would leave it behind, and Python would say so after our own message."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os\n"
+        "from numprune.progress import Progress\n"
+        "def work():\n"
+        "    Progress(1, 'work', 'step').update()\n"
+        "    os._exit(1)\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('forkserver').Process(target=work)\n"
+        "    child.start()\n"
+        "    child.join()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
