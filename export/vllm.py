@@ -71,8 +71,9 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     if plugin:
         check_per_layer(anatomy)
-    kv_heads = [block.units for block in anatomy.of_kind("attention")]
-    query_heads = [units * anatomy.query_heads_per_group for units in kv_heads]
+    attention = anatomy.of_kind("attention")
+    kv_heads = [block.units for block in attention]
+    query_heads = [block.units * block.members for block in attention]
     widths = [block.units for block in anatomy.of_kind("mlp")]
     needs: list[JsonValue] = []
     served = FAMILIES[anatomy.family].vllm

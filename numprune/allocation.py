@@ -1,7 +1,7 @@
-"""How many units each block keeps. A ratio always means: of the prunable parameters.
+"""How large each block stays. A ratio always means: of the prunable parameters.
 
-Each block keeps one of the counts that `target.allowed_counts` gives it. What was reached is what the plan counts, not
-what was asked for.
+Each block is left with one of the sizes that `target.allowed_sizes` gives it. What was reached is what the plan counts,
+not what was asked for.
 """
 
 import math
@@ -14,24 +14,29 @@ from torch import Tensor
 
 from numprune.anatomy import Anatomy, Block
 from numprune.budget import measure
+from numprune.curves import Errors, error_at
 from numprune.errors import InputError
-from numprune.splits import Errors, priced, splits_meeting
-from numprune.target import HEAD_SHAPES, Counts, nearest
+from numprune.slices import GONE, Size
+from numprune.splits import priced, splits_meeting
+from numprune.target import HEAD_SHAPES, Sizes
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
 
 _SHARES = 20_000
 
 
-def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
+def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
     """Refuse a ratio that no allocation can reach.
 
     Raises:
-        InputError: ratio outside [0, 1), or more than can go with the least count of every block.
+        InputError: ratio outside [0, 1), or more than can go with the least size of every block.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
-    least = {name: next((count for count in counts if count), 0) for name, counts in allowed.items()}
+    least = {
+        block.name: min((size for size in allowed[block.name] if size.units), key=block.parameters, default=GONE)
+        for block in anatomy.blocks
+    }
     reachable = 1 - measure(anatomy.keeping(least)).prunable_parameters / measure(anatomy).prunable_parameters
     if ratio > reachable:
         raise InputError(
@@ -40,8 +45,8 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Counts) -> None:
         )
 
 
-def uniform(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors | None = None) -> dict[str, int]:
-    """Return units kept per block: the same number in every layer, so that a stock architecture holds the result.
+def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None = None) -> dict[str, Size]:
+    """Return the size of every block: the same in every layer, so that a stock architecture holds the result.
 
     Of the splits between attention and MLPs that meet the ratio it is the one that takes most nearly the same share of
     both; by `errors`, the most even of those that cost at most a tenth more than the cheapest.
@@ -56,69 +61,67 @@ def uniform(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors | No
     splits = splits_meeting(anatomy, ratio, allowed)
     if errors is not None:
         splits = list(priced(splits, anatomy, errors))
-    return splits[0].units(anatomy)
+    return splits[0].sizes(anatomy)
 
 
-def global_sort(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:
-    """Return units kept per block: all units sorted together, the lowest removed until the parameter *cost* is reached.
+def global_sort(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:
+    """Return the size of every block: all units sorted together, the lowest removed until the parameter *cost* is met.
 
-    A block loses its lowest units in steps from one allowed count to the next; a step's score is their mean. Where the
-    result has more than `HEAD_SHAPES` different numbers of KV heads, the numbers are moved to the nearest of as many
-    levels, and the MLPs make up the difference.
+    A block loses its lowest units in steps from one allowed size to the next; a step's score is their mean. Where the
+    result has more than `HEAD_SHAPES` different sizes of attention, they are moved to the nearest of as many levels,
+    and the MLPs make up the difference.
+
+    Args:
+        allowed: sizes of whole units, with all their members.
 
     Raises:
         InputError: the ratio cannot be reached.
     """
     check_ratio(anatomy, ratio, allowed)
     kept = _remove_lowest(anatomy, ratio, allowed, scores)
-    heads = {block.name: kept[block.name] for block in anatomy.of_kind("attention")}
-    if len(set(heads.values()) - {0}) <= HEAD_SHAPES:
+    levels = _head_levels(anatomy, kept, allowed)
+    if levels is None:
         return kept
-    levels = _head_levels(heads, allowed)
-    fixed = {
-        name: [nearest([level for level in levels if level <= allowed[name][-1]], count) if count else 0]
-        for name, count in heads.items()
-    }
+    blocks = anatomy.of_kind("attention")
+    fixed = {block.name: [_nearest(block, levels[block.name], kept[block.name])] for block in blocks}
     return _remove_lowest(anatomy, ratio, {**allowed, **fixed}, scores)
 
 
-def by_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors) -> dict[str, int]:
-    """Return units kept per block such that the errors of all blocks together are least, at least `ratio` removed.
+def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
+    """Return the size of every block such that the errors of all blocks together are least, at least `ratio` removed.
 
     The knapsack is solved by dynamic programming, so that error curves need not be convex; the blocks' errors are taken
     to add up (ZipLM's SPDY, arXiv 2302.04089, takes them so, too). Costs are counted in the largest share that divides
     them all, or, where that is under a 20,000th of what must go, rounded to such a share.
 
-    Where the result has more than `HEAD_SHAPES` different numbers of KV heads, levels are chosen as in `global_sort`,
+    Where the result has more than `HEAD_SHAPES` different sizes of attention, levels are chosen as in `global_sort`,
     and all is solved again with only those. Where all attention would go, or all MLPs, the dearest keeps a unit.
 
     Args:
-        errors: block name -> (units + 1,), the error once the n cheapest units are gone, n = 0 … units; never falling.
+        errors: of every block, never falling with what is removed.
 
     Raises:
         InputError: the ratio cannot be reached.
     """
     check_ratio(anatomy, ratio, allowed)
     kept = _least_error(anatomy, ratio, allowed, errors)
-    for kind in ("attention", "mlp"):
+    for kind in anatomy.kinds:
         blocks = [block for block in anatomy.of_kind(kind) if block.units]
-        if blocks and not any(kept[block.name] for block in blocks):  # a model without attention is none
-            dearest = max(blocks, key=lambda block: float(errors[block.name][block.units])).name
-            allowed = {**allowed, dearest: [count for count in allowed[dearest] if count]}
+        if blocks and not any(kept[block.name].units for block in blocks):  # keep at least one block of each kind
+            dearest = max(blocks, key=lambda block: error_at(errors, block, GONE)).name
+            allowed = {**allowed, dearest: [size for size in allowed[dearest] if size.units]}
             kept = _least_error(anatomy, ratio, allowed, errors)
-    heads = {block.name: kept[block.name] for block in anatomy.of_kind("attention")}
-    if len(set(heads.values()) - {0}) <= HEAD_SHAPES:
+    levels = _head_levels(anatomy, kept, allowed)
+    if levels is None:
         return kept
-    levels = {*_head_levels(heads, allowed), 0}
-    fixed = {name: [count for count in allowed[name] if count in levels] for name in heads}
-    allowed = {**allowed, **fixed}
+    allowed = {**allowed, **levels}
     check_ratio(anatomy, ratio, allowed)
     return _least_error(anatomy, ratio, allowed, errors)
 
 
-def _least_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors) -> dict[str, int]:
+def _least_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
     costs = {
-        block.name: [(block.units - kept) * block.parameters_per_unit for kept in allowed[block.name]]
+        block.name: [block.parameters(block.size) - block.parameters(size) for size in allowed[block.name]]
         for block in anatomy.blocks
     }
     wanted = ratio * measure(anatomy).prunable_parameters
@@ -131,12 +134,12 @@ def _least_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors
     chosen = []
     for block in anatomy.blocks:
         best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
-        for option, (kept, cost) in enumerate(zip(allowed[block.name], costs[block.name], strict=True)):
+        for option, (size, cost) in enumerate(zip(allowed[block.name], costs[block.name], strict=True)):
             shift = min(round(cost / share), last)
             reached = torch.full_like(total, torch.inf)
             reached[shift:] = total[: last + 1 - shift]
             reached[last] = total[last - shift :].min()
-            reached += errors[block.name][block.units - kept]
+            reached += error_at(errors, block, size)
             better = reached < best
             best[better], choice[better] = reached[better], option
         chosen.append((block, choice, total))
@@ -150,56 +153,78 @@ def _least_error(anatomy: Anatomy, ratio: float, allowed: Counts, errors: Errors
     return result
 
 
-def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Counts, scores: Scores) -> dict[str, int]:
-    # Units above the largest allowed count go in any case.
+def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:
+    # Units above the largest allowed size go in any case.
     kept = {block.name: allowed[block.name][-1] for block in anatomy.blocks}
-    steps: list[tuple[float, int, Block]] = []  # (score, units left after it, block), from most to fewest in each block
+    steps: list[tuple[float, Size, Block]] = []  # (score, what is left after it, block), largest first in each block
     for block in anatomy.blocks:
         ascending = scores[block.name].sort().values
         for more, fewer in pairwise(reversed(allowed[block.name])):
-            steps.append((float(ascending[block.units - more : block.units - fewer].mean()), fewer, block))
+            lost = ascending[block.units - more.units : block.units - fewer.units]
+            steps.append((float(lost.mean()), fewer, block))
     steps.sort(
         key=lambda step: step[0]
     )  # stable: a block's own steps ascend already, and keep their order where they tie
-    to_remove = ratio * measure(anatomy).prunable_parameters
-    to_remove -= sum((block.units - kept[block.name]) * block.parameters_per_unit for block in anatomy.blocks)
-    left = {kind: sum(kept[block.name] > 0 for block in anatomy.of_kind(kind)) for kind in ("attention", "mlp")}
+    whole = measure(anatomy).prunable_parameters
+    to_remove = ratio * whole - (whole - measure(anatomy.keeping(kept)).prunable_parameters)
+    left = {kind: sum(kept[block.name].units > 0 for block in anatomy.of_kind(kind)) for kind in anatomy.kinds}
     for _, fewer, block in steps:
-        cost = (kept[block.name] - fewer) * block.parameters_per_unit
+        cost = block.parameters(kept[block.name]) - block.parameters(fewer)
         if to_remove < cost / 2:  # nearest: a step that overshoots by more than it falls short is not taken
             break
-        if fewer == 0:
+        if fewer == GONE:
             if left[block.kind] == 1:
-                continue  # the last of its kind stays: a model without attention is none
+                continue  # keep at least one block of each kind
             left[block.kind] -= 1
         kept[block.name] = fewer
         to_remove -= cost
     return kept
 
 
-def _head_levels(heads: Mapping[str, int], allowed: Counts) -> list[int]:
-    """Return `HEAD_SHAPES` numbers of KV heads near those kept (block name -> number), ascending.
+def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> Sizes | None:
+    """Return the allowed sizes of attention cut down to `HEAD_SHAPES` near those kept, and none at all where allowed.
 
-    The least is one that every block can have: the layers of a model that was pruned before may have fewer than others.
+    None where no more than that are kept. The least is one that every block can have, as long as they have members
+    alike: the layers of a model that was pruned before may have fewer units than others.
     """
-    lowest, *others = _levels([count for count in heads.values() if count], HEAD_SHAPES)
-    return [min(lowest, *(allowed[name][-1] for name, count in heads.items() if count)), *others]
+    blocks = anatomy.of_kind("attention")
+    attending = [kept[block.name] for block in blocks if kept[block.name].units]
+    if len(set(attending)) <= HEAD_SHAPES:
+        return None
+    cost = blocks[0].parameters
+    lowest, *others = _levels(attending, HEAD_SHAPES, cost)
+    lowest = min([lowest, *(allowed[block.name][-1] for block in blocks if kept[block.name].units)], key=cost)
+    levels = {GONE, lowest, *others}
+    return {
+        block.name: [size for size in allowed[block.name] if size in levels] or [kept[block.name]] for block in blocks
+    }
 
 
-def _levels(counts: Sequence[int], number: int) -> tuple[int, ...]:
-    """Return `number` of the counts, ascending, such that the sum of distances to the nearest is least (k-medians)."""
-    ordered = sorted(counts)
+def _nearest(block: Block, sizes: Sequence[Size], size: Size) -> Size:
+    """Return the one of the sizes that costs most nearly what `size` does, the larger of two; none only for none."""
+    cost = block.parameters
+    candidates = [other for other in sizes if (other == GONE) == (size == GONE)]
+    return min(candidates, key=lambda other: (abs(cost(other) - cost(size)), -cost(other)))
+
+
+def _levels(sizes: Sequence[Size], number: int, cost: Callable[[Size], int]) -> tuple[Size, ...]:
+    """Return `number` of the sizes, ascending, such that the sum of distances to the nearest is least (k-medians).
+
+    Distances are those of their costs.
+    """
+    ordered = sorted(sizes, key=lambda size: (cost(size), size))
 
     @cache
-    def best(end: int, levels: int) -> tuple[int, tuple[int, ...]]:
-        """The least cost of the first `end` counts with so many levels, each serving a stretch of them."""
+    def best(end: int, levels: int) -> tuple[float, tuple[Size, ...]]:
+        """The least cost of the first `end` sizes with so many levels, each serving a stretch of them."""
         if levels == 0:
-            return (0 if end == 0 else sum(ordered) + 1, ())
+            return (0 if end == 0 else math.inf, ())
         found = []
         for start in range(levels - 1, end):
-            cost, lower = best(start, levels - 1)
+            before, lower = best(start, levels - 1)
             median = ordered[(start + end) // 2]
-            found.append((cost + sum(abs(count - median) for count in ordered[start:end]), (*lower, median)))
+            apart = sum(abs(cost(size) - cost(median)) for size in ordered[start:end])
+            found.append((before + apart, (*lower, median)))
         return min(found)
 
     return best(len(ordered), number)[1]
@@ -211,7 +236,7 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-ALLOCATIONS: dict[str, Callable[..., dict[str, int]]] = {
+ALLOCATIONS: dict[str, Callable[..., dict[str, Size]]] = {
     "uniform": uniform,
     "global": global_sort,
     "error": by_error,

@@ -1,4 +1,4 @@
-"""Where a model's prunable units are: blocks, units, channels, and the stored tensors that share them.
+"""Where a model's prunable units are: blocks, their units and members, and the stored tensors that share them.
 
 Everything is read from the configuration, so a model can be planned for before its weights are loaded. What an
 architecture looks like stands in `families`; every other one is refused by name.
@@ -6,16 +6,18 @@ architecture looks like stands in `families`; every other one is refused by name
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Part, Wiring
+from numprune.families.family import LINEAR_PARTS, Counted, Part, Wiring
+from numprune.slices import GONE, Extent, Size, Slice
 
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
@@ -24,60 +26,17 @@ HOW_TO_ADD = "docs/adding-an-architecture.md"
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Where the units of a block lie in one stored tensor.
-
-    Attributes:
-        tensor: its name in the layer.
-        dim: the dimension that the units divide.
-        parts: how many entries of `dim` a unit owns in each part of the tensor.
-        width: the size of the other dimension; None: there is no other.
-        interleaved: a unit has all its parts, then comes the next; otherwise all units' first parts come first.
-    """
-
-    tensor: str
-    dim: int
-    parts: tuple[int, ...]
-    width: int | None
-    interleaved: bool = False
-
-    @property
-    def size(self) -> int:
-        """Entries of `dim` that a unit owns."""
-        return sum(self.parts)
-
-    @property
-    def parameters_per_unit(self) -> int:
-        return self.size * (1 if self.width is None else self.width)
-
-    def shape(self, units: int) -> tuple[int, ...]:
-        """Return the shape of the tensor of a block with so many units."""
-        if self.width is None:
-            return (units * self.size,)
-        return (units * self.size, self.width) if self.dim == 0 else (self.width, units * self.size)
-
-    def entries(self, units: Tensor, total: int, part: int | None = None) -> Tensor:
-        """Return the indices along `dim`, ascending, of `units` (ascending) out of `total`, in one part or in all."""
-        wanted = range(len(self.parts)) if part is None else (part,)
-        found = []
-        for index in wanted:
-            offset = sum(self.parts[:index])
-            stride, start = (self.size, offset) if self.interleaved else (self.parts[index], offset * total)
-            inside = torch.arange(self.parts[index], device=units.device)
-            found.append((start + units[:, None] * stride + inside).flatten())
-        return torch.cat(found).sort().values
-
-
-@dataclass(frozen=True)
 class Block:
     """One prunable block of one layer.
 
-    A unit of attention is a KV group (one KV head and the query heads that share it; a single head where there is no
-    grouping), a unit of an MLP is one intermediate channel. A block of no units is skipped: its modules are not there.
+    A unit of attention is a KV group (one KV head and the query heads that share it, its members; a single head where
+    there is no grouping), a unit of an MLP is one intermediate channel. A block of no units is skipped: its modules are
+    not there.
 
     Attributes:
         path: of its layer in the model.
         units: how many it has.
+        members: of each unit; 1 where units are not divided, and where there are none.
         consumer: the module in the layer that reads the units; its output is the block's.
         reader: the units' place in the consumer's weight.
         writers: their place in the matrices, and in their biases, that write them.
@@ -86,13 +45,14 @@ class Block:
         modules: that silence the block when they put out zeros.
         separable: units can go without changing what the others compute.
         norm_behind: a norm stands between the consumer and the residual stream.
-        sizes: attribute of the layer's modules -> what it counts for each unit, where tensors do not tell all.
+        sizes: attribute of the layer's modules -> what it counts, where tensors do not tell all.
     """
 
     layer: int
     kind: Kind
     path: str
     units: int
+    members: int
     consumer: str
     reader: Slice
     writers: tuple[Slice, ...]
@@ -101,7 +61,7 @@ class Block:
     modules: tuple[str, ...]
     separable: bool
     norm_behind: bool
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Counted]
 
     @property
     def name(self) -> str:
@@ -112,8 +72,17 @@ class Block:
         return (self.reader, *self.writers)
 
     @property
+    def size(self) -> Size:
+        return Size(self.units, self.members)
+
+    @property
+    def channels_per_member(self) -> int:
+        """Of the consumer's input, which is all divided among the members where there are any."""
+        return self.reader.entries_per_unit(1)
+
+    @property
     def channels_per_unit(self) -> int:
-        return self.reader.size
+        return self.reader.entries_per_unit(self.members)
 
     @property
     def channels(self) -> int:
@@ -126,7 +95,11 @@ class Block:
 
     @property
     def parameters_per_unit(self) -> int:
-        return sum(part.parameters_per_unit for part in self.slices)
+        return self.parameters(Size(1, self.members))
+
+    def parameters(self, size: Size) -> int:
+        """Return how many parameters the units of a block like this have at another size."""
+        return size.units * sum(part.parameters_per_unit(size.members) for part in self.slices)
 
     @property
     def shared_parameters(self) -> int:
@@ -136,7 +109,22 @@ class Block:
         """Return name and shape of all tensors of the block, by their names in the layer."""
         if not self.units:
             return {}
-        return {part.tensor: part.shape(self.units) for part in self.slices} | dict(self.shared)
+        return {part.tensor: part.shape(self.size) for part in self.slices} | dict(self.shared)
+
+    def counts(self) -> dict[str, int]:
+        """Return the values of the attributes `sizes`."""
+        counted: dict[Counted, int] = {
+            "groups": self.units,
+            "heads": self.units * self.members,
+            "heads per group": self.members,
+            "channels": self.channels,
+        }
+        return {attribute: counted[what] for attribute, what in self.sizes.items()}
+
+    def resized(self, size: Size) -> "Block":
+        """Return the block at another size."""
+        units, members = size if size.units else GONE
+        return replace(self, units=units, members=members)
 
 
 @dataclass(frozen=True)
@@ -146,7 +134,6 @@ class Anatomy:
     family: str
     hidden_size: int
     head_dim: int
-    query_heads_per_group: int
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP, first layer first: the order of the forward pass
     around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
@@ -167,31 +154,45 @@ class Anatomy:
         return sum(prod(shape) for shape in self.around.values())
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of blocks, in the order of the forward pass."""
+        return tuple(dict.fromkeys(block.kind for block in self.blocks))
+
+    @property
     def is_uniform(self) -> bool:
-        """Every layer has the same number of units of each kind, so a stock architecture can hold it."""
-        units = [{block.units for block in self.of_kind(kind)} for kind in ("attention", "mlp")]
-        return all(len(counts) == 1 and 0 not in counts for counts in units)
+        """Every layer has the same sizes, so a stock architecture can hold it."""
+        sizes = [{block.size for block in self.of_kind(kind)} for kind in self.kinds]
+        return all(len(found) == 1 and GONE not in found for found in sizes)
 
     def of_kind(self, kind: str) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.kind == kind)
 
     def of_layer(self, index: int) -> tuple[Block, ...]:
-        """Its attention and its MLP."""
-        return self.blocks[2 * index : 2 * index + 2]
+        """Return the layer's blocks, in the order of the forward pass."""
+        return self._by_layer[index]
 
-    def keeping(self, units: Mapping[str, int]) -> "Anatomy":
-        """Return the anatomy with `units[block.name]` units left in each block."""
-        return replace(self, blocks=tuple(replace(block, units=units[block.name]) for block in self.blocks))
+    @cached_property
+    def _by_layer(self) -> tuple[tuple[Block, ...], ...]:
+        return by_layer(self.blocks)
 
-    def stock_holds(self, block: Block, units: int) -> bool:
-        """Whether a configuration that is not ours can hold a model whose blocks of that kind have so many units."""
+    def keeping(self, sizes: Mapping[str, Size]) -> "Anatomy":
+        """Return the anatomy with each block at the size `sizes[block.name]`."""
+        return replace(self, blocks=tuple(block.resized(sizes[block.name]) for block in self.blocks))
+
+    def stock_holds(self, block: Block, size: Size) -> bool:
+        """Whether a configuration that is not ours can hold a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]
-        heads = units * self.query_heads_per_group
+        heads = size.units * size.members
         if block.kind == "mlp" or family.stock_heads == "any" or family.stand_in is not None:
             return True
         if family.stock_heads == "divisors":
             return self.hidden_size % heads == 0
         return heads * self.head_dim == self.hidden_size
+
+
+def by_layer(blocks: tuple[Block, ...]) -> tuple[tuple[Block, ...], ...]:
+    """Return a model's blocks, first layer first, by layer."""
+    return tuple(tuple(found) for _, found in groupby(blocks, key=lambda block: block.layer))
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -223,18 +224,16 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
     Raises:
-        InputError: as `read_blocks`, or layers differ in the query heads of a KV head or in the head size.
+        InputError: as `read_blocks`, or layers differ in the head size.
     """
     family = family_of(config)
     blocks = read_blocks(config)
     hidden, vocabulary = config.hidden_size, config.vocab_size
     sizes = (_layer_sizes(family, config.per_layer_config[layer], layer) for layer in range(config.num_hidden_layers))
-    groups = {(heads // kv_heads, head_dim) for heads, kv_heads, head_dim, _ in sizes}
-    if len(groups) != 1:
-        raise InputError(
-            f"layers differ in query heads per KV head or in head_dim ({sorted(groups)}); that is not supported"
-        )
-    group, head_dim = groups.pop()
+    head_dims = {head_dim for _, _, head_dim, _ in sizes}
+    if len(head_dims) != 1:
+        raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
+    (head_dim,) = head_dims
     dtype = config.dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype={str(dtype)[:80]}; it must be the name of a data type of torch")
@@ -242,7 +241,6 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         family=family.name,
         hidden_size=hidden,
         head_dim=head_dim,
-        query_heads_per_group=group,
         vocabulary=vocabulary,
         blocks=blocks,
         around=_around(family, config),
@@ -256,7 +254,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
 
 
 def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
-    """Return the blocks of a model, attention before MLP, first layer first; each layer's units may be of its own kind.
+    """Return the blocks of a model, attention before MLP, first layer first.
 
     Raises:
         InputError: the architecture is not supported, or its sizes contradict each other.
@@ -270,12 +268,13 @@ def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
         sizes = config.per_layer_config[layer]
         heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
         skipped = getattr(sizes, "skip", [])
-        entries: dict[Part, int] = {"query": heads // kv_heads * head_dim, "key": head_dim, "value": head_dim}
-        entries |= {"gate": 1, "up": 1, "inner": 1}
-        counts: dict[Kind, int] = {"attention": kv_heads, "mlp": width}
-        for kind, units in counts.items():
+        head, channel = Extent(head_dim), Extent(1)
+        extents: dict[Part, Extent] = {"query": Extent(head_dim, divided=True), "key": head, "value": head}
+        extents |= {"gate": channel, "up": channel, "inner": channel}
+        counts: dict[Kind, Size] = {"attention": Size(kv_heads, heads // kv_heads), "mlp": Size(width)}
+        for kind, size in counts.items():
             wiring = family.wiring(kind)
-            blocks.append(_block(family, wiring, config, layer, kind, 0 if kind in skipped else units, entries))
+            blocks.append(_block(family, wiring, config, layer, kind, GONE if kind in skipped else size, extents))
     return tuple(blocks)
 
 
@@ -297,15 +296,14 @@ def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int,
 
 
 def _block(
-    family: Family, wiring: Wiring, config: Any, layer: int, kind: Kind, units: int, entries: Mapping[Part, int]
+    family: Family, wiring: Wiring, config: Any, layer: int, kind: Kind, size: Size, extents: Mapping[Part, Extent]
 ) -> Block:
     hidden = config.hidden_size
 
     def weight(matrix: Matrix, dim: int) -> Slice:
-        parts = tuple(entries[part] for part in matrix.parts)
+        parts = tuple(extents[part] for part in matrix.parts)
         return Slice(f"{matrix.path}.weight", dim, parts, hidden, family.interleaved)
 
-    counted = {"groups": 1, "heads": entries["query"] // entries["key"], "channels": entries["query"]}
     writers, linear = [], None
     for matrix in wiring.writers:
         place = weight(matrix, 1 if family.transposed else 0)
@@ -318,16 +316,17 @@ def _block(
     shared: dict[str, tuple[int, ...]] = {}
     for norm in wiring.norms:
         shared |= _norm(family, norm, hidden)
-    shared |= {f"{norm}.weight": (entries["key"],) for norm in wiring.head_norms}
-    for norm, size in zip(wiring.joint_norms, (entries["query"], entries["key"]), strict=False):
-        shared[f"{norm}.weight"] = (size * units,)
+    shared |= {f"{norm}.weight": (extents["key"].entries,) for norm in wiring.head_norms}
+    for norm, extent in zip(wiring.joint_norms, (extents["query"], extents["key"]), strict=False):
+        shared[f"{norm}.weight"] = (size.units * extent.of_unit(size.members),)
     if family.flag(wiring.reader.bias, config):
         shared[f"{wiring.reader.path}.bias"] = (hidden,)
     return Block(
         layer=layer,
         kind=kind,
         path=f"{family.layers}.{layer}",
-        units=units,
+        units=size.units,
+        members=size.members,
         consumer=wiring.reader.path,
         reader=weight(wiring.reader, 0 if family.transposed else 1),
         writers=tuple(writers),
@@ -336,7 +335,7 @@ def _block(
         modules=wiring.modules,
         separable=not wiring.joint_norms,
         norm_behind=wiring.norm_behind,
-        sizes={attribute: counted[what] for attribute, what in wiring.sizes.items()},
+        sizes=wiring.sizes,
     )
 
 

@@ -26,7 +26,7 @@ class Budget:
 
 def measure(anatomy: Anatomy) -> Budget:
     """Return the cost of `anatomy`."""
-    prunable = sum(block.units * block.parameters_per_unit for block in anatomy.blocks)
+    prunable = sum(block.parameters(block.size) for block in anatomy.blocks)
     attention = anatomy.of_kind("attention")
     return Budget(
         parameters=anatomy.fixed_parameters + prunable + sum(b.shared_parameters for b in anatomy.blocks if b.units),

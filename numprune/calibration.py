@@ -68,7 +68,7 @@ def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Argum
     seen: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
         for other in anatomy.of_layer(block.layer):
-            if other.kind != block.kind and other.units:
+            if other.name != block.name and other.units:
                 modules = [layer.get_submodule(path) for path in other.modules]
                 stack.enter_context(replaced(modules, SILENT[other.kind]))
         hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))

@@ -9,15 +9,27 @@ S stands here in full, not as its trace: on two small models at several ratios t
 by up to a thirtieth, with no clear winner at the higher ratios.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from numprune.anatomy import Block
 from numprune.criteria.obs import greedy_removal
 from numprune.linalg import cholesky
+from numprune.slices import Size
+
+Errors = Mapping[str, Tensor]  # block name -> (units + 1, members): as `error_curve` gives
+
+
+def error_at(errors: Errors, block: Block, size: Size) -> float:
+    """Return the error of a block that is left with this size."""
+    members = block.members - size.members if size.units else 0
+    return float(errors[block.name][block.units - size.units, members])
 
 
 def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, channels_per_unit: int) -> Tensor:
-    """Return the nats per token that are lost once the n cheapest units are gone, (units + 1,), n = 0 … units.
+    """Return the nats per token that are lost once the n cheapest units are gone, (units + 1, 1), n = 0 … units.
 
     Args:
         weight: (out, D) float64, the consumer's.
@@ -27,4 +39,4 @@ def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, channels_per_
     """
     priced = cholesky(sensitivity.to(weight)).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
     _, costs = greedy_removal(priced, gram, channels_per_unit)
-    return torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2]).cpu()
+    return torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2])[:, None].cpu()

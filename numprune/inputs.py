@@ -10,6 +10,7 @@ from numprune.anatomy import Block
 from numprune.calibration import Run, Walker, consumer_weight
 from numprune.joint import Aims, refit_both
 from numprune.moments import Moments
+from numprune.slices import Kept
 
 FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations that read what the pruned blocks before give
 _HELD_OUT = 4  # every fourth calibration row, for choosing the damping
@@ -25,8 +26,8 @@ class Inputs(Protocol):
     def held_out(self) -> Moments | None:
         """Those of every fourth row alone, where `moments` had targets that the inputs do not determine."""
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
-        """The block has been pruned to `units`: what comes after it reads what it gives now."""
+    def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
+        """The block has been pruned to `kept`: what comes after it reads what it gives now."""
 
 
 class Walked:
@@ -66,9 +67,9 @@ class Walked:
             self.held_out = held_out if held_out.count else None
         return moments
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
-        if self._both_sides and len(units) and block.linear is not None:
-            refit_both(self._walker, layer, block, units, self._pruned, self._aims(block), damping)
+    def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
+        if self._both_sides and kept.size.units and block.linear is not None:
+            refit_both(self._walker, layer, block, kept, self._pruned, self._aims(block), damping)
         if self._pruned is not self._dense:
             self._walker.advance(layer, block, self._pruned)
 
@@ -111,5 +112,5 @@ class Collected:
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         return self._moments[block.name]
 
-    def pass_on(self, layer: nn.Module, block: Block, units: Tensor, damping: float) -> None:
+    def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         pass

@@ -11,7 +11,7 @@ original weights, as in compensation.py.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from numprune.calibration import Stream, Walker, consumer_of, consumer_weight
 from numprune.compensation import refit
 from numprune.linalg import cholesky, damped
 from numprune.moments import Moments
+from numprune.slices import Kept
 from numprune.surgery import channels_of, narrowed
 
 STEPS = 4  # on the one model and ratio tried, eight gave about a seventh more of the gain for twice the work
@@ -42,21 +43,21 @@ class Aims:
 
 @torch.no_grad()
 def refit_both(
-    walker: Walker, layer: nn.Module, block: Block, units: Tensor, pruned: Stream, aims: Aims, damping: float
+    walker: Walker, layer: nn.Module, block: Block, kept: Kept, pruned: Stream, aims: Aims, damping: float
 ) -> None:
-    """Overwrite the linear producer's and the consumer's weights of `units` with fitted ones.
+    """Overwrite what is kept of the linear producer's and the consumer's weights with fitted ones.
 
     Args:
         walker: of the model.
         layer: the block's decoder layer, the consumer fitted already.
         block: with a producer that it is linear in.
-        units: (K,) that are kept, at least one.
+        kept: of the block, at least one unit.
         pruned: the pruned model's residual stream in front of the block.
         aims: what the block should put out there.
         damping: relative to the mean of the normal equations' diagonals.
     """
-    small = narrowed(layer, block, units)
-    left = replace(block, units=len(units))
+    small = narrowed(layer, block, kept)
+    left = block.resized(kept.size)
     _refit_producer(walker, small, left, pruned, aims, damping)
     weight = consumer_weight(small, left)
     moments = Moments(left.channels, outputs=weight.shape[0], device=weight.device)
@@ -65,16 +66,15 @@ def refit_both(
     every = torch.arange(left.channels, device=weight.device)
     own = consumer_of(small, left).bias
     columns, bias = refit(weight.double(), None if own is None else own.double(), every, moments, damping)
-    consumer_weight(layer, block)[:, channels_of(block, units)] = columns.to(weight.dtype)
+    consumer_weight(layer, block)[:, channels_of(block, kept)] = columns.to(weight.dtype)
     if bias is not None:
         consumer_of(layer, block).bias.copy_(bias)
-    _Producer(layer, block).put(units, _Producer(small, left).get())
+    _Producer(layer, block).put(kept, _Producer(small, left).get())
 
 
 def _refit_producer(walker: Walker, layer: nn.Module, block: Block, pruned: Stream, aims: Aims, damping: float) -> None:
     """Fit W of the linear producer: minimise E||t - y(W)||^2 / 2 + the ridge, y affine in W, from W as it stands."""
     producer = _Producer(layer, block)
-    every = torch.arange(block.units, device=producer.matrix.device)
     start = producer.get()
     seen = _Seen(layer, block, producer)
     with seen.watching():
@@ -90,7 +90,7 @@ def _refit_producer(walker: Walker, layer: nn.Module, block: Block, pruned: Stre
         # The gradient is affine in W: its change along a direction is the Hessian's product with it. The change is
         # taken over a distance of W's own size, so that little is lost to rounding.
         distance = start.norm() / direction.norm()
-        producer.put(every, start + distance * direction)
+        producer.put(producer.every, start + distance * direction)
         gradient = _gradient(walker, layer, block, producer, pruned, aims)
         product = (gradient - at_start) / distance + curvature.ridge(direction)
         curving = (direction * product).sum()
@@ -102,7 +102,7 @@ def _refit_producer(walker: Walker, layer: nn.Module, block: Block, pruned: Stre
         preconditioned = curvature.solve(residual)
         before, fit = fit, (residual * preconditioned).sum()
         direction = preconditioned + fit / before * direction
-    producer.put(every, start + step)
+    producer.put(producer.every, start + step)
 
 
 def _gradient(
@@ -124,6 +124,7 @@ class _Producer:
     Attributes:
         module: the projection.
         weight: its weight as it is stored.
+        every: all that the block has.
         entries: (rows,) their indices among its outputs, unit by unit.
         rows_per_unit: how many of them a unit has.
     """
@@ -131,11 +132,12 @@ class _Producer:
     def __init__(self, layer: nn.Module, block: Block) -> None:
         assert block.linear is not None
         self._place, self._part = block.linear
-        self._units = block.units
+        self._size = block.size
         self.module = layer.get_submodule(self._place.tensor.removesuffix(".weight"))
         self.weight = layer.get_parameter(self._place.tensor)
-        self.entries = self._entries(torch.arange(block.units, device=self.weight.device))
-        self.rows_per_unit = self._place.parts[self._part]
+        self.every = Kept.whole(torch.arange(block.units, device=self.weight.device), block.members)
+        self.entries = self._entries(self.every)
+        self.rows_per_unit = self._place.parts[self._part].of_unit(block.members)
 
     @property
     def matrix(self) -> Tensor:
@@ -146,16 +148,16 @@ class _Producer:
         """Return a copy of the rows, (rows, H)."""
         return self.rows_of(self.weight.detach())
 
-    def put(self, units: Tensor, rows: Tensor) -> None:
-        """Overwrite those of `units`, (K * rows_per_unit, H)."""
-        self.matrix[self._entries(units)] = rows.to(self.weight.dtype)
+    def put(self, kept: Kept, rows: Tensor) -> None:
+        """Overwrite those of `kept`, (rows, H)."""
+        self.matrix[self._entries(kept)] = rows.to(self.weight.dtype)
 
     def rows_of(self, values: Tensor) -> Tensor:
         """Return the rows out of values of the weight's shape, (rows, H)."""
         return self._outputs_first(values)[self.entries]
 
-    def _entries(self, units: Tensor) -> Tensor:
-        return self._place.entries(units, self._units, self._part)
+    def _entries(self, kept: Kept) -> Tensor:
+        return self._place.entries(kept, self._size, self._part)
 
     def _outputs_first(self, values: Tensor) -> Tensor:
         return values if self._place.dim == 0 else values.T

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from numprune.anatomy import PER_LAYER_PREFIX, Block, read_blocks
+from numprune.anatomy import PER_LAYER_PREFIX, Block, by_layer, read_blocks
 from numprune.families import FAMILIES, Family
 from numprune.layers import SILENT
 
@@ -71,11 +71,10 @@ class _PerLayerModel:
         config._attn_implementation_internal = self.config._attn_implementation_internal
         layers = self.get_submodule(self.family.layers)
         stock = type(layers[0])
-        blocks = read_blocks(config)
         attending = 0
-        for index in range(config.num_hidden_layers):
+        for index, blocks in enumerate(by_layer(read_blocks(config))):
             layer = layers[index] = stock(_buildable(self.family, config, index), index)
-            for block in blocks[2 * index : 2 * index + 2]:
+            for block in blocks:
                 if not block.units:
                     _skip(layer, block, self.family)
                 elif block.kind == "attention":
@@ -124,7 +123,11 @@ def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrain
 
 
 def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
-    """Give a decoder layer the tensors of some of the block's units, by their names in the layer, in place."""
+    """Give a decoder layer the tensors of a block that was made smaller, by their names in the layer, in place.
+
+    Args:
+        block: at its new size.
+    """
     for name, tensor in tensors.items():
         path, _, parameter = name.rpartition(".")
         module: Any = layer.get_submodule(path)
@@ -134,10 +137,9 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
                 module.nx, module.nf = tensor.shape
             else:
                 module.out_features, module.in_features = tensor.shape
-    units = tensors[block.reader.tensor].shape[block.reader.dim] // block.reader.size
-    for attribute, per_unit in block.sizes.items():
+    for attribute, count in block.counts().items():
         *owners, field = attribute.split(".")
-        setattr(reduce(getattr, owners, layer), field, units * per_unit)
+        setattr(reduce(getattr, owners, layer), field, count)
 
 
 def _register(family: Family) -> None:

@@ -4,9 +4,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from numprune.anatomy import Block
 from numprune.errors import InputError
+from numprune.slices import Kept, Size
 from numprune.target import Target
 
 PLAN_FILE = "numprune_plan.json"
@@ -21,14 +24,18 @@ class BlockPlan(BaseModel):
 
     Attributes:
         units: it had.
-        kept: of them, ascending; none: the block is skipped.
+        members: that each unit had: the query heads of a KV group; 1 where units are not divided.
+        kept: units, ascending; none: the block is skipped.
+        kept_members: of each unit kept, ascending, as many of each; None: all.
         damping: of the least squares that its consumer was fitted by; None where it was not fitted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     units: Index
+    members: Annotated[int, Field(ge=1)] = 1
     kept: list[Index]
+    kept_members: list[Annotated[list[Index], Field(min_length=1)]] | None = None
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
@@ -37,7 +44,34 @@ class BlockPlan(BaseModel):
             raise ValueError("kept units must be strictly ascending")
         if self.kept and self.kept[-1] >= self.units:
             raise ValueError(f"unit {self.kept[-1]} is kept of only {self.units}")
+        if self.kept_members is None:
+            return self
+        if len(self.kept_members) != len(self.kept) or len({len(members) for members in self.kept_members}) > 1:
+            raise ValueError("kept_members must be lists of one length, one for each unit kept")
+        for unit, members in zip(self.kept, self.kept_members, strict=True):
+            if any(a >= b for a, b in pairwise(members)):
+                raise ValueError(f"kept members of unit {unit} must be strictly ascending")
+            if members[-1] >= self.members:
+                raise ValueError(f"member {members[-1]} of unit {unit} is kept of only {self.members}")
         return self
+
+    @classmethod
+    def of(cls, block: Block, kept: Kept, damping: float | None) -> "BlockPlan":
+        """Return the plan that leaves a block with `kept`."""
+        return cls(
+            units=block.units,
+            members=block.members,
+            kept=kept.units.tolist(),
+            kept_members=kept.members.tolist() if kept.size.units and kept.size.members < block.members else None,
+            damping=damping,
+        )
+
+    def to_kept(self) -> Kept:
+        """Return what the block is left with."""
+        units = torch.tensor(self.kept, dtype=torch.long)
+        if self.kept_members is None:
+            return Kept.whole(units, self.members)
+        return Kept(units, torch.tensor(self.kept_members, dtype=torch.long).view(len(units), -1))
 
 
 class Draw(BaseModel):
@@ -82,6 +116,7 @@ class PricedSplit(BaseModel):
 
     Attributes:
         kv_groups: kept in every layer.
+        query_heads: kept in every KV group; None in plans that know of no such choice.
         mlp_channels: kept in every layer.
         nats_per_token: what it costs the model by the blocks' error curves. They add up what the blocks lose, each
             refitted by itself, on the calibration rows: a price to rank by, not a forecast.
@@ -90,15 +125,16 @@ class PricedSplit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kv_groups: Index
+    query_heads: Index | None = None
     mlp_channels: Index
     nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Plan(BaseModel):
-    """Units kept per block of one model, relative to that model before pruning.
+    """What is kept of each block of one model, relative to that model before pruning.
 
     Attributes:
-        version: 1 knows no `splits`.
+        version: 1 knows no `splits`, 2 no members.
         splits: that uniform allocation chose from: the one that was taken, then the others, the cheapest first. None
             where nothing was priced: only one split meets the ratio, the consumers are not refitted, or the allocation
             is another.
@@ -106,7 +142,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     family: str
     criterion: str
     allocation: str
@@ -131,8 +167,9 @@ class Plan(BaseModel):
         """Return this plan with what is known of its calibration rows' origin."""
         return self.model_copy(update={"calibration": self.calibration.model_copy(update={"draw": draw})})
 
-    def units_kept(self) -> dict[str, int]:
-        return {name: len(block.kept) for name, block in self.blocks.items()}
+    def sizes(self) -> dict[str, Size]:
+        """Return the size that is left of each block, by its name."""
+        return {name: block.to_kept().size for name, block in self.blocks.items()}
 
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

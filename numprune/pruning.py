@@ -31,9 +31,10 @@ from numprune.moments import Moments
 from numprune.plan import BlockPlan, Calibration, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
+from numprune.slices import Kept, Size
 from numprune.splits import priced, splits_meeting
 from numprune.surgery import assemble, can_hold_bias, channels_of, cut_layer, pruned_config
-from numprune.target import Counts, Target, allowed_counts
+from numprune.target import Sizes, Target, allowed_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Kn
 
 def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
     """Return the configuration of what `plan` leaves of the model."""
-    kept = layers.anatomy.keeping(plan.units_kept())
+    kept = layers.anatomy.keeping(plan.sizes())
     return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias")
 
 
@@ -194,7 +195,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
-    counts, splits = _units_to_keep(layers, walker, rows, options, known, gradients)
+    sizes, splits = _sizes_to_keep(layers, walker, rows, options, known, gradients)
     if options.criterion != "taylor":
         gradients = None  # large, and needed no more
     inputs = (
@@ -202,7 +203,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         if known is None or options.compensation in FROM_PRUNED_PREFIX
         else Collected(known.moments)
     )
-    kept: dict[str, Tensor] = {}  # block name -> units
+    kept: dict[str, Kept] = {}  # by block name
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
     for index in progress(range(anatomy.layers), "prune", "layer"):
         blocks = anatomy.of_layer(index)
@@ -210,34 +211,31 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
         with layers.layer(index) as layer:
             for block in blocks:
                 if not block.units:
-                    kept[block.name] = torch.empty(0, dtype=torch.long)
+                    kept[block.name] = Kept.whole(torch.empty(0, dtype=torch.long), block.members)
                     continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_weight(layer, block).double()
-                units = keep_highest(_scores(block, weight, moments, options, gradients), counts[block.name])
-                kept[block.name] = units
-                damping = _damping(consumer_of(layer, block), weight, block, units, moments, inputs.held_out, options)
-                dampings[block.name] = damping if _is_fitted(block, units, options) else None
-                bias = _compensate(layer, weight, block, units, moments, damping, options)
+                units = keep_highest(_scores(block, weight, moments, options, gradients), sizes[block.name].units)
+                left = kept[block.name] = Kept.whole(units, block.members)
+                damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
+                dampings[block.name] = damping if _is_fitted(block, left, options) else None
+                bias = _compensate(layer, weight, block, left, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
-                inputs.pass_on(layer, block, units, damping)
+                inputs.pass_on(layer, block, left, damping)
             sink(cut_layer(layer, blocks, kept, biases))
     return describe(
         anatomy,
         rows,
         options,
-        {
-            block.name: BlockPlan(units=block.units, kept=kept[block.name].tolist(), damping=dampings.get(block.name))
-            for block in anatomy.blocks
-        },
+        {block.name: BlockPlan.of(block, kept[block.name], dampings.get(block.name)) for block in anatomy.blocks},
         splits,
     )
 
 
-def _allowed(anatomy: Anatomy, options: PruneOptions) -> Counts:
-    """The numbers of units that each block may keep; uniform ones are those that a stock configuration holds."""
-    return allowed_counts(anatomy, options.target, skips=options.skips, stock=options.allocation == "uniform")
+def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
+    """The sizes that each block may be left with; uniform ones are those that a stock configuration holds."""
+    return allowed_sizes(anatomy, options.target, skips=options.skips, stock=options.allocation == "uniform")
 
 
 def describe(
@@ -289,15 +287,15 @@ def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator
                     yield block.name, walk.moments(layer, block)
 
 
-def _units_to_keep(
+def _sizes_to_keep(
     layers: Layers,
     walker: Walker,
     rows: Tensor,
     options: PruneOptions,
     known: Known | None,
     gradients: Sensitivity | None,
-) -> tuple[dict[str, int], list[PricedSplit] | None]:
-    """Return the number of units to keep by block name, and what `uniform` chose from.
+) -> tuple[dict[str, Size], list[PricedSplit] | None]:
+    """Return the size of what to keep by block name, and what `uniform` chose from.
 
     The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
     """
@@ -317,7 +315,7 @@ def _units_to_keep(
         }
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
-    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1))
+    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
     errors |= {
         block.name: error_curve(weight, moments.gram, gradients.output[block.name], block.channels_per_unit)
         for block, weight, moments in _dense_blocks(layers, inputs)
@@ -326,7 +324,8 @@ def _units_to_keep(
         return by_error(anatomy, ratio, allowed, errors), None
     return uniform(anatomy, ratio, allowed, errors), [
         PricedSplit(
-            kv_groups=split.kv_groups,
+            kv_groups=split.attention.units,
+            query_heads=split.attention.members,
             mlp_channels=split.mlp_channels,
             nats_per_token=float(f"{nats:.4g}"),  # further digits depend on the batch size and the machine
         )
@@ -357,31 +356,31 @@ def _damping(
     consumer: nn.Linear,
     weight: Tensor,
     block: Block,
-    units: Tensor,
+    left: Kept,
     moments: Moments,
     held_out: Moments | None,
     options: PruneOptions,
 ) -> float:
     """The damping of the block's least squares: chosen on the rows held out, where there are any."""
-    if held_out is None or not len(units):
+    if held_out is None or not left.size.units:
         return options.damping
     own = None if consumer.bias is None else consumer.bias.double()
-    kept = channels_of(block, units)
+    kept = channels_of(block, left)
     held = held_out.of(kept)
     return choose_damping(weight[:, kept], own, moments.of(kept).without(held), held, options.damping)
 
 
-def _is_fitted(block: Block, units: Tensor, options: PruneOptions) -> bool:
-    """Whether the block's consumer is fitted: it has lost units, or makes up for what others lost."""
-    loses = len(units) < block.units or options.compensation in ("residual", "joint")
-    return options.compensation in _REFITTING and loses and len(units) > 0
+def _is_fitted(block: Block, left: Kept, options: PruneOptions) -> bool:
+    """Whether the block's consumer is fitted: it has lost channels, or makes up for what others lost."""
+    loses = left.size != block.size or options.compensation in ("residual", "joint")
+    return options.compensation in _REFITTING and loses and left.size.units > 0
 
 
 def _compensate(
     layer: nn.Module,
     weight: Tensor,
     block: Block,
-    units: Tensor,
+    left: Kept,
     moments: Moments,
     damping: float,
     options: PruneOptions,
@@ -391,23 +390,23 @@ def _compensate(
     Args:
         layer: the block's.
         weight: (out, D) float64, the consumer's weight.
-        units: to keep.
+        left: what is kept of the block.
         damping: of the refit.
 
     Returns:
         The bias (out,) that `bias` compensation gives it, with what it had; None for every other compensation.
     """
     consumer, stored = consumer_of(layer, block), consumer_weight(layer, block)
-    kept = channels_of(block, units)
+    kept = channels_of(block, left)
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    if _is_fitted(block, units, options):
+    if _is_fitted(block, left, options):
         columns, bias = refit(weight, own, kept, moments, damping)
         if bias is not None:
             consumer.bias.copy_(bias)
     stored.zero_()
     stored[:, kept] = columns.to(stored.dtype)
-    if not len(units) and consumer.bias is not None:
+    if not left.size.units and consumer.bias is not None:
         consumer.bias.zero_()  # it goes with the block
     return added

@@ -17,6 +17,7 @@ from numprune.anatomy import Block
 from numprune.calibration import Walker, consumer_of
 from numprune.layers import Arguments, Layers
 from numprune.progress import Progress
+from numprune.slices import Kept
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,11 @@ def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
 
 def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], tokens: int) -> Tensor:
     matrices = _matrices(layer, block)
+    every = Kept.whole(torch.arange(block.units), block.members).to(matrices[block.reader.tensor].device)
     score = torch.zeros(block.units, dtype=torch.float64, device=matrices[block.reader.tensor].device)
     for part in block.slices:
         salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / tokens).abs()
         entries = salience.movedim(part.dim, 0).reshape(salience.shape[part.dim], -1).sum(1)
-        for index, size in enumerate(part.parts):
-            units = torch.arange(block.units, device=entries.device)
-            score += entries[part.entries(units, block.units, index)].view(block.units, size).sum(1)
+        for index in range(len(part.parts)):
+            score += entries[part.entries(every, block.size, index)].view(block.units, -1).sum(1)
     return score

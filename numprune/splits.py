@@ -6,7 +6,7 @@ curves (curves.py), which are taken to add up.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from numprune.anatomy import Anatomy
 from numprune.budget import measure
+from numprune.curves import Errors, error_at
 from numprune.errors import InputError
-from numprune.target import Counts, nearest
-
-Errors = Mapping[str, Tensor]  # block name -> (units + 1,), by units removed
+from numprune.slices import Size
+from numprune.target import Sizes, nearest
 
 _ALIKE = 1.1  # prices closer than this do not tell two splits apart: one of 4 % less was measured to lose more
 
@@ -27,39 +27,38 @@ class Split:
     """The sizes of every layer.
 
     Attributes:
-        kv_groups: kept.
-        mlp_channels: kept, an allowed count.
+        attention: an allowed size.
+        mlp_channels: kept, those of an allowed size.
         exact_channels: that would meet the ratio exactly, within 0 and the channels there are.
     """
 
-    kv_groups: int
+    attention: Size
     mlp_channels: int
     exact_channels: float
 
-    def units(self, anatomy: Anatomy) -> dict[str, int]:
-        """Return the units kept by block name."""
-        return {
-            block.name: self.kv_groups if block.kind == "attention" else self.mlp_channels for block in anatomy.blocks
-        }
+    def sizes(self, anatomy: Anatomy) -> dict[str, Size]:
+        """Return the size that is left of each block, by its name."""
+        mlp = Size(self.mlp_channels)
+        return {block.name: self.attention if block.kind == "attention" else mlp for block in anatomy.blocks}
 
     def price(self, anatomy: Anatomy, errors: Errors) -> float:
         """Return what the split costs, in the unit of `errors`.
 
-        The MLPs are priced at `exact_channels`, between two counts in proportion: else rounding to the alignment would
+        The MLPs are priced at `exact_channels`, between two widths in proportion: else rounding to the alignment would
         favour the split that removes least.
         """
         return math.fsum(
-            float(errors[block.name][block.units - self.kv_groups])
+            error_at(errors, block, self.attention)
             if block.kind == "attention"
-            else _interpolated(errors[block.name], block.units - self.exact_channels)
+            else _interpolated(errors[block.name][:, 0], block.units - self.exact_channels)
             for block in anatomy.blocks
         )
 
 
-def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Counts) -> list[Split]:
-    """Return the splits that meet `ratio` to within half a step of the MLPs' allowed counts.
+def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split]:
+    """Return the splits that meet `ratio` to within half a step of the MLPs' allowed widths.
 
-    There is at most one for each number of KV groups. The first takes most nearly the same share of attention as of the
+    There is at most one for each size of attention. The first takes most nearly the same share of attention as of the
     MLPs.
 
     Raises:
@@ -70,17 +69,24 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Counts) -> list[Spli
             "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
         )
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
-    groups, widths = ([count for count in allowed[blocks[0].name] if count] for blocks in (attention, mlp))
-    group_cost, channel_cost = (sum(block.parameters_per_unit for block in blocks) for blocks in (attention, mlp))
-    whole = measure(anatomy).prunable_parameters
+    sizes = [size for size in allowed[attention[0].name] if size.units]
+    widths = [size.units for size in allowed[mlp[0].name] if size.units]
+    costs = {size: sum(block.parameters(size) for block in attention) for size in sizes}
+    channel_cost = sum(block.parameters_per_unit for block in mlp)
+    whole, of_attention = measure(anatomy).prunable_parameters, sum(block.parameters(block.size) for block in attention)
     step = max((after - before for before, after in pairwise(widths)), default=1)
+
+    def unevenness(size: Size) -> tuple[float, int]:
+        return round(abs(costs[size] / of_attention - (1 - ratio)), 9), -costs[size]
+
     splits = []
-    for kept in sorted(groups, key=lambda kept: (abs(kept - (1 - ratio) * attention[0].units), -kept)):
-        exact = ((1 - ratio) * whole - kept * group_cost) / channel_cost
+    for size in sorted(sizes, key=unevenness):
+        exact = ((1 - ratio) * whole - costs[size]) / channel_cost
         if widths[0] - step / 2 <= exact <= widths[-1] + step / 2:
-            splits.append(Split(kept, nearest(widths, exact), min(max(exact, 0.0), mlp[0].units)))
+            splits.append(Split(size, nearest(widths, exact), min(max(exact, 0.0), mlp[0].units)))
     if not splits:
-        reached = [1 - (kept * group_cost + width * channel_cost) / whole for kept, width in product(groups, widths)]
+        group_cost = sum(block.parameters_per_unit for block in attention)
+        reached = [1 - (cost + width * channel_cost) / whole for cost, width in product(costs.values(), widths)]
         raise InputError(
             f"uniform allocation cannot remove {ratio} of the prunable parameters: one KV group of every layer is "
             f"{group_cost / whole:.3f} of them, more than the MLPs can make up for; {_nearest_ratios(reached, ratio)}"

@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, family_of
 from numprune.families import FAMILIES
 from numprune.modeling import resize  # importing it registers the per-layer classes
+from numprune.slices import Kept
 
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
 
 
-def channels_of(block: Block, units: Tensor) -> Tensor:
-    """Return the consumer's channel indices of `units` (ascending), (len(units) * channels_per_unit,)."""
-    return block.reader.entries(units, block.units)
+def channels_of(block: Block, kept: Kept) -> Tensor:
+    """Return the indices of the consumer's channels that are kept, (K * M * channels_per_member,) ascending."""
+    return block.reader.entries(kept, block.size)
 
 
 def can_hold_bias(family: str) -> bool:
@@ -63,25 +64,24 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
 
 
 def cut_layer(
-    layer: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Tensor], biases: Mapping[str, Tensor]
+    layer: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Kept], biases: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return what is left of a decoder layer's tensors by full name; those that are not cut are shared with `layer`.
 
     Args:
         layer: its consumer weights already compensated.
-        blocks: its two blocks.
-        kept: block name -> (K,) units to keep; none: the block goes, its norms too.
+        blocks: all of its blocks.
+        kept: by block name; no units: the block goes, its norms too.
         biases: block name -> (out,) consumer biases for blocks that had none (FLAP's compensation); may be empty.
     """
     state = dict(layer.state_dict())
     (path,) = {block.path for block in blocks}
     for block in blocks:
-        units = kept[block.name]
-        if not len(units):
+        if not kept[block.name].size.units:
             for name in (*(part.tensor for part in block.slices), *block.shared):
                 state.pop(name, None)  # where the block was gone already
             continue
-        state |= _cut(state, block, units)
+        state |= _cut(state, block, kept[block.name])
         if block.name in biases:
             state[f"{block.consumer}.bias"] = biases[block.name].to(state[block.reader.tensor].dtype)
             for writer in block.writers:
@@ -92,20 +92,21 @@ def cut_layer(
     return {f"{path}.{name}": tensor for name, tensor in state.items()}
 
 
-def narrowed(layer: nn.Module, block: Block, units: Tensor) -> nn.Module:
-    """Return a decoder layer whose `block` has only `units`; all parameters but that block's are those of `layer`."""
+def narrowed(layer: nn.Module, block: Block, kept: Kept) -> nn.Module:
+    """Return a decoder layer whose `block` has only `kept`; all parameters but that block's are those of `layer`."""
     shared = {id(parameter): parameter for parameter in layer.parameters()}
     result = copy.deepcopy(layer, shared)
-    resize(result, block, {name: value.clone() for name, value in _cut(layer.state_dict(), block, units).items()})
+    cut = {name: value.clone() for name, value in _cut(layer.state_dict(), block, kept).items()}
+    resize(result, block.resized(kept.size), cut)
     return result
 
 
-def _cut(state: Mapping[str, Tensor], block: Block, units: Tensor) -> dict[str, Tensor]:
-    """Return what `units` own of the block's tensors, by their names in the layer."""
+def _cut(state: Mapping[str, Tensor], block: Block, kept: Kept) -> dict[str, Tensor]:
+    """Return what is kept of the block's tensors, by their names in the layer."""
     cut = {}
     for part in block.slices:
         tensor = state[part.tensor]
-        cut[part.tensor] = tensor.index_select(part.dim, part.entries(units.to(tensor.device), block.units))
+        cut[part.tensor] = tensor.index_select(part.dim, part.entries(kept.to(tensor.device), block.size))
     return cut
 
 
@@ -149,13 +150,16 @@ def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[s
 def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
     """The layer's entry of `per_layer_config`."""
     family = FAMILIES[anatomy.family]
-    attention, mlp = anatomy.of_layer(layer)
+    blocks = anatomy.of_layer(layer)
     sizes: dict[str, Any] = {}
-    if attention.units:
-        sizes[family.heads] = attention.units * anatomy.query_heads_per_group
-        if family.kv_heads:
-            sizes[family.kv_heads] = attention.units
-    if mlp.units:
-        sizes[family.width] = mlp.units
-    skipped = [block.kind for block in (attention, mlp) if not block.units]
+    for block in blocks:
+        if not block.units:
+            continue
+        if block.kind == "mlp":
+            sizes[family.width] = block.units
+        else:
+            sizes[family.heads] = block.units * block.members
+            if family.kv_heads:
+                sizes[family.kv_heads] = block.units
+    skipped = [block.kind for block in blocks if not block.units]
     return sizes | {"skip": skipped} if skipped else sizes

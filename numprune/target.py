@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
+from numprune.slices import GONE, Size
 
 HEAD_SHAPES = 4  # distinct (query heads, KV heads) pairs; each more costs vLLM a metadata build in every step
 
-Counts = Mapping[str, Sequence[int]]  # block name -> the numbers of units it may keep, ascending
+Sizes = Mapping[str, Sequence[Size]]  # block name -> those it may be left with, ascending
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,19 @@ class Target:
                 raise InputError(f"{field} is {value}; it must be at least 1")
 
 
-def allowed_counts(anatomy: Anatomy, target: Target, *, skips: bool = False, stock: bool = False) -> Counts:
-    """Return the numbers of units that each block may keep.
+def allowed_sizes(anatomy: Anatomy, target: Target, *, skips: bool = False, stock: bool = False) -> Sizes:
+    """Return the sizes that each block may be left with.
 
     Args:
         anatomy: of the model to prune.
         target: of the result.
         skips: a block may also lose all its units; its layer then passes the residual stream on.
-        stock: only numbers that the architecture's own configuration holds.
+        stock: only sizes that the architecture's own configuration holds.
 
     Raises:
         InputError: a block has no size that the target can run; names the block, its size and the rule.
     """
-    return {block.name: _counts(block, anatomy, target, skips, stock) for block in anatomy.blocks}
+    return {block.name: _sizes(block, anatomy, target, skips, stock) for block in anatomy.blocks}
 
 
 def nearest(counts: Sequence[int], exact: float) -> int:
@@ -60,42 +61,43 @@ def nearest(counts: Sequence[int], exact: float) -> int:
     return min(around, key=lambda count: (abs(count - exact), -count))
 
 
-def _counts(block: Block, anatomy: Anatomy, target: Target, skips: bool, stock: bool) -> list[int]:
+def _sizes(block: Block, anatomy: Anatomy, target: Target, skips: bool, stock: bool) -> list[Size]:
     if not block.units:
-        return [0]
+        return [GONE]
     if block.kind == "mlp":
         least = target.quantization_group * target.tensor_parallel
         step = math.lcm(target.align, target.quantization_group) * target.tensor_parallel
-        counts = list(range(step, block.units + 1, step))
+        widths = list(range(step, block.units + 1, step))
         if block.units % step and block.units % least == 0:
-            counts.append(block.units)
+            widths.append(block.units)
+        sizes = [Size(width) for width in widths]
         rule = f"a multiple of quantization_group * tensor_parallel = {least}"
     else:
-        counts = [
-            groups
+        sizes = [
+            size
             for groups in range(1, block.units + 1)
-            if _splits(groups, anatomy, target) and _may_have(block, groups, anatomy, stock)
+            if _splits(size := Size(groups, block.members), anatomy, target) and _may_have(block, size, anatomy, stock)
         ]
         rule = (
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
             f"in groups of quantization_group={target.quantization_group} channels"
         )
-    if not counts:
+    if not sizes:
         raise InputError(
             f"{block.name}: none of its sizes of up to {block.units} units suits the target, which needs {rule}; "
             "choose a smaller tensor_parallel or quantization_group"
         )
-    return [0, *counts] if skips else counts
+    return [GONE, *sizes] if skips else sizes
 
 
-def _may_have(block: Block, groups: int, anatomy: Anatomy, stock: bool) -> bool:
-    if groups == block.units:
+def _may_have(block: Block, size: Size, anatomy: Anatomy, stock: bool) -> bool:
+    if size == block.size:
         return True
-    return block.separable and (not stock or anatomy.stock_holds(block, groups))
+    return block.separable and (not stock or anatomy.stock_holds(block, size))
 
 
-def _splits(groups: int, anatomy: Anatomy, target: Target) -> bool:
-    heads, parallel = groups * anatomy.query_heads_per_group, target.tensor_parallel
+def _splits(size: Size, anatomy: Anatomy, target: Target) -> bool:
+    groups, heads, parallel = size.units, size.units * size.members, target.tensor_parallel
     return (
         heads % parallel == 0
         and (groups % parallel == 0 or parallel % groups == 0)

@@ -21,8 +21,9 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.families import FAMILIES
 from numprune.layers import ModelLayers
 from numprune.pruning import PruneOptions, prune, prune_layers
+from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
-from numprune.target import Target, allowed_counts
+from numprune.target import Target, allowed_sizes
 from tests.conftest import build_tiny, write_checkpoint
 
 ROWS = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))  # longer than a window of 8
@@ -75,16 +76,27 @@ def test_walking_block_by_block_is_the_model_s_own_forward_pass(family):
         torch.testing.assert_close(head(ROWS, stream.hidden), logits(model), atol=1e-4, rtol=1e-4)
 
 
-# By layer: the share of its units that each kind of block keeps.
+# By layer: the share of its units that each kind of block keeps; `heads`: of the query heads in each KV group.
 CUTS = {
     "attention": ({"attention": 0.5}, {"attention": 0.5}),
     "mlp": ({"mlp": 0.4}, {"mlp": 0.4}),
     "both": ({"attention": 0.5, "mlp": 0.4}, {"attention": 0.5, "mlp": 0.4}),
+    "heads": ({"heads": 0.5}, {"heads": 0.5}),
+    "attention and heads": ({"attention": 0.5, "heads": 0.5}, {"attention": 0.5, "heads": 0.5}),
+    "heads per layer": ({"heads": 0.5}, {"attention": 0.5, "mlp": 0.4}),
     "attention per layer": ({"attention": 0.5}, {}),
     "mlp per layer": ({"mlp": 0.4}, {"mlp": 0.7}),
     "both per layer": ({"attention": 0.5}, {"mlp": 0.4}),
     "blocks gone": ({"attention": 0.5, "mlp": 0.0}, {"mlp": 0.4}),
 }
+
+
+def some(block, size, seed):
+    """A random choice of so many units and of so many members in each."""
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randperm(block.units, generator=generator)[: size.units].sort().values
+    members = torch.rand(size.units, block.members, generator=generator).argsort(1)[:, : size.members].sort(1).values
+    return Kept(units, members)
 
 
 @pytest.mark.parametrize("case", CUTS)
@@ -93,12 +105,13 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
     anatomy = read_anatomy(model.config)
     kept = {}
     for block in anatomy.blocks:
-        share = CUTS[case][block.layer].get(block.kind, 1.0)
-        count = round(block.units * share)
-        if block.kind == "attention" and not block.separable:
-            count = block.units
-        order = torch.randperm(block.units, generator=torch.Generator().manual_seed(block.layer))
-        kept[block.name] = order[:count].sort().values
+        share = CUTS[case][block.layer].get
+        units, members = round(block.units * share(block.kind, 1.0)), block.members
+        if block.kind == "attention":
+            members = max(1, round(members * share("heads", 1.0)))
+        if not block.separable:
+            units, members = block.size
+        kept[block.name] = some(block, Size(units, members), seed=block.layer)
     cut = {}
     with torch.no_grad():
         for index in range(anatomy.layers):
@@ -108,9 +121,9 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
                 gone = torch.ones(block.channels, dtype=torch.bool)
                 gone[channels_of(block, kept[block.name])] = False
                 consumer_weight(layer, block)[:, gone] = 0
-                if not len(kept[block.name]) and block.consumer_bias:
+                if not kept[block.name].size.units and block.consumer_bias:
                     layer.get_parameter(f"{block.consumer}.bias").zero_()
-    after = anatomy.keeping({name: len(units) for name, units in kept.items()})
+    after = anatomy.keeping({name: left.size for name, left in kept.items()})
     sliced = assemble(model, pruned_config(model.config, after), cut)
     masked = logits(model)
     torch.testing.assert_close(logits(sliced), masked, atol=2e-5, rtol=1e-4)
@@ -118,7 +131,7 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
     assert measure(after).parameters == sum(value.numel() for value in sliced.parameters())
 
     attention = anatomy.blocks[0]
-    stock = after.is_uniform and anatomy.stock_holds(attention, len(kept[attention.name]))
+    stock = after.is_uniform and anatomy.stock_holds(attention, kept[attention.name].size)
     assert sliced.config.model_type.startswith(PER_LAYER_PREFIX) != stock
     sliced.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(
@@ -146,7 +159,7 @@ def test_streamed_is_in_memory(family, allocation, tmp_path):
         options,
         lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
     )
-    assert plan.units_kept() == kept.plan.units_kept()
+    assert plan.sizes() == kept.plan.sizes()
     inside = kept.model.state_dict()
     for name, value in cut.items():
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
@@ -192,11 +205,11 @@ def test_a_refitted_model_errs_less(family, allocation):
 def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family):
     anatomy = read_anatomy(build_tiny(family).config)
     block = anatomy.blocks[0]
-    uniform, per_layer = (allowed_counts(anatomy, ALIGNED, stock=stock)[block.name] for stock in (True, False))
-    every = list(range(1, block.units + 1))
-    assert per_layer == (every if block.separable else [block.units])
-    assert uniform == [units for units in per_layer if anatomy.stock_holds(block, units)]
-    assert uniform[-1] == block.units
+    uniform, per_layer = (allowed_sizes(anatomy, ALIGNED, stock=stock)[block.name] for stock in (True, False))
+    every = [Size(units, block.members) for units in range(1, block.units + 1)]
+    assert per_layer == (every if block.separable else [block.size])
+    assert uniform == [size for size in per_layer if anatomy.stock_holds(block, size)]
+    assert uniform[-1] == block.size
 
 
 def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):

@@ -118,7 +118,6 @@ def inspect(args: argparse.Namespace) -> Answer:
         "layers": anatomy.layers,
         "hidden_size": anatomy.hidden_size,
         "head_dim": anatomy.head_dim,
-        "query_heads_per_kv_head": anatomy.query_heads_per_group,
         "vocabulary": anatomy.vocabulary,
         "context": config.max_position_embeddings,
         "sliding_window": anatomy.sliding_window,
@@ -132,6 +131,7 @@ def inspect(args: argparse.Namespace) -> Answer:
                 "name": block.name,
                 "kind": block.kind,
                 "units": block.units,
+                "members": block.members,
                 "channels_per_unit": block.channels_per_unit,
                 "parameters_per_unit": block.parameters_per_unit,
             }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Kind = Literal["attention", "mlp"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
+Counted = Literal["groups", "heads", "heads per group", "channels"]
 Flag = bool | str  # a string: the configuration's field of that name says
 
 # The parts of a block's writers that its output is linear in, everything else given.
@@ -54,7 +55,7 @@ class Wiring:
     head_norms: tuple[str, ...] = ()
     joint_norms: tuple[str, ...] = ()
     norm_behind: bool = False
-    sizes: Mapping[str, Literal["groups", "heads", "channels"]] = field(default_factory=dict)
+    sizes: Mapping[str, Counted] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def attention(
     norms: tuple[str, ...] = ("input_layernorm",),
     module: str = "self_attn",
     reader: str = "o_proj",
+    sizes: Mapping[str, Counted] | None = None,
     **wiring: Any,
 ) -> Wiring:
     """Return attention with a projection each for queries, keys and values, by the names that most decoders use."""
@@ -165,6 +167,7 @@ def attention(
         reader=Matrix(f"{module}.{reader}", ("query",), reader_bias),
         modules=(module,),
         norms=norms,
+        sizes={f"{module}.num_key_value_groups": "heads per group"} if sizes is None else sizes,
         **wiring,
     )
 

@@ -7,7 +7,11 @@ PHI3 = Family(
         reader=Matrix("self_attn.o_proj", ("query",)),
         modules=("self_attn",),
         norms=("input_layernorm",),
-        sizes={"self_attn.num_key_value_heads": "groups", "self_attn.config.num_attention_heads": "heads"},
+        sizes={
+            "self_attn.num_key_value_heads": "groups",
+            "self_attn.num_key_value_groups": "heads per group",
+            "self_attn.config.num_attention_heads": "heads",
+        },
     ),
     mlp=Wiring(
         writers=(Matrix("mlp.gate_up_proj", ("gate", "up")),),

@@ -162,7 +162,9 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     for number, split in enumerate(after["plan"]["splits"]):
         sizes = f"{split['kv_groups']} KV groups and {split['mlp_channels']} channels per layer"
         assert re.search(rf"{'other' if number else 'chosen'} split +{sizes}, priced at \d", text)
-    assert [block["units"] for block in after["blocks"][:2]] == list(after["plan"]["splits"][0].values())[:2]
+    (attention, mlp), chosen = after["blocks"][:2], after["plan"]["splits"][0]
+    assert (attention["units"], attention["members"]) == (chosen["kv_groups"], chosen["query_heads"])
+    assert mlp["units"] == chosen["mlp_channels"]
 
     again = numprune("prune", tiny / "base", out, "--ratio", "0.1", "--text", tiny / "train.txt")
     assert (again.code, again.out) == (1, "")

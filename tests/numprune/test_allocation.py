@@ -10,8 +10,10 @@ from numprune import allocation
 from numprune.allocation import by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
+from numprune.curves import error_at
 from numprune.errors import InputError
-from numprune.target import HEAD_SHAPES, Target, allowed_counts
+from numprune.slices import Size
+from numprune.target import HEAD_SHAPES, Target, allowed_sizes
 
 
 def anatomy(**overrides):
@@ -30,15 +32,18 @@ def random_errors(base, seed):
     """Error curves that never fall, and are not convex."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        block.name: torch.cat([torch.zeros(1), torch.rand(block.units, generator=generator).square()])
-        .cumsum(0)
-        .double()
+        block.name: column(torch.cat([torch.zeros(1), torch.rand(block.units, generator=generator).square()]).cumsum(0))
         for block in base.blocks
     }
 
 
+def column(errors):
+    """The error curve of a block that loses units and no members."""
+    return errors.double()[:, None]
+
+
 def total_error(base, errors, kept):
-    return sum(float(errors[block.name][block.units - kept[block.name]]) for block in base.blocks)
+    return sum(error_at(errors, block, kept[block.name]) for block in base.blocks)
 
 
 def removed(before, kept):
@@ -55,7 +60,7 @@ def removed(before, kept):
 )
 def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ratio, align, groups, seed, kind):
     base = anatomy(num_key_value_heads=groups)
-    allowed = allowed_counts(base, Target(align=align))
+    allowed = allowed_sizes(base, Target(align=align))
     try:
         check_ratio(base, ratio, allowed)
     except InputError:
@@ -75,17 +80,19 @@ def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ra
         step = max(block.parameters_per_unit * (align if block.kind == "mlp" else 1) for block in base.blocks)
     assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
     for block in base.blocks:
-        assert 1 <= kept[block.name] <= block.units
-        if block.kind == "mlp" and kept[block.name] < block.units:
-            assert kept[block.name] % align == 0
+        units, members = kept[block.name]
+        assert 1 <= units <= block.units
+        assert members == block.members
+        if block.kind == "mlp" and units < block.units:
+            assert units % align == 0
 
 
 def test_global_removes_the_lowest_scores_of_the_whole_model():
     base = anatomy(num_hidden_layers=2)
     scores = {block.name: torch.full((block.units,), 5.0) for block in base.blocks}
     scores["layers.1.mlp"][:200] = torch.linspace(0, 1, 200)
-    kept = global_sort(base, 0.05, allowed_counts(base, Target(align=1)), scores)
-    lost = {name: block.units - kept[name] for name, block in zip(kept, base.blocks, strict=True)}
+    kept = global_sort(base, 0.05, allowed_sizes(base, Target(align=1)), scores)
+    lost = {name: block.units - kept[name].units for name, block in zip(kept, base.blocks, strict=True)}
     assert lost == {
         "layers.0.attention": 0,
         "layers.0.mlp": 0,
@@ -99,19 +106,21 @@ def test_global_counts_cost_in_parameters_not_units():
     base = anatomy(num_hidden_layers=1)
     scores = {"layers.0.attention": torch.tensor([0.0, 1.0, 2.0, 3.0]), "layers.0.mlp": torch.full((704,), 9.0)}
     group_cost = base.blocks[0].parameters_per_unit / measure(base).prunable_parameters
-    assert global_sort(base, group_cost, allowed_counts(base, Target(align=1)), scores)["layers.0.attention"] == 3
+    assert global_sort(base, group_cost, allowed_sizes(base, Target(align=1)), scores)["layers.0.attention"] == Size(
+        3, 2
+    )
 
 
 def test_uniform_keeps_everything_at_ratio_zero():
     base = anatomy()
-    assert uniform(base, 0, allowed_counts(base, Target())) == {block.name: block.units for block in base.blocks}
+    assert uniform(base, 0, allowed_sizes(base, Target())) == {block.name: block.size for block in base.blocks}
 
 
 def test_uniform_splits_the_ratio_evenly_where_groups_allow():
     base = anatomy(num_key_value_heads=8)
-    kept = uniform(base, 0.25, allowed_counts(base, Target(align=1)))
-    assert kept["layers.0.attention"] == 6
-    assert kept["layers.0.mlp"] == 528
+    kept = uniform(base, 0.25, allowed_sizes(base, Target(align=1)))
+    assert kept["layers.0.attention"] == Size(6)
+    assert kept["layers.0.mlp"] == Size(528)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +135,14 @@ def test_uniform_splits_the_ratio_evenly_where_groups_allow():
 )
 def test_impossible_ratios_are_refused(ratio, align, message):
     with pytest.raises(InputError, match=message):
-        check_ratio(anatomy(), ratio, allowed_counts(anatomy(), Target(align=align)))
+        check_ratio(anatomy(), ratio, allowed_sizes(anatomy(), Target(align=align)))
 
 
 def test_uniform_refuses_layers_that_differ():
     base = anatomy()
-    kept = {block.name: block.units for block in base.blocks} | {"layers.0.mlp": 512}
+    kept = {block.name: block.size for block in base.blocks} | {"layers.0.mlp": Size(512)}
     with pytest.raises(InputError, match="layers differ already"):
-        uniform(base.keeping(kept), 0.2, allowed_counts(base.keeping(kept), Target()))
+        uniform(base.keeping(kept), 0.2, allowed_sizes(base.keeping(kept), Target()))
 
 
 def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
@@ -145,8 +154,8 @@ def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
     ratio = 1 - sum(
         (block.units - int((scores[block.name] == 0).sum())) * block.parameters_per_unit for block in base.blocks
     ) / (measure(base).prunable_parameters)
-    kept = global_sort(base, ratio, allowed_counts(base, Target(align=1)), scores)
-    heads = [kept[block.name] for block in base.of_kind("attention")]
+    kept = global_sort(base, ratio, allowed_sizes(base, Target(align=1)), scores)
+    heads = [kept[block.name].units for block in base.of_kind("attention")]
     assert heads == sorted(heads, reverse=True)
     assert len(set(heads)) == HEAD_SHAPES
     assert sum(abs(count - 8 + layer) for layer, count in enumerate(heads)) == 3  # seven counts on four levels
@@ -160,10 +169,10 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
     scores["layers.1.mlp"] = torch.zeros(704)
     scores["layers.0.attention"] = torch.zeros(4)
     scores["layers.1.attention"] = torch.full((4,), 1.0)
-    allowed = allowed_counts(base, Target(align=64), skips=True)
+    allowed = allowed_sizes(base, Target(align=64), skips=True)
     kept = global_sort(base, 0.6, allowed, scores)
-    assert kept["layers.1.mlp"] == kept["layers.0.attention"] == 0
-    assert kept["layers.1.attention"] == 1
+    assert kept["layers.1.mlp"] == kept["layers.0.attention"] == Size(0)
+    assert kept["layers.1.attention"] == Size(1, 2)
     assert removed(base, kept) == pytest.approx(0.6, abs=0.04)
 
 
@@ -171,7 +180,7 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
 @pytest.mark.parametrize(("seed", "skips"), [(0, False), (1, True), (2, True)])
 def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, skips):
     base = anatomy(num_hidden_layers=2)
-    allowed = allowed_counts(base, Target(align=128), skips=skips)
+    allowed = allowed_sizes(base, Target(align=128), skips=skips)
     errors = random_errors(base, seed)
     for block in base.of_kind("attention"):  # else all of it would go first, which is not allowed
         errors[block.name] *= 100
@@ -185,7 +194,7 @@ def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, sk
 
 def test_by_error_with_rounded_costs_comes_as_near_as_its_shares_are_small(monkeypatch):
     base, errors = anatomy(), random_errors(anatomy(), 3)
-    allowed = allowed_counts(base, Target(align=8))
+    allowed = allowed_sizes(base, Target(align=8))
     exact = by_error(base, 0.4, allowed, errors)
     monkeypatch.setattr(allocation, "_SHARES", 300)
     rounded = by_error(base, 0.4, allowed, errors)
@@ -198,13 +207,13 @@ def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
     errors = {}
     for block in base.blocks:  # the first heads of layer i are free, all that is left is dear
         free = block.layer if block.kind == "attention" else 300
-        errors[block.name] = torch.cat([torch.zeros(free + 1), torch.arange(1.0, block.units - free + 1)]).double()
-    kept = by_error(base, 0.4, allowed_counts(base, Target(align=1)), errors)
+        errors[block.name] = column(torch.cat([torch.zeros(free + 1), torch.arange(1.0, block.units - free + 1)]))
+    kept = by_error(base, 0.4, allowed_sizes(base, Target(align=1)), errors)
     assert len({kept[block.name] for block in base.of_kind("attention")}) == HEAD_SHAPES
-    nothing = {block.name: torch.zeros(block.units + 1).double() for block in base.blocks}
-    kept = by_error(base, 0.9, allowed_counts(base, Target(), skips=True), nothing)
-    assert any(kept[block.name] for block in base.of_kind("attention"))
-    assert any(kept[block.name] for block in base.of_kind("mlp"))
+    nothing = {block.name: column(torch.zeros(block.units + 1)) for block in base.blocks}
+    kept = by_error(base, 0.9, allowed_sizes(base, Target(), skips=True), nothing)
+    assert any(kept[block.name].units for block in base.of_kind("attention"))
+    assert any(kept[block.name].units for block in base.of_kind("mlp"))
 
 
 @pytest.mark.parametrize("kind", ["global", "error"])
@@ -212,8 +221,8 @@ def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
     """The numbers nearest to what is kept have a least of four, and one layer has only three."""
     base = anatomy(num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=8)
     heads = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3]
-    base = base.keeping({block.name: block.units for block in base.blocks} | {"layers.10.attention": 3})
-    allowed, free = allowed_counts(base, Target(align=1)), {}
+    base = base.keeping({block.name: block.size for block in base.blocks} | {"layers.10.attention": Size(3)})
+    allowed, free = allowed_sizes(base, Target(align=1)), {}
     for block in base.blocks:
         free[block.name] = block.units - heads[block.layer] if block.kind == "attention" else 300
     ratio = sum(free[block.name] * block.parameters_per_unit for block in base.blocks)
@@ -225,11 +234,11 @@ def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
         kept = global_sort(base, ratio, allowed, scores)
     else:
         errors = {
-            b.name: torch.cat([torch.zeros(free[b.name] + 1), torch.arange(1.0, b.units - free[b.name] + 1)]).double()
+            b.name: column(torch.cat([torch.zeros(free[b.name] + 1), torch.arange(1.0, b.units - free[b.name] + 1)]))
             for b in base.blocks
         }
         kept = by_error(base, ratio, allowed, errors)
-    assert all(1 <= kept[block.name] <= block.units for block in base.blocks)
+    assert all(1 <= kept[block.name].units <= block.units for block in base.blocks)
     assert len({kept[block.name] for block in base.of_kind("attention")}) <= HEAD_SHAPES
     assert removed(base, kept) == pytest.approx(ratio, abs=0.002)
 

@@ -1,8 +1,7 @@
 import pytest
-import torch
 from transformers import AutoConfig
 
-from numprune.anatomy import Slice, read_anatomy
+from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from tests.conftest import LLAMA_LIKE
@@ -30,15 +29,6 @@ def test_the_tensors_are_those_of_the_model(tiny_model, family, overrides):
     for block in anatomy.blocks:
         found |= {f"{block.path}.{name}": shape for name, shape in block.tensors().items()}
     assert found == {name: tuple(value.shape) for name, value in model.named_parameters()}
-
-
-def test_the_entries_of_units_in_stacked_and_interleaved_parts():
-    units = torch.tensor([0, 2])
-    stacked, interleaved = (Slice("x", 0, (2, 1), 4, interleaved=value) for value in (False, True))
-    assert stacked.entries(units, 3).tolist() == [0, 1, 4, 5, 6, 8]
-    assert stacked.entries(units, 3, part=1).tolist() == [6, 8]
-    assert interleaved.entries(units, 3).tolist() == [0, 1, 2, 6, 7, 8]
-    assert interleaved.entries(units, 3, part=1).tolist() == [2, 8]
 
 
 def test_budget_counts_the_kv_cache(tiny_model):

@@ -1,7 +1,5 @@
 """The fitted producer against `torch.linalg.lstsq` on its normal equations written out."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ from numprune import joint
 from numprune.anatomy import read_anatomy
 from numprune.calibration import Walker, consumer_weight
 from numprune.layers import ModelLayers
+from numprune.slices import Kept
 from numprune.surgery import narrowed
 from tests.conftest import LLAMA_LIKE, build_tiny
 
@@ -16,6 +15,11 @@ SMALL = {"hidden_size": 16, "intermediate_size": 12, "head_dim": 4, "num_attenti
 ROWS = torch.randint(0, 256, (6, 12), generator=torch.Generator().manual_seed(0))
 OF_SMALL = {"gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}}
 UNITS = {"attention": torch.tensor([1]), "mlp": torch.tensor([0, 3, 4, 5, 9, 11])}
+
+
+def kept_of(block):
+    return Kept.whole(UNITS[block.kind], block.members)
+
 
 # Fused matrices besides: stacked, transposed, and interleaved by head. A plain MLP has no linear producer.
 BLOCKS = [(family, kind) for family in (*LLAMA_LIKE, "phi3") for kind in ("attention", "mlp")]
@@ -47,13 +51,14 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
     monkeypatch.setattr(joint, "STEPS", 300)
     walker, layer, blocks, pruned, aim = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
-    small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
-    producer, every = joint._Producer(small, left), torch.arange(left.units)
+    kept = kept_of(block)
+    small, left = narrowed(layer, block, kept), block.resized(kept.size)
+    producer = joint._Producer(small, left)
     start = producer.get()
 
     @torch.no_grad()
     def output(rows):
-        producer.put(every, rows)
+        producer.put(producer.every, rows)
         return output_of(walker, small, left, pruned).double().flatten()
 
     origin = output(torch.zeros_like(start))
@@ -76,7 +81,7 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
 def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
     walker, layer, blocks, pruned, _ = first_layer("llama")
-    block, every = blocks[1], torch.arange(12)
+    block, every = blocks[1], Kept.whole(torch.arange(12), 1)
     with torch.no_grad():
         layer.mlp.up_proj.weight[3] = 0
         layer.mlp.gate_proj.weight[5] = 0
@@ -93,19 +98,20 @@ def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
 def test_only_what_is_kept_of_the_two_matrices_changes_and_the_stream_comes_nearer(family, kind):
     walker, layer, blocks, pruned, aim = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
-    small, left = narrowed(layer, block, UNITS[kind]), replace(block, units=len(UNITS[kind]))
+    kept = kept_of(block)
+    small, left = narrowed(layer, block, kept), block.resized(kept.size)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    joint.refit_both(walker, layer, block, UNITS[kind], pruned, joint.Aims(aim, pruned.hidden), 1e-3)
+    joint.refit_both(walker, layer, block, kept, pruned, joint.Aims(aim, pruned.hidden), 1e-3)
     changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
     producer = linear_of(block)
     assert {f"{block.consumer}.weight", producer} <= changed
     assert changed <= {f"{block.consumer}.weight", f"{block.consumer}.bias", producer}
     place, part = block.linear
     rest = torch.ones(before[producer].shape[place.dim], dtype=torch.bool)
-    rest[place.entries(UNITS[kind], block.units, part)] = False
+    rest[place.entries(kept, block.size, part)] = False
     values, were = (state[producer].movedim(place.dim, 0) for state in (layer.state_dict(), before))
     assert torch.equal(values[rest], were[rest])
-    after = narrowed(layer, block, UNITS[kind])
+    after = narrowed(layer, block, kept)
     errors = [
         float((aim - pruned.hidden - output_of(walker, module, left, pruned)).square().sum())
         for module in (small, after)
@@ -117,7 +123,7 @@ def test_only_what_is_kept_of_the_two_matrices_changes_and_the_stream_comes_near
 def test_a_narrowed_layer_computes_what_the_whole_one_does_with_the_rest_zeroed(family, kind):
     walker, layer, blocks, pruned, _ = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
-    small = narrowed(layer, block, UNITS[kind])
+    small = narrowed(layer, block, kept_of(block))
     rest = torch.ones(block.units, block.channels_per_unit, dtype=torch.bool)
     rest[UNITS[kind]] = False
     with torch.no_grad():

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 
+from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.plan import Draw, read_plan
+from numprune.plan import BlockPlan, Draw, read_plan
 from numprune.pruning import PruneOptions, prune
+from numprune.slices import Kept
 from tests.conftest import build_tiny
 
 
@@ -30,20 +32,45 @@ def test_where_the_calibration_rows_are_from_is_kept(plan, tmp_path):
     assert read.drawn(None) == plan
 
 
-def test_a_plan_of_version_1_is_read(plan, tmp_path):
-    """It was written before uniform allocation had splits to choose from."""
-    content = json.loads(plan.model_dump_json()) | {"version": 1}
-    del content["splits"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_plan_of_an_earlier_version_is_read(plan, tmp_path, version):
+    """The first knew of no splits to choose from, both of no members."""
+    content = json.loads(plan.model_dump_json()) | {"version": version}
+    for block in content["blocks"].values():
+        del block["members"], block["kept_members"]
+    for split in content["splits"]:
+        del split["query_heads"]
+    if version == 1:
+        del content["splits"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
     read = read_plan(tmp_path / "plan.json")
-    assert read.splits is None
-    assert read.blocks == plan.blocks
+    assert (read.splits is None) == (version == 1)
+    assert {name: block.kept for name, block in read.blocks.items()} == {
+        name: block.kept for name, block in plan.blocks.items()
+    }
+
+
+def test_what_a_plan_keeps_of_a_block_is_what_was_kept():
+    block = read_anatomy(build_tiny().config).blocks[0]
+    every = torch.arange(2)
+    for kept in (
+        Kept.whole(every, 2),
+        Kept(every, torch.tensor([[1], [0]])),
+        Kept(every[1:], torch.tensor([[0]])),
+        Kept.whole(every[:0], 2),
+    ):
+        plan = BlockPlan.of(block, kept, None)
+        assert (plan.units, plan.members, plan.kept_members is None) == (2, 2, kept.size in ((2, 2), (0, 1)))
+        read = BlockPlan.model_validate_json(plan.model_dump_json()).to_kept()
+        assert read.size == kept.size
+        assert torch.equal(read.units, kept.units)
+        assert torch.equal(read.members, kept.members)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update(version=3), "version"),
+        (lambda p: p.update(version=4), "version"),
         (lambda p: p["splits"][0].update(nats_per_token=-1), "splits.0.nats_per_token: .* greater than or equal to 0"),
         (lambda p: p.pop("family"), "family"),
         (lambda p: p["calibration"].update(draw={"text": ["train.txt"]}), "calibration.draw.seed: Field required"),
@@ -51,6 +78,11 @@ def test_a_plan_of_version_1_is_read(plan, tmp_path):
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[3, 2]), "ascending"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[96]), "unit 96 is kept of only 96"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[-1]), "greater than or equal to 0"),
+        (lambda p: p["blocks"]["layers.0.attention"].update(kept_members=[[0], [0, 1]]), "lists of one length"),
+        (lambda p: p["blocks"]["layers.0.attention"].update(kept_members=[[0]]), "one for each unit kept"),
+        (lambda p: p["blocks"]["layers.0.attention"].update(kept_members=[[0], []]), "at least 1 item"),
+        (lambda p: p["blocks"]["layers.0.attention"].update(kept_members=[[1, 0], [0, 1]]), "of unit 0 .* ascending"),
+        (lambda p: p["blocks"]["layers.0.attention"].update(kept_members=[[0], [2]]), "member 2 of unit 1 is kept of"),
         (lambda p: p["blocks"]["layers.0.mlp"].update(kept=[]), "layers.0.mlp keeps no unit, although skips is false"),
     ],
 )

@@ -6,6 +6,7 @@ from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
 from numprune.pruning import Known, PruneOptions, dense_moments, prune, uses_gradients
+from numprune.slices import Size
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -84,11 +85,11 @@ def test_residual_lets_a_block_that_loses_nothing_give_what_others_lost():
         model.model.layers[0].mlp.down_proj.weight.mul_(0.05)
     before = model.model.layers[1].self_attn.o_proj.weight.clone()
     result = prune(model, ROWS, options)
-    assert result.plan.units_kept() | {"layers.0.mlp": 0} == {
-        "layers.0.attention": 2,
-        "layers.0.mlp": 0,
-        "layers.1.attention": 2,
-        "layers.1.mlp": 96,
+    assert result.plan.sizes() | {"layers.0.mlp": Size(0)} == {
+        "layers.0.attention": Size(2, 2),
+        "layers.0.mlp": Size(0),
+        "layers.1.attention": Size(2, 2),
+        "layers.1.mlp": Size(96),
     }
     assert not torch.equal(result.model.model.layers[1].self_attn.o_proj.weight, before)
 
@@ -112,7 +113,7 @@ def test_uniform_takes_from_the_kind_of_block_that_the_loss_minds_less(small, ke
         [(1, 88), (2, 56)], key=kept.__ne__
     )
     assert plan.splits[0].nats_per_token < plan.splits[1].nats_per_token
-    assert plan.units_kept() == {
+    assert {name: size.units for name, size in plan.sizes().items()} == {
         f"layers.{layer}.{kind}": count
         for layer in (0, 1)
         for kind, count in zip(("attention", "mlp"), kept, strict=True)

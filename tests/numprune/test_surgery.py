@@ -10,6 +10,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.pruning import PruneOptions, prune
+from numprune.slices import Kept, Size
 from numprune.surgery import assemble, cut_layer, pruned_config
 from numprune.target import Target
 from tests.conftest import LLAMA_LIKE
@@ -53,7 +54,7 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
     masked, sliced = logits(model), pruned.model
     torch.testing.assert_close(logits(sliced), masked, atol=1e-5, rtol=1e-5)
 
-    predicted = measure(before.keeping(pruned.plan.units_kept()))
+    predicted = measure(before.keeping(pruned.plan.sizes()))
     assert measure(read_anatomy(sliced.config)) == predicted
     assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters < measure(before).parameters
 
@@ -80,11 +81,12 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
         )
         for parameter in consumer.parameters():
             parameter.data.zero_()
-    kept = {name: torch.tensor([] if name in gone else block.kept) for name, block in plan.blocks.items()}
+    nothing = Kept.whole(torch.tensor([], dtype=torch.long), 1)
+    kept = {name: nothing if name in gone else block.to_kept() for name, block in plan.blocks.items()}
     cut = {}
     for index, layer in enumerate(model.model.layers):
         cut |= cut_layer(layer, before.of_layer(index), kept, {})
-    after = before.keeping({name: len(units) for name, units in kept.items()})
+    after = before.keeping({name: left.size for name, left in kept.items()})
     sliced = assemble(model, pruned_config(model.config, after), cut)
     torch.testing.assert_close(logits(sliced), logits(model), atol=1e-5, rtol=1e-5)
 
@@ -98,7 +100,7 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
     assert_generates_as_uncached(loaded)
 
     again = prune(loaded, ROWS, PruneOptions(0.2, allocation="global", target=Target(align=1)))
-    assert again.plan.units_kept()["layers.0.attention"] == 0
+    assert again.plan.sizes()["layers.0.attention"] == Size(0)
 
 
 def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from numprune.allocation import check_ratio, uniform
 from numprune.errors import InputError
-from numprune.target import Target, allowed_counts, nearest
+from numprune.slices import Size
+from numprune.target import Target, allowed_sizes, nearest
 from tests.numprune.test_allocation import anatomy
 
 
@@ -20,33 +21,34 @@ def test_every_allowed_size_splits_over_the_gpus_and_into_groups(heads, parallel
     base = anatomy(num_attention_heads=queries, num_key_value_heads=keys, hidden_size=32 * queries)
     target = Target(align=align, tensor_parallel=parallel, quantization_group=group)
     try:
-        allowed = allowed_counts(base, target)
+        allowed = allowed_sizes(base, target)
     except InputError:
         return
     for block in base.blocks:
-        counts = allowed[block.name]
-        assert list(counts) == sorted(set(counts))
-        assert 0 not in counts
-        for count in counts:
-            assert count * block.channels_per_unit % (group * parallel) == 0
+        sizes = allowed[block.name]
+        assert list(sizes) == sorted(set(sizes))
+        assert Size(0) not in sizes
+        for size in sizes:
+            left = block.resized(size)
+            assert left.channels % (group * parallel) == 0
             if block.kind == "attention":
-                assert count % parallel == 0 or parallel % count == 0
-                assert count * queries // keys % parallel == 0
+                assert left.units % parallel == 0 or parallel % left.units == 0
+                assert left.units * left.members % parallel == 0
             else:
-                assert count % (align * parallel) == 0 or count == block.units
+                assert left.units % (align * parallel) == 0 or left.units == block.units
 
 
 def test_the_target_decides_what_pruning_keeps():
     base = anatomy(num_attention_heads=8, num_key_value_heads=8)
-    allowed = allowed_counts(base, Target(align=32, tensor_parallel=2))
+    allowed = allowed_sizes(base, Target(align=32, tensor_parallel=2))
     kept = uniform(base, 0.3, allowed)
-    assert (kept["layers.0.attention"], kept["layers.0.mlp"] % 64) == (6, 0)
-    assert list(allowed["layers.0.attention"]) == [1, 2, 4, 6, 8][1:]  # one head cannot be halved
+    assert (kept["layers.0.attention"].units, kept["layers.0.mlp"].units % 64) == (6, 0)
+    assert list(allowed["layers.0.attention"]) == [Size(2), Size(4), Size(6), Size(8)]  # one head cannot be halved
 
 
 def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
     base = anatomy(num_attention_heads=8, num_key_value_heads=2)
-    assert list(allowed_counts(base, Target(tensor_parallel=4))["layers.0.attention"]) == [1, 2]
+    assert list(allowed_sizes(base, Target(tensor_parallel=4))["layers.0.attention"]) == [Size(1, 4), Size(2, 4)]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
 )
 def test_a_target_that_no_size_suits_is_refused_before_anything_is_done(target, block):
     with pytest.raises(InputError, match=rf"layers\.0\.{block}: none of its sizes .* choose a smaller tensor_parallel"):
-        allowed_counts(anatomy(), target)
+        allowed_sizes(anatomy(), target)
 
 
 @pytest.mark.parametrize("field", ["align", "tensor_parallel", "quantization_group"])
@@ -67,7 +69,7 @@ def test_a_target_of_nothing_is_refused(field):
 def test_the_ratio_is_held_against_what_the_target_leaves():
     base = anatomy(num_key_value_heads=4)
     with pytest.raises(InputError, match=r"at most 0\.5\d+ of the prunable"):
-        check_ratio(base, 0.7, allowed_counts(base, Target(align=176, tensor_parallel=2)))
+        check_ratio(base, 0.7, allowed_sizes(base, Target(align=176, tensor_parallel=2)))
 
 
 def test_nearest_prefers_the_larger_of_two():

@@ -12,6 +12,7 @@ from numprune.anatomy import Anatomy, family_of, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
+from numprune.slices import GONE
 from numprune.surgery import assemble, pruned_config
 
 
@@ -30,7 +31,7 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     anatomy = read_anatomy(model.config)
     check_layers(anatomy)
     gone = layers_to_drop(anatomy, block_influence(model, rows, batch_size), ratio)
-    left = anatomy.keeping({block.name: 0 if block.layer in gone else block.units for block in anatomy.blocks})
+    left = anatomy.keeping({block.name: GONE if block.layer in gone else block.size for block in anatomy.blocks})
     inside = tuple(f"{block.path}." for block in anatomy.blocks if block.layer not in gone)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     pruned = assemble(model, pruned_config(model.config, left), tensors)
@@ -49,7 +50,7 @@ def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int
     """Return the layers of the least `influence` (layers,), as many as bring the removed share nearest to `ratio`."""
     sizes = [0] * anatomy.layers
     for block in anatomy.blocks:
-        sizes[block.layer] += block.units * block.parameters_per_unit
+        sizes[block.layer] += block.parameters(block.size)
     order = influence.argsort(stable=True).tolist()[:-1]
     removed = list(accumulate((sizes[layer] for layer in order), initial=0))
     count = min(range(len(removed)), key=lambda n: abs(removed[n] - ratio * sum(sizes)))

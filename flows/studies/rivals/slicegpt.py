@@ -71,8 +71,9 @@ def block_parameters(anatomy: Anatomy, width: int) -> int:
     total = 0
     for index, block in enumerate(anatomy.blocks):
         out = anatomy.hidden_size if index == len(anatomy.blocks) - 1 else width
-        rows = block.units * sum(writer.size for writer in block.writers if writer.width is not None)
-        biases = block.units * sum(writer.size for writer in block.writers if writer.width is None)
+        of_unit = {writer: writer.entries_per_unit(block.members) for writer in block.writers}
+        rows = block.units * sum(size for writer, size in of_unit.items() if writer.width is not None)
+        biases = block.units * sum(size for writer, size in of_unit.items() if writer.width is None)
         total += rows * width + biases + block.channels * out + width * out
     return total
 

@@ -19,6 +19,7 @@ from numprune.inputs import split_rows
 from numprune.joint import Aims, refit_both
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
+from numprune.slices import Kept
 from numprune.surgery import channels_of
 
 CRITERION = "obs"
@@ -153,7 +154,8 @@ def _block_times(
     view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, _RATIO, seed=0)
     times["score"] = seconds(partial(CRITERIA[criterion], view), device)
     units = torch.arange(max(1, round((1 - _RATIO) * block.units)), device=device)
-    kept = channels_of(block, units)
+    left = Kept.whole(units, block.members)
+    kept = channels_of(block, left)
     times["least squares"] = seconds(partial(refit, weight, None, kept, moments, _DAMPING), device)
     held = held_out if held_out.count else fitted
 
@@ -163,6 +165,6 @@ def _block_times(
     times["damping"] = seconds(choose, device)
     for name, rows in (("producers", len(hidden)), ("producers, one row", 1)):
         aims = Aims(behind[:rows], hidden[:rows])
-        fit = partial(refit_both, walker, layer, block, units, walker.stream(hidden[:rows]), aims, _DAMPING)
+        fit = partial(refit_both, walker, layer, block, left, walker.stream(hidden[:rows]), aims, _DAMPING)
         times[name] = seconds(fit, device)
     return times

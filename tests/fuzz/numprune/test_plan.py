@@ -8,7 +8,7 @@ from numprune.plan import Plan, read_plan
 from tests.fuzz.strangers import documents, fuzz, named
 
 GOOD: dict[str, Any] = {
-    "version": 1,
+    "version": 3,
     "family": "llama",
     "criterion": "obs",
     "allocation": "uniform",
@@ -19,7 +19,10 @@ GOOD: dict[str, Any] = {
     "damping": 0.001,
     "seed": 0,
     "calibration": {"digest": "0" * 64, "rows": 4, "sequence_length": 8, "draw": {"text": ["a.txt"], "seed": 0}},
-    "blocks": {"layers.0.mlp": {"units": 4, "kept": [0, 2]}, "layers.0.attention": {"units": 2, "kept": [1]}},
+    "blocks": {
+        "layers.0.mlp": {"units": 4, "kept": [0, 2]},
+        "layers.0.attention": {"units": 2, "members": 2, "kept": [1], "kept_members": [[0]]},
+    },
 }
 
 
@@ -39,6 +42,9 @@ def test_a_plan_is_read_or_refused(path: Path, content: bytes) -> None:
         for block in found.blocks.values():
             assert all(0 <= unit < block.units for unit in block.kept)
             assert sorted(set(block.kept)) == block.kept
+            for members in block.kept_members or ():
+                assert all(0 <= member < block.members for member in members)
+                assert sorted(set(members)) == members
 
 
 def test_a_folder_or_a_file_of_no_size_that_a_plan_has_is_refused(tmp_path: Path) -> None:

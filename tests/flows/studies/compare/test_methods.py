@@ -13,6 +13,7 @@ from numprune.flows.studies.compare.methods import (
     reads_gradients,
 )
 from numprune.pruning import COMPENSATIONS
+from numprune.slices import GONE, Size
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -47,7 +48,7 @@ def test_a_method_named_in_full_that_cannot_work_is_refused():
 
 def test_defaults_that_cannot_work_are_left_out():
     base = read_anatomy(build_tiny().config)
-    differing = base.keeping({block.name: block.units - block.layer for block in base.blocks})
+    differing = base.keeping({block.name: Size(block.units - block.layer, block.members) for block in base.blocks})
     methods, left_out = chosen(DEFAULT, lambda method: check(method, differing, 0.3, Target(align=1)), asked=False)
     assert methods == [method for method in DEFAULT if "/uniform/" not in method]
     assert all("layers differ already" in line for line in left_out)
@@ -65,7 +66,7 @@ def test_a_rival_that_cannot_work_is_refused_before_anything_is_run(rival, overr
     with pytest.raises(InputError, match=r"ratio is 1\.5"):
         check(rival, anatomy, 1.5, Target())
     if rival == "slicegpt":
-        anatomy = anatomy.keeping({block.name: block.units * (block.layer > 0) for block in anatomy.blocks})
+        anatomy = anatomy.keeping({block.name: block.size if block.layer else GONE for block in anatomy.blocks})
     with pytest.raises(InputError, match=message):
         check(rival, anatomy, 0.3, Target())
 

@@ -1,0 +1,114 @@
+"""Where a block's units and members lie in its tensors.
+
+A block is divided into units, and its units may be divided into members: of attention a unit is a KV group, its members
+are the query heads that share the KV head. Units go one by one. Of the members every unit left keeps as many as the
+others, each its own choice, so that one pair of numbers says how large a block is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Size(NamedTuple):
+    """How large a block is.
+
+    Attributes:
+        units: how many it has.
+        members: of each unit; 1 where units are not divided.
+    """
+
+    units: int
+    members: int = 1
+
+
+GONE = Size(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is kept of a block.
+
+    Attributes:
+        units: (K,) indices, ascending.
+        members: (K, M) indices inside each of these units, ascending.
+    """
+
+    units: Tensor
+    members: Tensor
+
+    @classmethod
+    def whole(cls, units: Tensor, members: int) -> "Kept":
+        """Return `units` (K,), ascending, with all their `members`."""
+        return cls(units, torch.arange(members, device=units.device).repeat(len(units), 1))
+
+    @property
+    def size(self) -> Size:
+        units, members = self.members.shape
+        return Size(units, members) if units else GONE
+
+    def to(self, device: torch.device) -> "Kept":
+        return Kept(self.units.to(device), self.members.to(device))
+
+
+class Extent(NamedTuple):
+    """How many entries of a tensor's dimension belong to each unit or, where they are `divided`, to each member."""
+
+    entries: int
+    divided: bool = False
+
+    def of_unit(self, members: int) -> int:
+        """Entries of a unit that has so many members."""
+        return self.entries * members if self.divided else self.entries
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where the units of a block lie in one stored tensor.
+
+    Attributes:
+        tensor: its name in the layer.
+        dim: the dimension that the units divide.
+        parts: what a unit owns of `dim` in each part of the tensor.
+        width: the size of the other dimension; None: there is no other.
+        interleaved: a unit has all its parts, then comes the next; otherwise all units' first parts come first.
+    """
+
+    tensor: str
+    dim: int
+    parts: tuple[Extent, ...]
+    width: int | None
+    interleaved: bool = False
+
+    def entries_per_unit(self, members: int) -> int:
+        """Entries of `dim` that a unit of so many members owns."""
+        return sum(part.of_unit(members) for part in self.parts)
+
+    def parameters_per_unit(self, members: int) -> int:
+        return self.entries_per_unit(members) * (1 if self.width is None else self.width)
+
+    def shape(self, size: Size) -> tuple[int, ...]:
+        """Return the shape of the tensor of a block of this size."""
+        entries = size.units * self.entries_per_unit(size.members)
+        if self.width is None:
+            return (entries,)
+        return (entries, self.width) if self.dim == 0 else (self.width, entries)
+
+    def entries(self, kept: Kept, of: Size, part: int | None = None) -> Tensor:
+        """Return the indices along `dim`, ascending, of what is kept of a block of size `of`, in one part or in all."""
+        wanted: Sequence[int] = range(len(self.parts)) if part is None else (part,)
+        found = []
+        for index in wanted:
+            extent, offset = self.parts[index], sum(before.of_unit(of.members) for before in self.parts[:index])
+            if self.interleaved:
+                stride, start = self.entries_per_unit(of.members), offset
+            else:
+                stride, start = extent.of_unit(of.members), offset * of.units
+            first = start + kept.units[:, None] * stride  # (K, 1)
+            if extent.divided:
+                first = first + kept.members * extent.entries  # (K, M)
+            found.append((first[..., None] + torch.arange(extent.entries, device=first.device)).flatten())
+        return torch.cat(found).sort().values
