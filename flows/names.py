@@ -8,6 +8,7 @@ from typing import Literal
 
 Criterion = Literal["numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random"]
 Allocation = Literal["uniform", "global", "error"]
+Axis = Literal["kv-groups", "query-heads", "channels"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]

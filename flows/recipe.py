@@ -20,6 +20,7 @@ from numprune.flows.names import (
     BUILT_IN,
     SEQUENCE_LENGTH,
     Allocation,
+    Axis,
     Compensation,
     Criterion,
     Device,
@@ -119,6 +120,9 @@ class Prune(Section):
     criterion: Criterion = "obs"
     allocation: Allocation = "uniform"
     compensation: Compensation = "joint"
+    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(_distinct)] = ["kv-groups", "channels"]
+    keep: list[Annotated[str, Field(min_length=1)]] = []
+    floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0

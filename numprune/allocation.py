@@ -41,7 +41,8 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
     if ratio > reachable:
         raise InputError(
             f"ratio is {ratio}, but with the least that every block must keep (at least one unit, aligned and split as "
-            f"the target asks) at most {reachable:.3f} of the prunable parameters can be removed"
+            f"the target asks, and all that axes, keep and floors protect) at most {reachable:.3f} of the prunable "
+            "parameters can be removed"
         )
 
 
@@ -193,7 +194,8 @@ def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> 
         return None
     cost = blocks[0].parameters
     lowest, *others = _levels(attending, HEAD_SHAPES, cost)
-    lowest = min([lowest, *(allowed[block.name][-1] for block in blocks if kept[block.name].units)], key=cost)
+    largest = [max(allowed[block.name], key=cost) for block in blocks if kept[block.name].units]
+    lowest = min([lowest, *largest], key=cost)
     levels = {GONE, lowest, *others}
     return {
         block.name: [size for size in allowed[block.name] if size in levels] or [kept[block.name]] for block in blocks

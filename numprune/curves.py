@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from numprune.anatomy import Block
-from numprune.criteria.obs import greedy_removal
+from numprune.criteria.obs import greedy_members, greedy_removal
 from numprune.linalg import cholesky
 from numprune.slices import Size
 
-Errors = Mapping[str, Tensor]  # block name -> (units + 1, members): as `error_curve` gives
+Errors = Mapping[str, Tensor]  # by block name, as `error_curve` gives them
 
 
 def error_at(errors: Errors, block: Block, size: Size) -> float:
@@ -28,15 +28,27 @@ def error_at(errors: Errors, block: Block, size: Size) -> float:
     return float(errors[block.name][block.units - size.units, members])
 
 
-def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, channels_per_unit: int) -> Tensor:
-    """Return the nats per token that are lost once the n cheapest units are gone, (units + 1, 1), n = 0 … units.
+def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *, members: bool = False) -> Tensor:
+    """Return the nats per token that are lost once the n cheapest units are gone, and m members of each one left.
 
     Args:
         weight: (out, D) float64, the consumer's.
         gram: (D, D) float64, E[x x^T] of its inputs.
         sensitivity: (out, out), S.
-        channels_per_unit: D / units.
+        size: of the block.
+        members: members may go, too.
+
+    Returns:
+        (units + 1, members), n = 0 … units, m = 0 … members - 1, never falling with either; (units + 1, 1) where
+        members stay.
     """
     priced = cholesky(sensitivity.to(weight)).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
-    _, costs = greedy_removal(priced, gram, channels_per_unit)
-    return torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2])[:, None].cpu()
+    order, costs = greedy_removal(priced, gram, weight.shape[1] // size.units)
+    lost = torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2])[:, None]
+    if not members or size.members == 1:
+        return lost.cpu()
+    curve = lost.repeat(1, size.members)
+    for gone in range(size.units):
+        _, rounds = greedy_members(priced, gram, order[gone:].sort().values, size)
+        curve[gone, 1:] += rounds.cumsum(0) / 2
+    return curve.cpu()

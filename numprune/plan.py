@@ -134,7 +134,7 @@ class Plan(BaseModel):
     """What is kept of each block of one model, relative to that model before pruning.
 
     Attributes:
-        version: 1 knows no `splits`, 2 no members.
+        version: 1 knows no `splits`, 2 no members, axes and protection.
         splits: that uniform allocation chose from: the one that was taken, then the others, the cheapest first. None
             where nothing was priced: only one split meets the ratio, the consumers are not refitted, or the allocation
             is another.
@@ -149,6 +149,9 @@ class Plan(BaseModel):
     compensation: str
     ratio: float
     target: Target
+    axes: list[str] = ["kv-groups", "channels"]
+    keep: list[str] = []
+    floors: dict[str, float] = {}
     skips: bool
     damping: float
     seed: int

@@ -8,7 +8,7 @@ neither the model nor the result need be in memory.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from numprune import sensitivity
 from numprune.allocation import ALLOCATIONS, by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import Anatomy, Block, read_anatomy
+from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import Budget, measure
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
-from numprune.criteria import CRITERIA, BlockView
+from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
@@ -57,7 +58,8 @@ class PruneOptions:
         allocation: a name of `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
         target: what the server of the result needs of its sizes.
-        skips: whole blocks may go, where the allocation gives each its own size.
+        axes, keep, floors, skips: as of `axes.Limits`. Query heads go only where the allocation prices them (uniform,
+            error), whole blocks only where it gives each its own size (global, error).
         damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
             takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
         seed: of the criteria that draw.
@@ -69,10 +71,17 @@ class PruneOptions:
     allocation: str = "uniform"
     compensation: str = "joint"
     target: Target = field(default_factory=Target)
+    axes: Sequence[str] = DEFAULT_AXES
+    keep: Sequence[str] = ()
+    floors: Mapping[str, float] = field(default_factory=dict)
     skips: bool = False
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.axes, self.keep, self.floors, self.skips)
 
 
 @dataclass(frozen=True)
@@ -137,9 +146,26 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
     allowed = _allowed(anatomy, options)
+    members = [name for name in options.axes if AXES[name].part == "members"]
+    if members and options.allocation == "global":
+        raise InputError(
+            f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
+        )
     check_ratio(anatomy, options.ratio, allowed)
     if options.allocation == "uniform":
+        _check_same_in_every_layer(anatomy, options)
         uniform(anatomy, options.ratio, allowed)
+
+
+def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
+    protected = options.limits.protected(anatomy)
+    for kind in anatomy.kinds:
+        names = {block.name for block in anatomy.of_kind(kind)}
+        if names & protected and names - protected:
+            raise InputError(
+                f"keep: uniform allocation gives every layer the same size, and {min(names & protected)} is protected "
+                f"while {min(names - protected)} is not; use allocation error, or keep {kind} everywhere ({kind!r})"
+            )
 
 
 def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Known | None = None) -> Pruned:
@@ -215,8 +241,8 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                     continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_weight(layer, block).double()
-                units = keep_highest(_scores(block, weight, moments, options, gradients), sizes[block.name].units)
-                left = kept[block.name] = Kept.whole(units, block.members)
+                view = _view(block, weight, moments, options, gradients)
+                left = kept[block.name] = _choose(view, sizes[block.name], options.criterion)
                 damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
                 dampings[block.name] = damping if _is_fitted(block, left, options) else None
                 bias = _compensate(layer, weight, block, left, moments, damping, options)
@@ -235,7 +261,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
 
 def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
     """The sizes that each block may be left with; uniform ones are those that a stock configuration holds."""
-    return allowed_sizes(anatomy, options.target, skips=options.skips, stock=options.allocation == "uniform")
+    return allowed_sizes(anatomy, options.target, options.limits, stock=options.allocation == "uniform")
 
 
 def describe(
@@ -253,6 +279,9 @@ def describe(
         compensation=options.compensation,
         ratio=options.ratio,
         target=options.target,
+        axes=list(options.axes),
+        keep=list(options.keep),
+        floors=dict(options.floors),
         skips=options.skips,
         damping=options.damping,
         seed=options.seed,
@@ -310,14 +339,17 @@ def _sizes_to_keep(
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
         scores |= {
-            block.name: _scores(block, weight, moments, options, gradients)
+            block.name: CRITERIA[options.criterion](_view(block, weight, moments, options, gradients))
             for block, weight, moments in _dense_blocks(layers, inputs)
         }
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
+    members = {AXES[name].kind for name in options.axes if AXES[name].part == "members"}
     errors |= {
-        block.name: error_curve(weight, moments.gram, gradients.output[block.name], block.channels_per_unit)
+        block.name: error_curve(
+            weight, moments.gram, gradients.output[block.name], block.size, members=block.kind in members
+        )
         for block, weight, moments in _dense_blocks(layers, inputs)
     }
     if options.allocation == "error":
@@ -342,14 +374,29 @@ def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tenso
                     yield block, consumer_weight(layer, block).double(), inputs.moments(layer, block)
 
 
-def _scores(
+def _view(
     block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
-) -> Tensor:
+) -> BlockView:
     kind = 0 if block.kind == "attention" else 1
-    seed = (options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63)
-    taylor = gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None
-    view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, options.ratio, seed, taylor)
-    return CRITERIA[options.criterion](view)
+    return BlockView(
+        weight,
+        moments.gram,
+        moments.mean,
+        block.channels_per_unit,
+        options.ratio,
+        seed=(options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63),
+        taylor=gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None,
+        members=block.members,
+    )
+
+
+def _choose(view: BlockView, size: Size, criterion: str) -> Kept:
+    """Return what scores highest: first the units, then of each of them its members."""
+    units = keep_highest(CRITERIA[criterion](view), size.units)
+    if not size.units or size.members == view.members:
+        return Kept.whole(units, view.members)
+    scores = member_scores(criterion, view, units)
+    return Kept(units, torch.stack([keep_highest(own, size.members) for own in scores]))
 
 
 def _damping(

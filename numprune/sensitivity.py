@@ -26,9 +26,9 @@ class Sensitivity:
 
     Attributes:
         output: (H, H), S in nats per token; where the layers put hidden states, since together they are large.
-        taylor: where it was asked for, (units,) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
+        taylor: where it was asked for, (units, members) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
             2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L
-            the mean NLL.
+            the mean NLL. What its members share counts for each of them in equal parts.
     """
 
     output: Mapping[str, Tensor]
@@ -154,10 +154,14 @@ def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
 def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], tokens: int) -> Tensor:
     matrices = _matrices(layer, block)
     every = Kept.whole(torch.arange(block.units), block.members).to(matrices[block.reader.tensor].device)
-    score = torch.zeros(block.units, dtype=torch.float64, device=matrices[block.reader.tensor].device)
+    score = torch.zeros(block.size, dtype=torch.float64, device=matrices[block.reader.tensor].device)
     for part in block.slices:
         salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / tokens).abs()
         entries = salience.movedim(part.dim, 0).reshape(salience.shape[part.dim], -1).sum(1)
-        for index in range(len(part.parts)):
-            score += entries[part.entries(every, block.size, index)].view(block.units, -1).sum(1)
+        for index, extent in enumerate(part.parts):
+            own = entries[part.entries(every, block.size, index)].view(block.units, -1)
+            if extent.divided:
+                score += own.view(block.units, block.members, -1).sum(2)
+            else:
+                score += own.sum(1, keepdim=True) / block.members
     return score

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from numprune.anatomy import Anatomy, Block
+from numprune.axes import Limits
 from numprune.errors import InputError
 from numprune.slices import GONE, Size
 
@@ -39,19 +40,22 @@ class Target:
                 raise InputError(f"{field} is {value}; it must be at least 1")
 
 
-def allowed_sizes(anatomy: Anatomy, target: Target, *, skips: bool = False, stock: bool = False) -> Sizes:
+def allowed_sizes(anatomy: Anatomy, target: Target, limits: Limits, *, stock: bool = False) -> Sizes:
     """Return the sizes that each block may be left with.
 
     Args:
         anatomy: of the model to prune.
         target: of the result.
-        skips: a block may also lose all its units; its layer then passes the residual stream on.
+        limits: of what may be pruned.
         stock: only sizes that the architecture's own configuration holds.
 
     Raises:
-        InputError: a block has no size that the target can run; names the block, its size and the rule.
+        InputError: a block has no size that the target can run, or not its own, which it must keep; names the block,
+            its size and the rule. Also as `Limits.check`.
     """
-    return {block.name: _sizes(block, anatomy, target, skips, stock) for block in anatomy.blocks}
+    limits.check(anatomy)
+    protected = limits.protected(anatomy)
+    return {block.name: _sizes(block, anatomy, target, limits, protected, stock) for block in anatomy.blocks}
 
 
 def nearest(counts: Sequence[int], exact: float) -> int:
@@ -61,7 +65,9 @@ def nearest(counts: Sequence[int], exact: float) -> int:
     return min(around, key=lambda count: (abs(count - exact), -count))
 
 
-def _sizes(block: Block, anatomy: Anatomy, target: Target, skips: bool, stock: bool) -> list[Size]:
+def _sizes(
+    block: Block, anatomy: Anatomy, target: Target, limits: Limits, protected: frozenset[str], stock: bool
+) -> list[Size]:
     if not block.units:
         return [GONE]
     if block.kind == "mlp":
@@ -74,20 +80,23 @@ def _sizes(block: Block, anatomy: Anatomy, target: Target, skips: bool, stock: b
         rule = f"a multiple of quantization_group * tensor_parallel = {least}"
     else:
         sizes = [
-            size
+            Size(groups, heads)
             for groups in range(1, block.units + 1)
-            if _splits(size := Size(groups, block.members), anatomy, target) and _may_have(block, size, anatomy, stock)
+            for heads in range(1, block.members + 1)
+            if _splits(Size(groups, heads), anatomy, target) and _may_have(block, Size(groups, heads), anatomy, stock)
         ]
         rule = (
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
             f"in groups of quantization_group={target.quantization_group} channels"
         )
-    if not sizes:
+    allowed = [size for size in (GONE, *sizes) if limits.allow(block, size, protected)]
+    if not any(size.units for size in allowed):
+        which = "that axes, keep and floors allow" if sizes else f"of up to {block.units} units"
         raise InputError(
-            f"{block.name}: none of its sizes of up to {block.units} units suits the target, which needs {rule}; "
+            f"{block.name}: none of its sizes {which} suits the target, which needs {rule}; "
             "choose a smaller tensor_parallel or quantization_group"
         )
-    return [GONE, *sizes] if skips else sizes
+    return allowed
 
 
 def _may_have(block: Block, size: Size, anatomy: Anatomy, stock: bool) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
+from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import measure
 from numprune.calibration import Walker, consumer_weight
 from numprune.errors import InputError
@@ -146,11 +147,30 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
     assert torch.equal(cached, uncached)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "error"])
-def test_streamed_is_in_memory(family, allocation, tmp_path):
+def options_for(family, allocation, axes, **others):
+    """Of the axes a quarter goes, or of query heads alone one in each group."""
+    if axes == DEFAULT_AXES:
+        return PruneOptions(0.25, allocation=allocation, target=ALIGNED, **others)
+    anatomy = read_anatomy(build_tiny(family).config)
+    block = anatomy.blocks[0]
+    if block.members == 1 or not block.separable:
+        pytest.skip(f"no query head of {family} can go alone")
+    left = {other.name: Size(other.units, max(1, other.members - 1)) for other in anatomy.blocks}
+    ratio = 1 - measure(anatomy.keeping(left)).prunable_parameters / measure(anatomy).prunable_parameters
+    return PruneOptions(ratio, allocation=allocation, axes=axes, target=ALIGNED, **others)
+
+
+EVERY_ALLOCATION = pytest.mark.parametrize(
+    ("allocation", "axes"),
+    [(allocation, axes) for allocation in ("uniform", "error") for axes in (DEFAULT_AXES, ("query-heads",))],
+)
+
+
+@EVERY_ALLOCATION
+def test_streamed_is_in_memory(family, allocation, axes, tmp_path):
+    options = options_for(family, allocation, axes)
     folder = tmp_path / "base"
     write_checkpoint(build_tiny(family), folder)
-    options = PruneOptions(0.25, allocation=allocation, target=ALIGNED)
     kept = prune(build_tiny(family), ROWS, options)
     cut = {}
     plan = prune_layers(
@@ -160,6 +180,7 @@ def test_streamed_is_in_memory(family, allocation, tmp_path):
         lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
     )
     assert plan.sizes() == kept.plan.sizes()
+    assert axes == DEFAULT_AXES or {Size(2, 1)} <= set(plan.sizes().values())
     inside = kept.model.state_dict()
     for name, value in cut.items():
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
@@ -188,12 +209,12 @@ def test_gradients_of_the_loss_are_autograd_s_of_the_whole_model(family):
         torch.testing.assert_close(found.taylor[block.name].sum().float(), salience, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "error"])
-def test_a_refitted_model_errs_less(family, allocation):
+@EVERY_ALLOCATION
+def test_a_refitted_model_errs_less(family, allocation, axes):
     dense = logits(build_tiny(family)).log_softmax(-1)
 
     def error(compensation):
-        options = PruneOptions(0.25, allocation=allocation, compensation=compensation, target=ALIGNED)
+        options = options_for(family, allocation, axes, compensation=compensation)
         pruned = logits(prune(build_tiny(family), ROWS, options).model).log_softmax(-1)
         return float((dense.exp() * (dense - pruned)).sum(-1).mean())
 
@@ -202,11 +223,15 @@ def test_a_refitted_model_errs_less(family, allocation):
     assert joint < none
 
 
-def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family):
+@pytest.mark.parametrize("axes", [DEFAULT_AXES, AXES])
+def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes):
     anatomy = read_anatomy(build_tiny(family).config)
     block = anatomy.blocks[0]
-    uniform, per_layer = (allowed_sizes(anatomy, ALIGNED, stock=stock)[block.name] for stock in (True, False))
-    every = [Size(units, block.members) for units in range(1, block.units + 1)]
+    uniform, per_layer = (
+        allowed_sizes(anatomy, ALIGNED, Limits(tuple(axes)), stock=stock)[block.name] for stock in (True, False)
+    )
+    heads = range(1 if axes is AXES else block.members, block.members + 1)
+    every = [Size(units, members) for units in range(1, block.units + 1) for members in heads]
     assert per_layer == (every if block.separable else [block.size])
     assert uniform == [size for size in per_layer if anatomy.stock_holds(block, size)]
     assert uniform[-1] == block.size

@@ -12,6 +12,7 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 
 if TYPE_CHECKING:
     from numprune.corpus import TokenRows
+    from numprune.plan import PricedSplit
     from numprune.quality import Quality
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
@@ -47,6 +48,29 @@ def add(commands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=at_least(1), default=least, metavar="N", help=f"{help_text} (default: {least})"
         )
+    parser.add_argument(
+        "--axes",
+        nargs="+",
+        choices=get_args(names.Axis),
+        default=["kv-groups", "channels"],
+        metavar="AXIS",
+        help=f"what may be pruned: {', '.join(get_args(names.Axis))} (default: kv-groups channels)",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp)",
+    )
+    parser.add_argument(
+        "--floor",
+        type=_floor,
+        action="append",
+        default=[],
+        metavar="KIND=SHARE",
+        help="the least share that each block of a kind keeps: attention=0.5; may be given for each kind",
+    )
     parser.add_argument("--skips", action="store_true", help="with allocation error or global: whole blocks may go")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
     parser.add_argument(
@@ -76,6 +100,16 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     add_choice(parser, "--to", get_args(names.ExportTarget), None, "what to write")
+
+
+def _floor(text: str) -> tuple[str, float]:
+    kind, sign, share = text.partition("=")
+    try:
+        if sign:
+            return kind, float(share)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be KIND=SHARE, like attention=0.5")
 
 
 def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
@@ -145,6 +179,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
+    query_heads = [block.units * block.members for block in anatomy.of_kind("attention")]
+    lines.append(f"  {'attention: query heads by layer':<36} {', '.join(map(str, query_heads))}")
     for kind, what, smallest in (("attention", "KV groups", "1 KV group"), ("mlp", "channels", f"{align} channels")):
         units, share = [block.units for block in anatomy.of_kind(kind)], granularity[kind]
         lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, units))}")
@@ -157,11 +193,16 @@ def inspect(args: argparse.Namespace) -> Answer:
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
         )
         lines += [
-            f"  {'other split' if number else 'chosen split':<36} {split.kv_groups} KV groups and "
+            f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{split.mlp_channels:,} channels per layer, priced at {split.nats_per_token:.4f} nats per token"
             for number, split in enumerate(plan.splits or ())
         ]
     return Answer(data, "\n".join(lines))
+
+
+def _groups(split: "PricedSplit") -> str:
+    heads = f" of {split.query_heads} query heads" if split.query_heads and split.query_heads > 1 else ""
+    return f"{split.kv_groups} KV groups{heads}"
 
 
 def prune(args: argparse.Namespace) -> Answer:
@@ -183,6 +224,9 @@ def prune(args: argparse.Namespace) -> Answer:
         allocation=args.allocation,
         compensation=args.compensation,
         target=Target(args.align, args.tensor_parallel, args.quantization_group),
+        axes=args.axes,
+        keep=args.keep,
+        floors=dict(args.floor),
         skips=args.skips,
         seed=args.seed,
     )

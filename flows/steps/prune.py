@@ -88,8 +88,19 @@ def prune_checkpoint(
         "weight_bytes_before": weight_bytes(base),
         "weight_bytes_after": weight_bytes(out),
         "plan": hashlib.sha256((out / PLAN).read_bytes()).hexdigest(),
-        "kept_units": {name: [len(block.kept), block.units] for name, block in plan.blocks.items()},
+        "kept_units": _kept_units(plan),
     }
+
+
+def _kept_units(plan: Plan) -> dict[str, list[int]]:
+    """Return [kept, of] by block name, and where query heads went by themselves `NAME.query_heads` besides."""
+    found = {name: [len(block.kept), block.units] for name, block in plan.blocks.items()}
+    if any(block.kept_members for block in plan.blocks.values()):
+        for name, block in plan.blocks.items():
+            if block.members > 1:
+                units, members = block.to_kept().size
+                found[f"{name}.query_heads"] = [units * members, block.units * block.members]
+    return found
 
 
 def _prune_in_memory(

@@ -1,4 +1,4 @@
-"""Scores of units: the higher, the sooner kept. One file per score; all see the same `BlockView`.
+"""Scores of units, or of members: the higher, the sooner kept. One file per score; all see the same `BlockView`.
 
 Scores are only compared inside a block, except by the `global` allocation, which sorts the units of all blocks.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 from numprune.criteria.flap import flap
 from numprune.criteria.magnitude import magnitude
 from numprune.criteria.numerical import numerical, numerical_newton
-from numprune.criteria.obs import obs
+from numprune.criteria.obs import obs, obs_members
 from numprune.criteria.random import random
 from numprune.criteria.taylor import taylor
 from numprune.criteria.view import BlockView
@@ -29,4 +29,12 @@ CRITERIA: dict[str, Criterion] = {
     "obs": obs,
 }
 
-__all__ = ["CRITERIA", "BlockView", "Criterion"]
+
+def member_scores(criterion: str, view: BlockView, units: Tensor) -> Tensor:
+    """Return the score of each member of `units` (K,), which are left: (K, members)."""
+    if criterion == "obs":
+        return obs_members(view, units)
+    return CRITERIA[criterion](view.of_members()).view(view.units, view.members)[units]
+
+
+__all__ = ["CRITERIA", "BlockView", "Criterion", "member_scores"]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from numprune.criteria.view import BlockView
 from numprune.linalg import cholesky, damped, spd_inverse
+from numprune.slices import Size
 
 _PANEL = 128  # channels whose removals are applied together
 _COMPACT = 0.75  # share of the units still there under which the rows and columns of the others are dropped
@@ -21,6 +22,14 @@ def obs(view: BlockView) -> Tensor:
     scores = torch.empty(view.units, dtype=view.weight.dtype, device=view.weight.device)
     scores[order] = costs.cumsum(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     return scores
+
+
+def obs_members(view: BlockView, units: Tensor) -> Tensor:
+    """Return the round of `greedy_members` in which each member of `units` (K,) goes, the last one's highest."""
+    order, _ = greedy_members(view.weight, view.gram, units, Size(view.units, view.members))
+    scores = view.weight.new_full((len(units), view.members), len(order))
+    rounds = torch.arange(len(order), dtype=scores.dtype, device=scores.device)
+    return scores.scatter_(1, order.T, rounds.expand(len(units), -1))
 
 
 def greedy_removal(
@@ -83,6 +92,55 @@ def greedy_removal(
         Q.addmm_(U.T, U, alpha=-1)
         M.addmm_(U.T, V, alpha=-1).addmm_(V.T, U, alpha=-1)
     return torch.cat(order), torch.cat(costs)
+
+
+def greedy_members(
+    weight: Tensor, gram: Tensor, units: Tensor, size: Size, damping: float = 1e-4, *, rounds: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Remove members of the `units` left, in rounds: one of each unit, so that all units have the same number.
+
+    The other units are gone already, and what is left was refitted. Inside a round the next to go is the cheapest
+    member of all units that have lost none in it yet; costs and refits are those of `greedy_removal`.
+
+    Args:
+        weight: (out, D) float64, of the whole block.
+        gram: (D, D) float64.
+        units: (K,) left, ascending.
+        size: of the whole block; each member has the same number of channels.
+        damping: as of `greedy_removal`.
+        rounds: how many; all but the last member when None.
+
+    Returns:
+        order: (rounds, K), the member that each unit loses.
+        costs: (rounds,), the squared output error E||dy||^2 that each round adds; finite and not negative.
+
+    Raises:
+        ValueError: `gram` is not finite or far from positive semidefinite.
+    """
+    rounds = size.members - 1 if rounds is None else rounds
+    c = weight.shape[1] // (size.units * size.members)
+    channels = (units[:, None] * size.members * c + torch.arange(size.members * c, device=units.device)).flatten()
+    moments = damped(gram, damping)[:, channels]
+    inside = moments[channels]
+    Q = spd_inverse(inside)
+    refitted = weight @ moments @ Q
+    M = refitted.T @ refitted
+    least = inside.diagonal().reciprocal()
+    order = torch.empty(rounds, len(units), dtype=torch.long, device=units.device)
+    costs = weight.new_zeros(rounds)
+    removed = torch.zeros(len(units), size.members, dtype=torch.bool, device=units.device)
+    for number in range(rounds):
+        barred = removed.clone()
+        for _ in units:
+            chosen, cost, U, V = _choose_panel(Q, M, least, barred.flatten(), c, 1)
+            Q.addmm_(U.T, U, alpha=-1)
+            M.addmm_(U.T, V, alpha=-1).addmm_(V.T, U, alpha=-1)
+            unit, member = chosen // size.members, chosen % size.members
+            order[number, unit] = member
+            costs[number] += cost[0]
+            removed[unit, member] = True
+            barred[unit] = True
+    return order, costs
 
 
 def _choose_panel(

@@ -1,6 +1,6 @@
 """What a criterion sees of a block."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,7 +16,9 @@ class BlockView:
         channels_per_unit: D / units.
         ratio: the share of the prunable parameters asked to be removed (the raw numerical score depends on it).
         seed: of this block, for the criteria that draw.
-        taylor: (units,) float64, sensitivity.py's first-order score, where the criterion needs the loss's gradients.
+        taylor: (units, members) float64, sensitivity.py's first-order score, where the criterion needs the loss's
+            gradients.
+        members: of each unit.
     """
 
     weight: Tensor
@@ -26,10 +28,16 @@ class BlockView:
     ratio: float
     seed: int
     taylor: Tensor | None = None
+    members: int = 1
 
     @property
     def units(self) -> int:
         return self.weight.shape[1] // self.channels_per_unit
+
+    def of_members(self) -> "BlockView":
+        """Return a view whose units are the members of this one's."""
+        taylor = None if self.taylor is None else self.taylor.view(-1, 1)
+        return replace(self, channels_per_unit=self.channels_per_unit // self.members, members=1, taylor=taylor)
 
     def unit_mean(self, channel_scores: Tensor) -> Tensor:
         """Return the mean of (D,) channel scores over each unit's channels: (units,)."""

@@ -3,8 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping
 
-KINDS: Mapping[str, str] = {"attention": "KV groups", "mlp": "MLP channels"}
-_BLOCK = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(attention|mlp)")
+KINDS: Mapping[str, str] = {
+    "attention": "KV groups",
+    "attention.query_heads": "Query heads",
+    "mlp": "MLP channels",
+}
+_BLOCK = re.compile(rf"(?:.+\.)?layers\.(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))})")
 
 Units = dict[int, tuple[int, int]]  # layer -> (kept, of)
 

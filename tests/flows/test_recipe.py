@@ -65,23 +65,26 @@ def test_sections_left_out_take_their_defaults(minimal: Path) -> None:
 
 def test_names_are_those_that_are_implemented() -> None:
     from numprune.allocation import ALLOCATIONS
+    from numprune.axes import AXES
     from numprune.criteria import CRITERIA
     from numprune.export.runtimes import DEVICES, NAMES
     from numprune.pruning import COMPENSATIONS
 
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
+    assert set(get_args(names.Axis)) == set(AXES)
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
 
 
 def test_defaults_are_those_of_what_does_the_work() -> None:
+    from numprune.axes import DEFAULT_AXES
     from numprune.pruning import PruneOptions
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 
-    assert PruneOptions(**recipe.Prune().options()) == PruneOptions(ratio=0.3)
+    assert PruneOptions(**recipe.Prune().options()) == PruneOptions(ratio=0.3, axes=list(DEFAULT_AXES), keep=[])
     assert Load(**recipe.Benchmark().load("torch")) == Load()
     served = recipe.Benchmark().load("vllm")
     assert ServedLoad(**{**served, "concurrency": tuple(served["concurrency"])}) == ServedLoad()
@@ -152,8 +155,8 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "prune.ratio = 1.4: must be less than 1",
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
         "'magnitude' or 'random'; did you mean 'numerical'?",
-        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, skips, damping, seed, batch_size, "
-        "stream; did you mean 'ratio'?",
+        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, axes, keep, floors, skips, "
+        "damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
         "data.pack = 'maybe': must be \"auto\", true or false",

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from numprune import allocation
 from numprune.allocation import by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
+from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import measure
 from numprune.curves import error_at
 from numprune.errors import InputError
@@ -32,7 +33,10 @@ def random_errors(base, seed):
     """Error curves that never fall, and are not convex."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        block.name: column(torch.cat([torch.zeros(1), torch.rand(block.units, generator=generator).square()]).cumsum(0))
+        block.name: torch.cat([torch.zeros(1, block.members), torch.rand(block.size, generator=generator).square()])
+        .cumsum(0)
+        .cumsum(1)
+        .double()
         for block in base.blocks
     }
 
@@ -60,7 +64,7 @@ def removed(before, kept):
 )
 def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ratio, align, groups, seed, kind):
     base = anatomy(num_key_value_heads=groups)
-    allowed = allowed_sizes(base, Target(align=align))
+    allowed = allowed_sizes(base, Target(align=align), Limits())
     try:
         check_ratio(base, ratio, allowed)
     except InputError:
@@ -91,7 +95,7 @@ def test_global_removes_the_lowest_scores_of_the_whole_model():
     base = anatomy(num_hidden_layers=2)
     scores = {block.name: torch.full((block.units,), 5.0) for block in base.blocks}
     scores["layers.1.mlp"][:200] = torch.linspace(0, 1, 200)
-    kept = global_sort(base, 0.05, allowed_sizes(base, Target(align=1)), scores)
+    kept = global_sort(base, 0.05, allowed_sizes(base, Target(align=1), Limits()), scores)
     lost = {name: block.units - kept[name].units for name, block in zip(kept, base.blocks, strict=True)}
     assert lost == {
         "layers.0.attention": 0,
@@ -106,19 +110,21 @@ def test_global_counts_cost_in_parameters_not_units():
     base = anatomy(num_hidden_layers=1)
     scores = {"layers.0.attention": torch.tensor([0.0, 1.0, 2.0, 3.0]), "layers.0.mlp": torch.full((704,), 9.0)}
     group_cost = base.blocks[0].parameters_per_unit / measure(base).prunable_parameters
-    assert global_sort(base, group_cost, allowed_sizes(base, Target(align=1)), scores)["layers.0.attention"] == Size(
-        3, 2
-    )
+    assert global_sort(base, group_cost, allowed_sizes(base, Target(align=1), Limits()), scores)[
+        "layers.0.attention"
+    ] == Size(3, 2)
 
 
 def test_uniform_keeps_everything_at_ratio_zero():
     base = anatomy()
-    assert uniform(base, 0, allowed_sizes(base, Target())) == {block.name: block.size for block in base.blocks}
+    assert uniform(base, 0, allowed_sizes(base, Target(), Limits())) == {
+        block.name: block.size for block in base.blocks
+    }
 
 
 def test_uniform_splits_the_ratio_evenly_where_groups_allow():
     base = anatomy(num_key_value_heads=8)
-    kept = uniform(base, 0.25, allowed_sizes(base, Target(align=1)))
+    kept = uniform(base, 0.25, allowed_sizes(base, Target(align=1), Limits()))
     assert kept["layers.0.attention"] == Size(6)
     assert kept["layers.0.mlp"] == Size(528)
 
@@ -135,14 +141,14 @@ def test_uniform_splits_the_ratio_evenly_where_groups_allow():
 )
 def test_impossible_ratios_are_refused(ratio, align, message):
     with pytest.raises(InputError, match=message):
-        check_ratio(anatomy(), ratio, allowed_sizes(anatomy(), Target(align=align)))
+        check_ratio(anatomy(), ratio, allowed_sizes(anatomy(), Target(align=align), Limits()))
 
 
 def test_uniform_refuses_layers_that_differ():
     base = anatomy()
     kept = {block.name: block.size for block in base.blocks} | {"layers.0.mlp": Size(512)}
     with pytest.raises(InputError, match="layers differ already"):
-        uniform(base.keeping(kept), 0.2, allowed_sizes(base.keeping(kept), Target()))
+        uniform(base.keeping(kept), 0.2, allowed_sizes(base.keeping(kept), Target(), Limits()))
 
 
 def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
@@ -154,7 +160,7 @@ def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
     ratio = 1 - sum(
         (block.units - int((scores[block.name] == 0).sum())) * block.parameters_per_unit for block in base.blocks
     ) / (measure(base).prunable_parameters)
-    kept = global_sort(base, ratio, allowed_sizes(base, Target(align=1)), scores)
+    kept = global_sort(base, ratio, allowed_sizes(base, Target(align=1), Limits()), scores)
     heads = [kept[block.name].units for block in base.of_kind("attention")]
     assert heads == sorted(heads, reverse=True)
     assert len(set(heads)) == HEAD_SHAPES
@@ -169,7 +175,7 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
     scores["layers.1.mlp"] = torch.zeros(704)
     scores["layers.0.attention"] = torch.zeros(4)
     scores["layers.1.attention"] = torch.full((4,), 1.0)
-    allowed = allowed_sizes(base, Target(align=64), skips=True)
+    allowed = allowed_sizes(base, Target(align=64), Limits(skips=True))
     kept = global_sort(base, 0.6, allowed, scores)
     assert kept["layers.1.mlp"] == kept["layers.0.attention"] == Size(0)
     assert kept["layers.1.attention"] == Size(1, 2)
@@ -177,10 +183,12 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.35, 0.6])
-@pytest.mark.parametrize(("seed", "skips"), [(0, False), (1, True), (2, True)])
-def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, skips):
+@pytest.mark.parametrize(
+    ("seed", "skips", "axes"), [(0, False, DEFAULT_AXES), (1, True, DEFAULT_AXES), (2, True, AXES), (3, False, AXES)]
+)
+def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, skips, axes):
     base = anatomy(num_hidden_layers=2)
-    allowed = allowed_sizes(base, Target(align=128), skips=skips)
+    allowed = allowed_sizes(base, Target(align=128), Limits(tuple(axes), skips=skips))
     errors = random_errors(base, seed)
     for block in base.of_kind("attention"):  # else all of it would go first, which is not allowed
         errors[block.name] *= 100
@@ -194,7 +202,7 @@ def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, sk
 
 def test_by_error_with_rounded_costs_comes_as_near_as_its_shares_are_small(monkeypatch):
     base, errors = anatomy(), random_errors(anatomy(), 3)
-    allowed = allowed_sizes(base, Target(align=8))
+    allowed = allowed_sizes(base, Target(align=8), Limits())
     exact = by_error(base, 0.4, allowed, errors)
     monkeypatch.setattr(allocation, "_SHARES", 300)
     rounded = by_error(base, 0.4, allowed, errors)
@@ -208,10 +216,10 @@ def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
     for block in base.blocks:  # the first heads of layer i are free, all that is left is dear
         free = block.layer if block.kind == "attention" else 300
         errors[block.name] = column(torch.cat([torch.zeros(free + 1), torch.arange(1.0, block.units - free + 1)]))
-    kept = by_error(base, 0.4, allowed_sizes(base, Target(align=1)), errors)
+    kept = by_error(base, 0.4, allowed_sizes(base, Target(align=1), Limits()), errors)
     assert len({kept[block.name] for block in base.of_kind("attention")}) == HEAD_SHAPES
     nothing = {block.name: column(torch.zeros(block.units + 1)) for block in base.blocks}
-    kept = by_error(base, 0.9, allowed_sizes(base, Target(), skips=True), nothing)
+    kept = by_error(base, 0.9, allowed_sizes(base, Target(), Limits(skips=True)), nothing)
     assert any(kept[block.name].units for block in base.of_kind("attention"))
     assert any(kept[block.name].units for block in base.of_kind("mlp"))
 
@@ -222,7 +230,7 @@ def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
     base = anatomy(num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=8)
     heads = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3]
     base = base.keeping({block.name: block.size for block in base.blocks} | {"layers.10.attention": Size(3)})
-    allowed, free = allowed_sizes(base, Target(align=1)), {}
+    allowed, free = allowed_sizes(base, Target(align=1), Limits()), {}
     for block in base.blocks:
         free[block.name] = block.units - heads[block.layer] if block.kind == "attention" else 300
     ratio = sum(free[block.name] * block.parameters_per_unit for block in base.blocks)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.optimize import Bounds, LinearConstraint, minimize
 
-from numprune.criteria import CRITERIA, BlockView
+from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.criteria.numerical import boxed_mask, error_matrix, relaxed_mask
-from numprune.criteria.obs import greedy_removal
+from numprune.criteria.obs import greedy_members, greedy_removal
+from numprune.slices import Size
 
 
 def problem(seed=0, out=6, channels=12, samples=60, mean=0.5):
@@ -20,10 +21,9 @@ def problem(seed=0, out=6, channels=12, samples=60, mean=0.5):
     return weight, x
 
 
-def view(weight, x, channels_per_unit=1, ratio=0.3, seed=0):
-    return BlockView(
-        weight, x.T @ x / len(x), x.mean(0), channels_per_unit, ratio, seed, torch.rand(x.shape[1] // channels_per_unit)
-    )
+def view(weight, x, channels_per_unit=1, ratio=0.3, seed=0, members=1):
+    taylor = torch.rand(x.shape[1] // channels_per_unit, members)
+    return BlockView(weight, x.T @ x / len(x), x.mean(0), channels_per_unit, ratio, seed, taylor, members)
 
 
 def paper_newton(A, ratio, penalty, iterations=50):
@@ -211,3 +211,19 @@ def test_every_criterion_gives_a_finite_score_per_unit_even_of_a_dead_block(name
         scores = CRITERIA[name](view(weight, inputs, channels_per_unit))
         assert scores.shape == (12 // channels_per_unit,)
         assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_criterion_scores_the_members_of_the_units_left(name):
+    weight, x = problem()
+    seen, units = view(weight, x, channels_per_unit=6, members=3), torch.tensor([1])
+    scores = member_scores(name, seen, units)
+    assert scores.shape == (1, 3)
+    assert torch.isfinite(scores).all()
+    if name == "obs":
+        order, _ = greedy_members(seen.weight, seen.gram, units, Size(2, 3))
+        assert scores.argsort().tolist() == [[*order[:, 0].tolist(), int(scores.argmax())]]
+    elif name == "taylor":
+        assert torch.equal(scores, seen.taylor[units])
+    else:
+        assert torch.equal(scores[0], CRITERIA[name](view(weight, x, channels_per_unit=2))[3:])

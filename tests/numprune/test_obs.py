@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from numprune.criteria.obs import greedy_removal
+from numprune.criteria.obs import greedy_members, greedy_removal
 from numprune.linalg import damped
+from numprune.slices import Size
 from tests.numprune.test_criteria import problem
 
 MODULE = importlib.import_module("numprune.criteria.obs")  # the package has a function of that name
@@ -165,3 +166,50 @@ def test_a_gpu_removes_the_same(c):
     on_gpu = greedy_removal(weight.cuda(), moments(x).cuda(), c)
     assert on_gpu[0].tolist() == order.tolist()
     torch.testing.assert_close(on_gpu[1].cpu(), costs, rtol=1e-8, atol=0)
+
+
+def error_of(weight, gram, kept):
+    """E||dy||^2, and the ridge's part, once only the channels `kept` are there and were refitted."""
+    moments = damped(gram, 1e-4)
+    refitted = torch.zeros_like(weight)
+    refitted[:, kept] = weight @ moments[:, kept] @ torch.linalg.inv(moments[kept][:, kept])
+    missing = weight - refitted
+    return float(torch.einsum("oi,ij,oj->", missing, moments, missing))
+
+
+@pytest.mark.parametrize("units", [[0, 1, 2, 3], [1, 3]])
+def test_each_round_takes_of_every_unit_the_member_that_is_cheapest_then(units):
+    """Against every choice there is, refitted from the start each time."""
+    weight, x = problem(out=9, channels=24, samples=80)
+    size, c = Size(4, 3), 2
+    order, costs = greedy_members(weight, moments(x), torch.tensor(units), size)
+    left = {unit: [0, 1, 2] for unit in units}
+
+    def error(members):
+        kept = [(unit * 3 + member) * c + channel for unit in units for member in members[unit] for channel in range(c)]
+        return error_of(weight, moments(x), kept)
+
+    for number in range(2):
+        start, waiting = error(left), list(units)
+        while waiting:
+            found = {
+                (unit, member): error(left | {unit: [other for other in left[unit] if other != member]})
+                for unit in waiting
+                for member in left[unit]
+            }
+            unit, member = min(found, key=found.__getitem__)
+            assert int(order[number, units.index(unit)]) == member
+            waiting.remove(unit)
+            left[unit] = [other for other in left[unit] if other != member]
+        assert float(costs[number]) == pytest.approx(error(left) - start, rel=1e-6)
+
+
+def test_dead_members_go_first():
+    weight, x = problem(out=9, channels=24, samples=80)
+    x = x.view(-1, 4, 3, 2)
+    x[:, range(4), [0, 2, 1, 0]] = 0
+    gram = moments(x.flatten(1))
+    order, costs = greedy_members(weight, gram, torch.arange(4), Size(4, 3), rounds=1)
+    assert order.tolist() == [[0, 2, 1, 0]]
+    ridge = 1e-4 * float(gram.diagonal().mean() * weight.square().sum())
+    assert 0 <= float(costs[0]) <= ridge

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune.allocation import check_ratio, uniform
+from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.slices import Size
@@ -29,10 +30,13 @@ def flat(base, attention, mlp):
     align=st.sampled_from([1, 8, 64]),
     groups=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
+    axes=st.sampled_from([DEFAULT_AXES, tuple(AXES)]),
 )
-def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_cheapest(ratio, align, groups, seed):
+def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_cheapest(
+    ratio, align, groups, seed, axes
+):
     base = anatomy(num_hidden_layers=2, num_key_value_heads=groups, intermediate_size=320)
-    allowed, errors = allowed_sizes(base, Target(align=align)), random_errors(base, seed)
+    allowed, errors = allowed_sizes(base, Target(align=align), Limits(axes)), random_errors(base, seed)
     try:
         check_ratio(base, ratio, allowed)
         splits = splits_meeting(base, ratio, allowed)
@@ -57,7 +61,7 @@ def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_
 @pytest.mark.parametrize(("attention", "mlp", "groups"), [(1000, 0.1, 4), (1, 1, 1)])
 def test_dear_groups_stay_and_cheap_ones_go(attention, mlp, groups):
     base = anatomy()
-    allowed = allowed_sizes(base, Target())
+    allowed = allowed_sizes(base, Target(), Limits())
     kept = uniform(base, 0.3, allowed, flat(base, attention, mlp))
     assert kept["layers.0.attention"] == Size(groups, 2)
     assert uniform(base, 0.3, allowed)["layers.0.attention"].units == 3  # without prices the nearest to 0.7 * 4
@@ -68,7 +72,7 @@ def test_prices_within_a_tenth_of_the_cheapest_leave_the_most_even_split(factor,
     """Curves that cost what the parameters cost, those of attention times `factor`."""
     base = anatomy()
     group, channel = (base.of_kind(kind)[0].parameters_per_unit for kind in ("attention", "mlp"))
-    kept = uniform(base, 0.3, allowed_sizes(base, Target()), flat(base, factor * group, channel))
+    kept = uniform(base, 0.3, allowed_sizes(base, Target(), Limits()), flat(base, factor * group, channel))
     assert kept["layers.0.attention"] == Size(groups, 2)
 
 
@@ -76,7 +80,7 @@ def test_rounding_to_the_alignment_does_not_make_a_split_cheaper():
     """A group costs what its parameters cost in MLP channels, so that no split is cheaper than another."""
     base = anatomy()
     group, channel = (base.of_kind(kind)[0].parameters_per_unit for kind in ("attention", "mlp"))
-    splits = splits_meeting(base, 0.3, allowed_sizes(base, Target(align=128)))
+    splits = splits_meeting(base, 0.3, allowed_sizes(base, Target(align=128), Limits()))
     assert len(splits) == 4
     assert len({removed(base, split.sizes(base)) for split in splits}) > 1
     prices = [split.price(base, flat(base, group, channel)) for split in splits]
@@ -85,13 +89,13 @@ def test_rounding_to_the_alignment_does_not_make_a_split_cheaper():
 
 def test_a_single_kv_group_leaves_nothing_to_choose():
     base = anatomy(num_key_value_heads=1)
-    splits = splits_meeting(base, 0.2, allowed_sizes(base, Target()))
+    splits = splits_meeting(base, 0.2, allowed_sizes(base, Target(), Limits()))
     assert [split.attention for split in splits] == [Size(1, 8)]
 
 
 def test_the_nearest_ratios_are_named_where_none_meets_it():
     base = anatomy(num_key_value_heads=2, intermediate_size=64)
-    allowed = allowed_sizes(base, Target())
+    allowed = allowed_sizes(base, Target(), Limits())
     message = (
         "uniform allocation cannot remove 0.3 of the prunable parameters: one KV group of every layer is 0.385 of "
         "them, more than the MLPs can make up for; choose ratio 0.202 or 0.385, or allocation error"

@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune.allocation import check_ratio, uniform
+from numprune.axes import AXES, Limits
 from numprune.errors import InputError
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes, nearest
@@ -21,7 +22,7 @@ def test_every_allowed_size_splits_over_the_gpus_and_into_groups(heads, parallel
     base = anatomy(num_attention_heads=queries, num_key_value_heads=keys, hidden_size=32 * queries)
     target = Target(align=align, tensor_parallel=parallel, quantization_group=group)
     try:
-        allowed = allowed_sizes(base, target)
+        allowed = allowed_sizes(base, target, Limits(tuple(AXES)))
     except InputError:
         return
     for block in base.blocks:
@@ -40,7 +41,7 @@ def test_every_allowed_size_splits_over_the_gpus_and_into_groups(heads, parallel
 
 def test_the_target_decides_what_pruning_keeps():
     base = anatomy(num_attention_heads=8, num_key_value_heads=8)
-    allowed = allowed_sizes(base, Target(align=32, tensor_parallel=2))
+    allowed = allowed_sizes(base, Target(align=32, tensor_parallel=2), Limits())
     kept = uniform(base, 0.3, allowed)
     assert (kept["layers.0.attention"].units, kept["layers.0.mlp"].units % 64) == (6, 0)
     assert list(allowed["layers.0.attention"]) == [Size(2), Size(4), Size(6), Size(8)]  # one head cannot be halved
@@ -48,7 +49,10 @@ def test_the_target_decides_what_pruning_keeps():
 
 def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
     base = anatomy(num_attention_heads=8, num_key_value_heads=2)
-    assert list(allowed_sizes(base, Target(tensor_parallel=4))["layers.0.attention"]) == [Size(1, 4), Size(2, 4)]
+    assert list(allowed_sizes(base, Target(tensor_parallel=4), Limits())["layers.0.attention"]) == [
+        Size(1, 4),
+        Size(2, 4),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
 )
 def test_a_target_that_no_size_suits_is_refused_before_anything_is_done(target, block):
     with pytest.raises(InputError, match=rf"layers\.0\.{block}: none of its sizes .* choose a smaller tensor_parallel"):
-        allowed_sizes(anatomy(), target)
+        allowed_sizes(anatomy(), target, Limits())
 
 
 @pytest.mark.parametrize("field", ["align", "tensor_parallel", "quantization_group"])
@@ -69,7 +73,7 @@ def test_a_target_of_nothing_is_refused(field):
 def test_the_ratio_is_held_against_what_the_target_leaves():
     base = anatomy(num_key_value_heads=4)
     with pytest.raises(InputError, match=r"at most 0\.5\d+ of the prunable"):
-        check_ratio(base, 0.7, allowed_sizes(base, Target(align=176, tensor_parallel=2)))
+        check_ratio(base, 0.7, allowed_sizes(base, Target(align=176, tensor_parallel=2), Limits()))
 
 
 def test_nearest_prefers_the_larger_of_two():

@@ -1,0 +1,102 @@
+"""What of a model may be pruned: the axes, and what is protected."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from numprune.anatomy import Anatomy, Block
+from numprune.errors import InputError
+from numprune.families import Kind
+from numprune.slices import GONE, Size
+
+
+class Axis(NamedTuple):
+    """The units of all blocks of a kind, or the members of these units."""
+
+    kind: Kind
+    part: Literal["units", "members"]
+
+
+AXES: dict[str, Axis] = {
+    "kv-groups": Axis("attention", "units"),
+    "query-heads": Axis("attention", "members"),
+    "channels": Axis("mlp", "units"),
+}
+DEFAULT_AXES = ("kv-groups", "channels")
+
+_LAYER = re.compile(r"layers\.(-?\d{1,6})(?:\.(\w+))?")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What pruning may take.
+
+    Attributes:
+        axes: what may be pruned, names of `AXES`.
+        keep: what loses nothing: layers (`layers.0`, `layers.-1`), blocks (`layers.0.mlp`), or all blocks of a kind.
+        floors: kind of block -> the least share of its units, and of all their members, that each such block keeps.
+        skips: a block may also lose all its units; its layer then passes the residual stream on.
+    """
+
+    axes: Sequence[str] = DEFAULT_AXES
+    keep: Sequence[str] = ()
+    floors: Mapping[str, float] = field(default_factory=dict)
+    skips: bool = False
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse names and shares that mean nothing for this model. Raises InputError, which says what would."""
+        for name in self.axes:
+            if name not in AXES:
+                raise InputError(f"axes: {name!r} is unknown; choose from {', '.join(AXES)}")
+        if not self.axes:
+            raise InputError(f"axes: nothing may be pruned; choose from {', '.join(AXES)}")
+        for kind, share in self.floors.items():
+            if kind not in anatomy.kinds:
+                raise InputError(f"floors: {kind!r} is unknown; the model's blocks are {' and '.join(anatomy.kinds)}")
+            if not 0 <= share <= 1:
+                raise InputError(f"floors: {kind} is {share}; it must be a share from 0 to 1")
+        self.protected(anatomy)
+
+    def protected(self, anatomy: Anatomy) -> frozenset[str]:
+        """Return the names of the blocks that lose nothing.
+
+        Raises:
+            InputError: `keep` names something that the model does not have.
+        """
+        return frozenset(block.name for name in self.keep for block in _named(name, anatomy))
+
+    def allow(self, block: Block, size: Size, protected: frozenset[str]) -> bool:
+        """Whether the block may be left with this size, which no other size of it depends on."""
+        if size == block.size:
+            return True
+        floor = self.floors.get(block.kind, 0.0)
+        if block.name in protected or size.units * size.members < floor * block.units * block.members:
+            return False
+        if size == GONE:
+            return self.skips
+        return (size.units == block.units or self._moves(block, "units")) and (
+            size.members == block.members or self._moves(block, "members")
+        )
+
+    def _moves(self, block: Block, part: Literal["units", "members"]) -> bool:
+        return Axis(block.kind, part) in {AXES[name] for name in self.axes}
+
+
+def _named(name: str, anatomy: Anatomy) -> tuple[Block, ...]:
+    """Return the blocks that an entry of `keep` names."""
+    if name in anatomy.kinds:
+        return anatomy.of_kind(name)
+    kinds = " or ".join(anatomy.kinds)
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"keep: {name!r} is unknown; it must be a layer (layers.0), a block (layers.0.mlp), or {kinds}"
+        )
+    index, kind = int(match[1]), match[2]
+    if not -anatomy.layers <= index < anatomy.layers:
+        raise InputError(f"keep: {name!r} is unknown; the model has layers.0 to layers.{anatomy.layers - 1}")
+    blocks = tuple(block for block in anatomy.of_layer(index % anatomy.layers) if kind in (None, block.kind))
+    if not blocks:
+        raise InputError(f"keep: {name!r} is unknown; the blocks of a layer are {kinds}")
+    return blocks
