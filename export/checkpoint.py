@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from numprune.anatomy import family_of
+from numprune.anatomy import family_of, task_name
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import copy_config, read_config, reason, write_config
 from numprune.export.files import DOWNLOADED, PLAN, carry
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
 from numprune.export.weights import TensorHeader, dtypes_of, main_dtype, read_headers, slabs, weight_bytes
+from numprune.modeling import AUTO_OF
 
 __all__ = [
     "PLAN",
@@ -68,16 +69,24 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     folder = resolve(model)
     audit(folder)
     tokenizer = load_tokenizer(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=read_config(folder),
-        generation_config=GenerationConfig(),  # the folder's, which need not even be valid, is not read
-        dtype=dtype,
-        attn_implementation=family_of(read_config(folder)).attention_implementation,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    ).eval()
+    config = read_config(folder)
+    task = task_name(config)
+    # The folder's generation settings, which need not even be valid, are not read.
+    generation = {"generation_config": GenerationConfig()} if task == "causal-lm" else {}
+    loaded = (
+        AUTO_OF[task]
+        .from_pretrained(
+            folder,
+            config=config,
+            **generation,
+            dtype=dtype,
+            attn_implementation=family_of(config).attention_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        .eval()
+    )
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
             raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite")
@@ -207,7 +216,7 @@ def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str,
     transformers_logging.set_verbosity_error()  # it warns about sizes that we check ourselves
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AUTO_OF[task_name(config)].from_config(config, trust_remote_code=False)
     except Exception as error:  # as in `read_config`
         raise InputError(f"config.json: transformers cannot make a model of it: {reason(error)}") from error
     finally:

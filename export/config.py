@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
@@ -56,9 +56,7 @@ def _parse(folder: Path, content: dict[str, Any]) -> Any:
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads:
             # transformers insists that they divide, though head_dim says what the quotient would. Ours does not.
             config = AutoConfig.for_model(**{**content, "model_type": f"{PER_LAYER_PREFIX}llama"})
-            config = pruned_config(config, read_anatomy(config))
-            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
-            return config
+            return pruned_config(config, read_anatomy(config))
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

@@ -13,6 +13,7 @@ CONFIG = "config.json"
 PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
+SENTENCE_MODULES = "[0-9]_*/*.json"  # sentence-transformers' settings of pooling and the like
 
 # Checked before a file is parsed or copied.
 MAXIMUM_CONFIG_BYTES = 16 << 20
@@ -52,14 +53,26 @@ def require_size(path: Path, maximum: int) -> None:
 
 def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError."""
-    require_size(path, maximum)
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {str(error)[:200]}") from None
+    found = _read_json(path, maximum)
     if not isinstance(found, dict):
         raise InputError(f"{path}: must hold a JSON object")
     return found
+
+
+def read_array(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> list[Any]:
+    """The JSON array in a file. Raises InputError."""
+    found = _read_json(path, maximum)
+    if not isinstance(found, list):
+        raise InputError(f"{path}: must hold a JSON array")
+    return found
+
+
+def _read_json(path: Path, maximum: int) -> Any:
+    require_size(path, maximum)
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {str(error)[:200]}") from None
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
@@ -68,9 +81,11 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 def carried(folder: Path) -> Iterator[Path]:
     """The files of a model's folder that are the same for the pruned model, sorted. Raises InputError."""
-    for path in sorted([*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*.jinja")]):
+    inside = (*(folder / MORE_TEMPLATES).glob("*.jinja"), *folder.glob(SENTENCE_MODULES))
+    for path in sorted([*folder.iterdir(), *inside]):
         name = path.name.lower()
-        if path.is_dir() or any(fnmatchcase(name, pattern) for pattern in _NOT_CARRIED):
+        apart = path.parent == folder and any(fnmatchcase(name, pattern) for pattern in _NOT_CARRIED)
+        if path.is_dir() or apart:
             continue
         if any(fnmatchcase(name, pattern) for pattern in _CARRIED):
             require_size(path, MAXIMUM_FILE_BYTES)

@@ -20,9 +20,11 @@ from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.export.shards import ShardWriter
+from numprune.export.tasks import load_task
 from numprune.export.weights import TensorHeader, read_rows, slabs
 from numprune.layers import Entered, Head, enter, leave
 from numprune.surgery import skeleton
+from numprune.tasks import Task
 
 
 class CheckpointLayers:
@@ -56,12 +58,14 @@ class CheckpointLayers:
         self._skeleton = skeleton(checkpoint.read_config(folder))
         self._names = checkpoint.stored_names(self._skeleton)
         self._family = family_of(self._skeleton.config)
-        self._layers: Any = self._skeleton.get_submodule(self._family.layers)
+        self.task: Task = load_task(folder)
         # It is filled with some rows only, and the row of padding has a part in training alone.
-        self._skeleton.get_submodule(self._family.embedding).padding_idx = None
+        self._embedding: Any = self._skeleton.get_input_embeddings()
+        self._embedding.padding_idx = None
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
+        self._layers: Any = self._skeleton.get_submodule(self.anatomy.layers_path)
         self.device = torch.device(device)
         self.dtype = dtype
         for module in self._skeleton.modules():
@@ -69,12 +73,12 @@ class CheckpointLayers:
                 setattr(module, name, buffer.to(self.device))
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
-        with self._around(tokens, head=False) as places:
-            return enter(self._skeleton, self._layers, places, mask)
+        with self._around(tokens, head=False):
+            return enter(self._skeleton, self._layers, tokens.to(self.device), mask)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        path = f"{self._family.layers}.{index}"
+        path = f"{self.anatomy.layers_path}.{index}"
         layer = self._skeleton.get_submodule(path)
         with self._filled({f"{path}.{name}": None for name, _ in layer.named_parameters()}):
             yield layer
@@ -82,7 +86,7 @@ class CheckpointLayers:
     @contextmanager
     def head(self) -> Iterator[Head]:
         def run(tokens: Tensor, hidden: Tensor) -> Tensor:
-            return leave(self._skeleton, self._layers, torch.zeros_like(tokens, device=self.device), hidden)
+            return leave(self.task, self._skeleton, self._layers, torch.zeros_like(tokens, device=self.device), hidden)
 
         # Of the tokens it takes no more than their shape.
         with self._around(torch.zeros(1, 1, dtype=torch.long), head=True):
@@ -95,21 +99,27 @@ class CheckpointLayers:
         """Write the tensors that stand around the layers as they are: embedding, last norm, output matrix."""
         tied = self._skeleton.all_tied_weights_keys
         for name, stored in self._names.items():
-            if name not in tied and not name.startswith(f"{self._family.layers}."):
+            if name not in tied and not name.startswith(f"{self.anatomy.layers_path}."):
                 writer.add_slabs(stored, self.stored[stored].shape, slabs(self.stored[stored]))
 
     @contextmanager
-    def _around(self, tokens: Tensor, *, head: bool) -> Iterator[Tensor]:
-        """Fill what stands around the layers; give the places of `tokens` in the embedding: it has their rows only."""
-        embedding, output = f"{self._family.embedding}.weight", f"{self._family.head}.weight"
-        inside = (f"{self._family.layers}.", embedding, output)
+    def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:
+        """Fill what stands around the layers; of the embedding the rows of `tokens` only, where it looks them up."""
+        modules = {module: name for name, module in self._skeleton.named_modules()}
+        embedding, output = f"{modules[self._embedding]}.weight", self._skeleton.get_output_embeddings()
+        outputs = [f"{modules[output]}.{name}" for name, _ in output.named_parameters()] if output is not None else []
+        inside = (f"{self.anatomy.layers_path}.", embedding, *outputs)
         names = [name for name, _ in self._skeleton.named_parameters() if not name.startswith(inside)]
-        used, places = tokens.unique(return_inverse=True)
+        used = tokens.unique().to(self.device)
         stored = self._header(embedding)
         rows = torch.cat([read_rows(stored, token, token + 1) for token in used.tolist()])
         values: dict[str, Tensor | None] = {embedding: rows, **dict.fromkeys(names)}
-        with self._filled(values | ({output: None} if head else {})):
-            yield places.to(self.device)
+        places = self._embedding.register_forward_pre_hook(lambda _, args: (torch.searchsorted(used, args[0]),))
+        try:
+            with self._filled(values | dict.fromkeys(outputs if head else [])):
+                yield
+        finally:
+            places.remove()
 
     @contextmanager
     def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:

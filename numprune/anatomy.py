@@ -16,12 +16,20 @@ from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Counted, Part, Wiring
+from numprune.families.family import LINEAR_PARTS, Counted, Part, Shape, Wiring
 from numprune.slices import GONE, Extent, Size, Slice
+from numprune.tasks import TaskName
 
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
 MAXIMUM_LAYERS = 10_000  # an untrusted configuration may say anything, and every layer is looked at
+_TASK_OF_CLASS: dict[str, TaskName] = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "classification",
+    "Model": "embedding",
+}
 HOW_TO_ADD = "docs/adding-an-architecture.md"
 
 
@@ -45,6 +53,7 @@ class Block:
         modules: that silence the block when they put out zeros.
         separable: units can go without changing what the others compute.
         norm_behind: a norm stands between the consumer and the residual stream.
+        post_norms: norms after the sum of the block's output and the stream, which go with the block.
         sizes: attribute of the layer's modules -> what it counts, where tensors do not tell all.
     """
 
@@ -61,6 +70,7 @@ class Block:
     modules: tuple[str, ...]
     separable: bool
     norm_behind: bool
+    post_norms: tuple[str, ...]
     sizes: Mapping[str, Counted]
 
     @property
@@ -129,15 +139,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A decoder-only transformer as its blocks and what surrounds them."""
+    """A transformer as its blocks and what surrounds them."""
 
     family: str
+    task: TaskName
+    layers_path: str
+    context: int  # tokens that a row can have
     hidden_size: int
     head_dim: int
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP, first layer first: the order of the forward pass
     around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
-    output_parameters: int  # of the matrix that gives the logits, tied or not
+    output_parameters: int  # of the matrix that gives each token's logits, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
     attention_differs: bool  # some layers look at a window, others at everything
@@ -220,6 +233,50 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
+def task_name(config: PreTrainedConfig) -> TaskName:
+    """Return what a model is for, by the class that its configuration names.
+
+    A decoder is a language model also where the class has no head: then it is tied to the embeddings.
+
+    Raises:
+        InputError: the architecture is not supported, or not for this task.
+    """
+    family = family_of(config)
+    decoder = "causal-lm" in family.tasks
+    [named] = (config.architectures or [None])[:1]
+    if named is None and decoder:
+        return "causal-lm"
+    for ending, task in _TASK_OF_CLASS.items():
+        if named is not None and named.endswith(ending):
+            task = "causal-lm" if decoder and ending == "Model" else task
+            if task in family.tasks:
+                return task
+            break
+    known = [(ending, task) for ending, task in _TASK_OF_CLASS.items() if task in family.tasks]
+    supported = ", ".join(f"{task} (…{ending})" for ending, task in known if ending != "LMHeadModel")
+    raise InputError(
+        f"architectures={config.architectures}: {family.name} is supported for {supported}; "
+        "load the model as such a class with transformers and save it"
+    )
+
+
+def model_prefix(config: PreTrainedConfig) -> str:
+    """Return what stands before the names of the base model's parts in the whole model."""
+    family = family_of(config)
+    return f"{family.prefix}." if family.prefix and task_name(config) != "embedding" else ""
+
+
+def layers_path(config: PreTrainedConfig) -> str:
+    """Return the path of the layers in the whole model."""
+    return f"{model_prefix(config)}{family_of(config).layers}"
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """Return how many tokens a row can have."""
+    reserved = config.pad_token_id + 1 if family_of(config).reserved_positions else 0
+    return int(config.max_position_embeddings - reserved)
+
+
 def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
@@ -228,7 +285,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     """
     family = family_of(config)
     blocks = read_blocks(config)
-    hidden, vocabulary = config.hidden_size, config.vocab_size
+    task, hidden, vocabulary = task_name(config), config.hidden_size, config.vocab_size
     sizes = (_layer_sizes(family, config.per_layer_config[layer], layer) for layer in range(config.num_hidden_layers))
     head_dims = {head_dim for _, _, head_dim, _ in sizes}
     if len(head_dims) != 1:
@@ -237,14 +294,18 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     dtype = config.dtype
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype={str(dtype)[:80]}; it must be the name of a data type of torch")
+    around, embedding = _around(family, config), f"{model_prefix(config)}{family.embedding}"
     return Anatomy(
         family=family.name,
+        task=task,
+        layers_path=layers_path(config),
+        context=context_of(config),
         hidden_size=hidden,
         head_dim=head_dim,
         vocabulary=vocabulary,
         blocks=blocks,
-        around=_around(family, config),
-        output_parameters=vocabulary * hidden,
+        around=around,
+        output_parameters=prod(around[f"{embedding}.weight"]) if task in ("causal-lm", "masked-lm") else 0,
         bytes_per_value=dtype.itemsize if dtype is not None else 4,
         sliding_window=getattr(config, "sliding_window", None),
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
@@ -324,7 +385,7 @@ def _block(
     return Block(
         layer=layer,
         kind=kind,
-        path=f"{family.layers}.{layer}",
+        path=f"{layers_path(config)}.{layer}",
         units=size.units,
         members=size.members,
         consumer=wiring.reader.path,
@@ -335,6 +396,7 @@ def _block(
         modules=wiring.modules,
         separable=not wiring.joint_norms,
         norm_behind=wiring.norm_behind,
+        post_norms=wiring.norms if wiring.post_norm else (),
         sizes=wiring.sizes,
     )
 
@@ -344,15 +406,27 @@ def _norm(family: Family, path: str, size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
-    hidden = config.hidden_size
-    table = (config.vocab_size, hidden)
-    around: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": table}
+    task, hidden = task_name(config), config.hidden_size
+
+    def shapes(tensors: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(config, field) for field in fields) for name, fields in tensors.items()}
+
+    around: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (config.vocab_size, hidden)}
     if family.positions:
         path, extra = family.positions
         around[f"{path}.weight"] = (config.max_position_embeddings + extra, hidden)
-    around |= _norm(family, family.final_norm, hidden)
-    if not config.tie_word_embeddings:
-        around[f"{family.head}.weight"] = table
+    around |= shapes(family.around)
+    if family.projection and config.embedding_size != hidden:
+        around |= {
+            f"{family.projection}.weight": (hidden, config.embedding_size),
+            f"{family.projection}.bias": (hidden,),
+        }
+    if family.final_norm:
+        around |= _norm(family, family.final_norm, hidden)
+    around = {f"{model_prefix(config)}{name}": shape for name, shape in around.items()}
+    around |= shapes(family.heads_of.get(task, {}))
+    if task in ("causal-lm", "masked-lm") and not config.tie_word_embeddings:
+        around |= shapes(family.untied)
     return around
 
 

@@ -33,7 +33,7 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: pyarrow cannot read it: {str(error).splitlines()[0][:300]}") from None
     for table in tables:
         wanted = [name for name in table.column_names if name in fields]
-        if not wanted:
+        if not {"text", "messages"}.intersection(wanted):
             raise InputError(
                 f'{path}: no column is called "text" or "messages"; its columns are '
                 f"{', '.join(map(repr, table.column_names[:8]))}"

@@ -1,10 +1,10 @@
-"""Runs a decoder block by block over calibration rows and hands out each block's consumer inputs and outputs.
+"""Runs a model block by block over calibration rows and hands out each block's consumer inputs and outputs.
 
 Rows are walked layer by layer, not row by row: the hidden states of all rows are kept, the weights of one layer are
 used at a time. The dense and the pruned model can so be carried side by side.
 
 A layer is run by its own forward pass, with the arguments that the model calls it with. One block alone is the layer
-with the other block's output put to zero.
+with the other block's output put to zero, and the norm behind that block's sum, where there is one, left out.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,19 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
-from numprune.layers import SILENT, Arguments, Layers, replaced
+from numprune.layers import Arguments, Layers, replaced, stand_ins
 
 
-def check_rows(config: PreTrainedConfig, anatomy: Anatomy, rows: Tensor) -> None:
+def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
     """Refuse rows that are not the model's.
 
     Raises:
         InputError: a token outside the vocabulary, or rows longer than the context.
     """
-    length, limit = rows.shape[1], config.max_position_embeddings
+    length, limit = rows.shape[1], anatomy.context
     if length > limit:
         raise InputError(f"sequence length {length} is over the model's {limit}; give rows of {limit} tokens or less")
     if int(rows.max()) >= anatomy.vocabulary:
@@ -69,8 +68,8 @@ def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Argum
     with ExitStack() as stack:
         for other in anatomy.of_layer(block.layer):
             if other.name != block.name and other.units:
-                modules = [layer.get_submodule(path) for path in other.modules]
-                stack.enter_context(replaced(modules, SILENT[other.kind]))
+                for path, stand_in in stand_ins(other).items():
+                    stack.enter_context(replaced([layer.get_submodule(path)], stand_in))
         hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
         stack.callback(hook.remove)
         after = arguments.call(layer, hidden)

@@ -1,12 +1,12 @@
-"""Documents to rows of tokens: windows of each document, or of all documents joined by EOS."""
+"""Documents to rows of tokens: windows of each document, or of all documents joined by a separator."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +18,26 @@ from numprune.errors import InputError
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """Consecutive windows of tokens: each of one document, or, *packed*, of all documents joined by EOS.
+class Frame:
+    """The special tokens of an encoder's rows.
 
-    What a row holds of one document is a *span*. All tokens of a row are scored but the first, whatever document they
-    are from. An EOS belongs to the document that it ends.
+    Attributes:
+        prefix, suffix: around each row.
+        separator: between the documents of a packed row; None: there is none to pack with.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    separator: int | None
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Consecutive windows of tokens: each of one document, or, *packed*, of all documents joined by a separator.
+
+    What a row holds of one document is a *span*. A causal model is scored at all tokens of a row but the first,
+    whatever document they are from. A separator (EOS, or an encoder's [SEP]) belongs to the document that it ends, an
+    encoder's special tokens at a row's ends to the documents beside them.
 
     Attributes:
         rows: (S',) int64 each; S' is the sequence length, less in the last row of a document, or of all of them.
@@ -30,6 +45,7 @@ class TokenRows:
         names: of the documents.
         digest: SHA-256 of the tokens, of where the documents end, and of whether they are packed.
         spans: each row's spans' tokens; None where the rows are not packed: then a row is one span.
+        labels: class of each document; None where they have none.
     """
 
     rows: list[Tensor]
@@ -37,6 +53,7 @@ class TokenRows:
     names: list[str]
     digest: str
     spans: list[list[int]] | None = None
+    labels: list[int] | None = None
 
     @property
     def packed(self) -> bool:
@@ -44,7 +61,7 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """How many are scored."""
+        """How many a causal model is scored at."""
         return int(self.scored.sum())
 
     @property
@@ -54,7 +71,7 @@ class TokenRows:
 
     @cached_property
     def scored(self) -> np.ndarray:
-        """(spans,) int64: scored tokens."""
+        """(spans,) int64: tokens that a causal model is scored at."""
         return np.array([part.stop - part.start for parts in self._parts for part in parts], dtype=np.int64)
 
     @cached_property
@@ -68,6 +85,24 @@ class TokenRows:
             for span, part in enumerate(self._parts[index], start=self._first_span[index]):
                 sums[span] += of_row[part].sum()
 
+    def add_at(
+        self, sums: np.ndarray, rows: Sequence[int], positions: Sequence[np.ndarray], values: np.ndarray
+    ) -> None:
+        """Add values (n, P) at some `positions` (P,) of each of these `rows` to the `sums` (spans,) of their spans."""
+        for index, at, of_row in zip(rows, positions, values, strict=True):
+            ends = np.cumsum([len(self.rows[index])] if self.spans is None else self.spans[index])
+            np.add.at(sums, self._first_span[index] + np.searchsorted(ends, at, side="right"), of_row)
+
+    def first_of_each_document(self) -> "TokenRows":
+        """Return the first row of each document alone; the rows are not packed."""
+        first = np.unique(self.document, return_index=True)[1].tolist()
+        return replace(
+            self,
+            rows=[self.rows[index] for index in first],
+            document=[self.document[index] for index in first],
+            digest=hashlib.sha256(f"{self.digest} first".encode()).hexdigest(),
+        )
+
     def part(self, rows: slice) -> "TokenRows":
         """Return these of the rows alone."""
         first = [*self._first_span, len(self.document)]
@@ -78,6 +113,7 @@ class TokenRows:
             self.names,
             hashlib.sha256(f"{self.digest} {rows.start}:{rows.stop}".encode()).hexdigest(),
             self.spans and self.spans[rows],
+            self.labels,
         )
 
     @cached_property
@@ -98,13 +134,14 @@ def token_rows(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     pack: bool | Literal["auto"] = "auto",
+    frame: Frame | None = None,
 ) -> TokenRows:
     """Return the documents' tokens in consecutive windows of `length`, no overlap.
 
     Not packed, each document is cut for itself; its last window may be shorter, and one of a single token scores
     nothing and is left out. Packed, documents that are not blank are joined by EOS and cut as one text, in their order;
-    attention is causal over the whole row, so that a document sees the end of the one before it. No other special
-    tokens are added.
+    attention is over the whole row, so that a document sees the end of the one before it. No other special tokens are
+    added but those of a `frame`.
 
     Args:
         documents: in the order in which they are packed.
@@ -112,26 +149,32 @@ def token_rows(
         length: tokens of a row.
         pack: "auto" packs where the tokenizer has an EOS and full windows of single documents would hold less than half
             of the tokens.
+        frame: an encoder's special tokens; None: a causal model's rows, which have none.
 
     Raises:
-        InputError: `length` is under 2, no document has two tokens, or there is no EOS to pack with.
+        InputError: `length` is too short to score a token, no document is long enough for it, or there is no token to
+            join documents by.
     """
-    if length < 2:
-        raise InputError(f"sequence length is {length}; at least 2 tokens are needed, to score one")
+    missing = "EOS" if frame is None else "separator"
+    frame = frame or Frame((), (), tokenizer.eos_token_id)
+    around = len(frame.prefix) + len(frame.suffix)
+    room = length - around
+    if length < 2 or room < 1:
+        raise InputError(f"sequence length is {length}; at least {max(2, around + 1)} tokens are needed, to score one")
     if not documents:
         raise InputError("no text: give at least one text file")
-    eos = tokenizer.eos_token_id
-    if pack is True and eos is None:
-        raise InputError("pack: the tokenizer has no EOS token to join documents by; leave it out")
+    if pack is True and frame.separator is None:
+        raise InputError(f"pack: the tokenizer has no {missing} token to join documents by; leave it out")
     # verbose=False: a document is meant to be longer than the model's context here.
     encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)["input_ids"]
     names = [document.name for document in documents]
     if pack == "auto":
-        pack = eos is not None and _are_short(list(map(len, encoded)), length)
+        pack = frame.separator is not None and _are_short(list(map(len, encoded)), room)
     if pack:
+        assert frame.separator is not None
         kept = [index for index, document in enumerate(documents) if document.text.strip()]
-        return _packed(kept, [encoded[index] for index in kept], names, eos, length)
-    return _apart(encoded, names, length)
+        return _packed(kept, [encoded[index] for index in kept], names, frame, frame.separator, room)
+    return _apart(encoded, names, frame, room)
 
 
 def _are_short(lengths: Sequence[int], length: int) -> bool:
@@ -139,7 +182,7 @@ def _are_short(lengths: Sequence[int], length: int) -> bool:
     return len(lengths) > 1 and 2 * sum(tokens - tokens % length for tokens in lengths) < sum(lengths)
 
 
-def _apart(encoded: Sequence[list[int]], names: list[str], length: int) -> TokenRows:
+def _apart(encoded: Sequence[list[int]], names: list[str], frame: Frame, room: int) -> TokenRows:
     rows: list[Tensor] = []
     owner: list[int] = []
     digest = hashlib.sha256()
@@ -147,32 +190,49 @@ def _apart(encoded: Sequence[list[int]], names: list[str], length: int) -> Token
         tokens = torch.tensor(ids, dtype=torch.int64)
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(tokens.numpy().tobytes())
-        for row in tokens.split(length):
-            if len(row) > 1:
+        for part in tokens.split(room):
+            row = _framed(part, frame)
+            if len(part) and len(row) > 1:
                 rows.append(row)
                 owner.append(index)
-    digest.update(length.to_bytes(8, "little"))
+    _finish(digest, frame, room)
     return TokenRows(_required(rows), owner, names, digest.hexdigest())
 
 
-def _packed(kept: Sequence[int], encoded: Sequence[list[int]], names: list[str], eos: int, length: int) -> TokenRows:
+def _packed(
+    kept: Sequence[int], encoded: Sequence[list[int]], names: list[str], frame: Frame, separator: int, room: int
+) -> TokenRows:
     """Rows of the documents with the indices `kept`."""
     # A conversation may end with EOS already.
-    joined = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded[:-1]] + list(encoded[-1:])
+    joined = [ids if ids[-1:] == [separator] else [*ids, separator] for ids in encoded[:-1]] + list(encoded[-1:])
     tokens = torch.tensor([token for ids in joined for token in ids], dtype=torch.int64)
     owner = torch.tensor([index for index, ids in zip(kept, joined, strict=True) for _ in ids], dtype=torch.int64)
     digest = hashlib.sha256(b"packed")
     digest.update(json.dumps([len(ids) for ids in joined]).encode())
     digest.update(tokens.numpy().tobytes())
-    digest.update(length.to_bytes(8, "little"))
-    rows = _required([row for row in tokens.split(length) if len(row) > 1])
+    _finish(digest, frame, room)
+    framed = [_framed(part, frame) for part in tokens.split(room)]
+    rows = _required([row for row in framed if len(row) > 1])
     document: list[int] = []
     spans: list[list[int]] = []
-    for row in owner.split(length)[: len(rows)]:
-        found, counts = row.unique_consecutive(return_counts=True)
+    for part in owner.split(room)[: len(rows)]:
+        found, counts = part.unique_consecutive(return_counts=True)
+        counts[0] += len(frame.prefix)
+        counts[-1] += len(frame.suffix)
         document += found.tolist()
         spans.append(counts.tolist())
     return TokenRows(rows, document, names, digest.hexdigest(), spans)
+
+
+def _framed(tokens: Tensor, frame: Frame) -> Tensor:
+    return torch.cat([tokens.new_tensor(frame.prefix), tokens, tokens.new_tensor(frame.suffix)])
+
+
+def _finish(digest: Any, frame: Frame, room: int) -> None:
+    """Add to a digest of tokens what makes rows of them."""
+    digest.update(room.to_bytes(8, "little"))
+    if frame.prefix or frame.suffix:
+        digest.update(json.dumps([frame.prefix, frame.suffix]).encode())
 
 
 def _required(rows: list[Tensor]) -> list[Tensor]:

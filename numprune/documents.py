@@ -20,7 +20,7 @@ Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
 WHOLE_FILE = "file"
 BLANK_LINE = "blank-line"
 _LINES = (".jsonl", ".ndjson")
-_FIELDS = ("text", "messages", "tools", "name")
+_FIELDS = ("text", "messages", "tools", "name", "label")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Document:
+    """A text. `label` is what its record says of its class; only a classifier makes anything of it."""
+
     name: str
     text: str
+    label: object = None
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def _document(file: Path, where: str, record: Any, render: Render | None) -> Doc
         raise InputError(f'{named}: its field "name" must be a string')
     if not (_is_unicode(value) and _is_unicode(name)):
         raise InputError(f"{named} has half of a surrogate pair, which is no text")
-    return Document(name, value)
+    return Document(name, value, record.get("label"))
 
 
 def _instead(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A decoder as its layers, one at a time: what pruning and everything else that walks a model needs of it.
+"""A transformer as its layers, one at a time: what pruning and everything else that walks a model needs of it.
 
 What surrounds the layers is the model's own forward pass, run with something else in the layers' place: recorders, that
 keep what each layer is called with, or a hidden state that is to leave the last one. So embeddings, positions, masks,
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import Anatomy, family_of, read_anatomy
-from numprune.families import Kind
+from numprune.anatomy import Anatomy, Block, family_of, read_anatomy
+from numprune.tasks import CAUSAL, Task
 
-# Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> logits (n, S, vocabulary).
+# Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
 Head = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -51,14 +51,16 @@ class Entered:
 
 
 class Layers(Protocol):
-    """A decoder whose layers can be had in any order.
+    """A transformer whose layers can be had in any order.
 
     Attributes:
+        task: that the model is for.
         device: where the modules are, and their inputs must be.
         dtype: that everything is computed in.
         resident: all layers are in memory, so that to come back to one costs nothing.
     """
 
+    task: Task
     config: PreTrainedConfig
     anatomy: Anatomy
     device: torch.device
@@ -81,7 +83,7 @@ class Layers(Protocol):
         """
 
     def head(self) -> AbstractContextManager[Head]:
-        """Give what makes logits of the last layer's output for the duration of a `with` block."""
+        """Give what makes the model's output of the last layer's for the duration of a `with` block."""
 
     def allocate(self, *shape: int) -> Tensor:
         """Return room for the hidden states of all rows, in `dtype`, its values undefined: on `device`, or in a file.
@@ -98,15 +100,16 @@ class ModelLayers:
 
     resident = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, task: Task = CAUSAL) -> None:
         family = family_of(model.config)
         found, wanted = model.config._attn_implementation, family.attention_implementation
         if found != wanted:
             raise ValueError(f"layers of {family.name} need attn_implementation={wanted!r}, not {found!r}")
+        self.task = task
         self._model = model
-        self._layers: Any = model.get_submodule(family.layers)
         self.config: PreTrainedConfig = model.config
         self.anatomy = read_anatomy(model.config)
+        self._layers: Any = model.get_submodule(self.anatomy.layers_path)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
 
@@ -119,7 +122,7 @@ class ModelLayers:
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        yield lambda tokens, hidden: leave(self._model, self._layers, tokens.to(self.device), hidden)
+        yield lambda tokens, hidden: leave(self.task, self._model, self._layers, tokens.to(self.device), hidden)
 
     def allocate(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
@@ -141,11 +144,10 @@ def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, m
     return Entered(entering[0], tuple(arguments))
 
 
-def leave(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Return the logits (n, S, vocabulary) of `model` when `hidden` (n, S, H) leaves its layers."""
+def leave(task: Task, model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Return the output of `model` when `hidden` (n, S, H) leaves its layers."""
     with replaced(layers, lambda *_, **__: hidden):
-        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-    return logits
+        return task.output(model, tokens, torch.ones_like(tokens))
 
 
 @contextmanager
@@ -170,5 +172,16 @@ def silent_attention(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor,
     return torch.zeros_like(hidden_states), None
 
 
-# What stands for the modules of a block that is left out, by its kind.
-SILENT: dict[Kind, Callable[..., Any]] = {"attention": silent_attention, "mlp": silent}
+def unchanged(hidden_states: Tensor) -> Tensor:
+    """Stand for a norm that does nothing."""
+    return hidden_states
+
+
+def stand_ins(block: Block) -> dict[str, Callable[..., Any]]:
+    """Return what stands for the modules of a block that is left out, by their paths in the layer."""
+    first, *others = block.modules
+    return {
+        first: silent_attention if block.kind == "attention" else silent,
+        **dict.fromkeys(others, silent),
+        **dict.fromkeys(block.post_norms, unchanged),
+    }

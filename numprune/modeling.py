@@ -1,10 +1,10 @@
-"""Decoders whose layers differ in heads and MLP width: classes that heed Hugging Face's `per_layer_config`.
+"""Models whose layers differ in heads and MLP width: classes that heed Hugging Face's `per_layer_config`.
 
 transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. For
 each family a class is made of its stock class, with layers built from their own configuration. Where that takes no
 fewer heads than the hidden size has room for, the layer is built with those and then made smaller. A layer whose `skip`
 names "attention" or "mlp" does without that block, its norms included: modules that put out zeros stand in their place.
-Importing this module registers the classes with `AutoConfig` and `AutoModelForCausalLM`; nothing is loaded from a
+Importing this module registers the classes with `AutoConfig` and their task's auto class; nothing is loaded from a
 checkpoint but data.
 """
 
@@ -16,20 +16,34 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from numprune.anatomy import PER_LAYER_PREFIX, Block, by_layer, read_blocks
 from numprune.families import FAMILIES, Family
-from numprune.layers import SILENT
+from numprune.layers import stand_ins
+from numprune.tasks import TaskName
 
 KINDS = ("attention", "mlp")
+AUTO_OF: Mapping[TaskName, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+    "embedding": AutoModel,
+}
 
 
 class _PerLayerConfig:
@@ -61,19 +75,26 @@ class _PerLayerConfig:
 
 
 class _PerLayerModel:
-    """Builds each decoder layer from `config.per_layer_config[i]`."""
+    """Builds each layer from `config.per_layer_config[i]`.
+
+    Attributes:
+        family: of the model.
+        layers_path: path of its layers.
+    """
 
     family: Family
+    layers_path: str
 
     def __init__(self: Any, config: PreTrainedConfig) -> None:
         # The stock constructor reads the global sizes, which do not exist here: give it the first layer's.
         super().__init__(_buildable(self.family, config, 0))  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation_internal
-        layers = self.get_submodule(self.family.layers)
+        layers = self.get_submodule(self.layers_path)
         stock = type(layers[0])
         attending = 0
         for index, blocks in enumerate(by_layer(read_blocks(config))):
-            layer = layers[index] = stock(_buildable(self.family, config, index), index)
+            layer = stock(_buildable(self.family, config, index), *([index] if self.family.indexed else []))
+            layers[index] = layer
             for block in blocks:
                 if not block.units:
                     _skip(layer, block, self.family)
@@ -92,7 +113,7 @@ class _PerLayerModel:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
         for block in read_blocks(self.config):  # each layer holds a copy of the configuration
             if block.units and block.kind == "attention":
-                attention = self.get_submodule(f"{self.family.layers}.{block.layer}.{block.modules[0]}")
+                attention = self.get_submodule(f"{self.layers_path}.{block.layer}.{block.modules[0]}")
                 attention.config._attn_implementation_internal = self.config._attn_implementation_internal
 
 
@@ -108,8 +129,8 @@ class Silent(nn.Module):
 
 
 def _skip(layer: nn.Module, block: Block, family: Family) -> None:
-    for path in block.modules:
-        layer.set_submodule(path, Silent(SILENT[block.kind]))
+    for path, stand_in in stand_ins(block).items():
+        layer.set_submodule(path, Silent(stand_in))
     for path in family.wiring(block.kind).norms:
         layer.set_submodule(path, nn.Identity())
 
@@ -144,7 +165,6 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
 
 def _register(family: Family) -> None:
     stock_config = CONFIG_MAPPING[family.name]
-    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
     # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
     config: Any = strict(
         type(
@@ -153,19 +173,38 @@ def _register(family: Family) -> None:
             {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
         )
     )
-    model = type(
-        f"Numprune{stock_model.__name__}",
-        (_PerLayerModel, stock_model),
-        {"config_class": config, "family": family, "__module__": __name__},
-    )
-    globals().update({made.__name__: made for made in (config, model)})  # where pickle looks for them
-    # Names in checkpoints that are not the model's go with the class or with the model type.
-    for theirs, ours in ((stock_model.__name__, model.__name__), (family.name, config.model_type)):
-        renamed = get_checkpoint_conversion_mapping(theirs)
-        if renamed:
-            register_checkpoint_conversion_mapping(ours, renamed)
+    globals()[config.__name__] = config  # where pickle looks for it
     AutoConfig.register(config.model_type, config)
-    AutoModelForCausalLM.register(config, model)
+    _rename_as(family.name, config.model_type)
+    for task in family.tasks:
+        auto = AUTO_OF[task]
+        stock_model = auto._model_mapping[stock_config]
+        prefix = f"{family.prefix}." if family.prefix and task != "embedding" else ""
+        model = type(
+            f"Numprune{stock_model.__name__}",
+            (_PerLayerModel, stock_model),
+            {
+                "config_class": config,
+                "family": family,
+                "layers_path": f"{prefix}{family.layers}",
+                "__module__": __name__,
+            },
+        )
+        globals()[model.__name__] = model
+        _rename_as(stock_model.__name__, model.__name__)
+        auto.register(config, model)
+
+
+def _rename_as(theirs: str, ours: str) -> None:
+    """Names in checkpoints that are not the model's go with the class or with the model type."""
+    renamed = get_checkpoint_conversion_mapping(theirs)
+    if renamed:
+        register_checkpoint_conversion_mapping(ours, renamed)
+
+
+def class_of(config: PreTrainedConfig, task: TaskName) -> Any:
+    """Return the class of the models with this configuration for a task."""
+    return AUTO_OF[task]._model_mapping[type(config)]
 
 
 for _family in FAMILIES.values():

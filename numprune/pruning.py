@@ -36,6 +36,7 @@ from numprune.slices import Kept, Size
 from numprune.splits import priced, splits_meeting
 from numprune.surgery import assemble, can_hold_bias, channels_of, cut_layer, pruned_config
 from numprune.target import Sizes, Target, allowed_sizes
+from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,11 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         raise InputError(
             "skips: a model with sliding windows in some layers only must keep the attention of every layer"
         )
+    if options.skips and any(block.post_norms for block in anatomy.blocks):
+        raise InputError(
+            f"skips: in {anatomy.family} a norm follows each block and would go with it, so what a block is worth does "
+            "not follow from its output"
+        )
     if options.skips and options.compensation == "bias":
         raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
@@ -168,7 +174,13 @@ def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
             )
 
 
-def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Known | None = None) -> Pruned:
+def prune(
+    model: PreTrainedModel,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None = None,
+    task: Task = CAUSAL,
+) -> Pruned:
     """Return `model` pruned; the one passed in is used up.
 
     Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
@@ -179,11 +191,12 @@ def prune(model: PreTrainedModel, rows: Tensor, options: PruneOptions, known: Kn
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         known: of the model on these rows.
+        task: that the model is for.
 
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
-    layers = ModelLayers(model)
+    layers = ModelLayers(model, task)
     cut: dict[str, Tensor] = {}
     plan = prune_layers(layers, rows, options, cut.update, known)
     pruned = assemble(model, config_after(layers, plan), cut)
@@ -214,7 +227,7 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
     """
     anatomy = layers.anatomy
     check_options(anatomy, options)
-    check_rows(layers.config, anatomy, rows)
+    check_rows(anatomy, rows)
     if options.compensation in _REFITTING:
         _warn_of_few(rows, anatomy)
     walker = Walker(layers, rows.shape[1], options.batch_size)

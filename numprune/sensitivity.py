@@ -1,10 +1,11 @@
 """How much the loss minds what a block puts out: gradients of the loss, layer by layer from the last to the first.
 
-The calibration text's NLL is summed over a row's tokens and its gradient taken with respect to every block's output y.
-To second order, with the empirical Fisher matrix as the Hessian and errors independent between tokens, an error dy of
-the block costs the model 1/2 E[(g^T dy)^2] = 1/2 tr(S E[dy dy^T]) nats per token, S = E[g g^T]: what greedy OBS needs
-to price its removals in the model's own loss (Hassibi & Stork 1993 have the loss's Hessian where layer-wise methods put
-the identity), and what makes the prices of different blocks comparable.
+The task's loss (the text's NLL, for a causal model) is summed over the rows and its gradient g taken with respect to
+every block's output y at every token. To second order, with the empirical Fisher matrix as the Hessian and errors
+independent between tokens, an error dy of the block costs the model 1/2 tr(S E[dy dy^T]) for each loss, S = sum of
+g g^T over all tokens / number of losses (the tokens, for a causal model): what greedy OBS needs to price its removals
+in the model's own loss (Hassibi & Stork 1993 have the loss's Hessian where layer-wise methods put the identity), and
+what makes the prices of different blocks comparable.
 """
 
 from collections.abc import Mapping
@@ -25,10 +26,11 @@ class Sensitivity:
     """Of every block, by its name.
 
     Attributes:
-        output: (H, H), S in nats per token; where the layers put hidden states, since together they are large.
+        output: (H, H), S in the unit of the task's loss; where the layers put hidden states, since together they are
+            large.
         taylor: where it was asked for, (units, members) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
             2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L
-            the mean NLL. What its members share counts for each of them in equal parts.
+            the mean loss. What its members share counts for each of them in equal parts.
     """
 
     output: Mapping[str, Tensor]
@@ -48,7 +50,8 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
         taylor: also collect the Taylor scores, for which the gradients of the weights are kept.
     """
     anatomy = layers.anatomy
-    hidden_size, tokens = anatomy.hidden_size, rows.numel()
+    hidden_size, losses = anatomy.hidden_size, layers.task.losses_in(rows)
+    draw = torch.Generator().manual_seed(0)
     output = {block.name: layers.allocate(hidden_size, hidden_size).zero_() for block in anatomy.blocks}
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     walker = Walker(layers, rows.shape[1], batch_size)
@@ -58,7 +61,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
         for number, part in enumerate(chunks):
             batches = list(walker.batches(len(part)))
             entering = _forward(walker, part, batches, bar)
-            gradient = _head_gradient(layers, part, entering.pop())
+            gradient = _head_gradient(layers, part, entering.pop(), draw)
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
@@ -68,9 +71,9 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                         _backward(layer, blocks, call, hidden, gradient, batch, layers.device, output, gradients)
                     if taylor and number == len(chunks) - 1:
                         for block in blocks:
-                            scores[block.name] = _taylor(layer, block, gradients.pop(block.name), tokens)
+                            scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
                 bar.update()
-    return Sensitivity({name: total.div_(tokens) for name, total in output.items()}, scores)
+    return Sensitivity({name: total.div_(losses) for name, total in output.items()}, scores)
 
 
 @torch.no_grad()
@@ -89,15 +92,13 @@ def _forward(walker: Walker, rows: Tensor, batches: list[slice], bar: Progress) 
     return entering
 
 
-def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor) -> Tensor:
-    """Return the gradient of the summed NLL with respect to what leaves the last layer, written over it."""
+def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the gradient of the summed loss with respect to what leaves the last layer, written over it."""
     with layers.head() as head:
         for batch in (slice(row, row + 1) for row in range(len(rows))):  # a batch's logits could be the largest tensor
             leaving = hidden[batch].to(layers.device).requires_grad_()
             with torch.enable_grad():
-                logits = head(rows[batch], leaving)[:, :-1].float()
-                targets = rows[batch][:, 1:].to(logits.device)
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+                loss = layers.task.loss(head(rows[batch], leaving), rows[batch], draw)
             (gradient,) = torch.autograd.grad(loss, leaving)
             hidden[batch] = gradient.to(hidden.device)
     return hidden
@@ -151,12 +152,12 @@ def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
     return {part.tensor: layer.get_parameter(part.tensor).requires_grad_() for part in block.slices}
 
 
-def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], tokens: int) -> Tensor:
+def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], losses: int) -> Tensor:
     matrices = _matrices(layer, block)
     every = Kept.whole(torch.arange(block.units), block.members).to(matrices[block.reader.tensor].device)
     score = torch.zeros(block.size, dtype=torch.float64, device=matrices[block.reader.tensor].device)
     for part in block.slices:
-        salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / tokens).abs()
+        salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / losses).abs()
         entries = salience.movedim(part.dim, 0).reshape(salience.shape[part.dim], -1).sum(1)
         for index, extent in enumerate(part.parts):
             own = entries[part.entries(every, block.size, index)].view(block.units, -1)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, family_of
+from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, family_of, layers_path, task_name
 from numprune.families import FAMILIES
-from numprune.modeling import resize  # importing it registers the per-layer classes
+from numprune.modeling import AUTO_OF, class_of, resize  # importing it registers the per-layer classes
 from numprune.slices import Kept
 
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
@@ -38,6 +38,12 @@ def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool
         anatomy: after pruning.
         with_bias: the consumers got biases that the configuration does not yet declare.
     """
+    result = _sized_config(config, anatomy, with_bias)
+    result.architectures = [class_of(result, anatomy.task).__name__]
+    return result
+
+
+def _sized_config(config: PreTrainedConfig, anatomy: Anatomy, with_bias: bool) -> PreTrainedConfig:
     family = FAMILIES[anatomy.family]
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
     if with_bias:
@@ -117,7 +123,8 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     implementation = family_of(config).attention_implementation
     with _parameters_without_values():
-        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        auto = AUTO_OF[task_name(config)]
+        return auto.from_config(config, attn_implementation=implementation).eval()
 
 
 @contextmanager
@@ -138,7 +145,7 @@ def _parameters_without_values() -> Iterator[None]:
 def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[str, Tensor]) -> PreTrainedModel:
     """Return a new model of `config` with the tensors `layers` in its decoder layers, and `model`'s own around them."""
     result = skeleton(config)
-    inside = f"{family_of(config).layers}."
+    inside = f"{layers_path(config)}."
     around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()

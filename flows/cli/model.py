@@ -13,7 +13,7 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 if TYPE_CHECKING:
     from numprune.corpus import TokenRows
     from numprune.plan import PricedSplit
-    from numprune.quality import Quality
+    from numprune.tasks import Quality
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
@@ -276,12 +276,14 @@ def evaluate(args: argparse.Namespace) -> Answer:
     return Answer(found[0] if len(found) == 1 else {"candidates": found}, "\n".join(lines))
 
 
-def _evaluated(model: Path, quality: "Quality", rows: "TokenRows") -> dict[str, Any]:
+def _evaluated(model: Path, quality: "Quality | None", rows: "TokenRows") -> dict[str, Any]:
+    if quality is None:
+        raise InputError(f"{model}: a model of its kind is measured against another one; give --baseline")
     return {
         "model": str(model),
-        "nll_nats_per_token": quality.nll_nats_per_token,
+        "nll_nats_per_token": quality.mean_nll,
         "perplexity": quality.perplexity,
-        "tokens": quality.tokens,
+        "tokens": quality.count,
         "documents": rows.documents,
         "packed": rows.packed,
     }

@@ -1,8 +1,8 @@
 """A baseline on held-out text, scored once for all candidates that are compared with it.
 
-What is kept is its last hidden states in float32, which its head turns into the same logits again: 4 bytes for each
-token and hidden channel, where logits need them for each word of the vocabulary. A candidate's figures do not depend on
-whether the baseline was scored just now; in 16 bits they would.
+What is kept is its states in float32, which its head turns into the same predictions again: of a language model the
+last hidden states, 4 bytes for each token and hidden channel, where logits need them for each word of the vocabulary. A
+candidate's figures do not depend on whether the baseline was scored just now; in 16 bits they would.
 """
 
 import dataclasses
@@ -20,15 +20,16 @@ from numprune.export.checkpoint import load
 from numprune.flows.names import BUILT_IN
 from numprune.flows.steps.text import load_heldout
 from numprune.generation import PROMPTS, generate
-from numprune.quality import Distributions, Quality, evaluate
+from numprune.quality import evaluate
+from numprune.tasks import CAUSAL, Predictions, Quality, Task
 
-_HIDDEN = "hidden.f32"  # (scored tokens, H), row-major
+_STATES = "states.f32"  # (predictions, F), row-major
 
 
 def make_baseline(
     out: Path, *, model: Path, rows: Path, rows_digest: str, prompts: str | list[str], device: str
 ) -> dict[str, Any]:
-    """Stage: the baseline's hidden states on the held-out rows, its NLL, and what it generates from the prompts."""
+    """Stage: the baseline's states on the held-out rows, its NLL, and what it generates from the prompts."""
     loaded, tokenizer = load(model)
     return score(out, loaded.to(device), tokenizer, load_heldout(rows, rows_digest), prompts_of(prompts))
 
@@ -39,37 +40,42 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     rows: TokenRows,
     prompts: Sequence[str] = (),
+    task: Task = CAUSAL,
 ) -> dict[str, Any]:
-    """Write the hidden states of `model` on `rows` into `folder`; return its figures and generations as plain JSON.
+    """Write the states of `model` on `rows` into `folder`; return its figures and generations as plain JSON.
 
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
     generations = generate(model, tokenizer, prompts)
-    starts = _starts(rows)
-    with (folder / _HIDDEN).open("wb") as file:  # not mapped: a full disk would end the process without a word
+    starts = _starts(rows, task)
+    with (folder / _STATES).open("wb") as file:  # not mapped: a full disk would end the process without a word
 
-        def keep(index: list[int], hidden: Tensor) -> None:
-            for row, states in zip(index, hidden.float().cpu().numpy(), strict=True):
-                file.seek(int(starts[row]) * states.shape[1] * states.itemsize)
-                file.write(states.tobytes())
+        def keep(index: list[int], states: Tensor) -> None:
+            for row, of_row in zip(index, states.float().cpu().numpy(), strict=True):
+                file.seek(int(starts[row]) * of_row.shape[1] * of_row.itemsize)
+                file.write(of_row.tobytes())
 
-        quality = evaluate(model, rows, keep=keep)
+        quality = evaluate(model, rows, task, keep=keep)
     return {**side(quality), "generations": [dataclasses.asdict(one) for one in generations]}
 
 
 def scored(
-    folder: Path, rows: TokenRows, head: Callable[[Tensor], Tensor], vocabulary: int, device: torch.device
-) -> Distributions:
-    """What `score` wrote into `folder`, of the same rows. `head`: the scored model's (see `quality.head_of`)."""
-    starts = _starts(rows)
-    kept = np.memmap(folder / _HIDDEN, dtype=np.float32, mode="r").reshape(int(starts[-1]), -1)
+    folder: Path,
+    rows: TokenRows,
+    head: Callable[[Tensor], Tensor],
+    size: int,
+    device: torch.device,
+    task: Task = CAUSAL,
+) -> Predictions:
+    """What `score` wrote into `folder`, of the same rows. `head`, `size`: of the scored model's predictions."""
+    starts = _starts(rows, task)
+    kept = np.memmap(folder / _STATES, dtype=np.float32, mode="r").reshape(int(starts[-1]), -1)
 
-    def hidden(index: list[int], tokens: Tensor) -> Tensor:
-        scored = tokens.shape[1] - 1
-        states = np.stack([kept[starts[row] : starts[row] + scored] for row in index])
-        return torch.from_numpy(states).to(device)
+    def states(index: list[int], _: Tensor) -> Tensor:
+        found = np.stack([kept[starts[row] : starts[row + 1]] for row in index])
+        return torch.from_numpy(found).to(device)
 
-    return Distributions(hidden, head, vocabulary)
+    return Predictions(states, head, size)
 
 
 def prompts_of(prompts: str | Sequence[str]) -> Sequence[str]:
@@ -77,10 +83,12 @@ def prompts_of(prompts: str | Sequence[str]) -> Sequence[str]:
     return PROMPTS if prompts == BUILT_IN else list(prompts)
 
 
-def side(quality: Quality) -> dict[str, Any]:
-    return {"nll_nats_per_token": quality.nll_nats_per_token, "perplexity": quality.perplexity}
+def side(quality: Quality | None) -> dict[str, Any]:
+    if quality is None:  # the task has no loss of one model alone
+        return {}
+    return {"nll_nats_per_token": quality.mean_nll, "perplexity": quality.perplexity}
 
 
-def _starts(rows: TokenRows) -> Any:
-    """(windows + 1,) where each window's scored tokens begin."""
-    return np.cumsum([0, *(len(row) - 1 for row in rows.rows)])
+def _starts(rows: TokenRows, task: Task) -> Any:
+    """(rows + 1,) where each row's predictions begin."""
+    return np.cumsum([0, *(task.predictions_in(len(row)) for row in rows.rows)])

@@ -18,8 +18,9 @@ from numprune.flows.stages import read_facts
 from numprune.flows.steps.baseline import prompts_of, score, scored, side
 from numprune.flows.steps.text import load_heldout
 from numprune.generation import MAXIMUM_TOKENS, generate
-from numprune.quality import Comparison, Distributions, Quality, compare_with, evaluate, head_of
+from numprune.quality import compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
+from numprune.tasks import CAUSAL, Comparison, Predictions, Quality
 
 
 def make_quality(
@@ -58,19 +59,20 @@ def compare_checkpoints(
         return [_compare(candidate, known, facts["generations"], rows, prompts, device) for candidate in candidates]
 
 
-def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> Quality:
-    """NLL of one model. Raises InputError, IntegrityError."""
+def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> Quality | None:
+    """NLL of one model; None where its task has none without a baseline. Raises InputError, IntegrityError."""
     loaded, _ = load(model)
     return evaluate(loaded.to(device), rows)
 
 
-def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel) -> Distributions:
-    return scored(folder, rows, head_of(dense), dense.config.vocab_size, dense.device)
+def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel) -> Predictions:
+    found = CAUSAL.predictions(dense)
+    return scored(folder, rows, found.head, found.size, dense.device)
 
 
 def _compare(
     candidate: Path,
-    baseline: Distributions,
+    baseline: Predictions,
     generations: Sequence[dict[str, Any]],
     rows: TokenRows,
     prompts: Sequence[str],
@@ -120,24 +122,23 @@ def _counted(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
     return finite(
         {
-            "tokens": found.candidate.tokens,
+            "tokens": int(found.scored.sum()),
             "documents": found.documents,
             "packed": rows.packed,
             "baseline": side(found.baseline),
             "candidate": side(found.candidate),
-            "nll_delta_nats_per_token": dataclasses.asdict(found.nll_delta_nats_per_token),
-            "perplexity_ratio": dataclasses.asdict(found.perplexity_ratio),
+            "nll_delta_nats_per_token": dataclasses.asdict(found.loss_delta),
+            "perplexity_ratio": dataclasses.asdict(found.loss_delta.exponential),
             "document_deltas": document_deltas(found, rows),
-            "kl_nats_per_token": found.kl_nats_per_token,
-            "top1_agreement": found.top1_agreement,
+            **found.metrics,
         }
     )
 
 
 def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
     """Each document's difference in nats per token, or the quantiles of many; and those that lost most, by name."""
-    sums = np.bincount(rows.document, found.candidate.nll - found.baseline.nll)
-    tokens = np.bincount(rows.document, found.candidate.scored)
+    sums = np.bincount(rows.document, found.difference)
+    tokens = np.bincount(rows.document, found.scored)
     scored = np.flatnonzero(tokens)
     deltas = sums[scored] / tokens[scored]
     few = len(deltas) <= MAXIMUM_DOCUMENTS

@@ -24,7 +24,7 @@ from numprune.flows.embedded import corpus
 from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
 from numprune.plan import Draw
-from numprune.quality import MINIMUM_DOCUMENTS
+from numprune.tasks import MINIMUM_DOCUMENTS
 
 logger = logging.getLogger(__name__)
 

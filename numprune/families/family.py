@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from numprune.tasks import TaskName
+
 Kind = Literal["attention", "mlp"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels"]
+Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes
 Flag = bool | str  # a string: the configuration's field of that name says
 
 # The parts of a block's writers that its output is linear in, everything else given.
@@ -40,11 +43,13 @@ class Wiring:
     Attributes:
         writers: the projections whose outputs are the units.
         reader: the projection that reads them; its output is the block's.
-        modules: of the block; while all of them put out zeros, the layer is the other block alone.
+        modules: of the block, of attention the one that has its weights first; while all of them put out zeros (and
+            the norms after it do nothing), the layer is the other block alone.
         norms: modules that go with the block.
         head_norms: norms over a head's queries or keys, which all heads share.
         joint_norms: norms over the queries or the keys of all heads together: no head can go without changing the rest.
         norm_behind: a norm stands between the reader and the residual stream.
+        post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
         sizes: attributes by which the layer knows how large the block is, besides its matrices -> what they count.
     """
 
@@ -55,6 +60,7 @@ class Wiring:
     head_norms: tuple[str, ...] = ()
     joint_norms: tuple[str, ...] = ()
     norm_behind: bool = False
+    post_norm: bool = False
     sizes: Mapping[str, Counted] = field(default_factory=dict)
 
 
@@ -92,12 +98,21 @@ class Vllm:
 
 @dataclass(frozen=True)
 class Family:
-    """A decoder-only architecture of transformers.
+    """An architecture of transformers.
 
     Attributes:
         name: its `model_type`.
         attention, mlp: the blocks of a layer, in the order in which they write to the residual stream.
-        layers, embedding, final_norm, head: paths in the model.
+        tasks: that its models are for.
+        prefix: of the following paths, in models that are more than the base model (of encoders).
+        layers, embedding, final_norm: paths in the model; no `final_norm`: the last layer's is the last.
+        around: further tensors of the base model -> their shapes.
+        projection: path of the linear map from embeddings to hidden states that there is where `embedding_size` is not
+            the hidden size, or None.
+        heads_of: task -> tensors of its models' heads, by full name, but for tied ones -> their shapes.
+        untied: tensors of the head that are tied where the configuration ties embeddings.
+        reserved_positions: learned positions that no token can have: up to that of padding.
+        indexed: a layer is built from its index, too.
         positions: path of learned positions and how many they are beyond the context, or None.
         heads, kv_heads, width: the configuration's fields for a layer's sizes; no `kv_heads`: no grouping.
         default_width: the MLP's width in hidden sizes where `width` is not set, or None: it must be.
@@ -120,11 +135,18 @@ class Family:
     name: str
     attention: Wiring
     mlp: Wiring
+    tasks: tuple[TaskName, ...] = ("causal-lm",)
+    prefix: str = ""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
+    final_norm: str | None = "model.norm"
+    around: Mapping[str, Shape] = field(default_factory=dict)
+    projection: str | None = None
+    heads_of: Mapping[TaskName, Mapping[str, Shape]] = field(default_factory=dict)
+    untied: Mapping[str, Shape] = field(default_factory=lambda: {"lm_head.weight": ("vocab_size", "hidden_size")})
     positions: tuple[str, int] | None = None
+    reserved_positions: bool = False
+    indexed: bool = True
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     width: str = "intermediate_size"

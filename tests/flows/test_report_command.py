@@ -13,9 +13,9 @@ import torch
 from numprune.corpus import TokenRows
 from numprune.export import manifest
 from numprune.flows.steps.evaluate import section
-from numprune.quality import Comparison, Quality, bootstrap_mean
 from numprune.serving.report import Quality as QualitySection
 from numprune.serving.report import Report, write
+from numprune.tasks import CAUSAL, Comparison, Quality, task
 from tests.flows.conftest import Answered
 from tests.serving.pages import POLICY, full, judged
 
@@ -153,6 +153,11 @@ def test_arguments_are_checked_first(
 # --- what the page draws ---------------------------------------------------------------------------
 
 
+def comparison(rows: TokenRows, candidate: Quality, baseline: Quality) -> Comparison:
+    metrics = {"kl_nats_per_token": 0.1, "top1_agreement": 0.9}
+    return task.compared(CAUSAL, rows, candidate.nll - baseline.nll, metrics, 0, candidate, baseline)
+
+
 def compared(deltas: list[float], names: list[str], windows: int = 2) -> dict[str, object]:
     """The section of a comparison in which each document has so many windows of ten scored tokens."""
     document = [index for index in range(len(deltas)) for _ in range(windows)]
@@ -160,9 +165,7 @@ def compared(deltas: list[float], names: list[str], windows: int = 2) -> dict[st
     scored = np.full(len(document), 10)
     baseline = np.full(len(document), 30.0)
     nll = baseline + 10 * np.repeat(deltas, windows)
-    estimate = bootstrap_mean(nll - baseline, scored, "window")
-    found = Comparison(Quality(nll, scored), Quality(baseline, scored), len(deltas), 0.1, 0.9, estimate)
-    made = section(found, rows)
+    made = section(comparison(rows, Quality(nll, scored), Quality(baseline, scored)), rows)
     QualitySection.model_validate(made)
     deltas_section = made["document_deltas"]
     assert isinstance(deltas_section, dict)
@@ -183,9 +186,7 @@ def test_documents_apart_in_packed_rows() -> None:
     """The middle row ends "a", holds all of "b", and begins "c"; its first token is not scored."""
     rows = TokenRows([torch.zeros(4)] * 3, [0, 0, 1, 2, 2], ["a", "b", "c"], "0" * 64, [[4], [2, 1, 1], [4]])
     delta = np.array([3.0, 2.0, 5.0, 1.0, 3.0])
-    estimate = bootstrap_mean(delta, rows.scored, "window")
-    found = Comparison(Quality(delta, rows.scored), Quality(0 * delta, rows.scored), 3, 0.1, 0.9, estimate)
-    made = section(found, rows)
+    made = section(comparison(rows, Quality(delta, rows.scored), Quality(0 * delta, rows.scored)), rows)
     QualitySection.model_validate(made)
     assert (made["tokens"], made["packed"]) == (9, True)
     assert made["document_deltas"]["values"] == pytest.approx([(1 + 3) / 4, (3 + 2) / 4, 5 / 1])

@@ -49,7 +49,7 @@ def test_walks_leave_a_layer_as_it_was(tiny_model):
 def test_rows_that_are_not_the_model_s_are_refused(tiny_model, tokens, message):
     model = tiny_model("mistral", sliding_window=8)
     with pytest.raises(InputError, match=message):
-        check_rows(model.config, read_anatomy(model.config), tokens)
+        check_rows(read_anatomy(model.config), tokens)
 
 
 def test_moments_are_those_of_all_batches_together():

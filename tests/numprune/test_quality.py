@@ -7,12 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from numprune import quality
 from numprune.anatomy import FAMILIES
+from numprune.bootstrap import _spread, bootstrap_mean
 from numprune.corpus import TokenRows, token_rows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
-from numprune.quality import _spread, bootstrap_mean, compare, distributions, evaluate, head_of
+from numprune.quality import compare, evaluate
+from numprune.tasks import CAUSAL, task
+from numprune.tasks.task import head_of
 from tests.conftest import build_tiny, byte_tokenizer
 
 
@@ -30,26 +32,26 @@ def test_perplexity_is_that_of_the_definition():
             total -= float(logits[position - 1].log_softmax(-1)[row[position]])
             count += 1
     found = evaluate(model, rows, batch_size=3)
-    assert found.tokens == count
+    assert found.count == count
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 def test_a_model_against_itself_differs_in_nothing():
     rows = text_rows()
     result = compare(build_tiny(), build_tiny(), rows)
-    assert result.kl_nats_per_token == pytest.approx(0, abs=1e-6)
-    assert result.top1_agreement == 1
-    delta = result.nll_delta_nats_per_token
+    assert result.metrics["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+    assert result.metrics["top1_agreement"] == 1
+    delta = result.loss_delta
     assert (delta.value, delta.ci95_upper, delta.samples, delta.sampling_unit) == (0, 0, 25, "document")
 
 
 def test_comparison_agrees_with_two_evaluations_and_a_direct_kl():
     candidate, baseline, rows = build_tiny(seed=1), build_tiny(), text_rows()
     result = compare(candidate, baseline, rows, batch_size=4)
-    delta = evaluate(candidate, rows).nll_nats_per_token - evaluate(baseline, rows).nll_nats_per_token
-    assert result.nll_delta_nats_per_token.value == pytest.approx(delta, abs=1e-6)
-    assert result.perplexity_ratio.value == pytest.approx(math.exp(delta), rel=1e-5)
-    assert result.nll_delta_nats_per_token.interval95[0] < delta < result.nll_delta_nats_per_token.interval95[1]
+    delta = evaluate(candidate, rows).mean_nll - evaluate(baseline, rows).mean_nll
+    assert result.loss_delta.value == pytest.approx(delta, abs=1e-6)
+    assert result.loss_delta.exponential.value == pytest.approx(math.exp(delta), rel=1e-5)
+    assert result.loss_delta.interval95[0] < delta < result.loss_delta.interval95[1]
     kl, agree, count = 0.0, 0, 0
     for row in rows.rows:
         with torch.no_grad():
@@ -57,8 +59,8 @@ def test_comparison_agrees_with_two_evaluations_and_a_direct_kl():
         kl += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
         agree += int((p.argmax(-1) == q.argmax(-1)).sum())
         count += len(row) - 1
-    assert result.kl_nats_per_token == pytest.approx(kl / count, rel=1e-4)
-    assert result.top1_agreement == pytest.approx(agree / count)
+    assert result.metrics["kl_nats_per_token"] == pytest.approx(kl / count, rel=1e-4)
+    assert result.metrics["top1_agreement"] == pytest.approx(agree / count)
 
 
 @pytest.mark.parametrize("positions", [1, 7, 10_000])
@@ -68,12 +70,12 @@ def test_figures_do_not_depend_on_how_many_logits_are_computed_at_a_time(monkeyp
     sizes = []
     for model in (candidate, baseline):
         model.lm_head.register_forward_hook(lambda _, __, logits: sizes.append(logits.numel()))
-    monkeypatch.setattr(quality, "_LOGITS", 259 * positions)
+    monkeypatch.setattr(task, "MAXIMUM_VALUES", 259 * positions)
     parts = compare(candidate, baseline, rows)
     np.testing.assert_allclose(parts.candidate.nll, whole.candidate.nll, rtol=1e-6)
     np.testing.assert_allclose(parts.baseline.nll, whole.baseline.nll, rtol=1e-6)
-    assert parts.kl_nats_per_token == pytest.approx(whole.kl_nats_per_token, rel=1e-5)
-    assert parts.top1_agreement == whole.top1_agreement
+    assert parts.metrics["kl_nats_per_token"] == pytest.approx(whole.metrics["kl_nats_per_token"], rel=1e-5)
+    assert parts.metrics["top1_agreement"] == whole.metrics["top1_agreement"]
     np.testing.assert_allclose(evaluate(candidate, rows).nll, whole.candidate.nll, rtol=1e-6)
     assert max(sizes) <= 259 * positions
 
@@ -89,8 +91,8 @@ def test_figures_do_not_depend_on_how_many_logits_are_computed_at_a_time(monkeyp
 @torch.no_grad()
 def test_the_head_does_all_that_the_model_does_with_its_hidden_states(family, overrides):
     model, tokens = build_tiny(family, **overrides), torch.arange(20).view(2, 10)
-    found = distributions(model)
-    hidden = found.hidden([0, 1], tokens)
+    found = CAUSAL.predictions(model)
+    hidden = found.states([0, 1], tokens)
     assert hidden.shape == (2, 9, 64)
     torch.testing.assert_close(found.head(hidden.flatten(0, 1)), model(tokens).logits[:, :-1].flatten(0, 1))
 
@@ -106,7 +108,7 @@ def test_a_head_keeps_nothing_else_of_its_model_alive():
 
 
 def test_documents_are_the_sampling_unit_only_when_there_are_enough():
-    few = compare(build_tiny(seed=1), build_tiny(), text_rows(4)).nll_delta_nats_per_token
+    few = compare(build_tiny(seed=1), build_tiny(), text_rows(4)).loss_delta
     assert few.sampling_unit == "window"
     assert few.samples == len(text_rows(4).rows)
 
@@ -129,15 +131,15 @@ def test_packed_rows_are_compared_document_by_document():
             counts[document] += 1
     result = compare(candidate, baseline, rows, batch_size=2)
     expected = bootstrap_mean(sums, counts, "document")
-    delta = result.nll_delta_nats_per_token
+    delta = result.loss_delta
     assert (delta.samples, delta.sampling_unit, result.documents) == (12, "document", 12)
-    assert result.candidate.tokens == counts.sum() == len(stream) - len(rows.rows)
+    assert result.candidate.count == counts.sum() == len(stream) - len(rows.rows)
     assert delta.value == pytest.approx(expected.value, abs=1e-5)
     assert delta.interval95 == pytest.approx(expected.interval95, abs=1e-5)
     assert evaluate(candidate, rows).nll.sum() == pytest.approx(result.candidate.nll.sum())
 
     few = token_rows(texts[:4], byte_tokenizer(), 8)
-    delta = compare(candidate, baseline, few).nll_delta_nats_per_token
+    delta = compare(candidate, baseline, few).loss_delta
     assert (delta.sampling_unit, delta.samples) == ("window", len(few.rows))
 
 

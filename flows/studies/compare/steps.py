@@ -23,9 +23,10 @@ from numprune.flows.studies.rivals import RIVALS
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
 from numprune.pruning import Known, dense_moments, prune
-from numprune.quality import compare_with, head_of
+from numprune.quality import compare_with
 from numprune.sensitivity import Sensitivity
 from numprune.target import Target
+from numprune.tasks import CAUSAL
 
 T = TypeVar("T")
 
@@ -155,7 +156,9 @@ def make_method(
     """
     meter = Meter(torch.device(device))
     loaded = load(model)[0].to(device)
-    dense_head, vocabulary = head_of(loaded), loaded.config.vocab_size
+    dense = CAUSAL.predictions(loaded)
+    dense_head, vocabulary = dense.head, dense.size
+    del dense  # it holds the model
     rows = load_rows(text, samples)
     known = _known(moments, gradients, torch.device(device))
     meter.start()
@@ -163,7 +166,7 @@ def make_method(
     seconds, peak_bytes = meter.stop()
     judged = load_heldout(text, heldout)
     found = compare_with(small, scored(reference, judged, dense_head, vocabulary, torch.device(device)), judged)
-    increase = found.nll_delta_nats_per_token
+    increase = found.loss_delta
     return finite(
         {
             "nll_increase": increase.value,
@@ -171,8 +174,7 @@ def make_method(
             "ci95_upper": increase.ci95_upper,
             "sampling_unit": increase.sampling_unit,
             **side(found.candidate),
-            "kl_nats_per_token": found.kl_nats_per_token,
-            "top1_agreement": found.top1_agreement,
+            **found.metrics,
             **sizes,
             "seconds": seconds + sum(part["seconds"] for part in shared),
             "peak_bytes": max(peak_bytes, *(part["peak_bytes"] for part in shared), 0),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numprune import quality
+from numprune import bootstrap
 from numprune.flows.studies.error_rates.worlds import METRIC, Machine, Repeat, Text
 from numprune.serving import gates
 from numprune.serving.benchmark.sections import Look, ratios
@@ -201,7 +201,7 @@ def _shifted(text: Text, documents: int, truth: float, generator: np.random.Gene
 
 def quality_report(sums: np.ndarray, tokens: np.ndarray) -> Report:
     """The report of a comparison over these documents."""
-    delta = asdict(quality.bootstrap_mean(sums, tokens, "document"))
+    delta = asdict(bootstrap.bootstrap_mean(sums, tokens, "document"))
     side = {"nll_nats_per_token": 3.0, "perplexity": math.exp(3.0)}
     section = {
         "tokens": int(tokens.sum()),

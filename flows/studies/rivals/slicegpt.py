@@ -46,7 +46,7 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     """
     anatomy = read_anatomy(model.config)
     check_blocks(anatomy)
-    check_rows(model.config, anatomy, rows)
+    check_rows(anatomy, rows)
     length, window = rows.shape[1], anatomy.sliding_window
     if window is not None and length > window:  # its blocks are run without a mask
         raise InputError(f"slicegpt: sequence length {length} is over the model's sliding window of {window}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from numprune import quality
+from numprune import bootstrap
 from numprune.flows.studies.error_rates import count
 from numprune.flows.studies.error_rates.command import main
 from numprune.flows.studies.error_rates.count import Share, quality_rates, rerun_rates, settled, speed_rates
@@ -56,9 +56,9 @@ def test_the_count_finds_a_bound_that_is_wrong(monkeypatch):
     def plain(sums, counts, unit, seed=0):
         upper = count.percentile_bound(sums, counts, np.random.default_rng(seed))
         value = float(sums.sum() / counts.sum())
-        return quality.Estimate(value, -9.0, max(upper, value), (-9.0, 9.0), len(sums), unit)
+        return bootstrap.Estimate(value, -9.0, max(upper, value), (-9.0, 9.0), len(sums), unit)
 
-    monkeypatch.setattr(quality, "bootstrap_mean", plain)
+    monkeypatch.setattr(bootstrap, "bootstrap_mean", plain)
     assert not at_most(quality_rates(TEXTS[1], 20, 300, seed=1).worse_passes, 0.05)
 
 

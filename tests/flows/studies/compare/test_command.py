@@ -59,11 +59,11 @@ def test_figures_are_those_of_pruning_and_judging_by_hand(command, tiny, tmp_pat
     pruned = prune(load(tiny / "base")[0], sample_rows(windows, 12, 32, seed=0), options)
     expected = compare(pruned.model, dense, heldout)
     row = next(row for row in rows if (row["ratio"], row["samples"], row["method"][:3]) == ("0.4", "12", "obs"))
-    assert float(row["nll_increase"]) == pytest.approx(expected.nll_delta_nats_per_token.value, abs=1e-6)
-    assert float(row["ci95_upper"]) == pytest.approx(expected.nll_delta_nats_per_token.ci95_upper, abs=1e-6)
-    assert float(row["kl_nats_per_token"]) == pytest.approx(expected.kl_nats_per_token, rel=1e-5)
-    assert float(row["top1_agreement"]) == expected.top1_agreement
-    assert float(row["dense_nll_nats_per_token"]) == pytest.approx(expected.baseline.nll_nats_per_token)
+    assert float(row["nll_increase"]) == pytest.approx(expected.loss_delta.value, abs=1e-6)
+    assert float(row["ci95_upper"]) == pytest.approx(expected.loss_delta.ci95_upper, abs=1e-6)
+    assert float(row["kl_nats_per_token"]) == pytest.approx(expected.metrics["kl_nats_per_token"], rel=1e-5)
+    assert float(row["top1_agreement"]) == expected.metrics["top1_agreement"]
+    assert float(row["dense_nll_nats_per_token"]) == pytest.approx(expected.baseline.mean_nll)
     assert int(row["parameters"]) == pruned.after.parameters
     assert float(row["prunable_ratio_removed"]) == pruned.prunable_ratio_removed
     # Counted as `evaluate` counts: tokens that are scored, documents that have some.

@@ -1,0 +1,82 @@
+"""Causal language models: each token's NLL given those before it."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from numprune.corpus import TokenRows, token_rows
+from numprune.documents import Document
+from numprune.tasks import language
+from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head_of
+
+
+class Causal:
+    """A causal language model (numprune.tasks.Task). All tokens of a row are scored but the first."""
+
+    name: ClassVar[TaskName] = "causal-lm"
+    unit: ClassVar[str] = "nats/token"
+    kl: ClassVar[str] = "kl_nats_per_token"
+    generates: ClassVar[bool] = True
+
+    def calibration_rows(
+        self,
+        documents: Sequence[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        pack: bool | Literal["auto"] = "auto",
+    ) -> TokenRows:
+        return token_rows(documents, tokenizer, length, pack)
+
+    heldout_rows = calibration_rows
+
+    def predictions_in(self, length: int) -> int:
+        return length - 1
+
+    def scored(self, rows: TokenRows) -> np.ndarray:
+        return rows.scored
+
+    def targets(self, rows: TokenRows, index: list[int], tokens: Tensor) -> Tensor:
+        return tokens[:, 1:]
+
+    def add(self, sums: np.ndarray, rows: TokenRows, index: list[int], values: np.ndarray) -> None:
+        rows.add(sums, index, values)
+
+    def predictions(self, model: PreTrainedModel) -> Predictions:
+        def states(_: list[int], tokens: Tensor) -> Tensor:
+            found: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+            return found[:, :-1]
+
+        return Predictions(states, head_of(model), model.config.vocab_size)
+
+    def evaluate(
+        self,
+        model: Predictions,
+        rows: TokenRows,
+        batch_size: int,
+        keep: Callable[[list[int], Tensor], None] | None = None,
+    ) -> Quality:
+        return language.evaluate(self, model, rows, batch_size, keep)
+
+    def compare(
+        self, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
+    ) -> Comparison:
+        return language.compare(self, model, baseline, rows, batch_size, seed)
+
+    def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return logits
+
+    def losses_in(self, rows: Tensor) -> int:
+        return rows.numel()
+
+    def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
+        """The NLL of the text itself."""
+        logits, targets = output[:, :-1].float(), rows[:, 1:].to(output.device)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+CAUSAL = Causal()

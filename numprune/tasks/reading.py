@@ -1,0 +1,30 @@
+"""How text becomes the rows of an encoder: windows between the special tokens of its tokenizer."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from numprune.corpus import Frame, TokenRows, token_rows
+from numprune.documents import Document
+from numprune.errors import InputError
+
+_SAMPLE = "a"
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """Return the special tokens that the tokenizer puts around a text, as [CLS] and [SEP].
+
+    Raises InputError when it does something else to a text than to put tokens around it.
+    """
+    plain = tokenizer.encode(_SAMPLE, add_special_tokens=False)
+    whole = tokenizer.encode(_SAMPLE)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            prefix, suffix = whole[:start], whole[start + len(plain) :]
+            return Frame(tuple(prefix), tuple(suffix), tokenizer.sep_token_id)
+    raise InputError(f"the tokenizer does not encode {_SAMPLE!r} as the same tokens with and without special tokens")
+
+
+def text_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenRows:
+    """Return the documents as texts that a model reads one by one, each cut into windows of at most `length` tokens."""
+    return token_rows(documents, tokenizer, length, False, frame_of(tokenizer))
