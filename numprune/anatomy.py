@@ -226,7 +226,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     equal = {field: (getattr(config, other),) for field, other in family.equal.items()}
     for field, values in (family.requires | equal).items():
         attribute, _, key = field.partition(".")
-        found = getattr(config, attribute)
+        found: Any = getattr(config, attribute, None)
         found = found.get(key) if key else found
         if found not in values:
             raise InputError(f"{field}={found!r}: {name} is supported only with {' or '.join(map(repr, values))}")
@@ -409,6 +409,7 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     task, hidden = task_name(config), config.hidden_size
 
     def shapes(tensors: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
+        _require_sizes(config, *{field for fields in tensors.values() for field in fields})
         return {name: tuple(getattr(config, field) for field in fields) for name, fields in tensors.items()}
 
     around: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (config.vocab_size, hidden)}

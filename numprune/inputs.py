@@ -34,8 +34,9 @@ class Walked:
     """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
 
     The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
-    to where the dense model's is behind the block. Where a norm stands between the consumer and the stream, no output
-    could do that: the targets are the dense block's outputs in any case.
+    to where the dense model's is behind the block (before the norm there, if the sum of both goes through one). Where a
+    norm stands between the consumer and the stream, no output could do that: the targets are the dense block's outputs
+    in any case.
     """
 
     def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
@@ -44,7 +45,7 @@ class Walked:
         self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
-        self._outputs: Tensor | None = None  # the dense block's, (N, S, out), where they are targets again
+        self._targets: Tensor | None = None  # (N, S, out), where the streams behind the block do not tell them
         self.held_out: Moments | None = None
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
@@ -70,28 +71,34 @@ class Walked:
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         if self._both_sides and kept.size.units and block.linear is not None:
             refit_both(self._walker, layer, block, kept, self._pruned, self._aims(block), damping)
-        if self._pruned is not self._dense:
+        if self._pruned is not self._dense and kept.size.units:
             self._walker.advance(layer, block, self._pruned)
 
     def _target(self, block: Block, batch: slice, own: Run) -> Tensor:
         """What the pruned block should put out: `own` is what the dense one does, whose stream is not yet written."""
         if not self._residual:
             return own.output
-        if block.norm_behind:
-            if self._both_sides:
-                if self._outputs is None:
-                    self._outputs = self._walker.layers.allocate(*self._dense.hidden.shape)
-                self._outputs[batch] = own.output
-            return own.output
-        missing = self._dense.hidden[batch] - self._pruned.hidden[batch]
-        return own.output + missing.to(own.output.device) / self._walker.layers.anatomy.residual_scale
+        target = own.output
+        if not block.norm_behind:
+            missing = self._dense.hidden[batch] - self._pruned.hidden[batch]
+            target = target + missing.to(target.device) / self._walker.layers.anatomy.residual_scale
+        if self._both_sides and _followed_by_norm(block):
+            if self._targets is None:
+                self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
+            self._targets[batch] = target.to(self._targets.device)
+        return target
 
     def _aims(self, block: Block) -> Aims:
         """The targets once more, the dense stream being behind the block."""
-        if block.norm_behind:
-            assert self._outputs is not None
-            return Aims(self._outputs)
+        if _followed_by_norm(block):
+            assert self._targets is not None
+            return Aims(self._targets)
         return Aims(self._dense.hidden, self._pruned.hidden, self._walker.layers.anatomy.residual_scale)
+
+
+def _followed_by_norm(block: Block) -> bool:
+    """Whether the stream behind the block does not tell what the block put out."""
+    return block.norm_behind or bool(block.post_norms)
 
 
 def split_rows(batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments) -> None:

@@ -144,10 +144,17 @@ def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, m
     return Entered(entering[0], tuple(arguments))
 
 
-def leave(task: Task, model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Return the output of `model` when `hidden` (n, S, H) leaves its layers."""
+def leave(
+    task: Task,
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    tokens: Tensor,
+    hidden: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the output of `model` when `hidden` (n, S, H) leaves its layers; `mask` as in `enter`."""
     with replaced(layers, lambda *_, **__: hidden):
-        return task.output(model, tokens, torch.ones_like(tokens))
+        return task.output(model, tokens, torch.ones_like(tokens) if mask is None else mask)
 
 
 @contextmanager

@@ -150,7 +150,8 @@ def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[s
     result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()
     result.to(model.device)
-    result.generation_config = model.generation_config
+    if model.can_generate():
+        result.generation_config = model.generation_config
     return result
 
 

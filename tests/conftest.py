@@ -13,11 +13,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from numprune.anatomy import task_name
 from numprune.families import FAMILIES
+from numprune.modeling import AUTO_OF
 from numprune.serving import loopback
+from numprune.tasks import TaskName
 from tests.processes import pytest_configure  # noqa: F401 - a hook
 
 # Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
@@ -57,12 +60,26 @@ TINY = {
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer that needs no training: one token a byte, and three special ones."""
+    tokenizer = _bytes("<s>", "</s>", "<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with an encoder's special tokens, which are put around each text."""
+    tokenizer = _bytes("[CLS]", "[SEP]", "[MASK]")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 257), ("[CLS]", 256))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+
+
+def _bytes(*special: str) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "<s>", "</s>", "<pad>"])}
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *special])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return tokenizer
 
 
 # The families that are one network with or without some biases and norms.
@@ -87,17 +104,22 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 9},
     "gpt2": {"n_inner": 96},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "bert": {"pad_token_id": 0},
+    "roberta": {"pad_token_id": 1},
+    "distilbert": {"pad_token_id": 0, "hidden_dim": 96},
+    "electra": {"pad_token_id": 0, "embedding_size": 32},
 }
 
 
-def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of `family` in float32; biases, where it has them, are not zero."""
+def build_tiny(family: str = "llama", seed: int = 0, task: TaskName | None = None, **overrides: Any) -> PreTrainedModel:
+    """A random model of `family` in float32, for its first task if not another; its biases are not zero."""
     torch.manual_seed(seed)
     fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
     config = AutoConfig.for_model(family, **fields)
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=FAMILIES[family.removeprefix("numprune_")].attention_implementation
-    ).eval()
+    known = FAMILIES[family.removeprefix("numprune_")]
+    auto = AUTO_OF[task or known.tasks[0]]
+    model = auto.from_config(config, attn_implementation=known.attention_implementation).eval()
+    model.config.architectures = [type(model).__name__]
     with torch.no_grad():
         for parameter in model.parameters():
             # Wider than the initialiser's: with nearly zero logits every comparison would pass.
@@ -107,7 +129,8 @@ def build_tiny(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
 
 def write_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer = byte_tokenizer() if task_name(model.config) == "causal-lm" else encoder_tokenizer()
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from numprune_vllm import sizes, weights
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
@@ -19,27 +17,57 @@ from numprune.calibration import Walker, consumer_weight
 from numprune.errors import InputError
 from numprune.export import checkpoint, onnx, onnx_decoder, parity, vllm
 from numprune.export.streaming import CheckpointLayers
+from numprune.export.tasks import load_task
 from numprune.families import FAMILIES
-from numprune.layers import ModelLayers
+from numprune.layers import ModelLayers, leave
+from numprune.modeling import AUTO_OF
 from numprune.pruning import PruneOptions, prune, prune_layers
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_sizes
+from numprune.tasks import CAUSAL
+from numprune.tasks.classification import Classification
+from numprune.tasks.embedding import Embedding
+from numprune.tasks.masked import Masked
 from tests.conftest import build_tiny, write_checkpoint
 
+TASKS = {
+    task.name: task
+    for task in (CAUSAL, Masked(mask_token=258), Classification({"a": 0, "b": 1}), Embedding(normalized=True))
+}
 ROWS = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))  # longer than a window of 8
+ROWS[:, [3, 11, 18]] = 258  # a masked language model's masks, for the others a token like any other
 ALIGNED = Target(align=1)
 
-pytestmark = pytest.mark.parametrize("family", FAMILIES)
+of_family = pytest.mark.parametrize("family", FAMILIES)
+of_decoder = pytest.mark.parametrize(
+    "family", [name for name, family in FAMILIES.items() if "causal-lm" in family.tasks]
+)
+of_task = pytest.mark.parametrize(
+    ("family", "task"), [(name, task) for name, family in FAMILIES.items() for task in family.tasks]
+)
 
 
-def logits(model, tokens=ROWS, mask=None):
+def output(model, task="causal-lm", tokens=ROWS, mask=None):
     with torch.no_grad():
-        return model(input_ids=tokens, attention_mask=mask).logits
+        return TASKS[task].output(model, tokens, torch.ones_like(tokens) if mask is None else mask)
 
 
-def test_parameters_are_counted_from_the_configuration(family):
-    model = build_tiny(family)
+def distribution(model, task):
+    """The model's output as what a difference can be measured of: log-probabilities, or unit embeddings."""
+    found = output(model, task)
+    return found if task == "embedding" else found.log_softmax(-1)
+
+
+def distance(dense, pruned, task):
+    if task == "embedding":
+        return float(1 - (dense * pruned).sum(-1).mean())
+    return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+
+@of_task
+def test_parameters_are_counted_from_the_configuration(family, task):
+    model = build_tiny(family, task=task)
     anatomy = read_anatomy(model.config)
     found = dict(anatomy.around)
     for block in anatomy.blocks:
@@ -48,33 +76,39 @@ def test_parameters_are_counted_from_the_configuration(family):
     assert measure(anatomy).parameters == sum(value.numel() for value in model.parameters())
 
 
+@of_task
 @pytest.mark.parametrize("padded", [False, True])
-def test_walking_layer_by_layer_is_the_model_s_own_forward_pass(family, padded):
-    model = build_tiny(family)
-    layers = ModelLayers(model)
+def test_walking_layer_by_layer_is_the_model_s_own_forward_pass(family, task, padded):
+    model = build_tiny(family, task=task)
+    layers = ModelLayers(model, TASKS[task])
     mask = torch.ones_like(ROWS)
     if padded:
         mask[0, :7] = mask[3, :1] = 0
+        mask[2, -5:] = 1 if task == "causal-lm" else 0
     entered = layers.enter(ROWS, mask)
     hidden = entered.hidden
-    with torch.no_grad(), layers.head() as head:
+    modules = model.get_submodule(layers.anatomy.layers_path)
+    with torch.no_grad():
         for index in range(layers.anatomy.layers):
-            hidden = entered.arguments[index].call(model.get_submodule(FAMILIES[family].layers)[index], hidden)
-        found = head(ROWS, hidden)
-    expected = logits(model, mask=mask)
-    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+            hidden = entered.arguments[index].call(modules[index], hidden)
+        found = leave(TASKS[task], model, modules, ROWS, hidden, mask)
+    expected = output(model, task, mask=mask)
+    if expected.dim() == 3:
+        found, expected = found[mask.bool()], expected[mask.bool()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_walking_block_by_block_is_the_model_s_own_forward_pass(family):
-    model = build_tiny(family)
-    layers = ModelLayers(model)
+@of_task
+def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task):
+    model = build_tiny(family, task=task)
+    layers = ModelLayers(model, TASKS[task])
     walker = Walker(layers, ROWS.shape[1], batch_size=4)
     stream = walker.embed(ROWS)
     for block in layers.anatomy.blocks:
         with layers.layer(block.layer) as layer:
             walker.advance(layer, block, stream)
     with torch.no_grad(), layers.head() as head:
-        torch.testing.assert_close(head(ROWS, stream.hidden), logits(model), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(head(ROWS, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 
 
 # By layer: the share of its units that each kind of block keeps; `heads`: of the query heads in each KV group.
@@ -100,9 +134,10 @@ def some(block, size, seed):
     return Kept(units, members)
 
 
+@of_task
 @pytest.mark.parametrize("case", CUTS)
-def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_path):
-    model = build_tiny(family)
+def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case, tmp_path):
+    model = build_tiny(family, task=task)
     anatomy = read_anatomy(model.config)
     kept = {}
     for block in anatomy.blocks:
@@ -122,12 +157,15 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
                 gone = torch.ones(block.channels, dtype=torch.bool)
                 gone[channels_of(block, kept[block.name])] = False
                 consumer_weight(layer, block)[:, gone] = 0
-                if not kept[block.name].size.units and block.consumer_bias:
-                    layer.get_parameter(f"{block.consumer}.bias").zero_()
+                if not kept[block.name].size.units:
+                    if block.consumer_bias:
+                        layer.get_parameter(f"{block.consumer}.bias").zero_()
+                    for norm in block.post_norms:  # goes with the block
+                        layer.set_submodule(norm, torch.nn.Identity())
     after = anatomy.keeping({name: left.size for name, left in kept.items()})
     sliced = assemble(model, pruned_config(model.config, after), cut)
-    masked = logits(model)
-    torch.testing.assert_close(logits(sliced), masked, atol=2e-5, rtol=1e-4)
+    masked = output(model, task)
+    torch.testing.assert_close(output(sliced, task), masked, atol=2e-5, rtol=1e-4)
     assert measure(read_anatomy(sliced.config)) == measure(after)
     assert measure(after).parameters == sum(value.numel() for value in sliced.parameters())
 
@@ -135,16 +173,19 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, case, tmp_p
     stock = after.is_uniform and anatomy.stock_holds(attention, kept[attention.name].size)
     assert sliced.config.model_type.startswith(PER_LAYER_PREFIX) != stock
     sliced.save_pretrained(tmp_path)
-    read = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation=FAMILIES[family].attention_implementation
-    ).eval()
-    torch.testing.assert_close(logits(read), logits(sliced), atol=1e-6, rtol=1e-6)
+    read = (
+        AUTO_OF[task]
+        .from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=FAMILIES[family].attention_implementation)
+        .eval()
+    )
+    torch.testing.assert_close(output(read, task), output(sliced, task), atol=1e-6, rtol=1e-6)
     assert read_anatomy(read.config).blocks == after.blocks
 
-    read.generation_config.eos_token_id = None
-    greedy = {"max_new_tokens": 6, "do_sample": False}
-    cached, uncached = (read.generate(ROWS[:2, :9], use_cache=use_cache, **greedy) for use_cache in (True, False))
-    assert torch.equal(cached, uncached)
+    if TASKS[task].generates:
+        read.generation_config.eos_token_id = None
+        greedy = {"max_new_tokens": 6, "do_sample": False}
+        cached, uncached = (read.generate(ROWS[:2, :9], use_cache=use_cache, **greedy) for use_cache in (True, False))
+        assert torch.equal(cached, uncached)
 
 
 def options_for(family, allocation, axes, **others):
@@ -166,12 +207,13 @@ EVERY_ALLOCATION = pytest.mark.parametrize(
 )
 
 
+@of_task
 @EVERY_ALLOCATION
-def test_streamed_is_in_memory(family, allocation, axes, tmp_path):
+def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
     options = options_for(family, allocation, axes)
     folder = tmp_path / "base"
-    write_checkpoint(build_tiny(family), folder)
-    kept = prune(build_tiny(family), ROWS, options)
+    write_checkpoint(build_tiny(family, task=task), folder)
+    kept = prune(build_tiny(family, task=task), ROWS, options, task=load_task(folder))
     cut = {}
     plan = prune_layers(
         CheckpointLayers(folder, scratch=tmp_path),
@@ -186,43 +228,47 @@ def test_streamed_is_in_memory(family, allocation, axes, tmp_path):
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
 
 
-def test_gradients_of_the_loss_are_autograd_s_of_the_whole_model(family):
-    model = build_tiny(family)
-    found = sensitivity.measure(ModelLayers(model), ROWS, batch_size=4, taylor=True)
+@of_task
+def test_gradients_of_the_loss_are_autograd_s_of_the_whole_model(family, task):
+    model = build_tiny(family, task=task)
+    found = sensitivity.measure(ModelLayers(model, TASKS[task]), ROWS, batch_size=4, taylor=True)
     blocks = read_anatomy(model.config).blocks
     outputs = []
     for block in blocks:
         consumer = model.get_submodule(f"{block.path}.{block.consumer}")
         consumer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    scored = model(input_ids=ROWS, use_cache=False).logits[:, :-1]
-    loss = cross_entropy(scored.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="sum")
+    found_output, draw = TASKS[task].output(model, ROWS, torch.ones_like(ROWS)), torch.Generator().manual_seed(0)
+    loss = sum(TASKS[task].loss(found_output[[row]], ROWS[[row]], draw) for row in range(len(ROWS)))
+    losses = TASKS[task].losses_in(ROWS)
     gradients = torch.autograd.grad(loss, outputs, retain_graph=True)
     loss.backward()
     for block, gradient in zip(blocks, gradients, strict=True):
         flat = gradient.reshape(-1, gradient.shape[-1])
-        expected = flat.T @ flat / ROWS.numel()
+        expected = flat.T @ flat / losses
         torch.testing.assert_close(found.output[block.name], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
         salience = sum(
-            (value * value.grad).detach().abs().sum() / ROWS.numel()
+            (value * value.grad).detach().abs().sum() / losses
             for value in (model.get_parameter(f"{block.path}.{part.tensor}") for part in block.slices)
         )
         torch.testing.assert_close(found.taylor[block.name].sum().float(), salience, rtol=1e-3, atol=1e-6)
 
 
+@of_task
 @EVERY_ALLOCATION
-def test_a_refitted_model_errs_less(family, allocation, axes):
-    dense = logits(build_tiny(family)).log_softmax(-1)
+def test_a_refitted_model_errs_less(family, task, allocation, axes):
+    dense = distribution(build_tiny(family, task=task), task)
 
     def error(compensation):
         options = options_for(family, allocation, axes, compensation=compensation)
-        pruned = logits(prune(build_tiny(family), ROWS, options).model).log_softmax(-1)
-        return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+        pruned = prune(build_tiny(family, task=task), ROWS, options, task=TASKS[task]).model
+        return distance(dense, distribution(pruned, task), task)
 
     none, oneshot, joint = (error(name) for name in ("none", "oneshot", "joint"))
     assert oneshot < none
     assert joint < none
 
 
+@of_family
 @pytest.mark.parametrize("axes", [DEFAULT_AXES, AXES])
 def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes):
     anatomy = read_anatomy(build_tiny(family).config)
@@ -237,6 +283,7 @@ def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes)
     assert uniform[-1] == block.size
 
 
+@of_decoder
 def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
     base, pruned = write_checkpoint(build_tiny(family), tmp_path / "base"), tmp_path / "pruned"
     if family in onnx_decoder.FAMILIES:
@@ -255,32 +302,39 @@ def test_it_is_exported_or_refused_by_name_before_any_work(family, tmp_path):
             vllm.export(pruned, tmp_path / "vllm")
 
 
+@of_decoder
 def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
     out = tmp_path / "vllm"
     vllm.export(write_checkpoint(build_tiny(family), tmp_path / "base"), out)
     weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
 
 
+HEADS = {
+    "any": "any number",
+    "divisors": "divisors of the hidden size",
+    "stand-in": "any number",
+    "all": "none; any number per layer",
+}
+
+
 def row_of(family):
     """The family's row of docs/families.md; that every cell of it is true, the other tests say."""
     entry = FAMILIES[family]
     attention, mlp = read_anatomy(build_tiny(family).config).of_layer(0)
-    heads = {
-        "any": "any number",
-        "divisors": "any number" if entry.stand_in else "divisors of the hidden size",
-        "all": "none; any number per layer",
-    }
-    cells = [
-        f"`{family}`",
-        heads[entry.stock_heads] if attention.separable else "none",
-        "values, up" if mlp.linear else "values",
-        "yes" if family in onnx_decoder.FAMILIES else "no",
-        "native" if entry.vllm.native else "transformers backend",
-        "plug-in" if entry.vllm.per_layer else "no",
-    ]
+    heads = HEADS["stand-in" if entry.stand_in else entry.stock_heads]
+    cells = [f"`{family}`", heads if attention.separable else "none", "values, up" if mlp.linear else "values"]
+    if "causal-lm" in entry.tasks:
+        cells += [
+            "yes" if family in onnx_decoder.FAMILIES else "no",
+            "native" if entry.vllm.native else "transformers backend",
+            "plug-in" if entry.vllm.per_layer else "no",
+        ]
+    else:
+        cells += [", ".join(entry.tasks)]
     return f"| {' | '.join(cells)} |"
 
 
+@of_family
 def test_the_table_in_the_documentation_is_what_is_proved(family):
     page = Path(__file__).parent.parent / "docs" / "families.md"
     assert row_of(family) in page.read_text(encoding="utf-8").splitlines()

@@ -1,5 +1,8 @@
 """The architectures that numprune knows, a file for each. docs/adding-an-architecture.md shows how to add one."""
 
+from numprune.families.bert import BERT
+from numprune.families.distilbert import DISTILBERT
+from numprune.families.electra import ELECTRA
 from numprune.families.family import Family, Kind, Matrix, Wiring
 from numprune.families.gemma import GEMMA
 from numprune.families.gemma2 import GEMMA2
@@ -14,6 +17,7 @@ from numprune.families.opt import OPT
 from numprune.families.phi3 import PHI3
 from numprune.families.qwen2 import QWEN2
 from numprune.families.qwen3 import QWEN3
+from numprune.families.roberta import ROBERTA
 from numprune.families.smollm3 import SMOLLM3
 from numprune.families.starcoder2 import STARCODER2
 
@@ -33,6 +37,10 @@ _ALL = (
     GPT2,
     OPT,
     GPT_NEOX,
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    ELECTRA,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -207,11 +207,24 @@ def gated_mlp(
     )
 
 
-def plain_mlp(writer: str, reader: str, *, bias: Flag, norms: tuple[str, ...], modules: tuple[str, ...]) -> Wiring:
+def plain_mlp(
+    writer: str, reader: str, *, bias: Flag, norms: tuple[str, ...], modules: tuple[str, ...], post_norm: bool = False
+) -> Wiring:
     """Return an MLP without a gate."""
     return Wiring(
         writers=(Matrix(writer, ("inner",), bias),),
         reader=Matrix(reader, ("inner",), bias),
         modules=modules,
         norms=norms,
+        post_norm=post_norm,
     )
+
+
+def linear(path: str, outputs: str, inputs: str) -> dict[str, Shape]:
+    """Return the tensors of a linear map with a bias, whose sizes are these fields of the configuration."""
+    return {f"{path}.weight": (outputs, inputs), f"{path}.bias": (outputs,)}
+
+
+def norm(path: str, size: str) -> dict[str, Shape]:
+    """Return the tensors of a layer norm, whose size is this field of the configuration."""
+    return {f"{path}.weight": (size,), f"{path}.bias": (size,)}
