@@ -114,12 +114,16 @@ class CheckpointLayers:
         stored = self._header(embedding)
         rows = torch.cat([read_rows(stored, token, token + 1) for token in used.tolist()])
         values: dict[str, Tensor | None] = {embedding: rows, **dict.fromkeys(names)}
-        places = self._embedding.register_forward_pre_hook(lambda _, args: (torch.searchsorted(used, args[0]),))
+
+        def places(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (torch.searchsorted(used, args[0].contiguous()),)
+
+        looking_up = self._embedding.register_forward_pre_hook(places)
         try:
             with self._filled(values | dict.fromkeys(outputs if head else [])):
                 yield
         finally:
-            places.remove()
+            looking_up.remove()
 
     @contextmanager
     def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:

@@ -52,7 +52,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every stored tensor by name. The data are not read, but each file must be long enough to hold them.
+    """Every stored weight by name. The data are not read, but each file must be long enough to hold them.
 
     Raises:
         InputError: there are no safetensors weights, or both a single file and shards, or quantized tensors.
@@ -134,6 +134,8 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
             offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
+                if _is_computed(name, part.get_dtype()):
+                    continue
                 headers[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path}: not a whole safetensors file: {error}") from None
@@ -144,6 +146,11 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
                 "(prune the unquantized model)"
             )
     return headers
+
+
+def _is_computed(name: str, dtype: str | None = None) -> bool:
+    """Whether a tensor is the numbers of the positions, which older versions of transformers stored as integers."""
+    return name.rpartition(".")[2] == "position_ids" and dtype not in DTYPES
 
 
 def _offsets(path: Path) -> dict[str, int]:
@@ -164,7 +171,7 @@ def _read_shards(folder: Path) -> dict[str, TensorHeader]:
             if weight_map.get(name) != shard:
                 raise IntegrityError(f"{folder / shard}: holds {name}, which {INDEX} does not say")
             headers[name] = header
-    absent = sorted(weight_map.keys() - headers.keys())
+    absent = sorted(name for name in weight_map.keys() - headers.keys() if not _is_computed(name))
     if absent:
         raise IntegrityError(f"{folder / weight_map[absent[0]]}: lacks {absent[0]}, which {INDEX} says it holds")
     return headers

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from numprune.anatomy import context_of
 from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.tasks import CAUSAL, Comparison, Predictions, Quality, Task
@@ -75,8 +76,5 @@ def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
             "the tokenizer is not this model's"
         )
     longest = max(map(len, rows.rows))
-    if longest > model.config.max_position_embeddings:
-        raise InputError(
-            f"sequence length {longest} is over the model's context of {model.config.max_position_embeddings}; "
-            "give a shorter one"
-        )
+    if longest > (context := context_of(model.config)):
+        raise InputError(f"sequence length {longest} is over the model's context of {context}; give a shorter one")

@@ -13,7 +13,7 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 if TYPE_CHECKING:
     from numprune.corpus import TokenRows
     from numprune.plan import PricedSplit
-    from numprune.tasks import Quality
+    from numprune.tasks import Quality, Task
 
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
@@ -135,6 +135,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.budget import measure, pruning_step
     from numprune.export import checkpoint
+    from numprune.export.tasks import load_task
     from numprune.plan import PLAN_FILE, read_plan
     from numprune.target import Target
 
@@ -149,11 +150,13 @@ def inspect(args: argparse.Namespace) -> Answer:
         "model": str(folder),
         "architecture": (config.architectures or [config.model_type])[0],
         "family": anatomy.family,
+        "task": anatomy.task,
+        **_pooling(load_task(folder)),
         "layers": anatomy.layers,
         "hidden_size": anatomy.hidden_size,
         "head_dim": anatomy.head_dim,
         "vocabulary": anatomy.vocabulary,
-        "context": config.max_position_embeddings,
+        "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
         "dtype": str(config.dtype).removeprefix("torch."),
         "uniform": anatomy.is_uniform,
@@ -205,9 +208,19 @@ def _groups(split: "PricedSplit") -> str:
     return f"{split.kv_groups} KV groups{heads}"
 
 
+def _pooling(task: "Task") -> dict[str, Any]:
+    """How an embedding model makes one vector of a text's tokens; nothing for other models."""
+    from numprune.tasks.embedding import Embedding
+
+    if not isinstance(task, Embedding):
+        return {}
+    return {"pooling": task.pooling, "pooling_declared": task.declared, "normalized": task.normalized}
+
+
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.export import checkpoint, manifest
+    from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
@@ -233,9 +246,9 @@ def prune(args: argparse.Namespace) -> Answer:
     config = checkpoint.read_config(base)
     anatomy = read_anatomy(config)
     check_options(anatomy, options)
-    length = row_length(args.sequence_length, config.max_position_embeddings)
+    length = row_length(args.sequence_length, anatomy.context)
     tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
-    rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how)
+    rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=load_task(base))
     facts = prune_checkpoint(base, rows, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
     data = {
         "out": str(args.out),

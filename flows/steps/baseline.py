@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.corpus import TokenRows
 from numprune.export.checkpoint import load
+from numprune.export.tasks import load_task
 from numprune.flows.names import BUILT_IN
 from numprune.flows.steps.text import load_heldout
 from numprune.generation import PROMPTS, generate
@@ -31,7 +32,8 @@ def make_baseline(
 ) -> dict[str, Any]:
     """Stage: the baseline's states on the held-out rows, its NLL, and what it generates from the prompts."""
     loaded, tokenizer = load(model)
-    return score(out, loaded.to(device), tokenizer, load_heldout(rows, rows_digest), prompts_of(prompts))
+    held_out = load_heldout(rows, rows_digest)
+    return score(out, loaded.to(device), tokenizer, held_out, prompts_of(prompts), load_task(model))
 
 
 def score(
@@ -46,7 +48,7 @@ def score(
 
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
-    generations = generate(model, tokenizer, prompts)
+    generations = generate(model, tokenizer, prompts) if task.generates else []
     starts = _starts(rows, task)
     with (folder / _STATES).open("wb") as file:  # not mapped: a full disk would end the process without a word
 

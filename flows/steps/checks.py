@@ -18,6 +18,7 @@ from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, 
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
 from numprune.export.onnx import check_family
+from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
 from numprune.flows.names import TARGETS
@@ -90,8 +91,9 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("model.path", check_vocabulary, base, tokenizer, config)
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
                 problems.append(f"model.path: {problem}")
-            collect("evaluate.prompts", check_prompts, tokenizer, recipe, config.max_position_embeddings)
-        anatomy = read_anatomy(config)
+        anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
+        if tokenizer is not None and task is not None and task.generates:
+            collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
@@ -99,7 +101,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("export.targets and benchmark.runtimes", check_family, anatomy)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
-        problems += _lengths(recipe, config.max_position_embeddings)
+        problems += _lengths(recipe, anatomy.context)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
     if tokenizer is not None or not data.chat:

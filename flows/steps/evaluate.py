@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.export.checkpoint import load, read_config
+from numprune.export.tasks import load_task
 from numprune.flows.stages import read_facts
 from numprune.flows.steps.baseline import prompts_of, score, scored, side
 from numprune.flows.steps.text import load_heldout
 from numprune.generation import MAXIMUM_TOKENS, generate
 from numprune.quality import compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
-from numprune.tasks import CAUSAL, Comparison, Predictions, Quality
+from numprune.tasks import Comparison, Predictions, Quality, Task
 
 
 def make_quality(
@@ -36,8 +37,9 @@ def make_quality(
 ) -> dict[str, Any]:
     """Stage: the section `quality`. `scores`: the stage that scored the baseline on the same rows and prompts."""
     held_out, where = load_heldout(rows, rows_digest), torch.device(device)
-    known = _scored(scores, held_out, load(baseline)[0].to(where))
-    return _compare(candidate, known, read_facts(scores)["generations"], held_out, prompts_of(prompts), where)
+    task = load_task(baseline)
+    known = _scored(scores, held_out, load(baseline)[0].to(where), task)
+    return _compare(candidate, known, read_facts(scores)["generations"], held_out, prompts_of(prompts), where, task)
 
 
 def compare_checkpoints(
@@ -47,27 +49,30 @@ def compare_checkpoints(
 
     Raises InputError, IntegrityError.
     """
+    task = load_task(baseline)
     vocabulary = read_config(baseline).vocab_size
     for candidate in candidates:
         if (other := read_config(candidate).vocab_size) != vocabulary:
             raise InputError(f"vocabularies differ: {candidate} has {other} tokens, {baseline} has {vocabulary}")
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         dense, tokenizer = load(baseline)
-        facts = score(Path(scratch), dense.to(device), tokenizer, rows, prompts)
-        known = _scored(Path(scratch), rows, dense)
+        facts = score(Path(scratch), dense.to(device), tokenizer, rows, prompts, task)
+        known = _scored(Path(scratch), rows, dense, task)
         del dense  # but its head
-        return [_compare(candidate, known, facts["generations"], rows, prompts, device) for candidate in candidates]
+        return [
+            _compare(candidate, known, facts["generations"], rows, prompts, device, task) for candidate in candidates
+        ]
 
 
 def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> Quality | None:
     """NLL of one model; None where its task has none without a baseline. Raises InputError, IntegrityError."""
     loaded, _ = load(model)
-    return evaluate(loaded.to(device), rows)
+    return evaluate(loaded.to(device), rows, load_task(model))
 
 
-def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel) -> Predictions:
-    found = CAUSAL.predictions(dense)
-    return scored(folder, rows, found.head, found.size, dense.device)
+def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel, task: Task) -> Predictions:
+    found = task.predictions(dense)
+    return scored(folder, rows, found.head, found.size, dense.device, task)
 
 
 def _compare(
@@ -77,11 +82,12 @@ def _compare(
     rows: TokenRows,
     prompts: Sequence[str],
     device: torch.device,
+    task: Task,
 ) -> dict[str, Any]:
     pruned, tokenizer = load(candidate)
     pruned.to(device)
-    found = section(compare_with(pruned, baseline, rows), rows)
-    if prompts:
+    found = section(compare_with(pruned, baseline, rows, task), rows)
+    if prompts and task.generates:
         found["generation"] = generation(pruned, tokenizer, prompts, generations)
     return found
 

@@ -25,6 +25,7 @@ from numprune.export.checkpoint import (
 )
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
+from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import dtypes_of, main_dtype, read_headers
 from numprune.flows.bundle import CHECKPOINT
@@ -107,7 +108,7 @@ def _prune_in_memory(
     base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device
 ) -> Plan:
     model, _ = load(base)
-    pruned = pruning.prune(model.to(device), rows, options)
+    pruned = pruning.prune(model.to(device), rows, options, task=load_task(base))
     save(pruned.model, base, folder)
     return pruned.plan
 

@@ -14,17 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from numprune.anatomy import context_of
 from numprune.chat import renderer
-from numprune.corpus import TokenRows, rows_digest, sample_rows, token_rows
+from numprune.corpus import TokenRows, rows_digest, sample_rows
 from numprune.documents import Document, Reading, content_of, read_documents
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer, read_config
 from numprune.export.manifest import sha256_file
+from numprune.export.tasks import load_task
 from numprune.flows.embedded import corpus
 from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
 from numprune.plan import Draw
-from numprune.tasks import MINIMUM_DOCUMENTS
+from numprune.tasks import CAUSAL, MINIMUM_DOCUMENTS, Task
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,11 @@ def text_rows(
     length: int,
     reading: Reading,
     tokens: int | None = None,
+    task: Task = CAUSAL,
 ) -> TokenRows:
-    """A recipe's text as rows; the other arguments are `read_text`'s. Raises InputError."""
-    rows = token_rows(read_text(text, part, tokenizer, reading, tokens), tokenizer, length, reading.pack)
+    """A recipe's text as rows for a task; the other arguments are `read_text`'s. Raises InputError."""
+    read = task.calibration_rows if part == "train" else task.heldout_rows
+    rows = read(read_text(text, part, tokenizer, reading, tokens), tokenizer, length, reading.pack)
     logger.info(
         "%s text: %s, %s of %d tokens%s",
         "calibration" if part == "train" else "held-out",
@@ -109,12 +113,16 @@ def heldout_rows(
     Raises InputError: as `read_documents` and `token_rows` do, and when their tokenizers differ on the text.
     """
     model, *others = models
-    length = row_length(length, read_config(model).max_position_embeddings)
-    tokenizer = load_tokenizer(model)
+    length = row_length(length, context_of(read_config(model)))
+    task, tokenizer = load_task(model), load_tokenizer(model)
     documents = read_text(files, "heldout", tokenizer, reading)
-    rows = token_rows(documents, tokenizer, length, reading.pack)
+    rows = task.heldout_rows(documents, tokenizer, length, reading.pack)
     for other in (*others, *([baseline] if baseline else [])):
-        if token_rows(documents, load_tokenizer(other), length, reading.pack).digest != rows.digest:
+        if load_task(other) != task:
+            raise InputError(
+                f"{model} and {other}: they are for different tasks or pool differently, so there is nothing to compare"
+            )
+        if task.heldout_rows(documents, load_tokenizer(other), length, reading.pack).digest != rows.digest:
             raise InputError(
                 f"{model} and {other}: their tokenizers make different tokens of the text, so there is nothing to "
                 "compare; the baseline must be the model that the other one was made from"
@@ -145,12 +153,13 @@ def calibration_rows(
     seed: int,
     reading: Reading,
     option: str = "--samples",
+    task: Task = CAUSAL,
 ) -> tuple[Tensor, Draw]:
     """(samples, length) token rows drawn from a recipe's text, and what a plan says of them.
 
     `option` is what the user knows `samples` by. Raises InputError.
     """
-    rows = text_rows(text, "train", tokenizer, length, reading, tokens=samples * length)
+    rows = text_rows(text, "train", tokenizer, length, reading, samples * length, task)
     try:
         drawn = sample_rows(rows, samples, length, seed)
     except InputError as error:
@@ -171,7 +180,14 @@ def make_calibration(
 ) -> dict[str, Any]:
     """Stage: the rows that pruning is calibrated on."""
     rows, draw = calibration_rows(
-        text, load_tokenizer(model), samples, sequence_length, seed, Reading(**reading), option="data.samples"
+        text,
+        load_tokenizer(model),
+        samples,
+        sequence_length,
+        seed,
+        Reading(**reading),
+        option="data.samples",
+        task=load_task(model),
     )
     save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw.model_dump_json()})
     return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel(), "packed": draw.packed}
@@ -186,12 +202,13 @@ def make_heldout(
     out: Path, *, model: Path, text: str | list[str], sequence_length: int, reading: dict[str, Any]
 ) -> dict[str, Any]:
     """Stage: the rows that quality is measured on."""
-    rows = text_rows(text, "heldout", load_tokenizer(model), sequence_length, Reading(**reading))
+    task = load_task(model)
+    rows = text_rows(text, "heldout", load_tokenizer(model), sequence_length, Reading(**reading), task=task)
     warn_of_windows(rows, "data.split")
-    return save_heldout(out, rows)
+    return save_heldout(out, rows, task)
 
 
-def save_heldout(stage: Path, rows: TokenRows) -> dict[str, Any]:
+def save_heldout(stage: Path, rows: TokenRows, task: Task = CAUSAL) -> dict[str, Any]:
     """Write rows for `load_heldout`; return facts about them."""
     tensors = {
         "tokens": torch.cat(rows.rows),
@@ -201,12 +218,14 @@ def save_heldout(stage: Path, rows: TokenRows) -> dict[str, Any]:
     if rows.spans is not None:
         tensors["spans"] = torch.tensor([tokens for lengths in rows.spans for tokens in lengths])
         tensors["spans_of_row"] = torch.tensor([len(lengths) for lengths in rows.spans])
+    if rows.labels is not None:
+        tensors["labels"] = torch.tensor(rows.labels)
     save_file(tensors, stage / _HELDOUT)
     (stage / "names.json").write_text(json.dumps(rows.names), encoding="utf-8")
     return {
         "digest": rows.digest,
         "rows": len(rows.rows),
-        "tokens": rows.tokens,
+        "tokens": int(task.scored(rows).sum()),
         "documents": rows.documents,
         "packed": rows.packed,
     }
@@ -224,4 +243,5 @@ def load_heldout(stage: Path, digest: str) -> TokenRows:
         names=json.loads((stage / "names.json").read_text(encoding="utf-8")),
         digest=digest,
         spans=spans,
+        labels=found["labels"].tolist() if "labels" in found else None,
     )

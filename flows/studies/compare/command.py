@@ -106,6 +106,10 @@ def _request(args: argparse.Namespace) -> Request:
     folder = EMBEDDED_FOLDER / "model" if args.model == EMBEDDED else resolve(args.model)
     config = read_config(folder)
     anatomy = read_anatomy(config)
+    if anatomy.task != "causal-lm":
+        raise InputError(
+            f"{args.model}: methods are compared on causal language models, and this one is for {anatomy.task}"
+        )
     target = Target(args.align)
 
     def works(method: str) -> None:
@@ -126,7 +130,7 @@ def _request(args: argparse.Namespace) -> Request:
         ratios=args.ratios,
         methods=methods,
         samples=args.samples,
-        sequence_length=row_length(args.sequence_length, config.max_position_embeddings),
+        sequence_length=row_length(args.sequence_length, anatomy.context),
         align=args.align,
         seed=args.seed,
         device=device_of(args.device).type,
