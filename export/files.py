@@ -48,7 +48,7 @@ def require_size(path: Path, maximum: int) -> None:
     if not path.is_file():  # a link to a device has no end
         raise InputError(f"{path}: not a regular file")
     if path.stat().st_size > maximum:
-        raise InputError(f"{path}: exceeds the limit of {maximum:,} bytes")
+        raise InputError(f"{path}: exceeds the {maximum:,}-byte limit")
 
 
 def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def read(folder: Path) -> Manifest:
             f"{path}: missing; this folder is not an artifact of numprune, or not a whole one"
         ) from None
     if len(raw) > MAXIMUM_BYTES:
-        raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes")
+        raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
         parsed = _Schema.model_validate(json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant))
         files = {name: FileEntry(entry.sha256, entry.size) for name, entry in parsed.files.items()}

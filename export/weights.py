@@ -182,7 +182,7 @@ def _read_index(path: Path) -> Mapping[str, str]:
         with path.open("rb") as file:
             raw = file.read(_MAXIMUM_INDEX_BYTES + 1)
         if len(raw) > _MAXIMUM_INDEX_BYTES:
-            raise IntegrityError(f"{path}: larger than {_MAXIMUM_INDEX_BYTES} bytes, no index is")
+            raise IntegrityError(f"{path}: exceeds the {_MAXIMUM_INDEX_BYTES:,}-byte limit")
         weight_map = json.loads(raw)["weight_map"]
         names = set(weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -27,7 +27,8 @@ from numprune.flows.names import (
     ExportTarget,
     Runtime,
 )
-from numprune.flows.problems import described, listed
+from numprune.serving.problems import described, listed
+from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
 from numprune.serving.report import MAXIMUM_PROMPTS
 
@@ -67,6 +68,12 @@ def _separator(value: str) -> str:
         separator(value)
     except InputError as error:
         raise ValueError(str(error)) from None
+    return value
+
+
+def _repeats(value: int) -> int:
+    if not are_repeats(value):
+        raise ValueError(REPEATS_RULE)
     return value
 
 
@@ -171,7 +178,7 @@ class Benchmark(Section):
     prompt_length: Count = 128
     output_length: Annotated[int, Field(ge=2, lt=2**31)] = 32
     batch_size: Count = 1
-    repeats: Annotated[int, Field(ge=4, lt=2**31, multiple_of=2)] = 10
+    repeats: Annotated[int, Field(lt=2**31), AfterValidator(_repeats)] = 10
     warmup: Count = 1
     seed: Seed = 0
     concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 4]
@@ -252,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"recipe {path}: no such file") from None
     if len(raw) > _MAXIMUM_BYTES:
-        raise InputError(f"recipe {path}: larger than {_MAXIMUM_BYTES} bytes, no recipe is")
+        raise InputError(f"recipe {path}: exceeds the {_MAXIMUM_BYTES:,}-byte limit")
     try:
         return tomllib.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # TOML's own and Unicode's errors are ValueErrors

@@ -241,7 +241,7 @@ def read(folder: Path) -> Record:
         with os.fdopen(handle, "rb") as file:
             raw = file.read(MAXIMUM_BYTES + 1)
         if len(raw) > MAXIMUM_BYTES:
-            raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes, no record is")
+            raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
         record = Record.model_validate_json(raw)
     except OSError as error:
         raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from None

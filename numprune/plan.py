@@ -190,7 +190,7 @@ def read_plan(path: Path) -> Plan:
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"plan {str(path)!r} does not exist") from None
     if len(raw) > _MAXIMUM_BYTES:
-        raise InputError(f"plan {str(path)!r} is larger than {_MAXIMUM_BYTES} bytes")
+        raise InputError(f"plan {str(path)!r} exceeds the {_MAXIMUM_BYTES:,}-byte limit")
     try:
         return Plan.model_validate_json(raw)
     except ValidationError as error:

@@ -36,11 +36,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.power import CONFIDENCE, MAXIMUM, SETTLED, power, samples_needed, student
-from numprune.serving.problems import problems
+from numprune.serving.problems import described, listed, problems
 from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
 
 EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
@@ -65,7 +65,7 @@ class Gate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    metric: str = Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+$", description="dotted path into report.json")
+    metric: str = Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+$", description="a dotted path into report.json")
     bound: Literal["point", "ci95_lower", "ci95_upper"]
     min: Limit | None = None
     max: Limit | None = None
@@ -86,24 +86,31 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gates: tuple[Gate, ...] = Field(min_length=1)
+    gates: tuple[Gate, ...]
+
+    @field_validator("gates")
+    @classmethod
+    def _at_least_one(cls, gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+        if not gates:
+            raise ValueError("must hold at least one gate")
+        return gates
 
 
 def read_policy(path: Path) -> Policy:
-    """A TOML file of `[[gates]]`. Raises InputError with every problem: field, what is allowed, the value given."""
+    """A TOML file of `[[gates]]`. Raises InputError with a line for each problem: field, value given, what is allowed."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_POLICY_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such policy") from None
+        raise InputError(f"policy {path}: no such file") from None
     if len(raw) > MAXIMUM_POLICY_BYTES:
-        raise InputError(f"{path}: larger than {MAXIMUM_POLICY_BYTES} bytes, no policy is")
+        raise InputError(f"policy {path}: exceeds the {MAXIMUM_POLICY_BYTES:,}-byte limit")
     try:
         return Policy.model_validate(tomllib.loads(raw.decode("utf-8")))
     except ValidationError as error:
-        raise InputError(f"{path}: {problems(error)}") from None
+        raise InputError(listed(f"policy {path}", described(error, Policy))) from None
     except (ValueError, RecursionError) as error:  # TOML's own and Unicode's errors are ValueErrors
-        raise InputError(f"{path}: not TOML: {error}") from None
+        raise InputError(f"policy {path}: not TOML: {error}") from None
 
 
 def judge(report: Report, policy: Policy) -> Verdict:

@@ -1,8 +1,17 @@
-"""What is wrong with data from outside, all of it, in words."""
+"""What is wrong with data from outside, in words: field, value given, what is allowed, and what was perhaps meant.
 
-from collections.abc import Container
+`problems` puts the mistakes in a file that a program wrote into one line; `described` and `listed` give those in a file
+that somebody wrote by hand a line each.
+"""
 
-from pydantic import ValidationError
+import difflib
+import re
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 _SHOWN = 12  # a file of another kind has thousands
 
@@ -32,3 +41,60 @@ def short(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
         return f"a value of {type(value).__name__} that is too large to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def listed(what: str, problems: Sequence[str]) -> str:
+    """Return one message for all `problems`, a line each."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{what}: {count}", *(f"  {problem}" for problem in problems)])
+
+
+def described(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return a line for each problem that `model` found."""
+    return [_describe(problem, model) for problem in error.errors(include_url=False)]
+
+
+def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    path = ".".join(map(str, problem["loc"]))
+    message = re.sub(r"^(Input|String|List) should ", "must ", problem["msg"].removeprefix("Value error, "))
+    message = message.removesuffix(" after validation, not 0")
+    match problem["type"]:
+        case "missing":
+            choices = get_args(_field(model, problem["loc"]).annotation)
+            words = [choice for choice in choices if isinstance(choice, str)]
+            return f"{path}: missing" + (f"; must be one of {', '.join(words)}" if words else "")
+        case "string_pattern_mismatch" if meant := _field(model, problem["loc"]).description:
+            return f"{path} = {short(problem['input'])}: must be {meant}"
+        case "extra_forbidden":
+            known = list(_section(model, problem["loc"][:-1]).model_fields)
+            return f"{path}: unknown; known are {', '.join(known)}{did_you_mean(problem['loc'][-1], known)}"
+        case "literal_error":
+            allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            return f"{path} = {short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
+    return f"{path} = {short(problem['input'])}: {message}"
+
+
+def _field(model: type[BaseModel], path: Sequence[int | str]) -> FieldInfo:
+    return _section(model, path[:-1]).model_fields[str(path[-1])]
+
+
+def _section(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the section at `path`; a step into a list leads to the model of its items."""
+    for part in path:
+        if isinstance(part, str):
+            model = next(models_in(model.model_fields[part].annotation))
+    return model
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def did_you_mean(given: object, known: Sequence[str]) -> str:
+    """A hint to append to a message, empty when nothing is near."""
+    near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""

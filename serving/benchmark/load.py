@@ -1,12 +1,17 @@
 """What the runtimes are given to do: which prompts, how long, how many at a time, how often."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from numprune.errors import InputError
 
-_MINIMA = {"prompts": 1, "prompt_length": 1, "output_length": 2, "batch_size": 1, "repeats": 4, "warmup": 1, "seed": 0}
+# Even, so that each side goes first equally often; with fewer there is no interval.
+REPEATS_RULE = "must be an even number, at least 4"
+
+_MINIMA = {"prompts": 1, "prompt_length": 1, "output_length": 2, "batch_size": 1, "warmup": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -22,26 +27,17 @@ class Load:
         32  # tokens per prompt, always all of them: the first comes from the prefill, the rest from decoding
     )
     batch_size: int = 1  # prompts that run together (static concurrency)
-    repeats: int = 10  # measured, per side; even, so that each side goes first equally often
+    repeats: int = 10  # measured, per side
     warmup: int = 1  # repeats per side that come before, and are left out of every result
     seed: int = 0  # of the prompts' token ids
 
     def __post_init__(self) -> None:
-        problems = [
-            f"load.{field.name} = {getattr(self, field.name)!r}: must be an integer of at least {_MINIMA[field.name]}"
-            for field in fields(self)
-            if type(getattr(self, field.name)) is not int or getattr(self, field.name) < _MINIMA[field.name]
-        ]
-        if not problems:
-            if self.repeats % 2:
-                problems.append(
-                    f"load.repeats = {self.repeats}: must be even, so that each side goes first equally often"
-                )
-            if self.prompts % self.batch_size:
-                problems.append(
-                    f"load.prompts = {self.prompts}: must be a multiple of load.batch_size = {self.batch_size}, "
-                    "so that every batch is of the same size"
-                )
+        problems = out_of_range(self, _MINIMA)
+        if not problems and self.prompts % self.batch_size:
+            problems.append(
+                f"load.prompts = {self.prompts}: must be a multiple of load.batch_size = {self.batch_size}, "
+                "so that every batch is of the same size"
+            )
         if problems:
             raise InputError("; ".join(problems))
 
@@ -63,6 +59,23 @@ class Load:
     def describe(self) -> dict[str, int]:
         """All fields, for the report."""
         return asdict(self)
+
+
+def are_repeats(value: int) -> bool:
+    """Whether a benchmark can have so many repeats of each side: see REPEATS_RULE."""
+    return value >= 4 and value % 2 == 0
+
+
+def out_of_range(load: Any, minima: Mapping[str, int]) -> list[str]:
+    """A line for each field of a load that is under its minimum, or no whole number, and for unfit `repeats`."""
+    problems = [
+        f"load.{name} = {getattr(load, name)!r}: must be an integer of at least {least}"
+        for name, least in minima.items()
+        if type(getattr(load, name)) is not int or getattr(load, name) < least
+    ]
+    if type(load.repeats) is not int or not are_repeats(load.repeats):
+        problems.append(f"load.repeats = {load.repeats!r}: {REPEATS_RULE}")
+    return problems
 
 
 def interleaving(repeats: int) -> str:

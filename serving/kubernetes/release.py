@@ -82,7 +82,7 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
             )
         exported = manifest.read(folder / CHECKPOINT)
         if whole.files[_CONFIG].size > _MAXIMUM_CONFIG_BYTES:
-            raise IntegrityError(f"{version.reference}, {_CONFIG}: larger than {_MAXIMUM_CONFIG_BYTES} bytes")
+            raise IntegrityError(f"{version.reference}, {_CONFIG}: exceeds the {_MAXIMUM_CONFIG_BYTES:,}-byte limit")
         config = (folder / _CONFIG).read_bytes()
     if exported.kind != _KIND:
         raise InputError(

@@ -44,7 +44,7 @@ def read(path: Path) -> Report:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(raw) > MAXIMUM_BYTES:
-        raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes, no report is")
+        raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
         data = json.loads(raw, **_STRICT)
         if isinstance(data, dict) and data.get("schema") != SCHEMA:

@@ -108,7 +108,7 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
         (["registry"], "the following arguments are required"),
         (["optimize", "none.toml"], "recipe none.toml: no such file"),
         (["inspect", "./none"], "none: no such folder"),
-        (["gate", "none.json", "--policy", "none.toml"], "none.toml: no such policy"),
+        (["gate", "none.json", "--policy", "none.toml"], "policy none.toml: no such file"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(numprune: Command, argv: list[str], said: str) -> None:

@@ -166,7 +166,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "gates.0.bound: missing",
         "gates.0.bund: unknown; known are metric, bound, min, max; did you mean 'bound'?",
         "benchmark.runtimes = ['torch', 'torch']: must not name one thing twice",
-        "benchmark.repeats = 5: must be a multiple of 2",
+        "benchmark.repeats = 5: must be an even number, at least 4",
         "registry.name = 'a b'",
         "evaluate.prompts = ['Hello', ' ']: must be \"built-in\" or a list of texts, none of them empty",
         "--set nonsense: must be section.key=value",

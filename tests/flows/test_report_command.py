@@ -126,7 +126,7 @@ def test_a_file_larger_than_any_report_is_refused(numprune: Command, tmp_path: P
         file.truncate(1 << 40)  # nothing of it is on the disk, and nothing but its beginning is read
     answered = numprune("report", "large.json")
     assert answered.code == 1
-    assert "large.json: larger than 67108864 bytes, no report is" in answered.err
+    assert "large.json: exceeds the 67,108,864-byte limit" in answered.err
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ def test_every_mistake_is_named_at_once():
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"repeats": 5}, "must be even"),
+        ({"repeats": 2}, "load.repeats = 2: must be an even number, at least 4"),
+        ({"repeats": 5}, "load.repeats = 5: must be an even number, at least 4"),
         ({"prompts": 3, "batch_size": 2}, "multiple of load.batch_size = 2"),
         ({"prompts": 2.0}, "must be an integer"),
         ({"warmup": 0}, "at least 1"),
-        ({"repeats": True}, "must be an integer"),
+        ({"repeats": True}, "must be an even number"),
     ],
 )
 def test_a_load_that_cannot_be_measured_is_refused(fields, what):

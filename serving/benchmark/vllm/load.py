@@ -1,16 +1,16 @@
 """What the servers are given to do: which prompts, how long, how many at a time, how often."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from numprune.errors import InputError
+from numprune.serving.benchmark.load import out_of_range
 
 _MINIMA = {
     "prompts": 1,
     "prompt_length": 1,
     "output_length": 2,
-    "repeats": 4,
     "warmup": 1,
     "seed": 0,
     "goodput_ttft_ms": 1,
@@ -31,7 +31,7 @@ class ServedLoad:
     prompt_length: int = 128  # tokens
     output_length: int = 32  # tokens, always all of them
     concurrency: tuple[int, ...] = (1, 4)  # requests in flight; each is measured by itself
-    repeats: int = 10  # measured, per side and concurrency; even, so that each side goes first equally often
+    repeats: int = 10  # measured, per side and concurrency
     warmup: int = 1  # repeats per side and concurrency that come before, and are left out of every result
     seed: int = 0  # of the prompts
     goodput_ttft_ms: int = 200  # a request is good when neither is exceeded
@@ -40,14 +40,7 @@ class ServedLoad:
     maximum_failed: int = 0  # failed requests, of all sides together; more end the benchmark
 
     def __post_init__(self) -> None:
-        problems = [
-            f"load.{field.name} = {getattr(self, field.name)!r}: must be an integer of at least {_MINIMA[field.name]}"
-            for field in fields(self)
-            if field.name in _MINIMA
-            and (type(getattr(self, field.name)) is not int or getattr(self, field.name) < _MINIMA[field.name])
-        ]
-        if not problems and self.repeats % 2:
-            problems.append(f"load.repeats = {self.repeats}: must be even, so that each side goes first equally often")
+        problems = out_of_range(self, _MINIMA)
         levels = self.concurrency
         whole = isinstance(levels, tuple) and bool(levels) and all(type(n) is int and n > 0 for n in levels)
         if not whole or len(set(levels)) != len(levels):

@@ -99,4 +99,4 @@ def test_links_devices_and_depth_are_refused(tmp_path: Path) -> None:
 def test_no_size_is_read_that_no_manifest_has(tmp_path: Path, size: int) -> None:
     with (tmp_path / manifest.FILE_NAME).open("wb") as file:
         file.truncate(size)  # a hole: it takes no room
-    assert "larger than" in str(named(manifest.read, tmp_path))
+    assert "exceeds the" in str(named(manifest.read, tmp_path))

@@ -72,4 +72,4 @@ def test_any_file_is_taken_or_refused(path: Path, data: st.DataObject | None) ->
 def test_no_size_is_read_that_no_recipe_has(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in str(named(recipe.load, path))
+    assert "exceeds the" in str(named(recipe.load, path))

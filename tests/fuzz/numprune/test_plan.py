@@ -51,4 +51,4 @@ def test_a_folder_or_a_file_of_no_size_that_a_plan_has_is_refused(tmp_path: Path
     assert "does not exist" in str(named(read_plan, tmp_path))
     with (tmp_path / "plan").open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in str(named(read_plan, tmp_path / "plan"))
+    assert "exceeds the" in str(named(read_plan, tmp_path / "plan"))

@@ -43,4 +43,4 @@ def test_a_reference_is_read_or_refused(path: Path, content: bytes) -> None:
 def test_no_size_is_read_that_no_reference_has(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in str(named(canary.read, path))
+    assert "exceeds the" in str(named(canary.read, path))

@@ -81,4 +81,4 @@ def test_a_policy_is_read_or_refused(path: Path, content: bytes) -> None:
 def test_no_size_is_read_that_no_such_file_has(path: Path, read: Any) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in str(named(read, path))
+    assert "exceeds the" in str(named(read, path))
