@@ -45,7 +45,7 @@ def resolve(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
         raise InputError(f"{model}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled

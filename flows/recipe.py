@@ -27,9 +27,9 @@ from numprune.flows.names import (
     ExportTarget,
     Runtime,
 )
-from numprune.serving.problems import described, listed
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
+from numprune.serving.problems import described, listed
 from numprune.serving.report import MAXIMUM_PROMPTS
 
 EMBEDDED = "embedded"  # the model, or the text, that comes with numprune

@@ -97,7 +97,7 @@ class Policy(BaseModel):
 
 
 def read_policy(path: Path) -> Policy:
-    """A TOML file of `[[gates]]`. Raises InputError with a line for each problem: field, value given, what is allowed."""
+    """A TOML file of `[[gates]]`. Raises InputError with a line for each problem: field, value, what is allowed."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_POLICY_BYTES + 1)

@@ -1,6 +1,7 @@
 """The command line: thin, everything through the other modules. One file for each group of commands.
 
-What a command found goes to stdout, once, at its end; all else goes to stderr. Tensor libraries, Prefect and MLflow are
+What a command found goes to stdout, once, at its end; all else goes to stderr. With `--json` a failure is an object on
+stdout, too: `error` and `exit_code`. Tensor libraries, Prefect and MLflow are
 imported by the commands that need them, so `numprune --help` answers at once.
 
 Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment, 130 interrupted.
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import TextIOWrapper
 from types import FrameType
+from typing import Any
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
@@ -35,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine.open_closed_streams()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    words = sys.argv[1:] if argv is None else argv
     form: logs.Format = "human"
+    in_json = "--json" in words[: words.index("--") if "--" in words else None]  # known before the rest is understood
     try:
         form = logs.chosen(None)
-        args = parse(build(COMMANDS), sys.argv[1:] if argv is None else argv)
+        args = parse(build(COMMANDS), words)
         form = logs.chosen(args.log_format)
         machine.require_stdout()
         machine.require_current_folder()
@@ -46,20 +50,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)
-            _print(json.dumps(answer.data, indent=2, allow_nan=False) if args.json else answer.text)
+            _print(_as_json(answer.data) if args.json else answer.text)
+            in_json = False  # one object is all there is; what fails while a server serves is told on stderr
             return answer.then() if answer.then else answer.exit_code
     except NumpruneError as error:
-        logs.complain(form, f"error: {error}")
-        return 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))
+        code = 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))
+        return _fail(form, str(error), code, in_json)
     except KeyboardInterrupt:
-        logs.complain(form, "interrupted")
-        return 130
+        return _fail(form, "interrupted", 130, in_json)
     except Exception as error:
         refused = disk.refusal(error)
         if refused is None:
+            if in_json:
+                _print_failure(f"{type(error).__name__}: {error}", 1)
             raise
-        logs.complain(form, f"error: {refused}")
-        return 1
+        return _fail(form, str(refused), 1, in_json)
+
+
+def _fail(form: logs.Format, message: str, code: int, in_json: bool) -> int:
+    logs.complain(form, message if code == 130 else f"error: {message}")
+    if in_json:
+        _print_failure(message, code)
+    return code
+
+
+def _print_failure(message: str, code: int) -> None:
+    if sys.stdout is not None:
+        _print(_as_json({"error": message, "exit_code": code}))
+
+
+def _as_json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from numprune.errors import NumpruneError
-from numprune.flows.cli.parser import Answer, Subcommands, at_least, command
+from numprune.flows.cli.parser import Answer, Subcommands, add_choice, at_least, command
+from numprune.flows.cli.serve import DTYPES
 from numprune.serving.vllm import api_key
 
 logger = logging.getLogger(__name__)
@@ -20,14 +21,18 @@ def add(commands: Subcommands) -> None:
         commands,
         "canary",
         canary,
-        "compare a running server with the reference of its release",
+        "compare a running server's answers with the reference answers of its release",
         "numprune canary ./release --url http://127.0.0.1:8000 --dtype bfloat16",
     )
     parser.add_argument("release", metavar="RELEASE", type=Path, help="a folder as registry fetch writes it")
-    parser.add_argument("--url", required=True, help="of the server, without /v1")
-    parser.add_argument("--dtype", default="bfloat16", help="in which it computes (default: %(default)s)")
+    parser.add_argument("--url", required=True, help="address of the server, without /v1")
+    add_choice(parser, "--dtype", [dtype for dtype in DTYPES if dtype != "auto"], "bfloat16", "in which it computes")
     parser.add_argument(
-        "--startup-timeout", type=at_least(0), default=0, metavar="S", help="wait so long for it to be healthy"
+        "--startup-timeout",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="seconds to wait for it to be healthy (default: 0)",
     )
     parser.add_argument(
         api_key.OPTION,
@@ -36,7 +41,10 @@ def add(commands: Subcommands) -> None:
         help="with the server's API key (default: $VLLM_API_KEY, where it is set)",
     )
     parser.add_argument(
-        "--marker", type=Path, metavar="FILE", help="write this file when it has passed, then stay until SIGTERM"
+        "--marker",
+        type=Path,
+        metavar="FILE",
+        help="write this file when it has passed, then stay until SIGTERM (default: none)",
     )
 
 

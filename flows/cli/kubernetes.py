@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from numprune.flows.cli.parser import Answer, Subcommands, command
+from numprune.flows.cli.parser import REFERENCE, Answer, Subcommands, command
 
 
 def add(commands: Subcommands) -> None:
@@ -13,53 +13,71 @@ def add(commands: Subcommands) -> None:
         kubernetes,
         "write manifests that serve a version in a cluster, by its number and digest",
         "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.1.0 "
-        "--registry-uri https://mlflow.example --out my-model.yaml",
+        "--uri https://mlflow.example --out my-model.yaml",
     )
+    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
     parser.add_argument(
-        "reference", metavar="REFERENCE", help="NAME (its version in production), NAME@ALIAS, NAME/VERSION"
+        "--format",
+        required=True,
+        choices=("deployment", "kserve"),
+        metavar="FORMAT",
+        help="what serves it: deployment, kserve",
     )
-    parser.add_argument("--format", required=True, choices=("deployment", "kserve"), help="what serves it")
     parser.add_argument(
         "--image", required=True, metavar="IMAGE", help="numprune's: it fetches and verifies the release"
     )
-    parser.add_argument(
-        "--registry-uri", required=True, metavar="URI", help="the MLflow server that the cluster fetches from"
-    )
+    parser.add_argument("--uri", required=True, metavar="URI", help="the MLflow server that the cluster fetches from")
+    parser.renamed = {"--registry-uri": "--uri"}
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     parser.add_argument(
-        "--workspace", metavar="DIR", help="look the version up in this workspace's registry, not in --registry-uri"
+        "--workspace", metavar="DIR", help="look the version up in this workspace's registry (default: in --uri)"
     )
-    parser.add_argument("--namespace", default="default", help="of the cluster (default: %(default)s)")
-    parser.add_argument("--name", help="of the Deployment and Service, or InferenceService (default: the model's)")
+    parser.add_argument("--namespace", default="default", help="namespace of the cluster (default: %(default)s)")
     parser.add_argument(
-        "--vllm-image", metavar="IMAGE", help="default: vLLM's own; must be given when the release needs the plug-in"
-    )
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="in each replica; 0: CPUs (default: %(default)s)"
-    )
-    parser.add_argument("--cpus", type=int, default=4, metavar="N", help="in each replica (default: %(default)s)")
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="in each replica, as 24Gi (default: by the size of the weights)"
+        "--name", help="name of the Deployment and Service, or of the InferenceService (default: the model's)"
     )
     parser.add_argument(
-        "--registry-secret", metavar="SECRET", help="with MLflow's environment variables, as MLFLOW_TRACKING_TOKEN"
+        "--vllm-image",
+        metavar="IMAGE",
+        help="image with vLLM; required when the release needs the plug-in (default: vLLM's own)",
     )
     parser.add_argument(
-        "--api-key-secret", metavar="SECRET", help="with the entry VLLM_API_KEY: the API key that clients must send"
+        "--replicas", type=int, default=1, metavar="N", help="replicas of the server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of each replica; 0: it computes on CPUs (default: %(default)s)",
+    )
+    parser.add_argument("--cpus", type=int, default=4, metavar="N", help="CPUs of each replica (default: %(default)s)")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="memory of each replica, as 24Gi (default: by the size of the weights)"
+    )
+    parser.add_argument(
+        "--registry-secret",
+        metavar="SECRET",
+        help="Secret with MLflow's environment variables, as MLFLOW_TRACKING_TOKEN (default: none)",
+    )
+    parser.add_argument(
+        "--api-key-secret",
+        metavar="SECRET",
+        help="Secret with the entry VLLM_API_KEY, the API key that clients must send (default: none)",
     )
     parser.add_argument(
         "--values",
         type=Path,
         metavar="FILE",
-        help="YAML: nodeSelector, tolerations, imagePullSecrets, securityContext, env, fetchEnv, releaseClaim",
+        help="YAML: nodeSelector, tolerations, imagePullSecrets, securityContext, env, fetchEnv, releaseClaim "
+        "(default: none)",
     )
     parser.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="WORD",
-        help="of vLLM, repeatable: --option=--max-model-len=4096",
+        help="option for vLLM; may be repeated: --option=--max-model-len=4096 (default: none)",
     )
 
 
@@ -70,7 +88,7 @@ def kubernetes(args: argparse.Namespace) -> Answer:
 
     target = manifests.Target(
         image=args.image,
-        registry_uri=args.registry_uri,
+        registry_uri=args.uri,
         namespace=args.namespace,
         name=args.name,
         vllm_image=args.vllm_image,
@@ -83,7 +101,7 @@ def kubernetes(args: argparse.Namespace) -> Answer:
         options=tuple(args.option),
         values=manifests.read_values(args.values) if args.values else manifests.Values(),
     )
-    uri = None if args.workspace else args.registry_uri
+    uri = None if args.workspace else args.uri
     release = manifests.read_release(open_registry(uri, workspace_folder(args.workspace)), args.reference)
     render = {"deployment": manifests.deployment, "kserve": manifests.inference_service}[args.format]
     documents = render(release, target)

@@ -12,11 +12,11 @@ from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 _SERVED = {  # fields of ServedLoad
-    "prompts": "one after the other, in each of the streams that are in flight (4)",
-    "prompt-length": "tokens (128)",
-    "output-length": "tokens (32)",
-    "repeats": "of each side and concurrency, even (10)",
-    "kv-cache-mib": "memory for the KV cache of each server (256)",
+    "prompts": "requests in each stream of a repeat, one after the other (default: 4)",
+    "prompt-length": "tokens of each prompt (default: 128)",
+    "output-length": "tokens of each output (default: 32)",
+    "repeats": "measurements of each side at each concurrency, an even number, at least 4 (default: 10)",
+    "kv-cache-mib": "MiB of memory for the KV cache of each server (default: 256)",
 }
 
 
@@ -28,26 +28,52 @@ def add(commands: Subcommands) -> None:
         "time a model against its baseline, and compare its memory and, with --text, its quality",
         "numprune benchmark ./pruned --baseline ./my-model --runtime torch --text heldout.txt --json > report.json",
     )
-    parser.add_argument("candidate", metavar="CANDIDATE", help="a checkpoint")
-    parser.add_argument("--baseline", required=True, metavar="BASELINE", help="a checkpoint")
-    add_choice(parser, "--runtime", get_args(names.Runtime), None, "in which both are run")
     parser.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help="held-out text: adds quality to the report"
+        "candidate",
+        metavar="CANDIDATE",
+        help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
     )
     parser.add_argument(
-        "--sequence-length", type=at_least(2), metavar="L", help="of the text's windows (default: 512, or the context)"
+        "--baseline",
+        required=True,
+        metavar="BASELINE",
+        help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
+    )
+    add_choice(parser, "--runtime", get_args(names.Runtime), None, "in which both are run")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        type=Path,
+        metavar="FILE",
+        help="held-out text: adds quality to the report; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=at_least(2),
+        metavar="L",
+        help="tokens per window of the text (default: 512, or the model's context where that is shorter)",
     )
     add_reading(parser)
     served = parser.add_argument_group("runtime vllm", "each side on a server of its own, under `vllm bench serve`")
     served.add_argument(
-        "--concurrency", nargs="+", type=at_least(1), metavar="N", help="requests in flight, one after the other (1 4)"
+        "--concurrency",
+        nargs="+",
+        action="extend",
+        type=at_least(1),
+        metavar="N",
+        help="requests in flight, a measurement for each number (default: 1 4)",
     )
     for option, help_text in _SERVED.items():
         served.add_argument(f"--{option}", type=int, metavar="N", help=help_text)
     served.add_argument(
         "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
     )
-    served.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
+    served.add_argument(
+        "--untested-vllm",
+        action="store_true",
+        help="accept a version that numprune was not tested with (default: refuse it)",
+    )
 
     parser = command(
         commands,
@@ -59,13 +85,17 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("report", metavar="REPORT", type=Path, help="a report.json")
     parser.add_argument("--policy", required=True, metavar="POLICY", type=Path, help="a TOML file of [[gates]]")
     parser.add_argument(
-        "--junit", metavar="FILE", type=Path, help="write the verdict as JUnit XML, a test for each gate"
+        "--junit",
+        metavar="FILE",
+        type=Path,
+        help="write the verdict as JUnit XML, a test for each gate (default: none)",
     )
     parser.add_argument(
         "--markdown",
         metavar="FILE",
         type=Path,
-        help="write the report, judged, as Markdown; appended when it is $GITHUB_STEP_SUMMARY, within its 1 MiB",
+        help="write the report with its verdict as Markdown; $GITHUB_STEP_SUMMARY is appended to, within its 1 MiB "
+        "(default: none)",
     )
 
 

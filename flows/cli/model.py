@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numprune.plan import PricedSplit
     from numprune.tasks import Quality, Task
 
+_AXES = ("kv-groups", "channels")  # that are pruned where nothing else is asked for
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
 
@@ -31,7 +32,13 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    parser.add_argument("--ratio", type=float, required=True, metavar="R", help="share of the prunable parameters")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        required=True,
+        metavar="R",
+        help="share of the prunable parameters to remove, from 0 to under 1",
+    )
     for option, choices, default, help_text in (
         ("--criterion", names.Criterion, "obs", "what scores the units"),
         ("--allocation", names.Allocation, "uniform", "how many units each layer loses"),
@@ -39,9 +46,11 @@ def add(commands: Subcommands) -> None:
     ):
         add_choice(parser, option, get_args(choices), default, help_text)
     _add_text(parser, "text to calibrate on")
-    parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="rows of text (default: 128)")
+    parser.add_argument(
+        "--samples", type=at_least(1), default=128, metavar="N", help="rows of the text to calibrate on (default: 128)"
+    )
     for name, least, help_text in (
-        ("align", 8, "intermediate sizes are multiples of it"),
+        ("align", 8, "intermediate sizes are multiples of N channels"),
         ("tensor-parallel", 1, "GPUs that will share each layer"),
         ("quantization-group", 1, "channels that will share a scale"),
     ):
@@ -51,17 +60,19 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--axes",
         nargs="+",
+        action="extend",
         choices=get_args(names.Axis),
-        default=["kv-groups", "channels"],
         metavar="AXIS",
-        help=f"what may be pruned: {', '.join(get_args(names.Axis))} (default: kv-groups channels)",
+        help=f"what may be pruned: {', '.join(get_args(names.Axis))}; may be repeated (default: {' '.join(_AXES)})",
     )
     parser.add_argument(
         "--keep",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME",
-        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp)",
+        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); may "
+        "be repeated (default: nothing)",
     )
     parser.add_argument(
         "--floor",
@@ -69,14 +80,19 @@ def add(commands: Subcommands) -> None:
         action="append",
         default=[],
         metavar="KIND=SHARE",
-        help="the least share that each block of a kind keeps: attention=0.5; may be given for each kind",
+        help="the least share that each block of a kind keeps: attention=0.5; may be repeated, for each kind (default: "
+        "none)",
     )
-    parser.add_argument("--skips", action="store_true", help="with allocation error or global: whole blocks may go")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every draw (default: 0)")
+    parser.add_argument(
+        "--skips",
+        action="store_true",
+        help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every random draw (default: 0)")
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="one layer in memory at a time: for models larger than the memory",
+        help="hold one layer in memory at a time, for models larger than the memory (default: the whole model)",
     )
 
     parser = command(
@@ -87,7 +103,9 @@ def add(commands: Subcommands) -> None:
         "numprune evaluate ./pruned ./pruned-more --baseline ./my-model --text heldout.txt",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help=f"{_MODEL}; several are evaluated one after another")
-    parser.add_argument("--baseline", metavar="MODEL", help="compare each with this model, token by token")
+    parser.add_argument(
+        "--baseline", metavar="MODEL", help="compare each with this model, token by token (default: no comparison)"
+    )
     _add_text(parser, "text to score")
 
     parser = command(
@@ -116,6 +134,7 @@ def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
     parser.add_argument(
         "--text",
         nargs="+",
+        action="extend",
         required=True,
         type=Path,
         metavar="FILE",
@@ -237,7 +256,7 @@ def prune(args: argparse.Namespace) -> Answer:
         allocation=args.allocation,
         compensation=args.compensation,
         target=Target(args.align, args.tensor_parallel, args.quantization_group),
-        axes=args.axes,
+        axes=args.axes or _AXES,
         keep=args.keep,
         floors=dict(args.floor),
         skips=args.skips,

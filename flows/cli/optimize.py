@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from numprune.flows.cli.parser import Answer, Subcommands, command
+from numprune.flows.cli.parser import Answer, Subcommands, add_workspace, command
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +30,17 @@ def add(commands: Subcommands) -> None:
         nargs="+",
         default=[],
         dest="overrides",
-        metavar="key=value",
-        help="change keys of the recipe, e.g. prune.ratio=0.2; may be given again",
+        type=_assignment,
+        metavar="SECTION.KEY=VALUE",
+        help="change keys of the recipe, as prune.ratio=0.2; may be repeated (default: the recipe as it is)",
     )
-    parser.add_argument(
-        "--workspace",
-        metavar="DIR",
-        help="stages, releases and registry (default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace)",
-    )
+    add_workspace(parser)
+
+
+def _assignment(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be section.key=value")
+    return text
 
 
 def run(args: argparse.Namespace) -> Answer:

@@ -1,17 +1,22 @@
 """What all commands share: their options' shapes and what they answer."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 from numprune.documents import BLANK_LINE, WHOLE_FILE, Reading, is_plain, separator
 from numprune.errors import InputError
 from numprune.flows import logs
+from numprune.flows.cli.arguments import is_option, ordered
 
 Subcommands = Any  # argparse's own type is private
+
+REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
 
 _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
 
@@ -37,7 +42,20 @@ class Commands(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in the arguments are errors like others: argparse's exit code 2 means a failed gate here."""
+    """Options and arguments in any order; errors are InputError: argparse's exit code 2 means a failed gate here."""
+
+    commands: Mapping[str, "Parser"] = MappingProxyType({})  # of a parser that takes the name of a command first
+    renamed: Mapping[str, str] = MappingProxyType({})  # options by the names of earlier versions, which no help shows
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The arguments of a command. Raises InputError."""
+        return super().parse_args(ordered(self, sys.argv[1:] if args is None else args, self.renamed), namespace)
+
+    def add_commands(self) -> Subcommands:
+        """What commands are added to."""
+        added = self.add_subparsers(metavar="COMMAND", parser_class=Parser)
+        self.commands = added.choices
+        return added
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -48,25 +66,57 @@ def build(modules: Iterable[Commands]) -> Parser:
     parser = Parser(
         prog="numprune",
         description="From a transformer and a recipe to a pruned, exported, benchmarked, gated and published artifact.",
-        epilog="Example: numprune optimize\n\nExit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, "
-        "4 invalid environment.",
+        epilog="Example: numprune optimize\n\n`numprune help COMMAND` shows a command's options and an example.\n\n"
+        "Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    parser.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_commands()
     for module in modules:
         module.add(commands)
     return parser
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """The arguments. For commands that start servers, what follows a `--` is `vllm_options`, None without."""
-    if not words or words[0] not in _PASSING_ON:
-        return parser.parse_args(words)
-    if "--" not in words:
-        return parser.parse_args(words, argparse.Namespace(vllm_options=None))
-    mark = words.index("--")
-    return parser.parse_args(words[:mark], argparse.Namespace(vllm_options=[*words[mark + 1 :]]))
+    """The arguments. For commands that start servers, what follows a `--` is `vllm_options`, None without.
+
+    Raises InputError. Help and version end the process; so does a missing command, after the help, with exit code 1.
+    """
+    if words and words[0] == "help":
+        words = [*words[1:], "--help"]
+    rest = list(words)
+    while parser.commands:
+        if not rest:
+            parser.print_help()
+            parser.exit(1)
+        word = rest.pop(0)
+        if is_option(word):
+            if rest:
+                raise InputError(f"{word}: options follow the command: {parser.prog} COMMAND {word} …")
+            parser.parse_args([word])
+        if word not in parser.commands:
+            from numprune.serving.problems import did_you_mean
+
+            near = did_you_mean(word, [*parser.commands])
+            raise InputError(f"unknown command {word!r}{near} (see {parser.prog} --help)")
+        parser = parser.commands[word]
+    if words[0] not in _PASSING_ON:
+        return parser.parse_args(rest)
+    mark = rest.index("--") if "--" in rest else len(rest)
+    vllm_options = rest[mark + 1 :] if mark < len(rest) else None
+    return parser.parse_args(rest[:mark], argparse.Namespace(vllm_options=vllm_options))
+
+
+def group(commands: Subcommands, name: str, help_text: str, example: str) -> Subcommands:
+    """Add a command that has commands of its own, and return what those are added to."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=_sentence(help_text),
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser.add_commands()
 
 
 def command(
@@ -76,18 +126,25 @@ def command(
     parser: Parser = commands.add_parser(
         name,
         help=help_text,
-        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        description=_sentence(help_text),
         epilog=f"Example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout, also when the command fails"
+    )
     parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
-        help=f"of our lines on stderr; json: an object a line with run and stage (default: ${logs.VARIABLE}, or human)",
+        help=f"of log lines on stderr: {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
+        metavar="FORMAT",
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -96,7 +153,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is under {minimum}")
+            raise argparse.ArgumentTypeError(f"{value} must be at least {minimum}")
         return value
 
     parse.__name__ = "int"  # argparse's "invalid int value"
@@ -118,6 +175,21 @@ def add_choice(
     )
 
 
+def add_workspace(parser: argparse.ArgumentParser) -> None:
+    """Add `--workspace`."""
+    parser.add_argument(
+        "--workspace",
+        metavar="DIR",
+        help="holds stages, releases and the registry (default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace)",
+    )
+
+
+def add_registry(parser: argparse.ArgumentParser) -> None:
+    """Add `--workspace` and `--uri`."""
+    add_workspace(parser)
+    parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how text files become rows of tokens: see `reading`."""
     parser.add_argument(
@@ -129,7 +201,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         f"(default: {WHOLE_FILE}, a file is one document)",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="a record's \"messages\" are its text, by the model's chat template"
+        "--chat",
+        action="store_true",
+        help='render a record\'s "messages" with the model\'s chat template (default: read its "text")',
     )
     parser.add_argument(
         "--pack",

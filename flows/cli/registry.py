@@ -1,35 +1,36 @@
 """numprune registry: releases, their versions, and which of them is in production."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numprune.flows.cli.parser import Answer, Parser, Subcommands, command
+from numprune.errors import IntegrityError
+from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, command, group
 
 if TYPE_CHECKING:
     from numprune.serving.registry import Registry, Version
 
-_REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
+logger = logging.getLogger(__name__)
 
 
 def add(commands: Subcommands) -> None:
-    group = commands.add_parser(
+    verbs = group(
+        commands,
         "registry",
-        help="publish, list, show, promote, rollback, verify, fetch",
-        description="Releases, their versions, and which of them is in production.",
-        epilog="Example: numprune registry promote my-model",
-    ).add_subparsers(metavar="COMMAND", dest="registry_command", required=True)
+        "publish, list, show, promote, roll back, verify and fetch the versions of a model",
+        "numprune registry promote my-model@candidate",
+    )
 
     def add_one(
         verb: str, run: Callable[[argparse.Namespace], Answer], text: str, example: str, **arguments: str
     ) -> Parser:
-        parser = command(group, verb, run, text, f"numprune registry {example}")
+        parser = command(verbs, verb, run, text, f"numprune registry {example}")
         for argument, help_text in arguments.items():
             nargs = "?" if help_text.startswith("optional") else None
             parser.add_argument(argument, metavar=argument.upper(), help=help_text, nargs=nargs)
-        parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
-        parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+        add_registry(parser)
         return parser
 
     add_one(
@@ -41,25 +42,31 @@ def add(commands: Subcommands) -> None:
         name="the model's name in the registry",
     )
     add_one("list", list_all, "list models, or one model's versions", "list my-model", name="optional: one model")
-    add_one("show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=_REFERENCE)
+    add_one("show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=REFERENCE)
     add_one(
         "promote",
         promote,
-        "verify a version, then put it into production",
-        "promote my-model",
-        reference="NAME (its candidate), NAME@ALIAS or NAME/VERSION",
+        "verify a version, then make it the production version",
+        "promote my-model@candidate",
+        reference="NAME@ALIAS or NAME/VERSION",
     )
-    add_one("rollback", rollback, "put the previous production version back", "rollback my-model", name="the model")
-    add_one("verify", verify, "compare every file with what was published", "verify my-model", reference=_REFERENCE)
+    add_one(
+        "rollback",
+        rollback,
+        "make the previous version production again in the registry; `numprune rollback` also changes what serves",
+        "rollback my-model",
+        name="the model's name in the registry",
+    )
+    add_one("verify", verify, "compare every file with what was published", "verify my-model", reference=REFERENCE)
     add_one(
         "fetch",
         fetch,
         "copy a version, verified and audited, to a new folder",
         "fetch my-model@production ./release",
-        reference=_REFERENCE,
+        reference=REFERENCE,
         out="the folder to write; must not exist, unless --digest says what is in it",
     ).add_argument(
-        "--digest", metavar="SHA256", help="of the release; another one is refused, and OUT may hold it already"
+        "--digest", metavar="SHA256", help="expected digest of the release, which OUT may hold already (default: any)"
     )
 
 
@@ -106,7 +113,11 @@ def show(args: argparse.Namespace) -> Answer:
 def promote(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
-    version = registry.promote(_open(args), args.reference)
+    reference = args.reference
+    if "@" not in reference and "/" not in reference:  # as earlier versions took it
+        reference = f"{reference}@{registry.CANDIDATE}"
+        logger.warning("promoting %s: write that, because NAME alone means its production version elsewhere", reference)
+    version = registry.promote(_open(args), reference)
     return _version_answer(version, f"{version.reference} is in production")
 
 
@@ -114,7 +125,11 @@ def rollback(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     version = registry.rollback(_open(args), args.name)
-    return _version_answer(version, f"{version.reference} is in production again")
+    serving = _serving(args)
+    text = f"{version.reference} is in production again"
+    if serving not in (None, version.reference):
+        text += f"; {serving} still serves: `numprune rollout {args.name}` changes that"
+    return _version_answer(version, text, serving=serving)
 
 
 def verify(args: argparse.Namespace) -> Answer:
@@ -131,6 +146,18 @@ def fetch(args: argparse.Namespace) -> Answer:
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
     children.step("steps.publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
+
+
+def _serving(args: argparse.Namespace) -> str | None:
+    """The version that a rollout of the model has in service, if there is one."""
+    from numprune.flows.stages import workspace_folder
+    from numprune.serving import rollout
+
+    try:
+        current = rollout.status(args.name, workspace_folder(args.workspace))["current"]
+    except IntegrityError:  # of its state file; production has moved, and `rollout --status` says what is wrong
+        return None
+    return str(current["reference"]) if current and current["alive"] else None
 
 
 def _open(args: argparse.Namespace) -> "Registry":

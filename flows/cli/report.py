@@ -27,7 +27,10 @@ def add(commands: Subcommands) -> None:
         "reports", metavar="REPORT", nargs="+", type=Path, help="a report.json, or the folder of a stage or release"
     )
     parser.add_argument(
-        "--out", metavar="PAGE", type=Path, help=f"an .html file; an earlier one is replaced ({_ONE} or {_SEVERAL})"
+        "--out",
+        metavar="PAGE",
+        type=Path,
+        help=f"an .html file; an earlier one is replaced (default: {_ONE} or {_SEVERAL})",
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from numprune.flows.cli.parser import Answer, Parser, Subcommands, at_least, command
+from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, at_least, command
 from numprune.flows.cli.serve import add_server_options, vllm_options
 
 if TYPE_CHECKING:
@@ -15,12 +15,12 @@ def add(commands: Subcommands) -> None:
         commands,
         "rollout",
         run,
-        "let a release serve behind a router: start, compare, load, switch, drain what served before",
+        "serve a release behind a router: start it, compare it, switch to it, drain the one before",
         "numprune rollout my-model --port 8000 -- --gpu-memory-utilization 0.45",
     )
-    parser.add_argument("reference", metavar="NAME[@ALIAS]", help="also NAME/VERSION (default alias: production)")
+    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--status", action="store_true", help="only tell what runs; exit code 1 when nothing serves")
+    what.add_argument("--status", action="store_true", help="only show what runs; exit code 1 when nothing serves")
     what.add_argument("--stop", action="store_true", help="end the router and the servers of NAME")
     _add_options(parser)
 
@@ -28,18 +28,22 @@ def add(commands: Subcommands) -> None:
         commands,
         "rollback",
         run_back,
-        "let the previous production version serve the same way, then move the alias back",
+        "serve the previous version again and make it production; `numprune registry rollback` only does the latter",
         "numprune rollback my-model",
     )
-    parser.add_argument("name", metavar="NAME", help="the model")
+    parser.add_argument("name", metavar="NAME", help="the model's name in the registry")
     _add_options(parser)
 
 
 def _add_options(parser: Parser) -> None:
-    parser.add_argument("--port", type=at_least(1), metavar="P", help="of the router (default: as it is, or 8000)")
-    parser.add_argument("--host", help="of the router (default: as it is, or 127.0.0.1)")
+    parser.add_argument("--port", type=at_least(1), metavar="P", help="port of the router (default: as it is, or 8000)")
+    parser.add_argument("--host", help="address of the router (default: as it is, or 127.0.0.1)")
     parser.add_argument(
-        "--drain-timeout", type=at_least(0), default=300, metavar="S", help="seconds for the old server (default: 300)"
+        "--drain-timeout",
+        type=at_least(0),
+        default=300,
+        metavar="S",
+        help="seconds that the old server has to finish its requests (default: 300)",
     )
     add_server_options(parser, dtype=None)
 

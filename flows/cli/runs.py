@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numprune.flows.cli.parser import Answer, Parser, Subcommands, at_least, command
+from numprune.flows.cli.parser import Answer, Parser, Subcommands, add_workspace, at_least, command, group
 
 if TYPE_CHECKING:
     from numprune.flows.clean import Item
@@ -19,16 +19,16 @@ _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 
 
 def add(commands: Subcommands) -> None:
-    group = commands.add_parser(
+    verbs = group(
+        commands,
         "runs",
-        help="list, show, clean",
-        description="What was run in a workspace, what it came to, and what of it can go.",
-        epilog="Example: numprune runs list",
-    ).add_subparsers(metavar="COMMAND", dest="runs_command", required=True)
+        "list and show the runs of a workspace, and delete unused workspace data",
+        "numprune runs list",
+    )
 
     def add_one(verb: str, run: Callable[[argparse.Namespace], Answer], text: str, example: str) -> Parser:
-        parser = command(group, verb, run, text, f"numprune runs {example}")
-        parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
+        parser = command(verbs, verb, run, text, f"numprune runs {example}")
+        add_workspace(parser)
         return parser
 
     add_one("list", list_all, "list the runs of a workspace, newest first", "list --workspace /data/numprune")
@@ -37,14 +37,19 @@ def add(commands: Subcommands) -> None:
     cleaned = add_one(
         "clean",
         clean,
-        "tell what no run needs any more, and with --yes remove it: stages, unpublished releases, halves",
+        "list unused workspace data (stages, unpublished releases, halves), and with --yes delete it",
         "clean --keep 10 --older-than 30d --yes",
     )
-    cleaned.add_argument("--keep", type=at_least(0), metavar="N", help="forget all runs but the newest N")
     cleaned.add_argument(
-        "--older-than", type=_age, metavar="AGE", help="forget runs started longer ago: 12h, 30d, 8w; with --keep, both"
+        "--keep", type=at_least(0), metavar="N", help="forget all runs but the newest N (default: forget none)"
     )
-    cleaned.add_argument("--yes", action="store_true", help="do it; without, nothing is changed")
+    cleaned.add_argument(
+        "--older-than",
+        type=_age,
+        metavar="AGE",
+        help="forget runs started longer ago: 12h, 30d, 8w; with --keep, both must hold (default: forget none)",
+    )
+    cleaned.add_argument("--yes", action="store_true", help="delete it (default: only list it)")
 
 
 def list_all(args: argparse.Namespace) -> Answer:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numprune.errors import InputError
-from numprune.flows.cli.parser import Answer, Parser, Subcommands, at_least, command
+from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, at_least, command
 from numprune.serving.vllm import api_key, options
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def add(commands: Subcommands) -> None:
         commands,
         "serve",
         run,
-        "serve a release with vLLM: resolve, download, verify, start, compare with the release's reference, then serve",
+        "serve a release with vLLM, once its files are verified and its answers are those of the release",
         "numprune serve my-model@production --port 8000 -- --gpu-memory-utilization 0.5",
     )
-    parser.add_argument("reference", metavar="NAME[@ALIAS]", help="also NAME/VERSION (default alias: production)")
-    parser.add_argument("--port", type=at_least(1), default=8000, metavar="P", help="default: 8000")
+    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
+    parser.add_argument("--port", type=at_least(1), default=8000, metavar="P", help="port to listen on (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add_server_options(parser, dtype="auto")
 
@@ -48,15 +48,24 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
     parser.add_argument(
         "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
     )
-    parser.add_argument("--untested-vllm", action="store_true", help="accept a version we have not tested with")
+    parser.add_argument(
+        "--untested-vllm",
+        action="store_true",
+        help="accept a version that numprune was not tested with (default: refuse it)",
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default=dtype,
-        help=f"to compute in (default: {'auto' if dtype else 'as it is, or auto'}, that of the weights)",
+        metavar="DTYPE",
+        help=f"to compute in: {', '.join(DTYPES)} (default: {'auto' if dtype else 'as it is, or auto'}, that of the "
+        "weights)",
     )
     parser.add_argument(
-        "--max-model-len", type=at_least(1), metavar="N", help="longest sequence (default: the model's)"
+        "--max-model-len",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of the longest sequence (default: the model's context)",
     )
     parser.add_argument(
         api_key.OPTION,
@@ -65,10 +74,13 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
         help=f"with the API key that clients must send (default: ${api_key.VARIABLE}, where it is set)",
     )
     parser.add_argument(
-        "--startup-timeout", type=at_least(1), default=600, metavar="S", help="seconds for vLLM to start (default: 600)"
+        "--startup-timeout",
+        type=at_least(1),
+        default=600,
+        metavar="S",
+        help="seconds that vLLM has to start (default: 600)",
     )
-    parser.add_argument("--workspace", metavar="DIR", help="default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace")
-    parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+    add_registry(parser)
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [-- VLLM OPTIONS]"
 
 

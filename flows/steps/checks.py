@@ -22,13 +22,13 @@ from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
 from numprune.flows.names import TARGETS
-from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
 from numprune.pruning import PruneOptions, check_options
+from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report
 from numprune.serving.vllm import environment

@@ -132,11 +132,11 @@ def _registry(value: str) -> list[str]:
     except ValueError:
         whole = False
     if not whole or len(value) > 2048 or not re.fullmatch(r"[!-~]+", value):
-        return [f"--registry-uri {value!r}: must be the http(s) address of an MLflow server that the cluster reaches"]
+        return [f"--uri {value!r}: must be the http(s) address of an MLflow server that the cluster reaches"]
     if "@" in parts.netloc:
-        return ["--registry-uri: holds credentials; put them into a Secret and name it with --registry-secret"]
+        return ["--uri: holds credentials; put them into a Secret and name it with --registry-secret"]
     if parts.query or parts.fragment:
-        return [f"--registry-uri {value!r}: an MLflow server's address has neither '?' nor '#'"]
+        return [f"--uri {value!r}: an MLflow server's address has neither '?' nor '#'"]
     return []
 
 

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,11 @@ import pytest
 
 from numprune.export import manifest
 from numprune.flows.cli import COMMANDS as MODULES
-from numprune.flows.cli.parser import build
+from numprune.flows.cli.parser import Parser, build, parse
 from tests.conftest import build_tiny, byte_tokenizer
 from tests.flows.conftest import Answered, shell
 
 Command = Callable[..., Answered]
-COMMANDS = ["optimize", "inspect", "prune", "evaluate", "export", "benchmark", "gate", "report"]
-REGISTRY = ["publish", "list", "show", "promote", "rollback", "verify", "fetch"]
-RUNS = [["runs", "list"], ["runs", "show"], ["runs", "clean"]]
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +40,40 @@ def test_help_needs_no_heavy_library() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([name] for name in COMMANDS), *(["registry", name] for name in REGISTRY), *RUNS]
+    "words", [["--help"], ["help"], ["prune", "-h"], ["help", "prune"], ["help", "registry", "list"]]
 )
-def test_every_command_has_help_with_an_example(
-    command: list[str], numprune: Command, capfd: pytest.CaptureFixture[str]
+def test_help(numprune: Command, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        numprune(*words)
+    shown = capfd.readouterr()
+    assert (left.value.code, shown.err) == (0, "")
+    command = [word for word in words if word not in ("help", "--help", "-h")]
+    assert shown.out.startswith(" ".join(["usage: numprune", *command, ""]))
+
+
+@pytest.mark.parametrize("words", [[], ["registry"], ["runs"]])
+def test_without_a_command_there_is_help_and_exit_code_1(
+    numprune: Command, capfd: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        numprune(*command, "--help")
+        numprune(*words)
     shown = capfd.readouterr()
-    assert left.value.code == 0
-    assert " ".join(["numprune", *command]) in shown.out.partition("Example")[2]
-    assert shown.err == ""
+    assert (left.value.code, shown.err) == (1, "")
+    assert "list" in shown.out or "optimize" in shown.out
 
 
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: Parser) -> Iterator[Parser]:
     yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from parsers(below)
+    for below in parser.commands.values():
+        yield from parsers(below)
+
+
+def test_every_help_has_an_example_that_can_be_parsed() -> None:
+    for parser in parsers(build(MODULES)):
+        example = parser.format_help().partition("Example:")[2].strip().splitlines()[0]
+        words = shlex.split(example.partition(" > ")[0])
+        assert words[: len(parser.prog.split())] == parser.prog.split()
+        parse(build(MODULES), words[1:])
 
 
 def test_help_lists_the_choices_of_every_option_and_its_default() -> None:
@@ -70,20 +83,23 @@ def test_help_lists_the_choices_of_every_option_and_its_default() -> None:
     seen = set()
     for parser in [*parsers(build(MODULES)), compare(), speed()]:
         for action in parser._actions:
-            if not action.choices or isinstance(action, argparse._SubParsersAction):
+            if not action.option_strings or isinstance(action, argparse._HelpAction | argparse._VersionAction):
                 continue
-            seen.add(action.option_strings[0])
-            formatter = parser._get_formatter()
-            formatter.add_argument(action)
-            shown = formatter.format_help()
-            assert [choice for choice in action.choices if choice not in shown] == [], shown
-            assert action.default is None or f"default: {action.default}" in " ".join(shown.split()), shown
+            shown = " ".join(str(action.help).split())
+            assert shown, action
+            if action.choices:
+                seen.add(action.option_strings[0])
+                assert [choice for choice in action.choices if choice not in shown] == [], shown
+                assert action.default is None or f"default: {action.default}" in shown, shown
+            if action.nargs != 0 and not action.required:  # a flag that is not given is no
+                assert "default" in shown, f"{parser.prog} {action.option_strings}: {shown}"
     assert seen >= {"--criterion", "--allocation", "--compensation", "--to", "--runtime", "--device", "--log-format"}
 
 
-def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(numprune: Command, capfd: pytest.CaptureFixture[str], option: str) -> None:
     with pytest.raises(SystemExit) as left:
-        numprune("--version")
+        numprune(option)
     assert (left.value.code or 0) == 0
     assert capfd.readouterr().out.startswith("numprune ")
 
@@ -91,13 +107,17 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["prun"], "invalid choice: 'prun'"),
         (["prune", "m", "o", "--text", "t"], "the following arguments are required: --ratio"),
         (["prune", "m", "o", "--text", "t", "--ratio", "much"], "invalid float value: 'much'"),
         (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--allocation", "best"], "invalid choice: 'best'"),
-        (["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"], "argument --samples: 0 is under 1"),
-        (["evaluate", "m", "--text", "t", "--sequence-length", "1"], "argument --sequence-length: 1 is under 2"),
+        (
+            ["prune", "m", "o", "--text", "t", "--ratio", "0.3", "--samples", "0"],
+            "argument --samples: 0 must be at least 1",
+        ),
+        (
+            ["evaluate", "m", "--text", "t", "--sequence-length", "1"],
+            "argument --sequence-length: 1 must be at least 2",
+        ),
         (["evaluate", "m", "--text", "t", "--split", "("], 'argument --split: \'(\' must be "file", "blank-line" or'),
         (["benchmark", "c", "--baseline", "b", "--runtime", "tgi"], "invalid choice: 'tgi'"),
         (
@@ -105,7 +125,6 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str]) -> None:
             "--split, --chat and --pack say how --text is read, and none is given",
         ),
         (["serve", "m", "--vllm", "./none"], "none: no virtual environment there"),
-        (["registry"], "the following arguments are required"),
         (["optimize", "none.toml"], "recipe none.toml: no such file"),
         (["inspect", "./none"], "none: no such folder"),
         (["gate", "none.json", "--policy", "none.toml"], "policy none.toml: no such file"),
@@ -117,6 +136,29 @@ def test_mistakes_are_one_line_and_exit_code_1(numprune: Command, argv: list[str
     assert answered.err.startswith("numprune: error: ")
     assert answered.err.count("\n") == 1
     assert said in answered.err
+
+
+def test_a_failure_is_an_object_where_json_was_asked_for(
+    numprune: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words, said in (
+        (["inspect", tmp_path / "none", "--json"], f"{tmp_path}/none: no such folder"),
+        (["inspect", "--json"], "the following arguments are required: MODEL (see numprune inspect --help)"),
+        (["inspct", "--json"], "unknown command 'inspct'; did you mean 'inspect'? (see numprune --help)"),
+    ):
+        failed = numprune(*words)
+        assert (failed.code, failed.json) == (1, {"error": said, "exit_code": 1})
+        assert failed.err == f"numprune: error: {said}\n"
+    assert numprune("rollback", "m", "--vllm", "./none", "--", "--json").out == ""
+
+    def fails(_args: argparse.Namespace) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("numprune.flows.cli.model.inspect", fails)
+    capfd.readouterr()
+    with pytest.raises(ZeroDivisionError):
+        numprune("inspect", "m", "--json")
+    assert json.loads(capfd.readouterr().out) == {"error": "ZeroDivisionError: ours", "exit_code": 1}
 
 
 def test_inspect(numprune: Command, tiny: Path) -> None:

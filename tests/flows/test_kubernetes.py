@@ -10,7 +10,7 @@ import yaml
 
 from numprune.export import manifest, vllm
 from numprune.flows.cli import COMMANDS, main
-from numprune.flows.cli.parser import build
+from numprune.flows.cli.parser import build, parse
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.report import Report, write
@@ -83,7 +83,7 @@ def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_pat
     spec = next(yaml.safe_load_all(out.read_text(encoding="utf-8")))["spec"]["template"]["spec"]
 
     fetch = spec["initContainers"][0]["args"]
-    assert build(COMMANDS).parse_args(fetch).uri == "http://mlflow.example:5000"
+    assert parse(build(COMMANDS), fetch).uri == "http://mlflow.example:5000"
     # The same from the registry that there is, and again, as when a pod's init containers are run once more.
     content = f"/release/{manifest.read(tmp_path / 'release').digest[:16]}"
     here = {content: str(tmp_path / "content"), "/tmp/numprune": str(workspace)}
@@ -92,5 +92,5 @@ def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_pat
         assert main([here.get(word, word) for word in fetch[:uri] + fetch[uri + 2 :]]) == 0
         assert manifest.verify(tmp_path / "content").digest == manifest.read(tmp_path / "release").digest
 
-    canary = build(COMMANDS).parse_args(spec["containers"][1]["args"])
+    canary = parse(build(COMMANDS), spec["containers"][1]["args"])
     assert (str(canary.release), canary.dtype) == (content, "float32")

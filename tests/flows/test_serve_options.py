@@ -55,5 +55,5 @@ def test_serve_says_what_it_takes_by_itself(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "to compute in (default: auto, that of the weights)" in text
+    assert "to compute in: auto, float32, bfloat16, float16 (default: auto, that of the weights)" in text
     assert "(default: $VLLM_API_KEY, where it is set)" in text

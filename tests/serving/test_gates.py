@@ -616,7 +616,7 @@ def test_every_problem_of_a_policy_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_policy_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="policy.toml: no such file"):
+    with pytest.raises(InputError, match=r"policy\.toml: no such file"):
         read_policy(tmp_path / "policy.toml")
     (tmp_path / "policy.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not TOML"):

@@ -153,7 +153,7 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_a_
         (["--methods", "obs/uniform/bias", "--ratios", "0.99"], "--methods: obs/uniform/bias: ratio is 0.99"),
         (["--samples", "100000"], "100000 samples were asked for"),
         (["--samples", "0"], "argument --samples: '0': each must be a whole number, at least 1"),
-        (["--sequence-length", "1"], "argument --sequence-length: 1 is under 2"),
+        (["--sequence-length", "1"], "argument --sequence-length: 1 must be at least 2"),
         (["--sequence-length", "300"], "--sequence-length 300: the model takes at most 256 tokens"),
         (["--split", "zebra"], "split 'zebra' separates nothing in"),
     ],

@@ -1,0 +1,111 @@
+"""Puts the words of a command line into an order that argparse reads without loss.
+
+argparse gives an option with several values every word up to the next option: in `--text cal.txt MODEL OUT` nothing is
+left for MODEL and OUT, and in `--set a=b recipe.toml` the recipe is taken for a second assignment. Here such an option
+leaves to the command the arguments that it needs, and the words that cannot be values of the option.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from numprune.errors import InputError
+
+_NEGATIVE_NUMBER = re.compile(r"-(\d+|\d*\.\d+)")
+
+
+@dataclass
+class _Option:
+    """An option as it was written. `values` are those that follow it, each with its place on the command line."""
+
+    word: str
+    action: argparse.Action
+    values: list[tuple[int, str]] = field(default_factory=list)
+
+
+def ordered(parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """The same words: options with their values first, then `--` and the arguments.
+
+    Args:
+        renamed: option as earlier versions called it -> its name.
+
+    Raises InputError for an unknown option, an argument too many, and values that could as well be arguments.
+    """
+    options, arguments = _read(parser, words, renamed)
+    least, most = _limits(parser)
+    missing = max(0, least - len(arguments))
+    greedy = [option for option in options if option.action.nargs == "+"]
+    if missing and most is None and sum(len(option.values) - 1 for option in greedy) > missing:
+        name = next(option.word for option in greedy if len(option.values) > 1)
+        raise InputError(
+            f"{name}: it is unclear where its values end; put the arguments first, or repeat {name} for each value "
+            f"(see {parser.prog} --help)"
+        )
+    for option in reversed(greedy):
+        while missing and len(option.values) > 1:
+            arguments.append(option.values.pop())
+            missing -= 1
+    found = [word for _, word in sorted(arguments)]
+    if most is not None and len(found) > most:
+        raise InputError(f"unexpected argument {found[most]!r} (see {parser.prog} --help)")
+    written = [word for option in options for word in (option.word, *(value for _, value in option.values))]
+    return [*written, "--", *found] if found else written
+
+
+def is_option(word: str) -> bool:
+    """Whether a word is an option; `-` and negative numbers are values or arguments."""
+    return len(word) > 1 and word.startswith("-") and not _NEGATIVE_NUMBER.fullmatch(word)
+
+
+def _read(
+    parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapping[str, str]
+) -> tuple[list[_Option], list[tuple[int, str]]]:
+    """The options with every value that can be theirs, and the arguments with their places."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    options: list[_Option] = []
+    arguments: list[tuple[int, str]] = []
+    taking: _Option | None = None
+    for place, word in enumerate(words):
+        if word == "--":
+            arguments += enumerate(words[place + 1 :], start=place + 1)
+            break
+        if is_option(word):
+            given, separator, value = word.partition("=")
+            name = _full_name(renamed.get(given, given), known, parser.prog)
+            options.append(_Option(f"{name}{separator}{value}", known[name]))
+            taking = None if separator or known[name].nargs == 0 else options[-1]
+        elif taking is None or (taking.values and not _is_value(word, taking.action)):
+            arguments.append((place, word))
+        else:
+            taking.values.append((place, word))
+            taking = taking if taking.action.nargs == "+" else None
+    return options, arguments
+
+
+def _limits(parser: argparse.ArgumentParser) -> tuple[int, int | None]:
+    """How many arguments the command takes: at least, and at most."""
+    counts = [action.nargs for action in parser._actions if not action.option_strings]
+    return sum(count != "?" for count in counts), None if "+" in counts else len(counts)
+
+
+def _full_name(given: str, known: Mapping[str, argparse.Action], prog: str) -> str:
+    """The option that was written, perhaps shortened. Raises InputError."""
+    if given in known:
+        return given
+    longer = [name for name in known if given.startswith("--") and name.startswith(given)]
+    if len(longer) == 1:
+        return longer[0]
+    if longer:
+        raise InputError(f"option {given} could be {' or '.join(longer)} (see {prog} --help)")
+    from numprune.serving.problems import did_you_mean
+
+    raise InputError(f"unknown option {given}{did_you_mean(given, [*known])} (see {prog} --help)")
+
+
+def _is_value(word: str, action: argparse.Action) -> bool:
+    try:
+        value = action.type(word) if callable(action.type) else word
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return action.choices is None or value in action.choices
