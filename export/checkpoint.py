@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     task = task_name(config)
     # The folder's generation settings, which need not even be valid, are not read.
     generation = {"generation_config": GenerationConfig()} if task == "causal-lm" else {}
-    loaded = (
-        AUTO_OF[task]
-        .from_pretrained(
+    with _without_bars():
+        loaded = AUTO_OF[task].from_pretrained(
             folder,
             config=config,
             **generation,
@@ -85,13 +85,24 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             local_files_only=True,
             trust_remote_code=False,
         )
-        .eval()
-    )
+    loaded.eval()
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
             raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite")
     check_vocabulary(folder, tokenizer, loaded.config)
     return loaded, tokenizer
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Reading a checkpoint takes seconds; a bar of transformers would stand between our own lines."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:

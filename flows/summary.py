@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numprune.flows.amounts import size
 from numprune.flows.stages import StageResult
 from numprune.serving import gates
 from numprune.serving import report as reports
@@ -112,11 +113,11 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
     sizes, quality = found["sizes"], found["quality"]
     if sizes:
         parts = [
-            f"{label} {_amount(pair['baseline'])} → {_amount(pair['candidate'])} (x{pair['ratio']:.3f})"
-            for key, label in (
-                ("parameters", "parameters"),
-                ("weight_bytes", "weight bytes"),
-                ("kv_bytes_per_token", "KV bytes/token"),
+            f"{label} {amount(pair['baseline'])} → {amount(pair['candidate'])} (x{pair['ratio']:.3f})"
+            for key, label, amount in (
+                ("parameters", "parameters", _amount),
+                ("weight_bytes", "weights", size),
+                ("kv_bytes_per_token", "KV cache per token", size),
             )
             if (pair := sizes[key]) is not None and pair["ratio"] is not None
         ]
@@ -155,7 +156,7 @@ def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stage_lines(found: Summary) -> Iterator[str]:
     for stage in found["stages"]:
-        note = "reused" if stage["reused"] else f"peak {stage['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        note = "reused" if stage["reused"] else f"peak {size(stage['peak_memory_bytes'])}"
         yield f"  {stage['name']:<26} {stage['seconds']:7.1f} s  {note}"
     total = found.get("seconds", sum(stage["seconds"] for stage in found["stages"]))
     yield f"  {'in all':<26} {total:7.1f} s"

@@ -22,11 +22,23 @@ from typing import Any
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
 from numprune.flows import children, logs, machine
-from numprune.flows.cli import canary, kubernetes, measure, model, optimize, registry, report, rollout, runs, serve
+from numprune.flows.cli import (
+    canary,
+    completion,
+    kubernetes,
+    measure,
+    model,
+    optimize,
+    registry,
+    report,
+    rollout,
+    runs,
+    serve,
+)
 from numprune.flows.cli.parser import Answer, build, parse
 from numprune.serving import loopback
 
-COMMANDS = (optimize, model, measure, report, registry, serve, rollout, canary, kubernetes, runs)
+COMMANDS = (optimize, model, measure, report, registry, serve, rollout, canary, kubernetes, runs, completion)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

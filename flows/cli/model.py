@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
+from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     }
     lines = [f"{folder}"]
     lines += [
-        f"  {name:<36} {_shown(value)}"
+        f"  {name:<36} {_shown(name, value)}"
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
@@ -282,7 +283,9 @@ def prune(args: argparse.Namespace) -> Answer:
     }
     text = (
         f"{args.out}: {data['parameters_before']:,} -> {data['parameters_after']:,} parameters, "
-        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed, in {data['seconds']:.1f} s"
+        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed; weights "
+        f"{size(data['weight_bytes_before'])} -> {size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, "
+        f"peak {size(data['peak_memory_bytes'])}"
     )
     return Answer(data, text)
 
@@ -352,7 +355,7 @@ def export(args: argparse.Namespace) -> Answer:
         "files": sorted(made.files),
         "parity": proof,
     }
-    return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {data['bytes']:,} bytes; parity proved")
+    return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {size(data['bytes'])}; parity proved")
 
 
 def _must_not_exist(out: Path) -> None:
@@ -378,5 +381,7 @@ def _difference_line(data: dict[str, Any]) -> str:
     )
 
 
-def _shown(value: object) -> str:
+def _shown(name: str, value: Any) -> str:
+    if "bytes" in name:
+        return f"{size(value)} ({value:,} bytes)" if value >= 1024 else f"{value:,} bytes"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numprune.errors import IntegrityError
+from numprune.flows.amounts import size
 from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, command, group
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def show(args: argparse.Namespace) -> Answer:
     lines = [_line(shown.version), f"  digest    {shown.version.digest}", *summary.of_report(shown.report)]
     if shown.report.verdict is not None:
         lines += summary.gate_lines(data["report"]["verdict"]["gates"])
-    lines += [f"  {size:>14,} {name}" for name, size in sorted(shown.files.items())]
+    lines += [f"  {size(count):>10}  {name}" for name, count in sorted(shown.files.items())]
     return Answer(data, "\n".join(lines))
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Parser, Subcommands, add_workspace, at_least, command, group
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def list_all(args: argparse.Namespace) -> Answer:
     folders = sorted(path for path in workspace.iterdir() if path.is_dir()) if workspace.is_dir() else []
     used = {path.name: clean.size(path) for path in folders if not path.is_symlink()}
     lines = [_line(run) for run in found] or [f"{workspace}: no run was recorded there"]
-    lines += ["", "disk: " + ", ".join(f"{name} {_size(count)}" for name, count in used.items())] if used else []
+    lines += ["", "disk: " + ", ".join(f"{name} {size(count)}" for name, count in used.items())] if used else []
     data = {"workspace": str(workspace), "runs": [_data(run) for run in found], "disk": used}
     return Answer(data, "\n".join(lines))
 
@@ -86,7 +87,7 @@ def show(args: argparse.Namespace) -> Answer:
         lines += [f"  {name:<9} {value}" for name, value in facts.items() if value]
         lines += ["", f"  {'stage':<28} {'seconds':>9} {'peak memory':>12} {'on disk':>10}"]
         for stage in record.stages:
-            numbers = f"{stage.seconds:>9.1f} {_size(stage.peak_memory_bytes):>12} {_size(stage.bytes):>10}"
+            numbers = f"{stage.seconds:>9.1f} {size(stage.peak_memory_bytes):>12} {size(stage.bytes):>10}"
             gone = "" if (workspace / "stages" / stage.folder).exists() else "  removed since"
             lines.append(f"  {stage.name:<28} {numbers}{'  reused' if stage.reused else ''}{gone}")
     if log:
@@ -105,9 +106,9 @@ def clean(args: argparse.Namespace) -> Answer:
     lines += [f"{_item_line(item)}: stays" for item in found.stays]
     lines += [f"{item.path}: in use by now, stays" for item in busy]
     if args.yes:
-        lines.append(f"removed {len(went)} folders, {_size(freed)}")
+        lines.append(f"removed {len(went)} folders, {size(freed)}")
     elif found.goes:
-        lines.append(f"{_size(found.bytes)} can go: the same command with --yes removes it")
+        lines.append(f"{size(found.bytes)} can go: the same command with --yes removes it")
     else:
         lines.append("nothing can go")
     data = {
@@ -158,16 +159,7 @@ def _item(item: "Item") -> dict[str, Any]:
 
 
 def _item_line(item: "Item") -> str:
-    return f"{item.kind:<9} {_size(item.bytes):>10}  {item.path}: {item.why}"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+    return f"{item.kind:<9} {size(item.bytes):>10}  {item.path}: {item.why}"
 
 
 def _readable(line: str) -> str:
