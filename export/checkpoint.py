@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from numprune.anatomy import family_of, task_name
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import copy_config, read_config, reason, write_config
-from numprune.export.files import DOWNLOADED, PLAN, carry
+from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
 from numprune.export.weights import TensorHeader, dtypes_of, main_dtype, read_headers, slabs, weight_bytes
@@ -151,8 +151,10 @@ def copy_around_weights(config: Any, source: Path, folder: Path) -> None:
     """Copy all but the weights of the checkpoint `source`, whose configuration was read as `config`, into `folder`."""
     copy_config(config, source, folder)
     carry(source, folder)
-    if (source / PLAN).is_file():
-        shutil.copyfile(source / PLAN, folder / PLAN)
+    if (source / PLAN).is_file():  # a checkpoint of ours, whose card is about itself
+        for name in (PLAN, CARD):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
 
 
 def audit(folder: Path) -> dict[str, TensorHeader]:

@@ -10,6 +10,7 @@ from typing import Any
 from numprune.errors import InputError
 
 CONFIG = "config.json"
+CARD = "README.md"
 PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -19,8 +20,8 @@ SENTENCE_MODULES = "[0-9]_*/*.json"  # sentence-transformers' settings of poolin
 MAXIMUM_CONFIG_BYTES = 16 << 20
 MAXIMUM_FILE_BYTES = 512 << 20
 
-# Tokenizer, chat templates, generation settings, licence; matched in lower case. README.md is left behind: its figures
-# are the dense model's and would be read as those of the pruned one. So is code, which nothing here would run.
+# Tokenizer, chat templates, generation settings, licence; matched in lower case. The base's card is left behind: its
+# figures are the dense model's (see card.py). So is code, which nothing here would run.
 _CARRIED = (
     "*.json",
     "*.jinja",
@@ -39,7 +40,7 @@ _NOT_CARRIED = (CONFIG, PLAN, "*.index.json", "manifest.json", "params.json")  #
 # What a hub is asked for.
 DOWNLOADED = [
     *("*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja"),
-    *("LICENSE*", "NOTICE*", "*POLICY*"),
+    *("LICENSE*", "NOTICE*", "*POLICY*", CARD),
 ]
 
 

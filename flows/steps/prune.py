@@ -12,7 +12,7 @@ from torch import Tensor
 from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
-from numprune.export import manifest
+from numprune.export import card, manifest
 from numprune.export.checkpoint import (
     PLAN,
     check_vocabulary,
@@ -77,6 +77,7 @@ def prune_checkpoint(
     ) as folder:
         plan = make(base, rows, options, folder, device).drawn(draw)
         plan.write(folder / PLAN)
+        card.write(folder, base, plan)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
     return {

@@ -6,7 +6,7 @@ the page for a terminal or a pull request.
 
 from numprune.serving.report.environment import capture, combine, package_versions
 from numprune.serving.report.files import read, replace, write
-from numprune.serving.report.markdown import markdown, not_judged
+from numprune.serving.report.markdown import markdown, not_judged, quality_section
 from numprune.serving.report.models import (
     MAXIMUM_DOCUMENTS,
     MAXIMUM_PROMPTS,
@@ -74,6 +74,7 @@ __all__ = [
     "not_judged",
     "overall",
     "package_versions",
+    "quality_section",
     "read",
     "replace",
     "write",

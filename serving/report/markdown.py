@@ -40,6 +40,11 @@ def markdown(report: Report) -> str:
     return "\n".join(line for lines in sections for line in lines)
 
 
+def quality_section(report: Report) -> str:
+    """The section on quality alone; empty where none was measured."""
+    return "\n".join(_quality(report.quality)) if report.quality else ""
+
+
 def not_judged(message: str) -> str:
     """The page of a report that could not be judged."""
     return f"# Not judged\n\n{_cell(message)}\n"

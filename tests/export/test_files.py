@@ -30,8 +30,8 @@ CARRIED = {
     "NOTICE.txt": b"who made it\n",
     "USE_POLICY.md": b"be good\n",
 }
+CARD = b"perplexity of the dense model: 3"  # README.md; a pruned model has its own (test_card.py)
 LEFT = {
-    "README.md": b"perplexity of the dense model: 3",
     "params.json": b'{"dim": 64}',
     "modeling_x.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickle",
@@ -45,7 +45,7 @@ LEFT = {
 @pytest.fixture
 def base(tiny_checkpoint: Checkpoint) -> Path:
     folder = tiny_checkpoint(vocab_size=259)
-    for name, content in (CARRIED | LEFT).items():
+    for name, content in (CARRIED | LEFT | {"README.md": CARD}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
@@ -74,6 +74,7 @@ def test_what_pruning_does_not_change_is_the_same_in_every_artifact(base: Path, 
     for name in (*CARRIED, "tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
     assert not [name for name in LEFT if (out / name).exists()]
+    assert not [path for path in out.rglob("*.md") if CARD in path.read_bytes()]
     if made in ("vllm", "onnx"):  # of a model that was not pruned
         assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
 

@@ -1,5 +1,7 @@
 """Small HTTP servers: one that gives fixed answers, and one that keeps MLflow's artifacts in a folder."""
 
+import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -79,3 +81,84 @@ def storing(folder: Path) -> Iterator[str]:
 
     with _listening(Handler) as address:
         yield f"{address}{root}"
+
+
+class Hub:
+    """The part of the Hugging Face hub's API that uploads use, without Xet: repositories, LFS objects, commits.
+
+    Attributes:
+        repositories: name -> path -> content, as committed.
+        private: those that were made private.
+        token: that requests must carry.
+    """
+
+    def __init__(self, token: str) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.token = token
+        self._objects: dict[str, bytes] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        """Its address."""
+        hub = self
+
+        class Handler(_Handler):
+            def do_POST(self) -> None:
+                content = self.content()
+                if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    self.answer(401, b'{"error": "Invalid username or password."}')
+                    return
+                status, answer = hub._post(urlsplit(self.path).path, content, f"http://{self.headers['Host']}")
+                self.answer(status, json.dumps(answer).encode())
+
+            def do_PUT(self) -> None:
+                hub._objects[self.path.rpartition("/")[2]] = self.content()
+                self.answer(200)
+
+        with _listening(Handler) as address:
+            yield address
+
+    def _post(self, path: str, content: bytes, address: str) -> tuple[int, dict[str, Any]]:
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in self.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{address}/{name}"}
+            self.repositories[name] = {}
+            self.private |= {name} if asked.get("visibility") == "private" or asked.get("private") else set()
+            return 200, {"url": f"{address}/{name}", "name": name}
+        if path == "/api/validate-yaml":
+            return 200, {"warnings": [], "errors": []}
+        if path.endswith("/info/lfs/objects/batch"):
+            return 200, {"objects": [self._lfs(found, address) for found in json.loads(content)["objects"]]}
+        _, _, _, owner, model, what, _branch = path.split("/")
+        if what == "preupload":
+            files = json.loads(content)["files"]
+            modes = {True: "lfs", False: "regular"}
+            return 200, {
+                "files": [
+                    {"path": file["path"], "uploadMode": modes[file["size"] > 10_000], "shouldIgnore": False}
+                    for file in files
+                ]
+            }
+        return self._commit(f"{owner}/{model}", content, address)
+
+    def _lfs(self, found: dict[str, Any], address: str) -> dict[str, Any]:
+        return {**found, "actions": {"upload": {"href": f"{address}/objects/{found['oid']}", "header": {}}}}
+
+    def _commit(self, name: str, content: bytes, address: str) -> tuple[int, dict[str, Any]]:
+        files = dict(self.repositories[name])
+        for line in content.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                stored = self._objects[value["oid"]]
+                if hashlib.sha256(stored).hexdigest() != value["oid"]:
+                    return 400, {"error": f"{value['path']}: not what was uploaded"}
+                files[value["path"]] = stored
+        self.repositories[name] = files
+        commit = hashlib.sha1(content).hexdigest()
+        return 200, {"commitUrl": f"{address}/{name}/commit/{commit}", "commitOid": commit, "success": True}

@@ -1,0 +1,140 @@
+"""The model card of a pruned checkpoint: README.md, as the Hugging Face hub reads it.
+
+It takes the place of the base's own card, whose figures are those of the dense model, and carries over what holds for
+both: licence, language and the base's name on the hub.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
+from numprune.budget import measure
+from numprune.errors import IntegrityError
+from numprune.export.config import read_config
+from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
+from numprune.plan import Plan
+
+_CARRIED = ("license", "license_name", "license_link", "language")
+_CHARACTERS = 500  # of a carried value
+_PER_LAYER = "per-layer-sizes"
+_QUALITY = "## Quality\n"
+_UNMEASURED = """\
+Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
+"""
+
+# The end of an architecture's name -> the hub's name of the task, and the class that loads it.
+_TASKS = {
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+}
+_OTHER_TASK = ("feature-extraction", "AutoModel")
+
+
+def write(folder: Path, base: Path, plan: Plan) -> None:
+    """Write the card of the checkpoint in `folder`, which `plan` made of that in `base`. Raises InputError."""
+    metadata = _metadata(base / CARD)
+    (folder / CARD).write_text(_text(folder, base, plan, metadata), encoding="utf-8")
+
+
+def with_quality(card: str, quality: str) -> str:
+    """The card with its section on quality replaced by `quality`, Markdown that begins with the same heading.
+
+    Raises IntegrityError where the card has no such section.
+    """
+    before, found, after = card.partition(_QUALITY)
+    _, following, rest = after.partition("\n## ")
+    if not found or not following:
+        raise IntegrityError(f"{CARD}: not a card that numprune wrote: it lacks a section {_QUALITY.strip()!r}")
+    return f"{before}{quality.strip()}\n{following}{rest}"
+
+
+def hub_id(folder: Path) -> str | None:
+    """The name on the hub of a model in the hub's local cache (models--OWNER--NAME/snapshots/REVISION)."""
+    resolved = folder.absolute()
+    if resolved.parent.name != "snapshots":
+        return None
+    kind, *parts = resolved.parent.parent.name.split("--")
+    return "/".join(parts) if kind == "models" and len(parts) in (1, 2) else None
+
+
+def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str:
+    config = read_config(folder)
+    before, after = (measure(read_anatomy(read_config(path))) for path in (base, folder))
+    per_layer = config.model_type.startswith(PER_LAYER_PREFIX)
+    task, auto_class = next(
+        (found for end, found in _TASKS.items() if config.architectures[0].endswith(end)), _OTHER_TASK
+    )
+    name = hub_id(base)
+    header = ModelCardData(
+        **metadata,
+        base_model=name,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["numprune", "structured-pruning", *([_PER_LAYER] if per_layer else [])],
+    )
+    shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{base.absolute().name}`"
+    licence = "under the base model's licence" if "license" in metadata else "see the licence of the base model"
+    removed = 1 - after.prunable_parameters / before.prunable_parameters
+    calibration = plan.calibration
+    rows = [
+        ("base model", shown),
+        ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
+        ("removed", f"{removed:.1%} of the prunable parameters ({plan.ratio:.1%} asked for)"),
+        ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
+        ("KV cache per token", f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"),
+        ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
+        ("training after pruning", "none"),
+        ("kept units", f"[{PLAN}]({PLAN})"),
+    ]
+    return "\n".join(
+        [
+            f"---\n{header.to_yaml()}\n---",
+            f"# {shown}, pruned\n",
+            f"Made by numprune: structured pruning, so the model is smaller in any runtime; {licence}.\n",
+            "| | |\n| --- | --- |",
+            *(f"| {key} | {value} |" for key, value in rows),
+            f"\n{_QUALITY}\n{_UNMEASURED}",
+            _use(auto_class, per_layer),
+        ]
+    )
+
+
+def _use(auto_class: str, per_layer: bool) -> str:
+    needs = (
+        "Layers differ in size: `transformers` needs `numprune` for it, vLLM the plug-in `numprune-vllm`.\n\n"
+        if per_layer
+        else "The architecture is a stock one: no code beside that of `transformers` or vLLM is needed.\n\n"
+    )
+    imports = "import numprune.modeling\n" if per_layer else ""
+    return (
+        f"## Use\n\n{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        "To serve it: `vllm serve .`, with the name of the repository or folder in the place of the dot.\n"
+    )
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """What holds for the pruned model, too, of the metadata in the base's card; nothing where there is none.
+
+    A card is text that anybody wrote: values that are not plain are left out.
+    """
+    if not card.exists():
+        return {}
+    require_size(card, MAXIMUM_CONFIG_BYTES)
+    try:
+        found = metadata_load(card) or {}
+    except (ValueError, RecursionError, yaml.YAMLError):  # no UTF-8, no YAML, or no mapping
+        return {}
+    return {key: found[key] for key in _CARRIED if _is_plain(found.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) and len(item) <= _CHARACTERS for item in items)

@@ -1,0 +1,32 @@
+"""numprune push: a release to a model hub."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from numprune.flows.amounts import size
+from numprune.flows.cli.parser import Answer, Subcommands, command
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "push",
+        push,
+        "send a release to a repository of the Hugging Face hub, with a model card that has its figures",
+        "numprune push numprune-workspace/releases/my-model-0123456789abcdef my-team/my-model-pruned --private",
+    )
+    parser.add_argument("release", metavar="RELEASE", type=Path, help="a release folder, as optimize makes it")
+    parser.add_argument("repository", metavar="REPO", help="OWNER/NAME; made where it is missing")
+    parser.add_argument("--private", action="store_true", help="of a repository that is made (default: public)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+
+
+def push(args: argparse.Namespace) -> Answer:
+    from numprune.flows import children
+    from numprune.serving import hub
+
+    children.step("steps.publish.audit", args.release)
+    pushed = hub.push(args.release, args.repository, private=args.private, revision=args.revision)
+    text = f"{pushed.url}: {pushed.files} files, {size(pushed.bytes)}, commit {pushed.commit[:12]}"
+    return Answer(dataclasses.asdict(pushed), text)

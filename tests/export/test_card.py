@@ -1,0 +1,113 @@
+"""The model card of a pruned checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from numprune.errors import IntegrityError
+from numprune.export import card, vllm
+from numprune.flows.steps.prune import prune_checkpoint
+from numprune.pruning import PruneOptions
+
+Checkpoint = Callable[..., Path]
+
+
+def pruned(base: Path, out: Path, **options: object) -> Path:
+    rows = torch.arange(64).view(2, 32)
+    chosen = PruneOptions(0.3, compensation="none", **options)  # type: ignore[arg-type]
+    prune_checkpoint(base, rows, chosen, out, torch.device("cpu"))
+    return out
+
+
+def test_the_card_of_the_base_gives_its_licence_and_nothing_of_its_text(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--owner--tiny-llama" / "snapshots" / "0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    base = tiny_checkpoint(vocab_size=259).rename(snapshot)
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [fast]\n"
+        "model-index: [{name: dense}]\n---\n\nPerplexity: 3.\n"
+    )
+    text = (pruned(base, tmp_path / "out") / "README.md").read_text()
+    found = ModelCard(text).data.to_dict()
+    assert found == {
+        "license": "other",
+        "license_name": "tiny",
+        "license_link": "LICENSE",
+        "language": ["en", "de"],
+        "base_model": "owner/tiny-llama",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["numprune", "structured-pruning"],
+    }
+    assert "Perplexity: 3" not in text
+    assert "[owner/tiny-llama](https://huggingface.co/owner/tiny-llama)" in text
+    assert "criterion obs, allocation uniform, compensation none" in text
+    assert "(30.0% asked for)" in text
+    assert "Not measured yet" in text
+
+
+def test_an_export_carries_the_card_of_a_pruned_checkpoint_only(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(vocab_size=259)
+    (base / "README.md").write_text("Perplexity: 3.")
+    made = pruned(base, tmp_path / "out")
+    vllm.export(made, tmp_path / "vllm")
+    vllm.export(base, tmp_path / "dense")
+    assert (tmp_path / "vllm" / "README.md").read_bytes() == (made / "README.md").read_bytes()
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_layers_of_different_sizes_need_numprune_and_the_card_says_so(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    made = pruned(tiny_checkpoint(vocab_size=259), tmp_path / "out", allocation="global", criterion="magnitude")
+    text = (made / "README.md").read_text()
+    assert ModelCard(text).data.tags == ["numprune", "structured-pruning", "per-layer-sizes"]
+    assert "import numprune.modeling\nfrom transformers import AutoModelForCausalLM" in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no header",
+        b"---\n[1, 2]\n---\n",
+        b"---\n: :\n  - {\n---\n",
+        b"---\nlicense: [[mit]]\nlanguage: {en: 1}\n---\n",
+        b"---\nlicense: " + b"x" * 1000 + b"\n---\n",
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_card_that_says_nothing_usable_is_no_error(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, content: bytes
+) -> None:
+    base = tiny_checkpoint(vocab_size=259)
+    (base / "README.md").write_bytes(content)
+    text = (pruned(base, tmp_path / "out") / "README.md").read_text()
+    assert "license" not in ModelCard(text).data.to_dict()
+    assert "see the licence of the base model" in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("cache/models--owner--name/snapshots/abc", "owner/name"),
+        ("cache/models--gpt2/snapshots/abc", "gpt2"),
+        ("cache/datasets--owner--name/snapshots/abc", None),
+        ("snapshots/abc", None),
+        ("my-model", None),
+    ],
+)
+def test_the_name_on_the_hub_is_that_of_the_hubs_cache(folder: str, name: str | None) -> None:
+    assert card.hub_id(Path(folder)) == name
+
+
+def test_quality_takes_the_place_of_the_section_that_says_it_is_missing() -> None:
+    text = "# A\n\n## Quality\n\nNot measured yet.\n\n## Use\n\nB\n"
+    assert card.with_quality(text, "## Quality\n\n| 1 |\n") == "# A\n\n## Quality\n\n| 1 |\n\n## Use\n\nB\n"
+    with pytest.raises(IntegrityError, match=r"README\.md: not a card that numprune wrote"):
+        card.with_quality("# Another", "## Quality\n")
