@@ -19,7 +19,11 @@ def reference() -> str:
     """The help of numprune and of each of its commands, as Markdown."""
     parts = [
         "# Commands",
-        "Every command takes `--json` (one JSON object on stdout; progress and logs on stderr) and `--help`.",
+        "Every command takes `--json` (one JSON object on stdout; progress and logs on stderr) and `--help`. Where it "
+        'fails, the object is `{"error": …, "exit_code": …}`; the message is on stderr, too.',
+        "Options may stand before, between and after the arguments. An option with several values may be repeated "
+        "(`--text a.txt --text b.txt`) or take them at once (`--text a.txt b.txt`), and leaves to the command the "
+        "arguments that it needs. `--` ends the options.",
     ]
     parts += _sections(build(COMMANDS), 1)
     return "\n\n".join(parts) + "\n"

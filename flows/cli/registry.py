@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numprune.errors import IntegrityError
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, command, group
 
@@ -123,10 +122,11 @@ def promote(args: argparse.Namespace) -> Answer:
 
 
 def rollback(args: argparse.Namespace) -> Answer:
-    from numprune.serving import registry
+    from numprune.flows.stages import workspace_folder
+    from numprune.serving import registry, rollout
 
     version = registry.rollback(_open(args), args.name)
-    serving = _serving(args)
+    serving = rollout.serving(version.name, workspace_folder(args.workspace))
     text = f"{version.reference} is in production again"
     if serving not in (None, version.reference):
         text += f"; {serving} still serves: `numprune rollout {args.name}` changes that"
@@ -147,18 +147,6 @@ def fetch(args: argparse.Namespace) -> Answer:
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
     children.step("steps.publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
-
-
-def _serving(args: argparse.Namespace) -> str | None:
-    """The version that a rollout of the model has in service, if there is one."""
-    from numprune.flows.stages import workspace_folder
-    from numprune.serving import rollout
-
-    try:
-        current = rollout.status(args.name, workspace_folder(args.workspace))["current"]
-    except IntegrityError:  # of its state file; production has moved, and `rollout --status` says what is wrong
-        return None
-    return str(current["reference"]) if current and current["alive"] else None
 
 
 def _open(args: argparse.Namespace) -> "Registry":

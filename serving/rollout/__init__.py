@@ -11,7 +11,7 @@ what a killed rollout left behind is found. Nothing restarts a server that dies 
 
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import RolloutBusy, RolloutFailed
-from numprune.serving.rollout.status import status, stop
+from numprune.serving.rollout.status import serving, status, stop
 from numprune.serving.rollout.swap import roll_out
 
-__all__ = ["RolloutBusy", "RolloutFailed", "Settings", "roll_out", "status", "stop"]
+__all__ = ["RolloutBusy", "RolloutFailed", "Settings", "roll_out", "serving", "status", "stop"]

@@ -24,6 +24,15 @@ def status(name: str, workspace: Path) -> dict[str, Any]:
     }
 
 
+def serving(name: str, workspace: Path) -> str | None:
+    """The reference of the version whose server runs; None where none does, or the state file cannot be read."""
+    try:
+        current = Place(workspace, name).read().current
+    except IntegrityError:
+        return None
+    return current.reference if current and backend.is_alive(current) else None
+
+
 def stop(name: str, workspace: Path) -> dict[str, Any]:
     """End router and servers of a name; requests under way are cut off. Raises RolloutBusy.
 
