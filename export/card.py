@@ -11,11 +11,12 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
+from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy, task_name
 from numprune.budget import measure
 from numprune.errors import IntegrityError
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
+from numprune.modeling import AUTO_OF
 from numprune.plan import Plan
 
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -26,14 +27,13 @@ _UNMEASURED = """\
 Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
 """
 
-# The end of an architecture's name -> the hub's name of the task, and the class that loads it.
-_TASKS = {
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
-    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
-    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+# Our name of a task -> the hub's.
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "classification": "text-classification",
+    "embedding": "feature-extraction",
 }
-_OTHER_TASK = ("feature-extraction", "AutoModel")
 
 
 def write(folder: Path, base: Path, plan: Plan) -> None:
@@ -67,15 +67,13 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
     config = read_config(folder)
     before, after = (measure(read_anatomy(read_config(path))) for path in (base, folder))
     per_layer = config.model_type.startswith(PER_LAYER_PREFIX)
-    task, auto_class = next(
-        (found for end, found in _TASKS.items() if config.architectures[0].endswith(end)), _OTHER_TASK
-    )
+    task = task_name(config)
     name = hub_id(base)
     header = ModelCardData(
         **metadata,
         base_model=name,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=_PIPELINES[task],
         tags=["numprune", "structured-pruning", *([_PER_LAYER] if per_layer else [])],
     )
     shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{base.absolute().name}`"
@@ -87,11 +85,12 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
         ("removed", f"{removed:.1%} of the prunable parameters ({plan.ratio:.1%} asked for)"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
-        ("KV cache per token", f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
         ("training after pruning", "none"),
         ("kept units", f"[{PLAN}]({PLAN})"),
     ]
+    if before.kv_bytes_per_token:
+        rows.append(("KV cache per token", f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"))
     return "\n".join(
         [
             f"---\n{header.to_yaml()}\n---",
@@ -100,7 +99,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             "| | |\n| --- | --- |",
             *(f"| {key} | {value} |" for key, value in rows),
             f"\n{_QUALITY}\n{_UNMEASURED}",
-            _use(auto_class, per_layer),
+            _use(AUTO_OF[task].__name__, per_layer),
         ]
     )
 

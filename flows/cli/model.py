@@ -72,8 +72,8 @@ def add(commands: Subcommands) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); may "
-        "be repeated (default: nothing)",
+        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
+        "may be repeated (default: nothing)",
     )
     parser.add_argument(
         "--floor",

@@ -16,7 +16,7 @@ Checkpoint = Callable[..., Path]
 
 
 def pruned(base: Path, out: Path, **options: object) -> Path:
-    rows = torch.arange(64).view(2, 32)
+    rows = torch.arange(64).view(2, 32) % 30
     chosen = PruneOptions(0.3, compensation="none", **options)  # type: ignore[arg-type]
     prune_checkpoint(base, rows, chosen, out, torch.device("cpu"))
     return out
@@ -49,6 +49,19 @@ def test_the_card_of_the_base_gives_its_licence_and_nothing_of_its_text(
     assert "criterion obs, allocation uniform, compensation none" in text
     assert "(30.0% asked for)" in text
     assert "Not measured yet" in text
+
+
+@pytest.mark.parametrize(
+    ("task", "pipeline", "loads"),
+    [("masked-lm", "fill-mask", "AutoModelForMaskedLM"), ("embedding", "feature-extraction", "AutoModel")],
+)
+def test_an_encoder_is_what_it_is_for(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, task: str, pipeline: str, loads: str
+) -> None:
+    text = (pruned(tiny_checkpoint("bert", task=task), tmp_path / "out") / "README.md").read_text()
+    assert ModelCard(text).data.pipeline_tag == pipeline
+    assert f"from transformers import {loads}, AutoTokenizer" in text
+    assert "KV cache" not in text
 
 
 def test_an_export_carries_the_card_of_a_pruned_checkpoint_only(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
