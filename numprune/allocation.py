@@ -183,22 +183,25 @@ def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Score
 
 
 def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> Sizes | None:
-    """Return the allowed sizes of attention cut down to `HEAD_SHAPES` near those kept, and none at all where allowed.
+    """Return the allowed sizes of attention cut down to `HEAD_SHAPES` near those kept, and to none where allowed.
 
-    None where no more than that are kept. The least is one that every block can have, as long as they have members
-    alike: the layers of a model that was pruned before may have fewer units than others.
+    None where no more than that are kept. Blocks that have no choice keep their size. The least size is one that every
+    other block can have, as long as they have members alike: the layers of a model that was pruned before may have
+    fewer units than others.
     """
-    blocks = anatomy.of_kind("attention")
-    attending = [kept[block.name] for block in blocks if kept[block.name].units]
-    if len(set(attending)) <= HEAD_SHAPES:
+    blocks = [block for block in anatomy.of_kind("attention") if kept[block.name].units]
+    if len({kept[block.name] for block in blocks}) <= HEAD_SHAPES:
         return None
     cost = blocks[0].parameters
-    lowest, *others = _levels(attending, HEAD_SHAPES, cost)
-    largest = [max(allowed[block.name], key=cost) for block in blocks if kept[block.name].units]
-    lowest = min([lowest, *largest], key=cost)
-    levels = {GONE, lowest, *others}
+    given = {kept[block.name] for block in blocks if len(allowed[block.name]) == 1}
+    free = [block for block in blocks if len(allowed[block.name]) > 1]
+    number = min(max(HEAD_SHAPES - len(given), 1), len(free))
+    lowest, *others = _levels([kept[block.name] for block in free], number, cost)
+    lowest = min([lowest, *(max(allowed[block.name], key=cost) for block in free)], key=cost)
+    levels = {GONE, lowest, *others, *given}
     return {
-        block.name: [size for size in allowed[block.name] if size in levels] or [kept[block.name]] for block in blocks
+        block.name: [size for size in allowed[block.name] if size in levels] or [kept[block.name]]
+        for block in anatomy.of_kind("attention")
     }
 
 

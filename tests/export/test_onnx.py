@@ -90,7 +90,7 @@ def test_networks(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str, opset:
 
 SIZES: dict[int, dict[str, Any]] = {
     0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 40},
-    1: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72},
+    1: {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 72},
 }
 
 

@@ -39,15 +39,16 @@ def test_layers_that_differ_are_exported_for_the_plug_in(tmp_path, family):
     layers = {
         0: {"skip": ["attention"], "intermediate_size": 32},
         1: {"num_attention_heads": 2, "num_key_value_heads": 1, "skip": ["mlp"]},
+        2: {"num_attention_heads": 2},  # one query head in each KV group
     }
     model = build_tiny(f"numprune_{family}", num_hidden_layers=4, per_layer_config=layers)
     source, out = write_checkpoint(model, tmp_path / "pruned"), tmp_path / "out"
     made = vllm.export(source, out)
     assert manifest.verify(out) == made
     facts = made.facts
-    assert (facts["query_heads"], facts["kv_heads"]) == ([0, 2, 4, 4], [0, 1, 2, 2])
+    assert (facts["query_heads"], facts["kv_heads"]) == ([0, 2, 2, 4], [0, 1, 2, 2])
     assert facts["intermediate_size"] == [32, 0, 96, 96]
-    assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == ([], True, 2)
+    assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == ([], True, 3)
     assert facts["tensor_parallel"] == [1, 2]  # one KV head can be copied to two, two query heads not to four
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (source, out)]
     with torch.no_grad():

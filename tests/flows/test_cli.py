@@ -119,6 +119,11 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str], option: s
             "argument --sequence-length: 1 must be at least 2",
         ),
         (["evaluate", "m", "--text", "t", "--split", "("], 'argument --split: \'(\' must be "file", "blank-line" or'),
+        (["prune", "m", "o", "--ratio", "0.1", "--text", "t", "--axes", "heads"], "argument --axes: invalid choice"),
+        (
+            ["prune", "m", "o", "--ratio", "0.1", "--text", "t", "--floor", "mlp"],
+            "argument --floor: 'mlp' must be KIND=SHARE, like attention=0.5",
+        ),
         (["benchmark", "c", "--baseline", "b", "--runtime", "tgi"], "invalid choice: 'tgi'"),
         (
             ["benchmark", "c", "--baseline", "b", "--runtime", "torch", "--no-pack"],
@@ -167,6 +172,10 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     assert found["prunable_parameters"] == sum(b["units"] * b["parameters_per_unit"] for b in found["blocks"])
     text = numprune("inspect", tiny / "base").out
     assert f"{found['parameters']:,}" in text
+    heads, groups = ([block[part] for block in found["blocks"][::2]] for part in ("members", "units"))
+    query_heads = [members * units for members, units in zip(heads, groups, strict=True)]
+    for what, counts in (("query heads", query_heads), ("KV groups", groups)):
+        assert re.search(rf"attention: {what} by layer +{', '.join(map(str, counts))}\n", text)
     for block, units, line in (
         (found["blocks"][0], 1, "attention: 1 KV group of every layer"),
         (found["blocks"][1], 8, "mlp: 8 channels of every layer"),
@@ -177,6 +186,26 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
         assert re.search(
             rf"{re.escape(line)} +{2 * share:.2%} of the prunable parameters, {share:.3%} in one layer", text
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--keep", "layers.0", "layers.9.mlp"], "keep: 'layers.9.mlp' is unknown; the model has layers.0 to layers.1"),
+        (["--keep", "layers.0"], "keep: uniform allocation gives every layer the same size"),
+        (["--floor", "attention=0.5", "--floor", "mlp=2"], "floors: mlp is 2.0; it must be a share from 0 to 1"),
+        (["--floor", "mlp=0.9", "--floor", "attention=1"], "at most 0.0"),
+        (["--axes", "query-heads", "--allocation", "global"], "axes: allocation global sorts whole units"),
+    ],
+)
+def test_protection_that_cannot_be_is_refused_before_any_work(
+    numprune: Command, tiny: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    text = ["--text", tiny / "train.txt"]
+    answered = numprune("prune", tiny / "base", tmp_path / "out", "--ratio", "0.3", *text, *options)
+    assert (answered.code, answered.out) == (1, "")
+    assert said in answered.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_unsupported_architecture_is_refused_by_name(numprune: Command, tmp_path: Path) -> None:
@@ -202,7 +231,8 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     assert after["plan"]["criterion"] == "obs"
     text = numprune("inspect", out).out
     for number, split in enumerate(after["plan"]["splits"]):
-        sizes = f"{split['kv_groups']} KV groups and {split['mlp_channels']} channels per layer"
+        heads = f" of {split['query_heads']} query heads" if split["query_heads"] > 1 else ""
+        sizes = f"{split['kv_groups']} KV groups{heads} and {split['mlp_channels']} channels per layer"
         assert re.search(rf"{'other' if number else 'chosen'} split +{sizes}, priced at \d", text)
     (attention, mlp), chosen = after["blocks"][:2], after["plan"]["splits"][0]
     assert (attention["units"], attention["members"]) == (chosen["kv_groups"], chosen["query_heads"])

@@ -21,6 +21,7 @@ from tests.conftest import recast
 ROWS = torch.randint(0, 256, (9, 32), generator=torch.Generator().manual_seed(0))
 UNIFORM = {"criterion": "numerical", "allocation": "uniform", "compensation": "sequential"}
 GLOBAL = {"criterion": "obs", "allocation": "global", "compensation": "oneshot", "skips": True}
+HEADS = {"allocation": "error", "axes": ["query-heads", "channels"], "keep": ["layers.0"]}
 ERROR = {"criterion": "obs", "allocation": "error", "compensation": "joint"}
 FLAP = {"criterion": "flap", "allocation": "global", "compensation": "bias"}
 MODELS = [
@@ -28,6 +29,7 @@ MODELS = [
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, UNIFORM),
     ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}, GLOBAL),
     ("llama", {}, ERROR),
+    ("qwen3", {"num_hidden_layers": 4}, HEADS),
     ("llama", {}, FLAP),
     ("llama", {"attention_bias": True, "mlp_bias": True}, FLAP),
     ("llama", {}, FLAP),
@@ -74,6 +76,13 @@ def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, o
     assert {name for name, dtype in dtypes.items() if dtype != torch.float16} == {"model.norm.weight"}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32)
     assert loaded(ROWS).logits.isfinite().all()
+    counted = {name: kept for name, kept in memory["kept_units"].items() if name.endswith(".query_heads")}
+    if how is HEADS:
+        left = [loaded.config.per_layer_config[layer].num_attention_heads for layer in range(4)]
+        assert counted == {f"layers.{layer}.attention.query_heads": [heads, 4] for layer, heads in enumerate(left)}
+        assert (left[0], min(left)) == (4, 2)
+    else:
+        assert not counted
 
 
 @pytest.mark.gpu

@@ -251,5 +251,26 @@ def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
     assert removed(base, kept) == pytest.approx(ratio, abs=0.002)
 
 
+def test_head_shapes_are_limited_with_query_heads_and_protected_blocks_too():
+    """Layers want ever larger attention; the fifth must keep all of its own."""
+    base = anatomy(num_hidden_layers=9, num_attention_heads=16, num_key_value_heads=4)
+    allowed = allowed_sizes(base, Target(), Limits(tuple(AXES), keep=["layers.4"]))
+    errors = {}
+    for block in base.blocks:
+        units, members = (torch.arange(count).double() / block.units for count in (block.units + 1, block.members))
+        errors[block.name] = (units[:, None].square() + members.square() / 3) * (block.layer + 1) ** 2
+    assert len(set(attention_of(base, allocation._least_error(base, 0.4, allowed, errors)))) > HEAD_SHAPES
+    kept = by_error(base, 0.4, allowed, errors)
+    attention = attention_of(base, kept)
+    assert attention[4] == Size(4, 4)
+    assert len(set(attention)) <= HEAD_SHAPES
+    assert len({size.members for size in attention}) > 1
+    assert removed(base, kept) >= 0.4
+
+
+def attention_of(base, kept):
+    return [kept[block.name] for block in base.of_kind("attention")]
+
+
 def test_keep_highest_is_ascending_and_ties_go_to_the_lower_index():
     assert keep_highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 3.0]), 2).tolist() == [1, 3]

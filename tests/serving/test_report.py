@@ -253,10 +253,12 @@ def test_text_in_a_report_cannot_break_its_page(report_json: Any) -> None:
 
 def test_the_page_puts_layers_that_keep_the_same_together(report_json: Any) -> None:
     kept = {f"layers.{layer}.{kind}": [2, 3] for layer in range(30) for kind in ("attention", "mlp")}
+    kept |= {f"layers.{layer}.attention.query_heads": [4 if layer < 9 else 2, 9] for layer in range(30)}
     report_json["pruning"]["kept_units"] = {**kept, "layers.7.mlp": [0, 3], "embedding": [1, 2]}
     lines = reports.markdown(Report.model_validate(report_json)).splitlines()
     assert [line for line in lines if "kept:" in line] == [
         "- KV groups kept: layers 0 to 29: 2 of 3",
+        "- Query heads kept: layers 0 to 8: 4 of 9; layers 9 to 29: 2 of 9",
         "- MLP channels kept: layers 0 to 6: 2 of 3; layer 7: 0 of 3; layers 8 to 29: 2 of 3",
         "- embedding kept: 1 of 2",
     ]
