@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from numprune.anatomy import Anatomy, Kind
+from numprune.slices import Size
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,30 @@ def measure(anatomy: Anatomy) -> Budget:
 
 @dataclass(frozen=True)
 class PruningStep:
-    """A number of units of a block, and what their removal takes from the model.
+    """What the removal of some units of a block, or of members of each of its units, takes from the model.
 
     Attributes:
         units: of one block.
+        members: of each unit that is left.
         every_layer: share of the prunable parameters that goes when every block of the kind loses so many.
         one_layer: share when one block does, the one where they are largest.
     """
 
     units: int
+    members: int
     every_layer: float
     one_layer: float
 
 
-def pruning_step(anatomy: Anatomy, kind: Kind, units: int) -> PruningStep:
-    """Return what `units` units of the blocks of this kind take from the model; skipped blocks have none to lose."""
+def pruning_step(anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0) -> PruningStep:
+    """Return what so many units, or members of each unit, of the blocks of this kind take from the model.
+
+    Blocks that have no more than that to lose are left out.
+    """
     prunable = measure(anatomy).prunable_parameters
-    shares = [units * block.parameters_per_unit / prunable for block in anatomy.of_kind(kind) if block.units]
-    return PruningStep(units, sum(shares), max(shares, default=0.0))
+    shares = []
+    for block in anatomy.of_kind(kind):
+        if block.units >= units and block.members > members:
+            left = Size(block.units - units, block.members - members)
+            shares.append((block.parameters(block.size) - block.parameters(left)) / prunable)
+    return PruningStep(units, members, sum(shares), max(shares, default=0.0))

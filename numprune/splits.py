@@ -87,9 +87,11 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
     if not splits:
         group_cost = sum(block.parameters_per_unit for block in attention)
         reached = [1 - (cost + width * channel_cost) / whole for cost, width in product(costs.values(), widths)]
+        coarse = f"one KV group of every layer is {group_cost / whole:.3f} of them"
+        why = f"{coarse}, more than the MLPs can make up for" if len(widths) > 1 else "the MLPs keep their width"
         raise InputError(
-            f"uniform allocation cannot remove {ratio} of the prunable parameters: one KV group of every layer is "
-            f"{group_cost / whole:.3f} of them, more than the MLPs can make up for; {_nearest_ratios(reached, ratio)}"
+            f"uniform allocation cannot remove {ratio} of the prunable parameters: {why}; "
+            f"{_nearest_ratios(reached, ratio)}"
         )
     return splits
 

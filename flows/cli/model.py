@@ -165,7 +165,11 @@ def inspect(args: argparse.Namespace) -> Answer:
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
     align = Target().align
-    granularity = {"attention": pruning_step(anatomy, "attention", 1), "mlp": pruning_step(anatomy, "mlp", align)}
+    granularity = {
+        "query-heads": pruning_step(anatomy, "attention", members=1),
+        "attention": pruning_step(anatomy, "attention", units=1),
+        "mlp": pruning_step(anatomy, "mlp", units=align),
+    }
     data = {
         "model": str(folder),
         "architecture": (config.architectures or [config.model_type])[0],
@@ -202,11 +206,16 @@ def inspect(args: argparse.Namespace) -> Answer:
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
-    query_heads = [block.units * block.members for block in anatomy.of_kind("attention")]
-    lines.append(f"  {'attention: query heads by layer':<36} {', '.join(map(str, query_heads))}")
-    for kind, what, smallest in (("attention", "KV groups", "1 KV group"), ("mlp", "channels", f"{align} channels")):
-        units, share = [block.units for block in anatomy.of_kind(kind)], granularity[kind]
-        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, units))}")
+    attention, mlps = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
+    for key, kind, what, counts, smallest in (
+        ("query-heads", "attention", "query heads", [b.units * b.members for b in attention], "1 head a group"),
+        ("attention", "attention", "KV groups", [b.units for b in attention], "1 KV group"),
+        ("mlp", "mlp", "channels", [b.units for b in mlps], f"{align} channels"),
+    ):
+        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, counts))}")
+        share = granularity[key]
+        if not share.one_layer:
+            continue  # no grouping: no query head can go without its KV head
         lines.append(
             f"  {f'{kind}: {smallest} of every layer':<36} {share.every_layer:.2%} of the prunable parameters, "
             f"{share.one_layer:.3%} in one layer"

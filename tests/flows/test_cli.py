@@ -176,13 +176,16 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     query_heads = [members * units for members, units in zip(heads, groups, strict=True)]
     for what, counts in (("query heads", query_heads), ("KV groups", groups)):
         assert re.search(rf"attention: {what} by layer +{', '.join(map(str, counts))}\n", text)
-    for block, units, line in (
-        (found["blocks"][0], 1, "attention: 1 KV group of every layer"),
-        (found["blocks"][1], 8, "mlp: 8 channels of every layer"),
+    attention, mlp = found["blocks"][:2]
+    head = 2 * found["hidden_size"] * found["head_dim"]  # rows of the query projection, columns of the output's
+    for key, units, members, parameters, line in (
+        ("query-heads", 0, 1, attention["units"] * head, "attention: 1 head a group of every layer"),
+        ("attention", 1, 0, attention["parameters_per_unit"], "attention: 1 KV group of every layer"),
+        ("mlp", 8, 0, 8 * mlp["parameters_per_unit"], "mlp: 8 channels of every layer"),
     ):
-        share = units * block["parameters_per_unit"] / found["prunable_parameters"]
-        step = found["granularity"][block["kind"]]
-        assert step == pytest.approx({"units": units, "every_layer": 2 * share, "one_layer": share})
+        share = parameters / found["prunable_parameters"]
+        step = {"units": units, "members": members, "every_layer": 2 * share, "one_layer": share}
+        assert found["granularity"][key] == pytest.approx(step)
         assert re.search(
             rf"{re.escape(line)} +{2 * share:.2%} of the prunable parameters, {share:.3%} in one layer", text
         )

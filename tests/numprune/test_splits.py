@@ -102,5 +102,7 @@ def test_the_nearest_ratios_are_named_where_none_meets_it():
     )
     with pytest.raises(InputError, match=re.escape(message)):
         uniform(base, 0.3, allowed)
+    with pytest.raises(InputError, match=r"parameters: the MLPs keep their width; choose ratio 0.154 or 0.308"):
+        uniform(base, 0.3, allowed_sizes(base, Target(), Limits(("kv-groups", "query-heads"))))
     for ratio in (0.202, 0.385):
         assert removed(base, uniform(base, ratio, allowed)) == pytest.approx(ratio, abs=1e-3)
