@@ -10,6 +10,7 @@ Criterion = Literal["numerical", "numerical-newton", "obs", "taylor", "flap", "w
 Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
+DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels")
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]

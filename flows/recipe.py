@@ -18,6 +18,7 @@ from numprune.documents import WHOLE_FILE, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
     BUILT_IN,
+    DEFAULT_AXES,
     SEQUENCE_LENGTH,
     Allocation,
     Axis,
@@ -127,7 +128,7 @@ class Prune(Section):
     criterion: Criterion = "obs"
     allocation: Allocation = "uniform"
     compensation: Compensation = "joint"
-    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(_distinct)] = ["kv-groups", "channels"]
+    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(_distinct)] = list(DEFAULT_AXES)
     keep: list[Annotated[str, Field(min_length=1)]] = []
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False

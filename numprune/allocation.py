@@ -183,18 +183,18 @@ def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Score
 
 
 def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> Sizes | None:
-    """Return the allowed sizes of attention cut down to `HEAD_SHAPES` near those kept, and to none where allowed.
+    """Return the allowed sizes of attention that are among `HEAD_SHAPES` near those kept; a block may still go.
 
-    None where no more than that are kept. Blocks that have no choice keep their size. The least size is one that every
-    other block can have, as long as they have members alike: the layers of a model that was pruned before may have
-    fewer units than others.
+    None where no more than that are kept, or no block has a choice. Blocks without one keep their size. The least size
+    is one that every other block can have, if they have as many members: the layers of a model that was pruned before
+    may have fewer units than others.
     """
     blocks = [block for block in anatomy.of_kind("attention") if kept[block.name].units]
-    if len({kept[block.name] for block in blocks}) <= HEAD_SHAPES:
-        return None
-    cost = blocks[0].parameters
     given = {kept[block.name] for block in blocks if len(allowed[block.name]) == 1}
     free = [block for block in blocks if len(allowed[block.name]) > 1]
+    if not free or len({kept[block.name] for block in blocks}) <= HEAD_SHAPES:
+        return None
+    cost = free[0].parameters
     number = min(max(HEAD_SHAPES - len(given), 1), len(free))
     lowest, *others = _levels([kept[block.name] for block in free], number, cost)
     lowest = min([lowest, *(max(allowed[block.name], key=cost) for block in free)], key=cost)

@@ -86,11 +86,6 @@ class Block:
         return Size(self.units, self.members)
 
     @property
-    def channels_per_member(self) -> int:
-        """Of the consumer's input, which is all divided among the members where there are any."""
-        return self.reader.entries_per_unit(1)
-
-    @property
     def channels_per_unit(self) -> int:
         return self.reader.entries_per_unit(self.members)
 

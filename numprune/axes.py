@@ -66,8 +66,8 @@ class Limits:
         """
         return frozenset(block.name for name in self.keep for block in _named(name, anatomy))
 
-    def allow(self, block: Block, size: Size, protected: frozenset[str]) -> bool:
-        """Whether the block may be left with this size, which no other size of it depends on."""
+    def allows(self, block: Block, size: Size, protected: frozenset[str]) -> bool:
+        """Whether the block may be left with this size; `protected` blocks may not be made smaller."""
         if size == block.size:
             return True
         floor = self.floors.get(block.kind, 0.0)
@@ -75,11 +75,12 @@ class Limits:
             return False
         if size == GONE:
             return self.skips
-        return (size.units == block.units or self._moves(block, "units")) and (
-            size.members == block.members or self._moves(block, "members")
+        return (size.units == block.units or self.takes(block, "units")) and (
+            size.members == block.members or self.takes(block, "members")
         )
 
-    def _moves(self, block: Block, part: Literal["units", "members"]) -> bool:
+    def takes(self, block: Block, part: Literal["units", "members"]) -> bool:
+        """Whether an axis is the block's units, or its members."""
         return Axis(block.kind, part) in {AXES[name] for name in self.axes}
 
 

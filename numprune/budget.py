@@ -59,7 +59,7 @@ class PruningStep:
 def pruning_step(anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0) -> PruningStep:
     """Return what so many units, or members of each unit, of the blocks of this kind take from the model.
 
-    Blocks that have no more than that to lose are left out.
+    Blocks that cannot lose so many are left out; each unit keeps at least one member.
     """
     prunable = measure(anatomy).prunable_parameters
     shares = []

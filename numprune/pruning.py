@@ -166,11 +166,12 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
 def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
     protected = options.limits.protected(anatomy)
     for kind in anatomy.kinds:
-        names = {block.name for block in anatomy.of_kind(kind)}
-        if names & protected and names - protected:
+        names = [block.name for block in anatomy.of_kind(kind)]
+        inside, outside = ([name for name in names if (name in protected) == kept] for kept in (True, False))
+        if inside and outside:
             raise InputError(
-                f"keep: uniform allocation gives every layer the same size, and {min(names & protected)} is protected "
-                f"while {min(names - protected)} is not; use allocation error, or keep {kind} everywhere ({kind!r})"
+                f"keep: uniform allocation gives every layer the same size, and {inside[0]} is protected while "
+                f"{outside[0]} is not; use allocation error, or keep {kind} everywhere ({kind!r})"
             )
 
 
@@ -358,10 +359,13 @@ def _sizes_to_keep(
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
-    members = {AXES[name].kind for name in options.axes if AXES[name].part == "members"}
     errors |= {
         block.name: error_curve(
-            weight, moments.gram, gradients.output[block.name], block.size, members=block.kind in members
+            weight,
+            moments.gram,
+            gradients.output[block.name],
+            block.size,
+            members=options.limits.takes(block, "members"),
         )
         for block, weight, moments in _dense_blocks(layers, inputs)
     }

@@ -21,7 +21,7 @@ _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers
 
 
 def channels_of(block: Block, kept: Kept) -> Tensor:
-    """Return the indices of the consumer's channels that are kept, (K * M * channels_per_member,) ascending."""
+    """Return the indices of the consumer's channels that are kept, (K * M * channels of a member,) ascending."""
     return block.reader.entries(kept, block.size)
 
 

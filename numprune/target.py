@@ -89,7 +89,7 @@ def _sizes(
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
             f"in groups of quantization_group={target.quantization_group} channels"
         )
-    allowed = [size for size in (GONE, *sizes) if limits.allow(block, size, protected)]
+    allowed = [size for size in (GONE, *sizes) if limits.allows(block, size, protected)]
     if not any(size.units for size in allowed):
         which = "that axes, keep and floors allow" if sizes else f"of up to {block.units} units"
         raise InputError(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from numprune.plan import PricedSplit
     from numprune.tasks import Quality, Task
 
-_AXES = ("kv-groups", "channels")  # that are pruned where nothing else is asked for
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
 
@@ -64,7 +63,8 @@ def add(commands: Subcommands) -> None:
         action="extend",
         choices=get_args(names.Axis),
         metavar="AXIS",
-        help=f"what may be pruned: {', '.join(get_args(names.Axis))}; may be repeated (default: {' '.join(_AXES)})",
+        help=f"what may be pruned: {', '.join(get_args(names.Axis))}; may be repeated "
+        f"(default: {' '.join(names.DEFAULT_AXES)})",
     )
     parser.add_argument(
         "--keep",
@@ -266,7 +266,7 @@ def prune(args: argparse.Namespace) -> Answer:
         allocation=args.allocation,
         compensation=args.compensation,
         target=Target(args.align, args.tensor_parallel, args.quantization_group),
-        axes=args.axes or _AXES,
+        axes=args.axes or names.DEFAULT_AXES,
         keep=args.keep,
         floors=dict(args.floor),
         skips=args.skips,

@@ -95,9 +95,9 @@ def greedy_removal(
 
 
 def greedy_members(
-    weight: Tensor, gram: Tensor, units: Tensor, size: Size, damping: float = 1e-4, *, rounds: int | None = None
+    weight: Tensor, gram: Tensor, units: Tensor, size: Size, damping: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """Remove members of the `units` left, in rounds: one of each unit, so that all units have the same number.
+    """Remove all members but one of the `units` left, in rounds: one of each unit, so that all have the same number.
 
     The other units are gone already, and what is left was refitted. Inside a round the next to go is the cheapest
     member of all units that have lost none in it yet; costs and refits are those of `greedy_removal`.
@@ -108,16 +108,15 @@ def greedy_members(
         units: (K,) left, ascending.
         size: of the whole block; each member has the same number of channels.
         damping: as of `greedy_removal`.
-        rounds: how many; all but the last member when None.
 
     Returns:
-        order: (rounds, K), the member that each unit loses.
-        costs: (rounds,), the squared output error E||dy||^2 that each round adds; finite and not negative.
+        order: (members - 1, K), the member that each unit loses in each round.
+        costs: (members - 1,), the squared output error E||dy||^2 that each round adds; finite and not negative.
 
     Raises:
         ValueError: `gram` is not finite or far from positive semidefinite.
     """
-    rounds = size.members - 1 if rounds is None else rounds
+    rounds = size.members - 1
     c = weight.shape[1] // (size.units * size.members)
     channels = (units[:, None] * size.members * c + torch.arange(size.members * c, device=units.device)).flatten()
     moments = damped(gram, damping)[:, channels]

@@ -268,6 +268,15 @@ def test_head_shapes_are_limited_with_query_heads_and_protected_blocks_too():
     assert removed(base, kept) >= 0.4
 
 
+def test_layers_that_differ_in_attention_may_lose_channels_alone():
+    base = anatomy(num_hidden_layers=6, num_key_value_heads=8)
+    sizes = {block.name: block.size if block.kind == "mlp" else Size(3 + block.layer) for block in base.blocks}
+    base = base.keeping(sizes)
+    kept = by_error(base, 0.2, allowed_sizes(base, Target(), Limits(("channels",))), random_errors(base, 0))
+    assert attention_of(base, kept) == attention_of(base, sizes)
+    assert removed(base, kept) >= 0.2
+
+
 def attention_of(base, kept):
     return [kept[block.name] for block in base.of_kind("attention")]
 
