@@ -8,7 +8,7 @@ from numprune.flows.amounts import size
 from numprune.flows.stages import StageResult
 from numprune.serving import gates
 from numprune.serving import report as reports
-from numprune.serving.report import GateResult, Report
+from numprune.serving.report import GateResult, Quality, Report, names
 
 Summary = Mapping[str, Any]
 
@@ -105,7 +105,7 @@ def gate_lines(gates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         bounds = [
             ("-inf", "inf")[side] if bound is None else f"{bound:.4g}" for side, bound in enumerate(gate.interval or ())
         ]
-        interval = f" [{', '.join(bounds)}]" if bounds else ""
+        interval = (f" [{', '.join(bounds)}]" if bounds else "") + (f" {gate.unit}" if gate.unit else "")
         yield f"  {gate.outcome:<13} {gate.metric} = {value}{interval}, {gate.bound} {limit}: {gate.reason}"
 
 
@@ -123,13 +123,7 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
         ]
         yield "sizes", ", ".join(parts)
     if quality:
-        delta = quality["nll_delta_nats_per_token"]
-        yield (
-            "quality",
-            f"perplexity {quality['baseline']['perplexity']:.2f} → {quality['candidate']['perplexity']:.2f}, "
-            f"NLL {delta['value']:+.4f} nats/token{_interval(delta)} on {quality['tokens']:,} tokens "
-            f"({delta['samples']:,} {delta['sampling_unit']}s)",
-        )
+        yield "quality", _quality(Quality.model_validate(quality))
         if (outputs := quality["generation"]) is not None:
             before, after = outputs["baseline"], outputs["candidate"]
             yield (
@@ -142,6 +136,22 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
         yield "speed", f"{runtime}: {', '.join(parts)}"
 
 
+def _quality(found: Quality) -> str:
+    delta = found.loss_delta
+    parts = [f"{names.loss(found)} {delta.value:+.4f} {delta.unit}{_interval(delta.model_dump())}"]
+    if found.baseline and found.candidate:
+        parts.insert(0, f"perplexity {found.baseline.perplexity:.2f} → {found.candidate.perplexity:.2f}")
+    for name, is_share, sides in names.metrics(found):
+        before = "" if sides.baseline is None else f"{_figure(sides.baseline, is_share)} → "
+        parts.append(f"{name} {before}{_figure(sides.candidate, is_share)}")
+    units = f"{delta.samples:,} {delta.sampling_unit}s"
+    return f"{', '.join(parts)}, on {names.measured_on(found)} ({units})"
+
+
+def _figure(value: float | None, is_share: bool) -> str:
+    return "not measured" if value is None else f"{value:.1%}" if is_share else f"{value:.4f}"
+
+
 def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
     shown = {
         "decode_tokens_per_s": "decode tokens/s",
@@ -150,6 +160,8 @@ def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
         "ttft": "TTFT",
         "tpot": "TPOT",
         "itl": "ITL",
+        "samples_per_s": "texts/s",
+        "latency": "latency",
     }
     return {label: speed[key]["ratio"] for key, label in shown.items() if speed.get(key)}
 

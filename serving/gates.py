@@ -26,11 +26,9 @@ what is judged in its place is the floor's far edge, and what does not clear tha
 1 / sqrt(repeats), so that ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
 """
 
-import difflib
 import math
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,9 +37,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from numprune.errors import InputError, IntegrityError
+from numprune.serving.metrics import LOOKS, UnfitError, as_number, check_task, looks_of, noise_floor, resolve
 from numprune.serving.power import CONFIDENCE, MAXIMUM, SETTLED, power, samples_needed, student
 from numprune.serving.problems import described, listed, problems
-from numprune.serving.report import Estimate, GateResult, Outcome, Report, Verdict, overall
+from numprune.serving.report import Estimate, GateResult, LossDelta, Outcome, Report, Verdict, overall, path_of
 
 EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
     {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
@@ -49,13 +48,10 @@ EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
 
 MAXIMUM_POLICY_BYTES = 1 << 20
 
-LOOKS = 3
 _LATER_CONFIDENCE = 0.975  # from the second look on; one-sided
 
 # The value, by its name, of a candidate that is the baseline.
-_EQUAL = {"nll_delta_nats_per_token": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
-
-_COUNTS = ("samples", "tokens", "documents", "repeats")  # what stands beside a measurement and must not be zero
+_EQUAL = {"loss_delta": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
 
 Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -114,7 +110,12 @@ def read_policy(path: Path) -> Policy:
 
 
 def judge(report: Report, policy: Policy) -> Verdict:
-    """Every gate of the policy against the report, whatever verdict the report carries already."""
+    """Every gate of the policy against the report, whatever verdict the report carries already.
+
+    Raises InputError for a gate on what no report of this task has: it would fail whatever was measured.
+    """
+    if report.quality is not None:
+        check_task((gate.metric for gate in policy.gates), report.quality.task)
     data = report.to_json()
     gates = tuple(_judge_gate(data, gate) for gate in policy.gates)
     valid = report.environment.valid
@@ -162,10 +163,6 @@ def next_look(report: Report) -> list[str]:
 # --- one gate -------------------------------------------------------------------------------------
 
 
-class _UnfitError(Exception):
-    """Why the report holds nothing that this gate could pass on."""
-
-
 @dataclass(frozen=True)
 class _Evidence:
     """What a gate judges, turned so that smaller is better: minima are negated."""
@@ -182,9 +179,9 @@ class _Evidence:
 def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
     seen: dict[str, Any] = {}  # what there is to show, also when it does not suffice
     try:
-        found = _resolve(data, gate.metric)
-        looks = _looks(data, gate.metric)
-        floor = _noise_floor(data, gate.metric)
+        found = resolve(data, gate.metric)
+        looks = looks_of(data, gate.metric)
+        floor = noise_floor(data, gate.metric)
         evidence = _evidence(found, gate, looks, seen)
         chance = seen["power"] = _power(evidence, gate, floor)
         outcome, reason, needed = _decide(evidence, gate.bound, chance)
@@ -195,7 +192,7 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
             reason += f"; look {looks} of {LOOKS}, judged by {100 * _LATER_CONFIDENCE:g} % bounds"
         if isinstance(found, Estimate) and found.sampling_unit == "window":
             reason += "; its samples are windows of too few documents: it speaks for this text alone"
-    except _UnfitError as why:
+    except UnfitError as why:
         outcome, reason, needed = "fail", str(why), None
     return GateResult(**gate.model_dump(), **seen, outcome=outcome, reason=reason, samples_needed=needed)
 
@@ -224,7 +221,7 @@ def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
 
 def _power(evidence: _Evidence, gate: Gate, floor: float | None) -> float | None:
     """Chance that a candidate equal to the baseline passes; None where it should not, and for points."""
-    equal = _EQUAL.get(gate.metric.rsplit(".", 1)[-1])
+    equal = _EQUAL.get(path_of(gate.metric).rsplit(".", 1)[-1])
     if gate.bound == "point" or equal is None or evidence.samples is None:
         return None
     margin = evidence.limit - evidence.sign * equal
@@ -267,28 +264,30 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
     limit = gate.max if gate.max is not None else gate.min
     assert limit is not None  # Gate has exactly one
     if not isinstance(found, Estimate):
-        number = _as_number(found, gate.metric)
+        number = as_number(found, gate.metric)
         seen["value"] = number
         if gate.bound != "point":
-            raise _UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
+            raise UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
         return _Evidence(sign * number, sign * number, sign * number, sign * limit, None, sign)
     *judged, confidence = _bounds(found, looks)
     seen |= {"value": found.value, "interval": judged, "samples": found.samples}
+    if isinstance(found, LossDelta):
+        seen["unit"] = found.unit
     if found.samples < 1:
-        raise _UnfitError(f"{gate.metric} has no samples")
-    value = _as_number(found.value, gate.metric)
+        raise UnfitError(f"{gate.metric} has no samples")
+    value = as_number(found.value, gate.metric)
     if gate.bound == "point":
         return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples, sign)
     if found.samples < 2:
-        raise _UnfitError(f"{gate.metric} has one sample, which has no interval")
+        raise UnfitError(f"{gate.metric} has one sample, which has no interval")
     if found.samples > MAXIMUM:
-        raise _UnfitError(f"{gate.metric} has more samples than can be: over {MAXIMUM}")
+        raise UnfitError(f"{gate.metric} has more samples than can be: over {MAXIMUM}")
     lower, upper, first, last = (
-        _as_number(bound, f"a bound of {gate.metric}") for bound in (*judged, *found.interval95)
+        as_number(bound, f"a bound of {gate.metric}") for bound in (*judged, *found.interval95)
     )
     slack = 1e-9 * max(abs(first), abs(last))
     if not first - slack <= value <= last + slack:
-        raise _UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
+        raise UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
     # A bootstrap's one-sided bound can miss its own value by rounding or skew; the worse of both is judged.
     bounds = sorted((sign * min(lower, value), sign * max(upper, value)))
     return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign, confidence)
@@ -299,103 +298,3 @@ def _bounds(found: Estimate, looks: int) -> tuple[Any, Any, float]:
     if looks == 1:
         return found.ci95_lower, found.ci95_upper, CONFIDENCE
     return *found.interval95, _LATER_CONFIDENCE
-
-
-def _as_number(found: Any, name: str) -> float:
-    if found is None:
-        raise _UnfitError(f"{name} was not measured (null, NaN or infinite)")
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise _UnfitError(f"{name} is {type(found).__name__}, not a number")
-    if not abs(found) <= sys.float_info.max:  # nor does a whole number fit that is larger
-        raise _UnfitError(f"{name} is {found}")
-    return found
-
-
-# --- finding a metric -----------------------------------------------------------------------------
-
-
-def _resolve(data: Mapping[str, Any], metric: str) -> Any:
-    """What stands at a dotted path: an Estimate, or whatever is there. Raises _UnfitError for nothing of use."""
-    node: Any = data
-    path: list[str] = []
-    for part in metric.split("."):
-        if _is_estimate(node):
-            raise _UnfitError(f"{metric} reaches into an estimate; the metric is {'.'.join(path)}, with a bound")
-        if not isinstance(node, Mapping) or part not in node:
-            raise _UnfitError(f"the report has no {metric}{_did_you_mean(metric, data)}")
-        node = node[part]
-        path.append(part)
-        if isinstance(node, Mapping):
-            _require_measured(node, ".".join(path))
-    if not _is_estimate(node):
-        return node
-    try:
-        return Estimate.model_validate(node)
-    except ValidationError as error:
-        raise _UnfitError(f"{metric} is not an estimate: {problems(error)}") from None
-
-
-def _require_measured(node: Mapping[str, Any], path: str) -> None:
-    """Nothing below counts when it rests on no samples, or on the requests that happened to succeed."""
-    for name in _COUNTS:
-        if name in node and not _is_estimate(node) and not _positive(node[name]):
-            raise _UnfitError(f"{path}.{name} is {node[name]}: nothing was measured")
-    failed = node.get("failed_requests", 0)
-    if failed != 0 or isinstance(failed, bool):
-        raise _UnfitError(f"{path}.failed_requests is {failed}: those that succeeded do not speak for all")
-
-
-def _positive(count: Any) -> bool:
-    return isinstance(count, int) and not isinstance(count, bool) and count > 0
-
-
-def _is_estimate(node: Any) -> bool:
-    return isinstance(node, Mapping) and {"value", "samples"} <= node.keys()
-
-
-def _noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
-    """The noise floor of `speed.<runtime>.<name>.ratio`, without which none passes; None for other metrics.
-
-    The same at one of a server's concurrencies, `speed.<runtime>.concurrency.<n>.<name>.ratio`.
-    """
-    match metric.split("."):
-        case ["speed", *way, name, "ratio"] if len(way) == 1 or (len(way) == 3 and way[1] == "concurrency"):
-            where = ".".join(("speed", *way, "noise_floor", name))
-            node = data["speed"]
-            for part in way:
-                node = node[part]
-            found = node["noise_floor"].get(name)
-            if found is None or found["neighbours"] < 1:
-                raise _UnfitError(f"{where} was not measured")
-            floor = _as_number(found["relative"], where)
-            if floor < 0:
-                raise _UnfitError(f"{where} is {floor:g}, below zero")
-            return floor
-    return None
-
-
-def _looks(data: Mapping[str, Any], metric: str) -> int:
-    """The looks that a metric rests on: 1 but for repeated benchmarks. Raises _UnfitError for more than `LOOKS`."""
-    section, runtime, *_ = metric.split(".")
-    looks: int = data["speed"][runtime]["looks"] if section == "speed" else 1
-    if not 1 <= looks <= LOOKS:
-        raise _UnfitError(f"speed.{runtime}.looks is {looks}: a benchmark has from 1 to {LOOKS} looks")
-    return looks
-
-
-def _did_you_mean(metric: str, data: Mapping[str, Any]) -> str:
-    known = sorted(_metrics(data, ""))
-    last = metric.rsplit(".", 1)[-1]
-    inside = [path for path in known if all(part in path.split(".") for part in metric.split("."))]
-    near = inside or difflib.get_close_matches(metric, known, n=3, cutoff=0.6)
-    near = near or [path for path in known if path.endswith(f".{last}")]
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
-
-
-def _metrics(node: Any, prefix: str) -> Iterator[str]:
-    """Paths that a gate could judge."""
-    if _is_estimate(node) or (isinstance(node, int | float) and not isinstance(node, bool)):
-        yield prefix
-    elif isinstance(node, Mapping):
-        for name, item in node.items():
-            yield from _metrics(item, f"{prefix}.{name}" if prefix else name)

@@ -341,10 +341,8 @@ def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str,
         "documents": section["documents"],
         "packed": section["packed"],
         "baseline": {"model": str(baseline), **section["baseline"]},
-        **{
-            name: section[name]
-            for name in ("kl_nats_per_token", "top1_agreement", "nll_delta_nats_per_token", "perplexity_ratio")
-        },
+        "nll_delta_nats_per_token": section["loss_delta"],
+        **{name: section[name] for name in ("kl_nats_per_token", "top1_agreement", "perplexity_ratio")},
     }
 
 

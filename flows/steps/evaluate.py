@@ -23,6 +23,8 @@ from numprune.quality import compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 from numprune.tasks import Comparison, Predictions, Quality, Task
 
+_NLL = {"masked-lm": "nll_nats_per_masked_token", "classification": "nll_nats_per_text"}
+
 
 def make_quality(
     out: Path,
@@ -126,19 +128,34 @@ def _counted(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
-    return finite(
-        {
-            "tokens": int(found.scored.sum()),
-            "documents": found.documents,
-            "packed": rows.packed,
-            "baseline": side(found.baseline),
-            "candidate": side(found.candidate),
-            "nll_delta_nats_per_token": dataclasses.asdict(found.loss_delta),
-            "perplexity_ratio": dataclasses.asdict(found.loss_delta.exponential),
-            "document_deltas": document_deltas(found, rows),
-            **found.metrics,
-        }
-    )
+    """The section without `generation`."""
+    by_token = found.task in ("causal-lm", "masked-lm")
+    facts: dict[str, Any] = {
+        "task": found.task,
+        "tokens": int(found.scored.sum()) if by_token else sum(map(len, rows.rows)),
+        "documents": found.documents,
+        "packed": rows.packed,
+        "loss_delta": {**dataclasses.asdict(found.loss_delta), "unit": found.unit},
+        "document_deltas": document_deltas(found, rows),
+    }
+    if found.task == "causal-lm":
+        facts |= {"baseline": side(found.baseline), "candidate": side(found.candidate), **found.metrics}
+        facts["perplexity_ratio"] = dataclasses.asdict(found.loss_delta.exponential)
+    else:
+        facts["metrics"] = _metrics(found)
+    return finite(facts)
+
+
+def _metrics(found: Comparison) -> dict[str, Any]:
+    """Those of a task other than causal-lm; what each model has by itself for both sides."""
+    metrics: dict[str, Any] = dict(found.metrics)
+    sides = {"baseline": found.baseline, "candidate": found.candidate}
+    of_each = {name: quality for name, quality in sides.items() if quality is not None}
+    if of_each:
+        metrics[_NLL[found.task]] = {name: quality.mean_nll for name, quality in of_each.items()}
+    if metrics.pop("baseline_accuracy", None) is not None:
+        metrics["accuracy"] = {name: quality.accuracy for name, quality in of_each.items()}
+    return metrics
 
 
 def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
@@ -155,7 +172,7 @@ def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
             {
                 "name": rows.names[scored[index]],
                 "tokens": int(tokens[scored[index]]),
-                "nll_delta_nats_per_token": float(deltas[index]),
+                "loss_delta": float(deltas[index]),
             }
             for index in np.argsort(-deltas, kind="stable")[:MAXIMUM_WORST]
         ],

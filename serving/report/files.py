@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.problems import problems
-from numprune.serving.report.models import SCHEMA, Report
+from numprune.serving.report.models import SCHEMA, SCHEMA_1, Report, upgraded
 
 MAXIMUM_BYTES = 64 << 20  # checked before anything is parsed
 
@@ -35,7 +35,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> Report:
-    """A report as it was written. Raises InputError (no such file), IntegrityError (not a report of this version)."""
+    """A report; one of schema 1 as one of this schema. Raises InputError (no such file), IntegrityError (no report)."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_BYTES + 1)
@@ -47,9 +47,12 @@ def read(path: Path) -> Report:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
         data = json.loads(raw, **_STRICT)
-        if isinstance(data, dict) and data.get("schema") != SCHEMA:
-            raise IntegrityError(f"{path}: schema: {data.get('schema')!r}; this version reads {SCHEMA!r}")
-        return Report.model_validate(data)
+        if isinstance(data, dict) and data.get("schema") not in (SCHEMA, SCHEMA_1):
+            raise IntegrityError(
+                f"{path}: schema: {data.get('schema')!r}; this version reads {SCHEMA!r} and {SCHEMA_1!r}"
+            )
+        is_old = isinstance(data, dict) and data["schema"] == SCHEMA_1
+        return upgraded(data) if is_old else Report.model_validate(data)
     except ValidationError as error:
         raise IntegrityError(f"{path}: not a report: {problems(error)}") from None
     except (ValueError, RecursionError) as error:

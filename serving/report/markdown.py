@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from numprune.serving.report import precision
+from numprune.serving.report import names, precision
 from numprune.serving.report.kept import KINDS, by_kind, others, ranges
 from numprune.serving.report.models import (
     Environment,
@@ -85,8 +85,8 @@ def _pruning(pruning: Pruning) -> list[str]:
         "",
         f"{_cell(pruning.criterion)} scores, {_cell(pruning.allocation)} allocation, {_cell(pruning.compensation)} "
         f"compensation. Asked to remove {_share(pruning.ratio_asked)} of the prunable parameters; removed "
-        f"{_share(removed.prunable)} of them, {_share(removed.parameters)} of all parameters and "
-        f"{_share(removed.kv_bytes)} of the KV cache.",
+        f"{_share(removed.prunable)} of them and {_share(removed.parameters)} of all parameters"
+        + ("." if removed.kv_bytes is None else f", and {_share(removed.kv_bytes)} of the KV cache."),
         "",
         *([*kept, ""] if kept else []),
     ]
@@ -120,33 +120,30 @@ def _sizes(sizes: Sizes) -> list[str]:
 
 
 def _quality(quality: Quality) -> list[str]:
-    one, other = quality.baseline, quality.candidate
-    rows = [
-        [
-            "NLL, nats per token",
-            _figure(one.nll_nats_per_token),
-            _figure(other.nll_nats_per_token),
-            _estimate(quality.nll_delta_nats_per_token),
-        ],
-        [
-            "perplexity",
-            _figure(one.perplexity),
-            _figure(other.perplexity),
-            f"ratio {_estimate(quality.perplexity_ratio)}",
-        ],
-        ["KL from the baseline, nats per token", "", _figure(quality.kl_nats_per_token), ""],
-        ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""],
-    ]
     return [
         "## Quality",
         "",
-        f"{quality.tokens:,} tokens of {_count(quality.documents, 'held-out document')}"
-        f"{', packed' if quality.packed else ''}; "
-        f"intervals are two-sided, 95 %, over {_units(quality.nll_delta_nats_per_token)}.",
+        f"{names.measured_on(quality)}{', packed' if quality.packed else ''}; "
+        f"intervals are two-sided, 95 %, over {_units(quality.loss_delta)}.",
         "",
-        *_table(["", "baseline", "candidate", "difference"], rows),
+        *_table(["", "baseline", "candidate", "difference"], _quality_rows(quality)),
         *(_generation(quality.generation) if quality.generation else []),
     ]
+
+
+def _quality_rows(quality: Quality) -> Iterable[list[str]]:
+    one, other, ratio = quality.baseline, quality.candidate, quality.perplexity_ratio
+    if one is None or other is None or ratio is None:  # not of causal-lm
+        yield [f"{names.loss(quality)}, {quality.loss_delta.unit}", "", "", _estimate(quality.loss_delta)]
+        for name, is_share, sides in names.metrics(quality):
+            show = _share if is_share else _figure
+            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
+        return
+    before, after = one.nll_nats_per_token, other.nll_nats_per_token
+    yield ["NLL, nats per token", _figure(before), _figure(after), _estimate(quality.loss_delta)]
+    yield ["perplexity", _figure(one.perplexity), _figure(other.perplexity), f"ratio {_estimate(ratio)}"]
+    yield ["KL from the baseline, nats per token", "", _figure(quality.kl_nats_per_token), ""]
+    yield ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""]
 
 
 def _units(estimate: Estimate) -> str:
@@ -182,7 +179,9 @@ def _shown(text: str) -> str:
 def _speed(report: Report) -> list[str]:
     lines = []
     for runtime, speed in report.speed.items():
-        levels = {f"{runtime}, {level} at a time": found for level, found in speed.concurrency.items()}
+        levels = {f"{runtime}, {level} at a time": found for level, found in speed.concurrency.items()} | {
+            f"{runtime}, {names.shape(shape)}": found for shape, found in speed.shapes.items()
+        }
         for name, found in (levels or {runtime: speed}).items():
             lines += [
                 f"## Speed, {name}",
@@ -196,12 +195,19 @@ def _speed(report: Report) -> list[str]:
     return lines
 
 
-_LATENCIES = {"ttft": "TTFT, ms", "tpot": "TPOT, ms", "itl": "ITL, ms", "e2e": "end to end, ms"}
+_LATENCIES = {
+    "ttft": "TTFT, ms",
+    "tpot": "TPOT, ms",
+    "itl": "ITL, ms",
+    "e2e": "end to end, ms",
+    "latency": "latency of a batch, ms",
+}
 _RATES = {
     "decode_tokens_per_s": "decode, tokens/s",
     "prefill_tokens_per_s": "prefill, tokens/s",
     "output_tokens_per_s": "output, tokens/s",
     "goodput_requests_per_s": "goodput, requests/s",
+    "samples_per_s": "throughput, texts/s",
 }
 
 
@@ -238,7 +244,11 @@ def _memory(report: Report) -> list[str]:
         one, other = memory.baseline, memory.candidate
         rows = [
             ["weights", _amount(one.weight_bytes), _amount(other.weight_bytes)],
-            ["KV cache per token", _amount(one.kv_bytes_per_token), _amount(other.kv_bytes_per_token)],
+            *(
+                [["KV cache per token", _amount(one.kv_bytes_per_token), _amount(other.kv_bytes_per_token)]]
+                if (one.kv_bytes_per_token, other.kv_bytes_per_token) != (None, None)
+                else []
+            ),
             ["peak of the load", _amount(one.peak_bytes_load), _amount(other.peak_bytes_load)],
             ["peak of the run", _amount(one.peak_bytes_run), _amount(other.peak_bytes_run)],
         ]

@@ -37,7 +37,7 @@ prompt_length = 16
 output_length = 32
 repeats = 4
 [[gates]]
-metric = "quality.nll_delta_nats_per_token"
+metric = "quality.loss_delta"
 bound = "ci95_upper"
 max = 20.0
 [[gates]]

@@ -362,7 +362,7 @@ def test_benchmark_then_gate(pruned: tuple[Path, Answered], numprune: Command, t
     for gates, code in [
         (gate.format("sizes.parameters.ratio", "point", "max = 0.9"), 0),
         (gate.format("sizes.parameters.ratio", "point", "max = 0.1"), 2),
-        (gate.format("quality.nll_delta_nats_per_token", "ci95_upper", f"max = {middle(report)}"), 3),
+        (gate.format("quality.loss_delta", "ci95_upper", f"max = {middle(report)}"), 3),
         (gate.format("speed.torch.ttft.ratio", "point", "max = 9.0"), 2),
     ]:
         policy.write_text(gates)
@@ -381,7 +381,7 @@ def test_benchmark_then_gate(pruned: tuple[Path, Answered], numprune: Command, t
 
 def middle(report: dict[str, dict[str, dict[str, float]]]) -> float:
     """A limit inside the interval."""
-    delta = report["quality"]["nll_delta_nats_per_token"]
+    delta = report["quality"]["loss_delta"]
     return (delta["value"] + delta["ci95_upper"]) / 2
 
 

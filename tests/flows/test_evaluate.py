@@ -123,7 +123,7 @@ def test_a_gate_on_generation_fails_what_nll_passes(silent: tuple[Path, Path], r
     (section,) = compare_checkpoints([pruned], dense, rows, CPU, PROMPTS)
     report = Report.model_validate(json.loads(json.dumps({**copy.deepcopy(COMPLETE), "quality": section})))
     policy = [
-        {"metric": "quality.nll_delta_nats_per_token", "bound": "ci95_upper", "max": 0.0},
+        {"metric": "quality.loss_delta", "bound": "ci95_upper", "max": 0.0},
         {"metric": "quality.generation.candidate.empty_share", "bound": "point", "max": 0.0},
         {"metric": "quality.generation.baseline.empty_share", "bound": "point", "max": 0.0},
         {"metric": "quality.generation.degraded", "bound": "point", "max": 0},

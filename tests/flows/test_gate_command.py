@@ -18,7 +18,7 @@ from tests.serving.conftest import COMPLETE
 
 Json = dict[str, Any]
 RULE = '[[gates]]\nmetric = "{}"\nbound = "{}"\n{}\n'
-NLL = "quality.nll_delta_nats_per_token"
+NLL = "quality.loss_delta"
 PASS = RULE.format(NLL, "ci95_upper", "max = 0.1")
 
 
@@ -169,7 +169,7 @@ def test_a_link_to_a_file_stays_a_link(numprune: Any, report: Any, policy: Any, 
 @pytest.mark.parametrize(
     "alter",
     [
-        lambda data: data["quality"]["nll_delta_nats_per_token"].update(value=0.049),  # the outcome stays
+        lambda data: data["quality"]["loss_delta"].update(value=0.049),  # the outcome stays
         lambda data: data["quality"].update(tokens=5001),
         lambda data: data["identity"].update(candidate="f" * 64),
         lambda data: data["speed"]["onnxruntime"].update(failed_requests=1),
@@ -214,14 +214,14 @@ def _speed(**fields: Any) -> Json:
 
 
 def _nll(**fields: Any) -> Json:
-    delta = COMPLETE["quality"]["nll_delta_nats_per_token"] | fields
-    return {"quality": COMPLETE["quality"] | {"nll_delta_nats_per_token": delta}}
+    delta = COMPLETE["quality"]["loss_delta"] | fields
+    return {"quality": COMPLETE["quality"] | {"loss_delta": delta}}
 
 
 @pytest.mark.parametrize(
     ("fields", "rule", "code", "why"),
     [
-        ({}, ("quality.nll_delta_nats_pro_token", "ci95_upper", "max = 9.0"), 2, f"did you mean {NLL}"),
+        ({}, ("quality.loss_delte", "ci95_upper", "max = 9.0"), 2, f"did you mean {NLL}"),
         ({}, ("speed.vllm.ttft.ratio", "ci95_upper", "max = 9.0"), 2, "the report has no speed.vllm.ttft.ratio"),
         ({"quality": None}, (NLL, "ci95_upper", "max = 9.0"), 2, f"the report has no {NLL}"),
         (_nll(value=None), (NLL, "ci95_upper", "max = 9.0"), 2, "was not measured (null, NaN or infinite)"),
@@ -259,9 +259,7 @@ def test_what_was_not_measured_does_not_pass(
 def test_numbers_that_are_none_are_refused_or_fail(numprune: Any, report: Any, policy: Any, number: str) -> None:
     path = report()
     text = json.dumps(json.loads(path.read_text()))
-    path.write_text(
-        text.replace('"nll_delta_nats_per_token": {"value": 0.05', f'"nll_delta_nats_per_token": {{"value": {number}')
-    )
+    path.write_text(text.replace('"loss_delta": {"value": 0.05', f'"loss_delta": {{"value": {number}'))
     assert number in path.read_text()
     judged = numprune("gate", path, "--policy", policy(PASS))
     assert judged.code in (1, 2)

@@ -233,7 +233,7 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "benchmark.prompt_length=300",
         "benchmark.runtimes=['onnxruntime', 'tensorrt']",
         "gates=[{metric='speed.torch.ttft.ratio', bound='point', max=1},"
-        "{metric='quality.nll_delta_nats', bound='point', max=1}, {metric='qualty.tokens', bound='point', min=1}]",
+        "{metric='quality.los_delta', bound='point', max=1}, {metric='qualty.tokens', bound='point', min=1}]",
         "registry.uri=ftp://nowhere",
         "target.vllm=0.1.0",
         "target.device=cpu",
@@ -248,8 +248,7 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
         "benchmark.prompt_length + output_length = 332",
         "benchmark.runtimes: tensorrt runs the export 'tensorrt'; add it to export.targets",
         "gates.0.metric = 'speed.torch.ttft.ratio': 'torch' is not benchmarked",
-        "gates.1.metric = 'quality.nll_delta_nats': the report has no such figure; did you mean "
-        "'nll_delta_nats_per_token'?",
+        "gates.1.metric = 'quality.los_delta': the report has no such figure; did you mean 'loss_delta'?",
         "gates.2.metric = 'qualty.tokens': the report has no section 'qualty'; did you mean 'quality'?",
         "target.vllm = '0.1.0': tested are 0.32.0",
         "target.device = 'cpu': vLLM's CPU kernels know head sizes 32, 64",

@@ -67,7 +67,7 @@ def test_several_are_compared_and_a_failed_gate_is_not_the_commands(
     answered = numprune("report", stage, "other ümlaut.json", "--out", "both.html")
     assert answered.code == 0, answered.err
     assert answered.out.splitlines()[1] == "other ümlaut.json: fail"
-    assert "  Held-out text: NLL and perplexity are of other text, so quality does not compare" in answered.out
+    assert "  Held-out text: its figures are of other text, so quality does not compare" in answered.out
     assert "2 reports side by side" in (tmp_path / "both.html").read_text()
     assert sorted(os.listdir(tmp_path)) == ["both.html", "other ümlaut.json", "report-12"]
 
@@ -86,8 +86,8 @@ def damaged(stage: Path, kind: str) -> str:
         case "another schema":
             unwrapped.unlink()
             raw, said = (
-                raw.replace(b"numprune/report/1", b"numprune/report/9"),
-                "this version reads 'numprune/report/1'",
+                raw.replace(b"numprune/report/2", b"numprune/report/9"),
+                "this version reads 'numprune/report/2'",
             )
         case "truncated":
             unwrapped.unlink()
@@ -96,7 +96,7 @@ def damaged(stage: Path, kind: str) -> str:
             unwrapped.unlink()
             data = json.loads(raw)
             data["verdict"] |= {"judged": None}
-            data["quality"]["nll_delta_nats_per_token"] |= {"ci95_upper": 9.0, "interval95": [0.038, 9.9]}
+            data["quality"]["loss_delta"] |= {"ci95_upper": 9.0, "interval95": [0.038, 9.9]}
             raw, said = json.dumps(data).encode(), "its verdict says pass"
         case "not of this stage":
             with manifest.creating(stage.with_name("empty"), kind="stage"):

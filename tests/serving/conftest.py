@@ -36,7 +36,7 @@ def _side(milliseconds: float) -> Json:
 
 
 COMPLETE: Json = {
-    "schema": "numprune/report/1",
+    "schema": "numprune/report/2",
     "created": "2026-11-20T12:00:00Z",
     "run_id": "2026-11-20-quiet-owl",
     "identity": {
@@ -69,11 +69,12 @@ COMPLETE: Json = {
         "weight_bytes": {"baseline": 2000, "candidate": 1500},
     },
     "quality": {
+        "task": "causal-lm",
         "tokens": 5000,
         "documents": 40,
         "baseline": {"nll_nats_per_token": 3.0, "perplexity": 20.09},
         "candidate": {"nll_nats_per_token": 3.05, "perplexity": 21.12},
-        "nll_delta_nats_per_token": estimate(0.05),
+        "loss_delta": {**estimate(0.05), "unit": "nats/token"},
         "perplexity_ratio": estimate(1.051),
         "document_deltas": {
             "values": [0.002 * index - 0.01 for index in range(40)],
@@ -81,7 +82,7 @@ COMPLETE: Json = {
                 {
                     "name": f"heldout.jsonl:{40 - index}",
                     "tokens": 125,
-                    "nll_delta_nats_per_token": 0.068 - 0.002 * index,
+                    "loss_delta": 0.068 - 0.002 * index,
                 }
                 for index in range(10)
             ],

@@ -6,14 +6,24 @@ from html.parser import HTMLParser
 from typing import Any
 
 from numprune.serving import gates
-from numprune.serving.report import Report
+from numprune.serving.report import UNITS, Report
 from tests.serving.conftest import COMPLETE, Json, estimate
 
 POLICY = [
-    {"metric": "quality.nll_delta_nats_per_token", "bound": "ci95_upper", "max": 0.25},
+    {"metric": "quality.loss_delta", "bound": "ci95_upper", "max": 0.25},
     {"metric": "speed.onnxruntime.decode_tokens_per_s.ratio", "bound": "ci95_lower", "min": 0.5},
     {"metric": "sizes.parameters.ratio", "bound": "point", "max": 0.85},
 ]
+
+METRICS: dict[str, dict[str, Any]] = {
+    "embedding": {"similarity_spearman": 0.97},
+    "classification": {"kl_nats_per_text": 0.02, "top1_agreement": 0.96},
+    "masked-lm": {
+        "nll_nats_per_masked_token": {"baseline": 2.0, "candidate": 2.02},
+        "kl_nats_per_masked_token": 0.03,
+        "top1_agreement": 0.9,
+    },
+}
 
 
 def full() -> Json:
@@ -48,6 +58,35 @@ def full() -> Json:
     return data
 
 
+def encoder(task: str = "embedding") -> Json:
+    """The report of an encoder: a forward pass at two shapes, and no KV cache."""
+    data = copy.deepcopy(COMPLETE)
+    causal = data["quality"]
+    data["quality"] = {
+        "task": task,
+        "loss_delta": {**estimate(0.02, 0.004), "unit": UNITS[task]},
+        "metrics": METRICS[task],
+        **{key: causal[key] for key in ("tokens", "documents", "document_deltas")},
+    }
+    level = data["speed"]["onnxruntime"]
+    for side, ms in (("baseline", 10.0), ("candidate", 8.0)):
+        by_repeat = {"latency": [ms + 0.1 * n for n in range(10)], "samples_per_s": [1000 / ms - n for n in range(10)]}
+        level[side] = {
+            "latency_ms": {"p50": ms, "samples": 40},
+            "samples_per_s": 1000 / ms,
+            "by_repeat": by_repeat,
+        }
+    level |= {
+        "latency": {"ratio": estimate(0.8, 0.01, samples=10, unit="repeat")},
+        "samples_per_s": {"ratio": estimate(1.25, 0.02, samples=10, unit="repeat")},
+        "noise_floor": {name: {"relative": 0.03, "neighbours": 5} for name in ("latency", "samples_per_s")},
+    }
+    for name in ("ttft", "decode_tokens_per_s"):
+        del level[name]
+    data["speed"]["onnxruntime"] = {**copy.deepcopy(level), "shapes": {"1x128": level, "8x128": copy.deepcopy(level)}}
+    return data
+
+
 def generation() -> Json:
     """Three prompts, on one of which the candidate says nothing and on one of which both loop."""
     texts = [("Paris.", "Paris, I think."), ("The sea is blue.", "\n\n"), ("a b " * 32, "of the " * 32)]
@@ -77,13 +116,10 @@ def few_documents(data: Json, count: int) -> None:
     """Make the report one of so few documents that windows are resampled."""
     quality = data["quality"]
     quality["documents"] = count
-    for name in ("nll_delta_nats_per_token", "perplexity_ratio"):
+    for name in ("loss_delta", "perplexity_ratio"):
         quality[name]["sampling_unit"] = "window"
     deltas = [0.05 + 0.01 * index for index in range(count)]
-    worst = [
-        {"name": f"text {index}", "tokens": 9, "nll_delta_nats_per_token": deltas[index]}
-        for index in reversed(range(count))
-    ]
+    worst = [{"name": f"text {index}", "tokens": 9, "loss_delta": deltas[index]} for index in reversed(range(count))]
     quality["document_deltas"] = {"values": deltas, "worst": worst}
 
 

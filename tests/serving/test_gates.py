@@ -17,7 +17,7 @@ from numprune.serving.report import GateResult, Report
 
 Json = dict[str, Any]
 unhurried = settings(deadline=None)  # how busy the machine is, is not tested
-NLL = "quality.nll_delta_nats_per_token"
+NLL = "quality.loss_delta"
 DECODE = "speed.onnxruntime.decode_tokens_per_s.ratio"
 
 
@@ -34,9 +34,7 @@ def check(data: Json, metric: str, bound: str, **limit: float) -> GateResult:
     [(0.06, "pass"), (0.0601, "pass"), (0.0599, "inconclusive"), (0.04, "inconclusive"), (0.0399, "fail")],
 )
 def test_a_maximum_is_judged_by_the_upper_bound(report_json: Json, put: Any, limit: float, outcome: str) -> None:
-    put(
-        report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], "ci95_lower": 0.04, "ci95_upper": 0.06}
-    )
+    put(report_json, NLL, {**report_json["quality"]["loss_delta"], "ci95_lower": 0.04, "ci95_upper": 0.06})
     result = check(report_json, NLL, "ci95_upper", max=limit)
     assert result.outcome == outcome, result.reason
     assert result.value == 0.05
@@ -62,7 +60,7 @@ def test_a_speed_measured_again_is_judged_by_wider_bounds(report_json: Json, loo
     assert between.interval[0] == (inner if looks == 1 else outer)
     assert (f"look {looks} of 3, judged by 97.5 % bounds" in between.reason) == (looks > 1)
     assert check(report_json, DECODE, "ci95_lower", min=outer - 1e-6).outcome == "pass"
-    nll = report_json["quality"]["nll_delta_nats_per_token"]["ci95_upper"]
+    nll = report_json["quality"]["loss_delta"]["ci95_upper"]
     assert check(report_json, NLL, "ci95_upper", max=nll).outcome == "pass"  # quality is judged as ever
 
 
@@ -154,7 +152,7 @@ def test_a_gate_tells_its_power(report_json: Json) -> None:
 
 def test_inconclusive_says_when_even_an_equal_candidate_had_little_chance(report_json: Json, put: Any) -> None:
     wide = {"value": 0.0, "ci95_lower": -0.1, "ci95_upper": 0.1, "interval95": [-0.12, 0.12]}
-    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **wide})
+    put(report_json, NLL, {**report_json["quality"]["loss_delta"], **wide})
     assert (
         "with 40 a candidate equal to the baseline passes 2" in check(report_json, NLL, "ci95_upper", max=0.06).reason
     )
@@ -248,7 +246,7 @@ def test_a_count_beyond_all_numbers_fails(report_json: Json, put: Any) -> None:
 
 def test_an_interval_beyond_all_numbers_is_inconclusive(report_json: Json, put: Any) -> None:
     endless = {"value": 0.0, "ci95_lower": -1e308, "ci95_upper": 1e308, "interval95": [-1.7e308, 1.7e308]}
-    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **endless})
+    put(report_json, NLL, {**report_json["quality"]["loss_delta"], **endless})
     result = check(report_json, NLL, "ci95_upper", max=0.1)
     assert (result.outcome, result.samples_needed) == ("inconclusive", None)
     assert "no number of samples settles it" in result.reason
@@ -272,7 +270,7 @@ def test_speed_after_failed_requests_fails(report_json: Json, put: Any, path: st
 def test_a_bag_of_facts_cannot_pose_as_an_estimate(report_json: Json) -> None:
     report_json["parity"]["onnxruntime"]["fake"] = {"value": 0.0, "samples": 9}
     report_json["parity"]["onnxruntime"]["turned"] = {
-        **report_json["quality"]["nll_delta_nats_per_token"],
+        **report_json["quality"]["loss_delta"],
         "ci95_upper": -1.0,
     }
     for name in ("fake", "turned"):
@@ -282,7 +280,7 @@ def test_a_bag_of_facts_cannot_pose_as_an_estimate(report_json: Json) -> None:
 
 def test_an_upper_bound_below_its_own_value_does_not_help(report_json: Json, put: Any) -> None:
     skewed = {"value": 0.05, "ci95_lower": 0.01, "ci95_upper": 0.045, "interval95": [0.0, 0.06]}
-    put(report_json, NLL, {**report_json["quality"]["nll_delta_nats_per_token"], **skewed})
+    put(report_json, NLL, {**report_json["quality"]["loss_delta"], **skewed})
     assert check(report_json, NLL, "ci95_upper", max=0.047).outcome != "pass"
 
 
@@ -290,7 +288,7 @@ def test_an_upper_bound_below_its_own_value_does_not_help(report_json: Json, put
     ("metric", "suggestion"),
     [
         ("speed.decode_tokens_per_s.ratio", DECODE),  # the runtime is forgotten
-        ("quality.nll_delta_nats_pro_token", NLL),
+        ("quality.loss_delte", NLL),
         ("size.parameters.ratio", "sizes.parameters.ratio"),
     ],
 )
@@ -555,7 +553,7 @@ def test_facts_of_any_shape_pass_only_as_numbers(facts: Any) -> None:
 def test_a_policy_is_read_from_toml(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(
-        '[[gates]]\nmetric = "quality.nll_delta_nats_per_token"\nbound = "ci95_upper"\nmax = 0.10\n'
+        '[[gates]]\nmetric = "quality.loss_delta"\nbound = "ci95_upper"\nmax = 0.10\n'
         '[[gates]]\nmetric = "sizes.parameters.ratio"\nbound = "point"\nmax = 1\n'
     )
     policy = read_policy(path)

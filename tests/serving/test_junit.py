@@ -13,7 +13,7 @@ from numprune.serving.junit import junit, junit_error
 from numprune.serving.report import Report
 
 Json = dict[str, Any]
-NLL = "quality.nll_delta_nats_per_token"
+NLL = "quality.loss_delta"
 POLICY = Policy(
     gates=(
         Gate(metric=NLL, bound="ci95_upper", max=0.1),

@@ -319,20 +319,20 @@ def test_reports_that_do_not_compare_are_said_not_to() -> None:
     assert named == ["Base weights", "Held-out text", "Machine", "Load of onnxruntime", "Packages"]
     assert differences(reports[:2]) == []
     text = Parsed(comparison([("a.json", reports[0]), ("b.json", reports[1]), ("c.json", reports[2])])).text
-    assert "Held-out text (A, B against C): NLL and perplexity are of other text, so quality does not compare." in text
+    assert "Held-out text (A, B against C): its figures are of other text, so quality does not compare." in text
     assert "2.13.0" in text
 
 
 def test_verdicts_figures_and_intervals_stand_side_by_side() -> None:
     data = full()
-    data["quality"]["nll_delta_nats_per_token"]["value"] += 0.001
+    data["quality"]["loss_delta"]["value"] += 0.001
     passed, failed = judged(full()), judged(data, [{**POLICY[0], "max": 0.01}])
     page = comparison([("one/report.json", passed), ("two/report.json", failed)])
     found = Parsed(page)
     assert [attributes["class"] for attributes in found.named("li") if "class" in attributes] == ["pass", "fail"]
     assert sections(page) == ["comparable", "figures", "intervals", "gates", "origin"]
     assert "one/report.json" in found.text
-    title = re.search(r'<title id="all-quality-title">([^<]*)', page)
+    title = re.search(r'<title id="all-quality-0-title">([^<]*)', page)
     assert title is not None
     assert "A 0.0500 (0.0380 to 0.0620); B 0.0510" in title[1]
     assert "No report says which held-out text" in found.text

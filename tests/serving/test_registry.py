@@ -153,14 +153,14 @@ def test_the_same_release_is_published_once(registry: Registry, workspace: Path,
     assert len(artifact_folders(workspace)) == 3
 
 
-NLL_GATE = {"metric": "quality.nll_delta_nats_per_token", "bound": "ci95_upper"}
+NLL_GATE = {"metric": "quality.loss_delta", "bound": "ci95_upper"}
 
 
 @pytest.mark.parametrize(
     ("limit", "valid", "outcome", "code", "named"),
     [
-        (0.01, True, "fail", 2, "quality.nll_delta_nats_per_token"),
-        (0.05, True, "inconclusive", 3, "quality.nll_delta_nats_per_token"),
+        (0.01, True, "fail", 2, "quality.loss_delta"),
+        (0.05, True, "inconclusive", 3, "quality.loss_delta"),
         (0.1, False, "invalid environment", 4, "the GPU lowers its clocks"),
     ],
 )

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving import report as reports
-from numprune.serving.report import Estimate, Report, SizePair, Verdict
+from numprune.serving.report import LossDelta, Report, SizePair, Verdict
 from tests.serving.pages import few_documents, full, generation
 
 SMI = "NVIDIA H100, GPU-1234, 570.1, 81559, {clock}, 1980, 700.00, 40, {mask}"
@@ -24,19 +24,19 @@ def test_a_report_survives_writing_and_reading(tmp_path: Path, report_json: Any)
     report = Report.model_validate(report_json)
     reports.write(report, tmp_path / "report.json")
     assert reports.read(tmp_path / "report.json") == report
-    assert json.loads((tmp_path / "report.json").read_text())["schema"] == "numprune/report/1"
+    assert json.loads((tmp_path / "report.json").read_text())["schema"] == "numprune/report/2"
     assert os.listdir(tmp_path) == ["report.json"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 10**400])
 def test_numbers_that_are_none_become_null(tmp_path: Path, report_json: Any, put: Any, value: Any) -> None:
-    for path in ("quality.kl_nats_per_token", "quality.nll_delta_nats_per_token.ci95_upper"):
+    for path in ("quality.kl_nats_per_token", "quality.loss_delta.ci95_upper"):
         put(report_json, path, value)
     report_json["parity"]["onnxruntime"] = {"maximum_error": value, "nested": [{"worst": value}]}
     reports.write(Report.model_validate(report_json), tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert data["quality"]["kl_nats_per_token"] is None
-    assert data["quality"]["nll_delta_nats_per_token"]["ci95_upper"] is None
+    assert data["quality"]["loss_delta"]["ci95_upper"] is None
     assert data["parity"]["onnxruntime"] == {"maximum_error": None, "nested": [{"worst": None}]}
 
 
@@ -70,14 +70,14 @@ def test_numbers_of_numpy_are_numbers(report_json: Any, put: Any) -> None:
     ],
 )
 def test_an_estimate_that_contradicts_itself_is_refused(report_json: Any, change: dict[str, Any]) -> None:
-    good = report_json["quality"]["nll_delta_nats_per_token"]
-    Estimate.model_validate(good)
+    good = report_json["quality"]["loss_delta"]
+    LossDelta.model_validate(good)
     with pytest.raises(ValidationError):
-        Estimate.model_validate({**good, **change})
+        LossDelta.model_validate({**good, **change})
 
 
 def _document(delta: float) -> dict[str, Any]:
-    return {"name": "d", "tokens": 1, "nll_delta_nats_per_token": delta}
+    return {"name": "d", "tokens": 1, "loss_delta": delta}
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,9 @@ def test_an_environment_is_valid_only_without_reasons(report_json: Any) -> None:
 
 def test_reading_says_which_version_it_reads(tmp_path: Path, report_json: Any) -> None:
     path = tmp_path / "report.json"
-    path.write_text(json.dumps({**report_json, "schema": "numprune/report/2"}))
-    with pytest.raises(IntegrityError, match=r"report\.json: schema: 'numprune/report/2'; .*'numprune/report/1'"):
+    path.write_text(json.dumps({**report_json, "schema": "numprune/report/3"}))
+    said = r"schema: 'numprune/report/3'; this version reads 'numprune/report/2' and 'numprune/report/1'"
+    with pytest.raises(IntegrityError, match=said):
         reports.read(path)
 
 
@@ -159,9 +160,10 @@ def test_reading_says_which_version_it_reads(tmp_path: Path, report_json: Any) -
         "[]",
         "null",
         "[" * 100_000,
-        '{"schema": "numprune/report/1", "schema": "numprune/report/1"}',
+        '{"schema": "numprune/report/2", "schema": "numprune/report/2"}',
         '{"schema": "numprune/report/1", "created": NaN}',
         '{"schema": "numprune/report/1"}',
+        '{"schema": "numprune/report/2"}',
         '{"schema": "numprune/report/1", "run_id": ' + "9" * 5000 + "}",
         "\udcff",
     ],

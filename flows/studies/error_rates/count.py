@@ -16,7 +16,7 @@ from numprune.serving.gates import Gate, Policy
 from numprune.serving.power import student
 from numprune.serving.report import GateResult, Report
 
-NLL = "quality.nll_delta_nats_per_token"
+LOSS = "quality.loss_delta"
 RATIO = f"speed.torch.{METRIC}.ratio"
 _FASTER = 1.5  # so far from 1 that no noise floor has a say
 
@@ -204,11 +204,12 @@ def quality_report(sums: np.ndarray, tokens: np.ndarray) -> Report:
     delta = asdict(bootstrap.bootstrap_mean(sums, tokens, "document"))
     side = {"nll_nats_per_token": 3.0, "perplexity": math.exp(3.0)}
     section = {
+        "task": "causal-lm",
         "tokens": int(tokens.sum()),
         "documents": len(sums),
         "baseline": side,
         "candidate": side,
-        "nll_delta_nats_per_token": delta,
+        "loss_delta": {**delta, "unit": "nats/token"},
         "perplexity_ratio": delta | {"interval95": (0.0, 9.0), "ci95_lower": 0.0, "ci95_upper": 9.0},
     }
     return _report({"quality": section})
@@ -254,7 +255,7 @@ def _judge(report: Report, *rules: Gate) -> tuple[GateResult, ...]:
 
 
 def _at_most(limit: float) -> Gate:
-    return Gate(metric=NLL, bound="ci95_upper", max=limit)
+    return Gate(metric=LOSS, bound="ci95_upper", max=limit)
 
 
 def _at_least(limit: float) -> Gate:

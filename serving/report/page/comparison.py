@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Final
 
-from numprune.serving.report.models import Estimate, Pruning, Quality, Report, SizePair, Sizes
+from numprune.serving.report import names
+from numprune.serving.report.models import Estimate, LossDelta, Pruning, Quality, Report, SizePair, Sizes
 from numprune.serving.report.page import charts, identity, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Gallery, Section, Table, Text
 from numprune.serving.report.page.charts import Interval
@@ -16,7 +17,7 @@ MAXIMUM: Final = len(ascii_uppercase)
 _MAXIMUM_ROWS = 100
 _MAXIMUM_RUNTIMES = 8
 _ABSENT = Cell(words.ABSENT)
-_SPEEDS = ("output_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft")
+_SPEEDS = ("output_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s", "ttft", "samples_per_s", "latency")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Difference:
 
 
 _BASE = Difference("Base weights", "different models were pruned, so no figure compares", True)
-_HELDOUT = Difference("Held-out text", "NLL and perplexity are of other text, so quality does not compare", True)
+_TASK = Difference("Task", "their losses are different quantities, so quality does not compare", True)
+_HELDOUT = Difference("Held-out text", "its figures are of other text, so quality does not compare", True)
 _CALIBRATION = Difference("Calibration text", "part of what differs may come from it", False)
 _MACHINE = Difference("Machine", "times and memory do not compare, and ratios only with care", True)
 _LOAD = Difference("Load", "the benchmarks did different work, so speed does not compare", True)
@@ -80,18 +82,22 @@ def differences(reports: Sequence[Report]) -> list[tuple[Difference, list[Any]]]
     """What differs between the reports, with each one's own."""
     of: list[tuple[Difference, list[Any]]] = [
         (_BASE, [report.identity.base for report in reports]),
+        (_TASK, _where_known([report.quality.task if report.quality else None for report in reports])),
         (_HELDOUT, [report.identity.heldout_rows for report in reports]),
         (_CALIBRATION, [report.identity.calibration_rows for report in reports]),
         (_MACHINE, [identity.machine(report.environment) for report in reports]),
     ]
     for runtime in _runtimes(reports, "speed"):  # where a report lacks a runtime, there is nothing to mistake
         loads = [found.load if (found := report.speed.get(runtime)) else None for report in reports]
-        named = Difference(f"Load of {runtime}", _LOAD.consequence, _LOAD.blocking)
-        of.append(
-            (named, [next(load for load in loads if load) if load is None and any(loads) else load for load in loads])
-        )
+        of.append((Difference(f"Load of {runtime}", _LOAD.consequence, _LOAD.blocking), _where_known(loads)))
     of.append((_PACKAGES, [report.identity.packages for report in reports]))
     return [(item, values) for item, values in of if any(value != values[0] for value in values)]
+
+
+def _where_known(values: Sequence[Any]) -> list[Any]:
+    """With the first known value in the place of those that a report does not have."""
+    known = next((value for value in values if value), None)
+    return [known if value is None else value for value in values]
 
 
 def _comparable(found: Sequence[Entry]) -> Section:
@@ -136,7 +142,8 @@ def _rows(reports: Sequence[Report]) -> Iterator[tuple[str, list[Cell]]]:
     sizes = [report.sizes or Sizes() for report in reports]
     yield "Parameters", [_pair(found.parameters, words.number) for found in sizes]
     yield "KV cache per token", [_pair(found.kv_bytes_per_token, words.size) for found in sizes]
-    yield "NLL difference, nats/token", [_difference(report.quality) for report in reports]
+    for label, deltas in _losses(reports).items():
+        yield label, [_difference(delta) for delta in deltas]
     yield "Perplexity", [_perplexity(report.quality) for report in reports]
     for runtime, name in _speeds(reports):
         yield f"{words.named(name)}, {runtime}", [_ratio(_speed(report, runtime, name)) for report in reports]
@@ -153,15 +160,22 @@ def _pair(found: SizePair | None, show: Callable[[float | None], str]) -> Cell:
     return Cell(words.times(found.ratio), show(found.candidate)) if found else _ABSENT
 
 
-def _difference(found: Quality | None) -> Cell:
-    if found is None:
-        return _ABSENT
-    delta = found.nll_delta_nats_per_token
-    return Cell(words.signed(delta.value), words.interval(delta))
+def _losses(reports: Sequence[Report]) -> dict[str, list[LossDelta | None]]:
+    """Label -> each report's loss, where it is that one."""
+    found = [report.quality for report in reports]
+    labels = [f"{names.loss(one)}, {one.loss_delta.unit}" if one else None for one in found]
+    return {
+        label: [one.loss_delta if one and own == label else None for one, own in zip(found, labels, strict=True)]
+        for label in dict.fromkeys(label for label in labels if label)
+    }
+
+
+def _difference(delta: LossDelta | None) -> Cell:
+    return Cell(words.signed(delta.value), words.interval(delta)) if delta else _ABSENT
 
 
 def _perplexity(found: Quality | None) -> Cell:
-    if found is None:
+    if found is None or found.candidate is None or found.baseline is None:
         return _ABSENT
     return Cell(words.number(found.candidate.perplexity), f"from {words.number(found.baseline.perplexity)}")
 
@@ -171,8 +185,8 @@ def _ratio(found: Estimate | None) -> Cell:
 
 
 def _runtimes(reports: Sequence[Report], section: str) -> list[str]:
-    names = dict.fromkeys(name for report in reports for name in getattr(report, section))
-    return list(names)[:_MAXIMUM_RUNTIMES]
+    found = dict.fromkeys(name for report in reports for name in getattr(report, section))
+    return list(found)[:_MAXIMUM_RUNTIMES]
 
 
 def _speeds(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
@@ -189,8 +203,10 @@ def _speed(report: Report, runtime: str, name: str) -> Estimate | None:
 
 def _pictures(found: Sequence[Entry]) -> Section:
     reports = [entry.report for entry in found]
-    quality = {e.letter: e.report.quality.nll_delta_nats_per_token for e in found if e.report.quality}
-    blocks = [_forest("quality", "NLL difference, nats/token", quality, 0.0)]
+    blocks = [
+        _forest(f"quality-{number}", label, {e.letter: one for e, one in zip(found, of, strict=True) if one}, 0.0)
+        for number, (label, of) in enumerate(_losses(reports).items())
+    ]
     for runtime, name in _speeds(reports):
         estimates = {entry.letter: one for entry in found if (one := _speed(entry.report, runtime, name))}
         better = "above 1 is faster" if name in words.RATES else "below 1 is faster"
@@ -220,7 +236,7 @@ def _gates(found: Sequence[Entry]) -> Section:
     for entry in found:
         for gate in entry.report.verdict.gates if entry.report.verdict else ():
             cell = Cell(f"{MARKS[gate.outcome]} {gate.outcome}", words.number(judged(gate), 3), gate.outcome)
-            rules.setdefault((words.metric(gate.metric), rule(gate)), {})[entry.letter] = cell
+            rules.setdefault((words.metric(gate.metric, gate.unit), rule(gate)), {})[entry.letter] = cell
     if not rules:
         return Section("gates", "Gates", [Text("No report was judged.", "absent")])
     rows: list[list[Cell | str]] = [
@@ -236,9 +252,8 @@ def _gates(found: Sequence[Entry]) -> Section:
 
 def _identities(found: Sequence[Entry]) -> Section:
     by_entry = [identity.digests(entry.report.identity) for entry in found]
-    names = dict.fromkeys(name for digests in by_entry for name in digests)
     rows: list[list[Cell | str]] = []
-    for name in names:
+    for name in dict.fromkeys(name for digests in by_entry for name in digests):
         values = [digests.get(name) for digests in by_entry]
         note = "same" if len(set(values)) == 1 else "differs"
         rows.append([Cell(name, note), *(Cell((value or words.ABSENT)[:12], tone="code") for value in values)])
@@ -253,10 +268,12 @@ def _identities(found: Sequence[Entry]) -> Section:
 
 def _versions(found: Sequence[Entry]) -> Table | None:
     packages = [entry.report.identity.packages for entry in found]
-    names = sorted({name for versions in packages for name in versions})
+    installed = sorted({name for versions in packages for name in versions})
     rows: list[list[Cell | str]] = [
         [shorten(name), *(shorten(versions.get(name, words.ABSENT)) for versions in packages)]
-        for name in [name for name in names if len({versions.get(name) for versions in packages}) > 1][:_MAXIMUM_ROWS]
+        for name in [name for name in installed if len({versions.get(name) for versions in packages}) > 1][
+            :_MAXIMUM_ROWS
+        ]
     ]
     header = ("Package", *(entry.letter for entry in found))
     return Table("Packages whose versions differ", header, rows, numeric=False) if rows else None

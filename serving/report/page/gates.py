@@ -26,7 +26,7 @@ def section(report: Report) -> Section:
 
 
 def _gate(index: int, gate: GateResult) -> Iterator[Block]:
-    yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric)}: {gate.outcome}")
+    yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric, gate.unit)}: {gate.outcome}")
     items: list[tuple[str, Cell | str]] = [
         ("Rule", rule(gate)),
         ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
@@ -51,7 +51,7 @@ def _drawn(index: int, gate: GateResult) -> Chart | None:
     value = gate.max if gate.max is not None else gate.min
     if value is None or judged(gate) is None:
         return None
-    title = f"{words.metric(gate.metric)}: {words.number(gate.value)}" + (
+    title = f"{words.metric(gate.metric, gate.unit)}: {words.number(gate.value)}" + (
         f", bounds {words.span(*gate.interval)}" if gate.interval else ""
     )
     drawn = charts.intervals(

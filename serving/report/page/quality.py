@@ -1,14 +1,15 @@
-"""Section: what pruning costs, in nats per token of held-out text."""
+"""Section: what pruning costs on held-out text, in the loss of the task."""
 
 import statistics
 from collections.abc import Iterator
 
-from numprune.serving.report.models import Estimate, Quality, Report
+from numprune.serving.report import names
+from numprune.serving.report.models import Quality, Report, path_of
 from numprune.serving.report.page import charts, generation, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 
-_METRIC = "quality.nll_delta_nats_per_token"
+_METRIC = "quality.loss_delta"
 _TOO_FEW = ": the documents are too few to resample, so they speak for this text alone"
 
 
@@ -19,16 +20,16 @@ def section(report: Report) -> Section:
 
 
 def _blocks(found: Quality, report: Report) -> Iterator[Block]:
-    delta = found.nll_delta_nats_per_token
+    delta = found.loss_delta
+    against = "candidate minus baseline" if names.is_difference(found) else "candidate against baseline"
     yield Text(
-        f"On {words.count(found.tokens, 'token')} of {words.count(found.documents, 'held-out document')}"
-        f"{', packed' if found.packed else ''}, candidate "
-        "minus baseline, paired by token. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
+        f"On {names.measured_on(found)}{', packed' if found.packed else ''}, {against}, paired by "
+        f"{names.paired_by(found)}. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
         f"{words.count(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
     )
     table = Table("Quality on held-out text", ("", "Baseline", "Candidate", "Difference"), list(_rows(found)))
     documents, told = _documents(found)
-    drawn = [chart for chart in (_difference(delta, _limit(report)), documents) if chart]
+    drawn = [chart for chart in (_difference(found, _limit(report)), documents) if chart]
     if drawn:
         yield Pair(drawn, [table, *told])
     else:
@@ -39,16 +40,17 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
 
 def _few(found: Quality) -> bool:
     """Whether the documents are too few to resample, and to make a distribution."""
-    return found.nll_delta_nats_per_token.sampling_unit == "window"
+    return found.loss_delta.sampling_unit == "window"
 
 
-def _difference(delta: Estimate, limit: Limit | None) -> Chart | None:
-    interval = f"NLL difference {words.signed(delta.value)} nats per token, 95 % interval {words.interval(delta)}."
+def _difference(found: Quality, limit: Limit | None) -> Chart | None:
+    delta, axis = found.loss_delta, f"{names.loss(found)}, {found.loss_delta.unit}"
+    interval = f"{axis}: {words.signed(delta.value)}, 95 % interval {words.interval(delta)}."
     drawn = charts.intervals(
-        "quality-nll",
+        "quality-loss",
         interval + (f" The gate's limit is {words.plain(limit.value)}." if limit else ""),
         [Interval("", delta.value, *delta.interval95)],
-        axis="NLL difference, nats per token",
+        axis=axis,
         reference=0.0,
         limit=limit,
     )
@@ -57,13 +59,15 @@ def _difference(delta: Estimate, limit: Limit | None) -> Chart | None:
 
 
 def _rows(found: Quality) -> Iterator[list[Cell | str]]:
-    one, other, delta, ratio = found.baseline, found.candidate, found.nll_delta_nats_per_token, found.perplexity_ratio
-    yield [
-        "NLL, nats/token",
-        words.number(one.nll_nats_per_token),
-        words.number(other.nll_nats_per_token),
-        Cell(words.signed(delta.value), words.interval(delta)),
-    ]
+    one, other, ratio = found.baseline, found.candidate, found.perplexity_ratio
+    delta = Cell(words.signed(found.loss_delta.value), words.interval(found.loss_delta))
+    if one is None or other is None or ratio is None:  # not of causal-lm
+        yield [f"{names.loss(found)}, {found.loss_delta.unit}", "", "", delta]
+        for name, is_share, sides in names.metrics(found):
+            show = words.share if is_share else words.number
+            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
+        return
+    yield ["NLL, nats/token", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
     yield [
         "Perplexity",
         words.number(one.perplexity),
@@ -80,18 +84,19 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
     if apart is None:
         return None, [Text("This report does not tell the documents apart.", "absent")]
     rows: list[list[Cell | str]] = [
-        [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.nll_delta_nats_per_token)]
-        for one in apart.worst
+        [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.loss_delta)] for one in apart.worst
     ]
-    header = ("Document", "Tokens", "Difference, nats/token")
+    loss, unit = names.loss(found), found.loss_delta.unit
+    header = ("Document", "Tokens", f"{loss}, {unit}")
     if _few(found):
         return None, [Table("Documents", header, rows)] if len(rows) > 1 else []
     values = apart.values
     worse = words.share(sum(value > 0 for value in values) / len(values))
     ten, half, ninety = (words.signed(_quantile(values, percent)) for percent in (10, 50, 90))
+    lost = [("Documents that lost", worse)] if names.is_difference(found) else []  # nothing gains by a distance
     facts = Facts(
         [
-            ("Documents that lost", worse),
+            *lost,
             ("Median document", half),
             ("Eight in ten documents", f"{ten} to {ninety}"),
             ("Least and largest", f"{words.signed(values[0])} to {words.signed(values[-1])}"),
@@ -100,13 +105,13 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
     worst = Table("Documents that lost most", header, rows)
     drawn = charts.histogram(
         "quality-documents",
-        f"Documents by their NLL difference: {worse} lost; the median is {half}, eight in ten lie from {ten} to "
-        f"{ninety} nats per token.",
+        f"Documents by their loss ({loss}, {unit}): {worse} lost; the median is {half}, eight in ten lie from {ten} "
+        f"to {ninety}.",
         values,
-        found.nll_delta_nats_per_token.value,
-        "NLL difference of a document, nats per token",
+        found.loss_delta.value,
+        f"{loss} of a document, {unit}",
     )
-    caption = "Share of documents by what they lost (filled) or won (outlined); dashed: the mean over all tokens."
+    caption = "Share of documents by what they lost (filled) or won (outlined); dashed: the mean over all."
     told: list[Block] = [facts, *([Folded("The documents that lost most", [worst])] if rows else [])]
     return Chart(drawn, caption) if drawn else None, told
 
@@ -114,7 +119,7 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
 def _limit(report: Report) -> Limit | None:
     """Of the gate on the difference, where there is one."""
     for gate in report.verdict.gates if report.verdict else ():
-        if gate.metric == _METRIC and gate.max is not None:
+        if path_of(gate.metric) == _METRIC and gate.max is not None:
             return Limit(gate.max, is_maximum=True)
     return None
 

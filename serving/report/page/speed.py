@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from numprune.serving.report import precision
+from numprune.serving.report import names, precision
 from numprune.serving.report.models import NoiseFloor, Percentiles, Report, RuntimeSpeed
 from numprune.serving.report.page import charts, facts, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Heading, Pair, Section, Table, Text
@@ -13,7 +13,9 @@ from numprune.serving.report.page.memory import served_rows
 
 _MAXIMUM_RUNTIMES = 8
 _MAXIMUM_REPEATS = 200  # in a table
+_MAXIMUM_SHAPES = 32
 
+_SHORT = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "End to end", "latency": "Latency"}
 _NAMES = (*words.RATES, *words.LATENCIES)
 
 
@@ -21,7 +23,12 @@ def section(report: Report) -> Section:
     blocks: list[Block] = []
     local = {name: found for name, found in report.speed.items() if not is_served(name, found)}
     for name, found in islice(local.items(), _MAXIMUM_RUNTIMES):
-        blocks += [Heading(name), *_measured(f"speed-{name}", name, found, precision.computed(report, name))]
+        blocks.append(Heading(name))
+        said = precision.computed(report, name)
+        if found.shapes:
+            blocks += _by_shape(name, found, said)
+        else:
+            blocks += _measured(f"speed-{name}", name, found, said)
     if len(local) > _MAXIMUM_RUNTIMES:
         blocks.append(Text(f"{len(local) - _MAXIMUM_RUNTIMES} more runtimes are in report.json.", "absent"))
     return Section("speed", "Speed", blocks or [Text("Not measured in this run.", "absent")])
@@ -44,6 +51,23 @@ def served(report: Report) -> Section | None:
             said = precision.computed(report, name)
             blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured, said)
     return Section("served", "Behind a server", blocks) if blocks else None
+
+
+def _by_shape(name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
+    """An encoder: all shapes in one table, and each by itself on demand."""
+    shapes = dict(islice(found.shapes.items(), _MAXIMUM_SHAPES))
+    rows: list[list[Cell | str]] = []
+    for shape, measured in shapes.items():
+        before, after = measured.baseline.latency_ms, measured.candidate.latency_ms
+        sides = [_percentiles(side) for side in (before, after)]
+        rows.append([names.shape(shape), *sides, _ratio("latency", measured), _ratio("samples_per_s", measured)])
+    header = ("Batch", "Baseline, ms", "Candidate, ms", "Latency ratio", "Throughput ratio")
+    yield Table(f"A forward pass, {name}: median latency by texts in a batch and tokens of each", header, rows)
+    if len(found.shapes) > _MAXIMUM_SHAPES:
+        yield Text(f"{len(found.shapes) - _MAXIMUM_SHAPES} more shapes are in report.json.", "absent")
+    for shape, measured in shapes.items():
+        title = f"{name}, {names.shape(shape)}"
+        yield Folded(title, list(_measured(f"speed-{name}-{shape}", title, measured, said)))
 
 
 def is_served(name: str, found: RuntimeSpeed) -> bool:
@@ -177,7 +201,7 @@ def _repeats(name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Table:
 
 
 def _short(metric: str) -> str:
-    return words.RATES.get(metric) or {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "End to end"}[metric]
+    return words.RATES.get(metric) or _SHORT[metric]
 
 
 def _titled(metric: str) -> str:

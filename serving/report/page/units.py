@@ -29,7 +29,7 @@ def _blocks(found: Pruning) -> list[Block]:
                 "Removed",
                 f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",
             ),
-            ("KV cache removed", words.share(removed.kv_bytes)),
+            *([("KV cache removed", words.share(removed.kv_bytes))] if removed.kv_bytes is not None else []),
         ]
     )
     kinds = by_kind(found.kept_units)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from numprune.serving.report import names
 from numprune.serving.report.models import GateResult, Report
 from numprune.serving.report.page import words
 
@@ -16,6 +17,7 @@ HEADLINES = {
 }
 _BOUNDS = {"point": "value", "ci95_lower": "lower bound", "ci95_upper": "upper bound"}
 _MAXIMUM_LINES = 50
+_RATES = ("output_tokens_per_s", "decode_tokens_per_s", "samples_per_s")  # the first that a runtime has is shown
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ def _of(some: list[GateResult], gates: tuple[GateResult, ...]) -> str:
 
 
 def _told(gate: GateResult) -> str:
-    return f"{words.metric(gate.metric)}, {gate.reason}."
+    return f"{words.metric(gate.metric, gate.unit)}, {gate.reason}."
 
 
 def _line(gate: GateResult) -> Line:
     seen = "not measured" if judged(gate) is None else f"{_BOUNDS[gate.bound]} {words.number(judged(gate), 3)}"
-    return Line(gate.outcome, MARKS[gate.outcome], words.metric(gate.metric), seen, limit(gate))
+    return Line(gate.outcome, MARKS[gate.outcome], words.metric(gate.metric, gate.unit), seen, limit(gate))
 
 
 def _tiles(report: Report) -> Iterator[Tile]:
@@ -121,11 +123,14 @@ def _tiles(report: Report) -> Iterator[Tile]:
         pair = report.sizes.parameters
         yield Tile("Parameters", words.change(pair.ratio), f"{_million(pair.baseline)} → {_million(pair.candidate)}")
     if report.quality:
-        delta = report.quality.nll_delta_nats_per_token
-        yield Tile("NLL, nats/token", words.signed(delta.value), f"{words.interval(delta)}, 95 %")
+        delta = report.quality.loss_delta
+        yield Tile(
+            f"{names.loss(report.quality)}, {delta.unit}", words.signed(delta.value), f"{words.interval(delta)}, 95 %"
+        )
     for runtime, speed in report.speed.items():
-        name = "output_tokens_per_s" if speed.output_tokens_per_s else "decode_tokens_per_s"
-        if (found := getattr(speed, name)) is not None:
+        known = [name for name in _RATES if getattr(speed, name) is not None]
+        for name in known[:1]:
+            found = getattr(speed, name)
             label = f"{words.RATES[name]}, {runtime}"
             yield Tile(label, words.times(found.ratio.value), f"{words.interval(found.ratio)}, 95 %")
     if report.sizes and report.sizes.kv_bytes_per_token:

@@ -3,6 +3,7 @@
 import math
 import re
 
+from numprune.serving.report import names
 from numprune.serving.report.models import Estimate
 
 ABSENT = "–"  # noqa: RUF001
@@ -12,7 +13,7 @@ WIDE = "\N{NO-BREAK SPACE}"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 _METRICS = {
-    "quality.nll_delta_nats_per_token": "NLL difference, nats/token",
+    "quality.nll_delta_nats_per_token": "NLL difference, nats/token",  # the name of schema 1
     "quality.perplexity_ratio": "Perplexity, ratio",
     "quality.kl_nats_per_token": "KL divergence, nats/token",
     "quality.top1_agreement": "Top-1 agreement",
@@ -28,28 +29,49 @@ _METRICS = {
     "sizes.flops_per_token.ratio": "FLOPs per token, ratio",
 }
 
-LATENCIES = {"ttft": "Time to first token", "tpot": "Time per output token", "itl": "Inter-token latency"} | {
-    "e2e": "End to end"
+_LOSSES = {  # by unit; a classifier's, in nats/text, is either of two
+    "nats/token": "NLL difference",
+    "nats/masked token": "NLL difference",
+    "1 - cosine": "Distance from baseline",
+}
+
+LATENCIES = {
+    "ttft": "Time to first token",
+    "tpot": "Time per output token",
+    "itl": "Inter-token latency",
+    "e2e": "End to end",
+    "latency": "Latency of a batch",
 }
 RATES = {
     "decode_tokens_per_s": "Decode",
     "prefill_tokens_per_s": "Prefill",
     "output_tokens_per_s": "Output",
     "goodput_requests_per_s": "Goodput",
+    "samples_per_s": "Throughput",
 }
-RATE_UNITS = {"goodput_requests_per_s": "requests/s"}  # others: tokens/s
+RATE_UNITS = {"goodput_requests_per_s": "requests/s", "samples_per_s": "texts/s"}  # others: tokens/s
 
-_SPEED = re.compile(r"speed\.(?P<runtime>[a-z0-9_-]+)(?:\.concurrency\.(?P<level>\d+))?\.(?P<name>[a-z0-9_]+)\.ratio")
+_SPEED = re.compile(
+    r"speed\.(?P<runtime>[a-z0-9_-]+)(?:\.concurrency\.(?P<level>\d+)|\.shapes\.(?P<shape>\d+x\d+))?"
+    r"\.(?P<name>[a-z0-9_]+)\.ratio"
+)
+_QUALITY = re.compile(r"quality\.metrics\.(?P<name>[a-z0-9_]+)(?P<side>\.candidate|\.baseline)?")
 _PEAK = re.compile(r"memory\.(?P<runtime>[a-z0-9_-]+)\.(?P<name>peak_bytes|kv_tokens)\.ratio")
 _MEMORY = {"peak_bytes": "Peak memory, ratio", "kv_tokens": "Tokens in the KV cache, ratio"}
 
 
-def metric(path: str) -> str:
-    """A name for people of a metric's dotted path; the path itself where there is none."""
+def metric(path: str, unit: str | None = None) -> str:
+    """A name for people of a metric's dotted path, with its unit; the path itself where there is none."""
+    if path == "quality.loss_delta":
+        return f"{_LOSSES.get(unit, 'Loss')}, {unit}" if unit else "Loss"
     if path in _METRICS:
         return _METRICS[path]
+    if (found := _QUALITY.fullmatch(path)) and found["name"] in names.METRICS:
+        of_baseline = ", baseline" if found["side"] == ".baseline" else ""
+        return f"{names.METRICS[found['name']]}{of_baseline}"
     if (found := _SPEED.fullmatch(path)) and found["name"] in LATENCIES | RATES:
         level = f", {found['level']} at a time" if found["level"] else ""
+        level += f", {names.shape(found['shape'])}" if found["shape"] else ""
         return f"{named(found['name'])}, ratio ({found['runtime']}{level})"
     if found := _PEAK.fullmatch(path):
         return f"{_MEMORY[found['name']]} ({found['runtime']})"

@@ -1,0 +1,87 @@
+"""The schema of report.json.
+
+Units stand in the names, or beside the value. A *metric* of a policy is a dotted path into this JSON that ends at a
+number or an estimate. A number that was measured as NaN or infinite is kept as null, so that every gate on it fails; a
+number that is missing is null too. Unknown fields are refused everywhere but in the bags of facts (a load's parameters,
+a runtime's description, the result of a parity check), whose content belongs to whoever writes it.
+"""
+
+from numprune.serving.report.models.fields import Estimate
+from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
+from numprune.serving.report.models.quality import (
+    CAUSAL,
+    MAXIMUM_DOCUMENTS,
+    MAXIMUM_WORST,
+    UNITS,
+    DocumentDelta,
+    DocumentDeltas,
+    LossDelta,
+    Quality,
+    QualitySide,
+    Sides,
+    Task,
+)
+from numprune.serving.report.models.report import SCHEMA, Report
+from numprune.serving.report.models.run import (
+    Dtypes,
+    Environment,
+    Gpu,
+    Identity,
+    Pruning,
+    RatioRemoved,
+    SizePair,
+    Sizes,
+)
+from numprune.serving.report.models.schema1 import SCHEMA_1, path_of, upgraded
+from numprune.serving.report.models.speed import (
+    MemorySide,
+    NoiseFloor,
+    Percentiles,
+    Ratio,
+    RuntimeMemory,
+    RuntimeSpeed,
+    SpeedSide,
+)
+from numprune.serving.report.models.verdict import GateResult, Outcome, Verdict, overall
+
+__all__ = [
+    "CAUSAL",
+    "MAXIMUM_DOCUMENTS",
+    "MAXIMUM_PROMPTS",
+    "MAXIMUM_WORST",
+    "SCHEMA",
+    "SCHEMA_1",
+    "UNITS",
+    "DocumentDelta",
+    "DocumentDeltas",
+    "Dtypes",
+    "Environment",
+    "Estimate",
+    "GateResult",
+    "Generation",
+    "Gpu",
+    "Identity",
+    "LossDelta",
+    "MemorySide",
+    "NoiseFloor",
+    "Outcome",
+    "Output",
+    "Percentiles",
+    "Pruning",
+    "Quality",
+    "QualitySide",
+    "Ratio",
+    "RatioRemoved",
+    "Report",
+    "RuntimeMemory",
+    "RuntimeSpeed",
+    "Sides",
+    "SizePair",
+    "Sizes",
+    "SpeedSide",
+    "Task",
+    "Verdict",
+    "overall",
+    "path_of",
+    "upgraded",
+]

@@ -1,0 +1,112 @@
+"""Quality on held-out text, by task."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from numprune.serving.report.models.fields import Count, Estimate, Finite, Metric, Model, Number
+from numprune.serving.report.models.generation import Generation
+
+MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
+MAXIMUM_WORST: Final = 10
+
+Task = Literal["causal-lm", "masked-lm", "classification", "embedding"]
+Unit = Literal["nats/token", "nats/masked token", "nats/text", "1 - cosine"]
+
+# What the loss of a task is measured in.
+UNITS: Mapping[Task, Unit] = MappingProxyType(
+    {
+        "causal-lm": "nats/token",
+        "masked-lm": "nats/masked token",
+        "classification": "nats/text",
+        "embedding": "1 - cosine",
+    }
+)
+
+# Fields of Quality that only causal-lm has.
+CAUSAL: Final = ("baseline", "candidate", "perplexity_ratio", "kl_nats_per_token", "top1_agreement", "generation")
+
+
+class LossDelta(Estimate):
+    """What the candidate loses: its loss minus the baseline's, or its distance from the baseline."""
+
+    unit: Unit
+
+
+class QualitySide(Model):
+    nll_nats_per_token: Number
+    perplexity: Number
+
+
+class DocumentDelta(Model):
+    name: str
+    tokens: Count
+    loss_delta: Finite
+
+
+class DocumentDeltas(Model):
+    """Documents apart: how the mean difference comes about.
+
+    `values` ascend. They are every document's difference or, of more than MAXIMUM_DOCUMENTS, so many of their quantiles
+    at equal steps, from the least to the largest. `worst` are those that lost most, the worst first.
+    """
+
+    values: tuple[Finite, ...] = Field(min_length=1, max_length=MAXIMUM_DOCUMENTS)
+    worst: tuple[DocumentDelta, ...] = Field(default=(), max_length=MAXIMUM_WORST)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        descending = [worst.loss_delta for worst in self.worst]
+        if list(self.values) != sorted(self.values) or descending != sorted(descending, reverse=True):
+            raise ValueError("the differences of documents ascend, and the worst come first")
+        return self
+
+
+class Sides(Model):
+    """A metric that each model has by itself."""
+
+    baseline: Number
+    candidate: Number
+
+
+class Quality(Model):
+    """On held-out text; differences are candidate - baseline, paired by what the loss is counted in.
+
+    `tokens`: scored ones (causal-lm, masked-lm), or all that the texts have. `packed`: documents were joined by EOS and
+    scored as one text; without it, each was scored by itself. `metrics`: those of tasks other than causal-lm, which has
+    fields of its own for them.
+    """
+
+    task: Task
+    tokens: Count
+    documents: Count
+    packed: bool = Field(default=False, strict=True)
+    loss_delta: LossDelta
+    document_deltas: DocumentDeltas | None = None
+    baseline: QualitySide | None = None
+    candidate: QualitySide | None = None
+    perplexity_ratio: Estimate | None = None
+    kl_nats_per_token: Number = None
+    top1_agreement: Number = None
+    generation: Generation | None = None
+    metrics: dict[Metric, Sides | Number] = Field(default={})
+
+    @model_validator(mode="after")
+    def _of_the_task(self) -> Self:
+        if self.loss_delta.unit != UNITS[self.task]:
+            raise ValueError(f"the loss of {self.task} is in {UNITS[self.task]}, not in {self.loss_delta.unit}")
+        present = {name for name in CAUSAL if getattr(self, name) is not None}
+        if self.task != "causal-lm" and present:
+            raise ValueError(f"{', '.join(sorted(present))}: only causal-lm has these, and the task is {self.task}")
+        if self.task == "causal-lm" and (self.metrics or not {"baseline", "candidate", "perplexity_ratio"} <= present):
+            raise ValueError("causal-lm has baseline, candidate and perplexity_ratio, and no metrics beside its fields")
+        return self
+
+    @model_validator(mode="after")
+    def _all_documents(self) -> Self:
+        expected = min(self.documents, MAXIMUM_DOCUMENTS)  # none at all is for the gates to refuse
+        if expected and self.document_deltas is not None and len(self.document_deltas.values) != expected:
+            raise ValueError(f"document_deltas.values has {expected} values for {self.documents} documents")
+        return self

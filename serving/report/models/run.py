@@ -1,0 +1,116 @@
+"""What was pruned, on which machine, and what became of it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from numprune.serving.report.models.fields import Count, Model, Number, Runtime, Sha256, number
+
+
+class Identity(Model):
+    """SHA-256 digests of what went in and what came out; None for what this run did not have."""
+
+    base: Sha256
+    candidate: Sha256
+    recipe: Sha256 | None = None
+    calibration_rows: Sha256 | None = None
+    heldout_rows: Sha256 | None = None
+    plan: Sha256 | None = None
+    exports: dict[Runtime, Sha256] = Field(default={})
+    packages: dict[str, str] = Field(default={})
+
+
+class Gpu(Model):
+    """One GPU as nvidia-smi shows it; None where it shows nothing."""
+
+    name: str
+    uuid: str
+    driver: str
+    memory_bytes: Number = None
+    sm_clock_mhz: Number = None
+    max_sm_clock_mhz: Number = None
+    power_limit_watts: Number = None
+    temperature_celsius: Number = None
+    throttle: tuple[str, ...] = ()  # why its clocks are lowered at this moment
+    processes: tuple[int, ...] = ()  # other processes that compute on it
+
+
+class Environment(Model):
+    """The machine. `valid` is false when a reason says why its measurements mean nothing."""
+
+    cpu: str
+    cores: Count
+    memory_bytes: Count
+    platform: str
+    gpu: Gpu | None = None
+    load_average: tuple[Number, Number, Number] | None = None  # over 1, 5 and 15 minutes
+    valid: bool = Field(strict=True)
+    reasons: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _explained(self) -> Self:
+        if self.valid == bool(self.reasons):
+            raise ValueError("an environment is valid exactly when there is no reason against it")
+        return self
+
+
+class RatioRemoved(Model):
+    """Shares removed, in [0, 1]."""
+
+    prunable: Number = None
+    parameters: Number = None
+    kv_bytes: Number = None
+
+
+class Pruning(Model):
+    criterion: str
+    allocation: str
+    compensation: str
+    ratio_asked: Number
+    ratio_removed: RatioRemoved
+    kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
+
+
+class SizePair(Model):
+    """`ratio` is candidate / baseline; left out, it is computed; given, it must be that."""
+
+    baseline: Number
+    candidate: Number
+    ratio: Number = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_ratio(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("ratio") is not None:
+            return data
+        return {**data, "ratio": _quotient(number(data.get("candidate")), number(data.get("baseline")))}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        expected = _quotient(self.candidate, self.baseline)
+        if self.ratio is not None and (expected is None or not math.isclose(self.ratio, expected, rel_tol=1e-6)):
+            raise ValueError(f"ratio {self.ratio} is not candidate / baseline")
+        return self
+
+
+def _quotient(numerator: int | float | None, denominator: int | float | None) -> float | None:
+    return None if numerator is None or not denominator else numerator / denominator
+
+
+class Dtypes(Model):
+    """Names of data types, as torch has them: "float32", "bfloat16"."""
+
+    baseline: str
+    candidate: str
+
+
+class Sizes(Model):
+    """`dtype`: of the stored weights."""
+
+    dtype: Dtypes | None = None
+    parameters: SizePair | None = None
+    weight_bytes: SizePair | None = None
+    kv_bytes_per_token: SizePair | None = None
+    flops_per_token: SizePair | None = None
