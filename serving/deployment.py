@@ -116,14 +116,7 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
         running.require_alive(server.SETTLE_S)
         raise
     running.require_alive()
-    logger.info(
-        "%s: canary passed in %s: worst difference of a log-probability %.2g nats (limit %g), %.0f %% of greedy tokens",
-        deployment.reference,
-        dtype,
-        found["worst"]["error"],
-        found["tolerance"],
-        100 * found["greedy_match"],
-    )
+    logger.info("%s: canary passed in %s: %s", deployment.reference, dtype, canary.told(found))
     return found
 
 

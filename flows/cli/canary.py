@@ -57,10 +57,7 @@ def canary(args: argparse.Namespace) -> Answer:
         args.marker.unlink(missing_ok=True)  # of an earlier server
     _wait(args.url, key, args.startup_timeout)
     found = canaries.check(args.url, reference, args.dtype, key)
-    text = (
-        f"{args.url}: passed in {found['dtype']}, worst difference of a log-probability {found['worst']['error']:.2g} "
-        f"nats (limit {found['tolerance']:g}), {found['greedy_match']:.0%} of greedy tokens"
-    )
+    text = f"{args.url}: passed in {found['dtype']}, {canaries.told(found)}"
     if args.marker:
         logger.info("%s", text)
         args.marker.touch()

@@ -71,20 +71,35 @@ def start(
     return made, found
 
 
-def _load(running: Server, reference: canary.Reference) -> None:
+def _request(reference: canary.Reference | canary.PooledReference, number: int) -> tuple[str, dict[str, Any]]:
+    """Where a request of the reference goes, and what it asks."""
+    if isinstance(reference, canary.PooledReference):
+        tokens = reference.inputs[number % len(reference.inputs)].tokens
+        return canary.PATHS[reference.task][0], {"input": [tokens]}
+    prompt = reference.prompts[number % len(reference.prompts)].tokens
+    return "/v1/completions", {"prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
+
+
+def _is_whole(answer: dict[str, Any], reference: canary.Reference | canary.PooledReference) -> bool:
+    if isinstance(reference, canary.PooledReference):
+        return len(answer["data"]) == 1
+    return bool(answer["usage"]["completion_tokens"] == _LOAD_TOKENS)
+
+
+def _load(running: Server, reference: canary.Reference | canary.PooledReference) -> None:
     """A few requests at once. Raises ServerError when any of them fails."""
 
     def complete(number: int) -> None:
-        prompt = reference.prompts[number % len(reference.prompts)].tokens
-        body = {"model": running.name, "prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
+        path, body = _request(reference, number)
+        body["model"] = running.name
         try:
-            answer = loopback.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=300.0)
+            answer = loopback.post(f"{running.url}{path}", json=body, headers=running.headers, timeout=300.0)
         except httpx.TransportError as error:
             running.require_alive(server.SETTLE_S)
             raise ServerError(
                 f"{running.name}: a request under load failed ({error or type(error).__name__})"
             ) from None
-        if not answer.is_success or answer.json()["usage"]["completion_tokens"] != _LOAD_TOKENS:
+        if not answer.is_success or not _is_whole(answer.json(), reference):
             raise ServerError(f"{running.name}: a request under load failed: {answer.status_code} {answer.text[:200]}")
 
     with ThreadPoolExecutor(_LOAD_CONCURRENCY) as pool:

@@ -1,0 +1,57 @@
+"""Requests to a server that is compared."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from numprune.errors import ParityError
+from numprune.serving.canary.reference import Encoded
+from numprune.serving.vllm import api_key as keys
+from numprune.serving.vllm.server import ServerError
+
+TIMEOUT_S = 300.0
+
+
+def ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
+    """The JSON that the server answers. Raises ServerError."""
+    try:
+        answer = client.request(method, path, json=body)
+        if answer.is_success:
+            return answer.json()
+    except httpx.TransportError as error:
+        raise ServerError(f"{client.base_url}: {path} was not answered ({error or type(error).__name__})") from None
+    except ValueError:
+        raise ServerError(f"{client.base_url}: {path} was answered with something that is not JSON") from None
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise ServerError(f"{client.base_url}: {keys.refused(client.headers.get('Authorization'))}")
+    raise ServerError(f"{client.base_url}: {path} was answered with {answer.status_code}: {short(answer.text)}")
+
+
+def check_tokenizer(client: httpx.Client, model: str, texts: Sequence[Encoded]) -> None:
+    """Raises ParityError, naming the text that the server's tokenizer reads differently."""
+    for text in texts:
+        body = {"model": model, "prompt": text.text, "add_special_tokens": False}
+        tokens = ask(client, "POST", "/tokenize", body).get("tokens")
+        if tokens != text.tokens:
+            raise ParityError(
+                f"{client.base_url}: the server's tokenizer reads {text.text[:40]!r} as {short(tokens)}, that of the "
+                f"release as {short(text.tokens)}; it is another model's"
+            )
+
+
+def as_number(value: Any) -> float:
+    """NaN for what is no number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def distance(server: float, reference: float) -> float:
+    """Infinite, should either be no number: every comparison with NaN is false, and a maximum may pass it over."""
+    difference = abs(server - reference)
+    return difference if math.isfinite(difference) else math.inf
+
+
+def short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,86 @@
+"""An encoder's server compared with its reference: embeddings or class probabilities, number by number."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from numprune.errors import ParityError
+from numprune.serving import loopback
+from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance
+from numprune.serving.canary.reference import PooledReference
+from numprune.serving.vllm import api_key as keys
+from numprune.serving.vllm.server import ServerError
+
+# By task: where the server is asked, and what an answer calls its numbers.
+PATHS = {"embedding": ("/v1/embeddings", "embedding"), "classification": ("/classify", "probs")}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One number, here and there."""
+
+    text: int
+    entry: int
+    server: float
+    reference: float
+
+    @property
+    def error(self) -> float:
+        return distance(self.server, self.reference)
+
+    def __str__(self) -> str:
+        return (
+            f"text {self.text}, entry {self.entry}: the server gives {self.server:.6g}, the reference "
+            f"{self.reference:.6g}"
+        )
+
+
+def check(url: str, reference: PooledReference, dtype: str, api_key: str | None = None) -> dict[str, Any]:
+    """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
+
+    All texts are asked for in one request, so that they run in one batch. Embeddings are compared at length 1.
+
+    Returns:
+        dtype, tolerance (of the worst), texts and positions (numbers) compared, the worst difference and where it is
+        (text, entry, both values), the mean.
+
+    Raises:
+        ParityError: names the worst number, or the text that the server's tokenizer reads otherwise.
+        ServerError: the server does not answer, or with an error.
+    """
+    tolerance = reference.tolerance(dtype)
+    with loopback.client(url, timeout=TIMEOUT_S, headers=keys.headers(api_key)) as client:
+        model = ask(client, "GET", "/v1/models")["data"][0]["id"]
+        check_tokenizer(client, model, reference.texts)
+        path, name = PATHS[reference.task]
+        inputs = [text.tokens for text in reference.inputs]
+        answers = ask(client, "POST", path, {"model": model, "input": inputs}).get("data")
+    if not isinstance(answers, list) or len(answers) != len(inputs):
+        raise ServerError(f"{url}: asked with {len(inputs)} texts at {path}, answered otherwise")
+    found = []
+    for number, (text, answer) in enumerate(zip(reference.inputs, answers, strict=True)):
+        values = [as_number(value) for value in answer.get(name) or []]
+        if len(values) != len(text.values):
+            raise ParityError(
+                f"{url}: text {number}: the server gives {len(values)} numbers, the reference {len(text.values)}; it "
+                "serves another model"
+            )
+        if reference.task == "embedding":
+            norm = math.hypot(*values) or math.nan
+            values = [value / norm for value in values]
+        found += [_Place(number, entry, *pair) for entry, pair in enumerate(zip(values, text.values, strict=True))]
+    worst = max(found, key=lambda place: place.error)
+    mean = sum(place.error for place in found) / len(found)
+    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
+        raise ParityError(
+            f"{url}: {worst}: differs by {worst.error:.3g}, by {mean:.3g} on average; in {dtype} allowed are "
+            f"{tolerance.worst:.3g} and {tolerance.mean:.3g}"
+        )
+    return {
+        "dtype": dtype,
+        "tolerance": tolerance.worst,
+        "texts": len(inputs),
+        "positions": len(found),
+        "worst": {**vars(worst), "error": worst.error},
+        "mean_error": mean,
+    }

@@ -1,0 +1,161 @@
+"""What a server of a release must answer, as it stands in the release."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from numprune.errors import IntegrityError
+from numprune.serving.problems import problems
+
+REFERENCE = "canary.json"  # in a release
+MINIMUM_STEPS = 32  # greedy tokens
+MAXIMUM_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed differences: of any single number, and of all on average."""
+
+    worst: float
+    mean: float
+
+
+# The least tolerances of log-probabilities, in nats. Measured with the embedded model on vLLM 0.32 for CPUs (worst,
+# mean): float32 1e-5, 2e-6; bfloat16 0.14, 0.015; float16 0.01, 0.002. Weights of another release change the mean by
+# whole nats.
+TOLERANCES = {
+    "float32": Tolerance(1e-3, 1e-3),
+    "bfloat16": Tolerance(0.5, 0.05),
+    "float16": Tolerance(0.1, 0.01),
+}
+# Those of the entries of embeddings of length 1, and of class probabilities.
+POOLED_TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-4),
+    "bfloat16": Tolerance(0.05, 0.01),
+    "float16": Tolerance(0.01, 0.002),
+}
+# Checkpoints with large hidden values round by far more: SmolLM2-135M with half of it removed by 6.7, 0.18 in bfloat16,
+# in transformers itself. The tolerance is at least this multiple of that error, which the reference holds.
+_ROUNDING_FACTOR = 4
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+LogProbability = Annotated[float, Field(le=1e-6, allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Prompt(_Model):
+    """One prompt and what must come of it.
+
+    `logprobs[i]` is of `tokens[i + 1]`, given all before it; `greedy_logprobs[i]` of `greedy[i]`; `margins[i]` is how
+    far the second best token was behind, in nats.
+    """
+
+    tokens: list[Token] = Field(min_length=1)
+    logprobs: list[LogProbability]
+    greedy: list[Token] = Field(min_length=MINIMUM_STEPS)
+    greedy_logprobs: list[LogProbability]
+    margins: list[Annotated[Finite, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "Prompt":
+        if len(self.logprobs) != len(self.tokens) - 1:
+            raise ValueError("logprobs must have a value for every token but the first")
+        if not len(self.greedy) == len(self.greedy_logprobs) == len(self.margins):
+            raise ValueError("greedy, greedy_logprobs and margins must be of the same length")
+        return self
+
+
+class Encoded(_Model):
+    """A text and the tokens that the model's tokenizer makes of it, without special ones."""
+
+    text: str
+    tokens: list[Token]
+
+
+class Rounding(_Model):
+    """Errors of what is compared: the largest and the mean."""
+
+    worst: Annotated[Finite, Field(ge=0)]
+    mean: Annotated[Finite, Field(ge=0)]
+
+
+class _Reference(_Model):
+    """`rounding` holds transformers' own error in each precision, without those in which the model overflows."""
+
+    least: ClassVar[Mapping[str, Tolerance]]
+
+    texts: list[Encoded] = Field(min_length=1)
+    rounding: dict[str, Rounding] = Field(default={})
+
+    def tolerance(self, dtype: str) -> Tolerance:
+        """For a server that computes in `dtype`, one of `TOLERANCES`."""
+        least, rounding = self.least[dtype], self.rounding.get(dtype)
+        if rounding is None:
+            return least
+        return Tolerance(
+            max(least.worst, _ROUNDING_FACTOR * rounding.worst), max(least.mean, _ROUNDING_FACTOR * rounding.mean)
+        )
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
+
+
+class Reference(_Reference):
+    """What a server of a causal language model must answer. Older releases have no `rounding`."""
+
+    least = TOLERANCES
+
+    schema_: Literal["numprune/canary/1"] = Field(default="numprune/canary/1", alias="schema")
+    prompts: list[Prompt] = Field(min_length=1)
+
+    @property
+    def length(self) -> int:
+        """Of the longest sequence, prompt and continuation: a server's context must hold one token more."""
+        return max(len(prompt.tokens) + len(prompt.greedy) for prompt in self.prompts)
+
+
+class PooledText(_Model):
+    """The tokens of a text, special ones included, and what must come of them (see PooledReference)."""
+
+    tokens: list[Token] = Field(min_length=1)
+    values: list[Finite] = Field(min_length=1)
+
+
+class PooledReference(_Reference):
+    """What a server of an encoder must answer: embeddings, brought to length 1, or the probabilities of classes."""
+
+    least = POOLED_TOLERANCES
+
+    schema_: Literal["numprune/canary-pooled/1"] = Field(default="numprune/canary-pooled/1", alias="schema")
+    task: Literal["embedding", "classification"]
+    inputs: list[PooledText] = Field(min_length=1)
+
+    @property
+    def length(self) -> int:
+        """Of the longest text."""
+        return max(len(text.tokens) for text in self.inputs)
+
+
+AnyReference = Annotated[Reference | PooledReference, Field(discriminator="schema_")]
+_ANY: TypeAdapter[Reference | PooledReference] = TypeAdapter(AnyReference)
+
+
+def read(path: Path) -> Reference | PooledReference:
+    """The reference of a release. Raises IntegrityError."""
+    if not path.is_file():
+        raise IntegrityError(
+            f"{path}: missing; the release was made before releases carried a reference for servers: make it again"
+        )
+    if path.stat().st_size > MAXIMUM_BYTES:
+        raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes")
+    try:
+        return _ANY.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise IntegrityError(f"{path}: {problems(error)}") from None
