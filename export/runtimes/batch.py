@@ -5,10 +5,25 @@ from torch import Tensor
 
 
 def prompt_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """The attention mask (B, S) int64 of a prompt; all ones when none is given.
+    """The attention mask (B, S) int64 of a prompt, padded on the left; all ones when none is given.
 
     Raises ValueError: these are mistakes of the caller, and a wrong mask gives wrong logits without a word.
     """
+    mask = _mask(tokens, mask, vocabulary)
+    if (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+        raise ValueError("mask must be zeros (padding) on the left and ones on the right, at least one in each row")
+    return mask
+
+
+def encoder_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
+    """The attention mask (B, S) int64 of texts for an encoder, padded on the right; otherwise as `prompt_mask`."""
+    mask = _mask(tokens, mask, vocabulary)
+    if (mask.diff(dim=1) > 0).any() or not mask[:, 0].all():
+        raise ValueError("mask must be ones on the left and zeros (padding) on the right, at least one in each row")
+    return mask
+
+
+def _mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or 0 in tokens.shape:
         raise ValueError(f"tokens must be a non-empty (B, S) int64 tensor, not {tokens.dtype} {list(tokens.shape)}")
     _check_range(tokens, vocabulary)
@@ -17,8 +32,8 @@ def prompt_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
     if mask.shape != tokens.shape:
         raise ValueError(f"mask has shape {list(mask.shape)}, tokens {list(tokens.shape)}")
     mask = mask.to(torch.int64)
-    if not ((mask == 0) | (mask == 1)).all() or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
-        raise ValueError("mask must be zeros (padding) on the left and ones on the right, at least one in each row")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must hold zeros and ones")
     return mask
 
 

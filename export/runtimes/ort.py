@@ -1,10 +1,12 @@
-"""ONNX Runtime: runs a folder of `export.onnx` on the CPU or through its CUDA provider.
+"""ONNX Runtime: runs a decoder's folder of `export.onnx` on the CPU or through its CUDA provider.
 
 The KV cache stays where the runtime allocated it: each call's `present` values are bound as the next one's `past`, and
 nothing but tokens, mask and logits crosses between Python and the runtime.
 """
 
 import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +26,55 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Attention", "Softmax", "RMSNormalization", "SimplifiedLayerNormalization"}
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A session over an exported graph. `device`: "cpu" or "cuda"; `threads`: None for the runtime's own default."""
+
+    session: ort.InferenceSession
+    device: str
+    threads: int | None
+    facts: Mapping[str, Any]
+    weight_bytes: int
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "dtype": "float32",
+            "device": self.device,
+            "provider": self.session.get_providers()[0],
+            "threads": self.threads or "default",
+            "flavour": self.facts["flavour"],
+            "opset": self.facts["opset"],
+            "weight_bytes": self.weight_bytes,
+            "versions": {"onnxruntime": ort.__version__},
+        }
+
+
+def open_export(folder: Path, device: str, threads: int | None) -> Opened:
+    """The graph of a folder of `export.onnx`. Raises as `open_runtime` does."""
+    found = manifest.read(folder)
+    if found.kind != "onnx":
+        raise InputError(f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`")
+    provider = _choose_provider(device)
+    threads = threads or processors.quota()
+    session = _open(folder / MODEL_FILE, provider, threads)
+    if provider == CUDA:
+        _require_cuda(session)
+    weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(MODEL_FILE))
+    return Opened(session, "cuda" if provider == CUDA else "cpu", threads, dict(found.facts), weight_bytes)
+
+
 class OnnxRuntime:
     """An ONNX Runtime session over the exported graph."""
 
     name = "onnxruntime"
 
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        found = manifest.read(folder)
-        if found.kind != "onnx":
-            raise InputError(f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`")
-        self._facts = dict(found.facts)
-        provider = _choose_provider(device)
-        self._device = "cuda" if provider == CUDA else "cpu"
-        threads = threads or processors.quota()
-        self._threads = threads
-        self._session = _open(folder / MODEL_FILE, provider, threads)
-        if provider == CUDA:
-            _require_cuda(self._session)
+        self._opened = open_export(folder, device, threads)
+        self._device, self._session = self._opened.device, self._opened.session
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.vocabulary: int = self._session.get_outputs()[0].shape[-1]
-        self._weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(MODEL_FILE))
         self._mask: Tensor | None = None
         self._cache: dict[str, ort.OrtValue] = {}
 
@@ -65,15 +94,8 @@ class OnnxRuntime:
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
-            "dtype": "float32",
-            "device": self._device,
-            "provider": self._session.get_providers()[0],
-            "threads": self._threads or "default",
-            "flavour": self._facts["flavour"],
-            "opset": self._facts["opset"],
-            "weight_bytes": self._weight_bytes,
+            **self._opened.describe(),
             "kv_bytes_per_token": sum(4 * heads * size for _, heads, _, size in self._past.values()),
-            "versions": {"onnxruntime": ort.__version__},
         }
 
     def _run(self, tokens: Tensor, kept: Tensor) -> Tensor:

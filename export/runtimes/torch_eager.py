@@ -14,19 +14,24 @@ from numprune.export import checkpoint
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 
+def device_for(device: str, threads: int | None) -> torch.device:
+    """The device asked for, with so many threads of the whole process. Raises MissingRuntime."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingRuntime(
+            "device=cuda: this torch sees no CUDA device; install a CUDA build of torch, or use device=cpu"
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 class TorchRuntime:
     """A checkpoint in float32 with transformers' own cache."""
 
     name = "torch"
 
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise MissingRuntime(
-                "device=cuda: this torch sees no CUDA device; install a CUDA build of torch, or use device=cpu"
-            )
-        if threads is not None:
-            torch.set_num_threads(threads)  # of the whole process
-        self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self._device = device_for(device, threads)
         self.model = checkpoint.load(folder)[0].to(self._device)
         self.vocabulary: int = self.model.config.vocab_size
         self.context: int = self.model.config.max_position_embeddings

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ class Load:
 
     Raises InputError naming every field that is out of range.
     """
+
+    prepares: ClassVar[str] = "prepare"  # the worker's operation that takes it in
 
     prompts: int = 4  # different prompts in one repeat
     prompt_length: int = 128  # tokens
@@ -45,6 +47,19 @@ class Load:
     def positions(self) -> int:
         """Positions a sequence takes in the KV cache: the last token is only given out, never fed back."""
         return self.prompt_length + self.output_length - 1
+
+    @property
+    def asked(self) -> str:
+        """What it is that needs them."""
+        return f"load.prompt_length = {self.prompt_length} and load.output_length = {self.output_length}"
+
+    def work(self, vocabulary: int) -> dict[str, Any]:
+        """What a worker is given."""
+        return {
+            "token_ids": self.token_ids(vocabulary),
+            "batch_size": self.batch_size,
+            "output_length": self.output_length,
+        }
 
     def token_ids(self, vocabulary: int) -> list[list[int]]:
         """(prompts, prompt_length) ids, drawn evenly from the whole vocabulary.

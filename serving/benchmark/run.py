@@ -1,20 +1,24 @@
 """Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numprune.errors import InputError
 from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
 from numprune.serving.benchmark.load import Load, interleaving
+from numprune.serving.benchmark.passes import Passes, passes_section
 from numprune.serving.benchmark.samples import Repeat
 from numprune.serving.benchmark.scheduler import ThreadTimes, standing_still
-from numprune.serving.benchmark.sections import Look, memory_section, speed_section
+from numprune.serving.benchmark.sections import Look, Section, memory_section, speed_section
+from numprune.serving.benchmark.shapes import EncoderLoad
 from numprune.serving.report import capture, combine
+
+R = TypeVar("R", Repeat, Passes)
 
 _SIDES = {"A": "baseline", "B": "candidate"}
 
@@ -23,7 +27,7 @@ def run_benchmark(
     candidate: Path,
     baseline: Path,
     runtime: str,
-    load: Load | None = None,
+    load: Load | EncoderLoad | None = None,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -42,7 +46,7 @@ def run_benchmark(
         candidate: a folder that `runtime` opens.
         baseline: another one; it may be the same, for a look at the noise.
         runtime: as for `numprune.export.runtimes.open_runtime`, like `device` and `threads`.
-        load: what to do; `Load()` without it.
+        load: what to do, for decoders or for encoders; `Load()` without it.
         timeout_s: a single answer of a worker (loading the model, one repeat) may take so long.
 
     Raises:
@@ -63,34 +67,51 @@ def run_benchmark(
             name: stack.enter_context(start_worker(f"{name} {folder}", timeout_s)) for name, folder in folders.items()
         }
         opened = {
-            name: worker.ask("load", folder=str(folders[name]), runtime=runtime, device=device, threads=threads)
+            name: worker.ask(
+                "load",
+                folder=str(folders[name]),
+                runtime=runtime,
+                device=device,
+                threads=threads,
+                encoder=isinstance(load, EncoderLoad),
+            )
             for name, worker in workers.items()
         }
         check_match(opened["baseline"], opened["candidate"])
         for worker in workers.values():
-            worker.ask(
-                "prepare",
-                token_ids=load.token_ids(opened["baseline"]["vocabulary"]),
-                batch_size=load.batch_size,
-                output_length=load.output_length,
-            )
+            worker.ask(load.prepares, **load.work(opened["baseline"]["vocabulary"]))
         return _measure(load, runtime, workers, opened)
 
 
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's."""
     last = looks[-1]
-    sides = _SIDES.values()
-
-    def read(look: Mapping[str, Any]) -> Look[Repeat]:
-        return Look(*([Repeat.from_json(repeat) for repeat in look["samples"][side]["repeats"]] for side in sides))
-
-    repeats = [read(look) for look in looks]
-    speed = speed_section(Load(**last["speed"]["load"]), repeats, last["speed"]["runtime"])
+    load = _described(last["speed"]["load"])
+    read, section = _kind(load)
+    repeats = [
+        Look(*([read(repeat) for repeat in look["samples"][side]["repeats"]] for side in _SIDES.values()))
+        for look in looks
+    ]
+    speed = section(load, repeats, last["speed"]["runtime"])
     return {**last, "speed": {**speed, "dtype": last["speed"]["dtype"]}}
 
 
-def _check_context(folder: Path, load: Load) -> None:
+def _kind(load: Load | EncoderLoad) -> tuple[Callable[[Mapping[str, Any]], Any], Callable[..., Section]]:
+    """How repeats of the load are read, and what makes a section of them."""
+    if isinstance(load, EncoderLoad):
+        return Passes.from_json, passes_section
+    return Repeat.from_json, speed_section
+
+
+def _described(facts: Mapping[str, Any]) -> Load | EncoderLoad:
+    """What `describe` gave, as a load again."""
+    if "batch_sizes" not in facts:
+        return Load(**facts)
+    lists = {name: tuple(facts[name]) for name in ("batch_sizes", "lengths")}
+    return EncoderLoad(**{**facts, **lists})
+
+
+def _check_context(folder: Path, load: Load | EncoderLoad) -> None:
     """Raises InputError when the load needs more positions than config.json allows."""
     config = folder / "config.json"
     if not config.is_file():
@@ -101,8 +122,7 @@ def _check_context(folder: Path, load: Load) -> None:
         return  # as above
     if isinstance(context, int) and load.positions > context:
         raise InputError(
-            f"load.prompt_length = {load.prompt_length} and load.output_length = {load.output_length} need "
-            f"{load.positions} positions, but {config} has max_position_embeddings = {context}"
+            f"{load.asked} need {load.positions} positions, but {config} has max_position_embeddings = {context}"
         )
 
 
@@ -122,13 +142,14 @@ def check_match(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> No
 
 
 def _measure(
-    load: Load, runtime: str, workers: Mapping[str, Worker], opened: Mapping[str, Mapping[str, Any]]
+    load: Load | EncoderLoad, runtime: str, workers: Mapping[str, Worker], opened: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
+    read, section = _kind(load)
     machine = {"uses_gpu": opened["baseline"]["gpu"], "own_processes": [worker.pid for worker in workers.values()]}
     with Progress(2 * (load.warmup + load.repeats), f"benchmark ({runtime})", "run", leave=True) as bar:
-        warmup = _interleaved(load.warmup, workers, bar)
+        warmup = _interleaved(load.warmup, workers, bar, read)
         before, stolen = capture(**machine), StolenTime()
-        repeats = _interleaved(load.repeats, workers, bar)
+        repeats = _interleaved(load.repeats, workers, bar, read)
         stolen_share, after = stolen.share(), capture(**machine)
     finished = {name: worker.ask("finish") for name, worker in workers.items()}
 
@@ -142,7 +163,7 @@ def _measure(
     descriptions = {name: answer["description"] for name, answer in opened.items()}
     return {
         "speed": {
-            **speed_section(load, [Look(**repeats)], descriptions),
+            **section(load, [Look(**repeats)], descriptions),
             "dtype": {name: description["dtype"] for name, description in descriptions.items()},
         },
         "memory": memory_section(**{name: {**opened[name], **finished[name]} for name in workers}),
@@ -161,12 +182,14 @@ def _measure(
     }
 
 
-def _interleaved(count: int, workers: Mapping[str, Worker], bar: Progress) -> dict[str, list[Repeat]]:
+def _interleaved(
+    count: int, workers: Mapping[str, Worker], bar: Progress, read: Callable[[Mapping[str, Any]], R]
+) -> dict[str, list[R]]:
     """`count` repeats of each side, in turn; the other stands still meanwhile."""
-    repeats: dict[str, list[Repeat]] = {name: [] for name in workers}
+    repeats: dict[str, list[R]] = {name: [] for name in workers}
     for letter in interleaving(count):
         name = _SIDES[letter]
         with standing_still(worker.pid for other, worker in workers.items() if other != name):
-            repeats[name].append(Repeat.from_json(workers[name].ask("repeat")))
+            repeats[name].append(read(workers[name].ask("repeat")))
         bar.update()
     return repeats

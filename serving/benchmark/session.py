@@ -1,18 +1,22 @@
 """What a worker does between requests: it loads one model, and runs the load over it again and again."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import numprune.export.checkpoint  # noqa: F401 - slow: now, while the other worker starts too, not within `load`
 from numprune.export.runtimes import Runtime, open_runtime
+from numprune.export.runtimes.encoder import Encoder, open_encoder
+from numprune.serving.benchmark.encoding import encode
 from numprune.serving.benchmark.generation import generate
 from numprune.serving.benchmark.memory import Peak, PeakCounted, PeakMissing, PeakResident, resident_bytes
+from numprune.serving.benchmark.passes import Pass
+from numprune.serving.benchmark.samples import Generation
 from numprune.serving.benchmark.scheduler import thread_times
 
 Answer = dict[str, Any]  # plain JSON
@@ -22,23 +26,29 @@ class Session:
     """One side of a benchmark: `load`, `prepare`, `repeat` as often as one likes, `finish`, in this order."""
 
     def __init__(self) -> None:
-        self._runtime: Runtime
+        self._runtime: Runtime | Encoder
         self._peak: Peak | None  # None: on a GPU that torch, through which its memory is read, does not see
-        self._prompts: tuple[torch.Tensor, ...]  # batches, each (B, S)
-        self._output_length: int
+        self._work: Callable[[], Sequence[Generation | Pass]]
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Answer]]:
         """What can be asked for, by name."""
-        return {"load": self.load, "prepare": self.prepare, "repeat": self.repeat, "finish": self.finish}
+        return {
+            "load": self.load,
+            "prepare": self.prepare,
+            "prepare_passes": self.prepare_passes,
+            "repeat": self.repeat,
+            "finish": self.finish,
+        }
 
-    def load(self, folder: str, runtime: str, device: str, threads: int | None) -> Answer:
-        """Load the model. Raises what `open_runtime` does."""
+    def load(self, folder: str, runtime: str, device: str, threads: int | None, encoder: bool = False) -> Answer:
+        """Load the model, a decoder or an encoder. Raises what `open_runtime` does."""
+        opening = open_encoder if encoder else open_runtime
         before = resident_bytes()
         resident = PeakResident()
         on_gpu = _watch_gpu(runtime) if device != "cpu" and torch.cuda.is_available() else None
         started = perf_counter()
-        self._runtime = open_runtime(runtime, Path(folder), device=device, threads=threads)
+        self._runtime = opening(runtime, Path(folder), device=device, threads=threads)
         seconds = perf_counter() - started
 
         description = self._runtime.describe()
@@ -49,7 +59,7 @@ class Session:
             "description": description,
             "gpu": gpu,
             "weight_bytes": description["weight_bytes"],
-            "kv_bytes_per_token": description["kv_bytes_per_token"],
+            "kv_bytes_per_token": description.get("kv_bytes_per_token"),
             "load_s": seconds,
             "resident_bytes_before_load": before,
             "resident_bytes_loaded": resident_bytes(),
@@ -58,9 +68,17 @@ class Session:
         }
 
     def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> Answer:
-        """Take the load in; the peak of the run counts from here."""
-        self._prompts = torch.tensor(token_ids, dtype=torch.int64).split(batch_size)
-        self._output_length = output_length
+        """Take the load of a decoder in; the peak of the run counts from here."""
+        prompts, runtime = torch.tensor(token_ids, dtype=torch.int64).split(batch_size), cast(Runtime, self._runtime)
+        return self._begin(lambda: [generate(runtime, batch, output_length) for batch in prompts])
+
+    def prepare_passes(self, batches: list[list[list[int]]], passes: int) -> Answer:
+        """Take the load of an encoder in; the peak of the run counts from here."""
+        texts, encoder = [torch.tensor(batch, dtype=torch.int64) for batch in batches], cast(Encoder, self._runtime)
+        return self._begin(lambda: encode(encoder, texts, passes))
+
+    def _begin(self, work: Callable[[], Sequence[Generation | Pass]]) -> Answer:
+        self._work = work
         # What the imports left behind would be walked by every full garbage collection inside a timing.
         gc.collect()
         gc.freeze()
@@ -71,7 +89,7 @@ class Session:
     def repeat(self) -> Answer:
         """Do the whole load once: per batch its timings, and what the scheduler did with our threads meanwhile."""
         before = thread_times()
-        batches = [asdict(generate(self._runtime, prompts, self._output_length)) for prompts in self._prompts]
+        batches = [asdict(batch) for batch in self._work()]
         return {"batches": batches, "threads": asdict(thread_times() - before)}
 
     def finish(self) -> Answer:

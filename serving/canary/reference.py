@@ -154,7 +154,7 @@ def read(path: Path) -> Reference | PooledReference:
             f"{path}: missing; the release was made before releases carried a reference for servers: make it again"
         )
     if path.stat().st_size > MAXIMUM_BYTES:
-        raise IntegrityError(f"{path}: larger than {MAXIMUM_BYTES} bytes")
+        raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
         return _ANY.validate_json(path.read_bytes())
     except ValidationError as error:

@@ -115,7 +115,7 @@ def test_each_side_is_measured_while_the_other_stands_still():
 
     workers = {name: Spinning(name, process) for name, process in zip(("baseline", "candidate"), spinning, strict=True)}
     try:
-        repeats = _interleaved(2, workers, Progress(4, "benchmark", "run"))
+        repeats = _interleaved(2, workers, Progress(4, "benchmark", "run"), Repeat.from_json)
     finally:
         for process in spinning:
             process.kill()

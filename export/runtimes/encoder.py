@@ -1,0 +1,80 @@
+"""Programs that run an encoder: one forward pass, no KV cache. What comes out is what the model's task puts out."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor
+
+from numprune.errors import InputError
+from numprune.export import checkpoint
+from numprune.export.runtimes import DEVICES
+from numprune.export.runtimes.batch import encoder_mask
+from numprune.export.runtimes.torch_eager import device_for
+from numprune.export.tasks import load_task
+
+NAMES = ("torch", "onnxruntime")
+
+
+class Encoder(Protocol):
+    """A model loaded into one runtime."""
+
+    name: str
+    vocabulary: int
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the model.
+
+        Args:
+            tokens: (B, S) int64.
+            mask: (B, S), 1 = token, 0 = padding on the right; None: no padding.
+
+        Returns:
+            Logits (B, S, V) of a masked language model, (B, classes) of a classifier, or embeddings (B, H), on the CPU.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON for a report: dtype, device, threads, versions, weight_bytes."""
+
+
+def open_encoder(name: str, folder: Path, *, device: str = "auto", threads: int | None = None) -> Encoder:
+    """Load `folder` into the runtime `name`; arguments and errors are those of `open_runtime`."""
+    if device not in DEVICES:
+        raise InputError(f"device={device!r}: choose one of {', '.join(DEVICES)}")
+    match name:
+        case "torch":
+            return TorchEncoder(folder, device=device, threads=threads)
+        case "onnxruntime":
+            from numprune.export.runtimes.ort_encoder import OnnxEncoder
+
+            return OnnxEncoder(folder, device=device, threads=threads)
+    raise InputError(f"runtime={name!r}: an encoder runs in {' or '.join(NAMES)}")
+
+
+class TorchEncoder:
+    """A checkpoint in float32, PyTorch eager: the reference the others are compared with."""
+
+    name = "torch"
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        self._device = device_for(device, threads)
+        self.model = checkpoint.load(folder)[0].to(self._device)
+        self._task = load_task(folder)
+        self.vocabulary: int = self.model.config.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        checked = encoder_mask(tokens, mask, self.vocabulary)
+        return self._task.output(self.model, tokens.to(self._device), checked.to(self._device)).float().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": self.name,
+            "dtype": "float32",
+            "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "attention": self.model.config._attn_implementation,
+            "weight_bytes": sum(parameter.nbytes for parameter in self.model.parameters()),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }

@@ -1,0 +1,34 @@
+"""ONNX Runtime: runs an encoder's folder of `export.onnx` on the CPU or through its CUDA provider."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numprune.export.config import read_config
+from numprune.export.runtimes import ort
+from numprune.export.runtimes.batch import encoder_mask
+
+
+class OnnxEncoder:
+    """An ONNX Runtime session over the exported graph, of which the output of the task is computed."""
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        opened = ort.open_export(folder, device, threads)
+        self._opened = opened
+        self._inputs = [value.name for value in opened.session.get_inputs()]
+        outputs = [value.name for value in opened.session.get_outputs()]
+        self._output = "logits" if "logits" in outputs else outputs[-1]
+        self.vocabulary: int = read_config(folder).vocab_size
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        checked = encoder_mask(tokens, mask, self.vocabulary)
+        values = {"input_ids": tokens, "attention_mask": checked, "token_type_ids": torch.zeros_like(tokens)}
+        fed = {name: values[name].numpy() for name in self._inputs}
+        return torch.from_numpy(self._opened.session.run([self._output], fed)[0])
+
+    def describe(self) -> dict[str, Any]:
+        return {"runtime": self.name, **self._opened.describe()}

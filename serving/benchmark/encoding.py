@@ -1,0 +1,27 @@
+"""The measuring loop of encoders: batches through a runtime, each pass timed where it happens."""
+
+from collections.abc import Iterable
+from time import perf_counter_ns
+
+import torch
+from torch import Tensor
+
+from numprune.export.runtimes.encoder import Encoder
+from numprune.serving.benchmark.passes import Pass
+
+
+def encode(encoder: Encoder, batches: Iterable[Tensor], passes: int) -> list[Pass]:
+    """`passes` forward passes of each batch (B, S).
+
+    The time of one runs from the call until what the task puts out is on the host. Looking for NaN and infinite numbers
+    is outside of it.
+    """
+    found = []
+    for batch in batches:
+        for _ in range(passes):
+            start = perf_counter_ns()
+            output = encoder.forward(batch)
+            latency_ms = (perf_counter_ns() - start) / 1e6
+            failed = int((~torch.isfinite(output).flatten(1).all(-1)).sum())
+            found.append(Pass(*batch.shape, latency_ms, failed))
+    return found

@@ -1,0 +1,104 @@
+"""Forward passes of an encoder: what was measured, and the section of the report that it makes."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from numprune.serving.benchmark.load import interleaving
+from numprune.serving.benchmark.sections import Look, Section, by_repeat, ratios, repeats_of
+from numprune.serving.benchmark.shapes import EncoderLoad
+from numprune.serving.benchmark.statistics import percentiles
+
+METRICS = ("latency", "samples_per_s")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a batch. A text failed when any number that it gave was NaN or infinite."""
+
+    size: int  # texts
+    length: int  # tokens of each
+    latency_ms: float
+    failed: int  # texts
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The whole load, or one shape of it, done once by one side; and the seconds its threads ran, and waited."""
+
+    passes: tuple[Pass, ...]
+    ran_s: float
+    waited_s: float
+
+    @classmethod
+    def from_json(cls, answer: Mapping[str, Any]) -> "Passes":
+        return cls(tuple(Pass(**found) for found in answer["batches"]), **answer["threads"])
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and a worker answers."""
+        return {
+            "batches": [asdict(found) for found in self.passes],
+            "threads": {"ran_s": self.ran_s, "waited_s": self.waited_s},
+        }
+
+    def at(self, shape: tuple[int, int]) -> "Passes":
+        found = tuple(one for one in self.passes if (one.size, one.length) == shape)
+        return Passes(found, self.ran_s, self.waited_s)
+
+    @property
+    def failed(self) -> int:
+        """Texts."""
+        return sum(found.failed for found in self.passes)
+
+    def metrics(self) -> dict[str, float]:
+        """The median latency of a batch in ms, and all texts over all the time they took."""
+        seconds = sum(found.latency_ms for found in self.passes) / 1e3
+        return {
+            "latency": statistics.median(found.latency_ms for found in self.passes),
+            "samples_per_s": sum(found.size for found in self.passes) / seconds,
+        }
+
+
+def passes_section(load: EncoderLoad, looks: Sequence[Look[Passes]], descriptions: Mapping[str, Any]) -> Section:
+    """`speed.<runtime>` of all looks together: every shape under `shapes`, and the first one's figures beside them."""
+    shapes = {
+        f"{shape[0]}x{shape[1]}": _shape_section(
+            load,
+            [
+                Look(*([repeat.at(shape) for repeat in side] for side in (look.baseline, look.candidate)))
+                for look in looks
+            ],
+            descriptions,
+        )
+        for shape in load.shapes
+    }
+    first = next(iter(shapes.values()))
+    failed = sum(section["failed_requests"] for section in shapes.values())
+    return {**first, "failed_requests": failed, "shapes": shapes}
+
+
+def _shape_section(load: EncoderLoad, looks: Sequence[Look[Passes]], descriptions: Mapping[str, Any]) -> Section:
+    baseline, candidate = repeats_of(looks)
+    return {
+        "load": load.describe(),
+        "runtime": dict(descriptions),
+        "looks": len(looks),
+        "warmup": load.warmup,
+        "repeats": len(baseline),
+        "order": interleaving(len(baseline)),
+        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
+        "baseline": _side(baseline),
+        "candidate": _side(candidate),
+        **ratios(looks, METRICS),
+    }
+
+
+def _side(repeats: Sequence[Passes]) -> Section:
+    """Of all passes whose texts all succeeded."""
+    sound = tuple(found for repeat in repeats for found in repeat.passes if not found.failed)
+    return {
+        "latency_ms": percentiles([found.latency_ms for found in sound]),
+        "samples_per_s": Passes(sound, 0.0, 0.0).metrics()["samples_per_s"] if sound else None,
+        "by_repeat": by_repeat(repeats, METRICS),
+    }
