@@ -1,5 +1,6 @@
-"""A checkpoint's logits in float64, against which the rounding errors of float32 are measured."""
+"""What a checkpoint computes in float64, against which the rounding errors of float32 are measured."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class _KeepFloat64(TorchDispatchMode):
 
 
 def in_float64(model: PreTrainedModel) -> None:
-    """Prepare a float32 model for `logits`.
+    """Prepare a float32 model for `run` and `logits`.
 
     Each module holds its own weights in float64 only while it runs, so peak memory grows by the largest matrix, not by
     the model.
@@ -48,8 +49,12 @@ def _widen_while_running(module: nn.Module, stored: list[Tensor]) -> None:
 
 
 @torch.no_grad()  # and not inference mode, in which casts do not reach the dispatch mode
+def run(compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` returns, on the CPU, of a model that `in_float64` has prepared."""
+    with _KeepFloat64():
+        return compute().cpu()
+
+
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits (S, V) of one sequence (S,), in float64 on the CPU, of a model that `in_float64` has prepared."""
-    with _KeepFloat64():
-        found: Tensor = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0]
-    return found.cpu()
+    return run(lambda: model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0])

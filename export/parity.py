@@ -91,7 +91,7 @@ class _Difference:
 
 
 @dataclass(frozen=True)
-class _Allowed:
+class Allowed:
     """How far the candidate may be from one row, and why."""
 
     floor: float
@@ -153,7 +153,7 @@ def check(
         reference, prompts, batch_sizes, prompt_length, decode_steps, device=device, threads=threads
     )
     for row in rows:
-        _require_contrast(reference, row, _Allowed(floor, None))
+        _require_contrast(reference, row, Allowed(floor, None))
     opened = open_runtime(runtime, candidate, device=device, threads=threads)
     found = [_Difference() for _ in rows]
     for case in cases:
@@ -203,10 +203,10 @@ def check(
 
 def _allowed(
     reference: Path, rows: Sequence[Row], found: Sequence[_Difference], floor: float, device: str
-) -> list[_Allowed]:
+) -> list[Allowed]:
     """The tolerance of each row. float64 runs only the rows that exceed the floor. Raises ParityError."""
     exceeded = [index for index, one in enumerate(found) if one.error > floor]
-    allowed = [_Allowed(floor, None)] * len(rows)
+    allowed = [Allowed(floor, None)] * len(rows)
     if not exceeded:
         return allowed
     model = TorchRuntime(reference, device=device).model
@@ -219,12 +219,12 @@ def _allowed(
             float((logits - exact).abs().max()),
             float((logits.log_softmax(-1) - exact.log_softmax(-1)).abs().max()),
         )
-        allowed[index] = _Allowed(floor, error)
+        allowed[index] = Allowed(floor, error)
         _require_contrast(reference, row, allowed[index])
     return allowed
 
 
-def _require_contrast(reference: Path, row: Row, allowed: _Allowed) -> None:
+def _require_contrast(reference: Path, row: Row, allowed: Allowed) -> None:
     """Raises ParityError where the logits of a row are so alike that wrong ones would be within the tolerance."""
     spread = float(row.logits.std(dim=-1).min())
     if spread > 10 * allowed.tolerance:
@@ -238,7 +238,7 @@ def _require_contrast(reference: Path, row: Row, allowed: _Allowed) -> None:
     )
 
 
-def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _Difference, allowed: _Allowed) -> str:
+def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _Difference, allowed: Allowed) -> str:
     assert allowed.float32_error is not None  # measured for every row that exceeds the floor
     return (
         f"{candidate} in {runtime} does not compute what {reference} does: on {row.name}, prompt length "

@@ -31,7 +31,7 @@ def make_release(
     recipe: Recipe,
     parts: Mapping[str, Path],
     report: Path,
-    canary: Path,
+    canary: Path | None,
     used_by: Path | None = None,
 ) -> Path:
     """Return the folder of a release, made unless it is there.
@@ -41,14 +41,16 @@ def make_release(
     Args:
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
         report: the folder with report.json, report.md and report.html.
-        canary: the folder with canary.json, what a server of the release must answer.
+        canary: the folder with canary.json, what a server of the release must answer; None where no server runs it.
         used_by: the folder of the run that publishes it (see runs.py).
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
     Raises DiskError (no room), IntegrityError (what is to be copied is no longer what it was when it was made).
     """
     parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
-    parents |= {"report": manifest.read(report).digest, "canary": manifest.read(canary).digest}
+    parents["report"] = manifest.read(report).digest
+    if canary is not None:
+        parents["canary"] = manifest.read(canary).digest
     facts: dict[str, Any] = {"name": recipe.registry.name, "recipe": recipe.digest}
     key = hashlib.sha256(json.dumps([parents, facts], sort_keys=True).encode()).hexdigest()
     folder = workspace / "releases" / f"{recipe.registry.name}-{key[:16]}"
@@ -62,7 +64,8 @@ def make_release(
                 shutil.copytree(part, content / name)
                 with _unchanged(part):
                     manifest.verify(content / name)
-            files = [(report, "report.json"), (report, "report.md"), (report, "report.html"), (canary, "canary.json")]
+            files = [(report, "report.json"), (report, "report.md"), (report, "report.html")]
+            files += [(canary, "canary.json")] if canary is not None else []
             for source, name in files:
                 shutil.copyfile(source / name, content / name)
                 with _unchanged(source):

@@ -22,4 +22,5 @@ RUNTIMES: dict[str, str] = {
 }  # in which a target is proved
 TARGETS: dict[str, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch: the checkpoint
 SEQUENCE_LENGTH = 512
+CAUSAL_LM = "causal-lm"  # the task of decoders
 BUILT_IN = "built-in"  # the prompts of numprune.generation

@@ -91,7 +91,8 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
             baselines[target] = _artifact(keep(export(run, target, run.base, "baseline")), folder_name(target))
             keep(prove(run, target, run.base, baselines[target], "baseline"))
 
-    canary = keep(make_canary(run, candidate))
+    # No server runs a masked language model.
+    canary = keep(make_canary(run, candidate)) if run.task != "masked-lm" else None
     quality = keep(evaluate(run, candidate, heldout, scores))
     timed = {
         runtime: (exports.get(target, candidate), baselines.get(target, run.base))
@@ -335,9 +336,10 @@ def gate(
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: StageResult) -> tuple[Path, str]:
+def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: StageResult | None) -> tuple[Path, str]:
     """The release folder, and the version of the registry that it became."""
-    release = make_release(run.workspace, run.recipe, parts, judged.path, canary.path, run.record)
+    reference = canary.path if canary else None
+    release = make_release(run.workspace, run.recipe, parts, judged.path, reference, run.record)
     registry = run.recipe.registry
     return release, str(children.step("steps.publish.publish", run.workspace, registry.uri, release, registry.name))
 
@@ -374,7 +376,7 @@ def _benchmark_key(run: Run, runtime: str, candidate: Artifact, baseline: Artifa
         "options": {
             "runtime": runtime,
             "device": asked.device,
-            "load": asked.load(runtime),
+            "load": asked.load(runtime, run.task),
             "machine": {**run.machine},
             "look": look,
         },

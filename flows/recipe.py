@@ -18,6 +18,7 @@ from numprune.documents import WHOLE_FILE, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
     BUILT_IN,
+    CAUSAL_LM,
     DEFAULT_AXES,
     SEQUENCE_LENGTH,
     Allocation,
@@ -171,7 +172,10 @@ class Evaluate(Section):
 
 
 class Benchmark(Section):
-    """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime."""
+    """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
+
+    `batch_sizes`, `lengths` and `passes` are of encoders, which have no prompts and no output.
+    """
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
     device: Device = "auto"
@@ -187,11 +191,19 @@ class Benchmark(Section):
     goodput_tpot_ms: Count = 50
     kv_cache_mib: Count = 256
     maximum_failed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 8]
+    lengths: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [32, 128]
+    passes: Count = 4
 
-    def load(self, runtime: str) -> dict[str, Any]:
-        """What of it the runtime is given: fields of Load, or of ServedLoad."""
+    def load(self, runtime: str, task: str = CAUSAL_LM) -> dict[str, Any]:
+        """What of it the runtime is given: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
+        encoders = {"batch_sizes", "lengths", "passes"}
+        if task != CAUSAL_LM:
+            return self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
         served = {"concurrency", "goodput_ttft_ms", "goodput_tpot_ms", "kv_cache_mib", "maximum_failed"}
-        return self.model_dump(exclude={"runtimes", "device", *({"batch_size"} if runtime == "vllm" else served)})
+        return self.model_dump(
+            exclude={"runtimes", "device", *encoders, *({"batch_size"} if runtime == "vllm" else served)}
+        )
 
 
 class Registry(Section):

@@ -27,7 +27,7 @@ class Run:
     """A recipe that can be done here, and where its stages stand.
 
     Attributes:
-        base: the model.
+        base: the model; `task`: what it is for.
         texts: digests of the recipe's text, "calibration" and "heldout".
         device: on which the model is calibrated and evaluated, cpu or cuda.
         uses_gpu: anything at all runs on a GPU.
@@ -38,6 +38,7 @@ class Run:
     recipe: Recipe
     workspace: Path
     base: Artifact
+    task: str
     texts: dict[str, str]
     device: str
     uses_gpu: bool

@@ -58,21 +58,21 @@ class TorchEncoder:
     name = "torch"
 
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        self._device = device_for(device, threads)
-        self.model = checkpoint.load(folder)[0].to(self._device)
-        self._task = load_task(folder)
+        self.device = device_for(device, threads)
+        self.model = checkpoint.load(folder)[0].to(self.device)
+        self.task = load_task(folder)
         self.vocabulary: int = self.model.config.vocab_size
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         checked = encoder_mask(tokens, mask, self.vocabulary)
-        return self._task.output(self.model, tokens.to(self._device), checked.to(self._device)).float().cpu()
+        return self.task.output(self.model, tokens.to(self.device), checked.to(self.device)).float().cpu()
 
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
             "dtype": "float32",
-            "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in self.model.parameters()),

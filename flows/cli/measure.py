@@ -75,6 +75,11 @@ def add(commands: Subcommands) -> None:
         help="accept a version that numprune was not tested with (default: refuse it)",
     )
 
+    encoders = parser.add_argument_group("encoders", "a forward pass of every batch size and length")
+    encoders.add_argument("--batch-sizes", nargs="+", type=at_least(1), metavar="N", help="texts in a batch (1 8)")
+    encoders.add_argument("--lengths", nargs="+", type=at_least(1), metavar="N", help="tokens of each text (32 128)")
+    encoders.add_argument("--passes", type=at_least(1), metavar="N", help="of each shape in one repeat (4)")
+
     parser = command(
         commands,
         "gate",
@@ -111,9 +116,12 @@ def benchmark(args: argparse.Namespace) -> Answer:
         from numprune.serving.benchmark.vllm import ServedLoad
         from numprune.serving.vllm import environment
 
-        more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "load": ServedLoad(**given)}
+        more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "served": ServedLoad(**given)}
     elif given or args.vllm or args.untested_vllm:
         raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
+    shapes = {name: tuple(value) for name in ("batch_sizes", "lengths") if (value := getattr(args, name))}
+    if args.passes or shapes:
+        more["shapes"] = {**shapes, **({"passes": args.passes} if args.passes else {})}
     how = reading(args, args.text or [])
     if not args.text and how != Reading():
         raise InputError("--split, --chat and --pack say how --text is read, and none is given")

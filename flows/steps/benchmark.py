@@ -2,22 +2,26 @@
 
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure as measure_budget
 from numprune.documents import Reading
+from numprune.errors import InputError
 from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
 from numprune.export.manifest import folder_digest
-from numprune.flows.names import TARGETS
+from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
+from numprune.export.tasks import load_task
+from numprune.flows.names import CAUSAL_LM, TARGETS
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of, stored_dtype
 from numprune.flows.steps.report import assemble
 from numprune.flows.steps.text import heldout_rows
 from numprune.generation import PROMPTS
-from numprune.serving.benchmark import Load, run_benchmark
+from numprune.serving.benchmark import EncoderLoad, load_of, run_benchmark
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Report
 from numprune.serving.vllm import environment
@@ -44,7 +48,7 @@ def make_benchmark(
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
         return run_served({"candidate": candidate}, baseline, environment.find(), served)["candidate"]
-    return run_benchmark(candidate, baseline, runtime, Load(**load), device=device)
+    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device)
 
 
 def measure(
@@ -56,16 +60,22 @@ def measure(
     reading: Reading,
     *,
     vllm: Environment | None = None,
-    load: ServedLoad | None = None,
+    served: ServedLoad | None = None,
+    shapes: Mapping[str, Any] | None = None,
 ) -> Report:
     """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
 
     Args:
-        vllm, load: for the runtime "vllm".
+        vllm, served: for the runtime "vllm".
+        shapes: fields of EncoderLoad, for encoders.
 
     Raises InputError, IntegrityError, MissingRuntime, and what the benchmark raises.
     """
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
+    task = load_task(sides["baseline"])
+    load = None if task.name == CAUSAL_LM else encoder_load(task.name, runtime, shapes or {})
+    if task.name == CAUSAL_LM and shapes:
+        raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, and it is a decoder")
     for folder in sides.values():
         check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
     rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
@@ -86,10 +96,20 @@ def measure(
                 sides[name] = Path(scratch) / name
             identity["exports"] = {target: made.digest}
         if vllm is not None:
-            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, load)["candidate"]
+            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, served)["candidate"]
         else:
-            found = run_benchmark(sides["candidate"], sides["baseline"], runtime)
+            found = run_benchmark(sides["candidate"], sides["baseline"], runtime, load)
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
+
+
+def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:
+    """The load of an encoder in `runtime`. Raises InputError for a runtime that times no encoders."""
+    if runtime not in ENCODER_RUNTIMES:
+        raise InputError(
+            f"{runtime} times generation, and models of {task} generate nothing; they are timed in "
+            f"{' and '.join(ENCODER_RUNTIMES)}"
+        )
+    return EncoderLoad(**fields)
 
 
 def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
@@ -99,6 +119,10 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
         "dtype": {"baseline": stored_dtype(baseline), "candidate": stored_dtype(candidate)},
         "parameters": {"baseline": one.parameters, "candidate": other.parameters},
         "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
-        "kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token},
+        **(
+            {"kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token}}
+            if one.kv_bytes_per_token
+            else {}
+        ),
         "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
     }

@@ -1,4 +1,4 @@
-"""What a server of a release must answer, computed with transformers in float32."""
+"""What a server of a release must answer, computed with transformers: in float32, or in float64 for encoders."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,21 +7,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from numprune.anatomy import context_of
 from numprune.errors import InputError
 from numprune.export import float64
 from numprune.export.checkpoint import load
 from numprune.export.prompts import TEXTS
-from numprune.serving.canary import MINIMUM_STEPS, REFERENCE, Encoded, Prompt, Reference, Rounding
+from numprune.export.tasks import load_task
+from numprune.serving.canary import (
+    MINIMUM_STEPS,
+    REFERENCE,
+    Encoded,
+    PooledReference,
+    PooledText,
+    Prompt,
+    Reference,
+    Rounding,
+)
+from numprune.tasks import Task
 
 _LENGTHS = (64, 48, 24, 9)  # tokens of each text, so that a batch is ragged
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
 
 
-def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
+def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference | PooledReference:
     """The reference of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
+    task = load_task(checkpoint)
+    return _completions(checkpoint, device) if task.name == "causal-lm" else _pooled(checkpoint, task, device)
+
+
+def _completions(checkpoint: Path, device: torch.device) -> Reference:
     model, tokenizer = load(checkpoint)
     model.to(device)
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # a server takes no prompt that fills its context
@@ -30,7 +48,6 @@ def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
             f"{checkpoint}: its context of {model.config.max_position_embeddings} tokens cannot hold the "
             f"{MINIMUM_STEPS} greedy tokens that a server is compared by"
         )
-    texts = [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
     prompts = [
         _prompt(model, tokenizer.encode(text)[: min(length, room)])
         for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
@@ -41,7 +58,52 @@ def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference:
     for name, dtype in _HALF.items():
         half = load(checkpoint, dtype)[0].to(device)
         found[name] = _rounding(prompts, partial(_logits, half))
-    return Reference(texts=texts, prompts=prompts, rounding={name: one for name, one in found.items() if one})
+    return Reference(
+        texts=_encoded(tokenizer), prompts=prompts, rounding={name: one for name, one in found.items() if one}
+    )
+
+
+def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledReference:
+    """Embeddings at length 1, or class probabilities; of all texts one by one."""
+    model, tokenizer = load(checkpoint)
+    context = context_of(model.config)
+    texts = [
+        tokenizer.encode(text, truncation=True, max_length=min(length, context))
+        for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
+    ]
+
+    def values(loaded: PreTrainedModel) -> Tensor:
+        """(texts, values) of a model on the device."""
+        found = []
+        for tokens in texts:
+            fed = torch.tensor([tokens], device=device)
+            output = task.output(loaded, fed, torch.ones_like(fed))[0]
+            found.append(normalize(output, dim=-1) if task.name == "embedding" else output.softmax(-1))
+        return torch.stack(found)
+
+    rounded = {}
+    for name, dtype in {"float32": torch.float32, **_HALF}.items():
+        with torch.no_grad():
+            rounded[name] = values(load(checkpoint, dtype)[0].to(device)).double().cpu()
+    float64.in_float64(model.to(device))
+    exact = float64.run(lambda: values(model))
+    errors = {name: (found - exact).abs() for name, found in rounded.items()}
+    return PooledReference(
+        task=task.name,
+        texts=_encoded(tokenizer),
+        inputs=[
+            PooledText(tokens=tokens, values=_plain(of_text)) for tokens, of_text in zip(texts, exact, strict=True)
+        ],
+        rounding={
+            name: Rounding(worst=float(error.max()), mean=float(error.mean()))
+            for name, error in errors.items()
+            if error.isfinite().all()
+        },
+    )
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    return [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
 
 
 def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
@@ -89,4 +151,5 @@ def make_canary(out: Path, *, checkpoint: Path, device: str) -> dict[str, Any]:
     """Stage: the reference, canary.json."""
     made = reference(checkpoint, torch.device(device))
     made.write(out / REFERENCE)
-    return {"prompts": len(made.prompts), "longest": made.length}
+    texts = made.inputs if isinstance(made, PooledReference) else made.prompts
+    return {"prompts": len(texts), "longest": made.length}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import Anatomy, read_anatomy, task_name
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
@@ -18,22 +18,25 @@ from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, 
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
 from numprune.export.onnx import check_family
+from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
-from numprune.flows.names import TARGETS
+from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_task
+from numprune.flows.names import BUILT_IN, CAUSAL_LM, TARGETS
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
 from numprune.pruning import PruneOptions, check_options
+from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
-from numprune.serving.report import Report
+from numprune.serving.report import Report, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.target import Target
+from numprune.tasks import TaskName
 
 _MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
@@ -51,6 +54,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         recipe=recipe,
         workspace=workspace,
         base=Artifact(base, folder_digest(base)),
+        task=task_name(read_config(base)),
         texts={
             "calibration": text_digest(recipe.data.calibration, "train"),
             "heldout": text_digest(recipe.data.heldout, "heldout"),
@@ -80,7 +84,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             problems.append(f"{field}: {error}")
             return None
 
-    tokenizer = None
+    tokenizer = name = None
     collect("--workspace", require_writable, workspace)
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
@@ -92,16 +96,18 @@ def check(recipe: Recipe, workspace: Path) -> None:
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
                 problems.append(f"model.path: {problem}")
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
+        name = anatomy.task
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
         problems += _servers(recipe, anatomy)
+        problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", check_family, anatomy)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
-        problems += _lengths(recipe, anatomy.context)
+        problems += _lengths(recipe, anatomy.context, anatomy.task)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
     if tokenizer is not None or not data.chat:
@@ -111,7 +117,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; leave it out")
     problems += _combinations(recipe)
-    problems += _metrics(recipe)
+    problems += _metrics(recipe, name)
     for field, name in _needed(recipe):
         problems += [f"{field}: {problem}" for problem in _missing(name)]
     if "tensorrt" in recipe.export.targets:
@@ -143,12 +149,17 @@ def prune_options(recipe: Recipe) -> PruneOptions:
     return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
 
 
-def _lengths(recipe: Recipe, context: int) -> list[str]:
+def _lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:
     problems = []
     if recipe.data.sequence_length > context:
         problems.append(
             f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {context} tokens"
         )
+    if task != CAUSAL_LM:
+        longest = max(recipe.benchmark.lengths)
+        if longest > context:
+            problems.append(f"benchmark.lengths = {recipe.benchmark.lengths}: the model takes at most {context} tokens")
+        return problems
     positions = recipe.benchmark.prompt_length + recipe.benchmark.output_length
     if positions > context:
         problems.append(
@@ -157,11 +168,32 @@ def _lengths(recipe: Recipe, context: int) -> list[str]:
     return problems
 
 
+def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+    """What an encoder has no part in."""
+    if anatomy.task == CAUSAL_LM:
+        return []
+    problems = [
+        f"benchmark.runtimes: {runtime} times generation, and models of {anatomy.task} generate nothing; they are "
+        f"timed in {' and '.join(ENCODER_RUNTIMES)}"
+        for runtime in recipe.benchmark.runtimes
+        if runtime not in ENCODER_RUNTIMES
+    ]
+    if "tensorrt" in recipe.export.targets:
+        problems.append("export.targets: engines are built of decoders only; leave tensorrt out")
+    if recipe.evaluate.prompts not in (BUILT_IN, []):
+        problems.append(f"evaluate.prompts: models of {anatomy.task} generate nothing; leave it out")
+    return problems
+
+
 def _servers(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     """What keeps the servers from running the result, whatever its sizes."""
     if "vllm" not in recipe.export.targets:
         return []
     problems = []
+    try:
+        check_task(anatomy)
+    except InputError as error:
+        problems.append(f"export.targets: {error}")
     if recipe.target.vllm not in TESTED:
         problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
     if recipe.target.device == "cpu":
@@ -193,12 +225,15 @@ def _combinations(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _metrics(recipe: Recipe) -> list[str]:
+def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
     """Gates that can only fail, because the report will have no such figure."""
     problems = []
     for index, gate in enumerate(recipe.gates):
-        section, name, *rest = gate.metric.split(".")
+        section, name, *rest = path_of(gate.metric).split(".")
         where = f"gates.{index}.metric = {gate.metric!r}"
+        if task and (why := other_task(gate.metric, task)):
+            problems.append(f"{where}: {why}")
+            continue
         field = Report.model_fields.get(section)
         if field is None:
             problems.append(

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError
-from numprune.export import manifest, parity, temporary
+from numprune.export import manifest, parity, parity_encoder, temporary
+from numprune.export.tasks import load_task
 from numprune.flows.bundle import folder_name
 from numprune.flows.names import RUNTIMES
 
@@ -33,9 +34,15 @@ def export_and_prove(source: Path, out: Path, target: str) -> tuple[manifest.Man
     """
     with temporary.beside(out) as folder:
         export(source, folder / "export", target)
-        proof = dict(parity.check(source, folder / "export", RUNTIMES[target]))
+        proof = prove(source, folder / "export", RUNTIMES[target])
         temporary.move(folder / "export", out)
     return manifest.read(out), proof
+
+
+def prove(reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
+    """`candidate` in `runtime` computes what `reference` does: what was compared. Raises ParityError."""
+    kind = parity if load_task(reference).name == "causal-lm" else parity_encoder
+    return dict(kind.check(reference, candidate, runtime))
 
 
 def make_export(
@@ -51,4 +58,4 @@ def make_export(
 
 def make_parity(out: Path, *, reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
     """Stage: `candidate` in `runtime` computes what `reference` does. Raises ParityError."""
-    return dict(parity.check(reference, candidate, runtime))
+    return prove(reference, candidate, runtime)

@@ -54,10 +54,11 @@ def assemble(
 def pruning_section(options: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked and what became of it; `pruned` are the facts of the stage."""
     before, after = pruned["before"], pruned["after"]
+    kv_bytes = before["kv_bytes_per_token"]  # none of an encoder
     removed = {
         "prunable": 1 - after["prunable_parameters"] / before["prunable_parameters"],
         "parameters": 1 - after["parameters"] / before["parameters"],
-        "kv_bytes": 1 - after["kv_bytes_per_token"] / before["kv_bytes_per_token"],
+        "kv_bytes": 1 - after["kv_bytes_per_token"] / kv_bytes if kv_bytes else None,
     }
     names = {key: options[key] for key in ("criterion", "allocation", "compensation")}
     return {**names, "ratio_asked": options["ratio"], "ratio_removed": removed, "kept_units": pruned["kept_units"]}
@@ -68,6 +69,7 @@ def sizes_section(pruned: Mapping[str, Any]) -> dict[str, Any]:
     pairs = {
         key: {"baseline": before[key], "candidate": after[key]}
         for key in ("parameters", "kv_bytes_per_token", "flops_per_token")
+        if before[key]
     }
     for key in ("dtype", "weight_bytes"):
         pairs[key] = {"baseline": pruned[f"{key}_before"], "candidate": pruned[f"{key}_after"]}

@@ -8,7 +8,7 @@ process and machine. Of encoders, `shapes` is the load, `encoding` the work and 
 
 from numprune.serving.benchmark.client import WorkerError
 from numprune.serving.benchmark.load import Load
-from numprune.serving.benchmark.run import pool, run_benchmark
+from numprune.serving.benchmark.run import load_of, pool, run_benchmark
 from numprune.serving.benchmark.shapes import EncoderLoad
 
-__all__ = ["EncoderLoad", "Load", "WorkerError", "pool", "run_benchmark"]
+__all__ = ["EncoderLoad", "Load", "WorkerError", "load_of", "pool", "run_benchmark"]

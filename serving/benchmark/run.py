@@ -86,7 +86,7 @@ def run_benchmark(
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's."""
     last = looks[-1]
-    load = _described(last["speed"]["load"])
+    load = load_of(last["speed"]["load"])
     read, section = _kind(load)
     repeats = [
         Look(*([read(repeat) for repeat in look["samples"][side]["repeats"]] for side in _SIDES.values()))
@@ -103,8 +103,8 @@ def _kind(load: Load | EncoderLoad) -> tuple[Callable[[Mapping[str, Any]], Any],
     return Repeat.from_json, speed_section
 
 
-def _described(facts: Mapping[str, Any]) -> Load | EncoderLoad:
-    """What `describe` gave, as a load again."""
+def load_of(facts: Mapping[str, Any]) -> Load | EncoderLoad:
+    """A load by its fields, as a recipe has them and `describe` gives them. Raises InputError as they do."""
     if "batch_sizes" not in facts:
         return Load(**facts)
     lists = {name: tuple(facts[name]) for name in ("batch_sizes", "lengths")}

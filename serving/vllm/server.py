@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -199,7 +200,8 @@ def start(
     env: Mapping[str, str] | None = None,
 ) -> Server:
     """Start a server and return at once. Raises as `serving` does, but for ServerError."""
-    _require_plugin(environment, checkpoint)
+    config = _config(checkpoint)
+    _require_plugin(environment, checkpoint, str(config.get("model_type")))
     names, others = split_names(options, name)
     needs_memory = environment.cpu and not memory.is_set(others, {**os.environ, **(env or {})})
     port = port or free_port(host)
@@ -213,7 +215,7 @@ def start(
         *("--host", host, "--port", str(port)),
         *("--dtype", dtype),
         *_needs(checkpoint),
-        *(_AUDITED if environment.plugin else ()),
+        *(_AUDITED if environment.plugin and _is_decoder(config) else ()),
         *(_memory(checkpoint, name) if needs_memory else ()),
         *others,
     ]
@@ -281,14 +283,23 @@ def _memory(checkpoint: Path, name: str) -> tuple[str, ...]:
     return (memory.OPTION, str(share))
 
 
-def _require_plugin(environment: Environment, checkpoint: Path) -> None:
+def _config(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "config.json"
     try:
         with path.open("rb") as file:
-            model_type = json.loads(file.read(_MAXIMUM_CONFIG_BYTES)).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+            return dict(json.loads(file.read(_MAXIMUM_CONFIG_BYTES)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a model is a folder with config.json") from None
-    if str(model_type).startswith(_PER_LAYER) and environment.plugin is None:
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    """Whether the plug-in's loader knows the tensors: encoders were audited when they were fetched."""
+    named = config.get("architectures")
+    return not isinstance(named, list) or str((named or [""])[0]).endswith(("CausalLM", "LMHeadModel"))
+
+
+def _require_plugin(environment: Environment, checkpoint: Path, model_type: str) -> None:
+    if model_type.startswith(_PER_LAYER) and environment.plugin is None:
         raise MissingRuntime(
             f"{checkpoint}: its layers differ in size ({model_type}), and {environment.python.parent.parent} lacks the "
             f"plug-in numprune-vllm; {INSTALL}"

@@ -1,0 +1,190 @@
+"""Proof that a runtime computes what an encoder's checkpoint computes: alone, batched and padded; it blocks.
+
+The reference runs every text alone in PyTorch, float32. The candidate runs each alone, too, and all of them in one
+batch, padded on the right. The tolerance of a text is that of `parity`: `FLOOR`, or `FACTOR` times the reference's own
+float32 error on it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numprune.errors import ParityError
+from numprune.export import checkpoint, float64, manifest
+from numprune.export.parity import FACTOR, FLOOR, Allowed
+from numprune.export.prompts import TEXTS
+from numprune.export.runtimes.encoder import TorchEncoder, open_encoder
+
+_LENGTHS = (24, 9, 2, 16)  # tokens of each text, so that a batch is ragged
+_RANDOM = 16  # tokens that text seldom has
+
+
+@dataclass(frozen=True)
+class Position:
+    """One number, and where it is: with `padded`, in the batch of all texts."""
+
+    padded: bool
+    text: str
+    entry: int
+    reference: float
+    candidate: float
+
+    @property
+    def error(self) -> float:
+        """Infinite where either is no number."""
+        difference = abs(self.reference - self.candidate)
+        return difference if math.isfinite(difference) else math.inf
+
+    def __str__(self) -> str:
+        how = "in a padded batch" if self.padded else "alone"
+        return f"{self.text} {how}, entry {self.entry}: reference {self.reference:.6g}, candidate {self.candidate:.6g}"
+
+
+def check(
+    reference: Path, candidate: Path, runtime: str, *, device: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """Compare `candidate` in `runtime` with the checkpoint `reference`, number by number.
+
+    What is compared is what the task puts out: logits of a masked language model or of a classifier, embeddings.
+
+    Args:
+        reference: a checkpoint folder.
+        candidate: what the runtime runs; its digests are verified first where it has a manifest.
+        runtime: a name that `open_encoder` knows.
+        device, threads: as for `open_encoder`.
+
+    Returns:
+        Plain JSON: the largest and the mean absolute error, positions (numbers), the worst one and the tolerance of its
+        text, `texts` (of each its error, its tolerance, and by which yardstick), what was run.
+
+    Raises:
+        ParityError: an error above the tolerance, a number that is not finite, or outputs so alike that nothing would
+            be proved; names the text and the worst number.
+        InputError, IntegrityError, MissingRuntime: as `open_encoder`.
+    """
+    if (candidate / manifest.FILE_NAME).exists():
+        manifest.verify(candidate)
+    encoder = TorchEncoder(reference, device=device, threads=threads)
+    texts, padding = _texts(reference, encoder.vocabulary)
+    expected = {name: encoder.forward(tokens[None])[0] for name, tokens in texts.items()}
+    opened = open_encoder(runtime, candidate, device=device, threads=threads)
+    alone = {name: opened.forward(tokens[None])[0] for name, tokens in texts.items()}
+    batched = dict(zip(texts, opened.forward(*_batch(list(texts.values()), padding)), strict=True))
+    if encoder.task.name == "masked-lm":  # an output for each token, of padding, too
+        batched = {name: output[: len(texts[name])] for name, output in batched.items()}
+    found = [_compare(name, expected[name], alone[name], batched[name]) for name in texts]
+    _require_contrast(reference, expected)
+    allowed = _allowed(encoder, texts, expected, found)
+    for difference, limit in zip(found, allowed, strict=True):
+        if not difference.worst.error <= limit.tolerance:
+            raise ParityError(_refusal(reference, candidate, runtime, difference.worst, limit))
+    largest = max(range(len(found)), key=lambda index: found[index].worst.error)
+    return {
+        "runtime": runtime,
+        "output_error_max": found[largest].worst.error,
+        "output_error_mean": sum(one.sum for one in found) / sum(one.values for one in found),
+        "positions": sum(one.values for one in found),
+        "tolerance": allowed[largest].tolerance,
+        "worst": asdict(found[largest].worst),
+        "texts": [
+            {
+                "text": name,
+                "tokens": len(tokens),
+                "output_error_max": difference.worst.error,
+                "float32_error": limit.float32_error,
+                "tolerance": limit.tolerance,
+                "yardstick": limit.yardstick,
+            }
+            for (name, tokens), difference, limit in zip(texts.items(), found, allowed, strict=True)
+        ],
+        "reference": encoder.describe(),
+        "candidate": opened.describe(),
+    }
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Of one text, alone and in the batch: the worst number, and the sum of errors over so many values."""
+
+    worst: Position
+    sum: float
+    values: int
+
+
+def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], int]:
+    """Name -> tokens (S,), text as the tokenizer frames it, cut to size, and tokens that text seldom has; padding."""
+    tokenizer = checkpoint.load_tokenizer(folder)
+    found = {
+        name: torch.tensor(tokenizer.encode(text, truncation=True, max_length=length))
+        for (name, text), length in zip(TEXTS.items(), _LENGTHS, strict=True)
+    }
+    random = torch.randint(vocabulary, (_RANDOM,), generator=torch.Generator().manual_seed(0))
+    return {**found, "random tokens": random}, tokenizer.pad_token_id or 0
+
+
+def _batch(texts: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
+    """All texts as tokens and mask (B, S)."""
+    width = max(map(len, texts))
+    tokens = torch.full((len(texts), width), padding)
+    mask = torch.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return tokens, mask
+
+
+def _compare(name: str, expected: Tensor, alone: Tensor, batched: Tensor) -> _Difference:
+    """Raises ParityError where the candidate puts out something of another shape."""
+    positions, total = [], 0.0
+    for padded, found in ((False, alone), (True, batched)):
+        if found.shape != expected.shape:
+            raise ParityError(f"{name}: the output has shape {list(found.shape)}, not {list(expected.shape)}")
+        difference = (found - expected).abs().flatten()
+        # NaN compares as smaller than everything: take it as infinitely wrong, so that it becomes the worst.
+        entry = int(torch.where(difference.isfinite(), difference, torch.inf).argmax())
+        values = (float(expected.flatten()[entry]), float(found.flatten()[entry]))
+        positions.append(Position(padded, name, entry, *values))
+        total += float(difference.sum())
+    return _Difference(max(positions, key=lambda one: one.error), total, 2 * expected.numel())
+
+
+def _allowed(
+    encoder: TorchEncoder, texts: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Sequence[_Difference]
+) -> list[Allowed]:
+    """The tolerance of each text. float64 runs only those that exceed the floor."""
+    exceeded = [difference.worst.error > FLOOR for difference in found]
+    if any(exceeded):
+        float64.in_float64(encoder.model)
+    allowed = []
+    for (name, tokens), beyond in zip(texts.items(), exceeded, strict=True):
+        fed = tokens[None].to(encoder.device)
+        compute = partial(encoder.task.output, encoder.model, fed, torch.ones_like(fed))
+        exact = float64.run(compute)[0] if beyond else None
+        allowed.append(Allowed(FLOOR, None if exact is None else float((expected[name] - exact).abs().max())))
+    return allowed
+
+
+def _require_contrast(reference: Path, expected: Mapping[str, Tensor]) -> None:
+    """Raises ParityError where all texts give so nearly the same that a wrong output would be within the tolerance."""
+    first = [output.flatten()[: min(one.numel() for one in expected.values())] for output in expected.values()]
+    spread = float(torch.stack(first).std(0).max())
+    if not spread > 10 * FLOOR:
+        raise ParityError(
+            f"{reference}: its outputs for different texts differ by {spread:.2g} only; a tolerance of {FLOOR:g} would "
+            "prove nothing"
+        )
+
+
+def _refusal(reference: Path, candidate: Path, runtime: str, worst: Position, limit: Allowed) -> str:
+    return (
+        f"{candidate} in {runtime} does not compute what {reference} does: {worst}, which differ by {worst.error:.3g}; "
+        f"the tolerance is {limit.tolerance:.3g} ({FACTOR} times PyTorch's own float32 error there, "
+        f"{limit.float32_error:.2g}, and at least {FLOOR:g}). Export it again; if that fails too, {runtime} runs this "
+        "architecture wrongly: use another version of it"
+    )
