@@ -123,7 +123,7 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
         ]
         yield "sizes", ", ".join(parts)
     if quality:
-        yield "quality", _quality(Quality.model_validate(quality))
+        yield "quality", of_quality(quality)
         if (outputs := quality["generation"]) is not None:
             before, after = outputs["baseline"], outputs["candidate"]
             yield (
@@ -136,9 +136,14 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
         yield "speed", f"{runtime}: {', '.join(parts)}"
 
 
-def _quality(found: Quality) -> str:
+def of_quality(section: Mapping[str, Any]) -> str:
+    """The section `quality` of a report in one line."""
+    found = Quality.model_validate(section)
     delta = found.loss_delta
-    parts = [f"{names.loss(found)} {delta.value:+.4f} {delta.unit}{_interval(delta.model_dump())}"]
+    low, high = delta.interval95
+    interval = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
+    value = "not measured" if delta.value is None else f"{delta.value:+.4f}"
+    parts = [f"{names.loss(found)} {value} {delta.unit}{interval}"]
     if found.baseline and found.candidate:
         parts.insert(0, f"perplexity {found.baseline.perplexity:.2f} → {found.candidate.perplexity:.2f}")
     for name, is_share, sides in names.metrics(found):

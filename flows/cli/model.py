@@ -301,6 +301,7 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint
+    from numprune.flows import summary
     from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import heldout_rows
@@ -315,8 +316,11 @@ def evaluate(args: argparse.Namespace) -> Answer:
     else:
         sections = compare_checkpoints(models, baseline, rows, device)
         found = [_compared(model, baseline, section) for model, section in zip(models, sections, strict=True)]
-        lines = [_quality_line({**found[0], **found[0]["baseline"]})]
-        lines += [line for data in found for line in (_quality_line(data), _difference_line(data))]
+        if sections[0]["task"] == names.CAUSAL_LM:
+            lines = [_quality_line({**found[0], **found[0]["baseline"]})]
+            lines += [line for data in found for line in (_quality_line(data), _difference_line(data))]
+        else:
+            lines = [f"{model}: {summary.of_quality(section)}" for model, section in zip(models, sections, strict=True)]
     return Answer(found[0] if len(found) == 1 else {"candidates": found}, "\n".join(lines))
 
 
@@ -334,12 +338,13 @@ def _evaluated(model: Path, quality: "Quality | None", rows: "TokenRows") -> dic
 
 
 def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str, Any]:
+    shared = {"model": str(model), **{name: section[name] for name in ("task", "tokens", "documents", "packed")}}
+    if section["task"] != names.CAUSAL_LM:
+        figures = {name: section[name] for name in ("loss_delta", "metrics")}
+        return {**shared, "baseline": {"model": str(baseline)}, **figures}
     return {
-        "model": str(model),
+        **shared,
         **section["candidate"],
-        "tokens": section["tokens"],
-        "documents": section["documents"],
-        "packed": section["packed"],
         "baseline": {"model": str(baseline), **section["baseline"]},
         "nll_delta_nats_per_token": section["loss_delta"],
         **{name: section[name] for name in ("kl_nats_per_token", "top1_agreement", "perplexity_ratio")},

@@ -64,7 +64,9 @@ def _completions(checkpoint: Path, device: torch.device) -> Reference:
 
 
 def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledReference:
-    """Embeddings at length 1, or class probabilities; of all texts one by one."""
+    """Embeddings at length 1, or class probabilities; of all texts one by one. Raises InputError for other tasks."""
+    if task.name not in ("embedding", "classification"):
+        raise InputError(f"{checkpoint}: no server runs models of {task.name}")
     model, tokenizer = load(checkpoint)
     context = context_of(model.config)
     texts = [

@@ -84,7 +84,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             problems.append(f"{field}: {error}")
             return None
 
-    tokenizer = name = None
+    tokenizer = anatomy = None
     collect("--workspace", require_writable, workspace)
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
@@ -96,7 +96,6 @@ def check(recipe: Recipe, workspace: Path) -> None:
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
                 problems.append(f"model.path: {problem}")
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
-        name = anatomy.task
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
@@ -117,14 +116,14 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; leave it out")
     problems += _combinations(recipe)
-    problems += _metrics(recipe, name)
+    problems += _metrics(recipe, anatomy.task if anatomy else None)
     for field, name in _needed(recipe):
         problems += [f"{field}: {problem}" for problem in _missing(name)]
     if "tensorrt" in recipe.export.targets:
         collect("export.targets", tensorrt.require)
     if "vllm" in recipe.benchmark.runtimes:
         vllm = collect("benchmark.runtimes", environment.find)
-        if vllm and vllm.cpu and config is not None:
+        if vllm and vllm.cpu and anatomy is not None:
             problems += [f"benchmark.runtimes: {problem}" for problem in _kernels(anatomy)]
     if recipe.registry.uri != "workspace":
         collect("registry.uri", open_registry, recipe.registry.uri, workspace)

@@ -18,10 +18,11 @@ def encode(encoder: Encoder, batches: Iterable[Tensor], passes: int) -> list[Pas
     """
     found = []
     for batch in batches:
+        size, length = batch.shape
         for _ in range(passes):
             start = perf_counter_ns()
             output = encoder.forward(batch)
             latency_ms = (perf_counter_ns() - start) / 1e6
             failed = int((~torch.isfinite(output).flatten(1).all(-1)).sum())
-            found.append(Pass(*batch.shape, latency_ms, failed))
+            found.append(Pass(size, length, latency_ms, failed))
     return found

@@ -1,0 +1,146 @@
+"""An encoder through the commands: the whole chain, its comparison, and what is refused before any work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numprune.errors import InputError
+from numprune.export import manifest
+from numprune.flows import recipe
+from numprune.flows.steps import checks
+from numprune.serving import canary, gates
+from numprune.serving import report as reports
+from tests.conftest import build_tiny, write_checkpoint
+from tests.flows.conftest import Answered
+from tests.flows.test_optimize import optimize
+
+Command = Callable[..., Answered]
+
+RECIPE = """
+[model]
+path = "base"
+[data]
+calibration = "train.txt"
+heldout = "heldout.jsonl"
+samples = 12
+sequence_length = 64
+[prune]
+ratio = 0.25
+[export]
+targets = ["vllm"]
+[benchmark]
+runtimes = ["torch"]
+lengths = [8, 32]
+batch_sizes = [1, 4]
+passes = 2
+repeats = 4
+[[gates]]
+metric = "quality.loss_delta"
+bound = "ci95_upper"
+max = 1.9
+[[gates]]
+metric = "quality.metrics.similarity_spearman"
+bound = "point"
+min = 0.1
+[registry]
+name = "tiny-encoder"
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` (a sentence embedding model), `train.txt`, `heldout.jsonl` and `recipe.toml`."""
+    folder = tmp_path_factory.mktemp("encoder")
+    write_checkpoint(build_tiny("bert", task="embedding", num_attention_heads=2, head_dim=32), folder / "base")
+    (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    documents = [f"Document {i} says that {7 * i} sheep jump over the moon." for i in range(24)]
+    (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.mark.slow
+def test_an_embedding_model_goes_from_recipe_to_release(numprune: Command, encoder: Path, tmp_path: Path) -> None:
+    answered = optimize(numprune, encoder, tmp_path / "w")
+    assert answered.code == 0, answered.err
+    release = Path(answered.json["release"])
+    manifest.verify(release)
+    report = reports.read(release / "report.json")
+    gates.confirm(report)
+    assert report.quality is not None
+    assert (report.quality.task, report.quality.loss_delta.unit) == ("embedding", "1 - cosine")
+    assert report.quality.documents == 24
+    assert report.verdict is not None
+    assert 0 < report.quality.loss_delta.value < 0.5  # type: ignore[operator]
+    assert list(report.speed["torch"].shapes) == ["1x8", "4x8", "1x32", "4x32"]
+    assert report.sizes is not None
+    assert report.sizes.kv_bytes_per_token is None
+    assert report.pruning is not None
+    assert report.pruning.ratio_removed.kv_bytes is None
+    assert report.parity["vllm"]["output_error_max"] < 1e-4  # type: ignore[operator]
+    reference = canary.read(release / canary.REFERENCE)
+    assert isinstance(reference, canary.PooledReference)
+    assert {len(text.values) for text in reference.inputs} == {64}
+    assert "8 \N{MULTIPLICATION SIGN} 8 tokens" not in (release / "report.md").read_text()
+    assert "4 \N{MULTIPLICATION SIGN} 32 tokens" in (release / "report.md").read_text()
+
+    pruned, base = release / "checkpoint", encoder / "base"
+    found = numprune("evaluate", pruned, "--baseline", base, "--text", encoder / "heldout.jsonl", "--json").json
+    assert found["loss_delta"]["value"] == pytest.approx(report.quality.loss_delta.value, rel=1e-5)
+    assert found["metrics"] == pytest.approx(report.quality.metrics, rel=1e-5)
+    said = numprune("evaluate", pruned, "--baseline", base, "--text", encoder / "heldout.jsonl").out
+    assert "Distance from baseline +0.0" in said
+
+
+def test_what_an_encoder_has_no_part_in_is_refused_before_any_work(encoder: Path, tmp_path: Path) -> None:
+    asked = recipe.load(
+        encoder / "recipe.toml",
+        [
+            'export.targets=["vllm", "tensorrt"]',
+            'benchmark.runtimes=["torch", "vllm"]',
+            "benchmark.lengths=[8, 1000]",
+            'evaluate.prompts=["Hello"]',
+            "gates=[{metric='quality.perplexity_ratio', bound='point', max=2}]",
+        ],
+    )
+    with pytest.raises(InputError) as caught:
+        checks.check(asked, tmp_path / "w")
+    for problem in (
+        "benchmark.runtimes: vllm times generation, and models of embedding generate nothing; they are timed in torch",
+        "export.targets: engines are built of decoders only; leave tensorrt out",
+        "evaluate.prompts: models of embedding generate nothing; leave it out",
+        "benchmark.lengths = [8, 1000]: the model takes at most 256 tokens",
+        "gates.0.metric = 'quality.perplexity_ratio': only models of causal-lm have it, and this one's task is embed",
+    ):
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "said"),
+    [
+        ("bert", "masked-lm", "export.targets: vLLM does not serve masked language models; leave vllm out"),
+        ("distilbert", "embedding", "vLLM does not serve distilbert for embedding; it serves bert, roberta. Leave"),
+    ],
+)
+def test_an_encoder_that_no_server_runs_is_refused_as_a_target_for_one(
+    encoder: Path, tmp_path: Path, family: str, task: Any, said: str
+) -> None:
+    base = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
+    asked = recipe.load(encoder / "recipe.toml", [f"model.path={base}"])
+    with pytest.raises(InputError, match=r"export\.targets: vLLM does not serve") as caught:
+        checks.check(asked, tmp_path / "w")
+    assert said in str(caught.value)
+
+
+def test_options_of_encoders_are_not_for_decoders(numprune: Command, tiny: Path, encoder: Path) -> None:
+    base = tiny / "base"
+    found = numprune("benchmark", base, "--baseline", base, "--runtime", "torch", "--lengths", "8")
+    assert found.code == 1
+    assert "--batch-sizes, --lengths and --passes are for encoders, and it is a decoder" in found.err
+    base = encoder / "base"
+    found = numprune("benchmark", base, "--baseline", base, "--runtime", "tensorrt")
+    assert found.code == 1
+    assert "tensorrt times generation, and models of embedding generate nothing" in found.err
