@@ -13,22 +13,14 @@ from pydantic import JsonValue
 
 from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, read_anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest
+from numprune.export import checkpoint, manifest, vllm_pooling
+from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import read_tensor
 from numprune.families import FAMILIES
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-
-# The encoders that vLLM 0.32 serves, by family and task, and what its server must be started with.
-_POOLED: dict[tuple[str, str], tuple[str, ...]] = {
-    ("bert", "embedding"): (),
-    ("bert", "classification"): (),
-    ("roberta", "embedding"): (),
-    ("roberta", "classification"): (),
-    ("electra", "classification"): ("--model-impl", "transformers"),
-}
 
 
 def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Manifest:
@@ -40,6 +32,8 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
     """
     config = checkpoint.read_config(source)
     facts: dict[str, JsonValue] = {"shard_size": shard_size, **preflight(config)}
+    if pooling := vllm_pooling.options(read_anatomy(config), load_task(source)):
+        facts["needs"] = list(pooling)
     headers = checkpoint.audit(source)
     if problem := other_reading(source):
         raise InputError(problem)
@@ -62,21 +56,6 @@ def check_per_layer(anatomy: Anatomy) -> None:
         )
 
 
-def check_task(anatomy: Anatomy) -> tuple[str, ...]:
-    """The options with which vLLM serves a model of this family for its task. Raises InputError where it does not."""
-    if anatomy.task == "causal-lm":
-        return ()
-    if anatomy.task == "masked-lm":
-        raise InputError("vLLM does not serve masked language models; leave vllm out")
-    served = _POOLED.get((anatomy.family, anatomy.task))
-    if served is None:
-        able = sorted({family for family, task in _POOLED if task == anatomy.task})
-        raise InputError(
-            f"vLLM does not serve {anatomy.family} for {anatomy.task}; it serves {', '.join(able)}. Leave vllm out"
-        )
-    return served
-
-
 def preflight(config: Any) -> dict[str, JsonValue]:
     """Return what decides whether and how vLLM can serve a model of this configuration.
 
@@ -92,7 +71,6 @@ def preflight(config: Any) -> dict[str, JsonValue]:
         InputError: vLLM cannot load it.
     """
     anatomy = read_anatomy(config)
-    needs: list[JsonValue] = [*check_task(anatomy)]
     plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     if plugin:
         check_per_layer(anatomy)
@@ -100,6 +78,7 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     kv_heads = [block.units for block in attention]
     query_heads = [block.units * block.members for block in attention]
     widths = [block.units for block in anatomy.of_kind("mlp")]
+    needs: list[JsonValue] = []
     served = FAMILIES[anatomy.family].vllm
     if not plugin and not served.takes_head_dim and query_heads[0] * anatomy.head_dim != anatomy.hidden_size:
         # vLLM's own class derives the head size from the hidden size; transformers' reads head_dim.

@@ -13,7 +13,7 @@ from numprune.anatomy import Anatomy, read_anatomy, task_name
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
-from numprune.export import processors, tensorrt
+from numprune.export import processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
@@ -21,7 +21,7 @@ from numprune.export.onnx import check_family
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_task
+from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, TARGETS
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
@@ -36,7 +36,7 @@ from numprune.serving.report import Report, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.target import Target
-from numprune.tasks import TaskName
+from numprune.tasks import Task, TaskName
 
 _MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
@@ -99,7 +99,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
-        problems += _servers(recipe, anatomy)
+        problems += _servers(recipe, anatomy, task)
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
@@ -184,15 +184,16 @@ def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     return problems
 
 
-def _servers(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:
     """What keeps the servers from running the result, whatever its sizes."""
     if "vllm" not in recipe.export.targets:
         return []
     problems = []
-    try:
-        check_task(anatomy)
-    except InputError as error:
-        problems.append(f"export.targets: {error}")
+    if task is not None:
+        try:
+            vllm_pooling.options(anatomy, task)
+        except InputError as error:
+            problems.append(f"export.targets: {error}")
     if recipe.target.vllm not in TESTED:
         problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
     if recipe.target.device == "cpu":

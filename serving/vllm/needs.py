@@ -4,11 +4,18 @@ They are in its manifest, and whoever can write an artifact can write that. Amon
 artifact's code or read pickles, so only what our exporter writes is passed on.
 """
 
+import json
 from pathlib import Path
 
 from numprune.errors import IntegrityError
 
-_KNOWN: tuple[tuple[str, ...], ...] = ((), ("--model-impl", "transformers"))
+_TRANSFORMERS = ("--model-impl", "transformers")
+_POOLERS = tuple(
+    ("--pooler-config", json.dumps({"pooling_type": pooling, "use_activation": normalized}))
+    for pooling in ("MEAN", "CLS", "LAST")
+    for normalized in (False, True)
+)
+_KNOWN: tuple[tuple[str, ...], ...] = ((), _TRANSFORMERS, *_POOLERS)
 
 
 def checked(needs: object, where: Path | str) -> tuple[str, ...]:
