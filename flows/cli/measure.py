@@ -76,9 +76,23 @@ def add(commands: Subcommands) -> None:
     )
 
     encoders = parser.add_argument_group("encoders", "a forward pass of every batch size and length")
-    encoders.add_argument("--batch-sizes", nargs="+", type=at_least(1), metavar="N", help="texts in a batch (1 8)")
-    encoders.add_argument("--lengths", nargs="+", type=at_least(1), metavar="N", help="tokens of each text (32 128)")
-    encoders.add_argument("--passes", type=at_least(1), metavar="N", help="of each shape in one repeat (4)")
+    encoders.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        action="extend",
+        type=at_least(1),
+        metavar="N",
+        help="texts in a batch (default: 1 8)",
+    )
+    encoders.add_argument(
+        "--lengths",
+        nargs="+",
+        action="extend",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of each text (default: 32 128)",
+    )
+    encoders.add_argument("--passes", type=at_least(1), metavar="N", help="of each shape in one repeat (default: 4)")
 
     parser = command(
         commands,

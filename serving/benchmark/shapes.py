@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from numprune.errors import InputError
+from numprune.serving.benchmark.load import out_of_range
 
-_MINIMA = {"passes": 1, "repeats": 4, "warmup": 1, "seed": 0}
+_MINIMA = {"passes": 1, "warmup": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,12 @@ class EncoderLoad:
     batch_sizes: tuple[int, ...] = (1, 8)  # texts in a batch
     lengths: tuple[int, ...] = (32, 128)  # tokens of each text
     passes: int = 4  # of each shape in one repeat
-    repeats: int = 10  # measured, per side; even, so that each side goes first equally often
+    repeats: int = 10  # measured, per side
     warmup: int = 1  # repeats per side that come before, and are left out of every result
     seed: int = 0  # of the texts' token ids
 
     def __post_init__(self) -> None:
-        problems = [
-            f"load.{name} = {getattr(self, name)!r}: must be an integer of at least {least}"
-            for name, least in _MINIMA.items()
-            if type(getattr(self, name)) is not int or getattr(self, name) < least
-        ]
-        if not problems and self.repeats % 2:
-            problems.append(f"load.repeats = {self.repeats}: must be even, so that each side goes first equally often")
+        problems = out_of_range(self, _MINIMA)
         for name in ("batch_sizes", "lengths"):
             sizes = getattr(self, name)
             whole = isinstance(sizes, tuple) and bool(sizes) and all(type(size) is int and size > 0 for size in sizes)

@@ -25,7 +25,7 @@ LOAD = EncoderLoad(batch_sizes=(1, 3), lengths=(4, 9), passes=2, repeats=4)
         ({"lengths": (8, 8)}, r"load\.lengths = \(8, 8\)"),
         ({"lengths": (0,)}, r"load\.lengths"),
         ({"passes": 0, "repeats": 3}, r"load\.passes = 0: .*load\.repeats = 3"),
-        ({"repeats": 5}, "must be even"),
+        ({"repeats": 5}, "must be an even number"),
     ],
 )
 def test_a_load_that_cannot_be_measured_is_refused(fields: dict[str, Any], said: str) -> None:
