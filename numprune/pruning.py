@@ -59,8 +59,8 @@ class PruneOptions:
         allocation: a name of `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
         target: what the server of the result needs of its sizes.
-        axes, keep, floors, skips: as of `axes.Limits`. Query heads go only where the allocation prices them (uniform,
-            error), whole blocks only where it gives each its own size (global, error).
+        axes, keep, floors, skips: as of `axes.Limits`. The allocation global cannot remove single query heads, and
+            uniform no whole block.
         damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
             takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
         seed: of the criteria that draw.
@@ -306,7 +306,7 @@ def describe(
 
 
 def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
-    for kind in ("attention", "mlp"):
+    for kind in anatomy.kinds:
         widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
         if rows.numel() < 4 * widest.channels:
             logger.warning(
