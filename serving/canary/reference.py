@@ -151,7 +151,8 @@ def read(path: Path) -> Reference | PooledReference:
     """The reference of a release. Raises IntegrityError."""
     if not path.is_file():
         raise IntegrityError(
-            f"{path}: missing; the release was made before releases carried a reference for servers: make it again"
+            f"{path}: missing; no server runs masked language models. Any other release without it was made before "
+            "releases carried a reference for servers: make it again"
         )
     if path.stat().st_size > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")

@@ -202,6 +202,12 @@ def start(
     """Start a server and return at once. Raises as `serving` does, but for ServerError."""
     config = _config(checkpoint)
     _require_plugin(environment, checkpoint, str(config.get("model_type")))
+    if api_key and not _is_decoder(config):
+        logger.warning(
+            "%s: vLLM asks for the API key under /v1 only: /classify and /pooling answer without it; keep them behind "
+            "a gateway",
+            name,
+        )
     names, others = split_names(options, name)
     needs_memory = environment.cpu and not memory.is_set(others, {**os.environ, **(env or {})})
     port = port or free_port(host)
