@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from numprune.serving.benchmark.load import interleaving
-from numprune.serving.benchmark.sections import Look, Section, by_repeat, ratios, repeats_of
+from numprune.serving.benchmark.sections import Look, Section, by_repeat, measured
 from numprune.serving.benchmark.shapes import EncoderLoad
 from numprune.serving.benchmark.statistics import percentiles
 
@@ -62,36 +61,16 @@ class Passes:
 
 def passes_section(load: EncoderLoad, looks: Sequence[Look[Passes]], descriptions: Mapping[str, Any]) -> Section:
     """`speed.<runtime>` of all looks together: every shape under `shapes`, and the first one's figures beside them."""
-    shapes = {
-        f"{shape[0]}x{shape[1]}": _shape_section(
-            load,
-            [
-                Look(*([repeat.at(shape) for repeat in side] for side in (look.baseline, look.candidate)))
-                for look in looks
-            ],
-            descriptions,
-        )
-        for shape in load.shapes
-    }
+    shared = {"load": load.describe(), "runtime": dict(descriptions), "warmup": load.warmup}
+    shapes = {}
+    for shape in load.shapes:
+        of_shape = [
+            Look(*([one.at(shape) for one in side] for side in (look.baseline, look.candidate))) for look in looks
+        ]
+        shapes["{}x{}".format(*shape)] = {**shared, **measured(of_shape, _side, METRICS)}
     first = next(iter(shapes.values()))
     failed = sum(section["failed_requests"] for section in shapes.values())
     return {**first, "failed_requests": failed, "shapes": shapes}
-
-
-def _shape_section(load: EncoderLoad, looks: Sequence[Look[Passes]], descriptions: Mapping[str, Any]) -> Section:
-    baseline, candidate = repeats_of(looks)
-    return {
-        "load": load.describe(),
-        "runtime": dict(descriptions),
-        "looks": len(looks),
-        "warmup": load.warmup,
-        "repeats": len(baseline),
-        "order": interleaving(len(baseline)),
-        "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
-        "baseline": _side(baseline),
-        "candidate": _side(candidate),
-        **ratios(looks, METRICS),
-    }
 
 
 def _side(repeats: Sequence[Passes]) -> Section:

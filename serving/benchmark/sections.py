@@ -1,6 +1,6 @@
 """From samples to the sections of the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any, Generic, Protocol, TypeVar
@@ -47,18 +47,25 @@ def speed_section(load: Load, looks: Sequence[Look[Repeat]], descriptions: Mappi
     A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
     of the baseline: a gate on them fails.
     """
-    baseline, candidate = repeats_of(looks)
     return {
         "load": load.describe(),
         "runtime": dict(descriptions),
-        "looks": len(looks),
         "warmup": load.warmup,
+        **measured(looks, _side, METRICS),
+    }
+
+
+def measured(looks: Sequence[Look[R]], side: Callable[[Sequence[R]], Section], metrics: Sequence[str]) -> Section:
+    """What repeats gave, of all looks together, in the words of `speed.<runtime>`; `side` makes one of one side's."""
+    baseline, candidate = repeats_of(looks)
+    return {
+        "looks": len(looks),
         "repeats": len(baseline),
         "order": interleaving(len(baseline)),
         "failed_requests": sum(repeat.failed for repeat in [*baseline, *candidate]),
-        "baseline": _side(baseline),
-        "candidate": _side(candidate),
-        **ratios(looks, METRICS),
+        "baseline": side(baseline),
+        "candidate": side(candidate),
+        **ratios(looks, metrics),
     }
 
 

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
 from numprune.errors import ParityError
-from numprune.serving.canary.reference import Encoded
+from numprune.serving.canary.reference import Encoded, Tolerance
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 
@@ -50,6 +50,34 @@ def distance(server: float, reference: float) -> float:
     """Infinite, should either be no number: every comparison with NaN is false, and a maximum may pass it over."""
     difference = abs(server - reference)
     return difference if math.isfinite(difference) else math.inf
+
+
+class Place(Protocol):
+    """A number, here and there; its text says where it is."""
+
+    @property
+    def error(self) -> float: ...
+
+
+P = TypeVar("P", bound=Place)
+
+
+def require_near(url: str, found: Sequence[P], tolerance: Tolerance, dtype: str, unit: str = "") -> dict[str, Any]:
+    """What `check` returns of all places that were compared. Raises ParityError, naming the worst."""
+    worst = max(found, key=lambda place: place.error)
+    mean = sum(place.error for place in found) / len(found)
+    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
+        raise ParityError(
+            f"{url}: {worst}: differs by {worst.error:.3g}{unit}, by {mean:.3g} on average; in {dtype} allowed are "
+            f"{tolerance.worst:.3g} and {tolerance.mean:.3g}"
+        )
+    return {
+        "dtype": dtype,
+        "tolerance": tolerance.worst,
+        "positions": len(found),
+        "worst": {**vars(worst), "error": worst.error},
+        "mean_error": mean,
+    }
 
 
 def short(value: Any) -> str:

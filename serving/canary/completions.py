@@ -12,7 +12,7 @@ import httpx
 
 from numprune.errors import ParityError
 from numprune.serving import loopback
-from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance
+from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
 from numprune.serving.canary.reference import Reference
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
@@ -39,19 +39,8 @@ def check(url: str, reference: Reference, dtype: str, api_key: str | None = None
         found = [*_prefill(client, model, reference)]
         decoded, equal = _decode(client, model, reference, tolerance.worst)
     found += decoded
-    worst = max(found, key=lambda place: place.error)
-    mean = sum(place.error for place in found) / len(found)
-    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
-        raise ParityError(
-            f"{url}: {worst}: differs by {worst.error:.3g} nats, by {mean:.3g} on average; in {dtype} allowed are "
-            f"{tolerance.worst:.3g} and {tolerance.mean:.3g}"
-        )
     return {
-        "dtype": dtype,
-        "tolerance": tolerance.worst,
-        "positions": len(found),
-        "worst": {**vars(worst), "error": worst.error},
-        "mean_error": mean,
+        **require_near(url, found, tolerance, dtype, " nats"),
         "greedy_compared": len(decoded),
         "greedy_match": equal / sum(len(prompt.greedy) for prompt in reference.prompts),
     }

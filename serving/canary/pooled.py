@@ -6,7 +6,7 @@ from typing import Any
 
 from numprune.errors import ParityError
 from numprune.serving import loopback
-from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance
+from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
 from numprune.serving.canary.reference import PooledReference
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
@@ -69,18 +69,4 @@ def check(url: str, reference: PooledReference, dtype: str, api_key: str | None 
             norm = math.hypot(*values) or math.nan
             values = [value / norm for value in values]
         found += [_Place(number, entry, *pair) for entry, pair in enumerate(zip(values, text.values, strict=True))]
-    worst = max(found, key=lambda place: place.error)
-    mean = sum(place.error for place in found) / len(found)
-    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
-        raise ParityError(
-            f"{url}: {worst}: differs by {worst.error:.3g}, by {mean:.3g} on average; in {dtype} allowed are "
-            f"{tolerance.worst:.3g} and {tolerance.mean:.3g}"
-        )
-    return {
-        "dtype": dtype,
-        "tolerance": tolerance.worst,
-        "texts": len(inputs),
-        "positions": len(found),
-        "worst": {**vars(worst), "error": worst.error},
-        "mean_error": mean,
-    }
+    return {**require_near(url, found, tolerance, dtype), "texts": len(inputs)}

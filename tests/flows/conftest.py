@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
-from tests.conftest import build_tiny, byte_tokenizer
+from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.collector import ENDPOINT, Collector
 
 # Before Prefect is imported: its database is nobody's but these tests'.
@@ -52,13 +53,16 @@ name = "tiny"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` (a checkpoint), `train.txt`, `heldout.jsonl` and `recipe.toml`; not to be written to."""
-    folder = tmp_path_factory.mktemp("tiny")
-    build_tiny().save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
+    return write_inputs(tmp_path_factory.mktemp("tiny"), build_tiny(), RECIPE)
+
+
+def write_inputs(folder: Path, model: PreTrainedModel, recipe: str) -> Path:
+    """Write the model as `base`, its text and the recipe into the folder."""
+    write_checkpoint(model, folder / "base")
     (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     documents = [f"Document {i} says that {7 * i} sheep jump over the moon." for i in range(24)]
     (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
-    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "recipe.toml").write_text(recipe)
     return folder
 
 

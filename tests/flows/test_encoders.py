@@ -1,6 +1,5 @@
 """An encoder through the commands: the whole chain, its comparison, and what is refused before any work."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numprune.flows.steps import checks
 from numprune.serving import canary, gates
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, write_checkpoint
-from tests.flows.conftest import Answered
+from tests.flows.conftest import Answered, write_inputs
 from tests.flows.test_optimize import optimize
 
 Command = Callable[..., Answered]
@@ -53,13 +52,8 @@ name = "tiny-encoder"
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` (a sentence embedding model), `train.txt`, `heldout.jsonl` and `recipe.toml`."""
-    folder = tmp_path_factory.mktemp("encoder")
-    write_checkpoint(build_tiny("bert", task="embedding", num_attention_heads=2, head_dim=32), folder / "base")
-    (folder / "train.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    documents = [f"Document {i} says that {7 * i} sheep jump over the moon." for i in range(24)]
-    (folder / "heldout.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
+    model = build_tiny("bert", task="embedding", num_attention_heads=2, head_dim=32)
+    return write_inputs(tmp_path_factory.mktemp("encoder"), model, RECIPE)
 
 
 @pytest.mark.slow
