@@ -1,40 +1,49 @@
 """ONNX with KV cache and dynamic batch, prompt and past lengths: standard operators only, one file plus its weights.
 
 There is one flavour, named in the model's metadata: operators of the ONNX standard alone, which ONNX Runtime and
-TensorRT both take and which are exact for left-padded rows (see `onnx_decoder`).
+TensorRT both take and which are exact for left-padded rows. Networks that `onnx_decoder` knows are written directly,
+all others are traced by `onnx_traced`; the graphs have the same inputs and outputs.
 """
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
-from numprune.anatomy import Anatomy, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
-from numprune.export.onnx_decoder import FAMILIES, OPSETS, write_decoder
+from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.weights import read_tensor
 
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
 
+# Rotary embeddings whose frequencies do not depend on the length of the text: in a graph they are constants.
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
-def check_family(anatomy: Anatomy) -> None:
-    """Refuse a family whose network the writer does not know. Raises InputError."""
-    if anatomy.family not in FAMILIES:
-        raise InputError(
-            f"{anatomy.family} is not supported in ONNX, nor in TensorRT, which is built from it; supported are "
-            f"{', '.join(FAMILIES)}. Leave onnx and tensorrt out"
-        )
+
+def check_config(config: Any) -> None:
+    """Refuse what no ONNX graph of ours computes. Raises InputError."""
+    found = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in found.values() if isinstance(value, dict)]
+    for parameters in by_layer_type or [found]:
+        kind = parameters.get("rope_type", "default")
+        if kind not in _STATIC_ROPE:
+            raise InputError(
+                f"config.json: rope_type={kind!r} is not supported in ONNX, nor in TensorRT, which is built from it; "
+                f"supported are {', '.join(_STATIC_ROPE)}. Leave onnx and tensorrt out"
+            )
 
 
 def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
     """Write the checkpoint `source` as ONNX in float32 to the new folder `out`.
 
-    The weights pass through memory one tensor at a time. Biases, norms, sliding windows, tied embeddings and layers of
-    different sizes are taken from the checkpoint; the graph keeps logits of the positions that `logits_to_keep` names,
-    all of them for scoring or the last one for the first token.
+    Biases, norms, sliding windows, tied embeddings and layers of different sizes are taken from the checkpoint; the
+    graph keeps logits of the positions that `logits_to_keep` names, all of them for scoring or the last one for the
+    first token. The weights pass through memory one tensor at a time where the network is written directly; to be
+    traced, the whole model is in memory.
 
     Args:
         source: a checkpoint folder of a supported architecture.
@@ -48,22 +57,34 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
     config = checkpoint.read_config(source)
-    check_family(read_anatomy(config))
-    headers = checkpoint.audit(source)
-    checkpoint.load_tokenizer(source)
+    check_config(config)
+    direct = writes(config)
+    packages = ("onnx",) if direct else ("onnx", "onnxscript", "torch", "transformers")
     facts: dict[str, JsonValue] = {
         "flavour": FLAVOUR,
+        "exporter": "numprune" if direct else "torch",
         "opset": opset,
         "dtype": "float32",
-        "onnx": version("onnx"),
+        **{package: version(package) for package in packages},
         "file": MODEL_FILE,
     }
     parents = {"checkpoint": manifest.folder_digest(source)}
+    metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
     with manifest.creating(out, kind="onnx", parents=parents, facts=facts) as folder:
-        with (folder / DATA_FILE).open("wb") as data:
-            graph = Graph(data)
-            write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset)
-        metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
-        save(graph.model(opset, metadata), folder / MODEL_FILE)
+        if direct:
+            _write(source, folder, config, opset, metadata)
+        else:
+            from numprune.export.onnx_traced import trace_decoder
+
+            trace_decoder(checkpoint.load(source)[0], folder / MODEL_FILE, opset, metadata)
         checkpoint.copy_around_weights(config, source, folder)
     return manifest.read(out)
+
+
+def _write(source: Path, folder: Path, config: Any, opset: int, metadata: dict[str, str]) -> None:
+    headers = checkpoint.audit(source)
+    checkpoint.load_tokenizer(source)
+    with (folder / DATA_FILE).open("wb") as data:
+        graph = Graph(data)
+        write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset)
+    save(graph.model(opset, metadata), folder / MODEL_FILE)

@@ -1,8 +1,9 @@
 """A Llama-like decoder with its KV cache in ONNX's standard operators, written from the configuration and the weights.
 
-Written directly rather than traced: every supported family is this one network with or without some biases, norms and
-windows, and a traced export of an 8-layer model costs some 20 s of CPU time and the model in memory several times, this
-one well under a second and one tensor. That it computes what the checkpoint computes is for `parity` to prove.
+Written directly rather than traced, as `onnx_traced` does for every other network: these families are one network with
+or without some biases, norms and windows, and the trace of an 8-layer model costs some 20 s of CPU time and the model
+in memory, this one well under a second and one tensor. That it computes what the checkpoint computes is for `parity` to
+prove.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -14,17 +15,16 @@ from onnx import TensorProto
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from numprune.anatomy import family_of
 from numprune.errors import InputError
 from numprune.export.onnx_graph import Graph
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 OPSETS = (20, 23)  # 23 has Attention, RMSNormalization and RotaryEmbedding; 24 and up are not yet written right by all
 
 EMBEDDING = "model.embed_tokens.weight"
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-
-# Rotary embeddings whose frequencies do not depend on the length of the text.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Shared:
     sin: str
 
 
+def writes(config: Any) -> bool:
+    """Whether `write_decoder` knows the network of a configuration."""
+    return family_of(config).name in FAMILIES and config.hidden_act in ACTIVATIONS
+
+
 def write_decoder(
     graph: Graph, config: Any, stored: frozenset[str], tensor: Callable[[str], Tensor], opset: int
 ) -> None:
@@ -69,7 +74,7 @@ def write_decoder(
 
     Args:
         graph: an empty one.
-        config: of the checkpoint.
+        config: of the checkpoint, one that it `writes`.
         stored: the names of its tensors.
         tensor: gives one of them.
         opset: one of OPSETS.
@@ -150,9 +155,7 @@ def _masks_and_positions(
 def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
     """Cosines and sines (B, S, D/2) of the rotary embedding."""
     graph, config, head_dim = writer.graph, writer.config, writer.head_dim
-    kind = config.rope_parameters.get("rope_type")
-    if kind not in _STATIC_ROPE:
-        raise InputError(f"config.json: rope_type={kind!r} is not supported in ONNX; supported are {_STATIC_ROPE}")
+    kind = config.rope_parameters["rope_type"]
     if kind == "default":
         frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).double() / head_dim)
         scaling = 1.0
@@ -240,8 +243,8 @@ def _mlp(writer: Writer, prefix: str, hidden: str) -> str:
 
 
 def _activate(writer: Writer, values: str) -> str:
-    graph, name = writer.graph, writer.config.hidden_act
-    match name:
+    graph = writer.graph
+    match writer.config.hidden_act:
         case "silu":
             return graph.op("Mul", values, graph.op("Sigmoid", values))
         case "gelu":
@@ -250,9 +253,7 @@ def _activate(writer: Writer, values: str) -> str:
             return graph.op("Gelu", values, approximate="tanh")
         case "relu":
             return graph.op("Relu", values)
-    raise InputError(
-        f"config.json: hidden_act={name!r} is not supported in ONNX; supported are silu, gelu, gelu_pytorch_tanh, relu"
-    )
+    raise ValueError(f"not among {ACTIVATIONS}")
 
 
 def _norm(writer: Writer, name: str, states: str) -> str:

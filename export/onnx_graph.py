@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 DATA_FILE = "model.onnx.data"
 
-_INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
-_PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
+INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
+PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Graph:
         if name in self.initializers:
             return name
         array = tensor.detach().to(torch.float32).contiguous().numpy()
-        if array.nbytes <= _INLINE_BYTES:
+        if array.nbytes <= INLINE_BYTES:
             return self._constant(name, array)
-        self.data.write(b"\0" * (-self.data.tell() % _PAGE_BYTES))
+        self.data.write(b"\0" * (-self.data.tell() % PAGE_BYTES))
         proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
         proto.data_location = TensorProto.EXTERNAL
         place = {"location": DATA_FILE, "offset": self.data.tell(), "length": array.nbytes}
@@ -90,6 +90,11 @@ class Graph:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph; its data file is already there. Checks it, shapes and types inferred, as a file of any size."""
+    """Write the graph, whose data file is there already, and check it."""
     path.write_bytes(model.SerializeToString())
+    check(path)
+
+
+def check(path: Path) -> None:
+    """Check the graph in a file of any size, shapes and types inferred. Raises onnx.checker.ValidationError."""
     onnx.checker.check_model(str(path), full_check=True)

@@ -50,6 +50,7 @@ _PACKAGES = (
     "numpy",
     "scipy",
     "onnx",
+    "onnxscript",
     "onnxruntime",
     "tensorrt",
 )

@@ -43,6 +43,7 @@ class Opened:
             "provider": self.session.get_providers()[0],
             "threads": self.threads or "default",
             "flavour": self.facts["flavour"],
+            "exporter": self.facts["exporter"],
             "opset": self.facts["opset"],
             "weight_bytes": self.weight_bytes,
             "versions": {"onnxruntime": ort.__version__},

@@ -17,7 +17,7 @@ from numprune.export import processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
-from numprune.export.onnx import check_family
+from numprune.export.onnx import check_config
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
@@ -38,9 +38,9 @@ from numprune.serving.vllm.environment import TESTED
 from numprune.target import Target
 from numprune.tasks import Task, TaskName
 
-_MODULES = {"onnx": ("onnx",), "onnxruntime": ("onnxruntime",)}
+_MODULES = {"onnx": ("onnx", "onnxscript"), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
-    "onnx": "pip install onnx",
+    "onnx": "pip install onnx onnxscript",
     "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
 }
 
@@ -103,7 +103,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
-            collect("export.targets and benchmark.runtimes", check_family, anatomy)
+            collect("export.targets and benchmark.runtimes", check_config, config)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
         problems += _lengths(recipe, anatomy.context, anatomy.task)

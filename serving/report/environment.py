@@ -29,6 +29,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "onnx",
+    "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",

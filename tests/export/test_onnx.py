@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, manifest, onnx, parity
+from numprune.export import checkpoint, manifest, onnx, onnx_traced, parity
 from numprune.export.runtimes.ort import OnnxRuntime
 from tests.conftest import recast
 
@@ -101,8 +101,8 @@ def per_layer(folder: Path, family: str, sizes: dict[int, dict[str, Any]]) -> Pa
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+        for parameter in model.parameters():  # some of them are not initialised
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     return folder
 
@@ -130,8 +130,41 @@ def test_layers_that_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, f
     assert {f"past_key_values.{layer}.key" for layer in (1, 2, 3)} <= names
 
 
+def test_an_activation_that_the_writer_does_not_know_is_traced(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(hidden_act="tanh", num_hidden_layers=1)
+    made = onnx.export(base, tmp_path / "onnx", opset=20)
+    assert made.facts["exporter"] == "torch"
+    assert error(base, tmp_path / "onnx") < 1e-4
+
+
+TRACED: dict[str, dict[int, dict[str, Any]]] = {
+    "phi3": {0: {"skip": ["attention"], "intermediate_size": 40}, 1: SIZES[1], 2: {"skip": ["mlp"]}},
+    "gpt2": {0: {"n_head": 3, "head_dim": 16}, 1: {"skip": ["attention"], "head_dim": 16}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TRACED)
+def test_layers_that_differ_and_skip_a_block_traced(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    base = per_layer(tiny_checkpoint(family=family, num_hidden_layers=len(TRACED[family])), family, TRACED[family])
+    onnx.export(base, tmp_path / "onnx")
+    proof = parity.check(base, tmp_path / "onnx", "onnxruntime", device="cpu")
+    assert proof["logit_error_max"] < 1e-4
+    assert proof["reference"]["kv_bytes_per_token"] == proof["candidate"]["kv_bytes_per_token"]
+    attending = [layer for layer, sizes in TRACED[family].items() if "attention" not in sizes.get("skip", ())]
+    names = [value.name for value in graph(tmp_path / "onnx").input]
+    assert names[3:] == [f"past_key_values.{layer}.{name}" for layer in attending for name in ("key", "value")]
+
+
 def graph(folder: Path) -> onnx_format.GraphProto:
     return onnx_format.load(folder / onnx.MODEL_FILE, load_external_data=False).graph
+
+
+def dimensions(network: onnx_format.GraphProto) -> dict[str, list[str | int]]:
+    return {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*network.input, *network.output]
+    }
 
 
 def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -144,10 +177,7 @@ def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, t
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata == {"flavour": "standard-operators", "family": "llama", "checkpoint": manifest.folder_digest(base)}
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
-    dims = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in [*model.graph.input, *model.graph.output]
-    }
+    dims = dimensions(model.graph)
     assert dims["input_ids"] == ["batch", "sequence"]
     assert dims["attention_mask"] == ["batch", "total"]
     assert dims["logits"] == ["batch", "kept", 259]
@@ -160,6 +190,39 @@ def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, t
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "generation_config.json"} <= set(
         made.files
     )
+
+
+@pytest.mark.slow
+def test_a_traced_file_is_as_one_that_was_written(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_checkpoint(tie_word_embeddings=True, num_hidden_layers=1)
+    onnx.export(base, tmp_path / "written", opset=20)
+    files = []
+    for name in ("traced", "again"):
+        model, _ = checkpoint.load(base)
+        (tmp_path / name).mkdir()
+        capfd.readouterr()
+        onnx_traced.trace_decoder(model, tmp_path / name / onnx.MODEL_FILE, 20, {"flavour": onnx.FLAVOUR})
+        assert capfd.readouterr() == ("", "")
+        files.append((tmp_path / name / onnx.MODEL_FILE).read_bytes())
+    assert files[0] == files[1]
+    model = onnx_format.load(tmp_path / "traced" / onnx.MODEL_FILE, load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"flavour": onnx.FLAVOUR}
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    assert dimensions(model.graph) == dimensions(graph(tmp_path / "written"))
+    sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("traced", "written")]
+    assert sizes[0] == pytest.approx(sizes[1], abs=4 * 259 * 64 / 2)  # the embeddings, stored once
+
+
+def test_a_network_that_cannot_be_traced_ends_in_one_line(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny_model("opt", num_hidden_layers=1)
+    model.model.decoder.final_layer_norm.forward = lambda hidden: hidden if hidden.sum() > 0 else -hidden
+    with pytest.raises(InputError, match=r"^torch .* cannot export opt to ONNX \(.*\); leave onnx and tensorrt out$"):
+        onnx_traced.trace_decoder(model, tmp_path / onnx.MODEL_FILE, 23, {})
 
 
 def test_tied_embeddings_are_stored_once(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -185,12 +248,16 @@ def test_the_plan_goes_with_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> N
     assert json.loads((tmp_path / "onnx" / checkpoint.PLAN).read_text()) == {"kept": 1}
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
         ({}, {"opset": 24}, "opset=24"),
-        ({"hidden_act": "tanh"}, {}, "hidden_act='tanh'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "rope_type='dynamic'"),
+        ({"rope_parameters": DYNAMIC}, {}, "rope_type='dynamic'"),
+        ({"family": "granite", "rope_parameters": DYNAMIC}, {}, "rope_type='dynamic'"),
+        ({"family": "gemma3_text", "rope_parameters": {"full_attention": DYNAMIC}}, {}, "rope_type='dynamic'"),
     ],
 )
 def test_what_is_not_supported_is_refused_and_leaves_nothing(

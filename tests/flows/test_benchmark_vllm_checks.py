@@ -40,13 +40,16 @@ def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Pa
 
 
 def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
-    base = write_checkpoint(build_tiny("granite"), tmp_path / "granite")
+    rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    base = write_checkpoint(build_tiny("granite", rope_parameters=rotary), tmp_path / "granite")
     recipe = load(
         tiny / "recipe.toml", [f"model.path='{base}'", "export.targets=['onnx', 'vllm']", "prune.allocation='error'"]
     )
     with pytest.raises(InputError) as refused:
         check(recipe, tmp_path)
-    assert "export.targets and benchmark.runtimes: granite is not supported in ONNX" in str(refused.value)
+    assert "export.targets and benchmark.runtimes: config.json: rope_type='dynamic' is not supported" in str(
+        refused.value
+    )
     assert "prune.allocation: vLLM does not run granite with layers of different sizes" in str(refused.value)
 
 

@@ -1,0 +1,152 @@
+"""Any decoder with its KV cache in ONNX's standard operators, traced by torch's exporter.
+
+What is traced is the model's own forward pass, in a module that takes and returns the cache as plain tensors. So the
+graph has the inputs and outputs of `onnx_decoder.write_decoder`, whatever the network is. That it computes what the
+checkpoint computes, also at lengths other than those of the trace, is for `parity` to prove.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import DynamicCache, PreTrainedModel
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.export.onnx_graph import DATA_FILE, INLINE_BYTES, PAGE_BYTES, check
+
+# Attention as plain matrix products: it has soft-capping and sinks, and its mask leaves no row empty, whose softmax
+# would be NaN. ONNX Runtime is within 10 % as fast with it as with the Attention operator.
+ATTENTION = "eager"
+
+Dims = tuple[str | int, ...]  # of a tensor: a name where any size will do
+
+# What is traced: sizes that differ and are above 1, lest torch take one dimension for another or for a constant.
+_TRACED = {"batch": 3, "sequence": 5, "past": 7, "total": 12, "kept": 2}
+
+logger = logging.getLogger(__name__)
+
+
+class _FlatDecoder(nn.Module):
+    """A decoder with a cache of plain tensors: of each attending layer the keys and the values of the whole past."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        tokens, mask, kept, *past = inputs
+        # Made without the configuration, by which a layer with a sliding window would keep no more than the window: the
+        # graph would hold what the window leaves of the past that was traced.
+        cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=kept,
+        )
+        return output.logits, *(states for layer in cache.layers for states in (layer.keys, layer.values))
+
+
+def trace_decoder(model: PreTrainedModel, path: Path, opset: int, metadata: Mapping[str, str]) -> None:
+    """Write the graph of `model`, a decoder in float32, to `path`, and its weights to one data file beside it.
+
+    Inputs and outputs are those of `onnx_decoder.write_decoder`. Attention of the model is another one afterwards.
+
+    Raises:
+        InputError: torch cannot export the network.
+    """
+    anatomy = read_anatomy(model.config)
+    inputs: dict[str, Dims] = {
+        "input_ids": ("batch", "sequence"),
+        "attention_mask": ("batch", "total"),
+        "logits_to_keep": ("kept",),
+    }
+    outputs: dict[str, Dims] = {"logits": ("batch", "kept", anatomy.vocabulary)}
+    for block in anatomy.of_kind("attention"):
+        for name in ("key", "value") if block.units else ():
+            inputs[f"past_key_values.{block.layer}.{name}"] = ("batch", block.units, "past", anatomy.head_dim)
+            outputs[f"present.{block.layer}.{name}"] = ("batch", block.units, "total", anatomy.head_dim)
+    logger.info("tracing %d layers for ONNX, which takes about %d s", anatomy.layers, 2 * anatomy.layers)
+    model.set_attn_implementation(ATTENTION)
+    try:
+        graph = _traced(_FlatDecoder(model).eval(), inputs, outputs, opset)
+    except Exception as error:  # of any kind, from transformers' modeling code and from three libraries
+        raise InputError(
+            f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot export {anatomy.family} to ONNX "
+            f"({_cause(error)}); leave onnx and tensorrt out"
+        ) from error
+    graph.metadata_props.update(metadata)
+    onnx_ir.save(
+        graph,
+        path,
+        external_data=DATA_FILE,
+        size_threshold_bytes=INLINE_BYTES,
+        alignment=PAGE_BYTES,
+        align_threshold=INLINE_BYTES,
+    )
+    check(path)
+
+
+def _traced(module: nn.Module, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], opset: int) -> onnx_ir.Model:
+    """Return the graph of `module`, which takes `inputs`: int64 where all dimensions have names, otherwise float32."""
+    samples = []
+    for dims in inputs.values():
+        shape = [_TRACED[dim] if isinstance(dim, str) else dim for dim in dims]
+        integers = all(isinstance(dim, str) for dim in dims)
+        samples.append(torch.ones(shape, dtype=torch.int64 if integers else torch.float32))
+    dynamic = tuple(
+        {index: Dim.DYNAMIC for index, dim in enumerate(dims) if isinstance(dim, str)} for dims in inputs.values()
+    )
+    with _silence():
+        program = torch.export.export(module, tuple(samples), dynamic_shapes={"inputs": dynamic}, strict=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+        )
+    assert exported is not None  # it is with `dynamo`
+    model = exported.model
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()  # where in which file of this machine it comes from
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None  # a runtime infers them
+    for values, all_dims in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        for value, dims in zip(values, all_dims.values(), strict=True):
+            value.shape = onnx_ir.Shape(dims)
+    return model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's warnings, which are about itself, from the user."""
+    chatter = logging.getLogger("torch.onnx")
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what was raised first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
