@@ -1,4 +1,4 @@
-"""ONNX with KV cache and dynamic batch, prompt and past lengths: standard operators only, one file plus its weights.
+"""ONNX with dynamic batch and lengths, of decoders with their KV cache: standard operators, one file and its weights.
 
 There is one flavour, named in the model's metadata: operators of the ONNX standard alone, which ONNX Runtime and
 TensorRT both take and which are exact for left-padded rows. Networks that `onnx_decoder` knows are written directly,
@@ -15,6 +15,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
+from numprune.export.tasks import load_task
 from numprune.export.weights import read_tensor
 
 MODEL_FILE = "model.onnx"
@@ -74,9 +75,9 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
         if direct:
             _write(source, folder, config, opset, metadata)
         else:
-            from numprune.export.onnx_traced import trace_decoder
+            from numprune.export.onnx_traced import trace
 
-            trace_decoder(checkpoint.load(source)[0], folder / MODEL_FILE, opset, metadata)
+            trace(checkpoint.load(source)[0], load_task(source), folder / MODEL_FILE, opset, metadata)
         checkpoint.copy_around_weights(config, source, folder)
     return manifest.read(out)
 

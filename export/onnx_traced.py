@@ -1,8 +1,8 @@
-"""Any decoder with its KV cache in ONNX's standard operators, traced by torch's exporter.
+"""Any network in ONNX's standard operators, traced by torch's exporter.
 
-What is traced is the model's own forward pass, in a module that takes and returns the cache as plain tensors. So the
-graph has the inputs and outputs of `onnx_decoder.write_decoder`, whatever the network is. That it computes what the
-checkpoint computes, also at lengths other than those of the trace, is for `parity` to prove.
+What is traced is the model's own forward pass. A decoder's is in a module that takes and returns the KV cache as plain
+tensors, so the graph has the inputs and outputs of `onnx_decoder.write_decoder`, whatever the network is. That it
+computes what the checkpoint computes, also at lengths other than those of the trace, is for `parity` to prove.
 """
 
 import logging
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from numprune.anatomy import read_anatomy
+from numprune.anatomy import Anatomy, read_anatomy
 from numprune.errors import InputError
 from numprune.export.onnx_graph import DATA_FILE, INLINE_BYTES, PAGE_BYTES, check
+from numprune.tasks import Task
+from numprune.tasks.classification import Classification
+from numprune.tasks.embedding import Embedding
 
 # Attention as plain matrix products: it has soft-capping and sinks, and its mask leaves no row empty, whose softmax
 # would be NaN. ONNX Runtime is within 10 % as fast with it as with the Attention operator.
@@ -57,29 +61,44 @@ class _FlatDecoder(nn.Module):
         return output.logits, *(states for layer in cache.layers for states in (layer.keys, layer.values))
 
 
-def trace_decoder(model: PreTrainedModel, path: Path, opset: int, metadata: Mapping[str, str]) -> None:
-    """Write the graph of `model`, a decoder in float32, to `path`, and its weights to one data file beside it.
+class _FlatEncoder(nn.Module):
+    """An encoder that returns what its task needs: logits, or the states of all tokens and the embedding."""
 
-    Inputs and outputs are those of `onnx_decoder.write_decoder`. Attention of the model is another one afterwards.
+    def __init__(self, model: PreTrainedModel, task: Task, inputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.inputs = inputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.inputs, inputs, strict=True))
+        output = self.model(**named)
+        if isinstance(self.task, Embedding):
+            hidden = output.last_hidden_state
+            return hidden, self.task.pooled(hidden, named["attention_mask"])
+        return (output.logits,)
+
+
+def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: Mapping[str, str]) -> None:
+    """Write the graph of `model`, in float32, to `path`, and its weights to one data file beside it.
+
+    A decoder's inputs and outputs are those of `onnx_decoder.write_decoder`. Inputs of an encoder: input_ids and
+    attention_mask (B, S; 1 = token, 0 = padding), and token_type_ids (B, S) where the model tells them apart. Outputs:
+    logits (B, S, V) of a masked language model, logits (B, classes) of a classifier, or last_hidden_state (B, S, H) and
+    sentence_embedding (B, H), pooled and normalised as the checkpoint declares.
+
+    The model's attention implementation is another one afterwards.
 
     Raises:
         InputError: torch cannot export the network.
     """
     anatomy = read_anatomy(model.config)
-    inputs: dict[str, Dims] = {
-        "input_ids": ("batch", "sequence"),
-        "attention_mask": ("batch", "total"),
-        "logits_to_keep": ("kept",),
-    }
-    outputs: dict[str, Dims] = {"logits": ("batch", "kept", anatomy.vocabulary)}
-    for block in anatomy.of_kind("attention"):
-        for name in ("key", "value") if block.units else ():
-            inputs[f"past_key_values.{block.layer}.{name}"] = ("batch", block.units, "past", anatomy.head_dim)
-            outputs[f"present.{block.layer}.{name}"] = ("batch", block.units, "total", anatomy.head_dim)
-    logger.info("tracing %d layers for ONNX, which takes about %d s", anatomy.layers, 2 * anatomy.layers)
+    logger.info("tracing %d layers for ONNX, which takes about %d s", anatomy.layers, 3 * anatomy.layers)
     model.set_attn_implementation(ATTENTION)
+    inputs, outputs = _decoder_ports(anatomy) if task.generates else _encoder_ports(model.config, task)
+    flat = _FlatDecoder(model) if task.generates else _FlatEncoder(model, task, tuple(inputs))
     try:
-        graph = _traced(_FlatDecoder(model).eval(), inputs, outputs, opset)
+        graph = _traced(flat.eval(), inputs, outputs, opset)
     except Exception as error:  # of any kind, from transformers' modeling code and from three libraries
         raise InputError(
             f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot export {anatomy.family} to ONNX "
@@ -95,6 +114,35 @@ def trace_decoder(model: PreTrainedModel, path: Path, opset: int, metadata: Mapp
         align_threshold=INLINE_BYTES,
     )
     check(path)
+
+
+def _decoder_ports(anatomy: Anatomy) -> tuple[dict[str, Dims], dict[str, Dims]]:
+    """Names and dimensions of a decoder's inputs and outputs."""
+    inputs: dict[str, Dims] = {
+        "input_ids": ("batch", "sequence"),
+        "attention_mask": ("batch", "total"),
+        "logits_to_keep": ("kept",),
+    }
+    outputs: dict[str, Dims] = {"logits": ("batch", "kept", anatomy.vocabulary)}
+    for block in anatomy.of_kind("attention"):
+        for name in ("key", "value") if block.units else ():
+            inputs[f"past_key_values.{block.layer}.{name}"] = ("batch", block.units, "past", anatomy.head_dim)
+            outputs[f"present.{block.layer}.{name}"] = ("batch", block.units, "total", anatomy.head_dim)
+    return inputs, outputs
+
+
+def _encoder_ports(config: Any, task: Task) -> tuple[dict[str, Dims], dict[str, Dims]]:
+    """Names and dimensions of an encoder's inputs and outputs."""
+    tokens: Dims = ("batch", "sequence")
+    inputs = {"input_ids": tokens, "attention_mask": tokens}
+    if getattr(config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = tokens
+    if isinstance(task, Embedding):
+        size = config.hidden_size
+        return inputs, {"last_hidden_state": (*tokens, size), "sentence_embedding": ("batch", size)}
+    if isinstance(task, Classification):
+        return inputs, {"logits": ("batch", config.num_labels)}
+    return inputs, {"logits": (*tokens, config.vocab_size)}
 
 
 def _traced(module: nn.Module, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], opset: int) -> onnx_ir.Model:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from numprune_vllm import sizes, weights
+from onnxruntime import InferenceSession
 
 from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
@@ -295,6 +296,29 @@ def test_it_is_exported_to_onnx(family, tmp_path):
     proof = parity.check(base, tmp_path / "onnx", "onnxruntime")
     assert proof["logit_error_max"] < 1e-4
     assert proof["candidate"]["kv_bytes_per_token"] == proof["reference"]["kv_bytes_per_token"]
+
+
+ENCODERS = [name for name, family in FAMILIES.items() if "causal-lm" not in family.tasks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task"), [(name, FAMILIES[name].tasks[index % 3]) for index, name in enumerate(ENCODERS)]
+)
+def test_an_encoder_is_exported_to_onnx(family, task, tmp_path):
+    model = build_tiny(family, task=task, num_hidden_layers=1)
+    base = write_checkpoint(model, tmp_path / "base")
+    onnx.export(base, tmp_path / "onnx")
+    session = InferenceSession(tmp_path / "onnx" / onnx.MODEL_FILE)
+    mask = torch.ones_like(ROWS)
+    mask[1, 9:] = mask[2, 1:] = 0
+    for tokens, valid in ((ROWS.masked_fill(mask == 0, model.config.pad_token_id), mask), (ROWS[:1, :1], mask[:1, :1])):
+        fed = {"input_ids": tokens, "attention_mask": valid, "token_type_ids": torch.zeros_like(tokens)}
+        names = [value.name for value in session.get_inputs()]
+        found = torch.from_numpy(session.run(None, {name: fed[name].numpy() for name in names})[-1])
+        expected = load_task(base).output(model, tokens, valid)
+        of_tokens = valid.bool() if task == "masked-lm" else ...
+        torch.testing.assert_close(found[of_tokens], expected[of_tokens].detach(), atol=1e-5, rtol=1e-5)
 
 
 @of_decoder

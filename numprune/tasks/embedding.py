@@ -100,7 +100,10 @@ class Embedding:
         return compared(self, rows, distance, metrics, seed)
 
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
-        hidden: Tensor = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return self.pooled(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
+
+    def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return the embeddings (n, H) of the last layer's output (n, S, H)."""
         pooled = pool(hidden, mask, self.pooling)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
@@ -120,9 +123,9 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Return the embeddings (n, H) of token states (n, S, H), of which `mask` (n, S) says which are tokens."""
     kept = mask[..., None].to(hidden.dtype)
     if pooling == "cls":
-        return hidden[torch.arange(len(mask)), mask.argmax(1)]  # the first token: padding may come before it
+        return hidden[torch.arange(mask.shape[0]), mask.argmax(1)]  # the first token: padding may come before it
     if pooling == "last":
-        return hidden[torch.arange(len(mask)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+        return hidden[torch.arange(mask.shape[0]), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
     if pooling == "max":
         return hidden.masked_fill(kept == 0, -torch.inf).amax(1)
     total, count = (hidden * kept).sum(1), kept.sum(1)

@@ -8,11 +8,14 @@ from typing import Any
 import onnx as onnx_format
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, onnx, onnx_traced, parity
 from numprune.export.runtimes.ort import OnnxRuntime
+from numprune.tasks import CAUSAL
+from numprune.tasks.embedding import Embedding
 from tests.conftest import recast
 
 Checkpoint = Callable[..., Path]
@@ -203,7 +206,7 @@ def test_a_traced_file_is_as_one_that_was_written(
         model, _ = checkpoint.load(base)
         (tmp_path / name).mkdir()
         capfd.readouterr()
-        onnx_traced.trace_decoder(model, tmp_path / name / onnx.MODEL_FILE, 20, {"flavour": onnx.FLAVOUR})
+        onnx_traced.trace(model, CAUSAL, tmp_path / name / onnx.MODEL_FILE, 20, {"flavour": onnx.FLAVOUR})
         assert capfd.readouterr() == ("", "")
         files.append((tmp_path / name / onnx.MODEL_FILE).read_bytes())
     assert files[0] == files[1]
@@ -218,11 +221,31 @@ def test_a_traced_file_is_as_one_that_was_written(
     assert sizes[0] == pytest.approx(sizes[1], abs=4 * 259 * 64 / 2)  # the embeddings, stored once
 
 
+@pytest.mark.slow
+def test_an_embedding_is_pooled_in_the_graph_as_the_task_says(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, task = tiny_model("bert", task="embedding", num_hidden_layers=1), Embedding("last", normalized=True)
+    onnx_traced.trace(model, task, tmp_path / onnx.MODEL_FILE, 20, {})
+    assert dimensions(graph(tmp_path)) == {
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "sequence"],
+        "token_type_ids": ["batch", "sequence"],
+        "last_hidden_state": ["batch", "sequence", 64],
+        "sentence_embedding": ["batch", 64],
+    }
+    tokens = torch.randint(0, 259, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, 4:] = mask[1, :6] = 0  # padding on either side
+    fed = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": torch.zeros_like(tokens)}
+    session = InferenceSession(tmp_path / onnx.MODEL_FILE)
+    found = session.run(["sentence_embedding"], {name: value.numpy() for name, value in fed.items()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), task.output(model, tokens, mask).detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_a_network_that_cannot_be_traced_ends_in_one_line(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("opt", num_hidden_layers=1)
     model.model.decoder.final_layer_norm.forward = lambda hidden: hidden if hidden.sum() > 0 else -hidden
     with pytest.raises(InputError, match=r"^torch .* cannot export opt to ONNX \(.*\); leave onnx and tensorrt out$"):
-        onnx_traced.trace_decoder(model, tmp_path / onnx.MODEL_FILE, 23, {})
+        onnx_traced.trace(model, CAUSAL, tmp_path / onnx.MODEL_FILE, 23, {})
 
 
 def test_tied_embeddings_are_stored_once(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
