@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
-from numprune.anatomy import family_of, task_name
+from numprune.anatomy import family_of, layers_path, task_name
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import copy_config, read_config, reason, write_config
 from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
@@ -20,6 +20,7 @@ from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
 from numprune.export.weights import TensorHeader, dtypes_of, main_dtype, read_headers, slabs, weight_bytes
 from numprune.modeling import AUTO_OF
+from numprune.renumber import renumber_tensors
 
 __all__ = [
     "PLAN",
@@ -121,15 +122,24 @@ def check_finite(stored: Mapping[str, TensorHeader]) -> None:
             raise IntegrityError(f"{header.file}: {name} has values that are NaN or infinite")
 
 
-def save(model: PreTrainedModel, source: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model: PreTrainedModel,
+    source: Path,
+    folder: Path,
+    *,
+    dropped: Collection[int] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Write `model`, which was made from that in `source`, as a checkpoint into `folder` and audit what was written.
 
-    Every tensor is stored in the data type that it has in `source`. Raises InputError, IntegrityError.
+    Every tensor is stored in the data type that it has in `source`, of which `model` has not the layers `dropped`.
+    Raises InputError, IntegrityError.
     """
     folder.mkdir(exist_ok=True)
     tied, names = model.all_tied_weights_keys, stored_names(model)
     tensors = {names[name]: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    with writing(folder, dtypes_of(audit(source)), shard_bytes) as writer:
+    dtypes = renumber_tensors(dtypes_of(audit(source)), layers_path(model.config), dropped)
+    with writing(folder, dtypes, shard_bytes) as writer:
         writer.add(tensors)
     save_around_weights(model, source, folder)
 

@@ -5,9 +5,9 @@ know, so no task caches. Deploy it as `flows/optimize.py:optimize`.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,6 +31,7 @@ from numprune.flows.stages import StageResult
 
 logger = logging.getLogger(__name__)
 
+Step = Callable[..., StageResult]
 GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one job on the GPU at a time
 
 
@@ -63,64 +64,86 @@ def optimize(
     return Failed(message=summary.refusal(found), data=found)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Every stage of a run up to the verdict.
+
+    Attributes:
+        report: the stage with report.json and the verdict.
+        looks: the benchmarks by runtime.
+        parts: what a release is made of, by the names of its folders.
+        canary: the stage with what a server of the release must answer, or None where no server runs it.
+    """
+
+    report: StageResult
+    looks: Mapping[Any, Sequence[StageResult]]
+    parts: Mapping[str, Path]
+    canary: StageResult | None
+
+
 def _chain(run: Run, recording: Recording) -> dict[str, Any]:
     """Every stage of a run, and what `summary.summarize` gives of them."""
     done: list[StageResult] = []
 
-    def keep(result: StageResult) -> StageResult:
+    def call(step: Step, *arguments: Any) -> StageResult:
+        result = step(*arguments)
         done.append(result)
         recording.add(result)
         return result
 
-    calibration = keep(sample_calibration(run))
-    heldout = keep(read_heldout(run))
-    scores = keep(score_baseline(run, heldout))
-    pruned = keep(prune(run, calibration))
+    judged = judge(run, call)
+    outcome = str(judged.report.facts["outcome"])
+    release = version = None
+    if outcome == "pass":
+        release, version = publish(run, judged.parts, judged.report, judged.canary)
+    _discard_disturbed(judged.looks.values())
+    recording.judged(outcome, judged.report.path, release, version)
+    found = summary.summarize(recording.run, judged.report.path, done, release, version)
+    _show(judged.report.path, found)
+    return found
+
+
+def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
+    """Take every stage of a run, each by `call(task, *arguments)`."""
+    calibration = call(sample_calibration, run)
+    heldout = call(read_heldout, run)
+    scores = call(score_baseline, run, heldout)
+    pruned = call(prune, run, calibration)
 
     candidate = _artifact(pruned, CHECKPOINT)
     exports: dict[str, Artifact] = {}
     baselines: dict[str, Artifact] = {}
     parity: dict[str, Any] = {}
     for target in sorted(run.recipe.export.targets, key="vllm".__ne__):
-        exports[target] = _artifact(keep(export(run, target, candidate, "candidate")), folder_name(target))
-        proof = keep(prove(run, target, candidate, exports[target], "candidate"))
+        exports[target] = _artifact(call(export, run, target, candidate, "candidate"), folder_name(target))
+        proof = call(prove, run, target, candidate, exports[target], "candidate")
         parity["vllm" if target == "vllm" else RUNTIMES[target]] = proof.facts
         if target == "vllm":
             candidate = exports[target]  # what is released is what is exported further, evaluated and timed
         elif RUNTIMES[target] in run.recipe.benchmark.runtimes:
-            baselines[target] = _artifact(keep(export(run, target, run.base, "baseline")), folder_name(target))
-            keep(prove(run, target, run.base, baselines[target], "baseline"))
+            baselines[target] = _artifact(call(export, run, target, run.base, "baseline"), folder_name(target))
+            call(prove, run, target, run.base, baselines[target], "baseline")
 
     # No server runs a masked language model.
-    canary = keep(make_canary(run, candidate)) if run.task != "masked-lm" else None
-    quality = keep(evaluate(run, candidate, heldout, scores))
+    canary = call(make_canary, run, candidate) if run.task != "masked-lm" else None
+    quality = call(evaluate, run, candidate, heldout, scores)
     timed = {
         runtime: (exports.get(target, candidate), baselines.get(target, run.base))
         for runtime in run.recipe.benchmark.runtimes
         for target in [TARGETS.get(runtime, "")]
     }
     looks = {
-        runtime: [keep(benchmark(run, runtime, *sides, look)) for look in _taken(run, runtime, *sides)]
+        runtime: [call(benchmark, run, runtime, *sides, look) for look in _taken(run, runtime, *sides)]
         for runtime, sides in timed.items()
     }
-    judge = partial(gate, run, calibration, heldout, pruned, candidate, exports, parity, quality)
-    judged = keep(judge(looks))
+    report = partial(call, gate, run, calibration, heldout, pruned, candidate, exports, parity, quality)
+    judged = report(looks)
     if judged.reused and judged.facts["next_look"]:  # an earlier run ended inconclusive on the same figures
         for runtime in judged.facts["next_look"]:
-            looks[runtime].append(keep(benchmark(run, runtime, *timed[runtime], len(looks[runtime]) + 1)))
-        judged = keep(judge(looks))
-    outcome = str(judged.facts["outcome"])
-    release = version = None
-    if outcome == "pass":
-        parts = {CHECKPOINT: candidate.path} | {
-            target: made.path for target, made in exports.items() if target != "vllm"
-        }
-        release, version = publish(run, parts, judged, canary)
-    _discard_disturbed(looks.values())
-    recording.judged(outcome, judged.path, release, version)
-    found = summary.summarize(recording.run, judged.path, done, release, version)
-    _show(judged.path, found)
-    return found
+            looks[runtime].append(call(benchmark, run, runtime, *timed[runtime], len(looks[runtime]) + 1))
+        judged = report(looks)
+    others = {target: made.path for target, made in exports.items() if target != "vllm"}
+    return Judged(judged, looks, {CHECKPOINT: candidate.path} | others, canary)
 
 
 # --- tasks ----------------------------------------------------------------------------------------

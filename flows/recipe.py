@@ -133,6 +133,7 @@ class Prune(Section):
     keep: list[Annotated[str, Field(min_length=1)]] = []
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
+    drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0
     batch_size: Count = 8

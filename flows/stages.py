@@ -128,7 +128,19 @@ def is_made(
     workspace: Path, name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer = "serving"
 ) -> bool:
     """Whether `run_stage` would find this stage."""
-    return _folder(workspace, name, _digest(_key(name, inputs, options, layer))).exists()
+    return find(workspace, name, inputs, options, layer) is not None
+
+
+def find(
+    workspace: Path, name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer
+) -> StageResult | None:
+    """Return the stage that `run_stage` would reuse, its files not verified; None where it would make it."""
+    folder = _folder(workspace, name, _digest(_key(name, inputs, options, layer)))
+    if not folder.exists():
+        return None
+    found = manifest.read(folder)
+    size = sum(entry.size for entry in found.files.values())
+    return StageResult(name, folder, found.digest, read_facts(folder), True, 0.0, 0, size)
 
 
 def _key(name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer) -> dict[str, Any]:

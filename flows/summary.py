@@ -9,6 +9,7 @@ from numprune.flows.stages import StageResult
 from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.report import GateResult, Quality, Report, names
+from numprune.serving.report.kept import listed
 
 Summary = Mapping[str, Any]
 
@@ -32,6 +33,7 @@ def summarize(
         "reasons": report["environment"]["reasons"],
         "gates": report["verdict"]["gates"],
         "next_look": gates.next_look(verdict),
+        "dropped_layers": report["pruning"]["dropped_layers"] if report["pruning"] else [],
         "sizes": report["sizes"],
         "quality": report["quality"],
         "speed": {runtime: _ratios(speed) for runtime, speed in report["speed"].items()},
@@ -111,6 +113,8 @@ def gate_lines(gates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _lines(found: Summary) -> Iterator[tuple[str, str]]:
     sizes, quality = found["sizes"], found["quality"]
+    if found["dropped_layers"]:
+        yield "dropped", f"layers {listed(found['dropped_layers'])}"
     if sizes:
         parts = [
             f"{label} {amount(pair['baseline'])} → {amount(pair['candidate'])} (x{pair['ratio']:.3f})"
@@ -194,5 +198,7 @@ def of_report(report: Report) -> Iterator[str]:
     speed = {runtime: _ratios(section) for runtime, section in data["speed"].items()}
     for reason in report.environment.reasons:
         yield f"  invalid   {reason}"
-    for name, value in _lines({"sizes": data["sizes"], "quality": data["quality"], "speed": speed}):
+    shown = {"sizes": data["sizes"], "quality": data["quality"], "speed": speed}
+    dropped = report.pruning.dropped_layers if report.pruning else []
+    for name, value in _lines({**shown, "dropped_layers": dropped}):
         yield f"  {name:<9} {value}"

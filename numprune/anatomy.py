@@ -4,7 +4,7 @@ Everything is read from the configuration, so a model can be planned for before 
 architecture looks like stands in `families`; every other one is refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
 from numprune.families.family import LINEAR_PARTS, Counted, Part, Shape, Wiring
+from numprune.renumber import layers_left, numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
 from numprune.tasks import TaskName
 
@@ -151,6 +152,7 @@ class Anatomy:
     attention_differs: bool  # some layers look at a window, others at everything
     parallel: bool  # both blocks of a layer read what enters it
     residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
+    numbering_field: str | None  # of the configuration, by which layers compute with their numbers: none can be dropped
 
     @property
     def layers(self) -> int:
@@ -186,6 +188,16 @@ class Anatomy:
     def keeping(self, sizes: Mapping[str, Size]) -> "Anatomy":
         """Return the anatomy with each block at the size `sizes[block.name]`."""
         return replace(self, blocks=tuple(block.resized(sizes[block.name]) for block in self.blocks))
+
+    def without(self, dropped: Collection[int]) -> "Anatomy":
+        """Return the anatomy with these layers dropped and the others renumbered."""
+        left = enumerate(layers_left(self.layers, dropped))
+        blocks = (
+            replace(block, layer=new, path=f"{self.layers_path}.{new}")
+            for new, old in left
+            for block in self.of_layer(old)
+        )
+        return replace(self, blocks=tuple(blocks))
 
     def stock_holds(self, block: Block, size: Size) -> bool:
         """Whether a configuration that is not ours can hold a model whose blocks of that kind all have this size."""
@@ -306,6 +318,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
         parallel=family.flag(family.parallel, config),
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
+        numbering_field=numbering_field(family, config),
     )
 
 

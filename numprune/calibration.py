@@ -95,6 +95,10 @@ class Stream:
             self._entry.copy_(self.hidden)
         self._layer = layer
 
+    def passed(self) -> None:
+        """`hidden` has been written over with what leaves a whole layer: the next block reads that."""
+        self._layer = None
+
     def read(self, batch: slice) -> Tensor:
         """Return what a block reads, (n, S, H)."""
         return (self.hidden if self._entry is None else self._entry)[batch]
@@ -168,6 +172,13 @@ class Walker:
         """Add what the block gives to the stream."""
         for batch, run in self.run(layer, block, stream):
             stream.write(batch, run.after)
+
+    @torch.no_grad()
+    def through(self, layer: nn.Module, index: int, hidden: Tensor, leaving: Tensor) -> None:
+        """Run a whole layer on `hidden` (N, S, H); write what leaves it into `leaving`, which may be `hidden`."""
+        for batch in self.batches(len(hidden)):
+            arguments = self.arguments(batch.stop - batch.start)[index]
+            leaving[batch] = arguments.call(layer, hidden[batch].to(self.layers.device)).to(leaving.device)
 
     def batches(self, rows: int) -> Iterator[slice]:
         """Yield the slices that `rows` rows are worked through in."""

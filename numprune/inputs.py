@@ -29,6 +29,9 @@ class Inputs(Protocol):
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         """The block has been pruned to `kept`: what comes after it reads what it gives now."""
 
+    def drop(self, walker: Walker, index: int) -> None:
+        """Layer `index` of the model that `walker` runs comes next, and the pruned model does not have it."""
+
 
 class Walked:
     """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
@@ -73,6 +76,12 @@ class Walked:
             refit_both(self._walker, layer, block, kept, self._pruned, self._aims(block), damping)
         if self._pruned is not self._dense and kept.size.units:
             self._walker.advance(layer, block, self._pruned)
+
+    def drop(self, walker: Walker, index: int) -> None:
+        if self._pruned is not self._dense:
+            with walker.layers.layer(index) as layer:
+                walker.through(layer, index, self._dense.hidden, self._dense.hidden)
+            self._dense.passed()
 
     def _target(self, block: Block, batch: slice, own: Run) -> Tensor:
         """What the pruned block should put out: `own` is what the dense one does, whose stream is not yet written."""
@@ -120,4 +129,7 @@ class Collected:
         return self._moments[block.name]
 
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
+        pass
+
+    def drop(self, walker: Walker, index: int) -> None:
         pass

@@ -130,11 +130,29 @@ class PricedSplit(BaseModel):
     nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class DroppedLayer(BaseModel):
+    """A layer that is gone as a whole.
+
+    Attributes:
+        layer: its number in the model before pruning.
+        divergence: of the predictions without it and those dropped before it from the dense model's, on a few
+            calibration rows, before anything is refitted: KL divergence in the unit of the task's loss, or 1 - cosine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: Index
+    divergence: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Plan(BaseModel):
     """What is kept of each block of one model, relative to that model before pruning.
 
     Attributes:
-        version: 1 knows no `splits`, 2 no members, axes and protection.
+        version: 1 knows no `splits`, 2 no members, axes and protection, no dropped layers and no `base`.
+        base: digest of the checkpoint that it was made for; None: not known, or removed to have it applied to another.
+        dropped: the layers that are gone, in the order in which they were chosen; their blocks keep no unit. The others
+            are renumbered in the result, and not here.
         splits: that uniform allocation chose from: the one that was taken, then the others, the cheapest first. None
             where nothing was priced: only one split meets the ratio, the consumers are not refitted, or the allocation
             is another.
@@ -143,6 +161,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1, 2, 3] = 3
+    base: str | None = None
     family: str
     criterion: str
     allocation: str
@@ -153,22 +172,33 @@ class Plan(BaseModel):
     keep: list[str] = []
     floors: dict[str, float] = {}
     skips: bool
+    drop_layers: Index = 0
     damping: float
     seed: int
     calibration: Calibration
+    dropped: list[DroppedLayer] = []
     splits: list[PricedSplit] | None = None
     blocks: dict[str, BlockPlan]
 
     @model_validator(mode="after")
     def _no_block_lost(self) -> "Plan":
+        dropped = tuple(f"layers.{layer}." for layer in self.dropped_layers())
         for name, block in self.blocks.items():
-            if block.units and not block.kept and not self.skips:
+            if name.startswith(dropped):
+                if block.kept:
+                    raise ValueError(f"{name} keeps units, although its layer is dropped")
+            elif block.units and not block.kept and not self.skips:
                 raise ValueError(f"{name} keeps no unit, although skips is false")
         return self
 
-    def drawn(self, draw: Draw | None) -> "Plan":
-        """Return this plan with what is known of its calibration rows' origin."""
-        return self.model_copy(update={"calibration": self.calibration.model_copy(update={"draw": draw})})
+    def drawn(self, draw: Draw | None, base: str | None = None) -> "Plan":
+        """Return this plan with what is known of its calibration rows' origin, and of the model."""
+        calibration = self.calibration.model_copy(update={"draw": draw})
+        return self.model_copy(update={"calibration": calibration, "base": base})
+
+    def dropped_layers(self) -> list[int]:
+        """Return the numbers of the layers that are gone, in the order in which they were chosen."""
+        return [drop.layer for drop in self.dropped]
 
     def sizes(self) -> dict[str, Size]:
         """Return the size that is left of each block, by its name."""

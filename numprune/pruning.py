@@ -5,11 +5,14 @@ scores or error curve). In each block: moments of the consumer's inputs, scores,
 consumer. With `sequential` and `residual` compensation the inputs come from the already pruned prefix and the targets
 from the dense model, both carried side by side. What is left of a layer is handed on as soon as it is finished, so that
 neither the model nor the result need be in memory.
+
+Whole layers that are to go are chosen before (depth.py). Scores, error curves and inputs are then those of the model
+without them; the targets that come from the dense model still have them.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +28,12 @@ from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.curves import error_curve
+from numprune.depth import Shallower, choose, ratio_left, smallest_layers
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import Layers, ModelLayers
 from numprune.moments import Moments
-from numprune.plan import BlockPlan, Calibration, Plan, PricedSplit
+from numprune.plan import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
@@ -40,6 +44,8 @@ from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)
 
+# A block, its consumer's weight (out, D) in float64 and the moments of what it reads -> what it keeps.
+Choice = Callable[[Block, Tensor, Moments], Kept]
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
@@ -61,6 +67,7 @@ class PruneOptions:
         target: what the server of the result needs of its sizes.
         axes, keep, floors, skips: as of `axes.Limits`. The allocation global cannot remove single query heads, and
             uniform no whole block.
+        drop_layers: how many whole layers go; units make up the rest of the ratio.
         damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
             takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
         seed: of the criteria that draw.
@@ -76,6 +83,7 @@ class PruneOptions:
     keep: Sequence[str] = ()
     floors: Mapping[str, float] = field(default_factory=dict)
     skips: bool = False
+    drop_layers: int = 0
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
@@ -151,16 +159,44 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
-    allowed = _allowed(anatomy, options)
     members = [name for name in options.axes if AXES[name].part == "members"]
     if members and options.allocation == "global":
         raise InputError(
             f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
         )
-    check_ratio(anatomy, options.ratio, allowed)
+    options.limits.check(anatomy)
     if options.allocation == "uniform":
         _check_same_in_every_layer(anatomy, options)
-        uniform(anatomy, options.ratio, allowed)
+    dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
+    rest, left = _left(anatomy, options, dropped)
+    allowed = _allowed(rest, left)
+    try:
+        check_ratio(rest, left.ratio, allowed)
+        if options.allocation == "uniform":
+            uniform(rest, left.ratio, allowed)
+    except InputError as error:
+        if not dropped:
+            raise
+        raise InputError(
+            f"with drop_layers {len(dropped)} the other layers must lose {left.ratio:.4f} of theirs: {error}"
+        ) from None
+
+
+def _protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
+    """Return the layers with a block that loses nothing: they are not dropped."""
+    protected = options.limits.protected(anatomy)
+    return {block.layer for block in anatomy.blocks if block.name in protected}
+
+
+def _left(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> tuple[Anatomy, PruneOptions]:
+    """Return what is left without these layers, and the options for that: its share of the ratio, its blocks' names."""
+    if not dropped:
+        return anatomy, options
+    rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
+    before = [block.name for block in anatomy.blocks if block.layer not in dropped]
+    keep = [block.name for block, name in zip(rest.blocks, before, strict=True) if name in protected]
+    ratio = ratio_left(anatomy, options.ratio, dropped)
+    return rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
 
 
 def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
@@ -181,11 +217,12 @@ def prune(
     options: PruneOptions,
     known: Known | None = None,
     task: Task = CAUSAL,
+    plan: Plan | None = None,
 ) -> Pruned:
     """Return `model` pruned; the one passed in is used up.
 
     Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
-    pruned one does (but for the biases that `bias` compensation adds).
+    pruned one does (but for the layers that are dropped, and for the biases that `bias` compensation adds).
 
     Args:
         model: a supported model in float32, with the attention that its family is walked with.
@@ -193,70 +230,89 @@ def prune(
         options: what to remove and how.
         known: of the model on these rows.
         task: that the model is for.
+        plan: as of `prune_layers`.
 
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
     layers = ModelLayers(model, task)
+    check_options(layers.anatomy, options)
+    dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     cut: dict[str, Tensor] = {}
-    plan = prune_layers(layers, rows, options, cut.update, known)
-    pruned = assemble(model, config_after(layers, plan), cut)
-    return Pruned(pruned, plan, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
+    made = prune_layers(layers, rows, options, cut.update, known, dropped, plan)
+    pruned = assemble(model, config_after(layers, made), cut)
+    return Pruned(pruned, made, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
+
+
+def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
+    """Return the layers that `options` drop, as of `depth.choose`."""
+    protected = _protected_layers(layers.anatomy, options)
+    return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
 
 
 def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
     """Return the configuration of what `plan` leaves of the model."""
-    kept = layers.anatomy.keeping(plan.sizes())
-    return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias")
+    dropped = plan.dropped_layers()
+    kept = layers.anatomy.keeping(plan.sizes()).without(dropped)
+    return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias", dropped=dropped)
 
 
 @torch.no_grad()
-def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink, known: Known | None = None) -> Plan:
+def prune_layers(
+    layers: Layers,
+    rows: Tensor,
+    options: PruneOptions,
+    sink: Sink,
+    known: Known | None = None,
+    dropped: Sequence[DroppedLayer] = (),
+    plan: Plan | None = None,
+) -> Plan:
     """Return the plan; give `sink` the tensors that are left of each decoder layer, first layer first.
 
-    What stands around the layers is not pruned and not given.
+    What stands around the layers is not pruned and not given. Tensors have the names of the result, where layers that
+    come after a dropped one have lower numbers.
 
     Args:
         layers: of a supported model, computing in float32.
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         sink: may keep the tensors, or not.
-        known: as of `prune`.
+        known: as of `prune`; of no use where layers are dropped.
+        dropped: the layers that `depth.choose` gave for these options, or `plan` has.
+        plan: says what to keep; nothing is scored then. `check_plan` has passed it, and `options` are `options_of` it.
 
     Raises:
         InputError: options that cannot work, or rows that are not this model's.
     """
-    anatomy = layers.anatomy
-    check_options(anatomy, options)
-    check_rows(anatomy, rows)
+    rest = _rest(layers, rows, options, known, dropped)
+    anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in _REFITTING:
         _warn_of_few(rows, anatomy)
-    walker = Walker(layers, rows.shape[1], options.batch_size)
-    gradients = known.sensitivity if known and uses_gradients(options) else None
-    if uses_gradients(options) and gradients is None:
-        gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
-    sizes, splits = _sizes_to_keep(layers, walker, rows, options, known, gradients)
-    if options.criterion != "taylor":
-        gradients = None  # large, and needed no more
+    walker = Walker(rest.layers, rows.shape[1], options.batch_size)
+    choice, splits = _choice(rest, walker, rows) if plan is None else (_planned(rest, plan), plan.splits)
     inputs = (
         Walked(walker, rows, options.compensation)
-        if known is None or options.compensation in FROM_PRUNED_PREFIX
-        else Collected(known.moments)
+        if rest.known is None or options.compensation in FROM_PRUNED_PREFIX
+        else Collected(rest.known.moments)
     )
+    whole = Walker(layers, rows.shape[1], options.batch_size)
     kept: dict[str, Kept] = {}  # by block name
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
-    for index in progress(range(anatomy.layers), "prune", "layer"):
+    index = 0  # in what is left of the model
+    for number in progress(range(layers.anatomy.layers), "prune", "layer"):
+        if number in rest.gone:
+            inputs.drop(whole, number)
+            continue
         blocks = anatomy.of_layer(index)
         biases: dict[str, Tensor] = {}
-        with layers.layer(index) as layer:
+        with rest.layers.layer(index) as layer:
             for block in blocks:
                 if not block.units:
-                    kept[block.name] = Kept.whole(torch.empty(0, dtype=torch.long), block.members)
+                    kept[block.name] = _nothing(block)
                     continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_weight(layer, block).double()
-                view = _view(block, weight, moments, options, gradients)
-                left = kept[block.name] = _choose(view, sizes[block.name], options.criterion)
+                left = kept[block.name] = choice(block, weight, moments)
                 damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
                 dampings[block.name] = damping if _is_fitted(block, left, options) else None
                 bias = _compensate(layer, weight, block, left, moments, damping, options)
@@ -264,13 +320,159 @@ def prune_layers(layers: Layers, rows: Tensor, options: PruneOptions, sink: Sink
                     biases[block.name] = bias
                 inputs.pass_on(layer, block, left, damping)
             sink(cut_layer(layer, blocks, kept, biases))
-    return describe(
-        anatomy,
-        rows,
-        options,
-        {block.name: BlockPlan.of(block, kept[block.name], dampings.get(block.name)) for block in anatomy.blocks},
-        splits,
+        index += 1
+    return rest.describe(rows, kept, dampings, splits)
+
+
+@torch.no_grad()
+def plan_layers(
+    layers: Layers,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None = None,
+    dropped: Sequence[DroppedLayer] = (),
+) -> Plan:
+    """Return a plan without pruning anything, for `prune_layers` to follow.
+
+    Its sizes are those that `prune_layers` comes to by itself. Units are chosen by what the dense model's consumers
+    read; `prune_layers` chooses by what the pruned blocks before them give, where the compensation reads that. So some
+    of its units can be others.
+
+    The arguments are those of `prune_layers`.
+    """
+    rest = _rest(layers, rows, options, known, dropped)
+    walker = Walker(rest.layers, rows.shape[1], options.batch_size)
+    choice, splits = _choice(rest, walker, rows)
+    inputs = Walked(walker, rows) if rest.known is None else Collected(rest.known.moments)
+    kept = {block.name: _nothing(block) for block in rest.layers.anatomy.blocks}
+    for block, weight, moments in _dense_blocks(rest.layers, inputs):
+        kept[block.name] = choice(block, weight, moments)
+    return rest.describe(rows, kept, {}, splits)
+
+
+def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
+    """Return what may be left of the model, as far as its configuration tells.
+
+    One anatomy where nothing is priced, several where `uniform` prices them and takes one, none where each layer gets a
+    size of its own. Which layers are dropped is known only to `depth.choose`, not how large the others are then.
+
+    Raises:
+        InputError: as `check_options`.
+    """
+    check_options(anatomy, options)
+    if options.allocation != "uniform":
+        return []
+    dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
+    rest, left = _left(anatomy, options, dropped)
+    splits = splits_meeting(rest, left.ratio, _allowed(rest, left))
+    if options.compensation not in _REFITTING:
+        splits = splits[:1]
+    return [rest.keeping(split.sizes(rest)) for split in splits]
+
+
+def options_of(plan: Plan) -> PruneOptions:
+    """Return the options that a plan was made with."""
+    return PruneOptions(
+        ratio=plan.ratio,
+        criterion=plan.criterion,
+        allocation=plan.allocation,
+        compensation=plan.compensation,
+        target=plan.target,
+        axes=plan.axes,
+        keep=plan.keep,
+        floors=plan.floors,
+        skips=plan.skips,
+        drop_layers=plan.drop_layers,
+        damping=plan.damping,
+        seed=plan.seed,
     )
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is left to prune where layers are dropped; the whole model where none is.
+
+    Attributes:
+        whole: the model with all its layers.
+        layers: without those dropped, renumbered.
+        asked: the options as they were given.
+        options: for `layers`: the ratio is that of their own parameters.
+        known: of `layers`.
+        dropped: the layers that are not there.
+    """
+
+    whole: Layers
+    layers: Layers
+    asked: PruneOptions
+    options: PruneOptions
+    known: Known | None
+    dropped: Sequence[DroppedLayer]
+
+    @property
+    def gone(self) -> list[int]:
+        return [drop.layer for drop in self.dropped]
+
+    def names(self) -> dict[str, str]:
+        """Return a block's name here -> in the whole model."""
+        before = [block.name for block in self.whole.anatomy.blocks if block.layer not in self.gone]
+        return {block.name: name for block, name in zip(self.layers.anatomy.blocks, before, strict=True)}
+
+    def describe(
+        self,
+        rows: Tensor,
+        kept: Mapping[str, Kept],
+        dampings: Mapping[str, float | None],
+        splits: list[PricedSplit] | None,
+    ) -> Plan:
+        """Return the plan by the whole model's names; what was kept and fitted is given by those here."""
+        blocks = {block.name: BlockPlan.of(block, _nothing(block), None) for block in self.whole.anatomy.blocks}
+        names = self.names()
+        blocks |= {
+            names[block.name]: BlockPlan.of(block, kept[block.name], dampings.get(block.name))
+            for block in self.layers.anatomy.blocks
+        }
+        return describe(self.whole.anatomy, rows, self.asked, blocks, splits, self.dropped)
+
+
+def _rest(
+    layers: Layers, rows: Tensor, options: PruneOptions, known: Known | None, dropped: Sequence[DroppedLayer]
+) -> _Rest:
+    """Check everything and return what is to be pruned. Raises InputError."""
+    if len(dropped) != options.drop_layers:
+        raise ValueError(f"{len(dropped)} layers are dropped, where the options say {options.drop_layers}")
+    check_options(layers.anatomy, options)
+    check_rows(layers.anatomy, rows)
+    if not dropped:
+        return _Rest(layers, layers, options, options, known, ())
+    gone = [drop.layer for drop in dropped]
+    _, left = _left(layers.anatomy, options, gone)
+    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped)
+
+
+def _choice(rest: _Rest, walker: Walker, rows: Tensor) -> tuple[Choice, list[PricedSplit] | None]:
+    """Return what chooses by the criterion, sizes by the allocation, and what `uniform` chose from."""
+    layers, options, known = rest.layers, rest.options, rest.known
+    gradients = known.sensitivity if known and uses_gradients(options) else None
+    if uses_gradients(options) and gradients is None:
+        gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
+    sizes, splits = _sizes_to_keep(layers, walker, rows, options, known, gradients)
+    if options.criterion != "taylor":
+        gradients = None  # large, and needed no more
+
+    def by_score(block: Block, weight: Tensor, moments: Moments) -> Kept:
+        return _choose(_view(block, weight, moments, options, gradients), sizes[block.name], options.criterion)
+
+    return by_score, splits
+
+
+def _planned(rest: _Rest, plan: Plan) -> Choice:
+    """Return what chooses as `plan` says."""
+    names = rest.names()
+    return lambda block, weight, _: plan.blocks[names[block.name]].to_kept().to(weight.device)
+
+
+def _nothing(block: Block) -> Kept:
+    return Kept.whole(torch.empty(0, dtype=torch.long), block.members)
 
 
 def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
@@ -284,8 +486,9 @@ def describe(
     options: PruneOptions,
     blocks: dict[str, BlockPlan],
     splits: list[PricedSplit] | None = None,
+    dropped: Sequence[DroppedLayer] = (),
 ) -> Plan:
-    """Return the plan of these blocks and splits; all else that stands in it is known before anything is run."""
+    """Return the plan of these blocks, splits and layers; what else stands in it is known before anything is run."""
     return Plan(
         family=anatomy.family,
         criterion=options.criterion,
@@ -297,9 +500,11 @@ def describe(
         keep=list(options.keep),
         floors=dict(options.floors),
         skips=options.skips,
+        drop_layers=options.drop_layers,
         damping=options.damping,
         seed=options.seed,
         calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
+        dropped=list(dropped),
         splits=splits,
         blocks=blocks,
     )

@@ -60,7 +60,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
         for number, part in enumerate(chunks):
             batches = list(walker.batches(len(part)))
-            entering = _forward(walker, part, batches, bar)
+            entering = _forward(walker, part, bar)
             gradient = _head_gradient(layers, part, entering.pop(), draw)
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
@@ -77,16 +77,14 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
 
 
 @torch.no_grad()
-def _forward(walker: Walker, rows: Tensor, batches: list[slice], bar: Progress) -> list[Tensor]:
+def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
     """Return what enters each layer, and what leaves the last."""
     layers = walker.layers
     entering = [walker.embed(rows).hidden]
     for index in range(layers.anatomy.layers):
         before, after = entering[-1], layers.allocate(*entering[-1].shape)
         with layers.layer(index) as layer:
-            for batch in batches:
-                call = walker.arguments(batch.stop - batch.start)[index]
-                after[batch] = call.call(layer, before[batch].to(layers.device)).to(after.device)
+            walker.through(layer, index, before, after)
         entering.append(after)
         bar.update()
     return entering

@@ -5,7 +5,7 @@ family which stands in for it. All else gives the family's per-layer class (mode
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, family_of, layers_path, task_name
 from numprune.families import FAMILIES
 from numprune.modeling import AUTO_OF, class_of, resize  # importing it registers the per-layer classes
+from numprune.renumber import renumber_fields
 from numprune.slices import Kept
 
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
@@ -30,22 +31,30 @@ def can_hold_bias(family: str) -> bool:
     return all(wiring.reader.bias is not False for wiring in (FAMILIES[family].attention, FAMILIES[family].mlp))
 
 
-def pruned_config(config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool = False) -> PreTrainedConfig:
+def pruned_config(
+    config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool = False, dropped: Collection[int] = ()
+) -> PreTrainedConfig:
     """Return the configuration that holds `anatomy`: stock where one can, else per-layer.
 
     Args:
         config: of the model before pruning.
         anatomy: after pruning.
         with_bias: the consumers got biases that the configuration does not yet declare.
+        dropped: layers of `config` that `anatomy` does not have.
     """
-    result = _sized_config(config, anatomy, with_bias)
+    result = _sized_config(config, anatomy, with_bias, dropped)
     result.architectures = [class_of(result, anatomy.task).__name__]
     return result
 
 
-def _sized_config(config: PreTrainedConfig, anatomy: Anatomy, with_bias: bool) -> PreTrainedConfig:
+def _sized_config(
+    config: PreTrainedConfig, anatomy: Anatomy, with_bias: bool, dropped: Collection[int]
+) -> PreTrainedConfig:
     family = FAMILIES[anatomy.family]
     fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+    if dropped:
+        count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        fields |= {count: anatomy.layers, **renumber_fields(family, fields, dropped)}
     if with_bias:
         flags = (family.attention.reader.bias, family.mlp.reader.bias)
         fields |= {flag: True for flag in flags if isinstance(flag, str)}

@@ -15,14 +15,16 @@ from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import measure
 from numprune.calibration import Walker, consumer_weight
+from numprune.depth import Shallower
 from numprune.errors import InputError
 from numprune.export import checkpoint, onnx, onnx_decoder, parity, vllm
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.families import FAMILIES
-from numprune.layers import ModelLayers, leave
+from numprune.layers import ModelLayers, leave, replaced
 from numprune.modeling import AUTO_OF
-from numprune.pruning import PruneOptions, prune, prune_layers
+from numprune.plan import DroppedLayer
+from numprune.pruning import PruneOptions, config_after, layers_to_drop, prune, prune_layers
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_sizes
@@ -64,6 +66,17 @@ def distance(dense, pruned, task):
     if task == "embedding":
         return float(1 - (dense * pruned).sum(-1).mean())
     return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+
+
+def read_back(folder, family, task):
+    implementation = FAMILIES[family].attention_implementation
+    model = AUTO_OF[task].from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
+    return model.eval()
+
+
+def generated(model, use_cache):
+    model.generation_config.eos_token_id = None
+    return model.generate(ROWS[:2, :9], use_cache=use_cache, max_new_tokens=6, do_sample=False)
 
 
 @of_task
@@ -174,19 +187,63 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case,
     stock = after.is_uniform and anatomy.stock_holds(attention, kept[attention.name].size)
     assert sliced.config.model_type.startswith(PER_LAYER_PREFIX) != stock
     sliced.save_pretrained(tmp_path)
-    read = (
-        AUTO_OF[task]
-        .from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=FAMILIES[family].attention_implementation)
-        .eval()
-    )
+    read = read_back(tmp_path, family, task)
     torch.testing.assert_close(output(read, task), output(sliced, task), atol=1e-6, rtol=1e-6)
     assert read_anatomy(read.config).blocks == after.blocks
 
     if TASKS[task].generates:
-        read.generation_config.eos_token_id = None
-        greedy = {"max_new_tokens": 6, "do_sample": False}
-        cached, uncached = (read.generate(ROWS[:2, :9], use_cache=use_cache, **greedy) for use_cache in (True, False))
+        cached, uncached = (generated(read, use_cache) for use_cache in (True, False))
         assert torch.equal(cached, uncached)
+
+
+# What a third layer adds to the tiny models, whose lists have an entry for each of two.
+THREE = {"num_hidden_layers": 3}
+THREE_OF = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}
+
+
+@of_task
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_without_a_layer_is_stock_and_computes_what_the_rest_of_its_layers_do(family, task, layer, tmp_path):
+    model = build_tiny(family, task=task, **THREE, **THREE_OF.get(family, {}))
+    layers = ModelLayers(model, TASKS[task])
+    with replaced([model.get_submodule(f"{layers.anatomy.layers_path}.{layer}")], lambda hidden, *_, **__: hidden):
+        expected = output(model, task)
+    options = PruneOptions(1 / 3, compensation="none", target=ALIGNED, drop_layers=1)
+    cut, drop = {}, [DroppedLayer(layer=layer, divergence=0)]
+    plan = prune_layers(layers, ROWS, options, cut.update, dropped=drop)
+    left = assemble(model, config_after(layers, plan), cut)
+    torch.testing.assert_close(output(left, task), expected, atol=1e-5, rtol=1e-5)
+    assert left.config.model_type == family
+    left.save_pretrained(tmp_path)
+    read = read_back(tmp_path, family, task)
+    torch.testing.assert_close(output(read, task), expected, atol=1e-5, rtol=1e-5)
+    for name, value in model.config.to_dict().items():  # what has an entry for each layer
+        if isinstance(value, list) and len(value) == 3:
+            assert getattr(read.config, name) == [value[index] for index in range(3) if index != layer], name
+    if TASKS[task].generates:
+        cached, uncached = (generated(read, use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, uncached)
+
+
+@of_family
+def test_the_dense_model_goes_on_through_a_layer_that_the_pruned_one_has_not(family):
+    task = FAMILIES[family].tasks[0]
+    model = build_tiny(family, task=task, **THREE, **THREE_OF.get(family, {}))
+    layers = ModelLayers(model, TASKS[task])
+    rest = Shallower(layers, [1])
+    dense, shallow = Walker(layers, ROWS.shape[1], batch_size=4), Walker(rest, ROWS.shape[1], batch_size=4)
+    stream = shallow.embed(ROWS)
+    with torch.no_grad():
+        for index in range(2):
+            if index == 1:
+                with layers.layer(1) as layer:
+                    dense.through(layer, 1, stream.hidden, stream.hidden)
+                stream.passed()
+            with rest.layer(index) as layer:
+                for block in rest.anatomy.of_layer(index):
+                    shallow.advance(layer, block, stream)
+        with layers.head() as head:
+            torch.testing.assert_close(head(ROWS, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 
 
 def options_for(family, allocation, axes, **others):
@@ -208,6 +265,19 @@ EVERY_ALLOCATION = pytest.mark.parametrize(
 )
 
 
+def streamed(folder, options):
+    """The plan and the tensors of a checkpoint pruned layer by layer."""
+    layers, cut = CheckpointLayers(folder, scratch=folder.parent), {}
+    plan = prune_layers(
+        layers,
+        ROWS,
+        options,
+        lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
+        dropped=layers_to_drop(layers, ROWS, options),
+    )
+    return plan, cut
+
+
 @of_task
 @EVERY_ALLOCATION
 def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
@@ -215,15 +285,21 @@ def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
     folder = tmp_path / "base"
     write_checkpoint(build_tiny(family, task=task), folder)
     kept = prune(build_tiny(family, task=task), ROWS, options, task=load_task(folder))
-    cut = {}
-    plan = prune_layers(
-        CheckpointLayers(folder, scratch=tmp_path),
-        ROWS,
-        options,
-        lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
-    )
+    plan, cut = streamed(folder, options)
     assert plan.sizes() == kept.plan.sizes()
     assert axes == DEFAULT_AXES or {Size(2, 1)} <= set(plan.sizes().values())
+    inside = kept.model.state_dict()
+    for name, value in cut.items():
+        torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
+
+
+@of_task
+def test_streamed_without_a_layer_is_in_memory(family, task, tmp_path):
+    options = PruneOptions(0.65, drop_layers=1, target=ALIGNED)
+    folder = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
+    plan, cut = streamed(folder, options)
+    kept = prune(build_tiny(family, task=task), ROWS, options, task=load_task(folder))
+    assert (plan.dropped, plan.sizes()) == (kept.plan.dropped, kept.plan.sizes())
     inside = kept.model.state_dict()
     for name, value in cut.items():
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)

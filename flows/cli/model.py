@@ -12,10 +12,28 @@ from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 if TYPE_CHECKING:
+    from numprune.anatomy import Anatomy
     from numprune.corpus import TokenRows
-    from numprune.plan import PricedSplit
+    from numprune.plan import Plan, PricedSplit
+    from numprune.pruning import PruneOptions
     from numprune.tasks import Quality, Task
 
+# What `prune` does where neither an option nor a plan says otherwise.
+_DEFAULTS: dict[str, Any] = {
+    "criterion": "obs",
+    "allocation": "uniform",
+    "compensation": "joint",
+    "align": 8,
+    "tensor_parallel": 1,
+    "quantization_group": 1,
+    "axes": names.DEFAULT_AXES,
+    "keep": [],
+    "floor": [],
+    "skips": False,
+    "drop_layers": 0,
+    "seed": 0,
+}
+_SAMPLES = 128
 _MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
 
@@ -31,32 +49,51 @@ def add(commands: Subcommands) -> None:
         "numprune prune ./my-model ./pruned --ratio 0.3 --text train.txt",
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     parser.add_argument(
-        "--ratio",
-        type=float,
-        required=True,
-        metavar="R",
-        help="share of the prunable parameters to remove, from 0 to under 1",
+        "out",
+        metavar="OUT",
+        type=Path,
+        nargs="?",
+        help="the folder to write, or with --plan-only the file; must not exist",
     )
-    for option, choices, default, help_text in (
-        ("--criterion", names.Criterion, "obs", "what scores the units"),
-        ("--allocation", names.Allocation, "uniform", "how many units each layer loses"),
-        ("--compensation", names.Compensation, "joint", "how the kept channels take over from the removed ones"),
-    ):
-        add_choice(parser, option, get_args(choices), default, help_text)
-    _add_text(parser, "text to calibrate on")
     parser.add_argument(
-        "--samples", type=at_least(1), default=128, metavar="N", help="rows of the text to calibrate on (default: 128)"
+        "--ratio", type=float, metavar="R", help="share of the prunable parameters to remove, from 0 to under 1"
     )
-    for name, least, help_text in (
-        ("align", 8, "intermediate sizes are multiples of N channels"),
-        ("tensor-parallel", 1, "GPUs that will share each layer"),
-        ("quantization-group", 1, "channels that will share a scale"),
+    for option, choices, help_text in (
+        ("criterion", names.Criterion, "what scores the units"),
+        ("allocation", names.Allocation, "how many units each layer loses"),
+        ("compensation", names.Compensation, "how the kept channels take over from the removed ones"),
     ):
         parser.add_argument(
-            f"--{name}", type=at_least(1), default=least, metavar="N", help=f"{help_text} (default: {least})"
+            f"--{option}",
+            choices=get_args(choices),
+            metavar=option.upper(),
+            help=f"{help_text}: {', '.join(get_args(choices))} (default: {_DEFAULTS[option]})",
         )
+    parser.add_argument(
+        "--plan-only",
+        action="store_true",
+        help="choose what to keep and prune nothing: print it, and write the plan to OUT where that is given",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="prune as this plan says, with its options; the text is what the rest is fitted to",
+    )
+    _add_text(parser, "text to calibrate on")
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        metavar="N",
+        help="rows of the text to calibrate on (default: 128, or as many as the plan had)",
+    )
+    for name, help_text in (
+        ("align", "intermediate sizes are multiples of N channels"),
+        ("tensor_parallel", "GPUs that will share each layer"),
+        ("quantization_group", "channels that will share a scale"),
+    ):
+        _add_number(parser, name, 1, help_text)
     parser.add_argument(
         "--axes",
         nargs="+",
@@ -70,7 +107,6 @@ def add(commands: Subcommands) -> None:
         "--keep",
         nargs="+",
         action="extend",
-        default=[],
         metavar="NAME",
         help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
         "may be repeated (default: nothing)",
@@ -79,17 +115,18 @@ def add(commands: Subcommands) -> None:
         "--floor",
         type=_floor,
         action="append",
-        default=[],
         metavar="KIND=SHARE",
         help="the least share that each block of a kind keeps: attention=0.5; may be repeated, for each kind (default: "
         "none)",
     )
     parser.add_argument(
         "--skips",
-        action="store_true",
+        action="store_const",
+        const=True,
         help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of every random draw (default: 0)")
+    _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
+    _add_number(parser, "seed", 0, "of every random draw")
     parser.add_argument(
         "--stream",
         action="store_true",
@@ -119,6 +156,12 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     add_choice(parser, "--to", get_args(names.ExportTarget), None, "what to write")
+
+
+def _add_number(parser: argparse.ArgumentParser, name: str, least: int, help_text: str) -> None:
+    """Add an option of pruning that takes a whole number."""
+    option = f"--{name.replace('_', '-')}"
+    parser.add_argument(option, type=at_least(least), metavar="N", help=f"{help_text} (default: {_DEFAULTS[name]})")
 
 
 def _floor(text: str) -> tuple[str, float]:
@@ -206,13 +249,12 @@ def inspect(args: argparse.Namespace) -> Answer:
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
-    attention, mlps = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
-    for key, kind, what, counts, smallest in (
-        ("query-heads", "attention", "query heads", [b.units * b.members for b in attention], "1 head a group"),
-        ("attention", "attention", "KV groups", [b.units for b in attention], "1 KV group"),
-        ("mlp", "mlp", "channels", [b.units for b in mlps], f"{align} channels"),
+    lines += [f"  {line}" for line in _sizes_lines(anatomy)]
+    for key, kind, smallest in (
+        ("query-heads", "attention", "1 head a group"),
+        ("attention", "attention", "1 KV group"),
+        ("mlp", "mlp", f"{align} channels"),
     ):
-        lines.append(f"  {f'{kind}: {what} by layer':<36} {', '.join(map(str, counts))}")
         share = granularity[key]
         if not share.one_layer:
             continue  # no grouping: no query head can go without its KV head
@@ -224,6 +266,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         lines.append(
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
         )
+        lines += [f"  {line}" for line in _dropped_lines(plan, load_task(folder).unit)]
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{split.mlp_channels:,} channels per layer, priced at {split.nats_per_token:.4f} nats per token"
@@ -251,52 +294,130 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
     from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
-    from numprune.flows.steps.prune import device_of, prune_checkpoint
+    from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
-    from numprune.pruning import PruneOptions, check_options
-    from numprune.target import Target
+    from numprune.planned import check_plan
+    from numprune.pruning import check_options
 
     started = time.perf_counter()
-    _must_not_exist(args.out)
-    manifest.sweep(args.out.parent)  # what a killed run left there can be large
+    options, plan = _asked(args)
+    if args.out is not None:
+        _must_not_exist(args.out)
+        manifest.sweep(args.out.parent)  # what a killed run left there can be large
     base = checkpoint.resolve(args.model)
-    options = PruneOptions(
-        ratio=args.ratio,
-        criterion=args.criterion,
-        allocation=args.allocation,
-        compensation=args.compensation,
-        target=Target(args.align, args.tensor_parallel, args.quantization_group),
-        axes=args.axes or names.DEFAULT_AXES,
-        keep=args.keep,
-        floors=dict(args.floor),
-        skips=args.skips,
-        seed=args.seed,
-    )
     config = checkpoint.read_config(base)
     anatomy = read_anatomy(config)
-    check_options(anatomy, options)
-    length = row_length(args.sequence_length, anatomy.context)
+    if plan is None:
+        check_options(anatomy, options)
+    else:
+        check_plan(anatomy, plan)
+    samples = args.samples or (plan.calibration.rows if plan else _SAMPLES)
+    length = args.sequence_length or (plan.calibration.sequence_length if plan else None)
+    length = row_length(length, anatomy.context)
     tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
-    rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=load_task(base))
-    facts = prune_checkpoint(base, rows, options, args.out, device_of("auto"), draw=draw, stream=args.stream)
+    rows, draw = calibration_rows(args.text, tokenizer, samples, length, options.seed, how, task=load_task(base))
+    device = device_of("auto")
+    if args.plan_only:
+        scratch = args.out.parent if args.out else Path.cwd()
+        made = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
+        return _planned(base, made, args.out, started)
+    facts = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
     data = {
         "out": str(args.out),
         "digest": facts["digest"],
         "parameters_before": facts["before"]["parameters"],
         "parameters_after": facts["after"]["parameters"],
         "prunable_ratio_removed": facts["prunable_ratio_removed"],
+        "dropped_layers": facts["dropped_layers"],
         "weight_bytes_before": facts["weight_bytes_before"],
         "weight_bytes_after": facts["weight_bytes_after"],
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    dropped = ", ".join(str(drop["layer"]) for drop in data["dropped_layers"])
     text = (
         f"{args.out}: {data['parameters_before']:,} -> {data['parameters_after']:,} parameters, "
-        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed; weights "
+        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed"
+        f"{f', without layers {dropped}' if dropped else ''}; weights "
         f"{size(data['weight_bytes_before'])} -> {size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, "
         f"peak {size(data['peak_memory_bytes'])}"
     )
     return Answer(data, text)
+
+
+def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
+    """Return the options, and the plan where they are one's. Raises InputError."""
+    from numprune.plan import read_plan
+    from numprune.pruning import PruneOptions, options_of
+    from numprune.target import Target
+
+    given = {name: getattr(args, name) for name in ("ratio", *_DEFAULTS) if getattr(args, name) is not None}
+    if args.out is None and not args.plan_only:
+        raise InputError("the following arguments are required: OUT (see numprune prune --help)")
+    if args.plan is None:
+        if "ratio" not in given:
+            raise InputError("the following arguments are required: --ratio, or --plan (see numprune prune --help)")
+        chosen = _DEFAULTS | given
+        target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
+        floors = dict(chosen.pop("floor"))
+        return PruneOptions(**chosen, target=target, floors=floors), None
+    if args.plan_only:
+        raise InputError("--plan-only makes a plan, and --plan gives one; leave one of them out")
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise InputError(f"--plan brings its own options; leave out {options}, or edit the plan")
+    plan = read_plan(args.plan)
+    return options_of(plan), plan
+
+
+def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
+    """The answer of `--plan-only`; `out` is written."""
+    from numprune.anatomy import read_anatomy
+    from numprune.budget import measure
+    from numprune.export import checkpoint
+    from numprune.export.tasks import load_task
+
+    before = read_anatomy(checkpoint.read_config(base))
+    after = before.keeping(plan.sizes())
+    budgets = [dataclasses.asdict(measure(anatomy)) for anatomy in (before, after)]
+    removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
+    if out is not None:
+        plan.write(out)
+    data = {
+        "out": str(out) if out else None,
+        "before": budgets[0],
+        "after": budgets[1],
+        "prunable_ratio_removed": removed,
+        "dropped_layers": [drop.model_dump() for drop in plan.dropped],
+        "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
+        "seconds": time.perf_counter() - started,
+    }
+    lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
+    lines += [
+        f"  {name.replace('_', ' '):<36} {was:,} -> {budgets[1][name]:,} ({budgets[1][name] / was:.1%})"
+        for name, was in budgets[0].items()
+    ]
+    lines += [f"  {line}" for line in (*_dropped_lines(plan, load_task(base).unit), *_sizes_lines(after))]
+    lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
+    return Answer(data, "\n".join(lines))
+
+
+def _dropped_lines(plan: "Plan", unit: str) -> list[str]:
+    return [
+        f"{f'dropped: layer {drop.layer}':<36} {drop.divergence:.4f} {unit} from the dense model, "
+        "before anything was refitted"
+        for drop in plan.dropped
+    ]
+
+
+def _sizes_lines(anatomy: "Anatomy") -> list[str]:
+    """The sizes of all layers, a line for each kind of block."""
+    query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
+    lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
+    for kind, what in (("attention", "KV groups"), ("mlp", "channels")):
+        units = ", ".join(str(block.units) for block in anatomy.of_kind(kind))
+        lines.append(f"{f'{kind}: {what} by layer':<36} {units}")
+    return lines
 
 
 def evaluate(args: argparse.Namespace) -> Answer:

@@ -1,4 +1,4 @@
-"""numprune optimize."""
+"""numprune optimize and plan."""
 
 import argparse
 import logging
@@ -23,6 +23,20 @@ def add(commands: Subcommands) -> None:
         "run a recipe: prune, export, prove, evaluate, benchmark, gate and publish",
         "numprune optimize my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
+    parser.add_argument("--dry-run", action="store_true", help="only say what the run would do, as numprune plan does")
+    _add_recipe(parser)
+
+    parser = command(
+        commands,
+        "plan",
+        plan,
+        "say what a run of a recipe would do, before anything is run",
+        "numprune plan my.toml --set prune.ratio=0.2 --workspace /data/numprune",
+    )
+    _add_recipe(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: the small embedded model)")
     parser.add_argument(
         "--set",
@@ -43,9 +57,22 @@ def _assignment(text: str) -> str:
     return text
 
 
+def plan(args: argparse.Namespace) -> Answer:
+    from numprune.flows import recipe, stages
+
+    asked = recipe.load(Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE, args.overrides)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    from numprune.flows import forecast
+
+    found = forecast.forecast(asked, stages.workspace_folder(args.workspace))
+    return Answer(found, forecast.text(found))
+
+
 def run(args: argparse.Namespace) -> Answer:
     from numprune.flows import children, recipe, stages, summary
 
+    if args.dry_run:
+        return plan(args)
     started = time.perf_counter()
     path = Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE
     asked = recipe.load(path, args.overrides)

@@ -12,6 +12,7 @@ from torch import Tensor
 from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
+from numprune.errors import InputError
 from numprune.export import card, manifest
 from numprune.export.checkpoint import (
     PLAN,
@@ -30,7 +31,10 @@ from numprune.export.tokenizer import other_reading
 from numprune.export.weights import dtypes_of, main_dtype, read_headers
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.text import load_calibration
+from numprune.layers import Layers, ModelLayers
 from numprune.plan import Draw, Plan
+from numprune.planned import check_plan
+from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 from numprune.target import Target
 
@@ -57,27 +61,34 @@ def prune_checkpoint(
     *,
     draw: Draw | None = None,
     stream: bool = False,
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
     `draw`: where the rows are from, for the plan. `stream`: neither model is ever in memory, only one layer at a time;
-    hidden states are in files on `out`'s disk. The result is the same.
+    hidden states are in files on `out`'s disk. The result is the same. `plan`: to be followed, `options` are its own.
 
-    Raises InputError (`out` exists, or the model, rows or options cannot be used), IntegrityError.
+    Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
-    before = read_anatomy(read_config(base))
-    pruning.check_options(before, options)
+    before, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
+    if plan is None:
+        pruning.check_options(before, options)
+    else:
+        check_plan(before, plan)
+        if plan.base not in (None, digest):
+            raise InputError(
+                f"the plan was made for a model with digest {plan.base}, and {base} has {digest}: its units say "
+                'nothing of other weights; remove "base" from the plan to apply it nevertheless'
+            )
     if problem := other_reading(base):
         logger.warning("%s", problem)
-    described = pruning.describe(before, rows, options, {}).drawn(draw)
-    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks", "splits"})}
+    described = pruning.describe(before, rows, options, {}).drawn(draw, digest)
+    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
     make = _prune_streamed if stream else _prune_in_memory
-    with manifest.creating(
-        out, kind="checkpoint", parents={"base": manifest.folder_digest(base)}, facts=facts
-    ) as folder:
-        plan = make(base, rows, options, folder, device).drawn(draw)
-        plan.write(folder / PLAN)
-        card.write(folder, base, plan)
+    with manifest.creating(out, kind="checkpoint", parents={"base": digest}, facts=facts) as folder:
+        made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
+        made.write(folder / PLAN)
+        card.write(folder, base, made)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
     return {
@@ -90,7 +101,8 @@ def prune_checkpoint(
         "weight_bytes_before": weight_bytes(base),
         "weight_bytes_after": weight_bytes(out),
         "plan": hashlib.sha256((out / PLAN).read_bytes()).hexdigest(),
-        "kept_units": _kept_units(plan),
+        "dropped_layers": [drop.model_dump() for drop in made.dropped],
+        "kept_units": _kept_units(made),
     }
 
 
@@ -106,24 +118,53 @@ def _kept_units(plan: Plan) -> dict[str, list[int]]:
 
 
 def _prune_in_memory(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
     model, _ = load(base)
-    pruned = pruning.prune(model.to(device), rows, options, task=load_task(base))
-    save(pruned.model, base, folder)
+    pruned = pruning.prune(model.to(device), rows, options, task=load_task(base), plan=plan)
+    save(pruned.model, base, folder, dropped=pruned.plan.dropped_layers())
     return pruned.plan
 
 
 def _prune_streamed(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device
+    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
     layers = CheckpointLayers(base, scratch=folder, device=device)
     check_vocabulary(base, load_tokenizer(base), layers.config)
-    with writing(folder, dtypes_of(layers.stored)) as writer:
+    dropped = pruning.layers_to_drop(layers, rows, options) if plan is None else plan.dropped
+    gone = [drop.layer for drop in dropped]
+    with writing(folder, renumber_tensors(dtypes_of(layers.stored), layers.anatomy.layers_path, gone)) as writer:
         layers.copy_around(writer)
-        plan = pruning.prune_layers(layers, rows, options, writer.add)
-    save_around_weights(skeleton(pruning.config_after(layers, plan)), base, folder)
-    return plan
+        made = pruning.prune_layers(layers, rows, options, writer.add, dropped=dropped, plan=plan)
+    save_around_weights(skeleton(pruning.config_after(layers, made)), base, folder)
+    return made
+
+
+def plan_checkpoint(
+    base: Path,
+    rows: Tensor,
+    options: pruning.PruneOptions,
+    scratch: Path,
+    device: torch.device,
+    *,
+    draw: Draw | None = None,
+    stream: bool = False,
+) -> Plan:
+    """Return the plan by which `base` would be pruned; nothing of it stays on the disk.
+
+    `scratch`: a folder with room for the hidden states of `stream`; the other arguments are `prune_checkpoint`'s.
+
+    Raises InputError, IntegrityError.
+    """
+    pruning.check_options(read_anatomy(read_config(base)), options)
+    layers: Layers
+    if stream:
+        layers = CheckpointLayers(base, scratch=scratch, device=device)
+        check_vocabulary(base, load_tokenizer(base), layers.config)
+    else:
+        layers = ModelLayers(load(base)[0].to(device), load_task(base))
+    plan = pruning.plan_layers(layers, rows, options, dropped=pruning.layers_to_drop(layers, rows, options))
+    return plan.drawn(draw, manifest.folder_digest(base))
 
 
 def make_pruned(

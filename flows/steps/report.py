@@ -61,7 +61,13 @@ def pruning_section(options: Mapping[str, Any], pruned: Mapping[str, Any]) -> di
         "kv_bytes": 1 - after["kv_bytes_per_token"] / kv_bytes if kv_bytes else None,
     }
     names = {key: options[key] for key in ("criterion", "allocation", "compensation")}
-    return {**names, "ratio_asked": options["ratio"], "ratio_removed": removed, "kept_units": pruned["kept_units"]}
+    return {
+        **names,
+        "ratio_asked": options["ratio"],
+        "ratio_removed": removed,
+        "kept_units": pruned["kept_units"],
+        "dropped_layers": [drop["layer"] for drop in pruned["dropped_layers"]],
+    }
 
 
 def sizes_section(pruned: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,12 +160,17 @@ def calibration_rows(
     `option` is what the user knows `samples` by. Raises InputError.
     """
     rows = text_rows(text, "train", tokenizer, length, reading, samples * length, task)
-    try:
-        drawn = sample_rows(rows, samples, length, seed)
-    except InputError as error:
-        raise InputError(f"{option}: {error}") from None
+    drawn = draw_rows(rows, samples, length, seed, option)
     names = [f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text]
     return drawn, Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=rows.packed)
+
+
+def draw_rows(rows: TokenRows, samples: int, length: int, seed: int, option: str) -> Tensor:
+    """As `sample_rows`. Raises InputError that names `option`, what the user knows `samples` by."""
+    try:
+        return sample_rows(rows, samples, length, seed)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
 
 
 def make_calibration(

@@ -15,6 +15,9 @@ Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels"]
 Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes
 Flag = bool | str  # a string: the configuration's field of that name says
+# What a field of the configuration says of single layers: a list with an `entry` for each, the number of the `first`
+# layers that something holds for, or that a layer computes with its own `index`.
+PerLayer = Literal["entry", "first", "index"]
 
 # The parts of a block's writers that its output is linear in, everything else given.
 LINEAR_PARTS: frozenset[Part] = frozenset({"value", "up"})
@@ -128,6 +131,8 @@ class Family:
         requires: field, or "field.key", -> the values that this description is right for.
         equal: field -> another that must have the same value.
         attention_implementation: of transformers.
+        per_layer: fields that say something of single layers, besides `layer_types` -> what; they are renumbered where
+            layers are dropped.
         computed: ends of the names of tensors that older versions of transformers stored and newer ones compute.
         vllm: how it is served.
     """
@@ -161,6 +166,7 @@ class Family:
     requires: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
     attention_implementation: str = "sdpa"
+    per_layer: Mapping[str, PerLayer] = field(default_factory=dict)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     vllm: Vllm = field(default_factory=Vllm)
 

@@ -22,5 +22,6 @@ GPT2 = Family(
     transposed=True,
     stock_heads="all",
     requires={"add_cross_attention": (False,)},
+    per_layer={"scale_attn_by_inverse_layer_idx": "index"},
     computed=("attn.bias", "attn.masked_bias"),
 )

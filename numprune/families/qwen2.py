@@ -4,5 +4,6 @@ QWEN2 = Family(
     name="qwen2",
     attention=attention(bias=True),
     mlp=gated_mlp(),
+    per_layer={"max_window_layers": "first"},
     vllm=Vllm(takes_head_dim=False, per_layer=True),
 )

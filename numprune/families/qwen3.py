@@ -8,5 +8,6 @@ QWEN3 = Family(
         head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     ),
     mlp=gated_mlp(),
+    per_layer={"max_window_layers": "first"},
     vllm=Vllm(per_layer=True),
 )

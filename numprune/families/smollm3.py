@@ -4,5 +4,6 @@ SMOLLM3 = Family(
     name="smollm3",
     attention=attention(bias="attention_bias", reader_bias="attention_bias"),
     mlp=gated_mlp(bias="mlp_bias"),
+    per_layer={"no_rope_layers": "entry"},
     vllm=Vllm(native=False),
 )

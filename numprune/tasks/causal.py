@@ -70,6 +70,9 @@ class Causal:
         logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         return logits
 
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        return language.logits_divergence(output[:, :-1], dense[:, :-1])
+
     def losses_in(self, rows: Tensor) -> int:
         return rows.numel()
 

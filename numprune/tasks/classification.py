@@ -116,6 +116,9 @@ class Classification:
         logits: Tensor = model(input_ids=tokens, attention_mask=mask).logits
         return logits
 
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        return language.logits_divergence(output, dense)
+
     def losses_in(self, rows: Tensor) -> int:
         return len(rows)
 

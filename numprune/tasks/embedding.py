@@ -107,6 +107,9 @@ class Embedding:
         pooled = pool(hidden, mask, self.pooling)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
 
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(output.double(), dense.double(), dim=-1)
+
     def losses_in(self, rows: Tensor) -> int:
         return len(rows)
 

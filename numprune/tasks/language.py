@@ -96,6 +96,12 @@ def kl_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     return (theirs.exp() * (theirs - ours)).sum(-1).double()
 
 
+def logits_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return KL(theirs || ours), (p,) float64, of logits (…, V)."""
+    ours, theirs = (logits.flatten(0, -2).float().log_softmax(-1) for logits in (ours, theirs))
+    return kl_divergence(ours, theirs)
+
+
 def _differences(ours: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
     """Return (4, p) float64 of log-probabilities (p, V): NLL of ours, of theirs, KL(theirs || ours), same top token."""
     agree = (ours.argmax(-1) == theirs.argmax(-1)).double()

@@ -113,6 +113,10 @@ class Masked:
         logits: Tensor = model(input_ids=tokens, attention_mask=mask).logits
         return logits
 
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        masked = rows == self.mask_token
+        return language.logits_divergence(output[masked], dense[masked])
+
     def losses_in(self, rows: Tensor) -> int:
         return max(1, int((rows == self.mask_token).sum()))
 

@@ -162,6 +162,14 @@ class Task(Protocol):
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
         """Run `model` on token rows (n, S): logits (n, S, V) or (n, V), or embeddings (n, V)."""
 
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        """Return how far each prediction is from the dense model's, (p,) float64, in the task's unit.
+
+        Args:
+            output, dense: what `output` returned of a model and of the dense one.
+            rows: (n, S) calibration rows.
+        """
+
     def losses_in(self, rows: Tensor) -> int:
         """Return how many losses `loss` sums over calibration rows (n, S): a price is in nats for each."""
 

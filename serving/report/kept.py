@@ -1,7 +1,7 @@
 """What each layer keeps, by kind of block."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 KINDS: Mapping[str, str] = {
     "attention": "KV groups",
@@ -9,6 +9,8 @@ KINDS: Mapping[str, str] = {
     "mlp": "MLP channels",
 }
 _BLOCK = re.compile(rf"(?:.+\.)?layers\.(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))})")
+
+_SHOWN = 20
 
 Units = dict[int, tuple[int, int]]  # layer -> (kept, of)
 
@@ -20,6 +22,17 @@ def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
         if match := _BLOCK.fullmatch(name):
             kinds.setdefault(match[2], {})[int(match[1])] = units
     return {kind: dict(sorted(kinds[kind].items())) for kind in KINDS if kind in kinds}
+
+
+def without(units: Units, layers: Collection[int]) -> Units:
+    """Those of the layers that are left where some are dropped."""
+    return {layer: found for layer, found in units.items() if layer not in layers}
+
+
+def listed(layers: Collection[int]) -> str:
+    """Their numbers, ascending; of many the first ones."""
+    numbers = ", ".join(map(str, sorted(layers)[:_SHOWN]))
+    return f"{numbers} and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else numbers
 
 
 def others(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numprune.serving.report import names, precision
-from numprune.serving.report.kept import KINDS, by_kind, others, ranges
+from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
     Environment,
     Estimate,
@@ -93,10 +93,12 @@ def _pruning(pruning: Pruning) -> list[str]:
 
 
 def _kept(pruning: Pruning) -> Iterable[str]:
+    if pruning.dropped_layers:
+        yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
     for kind, units in by_kind(pruning.kept_units).items():
         parts = [
             f"{f'layer {first}' if first == last else f'layers {first} to {last}'}: {kept:,} of {of:,}"
-            for first, last, (kept, of) in ranges(units)
+            for first, last, (kept, of) in ranges(without(units, pruning.dropped_layers))
         ]
         yield f"- {KINDS[kind]} kept: {'; '.join(parts)}"
     for name, (kept, of) in others(pruning.kept_units).items():

@@ -88,6 +88,9 @@ def test_the_same_recipe_again_reuses_every_stage_and_publishes_nothing_new(
     assert second.json["version"] == first.json["version"] == "tiny/1"
     assert second.json["release"] == first.json["release"]
     assert all(stage["reused"] for stage in second.json["stages"])
+    planned = numprune("plan", tiny / "recipe.toml", "--workspace", workspace, "--json").json
+    assert [stage["name"] for stage in planned["stages"]] == [stage["name"] for stage in second.json["stages"]]
+    assert all(stage["reused"] for stage in planned["stages"])
 
 
 def test_a_run_is_recorded_logged_and_traced(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from numprune.export import checkpoint, manifest
 from numprune.flows.steps.prune import prune_checkpoint
+from numprune.flows.steps.report import pruning_section
 from numprune.flows.studies import large
 from numprune.pruning import PruneOptions
 from numprune.target import Target
@@ -83,6 +84,21 @@ def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, o
         assert (left[0], min(left)) == (4, 2)
     else:
         assert not counted
+
+
+def test_tensors_keep_their_data_types_when_layers_are_dropped(tiny_checkpoint, tmp_path) -> None:
+    last = "model.layers.2.self_attn.q_proj.weight"
+    base = recast(tiny_checkpoint(num_hidden_layers=3), torch.float16, **{last: torch.float32})
+    options = PruneOptions(0.4, target=Target(align=1), drop_layers=1)
+    for name, stream in (("memory", False), ("streamed", True)):
+        facts = prune_checkpoint(base, ROWS, options, tmp_path / name, torch.device("cpu"), stream=stream)
+    assert_same(tmp_path / "streamed", tmp_path / "memory")
+    (dropped,) = facts["dropped_layers"]
+    asked = {"criterion": "obs", "allocation": "uniform", "compensation": "joint", "ratio": 0.4}
+    assert pruning_section(asked, facts)["dropped_layers"] == [dropped["layer"]]
+    dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "memory").items()}
+    kept = [] if dropped["layer"] == 2 else ["model.layers.1.self_attn.q_proj.weight"]
+    assert [name for name, dtype in dtypes.items() if dtype != torch.float16] == kept
 
 
 @pytest.mark.gpu

@@ -156,7 +156,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
         "'magnitude' or 'random'; did you mean 'numerical'?",
         "prune.rato: unknown; known are ratio, criterion, allocation, compensation, axes, keep, floors, skips, "
-        "damping, seed, batch_size, stream; did you mean 'ratio'?",
+        "drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
         "data.pack = 'maybe': must be \"auto\", true or false",

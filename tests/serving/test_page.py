@@ -97,6 +97,16 @@ def test_every_picture_stands_beside_its_figures(page: str) -> None:
     assert all(attributes.get("scope") in ("col", "row") for attributes in Parsed(page).named("th"))
 
 
+def test_dropped_layers_are_named_and_not_counted_with_those_that_are_left() -> None:
+    data = full()
+    kept = {f"layers.{layer}.attention": [0 if layer == 1 else 3, 4] for layer in range(4)}
+    data["pruning"] |= {"kept_units": kept, "dropped_layers": [1]}
+    text = Parsed(html(judged(data))).text
+    assert "KV groups: 3 of 4 in every layer." in text
+    assert "dropped, of 4" in text
+    assert re.search(r"Layers dropped\s+1", text)
+
+
 def test_the_same_report_gives_the_same_page(page: str) -> None:
     assert html(judged(full())) == page
 
@@ -215,6 +225,7 @@ def test_a_report_without_measure_has_a_page_within_measure() -> None:
     gate = {"metric": "a.b", "bound": "point", "max": 1.0, "outcome": "fail", "reason": "not there"}
     data["verdict"] = {"outcome": "fail", "gates": [gate] * 5_000}
     data["pruning"]["kept_units"] = {f"layers.{layer}.mlp": [1, 2] for layer in range(50_000)}
+    data["pruning"]["dropped_layers"] = list(range(50_000))
     data["parity"] = {f"r{index}": {"facts": ["x" * 10_000] * 10} for index in range(100)}
     data["identity"]["packages"] = {f"package-{index}": "1" for index in range(10_000)}
     side: dict[str, Any] = {"by_repeat": {"ttft": [1.0] * 5_000}}

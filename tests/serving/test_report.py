@@ -266,6 +266,18 @@ def test_the_page_puts_layers_that_keep_the_same_together(report_json: Any) -> N
     ]
 
 
+def test_the_page_says_which_layers_were_dropped(report_json: Any) -> None:
+    kept = {f"layers.{layer}.{kind}": [2, 3] for layer in range(4) for kind in ("attention", "mlp")}
+    gone = {f"layers.2.{kind}": [0, 3] for kind in ("attention", "mlp")}
+    report_json["pruning"] |= {"kept_units": kept | gone, "dropped_layers": [2]}
+    lines = reports.markdown(Report.model_validate(report_json)).splitlines()
+    assert [line for line in lines if "kept:" in line or "dropped" in line] == [
+        "- Layers dropped: 2",
+        "- KV groups kept: layers 0 to 1: 2 of 3; layer 3: 2 of 3",
+        "- MLP channels kept: layers 0 to 1: 2 of 3; layer 3: 2 of 3",
+    ]
+
+
 def test_the_page_shows_what_both_sides_generate_and_in_which_precision_they_ran() -> None:
     page = reports.markdown(Report.model_validate(full()))
     assert "1 degraded: the candidate's output is empty or repeating" in page

@@ -71,6 +71,7 @@ class Pruning(Model):
     ratio_asked: Number
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
+    dropped_layers: list[Count] = Field(default=[])  # by their numbers in the baseline; their blocks keep nothing
 
 
 class SizePair(Model):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from numprune.serving.report.kept import KINDS, Units, by_kind, others
+from numprune.serving.report.kept import KINDS, Units, by_kind, listed, others, without
 from numprune.serving.report.models import Pruning, Report
 from numprune.serving.report.page import charts, words
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
@@ -18,7 +18,7 @@ def section(report: Report) -> Section:
 
 
 def _blocks(found: Pruning) -> list[Block]:
-    removed = found.ratio_removed
+    removed, dropped = found.ratio_removed, found.dropped_layers
     facts = Facts(
         [
             ("Criterion", found.criterion),
@@ -30,10 +30,11 @@ def _blocks(found: Pruning) -> list[Block]:
                 f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",
             ),
             *([("KV cache removed", words.share(removed.kv_bytes))] if removed.kv_bytes is not None else []),
+            *([("Layers dropped", listed(dropped))] if dropped else []),
         ]
     )
     kinds = by_kind(found.kept_units)
-    told = [_told(KINDS[kind], units) for kind, units in kinds.items()]
+    told = [_told(KINDS[kind], left) for kind, units in kinds.items() if (left := without(units, dropped))]
     drawn = charts.layers(
         "units-layers",
         f"What each layer keeps. {' '.join(told)}",
@@ -46,7 +47,7 @@ def _blocks(found: Pruning) -> list[Block]:
     tables = [Folded("Kept units, layer by layer", _tables(found, kinds))] if found.kept_units else []
     right: list[Block] = [facts, Text(told_all), *tables]
     caption = (
-        "Filled: kept. Outlined: what the layer had. A cross: the whole block is skipped. A KV group is a KV head with "
+        "Filled: kept. Outlined: what the layer had. A cross: the whole block is gone. A KV group is a KV head with "
         "its query heads."
     )
     return [Pair([Chart(drawn, caption)], right)] if drawn else right
@@ -54,14 +55,14 @@ def _blocks(found: Pruning) -> list[Block]:
 
 def _told(name: str, units: Units) -> str:
     """One sentence."""
-    skipped = [str(layer) for layer, (kept, _) in units.items() if kept == 0]
+    skipped = [layer for layer, (kept, _) in units.items() if kept == 0]
     different = sorted(set(units.values()))
     if len(different) == 1:
         kept, of = different[0]
         return f"{name}: {kept:,} of {of:,} in every layer."
     total, before = (sum(column) for column in zip(*units.values(), strict=True))
     least, most = (pick(kept for kept, _ in units.values()) for pick in (min, max))
-    skip = f"; skipped in {'layer' if len(skipped) == 1 else 'layers'} {', '.join(skipped[:20])}" if skipped else ""
+    skip = f"; skipped in {'layer' if len(skipped) == 1 else 'layers'} {listed(skipped)}" if skipped else ""
     return f"{name}: {total:,} of {before:,}, from {least:,} to {most:,} a layer{skip}."
 
 
@@ -70,7 +71,8 @@ def _tables(found: Pruning, kinds: Mapping[str, Units]) -> list[Block]:
     numbers = sorted({layer for units in kinds.values() for layer in units})
     if numbers:
         rows: list[list[Cell | str]] = [
-            [str(layer), *(_cell(units.get(layer)) for units in kinds.values())] for layer in numbers[:_MAXIMUM_ROWS]
+            [str(layer), *(_cell(units.get(layer), layer in found.dropped_layers) for units in kinds.values())]
+            for layer in numbers[:_MAXIMUM_ROWS]
         ]
         blocks.append(Table("Units kept in each layer", ("Layer", *(KINDS[kind] for kind in kinds)), rows))
     unknown = others(found.kept_units)
@@ -84,8 +86,8 @@ def _tables(found: Pruning, kinds: Mapping[str, Units]) -> list[Block]:
     return blocks
 
 
-def _cell(units: tuple[int, int] | None) -> str:
+def _cell(units: tuple[int, int] | None, dropped: bool = False) -> str:
     if units is None:
         return words.ABSENT
     kept, of = units
-    return f"{kept:,} of {of:,}" if kept else f"skipped, of {of:,}"
+    return f"{kept:,} of {of:,}" if kept else f"{'dropped' if dropped else 'skipped'}, of {of:,}"

@@ -1,0 +1,233 @@
+"""What a run of a recipe would do, before anything is run: sizes, text, stages, memory, what the servers will need."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numprune.anatomy import Anatomy, read_anatomy
+from numprune.budget import measure
+from numprune.documents import Reading
+from numprune.export import checkpoint
+from numprune.export.tasks import load_task
+from numprune.flows import optimize, runs, stages
+from numprune.flows.recipe import Recipe
+from numprune.flows.run import Run
+from numprune.flows.stages import Layer, StageResult
+from numprune.flows.steps.checks import prepare, prune_options
+from numprune.flows.steps.text import draw_rows, text_rows
+from numprune.pruning import known_results
+from numprune.serving.report.kept import KINDS
+
+_FLOAT32 = 4
+
+
+def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
+    """Return what is known of a run before it starts, as plain JSON. Nothing is written.
+
+    Raises InputError with every problem of the recipe, and where the text is too short.
+    """
+    run = prepare(recipe, workspace)
+    anatomy = read_anatomy(checkpoint.read_config(run.base.path))
+    text = _text(run)
+    results = known_results(anatomy, prune_options(recipe))
+    weights = checkpoint.weight_bytes(run.base.path)
+    return {
+        "recipe": recipe.digest,
+        "model": str(run.base.path),
+        "ratio": recipe.prune.ratio,
+        "drop_layers": recipe.prune.drop_layers,
+        "before": {**dataclasses.asdict(measure(anatomy)), "weight_bytes": weights},
+        "exact": len(results) == 1,
+        "after": [_after(result, anatomy, weights) for result in results]
+        or [_aim(anatomy, recipe.prune.ratio, weights)],
+        "text": text,
+        "memory": _memory(anatomy, run),
+        "serving": _serving(recipe),
+        "stages": _stages(run),
+    }
+
+
+def _after(result: Anatomy, before: Anatomy, weights: int) -> dict[str, Any]:
+    """What is left of a model whose sizes are known."""
+    budget = measure(result)
+    sizes = {kind: result.of_kind(kind)[0].units for kind in result.kinds}
+    share = budget.parameters / measure(before).parameters
+    return {
+        **dataclasses.asdict(budget),
+        "weight_bytes": round(weights * share),
+        "layers": result.layers,
+        "units": sizes,
+    }
+
+
+def _aim(anatomy: Anatomy, ratio: float, weights: int) -> dict[str, Any]:
+    """What the ratio aims at where each layer gets a size of its own."""
+    before = measure(anatomy)
+    removed = round(ratio * before.prunable_parameters)
+    left = before.parameters - removed
+    return {
+        "parameters": left,
+        "prunable_parameters": before.prunable_parameters - removed,
+        "flops_per_token": before.flops_per_token - 2 * removed,
+        "weight_bytes": round(weights * left / before.parameters),
+    }
+
+
+def _text(run: Run) -> dict[str, Any]:
+    """How much text there is. Raises InputError where it is too short to calibrate on."""
+    data = run.recipe.data
+    tokenizer, reading = checkpoint.load_tokenizer(run.base.path), Reading(**data.reading())
+    task = load_task(run.base.path)
+    length, tokens = data.sequence_length, data.samples * data.sequence_length
+    calibration = text_rows(data.calibration, "train", tokenizer, length, reading, tokens, task)
+    draw_rows(calibration, data.samples, length, data.seed, "data.samples")
+    heldout = text_rows(data.heldout, "heldout", tokenizer, length, reading, task=task)
+    return {
+        "samples": data.samples,
+        "sequence_length": length,
+        "calibration_windows": sum(len(row) == length for row in calibration.rows),
+        "heldout_documents": heldout.documents,
+        "heldout_windows": len(heldout.rows),
+    }
+
+
+def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
+    """The least that pruning needs: weights in float32 and the hidden states that are carried side by side."""
+    prune, data = run.recipe.prune, run.recipe.data
+    budget, layers = measure(anatomy), anatomy.layers
+    weights = budget.parameters
+    if prune.stream:
+        around, by_layer = anatomy.fixed_parameters, (budget.parameters - anatomy.fixed_parameters) // layers
+        weights = around + by_layer
+    streams = 1 if prune.compensation in ("none", "bias", "oneshot") else 2
+    states = streams * data.samples * data.sequence_length * anatomy.hidden_size
+    return {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
+
+
+def _serving(recipe: Recipe) -> dict[str, Any]:
+    """What vLLM will need for the result, where it is to be exported for it."""
+    if "vllm" not in recipe.export.targets:
+        return {}
+    return {
+        "vllm": recipe.target.vllm,
+        "plugin": recipe.prune.allocation != "uniform",
+        "tensor_parallel": recipe.target.tensor_parallel,
+        "device": recipe.target.device,
+    }
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+class _Unknown(dict[str, Any]):
+    """The facts of a stage that is not made. What is derived from them names no stage that is."""
+
+    def __missing__(self, key: str) -> str:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prospect(Run):
+    """A run that looks up its stages and makes none."""
+
+    def stage(
+        self,
+        name: str,
+        body: str,
+        *,
+        inputs: Mapping[str, str],
+        sources: Mapping[str, object],
+        options: Mapping[str, Any],
+        layer: Layer,
+        label: str = "",
+    ) -> StageResult:
+        found = stages.find(self.workspace, name, inputs, options, layer)
+        if found is None:
+            found = StageResult(name, self.workspace, "", _Unknown(), False, 0.0, 0, 0)
+        return dataclasses.replace(found, name=label or name)
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    """Every stage of the run in its order: whether it would be reused, and what the last one of its name took."""
+    prospect = _Prospect(**{**vars(run), "uses_gpu": False})  # no slot of the GPU is waited for
+    found: list[StageResult] = []
+
+    def look_up(step: Any, *arguments: Any) -> StageResult:
+        found.append(step.fn(*arguments))
+        return found[-1]
+
+    optimize.judge(prospect, look_up)
+    before = _former(run.workspace)
+    return [
+        {"name": stage.name, "reused": stage.reused, **({} if stage.reused else before.get(stage.name, {}))}
+        for stage in found
+    ]
+
+
+def _former(workspace: Path) -> dict[str, dict[str, Any]]:
+    """What the stages of former runs took, by their names: the last of each that was made and not reused."""
+    taken: dict[str, dict[str, Any]] = {}
+    for run in runs.list_runs(workspace):  # the newest first
+        for stage in run.record.stages if run.record else ():
+            if not stage.reused:
+                took = {"last_seconds": stage.seconds, "last_peak_memory_bytes": stage.peak_memory_bytes}
+                taken.setdefault(stage.name, took)
+    return taken
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The forecast for a terminal."""
+    return "\n".join([f"{found['model']}: what a run of this recipe would do", *map("  ".__add__, _lines(found))])
+
+
+def _lines(found: Mapping[str, Any]) -> Iterator[str]:
+    before, text, memory = found["before"], found["text"], found["memory"]
+    several = len(found["after"]) > 1
+    kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
+    yield f"ratio {found['ratio']:g}, result: {kind}"
+    for after in found["after"]:
+        yield _size_line(before, after)
+    yield (
+        f"calibration: {text['samples']:,} of {text['calibration_windows']:,} windows of "
+        f"{text['sequence_length']} tokens; held-out text: {text['heldout_windows']:,} windows, "
+        f"{text['heldout_documents']:,} documents"
+    )
+    yield (
+        f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
+        f"{_mib(memory['hidden_states'])} for hidden states"
+    )
+    if serving := found["serving"]:
+        plugin = "with the plug-in numprune-vllm" if serving["plugin"] else "stock"
+        where = f"{serving['device']}, tensor_parallel {serving['tensor_parallel']}"
+        yield f"serving: vLLM {serving['vllm']}, {plugin}; {where}"
+    for stage in found["stages"]:
+        yield f"{stage['name']:<28} {_stage_note(stage)}"
+
+
+def _size_line(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    names = {
+        "parameters": "parameters",
+        "weight_bytes": "weight bytes",
+        "flops_per_token": "FLOPs per token",
+        "kv_bytes_per_token": "KV bytes per token",
+    }
+    parts = [f"{what} {before[key]:,} → {after[key]:,}" for key, what in names.items() if key in after]
+    units = [f"{count:,} {KINDS.get(kind, kind)} per layer" for kind, count in after.get("units", {}).items()]
+    layers = [f"{after['layers']} layers"] if "layers" in after else []
+    return ", ".join([*layers, *units, *parts])
+
+
+def _stage_note(stage: Mapping[str, Any]) -> str:
+    if stage["reused"]:
+        return "reused"
+    if "last_seconds" in stage:
+        return f"last took {stage['last_seconds']:,.1f} s, peak {_mib(stage['last_peak_memory_bytes'])}"
+    return "to be made"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"

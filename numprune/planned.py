@@ -1,0 +1,69 @@
+"""Whether a plan, perhaps edited by hand, fits a model."""
+
+from collections.abc import Iterator
+
+from numprune.anatomy import Anatomy
+from numprune.errors import InputError
+from numprune.plan import Plan
+from numprune.pruning import check_options, options_of
+from numprune.slices import Size
+from numprune.target import allowed_sizes
+
+_SHOWN = 12  # problems of a plan for another model
+
+
+def check_plan(anatomy: Anatomy, plan: Plan) -> None:
+    """Refuse a plan that cannot be followed on this model.
+
+    Raises:
+        InputError: every problem with its block: sizes that the model does not have, sizes that the target cannot run.
+    """
+    problems = [*_other_model(anatomy, plan)]
+    if not problems:
+        check_options(anatomy, options_of(plan))
+        problems = [*_sizes(anatomy, plan)]
+    if problems:
+        shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+        raise InputError(f"the plan does not fit the model: {'; '.join(shown)}")
+
+
+def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    if plan.family != anatomy.family:
+        yield f"it is of {plan.family}, the model of {anatomy.family}"
+    blocks = {block.name: block for block in anatomy.blocks}
+    for name in plan.blocks.keys() - blocks.keys():
+        yield f"{name}: the model has no such block"
+    for name, block in blocks.items():
+        planned = plan.blocks.get(name)
+        if planned is None:
+            yield f"{name}: the plan says nothing of it"
+        elif (planned.units, planned.members) != (block.units, block.members):
+            had = Size(planned.units, planned.members)
+            yield f"{name}: the plan is for {_told(had)}, the model has {_told(block.size)}"
+    for layer in plan.dropped_layers():
+        if layer >= anatomy.layers:
+            yield f"layer {layer} is dropped, and the model has {anatomy.layers}"
+
+
+def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    sizes, gone, limits = plan.sizes(), plan.dropped_layers(), options_of(plan).limits
+    after = anatomy.keeping(sizes).without(gone)
+    for kind in anatomy.kinds:
+        if not any(block.units for block in after.of_kind(kind)):
+            yield f"no {kind} block keeps a unit; keep at least one"
+    if plan.allocation == "uniform" and not after.is_uniform:
+        yield 'allocation is "uniform", and layers keep different sizes; make it "error"'
+    allowed = allowed_sizes(anatomy, plan.target, limits, stock=plan.allocation == "uniform")
+    for block in anatomy.blocks:
+        size, options = sizes[block.name], allowed[block.name]
+        if block.layer not in gone and size not in options:
+            distance = [(abs(option.units - size.units), abs(option.members - size.members)) for option in options]
+            nearest = sorted(option for _, option in sorted(zip(distance, options, strict=True))[:2])
+            yield (
+                f"{block.name} keeps {_told(size)}, which the plan's target or limits do not allow; the nearest that "
+                f"they allow: {', '.join(map(_told, nearest))}"
+            )
+
+
+def _told(size: Size) -> str:
+    return f"{size.units} units" + (f" of {size.members}" if size.members > 1 else "")

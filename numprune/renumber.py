@@ -1,0 +1,59 @@
+"""The layers that stay get new numbers where others are dropped: in the names of tensors, and in the configuration."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from numprune.families.family import Family, PerLayer
+
+T = TypeVar("T")
+
+# transformers refuses any configuration whose list is not as long as there are layers.
+_OF_ANY_FAMILY: Mapping[str, PerLayer] = {"layer_types": "entry"}
+
+
+def layers_left(layers: int, dropped: Collection[int]) -> list[int]:
+    """Return the numbers of the layers that stay, out of `layers`: the n-th of them becomes layer n."""
+    return [layer for layer in range(layers) if layer not in dropped]
+
+
+def renumber_tensors(named: Mapping[str, T], path: str, dropped: Collection[int]) -> dict[str, T]:
+    """Return `named` (full name of a tensor -> anything) by the names after the drop, without the dropped layers'.
+
+    `path`: of the layers in the model.
+    """
+    prefix, renumbered = f"{path}.", {}
+    for name, value in named.items():
+        if name.startswith(prefix):
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            if int(number) in dropped:
+                continue
+            name = f"{prefix}{_new_number(int(number), dropped)}.{inside}"
+        renumbered[name] = value
+    return renumbered
+
+
+def renumber_fields(family: Family, fields: Mapping[str, Any], dropped: Collection[int]) -> dict[str, Any]:
+    """Return the fields of the configuration that say something of single layers, after the drop.
+
+    Args:
+        family: of the model.
+        fields: all that its configuration has; one that is None stays so.
+        dropped: layers; none of them where a layer computes with its own number (`numbering_field`).
+    """
+    renumbered: dict[str, Any] = {}
+    for name, says in {**_OF_ANY_FAMILY, **family.per_layer}.items():
+        value = fields.get(name)
+        if value is not None and says == "entry":
+            renumbered[name] = [value[layer] for layer in layers_left(len(value), dropped)]
+        elif value is not None and says == "first":
+            renumbered[name] = _new_number(value, dropped)
+    return renumbered
+
+
+def numbering_field(family: Family, config: Any) -> str | None:
+    """Return the field by which each layer computes with its own number, so that no layer can be dropped, or None."""
+    return next((name for name, says in family.per_layer.items() if says == "index" and getattr(config, name)), None)
+
+
+def _new_number(layer: int, dropped: Collection[int]) -> int:
+    return layer - sum(other < layer for other in dropped)

@@ -1,0 +1,127 @@
+"""What a run would do is what it does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from numprune.anatomy import read_anatomy
+from numprune.budget import measure
+from numprune.export import checkpoint
+from numprune.flows import forecast, optimize, recipe
+from numprune.flows.steps import checks
+from numprune.pruning import PruneOptions, known_results, prune
+from numprune.target import Target
+from tests.conftest import build_tiny
+from tests.flows.conftest import Answered
+
+ROWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
+Command = Callable[..., Answered]
+
+
+def plan(numprune: Command, tiny: Path, workspace: Path, *overrides: str) -> Answered:
+    changes = [word for override in overrides for word in ("--set", override)]
+    return numprune("plan", tiny / "recipe.toml", "--workspace", workspace, "--json", *changes)
+
+
+def test_nothing_is_made_and_the_same_is_said_by_a_dry_run(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    answered = plan(numprune, tiny, tmp_path / "w")
+    assert answered.code == 0, answered.err
+    assert not (tmp_path / "w").exists()
+    found = answered.json
+    names = [stage["name"] for stage in found["stages"]]
+    assert {"calibration", "heldout", "baseline", "prune", "quality", "benchmark onnxruntime", "report"} <= set(names)
+    assert not any(stage["reused"] for stage in found["stages"])
+    assert found["before"]["weight_bytes"] == checkpoint.weight_bytes(tiny / "base")
+    assert (found["text"]["samples"], found["text"]["heldout_documents"]) == (12, 24)
+    assert found["text"]["calibration_windows"] >= 12
+    dry = numprune("optimize", "--dry-run", tiny / "recipe.toml", "--workspace", tmp_path / "w", "--json")
+    assert dry.json == found
+    told = numprune("plan", tiny / "recipe.toml", "--workspace", tmp_path / "w").out
+    assert "calibration: 12 of" in told
+    assert "to be made" in told
+
+
+def test_stages_that_are_made_would_be_reused_and_a_changed_recipe_makes_its_own(tiny: Path, tmp_path: Path) -> None:
+    run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
+    optimize.sample_calibration.fn(run)
+    for changes, reused in (
+        ([], ["calibration"]),
+        (["prune.ratio=0.1"], ["calibration"]),
+        (["data.samples=11"], []),
+    ):
+        found = forecast.forecast(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+        assert [stage["name"] for stage in found["stages"] if stage["reused"]] == reused
+
+
+@pytest.mark.parametrize("drop_layers", [0, 1])
+def test_what_is_known_beforehand_is_what_comes_of_it(drop_layers: int) -> None:
+    def options(**changes: Any) -> PruneOptions:
+        return PruneOptions(0.6, target=Target(align=1), drop_layers=drop_layers, **changes)
+
+    anatomy = read_anatomy(build_tiny().config)
+    exact = options(criterion="magnitude", compensation="none")
+    (known,) = known_results(anatomy, exact)
+    assert measure(known) == measure(read_anatomy(prune(build_tiny(), ROWS, exact).model.config))
+    several = known_results(anatomy, options())
+    assert measure(read_anatomy(prune(build_tiny(), ROWS, options()).model.config)) in map(measure, several)
+    assert known_results(anatomy, options(allocation="error")) == []
+
+
+def test_what_layers_of_different_sizes_come_to_is_the_target(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    found = plan(numprune, tiny, tmp_path / "w", "prune.allocation=error").json
+    (after,) = found["after"]
+    assert not found["exact"]
+    left = found["before"]["prunable_parameters"] * (1 - found["ratio"])
+    assert after["prunable_parameters"] == pytest.approx(left, abs=1)
+    assert found["serving"] == {} or found["serving"]["plugin"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.samples=100000", "data.samples: the calibration text gives"),
+        ("prune.ratio=0.999", "prune: "),
+        ("prune.drop_layers=2", "prune: drop_layers is 2; the model has 2 layers, and one must stay"),
+    ],
+)
+def test_what_cannot_be_done_is_found(numprune: Command, tiny: Path, tmp_path: Path, change: str, said: str) -> None:
+    answered = plan(numprune, tiny, tmp_path / "w", change)
+    assert answered.code == 1
+    assert said in answered.err
+
+
+def test_former_runs_tell_how_long_stages_took(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "w" / "runs"
+    for number, seconds in ((1, 5.0), (2, 7.5)):
+        run = f"2026010{number}T000000Z-0000000{number}"
+        stage = {
+            "name": "prune",
+            "folder": "prune-0123456789abcdef",
+            "digest": "0" * 64,
+            "reused": False,
+            "seconds": seconds,
+            "peak_memory_bytes": 1 << 30,
+            "bytes": 1,
+        }
+        record = {
+            "schema": "numprune/run/1",
+            "run": run,
+            "name": "tiny",
+            "recipe": "r",
+            "source": "s",
+            "numprune": "0",
+            "pid": 1,
+            "started": "2026-01-01T00:00:00Z",
+            "stages": [stage],
+        }
+        (folder / run).mkdir(parents=True)
+        (folder / run / "record.json").write_text(json.dumps(record))
+    found = forecast.forecast(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert stages["prune"]["last_seconds"] == 7.5
+    assert "last_seconds" not in stages["quality"]
+    assert "last took 7.5 s, peak 1,024 MiB" in forecast.text(found)
