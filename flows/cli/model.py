@@ -57,7 +57,10 @@ def add(commands: Subcommands) -> None:
         help="the folder to write, or with --plan-only the file; must not exist",
     )
     parser.add_argument(
-        "--ratio", type=float, metavar="R", help="share of the prunable parameters to remove, from 0 to under 1"
+        "--ratio",
+        type=float,
+        metavar="R",
+        help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's)",
     )
     for option, choices, help_text in (
         ("criterion", names.Criterion, "what scores the units"),
@@ -79,7 +82,7 @@ def add(commands: Subcommands) -> None:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="prune as this plan says, with its options; the text is what the rest is fitted to",
+        help="prune as this plan says, with its options; the text is what the rest is fitted to (default: choose anew)",
     )
     _add_text(parser, "text to calibrate on")
     parser.add_argument(
