@@ -24,7 +24,7 @@ def evaluate(
     batch_size: int = 8,
     keep: Callable[[list[int], Tensor], None] | None = None,
 ) -> Quality | None:
-    """Return the NLL of `model` on `rows`; None where the task has none without a baseline.
+    """Return the NLL of `model` on `rows`; None unless it has one without a baseline (`Task.has_loss`).
 
     Args:
         task: that reads `rows`, and that the model is for.

@@ -13,10 +13,9 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 
 if TYPE_CHECKING:
     from numprune.anatomy import Anatomy
-    from numprune.corpus import TokenRows
     from numprune.plan import Plan, PricedSplit
     from numprune.pruning import PruneOptions
-    from numprune.tasks import Quality, Task
+    from numprune.tasks import Task
 
 # What `prune` does where neither an option nor a plan says otherwise.
 _DEFAULTS: dict[str, Any] = {
@@ -429,14 +428,16 @@ def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import heldout_rows
+    from numprune.flows.summary import quality_line
+    from numprune.serving.report import Quality
 
     models = [checkpoint.resolve(model) for model in args.models]
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None
     rows = heldout_rows(args.text, args.sequence_length, models, reading(args, args.text), baseline)
     device = device_of("auto")
     if baseline is None:
-        found = [_evaluated(model, evaluate_checkpoint(model, rows, device), rows) for model in models]
-        lines = [_quality_line(data) for data in found]
+        found = [{"model": str(model), **evaluate_checkpoint(model, rows, device)} for model in models]
+        lines = [_metrics_line(data) if "task" in data else _quality_line(data) for data in found]
     else:
         sections = compare_checkpoints(models, baseline, rows, device)
         found = [_compared(model, baseline, section) for model, section in zip(models, sections, strict=True)]
@@ -446,19 +447,6 @@ def evaluate(args: argparse.Namespace) -> Answer:
         else:
             lines = [f"{model}: {summary.of_quality(section)}" for model, section in zip(models, sections, strict=True)]
     return Answer(found[0] if len(found) == 1 else {"candidates": found}, "\n".join(lines))
-
-
-def _evaluated(model: Path, quality: "Quality | None", rows: "TokenRows") -> dict[str, Any]:
-    if quality is None:
-        raise InputError(f"{model}: a model of its kind is measured against another one; give --baseline")
-    return {
-        "model": str(model),
-        "nll_nats_per_token": quality.mean_nll,
-        "perplexity": quality.perplexity,
-        "tokens": quality.count,
-        "documents": rows.documents,
-        "packed": rows.packed,
-    }
 
 
 def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str, Any]:
@@ -505,6 +493,13 @@ def _quality_line(data: dict[str, Any]) -> str:
         f"{data['tokens']:,} tokens of {data['documents']:,} document{'' if data['documents'] == 1 else 's'}"
         f"{', packed' if data['packed'] else ''}"
     )
+
+
+def _metrics_line(data: dict[str, Any]) -> str:
+    from numprune.serving.report.names import METRICS
+
+    figures = ", ".join(f"{METRICS[name]} {value:.4f}" for name, value in data["metrics"].items())
+    return f"{data['model']}: {figures}, on {data['tokens']:,} tokens of {data['documents']:,} documents"
 
 
 def _difference_line(data: dict[str, Any]) -> str:

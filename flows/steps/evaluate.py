@@ -21,7 +21,7 @@ from numprune.flows.steps.text import load_heldout
 from numprune.generation import MAXIMUM_TOKENS, generate
 from numprune.quality import compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
-from numprune.tasks import Comparison, Predictions, Quality, Task
+from numprune.tasks import Comparison, Predictions, Task, TaskName
 
 _NLL = {"masked-lm": "nll_nats_per_masked_token", "classification": "nll_nats_per_text"}
 
@@ -66,10 +66,26 @@ def compare_checkpoints(
         ]
 
 
-def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> Quality | None:
-    """NLL of one model; None where its task has none without a baseline. Raises InputError, IntegrityError."""
+def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> dict[str, Any]:
+    """The figures of one model: its NLL. Raises InputError (it has none without a baseline), IntegrityError."""
+    task = load_task(model)
+    if not task.has_loss(rows):
+        remedy = "give labelled text or --baseline" if task.name == "classification" else "give --baseline"
+        raise InputError(f"{model}: the model has no loss on this text by itself ({task.name}); {remedy}")
     loaded, _ = load(model)
-    return evaluate(loaded.to(device), rows, load_task(model))
+    found = evaluate(loaded.to(device), rows, task)
+    assert found is not None
+    facts = {"documents": rows.documents, "packed": rows.packed}
+    if task.name == "causal-lm":
+        return {**side(found), "tokens": found.count, **facts}
+    accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
+    metrics = {_NLL[task.name]: found.mean_nll, **accuracy}
+    return {"task": task.name, "metrics": metrics, "tokens": _tokens(task.name, rows, found.scored), **facts}
+
+
+def _tokens(task: TaskName, rows: TokenRows, scored: np.ndarray) -> int:
+    """The tokens that a task's figures are of: those predicted, or all of the texts."""
+    return int(scored.sum()) if task in ("causal-lm", "masked-lm") else sum(map(len, rows.rows))
 
 
 def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel, task: Task) -> Predictions:
@@ -129,10 +145,9 @@ def _counted(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
     """The section without `generation`."""
-    by_token = found.task in ("causal-lm", "masked-lm")
     facts: dict[str, Any] = {
         "task": found.task,
-        "tokens": int(found.scored.sum()) if by_token else sum(map(len, rows.rows)),
+        "tokens": _tokens(found.task, rows, found.scored),
         "documents": found.documents,
         "packed": rows.packed,
         "loss_delta": {**dataclasses.asdict(found.loss_delta), "unit": found.unit},

@@ -45,6 +45,9 @@ class Causal:
     def add(self, sums: np.ndarray, rows: TokenRows, index: list[int], values: np.ndarray) -> None:
         rows.add(sums, index, values)
 
+    def has_loss(self, rows: TokenRows) -> bool:
+        return True
+
     def predictions(self, model: PreTrainedModel) -> Predictions:
         def states(_: list[int], tokens: Tensor) -> Tensor:
             found: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state

@@ -76,6 +76,9 @@ class Classification:
     def scored(self, rows: TokenRows) -> np.ndarray:
         return np.ones(len(rows.rows), dtype=np.int64)
 
+    def has_loss(self, rows: TokenRows) -> bool:
+        return rows.labels is not None
+
     def predictions(self, model: PreTrainedModel) -> Predictions:
         def states(_: list[int], tokens: Tensor) -> Tensor:
             fed = tokens.to(model.device)

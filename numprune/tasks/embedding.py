@@ -66,6 +66,9 @@ class Embedding:
     def scored(self, rows: TokenRows) -> np.ndarray:
         return np.ones(len(rows.rows), dtype=np.int64)
 
+    def has_loss(self, rows: TokenRows) -> bool:
+        return False
+
     def predictions(self, model: PreTrainedModel) -> Predictions:
         def states(_: list[int], tokens: Tensor) -> Tensor:
             fed = tokens.to(model.device)

@@ -86,6 +86,9 @@ class Masked:
     def add(self, sums: np.ndarray, rows: TokenRows, index: list[int], values: np.ndarray) -> None:
         rows.add_at(sums, index, [self.positions(number, rows.rows[number]).numpy() for number in index], values)
 
+    def has_loss(self, rows: TokenRows) -> bool:
+        return True
+
     def predictions(self, model: PreTrainedModel) -> Predictions:
         def states(index: list[int], tokens: Tensor) -> Tensor:
             fed = torch.stack([self.masked(number, row) for number, row in zip(index, tokens, strict=True)])

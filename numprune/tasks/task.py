@@ -139,6 +139,9 @@ class Task(Protocol):
     def scored(self, rows: TokenRows) -> np.ndarray:
         """Return how many predictions each span has, (spans,) int64."""
 
+    def has_loss(self, rows: TokenRows) -> bool:
+        """Whether a model has an NLL on these rows by itself, and not only a difference from a baseline."""
+
     def predictions(self, model: PreTrainedModel) -> Predictions:
         """Return those of a model in memory."""
 
@@ -149,7 +152,7 @@ class Task(Protocol):
         batch_size: int,
         keep: Callable[[list[int], Tensor], None] | None = None,
     ) -> Quality | None:
-        """Return the NLL of `model`; None where the task has none without a baseline. `keep`: as of quality.evaluate.
+        """Return the NLL of `model`, None unless it `has_loss`. `keep`: as of quality.evaluate.
 
         Raises IntegrityError when the predictions are not finite.
         """
