@@ -18,7 +18,15 @@ from numprune.export.config import copy_config, read_config, reason, write_confi
 from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
-from numprune.export.weights import TensorHeader, dtypes_of, main_dtype, read_headers, slabs, weight_bytes
+from numprune.export.weights import (
+    TensorHeader,
+    current_name,
+    dtypes_of,
+    main_dtype,
+    read_headers,
+    slabs,
+    weight_bytes,
+)
 from numprune.modeling import AUTO_OF
 from numprune.renumber import renumber_tensors
 
@@ -227,7 +235,8 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     state = model.state_dict()
     if revert_weight_conversion(model, state) is state:
         return {name: name for name in state}
-    return {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in state.items()}
+    stored = {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in state.items()}
+    return {name: current_name(found) for name, found in stored.items()}
 
 
 def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str], str]:

@@ -61,12 +61,24 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
             raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is stale")
-        return _read_shards(folder)
+        return _renamed(_read_shards(folder))
     if not (folder / SINGLE).is_file():
         other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
         hint = f"; convert {other} with `save_pretrained`: reading such a file may run code" if other else ""
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-    return _read_file(folder / SINGLE)
+    return _renamed(_read_file(folder / SINGLE))
+
+
+def _renamed(stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
+    return {current_name(name): header for name, header in stored.items()}
+
+
+def current_name(name: str) -> str:
+    """Return a tensor's name as transformers writes it now; BERT's first checkpoints name norms as TensorFlow does."""
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def weight_bytes(folder: Path) -> int:

@@ -6,6 +6,9 @@ independent between tokens, an error dy of the block costs the model 1/2 tr(S E[
 g g^T over all tokens / number of losses (the tokens, for a causal model): what greedy OBS needs to price its removals
 in the model's own loss (Hassibi & Stork 1993 have the loss's Hessian where layer-wise methods put the identity), and
 what makes the prices of different blocks comparable.
+
+Where a row has one loss, of all its tokens pooled, the gradients at its tokens point the same way, and so may a block's
+errors. There g is summed over a row's tokens first: S then prices an error that is the same at all of them.
 """
 
 from collections.abc import Mapping
@@ -68,7 +71,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                 with layers.layer(index) as layer:
                     for batch in batches:
                         call = walker.arguments(batch.stop - batch.start)[index]
-                        _backward(layer, blocks, call, hidden, gradient, batch, layers.device, output, gradients)
+                        _backward(layers, layer, blocks, call, hidden, gradient, batch, output, gradients)
                     if taylor and number == len(chunks) - 1:
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
@@ -103,13 +106,13 @@ def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor, draw: torch.Gen
 
 
 def _backward(
+    layers: Layers,
     layer: nn.Module,
     blocks: list[Block],
     call: Arguments,
     hidden: Tensor,
     gradient: Tensor,
     batch: slice,
-    device: torch.device,
     output: dict[str, Tensor],
     gradients: dict[str, dict[str, Tensor]],
 ) -> None:
@@ -125,7 +128,7 @@ def _backward(
     ]
     try:
         with torch.enable_grad():
-            before = hidden[batch].to(device).requires_grad_()
+            before = hidden[batch].to(layers.device).requires_grad_()
             after = call.call(layer, before)
     finally:
         for hook in hooks:
@@ -135,7 +138,8 @@ def _backward(
     entering, *rest = torch.autograd.grad(after, wanted, behind)
     found = iter(rest)
     for block in blocks:
-        flat = next(found).reshape(-1, hidden.shape[-1])
+        flat = next(found).reshape(*before.shape[:-1], -1)  # some models flatten their rows
+        flat = flat.sum(1) if layers.task.pooled else flat.flatten(0, 1)
         output[block.name] += (flat.T @ flat).to(output[block.name].device)
     for block in blocks:
         sums = gradients.get(block.name, {})

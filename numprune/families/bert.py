@@ -46,7 +46,11 @@ BERT_LAYER: dict[str, Any] = {
         "add_cross_attention": (False,),
         "position_embedding_type": (None, "absolute"),
     },
-    "computed": ("embeddings.position_ids",),
+    "computed": (
+        "embeddings.position_ids",
+        # Heads of the pretraining that a checkpoint for another task may still hold.
+        *("cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias"),
+    ),
 }
 
 BERT = Family(

@@ -133,7 +133,8 @@ class Family:
         attention_implementation: of transformers.
         per_layer: fields that say something of single layers, besides `layer_types` -> what; they are renumbered where
             layers are dropped.
-        computed: ends of the names of tensors that older versions of transformers stored and newer ones compute.
+        computed: ends of the names of tensors that a checkpoint may hold and its model does without: older versions of
+            transformers stored what newer ones compute.
         vllm: how it is served.
     """
 

@@ -21,6 +21,7 @@ class Causal:
     unit: ClassVar[str] = "nats/token"
     kl: ClassVar[str] = "kl_nats_per_token"
     generates: ClassVar[bool] = True
+    pooled: ClassVar[bool] = False
 
     def calibration_rows(
         self,

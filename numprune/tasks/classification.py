@@ -32,6 +32,7 @@ class Classification:
     name: ClassVar[TaskName] = "classification"
     unit: ClassVar[str] = "nats/text"
     generates: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
 
     def calibration_rows(
         self,

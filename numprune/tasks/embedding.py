@@ -39,6 +39,7 @@ class Embedding:
     name: ClassVar[TaskName] = "embedding"
     unit: ClassVar[str] = "1 - cosine"
     generates: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
 
     def calibration_rows(
         self,

@@ -39,6 +39,7 @@ class Masked:
     unit: ClassVar[str] = "nats/masked token"
     kl: ClassVar[str] = "kl_nats_per_masked_token"
     generates: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     def calibration_rows(
         self,

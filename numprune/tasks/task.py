@@ -109,11 +109,13 @@ class Task(Protocol):
         name: of the task.
         unit: of its loss.
         generates: it continues a prompt token by token, with a KV cache.
+        pooled: a row has one loss, of all its tokens together.
     """
 
     name: ClassVar[TaskName]
     unit: ClassVar[str]
     generates: ClassVar[bool]
+    pooled: ClassVar[bool]
 
     def calibration_rows(
         self,

@@ -122,6 +122,25 @@ def test_positions_that_older_versions_stored_are_no_weights(copied):
     assert checkpoint.weight_bytes(copied) == sum(value.nbytes for value in weights.values())
 
 
+def test_a_checkpoint_as_bert_s_authors_stored_it_is_read(tmp_path):
+    """With the heads of its pretraining, TensorFlow's names of norms, and the positions' numbers."""
+    model = build_tiny("bert")
+    folder = write_checkpoint(model, tmp_path / "base")
+    stored = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    stored |= {"cls.seq_relationship.weight": torch.ones(2, 64), "cls.seq_relationship.bias": torch.ones(2)}
+    stored |= {"bert.pooler.dense.weight": torch.ones(64, 64), "bert.pooler.dense.bias": torch.ones(64)}
+    save_file(stored | {"bert.embeddings.position_ids": torch.arange(256)[None]}, folder / "model.safetensors")
+    loaded, _ = checkpoint.load(folder)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    checkpoint.save(loaded, folder, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(checkpoint.audit(tmp_path / "out"))
+
+
 def test_roberta_s_first_positions_are_no_token_s():
     """Positions count from behind that of padding, so that so many fewer tokens fit."""
     model = build_tiny("roberta")
