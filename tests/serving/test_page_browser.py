@@ -9,7 +9,7 @@ import pytest
 
 from numprune.serving.report import Report
 from numprune.serving.report.page import comparison, html
-from tests.serving.pages import POLICY, full, judged
+from tests.serving.pages import POLICY, encoder, full, judged
 from tests.serving.test_page import hostile
 
 CHROMIUM = shutil.which("chromium")
@@ -88,6 +88,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {
         "report": html(failed),
         "hostile": html(stranger),
+        "encoder": html(judged(encoder(), [{**POLICY[0], "max": 0.03}])),
         "comparison": comparison([("a", passed), ("b", failed), ("c", judged(invalid)), ("<b>d", stranger)]),
         "bare": html(Report.model_validate({**full(), "speed": {}, "memory": {}, "quality": None, "pruning": None})),
     }
@@ -113,7 +114,7 @@ class Visit:
         self.requests = [url for url in self.requests if url != page.as_uri() and not url.startswith("data:")]
 
 
-@pytest.mark.parametrize("name", ["report", "hostile", "comparison", "bare"])
+@pytest.mark.parametrize("name", ["report", "hostile", "comparison", "bare", "encoder"])
 def test_no_request_leaves_the_page_and_the_browser_has_nothing_to_say(
     browser: Any, pages: dict[str, Path], name: str
 ) -> None:
@@ -123,6 +124,18 @@ def test_no_request_leaves_the_page_and_the_browser_has_nothing_to_say(
     assert visit.tab.evaluate("document.querySelectorAll('script, iframe, img').length") == 0
     assert visit.tab.evaluate("performance.getEntriesByType('resource').length") == 0
     assert visit.tab.evaluate(UNNAMED) == []
+
+
+def test_the_page_of_an_encoder_begins_with_its_loss_and_has_every_shape(browser: Any, pages: dict[str, Path]) -> None:
+    tab = Visit(browser, pages["encoder"]).tab
+    first = tab.get_by_role("list", name="Gates").get_by_role("listitem").first.inner_text()
+    assert first.endswith("pass Distance from baseline, 1 - cosine: upper bound 0.0240, limit ≤\N{NO-BREAK SPACE}0.03")
+    table = tab.get_by_role("table", name="A forward pass, onnxruntime")
+    shapes = [f"{size} \N{MULTIPLICATION SIGN} 128 tokens" for size in (1, 8)]
+    assert table.get_by_role("rowheader").all_inner_texts() == shapes
+    assert not tab.get_by_text("Every repeat").first.is_visible()
+    tab.get_by_text(f"onnxruntime, {shapes[1]}").first.click()
+    assert tab.get_by_text(f"Every repeat, onnxruntime, {shapes[1]}").first.is_visible()
 
 
 def test_the_policy_stops_what_somebody_put_into_the_page(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
@@ -155,7 +168,7 @@ def test_every_section_is_seen(browser: Any, pages: dict[str, Path]) -> None:
     assert all(box["height"] > 20 for box in (svg.bounding_box() for svg in tab.locator("svg").all()))
 
 
-@pytest.mark.parametrize("name", ["report", "hostile", "comparison"])
+@pytest.mark.parametrize("name", ["report", "hostile", "comparison", "encoder"])
 def test_a_phone_scrolls_down_only(browser: Any, pages: dict[str, Path], name: str) -> None:
     tab = Visit(browser, pages[name], viewport={"width": 360, "height": 740}).tab
     assert tab.evaluate(WIDE) == 360

@@ -85,6 +85,8 @@ def test_the_loss_of_every_task_is_judged_and_shown_in_its_unit(task: str) -> No
         assert label in shown
         assert label in text
     assert "Perplexity" not in shown + text
+    assert "alone and in a padded batch" in shown
+    assert "Greedy match" not in shown
     assert "8 \N{MULTIPLICATION SIGN} 128 tokens" in shown
     assert "8 \N{MULTIPLICATION SIGN} 128 tokens" in text
 

@@ -13,6 +13,20 @@ _COLUMNS = {
     "tolerance": "Tolerance",
     "greedy_match": "Greedy match",
 }
+_OF_ENCODERS = {"output_error_max": "Largest error", "tolerance": "Tolerance"}
+_PROMPTS = (
+    "The same prompts through the checkpoint and through each export: prefill, decode with the cache, single prompts "
+    "and padded batches. An export beyond its tolerance ends the run before it is timed. Errors are of "
+    "log-probabilities."
+)
+_TEXTS = (
+    "The same texts through the checkpoint and through each export, alone and in a padded batch. An export beyond its "
+    "tolerance ends the run before it is timed. Errors are of what the task puts out."
+)
+_FLOAT64 = (
+    "Where float32 rounds more than the usual tolerance, it is a multiple of the checkpoint's own float32 error there, "
+    "measured in float64."
+)
 _MAXIMUM_RUNTIMES = 16
 
 
@@ -20,17 +34,14 @@ def section(report: Report) -> Section:
     if not report.parity:
         return Section("parity", "Parity", [Text("No export was compared with the checkpoint in this run.", "absent")])
     shown = dict(islice(report.parity.items(), _MAXIMUM_RUNTIMES))
+    is_encoder = all("output_error_max" in found for found in shown.values())
+    columns = _OF_ENCODERS if is_encoder else _COLUMNS
     rows: list[list[Cell | str]] = [
-        [runtime, *(_figure(found, key) for key in _COLUMNS)] for runtime, found in shown.items()
+        [runtime, *(_figure(found, key) for key in columns)] for runtime, found in shown.items()
     ]
     blocks: list[Block] = [
-        Text(
-            "The same prompts through the checkpoint and through each export: prefill, decode with the cache, single "
-            "prompts and padded batches. An export beyond its tolerance ends the run before it is timed. Errors "
-            "are of log-probabilities. Where float32 rounds more than the usual tolerance, it is a multiple of the "
-            "checkpoint's own float32 error on that prompt, measured in float64."
-        ),
-        Table("Parity with the checkpoint", ("Runtime", *_COLUMNS.values()), rows),
+        Text(f"{_TEXTS if is_encoder else _PROMPTS} {_FLOAT64}"),
+        Table("Parity with the checkpoint", ("Runtime", *columns.values()), rows),
         *(Folded(f"All of it, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
     ]
     return Section("parity", "Parity", blocks)
