@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from numprune.anatomy import Anatomy, read_anatomy
 from numprune.errors import InputError
+from numprune.export.onnx_experts import EXPERTS
 from numprune.export.onnx_graph import DATA_FILE, INLINE_BYTES, PAGE_BYTES, check
 from numprune.tasks import Task
 from numprune.tasks.classification import Classification
@@ -87,7 +88,7 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
     logits (B, S, V) of a masked language model, logits (B, classes) of a classifier, or last_hidden_state (B, S, H) and
     sentence_embedding (B, H), pooled and normalised as the checkpoint declares.
 
-    The model's attention implementation is another one afterwards.
+    The model's attention and experts are implemented in another way afterwards.
 
     Raises:
         InputError: torch cannot export the network.
@@ -95,6 +96,8 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
     anatomy = read_anatomy(model.config)
     logger.info("tracing %d layers for ONNX, which takes about %d s", anatomy.layers, 3 * anatomy.layers)
     model.set_attn_implementation(ATTENTION)
+    if anatomy.of_kind("experts"):
+        model.set_experts_implementation(EXPERTS)
     inputs, outputs = _decoder_ports(anatomy) if task.generates else _encoder_ports(model.config, task)
     flat = _FlatDecoder(model) if task.generates else _FlatEncoder(model, task, tuple(inputs))
     try:
