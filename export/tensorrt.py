@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from numprune.errors import InputError, MissingRuntime
 from numprune.export import manifest, onnx
+from numprune.export.tasks import load_task
 
 ENGINE_FILE = "model.engine"
 LAYERS_FILE = "layers.json"  # the inspector's: which kernels the engine consists of
@@ -45,12 +46,16 @@ def export(
 
     Raises:
         MissingRuntime: TensorRT or a CUDA device is not there; says what to install.
-        InputError: `out` exists, a size makes no sense, or TensorRT refuses the graph.
+        InputError: `out` exists, the model is an encoder, a size makes no sense, or TensorRT refuses the graph.
     """
     if max_batch < 1 or max_length < 2 or workspace_gib <= 0:
         raise InputError(
             f"max_batch={max_batch}, max_length={max_length}, workspace_gib={workspace_gib}: need at least 1, 2 and "
             "more than 0"
+        )
+    if not load_task(source).generates:
+        raise InputError(
+            f"{source}: engines are built of decoders only; export an encoder with --to onnx, which ONNX Runtime runs"
         )
     trt = require()
     facts: dict[str, JsonValue] = {

@@ -34,6 +34,12 @@ def test_sizes_that_make_no_sense_are_refused(tiny_checkpoint, tmp_path, sizes):
         tensorrt.export(tiny_checkpoint(), tmp_path / "engine", **sizes)
 
 
+def test_an_encoder_is_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="engines are built of decoders only; export an encoder with --to onnx"):
+        tensorrt.export(tiny_checkpoint("bert"), tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 @pytest.mark.parametrize("profile", [tensorrt.PREFILL, tensorrt.DECODE])
 def test_profiles_cover_every_input_of_the_graph_and_past_and_new_add_up(tiny_checkpoint, tmp_path, profile):
     onnx.export(tiny_checkpoint(), tmp_path / "onnx", opset=tensorrt.OPSET)
