@@ -118,7 +118,7 @@ def read(folder: Path) -> Manifest:
             raw = file.read(MAXIMUM_BYTES + 1)
     except FileNotFoundError:
         raise IntegrityError(
-            f"{path}: missing; this folder is not an artifact of numprune, or not a whole one"
+            f"{path}: missing; this folder is not an artifact of numprune, or it is incomplete"
         ) from None
     if len(raw) > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
@@ -201,7 +201,7 @@ class _Schema(BaseModel):
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return dict(pairs)
 
 

@@ -126,7 +126,7 @@ def _cast(name: str, slab: Tensor, dtype: torch.dtype) -> Tensor:
     cast = slab.to(dtype).cpu()
     if not torch.isfinite(cast).all():
         if not torch.isfinite(slab).all():
-            raise IntegrityError(f"{name}: what was computed is NaN or infinite; nothing is written")
+            raise IntegrityError(f"{name}: computed values are NaN or infinite; nothing was written")
         raise IntegrityError(
             f"{name}: {slab.abs().max():.4g} is more than {_NAMES[dtype]} can hold ({torch.finfo(dtype).max:.4g}), in "
             "which the model is stored; convert the model to bfloat16 or float32, and prune that"

@@ -119,7 +119,7 @@ def _discard(removed: Path) -> bool:
         except FileNotFoundError:
             continue  # another process does the same at this moment
         except PermissionError as error:
-            logger.warning("%s: of another user, who alone can remove it", error.filename)
+            logger.warning("%s: belongs to another user; only that user can remove it", error.filename)
             return False
     return True
 
@@ -146,7 +146,7 @@ def _remove_if_dead(outer: Path) -> bool:
     except locks.Held:
         return False  # its process lives
     except PermissionError as error:
-        logger.warning("%s: left by a run of another user, who alone can remove it", error.filename)
+        logger.warning("%s: left by another user's run; only that user can remove it", error.filename)
         return False
     finally:
         os.close(lock)

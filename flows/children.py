@@ -34,7 +34,7 @@ class ChildDied(NumpruneError):
 
 
 class ChildFailed(Exception):
-    """A mistake of ours in the child; the message is its traceback."""
+    """Unexpected exception in the worker process; the message is its traceback."""
 
 
 def prepare_threads() -> None:

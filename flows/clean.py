@@ -1,7 +1,7 @@
-"""What of a workspace can go, and its removal.
+"""Find and delete unused workspace data.
 
-What a run that is remembered uses stays, and so does everything in the registry. Nothing is half removed: a folder
-loses its name first, and what a killed clean leaves has a name that nobody takes for a stage. No link is followed.
+Data that a recorded run uses stays, and so does everything in the registry. Deletion is atomic: a folder is renamed
+first, so what a killed clean leaves behind is never taken for a stage. Links are not followed.
 """
 
 import logging
@@ -60,10 +60,10 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
     Raises InputError: no run was ever recorded there, or a folder that is looked into is a link.
     """
     if not (workspace / runs.FOLDER).is_dir():
-        raise InputError(f"{workspace}: no run was recorded there; what is not a run's workspace is not cleaned")
+        raise InputError(f"{workspace}: no run was recorded here; only workspaces with runs are cleaned")
     for name in (runs.FOLDER, _STAGES, _RELEASES):
         if (workspace / name).is_symlink():
-            raise InputError(f"{workspace / name}: a link; nothing is removed through links: clean where it leads to")
+            raise InputError(f"{workspace / name}: a link; links are not followed: clean the folder it points to")
     found = Found({path.name: size(path) for path in sorted(workspace.iterdir()) if not path.is_symlink()})
     kept = runs.list_runs(workspace)
     if keep is not None or older_than is not None:

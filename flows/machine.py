@@ -28,7 +28,7 @@ def open_closed_streams() -> None:
 def require_stdout() -> None:
     """Raises InputError: nobody would see the answer."""
     if sys.stdout is None:
-        raise InputError("standard output is closed, and answers are written there; redirect it, to /dev/null at least")
+        raise InputError("standard output is closed; redirect it, for example to /dev/null")
 
 
 def require_current_folder() -> None:

@@ -53,7 +53,7 @@ def _read(place: Place) -> Promotion | None:
         return None
     except ValidationError as error:
         raise IntegrityError(
-            f"{_file(place)}: {problems(error)}; see that production is what it should be, and remove the file"
+            f"{_file(place)}: {problems(error)}; check which version is in production, then remove the file"
         ) from None
 
 

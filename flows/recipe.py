@@ -215,7 +215,7 @@ class Registry(Section):
 
 
 class Recipe(Section):
-    """A whole recipe; every path in it is absolute. Gates have no default: a release that nobody judged is none."""
+    """A whole recipe; every path in it is absolute. Gates have no default: every release must be gated."""
 
     model: Model
     data: Data
@@ -299,7 +299,7 @@ def _override(data: dict[str, Any], override: str) -> str | None:
 
 
 def _value(text: str) -> Any:
-    """`text` as a TOML value; what is none is a plain string, so that a shell needs no second pair of quotes."""
+    """`text` as a TOML value; anything else is a plain string, so that a shell needs no second pair of quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # TOML's own errors are ValueErrors

@@ -134,7 +134,7 @@ def _ask(found: dict[str, Any], hours: float) -> Approval:
     if deployment.id is None:
         raise InputError(
             "approval: a run can wait for one only when it comes from a deployment (see prefect.yaml); deploy "
-            "flows/release.py:release, or say approval=false"
+            "flows/release.py:release, or set approval=false"
         )
     question = Approval.with_initial_data(description=f"{found['summary']}\n\nInto production?")
     # The key holds the digest: when the candidate moved while the run waited, it asks again.

@@ -212,12 +212,14 @@ def find(workspace: Path, asked: str | None) -> Run:
     found = [run for run in runs if run.run.startswith(asked or "")]
     if not found:
         raise InputError(
-            f"run {asked!r}: none of the {len(runs)} runs in {workspace}"
+            f"run {asked!r}: not one of the {len(runs)} runs in {workspace}"
             if asked
-            else f"{workspace}: no run was recorded there"
+            else f"{workspace}: no run was recorded here"
         )
     if asked and len(found) > 1:
-        raise InputError(f"run {asked!r}: that is the beginning of {len(found)}: {', '.join(run.run for run in found)}")
+        raise InputError(
+            f"run {asked!r}: ambiguous, {len(found)} runs begin with it: {', '.join(run.run for run in found)}"
+        )
     return found[0]
 
 

@@ -45,8 +45,8 @@ class Estimate:
 def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 0) -> Estimate:
     """Return sum(sums) / sum(counts) with confidence bounds over the sampling units.
 
-    A unit's weight is its length, so a few long documents can decide, and differences of documents are skewed: to what
-    gets worse there is no end. The percentile bootstrap minds neither: over 20 documents like those of the embedded
+    A unit's weight is its length, so a few long documents can decide, and differences of documents are skewed:
+    losses are unbounded above. The percentile bootstrap minds neither: over 20 documents like those of the embedded
     text its one-sided 95 % bound is below the truth more than one time in ten (counted by
     `python -m numprune.flows.studies.error_rates`). So the bound is studentized,
 

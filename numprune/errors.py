@@ -1,7 +1,7 @@
 """The errors a user can mend. Each message names the field or file, the value given, and the remedy.
 
 The one module that every package may import: the command line turns these into one line and an exit code; anything else
-that is raised is a mistake of ours and keeps its traceback.
+that is raised is a bug and keeps its traceback.
 """
 
 

@@ -1,4 +1,4 @@
-"""How much the loss minds what a block puts out: gradients of the loss, layer by layer from the last to the first.
+"""Sensitivity of the loss to block outputs: gradients of the loss, layer by layer from the last to the first.
 
 The task's loss (the text's NLL, for a causal model) is summed over the rows and its gradient g taken with respect to
 every block's output y at every token. To second order, with the empirical Fisher matrix as the Hessian and errors

@@ -60,7 +60,7 @@ def list_all(args: argparse.Namespace) -> Answer:
     found = runs.list_runs(workspace)
     folders = sorted(path for path in workspace.iterdir() if path.is_dir()) if workspace.is_dir() else []
     used = {path.name: clean.size(path) for path in folders if not path.is_symlink()}
-    lines = [_line(run) for run in found] or [f"{workspace}: no run was recorded there"]
+    lines = [_line(run) for run in found] or [f"{workspace}: no run was recorded here"]
     lines += ["", "disk: " + ", ".join(f"{name} {size(count)}" for name, count in used.items())] if used else []
     data = {"workspace": str(workspace), "runs": [_data(run) for run in found], "disk": used}
     return Answer(data, "\n".join(lines))
@@ -134,7 +134,7 @@ def _workspace(args: argparse.Namespace) -> Path:
 def _age(text: str) -> timedelta:
     match = re.fullmatch(r"([0-9]{1,4})([hdw])", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 12h, 30d or 8w")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age; write 12h, 30d or 8w")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 

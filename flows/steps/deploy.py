@@ -28,7 +28,9 @@ def move_back(workspace: Path, uri: str | None, reference: str) -> None:
     name = registry.parse(reference).name
     before = registry.before_production(opened, name).reference
     if before != reference:
-        raise IntegrityError(f"{name}: somebody moved production meanwhile: before it is {before}, not {reference}")
+        raise IntegrityError(
+            f"{name}: production was moved in the meantime: the version before it is {before}, not {reference}"
+        )
     registry.rollback(opened, name)
 
 

@@ -90,8 +90,8 @@ class Target:
             near = re.sub(r"[^a-z0-9]+", "-", release.name.lower()).strip("-")[:_NAME_LIMIT].strip("-")
             hint = f", for example --name {near}" if _LABEL.fullmatch(near) else ""
             raise InputError(
-                f"{release.name!r}: no name for objects of Kubernetes (lower-case letters, digits and '-', at most "
-                f"{_NAME_LIMIT}, a letter first); give one{hint}"
+                f"{release.name!r}: not a valid name for Kubernetes objects (lower-case letters, digits and '-', at "
+                f"most {_NAME_LIMIT}, a letter first); give one{hint}"
             )
         return name
 
@@ -101,11 +101,11 @@ class Target:
             raise InputError(f"--gpus 0: vLLM's CPU kernels do not know the head size of {release.reference}")
         if self.gpus > 1 and self.gpus not in release.tensor_parallel:
             sizes = ", ".join(map(str, release.tensor_parallel))
-            raise InputError(f"--gpus {self.gpus}: {release.reference} can be split over {sizes}, not over as many")
+            raise InputError(f"--gpus {self.gpus}: {release.reference} can only be split over {sizes}")
         if self.vllm_image is None and (release.plugin or self.gpus == 0):
             lacks = "the plug-in numprune-vllm" if release.plugin else "vLLM's build for CPUs"
             raise InputError(
-                f"{release.reference}: needs {lacks}, which {VLLM_IMAGE} has not; name an image that has it with "
+                f"{release.reference}: needs {lacks}, which {VLLM_IMAGE} lacks; name an image that has it with "
                 "--vllm-image"
             )
 

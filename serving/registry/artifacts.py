@@ -136,8 +136,8 @@ class ServerArtifacts:
             failed = "; ".join(f"{file}: {reason}" for file, reason in _FAILED.findall(str(error)))
             if failed:
                 raise RegistryError(
-                    f"{where}: not to be had: {without_secrets(failed)}. Try again; if it stays, restore the file from "
-                    "the backup of the server's store"
+                    f"{where}: cannot be downloaded: {without_secrets(failed)}. Try again; if it fails again, restore "
+                    "the file from the backup of the server's store"
                 ) from None
             with speaking(f"{where}, {path}"):
                 raise

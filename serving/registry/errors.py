@@ -33,7 +33,7 @@ class RefusedReleaseError(NumpruneError):
 def speaking(about: str) -> Iterator[None]:
     """What MLflow, its database, its HTTP client or the disk raise comes out as a RegistryError about `about`.
 
-    It says what to do, and holds no password or token. Anything else is a mistake of ours and stays as it is.
+    It says what to do, and holds no password or token. Any other exception is a bug and stays as it is.
     """
     try:
         yield

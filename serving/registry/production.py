@@ -65,7 +65,7 @@ def take_back(registry: Registry, reference: str) -> Version | None:
         version = resolve(registry, parse(reference))
         history = _recover(registry, version.name)
         if _current(registry, version.name) != version.version:
-            raise IntegrityError(f"{version.reference}: not in production any more; somebody moved it meanwhile")
+            raise IntegrityError(f"{version.reference}: no longer in production; it was moved in the meantime")
         if len(history) > 1:
             return _roll_back(registry, version.name)
         registry.client.delete_registered_model_alias(version.name, PRODUCTION)
@@ -115,7 +115,7 @@ def _current(registry: Registry, name: str) -> int | None:
 
 def _move(registry: Registry, name: str, history: list[int], following: list[int]) -> None:
     following = following[-_KEPT:]
-    somebody = IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same moment; look, and do it again")
+    somebody = IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same time; check it and try again")
     try:
         _write(registry, name, _Journal(history=history, next=following))
         registry.client.set_registered_model_alias(name, PRODUCTION, str(following[-1]))

@@ -133,7 +133,7 @@ def retire(backend: Backend, timeout_s: float) -> int:
     """Stop a server that gets no new requests, once it has answered those it has; how many were cut off after all."""
     left = _drain(backend, timeout_s)
     if left:
-        logger.warning("%s: %d requests are not done after %g s and are cut off", backend.reference, left, timeout_s)
+        logger.warning("%s: %d requests were cut off after %g s", backend.reference, left, timeout_s)
     backend.started.process.stop()
     logger.info("%s: stopped", backend.reference)
     return left

@@ -22,7 +22,7 @@ def recover(place: Place, settings: Settings) -> State:
     candidates.sort(key=lambda found: not backend.is_healthy(found))  # stable: the current one first
     current = candidates[0] if candidates else None
     if state.current is not None and current is None:
-        logger.warning("%s: %s is not running any more", place.name, state.current.reference)
+        logger.warning("%s: %s no longer runs", place.name, state.current.reference)
     kept = state.router
     if kept is not None and current is not None:
         kept = router.ensure(place, settings, kept, current.url)
@@ -40,5 +40,7 @@ def remove_orphans(place: Place, state: State) -> None:
     """End what was started for this name and does not stand in its state."""
     known = state.tags()
     for tag in {tag for _, tag in tagged(place.tag_prefix)} - known:
-        logger.info("%s: ending what an interrupted rollout left (%s)", place.name, tag.removeprefix(place.tag_prefix))
+        logger.info(
+            "%s: stopping what an interrupted rollout left behind (%s)", place.name, tag.removeprefix(place.tag_prefix)
+        )
         kill_tagged(tag)

@@ -81,7 +81,7 @@ def ensure(place: Place, settings: Settings, router: Router, worker: str) -> Rou
     if router.started.process.is_alive() and workers(router) is not None:
         serve_only(router, worker)
         return router
-    logger.warning("%s: the router is not running any more", place.name)
+    logger.warning("%s: the router no longer runs", place.name)
     router.started.process.stop()
     return start(place, settings, router.host, router.port, worker)
 

@@ -108,7 +108,8 @@ class Place:
             return State(name=self.name)
         except ValidationError as error:
             raise IntegrityError(
-                f"{self._file}: {problems(error)}; `numprune rollout {self.name} --stop` ends what runs and forgets it"
+                f"{self._file}: {problems(error)}; `numprune rollout {self.name} --stop` stops what "
+                "runs and removes the file"
             ) from None
 
     def write(self, state: State) -> State:
@@ -136,7 +137,7 @@ class Place:
             except locks.Held:
                 holder = os.read(handle, 32).decode() or "unknown"
                 raise RolloutBusy(
-                    f"{self.name}: another rollout of it is under way (process {holder}); wait for its end"
+                    f"{self.name}: another rollout is in progress (process {holder}); wait until it ends"
                 ) from None
             with suppress(OSError):  # another user's file, which we can lock, but not write to
                 os.truncate(handle, 0)

@@ -132,8 +132,8 @@ def _require_same_address(state: State, settings: Settings) -> None:
     ):
         if asked is not None and asked != found:
             raise InputError(
-                f"{option} {asked}: {state.name} is served at {state.router.url}, and its address stays while it runs; "
-                f"leave the option out, or end it all with `numprune rollout {state.name} --stop`"
+                f"{option} {asked}: {state.name} is served at {state.router.url}, and its address cannot change while "
+                f"it runs; omit the option, or stop everything with `numprune rollout {state.name} --stop`"
             )
 
 
@@ -141,8 +141,8 @@ def _require_key(state: State, settings: Settings) -> None:
     """A key is not dropped because somebody forgot it, not even when the server has died meanwhile."""
     if state.guarded and settings.api_key is None:
         raise InputError(
-            f"{state.name} is served with an API key; give one with ${api_key.VARIABLE} or {api_key.OPTION}, or end it "
-            f"all with `numprune rollout {state.name} --stop`"
+            f"{state.name} is served with an API key; give one with ${api_key.VARIABLE} or {api_key.OPTION}, or stop "
+            f"everything with `numprune rollout {state.name} --stop`"
         )
 
 

@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_workspace_of_runs_is_left_alone(numprune: Command, 
     unused = make(tmp_path, 1)
     answered = numprune("runs", "clean", "--workspace", tmp_path, "--yes")
     assert (answered.code, answered.out) == (1, "")
-    assert "no run was recorded there" in answered.err
+    assert "no run was recorded here" in answered.err
     assert unused.exists()
 
 

@@ -79,4 +79,4 @@ def test_errors_of_a_command_are_lines_too() -> None:
     answered = shell("runs", "show", "--workspace", "/nowhere", "--log-format", "json")
     (line,) = map(json.loads, answered.err.splitlines())
     assert (answered.code, answered.out) == (1, "")
-    assert (line["level"], line["message"]) == ("ERROR", "error: /nowhere: no run was recorded there")
+    assert (line["level"], line["message"]) == ("ERROR", "error: /nowhere: no run was recorded here")

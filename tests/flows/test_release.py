@@ -108,7 +108,7 @@ def test_without_a_deployment_nobody_can_be_asked(
     make_release: Callable[..., Path],  # noqa: F811
 ) -> None:
     registries.publish(registry, make_release("a"), NAME)
-    with pytest.raises(InputError, match="or say approval=false"):
+    with pytest.raises(InputError, match="or set approval=false"):
         release(NAME, str(workspace), rollout=False)
     assert production(registry) == []
 

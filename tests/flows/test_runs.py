@@ -120,9 +120,9 @@ def test_runs_are_found_by_their_beginning_newest_first(tmp_path: Path) -> None:
     assert [run.run for run in runs.list_runs(tmp_path)] == sorted(names, reverse=True)
     assert runs.find(tmp_path, min(names)).run == min(names)
     assert runs.find(tmp_path, None).run == max(names)
-    with pytest.raises(InputError, match="beginning of 2"):
+    with pytest.raises(InputError, match="ambiguous, 2 runs begin with it"):
         runs.find(tmp_path, "20")
-    with pytest.raises(InputError, match="none of the 2"):
+    with pytest.raises(InputError, match="not one of the 2"):
         runs.find(tmp_path, "1999")
 
 

@@ -293,7 +293,7 @@ def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(
                 process.suspend()  # it shall not be there before the rollout is killed
         refused = run(workspace, "rollout", f"{NAME}@candidate")
         assert refused.code == 1
-        assert f"another rollout of it is under way (process {second.pid})" in refused.err
+        assert f"another rollout is in progress (process {second.pid})" in refused.err
         second.send_signal(signal.SIGKILL)
         end(second)
         assert not gone([blue])

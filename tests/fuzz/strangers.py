@@ -1,4 +1,4 @@
-"""Documents from strangers: any JSON, a good document with something changed in it, and bytes that are hardly JSON."""
+"""Untrusted documents: any JSON, a good document with something changed in it, and bytes that are hardly JSON."""
 
 import copy
 import json

@@ -615,7 +615,7 @@ def test_a_promotion_taken_back_leaves_no_trace(registry: Registry, make_release
     for content in "ab":
         registries.publish(registry, make_release(content), NAME)
     registries.promote(registry, f"{NAME}/1")
-    with pytest.raises(IntegrityError, match="tiny-llama/2: not in production any more"):
+    with pytest.raises(IntegrityError, match="tiny-llama/2: no longer in production"):
         registries.take_back(registry, f"{NAME}/2")
     assert registries.take_back(registry, f"{NAME}/1") is None  # nothing was before
     with pytest.raises(InputError, match=r"nothing is in production; .*were: none"):

@@ -217,7 +217,7 @@ def test_promotion_and_rollback_at_once_end_in_one_of_them(
         ended: list[Ended] = [actor.wait() for actor in at_work]
         team.relay.reset()
         for one in ended:
-            assert one.code == 0 or "somebody else moved production at the same moment" in one.said, ended
+            assert one.code == 0 or "somebody else moved production at the same time" in one.said, ended
         return ended
 
     at_once(("promote", "moving/1"), ("promote", "moving/2"))  # none was: both insert

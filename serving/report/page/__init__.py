@@ -1,6 +1,6 @@
 """The report as one HTML file: for a browser, a phone, or paper; without scripts, and without a single request.
 
-A report may come from a stranger. Its text is escaped wherever it appears, what is drawn of it is bounded, and the page
+A report may be untrusted. Its text is escaped wherever it appears, what is drawn of it is bounded, and the page
 forbids itself everything but its own style: no script, no font, no picture from elsewhere could load.
 """
 

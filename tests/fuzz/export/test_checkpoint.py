@@ -1,4 +1,4 @@
-"""Configurations and tokenizers from strangers: read, or refused with a name; and nothing in them is run."""
+"""Untrusted configurations and tokenizers: read, or refused with a name; and nothing in them is run."""
 
 import builtins
 import json
