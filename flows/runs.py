@@ -97,7 +97,7 @@ class Record(_Model):
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run as it is found: `state` is its outcome, "running", "interrupted", or "damaged" without a record to read."""
 
     run: str
@@ -195,18 +195,18 @@ def is_used(workspace: Path, folder: Path) -> bool:
     return any((path / _USES / folder.parent.name / folder.name).exists() for path in _folders(workspace))
 
 
-def uses(run: Run) -> set[tuple[str, str]]:
+def uses(run: RecordedRun) -> set[tuple[str, str]]:
     """("stages" or "releases", name) of everything that the run uses."""
     found = (run.folder / _USES).glob("*/*")
     return {(path.parent.name, path.name) for path in found}
 
 
-def list_runs(workspace: Path) -> list[Run]:
+def list_runs(workspace: Path) -> list[RecordedRun]:
     """Every run that the workspace remembers, newest first."""
     return [run for folder in reversed(_folders(workspace)) if (run := _look(folder)) is not None]
 
 
-def find(workspace: Path, asked: str | None) -> Run:
+def find(workspace: Path, asked: str | None) -> RecordedRun:
     """The run of an id, or of the beginning of one; the newest without. Raises InputError."""
     runs = list_runs(workspace)
     found = [run for run in runs if run.run.startswith(asked or "")]
@@ -223,7 +223,7 @@ def find(workspace: Path, asked: str | None) -> Run:
     return found[0]
 
 
-def log_tail(run: Run, lines: int) -> list[str]:
+def log_tail(run: RecordedRun, lines: int) -> list[str]:
     """The last lines of a run's log, as they were written."""
     try:
         handle = os.open(run.folder / LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -255,7 +255,7 @@ def read(folder: Path) -> Record:
 
 
 @contextmanager
-def only_if_over(run: Run) -> Iterator[bool]:
+def only_if_over(run: RecordedRun) -> Iterator[bool]:
     """Hold the lock of a run whose process is gone; False, and nothing is held, while it lives."""
     lock = run.folder / _LOCK
     try:
@@ -339,7 +339,7 @@ def _start_of(run: str) -> datetime | None:
         return None
 
 
-def _look(folder: Path) -> Run | None:
+def _look(folder: Path) -> RecordedRun | None:
     """None: it was removed just now. Whether it lives is asked first: an outcome written meanwhile is then seen."""
     alive, started = _is_alive(folder), _start_of(folder.name)
     assert started is not None  # _folders
@@ -347,9 +347,9 @@ def _look(folder: Path) -> Run | None:
         record = read(folder)
     except IntegrityError as error:
         state = "running" if alive else "damaged"
-        return Run(folder.name, folder, started, state, problem=str(error)) if folder.is_dir() else None
+        return RecordedRun(folder.name, folder, started, state, problem=str(error)) if folder.is_dir() else None
     state = record.outcome or ("running" if alive else "interrupted")
-    return Run(folder.name, folder, started, state, record)
+    return RecordedRun(folder.name, folder, started, state, record)
 
 
 def _is_alive(folder: Path) -> bool:

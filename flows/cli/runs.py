@@ -13,7 +13,7 @@ from numprune.flows.cli.parser import Answer, Parser, Subcommands, add_workspace
 
 if TYPE_CHECKING:
     from numprune.flows.clean import Item
-    from numprune.flows.runs import Run
+    from numprune.flows.runs import RecordedRun
 
 _LINES = 20  # of the log
 _UNITS = {"h": "hours", "d": "days", "w": "weeks"}
@@ -138,12 +138,12 @@ def _age(text: str) -> timedelta:
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
-def _data(run: "Run") -> dict[str, Any]:
+def _data(run: "RecordedRun") -> dict[str, Any]:
     record = run.record.model_dump(mode="json", by_alias=True) if run.record else {}
     return {**record, "run": run.run, "state": run.state, "problem": run.problem}
 
 
-def _line(run: "Run") -> str:
+def _line(run: "RecordedRun") -> str:
     record = run.record
     if record is None:
         return f"{run.run}  {run.started:%Y-%m-%d %H:%M} UTC  {run.state}"

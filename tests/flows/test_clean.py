@@ -27,7 +27,7 @@ EMBEDDED = recipe.load(recipe.EMBEDDED_RECIPE)
 Command = Callable[..., Answered]
 
 
-def record(workspace: Path, *options: int) -> runs.Run:
+def record(workspace: Path, *options: int) -> runs.RecordedRun:
     """A run that is over, with a stage for each option."""
     with runs.recording(workspace, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         for option in options:

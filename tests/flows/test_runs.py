@@ -39,7 +39,7 @@ def stage(workspace: Path, recording: runs.Recording, option: int = 1) -> StageR
     return result
 
 
-def record(workspace: Path, **_: Any) -> runs.Run:
+def record(workspace: Path, **_: Any) -> runs.RecordedRun:
     """A run that passed, of one stage."""
     with runs.recording(workspace, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         made = stage(workspace, recording)
