@@ -91,7 +91,7 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
             parser.exit(1)
         word = rest.pop(0)
         if is_option(word):
-            if rest:
+            if rest and word not in parser._option_string_actions:
                 raise InputError(f"{word}: options follow the command: {parser.prog} COMMAND {word} …")
             parser.parse_args([word])
         if word not in parser.commands:
@@ -109,27 +109,14 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
 
 def group(commands: Subcommands, name: str, help_text: str, example: str) -> Subcommands:
     """Add a command that has commands of its own, and return what those are added to."""
-    parser: Parser = commands.add_parser(
-        name,
-        help=help_text,
-        description=_sentence(help_text),
-        epilog=f"Example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser.add_commands()
+    return _add(commands, name, help_text, example).add_commands()
 
 
 def command(
     commands: Subcommands, name: str, run: Callable[[argparse.Namespace], Answer], help_text: str, example: str
 ) -> Parser:
     """Add one command, with its example and `--json`; `run` gets the arguments."""
-    parser: Parser = commands.add_parser(
-        name,
-        help=help_text,
-        description=_sentence(help_text),
-        epilog=f"Example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _add(commands, name, help_text, example)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout, also when the command fails"
     )
@@ -143,8 +130,15 @@ def command(
     return parser
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def _add(commands: Subcommands, name: str, help_text: str, example: str) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        epilog=f"Example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
