@@ -35,13 +35,13 @@ class Pushed:
 
 
 def push(release: Path, repository: str, *, private: bool = False, revision: str | None = None) -> Pushed:
-    """Upload a release that passed its gates to the repository `repository` (OWNER/NAME), made where it is missing.
+    """Upload a release that passed its gates to the repository `repository` (OWNER/NAME), created if missing.
 
     All files come in one commit. The hub is that of $HF_ENDPOINT (default: huggingface.co), the token that of $HF_TOKEN
     or of `hf auth login`.
 
     Args:
-        private: of a repository that is made; one that is there stays as it is.
+        private: create it private; an existing repository stays as it is.
         revision: the branch; main without it.
 
     Raises:

@@ -17,8 +17,12 @@ def add(commands: Subcommands) -> None:
         "numprune push numprune-workspace/releases/my-model-0123456789abcdef my-team/my-model-pruned --private",
     )
     parser.add_argument("release", metavar="RELEASE", type=Path, help="a release folder, as optimize makes it")
-    parser.add_argument("repository", metavar="REPO", help="OWNER/NAME; made where it is missing")
-    parser.add_argument("--private", action="store_true", help="of a repository that is made (default: public)")
+    parser.add_argument("repository", metavar="REPO", help="OWNER/NAME; created if missing")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="create the repository private; an existing one stays as it is (default: public)",
+    )
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
 
 
