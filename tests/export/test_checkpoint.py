@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, weights
@@ -283,3 +284,14 @@ def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, t
                 hidden = arguments.call(layer, hidden)
         with layers.head() as head:
             torch.testing.assert_close(head(tokens, hidden), expected)
+
+
+def test_loading_shows_no_bar_of_the_library(
+    tiny_checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    folder = tiny_checkpoint()
+    capfd.readouterr()
+    checkpoint.load(folder)
+    assert capfd.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled()  # those of downloads stay

@@ -174,6 +174,7 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     assert found["prunable_parameters"] == sum(b["units"] * b["parameters_per_unit"] for b in found["blocks"])
     text = numprune("inspect", tiny / "base").out
     assert f"{found['parameters']:,}" in text
+    assert f"{found['weight_bytes'] / 1024:.1f} KiB ({found['weight_bytes']:,} bytes)" in text
     heads, groups = ([block[part] for block in found["blocks"][::2]] for part in ("members", "units"))
     query_heads = [members * units for members, units in zip(heads, groups, strict=True)]
     for what, counts in (("query heads", query_heads), ("KV groups", groups)):
