@@ -76,7 +76,7 @@ class _FlatEncoder(nn.Module):
         output = self.model(**named)
         if isinstance(self.task, Embedding):
             hidden = output.last_hidden_state
-            return hidden, self.task.pooled(hidden, named["attention_mask"])
+            return hidden, self.task.embeddings(hidden, named["attention_mask"])
         return (output.logits,)
 
 

@@ -428,8 +428,6 @@ def evaluate(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.evaluate import compare_checkpoints, evaluate_checkpoint
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import heldout_rows
-    from numprune.flows.summary import quality_line
-    from numprune.serving.report import Quality
 
     models = [checkpoint.resolve(model) for model in args.models]
     baseline = checkpoint.resolve(args.baseline) if args.baseline else None

@@ -104,9 +104,9 @@ class Embedding:
         return compared(self, rows, distance, metrics, seed)
 
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.pooled(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
+        return self.embeddings(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
 
-    def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def embeddings(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the embeddings (n, H) of the last layer's output (n, S, H)."""
         pooled = pool(hidden, mask, self.pooling)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalized else pooled
