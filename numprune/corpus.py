@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from numprune.documents import Document
 from numprune.errors import InputError
 
+Pack = bool | Literal["auto"]
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -133,7 +135,7 @@ def token_rows(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
-    pack: bool | Literal["auto"] = "auto",
+    pack: Pack = "auto",
     frame: Frame | None = None,
 ) -> TokenRows:
     """Return the documents' tokens in consecutive windows of `length`, no overlap.

@@ -1,14 +1,14 @@
 """Causal language models: each token's NLL given those before it."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.corpus import TokenRows, token_rows
+from numprune.corpus import Pack, TokenRows, token_rows
 from numprune.documents import Document
 from numprune.tasks import language
 from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head_of
@@ -24,11 +24,7 @@ class Causal:
     pooled: ClassVar[bool] = False
 
     def calibration_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
         return token_rows(documents, tokenizer, length, pack)
 

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.corpus import TokenRows, token_rows
+from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
 from numprune.tasks import language
-from numprune.tasks.reading import frame_of, text_rows
-from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, batches, compared
+from numprune.tasks.reading import encoder_rows, text_rows
+from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, batches, compared, of_texts
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,15 @@ class Classification:
     pooled: ClassVar[bool] = True
 
     def calibration_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        return token_rows(documents, tokenizer, length, pack, frame_of(tokenizer))
+        return encoder_rows(documents, tokenizer, length, pack)
 
     def heldout_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
         """The texts; of labelled ones the first window, which is what a classifier reads of a long text."""
-        if pack is True:
-            raise InputError("pack: a class is of one text, so texts cannot be joined; leave it out")
-        rows = text_rows(documents, tokenizer, length)
+        rows = text_rows(documents, tokenizer, length, pack)
         if all(document.label is None for document in documents):
             return rows
         return replace(rows.first_of_each_document(), labels=[self._label(document) for document in documents])
@@ -81,11 +71,7 @@ class Classification:
         return rows.labels is not None
 
     def predictions(self, model: PreTrainedModel) -> Predictions:
-        def states(_: list[int], tokens: Tensor) -> Tensor:
-            fed = tokens.to(model.device)
-            return self.output(model, fed, torch.ones_like(fed))[:, None]
-
-        return Predictions(states, lambda logits: logits, model.config.num_labels)
+        return of_texts(self, model, model.config.num_labels)
 
     def evaluate(
         self,

@@ -10,11 +10,11 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.corpus import TokenRows, token_rows
+from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
-from numprune.tasks.reading import frame_of, text_rows
-from numprune.tasks.task import Comparison, Predictions, TaskName, batches, compared
+from numprune.tasks.reading import encoder_rows, text_rows
+from numprune.tasks.task import Comparison, Predictions, TaskName, batches, compared, of_texts
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "last"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -42,24 +42,14 @@ class Embedding:
     pooled: ClassVar[bool] = True
 
     def calibration_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        return token_rows(documents, tokenizer, length, pack, frame_of(tokenizer))
+        return encoder_rows(documents, tokenizer, length, pack)
 
     def heldout_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        if pack is True:
-            raise InputError("pack: an embedding is of one text, so texts cannot be joined; leave it out")
-        return text_rows(documents, tokenizer, length)
+        return text_rows(documents, tokenizer, length, pack)
 
     def predictions_in(self, length: int) -> int:
         return 1
@@ -71,11 +61,7 @@ class Embedding:
         return False
 
     def predictions(self, model: PreTrainedModel) -> Predictions:
-        def states(_: list[int], tokens: Tensor) -> Tensor:
-            fed = tokens.to(model.device)
-            return self.output(model, fed, torch.ones_like(fed))[:, None]
-
-        return Predictions(states, lambda found: found, model.config.hidden_size)
+        return of_texts(self, model, model.config.hidden_size)
 
     def evaluate(
         self,

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.corpus import TokenRows, token_rows
+from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.tasks import language
-from numprune.tasks.reading import frame_of
+from numprune.tasks.reading import encoder_rows
 from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head_of
 
 _SHARE = 0.15  # of a row's tokens, as in BERT's training
@@ -42,24 +42,16 @@ class Masked:
     pooled: ClassVar[bool] = False
 
     def calibration_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
         """The rows with their masks: pruning sees what the model is fed with."""
         rows = self.heldout_rows(documents, tokenizer, length, pack)
         return replace(rows, rows=[self.masked(index, row) for index, row in enumerate(rows.rows)])
 
     def heldout_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        return token_rows(documents, tokenizer, length, pack, frame_of(tokenizer))
+        return encoder_rows(documents, tokenizer, length, pack)
 
     def predictions_in(self, length: int) -> int:
         return max(1, round(_SHARE * length))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from numprune.corpus import Frame, TokenRows, token_rows
+from numprune.corpus import Frame, Pack, TokenRows, token_rows
 from numprune.documents import Document
 from numprune.errors import InputError
 
@@ -25,6 +25,18 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
     raise InputError(f"the tokenizer does not encode {_SAMPLE!r} as the same tokens with and without special tokens")
 
 
-def text_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> TokenRows:
-    """Return the documents as texts that a model reads one by one, each cut into windows of at most `length` tokens."""
+def encoder_rows(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack
+) -> TokenRows:
+    """Return the documents in windows of at most `length` tokens. Raises InputError."""
+    return token_rows(documents, tokenizer, length, pack, frame_of(tokenizer))
+
+
+def text_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack) -> TokenRows:
+    """Return the documents as texts that a model reads one by one, each cut into windows of at most `length` tokens.
+
+    Raises InputError: the text is too short, or `pack` asks for texts to be joined.
+    """
+    if pack is True:
+        raise InputError("pack: a prediction is of one text, so texts cannot be joined; leave it out")
     return token_rows(documents, tokenizer, length, False, frame_of(tokenizer))

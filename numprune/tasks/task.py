@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from numprune.bootstrap import Estimate, bootstrap_mean
-from numprune.corpus import TokenRows
+from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.progress import Progress
 
@@ -118,20 +118,12 @@ class Task(Protocol):
     pooled: ClassVar[bool]
 
     def calibration_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
         """Return the text as windows of at most `length` tokens, as the model is fed with them. Raises InputError."""
 
     def heldout_rows(
-        self,
-        documents: Sequence[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        pack: bool | Literal["auto"] = "auto",
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
         """Return the text as rows of at most `length` tokens for `evaluate` and `compare`. Raises InputError."""
 
@@ -233,6 +225,16 @@ def parts(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield `values`, (n, P, …) each, as parts (p, …) whose predictions of `size` values fit into memory."""
     positions = max(1, MAXIMUM_VALUES // size)
     return zip(*(value.flatten(0, 1).split(positions) for value in values), strict=True)
+
+
+def of_texts(task: Task, model: PreTrainedModel, size: int) -> Predictions:
+    """Return the predictions of a task that has one for each row: states are the predictions themselves."""
+
+    def states(_: list[int], tokens: Tensor) -> Tensor:
+        fed = tokens.to(model.device)
+        return task.output(model, fed, torch.ones_like(fed))[:, None]
+
+    return Predictions(states, lambda found: found, size)
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
