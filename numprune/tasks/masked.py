@@ -114,7 +114,10 @@ class Masked:
         return language.logits_divergence(output[masked], dense[masked])
 
     def losses_in(self, rows: Tensor) -> int:
-        return max(1, int((rows == self.mask_token).sum()))
+        count = int((rows == self.mask_token).sum())
+        if not count:
+            raise InputError("no token of the calibration rows is masked; make them with Masked.calibration_rows")
+        return count
 
     def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
         """The NLL of tokens drawn from the model's own distributions at the masks: E[g g^T] is its Fisher matrix."""

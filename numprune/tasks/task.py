@@ -168,7 +168,10 @@ class Task(Protocol):
         """
 
     def losses_in(self, rows: Tensor) -> int:
-        """Return how many losses `loss` sums over calibration rows (n, S): a price is in nats for each."""
+        """Return how many losses `loss` sums over calibration rows (n, S): a price is in nats for each.
+
+        Raises InputError where there are none.
+        """
 
     def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
         """Return the summed loss whose gradient prices removals.

@@ -77,6 +77,12 @@ def test_packed_rows_are_scored_document_by_document():
     np.testing.assert_array_equal(np.bincount(rows.document, TASK.scored(rows)), expected)
 
 
+def test_calibration_rows_without_masks_are_refused():
+    rows = TASK.heldout_rows(DOCUMENTS, TOKENIZER, 16)
+    with pytest.raises(InputError, match="no token of the calibration rows is masked"):
+        TASK.losses_in(rows.rows[0][None])
+
+
 def test_a_tokenizer_without_a_mask_is_refused():
     with pytest.raises(InputError, match="no mask token"):
         masked_lm(byte_tokenizer())
