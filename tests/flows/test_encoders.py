@@ -68,14 +68,14 @@ def test_an_embedding_model_goes_from_recipe_to_release(numprune: Command, encod
     assert (report.quality.task, report.quality.loss_delta.unit) == ("embedding", "1 - cosine")
     assert report.quality.documents == 24
     assert report.verdict is not None
-    assert 0 < report.quality.loss_delta.value < 0.5  # type: ignore[operator]
+    assert 0 < report.quality.loss_delta.value < 0.5
     assert list(report.speed["onnxruntime"].shapes) == ["1x8", "4x8", "1x32", "4x32"]
     assert report.sizes is not None
     assert report.sizes.kv_bytes_per_token is None
     assert report.pruning is not None
     assert report.pruning.ratio_removed.kv_bytes is None
     assert set(report.parity) == {"vllm", "onnxruntime"}
-    assert all(found["output_error_max"] < 1e-4 for found in report.parity.values())  # type: ignore[operator]
+    assert all(found["output_error_max"] < 1e-4 for found in report.parity.values())
     reference = canary.read(release / canary.REFERENCE)
     assert isinstance(reference, canary.PooledReference)
     assert {len(text.values) for text in reference.inputs} == {64}

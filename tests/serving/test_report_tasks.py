@@ -79,7 +79,7 @@ def test_the_loss_of_every_task_is_judged_and_shown_in_its_unit(task: str) -> No
     report = judged(encoder(task), [{"metric": "quality.loss_delta", "bound": "ci95_upper", "max": 0.03}])
     assert report.verdict is not None
     [gate] = report.verdict.gates
-    assert (gate.outcome, gate.unit) == ("pass", UNITS[task])  # type: ignore[index]
+    assert (gate.outcome, gate.unit) == ("pass", UNITS[task])
     shown, text = Parsed(page.html(report)).text, reports.markdown(report)
     for label in LABELS[task]:
         assert label in shown

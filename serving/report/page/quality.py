@@ -111,7 +111,8 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
         found.loss_delta.value,
         f"{loss} of a document, {unit}",
     )
-    caption = "Share of documents by what they lost (filled) or won (outlined); dashed: the mean over all."
+    by = "what they lost (filled) or won (outlined)" if names.is_difference(found) else "their distance"
+    caption = f"Share of documents by {by}; dashed: the mean over all."
     told: list[Block] = [facts, *([Folded("The documents that lost most", [worst])] if rows else [])]
     return Chart(drawn, caption) if drawn else None, told
 
