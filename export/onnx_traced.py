@@ -94,7 +94,7 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
         InputError: torch cannot export the network.
     """
     anatomy = read_anatomy(model.config)
-    logger.info("tracing %d layers for ONNX, which takes about %d s", anatomy.layers, 3 * anatomy.layers)
+    logger.info("tracing the model for ONNX takes about %d s", 3 * anatomy.layers)
     model.set_attn_implementation(ATTENTION)
     if anatomy.of_kind("experts"):
         model.set_experts_implementation(EXPERTS)
