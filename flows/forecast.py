@@ -13,7 +13,7 @@ from numprune.export.tasks import load_task
 from numprune.flows import optimize, runs, stages
 from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
-from numprune.flows.stages import Layer, StageResult
+from numprune.flows.stages import StageResult
 from numprune.flows.steps.checks import prepare, prune_options
 from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.pruning import known_results
@@ -131,18 +131,8 @@ class _Unknown(dict[str, Any]):
 class _Prospect(Run):
     """A run that looks up its stages and makes none."""
 
-    def stage(
-        self,
-        name: str,
-        body: str,
-        *,
-        inputs: Mapping[str, str],
-        sources: Mapping[str, object],
-        options: Mapping[str, Any],
-        layer: Layer,
-        label: str = "",
-    ) -> StageResult:
-        found = stages.find(self.workspace, name, inputs, options, layer)
+    def stage(self, name: str, body: str, *, sources: object, label: str = "", **key: Any) -> StageResult:
+        found = stages.find(self.workspace, name, **key)
         if found is None:
             found = StageResult(name, self.workspace, "", _Unknown(), False, 0.0, 0, 0)
         return dataclasses.replace(found, name=label or name)

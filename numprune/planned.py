@@ -1,4 +1,4 @@
-"""Whether a plan, perhaps edited by hand, fits a model."""
+"""Check that a plan, perhaps edited by hand, fits a model."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,8 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """Refuse a plan that cannot be followed on this model.
 
     Raises:
-        InputError: every problem with its block: sizes that the model does not have, sizes that the target cannot run.
+        InputError: every problem with its block: another model's sizes, or some that the plan's own target or limits do
+            not allow.
     """
     problems = [*_other_model(anatomy, plan)]
     if not problems:
@@ -40,7 +41,10 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
         elif (planned.units, planned.members) != (block.units, block.members):
             had = Size(planned.units, planned.members)
             yield f"{name}: the plan is for {_told(had)}, the model has {_told(block.size)}"
-    for layer in plan.dropped_layers():
+    dropped = plan.dropped_layers()
+    if len(set(dropped)) != plan.drop_layers:
+        yield f"drop_layers is {plan.drop_layers}, and {len(set(dropped))} layers are dropped"
+    for layer in dropped:
         if layer >= anatomy.layers:
             yield f"layer {layer} is dropped, and the model has {anatomy.layers}"
 

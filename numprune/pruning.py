@@ -354,7 +354,7 @@ def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
     """Return what may be left of the model, as far as its configuration tells.
 
     One anatomy where nothing is priced, several where `uniform` prices them and takes one, none where each layer gets a
-    size of its own. Which layers are dropped is known only to `depth.choose`, not how large the others are then.
+    size of its own. Which layers are dropped does not matter: under `uniform` all are of one size.
 
     Raises:
         InputError: as `check_options`.

@@ -123,6 +123,11 @@ def drop_all(plan: dict[str, Any]) -> None:
         (lambda plan: plan.update(criterion="magic"), "criterion is 'magic'"),
         (lambda plan: plan.update(base="0" * 64), "the plan was made for a model with digest 000"),
         (drop_all, "no attention block keeps a unit"),
+        (lambda plan: plan.update(drop_layers=1), "drop_layers is 1, and 0 layers are dropped"),
+        (
+            lambda plan: plan.update(drop_layers=1, dropped=[{"layer": 7, "divergence": 0.1}]),
+            "layer 7 is dropped, and the model has 2",
+        ),
         (lambda plan: plan["blocks"]["layers.1.mlp"].update(kept=[]), "layers.1.mlp keeps no unit"),
     ],
 )
