@@ -16,10 +16,9 @@ from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Counted, Part, Shape, Wiring
+from numprune.families.family import LINEAR_PARTS, Counted, Part, Shape, TaskName, Wiring
 from numprune.renumber import layers_left, numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
-from numprune.tasks import TaskName
 
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"

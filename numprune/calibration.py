@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
-from numprune.layers import Arguments, Layers, replaced, stand_ins
+from numprune.layers import Arguments, Layers, replaced
+from numprune.stand_ins import stand_ins
 
 
 def check_rows(anatomy: Anatomy, rows: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import Anatomy, Block, family_of, read_anatomy
+from numprune.anatomy import Anatomy, family_of, read_anatomy
 from numprune.tasks import CAUSAL, Task
 
 # Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
@@ -167,28 +167,3 @@ def replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Itera
     finally:
         for module in modules:
             del module.forward
-
-
-def silent(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stand for an MLP, or for one of its projections, that puts out zeros."""
-    return torch.zeros_like(hidden_states)
-
-
-def silent_attention(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """Stand for attention, which gives its weights back, too."""
-    return torch.zeros_like(hidden_states), None
-
-
-def unchanged(hidden_states: Tensor) -> Tensor:
-    """Stand for a norm that does nothing."""
-    return hidden_states
-
-
-def stand_ins(block: Block) -> dict[str, Callable[..., Any]]:
-    """Return what stands for the modules of a block that is left out, by their paths in the layer."""
-    first, *others = block.modules
-    return {
-        first: silent_attention if block.kind == "attention" else silent,
-        **dict.fromkeys(others, silent),
-        **dict.fromkeys(block.post_norms, unchanged),
-    }

@@ -34,8 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 from numprune.anatomy import PER_LAYER_PREFIX, Block, by_layer, read_blocks
 from numprune.families import FAMILIES, Family
-from numprune.layers import stand_ins
-from numprune.tasks import TaskName
+from numprune.families.family import TaskName
+from numprune.stand_ins import stand_ins
 
 KINDS = ("attention", "mlp")
 AUTO_OF: Mapping[TaskName, Any] = {
@@ -118,7 +118,7 @@ class _PerLayerModel:
 
 
 class Silent(nn.Module):
-    """Stands where a block is not: a `silent` or `silent_attention` of layers.py."""
+    """Stands where a block is not: a `silent` or `silent_attention` of stand_ins.py."""
 
     def __init__(self, output: Callable[..., Any]) -> None:
         super().__init__()

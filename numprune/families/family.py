@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from numprune.tasks import TaskName
-
+TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding"]
 Kind = Literal["attention", "mlp"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels"]

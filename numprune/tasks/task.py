@@ -20,9 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from numprune.bootstrap import Estimate, bootstrap_mean
 from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
+from numprune.families.family import TaskName
 from numprune.progress import Progress
-
-TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding"]
 
 # Fewer documents bound nothing that is of use. Windows take their place, which say something of this text alone: those
 # of one document are alike.
