@@ -6,7 +6,8 @@
 # make docs        builds the documentation into build/docs; a warning is an error
 # make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
-# make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest
+# make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest.
+#                  numprune is there without what it depends on: the plug-in needs its families and per-layer models
 # make env-team    only sets up .venv-team: MLflow's server and an S3 store, with which the tests make a team's registry
 #
 # PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
@@ -80,7 +81,7 @@ env-team: .venv-team/complete
 .venv-vllm/complete: $(PLUGIN)/pyproject.toml constraints-vllm.txt
 	@$(call begin,.venv-vllm)
 	if $(VLLM_PIP) torch==2.13.0 hatchling editables && $(VLLM_PIP) $(VLLM) vllm-router==0.1.17 &&
-		$(VLLM_PIP) --no-build-isolation -e $(PLUGIN)
+		$(VLLM_PIP) --no-build-isolation --no-deps -e . -e $(PLUGIN)
 	then
 		# vLLM reads text without them, and transformers imports what it finds: PyPI's builds, made for CUDA, then fail.
 		for package in torchvision torchaudio torchcodec; do

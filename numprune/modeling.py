@@ -4,8 +4,8 @@ transformers reads and writes `per_layer_config` but its modeling code builds ev
 each family a class is made of its stock class, with layers built from their own configuration. Where that takes no
 fewer heads than the hidden size has room for, the layer is built with those and then made smaller. A layer whose `skip`
 names "attention" or "mlp" does without that block, its norms included: modules that put out zeros stand in their place.
-Importing this module registers the classes with `AutoConfig` and their task's auto class; nothing is loaded from a
-checkpoint but data.
+Importing this module registers the classes with `AutoConfig` and their task's auto class, and with `AutoModel`, from
+which vLLM's transformers backend builds its models; nothing is loaded from a checkpoint but data.
 """
 
 import copy
@@ -85,9 +85,13 @@ class _PerLayerModel:
     family: Family
     layers_path: str
 
-    def __init__(self: Any, config: PreTrainedConfig) -> None:
+    # No type for `self`: vLLM's transformers backend takes the annotations of a constructor for those of its arguments.
+    def __init__(self, config: PreTrainedConfig) -> None:
         # The stock constructor reads the global sizes, which do not exist here: give it the first layer's.
         super().__init__(_buildable(self.family, config, 0))  # type: ignore[call-arg]
+        self._build_layers(config)
+
+    def _build_layers(self: Any, config: PreTrainedConfig) -> None:
         config._attn_implementation_internal = self.config._attn_implementation_internal
         layers = self.get_submodule(self.layers_path)
         stock = type(layers[0])
@@ -100,8 +104,8 @@ class _PerLayerModel:
                     _skip(layer, block, self.family)
                 elif block.kind == "attention":
                     if self.family.stock_heads == "all":
-                        empty = {name: torch.empty(shape) for name, shape in block.tensors().items()}
-                        resize(layer, block, {part.tensor: empty[part.tensor] for part in block.slices})
+                        zeros = {name: torch.zeros(shape) for name, shape in block.tensors().items()}
+                        resize(layer, block, {part.tensor: zeros[part.tensor] for part in block.slices})
                     # Its place in the KV cache, which takes the length so far from its first layer.
                     layer.get_submodule(block.modules[0]).layer_idx = attending
                     attending += 1
@@ -176,17 +180,17 @@ def _register(family: Family) -> None:
     globals()[config.__name__] = config  # where pickle looks for it
     AutoConfig.register(config.model_type, config)
     _rename_as(family.name, config.model_type)
-    for task in family.tasks:
-        auto = AUTO_OF[task]
+    layers_path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
+    for auto in dict.fromkeys((*(AUTO_OF[task] for task in family.tasks), AutoModel)):
         stock_model = auto._model_mapping[stock_config]
-        prefix = f"{family.prefix}." if family.prefix and task != "embedding" else ""
+        inside = f"{stock_model.base_model_prefix}." if auto is AutoModel else ""
         model = type(
             f"Numprune{stock_model.__name__}",
             (_PerLayerModel, stock_model),
             {
                 "config_class": config,
                 "family": family,
-                "layers_path": f"{prefix}{family.layers}",
+                "layers_path": layers_path.removeprefix(inside),
                 "__module__": __name__,
             },
         )

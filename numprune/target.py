@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numprune.anatomy import Anatomy, Block
 from numprune.axes import Limits
 from numprune.errors import InputError
+from numprune.families import FAMILIES
 from numprune.slices import GONE, Size
 
 HEAD_SHAPES = 4  # distinct (query heads, KV heads) pairs; each more costs vLLM a metadata build in every step
@@ -109,6 +110,27 @@ def _splits(size: Size, anatomy: Anatomy, target: Target) -> bool:
     groups, heads, parallel = size.units, size.units * size.members, target.tensor_parallel
     return (
         heads % parallel == 0
-        and (groups % parallel == 0 or parallel % groups == 0)
+        and _shared(groups, parallel)
         and heads * anatomy.head_dim % (target.quantization_group * parallel) == 0
     )
+
+
+def _shared(groups: int, parallel: int) -> bool:
+    """Whether GPUs have equally many KV heads each, or where there are fewer heads, each the copy of one."""
+    return groups % parallel == 0 or parallel % groups == 0
+
+
+def not_split(anatomy: Anatomy, tensor_parallel: int) -> list[str]:
+    """Return the sizes that so many GPUs cannot share evenly, each like "layer 3 num_attention_heads=6"."""
+    family = FAMILIES[anatomy.family]
+    found = []
+    for block in anatomy.blocks:
+        groups, heads = block.units, block.units * block.members
+        if block.kind == "mlp":
+            counts = {family.width: block.units} if block.units % tensor_parallel else {}
+        else:
+            counts = {family.heads: heads} if heads % tensor_parallel else {}
+            if family.kv_heads and groups and not _shared(groups, tensor_parallel):
+                counts[family.kv_heads] = groups
+        found += [f"layer {block.layer} {field}={count}" for field, count in counts.items()]
+    return found

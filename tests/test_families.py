@@ -408,9 +408,14 @@ def test_it_is_served_or_refused_by_name_before_any_work(family, tmp_path):
 
 @of_decoder
 def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
-    out = tmp_path / "vllm"
-    vllm.export(write_checkpoint(build_tiny(family), tmp_path / "base"), out)
-    weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
+    models = {"stock": build_tiny(family)}
+    if FAMILIES[family].vllm.per_layer:
+        layers = {1: {FAMILIES[family].width: 32}}
+        models["per layer"] = build_tiny(PER_LAYER_PREFIX + family, per_layer_config=layers)
+    for name, model in models.items():
+        out = tmp_path / name / "vllm"
+        vllm.export(write_checkpoint(model, tmp_path / name / "base"), out)
+        weights.audit(out, sizes.expected_tensors(checkpoint.read_config(out)))
 
 
 HEADS = {

@@ -85,17 +85,27 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Vllm:
-    """How vLLM runs the family's stock checkpoints.
+    """How vLLM runs the family.
 
     Attributes:
         native: by a class of its own; otherwise by its transformers backend.
         takes_head_dim: that class reads `head_dim`; otherwise fewer heads need the transformers backend.
-        per_layer: the plug-in numprune-vllm runs it where layers differ.
+        native_unless: fields that must not be true, because that class ignores or refuses them.
+        backend: the transformers backend runs the family, too.
+        per_layer: the plug-in numprune-vllm runs it where layers differ, in either way.
+        layers_as: another family whose class of vLLM's builds layers of any size, and fields that it then needs.
     """
 
     native: bool = True
     takes_head_dim: bool = True
+    native_unless: tuple[str, ...] = ()
+    backend: bool = True
     per_layer: bool = False
+    layers_as: tuple[str, Mapping[str, Any]] | None = None
+
+    def refused(self, config: Any) -> list[str]:
+        """Return the settings of this configuration that vLLM's own class ignores or refuses."""
+        return [field for field in self.native_unless if getattr(config, field)]
 
 
 @dataclass(frozen=True)

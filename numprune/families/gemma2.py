@@ -1,4 +1,4 @@
-from numprune.families.family import Family, attention, gated_mlp
+from numprune.families.family import Family, Vllm, attention, gated_mlp
 
 # A norm in front of each block and another behind it.
 ATTENTION = attention(
@@ -16,4 +16,5 @@ GEMMA2 = Family(
     stock_heads="divisors",
     requires={"use_bidirectional_attention": (None, False)},
     attention_implementation="eager",  # SDPA ignores the soft-capping of attention scores
+    vllm=Vllm(per_layer=True),
 )

@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from numprune.families.family import Family
+from numprune.families.family import Family, Vllm
 from numprune.families.gemma2 import ATTENTION, MLP
 
 GEMMA3 = Family(
@@ -9,4 +9,5 @@ GEMMA3 = Family(
     mlp=MLP,
     stock_heads="divisors",
     requires={"use_bidirectional_attention": (None, False)},
+    vllm=Vllm(per_layer=True),
 )

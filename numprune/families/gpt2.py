@@ -1,4 +1,4 @@
-from numprune.families.family import Family, Matrix, Wiring, plain_mlp
+from numprune.families.family import Family, Matrix, Vllm, Wiring, plain_mlp
 
 GPT2 = Family(
     name="gpt2",
@@ -24,4 +24,9 @@ GPT2 = Family(
     requires={"add_cross_attention": (False,)},
     per_layer={"scale_attn_by_inverse_layer_idx": "index"},
     computed=("attn.bias", "attn.masked_bias"),
+    vllm=Vllm(
+        native_unless=("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
+        backend=False,
+        per_layer=True,
+    ),
 )

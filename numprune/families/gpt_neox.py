@@ -24,5 +24,5 @@ GPT_NEOX = Family(
     parallel="use_parallel_residual",
     stock_heads="all",
     computed=("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq"),
-    vllm=Vllm(native=False),
+    vllm=Vllm(native=False, per_layer=True),
 )

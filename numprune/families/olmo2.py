@@ -10,5 +10,5 @@ OLMO2 = Family(
         norm_behind=True,
     ),
     mlp=gated_mlp(norms=("post_feedforward_layernorm",), norm_behind=True),
-    vllm=Vllm(native=False),
+    vllm=Vllm(native=False, per_layer=True),
 )

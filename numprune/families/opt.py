@@ -1,4 +1,4 @@
-from numprune.families.family import Family, attention, plain_mlp
+from numprune.families.family import Family, Vllm, attention, plain_mlp
 
 OPT = Family(
     name="opt",
@@ -24,4 +24,5 @@ OPT = Family(
         "layer_norm_elementwise_affine": (True,),
     },
     equal={"word_embed_proj_dim": "hidden_size"},
+    vllm=Vllm(per_layer=True),
 )

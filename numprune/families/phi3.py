@@ -1,4 +1,4 @@
-from numprune.families.family import Family, Matrix, Wiring
+from numprune.families.family import Family, Matrix, Vllm, Wiring
 
 PHI3 = Family(
     name="phi3",
@@ -20,4 +20,5 @@ PHI3 = Family(
         norms=("post_attention_layernorm",),
     ),
     requires={"rope_parameters.rope_type": ("default",)},  # the others have a table of the length of the heads
+    vllm=Vllm(per_layer=True),
 )

@@ -5,5 +5,10 @@ QWEN2 = Family(
     attention=attention(bias=True),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
-    vllm=Vllm(takes_head_dim=False, per_layer=True),
+    vllm=Vllm(
+        takes_head_dim=False,
+        native_unless=("use_sliding_window",),
+        per_layer=True,
+        layers_as=("llama", {"qkv_bias": True}),
+    ),
 )

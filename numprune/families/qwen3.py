@@ -9,5 +9,5 @@ QWEN3 = Family(
     ),
     mlp=gated_mlp(),
     per_layer={"max_window_layers": "first"},
-    vllm=Vllm(per_layer=True),
+    vllm=Vllm(native_unless=("attention_bias", "use_sliding_window"), per_layer=True),
 )

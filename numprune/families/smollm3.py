@@ -5,5 +5,5 @@ SMOLLM3 = Family(
     attention=attention(bias="attention_bias", reader_bias="attention_bias"),
     mlp=gated_mlp(bias="mlp_bias"),
     per_layer={"no_rope_layers": "entry"},
-    vllm=Vllm(native=False),
+    vllm=Vllm(native=False, per_layer=True),
 )

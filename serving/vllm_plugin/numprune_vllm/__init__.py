@@ -7,24 +7,25 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Tell transformers and vLLM of the model types and of the loader (`--load-format numprune`).
+    """Tell transformers and vLLM of numprune's model types and of the loader (`--load-format numprune`).
 
     vLLM calls this in each of its processes, perhaps repeatedly. The model classes are named, not imported: vLLM
     imports them where it needs them, after it has chosen its device.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
 
-    from numprune_vllm.configs import ARCHITECTURES
+    try:
+        from numprune_vllm.architectures import ARCHITECTURES
+    except ModuleNotFoundError as error:
+        if error.name != "numprune":
+            raise
+        raise ImportError("numprune-vllm needs numprune beside it: pip install --no-deps numprune") from None
     from numprune_vllm.loader import AuditingLoader
     from numprune_vllm.preflight import Preflight
 
-    for architecture, config in ARCHITECTURES.items():
-        if config.model_type not in CONFIG_MAPPING:  # numprune.modeling registers the same ones
-            AutoConfig.register(config.model_type, config)
+    for architecture in ARCHITECTURES:
         MODELS_CONFIG_MAP[architecture] = Preflight
         ModelRegistry.register_model(architecture, f"numprune_vllm.models:{architecture}")
     register_model_loader("numprune")(AuditingLoader)

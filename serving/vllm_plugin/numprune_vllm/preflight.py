@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from numprune_vllm.sizes import check_parallel, read_layers
+from numprune_vllm.sizes import check_layers, check_parallel, check_settings
 
 
 class Preflight:
@@ -17,7 +17,9 @@ class Preflight:
                 f"{config.model_type}: the checkpoint is quantized; only unquantized per-layer checkpoints can be "
                 "compared with their configuration, so only those are served"
             )
-        check_parallel(read_layers(config), vllm_config.parallel_config.tensor_parallel_size)
+        check_settings(config)
+        check_layers(config)
+        check_parallel(config, vllm_config.parallel_config.tensor_parallel_size)
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:

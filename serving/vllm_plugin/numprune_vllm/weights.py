@@ -5,7 +5,6 @@ and drop biases they have no place for, all without an error. Nothing gets that 
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from numprune_vllm.sizes import Expected
 
 INDEX = "model.safetensors.index.json"
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that older versions of transformers stored
 
 
 class _Count:
@@ -61,7 +59,7 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterat
     sources = {source: name for name, source in expected.tied.items()}
     twins: dict[str, Tensor] = {}
     for name, tensor in weights:
-        if _COMPUTED.search(name):
+        if expected.ignores(name):
             continue
         count.add(name, tuple(tensor.shape))
         source = expected.tied.get(name, name)
@@ -83,7 +81,7 @@ def audit(folder: Path, expected: Expected) -> None:
     for file in _files(folder):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (not a mapping)
-                if not _COMPUTED.search(name):
+                if not expected.ignores(name):
                     count.add(name, tuple(stored.get_slice(name).get_shape()))
     count.finish()
 

@@ -43,8 +43,10 @@ def refused_or_read(folder: Path) -> Any:
     config = named(checkpoint.read_config, folder)
     if not isinstance(config, NumpruneError):
         named(checkpoint.audit, folder)
-        with suppress(ValueError):  # as the plug-in reads it, in vLLM's process, and refuses it
-            sizes.read_layers(config)
+        with suppress(ValueError, InputError):  # as the plug-in reads it, in vLLM's process, and refuses it
+            sizes.check_settings(config)
+            sizes.check_layers(config)
+            sizes.check_parallel(config, 2)
     return config
 
 

@@ -13,6 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
+from numprune.anatomy import PER_LAYER_PREFIX
+from numprune.families import FAMILIES
+from tests.conftest import OF_FAMILY
 
 ANSWER_S = 300.0  # importing vLLM takes most of it, on a busy machine
 
@@ -29,6 +32,7 @@ SIZES = {
     "sliding_window": None,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
 PROMPTS = ([*range(5, 25)], [7, 9, 11], [40, 200] * 20)
 STEPS = 32
@@ -91,10 +95,24 @@ class Engine:
         return Answer(logprobs, answer["tokens"], answer["kv_tokens"], answer["refused"])
 
 
+def sizes_of(family: str) -> dict[str, Any]:
+    """SIZES in the family's own fields, with what makes it differ from Llama."""
+    entry = FAMILIES[family]
+    of_family = {key: value for key, value in OF_FAMILY.get(family, {}).items() if key != "layer_types"}
+    sizes = SIZES | {entry.width: SIZES["intermediate_size"]} | of_family
+    if entry.kv_heads is None:
+        del sizes["num_key_value_heads"]
+    return sizes
+
+
 def build(model_type: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """A random model of SIZES, changed by `config`."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **config})).eval()
+    family = model_type.removeprefix(PER_LAYER_PREFIX)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**sizes_of(family), **config}),
+        attn_implementation=FAMILIES[family].attention_implementation,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Wider than the initialiser's, and biases not zero: else every comparison would pass.

@@ -1,9 +1,12 @@
 """The distribution that is installed beside vLLM: small, alone, and lazy."""
 
 import configparser
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numprune_vllm
 from numprune import serving
 
 SOURCE = Path(serving.__file__).parent / "vllm_plugin"
+ROOT = Path(__file__).parents[3]
 
 
 def test_its_wheel_holds_the_package_and_the_entry_point(tmp_path):
@@ -39,3 +43,20 @@ def test_it_imports_nothing_until_it_is_called():
         check=True,
     )
     assert done.stdout.split() == ["numprune_vllm"]
+
+
+def test_of_what_numprune_depends_on_it_needs_what_vllm_brings_along():
+    """numprune stands beside it without the rest."""
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    needed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requirements}
+    absent = needed - {"torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "numpy", "tqdm"}
+    assert "scipy" in absent
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({sorted(absent)!r}); "
+        "import numprune_vllm.architectures, numprune_vllm.preflight, numprune_vllm.weights"
+    )
+    path = os.pathsep.join([str(SOURCE), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr

@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from numprune.anatomy import PER_LAYER_PREFIX
 from numprune.export import checkpoint, manifest, vllm
 from numprune.families import FAMILIES
 from numprune.pruning import PruneOptions, prune
 from numprune.target import Target
-from tests.conftest import build_tiny, write_checkpoint
+from tests.conftest import LLAMA_LIKE, build_tiny, write_checkpoint
 from tests.serving.vllm_plugin.engine import SIZES, EngineError, build, reference
 
 pytestmark = pytest.mark.vllm
+
+DECODERS = [name for name, family in FAMILIES.items() if "causal-lm" in family.tasks]
 
 # Fewer heads and a narrower MLP, a layer without attention, one without MLP, one as the configuration says.
 MIXED = {
@@ -31,9 +34,8 @@ MHA = {
 GONE = {0: {"skip": ["attention", "mlp"]}, 3: {"skip": ["attention", "mlp"]}}  # first and last layer
 
 CASES = {
-    "llama": ("numprune_llama", {"per_layer_config": MIXED}),
     "llama, biases, no groups, tied": (
-        "numprune_llama",
+        "llama",
         {
             "per_layer_config": MHA,
             "num_key_value_heads": 4,
@@ -43,12 +45,12 @@ CASES = {
         },
     ),
     "llama, heads that do not divide the hidden size": (
-        "numprune_llama",
+        "llama",
         {"num_attention_heads": 3, "num_key_value_heads": 3, "attention_bias": True, "per_layer_config": {}},
     ),
-    "llama, whole layers gone": ("numprune_llama", {"per_layer_config": GONE}),
+    "llama, whole layers gone": ("llama", {"per_layer_config": GONE}),
     "llama, groups that differ, scaled rotary embedding": (
-        "numprune_llama",
+        "llama",
         {
             "per_layer_config": {1: {"num_key_value_heads": 4}, 2: {"num_key_value_heads": 1}},
             "rope_parameters": {
@@ -61,29 +63,43 @@ CASES = {
             },
         },
     ),
-    "mistral": ("numprune_mistral", {"per_layer_config": MIXED}),
-    "mistral, sliding window": ("numprune_mistral", {"per_layer_config": MIXED, "sliding_window": 16}),
-    "qwen2": ("numprune_qwen2", {"per_layer_config": MIXED}),
+    "mistral, sliding window": ("mistral", {"per_layer_config": MIXED, "sliding_window": 16}),
     "qwen2, no groups, tied": (
-        "numprune_qwen2",
+        "qwen2",
         {"per_layer_config": MHA, "num_key_value_heads": 4, "tie_word_embeddings": True},
     ),
-    "qwen3": ("numprune_qwen3", {"per_layer_config": MIXED}),
-    "qwen3, biases, no groups": (
-        "numprune_qwen3",
-        {"per_layer_config": MHA, "num_key_value_heads": 4, "attention_bias": True},
+    "gpt2, all layers alike": ("gpt2", {"per_layer_config": {}, "n_head": 3}),
+    # vLLM's own classes do not do these.
+    "qwen2, sliding windows in some layers": (
+        "qwen2",
+        {"per_layer_config": MHA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
     ),
+    "qwen3, biases": ("qwen3", {"per_layer_config": MIXED, "attention_bias": True}),
 }
+
+
+def layers_of(family: str, *, windows: bool) -> dict[int, dict[str, object]]:
+    """MIXED, and groups of another size, in the family's own fields. With windows no layer goes without attention."""
+    entry = FAMILIES[family]
+
+    def heads(query: int, kv: int) -> dict[str, object]:
+        return {entry.heads: query, entry.kv_heads: kv} if entry.kv_heads else {entry.heads: query}
+
+    second = heads(3, 3) if windows else {"skip": ["attention"]}
+    return {0: heads(2, 1) | {entry.width: 40}, 1: second | {entry.width: 64}, 2: heads(4, 4) | {"skip": ["mlp"]}}
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 32}
 
-# Heads whose size is not the hidden size divided by them, where the architecture allows it.
+# Heads whose size is not the hidden size divided by them, where the architecture allows it, and biases that vLLM's own
+# classes leave out.
 UNIFORM = {
-    "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": YARN},
-    "mistral": {"num_attention_heads": 3, "num_key_value_heads": 3},
-    "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1},
-    "qwen3": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "llama": ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": YARN}),
+    "mistral": ("mistral", {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "qwen2": ("qwen2", {"num_attention_heads": 3, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"num_attention_heads": 3, "num_key_value_heads": 3}),
+    "qwen3, biases": ("qwen3", {"attention_bias": True}),
+    "gemma, biases": ("gemma", {"attention_bias": True}),
 }
 
 
@@ -105,22 +121,33 @@ def exported(model, tmp_path) -> tuple[Path, manifest.Manifest]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_whose_layers_differ(engine, tmp_path, case):
-    model_type, config = CASES[case]
-    model = build(model_type, **config)
+    family, config = CASES[case]
+    model = build(PER_LAYER_PREFIX + family, **config)
     model.save_pretrained(tmp_path)
     check(engine.run(tmp_path), model)
 
 
-@pytest.mark.parametrize("family", UNIFORM)
-def test_a_uniform_model_on_stock_vllm(engine, tmp_path, family):
-    model = build(family, **UNIFORM[family])
+@pytest.mark.parametrize("family", [name for name in DECODERS if FAMILIES[name].vllm.per_layer])
+def test_every_family_with_layers_that_differ(engine, tmp_path, family):
+    types = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family in ("gemma2", "gemma3_text") else {}
+    layers = layers_of(family, windows=bool(types))
+    model = build(PER_LAYER_PREFIX + family, per_layer_config=layers, **types)
+    folder, made = exported(model, tmp_path)
+    assert made.facts["plugin"]
+    check(engine.run(folder), model)
+
+
+@pytest.mark.parametrize("case", UNIFORM)
+def test_a_uniform_model_on_stock_vllm(engine, tmp_path, case):
+    family, config = UNIFORM[case]
+    model = build(family, **config)
     folder, made = exported(model, tmp_path)
     assert not made.facts["plugin"]
     words = [word.removeprefix("--").replace("-", "_") for word in made.facts["needs"]]
     check(engine.run(folder, **dict(zip(words[::2], words[1::2], strict=True))), model)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in UNIFORM])
+@pytest.mark.parametrize("family", [name for name in DECODERS if name not in LLAMA_LIKE])
 def test_every_other_family_pruned_uniformly(engine, tmp_path, family):
     rows = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
     fields = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
@@ -195,7 +222,7 @@ def test_dense_weights_beside_a_pruned_configuration_are_refused(engine, tmp_pat
 # Model type, its configuration, vLLM's options: its own class, the one that runs transformers' model, and ours.
 RELOADED = {
     "stock": ("llama", {}, {}),
-    "transformers": ("qwen2", UNIFORM["qwen2"], {"model_impl": "transformers"}),
+    "transformers": ("qwen2", UNIFORM["qwen2"][1], {"model_impl": "transformers"}),
     "per layer": ("numprune_llama", {"per_layer_config": MIXED}, {}),
 }
 
