@@ -11,13 +11,14 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from pydantic import JsonValue
 
-from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, read_anatomy
+from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, family_of, read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest, vllm_pooling
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import read_tensor
 from numprune.families import FAMILIES
+from numprune.target import not_split
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -56,6 +57,16 @@ def check_per_layer(anatomy: Anatomy) -> None:
         )
 
 
+def check_settings(config: Any) -> None:
+    """Refuse a model with settings that no class of vLLM's honours. Raises InputError."""
+    family = family_of(config)
+    refused = family.vllm.refused(config)
+    if refused and not family.vllm.backend:
+        raise InputError(
+            f"vLLM does not run {family.name} with {' and '.join(f'{name}=True' for name in refused)}; leave vllm out"
+        )
+
+
 def preflight(config: Any) -> dict[str, JsonValue]:
     """Return what decides whether and how vLLM can serve a model of this configuration.
 
@@ -71,6 +82,7 @@ def preflight(config: Any) -> dict[str, JsonValue]:
         InputError: vLLM cannot load it.
     """
     anatomy = read_anatomy(config)
+    check_settings(config)
     plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     if plugin:
         check_per_layer(anatomy)
@@ -78,10 +90,11 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     kv_heads = [block.units for block in attention]
     query_heads = [block.units * block.members for block in attention]
     widths = [block.units for block in anatomy.of_kind("mlp")]
-    needs: list[JsonValue] = []
     served = FAMILIES[anatomy.family].vllm
-    if not plugin and not served.takes_head_dim and query_heads[0] * anatomy.head_dim != anatomy.hidden_size:
-        # vLLM's own class derives the head size from the hidden size; transformers' reads head_dim.
+    # vLLM's own class may derive the head size from the hidden size.
+    derived = not served.takes_head_dim and query_heads[0] * anatomy.head_dim != anatomy.hidden_size
+    needs: list[JsonValue] = []
+    if served.native and not plugin and (derived or served.refused(config)):
         needs = ["--model-impl", "transformers"]
     return {
         "architecture": config.architectures[0] if config.architectures else config.model_type,
@@ -90,12 +103,7 @@ def preflight(config: Any) -> dict[str, JsonValue]:
         "head_size": anatomy.head_dim,
         "intermediate_size": list(widths),
         "head_shapes": len({shape for shape in zip(query_heads, kv_heads, strict=True) if all(shape)}),
-        "tensor_parallel": [
-            size
-            for size in (1, 2, 4, 8)
-            if not any(count % size for count in (*query_heads, *widths))
-            and all(not heads or heads % size == 0 or size % heads == 0 for heads in kv_heads)
-        ],
+        "tensor_parallel": [size for size in (1, 2, 4, 8) if not not_split(anatomy, size)],
         "needs": needs,
         "plugin": plugin,
         "cpu": anatomy.head_dim in CPU_HEAD_SIZES,

@@ -21,7 +21,7 @@ from numprune.export.onnx import check_config
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer
+from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, TARGETS
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
@@ -104,6 +104,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", check_config, config)
+        if "vllm" in formats:
+            collect("export.targets and benchmark.runtimes", check_settings, config)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
         problems += _lengths(recipe, anatomy.context, anatomy.task)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
-from numprune.errors import IntegrityError
+from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
@@ -32,6 +32,27 @@ def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
     assert (facts["needs"], facts["plugin"], facts["head_shapes"]) == (needs, False, 1)
     assert facts["tensor_parallel"] == [1, 2]
     assert facts["cpu"] is False
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma", {"attention_bias": True}),
+    ],
+)
+def test_what_vllm_s_own_class_ignores_needs_the_transformers_backend(family, settings):
+    needs = [vllm.preflight(build_tiny(family, **changed).config)["needs"] for changed in ({}, settings)]
+    assert needs == [[], ["--model-impl", "transformers"]]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "numprune_gpt2"])
+def test_a_setting_that_no_class_of_vllm_honours_is_refused(model_type):
+    layers = {"per_layer_config": {}} if model_type.startswith("numprune_") else {}
+    config = build_tiny(model_type, **layers, reorder_and_upcast_attn=True).config
+    with pytest.raises(InputError, match="vLLM does not run gpt2 with reorder_and_upcast_attn=True; leave vllm out"):
+        vllm.preflight(config)
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)

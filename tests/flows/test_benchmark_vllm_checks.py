@@ -1,10 +1,13 @@
 """The runtime vllm in recipes and on the command line: what is refused before anything is started."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from numprune.errors import InputError
+from numprune.families import FAMILIES
+from numprune.families.family import Vllm
 from numprune.flows.cli import main
 from numprune.flows.recipe import load
 from numprune.flows.steps.checks import check
@@ -39,18 +42,28 @@ def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Pa
         assert ("benchmark.runtimes: vLLM's CPU kernels know head sizes 32, " in said) == refused
 
 
-def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     base = write_checkpoint(build_tiny("granite", rope_parameters=rotary), tmp_path / "granite")
     recipe = load(
         tiny / "recipe.toml", [f"model.path='{base}'", "export.targets=['onnx', 'vllm']", "prune.allocation='error'"]
     )
+    monkeypatch.setitem(FAMILIES, "granite", replace(FAMILIES["granite"], vllm=Vllm(per_layer=False)))
     with pytest.raises(InputError) as refused:
         check(recipe, tmp_path)
     assert "export.targets and benchmark.runtimes: config.json: rope_type='dynamic' is not supported" in str(
         refused.value
     )
     assert "prune.allocation: vLLM does not run granite with layers of different sizes" in str(refused.value)
+
+
+def test_settings_that_vllm_does_not_honour_are_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    base = write_checkpoint(build_tiny("gpt2", scale_attn_by_inverse_layer_idx=True), tmp_path / "gpt2")
+    said = "benchmark.runtimes: vLLM does not run gpt2 with scale_attn_by_inverse_layer_idx=True"
+    with pytest.raises(InputError, match=said):
+        check(load(tiny / "recipe.toml", [f"model.path='{base}'", "export.targets=['vllm']"]), tmp_path)
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[2, 2]", "4"])
