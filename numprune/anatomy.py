@@ -249,7 +249,10 @@ def task_name(config: PreTrainedConfig) -> TaskName:
     """
     family = family_of(config)
     decoder = "causal-lm" in family.tasks
-    [named] = (config.architectures or [None])[:1]
+    architectures = config.architectures or [None]
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str | None):
+        raise InputError(f"architectures={str(architectures)[:80]}; it must be a list of class names")
+    named = architectures[0]
     if named is None and decoder:
         return "causal-lm"
     for ending, task in _TASK_OF_CLASS.items():

@@ -83,6 +83,10 @@ def test_a_configuration_is_read_or_refused(folder: Path, good: dict[str, Any], 
         {"dtype": True},
         {"model_type": "numprune_llama", "per_layer_config": {"0": {"skip": ["everything"]}}},
         {"architectures": [None]},
+        {"architectures": True},
+        {"architectures": [5]},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": {"0": "LlamaForCausalLM"}},
     ],
 )
 def test_configurations_that_once_went_wrong(folder: Path, good: dict[str, Any], change: dict[str, Any]) -> None:
