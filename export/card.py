@@ -17,7 +17,7 @@ from numprune.errors import IntegrityError
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
 from numprune.modeling import AUTO_OF
-from numprune.plan import Plan
+from numprune.plans import Plan
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value

@@ -13,4 +13,65 @@ Notation used throughout the core:
     G = E[x x^T]  Gram matrix (D, D)        mu = E[x]  mean (D,)
 
 A *consumer* is the projection that reads a block's hidden channels: `o_proj` of attention, `down_proj` of an MLP.
+
+From Python, `import numprune` gives what `__all__` names; see flows/api.py. It is imported when it is first used, so
+that the command line starts without the tensor libraries.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numprune.flows.api import (
+        CalibrationRows,
+        Comparison,
+        Model,
+        Plan,
+        PruneOptions,
+        Quality,
+        Reading,
+        Target,
+        apply,
+        calibration_rows,
+        evaluate,
+        export_checkpoint,
+        load,
+        plan,
+        prune,
+        read_plan,
+        save,
+    )
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "CalibrationRows",
+    "Comparison",
+    "Model",
+    "Plan",
+    "PruneOptions",
+    "Quality",
+    "Reading",
+    "Target",
+    "__version__",
+    "apply",
+    "calibration_rows",
+    "evaluate",
+    "export_checkpoint",
+    "load",
+    "plan",
+    "prune",
+    "read_plan",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from numprune.flows import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

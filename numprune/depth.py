@@ -20,7 +20,7 @@ from numprune.anatomy import Anatomy
 from numprune.calibration import Walker, check_rows
 from numprune.errors import InputError
 from numprune.layers import Entered, Head, Layers
-from numprune.plan import DroppedLayer
+from numprune.plans import DroppedLayer
 from numprune.progress import Progress
 from numprune.renumber import layers_left
 from numprune.surgery import pruned_config

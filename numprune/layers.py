@@ -8,6 +8,7 @@ rotary tables, norms and the head are whatever the architecture has.
 tell which it is, except by what stays in memory.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,14 @@ class ModelLayers:
 
     def allocate(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
+
+
+class CopiedLayers(ModelLayers):
+    """The layers of a model in memory that stays as it is: `layer` gives a copy."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        yield copy.deepcopy(self._layers[index])
 
 
 def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, mask: Tensor | None) -> Entered:

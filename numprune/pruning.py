@@ -31,9 +31,9 @@ from numprune.curves import error_curve
 from numprune.depth import Shallower, choose, ratio_left, smallest_layers
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
-from numprune.layers import Layers, ModelLayers
+from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
-from numprune.plan import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
+from numprune.plans import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
@@ -219,10 +219,7 @@ def prune(
     task: Task = CAUSAL,
     plan: Plan | None = None,
 ) -> Pruned:
-    """Return `model` pruned; the one passed in is used up.
-
-    Its consumer weights are overwritten with the refitted ones, zero at the removed channels: it then computes what the
-    pruned one does (but for the layers that are dropped, and for the biases that `bias` compensation adds).
+    """Return `model` pruned; the one passed in stays as it is, and shares with the result what is not cut.
 
     Args:
         model: a supported model in float32, with the attention that its family is walked with.
@@ -235,7 +232,7 @@ def prune(
     Raises:
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
-    layers = ModelLayers(model, task)
+    layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options)
     dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     cut: dict[str, Tensor] = {}

@@ -23,7 +23,12 @@ MAY_IMPORT = {
 }
 FOR_EVERYBODY = ("numprune.errors", "numprune.progress")
 # `python -m numprune.compare` is an address that others use; the module is nothing but a call of the command in flows.
-EXCEPTIONS = {Path("compare.py"): {"numprune.flows.studies.compare.command.main"}}
+# So is `import numprune`, whose names are those of flows/api.py, imported when they are used.
+NAMES_OF_THE_API = {f"numprune.flows.api.{name}" for name in numprune.__all__} | {"numprune.flows.api"}
+EXCEPTIONS = {
+    Path("compare.py"): {"numprune.flows.studies.compare.command.main"},
+    Path("__init__.py"): NAMES_OF_THE_API,
+}
 NOT_IN_THE_CORE = {"prefect", "mlflow", "vllm", "argparse", "click", "typer"}
 
 
@@ -95,8 +100,11 @@ def test_every_import_keeps_the_rule() -> None:
 def test_the_exceptions_are_needed_and_nothing_but_an_address() -> None:
     for file, excepted in EXCEPTIONS.items():
         source = (ROOT / file).read_text(encoding="utf-8")
-        assert len(violations(source, "numprune")) == len(excepted)
-        assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        needed = [violation for violation in violations(source, "numprune") if "may not import" in violation]
+        assert {violation.rpartition(" ")[2] for violation in needed} == excepted - {"numprune.flows.api.__version__"}
+        nodes = ast.walk(ast.parse(source))
+        functions = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert functions == (["__getattr__", "__dir__"] if file == Path("__init__.py") else [])
 
 
 def test_all_packages_are_looked_at() -> None:
@@ -156,7 +164,7 @@ def test_an_import_against_the_rule_is_reported(package: str, source: str) -> No
         ("export", "from numprune.export.manifest import read\nfrom numprune import anatomy"),
         ("serving", "from numprune.export import manifest\nfrom numprune.serving import gates\nimport mlflow"),
         ("serving", "from numprune.errors import InputError\nfrom numprune import errors\nimport numprune.errors"),
-        ("flows", "import prefect, argparse\nfrom numprune.serving import gates\nfrom numprune.plan import Plan"),
+        ("flows", "import prefect, argparse\nfrom numprune.serving import gates\nfrom numprune.plans import Plan"),
     ],
 )
 def test_an_import_within_the_rule_passes(package: str, source: str) -> None:

@@ -13,7 +13,7 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 
 if TYPE_CHECKING:
     from numprune.anatomy import Anatomy
-    from numprune.plan import Plan, PricedSplit
+    from numprune.plans import Plan, PricedSplit
     from numprune.pruning import PruneOptions
     from numprune.tasks import Task
 
@@ -201,7 +201,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     from numprune.budget import measure, pruning_step
     from numprune.export import checkpoint
     from numprune.export.tasks import load_task
-    from numprune.plan import PLAN_FILE, read_plan
+    from numprune.plans import PLAN_FILE, read_plan
     from numprune.target import Target
 
     folder = checkpoint.resolve(args.model)
@@ -349,7 +349,7 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
     """Return the options, and the plan where they are one's. Raises InputError."""
-    from numprune.plan import read_plan
+    from numprune.plans import read_plan
     from numprune.pruning import PruneOptions, options_of
     from numprune.target import Target
 

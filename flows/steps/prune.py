@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from numprune import pruning
-from numprune.anatomy import read_anatomy
+from numprune.anatomy import Anatomy, read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.export import card, manifest
@@ -32,8 +34,8 @@ from numprune.export.weights import dtypes_of, main_dtype, read_headers
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.text import load_calibration
 from numprune.layers import Layers, ModelLayers
-from numprune.plan import Draw, Plan
 from numprune.planned import check_plan
+from numprune.plans import Draw, Plan
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 from numprune.target import Target
@@ -74,21 +76,14 @@ def prune_checkpoint(
     if plan is None:
         pruning.check_options(before, options)
     else:
-        check_plan(before, plan)
-        if plan.base not in (None, digest):
-            raise InputError(
-                f"the plan was made for a model with digest {plan.base}, and {base} has {digest}: its units say "
-                'nothing of other weights; remove "base" from the plan to apply it nevertheless'
-            )
+        check_applies(plan, before, base, digest)
     if problem := other_reading(base):
         logger.warning("%s", problem)
     described = pruning.describe(before, rows, options, {}).drawn(draw, digest)
-    facts: dict[str, Any] = {"plan": described.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
     make = _prune_streamed if stream else _prune_in_memory
-    with manifest.creating(out, kind="checkpoint", parents={"base": digest}, facts=facts) as folder:
+    with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
-        made.write(folder / PLAN)
-        card.write(folder, base, made)
+        _describe(folder, base, made)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
     return {
@@ -104,6 +99,37 @@ def prune_checkpoint(
         "dropped_layers": [drop.model_dump() for drop in made.dropped],
         "kept_units": _kept_units(made),
     }
+
+
+def check_applies(plan: Plan, anatomy: Anatomy, base: Path, digest: str) -> None:
+    """Raises InputError unless the plan can be followed on the model in `base`, whose files have this digest."""
+    check_plan(anatomy, plan)
+    if plan.base not in (None, digest):
+        raise InputError(
+            f"the plan was made for a model with digest {plan.base}, and {base} has {digest}: its units say "
+            'nothing of other weights; remove "base" from the plan to apply it nevertheless'
+        )
+
+
+def write_pruned(model: PreTrainedModel, plan: Plan, base: Path, out: Path) -> None:
+    """Write `model`, which was made by `plan` from that in `base`, to the new folder `out`.
+
+    Raises InputError, IntegrityError.
+    """
+    with _checkpoint(out, manifest.folder_digest(base), plan) as folder:
+        save(model, base, folder, dropped=plan.dropped_layers())
+        _describe(folder, base, plan)
+
+
+def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManager[Path]:
+    facts: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
+    return manifest.creating(out, kind="checkpoint", parents={"base": base_digest}, facts=facts)
+
+
+def _describe(folder: Path, base: Path, plan: Plan) -> None:
+    """Say in the checkpoint how it came about."""
+    plan.write(folder / PLAN)
+    card.write(folder, base, plan)
 
 
 def _kept_units(plan: Plan) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ from numprune.export.tasks import load_task
 from numprune.flows.embedded import corpus
 from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
-from numprune.plan import Draw
+from numprune.plans import Draw
 from numprune.tasks import CAUSAL, MINIMUM_DOCUMENTS, Task
 
 logger = logging.getLogger(__name__)

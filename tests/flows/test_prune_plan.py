@@ -10,7 +10,7 @@ import pytest
 
 from numprune.anatomy import read_anatomy
 from numprune.export import checkpoint, manifest
-from numprune.plan import PLAN_FILE
+from numprune.plans import PLAN_FILE
 from tests.flows.conftest import Answered
 
 Command = Callable[..., Answered]

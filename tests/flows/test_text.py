@@ -21,7 +21,7 @@ from numprune.flows.steps.text import (
     make_heldout,
     text_digest,
 )
-from numprune.plan import Draw, read_plan
+from numprune.plans import Draw, read_plan
 
 
 def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_checkpoint, tmp_path):

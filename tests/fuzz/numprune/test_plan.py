@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 
-from numprune.plan import Plan, read_plan
+from numprune.plans import Plan, read_plan
 from tests.fuzz.strangers import documents, fuzz, named
 
 GOOD: dict[str, Any] = {

@@ -5,7 +5,7 @@ import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.plan import BlockPlan, Draw, read_plan
+from numprune.plans import BlockPlan, Draw, read_plan
 from numprune.pruning import PruneOptions, prune
 from numprune.slices import Kept
 from tests.conftest import build_tiny

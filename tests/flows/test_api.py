@@ -1,0 +1,96 @@
+"""What `import numprune` gives: the README's lines, no change of the model that is given, types that hold."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import numprune
+from numprune.errors import InputError
+from numprune.export import manifest
+
+OPTIONS = numprune.PruneOptions(ratio=0.25)
+
+
+def test_a_plan_is_made_applied_measured_saved_and_exported(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
+    assert rows.tokens.shape == (12, 64)
+
+    plan = numprune.plan(model, rows, OPTIONS)
+    plan.write(tmp_path / "plan.json")
+    pruned = numprune.apply(numprune.read_plan(tmp_path / "plan.json"), model, rows)
+    assert pruned.budget.prunable_parameters < 0.8 * model.budget.prunable_parameters
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+    found = numprune.evaluate(pruned, tiny / "heldout.jsonl", baseline=model, sequence_length=64)
+    scored = numprune.evaluate(model, tiny / "heldout.jsonl", sequence_length=64)
+    assert found.baseline is not None
+    assert found.baseline.mean_nll == pytest.approx(scored.mean_nll)
+    assert found.loss_delta.value != 0
+
+    out = numprune.save(pruned, tmp_path / "pruned")
+    manifest.verify(out)
+    assert (out / "README.md").is_file()
+    again = numprune.load(out)
+    assert all(
+        torch.equal(value, again.network.state_dict()[name]) for name, value in pruned.network.state_dict().items()
+    )
+    assert numprune.read_plan(out / "numprune_plan.json").units_kept() == plan.units_kept()
+    proof = numprune.export_checkpoint(out, tmp_path / "onnx", to="onnx")
+    assert proof["nll_rel_error"] < 1e-3
+    manifest.verify(tmp_path / "onnx")
+
+
+def test_pruning_at_once_leaves_the_model_as_it_is(tiny: Path) -> None:
+    model = numprune.load(tiny / "base")
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
+    pruned = numprune.prune(model, rows, OPTIONS)
+    assert pruned.plan is not None
+    assert pruned.plan.calibration.draw == rows.draw
+    assert pruned.budget.parameters < model.budget.parameters
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+
+def test_what_cannot_be_done_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=4, sequence_length=64)
+    with pytest.raises(InputError, match="the model is not pruned"):
+        numprune.save(model, tmp_path / "out")
+    plan = numprune.plan(model, rows, OPTIONS).model_copy(update={"base": "another"})
+    with pytest.raises(InputError, match="the plan was made for a model with digest another"):
+        numprune.apply(plan, model, rows)
+
+
+def test_importing_numprune_loads_no_tensor_library() -> None:
+    script = "import sys, numprune; print(numprune.__version__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "False"
+
+
+def test_all_that_is_promised_is_there() -> None:
+    for name in numprune.__all__:
+        assert getattr(numprune, name) is not None
+    assert set(numprune.__all__) <= set(dir(numprune))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = numprune.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_documentation_have_types(tmp_path: Path) -> None:
+    from numprune.flows import api
+
+    assert api.__doc__ is not None
+    lines = [line.removeprefix("    ") for line in api.__doc__.splitlines() if line.startswith("    ")]
+    assert lines[0] == "import numprune"
+    (tmp_path / "script.py").write_text("\n".join([*lines, "reveal_type(plan)", "reveal_type(pruned)", ""]))
+    check = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(tmp_path / "script.py")]
+    root = Path(numprune.__file__).parent.parent
+    done = subprocess.run(check, cwd=root, capture_output=True, text=True)
+    revealed = [line.split("Revealed type is ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]
+    assert [kind.strip('"').rpartition(".")[2] for kind in revealed] == ["Plan", "Model"], done.stdout
+    assert "error" not in done.stdout
