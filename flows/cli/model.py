@@ -253,15 +253,15 @@ def inspect(args: argparse.Namespace) -> Answer:
     ]
     lines += [f"  {line}" for line in _sizes_lines(anatomy)]
     for key, kind, smallest in (
-        ("query-heads", "attention", "1 head a group"),
-        ("attention", "attention", "1 KV group"),
-        ("mlp", "mlp", f"{align} channels"),
+        ("query-heads", "attention", "1 head of every group"),
+        ("attention", "attention", "1 KV group of every layer"),
+        ("mlp", "mlp", f"{align} channels of every layer"),
     ):
         share = granularity[key]
         if not share.one_layer:
             continue  # no grouping: no query head can go without its KV head
         lines.append(
-            f"  {f'{kind}: {smallest} of every layer':<36} {share.every_layer:.2%} of the prunable parameters, "
+            f"  {f'{kind}: {smallest}':<36} {share.every_layer:.2%} of the prunable parameters, "
             f"{share.one_layer:.3%} in one layer"
         )
     if plan:

@@ -182,7 +182,7 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     attention, mlp = found["blocks"][:2]
     head = 2 * found["hidden_size"] * found["head_dim"]  # rows of the query projection, columns of the output's
     for key, units, members, parameters, line in (
-        ("query-heads", 0, 1, attention["units"] * head, "attention: 1 head a group of every layer"),
+        ("query-heads", 0, 1, attention["units"] * head, "attention: 1 head of every group"),
         ("attention", 1, 0, attention["parameters_per_unit"], "attention: 1 KV group of every layer"),
         ("mlp", 8, 0, 8 * mlp["parameters_per_unit"], "mlp: 8 channels of every layer"),
     ):
