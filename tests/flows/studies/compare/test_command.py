@@ -67,7 +67,7 @@ def test_figures_are_those_of_pruning_and_judging_by_hand(command, tiny, tmp_pat
     assert int(row["parameters"]) == pruned.after.parameters
     assert float(row["prunable_ratio_removed"]) == pruned.prunable_ratio_removed
     # Counted as `evaluate` counts: tokens that are scored, documents that have some.
-    assert f"judged on {expected.candidate.tokens:,} tokens of {expected.documents} held-out documents" in printed
+    assert f"judged on {expected.candidate.count:,} tokens of {expected.documents} held-out documents" in printed
     assert float(row["seconds"]) > 0
     assert int(row["peak_bytes"]) > sum(parameter.numel() * 4 for parameter in dense.parameters())
 
