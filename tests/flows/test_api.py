@@ -39,9 +39,10 @@ def test_a_plan_is_made_applied_measured_saved_and_exported(tiny: Path, tmp_path
     assert all(
         torch.equal(value, again.network.state_dict()[name]) for name, value in pruned.network.state_dict().items()
     )
-    assert numprune.read_plan(out / "numprune_plan.json").units_kept() == plan.units_kept()
+    assert pruned.plan is not None
+    assert numprune.read_plan(out / "numprune_plan.json").sizes() == pruned.plan.sizes()
     proof = numprune.export_checkpoint(out, tmp_path / "onnx", to="onnx")
-    assert proof["nll_rel_error"] < 1e-3
+    assert proof["greedy_match"] > 0.99
     manifest.verify(tmp_path / "onnx")
 
 
