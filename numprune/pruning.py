@@ -159,12 +159,12 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
+    options.limits.check(anatomy)
     members = [name for name in options.axes if AXES[name].part == "members"]
     if members and options.allocation == "global":
         raise InputError(
             f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
         )
-    options.limits.check(anatomy)
     if options.allocation == "uniform":
         _check_same_in_every_layer(anatomy, options)
     dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
