@@ -1,0 +1,70 @@
+"""The front page: its recipe, commands and Python lines, on a small model in the place of a user's."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from numprune.flows.cli import COMMANDS as MODULES
+from numprune.flows.cli.parser import build, parse
+from tests.conftest import build_tiny, write_checkpoint
+from tests.flows.conftest import Answered
+
+Command = Callable[..., Answered]
+
+README = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+(RECIPE,) = [text for language, text in BLOCKS if language == "toml"]
+(PYTHON,) = [text for language, text in BLOCKS if language == "python"]
+LINES = [line.partition("#")[0] for _, text in BLOCKS for line in text.splitlines()]
+COMMANDS = [line.split()[1:] for line in LINES if line.startswith("numprune ")]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: `models/my-llama`, `text`, and the README's recipe as `my.toml`."""
+    folder = tmp_path_factory.mktemp("project")
+    write_checkpoint(build_tiny("llama", max_position_embeddings=1024), folder / "models" / "my-llama")
+    (folder / "text").mkdir()
+    for name, count in (("train", 600), ("heldout", 24)):
+        lines = [json.dumps({"text": f"{name} {i}: {7 * i} sheep jump over the moon. " * 4}) for i in range(count)]
+        (folder / "text" / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "my.toml").write_text(RECIPE)
+    return folder
+
+
+def test_every_command_is_one() -> None:
+    assert [words[0] for words in COMMANDS] == ["plan", "optimize", "registry", "serve"]
+    for words in COMMANDS:
+        parse(build(MODULES), words)
+
+
+@pytest.mark.slow
+def test_the_commands_release_a_model(numprune: Command, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    plan, optimize, promote, _ = COMMANDS
+    planned = numprune(*plan)
+    assert planned.code == 0, planned.err
+    for _ in range(3):
+        answered = numprune(*optimize, "--json")
+        if answered.code != 4:
+            break
+    else:
+        pytest.skip(f"nothing can be measured on this machine now: {answered.json['reasons']}")
+    assert answered.code in (0, 2, 3), answered.err  # how a model of random weights fares is no concern of the page
+    if answered.code == 0:
+        assert numprune(*promote).code == 0
+
+
+@pytest.mark.slow
+def test_the_python_lines_run(project: Path, tmp_path: Path) -> None:
+    for name in ("models", "text"):
+        (tmp_path / name).symlink_to(project / name)
+    done = subprocess.run([sys.executable, "-c", PYTHON], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Estimate(value=")
+    assert (tmp_path / "pruned-onnx" / "model.onnx").is_file()
