@@ -1,5 +1,6 @@
 """Checkpoints: Hugging Face folders, read with every mistake named, written whole, audited tensor by tensor."""
 
+import copy
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -8,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import logging as transformers_logging
 
 from numprune.anatomy import family_of, layers_path, task_name
@@ -38,6 +47,7 @@ __all__ = [
     "copy_around_weights",
     "load",
     "load_tokenizer",
+    "put_together",
     "read_config",
     "resolve",
     "save",
@@ -144,11 +154,11 @@ def save(
     Raises InputError, IntegrityError.
     """
     folder.mkdir(exist_ok=True)
-    tied, names = model.all_tied_weights_keys, stored_names(model)
-    tensors = {names[name]: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    tied = model.all_tied_weights_keys
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     dtypes = renumber_tensors(dtypes_of(audit(source)), layers_path(model.config), dropped)
     with writing(folder, dtypes, shard_bytes) as writer:
-        writer.add(tensors)
+        writer.add(stored_tensors(model, tensors))
     save_around_weights(model, source, folder)
 
 
@@ -230,13 +240,39 @@ def _with_base(
     return {base + name if base + name in expected else name: header for name, header in stored.items()}
 
 
-def stored_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the name of every tensor in the model -> its name in a checkpoint."""
-    state = model.state_dict()
+def stored_names(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    """Return the name of every tensor in the model -> the names in a checkpoint of what it is put together from."""
+    state = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
     if revert_weight_conversion(model, state) is state:
-        return {name: name for name in state}
-    stored = {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in state.items()}
-    return {name: current_name(found) for name, found in stored.items()}
+        return {name: (name,) for name in state}
+    return {name: tuple(stored_tensors(model, {name: value})) for name, value in state.items()}
+
+
+def stored_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the model by their names in a checkpoint, what is stored in parts as these."""
+    return {current_name(name): value for name, value in revert_weight_conversion(model, dict(tensors)).items()}
+
+
+def put_together(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a checkpoint, all that a tensor of the model is made of at once, as the model has them.
+
+    The inverse of `stored_tensors`: a model has the experts of a layer in one tensor.
+    """
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    result: dict[str, Tensor] = {}
+    merged: dict[str, WeightConverter] = {}
+    for name, tensor in stored.items():
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        if pattern is None:
+            result[renamed] = tensor
+        else:
+            merged.setdefault(renamed, copy.deepcopy(by_pattern[pattern])).add_tensor(renamed, name, pattern, tensor)
+    for renamed, converter in merged.items():
+        result |= converter.convert(renamed, model=model, config=model.config)
+    return result
 
 
 def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str], str]:
@@ -253,7 +289,7 @@ def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str,
         raise InputError(f"config.json: transformers cannot make a model of it: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    shapes = {name: tuple(value.shape) for name, value in stored_tensors(model, model.state_dict()).items()}
     names = stored_names(model)
-    shapes = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {names[name]: names[source] for name, source in model.all_tied_weights_keys.items()}
+    tied = {names[name][0]: names[source][0] for name, source in model.all_tied_weights_keys.items()}
     return shapes, tied, f"{model.base_model_prefix}."

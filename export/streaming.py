@@ -95,12 +95,17 @@ class CheckpointLayers:
     def allocate(self, *shape: int) -> Tensor:
         return _mapped(self._scratch, torch.Size(shape), self.dtype)
 
+    def write(self, tensors: Mapping[str, Tensor], writer: ShardWriter) -> None:
+        """Write tensors of a model of this one's class, by their names in it."""
+        writer.add(checkpoint.stored_tensors(self._skeleton, tensors))
+
     def copy_around(self, writer: ShardWriter) -> None:
         """Write the tensors that stand around the layers as they are: embedding, last norm, output matrix."""
         tied = self._skeleton.all_tied_weights_keys
-        for name, stored in self._names.items():
+        for name, names in self._names.items():
             if name not in tied and not name.startswith(f"{self.anatomy.layers_path}."):
-                writer.add_slabs(stored, self.stored[stored].shape, slabs(self.stored[stored]))
+                for stored in names:
+                    writer.add_slabs(stored, self.stored[stored].shape, slabs(self.stored[stored]))
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:
@@ -141,13 +146,22 @@ class CheckpointLayers:
                 setattr(module, parameter, without_values)
 
     def _parameter(self, name: str, value: Tensor | None) -> nn.Parameter:
-        found = read_rows(self._header(name)) if value is None else value
+        found = self._read(name) if value is None else value
         return nn.Parameter(found.to(self.device, self.dtype))
 
+    def _read(self, name: str) -> Tensor:
+        """Return the model's tensor of this name, in the stored data type."""
+        if len(self._names[name]) == 1:
+            return read_rows(self._header(name))
+        parts = {stored: read_rows(self.stored[stored]) for stored in self._names[name]}
+        return checkpoint.put_together(self._skeleton, parts)[name]
+
     def _header(self, name: str) -> TensorHeader:
-        if self._names[name] not in self.stored:
-            name = self._skeleton.all_tied_weights_keys[name]
-        return self.stored[self._names[name]]
+        """Return the header of a tensor that is stored whole."""
+        (stored,) = self._names[name]
+        if stored not in self.stored:
+            (stored,) = self._names[self._skeleton.all_tied_weights_keys[name]]
+        return self.stored[stored]
 
 
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:

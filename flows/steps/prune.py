@@ -133,12 +133,14 @@ def _describe(folder: Path, base: Path, plan: Plan) -> None:
 
 
 def _kept_units(plan: Plan) -> dict[str, list[int]]:
-    """Return [kept, of] by block name, and where query heads went by themselves `NAME.query_heads` besides."""
+    """Return [kept, of] by block name; where members went by themselves `NAME.query_heads`, `NAME.channels` besides."""
     found = {name: [len(block.kept), block.units] for name, block in plan.blocks.items()}
     if any(block.kept_members for block in plan.blocks.values()):
         for name, block in plan.blocks.items():
-            if block.members > 1:
-                units, members = block.to_kept().size
+            units, members = block.to_kept().size
+            if name.endswith(".experts"):
+                found[f"{name}.channels"] = [members, block.members]
+            elif block.members > 1:
                 found[f"{name}.query_heads"] = [units * members, block.units * block.members]
     return found
 
@@ -161,7 +163,9 @@ def _prune_streamed(
     gone = [drop.layer for drop in dropped]
     with writing(folder, renumber_tensors(dtypes_of(layers.stored), layers.anatomy.layers_path, gone)) as writer:
         layers.copy_around(writer)
-        made = pruning.prune_layers(layers, rows, options, writer.add, dropped=dropped, plan=plan)
+        made = pruning.prune_layers(
+            layers, rows, options, lambda tensors: layers.write(tensors, writer), dropped=dropped, plan=plan
+        )
     save_around_weights(skeleton(pruning.config_after(layers, made)), base, folder)
     return made
 
