@@ -43,7 +43,7 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{path}: transformers cannot read it: {reason(error)}") from error
     read_anatomy(config)
     window = getattr(config, "sliding_window", None)
-    if isinstance(window, int) and window < 1:
+    if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < 1:
         raise InputError(f"{path}: sliding_window={window}; give null for no window, or the number of tokens it spans")
     if has_weights(folder):
         config.dtype = main_dtype(read_headers(folder))

@@ -72,7 +72,9 @@ def preflight(config: Any) -> dict[str, JsonValue]:
 
     Returns:
         `architecture`, `head_size`.
-        `query_heads`, `kv_heads`, `intermediate_size`: of each layer, 0 where it goes without the block.
+        `query_heads`, `kv_heads`, `intermediate_size`: of each layer, 0 where it goes without the block; the last only
+            of layers with an MLP.
+        `experts`, `channels_per_expert`: of each layer that has experts.
         `head_shapes`: pairs of query and KV heads there are; each but the first costs vLLM a metadata build every step.
         `tensor_parallel`: the sizes up to 8 that divide every layer's heads and widths.
         `needs`: options that the server must be started with; `plugin`: whether it needs numprune-vllm.
@@ -86,11 +88,18 @@ def preflight(config: Any) -> dict[str, JsonValue]:
     plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     if plugin:
         check_per_layer(anatomy)
+    family = FAMILIES[anatomy.family]
+    if family.experts and not family.shared and getattr(config, family.shared_width, None):
+        raise InputError(
+            f"config.json: {family.shared_width} is set, but {family.name} has no shared expert; remove it, because "
+            "vLLM computes NaN with it"
+        )
     attention = anatomy.of_kind("attention")
     kv_heads = [block.units for block in attention]
     query_heads = [block.units * block.members for block in attention]
     widths = [block.units for block in anatomy.of_kind("mlp")]
-    served = FAMILIES[anatomy.family].vllm
+    sparse = anatomy.of_kind("experts")
+    served = family.vllm
     # vLLM's own class may derive the head size from the hidden size.
     derived = not served.takes_head_dim and query_heads[0] * anatomy.head_dim != anatomy.hidden_size
     needs: list[JsonValue] = []
@@ -102,6 +111,8 @@ def preflight(config: Any) -> dict[str, JsonValue]:
         "kv_heads": list(kv_heads),
         "head_size": anatomy.head_dim,
         "intermediate_size": list(widths),
+        "experts": [block.units for block in sparse],
+        "channels_per_expert": [block.members for block in sparse],
         "head_shapes": len({shape for shape in zip(query_heads, kv_heads, strict=True) if all(shape)}),
         "tensor_parallel": [size for size in (1, 2, 4, 8) if not not_split(anatomy, size)],
         "needs": needs,

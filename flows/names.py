@@ -6,11 +6,13 @@ a test keeps them the same.
 
 from typing import Literal
 
-Criterion = Literal["numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random"]
+Criterion = Literal[
+    "numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random", "frequency"
+]
 Allocation = Literal["uniform", "global", "error"]
-Axis = Literal["kv-groups", "query-heads", "channels"]
+Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
-DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels")
+DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 ExportTarget = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -17,7 +17,7 @@ from numprune.budget import measure
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.slices import GONE, Size
-from numprune.splits import priced, splits_meeting
+from numprune.splits import priced, require_alike, splits_meeting
 from numprune.target import HEAD_SHAPES, Sizes
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
@@ -50,7 +50,8 @@ def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | Non
     """Return the size of every block: the same in every layer, so that a stock architecture holds the result.
 
     Of the splits between attention and MLPs that meet the ratio it is the one that takes most nearly the same share of
-    both; by `errors`, the most even of those that cost at most a tenth more than the cheapest.
+    both; by `errors`, the most even of those that cost at most a tenth more than the cheapest. With experts there are
+    too many splits to look at each: it is the one of least error, or the most even one, by the knapsack of `by_error`.
 
     Args:
         errors: as of `by_error`.
@@ -59,6 +60,8 @@ def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | Non
         InputError: the layers already differ, or the ratio cannot be reached.
     """
     check_ratio(anatomy, ratio, allowed)
+    if anatomy.of_kind("experts"):
+        return _uniform_with_experts(anatomy, ratio, allowed, errors)
     splits = splits_meeting(anatomy, ratio, allowed)
     if errors is not None:
         splits = list(priced(splits, anatomy, errors))
@@ -120,36 +123,62 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> 
     return _least_error(anatomy, ratio, allowed, errors)
 
 
+def _uniform_with_experts(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None) -> dict[str, Size]:
+    require_alike(anatomy)
+
+    def price(block: Block, size: Size) -> float:
+        if errors is not None:
+            return error_at(errors, block, size)
+        whole = block.parameters(block.size)
+        return whole * (1 - block.parameters(size) / whole - ratio) ** 2  # of shares whose sum is given: least if equal
+
+    return _least_price(anatomy, ratio, allowed, price, anatomy.alike)
+
+
 def _least_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
-    costs = {
-        block.name: [block.parameters(block.size) - block.parameters(size) for size in allowed[block.name]]
-        for block in anatomy.blocks
-    }
+    groups = [(block,) for block in anatomy.blocks]
+    return _least_price(anatomy, ratio, allowed, lambda block, size: error_at(errors, block, size), groups)
+
+
+def _least_price(
+    anatomy: Anatomy,
+    ratio: float,
+    allowed: Sizes,
+    price: Callable[[Block, Size], float],
+    groups: Sequence[Sequence[Block]],
+) -> dict[str, Size]:
+    """Return the sizes that cost least, at least `ratio` removed, all blocks of a group left with the same."""
+    options = [allowed[group[0].name] for group in groups]
+    costs = [
+        [sum(block.parameters(block.size) - block.parameters(size) for block in group) for size in sizes]
+        for group, sizes in zip(groups, options, strict=True)
+    ]
     wanted = ratio * measure(anatomy).prunable_parameters
-    share = max(math.gcd(*(cost for block in costs.values() for cost in block)), wanted / _SHARES)
+    share = max(math.gcd(*(cost for group in costs for cost in group)), wanted / _SHARES)
     if not share:
         return {block.name: allowed[block.name][-1] for block in anatomy.blocks}
     last = math.ceil(round(wanted / share, 6))  # the place of everything that costs as much or more
     total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least error by shares removed so far
     total[0] = 0
     chosen = []
-    for block in anatomy.blocks:
+    for group, sizes, savings in zip(groups, options, costs, strict=True):
         best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
-        for option, (size, cost) in enumerate(zip(allowed[block.name], costs[block.name], strict=True)):
+        for option, (size, cost) in enumerate(zip(sizes, savings, strict=True)):
             shift = min(round(cost / share), last)
             reached = torch.full_like(total, torch.inf)
             reached[shift:] = total[: last + 1 - shift]
             reached[last] = total[last - shift :].min()
-            reached += error_at(errors, block, size)
+            reached += math.fsum(price(block, size) for block in group)
             better = reached < best
             best[better], choice[better] = reached[better], option
-        chosen.append((block, choice, total))
+        chosen.append((group, sizes, savings, choice, total))
         total = best
-    result, place = {}, int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded costs
-    for block, choice, before in reversed(chosen):
+    result: dict[str, Size] = {}
+    place = int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded costs
+    for group, sizes, savings, choice, before in reversed(chosen):
         option = int(choice[place])
-        result[block.name] = allowed[block.name][option]
-        shift = min(round(costs[block.name][option] / share), last)
+        result |= {block.name: sizes[option] for block in group}
+        shift = min(round(savings[option] / share), last)
         place = last - shift + int(before[last - shift :].argmin()) if place == last else place - shift
     return result
 

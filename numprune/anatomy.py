@@ -4,7 +4,7 @@ Everything is read from the configuration, so a model can be planned for before 
 architecture looks like stands in `families`; every other one is refused by name.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Counted, Part, Shape, TaskName, Wiring
+from numprune.families.family import LINEAR_PARTS, Counted, Experts, Part, Shape, TaskName, Wiring
 from numprune.renumber import layers_left, numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
 
@@ -34,12 +34,27 @@ HOW_TO_ADD = "docs/adding-an-architecture.md"
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Which experts a token goes to, and with what weights: softmax of the router's logits, of which some count.
+
+    Attributes:
+        router: path of the module in the layer; its logits (T, E) are the first of what it returns.
+        top_k: experts of each token.
+        normalized: the weights of those sum to 1; otherwise those of all experts do.
+    """
+
+    router: str
+    top_k: int
+    normalized: bool
+
+
+@dataclass(frozen=True)
 class Block:
     """One prunable block of one layer.
 
     A unit of attention is a KV group (one KV head and the query heads that share it, its members; a single head where
-    there is no grouping), a unit of an MLP is one intermediate channel. A block of no units is skipped: its modules are
-    not there.
+    there is no grouping), a unit of an MLP is one intermediate channel, a unit of experts is one of them, its members
+    are its channels. A block of no units is skipped: its modules are not there.
 
     Attributes:
         path: of its layer in the model.
@@ -52,8 +67,11 @@ class Block:
         shared: name -> shape of the tensors that go only with the whole block: norms, the consumer's bias.
         modules: that silence the block when they put out zeros.
         separable: units can go without changing what the others compute.
-        norm_behind: a norm stands between the consumer and the residual stream.
+        norm_behind: a norm, or a factor that depends on the token, stands between the consumer and the residual stream.
         post_norms: norms after the sum of the block's output and the stream, which go with the block.
+        field: the configuration's for its units. Where a stock architecture holds them, blocks of one field are alike.
+        beside: it reads what the block before it in the layer does, not what that puts out.
+        routing: of experts; None for other blocks.
         sizes: attribute of the layer's modules -> what it counts, where tensors do not tell all.
     """
 
@@ -71,6 +89,9 @@ class Block:
     separable: bool
     norm_behind: bool
     post_norms: tuple[str, ...]
+    field: str
+    beside: bool
+    routing: Routing | None
     sizes: Mapping[str, Counted]
 
     @property
@@ -107,6 +128,21 @@ class Block:
         return size.units * sum(part.parameters_per_unit(size.members) for part in self.slices)
 
     @property
+    def idle_parameters(self) -> int:
+        """Of experts that a token does not go to."""
+        if self.routing is None:
+            return 0
+        used = self.parameters(Size(1, self.members)) - self._router_parameters
+        return (self.units - self.routing.top_k) * used
+
+    @property
+    def _router_parameters(self) -> int:
+        """Of one expert."""
+        assert self.routing is not None
+        of_router = (part for part in self.writers if part.tensor.startswith(f"{self.routing.router}."))
+        return sum(part.parameters_per_unit(self.members) for part in of_router)
+
+    @property
     def shared_parameters(self) -> int:
         return sum(prod(shape) for shape in self.shared.values())
 
@@ -123,6 +159,8 @@ class Block:
             "heads": self.units * self.members,
             "heads per group": self.members,
             "channels": self.channels,
+            "experts": self.units,
+            "channels per expert": self.members,
         }
         return {attribute: counted[what] for attribute, what in self.sizes.items()}
 
@@ -143,13 +181,12 @@ class Anatomy:
     hidden_size: int
     head_dim: int
     vocabulary: int
-    blocks: tuple[Block, ...]  # attention before MLP, first layer first: the order of the forward pass
+    blocks: tuple[Block, ...]  # attention before MLP before experts, first layer first: the order of the forward pass
     around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
     output_parameters: int  # of the matrix that gives each token's logits, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
     attention_differs: bool  # some layers look at a window, others at everything
-    parallel: bool  # both blocks of a layer read what enters it
     residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
     numbering_field: str | None  # of the configuration, by which layers compute with their numbers: none can be dropped
 
@@ -170,8 +207,18 @@ class Anatomy:
     @property
     def is_uniform(self) -> bool:
         """Every layer has the same sizes, so a stock architecture can hold it."""
-        sizes = [{block.size for block in self.of_kind(kind)} for kind in self.kinds]
+        sizes = [{block.size for block in blocks} for blocks in self.alike]
         return all(len(found) == 1 and GONE not in found for found in sizes)
+
+    @property
+    def alike(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks that a stock architecture gives one size, together, in the order of the forward pass."""
+        fields = dict.fromkeys(block.field for block in self.blocks)
+        return tuple(tuple(block for block in self.blocks if block.field == field) for field in fields)
+
+    @property
+    def has_parallel_blocks(self) -> bool:
+        return any(block.beside for block in self.blocks)
 
     def of_kind(self, kind: str) -> tuple[Block, ...]:
         return tuple(block for block in self.blocks if block.kind == kind)
@@ -202,7 +249,7 @@ class Anatomy:
         """Whether a configuration that is not ours can hold a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]
         heads = size.units * size.members
-        if block.kind == "mlp" or family.stock_heads == "any" or family.stand_in is not None:
+        if block.kind != "attention" or family.stock_heads == "any" or family.stand_in is not None:
             return True
         if family.stock_heads == "divisors":
             return self.hidden_size % heads == 0
@@ -316,16 +363,15 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         around=around,
         output_parameters=prod(around[f"{embedding}.weight"]) if task in ("causal-lm", "masked-lm") else 0,
         bytes_per_value=dtype.itemsize if dtype is not None else 4,
-        sliding_window=getattr(config, "sliding_window", None),
+        sliding_window=getattr(config, "sliding_window", None) or None,
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
-        parallel=family.flag(family.parallel, config),
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
         numbering_field=numbering_field(family, config),
     )
 
 
 def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
-    """Return the blocks of a model, attention before MLP, first layer first.
+    """Return the blocks of a model, attention before MLP before experts, first layer first.
 
     Raises:
         InputError: the architecture is not supported, or its sizes contradict each other.
@@ -334,19 +380,33 @@ def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
     _require_sizes(config, "hidden_size", "vocab_size", "num_hidden_layers")
     if config.num_hidden_layers > MAXIMUM_LAYERS:
         raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
-    blocks: list[Block] = []
-    for layer in range(config.num_hidden_layers):
-        sizes = config.per_layer_config[layer]
-        heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
-        skipped = getattr(sizes, "skip", [])
-        head, channel = Extent(head_dim), Extent(1)
-        extents: dict[Part, Extent] = {"query": Extent(head_dim, divided=True), "key": head, "value": head}
-        extents |= {"gate": channel, "up": channel, "inner": channel}
-        counts: dict[Kind, Size] = {"attention": Size(kv_heads, heads // kv_heads), "mlp": Size(width)}
-        for kind, size in counts.items():
-            wiring = family.wiring(kind)
-            blocks.append(_block(family, wiring, config, layer, kind, GONE if kind in skipped else size, extents))
-    return tuple(blocks)
+    if family.experts and family.experts.step:
+        _require_sizes(config, family.experts.step)
+    return tuple(block for layer in range(config.num_hidden_layers) for block in _layer_blocks(family, config, layer))
+
+
+def _layer_blocks(family: Family, config: PreTrainedConfig, layer: int) -> Iterator[Block]:
+    sizes = config.per_layer_config[layer]
+    heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
+    skipped = getattr(sizes, "skip", [])
+    head, channel = Extent(head_dim), Extent(1)
+    extents: dict[Part, Extent] = {"query": Extent(head_dim, divided=True), "key": head, "value": head}
+    extents |= {"gate": channel, "up": channel, "inner": channel}
+
+    def block(kind: Kind, wiring: Wiring, field: str, size: Size, beside: bool = False) -> Block:
+        size = GONE if kind in skipped else size
+        return _block(family, wiring, config, layer, kind, field, size, extents, beside)
+
+    yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
+    if family.experts is None or not family.experts.are_in(layer, config):
+        assert family.mlp is not None
+        yield block("mlp", family.mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
+        return
+    # The experts come last, so that their refit makes up for what the shared one lost.
+    if family.shared is not None:
+        _require_sizes(sizes, family.shared_width, where=f"layer {layer}: ")
+        yield block("mlp", family.shared, family.shared_width, Size(getattr(sizes, family.shared_width)))
+    yield _experts_block(family, family.experts, sizes, layer)
 
 
 def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:
@@ -367,7 +427,15 @@ def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int,
 
 
 def _block(
-    family: Family, wiring: Wiring, config: Any, layer: int, kind: Kind, size: Size, extents: Mapping[Part, Extent]
+    family: Family,
+    wiring: Wiring,
+    config: Any,
+    layer: int,
+    kind: Kind,
+    field: str,
+    size: Size,
+    extents: Mapping[Part, Extent],
+    beside: bool = False,
 ) -> Block:
     hidden = config.hidden_size
 
@@ -384,7 +452,8 @@ def _block(
         for index, part in enumerate(matrix.parts):
             if part in LINEAR_PARTS:
                 linear = (place, index)
-    shared: dict[str, tuple[int, ...]] = {}
+    writers += [Slice(name, 0, (Extent(1, divided=True),), None) for name in wiring.per_head]
+    shared: dict[str, tuple[int, ...]] = {f"{wiring.gate}.weight": (1, hidden)} if wiring.gate else {}
     for norm in wiring.norms:
         shared |= _norm(family, norm, hidden)
     shared |= {f"{norm}.weight": (extents["key"].entries,) for norm in wiring.head_norms}
@@ -407,7 +476,55 @@ def _block(
         separable=not wiring.joint_norms,
         norm_behind=wiring.norm_behind,
         post_norms=wiring.norms if wiring.post_norm else (),
+        field=field,
+        beside=beside,
+        routing=None,
         sizes=wiring.sizes,
+    )
+
+
+def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> Block:
+    """Return the block of one layer's configuration.
+
+    Raises:
+        InputError: a size is not a whole number, or there are fewer experts than a token goes to.
+    """
+    where = f"layer {layer}: "
+    _require_sizes(sizes, experts.count, experts.width, experts.top_k, where=where)
+    count, width, top_k = (getattr(sizes, field) for field in (experts.count, experts.width, experts.top_k))
+    if count < top_k:
+        raise InputError(f"{where}{experts.count}={count} is less than {experts.top_k}={top_k}")
+    hidden, module = sizes.hidden_size, experts.module
+    channel, expert = Extent(1, divided=True), Extent(1)
+    pair = (Extent(2, divided=True),) if experts.transposed else (channel, channel)
+    inputs, outputs = (1, 2) if experts.transposed else (2, 1)
+    up = Slice(f"{module}.{experts.writer}", outputs, pair, hidden, stacked=True)
+    down = Slice(f"{module}.{experts.reader}", inputs, (channel,), hidden, stacked=True)
+    router = Slice(f"{experts.router}.weight", 0, (expert,), hidden)
+    biases = (
+        replace(up, tensor=f"{up.tensor}_bias", dim=1, width=None),
+        Slice(f"{down.tensor}_bias", 0, (expert,), hidden),
+        replace(router, tensor=f"{experts.router}.bias", width=None),
+    )
+    return Block(
+        layer=layer,
+        kind="experts",
+        path=f"{family.layers}.{layer}",
+        units=count,
+        members=width,
+        consumer=module,
+        reader=down,
+        writers=(up, router, *(biases if experts.bias else ())),
+        linear=None,
+        shared={name: shape for norm in experts.norms for name, shape in _norm(family, norm, hidden).items()},
+        modules=(module,),
+        separable=True,
+        norm_behind=False,
+        post_norms=(),
+        field=experts.count,
+        beside=family.shared is not None,
+        routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),
+        sizes=experts.sizes,
     )
 
 

@@ -22,8 +22,10 @@ AXES: dict[str, Axis] = {
     "kv-groups": Axis("attention", "units"),
     "query-heads": Axis("attention", "members"),
     "channels": Axis("mlp", "units"),
+    "experts": Axis("experts", "units"),
+    "expert-channels": Axis("experts", "members"),
 }
-DEFAULT_AXES = ("kv-groups", "channels")
+DEFAULT_AXES = ("kv-groups", "channels", "experts", "expert-channels")
 
 _LAYER = re.compile(r"layers\.(-?\d{1,6})(?:\.(\w+))?")
 

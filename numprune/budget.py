@@ -13,7 +13,8 @@ class Budget:
     Attributes:
         parameters: all of them, tied embeddings counted once.
         prunable_parameters: those that belong to a unit (attention and MLP projections); ratios refer to these.
-        flops_per_token: 2 per weight that a token meets, the output matrix included, attention over the context not.
+        flops_per_token: 2 per weight that a token meets, the output matrix included, attention over the context not; of
+            a layer's experts a token meets those it is routed to.
         attention_flops_per_context_token: added to it for each token already in the context.
         kv_bytes_per_token: keys and values of all layers in the configuration's dtype; an encoder keeps none.
     """
@@ -28,12 +29,13 @@ class Budget:
 def measure(anatomy: Anatomy) -> Budget:
     """Return the cost of `anatomy`."""
     prunable = sum(block.parameters(block.size) for block in anatomy.blocks)
+    idle = sum(block.idle_parameters for block in anatomy.blocks)
     attention = anatomy.of_kind("attention")
     cached = attention if anatomy.task == "causal-lm" else ()
     return Budget(
         parameters=anatomy.fixed_parameters + prunable + sum(b.shared_parameters for b in anatomy.blocks if b.units),
         prunable_parameters=prunable,
-        flops_per_token=2 * (prunable + anatomy.output_parameters),
+        flops_per_token=2 * (prunable - idle + anatomy.output_parameters),
         attention_flops_per_context_token=sum(4 * block.channels for block in attention),
         kv_bytes_per_token=sum(2 * block.units * anatomy.head_dim for block in cached) * anatomy.bytes_per_value,
     )

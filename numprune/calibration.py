@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from numprune.anatomy import Anatomy, Block
 from numprune.errors import InputError
+from numprune.experts.inputs import Routed
 from numprune.layers import Arguments, Layers, replaced
 from numprune.stand_ins import stand_ins
 
@@ -55,27 +56,30 @@ class Run:
     Attributes:
         inputs: (n, S, D), what the consumer reads.
         output: (n, S, out), what it puts out, bias included.
-        after: (n, S, H), what leaves the layer when its other block puts out zeros.
+        after: (n, S, H), what leaves the layer when its other blocks put out zeros.
+        routed: of experts, the n * S tokens as they are called with.
     """
 
     inputs: Tensor
     output: Tensor
     after: Tensor
+    routed: Routed | None = None
 
 
 def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> Run:
     """Run one block of its decoder layer on `hidden` (n, S, H)."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
     with ExitStack() as stack:
         for other in anatomy.of_layer(block.layer):
             if other.name != block.name and other.units:
                 for path, stand_in in stand_ins(other).items():
                     stack.enter_context(replaced([layer.get_submodule(path)], stand_in))
-        hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args, output)))
         stack.callback(hook.remove)
         after = arguments.call(layer, hidden)
-    inputs, output = (value.view(*hidden.shape[:-1], -1) for value in seen.pop())  # some models flatten their rows
-    return Run(inputs, output, after)
+    args, output = seen.pop()
+    inputs, output = (value.view(*hidden.shape[:-1], -1) for value in (args[0], output))  # some models flatten rows
+    return Run(inputs, output, after, Routed(*args) if block.routing else None)
 
 
 class Stream:
@@ -87,14 +91,12 @@ class Stream:
 
     def __init__(self, hidden: Tensor, entry: Tensor | None) -> None:
         self.hidden = hidden
-        self._entry = entry  # what entered the layer, where its blocks read that; else they read `hidden`
-        self._layer: int | None = None
+        self._entry = entry  # room for what blocks read that others stand beside; None: they all read `hidden`
 
-    def enter(self, layer: int) -> None:
-        """Say which layer's blocks come next."""
-        if self._entry is not None and layer != self._layer:
+    def enter(self, block: Block) -> None:
+        """Say which block comes next."""
+        if self._entry is not None and not block.beside:
             self._entry.copy_(self.hidden)
-        self._layer = layer
 
     def passed(self) -> None:
         """`hidden` has been written over with what leaves a whole layer: the next block reads that."""
@@ -141,8 +143,8 @@ class Walker:
 
     def stream(self, hidden: Tensor) -> Stream:
         """Return `hidden` (N, S, H) as a stream, which it is used up by."""
-        entry = self.layers.allocate(*hidden.shape).copy_(hidden) if self.layers.anatomy.parallel else None
-        return Stream(hidden, entry)
+        apart = self.layers.anatomy.has_parallel_blocks
+        return Stream(hidden, self.layers.allocate(*hidden.shape).copy_(hidden) if apart else None)
 
     def copy(self, stream: Stream) -> Stream:
         """Return a copy of a stream that no block has been run on, kept where it is."""
@@ -151,7 +153,7 @@ class Walker:
     @torch.no_grad()
     def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Run]]:
         """Run the block batch by batch; yield the rows of each and what came of it, on the layer's device."""
-        stream.enter(block.layer)
+        stream.enter(block)
         for batch in self.batches(len(stream)):
             yield batch, self.run_batch(layer, block, stream.read(batch))
 

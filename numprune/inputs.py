@@ -1,6 +1,6 @@
 """What the consumers of a model read while it is pruned: collected block by block, or known before."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from numprune.anatomy import Block
 from numprune.calibration import Run, Walker, consumer_weight
+from numprune.experts.inputs import Experts, Routed, Seen
+from numprune.experts.refit import Batch
 from numprune.joint import Aims, refit_both
 from numprune.moments import Moments
 from numprune.slices import Kept
@@ -51,6 +53,11 @@ class Walked:
         self._targets: Tensor | None = None  # (N, S, out), where the streams behind the block do not tell them
         self.held_out: Moments | None = None
 
+    @property
+    def from_pruned_prefix(self) -> bool:
+        """What is fitted has inputs that do not determine its targets."""
+        return self._pruned is not self._dense
+
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
         weight = consumer_weight(layer, block)
@@ -71,6 +78,41 @@ class Walked:
             self.held_out = held_out if held_out.count else None
         return moments
 
+    def experts(self, layer: nn.Module, block: Block) -> Seen:
+        """Return what is seen of the layer's experts. The streams stay in front of them, until `pass_experts_on`."""
+        dense, pruned = self._dense, self._pruned
+        outputs = self._room()
+        seen = Seen(Experts(layer, block), dense.hidden[..., 0].numel())
+        for batch, own in self._walker.run(layer, block, dense):
+            outputs[batch] = own.output
+            if pruned is dense:
+                seen.add(_routed(own))
+        if pruned is not dense:
+            for _, run in self._walker.run(layer, block, pruned):
+                seen.add(_routed(run))
+        return seen
+
+    def to_fit(self, layer: nn.Module, block: Block) -> Iterator[Batch]:
+        """Yield what the experts of a layer that has only those kept read, and what they should put out."""
+        outputs = self._room()
+        experts = Experts(layer, block)
+        for batch, run in self._walker.run(layer, block, self._pruned):
+            target = outputs[batch]
+            if self._residual:
+                target = target + self._missing(batch)
+            held_out = _held_out_rows(batch)[:, None].expand(target.shape[:2])
+            device = run.output.device
+            yield Batch(
+                list(experts.shares(_routed(run))), target.flatten(0, 1).to(device), held_out.flatten().to(device)
+            )
+
+    def pass_experts_on(self, layer: nn.Module, block: Block) -> None:
+        """The layer has only the experts that are kept."""
+        scale = self._walker.layers.anatomy.residual_scale
+        self._dense.hidden.add_(self._room(), alpha=scale)
+        if self._pruned is not self._dense:
+            self._walker.advance(layer, block, self._pruned)
+
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         if self._both_sides and kept.size.units and block.linear is not None:
             refit_both(self._walker, layer, block, kept, self._pruned, self._aims(block), damping)
@@ -89,13 +131,22 @@ class Walked:
             return own.output
         target = own.output
         if not block.norm_behind:
-            missing = self._dense.hidden[batch] - self._pruned.hidden[batch]
-            target = target + missing.to(target.device) / self._walker.layers.anatomy.residual_scale
+            target = target + self._missing(batch).to(target.device)
         if self._both_sides and _followed_by_norm(block):
-            if self._targets is None:
-                self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
-            self._targets[batch] = target.to(self._targets.device)
+            room = self._room()
+            room[batch] = target.to(room.device)
         return target
+
+    def _missing(self, batch: slice) -> Tensor:
+        """What a block would have to put out to take the pruned stream to the dense one."""
+        missing = self._dense.hidden[batch] - self._pruned.hidden[batch]
+        return missing / self._walker.layers.anatomy.residual_scale
+
+    def _room(self) -> Tensor:
+        """Room for outputs of all rows, (N, S, H)."""
+        if self._targets is None:
+            self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
+        return self._targets
 
     def _aims(self, block: Block) -> Aims:
         """The targets once more, the dense stream being behind the block."""
@@ -112,9 +163,19 @@ def _followed_by_norm(block: Block) -> bool:
 
 def split_rows(batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments) -> None:
     """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments each row belongs to."""
-    held = torch.arange(batch.start, batch.stop, device=inputs.device) % _HELD_OUT == _HELD_OUT - 1
+    held = _held_out_rows(batch).to(inputs.device)
     fitted.add(inputs[~held], targets[~held])
     held_out.add(inputs[held], targets[held])
+
+
+def _held_out_rows(batch: slice) -> Tensor:
+    """Which rows of the batch are held out, (n,) bool."""
+    return torch.arange(batch.start, batch.stop) % _HELD_OUT == _HELD_OUT - 1
+
+
+def _routed(run: Run) -> Routed:
+    assert run.routed is not None
+    return run.routed
 
 
 class Collected:

@@ -44,6 +44,7 @@ AUTO_OF: Mapping[TaskName, Any] = {
     "classification": AutoModelForSequenceClassification,
     "embedding": AutoModel,
 }
+_IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 class _PerLayerConfig:
@@ -80,10 +81,12 @@ class _PerLayerModel:
     Attributes:
         family: of the model.
         layers_path: path of its layers.
+        stock: transformers' class.
     """
 
     family: Family
     layers_path: str
+    stock: type[PreTrainedModel]
 
     # No type for `self`: vLLM's transformers backend takes the annotations of a constructor for those of its arguments.
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -92,7 +95,8 @@ class _PerLayerModel:
         self._build_layers(config)
 
     def _build_layers(self: Any, config: PreTrainedConfig) -> None:
-        config._attn_implementation_internal = self.config._attn_implementation_internal
+        for choice in _IMPLEMENTATIONS:
+            setattr(config, choice, getattr(self.config, choice))
         layers = self.get_submodule(self.layers_path)
         stock = type(layers[0])
         attending = 0
@@ -101,7 +105,7 @@ class _PerLayerModel:
             layers[index] = layer
             for block in blocks:
                 if not block.units:
-                    _skip(layer, block, self.family)
+                    _skip(layer, block)
                 elif block.kind == "attention":
                     if self.family.stock_heads == "all":
                         zeros = {name: torch.zeros(shape) for name, shape in block.tensors().items()}
@@ -115,10 +119,23 @@ class _PerLayerModel:
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        for block in read_blocks(self.config):  # each layer holds a copy of the configuration
-            if block.units and block.kind == "attention":
-                attention = self.get_submodule(f"{self.layers_path}.{block.layer}.{block.modules[0]}")
-                attention.config._attn_implementation_internal = self.config._attn_implementation_internal
+        self._pass_on_implementations()
+
+    def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
+        self._pass_on_implementations()
+
+    @classmethod
+    def _can_set_experts_implementation(cls: Any) -> bool:
+        return bool(cls.stock._can_set_experts_implementation())  # which looks into the source of the class's module
+
+    def _pass_on_implementations(self: Any) -> None:
+        """Each layer holds a copy of the configuration."""
+        for block in read_blocks(self.config):
+            if block.units and block.kind != "mlp":
+                module = self.get_submodule(f"{self.layers_path}.{block.layer}.{block.modules[0]}")
+                for choice in _IMPLEMENTATIONS:
+                    setattr(module.config, choice, getattr(self.config, choice))
 
 
 class Silent(nn.Module):
@@ -132,11 +149,12 @@ class Silent(nn.Module):
         return self._output(*args, **kwargs)
 
 
-def _skip(layer: nn.Module, block: Block, family: Family) -> None:
+def _skip(layer: nn.Module, block: Block) -> None:
     for path, stand_in in stand_ins(block).items():
         layer.set_submodule(path, Silent(stand_in))
-    for path in family.wiring(block.kind).norms:
-        layer.set_submodule(path, nn.Identity())
+    for path in {name.rpartition(".")[0] for name in block.shared}:
+        if not f"{path}.".startswith(tuple(f"{module}." for module in block.modules)):
+            layer.set_submodule(path, nn.Identity())
 
 
 def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrainedConfig:
@@ -191,6 +209,7 @@ def _register(family: Family) -> None:
                 "config_class": config,
                 "family": family,
                 "layers_path": layers_path.removeprefix(inside),
+                "stock": stock_model,
                 "__module__": __name__,
             },
         )

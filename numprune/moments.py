@@ -55,6 +55,10 @@ class Moments:
             tokens = slice(start, start + _TOKENS)
             self._add_products(x[tokens], y[tokens] if self.outputs and y is not None else None)
 
+    def add_zeros(self, count: int) -> None:
+        """Add so many inputs, and targets, that are zero."""
+        self.count += count
+
     def _add_products(self, x: Tensor, y: Tensor | None) -> None:
         strip = _STRIP[self.device.type]
         for start in range(0, self.channels, strip):

@@ -30,6 +30,9 @@ from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.curves import error_curve
 from numprune.depth import Shallower, choose, ratio_left, smallest_layers
 from numprune.errors import InputError
+from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
+from numprune.experts.finish import finish_experts
+from numprune.experts.inputs import Seen
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
@@ -45,7 +48,7 @@ from numprune.tasks import CAUSAL, Task
 logger = logging.getLogger(__name__)
 
 # A block, its consumer's weight (out, D) in float64 and the moments of what it reads -> what it keeps.
-Choice = Callable[[Block, Tensor, Moments], Kept]
+Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
 
 # `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
@@ -98,11 +101,11 @@ class Known:
     """What has been collected of the dense model on the calibration rows, so that it need not be collected again.
 
     Attributes:
-        moments: block name -> of every block that has units.
+        moments: block name -> of every block that has units; None: of none, and always so where layers have experts.
         sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
     """
 
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Moments] | None
     sensitivity: Sensitivity | None = None
 
 
@@ -136,6 +139,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
     ):
         if value not in known:
             raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
+    if options.criterion == "frequency" and "experts" not in anatomy.kinds:
+        raise InputError(f"criterion frequency ranks experts, and {anatomy.family} has none; use another criterion")
     if not 0 <= options.damping < float("inf"):
         raise InputError(f"damping is {options.damping}; it must be 0 or more")
     if options.batch_size < 1:
@@ -160,7 +165,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
     options.limits.check(anatomy)
-    members = [name for name in options.axes if AXES[name].part == "members"]
+    members = [name for name in options.axes if AXES[name].part == "members" and AXES[name].kind in anatomy.kinds]
     if members and options.allocation == "global":
         raise InputError(
             f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
@@ -287,9 +292,9 @@ def prune_layers(
         _warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
     choice, splits = _choice(rest, walker, rows) if plan is None else (_planned(rest, plan), plan.splits)
-    inputs = (
+    inputs: Inputs = (
         Walked(walker, rows, options.compensation)
-        if rest.known is None or options.compensation in FROM_PRUNED_PREFIX
+        if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
         else Collected(rest.known.moments)
     )
     whole = Walker(layers, rows.shape[1], options.batch_size)
@@ -307,11 +312,17 @@ def prune_layers(
                 if not block.units:
                     kept[block.name] = _nothing(block)
                     continue
+                if block.routing is not None:
+                    assert isinstance(inputs, Walked)
+                    left = kept[block.name] = choice(layer, block, inputs.experts(layer, block))
+                    gamma = options.damping if _is_fitted(block, left.size, options) else None
+                    dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
+                    continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_weight(layer, block).double()
-                left = kept[block.name] = choice(block, weight, moments)
+                left = kept[block.name] = choice(layer, block, moments)
                 damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
-                dampings[block.name] = damping if _is_fitted(block, left, options) else None
+                dampings[block.name] = damping if _is_fitted(block, left.size, options) else None
                 bias = _compensate(layer, weight, block, left, moments, damping, options)
                 if bias is not None:
                     biases[block.name] = bias
@@ -340,10 +351,10 @@ def plan_layers(
     rest = _rest(layers, rows, options, known, dropped)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
     choice, splits = _choice(rest, walker, rows)
-    inputs = Walked(walker, rows) if rest.known is None else Collected(rest.known.moments)
+    inputs = _dense_inputs(walker, rows, rest.known)
     kept = {block.name: _nothing(block) for block in rest.layers.anatomy.blocks}
-    for block, weight, moments in _dense_blocks(rest.layers, inputs):
-        kept[block.name] = choice(block, weight, moments)
+    for layer, block in _blocks(rest.layers):
+        kept[block.name] = choice(layer, block, _dense_reading(layer, block, inputs))
     return rest.describe(rows, kept, {}, splits)
 
 
@@ -351,16 +362,19 @@ def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
     """Return what may be left of the model, as far as its configuration tells.
 
     One anatomy where nothing is priced, several where `uniform` prices them and takes one, none where each layer gets a
-    size of its own. Which layers are dropped does not matter: under `uniform` all are of one size.
+    size of its own, or where there are experts and so too many to list. Which layers are dropped does not matter: under
+    `uniform` all are of one size.
 
     Raises:
         InputError: as `check_options`.
     """
     check_options(anatomy, options)
-    if options.allocation != "uniform":
+    if options.allocation != "uniform" or (anatomy.of_kind("experts") and options.compensation in _REFITTING):
         return []
     dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
     rest, left = _left(anatomy, options, dropped)
+    if anatomy.of_kind("experts"):
+        return [rest.keeping(uniform(rest, left.ratio, _allowed(rest, left)))]
     splits = splits_meeting(rest, left.ratio, _allowed(rest, left))
     if options.compensation not in _REFITTING:
         splits = splits[:1]
@@ -439,6 +453,8 @@ def _rest(
         raise ValueError(f"{len(dropped)} layers are dropped, where the options say {options.drop_layers}")
     check_options(layers.anatomy, options)
     check_rows(layers.anatomy, rows)
+    if known and layers.anatomy.of_kind("experts"):
+        known = replace(known, moments=None)  # whoever refits experts must walk
     if not dropped:
         return _Rest(layers, layers, options, options, known, ())
     gone = [drop.layer for drop in dropped]
@@ -452,12 +468,19 @@ def _choice(rest: _Rest, walker: Walker, rows: Tensor) -> tuple[Choice, list[Pri
     gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
+    by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by what it loses
+    if gradients is None and by_loss:
+        gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     sizes, splits = _sizes_to_keep(layers, walker, rows, options, known, gradients)
-    if options.criterion != "taylor":
+    if options.criterion != "taylor" and not by_loss:
         gradients = None  # large, and needed no more
 
-    def by_score(block: Block, weight: Tensor, moments: Moments) -> Kept:
-        return _choose(_view(block, weight, moments, options, gradients), sizes[block.name], options.criterion)
+    def by_score(layer: nn.Module, block: Block, read: Moments | Seen) -> Kept:
+        size = sizes[block.name]
+        if isinstance(read, Seen):
+            return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
+        weight = consumer_weight(layer, block).double()
+        return _choose(_view(block, weight, read, options, gradients), size, options.criterion)
 
     return by_score, splits
 
@@ -465,7 +488,8 @@ def _choice(rest: _Rest, walker: Walker, rows: Tensor) -> tuple[Choice, list[Pri
 def _planned(rest: _Rest, plan: Plan) -> Choice:
     """Return what chooses as `plan` says."""
     names = rest.names()
-    return lambda block, weight, _: plan.blocks[names[block.name]].to_kept().to(weight.device)
+    device = rest.layers.device
+    return lambda _layer, block, _read: plan.blocks[names[block.name]].to_kept().to(device)
 
 
 def _nothing(block: Block) -> Kept:
@@ -508,7 +532,7 @@ def describe(
 
 
 def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
-    for kind in anatomy.kinds:
+    for kind in (kind for kind in anatomy.kinds if kind != "experts"):
         widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
         if rows.numel() < 4 * widest.channels:
             logger.warning(
@@ -523,12 +547,15 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
-    """Yield block name and moments of every block that has units, in the order of the forward pass."""
+    """Yield block name and moments of every block that has units, in the order of the forward pass; not of experts."""
     walk = Walked(Walker(layers, rows.shape[1], batch_size), rows)
     for index in progress(range(layers.anatomy.layers), "calibrate", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
-                if block.units:
+                if block.routing is not None:
+                    walk.experts(layer, block)
+                    walk.pass_experts_on(layer, block)
+                elif block.units:
                     yield block.name, walk.moments(layer, block)
 
 
@@ -547,32 +574,27 @@ def _sizes_to_keep(
     anatomy, ratio = layers.anatomy, options.ratio
     allowed = _allowed(anatomy, options)
     if options.allocation == "uniform":
-        splits = splits_meeting(anatomy, ratio, allowed)
+        splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
         if len(splits) == 1 or options.compensation not in _REFITTING:  # the curves are those of refitted consumers
             return uniform(anatomy, ratio, allowed), None
         gradients = gradients or sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
-    inputs = Walked(walker, rows) if known is None else Collected(known.moments)
+    inputs = _dense_inputs(walker, rows, known)
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
-        scores |= {
-            block.name: CRITERIA[options.criterion](_view(block, weight, moments, options, gradients))
-            for block, weight, moments in _dense_blocks(layers, inputs)
-        }
+        scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in _blocks(layers)}
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
     errors |= {
-        block.name: error_curve(
-            weight,
-            moments.gram,
-            gradients.output[block.name],
-            block.size,
-            members=options.limits.takes(block, "members"),
+        block.name: _errors(
+            layer, block, inputs, gradients.output[block.name], members=options.limits.takes(block, "members")
         )
-        for block, weight, moments in _dense_blocks(layers, inputs)
+        for layer, block in _blocks(layers)
     }
     if options.allocation == "error":
         return by_error(anatomy, ratio, allowed, errors), None
+    if not splits:
+        return uniform(anatomy, ratio, allowed, errors), None
     return uniform(anatomy, ratio, allowed, errors), [
         PricedSplit(
             kv_groups=split.attention.units,
@@ -584,28 +606,73 @@ def _sizes_to_keep(
     ]
 
 
-def _dense_blocks(layers: Layers, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Moments]]:
-    """Yield every block that has units, its consumer's weight (out, D) in float64, and its moments."""
+def _blocks(layers: Layers) -> Iterator[tuple[nn.Module, Block]]:
+    """Yield every block that has units, with its layer."""
     for index in progress(range(layers.anatomy.layers), "score", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):
                 if block.units:
-                    yield block, consumer_weight(layer, block).double(), inputs.moments(layer, block)
+                    yield layer, block
+
+
+def _dense_inputs(walker: Walker, rows: Tensor, known: Known | None) -> Inputs:
+    return Walked(walker, rows) if known is None or known.moments is None else Collected(known.moments)
+
+
+def _dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | Seen:
+    """What the dense model's block reads."""
+    if block.routing is None:
+        return inputs.moments(layer, block)
+    assert isinstance(inputs, Walked)
+    seen = inputs.experts(layer, block)
+    inputs.pass_experts_on(layer, block)
+    return seen
+
+
+def _ranks(
+    layer: nn.Module, block: Block, inputs: Inputs, options: PruneOptions, gradients: Sensitivity | None
+) -> Tensor:
+    """The scores of the dense model's block, (units,)."""
+    read = _dense_reading(layer, block, inputs)
+    if isinstance(read, Seen):
+        return expert_scores(layer, block, read, _scoring(block, options, gradients))
+    weight = consumer_weight(layer, block).double()
+    return CRITERIA[options.criterion](_view(block, weight, read, options, gradients))
+
+
+def _errors(layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, *, members: bool) -> Tensor:
+    """What each size of the dense model's block costs, (units + 1, members)."""
+    read = _dense_reading(layer, block, inputs)
+    if isinstance(read, Seen):
+        return error_table(layer, block, read, sensitivity)
+    weight = consumer_weight(layer, block).double()
+    return error_curve(weight, read.gram, sensitivity, block.size, members=members)
+
+
+def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:
+    kind = 0 if block.kind == "attention" else 1
+    return Scoring(
+        options.criterion,
+        options.ratio,
+        seed=(options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63),
+        taylor=gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None,
+        sensitivity=gradients.output[block.name] if gradients and block.routing is not None else None,
+    )
 
 
 def _view(
     block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
 ) -> BlockView:
-    kind = 0 if block.kind == "attention" else 1
+    scoring = _scoring(block, options, gradients)
     return BlockView(
         weight,
         moments.gram,
         moments.mean,
         block.channels_per_unit,
-        options.ratio,
-        seed=(options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63),
-        taylor=gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None,
-        members=block.members,
+        scoring.ratio,
+        scoring.seed,
+        scoring.taylor,
+        block.members,
     )
 
 
@@ -636,10 +703,10 @@ def _damping(
     return choose_damping(weight[:, kept], own, moments.of(kept).without(held), held, options.damping)
 
 
-def _is_fitted(block: Block, left: Kept, options: PruneOptions) -> bool:
+def _is_fitted(block: Block, left: Size, options: PruneOptions) -> bool:
     """Whether the block's consumer is fitted: it has lost channels, or makes up for what others lost."""
-    loses = left.size != block.size or options.compensation in ("residual", "joint")
-    return options.compensation in _REFITTING and loses and left.size.units > 0
+    loses = left != block.size or options.compensation in ("residual", "joint")
+    return options.compensation in _REFITTING and loses and left.units > 0
 
 
 def _compensate(
@@ -667,7 +734,7 @@ def _compensate(
     columns = weight[:, kept]
     own = None if consumer.bias is None else consumer.bias.double()
     added = mean_bias(weight, own, kept, moments) if options.compensation == "bias" else None
-    if _is_fitted(block, left, options):
+    if _is_fitted(block, left.size, options):
         columns, bias = refit(weight, own, kept, moments, damping)
         if bias is not None:
             consumer.bias.copy_(bias)

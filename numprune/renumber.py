@@ -47,12 +47,18 @@ def renumber_fields(family: Family, fields: Mapping[str, Any], dropped: Collecti
             renumbered[name] = [value[layer] for layer in layers_left(len(value), dropped)]
         elif value is not None and says == "first":
             renumbered[name] = _new_number(value, dropped)
+        elif value is not None and says == "layers":
+            renumbered[name] = [_new_number(layer, dropped) for layer in value if layer not in dropped]
     return renumbered
 
 
 def numbering_field(family: Family, config: Any) -> str | None:
     """Return the field by which each layer computes with its own number, so that no layer can be dropped, or None."""
-    return next((name for name, says in family.per_layer.items() if says == "index" and getattr(config, name)), None)
+    for name, says in family.per_layer.items():
+        value = getattr(config, name)
+        if (says == "index" and value) or (says == "step" and value != 1):
+            return name
+    return None
 
 
 def _new_number(layer: int, dropped: Collection[int]) -> int:

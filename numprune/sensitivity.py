@@ -160,7 +160,8 @@ def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], losses
     score = torch.zeros(block.size, dtype=torch.float64, device=matrices[block.reader.tensor].device)
     for part in block.slices:
         salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / losses).abs()
-        entries = salience.movedim(part.dim, 0).reshape(salience.shape[part.dim], -1).sum(1)
+        by_entry = part.by_entry(salience)
+        entries = by_entry.reshape(len(by_entry), -1).sum(1)
         for index, extent in enumerate(part.parts):
             own = entries[part.entries(every, block.size, index)].view(block.units, -1)
             if extent.divided:

@@ -1,8 +1,9 @@
 """Where a block's units and members lie in its tensors.
 
-A block is divided into units, and its units may be divided into members: of attention a unit is a KV group, its members
-are the query heads that share the KV head. Units go one by one. Of the members every unit left keeps as many as the
-others, each its own choice, so that one pair of numbers says how large a block is.
+A block is divided into units, and its units may be divided into members. A unit of attention is a KV group; its members
+are the query heads that share the KV head. A unit of a sparse layer's experts is an expert; its members are its
+channels. Units go one by one. Of the members every unit left keeps as many as the others, each its own choice, so that
+one pair of numbers says how large a block is.
 """
 
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ class Slice:
         parts: what a unit owns of `dim` in each part of the tensor.
         width: the size of the other dimension; None: there is no other.
         interleaved: a unit has all its parts, then comes the next; otherwise all units' first parts come first.
+        stacked: the tensor has a first dimension of units, each of which has its own entries of `dim`.
     """
 
     tensor: str
@@ -82,6 +84,7 @@ class Slice:
     parts: tuple[Extent, ...]
     width: int | None
     interleaved: bool = False
+    stacked: bool = False
 
     def entries_per_unit(self, members: int) -> int:
         """Entries of `dim` that a unit of so many members owns."""
@@ -92,18 +95,34 @@ class Slice:
 
     def shape(self, size: Size) -> tuple[int, ...]:
         """Return the shape of the tensor of a block of this size."""
-        entries = size.units * self.entries_per_unit(size.members)
+        before: tuple[int, ...] = (size.units,) if self.stacked else ()
+        entries = self.entries_per_unit(size.members) * (1 if self.stacked else size.units)
         if self.width is None:
-            return (entries,)
-        return (entries, self.width) if self.dim == 0 else (self.width, entries)
+            return (*before, entries)
+        return (*before, entries, self.width) if self.dim == len(before) else (*before, self.width, entries)
+
+    def by_entry(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the block as (entries, …); of a stack, the entries of one unit after the other."""
+        return tensor.movedim(self.dim, 1).flatten(0, 1) if self.stacked else tensor.movedim(self.dim, 0)
+
+    def cut(self, tensor: Tensor, kept: Kept, of: Size) -> Tensor:
+        """Return what is kept of the tensor of a block of size `of`."""
+        entries = self.entries(kept.to(tensor.device), of)
+        if not self.stacked:
+            return tensor.index_select(self.dim, entries)
+        found = self.by_entry(tensor).index_select(0, entries)
+        return found.unflatten(0, (len(kept.units), -1)).movedim(1, self.dim).contiguous()
 
     def entries(self, kept: Kept, of: Size, part: int | None = None) -> Tensor:
-        """Return the indices along `dim`, ascending, of what is kept of a block of size `of`, in one part or in all."""
+        """Return the indices along `dim`, ascending, of what is kept of a block of size `of`, in one part or in all.
+
+        Of a stack, as `by_entry` has them.
+        """
         wanted: Sequence[int] = range(len(self.parts)) if part is None else (part,)
         found = []
         for index in wanted:
             extent, offset = self.parts[index], sum(before.of_unit(of.members) for before in self.parts[:index])
-            if self.interleaved:
+            if self.interleaved or self.stacked:
                 stride, start = self.entries_per_unit(of.members), offset
             else:
                 stride, start = extent.of_unit(of.members), offset * of.units

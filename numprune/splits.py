@@ -55,6 +55,14 @@ class Split:
         )
 
 
+def require_alike(anatomy: Anatomy) -> None:
+    """Raises InputError where the layers differ, which uniform allocation cannot do with."""
+    if not anatomy.is_uniform:
+        raise InputError(
+            "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
+        )
+
+
 def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split]:
     """Return the splits that meet `ratio` to within half a step of the MLPs' allowed widths.
 
@@ -64,10 +72,7 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
     Raises:
         InputError: the layers differ, or no split meets the ratio; names the nearest ratios that some split meets.
     """
-    if not anatomy.is_uniform:
-        raise InputError(
-            "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
-        )
+    require_alike(anatomy)
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
     sizes = [size for size in allowed[attention[0].name] if size.units]
     widths = [size.units for size in allowed[mlp[0].name] if size.units]

@@ -10,7 +10,7 @@ from numprune.anatomy import Block
 
 
 def silent(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stand for an MLP, or for one of its projections, that puts out zeros."""
+    """Stand for an MLP, one of its projections, or experts that put out zeros."""
     return torch.zeros_like(hidden_states)
 
 

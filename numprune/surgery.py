@@ -28,7 +28,10 @@ def channels_of(block: Block, kept: Kept) -> Tensor:
 
 def can_hold_bias(family: str) -> bool:
     """Whether the consumers of the family have biases, or can by its configuration."""
-    return all(wiring.reader.bias is not False for wiring in (FAMILIES[family].attention, FAMILIES[family].mlp))
+    entry = FAMILIES[family]
+    return entry.experts is None and all(
+        wiring is not None and wiring.reader.bias is not False for wiring in (entry.attention, entry.mlp)
+    )
 
 
 def pruned_config(
@@ -56,8 +59,8 @@ def _sized_config(
         count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         fields |= {count: anatomy.layers, **renumber_fields(family, fields, dropped)}
     if with_bias:
-        flags = (family.attention.reader.bias, family.mlp.reader.bias)
-        fields |= {flag: True for flag in flags if isinstance(flag, str)}
+        wirings = filter(None, (family.attention, family.mlp))
+        fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
     # The first layer's sizes stand for the model; where it skips a block, those of the first that has it.
     fields |= {key: value for layer in reversed(sizes) for key, value in layer.items() if key != "skip"}
@@ -118,11 +121,7 @@ def narrowed(layer: nn.Module, block: Block, kept: Kept) -> nn.Module:
 
 def _cut(state: Mapping[str, Tensor], block: Block, kept: Kept) -> dict[str, Tensor]:
     """Return what is kept of the block's tensors, by their names in the layer."""
-    cut = {}
-    for part in block.slices:
-        tensor = state[part.tensor]
-        cut[part.tensor] = tensor.index_select(part.dim, part.entries(kept.to(tensor.device), block.size))
-    return cut
+    return {part.tensor: part.cut(state[part.tensor], kept, block.size) for part in block.slices}
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -173,7 +172,9 @@ def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
         if not block.units:
             continue
         if block.kind == "mlp":
-            sizes[family.width] = block.units
+            sizes[block.field] = block.units
+        elif family.experts is not None and block.kind == "experts":
+            sizes |= {family.experts.count: block.units, family.experts.width: block.members}
         else:
             sizes[family.heads] = block.units * block.members
             if family.kv_heads:

@@ -7,7 +7,8 @@ channels evenly), and they hold for the other runtimes as well.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from numprune.anatomy import Anatomy, Block
 from numprune.axes import Limits
@@ -72,13 +73,14 @@ def _sizes(
     if not block.units:
         return [GONE]
     if block.kind == "mlp":
-        least = target.quantization_group * target.tensor_parallel
-        step = math.lcm(target.align, target.quantization_group) * target.tensor_parallel
-        widths = list(range(step, block.units + 1, step))
-        if block.units % step and block.units % least == 0:
-            widths.append(block.units)
-        sizes = [Size(width) for width in widths]
-        rule = f"a multiple of quantization_group * tensor_parallel = {least}"
+        sizes = [Size(width) for width in _widths(block.units, target)]
+        rule = _rule_of_widths(target)
+    elif block.routing is not None:
+        # The kernels that take all experts at once want rows of whole 16 bytes.
+        aligned = replace(target, align=math.lcm(target.align, 16 // anatomy.bytes_per_value))
+        widths = _widths(block.members, aligned)
+        sizes = [Size(*size) for size in product(range(block.routing.top_k, block.units + 1), widths)]
+        rule = _rule_of_widths(target)
     else:
         sizes = [
             Size(groups, heads)
@@ -90,7 +92,8 @@ def _sizes(
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
             f"in groups of quantization_group={target.quantization_group} channels"
         )
-    allowed = [size for size in (GONE, *sizes) if limits.allows(block, size, protected)]
+    gone = () if block.routing else (GONE,)  # experts do not go as a whole
+    allowed = [size for size in (*gone, *sizes) if limits.allows(block, size, protected)]
     if not any(size.units for size in allowed):
         which = "that axes, keep and floors allow" if sizes else f"of up to {block.units} units"
         raise InputError(
@@ -98,6 +101,19 @@ def _sizes(
             "choose a smaller tensor_parallel or quantization_group"
         )
     return allowed
+
+
+def _widths(width: int, target: Target) -> list[int]:
+    """Return the numbers of channels that an MLP, or an expert, of this width may be left with."""
+    step = math.lcm(target.align, target.quantization_group) * target.tensor_parallel
+    widths = list(range(step, width + 1, step))
+    if width % step and width % (target.quantization_group * target.tensor_parallel) == 0:
+        widths.append(width)
+    return widths
+
+
+def _rule_of_widths(target: Target) -> str:
+    return f"a multiple of quantization_group * tensor_parallel = {target.quantization_group * target.tensor_parallel}"
 
 
 def _may_have(block: Block, size: Size, anatomy: Anatomy, stock: bool) -> bool:
@@ -127,7 +143,9 @@ def not_split(anatomy: Anatomy, tensor_parallel: int) -> list[str]:
     for block in anatomy.blocks:
         groups, heads = block.units, block.units * block.members
         if block.kind == "mlp":
-            counts = {family.width: block.units} if block.units % tensor_parallel else {}
+            counts = {block.field: block.units} if block.units % tensor_parallel else {}
+        elif family.experts and block.kind == "experts":
+            counts = {family.experts.width: block.members} if block.members % tensor_parallel else {}
         else:
             counts = {family.heads: heads} if heads % tensor_parallel else {}
             if family.kv_heads and groups and not _shared(groups, tensor_parallel):

@@ -86,6 +86,7 @@ def _bytes(*special: str) -> Tokenizer:
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # What makes an architecture differ from Llama must show in its logits.
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {
@@ -108,6 +109,26 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "roberta": {"pad_token_id": 1},
     "distilbert": {"pad_token_id": 0, "hidden_dim": 96},
     "electra": {"pad_token_id": 0, "embedding_size": 32},
+    "mixtral": {"num_local_experts": 5, "intermediate_size": 24},
+    # The first layer has an MLP, the second has experts and one that all tokens share.
+    "qwen2_moe": {**_EXPERTS, "num_experts": 5, "mlp_only_layers": [0], "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**_EXPERTS, "num_local_experts": 5, "norm_topk_prob": True},
+    "gpt_oss": {
+        **_EXPERTS,
+        "num_local_experts": 5,
+        "intermediate_size": 24,
+        "sliding_window": 8,
+        "layer_types": _LAYER_TYPES,
+        "rope_parameters": {
+            "rope_type": "yarn",  # vLLM knows no other for it
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
 }
 
 

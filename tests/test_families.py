@@ -16,6 +16,8 @@ from numprune.budget import measure
 from numprune.calibration import Walker, consumer_weight
 from numprune.depth import Shallower
 from numprune.errors import InputError
+from numprune.experts.inputs import Experts
+from numprune.experts.removal import routing_weights
 from numprune.export import checkpoint, onnx, onnx_decoder, parity, parity_encoder, vllm
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
@@ -124,7 +126,8 @@ def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task):
         torch.testing.assert_close(head(ROWS, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 
 
-# By layer: the share of its units that each kind of block keeps; `heads`: of the query heads in each KV group.
+# By layer: the share of its units that each kind of block keeps; `heads`: of the query heads in each KV group;
+# `channels`: of the channels in each expert.
 CUTS = {
     "attention": ({"attention": 0.5}, {"attention": 0.5}),
     "mlp": ({"mlp": 0.4}, {"mlp": 0.4}),
@@ -135,6 +138,9 @@ CUTS = {
     "attention per layer": ({"attention": 0.5}, {}),
     "mlp per layer": ({"mlp": 0.4}, {"mlp": 0.7}),
     "both per layer": ({"attention": 0.5}, {"mlp": 0.4}),
+    "experts": ({"experts": 0.6}, {"experts": 0.6}),
+    "experts and channels": ({"experts": 0.6, "channels": 0.5}, {"experts": 0.6, "channels": 0.5}),
+    "experts per layer": ({"experts": 0.6, "mlp": 0.4}, {"channels": 0.5, "attention": 0.5, "mlp": 0.0}),
     "blocks gone": ({"attention": 0.5, "mlp": 0.0}, {"mlp": 0.4}),
 }
 
@@ -145,6 +151,21 @@ def some(block, size, seed):
     units = torch.randperm(block.units, generator=generator)[: size.units].sort().values
     members = torch.rand(size.units, block.members, generator=generator).argsort(1)[:, : size.members].sort(1).values
     return Kept(units, members)
+
+
+def mask_experts(layer, block, kept):
+    """Let no token go to the experts that are not kept, and no channel that is not kept add to what the others give."""
+    gone = torch.ones(block.units, dtype=torch.bool)
+    gone[kept.units] = False
+
+    def reroute(_module, _args, output):
+        weights = routing_weights(output[0].masked_fill(gone, -torch.inf), block.routing)
+        return output[0], *weights.topk(block.routing.top_k)
+
+    layer.get_submodule(block.routing.router).register_forward_hook(reroute)
+    channels = torch.zeros(block.units, block.members)
+    channels[kept.units[:, None], kept.members] = 1
+    Experts(layer, block).down.mul_(channels[:, None])
 
 
 @of_task
@@ -158,6 +179,8 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case,
         units, members = round(block.units * share(block.kind, 1.0)), block.members
         if block.kind == "attention":
             members = max(1, round(members * share("heads", 1.0)))
+        if block.kind == "experts":
+            members = round(members * share("channels", 1.0))
         if not block.separable:
             units, members = block.size
         kept[block.name] = some(block, Size(units, members), seed=block.layer)
@@ -167,6 +190,9 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case,
             layer, blocks = model.get_submodule(anatomy.of_layer(index)[0].path), anatomy.of_layer(index)
             cut |= {name: value.clone() for name, value in cut_layer(layer, blocks, kept, {}).items()}
             for block in blocks:
+                if block.routing is not None:
+                    mask_experts(layer, block, kept[block.name])
+                    continue
                 gone = torch.ones(block.channels, dtype=torch.bool)
                 gone[channels_of(block, kept[block.name])] = False
                 consumer_weight(layer, block)[:, gone] = 0
@@ -197,7 +223,8 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case,
 
 # What a third layer adds to the tiny models, whose lists have an entry for each of two.
 THREE = {"num_hidden_layers": 3}
-THREE_OF = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+THREE_OF = {"gemma3_text": _WINDOWS, "gpt_oss": _WINDOWS}
 
 
 @of_task
@@ -207,7 +234,9 @@ def test_a_model_without_a_layer_is_stock_and_computes_what_the_rest_of_its_laye
     layers = ModelLayers(model, TASKS[task])
     with replaced([model.get_submodule(f"{layers.anatomy.layers_path}.{layer}")], lambda hidden, *_, **__: hidden):
         expected = output(model, task)
-    options = PruneOptions(1 / 3, compensation="none", target=ALIGNED, drop_layers=1)
+    parameters = sum(block.parameters(block.size) for block in layers.anatomy.of_layer(layer))
+    ratio = parameters / measure(layers.anatomy).prunable_parameters
+    options = PruneOptions(ratio, compensation="none", target=ALIGNED, drop_layers=1)
     cut, drop = {}, [DroppedLayer(layer=layer, divergence=0)]
     plan = prune_layers(layers, ROWS, options, cut.update, dropped=drop)
     left = assemble(model, config_after(layers, plan), cut)
@@ -246,16 +275,26 @@ def test_the_dense_model_goes_on_through_a_layer_that_the_pruned_one_has_not(fam
 
 
 def options_for(family, allocation, axes, **others):
-    """Of the axes a quarter goes, or of query heads alone one in each group."""
+    """Of the axes a quarter goes, of query heads alone one in each group, of experts alone two in each layer."""
     if axes == DEFAULT_AXES:
         return PruneOptions(0.25, allocation=allocation, target=ALIGNED, **others)
+    if axes == EXPERTS:
+        anatomy = read_anatomy(build_tiny(family).config)
+        left = {block.name: block.size for block in anatomy.blocks}
+        left |= {block.name: Size(block.units - 2, block.members) for block in anatomy.of_kind("experts")}
+        return PruneOptions(removed(anatomy, left), allocation=allocation, axes=axes, target=ALIGNED, **others)
     anatomy = read_anatomy(build_tiny(family).config)
-    left = {block.name: Size(block.units, max(1, block.members - 1)) for block in anatomy.blocks}
-    ratio = 1 - measure(anatomy.keeping(left)).prunable_parameters / measure(anatomy).prunable_parameters
-    return PruneOptions(ratio, allocation=allocation, axes=axes, target=ALIGNED, **others)
+    left = {block.name: block.size for block in anatomy.blocks}
+    left |= {block.name: Size(block.units, block.members - 1) for block in anatomy.of_kind("attention")}
+    return PruneOptions(removed(anatomy, left), allocation=allocation, axes=axes, target=ALIGNED, **others)
 
 
-QUERY_HEADS = ("query-heads",)
+def removed(anatomy, left):
+    """The ratio that leaves these sizes."""
+    return 1 - measure(anatomy.keeping(left)).prunable_parameters / measure(anatomy).prunable_parameters
+
+
+QUERY_HEADS, EXPERTS = ("query-heads",), ("experts",)
 of_allocation = pytest.mark.parametrize(
     ("family", "task", "allocation", "axes"),
     [
@@ -263,9 +302,11 @@ of_allocation = pytest.mark.parametrize(
         for name, family in FAMILIES.items()
         for task in family.tasks
         for allocation in ("uniform", "error")
-        for axes in (DEFAULT_AXES, QUERY_HEADS)
+        for axes in (DEFAULT_AXES, QUERY_HEADS, EXPERTS)
         # Without grouping, or with a norm over all heads, no query head can go by itself.
-        if axes == DEFAULT_AXES or (family.kv_heads and not family.attention.joint_norms)
+        if axes == DEFAULT_AXES
+        or (axes == QUERY_HEADS and family.kv_heads and not family.attention.joint_norms)
+        or (axes == EXPERTS and family.experts)
     ],
 )
 
@@ -291,7 +332,8 @@ def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
     kept = prune(build_tiny(family, task=task), ROWS, options, task=load_task(folder))
     plan, cut = streamed(folder, options)
     assert plan.sizes() == kept.plan.sizes()
-    assert axes == DEFAULT_AXES or Size(2, 1) in plan.sizes().values()
+    assert axes != QUERY_HEADS or Size(2, 1) in plan.sizes().values()
+    assert axes != EXPERTS or {Size(units, 24) for units in (2, 3, 4)} & set(plan.sizes().values())
     inside = kept.model.state_dict()
     for name, value in cut.items():
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
@@ -368,7 +410,8 @@ def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes)
 @pytest.mark.slow
 def test_it_is_exported_to_onnx(family, tmp_path):
     model = build_tiny(family)
-    if all(len(set(getattr(model.config, name, None) or ())) < 2 for name in ("layer_types", "no_rope_layers")):
+    alike = all(len(set(getattr(model.config, name, None) or ())) < 2 for name in ("layer_types", "no_rope_layers"))
+    if alike and len(read_anatomy(model.config).kinds) == 2:
         model = build_tiny(family, num_hidden_layers=1)  # all layers are alike, and a trace takes seconds a layer
     base = write_checkpoint(model, tmp_path / "base")
     made = onnx.export(base, tmp_path / "onnx")
@@ -397,7 +440,7 @@ def test_an_encoder_is_exported_to_onnx(family, task, tmp_path):
 def test_it_is_served_or_refused_by_name_before_any_work(family, tmp_path):
     base, pruned = write_checkpoint(build_tiny(family), tmp_path / "base"), tmp_path / "pruned"
     assert not vllm.preflight(checkpoint.read_config(base))["plugin"]
-    options = PruneOptions(0.25, allocation="error", target=ALIGNED)
+    options = PruneOptions(0.5, allocation="error", target=ALIGNED)  # so much that no family's layers stay alike
     checkpoint.save(prune(build_tiny(family), ROWS, options).model, base, pruned)
     if FAMILIES[family].vllm.per_layer:
         assert vllm.preflight(checkpoint.read_config(pruned))["plugin"]

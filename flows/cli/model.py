@@ -214,6 +214,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         "query-heads": pruning_step(anatomy, "attention", members=1),
         "attention": pruning_step(anatomy, "attention", units=1),
         "mlp": pruning_step(anatomy, "mlp", units=align),
+        "experts": pruning_step(anatomy, "experts", units=1),
+        "expert-channels": pruning_step(anatomy, "experts", members=align),
     }
     data = {
         "model": str(folder),
@@ -256,6 +258,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         ("query-heads", "attention", "1 head of every group"),
         ("attention", "attention", "1 KV group of every layer"),
         ("mlp", "mlp", f"{align} channels of every layer"),
+        ("experts", "experts", "1 expert of every layer"),
+        ("expert-channels", "experts", f"{align} channels of every expert"),
     ):
         share = granularity[key]
         if not share.one_layer:
@@ -416,10 +420,11 @@ def _sizes_lines(anatomy: "Anatomy") -> list[str]:
     """The sizes of all layers, a line for each kind of block."""
     query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
     lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
-    for kind, what in (("attention", "KV groups"), ("mlp", "channels")):
+    for kind, what in (("attention", "KV groups"), ("mlp", "channels"), ("experts", "experts")):
         units = ", ".join(str(block.units) for block in anatomy.of_kind(kind))
-        lines.append(f"{f'{kind}: {what} by layer':<36} {units}")
-    return lines
+        lines += [f"{f'{kind}: {what} by layer':<36} {units}"] if units else []
+    widths = ", ".join(str(block.members) for block in anatomy.of_kind("experts"))
+    return [*lines, f"{'channels per expert by layer':<36} {widths}"] if widths else lines
 
 
 def evaluate(args: argparse.Namespace) -> Answer:

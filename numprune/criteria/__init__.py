@@ -27,6 +27,7 @@ CRITERIA: dict[str, Criterion] = {
     "numerical": numerical,
     "numerical-newton": numerical_newton,
     "obs": obs,
+    "frequency": obs,  # of experts, which experts/choice.py ranks; everything else goes by obs
 }
 
 

@@ -9,14 +9,18 @@ from numprune.families.gemma2 import GEMMA2
 from numprune.families.gemma3 import GEMMA3
 from numprune.families.gpt2 import GPT2
 from numprune.families.gpt_neox import GPT_NEOX
+from numprune.families.gpt_oss import GPT_OSS
 from numprune.families.granite import GRANITE
 from numprune.families.llama import LLAMA
 from numprune.families.mistral import MISTRAL
+from numprune.families.mixtral import MIXTRAL
 from numprune.families.olmo2 import OLMO2
 from numprune.families.opt import OPT
 from numprune.families.phi3 import PHI3
 from numprune.families.qwen2 import QWEN2
+from numprune.families.qwen2_moe import QWEN2_MOE
 from numprune.families.qwen3 import QWEN3
+from numprune.families.qwen3_moe import QWEN3_MOE
 from numprune.families.roberta import ROBERTA
 from numprune.families.smollm3 import SMOLLM3
 from numprune.families.starcoder2 import STARCODER2
@@ -37,6 +41,10 @@ _ALL = (
     GPT2,
     OPT,
     GPT_NEOX,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    GPT_OSS,
     BERT,
     ROBERTA,
     DISTILBERT,

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding"]
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "experts"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
-Counted = Literal["groups", "heads", "heads per group", "channels"]
+Counted = Literal["groups", "heads", "heads per group", "channels", "experts", "channels per expert"]
 Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes
 Flag = bool | str  # a string: the configuration's field of that name says
 # What a field of the configuration says of single layers: a list with an `entry` for each, the number of the `first`
-# layers that something holds for, or that a layer computes with its own `index`.
-PerLayer = Literal["entry", "first", "index"]
+# layers that something holds for, a list of the `layers` that it holds for, that a layer computes with its own `index`,
+# or the `step` from one layer that it holds for to the next.
+PerLayer = Literal["entry", "first", "layers", "index", "step"]
 
 # The parts of a block's writers that its output is linear in, everything else given.
 LINEAR_PARTS: frozenset[Part] = frozenset({"value", "up"})
@@ -50,8 +51,10 @@ class Wiring:
         norms: modules that go with the block.
         head_norms: norms over a head's queries or keys, which all heads share.
         joint_norms: norms over the queries or the keys of all heads together: no head can go without changing the rest.
-        norm_behind: a norm stands between the reader and the residual stream.
+        norm_behind: a norm, or a factor that depends on the token, stands between the reader and the residual stream.
         post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
+        per_head: parameters with a value for each query head.
+        gate: projection to a single number, which that factor is made of.
         sizes: attributes by which the layer knows how large the block is, besides its matrices -> what they count.
     """
 
@@ -63,7 +66,51 @@ class Wiring:
     joint_norms: tuple[str, ...] = ()
     norm_behind: bool = False
     post_norm: bool = False
+    per_head: tuple[str, ...] = ()
+    gate: str | None = None
     sizes: Mapping[str, Counted] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a sparse layer. What the MLP's projections would be are stacks of matrices, one an expert.
+
+    Attributes:
+        module: the experts; called with tokens (T, H), the experts that each goes to (T, k), and their weights (T, k).
+        router: the module that says these; a row of its weight belongs to an expert.
+        sizes: as of `Wiring`.
+        count, width, top_k: the configuration's fields for the experts of a layer, their channels, and those that a
+            token goes to.
+        normalized: a token's weights sum to 1; otherwise the weights of all experts do.
+        bias: the router and both projections have biases.
+        transposed: matrices are stored (in, out), and gate and up projection alternate channel by channel; otherwise
+            the gates of all channels come first.
+        writer, reader: the stacks' names in the module.
+        norms: modules that go with the block.
+        step, dense: the configuration's fields by which layers have an MLP instead: all but every so many-th, and those
+            in a list. None: all layers have experts.
+    """
+
+    module: str
+    router: str
+    sizes: Mapping[str, Counted]
+    count: str
+    width: str
+    top_k: str = "num_experts_per_tok"
+    normalized: Flag = True
+    bias: bool = False
+    transposed: bool = False
+    writer: str = "gate_up_proj"
+    reader: str = "down_proj"
+    norms: tuple[str, ...] = ("post_attention_layernorm",)
+    step: str | None = None
+    dense: str | None = None
+
+    def are_in(self, layer: int, config: Any) -> bool:
+        """Whether a layer has experts."""
+        if self.dense and layer in getattr(config, self.dense):
+            return False
+        return not self.step or (layer + 1) % int(getattr(config, self.step)) == 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +161,10 @@ class Family:
 
     Attributes:
         name: its `model_type`.
-        attention, mlp: the blocks of a layer, in the order in which they write to the residual stream.
+        attention, mlp: the blocks of a layer, in the order in which they write to the residual stream; no `mlp`: every
+            layer has experts in its place.
+        experts: of sparse layers, or None.
+        shared: the MLP that all tokens of a sparse layer go through besides, or None.
         tasks: that its models are for.
         prefix: of the following paths, in models that are more than the base model (of encoders).
         layers, embedding, final_norm: paths in the model; no `final_norm`: the last layer's is the last.
@@ -127,6 +177,7 @@ class Family:
         indexed: a layer is built from its index, too.
         positions: path of learned positions and how many they are beyond the context, or None.
         heads, kv_heads, width: the configuration's fields for a layer's sizes; no `kv_heads`: no grouping.
+        shared_width: the configuration's field for the width of `shared`.
         default_width: the MLP's width in hidden sizes where `width` is not set, or None: it must be.
         norm_bias: norms have a bias.
         transposed: matrices are stored (in, out).
@@ -149,7 +200,9 @@ class Family:
 
     name: str
     attention: Wiring
-    mlp: Wiring
+    mlp: Wiring | None = None
+    experts: Experts | None = None
+    shared: Wiring | None = None
     tasks: tuple[TaskName, ...] = ("causal-lm",)
     prefix: str = ""
     layers: str = "model.layers"
@@ -165,6 +218,7 @@ class Family:
     heads: str = "num_attention_heads"
     kv_heads: str | None = "num_key_value_heads"
     width: str = "intermediate_size"
+    shared_width: str = "shared_expert_intermediate_size"
     default_width: int | None = None
     norm_bias: bool = False
     transposed: bool = False
@@ -179,9 +233,6 @@ class Family:
     per_layer: Mapping[str, PerLayer] = field(default_factory=dict)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     vllm: Vllm = field(default_factory=Vllm)
-
-    def wiring(self, kind: Kind) -> Wiring:
-        return self.attention if kind == "attention" else self.mlp
 
     def flag(self, flag: Flag, config: Any) -> bool:
         """Return what the family or the configuration says."""
@@ -211,15 +262,19 @@ def attention(
 
 
 def gated_mlp(
-    *, bias: Flag = False, norms: tuple[str, ...] = ("post_attention_layernorm",), norm_behind: bool = False
+    *,
+    bias: Flag = False,
+    norms: tuple[str, ...] = ("post_attention_layernorm",),
+    module: str = "mlp",
+    **wiring: Any,
 ) -> Wiring:
     """Return an MLP whose inner values are act(gate) * up, by the names that most decoders use."""
     return Wiring(
-        writers=(Matrix("mlp.gate_proj", ("gate",), bias), Matrix("mlp.up_proj", ("up",), bias)),
-        reader=Matrix("mlp.down_proj", ("up",), bias),
-        modules=("mlp",),
+        writers=(Matrix(f"{module}.gate_proj", ("gate",), bias), Matrix(f"{module}.up_proj", ("up",), bias)),
+        reader=Matrix(f"{module}.down_proj", ("up",), bias),
+        modules=(module,),
         norms=norms,
-        norm_behind=norm_behind,
+        **wiring,
     )
 
 
@@ -244,3 +299,13 @@ def linear(path: str, outputs: str, inputs: str) -> dict[str, Shape]:
 def norm(path: str, size: str) -> dict[str, Shape]:
     """Return the tensors of a layer norm, whose size is this field of the configuration."""
     return {f"{path}.weight": (size,), f"{path}.bias": (size,)}
+
+
+def experts(*, router: str = "mlp.gate", module: str = "mlp.experts", width_attribute: str, **fields: Any) -> Experts:
+    """Return routed experts by the names that most decoders use."""
+    sizes: dict[str, Counted] = {
+        f"{router}.num_experts": "experts",
+        f"{module}.num_experts": "experts",
+        f"{module}.{width_attribute}": "channels per expert",
+    }
+    return Experts(module=module, router=router, sizes=sizes, **fields)

@@ -7,6 +7,8 @@ KINDS: Mapping[str, str] = {
     "attention": "KV groups",
     "attention.query_heads": "Query heads",
     "mlp": "MLP channels",
+    "experts": "Experts",
+    "experts.channels": "Channels per expert",
 }
 _BLOCK = re.compile(rf"(?:.+\.)?layers\.(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))})")
 

@@ -55,6 +55,21 @@ def test_a_setting_that_no_class_of_vllm_honours_is_refused(model_type):
         vllm.preflight(config)
 
 
+def test_sizes_of_experts_are_recorded(tmp_path):
+    narrow = build_tiny("qwen2_moe", num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+    facts = vllm.preflight(narrow.config)
+    assert facts["intermediate_size"] == [96, 40, 40, 40]  # of the MLP and of the shared experts
+    assert (facts["experts"], facts["channels_per_expert"]) == ([5, 5, 5], [24, 24, 24])
+    assert facts["needs"] == ["--model-impl", "transformers"]
+    assert vllm.preflight(build_tiny("mixtral", intermediate_size=12).config)["tensor_parallel"] == [1, 2, 4]
+
+
+def test_a_shared_expert_that_the_family_does_not_have_is_refused():
+    config = build_tiny("qwen3_moe", shared_expert_intermediate_size=32).config
+    with pytest.raises(InputError, match="shared_expert_intermediate_size is set, but qwen3_moe has no shared expert"):
+        vllm.preflight(config)
+
+
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_layers_that_differ_are_exported_for_the_plug_in(tmp_path, family):
     layers = {

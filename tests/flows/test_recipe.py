@@ -65,7 +65,7 @@ def test_sections_left_out_take_their_defaults(minimal: Path) -> None:
 
 def test_names_are_those_that_are_implemented() -> None:
     from numprune.allocation import ALLOCATIONS
-    from numprune.axes import AXES
+    from numprune.axes import AXES, DEFAULT_AXES
     from numprune.criteria import CRITERIA
     from numprune.export.runtimes import DEVICES, NAMES
     from numprune.pruning import COMPENSATIONS
@@ -73,6 +73,7 @@ def test_names_are_those_that_are_implemented() -> None:
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
     assert set(get_args(names.Axis)) == set(AXES)
+    assert names.DEFAULT_AXES == DEFAULT_AXES
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
@@ -154,7 +155,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
     expected = [
         "prune.ratio = 1.4: must be less than 1",
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
-        "'magnitude' or 'random'; did you mean 'numerical'?",
+        "'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
         "prune.rato: unknown; known are ratio, criterion, allocation, compensation, axes, keep, floors, skips, "
         "drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',

@@ -90,7 +90,10 @@ def test_a_ratio_that_the_protected_blocks_make_impossible_is_refused_with_the_r
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"axes": ["heads"]}, "axes: 'heads' is unknown; choose from kv-groups, query-heads, channels"),
+        (
+            {"axes": ["heads"]},
+            "axes: 'heads' is unknown; choose from kv-groups, query-heads, channels, experts, expert-channels",
+        ),
         ({"axes": []}, "axes: nothing may be pruned; choose from kv-groups"),
         ({"keep": ["layers.3"]}, r"keep: 'layers.3' is unknown; the model has layers.0 to layers.2"),
         ({"keep": ["layers.-4.mlp"]}, r"keep: 'layers.-4.mlp' is unknown; the model has layers.0 to layers.2"),

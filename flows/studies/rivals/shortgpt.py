@@ -44,6 +44,8 @@ def check_layers(anatomy: Anatomy) -> None:
     """Refuse a model that no layer can be taken from. Raises InputError."""
     if anatomy.attention_differs:
         raise InputError("shortgpt: a model with sliding windows in some layers only must keep every layer")
+    if "experts" in anatomy.kinds:
+        raise InputError("shortgpt: models with experts are not supported")
 
 
 def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int]:

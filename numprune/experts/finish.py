@@ -1,0 +1,31 @@
+"""The last step with a sparse layer's experts, once it is decided what to keep of them."""
+
+from torch import nn
+
+from numprune.anatomy import Block
+from numprune.experts.inputs import Experts
+from numprune.experts.refit import refit_experts
+from numprune.inputs import Walked
+from numprune.slices import Kept
+from numprune.surgery import narrowed
+
+
+def finish_experts(layer: nn.Module, block: Block, left: Kept, inputs: Walked, damping: float | None) -> float | None:
+    """Refit the down projections of the experts that are kept, and walk on; return the damping of the fit.
+
+    The experts that go stay in `layer` as they are, and its router sends tokens to them.
+
+    Args:
+        layer: whose experts were seen by `inputs`; the fitted weights are written into it.
+        left: what is kept of `block`.
+        damping: the least that is tried where it is chosen; None: no refit.
+    """
+    small, rest = narrowed(layer, block, left), block.resized(left.size)
+    if damping is not None:
+        weights = Experts(small, rest).weights
+        fitted = refit_experts(weights, lambda: inputs.to_fit(small, rest), damping, choose=inputs.from_pruned_prefix)
+        damping = fitted.damping
+        Experts(layer, block).put(left, fitted.weights)
+        small = narrowed(layer, block, left)
+    inputs.pass_experts_on(small, rest)
+    return damping

@@ -1,0 +1,173 @@
+"""Least squares for all of a layer's experts together: those that stay take over what the others did.
+
+The layer's output is linear in its experts' down projections (see __init__.py), so that they have one least-squares
+problem: bring sum_e W_e x_e as near the targets as possible, by ridge regression towards the original weights. The
+Gram matrix G_e of an expert is small. Those of all pairs of experts are not, and they matter: each of a token's k
+experts can make up for the error of another. So the normal equations are only multiplied with, token by token, and
+solved by a few steps of conjugate gradients preconditioned with (G_e + gamma_e I)^-1. If no token went to two experts,
+one step would be exact.
+
+gamma_e is relative to the mean of diag(G_e). As in compensation.py, where rows are held out it is the one, of five a
+factor of ten apart, whose fit to the other rows brings them nearest to their targets. The search ends at the first
+that is no better than the one before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from numprune.experts.inputs import Share
+from numprune.linalg import cholesky, damped
+
+STEPS = 6
+_GAMMAS = 5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens to fit to.
+
+    Attributes:
+        shares: of the experts.
+        target: (T, H), what the layer's experts should put out.
+        held_out: (T,) bool, those to choose gamma by.
+    """
+
+    shares: Sequence[Share]
+    target: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights (E, H, D), and the gamma that they were fitted with."""
+
+    weights: Tensor
+    damping: float
+
+
+Batches = Callable[[], Iterator[Batch]]
+
+
+def refit_experts(weights: Tensor, batches: Batches, damping: float, *, choose: bool = False) -> Fitted:
+    """Return the down projections, biases as their last column, that best reproduce the targets.
+
+    In memory are at most eight tensors of the size of `weights`, and three Gram matrices of every expert in float64.
+
+    Args:
+        weights: (E, H, D), to start from and to shrink towards.
+        batches: gives all tokens, the same each time.
+        damping: gamma, the least that is tried where it is chosen.
+        choose: gamma by the tokens held out.
+    """
+    fitted, held = (_Sums.of(weights, batches, held_out) for held_out in (False, True))
+    gamma, least = damping, float("inf")
+    for candidate in (damping * 10.0**power for power in range(_GAMMAS)) if choose else ():
+        change = _conjugate_gradients(fitted, candidate, lambda: _fitted_only(batches))
+        error = _held_out_error(change, held, batches)
+        if error >= least:
+            break
+        gamma, least = candidate, error
+    return Fitted(weights + _conjugate_gradients(fitted.with_others(held), gamma, batches), gamma)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over tokens, of every expert.
+
+    Attributes:
+        gram: (E, D, D) float64, x x^T.
+        missing: (E, H, D), (t - sum W x) x^T.
+    """
+
+    gram: Tensor
+    missing: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor, batches: Batches, held_out: bool) -> "_Sums":
+        """Return those of the tokens held out, or of the others."""
+        experts, _, inputs = weights.shape
+        gram = weights.new_zeros(experts, inputs, inputs, dtype=torch.float64)
+        missing = torch.zeros_like(weights)
+        for batch in batches():
+            residual = batch.target - _output(weights, batch)
+            for share in _some(batch, batch.held_out == held_out).shares:
+                gram[share.expert] += share.inputs.T @ share.inputs
+                missing[share.expert] += residual[share.tokens].T @ share.inputs
+        return cls(gram, missing)
+
+    def with_others(self, others: "_Sums") -> "_Sums":
+        """Return the sums of these tokens and of others."""
+        return _Sums(self.gram.add_(others.gram), self.missing.add_(others.missing))
+
+
+class _Preconditioner:
+    """(x x^T + gamma_e I)^-1 of every expert."""
+
+    def __init__(self, grams: Tensor, damping: float) -> None:
+        ridged = damped(grams, damping)
+        self.ridge = (ridged - grams).diagonal(dim1=1, dim2=2)[:, :1, None]  # (E, 1, 1), gamma_e
+        self._factors = cholesky(ridged)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        return torch.cholesky_solve(gradient.mT.double(), self._factors).mT.to(gradient)
+
+
+def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tensor:
+    """Return the change of the weights (E, H, D) after some steps."""
+    preconditioner, residual = _Preconditioner(sums.gram, damping), sums.missing.clone()
+    change = torch.zeros_like(residual)
+    direction = preconditioned = preconditioner.solve(residual)
+    fit = _dot(residual, preconditioned)
+    for _ in range(STEPS):
+        if not fit > 0:  # nothing left to gain
+            break
+        product = preconditioner.ridge.to(direction) * direction
+        for batch in batches():
+            output = _output(direction, batch)
+            for share in batch.shares:
+                product[share.expert] += output[share.tokens].T @ share.inputs
+        curving = _dot(direction, product)
+        if not curving > 0:  # no more than rounding
+            break
+        length = fit / curving
+        change += length * direction
+        residual -= length * product
+        preconditioned = preconditioner.solve(residual)
+        before, fit = fit, _dot(residual, preconditioned)
+        direction = preconditioned + fit / before * direction
+    return change
+
+
+def _held_out_error(change: Tensor, held_out: _Sums, batches: Batches) -> float:
+    """Return the squared error of the tokens held out after a change of the weights, less what it was."""
+    squares = sum(float(_output(change, batch)[batch.held_out].double().square().sum()) for batch in batches())
+    return squares - 2 * _dot(change, held_out.missing)
+
+
+def _output(weights: Tensor, batch: Batch) -> Tensor:
+    """Return sum_e W_e x_e of each token, (T, H)."""
+    output = torch.zeros_like(batch.target)
+    for share in batch.shares:
+        output.index_add_(0, share.tokens, share.inputs @ weights[share.expert].T)
+    return output
+
+
+def _fitted_only(batches: Batches) -> Iterator[Batch]:
+    for batch in batches():
+        yield _some(batch, ~batch.held_out)
+
+
+def _some(batch: Batch, tokens: Tensor) -> Batch:
+    """Return a batch in which only `tokens`, (T,) bool, go to experts."""
+    shares = []
+    for share in batch.shares:
+        stay = tokens[share.tokens]
+        shares.append(Share(share.expert, share.tokens[stay], share.inputs[stay]))
+    return Batch(shares, batch.target, batch.held_out)
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.dot(one.flatten().double(), other.flatten().double()))
