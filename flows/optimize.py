@@ -98,7 +98,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
         release, version = publish(run, judged.parts, judged.report, judged.canary)
     _discard_disturbed(judged.looks.values())
     recording.judged(outcome, judged.report.path, release, version)
-    found = summary.summarize(recording.run, judged.report.path, done, release, version)
+    found = summary.summarize(recording.run, judged.report.path, done, release, version, _location(run))
     _show(judged.report.path, found)
     return found
 
@@ -350,6 +350,7 @@ def gate(
         options={
             "name": run.recipe.registry.name,
             "identity": identity,
+            "price_per_hour": run.recipe.benchmark.price_per_hour or None,
             "prune": run.recipe.prune.options(),
             "parity": {**parity},
             "policy": [gate.model_dump(exclude_none=True) for gate in run.recipe.gates],
@@ -372,6 +373,12 @@ def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: St
 
 def _artifact(stage: StageResult, folder: str) -> Artifact:
     return Artifact(stage.path / folder, str(stage.facts["digest"]))
+
+
+def _location(run: Run) -> list[str]:
+    """The options with which a command finds this run's registry."""
+    uri = run.recipe.registry.uri
+    return ["--workspace", str(run.workspace), *([] if uri == "workspace" else ["--uri", uri])]
 
 
 def _evaluation(run: Run, heldout: StageResult) -> dict[str, Any]:

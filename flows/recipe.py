@@ -175,7 +175,8 @@ class Evaluate(Section):
 class Benchmark(Section):
     """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
 
-    `batch_sizes`, `lengths` and `passes` are of encoders, which have no prompts and no output.
+    `batch_sizes`, `lengths` and `passes` are of encoders, which have no prompts and no output. `price_per_hour` of the
+    machine, in any currency, makes the report give the cost of a million tokens; 0: no price is known.
     """
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
@@ -195,6 +196,7 @@ class Benchmark(Section):
     batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 8]
     lengths: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [32, 128]
     passes: Count = 4
+    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def load(self, runtime: str, task: str = CAUSAL_LM) -> dict[str, Any]:
         """What of it the runtime is given: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
@@ -203,7 +205,13 @@ class Benchmark(Section):
             return self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
         served = {"concurrency", "goodput_ttft_ms", "goodput_tpot_ms", "kv_cache_mib", "maximum_failed"}
         return self.model_dump(
-            exclude={"runtimes", "device", *encoders, *({"batch_size"} if runtime == "vllm" else served)}
+            exclude={
+                "runtimes",
+                "device",
+                "price_per_hour",
+                *encoders,
+                *({"batch_size"} if runtime == "vllm" else served),
+            }
         )
 
 

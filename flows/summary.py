@@ -1,5 +1,6 @@
 """What a run came to, for a terminal, for Prefect's page and as JSON."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,20 @@ from numprune.flows.amounts import size
 from numprune.flows.stages import StageResult
 from numprune.serving import gates
 from numprune.serving import report as reports
-from numprune.serving.report import GateResult, Quality, Report, names
+from numprune.serving.report import GateResult, Quality, Report, RuntimeSpeed, names, ratios
+from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import listed
 
 Summary = Mapping[str, Any]
 
 
 def summarize(
-    run: str, judged: Path, stages: Sequence[StageResult], release: Path | None, version: str | None
+    run: str,
+    judged: Path,
+    stages: Sequence[StageResult],
+    release: Path | None,
+    version: str | None,
+    location: Sequence[str],
 ) -> dict[str, Any]:
     """Plain JSON: verdict, sizes, quality, speed, where everything is, what took how long.
 
@@ -23,6 +30,7 @@ def summarize(
         run: its id (see runs.py); `run_id` is that of the report, which an earlier run may have made.
         judged: the folder with report.json, report.html and junit.xml.
         release, version: None when nothing was published.
+        location: the options with which a command finds the registry.
     """
     verdict = reports.read(judged / "report.json")
     report = verdict.to_json()
@@ -30,17 +38,21 @@ def summarize(
         "run": run,
         "run_id": report["run_id"],
         "outcome": report["verdict"]["outcome"],
+        "headline": headline(verdict),
+        "next": [f"{command} {shlex.join(location)}" for command in next_commands(verdict)],
         "reasons": report["environment"]["reasons"],
         "gates": report["verdict"]["gates"],
         "next_look": gates.next_look(verdict),
         "dropped_layers": report["pruning"]["dropped_layers"] if report["pruning"] else [],
         "sizes": report["sizes"],
         "quality": report["quality"],
-        "speed": {runtime: _ratios(speed) for runtime, speed in report["speed"].items()},
+        "speed": {runtime: _ratios(speed) for runtime, speed in verdict.speed.items()},
+        "cost_per_million_tokens": _costs(verdict),
         "report": str((release or judged) / "report.json"),
         "page": str((release or judged) / "report.html"),
         "junit": str(judged / "junit.xml"),
         "release": str(release) if release else None,
+        "artifacts": {path.name: str(path) for path in sorted(release.iterdir()) if path.is_dir()} if release else {},
         "version": version,
         "stages": [
             {
@@ -74,12 +86,14 @@ def _next_run(found: Summary) -> Iterator[str]:
 
 def text(found: Summary) -> str:
     """The closing summary of `numprune optimize`."""
-    lines = [f"{found['run_id']}: {found['outcome']}", ""]
+    lines = [found["headline"], "", f"{found['run_id']}: {found['outcome']}", ""]
     lines += [f"  {name:<9} {value}" for name, value in _lines(found)]
     lines += ["", *gate_lines(found["gates"]), "", *_stage_lines(found), ""]
     lines += [f"  run       {found['run']}", f"  report    {found['page']}"]
     if found["release"]:
         lines += [f"  release   {found['release']}", f"  published {found['version']} as candidate"]
+        lines += [f"  {name:<9} {path}" for name, path in found["artifacts"].items()]
+        lines += [f"  {'' if index else 'next':<9} {command}" for index, command in enumerate(found["next"])]
     else:
         lines.append(f"  {refusal(found)}")
     return "\n".join(lines)
@@ -92,9 +106,11 @@ def markdown(found: Summary) -> str:
         f"| {stage['name']} | {stage['seconds']:.1f} | {'reused' if stage['reused'] else ''} |"
         for stage in found["stages"]
     )
-    where = f"published {found['version']}, {found['release']}" if found["release"] else refusal(found)
+    published = f"published {found['version']}, {found['release']}; next: `{'`, then `'.join(found['next'])}`"
+    where = published if found["release"] else refusal(found)
     return (
-        f"# {found['run_id']}: {found['outcome']}\n\n{where}\n\n| | baseline → candidate |\n| --- | --- |\n{rows}\n\n"
+        f"# {found['run_id']}: {found['outcome']}\n\n{found['headline']}\n\n{where}\n\n"
+        f"| | baseline → candidate |\n| --- | --- |\n{rows}\n\n"
         f"| stage | seconds | |\n| --- | --- | --- |\n{stages}\n"
     )
 
@@ -135,9 +151,12 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
                 f"empty {before['empty']} → {after['empty']}, repeating {before['repeating']} → {after['repeating']}, "
                 f"degraded {outputs['degraded']}, of {outputs['prompts']} prompts",
             )
-    for runtime, ratios in found["speed"].items():
-        parts = [f"{label} x{ratio['value']:.3f}{_interval(ratio)}" for label, ratio in ratios.items()]
+    for runtime, measured in found["speed"].items():
+        parts = [_ratio(label, ratio) for label, ratio in measured.items()]
         yield "speed", f"{runtime}: {', '.join(parts)}"
+    for runtime, cost in found["cost_per_million_tokens"].items():
+        sides = " → ".join(_figure(cost[side], False) for side in ("baseline", "candidate"))
+        yield "cost", f"{runtime}: {sides} per million {cost['tokens']}"
 
 
 def of_quality(section: Mapping[str, Any]) -> str:
@@ -161,7 +180,8 @@ def _figure(value: float | None, is_share: bool) -> str:
     return "not measured" if value is None else f"{value:.1%}" if is_share else f"{value:.4f}"
 
 
-def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
+def _ratios(speed: RuntimeSpeed) -> dict[str, Any]:
+    """The ratios by name, and what each says in a word."""
     shown = {
         "decode_tokens_per_s": "decode tokens/s",
         "prefill_tokens_per_s": "prefill tokens/s",
@@ -172,7 +192,18 @@ def _ratios(speed: Mapping[str, Any]) -> dict[str, Any]:
         "samples_per_s": "texts/s",
         "latency": "latency",
     }
-    return {label: speed[key]["ratio"] for key, label in shown.items() if speed.get(key)}
+    found = {key: getattr(speed, key) for key in shown}
+    return {
+        shown[key]: {**ratio.ratio.model_dump(mode="json"), "reading": ratios.reading(key, speed)}
+        for key, ratio in found.items()
+        if ratio is not None
+    }
+
+
+def _costs(report: Report) -> dict[str, Any]:
+    """By runtime; of an encoder, at its first shape."""
+    costs = {name: ratios.cost(report, speed, next(iter(speed.shapes), "")) for name, speed in report.speed.items()}
+    return {name: cost._asdict() for name, cost in costs.items() if cost is not None}
 
 
 def _stage_lines(found: Summary) -> Iterator[str]:
@@ -181,6 +212,11 @@ def _stage_lines(found: Summary) -> Iterator[str]:
         yield f"  {stage['name']:<26} {stage['seconds']:7.1f} s  {note}"
     total = found.get("seconds", sum(stage["seconds"] for stage in found["stages"]))
     yield f"  {'in all':<26} {total:7.1f} s"
+
+
+def _ratio(label: str, ratio: Mapping[str, Any]) -> str:
+    told = f" ({ratio['reading']})" if ratio["reading"] in (ratios.UNCLEAR, ratios.TOO_NOISY) else ""
+    return f"{label} x{ratio['value']:.3f}{_interval(ratio)}{told}"
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:
@@ -195,10 +231,11 @@ def _amount(value: float) -> str:
 def of_report(report: Report) -> Iterator[str]:
     """The lines of a report on its own."""
     data = report.to_json()
-    speed = {runtime: _ratios(section) for runtime, section in data["speed"].items()}
+    speed = {runtime: _ratios(section) for runtime, section in report.speed.items()}
     for reason in report.environment.reasons:
         yield f"  invalid   {reason}"
-    shown = {"sizes": data["sizes"], "quality": data["quality"], "speed": speed}
+    costs = _costs(report)
+    shown = {"sizes": data["sizes"], "quality": data["quality"], "speed": speed, "cost_per_million_tokens": costs}
     dropped = report.pruning.dropped_layers if report.pruning else []
     for name, value in _lines({**shown, "dropped_layers": dropped}):
         yield f"  {name:<9} {value}"

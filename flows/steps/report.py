@@ -29,6 +29,7 @@ def assemble(
     identity: Mapping[str, Any],
     sections: Mapping[str, Any],
     benchmarks: Mapping[str, Mapping[str, Any]],
+    price_per_hour: float | None = None,
 ) -> Report:
     """One report, not judged yet.
 
@@ -37,6 +38,7 @@ def assemble(
         identity: digests; versions are added.
         sections: `pruning`, `sizes`, `quality`, `parity`: those that there are.
         benchmarks: runtime -> what `run_benchmark` gave; at least one.
+        price_per_hour: of the machine, in any currency.
     """
     created = datetime.now(UTC)
     environments = [Environment.model_validate(found["environment"]) for found in benchmarks.values()]
@@ -47,6 +49,7 @@ def assemble(
         environment=reduce(combine, environments),
         speed={runtime: found["speed"] for runtime, found in benchmarks.items()},
         memory={runtime: found["memory"] for runtime, found in benchmarks.items()},
+        price_per_hour=price_per_hour,
         **sections,
     )
 
@@ -90,6 +93,7 @@ def make_report(
     benchmarks: dict[str, list[Path]],
     name: str,
     identity: dict[str, Any],
+    price_per_hour: float | None,
     prune: dict[str, Any],
     parity: dict[str, Any],
     policy: list[dict[str, Any]],
@@ -108,9 +112,8 @@ def make_report(
         "quality": read_facts(quality),
         "parity": parity,
     }
-    report = assemble(
-        name, identity, sections, {runtime: _pooled(runtime, looks) for runtime, looks in benchmarks.items()}
-    )
+    pooled = {runtime: _pooled(runtime, looks) for runtime, looks in benchmarks.items()}
+    report = assemble(name, {"name": name, **identity}, sections, pooled, price_per_hour)
     report = report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy})))
     write(report, out / JSON)
     (out / TEXT).write_text(markdown(report), encoding="utf-8")

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from numprune.serving.report import names, precision
+from numprune.serving.report import names, precision, ratios
+from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
     Environment,
@@ -52,10 +53,12 @@ def not_judged(message: str) -> str:
 
 def _verdict(report: Report) -> list[str]:
     if report.verdict is None:
-        return [f"# {_cell(report.run_id)}: not judged yet", ""]
+        return [f"# {_cell(report.run_id)}: not judged yet", "", _cell(headline(report)), ""]
     gates = report.verdict.gates
     failing = [gate.metric for gate in gates if gate.outcome != "pass"]
-    lines = [f"# {_cell(report.run_id)}: {report.verdict.outcome}", ""]
+    lines = [f"# {_cell(report.run_id)}: {report.verdict.outcome}", "", _cell(headline(report)), ""]
+    if commands := [*next_commands(report)]:
+        lines += [f"Next: {', then '.join(f'`{command}`' for command in commands)}.", ""]
     lines += [f"- {_cell(reason)}" for reason in report.environment.reasons]
     lines += [
         f"{len(gates) - len(failing)} of {len(gates)} gates pass"
@@ -181,10 +184,9 @@ def _shown(text: str) -> str:
 def _speed(report: Report) -> list[str]:
     lines = []
     for runtime, speed in report.speed.items():
-        levels = {f"{runtime}, {level} at a time": found for level, found in speed.concurrency.items()} | {
-            f"{runtime}, {names.shape(shape)}": found for shape, found in speed.shapes.items()
-        }
-        for name, found in (levels or {runtime: speed}).items():
+        levels = [(f"{runtime}, {level} at a time", found, "") for level, found in speed.concurrency.items()]
+        levels += [(f"{runtime}, {names.shape(shape)}", found, shape) for shape, found in speed.shapes.items()]
+        for name, found, shape in levels or [(runtime, speed, "")]:
             lines += [
                 f"## Speed, {name}",
                 "",
@@ -192,7 +194,10 @@ def _speed(report: Report) -> list[str]:
                 f"{found.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % "
                 f"interval. {_cell(precision.computed(report, runtime))}".rstrip(),
                 "",
-                *_table(["", "baseline", "candidate", "ratio", "noise floor"], _speed_rows(found)),
+                *_table(
+                    ["", "baseline", "candidate", "ratio", "noise floor"],
+                    _speed_rows(found, ratios.cost(report, found, shape)),
+                ),
             ]
     return lines
 
@@ -213,7 +218,7 @@ _RATES = {
 }
 
 
-def _speed_rows(speed: RuntimeSpeed) -> Iterable[list[str]]:
+def _speed_rows(speed: RuntimeSpeed, cost: ratios.Cost | None) -> Iterable[list[str]]:
     one, other = speed.baseline, speed.candidate
     for key, name in _LATENCIES.items():
         before, after = getattr(one, f"{key}_ms"), getattr(other, f"{key}_ms")
@@ -223,13 +228,15 @@ def _speed_rows(speed: RuntimeSpeed) -> Iterable[list[str]]:
         slow, fast = getattr(one, key), getattr(other, key)
         if slow is not None or fast is not None:
             yield [name, _figure(slow), _figure(fast), *_ratio(speed, key, getattr(speed, key))]
+    if cost is not None:
+        yield [f"cost per million {cost.tokens}", _figure(cost.baseline), _figure(cost.candidate), "", ""]
 
 
 def _ratio(speed: RuntimeSpeed, key: str, ratio: Ratio | None) -> list[str]:
-    floor = speed.noise_floor.get(key)
+    floor, told = ratios.floor(key, speed), ratios.reading(key, speed)
     return [
-        _ABSENT if ratio is None else _estimate(ratio.ratio),
-        _ABSENT if floor is None else f"± {_figure(floor.relative)}",
+        _ABSENT if ratio is None else ": ".join(part for part in (_estimate(ratio.ratio), told) if part),
+        _ABSENT if floor is None else f"± {_figure(floor)}",
     ]
 
 

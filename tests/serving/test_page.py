@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numprune.serving.report import Report
-from numprune.serving.report.page import charts, comparison, differences, html, words
+from numprune.serving.report import Report, words
+from numprune.serving.report.page import charts, comparison, differences, html
 from numprune.serving.report.page.charts import Interval, Limit, Samples
 from tests.serving.pages import POLICY, Parsed, altered, few_documents, full, generation, judged
 
@@ -39,7 +39,7 @@ def sections(page: str) -> list[str]:
 def test_the_verdict_comes_first_and_identity_last(page: str) -> None:
     everything = ["quality", "speed", "memory", "units", "parity", "gates", "served", "origin"]
     assert sections(page) == everything
-    assert page.index("</h1>") < page.index("All 3 gates hold.") < page.index('id="quality"')
+    assert page.index("</h1>") < page.index("perplexity +5.1 %: within your limits.") < page.index('id="quality"')
     headings = [int(tag[1]) for tag, _ in Parsed(page).elements if re.fullmatch(r"h\d", tag)]
     assert headings[0] == 1
     assert headings.count(1) == 1
@@ -118,9 +118,14 @@ def test_the_same_report_gives_the_same_page(page: str) -> None:
             [{**POLICY[0], "max": 0.01}],
             {},
             "fail",
-            "The only gate fails: NLL difference, nats/token, the whole interval",
+            "outside your limit on NLL difference, nats/token (upper bound 0.0600, limit ≤ 0.01).",
         ),
-        ([{**POLICY[0], "max": 0.055}, POLICY[2]], {}, "inconclusive", "1 of 2 gates is undecided: NLL difference"),
+        (
+            [{**POLICY[0], "max": 0.055}, POLICY[2]],
+            {},
+            "inconclusive",
+            "undecided on NLL difference, nats/token (the interval straddles",
+        ),
         (
             POLICY,
             {"valid": False, "reasons": ["the GPU is hot"]},
@@ -282,10 +287,11 @@ def test_documents_and_repeats_are_drawn_or_left_out(values: list[float]) -> Non
         ("ttft", 1.2, 0.05, 0.03, "slower"),
         ("ttft", 1.02, 0.05, 0.03, "no clear difference"),
         ("ttft", 0.98, 0.01, 0.03, "within the noise"),
+        ("ttft", 0.5, 0.1, 1.2, "too noisy to measure"),
     ],
 )
 def test_a_ratio_in_a_word(name: str, value: float, half_width: float, floor: float, said: str) -> None:
-    from numprune.serving.report.page.speed import reading
+    from numprune.serving.report.ratios import reading
     from tests.serving.conftest import estimate
 
     data = full()["speed"]["onnxruntime"]

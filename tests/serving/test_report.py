@@ -229,7 +229,7 @@ def test_the_page_begins_with_the_verdict_and_ends_with_identity(report_json: An
     assert "| sizes.parameters.ratio | 0.75 | ≤ 0.7 | fail | beyond the limit |" in page
     assert "0 of 1 gates pass; not sizes.parameters.ratio." in page
     assert "| perplexity | 20.09 | 21.12 | ratio 1.051 [1.039, 1.063] (n = 40) |" in page
-    assert "| decode, tokens/s | 100 | 125 | 1.2 [1.14, 1.26] (n = 10) | ± 0.03 |" in page
+    assert "| decode, tokens/s | 100 | 125 | 1.2 [1.14, 1.26] (n = 10): faster | ± 0.03 |" in page
 
 
 def test_the_page_of_a_bare_report_has_what_there_is() -> None:

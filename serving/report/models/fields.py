@@ -34,6 +34,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Facts = Annotated[dict[str, JsonValue], BeforeValidator(_facts)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # in a registry
 Runtime = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]  # a segment of a metric's path
 Metric = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 Concurrency = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # requests in flight

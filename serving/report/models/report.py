@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
@@ -18,7 +18,8 @@ SCHEMA: Final = "numprune/report/2"
 class AnyReport(Model):
     """What the schemas of reports have in common: everything but the version and the section `quality`.
 
-    Sections that a run did not measure are absent, and every gate on them fails.
+    Sections that a run did not measure are absent, and every gate on them fails. `price_per_hour`: of the machine that
+    serves, in the currency of whoever gave it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
@@ -30,6 +31,7 @@ class AnyReport(Model):
     environment: Environment
     pruning: Pruning | None = None
     sizes: Sizes | None = None
+    price_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     quality: Any = None
     speed: dict[Runtime, RuntimeSpeed] = Field(default={})
     memory: dict[Runtime, RuntimeMemory] = Field(default={})

@@ -6,12 +6,16 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Count, Model, Number, Runtime, Sha256, number
+from numprune.serving.report.models.fields import Count, Model, ModelName, Number, Runtime, Sha256, number
 
 
 class Identity(Model):
-    """SHA-256 digests of what went in and what came out; None for what this run did not have."""
+    """SHA-256 digests of what went in and what came out; None for what this run did not have.
 
+    `name`: of the model that a release becomes a version of.
+    """
+
+    name: ModelName | None = None
     base: Sha256
     candidate: Sha256
     recipe: Sha256 | None = None

@@ -14,9 +14,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from numprune.serving.report import words
 from numprune.serving.report.models import Report
 from numprune.serving.report.page import comparison as side_by_side
-from numprune.serving.report.page import gates, identity, memory, parity, quality, speed, units, words
+from numprune.serving.report.page import gates, identity, memory, parity, quality, speed, units
 from numprune.serving.report.page.blocks import kind
 from numprune.serving.report.page.verdict import verdict
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from numprune.serving.report.page import words
+from numprune.serving.report import words
 from numprune.serving.report.page.ink import (
     BAD,
     BAND,

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Final
 
-from numprune.serving.report import names
+from numprune.serving.report import names, words
+from numprune.serving.report.headline import headline
 from numprune.serving.report.models import Estimate, LossDelta, Pruning, Quality, Report, SizePair, Sizes
-from numprune.serving.report.page import charts, identity, words
+from numprune.serving.report.page import charts, identity
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Gallery, Section, Table, Text
 from numprune.serving.report.page.charts import Interval
 from numprune.serving.report.page.facts import shorten
-from numprune.serving.report.page.verdict import HEADLINES, MARKS, judged, outcome_of, rule, why
+from numprune.serving.report.page.verdict import HEADLINES, MARKS, outcome_of
+from numprune.serving.report.rules import judged, rule
 
 MAXIMUM: Final = len(ascii_uppercase)
 _MAXIMUM_ROWS = 100
@@ -46,7 +48,7 @@ class Entry:
 
     @property
     def why(self) -> str:
-        return why(self.report)
+        return headline(self.report)
 
 
 def entries(reports: Sequence[tuple[str, Report]]) -> list[Entry]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from numprune.serving.report.page import words
+from numprune.serving.report import words
 from numprune.serving.report.page.blocks import Cell, Facts, Table
 
 _MAXIMUM = 200

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
+from numprune.serving.report import words
 from numprune.serving.report.models import GateResult, Report
-from numprune.serving.report.page import charts, words
+from numprune.serving.report.page import charts
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Heading, Pair, Section, Text
 from numprune.serving.report.page.charts import Interval, Limit
-from numprune.serving.report.page.verdict import MARKS, judged, rule
+from numprune.serving.report.page.verdict import MARKS
+from numprune.serving.report.rules import judged, rule
 
 _MAXIMUM = 50
 

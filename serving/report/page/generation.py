@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from numprune.serving.report import words
 from numprune.serving.report.models import Generation, Output
-from numprune.serving.report.page import words
 from numprune.serving.report.page.blocks import Block, Cell, Folded, Heading, Table, Text
 
 _CHARACTERS = 1000  # of each text; report.json has it whole

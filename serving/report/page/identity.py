@@ -1,7 +1,7 @@
 """Sections, folded away: what exactly was measured, and on what."""
 
+from numprune.serving.report import words
 from numprune.serving.report.models import Environment, Gpu, Identity, Report
-from numprune.serving.report.page import words
 from numprune.serving.report.page.blocks import Block, Cell, Facts, Folded, Section, Text
 
 _MAXIMUM = 300

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from numprune.serving.report.page import words
+from numprune.serving.report import words
 
 WIDTH: Final = 340  # user units, about the CSS pixels of a phone
 FONT: Final = 12

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from numprune.serving.report import precision
+from numprune.serving.report import precision, words
 from numprune.serving.report.models import Report, RuntimeMemory, SizePair
-from numprune.serving.report.page import charts, words
+from numprune.serving.report.page import charts
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Pair, Section, Table, Text
 
 _SIZES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (

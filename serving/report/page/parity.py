@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from numprune.serving.report import words
 from numprune.serving.report.models import Report
-from numprune.serving.report.page import facts, words
+from numprune.serving.report.page import facts
 from numprune.serving.report.page.blocks import Block, Cell, Folded, Section, Table, Text
 
 _COLUMNS = {

@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Iterator
 
-from numprune.serving.report import names
+from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
-from numprune.serving.report.page import charts, generation, words
+from numprune.serving.report.page import charts, generation
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 

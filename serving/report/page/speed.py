@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from numprune.serving.report import names, precision
-from numprune.serving.report.models import NoiseFloor, Percentiles, Report, RuntimeSpeed
-from numprune.serving.report.page import charts, facts, words
+from numprune.serving.report import names, precision, ratios, words
+from numprune.serving.report.models import Percentiles, Report, RuntimeSpeed
+from numprune.serving.report.page import charts, facts
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Heading, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Samples
 from numprune.serving.report.page.memory import served_rows
@@ -26,9 +26,9 @@ def section(report: Report) -> Section:
         blocks.append(Heading(name))
         said = precision.computed(report, name)
         if found.shapes:
-            blocks += _by_shape(name, found, said)
+            blocks += _by_shape(report, name, found, said)
         else:
-            blocks += _measured(f"speed-{name}", name, found, said)
+            blocks += _measured(f"speed-{name}", name, found, said, ratios.cost(report, found))
     if len(local) > _MAXIMUM_RUNTIMES:
         blocks.append(Text(f"{len(local) - _MAXIMUM_RUNTIMES} more runtimes are in report.json.", "absent"))
     return Section("speed", "Speed", blocks or [Text("Not measured in this run.", "absent")])
@@ -48,12 +48,12 @@ def served(report: Report) -> Section | None:
             at = f", {level} at a time" if level else ""
             if level:
                 blocks.append(Heading(f"{name}, {words.count(int(level), 'request')} at a time"))
-            said = precision.computed(report, name)
-            blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured, said)
+            said, cost = precision.computed(report, name), ratios.cost(report, measured)
+            blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured, said, cost)
     return Section("served", "Behind a server", blocks) if blocks else None
 
 
-def _by_shape(name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
+def _by_shape(report: Report, name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
     """An encoder: all shapes in one table, and each by itself on demand."""
     shapes = dict(islice(found.shapes.items(), _MAXIMUM_SHAPES))
     rows: list[list[Cell | str]] = []
@@ -67,28 +67,15 @@ def _by_shape(name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
         yield Text(f"{len(found.shapes) - _MAXIMUM_SHAPES} more shapes are in report.json.", "absent")
     for shape, measured in shapes.items():
         title = f"{name}, {names.shape(shape)}"
-        yield Folded(title, list(_measured(f"speed-{name}-{shape}", title, measured, said)))
+        cost = ratios.cost(report, measured, shape)
+        yield Folded(title, list(_measured(f"speed-{name}-{shape}", title, measured, said, cost)))
 
 
 def is_served(name: str, found: RuntimeSpeed) -> bool:
     return name == "vllm" or bool(found.concurrency)
 
 
-def reading(name: str, found: RuntimeSpeed) -> str:
-    """In a word, what a ratio and its noise floor say."""
-    ratio = getattr(found, name)
-    if ratio is None or None in ratio.ratio.interval95:
-        return ""
-    low, high = ratio.ratio.interval95
-    floor = _floor(found.noise_floor, name) or 0.0
-    if low <= 1 <= high:
-        return "no clear difference"
-    if abs(ratio.ratio.value - 1) <= floor:
-        return "within the noise"
-    return "faster" if (low > 1) == (name in words.RATES) else "slower"
-
-
-def _measured(key: str, name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
+def _measured(key: str, name: str, found: RuntimeSpeed, said: str, cost: ratios.Cost | None) -> Iterator[Block]:
     """`said`: of its precision."""
     failed = f"{words.count(found.failed_requests, 'request')} failed" if found.failed_requests else "no request failed"
     order = found.order[:8] + ("…" if len(found.order) > 8 else "")
@@ -97,7 +84,7 @@ def _measured(key: str, name: str, found: RuntimeSpeed, said: str) -> Iterator[B
         f"{failed}. {said}".rstrip(),
         "fail" if found.failed_requests else "",
     )
-    table = Table(f"Speed, {name}", ("", "Baseline", "Candidate", "Ratio"), list(_rows(found)))
+    table = Table(f"Speed, {name}", ("", "Baseline", "Candidate", "Ratio"), list(_rows(found, cost)))
     metrics = [
         metric for metric in _NAMES if metric in found.baseline.by_repeat and metric in found.candidate.by_repeat
     ]
@@ -122,7 +109,7 @@ def _runtime(name: str, described: Mapping[str, Any]) -> Iterator[Block]:
         yield facts.block(described)
 
 
-def _rows(found: RuntimeSpeed) -> Iterator[list[Cell | str]]:
+def _rows(found: RuntimeSpeed, cost: ratios.Cost | None) -> Iterator[list[Cell | str]]:
     one, other = found.baseline, found.candidate
     for name, label in words.RATES.items():
         slow, fast = getattr(one, name), getattr(other, name)
@@ -133,20 +120,18 @@ def _rows(found: RuntimeSpeed) -> Iterator[list[Cell | str]]:
         before, after = getattr(one, f"{name}_ms"), getattr(other, f"{name}_ms")
         if before is not None or after is not None:
             yield [Cell(label, "ms, median"), _percentiles(before), _percentiles(after), _ratio(name, found)]
+    if cost is not None:
+        yield [Cell("Cost", f"per million {cost.tokens}"), *(words.number(side, 3) for side in cost[1:]), ""]
 
 
 def _ratio(name: str, found: RuntimeSpeed) -> Cell:
     ratio = getattr(found, name)
     if ratio is None:
         return Cell(words.ABSENT)
-    floor, told = _floor(found.noise_floor, name), reading(name, found)
-    noise = "" if floor is None else f"noise ±{words.NARROW}{words.share(floor)}"
+    floor, told = ratios.floor(name, found), ratios.reading(name, found)
+    noise = "" if floor is None or told == ratios.TOO_NOISY else f"noise ±{words.NARROW}{words.share(floor)}"
     said = ", ".join(part for part in (told, noise) if part)
     return Cell(words.times(ratio.ratio.value), f"{words.interval(ratio.ratio)}\n{said}".strip())
-
-
-def _floor(floors: Mapping[str, NoiseFloor], name: str) -> float | None:
-    return floors[name].relative if name in floors else None
 
 
 def _percentiles(found: Percentiles | None) -> Cell:
@@ -162,7 +147,7 @@ def _ratios(key: str, name: str, found: RuntimeSpeed) -> Chart | None:
     for metric in _NAMES:
         if (ratio := getattr(found, metric)) is not None:
             low, high = ratio.ratio.interval95
-            rows.append(Interval(_short(metric), ratio.ratio.value, low, high, _floor(found.noise_floor, metric)))
+            rows.append(Interval(_short(metric), ratio.ratio.value, low, high, ratios.floor(metric, found)))
             told.append(f"{words.named(metric)} {words.times(ratio.ratio.value)} ({words.interval(ratio.ratio)})")
     drawn = charts.intervals(
         f"{key}-ratios",

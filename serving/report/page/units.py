@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from numprune.serving.report import words
 from numprune.serving.report.kept import KINDS, Units, by_kind, listed, others, without
 from numprune.serving.report.models import Pruning, Report
-from numprune.serving.report.page import charts, words
+from numprune.serving.report.page import charts
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Layers
 

@@ -1,0 +1,94 @@
+"""A report in one sentence, for somebody who reads no further, and the commands that follow."""
+
+from collections.abc import Iterator
+
+from numprune.serving.report import names, ratios, rules, words
+from numprune.serving.report.models import GateResult, Report
+
+_RUNTIMES = {"vllm": "vLLM", "tensorrt": "TensorRT", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+_SPEEDS = {"decode_tokens_per_s": "decode", "output_tokens_per_s": "output", "latency": "latency"}
+
+
+def headline(report: Report) -> str:
+    """`24 % smaller, decode 1.15× faster (ONNX Runtime), perplexity +8.1 %: within your limits.`"""
+    if not report.environment.valid:
+        return f"The machine was not fit to measure on, so nothing is decided: {report.environment.reasons[0]}."
+    figures = [figure for figure in (_size(report), _speed(report), _quality(report)) if figure]
+    sentence = ": ".join(part for part in (", ".join(figures), _conclusion(report)) if part)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def next_commands(report: Report) -> Iterator[str]:
+    """What a passing release is for; nothing for other reports, and for those that say no name."""
+    name = report.identity.name
+    if name is None or report.verdict is None or report.verdict.outcome != "pass":
+        return
+    yield f"numprune registry promote {name}@candidate"
+    if report.quality is None or report.quality.task != "masked-lm":  # which no server runs
+        yield f"numprune serve {name}@production"
+
+
+def _size(report: Report) -> str:
+    ratio = report.sizes.parameters.ratio if report.sizes and report.sizes.parameters else None
+    if ratio is None:
+        return ""
+    percent = 100 * abs(1 - ratio)
+    if percent < 0.5:
+        return "same size"
+    return f"{words.number(percent, 2)} % {'smaller' if ratio < 1 else 'larger'}"
+
+
+def _speed(report: Report) -> str:
+    """Of the runtime that is nearest to production."""
+    runtime = next((name for name in (*_RUNTIMES, *report.speed) if name in report.speed), None)
+    if runtime is None:
+        return ""
+    found = report.speed[runtime]
+    name = next((name for name in _SPEEDS if ratios.reading(name, found)), None)
+    if name is None:
+        return ""
+    where = ", ".join([_RUNTIMES.get(runtime, runtime), *map(names.shape, list(found.shapes)[:1])])
+    told, label = ratios.reading(name, found), _SPEEDS[name]
+    what = label if label == "latency" else f"{label} speed"
+    if told == ratios.UNCLEAR:
+        return f"{told} in {what} ({where})"
+    if told not in ("faster", "slower"):
+        return f"{what} {told} ({where})"
+    if label == "latency":
+        told = "lower" if told == "faster" else "higher"
+    value = getattr(found, name).ratio.value
+    factor = words.number(max(value, 1 / value) if value else value, 3)
+    return f"{label} {factor}\N{MULTIPLICATION SIGN} {told} ({where})"
+
+
+def _quality(report: Report) -> str:
+    found = report.quality
+    if found is None or found.loss_delta.value is None:
+        return ""
+    if found.perplexity_ratio is not None:
+        ratio = found.perplexity_ratio.value
+        return "" if ratio is None else f"perplexity {words.signed(100 * (ratio - 1), 2)} %"
+    label = "distance from baseline" if found.task == "embedding" else names.loss(found)
+    show = words.signed if names.is_difference(found) else words.number
+    return f"{label} {show(found.loss_delta.value, 2)} ({found.loss_delta.unit})"
+
+
+def _conclusion(report: Report) -> str:
+    if report.verdict is None:
+        return "not judged yet"
+    failed, undecided = (
+        [gate for gate in report.verdict.gates if gate.outcome == outcome] for outcome in ("fail", "inconclusive")
+    )
+    if failed:
+        return (
+            f"outside your limit on {_with_others(failed, f'{rules.seen(failed[0])}, limit {rules.limit(failed[0])}')}"
+        )
+    if undecided:
+        return f"undecided on {_with_others(undecided, undecided[0].reason)}"
+    return "within your limits"
+
+
+def _with_others(gates: list[GateResult], told: str) -> str:
+    """The first, with what is told of it, and how many there are besides."""
+    others = f", and {len(gates) - 1} more" if len(gates) > 1 else ""
+    return f"{words.metric(gates[0].metric, gates[0].unit)} ({told}){others}"

@@ -1,0 +1,59 @@
+"""What the ratios of a runtime say, and what its tokens cost."""
+
+from typing import NamedTuple
+
+from numprune.serving.report import words
+from numprune.serving.report.models import Report, RuntimeSpeed
+
+UNCLEAR, TOO_NOISY = "no clear difference", "too noisy to measure"
+_WIDEST_FLOOR = 1.0  # the baseline differs from itself by all that it is
+
+
+def floor(name: str, found: RuntimeSpeed) -> float | None:
+    """The noise floor of a ratio."""
+    return found.noise_floor[name].relative if name in found.noise_floor else None
+
+
+def reading(name: str, found: RuntimeSpeed) -> str:
+    """In a word, what a ratio and its noise floor say; empty where nothing was measured."""
+    ratio = getattr(found, name)
+    if ratio is None or ratio.ratio.value is None or None in ratio.ratio.interval95:
+        return ""
+    noise = floor(name, found) or 0.0
+    if noise > _WIDEST_FLOOR:
+        return TOO_NOISY
+    low, high = ratio.ratio.interval95
+    if low <= 1 <= high:
+        return UNCLEAR
+    if abs(ratio.ratio.value - 1) <= noise:
+        return "within the noise"
+    return "faster" if (low > 1) == (name in words.RATES) else "slower"
+
+
+_COUNTED = {"output_tokens_per_s": "output tokens", "decode_tokens_per_s": "decoded tokens", "samples_per_s": "tokens"}
+
+
+class Cost(NamedTuple):
+    """Of a million tokens, in the currency of the price; None where the throughput was not measured."""
+
+    tokens: str
+    baseline: float | None
+    candidate: float | None
+
+
+def cost(report: Report, found: RuntimeSpeed, shape: str = "") -> Cost | None:
+    """None where the recipe gave no price, or this runtime has no throughput.
+
+    Output tokens are counted over the whole time of a load where that was measured (a server), and over decoding alone
+    otherwise.
+
+    Args:
+        shape: of an encoder, whose throughput is in texts: `8x128`.
+    """
+    price, one, other = report.price_per_hour, found.baseline, found.candidate
+    name = next((name for name in _COUNTED if getattr(one, name) is not None), None)
+    if price is None or name is None or (name == "samples_per_s" and not shape):
+        return None
+    count = int(shape.split("x")[1]) if name == "samples_per_s" else 1  # tokens of a text
+    rates = [getattr(side, name) for side in (one, other)]
+    return Cost(_COUNTED[name], *(price / 3600 * 1e6 / (rate * count) if rate else None for rate in rates))
