@@ -32,7 +32,7 @@ from numprune.flows.names import (
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
 from numprune.serving.problems import described, listed
-from numprune.serving.report import MAXIMUM_PROMPTS
+from numprune.serving.report import MAXIMUM_PROMPTS, ModelName
 
 EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -218,7 +218,7 @@ class Benchmark(Section):
 class Registry(Section):
     """`uri`: an MLflow server or database, or "workspace" for SQLite and files inside the workspace."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: ModelName
     uri: Annotated[str, Field(min_length=1)] = "workspace"
 
 

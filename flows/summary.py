@@ -216,7 +216,8 @@ def _stage_lines(found: Summary) -> Iterator[str]:
 
 def _ratio(label: str, ratio: Mapping[str, Any]) -> str:
     told = f" ({ratio['reading']})" if ratio["reading"] in (ratios.UNCLEAR, ratios.TOO_NOISY) else ""
-    return f"{label} x{ratio['value']:.3f}{_interval(ratio)}{told}"
+    value = "not measured" if ratio["value"] is None else f"x{ratio['value']:.3f}"
+    return f"{label} {value}{_interval(ratio)}{told}"
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:

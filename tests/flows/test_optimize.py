@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,8 +143,11 @@ def test_a_failed_gate_is_named_and_publishes_nothing(numprune: Command, tiny: P
     assert not any(stage["reused"] for stage in found["stages"] if stage["name"] == "report")
     assert all(stage["reused"] for stage in found["stages"] if stage["name"] != "report")
 
-    text = numprune("optimize", tiny / "recipe.toml", "--workspace", workspace, "--set", gate)
+    price = "benchmark.price_per_hour=3.6"  # for the report alone: nothing is measured again
+    text = numprune("optimize", tiny / "recipe.toml", "--workspace", workspace, "--set", gate, price)
     assert text.code == 2
+    assert "per million decoded tokens" in text.out
+    assert re.search(r"benchmark onnxruntime .*reused", text.out)
     assert "fail, nothing was published: sizes.parameters.ratio fail: beyond the limit" in text.out
 
 

@@ -11,6 +11,8 @@ def summarized(tmp_path: Path, limit: float) -> summary.Summary:
     data = full()
     data["identity"] = {**data["identity"], "name": "my-model"}
     data["price_per_hour"] = 3.6
+    lost = {"value": None, "ci95_lower": None, "ci95_upper": None, "interval95": [None, None]}
+    data["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"] |= lost
     data["speed"]["onnxruntime"]["noise_floor"]["ttft"] = {"relative": 1.5, "neighbours": 5}
     reports.write(judged(data, [{**POLICY[0], "max": limit}]), tmp_path / "report.json")
     release = tmp_path / "release" if limit > 0.1 else None
@@ -34,6 +36,7 @@ def test_a_summary_opens_with_the_sentence_and_ends_with_what_is_next(tmp_path: 
     )
     assert f"next: `{promote}`, then `{serve}`" in page
     assert "ITL x1.001 [0.977, 1.025] (no clear difference)" in text
+    assert "onnxruntime: decode tokens/s not measured, " in text
     assert "TTFT x0.800 [0.788, 0.812] (too noisy to measure)" in text
     assert "  cost      vllm: 10.0000 → 8.3333 per million output tokens" in text
 

@@ -6,7 +6,7 @@ number that is missing is null too. Unknown fields are refused everywhere but in
 a runtime's description, the result of a parity check), whose content belongs to whoever writes it.
 """
 
-from numprune.serving.report.models.fields import Estimate
+from numprune.serving.report.models.fields import Estimate, ModelName
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
 from numprune.serving.report.models.quality import (
     CAUSAL,
@@ -63,6 +63,7 @@ __all__ = [
     "Identity",
     "LossDelta",
     "MemorySide",
+    "ModelName",
     "NoiseFloor",
     "Outcome",
     "Output",
