@@ -89,6 +89,13 @@ class Answered:
     err: str
 
     @property
+    def is_error(self) -> bool:
+        """Exit code 1, and nothing on stdout but, with --json, the error that stderr tells."""
+        if not self.out:
+            return self.code == 1
+        return self.code == 1 and set(self.json) == {"error", "exit_code"} and self.json["error"] in self.err
+
+    @property
     def json(self) -> dict[str, Any]:
         parsed: dict[str, Any] = json.loads(self.out)
         return parsed

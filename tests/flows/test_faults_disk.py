@@ -47,7 +47,7 @@ def fill(disk: Path, free: int) -> Path:
 
 def refused(answered: Answered, *words: str) -> None:
     """Exit code 1, and at the end one line with all the words."""
-    assert (answered.code, answered.out) == (1, "")
+    assert answered.is_error
     assert "Traceback" not in answered.err
     last = answered.err.strip().splitlines()[-1]
     assert last.startswith("numprune: error: ")
@@ -148,7 +148,7 @@ def test_a_workspace_that_cannot_be_written_to(numprune: Command, disk: Path, fi
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for asked in (workspace, disk / "new" / "w"):
         answered = numprune(*command(tiny / "recipe.toml", asked))
-        assert (answered.code, answered.out) == (1, "")
+        assert answered.is_error
         assert "read-only file system; choose a folder that can be written to" in answered.err
         assert "Traceback" not in answered.err
     for arguments in (

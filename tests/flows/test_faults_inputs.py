@@ -32,7 +32,7 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 def refused(answered: Answered, *words: str) -> None:
     """Exit code 1, nothing on stdout, no traceback, and every word is said."""
-    assert (answered.code, answered.out) == (1, "")
+    assert answered.is_error
     assert "Traceback" not in answered.err
     assert "numprune: error: " in answered.err
     for word in words:

@@ -226,7 +226,7 @@ def test_the_registry_from_the_command_line(numprune: Command, tiny: Path, works
     assert numprune("registry", "fetch", "tiny", tmp_path / "out", *where).code == 0
     assert manifest.verify(tmp_path / "out").digest == manifest.read(Path(release)).digest
     refused = numprune("registry", "rollback", "tiny", *where)
-    assert (refused.code, refused.out) == (1, "")
+    assert refused.is_error
     assert refused.err.startswith("numprune: error: tiny: no version was in production before tiny/1")
 
 
