@@ -34,8 +34,8 @@ from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import text as texts
 from numprune.layers import ModelLayers
+from numprune.options import PruneOptions, check_options, options_of
 from numprune.plans import Draw, Plan, read_plan
-from numprune.pruning import PruneOptions
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality, Task
 
@@ -159,7 +159,7 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
         InputError: options that cannot work for this model.
     """
     layers = ModelLayers(model.network, model.task)
-    pruning.check_options(layers.anatomy, options)
+    check_options(layers.anatomy, options)
     dropped = pruning.layers_to_drop(layers, rows.tokens, options)
     made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped)
     return made.drawn(rows.draw, manifest.folder_digest(model.folder))
@@ -172,7 +172,7 @@ def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
         InputError: the plan is for another model, or names sizes that its target cannot run.
     """
     steps.check_applies(plan, model.anatomy, model.folder, manifest.folder_digest(model.folder))
-    return _pruned(model, rows, pruning.options_of(plan), plan)
+    return _pruned(model, rows, options_of(plan), plan)
 
 
 def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
@@ -181,7 +181,7 @@ def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
     Raises:
         InputError: options that cannot work for this model.
     """
-    pruning.check_options(model.anatomy, options)
+    check_options(model.anatomy, options)
     return _pruned(model, rows, options, None)
 
 

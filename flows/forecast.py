@@ -16,7 +16,7 @@ from numprune.flows.run import Run
 from numprune.flows.stages import StageResult
 from numprune.flows.steps.checks import prepare, prune_options
 from numprune.flows.steps.text import draw_rows, text_rows
-from numprune.pruning import known_results
+from numprune.options import known_results
 from numprune.serving.report.kept import KINDS
 
 _FLOAT32 = 4

@@ -123,7 +123,7 @@ class Data(Section):
 
 
 class Prune(Section):
-    """The fields of numprune.pruning.PruneOptions but its target; `stream`: layer by layer, from the disk."""
+    """The fields of numprune.options.PruneOptions but its target; `stream`: layer by layer, from the disk."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
     criterion: Criterion = "obs"
@@ -140,7 +140,7 @@ class Prune(Section):
     stream: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The fields of numprune.pruning.PruneOptions but its target."""
+        """The fields of numprune.options.PruneOptions but its target."""
         return self.model_dump(exclude={"stream"})
 
 

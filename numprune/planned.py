@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from numprune.anatomy import Anatomy
 from numprune.errors import InputError
+from numprune.options import check_options, options_of
 from numprune.plans import Plan
-from numprune.pruning import check_options, options_of
 from numprune.slices import Size
 from numprune.target import allowed_sizes
 

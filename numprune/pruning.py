@@ -12,101 +12,33 @@ without them; the targets that come from the dense model still have them.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune import sensitivity
-from numprune.allocation import ALLOCATIONS, by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import Anatomy, Block, read_anatomy
-from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import Budget, measure
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
+from numprune.choosing import Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
-from numprune.criteria import CRITERIA, BlockView, member_scores
-from numprune.curves import error_curve
-from numprune.depth import Shallower, choose, ratio_left, smallest_layers
-from numprune.errors import InputError
-from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
+from numprune.depth import Shallower, choose
 from numprune.experts.finish import finish_experts
-from numprune.experts.inputs import Seen
 from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
+from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
 from numprune.progress import progress
-from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
-from numprune.splits import priced, splits_meeting
-from numprune.surgery import assemble, can_hold_bias, channels_of, cut_layer, pruned_config
-from numprune.target import Sizes, Target, allowed_sizes
+from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)
 
-# A block, its consumer's weight (out, D) in float64 and the moments of what it reads -> what it keeps.
-Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
 Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
-
-# `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
-# compensation.py.
-COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
-_REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
-_PRICED_ROWS = 4  # every fourth calibration row: gradients for uniform's prices; those of all rows ranked splits alike
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """What to remove and how.
-
-    Attributes:
-        ratio: share of the prunable parameters to remove.
-        criterion: a name of `criteria.CRITERIA`.
-        allocation: a name of `allocation.ALLOCATIONS`.
-        compensation: one of `COMPENSATIONS`.
-        target: what the server of the result needs of its sizes.
-        axes, keep, floors, skips: as of `axes.Limits`. The allocation global cannot remove single query heads, and
-            uniform no whole block.
-        drop_layers: how many whole layers go; units make up the rest of the ratio.
-        damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
-            takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
-        seed: of the criteria that draw.
-        batch_size: calibration rows at a time; changes memory and speed, not the result beyond rounding.
-    """
-
-    ratio: float
-    criterion: str = "obs"
-    allocation: str = "uniform"
-    compensation: str = "joint"
-    target: Target = field(default_factory=Target)
-    axes: Sequence[str] = DEFAULT_AXES
-    keep: Sequence[str] = ()
-    floors: Mapping[str, float] = field(default_factory=dict)
-    skips: bool = False
-    drop_layers: int = 0
-    damping: float = 1e-3
-    seed: int = 0
-    batch_size: int = 8
-
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.axes, self.keep, self.floors, self.skips)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What has been collected of the dense model on the calibration rows, so that it need not be collected again.
-
-    Attributes:
-        moments: block name -> of every block that has units; None: of none, and always so where layers have experts.
-        sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
-    """
-
-    moments: Mapping[str, Moments] | None
-    sensitivity: Sensitivity | None = None
 
 
 @dataclass(frozen=True)
@@ -119,101 +51,6 @@ class Pruned:
     @property
     def prunable_ratio_removed(self) -> float:
         return 1 - self.after.prunable_parameters / self.before.prunable_parameters
-
-
-def uses_gradients(options: PruneOptions) -> bool:
-    """Whether the loss's gradients are used: whether `Known.sensitivity` helps."""
-    return options.allocation == "error" or options.criterion == "taylor"
-
-
-def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
-    """Refuse what cannot work before anything is run.
-
-    Raises:
-        InputError: an unknown name, a ratio out of reach, or values that make no sense together.
-    """
-    for option, value, known in (
-        ("criterion", options.criterion, tuple(CRITERIA)),
-        ("allocation", options.allocation, tuple(ALLOCATIONS)),
-        ("compensation", options.compensation, COMPENSATIONS),
-    ):
-        if value not in known:
-            raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
-    if options.criterion == "frequency" and "experts" not in anatomy.kinds:
-        raise InputError(f"criterion frequency ranks experts, and {anatomy.family} has none; use another criterion")
-    if not 0 <= options.damping < float("inf"):
-        raise InputError(f"damping is {options.damping}; it must be 0 or more")
-    if options.batch_size < 1:
-        raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
-    if options.skips and options.allocation == "uniform":
-        raise InputError(
-            "skips: uniform allocation gives every layer the same size, so no block can go; use error or global"
-        )
-    if options.skips and anatomy.attention_differs:
-        raise InputError(
-            "skips: a model with sliding windows in some layers only must keep the attention of every layer"
-        )
-    if options.skips and any(block.post_norms for block in anatomy.blocks):
-        raise InputError(
-            f"skips: in {anatomy.family} a norm follows each block and would go with it, so what a block is worth does "
-            "not follow from its output"
-        )
-    if options.skips and options.compensation == "bias":
-        raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
-    if options.compensation == "bias" and not can_hold_bias(anatomy.family):
-        raise InputError(
-            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
-        )
-    options.limits.check(anatomy)
-    members = [name for name in options.axes if AXES[name].part == "members" and AXES[name].kind in anatomy.kinds]
-    if members and options.allocation == "global":
-        raise InputError(
-            f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
-        )
-    if options.allocation == "uniform":
-        _check_same_in_every_layer(anatomy, options)
-    dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
-    rest, left = _left(anatomy, options, dropped)
-    allowed = _allowed(rest, left)
-    try:
-        check_ratio(rest, left.ratio, allowed)
-        if options.allocation == "uniform":
-            uniform(rest, left.ratio, allowed)
-    except InputError as error:
-        if not dropped:
-            raise
-        raise InputError(
-            f"with drop_layers {len(dropped)} the other layers must lose {left.ratio:.4f} of theirs: {error}"
-        ) from None
-
-
-def _protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
-    """Return the layers with a block that loses nothing: they are not dropped."""
-    protected = options.limits.protected(anatomy)
-    return {block.layer for block in anatomy.blocks if block.name in protected}
-
-
-def _left(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> tuple[Anatomy, PruneOptions]:
-    """Return what is left without these layers, and the options for that: its share of the ratio, its blocks' names."""
-    if not dropped:
-        return anatomy, options
-    rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
-    before = [block.name for block in anatomy.blocks if block.layer not in dropped]
-    keep = [block.name for block, name in zip(rest.blocks, before, strict=True) if name in protected]
-    ratio = ratio_left(anatomy, options.ratio, dropped)
-    return rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
-
-
-def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
-    protected = options.limits.protected(anatomy)
-    for kind in anatomy.kinds:
-        names = [block.name for block in anatomy.of_kind(kind)]
-        inside, outside = ([name for name in names if (name in protected) == kept] for kept in (True, False))
-        if inside and outside:
-            raise InputError(
-                f"keep: uniform allocation gives every layer the same size, and {inside[0]} is protected while "
-                f"{outside[0]} is not; use allocation error, or keep {kind} everywhere ({kind!r})"
-            )
 
 
 def prune(
@@ -248,7 +85,7 @@ def prune(
 
 def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
     """Return the layers that `options` drop, as of `depth.choose`."""
-    protected = _protected_layers(layers.anatomy, options)
+    protected = protected_layers(layers.anatomy, options)
     return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
 
 
@@ -288,10 +125,13 @@ def prune_layers(
     """
     rest = _rest(layers, rows, options, known, dropped)
     anatomy, options = rest.layers.anatomy, rest.options
-    if options.compensation in _REFITTING:
+    if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
-    choice, splits = _choice(rest, walker, rows) if plan is None else (_planned(rest, plan), plan.splits)
+    if plan is None:
+        choice, splits = chooser(walker, rows, options, rest.known)
+    else:
+        choice, splits = planned(plan, rest.names(), layers.device), plan.splits
     inputs: Inputs = (
         Walked(walker, rows, options.compensation)
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
@@ -310,7 +150,7 @@ def prune_layers(
         with rest.layers.layer(index) as layer:
             for block in blocks:
                 if not block.units:
-                    kept[block.name] = _nothing(block)
+                    kept[block.name] = nothing(block)
                     continue
                 if block.routing is not None:
                     assert isinstance(inputs, Walked)
@@ -350,53 +190,12 @@ def plan_layers(
     """
     rest = _rest(layers, rows, options, known, dropped)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
-    choice, splits = _choice(rest, walker, rows)
-    inputs = _dense_inputs(walker, rows, rest.known)
-    kept = {block.name: _nothing(block) for block in rest.layers.anatomy.blocks}
-    for layer, block in _blocks(rest.layers):
-        kept[block.name] = choice(layer, block, _dense_reading(layer, block, inputs))
+    choice, splits = chooser(walker, rows, rest.options, rest.known)
+    inputs = dense_inputs(walker, rows, rest.known)
+    kept = {block.name: nothing(block) for block in rest.layers.anatomy.blocks}
+    for layer, block in blocks_of(rest.layers):
+        kept[block.name] = choice(layer, block, dense_reading(layer, block, inputs))
     return rest.describe(rows, kept, {}, splits)
-
-
-def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
-    """Return what may be left of the model, as far as its configuration tells.
-
-    One anatomy where nothing is priced, several where `uniform` prices them and takes one, none where each layer gets a
-    size of its own, or where there are experts and so too many to list. Which layers are dropped does not matter: under
-    `uniform` all are of one size.
-
-    Raises:
-        InputError: as `check_options`.
-    """
-    check_options(anatomy, options)
-    if options.allocation != "uniform" or (anatomy.of_kind("experts") and options.compensation in _REFITTING):
-        return []
-    dropped = smallest_layers(anatomy, options.drop_layers, _protected_layers(anatomy, options))
-    rest, left = _left(anatomy, options, dropped)
-    if anatomy.of_kind("experts"):
-        return [rest.keeping(uniform(rest, left.ratio, _allowed(rest, left)))]
-    splits = splits_meeting(rest, left.ratio, _allowed(rest, left))
-    if options.compensation not in _REFITTING:
-        splits = splits[:1]
-    return [rest.keeping(split.sizes(rest)) for split in splits]
-
-
-def options_of(plan: Plan) -> PruneOptions:
-    """Return the options that a plan was made with."""
-    return PruneOptions(
-        ratio=plan.ratio,
-        criterion=plan.criterion,
-        allocation=plan.allocation,
-        compensation=plan.compensation,
-        target=plan.target,
-        axes=plan.axes,
-        keep=plan.keep,
-        floors=plan.floors,
-        skips=plan.skips,
-        drop_layers=plan.drop_layers,
-        damping=plan.damping,
-        seed=plan.seed,
-    )
 
 
 @dataclass(frozen=True)
@@ -436,7 +235,7 @@ class _Rest:
         splits: list[PricedSplit] | None,
     ) -> Plan:
         """Return the plan by the whole model's names; what was kept and fitted is given by those here."""
-        blocks = {block.name: BlockPlan.of(block, _nothing(block), None) for block in self.whole.anatomy.blocks}
+        blocks = {block.name: BlockPlan.of(block, nothing(block), None) for block in self.whole.anatomy.blocks}
         names = self.names()
         blocks |= {
             names[block.name]: BlockPlan.of(block, kept[block.name], dampings.get(block.name))
@@ -458,47 +257,8 @@ def _rest(
     if not dropped:
         return _Rest(layers, layers, options, options, known, ())
     gone = [drop.layer for drop in dropped]
-    _, left = _left(layers.anatomy, options, gone)
+    _, left = left_of(layers.anatomy, options, gone)
     return _Rest(layers, Shallower(layers, gone), options, left, None, dropped)
-
-
-def _choice(rest: _Rest, walker: Walker, rows: Tensor) -> tuple[Choice, list[PricedSplit] | None]:
-    """Return what chooses by the criterion, sizes by the allocation, and what `uniform` chose from."""
-    layers, options, known = rest.layers, rest.options, rest.known
-    gradients = known.sensitivity if known and uses_gradients(options) else None
-    if uses_gradients(options) and gradients is None:
-        gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
-    by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by what it loses
-    if gradients is None and by_loss:
-        gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
-    sizes, splits = _sizes_to_keep(layers, walker, rows, options, known, gradients)
-    if options.criterion != "taylor" and not by_loss:
-        gradients = None  # large, and needed no more
-
-    def by_score(layer: nn.Module, block: Block, read: Moments | Seen) -> Kept:
-        size = sizes[block.name]
-        if isinstance(read, Seen):
-            return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
-        weight = consumer_weight(layer, block).double()
-        return _choose(_view(block, weight, read, options, gradients), size, options.criterion)
-
-    return by_score, splits
-
-
-def _planned(rest: _Rest, plan: Plan) -> Choice:
-    """Return what chooses as `plan` says."""
-    names = rest.names()
-    device = rest.layers.device
-    return lambda _layer, block, _read: plan.blocks[names[block.name]].to_kept().to(device)
-
-
-def _nothing(block: Block) -> Kept:
-    return Kept.whole(torch.empty(0, dtype=torch.long), block.members)
-
-
-def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
-    """The sizes that each block may be left with; uniform ones are those that a stock configuration holds."""
-    return allowed_sizes(anatomy, options.target, options.limits, stock=options.allocation == "uniform")
 
 
 def describe(
@@ -559,132 +319,6 @@ def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator
                     yield block.name, walk.moments(layer, block)
 
 
-def _sizes_to_keep(
-    layers: Layers,
-    walker: Walker,
-    rows: Tensor,
-    options: PruneOptions,
-    known: Known | None,
-    gradients: Sensitivity | None,
-) -> tuple[dict[str, Size], list[PricedSplit] | None]:
-    """Return the size of what to keep by block name, and what `uniform` chose from.
-
-    The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
-    """
-    anatomy, ratio = layers.anatomy, options.ratio
-    allowed = _allowed(anatomy, options)
-    if options.allocation == "uniform":
-        splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
-        if len(splits) == 1 or options.compensation not in _REFITTING:  # the curves are those of refitted consumers
-            return uniform(anatomy, ratio, allowed), None
-        gradients = gradients or sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
-    inputs = _dense_inputs(walker, rows, known)
-    if options.allocation == "global":
-        scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
-        scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in _blocks(layers)}
-        return global_sort(anatomy, ratio, allowed, scores), None
-    assert gradients is not None
-    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
-    errors |= {
-        block.name: _errors(
-            layer, block, inputs, gradients.output[block.name], members=options.limits.takes(block, "members")
-        )
-        for layer, block in _blocks(layers)
-    }
-    if options.allocation == "error":
-        return by_error(anatomy, ratio, allowed, errors), None
-    if not splits:
-        return uniform(anatomy, ratio, allowed, errors), None
-    return uniform(anatomy, ratio, allowed, errors), [
-        PricedSplit(
-            kv_groups=split.attention.units,
-            query_heads=split.attention.members,
-            mlp_channels=split.mlp_channels,
-            nats_per_token=float(f"{nats:.4g}"),  # further digits depend on the batch size and the machine
-        )
-        for split, nats in priced(splits, anatomy, errors).items()
-    ]
-
-
-def _blocks(layers: Layers) -> Iterator[tuple[nn.Module, Block]]:
-    """Yield every block that has units, with its layer."""
-    for index in progress(range(layers.anatomy.layers), "score", "layer"):
-        with layers.layer(index) as layer:
-            for block in layers.anatomy.of_layer(index):
-                if block.units:
-                    yield layer, block
-
-
-def _dense_inputs(walker: Walker, rows: Tensor, known: Known | None) -> Inputs:
-    return Walked(walker, rows) if known is None or known.moments is None else Collected(known.moments)
-
-
-def _dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | Seen:
-    """What the dense model's block reads."""
-    if block.routing is None:
-        return inputs.moments(layer, block)
-    assert isinstance(inputs, Walked)
-    seen = inputs.experts(layer, block)
-    inputs.pass_experts_on(layer, block)
-    return seen
-
-
-def _ranks(
-    layer: nn.Module, block: Block, inputs: Inputs, options: PruneOptions, gradients: Sensitivity | None
-) -> Tensor:
-    """The scores of the dense model's block, (units,)."""
-    read = _dense_reading(layer, block, inputs)
-    if isinstance(read, Seen):
-        return expert_scores(layer, block, read, _scoring(block, options, gradients))
-    weight = consumer_weight(layer, block).double()
-    return CRITERIA[options.criterion](_view(block, weight, read, options, gradients))
-
-
-def _errors(layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, *, members: bool) -> Tensor:
-    """What each size of the dense model's block costs, (units + 1, members)."""
-    read = _dense_reading(layer, block, inputs)
-    if isinstance(read, Seen):
-        return error_table(layer, block, read, sensitivity)
-    weight = consumer_weight(layer, block).double()
-    return error_curve(weight, read.gram, sensitivity, block.size, members=members)
-
-
-def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:
-    kind = 0 if block.kind == "attention" else 1
-    return Scoring(
-        options.criterion,
-        options.ratio,
-        seed=(options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63),
-        taylor=gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None,
-        sensitivity=gradients.output[block.name] if gradients and block.routing is not None else None,
-    )
-
-
-def _view(
-    block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
-) -> BlockView:
-    scoring = _scoring(block, options, gradients)
-    return BlockView(
-        weight,
-        moments.gram,
-        moments.mean,
-        block.channels_per_unit,
-        scoring.ratio,
-        scoring.seed,
-        scoring.taylor,
-        block.members,
-    )
-
-
-def _choose(view: BlockView, size: Size, criterion: str) -> Kept:
-    """Return what scores highest: first the units, then of each of them its members."""
-    units = keep_highest(CRITERIA[criterion](view), size.units)
-    if not size.units or size.members == view.members:
-        return Kept.whole(units, view.members)
-    scores = member_scores(criterion, view, units)
-    return Kept(units, torch.stack([keep_highest(own, size.members) for own in scores]))
-
-
 def _damping(
     consumer: nn.Linear,
     weight: Tensor,
@@ -706,7 +340,7 @@ def _damping(
 def _is_fitted(block: Block, left: Size, options: PruneOptions) -> bool:
     """Whether the block's consumer is fitted: it has lost channels, or makes up for what others lost."""
     loses = left != block.size or options.compensation in ("residual", "joint")
-    return options.compensation in _REFITTING and loses and left.units > 0
+    return options.compensation in REFITTING and loses and left.units > 0
 
 
 def _compensate(

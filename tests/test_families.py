@@ -24,8 +24,9 @@ from numprune.export.tasks import load_task
 from numprune.families import FAMILIES
 from numprune.layers import ModelLayers, leave, replaced
 from numprune.modeling import AUTO_OF
+from numprune.options import PruneOptions
 from numprune.plans import DroppedLayer
-from numprune.pruning import PruneOptions, config_after, layers_to_drop, prune, prune_layers
+from numprune.pruning import config_after, layers_to_drop, prune, prune_layers
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
 from numprune.target import Target, allowed_sizes

@@ -13,8 +13,8 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_readi
 
 if TYPE_CHECKING:
     from numprune.anatomy import Anatomy
+    from numprune.options import PruneOptions
     from numprune.plans import Plan, PricedSplit
-    from numprune.pruning import PruneOptions
     from numprune.tasks import Task
 
 # What `prune` does where neither an option nor a plan says otherwise.
@@ -302,8 +302,8 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
+    from numprune.options import check_options
     from numprune.planned import check_plan
-    from numprune.pruning import check_options
 
     started = time.perf_counter()
     options, plan = _asked(args)
@@ -353,8 +353,8 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
     """Return the options, and the plan where they are one's. Raises InputError."""
+    from numprune.options import PruneOptions, options_of
     from numprune.plans import read_plan
-    from numprune.pruning import PruneOptions, options_of
     from numprune.target import Target
 
     given = {name: getattr(args, name) for name in ("ratio", *_DEFAULTS) if getattr(args, name) is not None}

@@ -28,7 +28,7 @@ from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
-from numprune.pruning import PruneOptions, check_options
+from numprune.options import PruneOptions, check_options
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry

@@ -34,6 +34,7 @@ from numprune.export.weights import dtypes_of, main_dtype, read_headers
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.text import load_calibration
 from numprune.layers import Layers, ModelLayers
+from numprune.options import PruneOptions, check_options
 from numprune.planned import check_plan
 from numprune.plans import Draw, Plan
 from numprune.renumber import renumber_tensors
@@ -57,7 +58,7 @@ def stored_dtype(folder: Path) -> str:
 def prune_checkpoint(
     base: Path,
     rows: Tensor,
-    options: pruning.PruneOptions,
+    options: PruneOptions,
     out: Path,
     device: torch.device,
     *,
@@ -74,7 +75,7 @@ def prune_checkpoint(
     """
     before, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
     if plan is None:
-        pruning.check_options(before, options)
+        check_options(before, options)
     else:
         check_applies(plan, before, base, digest)
     if problem := other_reading(base):
@@ -146,7 +147,7 @@ def _kept_units(plan: Plan) -> dict[str, list[int]]:
 
 
 def _prune_in_memory(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, plan: Plan | None
+    base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
     model, _ = load(base)
     pruned = pruning.prune(model.to(device), rows, options, task=load_task(base), plan=plan)
@@ -155,7 +156,7 @@ def _prune_in_memory(
 
 
 def _prune_streamed(
-    base: Path, rows: Tensor, options: pruning.PruneOptions, folder: Path, device: torch.device, plan: Plan | None
+    base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
     layers = CheckpointLayers(base, scratch=folder, device=device)
     check_vocabulary(base, load_tokenizer(base), layers.config)
@@ -173,7 +174,7 @@ def _prune_streamed(
 def plan_checkpoint(
     base: Path,
     rows: Tensor,
-    options: pruning.PruneOptions,
+    options: PruneOptions,
     scratch: Path,
     device: torch.device,
     *,
@@ -186,7 +187,7 @@ def plan_checkpoint(
 
     Raises InputError, IntegrityError.
     """
-    pruning.check_options(read_anatomy(read_config(base)), options)
+    check_options(read_anatomy(read_config(base)), options)
     layers: Layers
     if stream:
         layers = CheckpointLayers(base, scratch=scratch, device=device)
@@ -201,6 +202,6 @@ def make_pruned(
     out: Path, *, base: Path, rows: Path, options: dict[str, Any], target: dict[str, int], device: str, stream: bool
 ) -> dict[str, Any]:
     """Stage: the pruned checkpoint, in the folder `checkpoint`."""
-    chosen = pruning.PruneOptions(**options, target=Target(**target))
+    chosen = PruneOptions(**options, target=Target(**target))
     tokens, draw = load_calibration(rows)
     return prune_checkpoint(base, tokens, chosen, out / CHECKPOINT, torch.device(device), draw=draw, stream=stream)

@@ -25,7 +25,7 @@ from numprune.flows.recipe import EMBEDDED
 from numprune.flows.steps.checks import model_folder
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.text import calibration_rows
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Environment as Machine
 from numprune.serving.report import Estimate, Percentiles, RuntimeMemory, RuntimeSpeed, SpeedSide

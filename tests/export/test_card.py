@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from numprune.errors import IntegrityError
 from numprune.export import card, vllm
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 
 Checkpoint = Callable[..., Path]
 

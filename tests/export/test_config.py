@@ -15,7 +15,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, onnx, vllm
 from numprune.export.config import read_config
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.target import Target
 
 Checkpoint = Callable[..., Path]

@@ -11,7 +11,7 @@ import torch
 from numprune.errors import InputError
 from numprune.export import files, onnx, vllm
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.target import Target
 
 Checkpoint = Callable[..., Path]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from numprune.export import checkpoint
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.target import Target
 from tests.conftest import build_tiny, write_checkpoint
 

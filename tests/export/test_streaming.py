@@ -12,7 +12,8 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, weights
 from numprune.export.streaming import CheckpointLayers
 from numprune.layers import Layers, ModelLayers
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.target import Target
 from tests.conftest import LLAMA_LIKE, recast
 

@@ -13,7 +13,8 @@ from numprune.budget import measure
 from numprune.export import checkpoint
 from numprune.flows import forecast, optimize, recipe
 from numprune.flows.steps import checks
-from numprune.pruning import PruneOptions, known_results, prune
+from numprune.options import PruneOptions, known_results
+from numprune.pruning import prune
 from numprune.target import Target
 from tests.conftest import build_tiny
 from tests.flows.conftest import Answered

@@ -15,7 +15,7 @@ from numprune.export import checkpoint, manifest
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.studies import large
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.target import Target
 from tests.conftest import recast
 
@@ -125,7 +125,7 @@ from pathlib import Path
 import torch
 from numprune.export.shards import ShardWriter
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 
 add, calls = ShardWriter.add, []
 def second_kills(self, tensors):
@@ -153,7 +153,7 @@ import sys
 from pathlib import Path
 import torch
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

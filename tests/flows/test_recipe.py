@@ -68,7 +68,7 @@ def test_names_are_those_that_are_implemented() -> None:
     from numprune.axes import AXES, DEFAULT_AXES
     from numprune.criteria import CRITERIA
     from numprune.export.runtimes import DEVICES, NAMES
-    from numprune.pruning import COMPENSATIONS
+    from numprune.options import COMPENSATIONS
 
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
@@ -81,7 +81,7 @@ def test_names_are_those_that_are_implemented() -> None:
 
 def test_defaults_are_those_of_what_does_the_work() -> None:
     from numprune.axes import DEFAULT_AXES
-    from numprune.pruning import PruneOptions
+    from numprune.options import PruneOptions
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 

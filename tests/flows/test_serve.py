@@ -29,7 +29,7 @@ import torch
 from numprune.flows import embedded
 from numprune.flows.release import release
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.serving import canary, deployment, registry, rollout
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm import api_key

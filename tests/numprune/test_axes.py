@@ -6,7 +6,7 @@ from numprune.allocation import by_error, check_ratio, global_sort, uniform
 from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import measure
 from numprune.errors import InputError
-from numprune.pruning import PruneOptions, check_options
+from numprune.options import PruneOptions, check_options
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from tests.numprune.test_allocation import anatomy, random_errors, removed

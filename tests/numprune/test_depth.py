@@ -11,7 +11,8 @@ from numprune.anatomy import read_anatomy
 from numprune.depth import choose, ratio_left
 from numprune.errors import InputError
 from numprune.layers import ModelLayers, replaced
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.slices import Size
 from numprune.surgery import pruned_config
 from numprune.target import Target

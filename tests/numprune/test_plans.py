@@ -5,8 +5,9 @@ import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
+from numprune.options import PruneOptions
 from numprune.plans import BlockPlan, Draw, read_plan
-from numprune.pruning import PruneOptions, prune
+from numprune.pruning import prune
 from numprune.slices import Kept
 from tests.conftest import build_tiny
 

@@ -3,9 +3,11 @@ import torch
 
 from numprune import sensitivity
 from numprune.anatomy import read_anatomy
+from numprune.choosing import Known
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
-from numprune.pruning import Known, PruneOptions, dense_moments, prune, uses_gradients
+from numprune.options import PruneOptions, uses_gradients
+from numprune.pruning import dense_moments, prune
 from numprune.slices import Size
 from numprune.target import Target
 from tests.conftest import build_tiny

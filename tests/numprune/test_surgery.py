@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, cut_layer, pruned_config
 from numprune.target import Target

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from numprune.errors import IntegrityError
 from numprune.export import manifest
 from numprune.flows.steps.prune import prune_checkpoint
-from numprune.pruning import PruneOptions
+from numprune.options import PruneOptions
 from numprune.serving import hub
 from numprune.serving.hub import HubError
 from tests.serving.releases import make_release, write_checkpoint

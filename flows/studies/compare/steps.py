@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune import sensitivity
+from numprune.choosing import Known
 from numprune.corpus import rows_digest, sample_rows
 from numprune.documents import Reading
 from numprune.export.checkpoint import load, load_tokenizer
@@ -22,7 +23,7 @@ from numprune.flows.studies.compare.methods import options_of
 from numprune.flows.studies.rivals import RIVALS
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
-from numprune.pruning import Known, dense_moments, prune
+from numprune.pruning import dense_moments, prune
 from numprune.quality import compare_with
 from numprune.sensitivity import Sensitivity
 from numprune.target import Target

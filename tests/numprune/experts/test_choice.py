@@ -14,7 +14,8 @@ from numprune.experts.inputs import Experts, Routed
 from numprune.families import FAMILIES
 from numprune.inputs import Walked
 from numprune.layers import ModelLayers
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
 from tests.conftest import build_tiny

@@ -10,7 +10,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from numprune.flows.embedded.corpus import documents
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.target import Target
 from tests.conftest import TINY, byte_tokenizer
 

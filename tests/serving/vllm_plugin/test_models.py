@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from numprune.anatomy import PER_LAYER_PREFIX
 from numprune.export import checkpoint, manifest, vllm
 from numprune.families import FAMILIES
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.target import Target
 from tests.conftest import LLAMA_LIKE, build_tiny, write_checkpoint
 from tests.serving.vllm_plugin.engine import SIZES, EngineError, build, reference

@@ -17,7 +17,8 @@ from numprune.export import locks
 from numprune.export.checkpoint import load
 from numprune.flows.studies.compare import methods
 from numprune.flows.studies.compare.command import main
-from numprune.pruning import PruneOptions, prune
+from numprune.options import PruneOptions
+from numprune.pruning import prune
 from numprune.quality import compare
 from numprune.target import Target
 from tests.conftest import build_tiny, byte_tokenizer

@@ -12,7 +12,7 @@ from numprune.flows.studies.compare.methods import (
     reads_dense_moments,
     reads_gradients,
 )
-from numprune.pruning import COMPENSATIONS
+from numprune.options import COMPENSATIONS
 from numprune.slices import GONE, Size
 from numprune.target import Target
 from tests.conftest import build_tiny

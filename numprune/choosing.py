@@ -1,0 +1,205 @@
+"""What is kept: the size of each block by the allocation, its units and members by the criterion, or all by a plan."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from numprune import sensitivity
+from numprune.allocation import by_error, global_sort, keep_highest, uniform
+from numprune.anatomy import Block
+from numprune.calibration import Walker, consumer_weight
+from numprune.criteria import CRITERIA, BlockView, member_scores
+from numprune.curves import error_curve
+from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
+from numprune.experts.inputs import Seen
+from numprune.inputs import Collected, Inputs, Walked
+from numprune.layers import Layers
+from numprune.moments import Moments
+from numprune.options import REFITTING, PruneOptions, sizes_allowed, uses_gradients
+from numprune.plans import Plan, PricedSplit
+from numprune.progress import progress
+from numprune.sensitivity import Sensitivity
+from numprune.slices import Kept, Size
+from numprune.splits import priced, splits_meeting
+
+# A layer, its block and what the block's consumer reads -> what is kept of the block.
+Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
+
+_PRICED_ROWS = 4  # every fourth calibration row: gradients for uniform's prices; those of all rows ranked splits alike
+
+
+@dataclass(frozen=True)
+class Known:
+    """What has been collected of the dense model on the calibration rows, so that it need not be collected again.
+
+    Attributes:
+        moments: block name -> of every block that has units; None: of none, and always so where layers have experts.
+        sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
+    """
+
+    moments: Mapping[str, Moments] | None
+    sensitivity: Sensitivity | None = None
+
+
+def chooser(
+    walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None
+) -> tuple[Choice, list[PricedSplit] | None]:
+    """Return what chooses by the criterion, sizes by the allocation, and what `uniform` chose from."""
+    layers = walker.layers
+    gradients = known.sensitivity if known and uses_gradients(options) else None
+    if uses_gradients(options) and gradients is None:
+        gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
+    by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by what it loses
+    if gradients is None and by_loss:
+        gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
+    sizes, splits = _sizes_to_keep(walker, rows, options, known, gradients)
+    if options.criterion != "taylor" and not by_loss:
+        gradients = None  # large, and needed no more
+
+    def by_score(layer: nn.Module, block: Block, read: Moments | Seen) -> Kept:
+        size = sizes[block.name]
+        if isinstance(read, Seen):
+            return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
+        weight = consumer_weight(layer, block).double()
+        return _choose(_view(block, weight, read, options, gradients), size, options.criterion)
+
+    return by_score, splits
+
+
+def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Choice:
+    """Return what chooses as `plan` says; `names`: of each block -> in the plan."""
+    return lambda _layer, block, _read: plan.blocks[names[block.name]].to_kept().to(device)
+
+
+def nothing(block: Block) -> Kept:
+    """Return what is kept of a block that goes."""
+    return Kept.whole(torch.empty(0, dtype=torch.long), block.members)
+
+
+def blocks_of(layers: Layers) -> Iterator[tuple[nn.Module, Block]]:
+    """Yield every block that has units, with its layer."""
+    for index in progress(range(layers.anatomy.layers), "score", "layer"):
+        with layers.layer(index) as layer:
+            for block in layers.anatomy.of_layer(index):
+                if block.units:
+                    yield layer, block
+
+
+def dense_inputs(walker: Walker, rows: Tensor, known: Known | None) -> Inputs:
+    """Return what the dense model's blocks read, collected as they are asked for or before."""
+    return Walked(walker, rows) if known is None or known.moments is None else Collected(known.moments)
+
+
+def dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | Seen:
+    """Return what the dense model's block reads."""
+    if block.routing is None:
+        return inputs.moments(layer, block)
+    assert isinstance(inputs, Walked)
+    seen = inputs.experts(layer, block)
+    inputs.pass_experts_on(layer, block)
+    return seen
+
+
+def _sizes_to_keep(
+    walker: Walker,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None,
+    gradients: Sensitivity | None,
+) -> tuple[dict[str, Size], list[PricedSplit] | None]:
+    """Return the size of what to keep by block name, and what `uniform` chose from.
+
+    The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
+    """
+    layers = walker.layers
+    anatomy, ratio = layers.anatomy, options.ratio
+    allowed = sizes_allowed(anatomy, options)
+    if options.allocation == "uniform":
+        splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
+        if len(splits) == 1 or options.compensation not in REFITTING:  # the curves are those of refitted consumers
+            return uniform(anatomy, ratio, allowed), None
+        gradients = gradients or sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
+    inputs = dense_inputs(walker, rows, known)
+    if options.allocation == "global":
+        scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
+        scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in blocks_of(layers)}
+        return global_sort(anatomy, ratio, allowed, scores), None
+    assert gradients is not None
+    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
+    errors |= {
+        block.name: _errors(
+            layer, block, inputs, gradients.output[block.name], members=options.limits.takes(block, "members")
+        )
+        for layer, block in blocks_of(layers)
+    }
+    if options.allocation == "error":
+        return by_error(anatomy, ratio, allowed, errors), None
+    if not splits:
+        return uniform(anatomy, ratio, allowed, errors), None
+    return uniform(anatomy, ratio, allowed, errors), [
+        PricedSplit(
+            kv_groups=split.attention.units,
+            query_heads=split.attention.members,
+            mlp_channels=split.mlp_channels,
+            nats_per_token=float(f"{nats:.4g}"),  # further digits depend on the batch size and the machine
+        )
+        for split, nats in priced(splits, anatomy, errors).items()
+    ]
+
+
+def _ranks(
+    layer: nn.Module, block: Block, inputs: Inputs, options: PruneOptions, gradients: Sensitivity | None
+) -> Tensor:
+    """The scores of the dense model's block, (units,)."""
+    read = dense_reading(layer, block, inputs)
+    if isinstance(read, Seen):
+        return expert_scores(layer, block, read, _scoring(block, options, gradients))
+    weight = consumer_weight(layer, block).double()
+    return CRITERIA[options.criterion](_view(block, weight, read, options, gradients))
+
+
+def _errors(layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, *, members: bool) -> Tensor:
+    """What each size of the dense model's block costs, (units + 1, members)."""
+    read = dense_reading(layer, block, inputs)
+    if isinstance(read, Seen):
+        return error_table(layer, block, read, sensitivity)
+    weight = consumer_weight(layer, block).double()
+    return error_curve(weight, read.gram, sensitivity, block.size, members=members)
+
+
+def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:
+    kind = 0 if block.kind == "attention" else 1
+    return Scoring(
+        options.criterion,
+        options.ratio,
+        seed=(options.seed * 1_000_003 + 2 * block.layer + kind) % (1 << 63),
+        taylor=gradients.taylor[block.name] if gradients and options.criterion == "taylor" else None,
+        sensitivity=gradients.output[block.name] if gradients and block.routing is not None else None,
+    )
+
+
+def _view(
+    block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
+) -> BlockView:
+    scoring = _scoring(block, options, gradients)
+    return BlockView(
+        weight,
+        moments.gram,
+        moments.mean,
+        block.channels_per_unit,
+        scoring.ratio,
+        scoring.seed,
+        scoring.taylor,
+        block.members,
+    )
+
+
+def _choose(view: BlockView, size: Size, criterion: str) -> Kept:
+    """Return what scores highest: first the units, then of each of them its members."""
+    units = keep_highest(CRITERIA[criterion](view), size.units)
+    if not size.units or size.members == view.members:
+        return Kept.whole(units, view.members)
+    scores = member_scores(criterion, view, units)
+    return Kept(units, torch.stack([keep_highest(own, size.members) for own in scores]))
