@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.export.onnx_experts import EXPERTS
 from numprune.export.onnx_graph import DATA_FILE, INLINE_BYTES, PAGE_BYTES, check

@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from pydantic import JsonValue
 
-from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, family_of, read_anatomy
+from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest, vllm_pooling
 from numprune.export.tasks import load_task

@@ -2,7 +2,7 @@
 
 import json
 
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.tasks import Task
 from numprune.tasks.embedding import Embedding

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune import pruning, quality
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import Budget, measure
 from numprune.documents import Reading
 from numprune.errors import InputError

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import measure
 from numprune.documents import Reading
 from numprune.export import checkpoint

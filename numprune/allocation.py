@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from numprune.anatomy import Anatomy, Block
+from numprune.blocks import Anatomy, Block
 from numprune.budget import measure
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from numprune.anatomy import Anatomy, Block
+from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import Kind
 from numprune.slices import GONE, Size

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from numprune.anatomy import Anatomy, Kind
+from numprune.anatomy import Kind
+from numprune.blocks import Anatomy
 from numprune.slices import Size
 
 

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Anatomy, Block
+from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.experts.inputs import Routed
 from numprune.layers import Arguments, Layers, replaced

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numprune import sensitivity
 from numprune.allocation import by_error, global_sort, keep_highest, uniform
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.curves import error_curve

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.criteria.obs import greedy_members, greedy_removal
 from numprune.linalg import cholesky
 from numprune.slices import Size

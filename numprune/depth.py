@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.calibration import Walker, check_rows
 from numprune.errors import InputError
 from numprune.layers import Entered, Head, Layers

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.calibration import Run, Walker, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.calibration import Stream, Walker, consumer_of, consumer_weight
 from numprune.compensation import refit
 from numprune.linalg import cholesky, damped

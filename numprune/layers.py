@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import Anatomy, family_of, read_anatomy
+from numprune.anatomy import family_of, read_anatomy
+from numprune.blocks import Anatomy
 from numprune.tasks import CAUSAL, Task
 
 # Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).

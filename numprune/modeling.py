@@ -32,7 +32,8 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from numprune.anatomy import PER_LAYER_PREFIX, Block, by_layer, read_blocks
+from numprune.anatomy import PER_LAYER_PREFIX, read_blocks
+from numprune.blocks import Block, by_layer
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.stand_ins import stand_ins

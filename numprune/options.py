@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from numprune.allocation import ALLOCATIONS, check_ratio, uniform
-from numprune.anatomy import Anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
+from numprune.blocks import Anatomy
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_layers
 from numprune.errors import InputError

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.options import check_options, options_of
 from numprune.plans import Plan

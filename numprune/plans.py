@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.errors import InputError
 from numprune.slices import Kept, Size
 from numprune.target import Target

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import Anatomy, Block, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy, Block
 from numprune.budget import Budget, measure
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.choosing import Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_of
 from numprune.layers import Arguments, Layers
 from numprune.progress import Progress

@@ -12,7 +12,7 @@ from itertools import pairwise, product
 
 from torch import Tensor
 
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import measure
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError

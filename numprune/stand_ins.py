@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 
 
 def silent(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

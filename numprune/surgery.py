@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import PER_LAYER_PREFIX, Anatomy, Block, family_of, layers_path, task_name
+from numprune.anatomy import PER_LAYER_PREFIX, family_of, layers_path, task_name
+from numprune.blocks import Anatomy, Block
 from numprune.families import FAMILIES
 from numprune.modeling import AUTO_OF, class_of, resize  # importing it registers the per-layer classes
 from numprune.renumber import renumber_fields

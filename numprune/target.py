@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from numprune.anatomy import Anatomy, Block
 from numprune.axes import Limits
+from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.slices import GONE, Size

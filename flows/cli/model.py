@@ -12,7 +12,7 @@ from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 if TYPE_CHECKING:
-    from numprune.anatomy import Anatomy
+    from numprune.blocks import Anatomy
     from numprune.options import PruneOptions
     from numprune.plans import Plan, PricedSplit
     from numprune.tasks import Task

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from numprune.anatomy import Anatomy, read_anatomy, task_name
+from numprune.anatomy import read_anatomy, task_name
+from numprune.blocks import Anatomy
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune import pruning
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.export import card, manifest

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from numprune.allocation import keep_highest
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.criteria import CRITERIA, BlockView
 from numprune.criteria.obs import greedy_removal
 from numprune.experts.inputs import Experts, Seen

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.experts.inputs import Experts
 from numprune.experts.refit import refit_experts
 from numprune.inputs import Walked

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.moments import Moments
 from numprune.slices import Kept
 

@@ -10,7 +10,7 @@ refit of those that stay makes up for. Greedy: each time the expert goes after w
 import torch
 from torch import Tensor
 
-from numprune.anatomy import Routing
+from numprune.blocks import Routing
 
 
 def routing_weights(logits: Tensor, routing: Routing) -> Tensor:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 
 from numprune.allocation import ALLOCATIONS
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.criteria import CRITERIA
 from numprune.errors import InputError
 from numprune.flows.studies.rivals import RIVALS

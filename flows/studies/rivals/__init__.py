@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.anatomy import Anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 from numprune.flows.studies.rivals.shortgpt import check_layers, shortgpt

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.anatomy import Anatomy, family_of, read_anatomy
+from numprune.anatomy import family_of, read_anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result

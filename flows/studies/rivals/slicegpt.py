@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.anatomy import Anatomy, read_anatomy
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.budget import measure
 from numprune.calibration import check_rows
 from numprune.errors import InputError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from numprune.anatomy import Block
+from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_of
 from numprune.compensation import choose_damping, refit
 from numprune.criteria import CRITERIA, BlockView

@@ -9,7 +9,8 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from numprune.anatomy import Block, read_blocks
+from numprune.anatomy import read_blocks
+from numprune.blocks import Block
 from numprune_vllm.preflight import Preflight
 from numprune_vllm.sizes import expected_tensors
 from numprune_vllm.weights import checked

@@ -22,7 +22,8 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.model_executor.offloader import NoopOffloader, get_offloader
 
-from numprune.anatomy import Block, by_layer, read_blocks
+from numprune.anatomy import read_blocks
+from numprune.blocks import Block, by_layer
 from numprune.families import Family
 from numprune_vllm.backend import PerLayerBackend, forget_attention
 from numprune_vllm.preflight import Preflight
