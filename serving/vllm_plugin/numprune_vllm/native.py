@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 from vllm.model_executor.offloader import NoopOffloader, get_offloader
@@ -103,7 +104,8 @@ def _layer_config(family: Family, config: PreTrainedConfig, index: int) -> PreTr
     for field, value in fields.items():
         setattr(sizes, field, value)
     if family.stock_heads == "all":
-        setattr(sizes, family.heads, sizes.hidden_size // sizes.head_dim)
+        for field in filter(None, (family.heads, family.kv_heads)):
+            setattr(sizes, field, sizes.hidden_size // sizes.head_dim)
     return sizes
 
 
@@ -146,18 +148,22 @@ def _skip(layer: nn.Module, block: Block, vllm_config: VllmConfig, name: str) ->
 def _set_heads(attention: nn.Module, block: Block, vllm_config: VllmConfig, name: str) -> None:
     """Give attention as many heads as the block has; its class took as many as the hidden size has room for."""
     forget_attention(vllm_config, name)
-    made: nn.Module
+    heads, ranks = block.units * block.members, vllm_config.parallel_config.tensor_parallel_size
+    made: Any
     for child, module in attention.named_children():
         common: dict[str, Any] = {"quant_config": vllm_config.quant_config, "prefix": f"{name}.{child}"}
         if isinstance(module, QKVParallelLinear):
-            sizes = (module.hidden_size, module.head_size, block.units)
+            sizes = (module.hidden_size, module.head_size, heads, block.units)
             made = QKVParallelLinear(*sizes, bias=module.bias is not None, **common)
+            # Some classes split its output by these.
+            attention.q_size, attention.kv_size = made.num_heads * made.head_size, made.num_kv_heads * made.head_size
         elif isinstance(module, RowParallelLinear):
             made = RowParallelLinear(block.channels, module.output_size, bias=module.bias is not None, **common)
         elif isinstance(module, Attention):
-            heads = block.units // vllm_config.parallel_config.tensor_parallel_size
-            cache = vllm_config.cache_config
-            made = Attention(heads, module.head_size, module.impl.scale, cache_config=cache, **common)
+            common |= {"num_kv_heads": max(1, block.units // ranks), "cache_config": vllm_config.cache_config}
+            made = Attention(heads // ranks, module.head_size, module.impl.scale, **common)
+        elif isinstance(module, RotaryEmbedding):
+            continue  # knows the size of a head only
         else:
             raise TypeError(f"{name}.{child}: {type(module).__name__} cannot be given another number of heads")
         setattr(attention, child, made)
