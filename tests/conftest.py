@@ -105,6 +105,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 9},
     "gpt2": {"n_inner": 96},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "stablelm": {"use_qkv_bias": True},
     "bert": {"pad_token_id": 0},
     "roberta": {"pad_token_id": 1},
     "distilbert": {"pad_token_id": 0, "hidden_dim": 96},

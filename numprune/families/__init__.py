@@ -23,6 +23,7 @@ from numprune.families.qwen3 import QWEN3
 from numprune.families.qwen3_moe import QWEN3_MOE
 from numprune.families.roberta import ROBERTA
 from numprune.families.smollm3 import SMOLLM3
+from numprune.families.stablelm import STABLELM
 from numprune.families.starcoder2 import STARCODER2
 
 _ALL = (
@@ -41,6 +42,7 @@ _ALL = (
     GPT2,
     OPT,
     GPT_NEOX,
+    STABLELM,
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,

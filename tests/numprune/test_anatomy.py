@@ -53,6 +53,13 @@ FACTORS = ("short_factor", "long_factor")
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim=32: opt is supported only with 768"),
         ("gemma", {"use_bidirectional_attention": True}, "gemma is supported only with None or False"),
         (
+            "stablelm",
+            {"use_parallel_residual": True},
+            "use_parallel_residual=True: stablelm is supported only with False",
+        ),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True: stablelm is supported only with False"),
+        ("stablelm", {"hidden_act": "gelu"}, "hidden_act='gelu': stablelm is supported only with 'silu'"),
+        (
             "phi3",
             {
                 "rope_parameters": {

@@ -185,8 +185,10 @@ def test_the_cache_has_the_size_of_each_layer_s_own_kv_heads(engine, tmp_path):
     assert room // bytes_per_token - 32 < tokens <= room // bytes_per_token  # whole blocks of 32
 
 
-def test_two_processes_share_each_layer(engine, tmp_path):
-    model = build("numprune_llama", per_layer_config=MIXED, attention_bias=True)
+# StableLM's class of vLLM's takes no other number of heads than the hidden size has room for.
+@pytest.mark.parametrize(("family", "bias"), [("llama", "attention_bias"), ("stablelm", "use_qkv_bias")])
+def test_two_processes_share_each_layer(engine, tmp_path, family, bias):
+    model = build(PER_LAYER_PREFIX + family, per_layer_config=MIXED, **{bias: True})
     model.save_pretrained(tmp_path)
     check(engine.run(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp"), model)
 
