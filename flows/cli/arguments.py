@@ -7,12 +7,21 @@ leaves to the command the arguments that it needs, and the words that cannot be 
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from numprune.errors import InputError
 
 _NEGATIVE_NUMBER = re.compile(r"-(\d+|\d*\.\d+)")
+
+
+class NeededUnless(argparse._StoreAction):
+    """An argument that is needed but where the option `unless` is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, unless: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs="?", **kwargs)
+        self.unless = unless
 
 
 @dataclass
@@ -33,7 +42,7 @@ def ordered(parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapp
     Raises InputError for an unknown option, an argument too many, and values that could as well be arguments.
     """
     options, arguments = _read(parser, words, renamed)
-    least, most = _limits(parser)
+    least, most = _limits(parser, {option.word for option in options})
     missing = max(0, least - len(arguments))
     greedy = [option for option in options if option.action.nargs == "+"]
     if missing and most is None and sum(len(option.values) - 1 for option in greedy) > missing:
@@ -83,10 +92,13 @@ def _read(
     return options, arguments
 
 
-def _limits(parser: argparse.ArgumentParser) -> tuple[int, int | None]:
-    """How many arguments the command takes: at least, and at most."""
-    counts = [action.nargs for action in parser._actions if not action.option_strings]
-    return sum(count != "?" for count in counts), None if "+" in counts else len(counts)
+def _limits(parser: argparse.ArgumentParser, given: Collection[str]) -> tuple[int, int | None]:
+    """How many arguments the command takes with the options given: at least, and at most."""
+    arguments = [action for action in parser._actions if not action.option_strings]
+    needed = [
+        action.unless not in given if isinstance(action, NeededUnless) else action.nargs != "?" for action in arguments
+    ]
+    return sum(needed), None if any(action.nargs == "+" for action in arguments) else len(arguments)
 
 
 def _full_name(given: str, known: Mapping[str, argparse.Action], prog: str) -> str:

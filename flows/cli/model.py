@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
+from numprune.flows.cli.arguments import NeededUnless
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def add(commands: Subcommands) -> None:
         "out",
         metavar="OUT",
         type=Path,
-        nargs="?",
+        action=NeededUnless,
+        unless="--plan-only",
         help="the folder to write, or with --plan-only the file; must not exist",
     )
     parser.add_argument(

@@ -255,6 +255,11 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return logits
 
 
+@dataclass
+class _Passed(BaseModelOutputWithPastAndCrossAttentions):
+    router_logits: tuple[Tensor, ...] | None = None  # which heads of models with experts ask for
+
+
 class _Passing(nn.Module):
     """Stands for a base model whose last hidden states are known."""
 
@@ -263,5 +268,5 @@ class _Passing(nn.Module):
         """Itself: some models call the decoder inside their base model."""
         return self
 
-    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def forward(self, *_: object, inputs_embeds: Tensor, **__: object) -> _Passed:
+        return _Passed(last_hidden_state=inputs_embeds)

@@ -34,6 +34,12 @@ def test_where_options_stand_makes_no_difference(words: str) -> None:
     )
 
 
+def test_a_plan_needs_no_folder() -> None:
+    found = read("prune MODEL --ratio 0.3 --plan-only --text a b")
+    assert (found.model, found.out, [str(path) for path in found.text]) == ("MODEL", None, ["a", "b"])
+    assert str(read("prune MODEL plan.json --ratio 0.3 --plan-only --text a").out) == "plan.json"
+
+
 def test_an_assignment_does_not_swallow_the_recipe() -> None:
     found = read("optimize --set prune.ratio=0.2 data.samples=8 my.toml --workspace w")
     assert (found.recipe, found.overrides) == ("my.toml", ["prune.ratio=0.2", "data.samples=8"])

@@ -320,7 +320,7 @@ def test_one_job_on_the_gpu_at_a_time(tmp_path: Path) -> None:
     from numprune.flows.run import Artifact, Run
 
     asked = recipe.load(recipe.EMBEDDED_RECIPE)
-    run = Run(asked, tmp_path, Artifact(tmp_path, ""), {}, device="cuda", uses_gpu=True, machine={})
+    run = Run(asked, tmp_path, Artifact(tmp_path, ""), "causal-lm", {}, device="cuda", uses_gpu=True, machine={})
     with get_client(sync_client=True) as client:
         for _ in range(2):  # the second time the limit is there already
             with gpu_slot(run):
