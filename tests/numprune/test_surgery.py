@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from numprune.anatomy import read_anatomy
 from numprune.budget import measure
 from numprune.errors import InputError
+from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
-from numprune.pruning import prune
+from numprune.pruning import Pruned, config_after, prune_layers
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, cut_layer, pruned_config
 from numprune.target import Target
@@ -31,6 +32,14 @@ MODELS = [(family, {}) for family in LLAMA_LIKE] + [
 def logits(model, tokens=ROWS):
     with torch.no_grad():
         return model(tokens).logits
+
+
+def prune(model, rows, options):
+    """Prune with the model's own layers and not with copies: it then computes what is left, the rest being masked."""
+    layers, cut = ModelLayers(model), {}
+    plan = prune_layers(layers, rows, options, cut.update)
+    pruned = assemble(model, config_after(layers, plan), cut)
+    return Pruned(pruned, plan, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
 
 
 def assert_generates_as_uncached(model):
