@@ -319,7 +319,7 @@ with Place(Path(sys.argv[1]), "tiny").exclusive():
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(RolloutBusy, match=rf"another rollout of it is under way \(process {other.pid}\)"):
+    with pytest.raises(RolloutBusy, match=rf"another rollout is in progress \(process {other.pid}\)"):
         rollout.roll_out(NAME, never, tmp_path, Settings(NO_ROUTER))
     with pytest.raises(RolloutBusy):
         rollout.stop(NAME, tmp_path)
