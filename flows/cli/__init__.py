@@ -29,6 +29,7 @@ from numprune.flows.cli import (
     measure,
     model,
     optimize,
+    prune,
     push,
     registry,
     report,
@@ -39,7 +40,21 @@ from numprune.flows.cli import (
 from numprune.flows.cli.parser import Answer, build, parse
 from numprune.serving import loopback
 
-COMMANDS = (optimize, model, measure, report, registry, push, serve, rollout, canary, kubernetes, runs, completion)
+COMMANDS = (
+    optimize,
+    prune,
+    model,
+    measure,
+    report,
+    registry,
+    push,
+    serve,
+    rollout,
+    canary,
+    kubernetes,
+    runs,
+    completion,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,141 +1,23 @@
-"""numprune inspect, prune, evaluate and export: a model in, a model or figures out."""
+"""numprune inspect, evaluate and export: a model in, figures or an export out."""
 
 import argparse
 import dataclasses
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
-from numprune.flows.cli.arguments import NeededUnless
-from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
+from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_text, command, must_not_exist, reading
+from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
-    from numprune.blocks import Anatomy
-    from numprune.options import PruneOptions
-    from numprune.plans import Plan, PricedSplit
+    from numprune.plans import PricedSplit
     from numprune.tasks import Task
-
-# What `prune` does where neither an option nor a plan says otherwise.
-_DEFAULTS: dict[str, Any] = {
-    "criterion": "obs",
-    "allocation": "uniform",
-    "compensation": "joint",
-    "align": 8,
-    "tensor_parallel": 1,
-    "quantization_group": 1,
-    "axes": names.DEFAULT_AXES,
-    "keep": [],
-    "floor": [],
-    "skips": False,
-    "drop_layers": 0,
-    "seed": 0,
-}
-_SAMPLES = 128
-_MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 
 
 def add(commands: Subcommands) -> None:
     parser = command(commands, "inspect", inspect, "show what of a model can be pruned", "numprune inspect ./my-model")
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
-
-    parser = command(
-        commands,
-        "prune",
-        prune,
-        "prune a model and write the result as a checkpoint",
-        "numprune prune ./my-model ./pruned --ratio 0.3 --text train.txt",
-    )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument(
-        "out",
-        metavar="OUT",
-        type=Path,
-        action=NeededUnless,
-        unless="--plan-only",
-        help="the folder to write, or with --plan-only the file; must not exist",
-    )
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        metavar="R",
-        help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's)",
-    )
-    for option, choices, help_text in (
-        ("criterion", names.Criterion, "what scores the units"),
-        ("allocation", names.Allocation, "how many units each layer loses"),
-        ("compensation", names.Compensation, "how the kept channels take over from the removed ones"),
-    ):
-        parser.add_argument(
-            f"--{option}",
-            choices=get_args(choices),
-            metavar=option.upper(),
-            help=f"{help_text}: {', '.join(get_args(choices))} (default: {_DEFAULTS[option]})",
-        )
-    parser.add_argument(
-        "--plan-only",
-        action="store_true",
-        help="choose what to keep and prune nothing: print it, and write the plan to OUT where that is given",
-    )
-    parser.add_argument(
-        "--plan",
-        type=Path,
-        metavar="FILE",
-        help="prune as this plan says, with its options; the text is what the rest is fitted to (default: choose anew)",
-    )
-    _add_text(parser, "text to calibrate on")
-    parser.add_argument(
-        "--samples",
-        type=at_least(1),
-        metavar="N",
-        help="rows of the text to calibrate on (default: 128, or as many as the plan had)",
-    )
-    for name, help_text in (
-        ("align", "intermediate sizes are multiples of N channels"),
-        ("tensor_parallel", "GPUs that will share each layer"),
-        ("quantization_group", "channels that will share a scale"),
-    ):
-        _add_number(parser, name, 1, help_text)
-    parser.add_argument(
-        "--axes",
-        nargs="+",
-        action="extend",
-        choices=get_args(names.Axis),
-        metavar="AXIS",
-        help=f"what may be pruned: {', '.join(get_args(names.Axis))}; may be repeated "
-        f"(default: {' '.join(names.DEFAULT_AXES)})",
-    )
-    parser.add_argument(
-        "--keep",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
-        "may be repeated (default: nothing)",
-    )
-    parser.add_argument(
-        "--floor",
-        type=_floor,
-        action="append",
-        metavar="KIND=SHARE",
-        help="the least share that each block of a kind keeps: attention=0.5; may be repeated, for each kind (default: "
-        "none)",
-    )
-    parser.add_argument(
-        "--skips",
-        action="store_const",
-        const=True,
-        help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
-    )
-    _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
-    _add_number(parser, "seed", 0, "of every random draw")
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        help="hold one layer in memory at a time, for models larger than the memory (default: the whole model)",
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
 
     parser = command(
         commands,
@@ -144,11 +26,11 @@ def add(commands: Subcommands) -> None:
         "measure NLL and perplexity, and what changed against a baseline",
         "numprune evaluate ./pruned ./pruned-more --baseline ./my-model --text heldout.txt",
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"{_MODEL}; several are evaluated one after another")
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"{MODEL}; several are evaluated one after another")
     parser.add_argument(
         "--baseline", metavar="MODEL", help="compare each with this model, token by token (default: no comparison)"
     )
-    _add_text(parser, "text to score")
+    add_text(parser, "text to score")
 
     parser = command(
         commands,
@@ -157,45 +39,9 @@ def add(commands: Subcommands) -> None:
         "export a checkpoint, and prove that the export computes the same",
         "numprune export ./pruned ./pruned-onnx --to onnx",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_MODEL)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     add_choice(parser, "--to", get_args(names.ExportTarget), None, "what to write")
-
-
-def _add_number(parser: argparse.ArgumentParser, name: str, least: int, help_text: str) -> None:
-    """Add an option of pruning that takes a whole number."""
-    option = f"--{name.replace('_', '-')}"
-    parser.add_argument(option, type=at_least(least), metavar="N", help=f"{help_text} (default: {_DEFAULTS[name]})")
-
-
-def _floor(text: str) -> tuple[str, float]:
-    kind, sign, share = text.partition("=")
-    try:
-        if sign:
-            return kind, float(share)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be KIND=SHARE, like attention=0.5")
-
-
-def _add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        action="extend",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "
-        '"text"), any other file is plain text',
-    )
-    add_reading(parser)
-    parser.add_argument(
-        "--sequence-length",
-        type=at_least(2),
-        metavar="L",
-        help=f"tokens per window (default: {names.SEQUENCE_LENGTH}, or the model's context where that is shorter)",
-    )
 
 
 def inspect(args: argparse.Namespace) -> Answer:
@@ -255,7 +101,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         for name, value in data.items()
         if name not in ("model", "granularity", "blocks", "plan")
     ]
-    lines += [f"  {line}" for line in _sizes_lines(anatomy)]
+    lines += [f"  {line}" for line in sizes_lines(anatomy)]
     for key, kind, smallest in (
         ("query-heads", "attention", "1 head of every group"),
         ("attention", "attention", "1 KV group of every layer"),
@@ -274,7 +120,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         lines.append(
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
         )
-        lines += [f"  {line}" for line in _dropped_lines(plan, load_task(folder).unit)]
+        lines += [f"  {line}" for line in dropped_lines(plan, load_task(folder).unit)]
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{split.mlp_channels:,} channels per layer, priced at {split.nats_per_token:.4f} nats per token"
@@ -295,138 +141,6 @@ def _pooling(task: "Task") -> dict[str, Any]:
     if not isinstance(task, Embedding):
         return {}
     return {"pooling": task.pooling, "pooling_declared": task.declared, "normalized": task.normalized}
-
-
-def prune(args: argparse.Namespace) -> Answer:
-    from numprune.anatomy import read_anatomy
-    from numprune.export import checkpoint, manifest
-    from numprune.export.tasks import load_task
-    from numprune.flows.stages import peak_memory_bytes
-    from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
-    from numprune.flows.steps.text import calibration_rows, row_length
-    from numprune.options import check_options
-    from numprune.planned import check_plan
-
-    started = time.perf_counter()
-    options, plan = _asked(args)
-    if args.out is not None:
-        _must_not_exist(args.out)
-        manifest.sweep(args.out.parent)  # what a killed run left there can be large
-    base = checkpoint.resolve(args.model)
-    config = checkpoint.read_config(base)
-    anatomy = read_anatomy(config)
-    if plan is None:
-        check_options(anatomy, options)
-    else:
-        check_plan(anatomy, plan)
-    samples = args.samples or (plan.calibration.rows if plan else _SAMPLES)
-    length = args.sequence_length or (plan.calibration.sequence_length if plan else None)
-    length = row_length(length, anatomy.context)
-    tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
-    rows, draw = calibration_rows(args.text, tokenizer, samples, length, options.seed, how, task=load_task(base))
-    device = device_of("auto")
-    if args.plan_only:
-        scratch = args.out.parent if args.out else Path.cwd()
-        made = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
-        return _planned(base, made, args.out, started)
-    facts = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
-    data = {
-        "out": str(args.out),
-        "digest": facts["digest"],
-        "parameters_before": facts["before"]["parameters"],
-        "parameters_after": facts["after"]["parameters"],
-        "prunable_ratio_removed": facts["prunable_ratio_removed"],
-        "dropped_layers": facts["dropped_layers"],
-        "weight_bytes_before": facts["weight_bytes_before"],
-        "weight_bytes_after": facts["weight_bytes_after"],
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    dropped = ", ".join(str(drop["layer"]) for drop in data["dropped_layers"])
-    text = (
-        f"{args.out}: {data['parameters_before']:,} -> {data['parameters_after']:,} parameters, "
-        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed"
-        f"{f', without layers {dropped}' if dropped else ''}; weights "
-        f"{size(data['weight_bytes_before'])} -> {size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, "
-        f"peak {size(data['peak_memory_bytes'])}"
-    )
-    return Answer(data, text)
-
-
-def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
-    """Return the options, and the plan where they are one's. Raises InputError."""
-    from numprune.options import PruneOptions, options_of
-    from numprune.plans import read_plan
-    from numprune.target import Target
-
-    given = {name: getattr(args, name) for name in ("ratio", *_DEFAULTS) if getattr(args, name) is not None}
-    if args.out is None and not args.plan_only:
-        raise InputError("the following arguments are required: OUT (see numprune prune --help)")
-    if args.plan is None:
-        if "ratio" not in given:
-            raise InputError("the following arguments are required: --ratio, or --plan (see numprune prune --help)")
-        chosen = _DEFAULTS | given
-        target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
-        floors = dict(chosen.pop("floor"))
-        return PruneOptions(**chosen, target=target, floors=floors), None
-    if args.plan_only:
-        raise InputError("--plan-only makes a plan, and --plan gives one; leave one of them out")
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(f"--plan brings its own options; leave out {options}, or edit the plan")
-    plan = read_plan(args.plan)
-    return options_of(plan), plan
-
-
-def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
-    """The answer of `--plan-only`; `out` is written."""
-    from numprune.anatomy import read_anatomy
-    from numprune.budget import measure
-    from numprune.export import checkpoint
-    from numprune.export.tasks import load_task
-
-    before = read_anatomy(checkpoint.read_config(base))
-    after = before.keeping(plan.sizes())
-    budgets = [dataclasses.asdict(measure(anatomy)) for anatomy in (before, after)]
-    removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
-    if out is not None:
-        plan.write(out)
-    data = {
-        "out": str(out) if out else None,
-        "before": budgets[0],
-        "after": budgets[1],
-        "prunable_ratio_removed": removed,
-        "dropped_layers": [drop.model_dump() for drop in plan.dropped],
-        "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
-        "seconds": time.perf_counter() - started,
-    }
-    lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
-    lines += [
-        f"  {name.replace('_', ' '):<36} {was:,} -> {budgets[1][name]:,} ({budgets[1][name] / was:.1%})"
-        for name, was in budgets[0].items()
-    ]
-    lines += [f"  {line}" for line in (*_dropped_lines(plan, load_task(base).unit), *_sizes_lines(after))]
-    lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
-    return Answer(data, "\n".join(lines))
-
-
-def _dropped_lines(plan: "Plan", unit: str) -> list[str]:
-    return [
-        f"{f'dropped: layer {drop.layer}':<36} {drop.divergence:.4f} {unit} from the dense model, "
-        "before anything was refitted"
-        for drop in plan.dropped
-    ]
-
-
-def _sizes_lines(anatomy: "Anatomy") -> list[str]:
-    """The sizes of all layers, a line for each kind of block."""
-    query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
-    lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
-    for kind, what in (("attention", "KV groups"), ("mlp", "channels"), ("experts", "experts")):
-        units = ", ".join(str(block.units) for block in anatomy.of_kind(kind))
-        lines += [f"{f'{kind}: {what} by layer':<36} {units}"] if units else []
-    widths = ", ".join(str(block.members) for block in anatomy.of_kind("experts"))
-    return [*lines, f"{'channels per expert by layer':<36} {widths}"] if widths else lines
 
 
 def evaluate(args: argparse.Namespace) -> Answer:
@@ -472,7 +186,7 @@ def export(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
     from numprune.flows.steps.export import export_and_prove
 
-    _must_not_exist(args.out)
+    must_not_exist(args.out)
     manifest.sweep(args.out.parent)
     source = checkpoint.resolve(args.checkpoint)
     made, proof = export_and_prove(source, args.out, args.to)
@@ -485,11 +199,6 @@ def export(args: argparse.Namespace) -> Answer:
         "parity": proof,
     }
     return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {size(data['bytes'])}; parity proved")
-
-
-def _must_not_exist(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out}: already exists; choose another folder or remove it")
 
 
 def _quality_line(data: dict[str, Any]) -> str:

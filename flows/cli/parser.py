@@ -11,11 +11,12 @@ from typing import Any, NoReturn, Protocol
 
 from numprune.documents import BLANK_LINE, WHOLE_FILE, Reading, is_plain, separator
 from numprune.errors import InputError
-from numprune.flows import logs
+from numprune.flows import logs, names
 from numprune.flows.cli.arguments import is_option, ordered
 
 Subcommands = Any  # argparse's own type is private
 
+MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
 REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
 
 _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
@@ -182,6 +183,33 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
     """Add `--workspace` and `--uri`."""
     add_workspace(parser)
     parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
+
+
+def add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add --text and how it is read; `help_text`: what it is for."""
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "
+        '"text"), any other file is plain text',
+    )
+    add_reading(parser)
+    parser.add_argument(
+        "--sequence-length",
+        type=at_least(2),
+        metavar="L",
+        help=f"tokens per window (default: {names.SEQUENCE_LENGTH}, or the model's context where that is shorter)",
+    )
+
+
+def must_not_exist(out: Path) -> None:
+    """Raises InputError where there is something already."""
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: already exists; choose another folder or remove it")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
