@@ -3,29 +3,17 @@
 Its router was trained to use all experts alike, as large models' are: how often an expert is used says little.
 """
 
-import copy
-
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from numprune.flows.embedded.corpus import documents
 from numprune.options import PruneOptions
 from numprune.pruning import prune
 from numprune.target import Target
-from tests.conftest import TINY, byte_tokenizer
+from tests.conftest import TINY
+from tests.numprune.trained import divergence, rows, train
 
-LENGTH, STEPS = 64, 150
 RATIOS = (0.2, 0.38)  # two and four of the eight experts
-
-
-def rows(split, count):
-    tokenizer, tokens = byte_tokenizer(), []
-    for _, text in documents(split):
-        tokens += tokenizer(text)["input_ids"]
-        if len(tokens) >= count * LENGTH:
-            break
-    return torch.tensor(tokens[: count * LENGTH]).view(count, LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +21,7 @@ def trained():
     torch.manual_seed(1)
     sizes = {**TINY, "num_hidden_layers": 1, "intermediate_size": 48, "num_local_experts": 8}
     model = MixtralForCausalLM(MixtralConfig(**sizes, num_experts_per_tok=2, router_aux_loss_coef=0.3))
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=STEPS)
-    text = rows("train", 800)
-    for _ in range(STEPS):
-        batch = text[torch.randint(len(text), (16,))]
-        model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return train(model, output_router_logits=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +29,9 @@ def lost(trained):
     """`lost(ratio, …)`: KL from the dense model to the one without so many experts, nats per token of held-out text."""
     calibration, held_out = rows("train", 96), rows("heldout", 96)
 
-    @torch.no_grad()
-    def predictions(model):
-        return model(input_ids=held_out, use_cache=False).logits.log_softmax(-1)
-
-    dense = predictions(trained)
-
     def measure(ratio, **options):
         options = PruneOptions(ratio, axes=("experts",), target=Target(align=1), **options)
-        pruned = predictions(prune(copy.deepcopy(trained), calibration, options).model)
-        return float((dense.exp() * (dense - pruned)).sum(-1).mean())
+        return divergence(trained, prune(trained, calibration, options).model, held_out)
 
     return measure
 
