@@ -406,7 +406,7 @@ def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspac
         # A server for which there is not enough memory.
         failed = run(workspace, "rollout", f"{NAME}/1", options=[*SMALL[:3], "--kv-cache-memory-bytes", str(1 << 50)])
         assert failed.code == 2
-        assert failed.out == ""
+        assert failed.json["exit_code"] == 2
         assert re.search(r"embedded: vLLM ended with exit status 1; its last lines: .*Error", failed.err)
         assert "embedded/2 goes on serving" in failed.err
         assert rollout.status(NAME, workspace)["current"]["pid"] == served["pid"]
