@@ -120,7 +120,7 @@ def _use(auto_class: str, per_layer: bool) -> str:
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """What holds for the pruned model, too, of the metadata in the base's card; nothing where there is none.
+    """Return the metadata of the base's card that also holds for the pruned model; empty without a card.
 
     A card is text that anybody wrote: values that are not plain are left out.
     """

@@ -29,7 +29,7 @@ from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
 
 # Attention as plain matrix products: it has soft-capping and sinks, and its mask leaves no row empty, whose softmax
-# would be NaN. ONNX Runtime is within 10 % as fast with it as with the Attention operator.
+# would be NaN.
 ATTENTION = "eager"
 
 Dims = tuple[str | int, ...]  # of a tensor: a name where any size will do

@@ -25,7 +25,7 @@ class Frame:
 
     Attributes:
         prefix, suffix: around each row.
-        separator: between the documents of a packed row; None: there is none to pack with.
+        separator: between the documents of a packed row; None: the tokenizer has no token for it.
     """
 
     prefix: tuple[int, ...]

@@ -61,7 +61,7 @@ _MEMORY = {"peak_bytes": "Peak memory, ratio", "kv_tokens": "Tokens in the KV ca
 
 
 def metric(path: str, unit: str | None = None) -> str:
-    """A name for people of a metric's dotted path, with its unit; the path itself where there is none."""
+    """Return a readable name for a metric's dotted path, with its unit, or the path itself."""
     if path == "quality.loss_delta":
         return f"{_LOSSES.get(unit, 'Loss')}, {unit}" if unit else "Loss"
     if path in _METRICS:

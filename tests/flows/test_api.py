@@ -95,3 +95,12 @@ def test_the_lines_of_the_documentation_have_types(tmp_path: Path) -> None:
     revealed = [line.split("Revealed type is ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]
     assert [kind.strip('"').rpartition(".")[2] for kind in revealed] == ["Plan", "Model"], done.stdout
     assert "error" not in done.stdout
+
+
+def test_the_page_shows_the_lines_whose_types_are_checked() -> None:
+    from numprune.flows import api
+
+    page = Path(numprune.__file__).parent.parent / "docs" / "python.md"
+    lines = [line.removeprefix("    ") for line in (api.__doc__ or "").splitlines() if line.startswith("    ")]
+    shown = [line for line in page.read_text(encoding="utf-8").split("```")[1].splitlines()[1:] if line]
+    assert shown == [line for line in lines if line]

@@ -36,7 +36,7 @@ class PerLayerBackend(TransformersForCausalLM):
         super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = "") -> None:
-        """vLLM wants attention in every layer: where there is none it gets some, which is then taken away."""
+        """Create attention for every layer, as vLLM needs; skipped blocks lose theirs again."""
         skipped = {block.layer: path for block, path in self._attentions() if not block.units}
         for index, path in skipped.items():
             self.attention_fusers[index] = (path, AttentionFuser(source_cls="numprune"))
