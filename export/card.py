@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy, task_name
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import IntegrityError
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
@@ -65,7 +65,7 @@ def hub_id(folder: Path) -> str | None:
 
 def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str:
     config = read_config(folder)
-    before, after = (measure(read_anatomy(read_config(path))) for path in (base, folder))
+    before, after = (budget_of(read_anatomy(read_config(path))) for path in (base, folder))
     per_layer = config.model_type.startswith(PER_LAYER_PREFIX)
     task = task_name(config)
     name = hub_id(base)

@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from numprune import pruning, quality
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import Budget, measure
+from numprune.budget import Budget, budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.tasks import load_task
-from numprune.flows.names import ExportTarget
+from numprune.flows.names import ExportFormat
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import text as texts
@@ -89,7 +89,7 @@ class Model:
     @property
     def budget(self) -> Budget:
         """Parameters, FLOPs per token and KV-cache bytes per token."""
-        return measure(self.anatomy)
+        return budget_of(self.anatomy)
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def evaluate(
     return found
 
 
-def export_checkpoint(source: str | Path, out: str | Path, *, to: ExportTarget) -> dict[str, Any]:
+def export_checkpoint(source: str | Path, out: str | Path, *, to: ExportFormat) -> dict[str, Any]:
     """Export a checkpoint and prove that the export computes what the checkpoint computes.
 
     Args:

@@ -21,9 +21,9 @@ CHECKPOINT = "checkpoint"  # the part of a release that a server loads
 _PLAN = "numprune_plan.json"
 
 
-def folder_name(target: str) -> str:
+def folder_name(export_format: str) -> str:
     """The part of a release that holds an export, and its folder in the stage that makes it."""
-    return CHECKPOINT if target == "vllm" else target
+    return CHECKPOINT if export_format == "vllm" else export_format
 
 
 def make_release(

@@ -7,7 +7,7 @@ from typing import Any
 
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.documents import Reading
 from numprune.export import checkpoint
 from numprune.export.tasks import load_task
@@ -38,7 +38,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "model": str(run.base.path),
         "ratio": recipe.prune.ratio,
         "drop_layers": recipe.prune.drop_layers,
-        "before": {**dataclasses.asdict(measure(anatomy)), "weight_bytes": weights},
+        "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
         "after": [_after(result, anatomy, weights) for result in results]
         or [_aim(anatomy, recipe.prune.ratio, weights)],
@@ -51,9 +51,9 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
 
 def _after(result: Anatomy, before: Anatomy, weights: int) -> dict[str, Any]:
     """What is left of a model whose sizes are known."""
-    budget = measure(result)
+    budget = budget_of(result)
     sizes = {kind: result.of_kind(kind)[0].units for kind in result.kinds}
-    share = budget.parameters / measure(before).parameters
+    share = budget.parameters / budget_of(before).parameters
     return {
         **dataclasses.asdict(budget),
         "weight_bytes": round(weights * share),
@@ -64,7 +64,7 @@ def _after(result: Anatomy, before: Anatomy, weights: int) -> dict[str, Any]:
 
 def _aim(anatomy: Anatomy, ratio: float, weights: int) -> dict[str, Any]:
     """What the ratio aims at where each layer gets a size of its own."""
-    before = measure(anatomy)
+    before = budget_of(anatomy)
     removed = round(ratio * before.prunable_parameters)
     left = before.parameters - removed
     return {
@@ -96,7 +96,7 @@ def _text(run: Run) -> dict[str, Any]:
 def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     """The least that pruning needs: weights in float32 and the hidden states that are carried side by side."""
     prune, data = run.recipe.prune, run.recipe.data
-    budget, layers = measure(anatomy), anatomy.layers
+    budget, layers = budget_of(anatomy), anatomy.layers
     weights = budget.parameters
     if prune.stream:
         around, by_layer = anatomy.fixed_parameters, (budget.parameters - anatomy.fixed_parameters) // layers

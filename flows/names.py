@@ -13,16 +13,14 @@ Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
-ExportTarget = Literal["vllm", "onnx", "tensorrt"]
+ExportFormat = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
 
-RUNTIMES: dict[str, str] = {
-    "vllm": "torch",
-    "onnx": "onnxruntime",
-    "tensorrt": "tensorrt",
-}  # in which a target is proved
-TARGETS: dict[str, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}  # what a runtime runs; torch: the checkpoint
+# In which an export is proved.
+RUNTIME_OF_EXPORT: dict[str, str] = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
+# What a runtime runs; torch runs the checkpoint.
+EXPORT_OF_RUNTIME: dict[str, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
 SEQUENCE_LENGTH = 512
 CAUSAL_LM = "causal-lm"  # the task of decoders
 BUILT_IN = "built-in"  # the prompts of numprune.generation

@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed, State
 
 from numprune.flows import children, recipe, runs, server, stages, summary, tracing
 from numprune.flows.bundle import CHECKPOINT, folder_name, make_release
-from numprune.flows.names import RUNTIMES, TARGETS
+from numprune.flows.names import EXPORT_OF_RUNTIME, RUNTIME_OF_EXPORT
 from numprune.flows.run import Artifact, Run
 from numprune.flows.runs import Recording
 from numprune.flows.stages import StageResult
@@ -114,23 +114,23 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
     exports: dict[str, Artifact] = {}
     baselines: dict[str, Artifact] = {}
     parity: dict[str, Any] = {}
-    for target in sorted(run.recipe.export.targets, key="vllm".__ne__):
-        exports[target] = _artifact(call(export, run, target, candidate, "candidate"), folder_name(target))
-        proof = call(prove, run, target, candidate, exports[target], "candidate")
-        parity["vllm" if target == "vllm" else RUNTIMES[target]] = proof.facts
-        if target == "vllm":
-            candidate = exports[target]  # what is released is what is exported further, evaluated and timed
-        elif RUNTIMES[target] in run.recipe.benchmark.runtimes:
-            baselines[target] = _artifact(call(export, run, target, run.base, "baseline"), folder_name(target))
-            call(prove, run, target, run.base, baselines[target], "baseline")
+    for name in sorted(run.recipe.export.targets, key="vllm".__ne__):
+        exports[name] = _artifact(call(export, run, name, candidate, "candidate"), folder_name(name))
+        proof = call(prove, run, name, candidate, exports[name], "candidate")
+        parity["vllm" if name == "vllm" else RUNTIME_OF_EXPORT[name]] = proof.facts
+        if name == "vllm":
+            candidate = exports[name]  # what is released is what is exported further, evaluated and timed
+        elif RUNTIME_OF_EXPORT[name] in run.recipe.benchmark.runtimes:
+            baselines[name] = _artifact(call(export, run, name, run.base, "baseline"), folder_name(name))
+            call(prove, run, name, run.base, baselines[name], "baseline")
 
     # No server runs a masked language model.
     canary = call(make_canary, run, candidate) if run.task != "masked-lm" else None
     quality = call(evaluate, run, candidate, heldout, scores)
     timed = {
-        runtime: (exports.get(target, candidate), baselines.get(target, run.base))
+        runtime: (exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
-        for target in [TARGETS.get(runtime, "")]
+        for name in [EXPORT_OF_RUNTIME.get(runtime, "")]
     }
     looks = {
         runtime: [call(benchmark, run, runtime, *sides, look) for look in _taken(run, runtime, *sides)]
@@ -142,7 +142,7 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
         for runtime in judged.facts["next_look"]:
             looks[runtime].append(call(benchmark, run, runtime, *timed[runtime], len(looks[runtime]) + 1))
         judged = report(looks)
-    others = {target: made.path for target, made in exports.items() if target != "vllm"}
+    others = {name: made.path for name, made in exports.items() if name != "vllm"}
     return Judged(judged, looks, {CHECKPOINT: candidate.path} | others, canary)
 
 
@@ -208,9 +208,9 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
+def export(run: Run, export_format: str, source: Artifact, side: str) -> StageResult:
     asked, load = run.recipe.export, run.recipe.benchmark
-    by_target: dict[str, dict[str, Any]] = {
+    by_format: dict[str, dict[str, Any]] = {
         "vllm": {"shard_size": asked.shard_size},
         "onnx": {"opset": asked.opset},
         # An engine is built for sizes up to these, and for one kind of GPU.
@@ -219,30 +219,30 @@ def export(run: Run, target: str, source: Artifact, side: str) -> StageResult:
             "max_length": max(1024, load.prompt_length + load.output_length),
         },
     }
-    machine = {**run.machine} if target == "tensorrt" else {}
+    machine = {**run.machine} if export_format == "tensorrt" else {}
     return run.stage(
-        f"export-{target}",
+        f"export-{export_format}",
         "steps.export.make_export",
         inputs={"checkpoint": source.digest},
         sources={"source": source.path},
-        options={"target": target, "options": by_target[target], "machine": machine},
+        options={"export_format": export_format, "options": by_format[export_format], "machine": machine},
         layer="export",
-        label=f"export {target} {side}",
+        label=f"export {export_format} {side}",
     )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def prove(run: Run, target: str, reference: Artifact, exported: Artifact, side: str) -> StageResult:
+def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact, side: str) -> StageResult:
     """Parity: it blocks."""
     with gpu_slot(run):
         return run.stage(
-            f"parity-{target}",
+            f"parity-{export_format}",
             "steps.export.make_parity",
             inputs={"reference": reference.digest, "candidate": exported.digest},
             sources={"reference": reference.path, "candidate": exported.path},
-            options={"runtime": RUNTIMES[target]},
+            options={"runtime": RUNTIME_OF_EXPORT[export_format]},
             layer="export",
-            label=f"parity {target} {side}",
+            label=f"parity {export_format} {side}",
         )
 
 
@@ -328,7 +328,7 @@ def gate(
         "calibration_rows": calibration.facts["digest"],
         "heldout_rows": heldout.facts["digest"],
         "plan": pruned.facts["plan"],
-        "exports": {target: made.digest for target, made in exports.items()},
+        "exports": {name: made.digest for name, made in exports.items()},
     }
     return run.stage(
         "report",

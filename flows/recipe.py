@@ -26,7 +26,7 @@ from numprune.flows.names import (
     Compensation,
     Criterion,
     Device,
-    ExportTarget,
+    ExportFormat,
     Runtime,
 )
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
@@ -161,7 +161,7 @@ class Target(Section):
 class Export(Section):
     """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it."""
 
-    targets: Annotated[list[ExportTarget], AfterValidator(_distinct)] = ["vllm", "onnx"]
+    targets: Annotated[list[ExportFormat], AfterValidator(_distinct)] = ["vllm", "onnx"]
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
     opset: Literal[20, 23] = 23
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from numprune.blocks import Anatomy, Block
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.slices import GONE, Size
@@ -37,7 +37,7 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
         block.name: min((size for size in allowed[block.name] if size.units), key=block.parameters, default=GONE)
         for block in anatomy.blocks
     }
-    reachable = 1 - measure(anatomy.keeping(least)).prunable_parameters / measure(anatomy).prunable_parameters
+    reachable = 1 - budget_of(anatomy.keeping(least)).prunable_parameters / budget_of(anatomy).prunable_parameters
     if ratio > reachable:
         raise InputError(
             f"ratio is {ratio}, but with the least that every block must keep (at least one unit, aligned and split as "
@@ -153,7 +153,7 @@ def _least_price(
         [sum(block.parameters(block.size) - block.parameters(size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    wanted = ratio * measure(anatomy).prunable_parameters
+    wanted = ratio * budget_of(anatomy).prunable_parameters
     share = max(math.gcd(*(cost for group in costs for cost in group)), wanted / _SHARES)
     if not share:
         return {block.name: allowed[block.name][-1] for block in anatomy.blocks}
@@ -195,8 +195,8 @@ def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Score
     steps.sort(
         key=lambda step: step[0]
     )  # stable: a block's own steps ascend already, and keep their order where they tie
-    whole = measure(anatomy).prunable_parameters
-    to_remove = ratio * whole - (whole - measure(anatomy.keeping(kept)).prunable_parameters)
+    whole = budget_of(anatomy).prunable_parameters
+    to_remove = ratio * whole - (whole - budget_of(anatomy.keeping(kept)).prunable_parameters)
     left = {kind: sum(kept[block.name].units > 0 for block in anatomy.of_kind(kind)) for kind in anatomy.kinds}
     for _, fewer, block in steps:
         cost = block.parameters(kept[block.name]) - block.parameters(fewer)

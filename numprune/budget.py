@@ -27,7 +27,7 @@ class Budget:
     kv_bytes_per_token: int
 
 
-def measure(anatomy: Anatomy) -> Budget:
+def budget_of(anatomy: Anatomy) -> Budget:
     """Return the cost of `anatomy`."""
     prunable = sum(block.parameters(block.size) for block in anatomy.blocks)
     idle = sum(block.idle_parameters for block in anatomy.blocks)
@@ -64,7 +64,7 @@ def pruning_step(anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0)
 
     Blocks that cannot lose so many are left out; each unit keeps at least one member.
     """
-    prunable = measure(anatomy).prunable_parameters
+    prunable = budget_of(anatomy).prunable_parameters
     shares = []
     for block in anatomy.of_kind(kind):
         if block.units >= units and block.members > members:

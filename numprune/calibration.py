@@ -50,7 +50,7 @@ def consumer_weight(layer: nn.Module, block: Block) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockRun:
     """One block over a batch.
 
     Attributes:
@@ -66,7 +66,7 @@ class Run:
     routed: Routed | None = None
 
 
-def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> Run:
+def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> BlockRun:
     """Run one block of its decoder layer on `hidden` (n, S, H)."""
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
     with ExitStack() as stack:
@@ -79,7 +79,7 @@ def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Argum
         after = arguments.call(layer, hidden)
     args, output = seen.pop()
     inputs, output = (value.view(*hidden.shape[:-1], -1) for value in (args[0], output))  # some models flatten rows
-    return Run(inputs, output, after, Routed(*args) if block.routing else None)
+    return BlockRun(inputs, output, after, Routed(*args) if block.routing else None)
 
 
 class Stream:
@@ -151,13 +151,13 @@ class Walker:
         return self.stream(self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden))
 
     @torch.no_grad()
-    def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Run]]:
+    def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, BlockRun]]:
         """Run the block batch by batch; yield the rows of each and what came of it, on the layer's device."""
         stream.enter(block)
         for batch in self.batches(len(stream)):
             yield batch, self.run_batch(layer, block, stream.read(batch))
 
-    def run_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> Run:
+    def run_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> BlockRun:
         """Run the block on `hidden` (n, S, H), with gradients where they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
         return run_block(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))

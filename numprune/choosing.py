@@ -14,7 +14,7 @@ from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.curves import error_curve
 from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
 from numprune.experts.inputs import Seen
-from numprune.inputs import Collected, Inputs, Walked
+from numprune.inputs import Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, sizes_allowed, uses_gradients
@@ -89,14 +89,16 @@ def blocks_of(layers: Layers) -> Iterator[tuple[nn.Module, Block]]:
 
 def dense_inputs(walker: Walker, rows: Tensor, known: Known | None) -> Inputs:
     """Return what the dense model's blocks read, collected as they are asked for or before."""
-    return Walked(walker, rows) if known is None or known.moments is None else Collected(known.moments)
+    if known is None or known.moments is None:
+        return PropagatedInputs(walker, rows)
+    return PrecomputedInputs(known.moments)
 
 
 def dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | Seen:
     """Return what the dense model's block reads."""
     if block.routing is None:
         return inputs.moments(layer, block)
-    assert isinstance(inputs, Walked)
+    assert isinstance(inputs, PropagatedInputs)
     seen = inputs.experts(layer, block)
     inputs.pass_experts_on(layer, block)
     return seen

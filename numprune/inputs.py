@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from numprune.blocks import Block
-from numprune.calibration import Run, Walker, consumer_weight
+from numprune.calibration import BlockRun, Walker, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch
 from numprune.joint import Aims, refit_both
@@ -35,7 +35,7 @@ class Inputs(Protocol):
         """Layer `index` of the model that `walker` runs comes next, and the pruned model does not have it."""
 
 
-class Walked:
+class PropagatedInputs:
     """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
 
     The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
@@ -125,7 +125,7 @@ class Walked:
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
             self._dense.passed()
 
-    def _target(self, block: Block, batch: slice, own: Run) -> Tensor:
+    def _target(self, block: Block, batch: slice, own: BlockRun) -> Tensor:
         """What the pruned block should put out: `own` is what the dense one does, whose stream is not yet written."""
         if not self._residual:
             return own.output
@@ -173,12 +173,12 @@ def _held_out_rows(batch: slice) -> Tensor:
     return torch.arange(batch.start, batch.stop) % _HELD_OUT == _HELD_OUT - 1
 
 
-def _routed(run: Run) -> Routed:
+def _routed(run: BlockRun) -> Routed:
     assert run.routed is not None
     return run.routed
 
 
-class Collected:
+class PrecomputedInputs:
     """Those of the dense model, collected before."""
 
     held_out = None

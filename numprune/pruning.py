@@ -20,14 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy, Block
-from numprune.budget import Budget, measure
+from numprune.budget import Budget, budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.choosing import Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, choose
 from numprune.experts.finish import finish_experts
-from numprune.inputs import FROM_PRUNED_PREFIX, Collected, Inputs, Walked
+from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
@@ -81,7 +81,7 @@ def prune(
     cut: dict[str, Tensor] = {}
     made = prune_layers(layers, rows, options, cut.update, known, dropped, plan)
     pruned = assemble(model, config_after(layers, made), cut)
-    return Pruned(pruned, made, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
+    return Pruned(pruned, made, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
 def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
@@ -134,9 +134,9 @@ def prune_layers(
     else:
         choice, splits = planned(plan, rest.names(), layers.device), plan.splits
     inputs: Inputs = (
-        Walked(walker, rows, options.compensation)
+        PropagatedInputs(walker, rows, options.compensation)
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
-        else Collected(rest.known.moments)
+        else PrecomputedInputs(rest.known.moments)
     )
     whole = Walker(layers, rows.shape[1], options.batch_size)
     kept: dict[str, Kept] = {}  # by block name
@@ -154,7 +154,7 @@ def prune_layers(
                     kept[block.name] = nothing(block)
                     continue
                 if block.routing is not None:
-                    assert isinstance(inputs, Walked)
+                    assert isinstance(inputs, PropagatedInputs)
                     left = kept[block.name] = choice(layer, block, inputs.experts(layer, block))
                     gamma = options.damping if _is_fitted(block, left.size, options) else None
                     dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
@@ -309,7 +309,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield block name and moments of every block that has units, in the order of the forward pass; not of experts."""
-    walk = Walked(Walker(layers, rows.shape[1], batch_size), rows)
+    walk = PropagatedInputs(Walker(layers, rows.shape[1], batch_size), rows)
     for index in progress(range(layers.anatomy.layers), "calibrate", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):

@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from torch import Tensor
 
 from numprune.blocks import Anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.slices import Size
@@ -78,7 +78,8 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
     widths = [size.units for size in allowed[mlp[0].name] if size.units]
     costs = {size: sum(block.parameters(size) for block in attention) for size in sizes}
     channel_cost = sum(block.parameters_per_unit for block in mlp)
-    whole, of_attention = measure(anatomy).prunable_parameters, sum(block.parameters(block.size) for block in attention)
+    whole = budget_of(anatomy).prunable_parameters
+    of_attention = sum(block.parameters(block.size) for block in attention)
     step = max((after - before for before, after in pairwise(widths)), default=1)
 
     def unevenness(size: Size) -> tuple[float, int]:

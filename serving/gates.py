@@ -40,7 +40,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.serving.metrics import LOOKS, UnfitError, as_number, check_task, looks_of, noise_floor, resolve
 from numprune.serving.power import CONFIDENCE, MAXIMUM, SETTLED, power, samples_needed, student
 from numprune.serving.problems import described, listed, problems
-from numprune.serving.report import Estimate, GateResult, LossDelta, Outcome, Report, Verdict, overall, path_of
+from numprune.serving.report import GateResult, LossDelta, Outcome, Report, ReportedEstimate, Verdict, overall, path_of
 
 EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
     {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
@@ -190,7 +190,7 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
             outcome, reason, needed = _mind_noise(evidence, gate, floor, (outcome, reason, needed))
         if looks > 1 and gate.bound != "point":
             reason += f"; look {looks} of {LOOKS}, judged by {100 * _LATER_CONFIDENCE:g} % bounds"
-        if isinstance(found, Estimate) and found.sampling_unit == "window":
+        if isinstance(found, ReportedEstimate) and found.sampling_unit == "window":
             reason += "; its samples are windows of too few documents: it speaks for this text alone"
     except UnfitError as why:
         outcome, reason, needed = "fail", str(why), None
@@ -263,7 +263,7 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
     sign = 1 if gate.max is not None else -1
     limit = gate.max if gate.max is not None else gate.min
     assert limit is not None  # Gate has exactly one
-    if not isinstance(found, Estimate):
+    if not isinstance(found, ReportedEstimate):
         number = as_number(found, gate.metric)
         seen["value"] = number
         if gate.bound != "point":
@@ -293,7 +293,7 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
     return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign, confidence)
 
 
-def _bounds(found: Estimate, looks: int) -> tuple[Any, Any, float]:
+def _bounds(found: ReportedEstimate, looks: int) -> tuple[Any, Any, float]:
     """The one-sided bounds that are judged at this look, and their confidence."""
     if looks == 1:
         return found.ci95_lower, found.ci95_upper, CONFIDENCE

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from numprune.errors import InputError
 from numprune.serving.problems import problems
-from numprune.serving.report import CAUSAL, UNITS, Estimate, LossDelta, Task, path_of
+from numprune.serving.report import CAUSAL, UNITS, LossDelta, ReportedEstimate, Task, path_of
 
 LOOKS: Final = 3  # of one benchmark
 
@@ -40,7 +40,7 @@ def check_task(metrics: Iterable[str], task: Task) -> None:
 
 
 def resolve(data: Mapping[str, Any], metric: str) -> Any:
-    """What stands at a dotted path: an Estimate, or whatever is there. Raises UnfitError for nothing of use."""
+    """What stands at a dotted path: a ReportedEstimate, or whatever is there. Raises UnfitError for nothing of use."""
     node: Any = data
     path: list[str] = []
     for part in path_of(metric).split("."):
@@ -55,7 +55,7 @@ def resolve(data: Mapping[str, Any], metric: str) -> Any:
     if not _is_estimate(node):
         return node
     try:
-        return (LossDelta if "unit" in node else Estimate).model_validate(node)
+        return (LossDelta if "unit" in node else ReportedEstimate).model_validate(node)
     except ValidationError as error:
         raise UnfitError(f"{metric} is not an estimate: {problems(error)}") from None
 

@@ -12,7 +12,7 @@ from numprune_vllm import sizes, weights
 from numprune import sensitivity
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.calibration import Walker, consumer_weight
 from numprune.depth import Shallower
 from numprune.errors import InputError
@@ -89,7 +89,7 @@ def test_parameters_are_counted_from_the_configuration(family, task):
     for block in anatomy.blocks:
         found |= {f"{block.path}.{name}": shape for name, shape in block.tensors().items()}
     assert found == {name: tuple(value.shape) for name, value in model.named_parameters()}
-    assert measure(anatomy).parameters == sum(value.numel() for value in model.parameters())
+    assert budget_of(anatomy).parameters == sum(value.numel() for value in model.parameters())
 
 
 @of_task
@@ -206,8 +206,8 @@ def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case,
     sliced = assemble(model, pruned_config(model.config, after), cut)
     masked = output(model, task)
     torch.testing.assert_close(output(sliced, task), masked, atol=2e-5, rtol=1e-4)
-    assert measure(read_anatomy(sliced.config)) == measure(after)
-    assert measure(after).parameters == sum(value.numel() for value in sliced.parameters())
+    assert budget_of(read_anatomy(sliced.config)) == budget_of(after)
+    assert budget_of(after).parameters == sum(value.numel() for value in sliced.parameters())
 
     attention = anatomy.blocks[0]
     stock = after.is_uniform and anatomy.stock_holds(attention, kept[attention.name].size)
@@ -236,7 +236,7 @@ def test_a_model_without_a_layer_is_stock_and_computes_what_the_rest_of_its_laye
     with replaced([model.get_submodule(f"{layers.anatomy.layers_path}.{layer}")], lambda hidden, *_, **__: hidden):
         expected = output(model, task)
     parameters = sum(block.parameters(block.size) for block in layers.anatomy.of_layer(layer))
-    ratio = parameters / measure(layers.anatomy).prunable_parameters
+    ratio = parameters / budget_of(layers.anatomy).prunable_parameters
     options = PruneOptions(ratio, compensation="none", target=ALIGNED, drop_layers=1)
     cut, drop = {}, [DroppedLayer(layer=layer, divergence=0)]
     plan = prune_layers(layers, ROWS, options, cut.update, dropped=drop)
@@ -292,7 +292,7 @@ def options_for(family, allocation, axes, **others):
 
 def removed(anatomy, left):
     """The ratio that leaves these sizes."""
-    return 1 - measure(anatomy.keeping(left)).prunable_parameters / measure(anatomy).prunable_parameters
+    return 1 - budget_of(anatomy.keeping(left)).prunable_parameters / budget_of(anatomy).prunable_parameters
 
 
 QUERY_HEADS, EXPERTS = ("query-heads",), ("experts",)

@@ -23,10 +23,10 @@ from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
 from numprune.flows import children, logs, machine
 from numprune.flows.cli import (
+    benchmark,
     canary,
     completion,
     kubernetes,
-    measure,
     model,
     optimize,
     prune,
@@ -44,7 +44,7 @@ COMMANDS = (
     optimize,
     prune,
     model,
-    measure,
+    benchmark,
     report,
     registry,
     push,

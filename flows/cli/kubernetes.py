@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from numprune.flows.cli.parser import REFERENCE, Answer, Subcommands, command
+from numprune.flows.cli.parser import MODEL_REFERENCE, Answer, Subcommands, command
 
 
 def add(commands: Subcommands) -> None:
@@ -15,7 +15,7 @@ def add(commands: Subcommands) -> None:
         "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.1.0 "
         "--uri https://mlflow.example --out my-model.yaml",
     )
-    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
+    parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
     parser.add_argument(
         "--format",
         required=True,
@@ -86,7 +86,7 @@ def kubernetes(args: argparse.Namespace) -> Answer:
     from numprune.serving import kubernetes as manifests
     from numprune.serving.registry import open_registry
 
-    target = manifests.Target(
+    placement = manifests.Placement(
         image=args.image,
         registry_uri=args.uri,
         namespace=args.namespace,
@@ -104,11 +104,11 @@ def kubernetes(args: argparse.Namespace) -> Answer:
     uri = None if args.workspace else args.uri
     release = manifests.read_release(open_registry(uri, workspace_folder(args.workspace)), args.reference)
     render = {"deployment": manifests.deployment, "kserve": manifests.inference_service}[args.format]
-    documents = render(release, target)
+    documents = render(release, placement)
     args.out.write_text(manifests.to_yaml(documents), encoding="utf-8")
     kinds = " and ".join(document["kind"] for document in documents)
     text = f"{args.out}: {kinds} for {release.reference}, digest {release.digest}"
-    if target.vllm_image is None and target.values.security_context.run_as_user is None:
+    if placement.vllm_image is None and placement.values.security_context.run_as_user is None:
         text += (
             "\nvLLM's image runs as root, which the pod does not allow. OpenShift gives it a user; elsewhere set "
             "securityContext.runAsUser with --values."

@@ -41,12 +41,12 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    add_choice(parser, "--to", get_args(names.ExportTarget), None, "what to write")
+    add_choice(parser, "--to", get_args(names.ExportFormat), None, "what to write")
 
 
 def inspect(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.budget import measure, pruning_step
+    from numprune.budget import budget_of, pruning_step
     from numprune.export import checkpoint
     from numprune.export.tasks import load_task
     from numprune.plans import PLAN_FILE, read_plan
@@ -80,7 +80,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "dtype": str(config.dtype).removeprefix("torch."),
         "uniform": anatomy.is_uniform,
         "weight_bytes": checkpoint.weight_bytes(folder),
-        **dataclasses.asdict(measure(anatomy)),
+        **dataclasses.asdict(budget_of(anatomy)),
         "granularity": {kind: dataclasses.asdict(found) for kind, found in granularity.items()},
         "blocks": [
             {

@@ -17,7 +17,7 @@ from numprune.flows.cli.arguments import is_option, ordered
 Subcommands = Any  # argparse's own type is private
 
 MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
-REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
+MODEL_REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
 
 _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
 

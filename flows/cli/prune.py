@@ -233,13 +233,13 @@ def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
 def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
     """The answer of `--plan-only`; `out` is written."""
     from numprune.anatomy import read_anatomy
-    from numprune.budget import measure
+    from numprune.budget import budget_of
     from numprune.export import checkpoint
     from numprune.export.tasks import load_task
 
     before = read_anatomy(checkpoint.read_config(base))
     after = before.keeping(plan.sizes())
-    budgets = [dataclasses.asdict(measure(anatomy)) for anatomy in (before, after)]
+    budgets = [dataclasses.asdict(budget_of(anatomy)) for anatomy in (before, after)]
     removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
     if out is not None:
         plan.write(out)

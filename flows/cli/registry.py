@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numprune.flows.amounts import size
-from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, command, group
+from numprune.flows.cli.parser import MODEL_REFERENCE, Answer, Parser, Subcommands, add_registry, command, group
 
 if TYPE_CHECKING:
     from numprune.serving.registry import Registry, Version
@@ -42,7 +42,9 @@ def add(commands: Subcommands) -> None:
         name="the model's name in the registry",
     )
     add_one("list", list_all, "list models, or one model's versions", "list my-model", name="optional: one model")
-    add_one("show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=REFERENCE)
+    add_one(
+        "show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=MODEL_REFERENCE
+    )
     add_one(
         "promote",
         promote,
@@ -57,13 +59,15 @@ def add(commands: Subcommands) -> None:
         "rollback my-model",
         name="the model's name in the registry",
     )
-    add_one("verify", verify, "compare every file with what was published", "verify my-model", reference=REFERENCE)
+    add_one(
+        "verify", verify, "compare every file with what was published", "verify my-model", reference=MODEL_REFERENCE
+    )
     add_one(
         "fetch",
         fetch,
         "copy a version, verified and audited, to a new folder",
         "fetch my-model@production ./release",
-        reference=REFERENCE,
+        reference=MODEL_REFERENCE,
         out="the folder to write; must not exist, unless --digest says what is in it",
     ).add_argument(
         "--digest", metavar="SHA256", help="expected digest of the release, which OUT may hold already (default: any)"

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, at_least, command
+from numprune.flows.cli.parser import MODEL_REFERENCE, Answer, Parser, Subcommands, at_least, command
 from numprune.flows.cli.serve import add_server_options, vllm_options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def add(commands: Subcommands) -> None:
         "serve a release behind a router: start it, compare it, switch to it, drain the one before",
         "numprune rollout my-model --port 8000 -- --gpu-memory-utilization 0.45",
     )
-    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
+    parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--status", action="store_true", help="only show what runs; exit code 1 when nothing serves")
     what.add_argument("--stop", action="store_true", help="end the router and the servers of NAME")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numprune.errors import InputError
-from numprune.flows.cli.parser import REFERENCE, Answer, Parser, Subcommands, add_registry, at_least, command
+from numprune.flows.cli.parser import MODEL_REFERENCE, Answer, Parser, Subcommands, add_registry, at_least, command
 from numprune.serving.vllm import api_key, options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add(commands: Subcommands) -> None:
         "serve a release with vLLM, once its files are verified and its answers are those of the release",
         "numprune serve my-model@production --port 8000 -- --gpu-memory-utilization 0.5",
     )
-    parser.add_argument("reference", metavar="REFERENCE", help=REFERENCE)
+    parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
     parser.add_argument("--port", type=at_least(1), default=8000, metavar="P", help="port to listen on (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add_server_options(parser, dtype="auto")

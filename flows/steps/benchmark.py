@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure as measure_budget
+from numprune.budget import budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
 from numprune.export.manifest import folder_digest
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
-from numprune.flows.names import CAUSAL_LM, TARGETS
+from numprune.flows.names import CAUSAL_LM, EXPORT_OF_RUNTIME
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of, stored_dtype
@@ -51,7 +51,7 @@ def make_benchmark(
     return run_benchmark(candidate, baseline, runtime, load_of(load), device=device)
 
 
-def measure(
+def benchmark_report(
     candidate: str,
     baseline: str,
     runtime: str,
@@ -88,13 +88,13 @@ def measure(
             [sides["candidate"]], sides["baseline"], rows, device_of("auto"), PROMPTS
         )
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
-        if target is not None:
+        export_format = "vllm" if runtime == "vllm" else EXPORT_OF_RUNTIME.get(runtime)
+        if export_format is not None:
             for name, folder in sides.items():
-                logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, target, name)
-                made = export(folder, Path(scratch) / name, target)
+                logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, export_format, name)
+                made = export(folder, Path(scratch) / name, export_format)
                 sides[name] = Path(scratch) / name
-            identity["exports"] = {target: made.digest}
+            identity["exports"] = {export_format: made.digest}
         if vllm is not None:
             found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, served)["candidate"]
         else:
@@ -114,7 +114,7 @@ def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderL
 
 def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
     """The report's section `sizes` of two checkpoints."""
-    one, other = (measure_budget(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
+    one, other = (budget_of(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
     return {
         "dtype": {"baseline": stored_dtype(baseline), "candidate": stored_dtype(candidate)},
         "parameters": {"baseline": one.parameters, "candidate": other.parameters},

@@ -23,7 +23,7 @@ from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
-from numprune.flows.names import BUILT_IN, CAUSAL_LM, TARGETS
+from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORT_OF_RUNTIME
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
@@ -222,9 +222,11 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"{recipe.benchmark.batch_size}"
         )
     for runtime in recipe.benchmark.runtimes:
-        target = "vllm" if runtime == "vllm" else TARGETS.get(runtime)
-        if target is not None and target not in recipe.export.targets:
-            problems.append(f"benchmark.runtimes: {runtime} runs the export {target!r}; add it to export.targets")
+        export_format = "vllm" if runtime == "vllm" else EXPORT_OF_RUNTIME.get(runtime)
+        if export_format is not None and export_format not in recipe.export.targets:
+            problems.append(
+                f"benchmark.runtimes: {runtime} runs the export {export_format!r}; add it to export.targets"
+            )
     return problems
 
 
@@ -258,7 +260,7 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
 
 def _needed(recipe: Recipe) -> list[tuple[str, str]]:
     names: list[tuple[str, str]] = [
-        ("export.targets", target) for target in recipe.export.targets if target in _MODULES
+        ("export.targets", wanted) for wanted in recipe.export.targets if wanted in _MODULES
     ]
     names += [("benchmark.runtimes", runtime) for runtime in recipe.benchmark.runtimes if runtime in _MODULES]
     if "onnx" in recipe.export.targets:

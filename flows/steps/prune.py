@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.export import card, manifest
 from numprune.export.checkpoint import (
@@ -87,7 +87,7 @@ def prune_checkpoint(
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
         _describe(folder, base, made)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
-    budgets = [measure(read_anatomy(read_config(folder))) for folder in (base, out)]
+    budgets = [budget_of(read_anatomy(read_config(folder))) for folder in (base, out)]
     return {
         "digest": manifest.read(out).digest,
         "before": dataclasses.asdict(budgets[0]),

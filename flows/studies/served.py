@@ -28,7 +28,7 @@ from numprune.flows.steps.text import calibration_rows
 from numprune.options import PruneOptions
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Environment as Machine
-from numprune.serving.report import Estimate, Percentiles, RuntimeMemory, RuntimeSpeed, SpeedSide
+from numprune.serving.report import Percentiles, ReportedEstimate, RuntimeMemory, RuntimeSpeed, SpeedSide
 from numprune.serving.vllm import environment
 from numprune.target import Target
 
@@ -104,7 +104,7 @@ def _p50(found: Percentiles | None) -> str:
     return "-" if found is None or found.p50 is None else f"{found.p50:.1f}"
 
 
-def _interval(ratio: Estimate | None) -> str:
+def _interval(ratio: ReportedEstimate | None) -> str:
     if ratio is None or ratio.value is None:
         return "-"
     lower, upper = ratio.interval95

@@ -5,12 +5,14 @@ from torch import nn
 from numprune.blocks import Block
 from numprune.experts.inputs import Experts
 from numprune.experts.refit import refit_experts
-from numprune.inputs import Walked
+from numprune.inputs import PropagatedInputs
 from numprune.slices import Kept
 from numprune.surgery import narrowed
 
 
-def finish_experts(layer: nn.Module, block: Block, left: Kept, inputs: Walked, damping: float | None) -> float | None:
+def finish_experts(
+    layer: nn.Module, block: Block, left: Kept, inputs: PropagatedInputs, damping: float | None
+) -> float | None:
     """Refit the down projections of the experts that are kept, and walk on; return the damping of the fit.
 
     The experts that go stay in `layer` as they are, and its router sends tokens to them.

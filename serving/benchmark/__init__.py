@@ -2,7 +2,7 @@
 
 `run` drives two workers, one process each, over the same prompts in turn; `worker` is what such a process runs,
 `session` and `generation` what it does, `client` the parent's end. `load` is what they are asked to do; `samples`,
-`statistics` and `sections` make the report's sections of what came out; `memory`, `scheduler` and `contention` look at
+`estimators` and `sections` make the report's sections of what came out; `memory`, `scheduler` and `contention` look at
 process and machine. Of encoders, `shapes` is the load, `encoding` the work and `passes` what came out.
 """
 

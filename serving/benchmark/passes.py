@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from numprune.serving.benchmark.estimators import percentiles
 from numprune.serving.benchmark.sections import Look, Section, by_repeat, measured
 from numprune.serving.benchmark.shapes import EncoderLoad
-from numprune.serving.benchmark.statistics import percentiles
 
 METRICS = ("latency", "samples_per_s")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any, Generic, Protocol, TypeVar
 
+from numprune.serving.benchmark.estimators import noise_floor, paired_ratio, percentiles
 from numprune.serving.benchmark.load import Load, interleaving
 from numprune.serving.benchmark.samples import METRICS, Repeat
-from numprune.serving.benchmark.statistics import noise_floor, paired_ratio, percentiles
 
 Section = dict[str, Any]
 

@@ -1,21 +1,21 @@
 """Manifests for Kubernetes and KServe, rendered from a published release.
 
     release = read_release(registry, "my-model@production")
-    text = to_yaml(deployment(release, Target(image="…:1.0", registry_uri="https://mlflow…")))
+    text = to_yaml(deployment(release, Placement(image="…:1.0", registry_uri="https://mlflow…")))
 
-`release` is what is served, `target` where and how, `values` what the cluster asks of the pod, `pod` what both kinds of
-manifest have in common, `manifests` the documents. A manifest names the version by number and digest, never by alias:
-applying it again gives the same model, and `kubectl rollout undo` the one before.
+`release` is what is served, `placement` where and how, `values` what the cluster asks of the pod, `pod` what both kinds
+of manifest have in common, `manifests` the documents. A manifest names the version by number and digest, never by
+alias: applying it again gives the same model, and `kubectl rollout undo` the one before.
 """
 
 from numprune.serving.kubernetes.manifests import deployment, inference_service, to_yaml
+from numprune.serving.kubernetes.placement import Placement
 from numprune.serving.kubernetes.release import ServedRelease, read_release
-from numprune.serving.kubernetes.target import Target
 from numprune.serving.kubernetes.values import Values, read_values
 
 __all__ = [
+    "Placement",
     "ServedRelease",
-    "Target",
     "Values",
     "deployment",
     "inference_service",

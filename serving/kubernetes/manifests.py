@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from numprune.serving.kubernetes.placement import Placement
 from numprune.serving.kubernetes.pod import PORT, STARTUP_S, pod_spec
 from numprune.serving.kubernetes.release import ServedRelease
-from numprune.serving.kubernetes.target import Target
 
 Json = dict[str, Any]
 
@@ -17,17 +17,17 @@ _COMPONENT = "inference-server"
 _NUMBER_LIKE = re.compile(r"[-+.0-9]")
 
 
-def deployment(release: ServedRelease, target: Target) -> list[Json]:
+def deployment(release: ServedRelease, placement: Placement) -> list[Json]:
     """A Deployment that never has less than its replicas ready while it changes, and its Service, on port 80.
 
     Raises InputError when the release cannot run like this.
     """
-    target.require_fit(release)
-    name = target.name_for(release)
+    placement.require_fit(release)
+    name = placement.name_for(release)
     selector = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": _COMPONENT}
     metadata = {
         "name": name,
-        "namespace": target.namespace,
+        "namespace": placement.namespace,
         "labels": _labels(name, release),
         "annotations": _annotations(release),
     }
@@ -37,13 +37,13 @@ def deployment(release: ServedRelease, target: Target) -> list[Json]:
             "kind": "Deployment",
             "metadata": metadata,
             "spec": {
-                "replicas": target.replicas,
+                "replicas": placement.replicas,
                 "selector": {"matchLabels": selector},
                 "strategy": _rolling(),
                 "progressDeadlineSeconds": STARTUP_S + 1800,  # the images and the release take their time, too
                 "template": {
                     "metadata": {"labels": _labels(name, release), "annotations": _annotations(release)},
-                    "spec": pod_spec(release, target, "vllm"),
+                    "spec": pod_spec(release, placement, "vllm"),
                 },
             },
         },
@@ -60,32 +60,32 @@ def deployment(release: ServedRelease, target: Target) -> list[Json]:
     ]
 
 
-def inference_service(release: ServedRelease, target: Target) -> list[Json]:
+def inference_service(release: ServedRelease, placement: Placement) -> list[Json]:
     """A KServe InferenceService, in its mode of plain Deployments: Knative, as it comes, allows no init containers.
 
     Raises InputError when the release cannot run like this.
     """
-    target.require_fit(release)
-    name = target.name_for(release)
+    placement.require_fit(release)
+    name = placement.name_for(release)
     return [
         {
             "apiVersion": "serving.kserve.io/v1beta1",
             "kind": "InferenceService",
             "metadata": {
                 "name": name,
-                "namespace": target.namespace,
+                "namespace": placement.namespace,
                 "labels": _labels(name, release),
                 # KServe calls this mode Standard since 0.16, and still knows it by this name.
                 "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment", **_annotations(release)},
             },
             "spec": {
                 "predictor": {
-                    "minReplicas": target.replicas,
-                    "maxReplicas": target.replicas,
+                    "minReplicas": placement.replicas,
+                    "maxReplicas": placement.replicas,
                     "deploymentStrategy": _rolling(),
                     "labels": _labels(name, release),
                     "annotations": _annotations(release),
-                    **pod_spec(release, target, "kserve-container"),
+                    **pod_spec(release, placement, "kserve-container"),
                 }
             },
         }

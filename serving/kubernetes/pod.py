@@ -5,8 +5,8 @@ A pod is ready when all of its containers are, so one whose server does not comp
 
 from typing import Any
 
+from numprune.serving.kubernetes.placement import VLLM_IMAGE, Placement
 from numprune.serving.kubernetes.release import ServedRelease
-from numprune.serving.kubernetes.target import VLLM_IMAGE, Target
 from numprune.serving.kubernetes.values import merged
 from numprune.serving.vllm import api_key
 from numprune.serving.vllm.options import split_names
@@ -32,9 +32,9 @@ _CONFINED = {
 }
 
 
-def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
+def pod_spec(release: ServedRelease, placement: Placement, container: str) -> Json:
     """The spec of a pod whose main container is called `container`."""
-    claim = target.values.release_claim
+    claim = placement.values.release_claim
     return {
         "automountServiceAccountToken": False,
         # With them, a Service called `vllm` sets VLLM_PORT, which vLLM takes for its own.
@@ -44,11 +44,11 @@ def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
         "securityContext": {
             "runAsNonRoot": True,
             "seccompProfile": {"type": "RuntimeDefault"},
-            **target.values.security_context.to_json(),
+            **placement.values.security_context.to_json(),
         },
-        **target.values.pod_fields(),
-        "initContainers": [_fetch(release, target)],
-        "containers": [_vllm(release, target, container), _canary(release, target)],
+        **placement.values.pod_fields(),
+        "initContainers": [_fetch(release, placement)],
+        "containers": [_vllm(release, placement, container), _canary(release, placement)],
         "volumes": [
             {"name": "release", "persistentVolumeClaim": {"claimName": claim}}
             if claim
@@ -60,20 +60,20 @@ def pod_spec(release: ServedRelease, target: Target, container: str) -> Json:
     }
 
 
-def _fetch(release: ServedRelease, target: Target) -> Json:
+def _fetch(release: ServedRelease, placement: Placement) -> Json:
     """`registry fetch` resolves the version, compares its digest with the one asked for, verifies every file, and
     compares every tensor with the configuration.
     """
-    secret = target.registry_secret
-    copy = {} if target.values.release_claim else {"ephemeral-storage": _mebibytes(release.size_bytes * 1.05)}
+    secret = placement.registry_secret
+    copy = {} if placement.values.release_claim else {"ephemeral-storage": _mebibytes(release.size_bytes * 1.05)}
     return {
         "name": "fetch",
-        "image": target.image,
+        "image": placement.image,
         "args": _literal(
             *("registry", "fetch", release.reference, _content(release), "--digest", release.digest),
-            *("--uri", target.registry_uri, "--workspace", f"{_TMP}/numprune"),
+            *("--uri", placement.registry_uri, "--workspace", f"{_TMP}/numprune"),
         ),
-        "env": merged({"HOME": _TMP}, target.values.fetch_env),
+        "env": merged({"HOME": _TMP}, placement.values.fetch_env),
         **({"envFrom": [{"secretRef": {"name": secret}}]} if secret else {}),
         "resources": {
             "requests": {"cpu": "500m", "memory": "1Gi", **copy},
@@ -84,16 +84,16 @@ def _fetch(release: ServedRelease, target: Target) -> Json:
     }
 
 
-def _canary(release: ServedRelease, target: Target) -> Json:
+def _canary(release: ServedRelease, placement: Placement) -> Json:
     """It stays, idle, once the server has passed; else it ends, and is started again, ever more seldom."""
     return {
         "name": "canary",
-        "image": target.image,
+        "image": placement.image,
         "args": _literal(
             *("canary", _content(release), "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
             *("--startup-timeout", str(STARTUP_S), "--marker", _PASSED),
         ),
-        "env": [{"name": "HOME", "value": _TMP}, *_api_key(target)],
+        "env": [{"name": "HOME", "value": _TMP}, *_api_key(placement)],
         "resources": {"requests": {"cpu": "50m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
         "readinessProbe": {"exec": {"command": ["test", "-f", _PASSED]}, "periodSeconds": 5},
         "securityContext": _CONFINED,
@@ -104,8 +104,8 @@ def _canary(release: ServedRelease, target: Target) -> Json:
     }
 
 
-def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
-    split = ("--tensor-parallel-size", str(target.gpus)) if target.gpus > 1 else ()
+def _vllm(release: ServedRelease, placement: Placement, container: str) -> Json:
+    split = ("--tensor-parallel-size", str(placement.gpus)) if placement.gpus > 1 else ()
     environment = {
         "HOME": _TMP,
         "USER": "vllm",  # the image's /etc/passwd has no name for our user, and torch asks for one
@@ -116,13 +116,13 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
     }
     if release.plugin:
         environment["VLLM_PLUGINS"] = "numprune"  # ours and no other of the image
-    if target.gpus == 0:
+    if placement.gpus == 0:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_CPU_KV_GIB)
-    memory = target.memory or _memory(release, target)
-    names, options = split_names(target.options, release.name)
+    memory = placement.memory or _memory(release, placement)
+    names, options = split_names(placement.options, release.name)
     return {
         "name": container,
-        "image": target.vllm_image or VLLM_IMAGE,
+        "image": placement.vllm_image or VLLM_IMAGE,
         "command": ["python3", "-m", "vllm.entrypoints.openai.api_server"],
         "args": _literal(
             *("--model", f"{_content(release)}/checkpoint", "--served-model-name", *names),
@@ -132,11 +132,11 @@ def _vllm(release: ServedRelease, target: Target, container: str) -> Json:
             *release.options,
             *options,
         ),
-        "env": [*merged(environment, target.values.env), *_api_key(target)],
+        "env": [*merged(environment, placement.values.env), *_api_key(placement)],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {
-            "requests": {"cpu": str(target.cpus), "memory": memory},
-            "limits": {"memory": memory, **({"nvidia.com/gpu": target.gpus} if target.gpus else {})},
+            "requests": {"cpu": str(placement.cpus), "memory": memory},
+            "limits": {"memory": memory, **({"nvidia.com/gpu": placement.gpus} if placement.gpus else {})},
         },
         "startupProbe": _probe(period_s=_STARTUP_PERIOD_S, failures=_STARTUP_PROBES),
         "readinessProbe": _probe(period_s=5, failures=3),
@@ -156,11 +156,11 @@ def _content(release: ServedRelease) -> str:
     return f"{_RELEASE}/{release.digest[:16]}"
 
 
-def _api_key(target: Target) -> list[Json]:
+def _api_key(placement: Placement) -> list[Json]:
     """The variable with the API key, by reference."""
-    if target.api_key_secret is None:
+    if placement.api_key_secret is None:
         return []
-    reference = {"name": target.api_key_secret, "key": api_key.VARIABLE}
+    reference = {"name": placement.api_key_secret, "key": api_key.VARIABLE}
     return [{"name": api_key.VARIABLE, "valueFrom": {"secretKeyRef": reference}}]
 
 
@@ -173,10 +173,10 @@ def _probe(*, period_s: int, failures: int) -> Json:
     }
 
 
-def _memory(release: ServedRelease, target: Target) -> str:
+def _memory(release: ServedRelease, placement: Placement) -> str:
     """Libraries and CUDA contexts take some GiB whatever the model; the weights pass through, or stay, once."""
-    kv_gib = _CPU_KV_GIB if target.gpus == 0 else 0
-    gib = 8 + 2 * max(1, target.gpus) + kv_gib + -(-release.weight_bytes // _GIB)
+    kv_gib = _CPU_KV_GIB if placement.gpus == 0 else 0
+    gib = 8 + 2 * max(1, placement.gpus) + kv_gib + -(-release.weight_bytes // _GIB)
     return f"{gib}Gi"
 
 

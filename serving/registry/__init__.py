@@ -13,9 +13,9 @@ in the version's tags and is checked on every use.
 
 from numprune.serving.registry.connection import Registry, open_registry
 from numprune.serving.registry.errors import RefusedReleaseError, RegistryError
+from numprune.serving.registry.model_reference import CANDIDATE, PRODUCTION, ModelReference, parse
 from numprune.serving.registry.production import before_production, promote, rollback, take_back
 from numprune.serving.registry.publishing import publish
-from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, parse
 from numprune.serving.registry.releases import Shown, fetch, show, verify
 from numprune.serving.registry.versions import Model, Version, list_models, list_versions, published_digests
 
@@ -23,7 +23,7 @@ __all__ = [
     "CANDIDATE",
     "PRODUCTION",
     "Model",
-    "Reference",
+    "ModelReference",
     "RefusedReleaseError",
     "Registry",
     "RegistryError",

@@ -14,7 +14,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.serving.problems import problems
 from numprune.serving.registry.connection import Registry
 from numprune.serving.registry.errors import lost_race
-from numprune.serving.registry.reference import CANDIDATE, PRODUCTION, Reference, check_name, parse
+from numprune.serving.registry.model_reference import CANDIDATE, PRODUCTION, ModelReference, check_name, parse
 from numprune.serving.registry.releases import verify_version
 from numprune.serving.registry.versions import VERDICT, Version, model, resolve
 
@@ -43,7 +43,7 @@ def promote(registry: Registry, reference: str) -> Version:
         history = _recover(registry, version.name)
         if _current(registry, version.name) != version.version:
             _move(registry, version.name, history, [*history, version.version])
-        return resolve(registry, Reference(version.name, PRODUCTION, None))
+        return resolve(registry, ModelReference(version.name, PRODUCTION, None))
 
 
 def rollback(registry: Registry, name: str) -> Version:
@@ -76,15 +76,15 @@ def take_back(registry: Registry, reference: str) -> Version | None:
 def before_production(registry: Registry, name: str) -> Version:
     """The version that `rollback` would put into production; it is not verified here. Raises InputError."""
     with registry.exclusive():
-        return resolve(registry, Reference(name, None, _history_to_leave(registry, name)[-2]))
+        return resolve(registry, ModelReference(name, None, _history_to_leave(registry, name)[-2]))
 
 
 def _roll_back(registry: Registry, name: str) -> Version:
     history = _history_to_leave(registry, name)
-    version = resolve(registry, Reference(name, None, history[-2]))
+    version = resolve(registry, ModelReference(name, None, history[-2]))
     _require_passed(registry, version)
     _move(registry, name, history, history[:-1])
-    return resolve(registry, Reference(name, PRODUCTION, None))
+    return resolve(registry, ModelReference(name, PRODUCTION, None))
 
 
 def _history_to_leave(registry: Registry, name: str) -> list[int]:

@@ -13,7 +13,7 @@ from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.registry.connection import Registry
 from numprune.serving.registry.errors import RefusedReleaseError, error_code, lost_race
-from numprune.serving.registry.reference import CANDIDATE, Reference, check_name
+from numprune.serving.registry.model_reference import CANDIDATE, ModelReference, check_name
 from numprune.serving.registry.releases import CHECKPOINT, KIND, REPORT, verify_version
 from numprune.serving.registry.versions import MARK, RELEASE, VERDICT, Version, find_versions, model, resolve
 from numprune.serving.report import Report, Verdict
@@ -42,7 +42,7 @@ def publish(registry: Registry, release: Path, name: str) -> Version:
         else:
             _mend(registry, release, version)
         _point_candidate(registry, version)
-        return resolve(registry, Reference(name, None, version.version))
+        return resolve(registry, ModelReference(name, None, version.version))
 
 
 def check_release(release: Path) -> tuple[Manifest, Report]:

@@ -11,7 +11,7 @@ from numprune.export.manifest import Manifest
 from numprune.serving import report as reports
 from numprune.serving.registry.artifacts import calling, require_digest
 from numprune.serving.registry.connection import Registry
-from numprune.serving.registry.reference import parse
+from numprune.serving.registry.model_reference import parse
 from numprune.serving.registry.versions import Version, resolve
 from numprune.serving.report import Report
 

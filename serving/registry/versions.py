@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from numprune.errors import InputError, IntegrityError
 from numprune.serving.registry.connection import Registry
 from numprune.serving.registry.errors import RegistryError, error_code
-from numprune.serving.registry.reference import Reference, check_name
+from numprune.serving.registry.model_reference import ModelReference, check_name
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -115,7 +115,7 @@ def _tags(registry: Registry, name: str) -> Mapping[str, str]:
     return {}
 
 
-def resolve(registry: Registry, reference: Reference) -> Version:
+def resolve(registry: Registry, reference: ModelReference) -> Version:
     """The version that a reference means now. Raises InputError (there is none), IntegrityError (not one of ours)."""
     aliases = model(registry, reference.name).aliases
     number = reference.version if reference.alias is None else aliases.get(reference.alias)

@@ -8,7 +8,6 @@ from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
     Environment,
-    Estimate,
     GateResult,
     Generation,
     Output,
@@ -17,6 +16,7 @@ from numprune.serving.report.models import (
     Quality,
     Ratio,
     Report,
+    ReportedEstimate,
     RuntimeSpeed,
     Sizes,
 )
@@ -151,7 +151,7 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
     yield ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""]
 
 
-def _units(estimate: Estimate) -> str:
+def _units(estimate: ReportedEstimate) -> str:
     few = ": the documents are too few, so they speak for this text alone" if estimate.sampling_unit == "window" else ""
     return f"{_count(estimate.samples, estimate.sampling_unit)}{few}"
 
@@ -356,7 +356,7 @@ def _share(value: float | None) -> str:
     return _ABSENT if value is None else f"{100 * value:.1f} %"
 
 
-def _estimate(estimate: Estimate) -> str:
+def _estimate(estimate: ReportedEstimate) -> str:
     lower, upper = estimate.interval95
     return f"{_figure(estimate.value)} [{_figure(lower)}, {_figure(upper)}] (n = {estimate.samples})"
 

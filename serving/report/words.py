@@ -4,7 +4,7 @@ import math
 import re
 
 from numprune.serving.report import names
-from numprune.serving.report.models import Estimate
+from numprune.serving.report.models import ReportedEstimate
 
 ABSENT = "–"  # noqa: RUF001
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -131,7 +131,7 @@ def span(lower: float | None, upper: float | None, digits: int = 3) -> str:
     return f"{number(lower, digits)} to {number(upper, digits)}"
 
 
-def interval(estimate: Estimate, digits: int = 3) -> str:
+def interval(estimate: ReportedEstimate, digits: int = 3) -> str:
     return span(*estimate.interval95, digits)
 
 

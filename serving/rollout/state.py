@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from numprune.errors import IntegrityError, NumpruneError
 from numprune.export import locks
 from numprune.serving.problems import problems
-from numprune.serving.registry.reference import check_name
+from numprune.serving.registry.model_reference import check_name
 from numprune.serving.vllm.process import Process
 
 

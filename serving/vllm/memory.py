@@ -24,7 +24,7 @@ class Memory:
     available: int
 
 
-def measure(cgroup: Path = _CGROUP) -> Memory:
+def of_machine(cgroup: Path = _CGROUP) -> Memory:
     """The machine's memory, or the container's limit. Read where vLLM reads it: the share is one of vLLM's total."""
     machine = psutil.virtual_memory()
     for limit, usage in _LIMITS:

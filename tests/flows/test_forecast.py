@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.export import checkpoint
 from numprune.flows import forecast, optimize, recipe
 from numprune.flows.steps import checks
@@ -66,9 +66,9 @@ def test_what_is_known_beforehand_is_what_comes_of_it(drop_layers: int) -> None:
     anatomy = read_anatomy(build_tiny().config)
     exact = options(criterion="magnitude", compensation="none")
     (known,) = known_results(anatomy, exact)
-    assert measure(known) == measure(read_anatomy(prune(build_tiny(), ROWS, exact).model.config))
+    assert budget_of(known) == budget_of(read_anatomy(prune(build_tiny(), ROWS, exact).model.config))
     several = known_results(anatomy, options())
-    assert measure(read_anatomy(prune(build_tiny(), ROWS, options()).model.config)) in map(measure, several)
+    assert budget_of(read_anatomy(prune(build_tiny(), ROWS, options()).model.config)) in map(budget_of, several)
     assert known_results(anatomy, options(allocation="error")) == []
 
 

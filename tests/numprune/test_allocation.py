@@ -10,7 +10,7 @@ from numprune import allocation
 from numprune.allocation import by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.curves import error_at
 from numprune.errors import InputError
 from numprune.slices import Size
@@ -51,7 +51,7 @@ def total_error(base, errors, kept):
 
 
 def removed(before, kept):
-    return 1 - measure(before.keeping(kept)).prunable_parameters / measure(before).prunable_parameters
+    return 1 - budget_of(before.keeping(kept)).prunable_parameters / budget_of(before).prunable_parameters
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +82,7 @@ def test_every_allocation_reaches_the_ratio_keeps_the_floor_and_the_alignment(ra
         scores = {block.name: torch.randn(block.units, generator=generator) for block in base.blocks}
         kept = global_sort(base, ratio, allowed, scores)
         step = max(block.parameters_per_unit * (align if block.kind == "mlp" else 1) for block in base.blocks)
-    assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
+    assert abs(removed(base, kept) - ratio) * budget_of(base).prunable_parameters <= step
     for block in base.blocks:
         units, members = kept[block.name]
         assert 1 <= units <= block.units
@@ -109,7 +109,7 @@ def test_global_removes_the_lowest_scores_of_the_whole_model():
 def test_global_counts_cost_in_parameters_not_units():
     base = anatomy(num_hidden_layers=1)
     scores = {"layers.0.attention": torch.tensor([0.0, 1.0, 2.0, 3.0]), "layers.0.mlp": torch.full((704,), 9.0)}
-    group_cost = base.blocks[0].parameters_per_unit / measure(base).prunable_parameters
+    group_cost = base.blocks[0].parameters_per_unit / budget_of(base).prunable_parameters
     assert global_sort(base, group_cost, allowed_sizes(base, Target(align=1), Limits()), scores)[
         "layers.0.attention"
     ] == Size(3, 2)
@@ -159,14 +159,14 @@ def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
         scores[block.name] = torch.cat([torch.zeros(lost), torch.ones(block.units - lost)])
     ratio = 1 - sum(
         (block.units - int((scores[block.name] == 0).sum())) * block.parameters_per_unit for block in base.blocks
-    ) / (measure(base).prunable_parameters)
+    ) / (budget_of(base).prunable_parameters)
     kept = global_sort(base, ratio, allowed_sizes(base, Target(align=1), Limits()), scores)
     heads = [kept[block.name].units for block in base.of_kind("attention")]
     assert heads == sorted(heads, reverse=True)
     assert len(set(heads)) == HEAD_SHAPES
     assert sum(abs(count - 8 + layer) for layer, count in enumerate(heads)) == 3  # seven counts on four levels
     step = max(block.parameters_per_unit for block in base.of_kind("mlp"))
-    assert abs(removed(base, kept) - ratio) * measure(base).prunable_parameters <= step
+    assert abs(removed(base, kept) - ratio) * budget_of(base).prunable_parameters <= step
 
 
 def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
@@ -234,7 +234,7 @@ def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
     for block in base.blocks:
         free[block.name] = block.units - heads[block.layer] if block.kind == "attention" else 300
     ratio = sum(free[block.name] * block.parameters_per_unit for block in base.blocks)
-    ratio /= measure(base).prunable_parameters  # what costs nothing goes, and no more
+    ratio /= budget_of(base).prunable_parameters  # what costs nothing goes, and no more
     if kind == "global":
         scores = {
             b.name: torch.cat([torch.zeros(free[b.name]), torch.ones(b.units - free[b.name])]) for b in base.blocks

@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoConfig
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from tests.conftest import LLAMA_LIKE
 
@@ -18,7 +18,7 @@ VARIANTS = [(family, {}) for family in LLAMA_LIKE] + [
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
 def test_budget_counts_the_parameters_that_the_model_has(tiny_model, family, overrides):
     model = tiny_model(family, **overrides)
-    assert measure(read_anatomy(model.config)).parameters == sum(p.numel() for p in model.parameters())
+    assert budget_of(read_anatomy(model.config)).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
@@ -34,7 +34,7 @@ def test_the_tensors_are_those_of_the_model(tiny_model, family, overrides):
 def test_budget_counts_the_kv_cache(tiny_model):
     model = tiny_model("llama")
     # 2 layers, keys and values, 2 KV heads of 16, float32
-    assert measure(read_anatomy(model.config)).kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert budget_of(read_anatomy(model.config)).kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
 
 
 def test_unsupported_architecture_is_refused_by_name():

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from numprune.allocation import by_error, check_ratio, global_sort, uniform
 from numprune.axes import AXES, DEFAULT_AXES, Limits
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.options import PruneOptions, check_options
 from numprune.slices import Size
@@ -82,7 +82,7 @@ def test_a_ratio_that_the_protected_blocks_make_impossible_is_refused_with_the_r
     base = anatomy()
     allowed = allowed_sizes(base, UNALIGNED, Limits(keep=["mlp"]))
     least = base.keeping({b.name: Size(1, 2) if b.kind == "attention" else b.size for b in base.blocks})
-    reachable = 1 - measure(least).prunable_parameters / measure(base).prunable_parameters
+    reachable = 1 - budget_of(least).prunable_parameters / budget_of(base).prunable_parameters
     with pytest.raises(InputError, match=rf"keep and floors protect\) at most {reachable:.3f} of the prunable"):
         check_ratio(base, 0.5, allowed)
 

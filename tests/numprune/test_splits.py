@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from numprune.allocation import check_ratio, uniform
 from numprune.axes import AXES, DEFAULT_AXES, Limits
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.slices import Size
 from numprune.splits import Split, priced, splits_meeting
@@ -46,7 +46,7 @@ def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_
     short = {}  # by (size of attention, channels), every pair there is
     for attention, mlp in itertools.product(allowed["layers.0.attention"], allowed["layers.0.mlp"]):
         missed = removed(base, Split(attention, mlp.units, 0).sizes(base)) - ratio
-        short[attention, mlp.units] = abs(missed) * measure(base).prunable_parameters
+        short[attention, mlp.units] = abs(missed) * budget_of(base).prunable_parameters
     found = {(split.attention, split.mlp_channels) for split in splits}
     assert found <= {pair for pair, parameters in short.items() if parameters <= half_a_step * (1 + 1e-9)}
     assert found >= {pair for pair, parameters in short.items() if parameters < half_a_step * (1 - 1e-9)}
@@ -84,7 +84,7 @@ def test_rounding_to_the_alignment_does_not_make_a_split_cheaper():
     assert len(splits) == 4
     assert len({removed(base, split.sizes(base)) for split in splits}) > 1
     prices = [split.price(base, flat(base, group, channel)) for split in splits]
-    assert prices == pytest.approx([0.3 * measure(base).prunable_parameters] * 4)
+    assert prices == pytest.approx([0.3 * budget_of(base).prunable_parameters] * 4)
 
 
 def test_a_single_kv_group_leaves_nothing_to_choose():

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
@@ -39,7 +39,7 @@ def prune(model, rows, options):
     layers, cut = ModelLayers(model), {}
     plan = prune_layers(layers, rows, options, cut.update)
     pruned = assemble(model, config_after(layers, plan), cut)
-    return Pruned(pruned, plan, measure(layers.anatomy), measure(read_anatomy(pruned.config)))
+    return Pruned(pruned, plan, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
 def assert_generates_as_uncached(model):
@@ -64,9 +64,9 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
     masked, sliced = logits(model), pruned.model
     torch.testing.assert_close(logits(sliced), masked, atol=1e-5, rtol=1e-5)
 
-    predicted = measure(before.keeping(pruned.plan.sizes()))
-    assert measure(read_anatomy(sliced.config)) == predicted
-    assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters < measure(before).parameters
+    predicted = budget_of(before.keeping(pruned.plan.sizes()))
+    assert budget_of(read_anatomy(sliced.config)) == predicted
+    assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters < budget_of(before).parameters
 
     sliced.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -100,8 +100,8 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
     sliced = assemble(model, pruned_config(model.config, after), cut)
     torch.testing.assert_close(logits(sliced), logits(model), atol=1e-5, rtol=1e-5)
 
-    predicted = measure(after)
-    assert measure(read_anatomy(sliced.config)) == predicted
+    predicted = budget_of(after)
+    assert budget_of(read_anatomy(sliced.config)) == predicted
     assert sum(p.numel() for p in sliced.parameters()) == predicted.parameters
 
     sliced.save_pretrained(tmp_path)

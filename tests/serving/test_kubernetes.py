@@ -18,8 +18,8 @@ from numprune.export import manifest, vllm
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.kubernetes import (
+    Placement,
     ServedRelease,
-    Target,
     Values,
     deployment,
     inference_service,
@@ -45,13 +45,13 @@ RELEASE = ServedRelease(
     tensor_parallel=(1, 2),
     cpu=True,
 )
-TARGET = Target(image="registry.example:5000/team/numprune:0.1.0", registry_uri="https://mlflow.example/team")
+PLACEMENT = Placement(image="registry.example:5000/team/numprune:0.1.0", registry_uri="https://mlflow.example/team")
 CONTENT = f"/release/{RELEASE.digest[:16]}"
 CPU_IMAGE = "registry.example/vllm-cpu:0.32.0"
 
 
-def changed(**fields: Any) -> Target:
-    return dataclasses.replace(TARGET, **fields)
+def changed(**fields: Any) -> Placement:
+    return dataclasses.replace(PLACEMENT, **fields)
 
 
 VALUES: Json = {
@@ -74,7 +74,7 @@ VALUES: Json = {
     "releaseClaim": "releases",
 }
 VARIANTS = {
-    "one GPU": (RELEASE, TARGET),
+    "one GPU": (RELEASE, PLACEMENT),
     "two GPUs": (RELEASE, changed(gpus=2, replicas=3, memory="40Gi", registry_secret="mlflow.token")),
     "CPUs": (RELEASE, changed(gpus=0, vllm_image=CPU_IMAGE, namespace="llm-serving", name="other")),
     "plug-in": (
@@ -108,7 +108,7 @@ def test_a_deployment_and_its_service_are_valid(variant: str, kubernetes: str) -
 
 
 def test_the_schema_is_strict() -> None:
-    workload, _ = deployment(RELEASE, TARGET)
+    workload, _ = deployment(RELEASE, PLACEMENT)
     workload["spec"]["template"]["spec"]["enableServiceLink"] = False
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(workload, NEWEST, strict=True)
@@ -143,7 +143,7 @@ def test_an_inference_service_is_valid(variant: str) -> None:
 
 @pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
 def test_kserve_fields_that_do_not_exist_are_found() -> None:
-    (document,) = inference_service(RELEASE, TARGET)
+    (document,) = inference_service(RELEASE, PLACEMENT)
     document["spec"]["predictor"]["minReplica"] = 1
     with pytest.raises(AssertionError, match="minReplica"):
         check_inference_service(document)
@@ -200,7 +200,7 @@ def pod(documents: list[Json]) -> Json:
 
 
 def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None:
-    workload, _ = deployment(RELEASE, TARGET)
+    workload, _ = deployment(RELEASE, PLACEMENT)
     spec = workload["spec"]["template"]["spec"]
     (fetch,), (server, _) = spec["initContainers"], spec["containers"]
     assert fetch["args"] == [
@@ -219,7 +219,7 @@ def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None
 
 
 def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
-    spec = pod(deployment(RELEASE, TARGET))
+    spec = pod(deployment(RELEASE, PLACEMENT))
     assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert not spec["automountServiceAccountToken"]
     for container in (*spec["initContainers"], *spec["containers"]):
@@ -230,7 +230,7 @@ def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
 
 
 def test_vllm_is_asked_for_its_health() -> None:
-    server, _ = pod(deployment(RELEASE, TARGET))["containers"]
+    server, _ = pod(deployment(RELEASE, PLACEMENT))["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server[probe]["httpGet"] == {"path": "/health", "port": 8080}
     assert server["ports"][0]["containerPort"] == 8080
@@ -238,8 +238,8 @@ def test_vllm_is_asked_for_its_health() -> None:
 
 
 def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> None:
-    server, canary = pod(deployment(RELEASE, TARGET))["containers"]
-    assert canary["image"] == TARGET.image
+    server, canary = pod(deployment(RELEASE, PLACEMENT))["containers"]
+    assert canary["image"] == PLACEMENT.image
     assert canary["args"][:4] == ["canary", CONTENT, "--url", "http://127.0.0.1:8080"]
     assert canary["args"][canary["args"].index("--dtype") + 1] == server["args"][-1] == "bfloat16"
     marker = canary["args"][canary["args"].index("--marker") + 1]
@@ -249,21 +249,21 @@ def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> 
 
 
 def test_gpus_and_what_the_release_needs() -> None:
-    release, target = VARIANTS["two GPUs"]
-    server, _ = pod(deployment(release, target))["containers"]
+    release, placement = VARIANTS["two GPUs"]
+    server, _ = pod(deployment(release, placement))["containers"]
     assert server["resources"]["limits"] == {"memory": "40Gi", "nvidia.com/gpu": 2}
     assert server["args"][-2:] == ["--tensor-parallel-size", "2"]
-    (fetch,) = pod(deployment(release, target))["initContainers"]
+    (fetch,) = pod(deployment(release, placement))["initContainers"]
     assert fetch["envFrom"] == [{"secretRef": {"name": "mlflow.token"}}]
 
-    release, target = VARIANTS["plug-in"]
-    server, _ = pod(deployment(release, target))["containers"]
+    release, placement = VARIANTS["plug-in"]
+    server, _ = pod(deployment(release, placement))["containers"]
     assert server["args"][-3:] == ["--model-impl", "vllm", "--max-model-len=4096"]
     assert {"name": "VLLM_PLUGINS", "value": "numprune"} in server["env"]
-    assert server["image"] == target.vllm_image
+    assert server["image"] == placement.vllm_image
 
-    release, target = VARIANTS["CPUs"]
-    server, _ = pod(deployment(release, target))["containers"]
+    release, placement = VARIANTS["CPUs"]
+    server, _ = pod(deployment(release, placement))["containers"]
     assert "nvidia.com/gpu" not in server["resources"]["limits"]
     assert not any(variable["name"] == "VLLM_PLUGINS" for variable in server["env"])
 
@@ -286,9 +286,9 @@ def test_the_values_stand_in_the_pod() -> None:
 
 
 def test_without_values_nothing_is_asked_of_the_cluster() -> None:
-    spec = pod(deployment(RELEASE, TARGET))
+    spec = pod(deployment(RELEASE, PLACEMENT))
     assert not {"nodeSelector", "tolerations", "imagePullSecrets"} & set(spec)
-    assert "VLLM_API_KEY" not in to_yaml(deployment(RELEASE, TARGET))
+    assert "VLLM_API_KEY" not in to_yaml(deployment(RELEASE, PLACEMENT))
 
 
 def test_the_model_can_have_names_of_its_own() -> None:
@@ -353,7 +353,7 @@ def test_kubernetes_puts_nothing_in_the_place_of_an_option() -> None:
 
 def test_text_that_looks_like_a_number_stays_text() -> None:
     release = dataclasses.replace(RELEASE, digest="1e" + "3" * 62)
-    text = to_yaml(deployment(release, TARGET))
+    text = to_yaml(deployment(release, PLACEMENT))
     assert f'numprune/digest: "{release.digest}"' in text
     assert 'app.kubernetes.io/version: "3"' in text
     assert "&id" not in text
@@ -411,7 +411,7 @@ def test_every_problem_is_told_at_once_and_no_secret_is_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "target", "said"),
+    ("release", "placement", "said"),
     [
         ({"name": "My_Model"}, {}, "--name my-model"),
         ({"name": "模型"}, {}, "give one"),
@@ -421,10 +421,10 @@ def test_every_problem_is_told_at_once_and_no_secret_is_repeated() -> None:
         ({"cpu": False}, {"gpus": 0, "vllm_image": CPU_IMAGE}, "head size"),
     ],
 )
-def test_what_cannot_run_is_refused(release: Json, target: Json, said: str) -> None:
+def test_what_cannot_run_is_refused(release: Json, placement: Json, said: str) -> None:
     for render in (deployment, inference_service):
         with pytest.raises(InputError, match=said):
-            render(dataclasses.replace(RELEASE, **release), changed(**target))
+            render(dataclasses.replace(RELEASE, **release), changed(**placement))
 
 
 # --- from the registry -----------------------------------------------------------------------------

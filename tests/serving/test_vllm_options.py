@@ -102,7 +102,7 @@ def test_the_memory_is_what_the_container_allows(tmp_path: Path, files: dict[str
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    found = memory.measure(tmp_path)
+    found = memory.of_machine(tmp_path)
     assert found.total == (GIB if limited else psutil.virtual_memory().total)
     assert 0 < found.available <= (GIB - GIB // 4 if limited else found.total)
 

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import locks
@@ -202,7 +202,7 @@ class _Run:
             heldout_documents=facts["documents"],
             dense_nll_nats_per_token=dense["nll_nats_per_token"],
             dense_perplexity=dense["perplexity"],
-            dense_parameters=measure(read_anatomy(read_config(request.model))).parameters,
+            dense_parameters=budget_of(read_anatomy(read_config(request.model))).parameters,
             version=metadata.version("numprune"),
         )
 

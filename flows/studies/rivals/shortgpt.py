@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from numprune.anatomy import family_of, read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 from numprune.slices import GONE
@@ -36,8 +36,8 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     inside = tuple(f"{block.path}." for block in anatomy.blocks if block.layer not in gone)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(inside)}
     pruned = assemble(model, pruned_config(model.config, left), tensors)
-    after = measure(left)
-    removed = 1 - after.prunable_parameters / measure(anatomy).prunable_parameters
+    after = budget_of(left)
+    removed = 1 - after.prunable_parameters / budget_of(anatomy).prunable_parameters
     return Result(pruned, after.parameters, removed)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.calibration import check_rows
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
@@ -51,7 +51,7 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     length, window = rows.shape[1], anatomy.sliding_window
     if window is not None and length > window:  # its blocks are run without a mask
         raise InputError(f"slicegpt: sequence length {length} is over the model's sliding window of {window}")
-    dense = measure(anatomy).prunable_parameters
+    dense = budget_of(anatomy).prunable_parameters
     hidden = anatomy.hidden_size
     width = min(range(1, hidden + 1), key=lambda size: abs(block_parameters(anatomy, size) - (1 - ratio) * dense))
     sliced = slice_hidden(model, rows, width, batch_size)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from numprune.serving.benchmark.estimators import percentiles
 from numprune.serving.benchmark.load import interleaving
 from numprune.serving.benchmark.sections import Look, by_repeat, ratios, repeats_of
-from numprune.serving.benchmark.statistics import percentiles
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import KvCache
 from numprune.serving.benchmark.vllm.requests import METRICS, Requests

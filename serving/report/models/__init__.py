@@ -6,7 +6,7 @@ number that is missing is null too. Unknown fields are refused everywhere but in
 a runtime's description, the result of a parity check), whose content belongs to whoever writes it.
 """
 
-from numprune.serving.report.models.fields import Estimate, ModelName
+from numprune.serving.report.models.fields import ModelName, ReportedEstimate
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
 from numprune.serving.report.models.quality import (
     CAUSAL,
@@ -56,7 +56,6 @@ __all__ = [
     "DocumentDeltas",
     "Dtypes",
     "Environment",
-    "Estimate",
     "GateResult",
     "Generation",
     "Gpu",
@@ -74,6 +73,7 @@ __all__ = [
     "Ratio",
     "RatioRemoved",
     "Report",
+    "ReportedEstimate",
     "RuntimeMemory",
     "RuntimeSpeed",
     "Sides",

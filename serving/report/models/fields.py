@@ -47,7 +47,7 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Estimate(Model):
+class ReportedEstimate(Model):
     """A value with its uncertainty: one-sided 95 % bounds, the two-sided 95 % interval, and what was resampled."""
 
     value: Number

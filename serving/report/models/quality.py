@@ -6,7 +6,7 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Count, Estimate, Finite, Metric, Model, Number
+from numprune.serving.report.models.fields import Count, Finite, Metric, Model, Number, ReportedEstimate
 from numprune.serving.report.models.generation import Generation
 
 MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
@@ -29,7 +29,7 @@ UNITS: Mapping[Task, Unit] = MappingProxyType(
 CAUSAL: Final = ("baseline", "candidate", "perplexity_ratio", "kl_nats_per_token", "top1_agreement", "generation")
 
 
-class LossDelta(Estimate):
+class LossDelta(ReportedEstimate):
     """What the candidate loses: its loss minus the baseline's, or its distance from the baseline."""
 
     unit: Unit
@@ -87,7 +87,7 @@ class Quality(Model):
     document_deltas: DocumentDeltas | None = None
     baseline: QualitySide | None = None
     candidate: QualitySide | None = None
-    perplexity_ratio: Estimate | None = None
+    perplexity_ratio: ReportedEstimate | None = None
     kl_nats_per_token: Number = None
     top1_agreement: Number = None
     generation: Generation | None = None

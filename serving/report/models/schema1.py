@@ -4,7 +4,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from numprune.serving.report.models.fields import Count, Estimate, Finite, Model, Number
+from numprune.serving.report.models.fields import Count, Finite, Model, Number, ReportedEstimate
 from numprune.serving.report.models.generation import Generation
 from numprune.serving.report.models.quality import MAXIMUM_DOCUMENTS, MAXIMUM_WORST, UNITS, QualitySide
 from numprune.serving.report.models.report import SCHEMA, AnyReport, Report
@@ -37,8 +37,8 @@ class _Quality(Model):
     packed: bool = Field(default=False, strict=True)
     baseline: QualitySide
     candidate: QualitySide
-    nll_delta_nats_per_token: Estimate
-    perplexity_ratio: Estimate
+    nll_delta_nats_per_token: ReportedEstimate
+    perplexity_ratio: ReportedEstimate
     document_deltas: _DocumentDeltas | None = None
     kl_nats_per_token: Number = None
     top1_agreement: Number = None

@@ -4,7 +4,16 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Concurrency, Count, Estimate, Facts, Metric, Model, Number, Shape
+from numprune.serving.report.models.fields import (
+    Concurrency,
+    Count,
+    Facts,
+    Metric,
+    Model,
+    Number,
+    ReportedEstimate,
+    Shape,
+)
 from numprune.serving.report.models.run import Dtypes, SizePair
 
 
@@ -43,7 +52,7 @@ class SpeedSide(Model):
 class Ratio(Model):
     """Candidate / baseline, repeat by repeat."""
 
-    ratio: Estimate
+    ratio: ReportedEstimate
 
 
 class NoiseFloor(Model):

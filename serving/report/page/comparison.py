@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from numprune.serving.report import names, words
 from numprune.serving.report.headline import headline
-from numprune.serving.report.models import Estimate, LossDelta, Pruning, Quality, Report, SizePair, Sizes
+from numprune.serving.report.models import LossDelta, Pruning, Quality, Report, ReportedEstimate, SizePair, Sizes
 from numprune.serving.report.page import charts, identity
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Folded, Gallery, Section, Table, Text
 from numprune.serving.report.page.charts import Interval
@@ -182,7 +182,7 @@ def _perplexity(found: Quality | None) -> Cell:
     return Cell(words.number(found.candidate.perplexity), f"from {words.number(found.baseline.perplexity)}")
 
 
-def _ratio(found: Estimate | None) -> Cell:
+def _ratio(found: ReportedEstimate | None) -> Cell:
     return Cell(words.times(found.value), words.interval(found)) if found else _ABSENT
 
 
@@ -198,7 +198,7 @@ def _speeds(reports: Sequence[Report]) -> Iterator[tuple[str, str]]:
                 yield runtime, name
 
 
-def _speed(report: Report, runtime: str, name: str) -> Estimate | None:
+def _speed(report: Report, runtime: str, name: str) -> ReportedEstimate | None:
     ratio = getattr(report.speed[runtime], name) if runtime in report.speed else None
     return ratio.ratio if ratio else None
 
@@ -220,7 +220,7 @@ def _pictures(found: Sequence[Entry]) -> Section:
     return Section("intervals", "Intervals", [text, Gallery(drawn)] if drawn else [absent])
 
 
-def _forest(key: str, label: str, estimates: Mapping[str, Estimate], reference: float) -> Chart | None:
+def _forest(key: str, label: str, estimates: Mapping[str, ReportedEstimate], reference: float) -> Chart | None:
     rows = [Interval(letter, one.value, *one.interval95) for letter, one in estimates.items()]
     told = "; ".join(
         f"{letter} {words.number(one.value, 3)} ({words.interval(one)})" for letter, one in estimates.items()

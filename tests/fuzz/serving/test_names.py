@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numprune.errors import IntegrityError, NumpruneError
 from numprune.export import manifest
 from numprune.serving.registry.artifacts import LocalArtifacts
-from numprune.serving.registry.reference import parse
+from numprune.serving.registry.model_reference import parse
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm import needs
 from tests.fuzz.strangers import NAMES, fuzz, named, values

@@ -5,14 +5,14 @@ import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.calibration import Walker
 from numprune.curves import error_curve
 from numprune.errors import InputError
 from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
 from numprune.experts.inputs import Experts, Routed
 from numprune.families import FAMILIES
-from numprune.inputs import Walked
+from numprune.inputs import PropagatedInputs
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
 from numprune.pruning import prune
@@ -27,7 +27,7 @@ SPARSE = [name for name, family in FAMILIES.items() if family.experts]
 def observed(family):
     """A layer with experts, its block, and what was seen of it."""
     layers = ModelLayers(build_tiny(family))
-    walked = Walked(Walker(layers, ROWS.shape[1], batch_size=4), ROWS)
+    walked = PropagatedInputs(Walker(layers, ROWS.shape[1], batch_size=4), ROWS)
     for block in layers.anatomy.blocks:
         with layers.layer(block.layer) as layer:
             if block.routing:
@@ -96,7 +96,7 @@ def test_experts_keep_widths_of_whole_16_bytes_and_never_fewer_than_a_token_goes
 
 
 def test_a_token_meets_only_the_experts_that_it_goes_to():
-    few, many = (measure(read_anatomy(build_tiny("mixtral", num_local_experts=count).config)) for count in (4, 8))
+    few, many = (budget_of(read_anatomy(build_tiny("mixtral", num_local_experts=count).config)) for count in (4, 8))
     router = 2 * 4 * 64  # rows of two layers
     assert many.flops_per_token - few.flops_per_token == 2 * router
     assert many.parameters > few.parameters

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.shortgpt import block_influence, layers_to_drop, shortgpt
 from tests.conftest import LLAMA_LIKE, build_tiny
@@ -53,6 +53,6 @@ def test_the_number_of_layers_is_the_nearest_and_one_stays(ratio, expected):
 
 def test_layers_that_look_at_different_things_are_refused():
     model = build_tiny("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1)
-    assert measure(read_anatomy(model.config)).parameters
+    assert budget_of(read_anatomy(model.config)).parameters
     with pytest.raises(InputError, match="sliding windows in some layers only"):
         shortgpt(model, ROWS, 0.5, 8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import measure
+from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.shortgpt import shortgpt
 from numprune.flows.studies.rivals.slicegpt import block_parameters, principal_axes, slice_hidden, slicegpt
@@ -63,14 +63,14 @@ def test_ratio_counts_the_shortcuts_among_what_is_left(ratio):
     projections = sum(
         size for name, size in names.items() if "_proj.weight" in name or "shortcut" in name or "_proj.bias" in name
     )
-    assert result.prunable_ratio_removed == pytest.approx(1 - projections / measure(anatomy).prunable_parameters)
+    assert result.prunable_ratio_removed == pytest.approx(1 - projections / budget_of(anatomy).prunable_parameters)
     assert result.prunable_ratio_removed == pytest.approx(ratio, abs=0.01)
     assert result.parameters == sum(names.values())
 
 
 def test_uncut_the_shortcuts_come_on_top():
     anatomy = read_anatomy(build_tiny().config)
-    assert block_parameters(anatomy, 64) == measure(anatomy).prunable_parameters + 4 * 64 * 64
+    assert block_parameters(anatomy, 64) == budget_of(anatomy).prunable_parameters + 4 * 64 * 64
 
 
 def test_rows_longer_than_the_window_are_refused():

@@ -29,7 +29,7 @@ _RESERVED = (
 
 
 @dataclass(frozen=True)
-class Target:
+class Placement:
     """Raises InputError naming every field that cannot be.
 
     Attributes:

@@ -14,7 +14,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
-class Reference:
+class ModelReference:
     """Either an alias or a version of a name."""
 
     name: str
@@ -25,18 +25,18 @@ class Reference:
         return f"{self.name}/{self.version}" if self.alias is None else f"{self.name}@{self.alias}"
 
 
-def parse(text: str, default_alias: str = PRODUCTION) -> Reference:
+def parse(text: str, default_alias: str = PRODUCTION) -> ModelReference:
     """A reference; a bare NAME means `default_alias`. Raises InputError."""
     if "@" in text:
         name, _, alias = text.partition("@")
         if _ALIAS.fullmatch(alias):
-            return Reference(check_name(name), alias, None)
+            return ModelReference(check_name(name), alias, None)
     elif "/" in text:
         name, _, version = text.partition("/")
         if _VERSION.fullmatch(version):
-            return Reference(check_name(name), None, int(version))
+            return ModelReference(check_name(name), None, int(version))
     else:
-        return Reference(check_name(text), default_alias, None)
+        return ModelReference(check_name(text), default_alias, None)
     raise InputError(f"{text!r}: not a reference; allowed are NAME, NAME@ALIAS and NAME/VERSION (a whole number)")
 
 

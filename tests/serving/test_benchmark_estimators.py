@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from numprune.serving.benchmark.statistics import (
+from numprune.serving.benchmark.estimators import (
     noise_floor,
     paired_ratio,
     percentiles,

@@ -140,7 +140,7 @@ def benchmark(args: argparse.Namespace) -> Answer:
     if not args.text and how != Reading():
         raise InputError("--split, --chat and --pack say how --text is read, and none is given")
     report: Report = children.step(
-        "steps.benchmark.measure",
+        "steps.benchmark.benchmark_report",
         args.candidate,
         args.baseline,
         args.runtime,
