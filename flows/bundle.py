@@ -14,6 +14,7 @@ from numprune.export import disk, manifest
 from numprune.flows import runs
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import exclusive, is_whole
+from numprune.serving import reference_answers
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +32,17 @@ def make_release(
     recipe: Recipe,
     parts: Mapping[str, Path],
     report: Path,
-    canary: Path | None,
+    answers: Path | None,
     used_by: Path | None = None,
 ) -> Path:
     """Return the folder of a release, made unless it is there.
 
-    It holds the parts, report.json, report.md, report.html, canary.json, recipe.toml and plan.json.
+    It holds the parts, report.json, report.md, report.html, reference-answers.json, recipe.toml and plan.json.
 
     Args:
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
         report: the folder with report.json, report.md and report.html.
-        canary: the folder with canary.json, what a server of the release must answer; None where no server runs it.
+        answers: the folder with reference-answers.json; None where no server runs the release.
         used_by: the folder of the run that publishes it (see runs.py).
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
@@ -49,8 +50,8 @@ def make_release(
     """
     parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
     parents["report"] = manifest.read(report).digest
-    if canary is not None:
-        parents["canary"] = manifest.read(canary).digest
+    if answers is not None:
+        parents["reference-answers"] = manifest.read(answers).digest
     facts: dict[str, Any] = {"name": recipe.registry.name, "recipe": recipe.digest}
     key = hashlib.sha256(json.dumps([parents, facts], sort_keys=True).encode()).hexdigest()
     folder = workspace / "releases" / f"{recipe.registry.name}-{key[:16]}"
@@ -65,7 +66,7 @@ def make_release(
                 with _unchanged(part):
                     manifest.verify(content / name)
             files = [(report, "report.json"), (report, "report.md"), (report, "report.html")]
-            files += [(canary, "canary.json")] if canary is not None else []
+            files += [(answers, reference_answers.FILE_NAME)] if answers is not None else []
             for source, name in files:
                 shutil.copyfile(source / name, content / name)
                 with _unchanged(source):

@@ -72,13 +72,13 @@ class Judged:
         report: the stage with report.json and the verdict.
         looks: the benchmarks by runtime.
         parts: what a release is made of, by the names of its folders.
-        canary: the stage with what a server of the release must answer, or None where no server runs it.
+        answers: the stage with the reference answers of a server of the release, or None where no server runs it.
     """
 
     report: StageResult
     looks: Mapping[Any, Sequence[StageResult]]
     parts: Mapping[str, Path]
-    canary: StageResult | None
+    answers: StageResult | None
 
 
 def _chain(run: Run, recording: Recording) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _chain(run: Run, recording: Recording) -> dict[str, Any]:
     outcome = str(judged.report.facts["outcome"])
     release = version = None
     if outcome == "pass":
-        release, version = publish(run, judged.parts, judged.report, judged.canary)
+        release, version = publish(run, judged.parts, judged.report, judged.answers)
     _discard_disturbed(judged.looks.values())
     recording.judged(outcome, judged.report.path, release, version)
     found = summary.summarize(recording.run, judged.report.path, done, release, version, _location(run))
@@ -125,7 +125,7 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
             call(prove, run, name, run.base, baselines[name], "baseline")
 
     # No server runs a masked language model.
-    canary = call(make_canary, run, candidate) if run.task != "masked-lm" else None
+    answers = call(make_reference_answers, run, candidate) if run.task != "masked-lm" else None
     quality = call(evaluate, run, candidate, heldout, scores)
     timed = {
         runtime: (exports.get(name, candidate), baselines.get(name, run.base))
@@ -143,7 +143,7 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
             looks[runtime].append(call(benchmark, run, runtime, *timed[runtime], len(looks[runtime]) + 1))
         judged = report(looks)
     others = {name: made.path for name, made in exports.items() if name != "vllm"}
-    return Judged(judged, looks, {CHECKPOINT: candidate.path} | others, canary)
+    return Judged(judged, looks, {CHECKPOINT: candidate.path} | others, answers)
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -247,12 +247,12 @@ def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact,
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def make_canary(run: Run, candidate: Artifact) -> StageResult:
+def make_reference_answers(run: Run, candidate: Artifact) -> StageResult:
     """What a server of this checkpoint must answer."""
     with gpu_slot(run):
         return run.stage(
-            "canary",
-            "steps.canary.make_canary",
+            "reference-answers",
+            "steps.reference_answers.make_reference_answers",
             inputs={"checkpoint": candidate.digest},
             sources={"checkpoint": candidate.path},
             options={"device": run.device},
@@ -360,10 +360,10 @@ def gate(
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, canary: StageResult | None) -> tuple[Path, str]:
+def publish(run: Run, parts: Mapping[str, Path], judged: StageResult, answers: StageResult | None) -> tuple[Path, str]:
     """The release folder, and the version of the registry that it became."""
-    reference = canary.path if canary else None
-    release = make_release(run.workspace, run.recipe, parts, judged.path, reference, run.record)
+    answers_folder = answers.path if answers else None
+    release = make_release(run.workspace, run.recipe, parts, judged.path, answers_folder, run.record)
     registry = run.recipe.registry
     return release, str(children.step("steps.publish.publish", run.workspace, registry.uri, release, registry.name))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import locks, manifest
-from numprune.serving import canary, registry
+from numprune.serving import reference_answers, registry
 from numprune.serving.registry import Registry, Version
 from numprune.serving.registry.releases import CHECKPOINT
 from numprune.serving.registry.versions import resolve
@@ -66,7 +66,7 @@ def prepare(opened: Registry, reference: str, workspace: Path) -> Deployment:
     with locks.held(folder.with_name(f".{folder.name}.lock")):
         _fetch(opened, version, folder)
         dtype = _audit(folder / CHECKPOINT)
-        canary.read(folder / canary.REFERENCE)
+        reference_answers.read(folder)
         os.utime(folder)  # for `remove_copies`
     logger.info("%s: %s, verified and audited", version.reference, folder)
     return Deployment(version.reference, version.name, version.version, version.digest, folder, dtype)
@@ -96,27 +96,27 @@ def _audit(checkpoint: Path) -> str:
 def choose_dtype(deployment: Deployment, asked: str) -> str:
     """The precision that "auto" means: that of the weights; vLLM's own "auto" would halve float32.
 
-    Raises InputError when the canary cannot judge a server in it.
+    Raises InputError when no server can be checked in it.
     """
     chosen = deployment.dtype if asked == "auto" else asked
-    if chosen not in canary.TOLERANCES:
-        raise InputError(f"--dtype {asked} ({chosen}): must be one of auto, {', '.join(canary.TOLERANCES)}")
+    if chosen not in reference_answers.TOLERANCES:
+        raise InputError(f"--dtype {asked} ({chosen}): must be one of auto, {', '.join(reference_answers.TOLERANCES)}")
     return chosen
 
 
 def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]:
-    """Compare a server that is ready with the reference of its release: see `canary.check`, which gives the result.
+    """Compare a server that is ready with the reference answers of its release: see `reference_answers.check`.
 
     Raises ParityError; ServerError, with vLLM's last lines when it died meanwhile.
     """
     try:
-        reference = canary.read(deployment.folder / canary.REFERENCE)
-        found = canary.check(running.url, reference, dtype, running.api_key)
+        reference = reference_answers.read(deployment.folder)
+        found = reference_answers.check(running.url, reference, dtype, running.api_key)
     except ServerError:
         running.require_alive(server.SETTLE_S)
         raise
     running.require_alive()
-    logger.info("%s: canary passed in %s: %s", deployment.reference, dtype, canary.told(found))
+    logger.info("%s: server check passed in %s: %s", deployment.reference, dtype, reference_answers.told(found))
     return found
 
 

@@ -24,7 +24,7 @@ from numprune.export import disk
 from numprune.flows import children, logs, machine
 from numprune.flows.cli import (
     benchmark,
-    canary,
+    check_server,
     completion,
     kubernetes,
     model,
@@ -50,7 +50,7 @@ COMMANDS = (
     push,
     serve,
     rollout,
-    canary,
+    check_server,
     kubernetes,
     runs,
     completion,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.canary can judge
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.reference_answers can judge
 _WATCH_S = 0.5
 
 # Options of vLLM that numprune gives itself.
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> Answer:
         "dtype": dtype,
         "vllm": vllm.version,
         "log": str(log),
-        "canary": found,
+        "server_check": found,
         "seconds": round(time.perf_counter() - started, 3),
     }
     text = f"ready: {release.reference} at {running.url}/v1, model {running.name!r}; Ctrl-C stops it"

@@ -1,4 +1,4 @@
-"""The pod: an init container fetches and verifies the release, vLLM serves it, and a canary compares the live server.
+"""The pod: an init container fetches and verifies the release, vLLM serves it, and a container checks its answers.
 
 A pod is ready when all of its containers are, so one whose server does not compute what was released takes no traffic.
 """
@@ -16,7 +16,7 @@ Json = dict[str, Any]
 PORT = 8080  # KServe's own default
 _RELEASE = "/release"  # a volume; the release is a folder in it, which appears there whole or not at all
 _TMP = "/tmp"  # noqa: S108 - in a container of its own
-_PASSED = f"{_TMP}/canary-passed"
+_PASSED = f"{_TMP}/server-checked"
 _GIB = 1 << 30
 _MIB = 1 << 20
 _CPU_KV_GIB = 4
@@ -48,7 +48,7 @@ def pod_spec(release: ServedRelease, placement: Placement, container: str) -> Js
         },
         **placement.values.pod_fields(),
         "initContainers": [_fetch(release, placement)],
-        "containers": [_vllm(release, placement, container), _canary(release, placement)],
+        "containers": [_vllm(release, placement, container), _check_server(release, placement)],
         "volumes": [
             {"name": "release", "persistentVolumeClaim": {"claimName": claim}}
             if claim
@@ -84,13 +84,13 @@ def _fetch(release: ServedRelease, placement: Placement) -> Json:
     }
 
 
-def _canary(release: ServedRelease, placement: Placement) -> Json:
+def _check_server(release: ServedRelease, placement: Placement) -> Json:
     """It stays, idle, once the server has passed; else it ends, and is started again, ever more seldom."""
     return {
-        "name": "canary",
+        "name": "check-server",
         "image": placement.image,
         "args": _literal(
-            *("canary", _content(release), "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
+            *("check-server", _content(release), "--url", f"http://127.0.0.1:{PORT}", "--dtype", release.dtype),
             *("--startup-timeout", str(STARTUP_S), "--marker", _PASSED),
         ),
         "env": [{"name": "HOME", "value": _TMP}, *_api_key(placement)],

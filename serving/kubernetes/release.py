@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
-from numprune.serving import canary
+from numprune.serving import reference_answers
 from numprune.serving.problems import problems
 from numprune.serving.registry import Registry
 from numprune.serving.registry.releases import CHECKPOINT, reading
@@ -72,13 +72,14 @@ class ServedRelease:
 def read_release(registry: Registry, reference: str) -> ServedRelease:
     """The release that a reference means now; a bare name means production. What is read of it is verified.
 
-    Raises InputError (no such version, one that was not exported for vLLM, or without a reference), IntegrityError.
+    Raises InputError (no such version, one that was not exported for vLLM, one without reference answers),
+    IntegrityError.
     """
     with reading(registry, reference, [_MANIFEST, _CONFIG]) as (version, whole, folder):
-        if canary.REFERENCE not in whole.files:
+        if whole.files.keys().isdisjoint(reference_answers.FILE_NAMES):
             raise InputError(
-                f"{version.reference}: made before releases carried a reference for servers ({canary.REFERENCE}); "
-                "make it again"
+                f"{version.reference}: made before releases carried reference answers "
+                f"({reference_answers.FILE_NAME}); make it again"
             )
         exported = manifest.read(folder / CHECKPOINT)
         if whole.files[_CONFIG].size > _MAXIMUM_CONFIG_BYTES:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from numprune.serving import canary, loopback
+from numprune.serving import loopback, reference_answers
 from numprune.serving.deployment import Deployment, choose_dtype, log_file, prove
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Backend, Place, Started
@@ -34,7 +34,7 @@ _PENDING = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0
 def start(
     place: Place, settings: Settings, release: Deployment, dtype: str, options: list[str]
 ) -> tuple[Backend, dict[str, Any]]:
-    """Start a server of the release on a free local port; when it is fit for traffic, it and what its canary found.
+    """Start a server of the release on a free local port; when it is fit for traffic, it and what its check found.
 
     Whatever goes wrong, nothing stays behind. Raises what `server.start` and `prove` raise, ServerError.
     """
@@ -56,7 +56,7 @@ def start(
     try:
         running.wait_until_ready(settings.startup_timeout_s)
         found = prove(running, release, precision)
-        _load(running, canary.read(release.folder / canary.REFERENCE))
+        _load(running, reference_answers.read(release.folder))
     except BaseException:
         running.abandon()
         raise
@@ -71,26 +71,26 @@ def start(
     return made, found
 
 
-def _request(reference: canary.Reference | canary.PooledReference, number: int) -> tuple[str, dict[str, Any]]:
-    """Where a request of the reference goes, and what it asks."""
-    if isinstance(reference, canary.PooledReference):
-        tokens = reference.inputs[number % len(reference.inputs)].tokens
-        return canary.PATHS[reference.task][0], {"input": [tokens]}
-    prompt = reference.prompts[number % len(reference.prompts)].tokens
+def _request(answers: reference_answers.ReferenceAnswers, number: int) -> tuple[str, dict[str, Any]]:
+    """Where a request for one of the answers goes, and what it asks."""
+    if isinstance(answers, reference_answers.PooledAnswers):
+        tokens = answers.inputs[number % len(answers.inputs)].tokens
+        return reference_answers.PATHS[answers.task][0], {"input": [tokens]}
+    prompt = answers.prompts[number % len(answers.prompts)].tokens
     return "/v1/completions", {"prompt": prompt, "max_tokens": _LOAD_TOKENS, "ignore_eos": True}
 
 
-def _is_whole(answer: dict[str, Any], reference: canary.Reference | canary.PooledReference) -> bool:
-    if isinstance(reference, canary.PooledReference):
+def _is_whole(answer: dict[str, Any], answers: reference_answers.ReferenceAnswers) -> bool:
+    if isinstance(answers, reference_answers.PooledAnswers):
         return len(answer["data"]) == 1
     return bool(answer["usage"]["completion_tokens"] == _LOAD_TOKENS)
 
 
-def _load(running: Server, reference: canary.Reference | canary.PooledReference) -> None:
+def _load(running: Server, answers: reference_answers.ReferenceAnswers) -> None:
     """A few requests at once. Raises ServerError when any of them fails."""
 
     def complete(number: int) -> None:
-        path, body = _request(reference, number)
+        path, body = _request(answers, number)
         body["model"] = running.name
         try:
             answer = loopback.post(f"{running.url}{path}", json=body, headers=running.headers, timeout=300.0)
@@ -99,7 +99,7 @@ def _load(running: Server, reference: canary.Reference | canary.PooledReference)
             raise ServerError(
                 f"{running.name}: a request under load failed ({error or type(error).__name__})"
             ) from None
-        if not answer.is_success or not _is_whole(answer.json(), reference):
+        if not answer.is_success or not _is_whole(answer.json(), answers):
             raise ServerError(f"{running.name}: a request under load failed: {answer.status_code} {answer.text[:200]}")
 
     with ThreadPoolExecutor(_LOAD_CONCURRENCY) as pool:

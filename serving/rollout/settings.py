@@ -15,7 +15,7 @@ class Settings:
 
     Attributes:
         host, port: of the router, the address that clients use.
-        dtype: "auto" or a precision of `canary.TOLERANCES`.
+        dtype: "auto" or a precision of `reference_answers.TOLERANCES`.
         options: for vLLM. Two servers run side by side during a switch: on a GPU they share its memory.
         api_key: that clients must send. It is not stored: None means none, and is refused where the model was served
             with one before.

@@ -35,7 +35,8 @@ def roll_out(
 
     Returns:
         Plain JSON: reference, digest, url (of the router), changed, previous (reference or null), cut_off (requests of
-        the previous server that outlasted the drain), canary (what `canary.check` found; null when nothing changed),
+        the previous server that outlasted the drain), server_check (what
+        `reference_answers.check` found; null when nothing changed),
         the server's address, process and log, seconds.
 
     Raises:
@@ -66,10 +67,10 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
         same = (before.digest, before.dtype, before.options) == (release.digest, dtype, options)
         if same and backend.takes_key(before, settings.api_key):
             logger.info("%s: serves already", release.reference)
-            return _result(state, changed=False, previous=before, cut_off=0, canary=None)
+            return _result(state, changed=False, previous=before, cut_off=0, server_check=None)
     if state.router is None:
         server.require_free(settings.host or "127.0.0.1", settings.port or PORT)  # and not after the start
-    green, canary = backend.start(place, settings, release, dtype, options)
+    green, server_check = backend.start(place, settings, release, dtype, options)
     try:
         state = _switch(place, settings, state, green)
     except BaseException:
@@ -78,7 +79,7 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
     cut_off = backend.retire(before, settings.drain_timeout_s) if before else 0
     state = place.write(state.model_copy(update={"retiring": None}))
     remove_copies(place.workspace, place.name, keep={green.digest, *([before.digest] if before else [])})
-    return _result(state, changed=True, previous=before, cut_off=cut_off, canary=canary)
+    return _result(state, changed=True, previous=before, cut_off=cut_off, server_check=server_check)
 
 
 def _switch(place: Place, settings: Settings, state: State, green: Backend) -> State:
@@ -147,7 +148,7 @@ def _require_key(state: State, settings: Settings) -> None:
 
 
 def _result(
-    state: State, *, changed: bool, previous: Backend | None, cut_off: int, canary: dict[str, Any] | None
+    state: State, *, changed: bool, previous: Backend | None, cut_off: int, server_check: dict[str, Any] | None
 ) -> dict[str, Any]:
     assert state.current is not None
     assert state.router is not None
@@ -162,5 +163,5 @@ def _result(
         "changed": changed,
         "previous": previous.reference if previous else None,
         "cut_off": cut_off,
-        "canary": canary,
+        "server_check": server_check,
     }

@@ -29,7 +29,7 @@ STAGES = (  # in the order in which a run of the tests' recipe makes them
     "parity-vllm",
     "export-onnx",
     "parity-onnx",
-    "canary",
+    "reference-answers",
     "quality",
     "benchmark-onnxruntime",
     "report",

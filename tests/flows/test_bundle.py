@@ -22,7 +22,7 @@ def parts(tmp_path: Path) -> dict[str, Path]:
         ("checkpoint", "numprune_plan.json"),
         ("onnx", "model.onnx"),
         ("judged", "report.json"),
-        ("canary", "canary.json"),
+        ("answers", "reference-answers.json"),
     ]:
         with manifest.creating(tmp_path / name, kind=name) as folder:
             (folder / file).write_text(name)
@@ -34,7 +34,7 @@ def parts(tmp_path: Path) -> dict[str, Path]:
 def test_a_release_holds_its_parts_whole_and_the_same_content_is_the_same_release(
     tmp_path: Path, parts: dict[str, Path]
 ) -> None:
-    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
+    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "answers")
     whole = manifest.verify(release)
     assert whole.kind == "release"
     for name, part in parts.items():
@@ -42,18 +42,18 @@ def test_a_release_holds_its_parts_whole_and_the_same_content_is_the_same_releas
     assert (release / "plan.json").read_text() == "checkpoint"
     assert (release / "report.json").read_text() == "judged"
     assert (release / "report.html").read_text() == "page"
-    assert (release / "canary.json").read_text() == "canary"
-    elsewhere = make_release(tmp_path / "other", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
+    assert (release / "reference-answers.json").read_text() == "answers"
+    elsewhere = make_release(tmp_path / "other", RECIPE, parts, tmp_path / "judged", tmp_path / "answers")
     assert manifest.read(elsewhere).digest == whole.digest
 
 
 def test_a_damaged_release_is_made_again(
     tmp_path: Path, parts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary")
+    release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "answers")
     digest = manifest.read(release).digest
     (release / "onnx" / "model.onnx").write_text("onnX")
-    assert make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "canary") == release
+    assert make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "answers") == release
     assert manifest.verify(release).digest == digest
     assert "is damaged" in caplog.text
 
@@ -61,7 +61,7 @@ def test_a_damaged_release_is_made_again(
 def test_another_recipe_is_another_release(tmp_path: Path, parts: dict[str, Path]) -> None:
     other = Recipe.model_validate({**RECIPE.model_dump(), "prune": {"ratio": 0.1}})
     first, second = (
-        make_release(tmp_path / "w", recipe, parts, tmp_path / "judged", tmp_path / "canary")
+        make_release(tmp_path / "w", recipe, parts, tmp_path / "judged", tmp_path / "answers")
         for recipe in (RECIPE, other)
     )
     assert first != second

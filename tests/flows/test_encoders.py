@@ -10,7 +10,7 @@ from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows import recipe
 from numprune.flows.steps import checks
-from numprune.serving import canary, gates
+from numprune.serving import gates, reference_answers
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import Answered, write_inputs
@@ -76,8 +76,8 @@ def test_an_embedding_model_goes_from_recipe_to_release(numprune: Command, encod
     assert report.pruning.ratio_removed.kv_bytes is None
     assert set(report.parity) == {"vllm", "onnxruntime"}
     assert all(found["output_error_max"] < 1e-4 for found in report.parity.values())
-    reference = canary.read(release / canary.REFERENCE)
-    assert isinstance(reference, canary.PooledReference)
+    reference = reference_answers.read(release)
+    assert isinstance(reference, reference_answers.PooledAnswers)
     assert {len(text.values) for text in reference.inputs} == {64}
     assert "4 \N{MULTIPLICATION SIGN} 32 tokens" in (release / "report.md").read_text()
 

@@ -28,8 +28,8 @@ def test_a_bit_flips_in_every_finished_stage(numprune: Command, workspace: Path,
         flip_a_bit(largest(folder))
     answered = numprune(*command(tiny / "recipe.toml", workspace))
     assert answered.code == 0, answered.err
-    made = {found["name"].split()[0] for found in answered.json["stages"] if not found["reused"]}
-    assert made == {folder.name.split("-")[0] for folder in damaged}
+    made = {"-".join(found["name"].split()[:2]) for found in answered.json["stages"] if not found["reused"]}
+    assert made == {folder.name.rpartition("-")[0] for folder in damaged}
     assert digests(workspace) == digests(finished)
     assert all(manifest.verify(folder).kind == "stage" for folder in damaged)
 
@@ -57,7 +57,7 @@ def test_a_bit_flips_in_the_report_that_was_published(numprune: Command, workspa
     assert aliases == {"candidate": 1}
 
 
-@pytest.mark.parametrize("damaged", ["report.json", "canary.json", "model.safetensors"])
+@pytest.mark.parametrize("damaged", ["report.json", "reference-answers.json", "model.safetensors"])
 def test_a_bit_flips_between_a_stage_and_the_release_that_is_made_of_it(
     workspace: Path, tiny: Path, damaged: str
 ) -> None:
@@ -66,12 +66,12 @@ def test_a_bit_flips_between_a_stage_and_the_release_that_is_made_of_it(
     from numprune.flows import bundle, recipe
 
     shutil.rmtree(workspace / "releases")
-    report, canary, exported = (stage(workspace, name) for name in ("report", "canary", "export-vllm"))
-    (source,) = [path for folder in (report, canary, exported) for path in folder.rglob(damaged)]
+    report, answers, exported = (stage(workspace, name) for name in ("report", "reference-answers", "export-vllm"))
+    (source,) = [path for folder in (report, answers, exported) for path in folder.rglob(damaged)]
     flip_a_bit(source)
     with pytest.raises(IntegrityError, match=r"damaged since this run verified it; run the same again.*" + damaged):
         bundle.make_release(
-            workspace, recipe.load(tiny / "recipe.toml"), {"checkpoint": exported / "checkpoint"}, report, canary
+            workspace, recipe.load(tiny / "recipe.toml"), {"checkpoint": exported / "checkpoint"}, report, answers
         )
     assert not list((workspace / "releases").glob("tiny-*"))
 

@@ -61,7 +61,7 @@ def test_two_runs_of_one_recipe_at_once(driver: Driver, workspace: Path, tiny: P
     """One is in the middle of a stage, and has the others before it, when the other one comes to the same stage."""
     for folder in ("releases", "registry"):
         shutil.rmtree(workspace / folder)
-    for name in ("calibration", "prune", "canary", *MEASURED):
+    for name in ("calibration", "prune", "reference-answers", *MEASURED):
         shutil.rmtree(stage(workspace, name))
     argv = command(tiny / "recipe.toml", workspace)
     with driving(tmp_path / "control") as other:
@@ -76,7 +76,7 @@ def test_two_runs_of_one_recipe_at_once(driver: Driver, workspace: Path, tiny: P
     one, two = (answer for _, answer in found)
     assert (one["release"], one["version"]) == (two["release"], "tiny/1")
     assert two["version"] == "tiny/1"
-    for name in ("calibration", "prune", "canary", "benchmark onnxruntime", "report"):
+    for name in ("calibration", "prune", "reference-answers", "benchmark onnxruntime", "report"):
         made = [stage["reused"] for answer in (one, two) for stage in answer["stages"] if stage["name"] == name]
         assert sorted(made) == [False, True]
     assert len(list((workspace / "releases").glob("[a-z]*"))) == 1

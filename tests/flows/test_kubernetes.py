@@ -34,7 +34,7 @@ def workspace(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Path:
     policy = Policy(gates=(Gate(metric="sizes.parameters.ratio", bound="point", max=0.9),))
     with manifest.creating(tmp_path / "release", kind="release") as folder:
         shutil.copytree(tmp_path / "part", folder / "checkpoint")
-        (folder / "canary.json").write_text("{}")
+        (folder / "reference-answers.json").write_text("{}")
         write(report.judged(judge(report, policy)), folder / "report.json")
     registry = registries.open_registry(None, tmp_path / "workspace")
     registries.publish(registry, tmp_path / "release", "served")
@@ -92,5 +92,5 @@ def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_pat
         assert main([here.get(word, word) for word in fetch[:uri] + fetch[uri + 2 :]]) == 0
         assert manifest.verify(tmp_path / "content").digest == manifest.read(tmp_path / "release").digest
 
-    canary = parse(build(COMMANDS), spec["containers"][1]["args"])
-    assert (str(canary.release), canary.dtype) == (content, "float32")
+    checked = parse(build(COMMANDS), spec["containers"][1]["args"])
+    assert (str(checked.release), checked.dtype) == (content, "float32")

@@ -56,7 +56,15 @@ def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Pa
     assert whole.kind == "release"
     assert release.parent == workspace / "releases"
     assert 'name="numprune.gates" package="numprune"' in Path(found["junit"]).read_text()
-    files = {"report.json", "report.md", "report.html", "canary.json", "recipe.toml", "plan.json", "manifest.json"}
+    files = {
+        "report.json",
+        "report.md",
+        "report.html",
+        "reference-answers.json",
+        "recipe.toml",
+        "plan.json",
+        "manifest.json",
+    }
     assert {path.name for path in release.iterdir()} == {"checkpoint", "onnx", *files}
     resolved = Recipe.model_validate(tomllib.loads((release / "recipe.toml").read_text()))
     report = reports.read(release / "report.json")
@@ -77,7 +85,15 @@ def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Pa
     )
 
     stages = {stage["name"]: stage for stage in found["stages"]}
-    assert {"calibration", "heldout", "prune", "canary", "quality", "benchmark onnxruntime", "report"} <= set(stages)
+    assert {
+        "calibration",
+        "heldout",
+        "prune",
+        "reference-answers",
+        "quality",
+        "benchmark onnxruntime",
+        "report",
+    } <= set(stages)
     assert all(stage["seconds"] > 0 for stage in stages.values())
 
 

@@ -30,7 +30,7 @@ from numprune.flows import embedded
 from numprune.flows.release import release
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.options import PruneOptions
-from numprune.serving import canary, deployment, registry, rollout
+from numprune.serving import deployment, reference_answers, registry, rollout
 from numprune.serving.rollout.state import Place
 from numprune.serving.vllm import api_key
 from numprune.serving.vllm.process import TAG, kill_tagged, tagged
@@ -145,8 +145,8 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
         text += line
     ready = json.loads(text)
     assert (ready["reference"], ready["url"], ready["dtype"]) == ("embedded/2", f"http://127.0.0.1:{port}", "float32")
-    assert ready["canary"]["worst"]["error"] <= 1e-3
-    assert ready["canary"]["greedy_match"] == 1.0
+    assert ready["server_check"]["worst"]["error"] <= 1e-3
+    assert ready["server_check"]["greedy_match"] == 1.0
     assert ready["name"] == "first"
     body = {"model": "second", "prompt": "Hello", "max_tokens": 3}
     asked = partial(httpx.post, f"{ready['url']}/v1/completions", json=body, timeout=60)
@@ -161,7 +161,7 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     serving.send_signal(signal.SIGTERM)
     stopped = end(serving)
     assert (stopped.code, stopped.out) == (0, "")
-    assert "canary passed in float32" in stopped.err
+    assert "server check passed in float32" in stopped.err
     assert re.search(r"vLLM gets [\d.]+ % of the memory, .*, which leaves half of what is free", stopped.err)
     assert KEY not in stopped.err + text
     assert "Traceback" not in stopped.err
@@ -245,7 +245,7 @@ class Traffic:
 def traffic(workspace: Path, url: str) -> Traffic:
     """Each answer must be, token by token, that of one of the two versions."""
     folders = [workspace.parent / f"release {kind}" for kind in ("uniform", "global")]
-    references = [canary.read(folder / canary.REFERENCE) for folder in folders]
+    references = [reference_answers.read(folder) for folder in folders]
     steps = 6
     margins = [
         min(margin for reference in references for margin in reference.prompts[number].margins[:steps])
@@ -272,8 +272,8 @@ def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(
     port = free_port()
     first = run(workspace, "rollout", NAME, "--port", port, *SERVED)
     assert first.code == 0, first.err
-    assert first.json["canary"]["worst"]["error"] <= 1e-3
-    assert first.json["canary"]["greedy_match"] == 1.0
+    assert first.json["server_check"]["worst"]["error"] <= 1e-3
+    assert first.json["server_check"]["greedy_match"] == 1.0
     assert first.json["url"] == f"http://127.0.0.1:{port}"
     assert (first.json["reference"], first.json["changed"], first.json["previous"]) == ("embedded/1", True, None)
     blue = psutil.Process(first.json["pid"])
@@ -307,9 +307,9 @@ def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(
         assert (found["release"], found["previous"], production(workspace)) == ("embedded/2", "embedded/1", 2)
         again = found["served"]
         assert (again["reference"], again["previous"]) == ("embedded/2", "embedded/1")
-        assert again["canary"]["dtype"] == "float32"
-        assert again["canary"]["worst"]["error"] <= 1e-3
-        assert again["canary"]["greedy_match"] == 1.0
+        assert again["server_check"]["dtype"] == "float32"
+        assert again["server_check"]["worst"]["error"] <= 1e-3
+        assert again["server_check"]["greedy_match"] == 1.0
         assert again["cut_off"] == 0
         assert again["url"] == first.json["url"]
         assert {tag for _, tag in tagged(place.tag_prefix)} == place.read().tags()

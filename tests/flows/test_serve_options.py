@@ -36,13 +36,13 @@ def test_options_that_numprune_gives_itself_are_not_passed_on(
     assert "hunter2" not in written
 
 
-@pytest.mark.parametrize("command", ["serve", "rollout", "canary"])
+@pytest.mark.parametrize("command", ["serve", "rollout", "check-server"])
 def test_a_key_that_is_none_is_refused_and_not_repeated(
     numprune: Callable[..., Answered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "hunter2 hunter2")
     vllm = make_environment(tmp_path / "e", vllm=TESTED[-1], vllm_router="0.1.17")
-    more = ("--url", "http://127.0.0.1:1") if command == "canary" else ("--workspace", tmp_path, "--vllm", vllm)
+    more = ("--url", "http://127.0.0.1:1") if command == "check-server" else ("--workspace", tmp_path, "--vllm", vllm)
     refused = numprune(command, "my-model", *more)
     assert refused.code == 1
     assert "$VLLM_API_KEY: not an API key" in refused.err

@@ -10,8 +10,7 @@ import pytest
 
 from numprune.errors import MissingRuntime
 from numprune.export import manifest, vllm
-from numprune.flows.steps import canary
-from numprune.serving import canary as canaries
+from numprune.flows.steps import reference_answers as making
 from numprune.serving import registry
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.registry import Version
@@ -59,7 +58,7 @@ def make_release(checkpoint: Path, folder: Path, change: Callable[[Path], object
         shutil.copytree(parts / "checkpoint", release / "checkpoint")
         write(judged, release / "report.json")
         (release / "report.md").write_text(markdown(judged))
-        canary.reference(parts / "good").write(release / canaries.REFERENCE)
+        making.answers_of(parts / "good").write(release)
     return folder
 
 

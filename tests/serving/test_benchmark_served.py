@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from numprune.flows.steps.canary import reference
+from numprune.flows.steps.reference_answers import answers_of
 from numprune.serving.benchmark.vllm import BenchmarkFailed, ServedLoad
 from numprune.serving.benchmark.vllm.client import start_bench
 from numprune.serving.benchmark.vllm.run import run_once
@@ -94,15 +94,15 @@ def test_a_candidate_beside_its_baseline_as_they_are_served(
 def test_failed_requests_and_a_dead_server_end_the_benchmark(
     vllm: Environment, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """And before that `numprune canary` stays beside it, as it does in a pod: one server for it all."""
+    """And before that `numprune check-server` stays beside it, as it does in a pod: one server for it all."""
     folder = tiny_checkpoint(head_dim=32)
-    reference(folder).write(tmp_path / "canary.json")
+    answers_of(folder).write(tmp_path)
     options = ["--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(8 << 20)]
     with (
         start_bench(vllm, folder, LOAD) as bench,
         serving(vllm, folder, name="dense", dtype="float32", options=options) as server,
     ):
-        assert passes_canary(tmp_path, server.url)
+        assert passes_check(tmp_path, server.url)
         side = side_of("dense", folder, server, on_gpu=False)
         before = bench.run(side, 2)
         assert (before.failed, len(before.succeeded)) == (0, 2)
@@ -123,10 +123,20 @@ def test_failed_requests_and_a_dead_server_end_the_benchmark(
             bench.run(side, 2)
 
 
-def passes_canary(release: Path, url: str) -> bool:
+def passes_check(release: Path, url: str) -> bool:
     """Whether the command says so by its marker, stays, and ends by a SIGTERM."""
     marker = release / "passed"
-    command = [sys.executable, "-m", "numprune.flows.cli", "canary", str(release), "--url", url, "--dtype", "float32"]
+    command = [
+        sys.executable,
+        "-m",
+        "numprune.flows.cli",
+        "check-server",
+        str(release),
+        "--url",
+        url,
+        "--dtype",
+        "float32",
+    ]
     with subprocess.Popen([*command, "--marker", str(marker)]) as process:
         deadline = time.monotonic() + 120
         while not marker.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -154,10 +154,10 @@ def test_weights_larger_than_the_configuration_are_refused_though_every_digest_i
 def test_a_release_from_before_references_is_refused(tmp_path: Path, workspace: Path, release: Path) -> None:
     found = manifest.read(release)
     with manifest.creating(tmp_path / "old", kind=found.kind, parents=found.parents, facts=found.facts) as folder:
-        shutil.copytree(release, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("canary.json"))
+        shutil.copytree(release, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("reference-answers.json"))
         (folder / manifest.FILE_NAME).unlink()
     publish(tmp_path / "old", workspace, NAME)
-    with pytest.raises(IntegrityError, match=r"canary\.json: missing"):
+    with pytest.raises(IntegrityError, match=r"reference-answers\.json: missing"):
         get(workspace)
 
 

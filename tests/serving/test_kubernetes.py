@@ -15,6 +15,7 @@ import yaml
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest, vllm
+from numprune.serving import reference_answers
 from numprune.serving import registry as registries
 from numprune.serving.gates import Gate, Policy, judge
 from numprune.serving.kubernetes import (
@@ -238,12 +239,12 @@ def test_vllm_is_asked_for_its_health() -> None:
 
 
 def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> None:
-    server, canary = pod(deployment(RELEASE, PLACEMENT))["containers"]
-    assert canary["image"] == PLACEMENT.image
-    assert canary["args"][:4] == ["canary", CONTENT, "--url", "http://127.0.0.1:8080"]
-    assert canary["args"][canary["args"].index("--dtype") + 1] == server["args"][-1] == "bfloat16"
-    marker = canary["args"][canary["args"].index("--marker") + 1]
-    assert canary["readinessProbe"]["exec"]["command"] == ["test", "-f", marker]
+    server, check = pod(deployment(RELEASE, PLACEMENT))["containers"]
+    assert check["image"] == PLACEMENT.image
+    assert check["args"][:4] == ["check-server", CONTENT, "--url", "http://127.0.0.1:8080"]
+    assert check["args"][check["args"].index("--dtype") + 1] == server["args"][-1] == "bfloat16"
+    marker = check["args"][check["args"].index("--marker") + 1]
+    assert check["readinessProbe"]["exec"]["command"] == ["test", "-f", marker]
     mounts = {mount["name"] for mount in server["volumeMounts"]}
     assert "tmp" not in mounts  # where the marker is
 
@@ -274,14 +275,14 @@ def test_the_values_stand_in_the_pod() -> None:
         assert spec[field] == VALUES[field]
     assert spec["securityContext"].items() >= VALUES["securityContext"].items()
     assert spec["volumes"][0] == {"name": "release", "persistentVolumeClaim": {"claimName": "releases"}}
-    (fetch,), (server, canary) = spec["initContainers"], spec["containers"]
+    (fetch,), (server, check) = spec["initContainers"], spec["containers"]
     assert "ephemeral-storage" not in fetch["resources"]["requests"]
     assert fetch["env"] == [{"name": "HOME", "value": "/tmp"}, *VALUES["fetchEnv"]]
     names = [variable["name"] for variable in server["env"]]
     assert len(names) == len(set(names))
     assert all(variable in server["env"] for variable in VALUES["env"])  # in the place of ours
     key = {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "VLLM_API_KEY"}}}
-    for container in (server, canary):
+    for container in (server, check):
         assert key in container["env"]
 
 
@@ -434,15 +435,15 @@ def test_what_cannot_run_is_refused(release: Json, placement: Json, said: str) -
 def publish(tmp_path: Path, report_json: Json) -> Callable[..., registries.Registry]:
     """`publish(checkpoint_folder)` publishes a release with it as `served`."""
 
-    def make(checkpoint: Path, canary: bool = True) -> registries.Registry:
+    def make(checkpoint: Path, answers: str | None = reference_answers.FILE_NAME) -> registries.Registry:
         part = manifest.read(checkpoint)
         identity = {**report_json["identity"], "candidate": part.digest, "exports": {}}
         report = Report.model_validate({**report_json, "identity": identity})
         judged = report.judged(judge(report, Policy(gates=(Gate(metric="quality.tokens", bound="point", min=1),))))
         with manifest.creating(tmp_path / "release", kind="release", parents={"checkpoint": part.digest}) as folder:
             shutil.copytree(checkpoint, folder / "checkpoint")
-            if canary:
-                (folder / "canary.json").write_text("{}")
+            if answers:
+                (folder / answers).write_text("{}")
             write(judged, folder / "report.json")
             (folder / "report.md").write_text(markdown(judged))
         registry = registries.open_registry(None, tmp_path / "workspace")
@@ -452,12 +453,13 @@ def publish(tmp_path: Path, report_json: Json) -> Callable[..., registries.Regis
     return make
 
 
+@pytest.mark.parametrize("answers", reference_answers.FILE_NAMES)
 def test_a_release_is_read_from_the_registry(
-    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry], answers: str
 ) -> None:
     checkpoint = tmp_path / "checkpoint"
     vllm.export(tiny_checkpoint(head_dim=32), checkpoint)
-    registry = publish(checkpoint)
+    registry = publish(checkpoint, answers)
     with pytest.raises(InputError, match="no alias 'production'"):
         read_release(registry, "served")
 
@@ -504,8 +506,8 @@ def test_a_release_without_a_reference_for_its_server_is_refused(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
 ) -> None:
     vllm.export(tiny_checkpoint(), tmp_path / "checkpoint")
-    with pytest.raises(InputError, match=r"canary\.json"):
-        read_release(publish(tmp_path / "checkpoint", canary=False), "served@candidate")
+    with pytest.raises(InputError, match=r"reference-answers\.json"):
+        read_release(publish(tmp_path / "checkpoint", answers=None), "served@candidate")
 
 
 def test_fetching_by_digest_can_be_repeated_and_takes_nothing_else(

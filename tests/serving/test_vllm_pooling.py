@@ -1,4 +1,4 @@
-"""A real vLLM server of an embedding model, and what its canary finds: nothing, or what was spoiled."""
+"""A real vLLM server of an embedding model, and what its check finds: nothing, or what was spoiled."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 
 from numprune.errors import ParityError
 from numprune.export import vllm
-from numprune.flows.steps import canary as making
-from numprune.serving import canary, loopback
-from numprune.serving.canary import PooledReference
+from numprune.flows.steps import reference_answers as making
+from numprune.serving import loopback, reference_answers
+from numprune.serving.reference_answers import PooledAnswers
 from numprune.serving.rollout.backend import _load
 from numprune.serving.vllm.server import Server, serving
 from tests.conftest import build_tiny, write_checkpoint
@@ -31,9 +31,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(exported: Path) -> PooledReference:
-    made = making.reference(exported)
-    assert isinstance(made, PooledReference)
+def reference(exported: Path) -> PooledAnswers:
+    made = making.answers_of(exported)
+    assert isinstance(made, PooledAnswers)
     return made
 
 
@@ -43,11 +43,11 @@ def running(exported: Path) -> Iterator[Server]:
         yield server
 
 
-def test_the_server_gives_the_embeddings_of_the_checkpoint(running: Server, reference: PooledReference) -> None:
-    found = canary.check(running.url, reference, "float32")
+def test_the_server_gives_the_embeddings_of_the_checkpoint(running: Server, reference: PooledAnswers) -> None:
+    found = reference_answers.check(running.url, reference, "float32")
     assert found["worst"]["error"] < found["tolerance"]
     assert (found["texts"], found["positions"]) == (4, 4 * 64)
-    assert canary.told(found).startswith("worst difference of 256 numbers ")
+    assert reference_answers.told(found).startswith("worst difference of 256 numbers ")
 
 
 def first_entry(data: Json) -> str:
@@ -66,14 +66,14 @@ def other_tokenizer(data: Json) -> str:
 
 
 @pytest.mark.parametrize("spoil", [first_entry, other_model, other_tokenizer])
-def test_every_difference_is_named(running: Server, reference: PooledReference, spoil: Callable[[Json], str]) -> None:
+def test_every_difference_is_named(running: Server, reference: PooledAnswers, spoil: Callable[[Json], str]) -> None:
     data = reference.model_dump(by_alias=True)
     said = spoil(data)
     with pytest.raises(ParityError, match=said):
-        canary.check(running.url, PooledReference.model_validate(data), "float32")
+        reference_answers.check(running.url, PooledAnswers.model_validate(data), "float32")
 
 
-def test_a_rollout_loads_it_with_requests_for_embeddings(running: Server, reference: PooledReference) -> None:
+def test_a_rollout_loads_it_with_requests_for_embeddings(running: Server, reference: PooledAnswers) -> None:
     _load(running, reference)
     metrics = loopback.get(f"{running.url}/metrics", timeout=30.0).text
     assert "vllm:request_success_total" in metrics

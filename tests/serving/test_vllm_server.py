@@ -1,4 +1,4 @@
-"""One real vLLM server, and what the canary finds: nothing, or what was spoiled."""
+"""One real vLLM server, and what its check finds: nothing, or what was spoiled."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ import pytest
 
 from numprune.errors import InputError, MissingRuntime, ParityError
 from numprune.export import manifest
-from numprune.serving import canary
-from numprune.serving.canary import Reference
+from numprune.serving import reference_answers
 from numprune.serving.deployment import Deployment, prove
+from numprune.serving.reference_answers import CompletionAnswers
 from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.process import tagged
 from numprune.serving.vllm.server import Server, ServerError, serving
@@ -56,8 +56,8 @@ def running(vllm: Environment, release: Deployment) -> Iterator[Server]:
 
 
 @pytest.fixture
-def reference(release: Deployment) -> Reference:
-    return canary.read(release.folder / canary.REFERENCE)
+def reference(release: Deployment) -> CompletionAnswers:
+    return reference_answers.read(release.folder)
 
 
 def test_a_server_computes_what_transformers_does(running: Server, release: Deployment) -> None:
@@ -66,7 +66,7 @@ def test_a_server_computes_what_transformers_does(running: Server, release: Depl
     assert found["greedy_match"] == 1.0
     assert found["greedy_compared"] == 4 * 32
     assert found["positions"] == found["greedy_compared"] + sum(
-        len(prompt.tokens) - 1 + len(prompt.greedy) for prompt in canary.read(release.folder / canary.REFERENCE).prompts
+        len(prompt.tokens) - 1 + len(prompt.greedy) for prompt in reference_answers.read(release.folder).prompts
     )
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -77,13 +77,13 @@ def test_the_names_are_the_users(running: Server) -> None:
     assert running.name == "small"
 
 
-def test_the_api_key_is_asked_for_and_told_to_nobody(running: Server, reference: Reference) -> None:
+def test_the_api_key_is_asked_for_and_told_to_nobody(running: Server, reference: CompletionAnswers) -> None:
     for key, message in (
         (None, "wants an API key: set .VLLM_API_KEY or give --api-key-file"),
         ("x", "refuses the API"),
     ):
         with pytest.raises(ServerError, match=message):
-            canary.check(running.url, reference, "float32", key)
+            reference_answers.check(running.url, reference, "float32", key)
     family = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
     assert not any(KEY in word for process in family for word in process.cmdline())
     assert KEY not in running.process.log.read_text()
@@ -117,22 +117,22 @@ def the_tokenizer(data: Json) -> str:
 
 @pytest.mark.parametrize("spoil", [a_logprob, a_greedy_logprob, a_greedy_token, the_tokenizer])
 def test_every_difference_from_the_reference_is_named(
-    running: Server, reference: Reference, spoil: Callable[[Json], str]
+    running: Server, reference: CompletionAnswers, spoil: Callable[[Json], str]
 ) -> None:
     data = copy.deepcopy(reference.model_dump(by_alias=True))
     message = spoil(data)
     with pytest.raises(ParityError, match=message):
-        canary.check(running.url, Reference.model_validate(data), "float32", KEY)
+        reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
 
 
 def test_another_releases_reference_fails_by_far_even_in_half_precision(running: Server, tmp_path: Path) -> None:
     other = make_release(write_checkpoint(tmp_path / "model", seed=1), tmp_path / "release")
-    for dtype in canary.TOLERANCES:
+    for dtype in reference_answers.TOLERANCES:
         with pytest.raises(ParityError):
-            canary.check(running.url, canary.read(other / canary.REFERENCE), dtype, KEY)
+            reference_answers.check(running.url, reference_answers.read(other), dtype, KEY)
 
 
-def test_a_near_tie_may_go_either_way(running: Server, reference: Reference) -> None:
+def test_a_near_tie_may_go_either_way(running: Server, reference: CompletionAnswers) -> None:
     data = copy.deepcopy(reference.model_dump(by_alias=True))
     prompt = data["prompts"][3]
     start = len(prompt["tokens"])
@@ -144,17 +144,17 @@ def test_a_near_tie_may_go_either_way(running: Server, reference: Reference) -> 
     given = answer.json()["choices"][0]["prompt_logprobs"]
     for step in (30, 31):
         prompt["greedy_logprobs"][step] = given[start + step][str(prompt["greedy"][step])]["logprob"]
-    found = canary.check(running.url, Reference.model_validate(data), "float32", KEY)
+    found = reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
     assert found["greedy_compared"] == 3 * 32 + 30
     assert found["greedy_match"] == found["greedy_compared"] / (4 * 32)
 
 
-def test_what_the_server_refuses_is_said(running: Server, reference: Reference) -> None:
+def test_what_the_server_refuses_is_said(running: Server, reference: CompletionAnswers) -> None:
     data = reference.model_dump(by_alias=True)
     data["prompts"][0]["tokens"] *= 3  # beyond --max-model-len
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
     with pytest.raises(ServerError, match=r"/v1/completions was answered with 400: .*context length"):
-        canary.check(running.url, Reference.model_validate(data), "float32", KEY)
+        reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
 
 
 def test_weights_that_do_not_fit_are_not_reloaded_into_it(running: Server, release: Deployment, tmp_path: Path) -> None:
@@ -189,13 +189,13 @@ def test_layers_that_differ_need_the_plugin(vllm: Environment, release: Deployme
         pass
 
 
-def test_a_server_killed_during_the_canary_is_an_error_with_its_name(running: Server, release: Deployment) -> None:
+def test_a_server_killed_during_its_check_is_an_error_with_its_name(running: Server, release: Deployment) -> None:
     """The last test here: it takes the server away."""
     log = running.process.log
     before = log.read_bytes().count(b"POST /tokenize")
     for process, _ in tagged(running.process.tag):
         if process.pid != running.pid:
-            process.suspend()  # the engine: from here on no completion is answered, so the canary cannot have ended
+            process.suspend()  # the engine: from here on no completion is answered, so the check cannot have ended
     asked = threading.Event()
 
     def kill() -> None:

@@ -1,6 +1,6 @@
-"""The canary: a live server computes what was measured, or takes no traffic.
+"""Reference answers: a live server computes what was measured, or takes no traffic.
 
-The reference is made when the release is made, from the checkpoint with transformers: of a language model fixed
+They are made when the release is made, from the checkpoint with transformers: of a language model fixed
 prompts, the log-probability of each of their tokens, the greedy continuation with its log-probabilities and the margin
 by which each of its tokens won; of an encoder the embeddings or the class probabilities of fixed texts.
 
@@ -10,32 +10,36 @@ Log-probabilities are natural logarithms.
 from typing import Any
 
 from numprune.errors import InputError
-from numprune.serving.canary import completions, pooled
-from numprune.serving.canary.pooled import PATHS
-from numprune.serving.canary.reference import (
+from numprune.serving.reference_answers import completions, pooled
+from numprune.serving.reference_answers.answers import (
+    FILE_NAME,
+    FILE_NAMES,
     MINIMUM_STEPS,
-    REFERENCE,
     TOLERANCES,
+    CompletionAnswers,
     Encoded,
-    PooledReference,
+    PooledAnswers,
     PooledText,
     Prompt,
-    Reference,
+    ReferenceAnswers,
     Rounding,
     Tolerance,
     read,
 )
+from numprune.serving.reference_answers.pooled import PATHS
 
 __all__ = [
+    "FILE_NAME",
+    "FILE_NAMES",
     "MINIMUM_STEPS",
     "PATHS",
-    "REFERENCE",
     "TOLERANCES",
+    "CompletionAnswers",
     "Encoded",
-    "PooledReference",
+    "PooledAnswers",
     "PooledText",
     "Prompt",
-    "Reference",
+    "ReferenceAnswers",
     "Rounding",
     "Tolerance",
     "check",
@@ -44,14 +48,14 @@ __all__ = [
 ]
 
 
-def check(url: str, reference: Reference | PooledReference, dtype: str, api_key: str | None = None) -> dict[str, Any]:
+def check(url: str, reference: ReferenceAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
     """Compare the server at `url`: see `completions.check` and `pooled.check`, also for what is raised.
 
     Raises InputError where there is no tolerance for `dtype`.
     """
     if dtype not in TOLERANCES:
-        raise InputError(f"dtype is {dtype!r}; the canary knows {', '.join(TOLERANCES)}")
-    if isinstance(reference, PooledReference):
+        raise InputError(f"dtype is {dtype!r}; servers are checked in {', '.join(TOLERANCES)}")
+    if isinstance(reference, PooledAnswers):
         return pooled.check(url, reference, dtype, api_key)
     return completions.check(url, reference, dtype, api_key)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from numprune.errors import ParityError
 from numprune.serving import loopback
-from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
-from numprune.serving.canary.reference import PooledReference
+from numprune.serving.reference_answers.answers import PooledAnswers
+from numprune.serving.reference_answers.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 
@@ -35,7 +35,7 @@ class _Place:
         )
 
 
-def check(url: str, reference: PooledReference, dtype: str, api_key: str | None = None) -> dict[str, Any]:
+def check(url: str, reference: PooledAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
     """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
 
     All texts are asked for in one request, so that they run in one batch. Embeddings are compared at length 1.

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from numprune.errors import IntegrityError
 from numprune.serving.problems import problems
 
-REFERENCE = "canary.json"  # in a release
+FILE_NAME = "reference-answers.json"  # in a release
+FILE_NAMES = (FILE_NAME, "canary.json")  # the second in earlier releases
 MINIMUM_STEPS = 32  # greedy tokens
 MAXIMUM_BYTES = 16 << 20
 
@@ -86,7 +87,7 @@ class Rounding(_Model):
     mean: Annotated[Finite, Field(ge=0)]
 
 
-class _Reference(_Model):
+class _Answers(_Model):
     """`rounding` holds transformers' own error in each precision, without those in which the model overflows."""
 
     least: ClassVar[Mapping[str, Tolerance]]
@@ -103,16 +104,18 @@ class _Reference(_Model):
             max(least.worst, _ROUNDING_FACTOR * rounding.worst), max(least.mean, _ROUNDING_FACTOR * rounding.mean)
         )
 
-    def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
+    def write(self, release: Path) -> None:
+        (release / FILE_NAME).write_text(self.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
 
 
-class Reference(_Reference):
+class CompletionAnswers(_Answers):
     """What a server of a causal language model must answer. Older releases have no `rounding`."""
 
     least = TOLERANCES
 
-    schema_: Literal["numprune/canary/1"] = Field(default="numprune/canary/1", alias="schema")
+    schema_: Literal["numprune/reference-answers/1", "numprune/canary/1"] = Field(
+        default="numprune/reference-answers/1", alias="schema"
+    )
     prompts: list[Prompt] = Field(min_length=1)
 
     @property
@@ -122,18 +125,20 @@ class Reference(_Reference):
 
 
 class PooledText(_Model):
-    """The tokens of a text, special ones included, and what must come of them (see PooledReference)."""
+    """The tokens of a text, special ones included, and what must come of them (see PooledAnswers)."""
 
     tokens: list[Token] = Field(min_length=1)
     values: list[Finite] = Field(min_length=1)
 
 
-class PooledReference(_Reference):
+class PooledAnswers(_Answers):
     """What a server of an encoder must answer: embeddings, brought to length 1, or the probabilities of classes."""
 
     least = POOLED_TOLERANCES
 
-    schema_: Literal["numprune/canary-pooled/1"] = Field(default="numprune/canary-pooled/1", alias="schema")
+    schema_: Literal["numprune/reference-answers-pooled/1", "numprune/canary-pooled/1"] = Field(
+        default="numprune/reference-answers-pooled/1", alias="schema"
+    )
     task: Literal["embedding", "classification"]
     inputs: list[PooledText] = Field(min_length=1)
 
@@ -143,20 +148,21 @@ class PooledReference(_Reference):
         return max(len(text.tokens) for text in self.inputs)
 
 
-AnyReference = Annotated[Reference | PooledReference, Field(discriminator="schema_")]
-_ANY: TypeAdapter[Reference | PooledReference] = TypeAdapter(AnyReference)
+ReferenceAnswers = CompletionAnswers | PooledAnswers
+_ADAPTER: TypeAdapter[ReferenceAnswers] = TypeAdapter(Annotated[ReferenceAnswers, Field(discriminator="schema_")])
 
 
-def read(path: Path) -> Reference | PooledReference:
-    """The reference of a release. Raises IntegrityError."""
-    if not path.is_file():
+def read(release: Path) -> ReferenceAnswers:
+    """Read the reference answers of a release. Raises IntegrityError."""
+    path = next((release / name for name in FILE_NAMES if (release / name).is_file()), None)
+    if path is None:
         raise IntegrityError(
-            f"{path}: missing; no server runs masked language models. Any other release without it was made before "
-            "releases carried a reference for servers: make it again"
+            f"{release / FILE_NAME}: missing; no server runs masked language models. Any other release without it was "
+            "made before releases carried reference answers: make it again"
         )
     if path.stat().st_size > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
-        return _ANY.validate_json(path.read_bytes())
+        return _ADAPTER.validate_json(path.read_bytes())
     except ValidationError as error:
         raise IntegrityError(f"{path}: {problems(error)}") from None

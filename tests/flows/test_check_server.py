@@ -1,4 +1,4 @@
-"""numprune canary: what it says before there is a server; the rest is in the tests with a real one."""
+"""numprune check-server: what it says before there is a server; the rest is in the tests with a real one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from numprune.flows.cli import main
-from numprune.flows.steps.canary import reference
+from numprune.flows.steps.reference_answers import answers_of
 from numprune.serving.vllm.server import free_port
 
 
@@ -14,14 +14,14 @@ from numprune.serving.vllm.server import free_port
 def test_a_server_that_is_not_there_leaves_no_marker(
     url: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reference(tiny_checkpoint()).write(tmp_path / "canary.json")
+    answers_of(tiny_checkpoint()).write(tmp_path)
     marker = tmp_path / "passed"
     marker.touch()
-    assert main(["canary", str(tmp_path), "--url", url.format(port=free_port()), "--marker", str(marker)]) == 1
+    assert main(["check-server", str(tmp_path), "--url", url.format(port=free_port()), "--marker", str(marker)]) == 1
     assert url.split("{")[0] in capsys.readouterr().err
     assert not marker.exists()
 
 
 def test_a_release_without_a_reference_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["canary", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 1
-    assert "canary.json: missing" in capsys.readouterr().err
+    assert main(["check-server", str(tmp_path), "--url", "http://127.0.0.1:1"]) == 1
+    assert "reference-answers.json: missing" in capsys.readouterr().err

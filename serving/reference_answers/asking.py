@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from numprune.errors import ParityError
-from numprune.serving.canary.reference import Encoded, Tolerance
+from numprune.serving.reference_answers.answers import Encoded, Tolerance
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 

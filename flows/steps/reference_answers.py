@@ -16,14 +16,14 @@ from numprune.export import float64
 from numprune.export.checkpoint import load
 from numprune.export.prompts import TEXTS
 from numprune.export.tasks import load_task
-from numprune.serving.canary import (
+from numprune.serving.reference_answers import (
     MINIMUM_STEPS,
-    REFERENCE,
+    CompletionAnswers,
     Encoded,
-    PooledReference,
+    PooledAnswers,
     PooledText,
     Prompt,
-    Reference,
+    ReferenceAnswers,
     Rounding,
 )
 from numprune.tasks import Task
@@ -33,13 +33,13 @@ _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
 
 
-def reference(checkpoint: Path, device: torch.device = _CPU) -> Reference | PooledReference:
-    """The reference of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
+def answers_of(checkpoint: Path, device: torch.device = _CPU) -> ReferenceAnswers:
+    """Compute the reference answers of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
     task = load_task(checkpoint)
     return _completions(checkpoint, device) if task.name == "causal-lm" else _pooled(checkpoint, task, device)
 
 
-def _completions(checkpoint: Path, device: torch.device) -> Reference:
+def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
     model, tokenizer = load(checkpoint)
     model.to(device)
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # a server takes no prompt that fills its context
@@ -58,12 +58,12 @@ def _completions(checkpoint: Path, device: torch.device) -> Reference:
     for name, dtype in _HALF.items():
         half = load(checkpoint, dtype)[0].to(device)
         found[name] = _rounding(prompts, partial(_logits, half))
-    return Reference(
+    return CompletionAnswers(
         texts=_encoded(tokenizer), prompts=prompts, rounding={name: one for name, one in found.items() if one}
     )
 
 
-def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledReference:
+def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers:
     """Embeddings at length 1, or class probabilities; of all texts one by one. Raises InputError for other tasks."""
     if task.name not in ("embedding", "classification"):
         raise InputError(f"{checkpoint}: no server runs models of {task.name}")
@@ -90,7 +90,7 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledReferen
     float64.in_float64(model.to(device))
     exact = float64.run(lambda: values(model))
     errors = {name: (found - exact).abs() for name, found in rounded.items()}
-    return PooledReference(
+    return PooledAnswers(
         task=task.name,
         texts=_encoded(tokenizer),
         inputs=[
@@ -109,7 +109,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
 
 
 def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
-    """How far the reference is from another precision, whose `logits` are (S,) -> (S, V); None where that overflows."""
+    """How far the answers are from another precision, whose `logits` are (S,) -> (S, V); None where that overflows."""
     errors = []
     for prompt in prompts:
         tokens = torch.tensor([*prompt.tokens, *prompt.greedy])
@@ -149,9 +149,9 @@ def _plain(values: Tensor) -> list[float]:
     return [float(value) for value in values]
 
 
-def make_canary(out: Path, *, checkpoint: Path, device: str) -> dict[str, Any]:
-    """Stage: the reference, canary.json."""
-    made = reference(checkpoint, torch.device(device))
-    made.write(out / REFERENCE)
-    texts = made.inputs if isinstance(made, PooledReference) else made.prompts
+def make_reference_answers(out: Path, *, checkpoint: Path, device: str) -> dict[str, Any]:
+    """Stage: reference-answers.json."""
+    made = answers_of(checkpoint, torch.device(device))
+    made.write(out)
+    texts = made.inputs if isinstance(made, PooledAnswers) else made.prompts
     return {"prompts": len(texts), "longest": made.length}

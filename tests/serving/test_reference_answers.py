@@ -1,4 +1,4 @@
-"""The canary's reference; what a live server is found to do differently is in test_vllm_server.py."""
+"""The reference answers of a release; what a live server is found to do differently is in test_vllm_server.py."""
 
 import json
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 from numprune.errors import InputError, IntegrityError
 from numprune.export.checkpoint import load
 from numprune.flows.cli.serve import DTYPES
-from numprune.flows.steps import canary as making
-from numprune.serving import canary
-from numprune.serving.canary import MINIMUM_STEPS, TOLERANCES, Reference, Rounding, Tolerance
+from numprune.flows.steps import reference_answers as making
+from numprune.serving import reference_answers
+from numprune.serving.reference_answers import MINIMUM_STEPS, TOLERANCES, CompletionAnswers, Rounding, Tolerance
 from tests.conftest import byte_tokenizer
 
 
@@ -21,19 +21,19 @@ from tests.conftest import byte_tokenizer
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.conftest import build_tiny
 
-    folder = tmp_path_factory.mktemp("canary") / "model"
+    folder = tmp_path_factory.mktemp("answers") / "model"
     build_tiny().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Reference:
-    return making.reference(folder)
+def reference(folder: Path) -> CompletionAnswers:
+    return making.answers_of(folder)
 
 
 @torch.inference_mode()
-def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, reference: Reference) -> None:
+def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, reference: CompletionAnswers) -> None:
     model, _ = load(folder)
     assert len({len(prompt.tokens) for prompt in reference.prompts}) == len(reference.prompts)  # a ragged batch
     for prompt in reference.prompts:
@@ -49,7 +49,7 @@ def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, referenc
         assert prompt.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
 
 
-def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: Reference) -> None:
+def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: CompletionAnswers) -> None:
     assert list(reference.rounding) == list(TOLERANCES)
     rounding = {name: found.worst for name, found in reference.rounding.items()}
     assert 0 < rounding["float32"] < 1e-4 < rounding["float16"] < rounding["bfloat16"]
@@ -67,26 +67,26 @@ def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: Refere
     assert rounding["bfloat16"] == pytest.approx(max(errors))
 
 
-def test_a_model_that_rounds_much_is_allowed_more_of_its_servers(reference: Reference) -> None:
+def test_a_model_that_rounds_much_is_allowed_more_of_its_servers(reference: CompletionAnswers) -> None:
     assert reference.tolerance("float32") == TOLERANCES["float32"]
     rough = reference.model_copy(update={"rounding": {"bfloat16": Rounding(worst=6.0, mean=0.2)}})
     assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.8)
     assert rough.tolerance("float16") == TOLERANCES["float16"]  # in which it overflows
 
 
-def test_a_reference_of_before_rounding_was_measured_is_read(tmp_path: Path, reference: Reference) -> None:
-    data = json.loads(reference.model_dump_json(by_alias=True))
+def test_those_of_earlier_releases_are_read(tmp_path: Path, reference: CompletionAnswers) -> None:
+    data = {**json.loads(reference.model_dump_json(by_alias=True)), "schema": "numprune/canary/1"}
     del data["rounding"]
     (tmp_path / "canary.json").write_text(json.dumps(data))
-    assert canary.read(tmp_path / "canary.json").tolerance("bfloat16") == TOLERANCES["bfloat16"]
+    assert reference_answers.read(tmp_path).tolerance("bfloat16") == TOLERANCES["bfloat16"]
 
 
-def test_a_precision_in_which_the_model_overflows_has_no_rounding(reference: Reference) -> None:
+def test_a_precision_in_which_the_model_overflows_has_no_rounding(reference: CompletionAnswers) -> None:
     infinite = torch.full((200, 259), torch.inf)
     assert making._rounding(reference.prompts, lambda tokens: infinite[: len(tokens)]) is None
 
 
-def test_the_texts_fix_the_tokenizer(reference: Reference) -> None:
+def test_the_texts_fix_the_tokenizer(reference: CompletionAnswers) -> None:
     tokenizer = byte_tokenizer()
     for text in reference.texts:
         assert tokenizer.decode(text.tokens) == text.text
@@ -98,15 +98,15 @@ def test_the_texts_fix_the_tokenizer(reference: Reference) -> None:
 def test_a_short_context_gives_short_prompts_and_one_without_room_is_refused(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
-    made = making.reference(tiny_checkpoint(name="short", max_position_embeddings=48))
+    made = making.answers_of(tiny_checkpoint(name="short", max_position_embeddings=48))
     assert made.length == 47  # vLLM takes one token more than it is given
     with pytest.raises(InputError, match="its context of 33 tokens cannot hold the 32 greedy tokens"):
-        making.reference(tiny_checkpoint(name="none", max_position_embeddings=33))
+        making.answers_of(tiny_checkpoint(name="none", max_position_embeddings=33))
 
 
-def test_written_and_read_it_is_the_same(tmp_path: Path, reference: Reference) -> None:
-    reference.write(tmp_path / "canary.json")
-    assert canary.read(tmp_path / "canary.json") == reference
+def test_written_and_read_it_is_the_same(tmp_path: Path, reference: CompletionAnswers) -> None:
+    reference.write(tmp_path)
+    assert reference_answers.read(tmp_path) == reference
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -117,29 +117,29 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "not a number": (lambda data: data["prompts"][0]["logprobs"].__setitem__(0, float("nan")), "logprobs"),
     "a probability over one": (lambda data: data["prompts"][1]["logprobs"].__setitem__(0, 0.5), "logprobs"),
     "unknown field": (lambda data: data.update(tolerance=9), "tolerance"),
-    "another schema": (lambda data: data.update(schema="numprune/canary/2"), "schema"),
+    "another schema": (lambda data: data.update(schema="numprune/reference-answers/2"), "schema"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_reference_is_refused(tmp_path: Path, reference: Reference, damage: str) -> None:
+def test_a_damaged_reference_is_refused(tmp_path: Path, reference: CompletionAnswers, damage: str) -> None:
     data = json.loads(reference.model_dump_json(by_alias=True))
     change, message = DAMAGES[damage]
     change(data)
-    (tmp_path / "canary.json").write_text(json.dumps(data))
+    (tmp_path / "reference-answers.json").write_text(json.dumps(data))
     with pytest.raises(IntegrityError, match=message):
-        canary.read(tmp_path / "canary.json")
+        reference_answers.read(tmp_path)
 
 
 def test_a_release_without_one_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match=r"canary\.json: missing; .*make it again"):
-        canary.read(tmp_path / "canary.json")
+    with pytest.raises(IntegrityError, match=r"reference-answers\.json: missing; .*make it again"):
+        reference_answers.read(tmp_path)
 
 
-def test_the_command_line_offers_what_the_canary_can_judge() -> None:
+def test_the_command_line_offers_what_servers_can_be_checked_in() -> None:
     assert list(DTYPES) == ["auto", *TOLERANCES]
 
 
-def test_a_precision_without_a_tolerance_is_refused(reference: Reference) -> None:
+def test_a_precision_without_a_tolerance_is_refused(reference: CompletionAnswers) -> None:
     with pytest.raises(InputError, match="dtype is 'float8'"):
-        canary.check("http://127.0.0.1:1", reference, "float8")
+        reference_answers.check("http://127.0.0.1:1", reference, "float8")

@@ -1,4 +1,4 @@
-"""numprune canary: a server that runs somewhere already, against the reference of its release."""
+"""numprune check-server: a server that runs somewhere already, against the reference answers of its release."""
 
 import argparse
 import logging
@@ -19,10 +19,10 @@ _POLL_S = 2.0
 def add(commands: Subcommands) -> None:
     parser = command(
         commands,
-        "canary",
-        canary,
+        "check-server",
+        check_server,
         "compare a running server's answers with the reference answers of its release",
-        "numprune canary ./release --url http://127.0.0.1:8000 --dtype bfloat16",
+        "numprune check-server ./release --url http://127.0.0.1:8000 --dtype bfloat16",
     )
     parser.add_argument("release", metavar="RELEASE", type=Path, help="a folder as registry fetch writes it")
     parser.add_argument("--url", required=True, help="address of the server, without /v1")
@@ -48,16 +48,16 @@ def add(commands: Subcommands) -> None:
     )
 
 
-def canary(args: argparse.Namespace) -> Answer:
-    from numprune.serving import canary as canaries
+def check_server(args: argparse.Namespace) -> Answer:
+    from numprune.serving import reference_answers
 
     key = api_key.read(args.api_key_file)
-    reference = canaries.read(args.release / canaries.REFERENCE)
+    reference = reference_answers.read(args.release)
     if args.marker:
         args.marker.unlink(missing_ok=True)  # of an earlier server
     _wait(args.url, key, args.startup_timeout)
-    found = canaries.check(args.url, reference, args.dtype, key)
-    text = f"{args.url}: passed in {found['dtype']}, {canaries.told(found)}"
+    found = reference_answers.check(args.url, reference, args.dtype, key)
+    text = f"{args.url}: passed in {found['dtype']}, {reference_answers.told(found)}"
     if args.marker:
         logger.info("%s", text)
         args.marker.touch()

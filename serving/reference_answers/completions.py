@@ -1,4 +1,4 @@
-"""A language model's server compared with its reference: prefill and decode, token by token.
+"""A language model's server compared with its reference answers: prefill and decode, token by token.
 
 The server is asked for the same twice: all tokens as one prompt (prefill), and the continuation token by token (decode,
 with its cache). A *position* counts tokens of prompt and continuation from 0.
@@ -12,13 +12,13 @@ import httpx
 
 from numprune.errors import ParityError
 from numprune.serving import loopback
-from numprune.serving.canary.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
-from numprune.serving.canary.reference import Reference
+from numprune.serving.reference_answers.answers import CompletionAnswers
+from numprune.serving.reference_answers.asking import TIMEOUT_S, as_number, ask, check_tokenizer, distance, require_near
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 
 
-def check(url: str, reference: Reference, dtype: str, api_key: str | None = None) -> dict[str, Any]:
+def check(url: str, reference: CompletionAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
     """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
 
     The greedy tokens must be the reference's; where its second best token was as near as twice the tolerance, either is
@@ -68,7 +68,7 @@ class _Place:
         )
 
 
-def _prefill(client: httpx.Client, model: str, reference: Reference) -> Iterator[_Place]:
+def _prefill(client: httpx.Client, model: str, reference: CompletionAnswers) -> Iterator[_Place]:
     """The log-probability of every token but the first, all tokens given."""
     whole = [[*prompt.tokens, *prompt.greedy] for prompt in reference.prompts]
     answers = _complete(client, model, whole, max_tokens=1, prompt_logprobs=0)
@@ -83,7 +83,9 @@ def _prefill(client: httpx.Client, model: str, reference: Reference) -> Iterator
             yield _Place("prefill", number, position, token, as_number(found), value)
 
 
-def _decode(client: httpx.Client, model: str, reference: Reference, tolerance: float) -> tuple[list[_Place], int]:
+def _decode(
+    client: httpx.Client, model: str, reference: CompletionAnswers, tolerance: float
+) -> tuple[list[_Place], int]:
     """The greedy continuations: log-probabilities as far as they can be compared, and how many tokens are equal."""
     steps = max(len(prompt.greedy) for prompt in reference.prompts)
     prompts = [prompt.tokens for prompt in reference.prompts]
