@@ -4,6 +4,7 @@ It takes the place of the base's own card, whose figures are those of the dense 
 both: licence, language and the base's name on the hub.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from huggingface_hub.repocard import metadata_load
 
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy, task_name
 from numprune.budget import budget_of
-from numprune.errors import IntegrityError
+from numprune.errors import InputError, IntegrityError
+from numprune.export import vllm
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
 from numprune.modeling import AUTO_OF
@@ -26,6 +28,10 @@ _QUALITY = "## Quality\n"
 _UNMEASURED = """\
 Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
 """
+
+_PLUGIN = """\
+vLLM needs numprune's plug-in for it. In a checkout of numprune, with the environment of vLLM 0.32 active, install both:
+`pip install --no-deps . ./serving/vllm_plugin`."""
 
 # Our name of a task -> the hub's.
 _PIPELINES = {
@@ -99,24 +105,36 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             "| | |\n| --- | --- |",
             *(f"| {key} | {value} |" for key, value in rows),
             f"\n{_QUALITY}\n{_UNMEASURED}",
-            _use(AUTO_OF[task].__name__, per_layer),
+            _use(AUTO_OF[task].__name__, per_layer) + _serve(folder),
         ]
     )
 
 
 def _use(auto_class: str, per_layer: bool) -> str:
     needs = (
-        "Layers differ in size: `transformers` needs `numprune` for it, vLLM the plug-in `numprune-vllm`.\n\n"
+        "Layers differ in size, so transformers needs numprune to load it.\n\n"
         if per_layer
-        else "The architecture is a stock one: no code beside that of `transformers` or vLLM is needed.\n\n"
+        else "The architecture is a stock one: transformers loads it without numprune.\n\n"
     )
     imports = "import numprune.modeling\n" if per_layer else ""
     return (
         f"## Use\n\n{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
         f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
-        "To serve it: `vllm serve .`, with the name of the repository or folder in the place of the dot.\n"
     )
+
+
+def _serve(folder: Path) -> str:
+    """How to serve the checkpoint in `folder` with vLLM."""
+    try:
+        facts = vllm.serving_facts(folder)
+    except InputError:
+        return "vLLM does not serve this model.\n"
+    options = facts["needs"]
+    assert isinstance(options, list)
+    install = f"{_PLUGIN}\n\n" if facts["plugin"] else ""
+    command = shlex.join(["vllm", "serve", ".", *map(str, options)])
+    return f"{install}To serve it, put the repository's or folder's name in place of the dot:\n\n```\n{command}\n```\n"
 
 
 def _metadata(card: Path) -> dict[str, Any]:

@@ -33,9 +33,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
         IntegrityError: a tensor is not what the configuration says, before or after.
     """
     config = checkpoint.read_config(source)
-    facts: dict[str, JsonValue] = {"shard_size": shard_size, **preflight(config)}
-    if pooling := vllm_pooling.options(read_anatomy(config), load_task(source)):
-        facts["needs"] = list(pooling)
+    facts: dict[str, JsonValue] = {"shard_size": shard_size, **serving_facts(source)}
     headers = checkpoint.audit(source)
     if problem := other_reading(source):
         raise InputError(problem)
@@ -46,6 +44,15 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Mani
         checkpoint.copy_around_weights(config, source, folder)
         checkpoint.audit(folder)
     return manifest.read(out)
+
+
+def serving_facts(folder: Path) -> dict[str, JsonValue]:
+    """Return the `preflight` of the checkpoint in `folder`; `needs` includes what its task needs. Raises InputError."""
+    config = checkpoint.read_config(folder)
+    facts = preflight(config)
+    if pooling := vllm_pooling.options(read_anatomy(config), load_task(folder)):
+        facts["needs"] = list(pooling)
+    return facts
 
 
 def check_per_layer(anatomy: Anatomy) -> None:

@@ -15,9 +15,9 @@ from numprune.options import PruneOptions
 Checkpoint = Callable[..., Path]
 
 
-def pruned(base: Path, out: Path, **options: object) -> Path:
+def pruned(base: Path, out: Path, ratio: float = 0.3, **options: object) -> Path:
     rows = torch.arange(64).view(2, 32) % 30
-    chosen = PruneOptions(0.3, compensation="none", **options)  # type: ignore[arg-type]
+    chosen = PruneOptions(ratio, compensation="none", **options)  # type: ignore[arg-type]
     prune_checkpoint(base, rows, chosen, out, torch.device("cpu"))
     return out
 
@@ -62,6 +62,20 @@ def test_an_encoder_is_what_it_is_for(
     assert ModelCard(text).data.pipeline_tag == pipeline
     assert f"from transformers import {loads}, AutoTokenizer" in text
     assert "KV cache" not in text
+    # An embedding model needs its pooling declared; vLLM has no server for masked language models.
+    assert ('vllm serve . --pooler-config \'{"pooling_type": "MEAN"' in text) == (task == "embedding")
+    assert ("vLLM does not serve this model" in text) == (task == "masked-lm")
+
+
+def test_a_class_of_vllms_that_derives_the_head_size_is_not_used(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint("qwen2", vocab_size=259)
+    commands = {  # by what is protected, with a ratio that the rest can give
+        ("mlp", 0.201): "vllm serve . --model-impl transformers\n",
+        ("attention", 0.15): "vllm serve .\n",
+    }
+    for (kept, ratio), command in commands.items():
+        made = pruned(base, tmp_path / kept, ratio, criterion="magnitude", keep=(kept,))
+        assert command in (made / "README.md").read_text()
 
 
 def test_an_export_carries_the_card_of_a_pruned_checkpoint_only(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -81,6 +95,8 @@ def test_layers_of_different_sizes_need_numprune_and_the_card_says_so(
     text = (made / "README.md").read_text()
     assert ModelCard(text).data.tags == ["numprune", "structured-pruning", "per-layer-sizes"]
     assert "import numprune.modeling\nfrom transformers import AutoModelForCausalLM" in text
+    assert "pip install --no-deps . ./serving/vllm_plugin" in text
+    assert "vllm serve .\n" in text
 
 
 @pytest.mark.parametrize(
