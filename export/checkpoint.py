@@ -25,6 +25,7 @@ from numprune.anatomy import family_of, layers_path, task_name
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import copy_config, read_config, reason, write_config
 from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
+from numprune.export.precision import name_of
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
 from numprune.export.weights import (
@@ -107,7 +108,8 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     loaded.eval()
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite")
+            where = "" if dtype == torch.float32 else f" in {name_of(dtype)}; use bfloat16 or float32"
+            raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite{where}")
     check_vocabulary(folder, tokenizer, loaded.config)
     return loaded, tokenizer
 

@@ -15,6 +15,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
+from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_tensor
 
@@ -38,8 +39,8 @@ def check_config(config: Any) -> None:
             )
 
 
-def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
-    """Write the checkpoint `source` as ONNX in float32 to the new folder `out`.
+def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) -> manifest.Manifest:
+    """Write the checkpoint `source` as ONNX to the new folder `out`.
 
     Biases, norms, sliding windows, tied embeddings and layers of different sizes are taken from the checkpoint; the
     graph keeps logits of the positions that `logits_to_keep` names, all of them for scoring or the last one for the
@@ -50,10 +51,12 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
         source: a checkpoint folder of a supported architecture.
         out: must not exist.
         opset: 23, or 20 for runtimes that do not know Attention, RMSNormalization and RotaryEmbedding.
+        dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`. What goes in and comes out
+            otherwise is int64 and float32.
 
     Raises:
         InputError: `out` exists, or the architecture, opset or a setting of config.json is not supported.
-        IntegrityError: the checkpoint is not what its configuration says.
+        IntegrityError: the checkpoint is not what its configuration says, or a weight is too large for `dtype`.
     """
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
@@ -65,7 +68,7 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
         "flavour": FLAVOUR,
         "exporter": "numprune" if direct else "torch",
         "opset": opset,
-        "dtype": "float32",
+        "dtype": dtype,
         **{package: version(package) for package in packages},
         "file": MODEL_FILE,
     }
@@ -73,19 +76,20 @@ def export(source: Path, out: Path, *, opset: int = 23) -> manifest.Manifest:
     metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
     with manifest.creating(out, kind="onnx", parents=parents, facts=facts) as folder:
         if direct:
-            _write(source, folder, config, opset, metadata)
+            _write(source, folder, config, opset, dtype, metadata)
         else:
             from numprune.export.onnx_traced import trace
 
-            trace(checkpoint.load(source)[0], load_task(source), folder / MODEL_FILE, opset, metadata)
+            model = checkpoint.load(source, DTYPES[dtype])[0]
+            trace(model, load_task(source), folder / MODEL_FILE, opset, metadata)
         checkpoint.copy_around_weights(config, source, folder)
     return manifest.read(out)
 
 
-def _write(source: Path, folder: Path, config: Any, opset: int, metadata: dict[str, str]) -> None:
+def _write(source: Path, folder: Path, config: Any, opset: int, dtype: str, metadata: dict[str, str]) -> None:
     headers = checkpoint.audit(source)
     checkpoint.load_tokenizer(source)
     with (folder / DATA_FILE).open("wb") as data:
-        graph = Graph(data)
+        graph = Graph(data, DTYPES[dtype])
         write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset)
     save(graph.model(opset, metadata), folder / MODEL_FILE)

@@ -70,7 +70,8 @@ def write_decoder(
 
     Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), logits_to_keep (kept; positions in 0 … S-1
     whose logits are wanted), past_key_values.l.key and .value (B, N_l, P, D). Outputs: logits (B, kept, V),
-    present.l.key and .value (B, N_l, T, D), for the layers l that attend.
+    present.l.key and .value (B, N_l, T, D), for the layers l that attend. Logits are float32; the rest is in the
+    graph's precision, in which norms, softmax and rotary angles are computed in float32, as in PyTorch.
 
     Args:
         graph: an empty one.
@@ -105,10 +106,11 @@ def write_decoder(
     hidden = graph.op("Gather", hidden, kept, axis=1)  # before the head: it is the largest matrix of a small model
     logits = _head(writer, _norm(writer, "model.norm", hidden))
 
-    graph.output(logits, "logits", FLOAT, ["batch", "kept", config.vocab_size])
+    graph.output(graph.float32(logits), "logits", FLOAT, ["batch", "kept", config.vocab_size])
     for index, cached in present.items():
         for name, value in zip(("key", "value"), cached, strict=True):
-            graph.output(value, f"present.{index}.{name}", FLOAT, ["batch", layers[index].kv_heads, "total", head_dim])
+            shape: list[int | str] = ["batch", layers[index].kv_heads, "total", head_dim]
+            graph.output(value, f"present.{index}.{name}", graph.element, shape)
 
 
 def _layers(config: Any) -> list[Layer]:
@@ -163,12 +165,12 @@ def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     if frequencies.shape != (head_dim // 2,):
         raise InputError("config.json: rotary embeddings over a part of the head are not supported in ONNX")
-    inverse = graph.weight("rotary.frequencies", frequencies)
+    inverse = graph.weight("rotary.frequencies", frequencies, torch.float32)  # angles need it, whatever the rest is in
     angles = graph.op("Mul", graph.op("Unsqueeze", graph.op("Cast", positions, to=FLOAT), graph.integers(-1)), inverse)
     cos, sin = graph.op("Cos", angles), graph.op("Sin", angles)
     if scaling != 1.0:
         cos, sin = (graph.op("Mul", value, graph.scalar(scaling)) for value in (cos, sin))
-    return cos, sin
+    return graph.rounded(cos), graph.rounded(sin)
 
 
 # --- one layer ---------------------------------------------------------------------------------------
@@ -184,7 +186,9 @@ def _attention(writer: Writer, shared: Shared, index: int, layer: Layer, hidden:
     if prefix + "q_norm.weight" in writer.stored:
         query, key = _norm(writer, prefix + "q_norm", query), _norm(writer, prefix + "k_norm", key)
     shape: list[int | str] = ["batch", layer.kv_heads, "past", writer.head_dim]
-    past_key, past_value = (graph.input(f"past_key_values.{index}.{name}", FLOAT, shape) for name in ("key", "value"))
+    past_key, past_value = (
+        graph.input(f"past_key_values.{index}.{name}", graph.element, shape) for name in ("key", "value")
+    )
     key = graph.op("Concat", past_key, _rotate(writer, shared, key), axis=2)
     value = graph.op("Concat", past_value, value, axis=2)
     mixed = _attend(writer, shared, layer, _rotate(writer, shared, query), key, value)
@@ -204,20 +208,21 @@ def _attend(writer: Writer, shared: Shared, layer: Layer, query: str, key: str, 
     graph, head_dim = writer.graph, writer.head_dim
     mask, scale = shared.masks[layer.window], head_dim**-0.5
     if writer.opset >= 23:
-        return graph.op("Attention", query, key, value, mask, scale=scale)
+        precision = {} if graph.dtype == torch.float32 else {"softmax_precision": FLOAT}
+        return graph.op("Attention", query, key, value, mask, scale=scale, **precision)
     # The query heads of a group stand one after the other, so a group's queries are rows of one matrix.
     group = layer.heads // layer.kv_heads
     rows = graph.op("Reshape", query, graph.integers(0, layer.kv_heads, -1, head_dim))  # (B, N, G*S, D)
-    rows = graph.op("Mul", rows, graph.scalar(scale))
+    rows = graph.op("Mul", rows, graph.scalar(scale, graph.dtype))
     scores = graph.op("MatMul", rows, graph.op("Transpose", key, perm=[0, 1, 3, 2]))  # (B, N, G*S, T)
     total = graph.op("Slice", graph.op("Shape", scores), graph.integers(3), graph.integers(4))
     lead = graph.op("Slice", graph.op("Shape", query), graph.integers(0), graph.integers(1))
     length = graph.op("Slice", graph.op("Shape", query), graph.integers(2), graph.integers(3))
     by_head = graph.op("Concat", lead, graph.integers(layer.heads), length, total, axis=0)
     by_group = graph.op("Concat", lead, graph.integers(layer.kv_heads), graph.integers(-1), total, axis=0)
-    scores = graph.op("Reshape", scores, by_head)  # (B, heads, S, T)
+    scores = graph.float32(graph.op("Reshape", scores, by_head))  # (B, heads, S, T)
     scores = graph.op("Where", mask, scores, graph.scalar(torch.finfo(torch.float32).min))
-    weights = graph.op("Reshape", graph.op("Softmax", scores, axis=-1), by_group)
+    weights = graph.op("Reshape", graph.rounded(graph.op("Softmax", scores, axis=-1)), by_group)
     mixed = graph.op("MatMul", weights, value)  # (B, N, G*S, D)
     shape = graph.op("Concat", lead, graph.integers(layer.heads), length, graph.integers(head_dim), axis=0)
     return graph.op("Reshape", mixed, shape) if group > 1 else mixed
@@ -262,9 +267,10 @@ def _norm(writer: Writer, name: str, states: str) -> str:
     weight = graph.weight(name + ".weight", writer.tensor(name + ".weight"))
     if writer.opset >= 23:
         return graph.op("RMSNormalization", states, weight, axis=-1, epsilon=epsilon)
+    states = graph.float32(states)
     square = graph.op("ReduceMean", graph.op("Mul", states, states), graph.integers(-1))
     root = graph.op("Sqrt", graph.op("Add", square, graph.scalar(epsilon)))
-    return graph.op("Mul", graph.op("Div", states, root), weight)
+    return graph.op("Mul", graph.rounded(graph.op("Div", states, root)), weight)
 
 
 def _linear(writer: Writer, name: str, states: str) -> str:

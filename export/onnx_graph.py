@@ -9,10 +9,15 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from numprune.export.precision import cast
+
 DATA_FILE = "model.onnx.data"
 
 INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
 PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
+
+
+ELEMENTS = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
 
 
 @dataclass
@@ -20,6 +25,7 @@ class Graph:
     """Collects nodes, initializers, inputs and outputs; `op` and the others return the name of what they added."""
 
     data: BinaryIO  # the external data file, open for writing
+    dtype: torch.dtype = torch.float32  # of weights and hidden states, one of `ELEMENTS`
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -44,25 +50,43 @@ class Graph:
         """A constant int64 scalar."""
         return self._constant(f"i{value}_scalar", np.array(value, dtype=np.int64))
 
-    def scalar(self, value: float) -> str:
-        """A constant float32 scalar."""
-        return self._constant(f"f{value!r}", np.array(value, dtype=np.float32))
+    @property
+    def element(self) -> int:
+        """ONNX's number of `dtype`."""
+        return ELEMENTS[self.dtype]
 
-    def weight(self, name: str, tensor: torch.Tensor) -> str:
-        """An initializer in float32. One name is stored once: the second call only refers to it."""
+    def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> str:
+        """A constant scalar."""
+        return self.weight(f"f{value!r}" if dtype == torch.float32 else f"h{value!r}", torch.tensor(value), dtype)
+
+    def float32(self, value: str) -> str:
+        """`value`, which is in the graph's `dtype`, in float32: norms and softmax are computed in it."""
+        return value if self.dtype == torch.float32 else self.op("Cast", value, to=TensorProto.FLOAT)
+
+    def rounded(self, value: str) -> str:
+        """`value`, which is in float32, in the graph's `dtype`."""
+        return value if self.dtype == torch.float32 else self.op("Cast", value, to=self.element)
+
+    def weight(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+        """An initializer in `dtype`, the graph's by default. One name is stored once: the second call refers to it.
+
+        Raises IntegrityError where a value is too large for it.
+        """
         if name in self.initializers:
             return name
-        array = tensor.detach().to(torch.float32).contiguous().numpy()
-        if array.nbytes <= INLINE_BYTES:
-            return self._constant(name, array)
+        dtype = dtype or self.dtype
+        content = cast(name, tensor.detach(), dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        proto = TensorProto(name=name, data_type=ELEMENTS[dtype], dims=tensor.shape)
+        self.initializers[name] = proto
+        if content.nbytes <= INLINE_BYTES:
+            proto.raw_data = content.tobytes()
+            return name
         self.data.write(b"\0" * (-self.data.tell() % PAGE_BYTES))
-        proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
         proto.data_location = TensorProto.EXTERNAL
-        place = {"location": DATA_FILE, "offset": self.data.tell(), "length": array.nbytes}
+        place = {"location": DATA_FILE, "offset": self.data.tell(), "length": content.nbytes}
         for key, value in place.items():
             proto.external_data.add(key=key, value=str(value))
-        self.data.write(array.data)  # `tofile` does not say why it failed
-        self.initializers[name] = proto
+        self.data.write(content.data)  # `tofile` does not say why it failed
         return name
 
     def input(self, name: str, kind: int, shape: list[int | str]) -> str:

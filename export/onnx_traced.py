@@ -60,7 +60,7 @@ class _FlatDecoder(nn.Module):
             use_cache=True,
             logits_to_keep=kept,
         )
-        return output.logits, *(states for layer in cache.layers for states in (layer.keys, layer.values))
+        return output.logits.float(), *(states for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 class _FlatEncoder(nn.Module):
@@ -77,12 +77,12 @@ class _FlatEncoder(nn.Module):
         output = self.model(**named)
         if isinstance(self.task, Embedding):
             hidden = output.last_hidden_state
-            return hidden, self.task.embeddings(hidden, named["attention_mask"])
-        return (output.logits,)
+            return hidden.float(), self.task.embeddings(hidden, named["attention_mask"]).float()
+        return (output.logits.float(),)
 
 
 def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: Mapping[str, str]) -> None:
-    """Write the graph of `model`, in float32, to `path`, and its weights to one data file beside it.
+    """Write the graph of `model`, in its precision, to `path`, and its weights to one data file beside it.
 
     A decoder's inputs and outputs are those of `onnx_decoder.write_decoder`. Inputs of an encoder: input_ids and
     attention_mask (B, S; 1 = token, 0 = padding), and token_type_ids (B, S) where the model tells them apart. Outputs:
@@ -102,7 +102,7 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
     inputs, outputs = _decoder_ports(anatomy) if task.generates else _encoder_ports(model.config, task)
     flat = _FlatDecoder(model) if task.generates else _FlatEncoder(model, task, tuple(inputs))
     try:
-        graph = _traced(flat.eval(), inputs, outputs, opset)
+        graph = _traced(flat.eval(), inputs, outputs, opset, model.dtype)
     except Exception as error:  # of any kind, from transformers' modeling code and from three libraries
         raise InputError(
             f"torch {torch.__version__} and onnxscript {version('onnxscript')} cannot export {anatomy.family} to ONNX "
@@ -149,13 +149,15 @@ def _encoder_ports(config: Any, task: Task) -> tuple[dict[str, Dims], dict[str, 
     return inputs, {"logits": (*tokens, config.vocab_size)}
 
 
-def _traced(module: nn.Module, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], opset: int) -> onnx_ir.Model:
-    """Return the graph of `module`, which takes `inputs`: int64 where all dimensions have names, otherwise float32."""
+def _traced(
+    module: nn.Module, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], opset: int, dtype: torch.dtype
+) -> onnx_ir.Model:
+    """Return the graph of `module`, which takes `inputs`: int64 where all dimensions have names, otherwise `dtype`."""
     samples = []
     for dims in inputs.values():
         shape = [_TRACED[dim] if isinstance(dim, str) else dim for dim in dims]
         integers = all(isinstance(dim, str) for dim in dims)
-        samples.append(torch.ones(shape, dtype=torch.int64 if integers else torch.float32))
+        samples.append(torch.ones(shape, dtype=torch.int64 if integers else dtype))
     dynamic = tuple(
         {index: Dim.DYNAMIC for index, dim in enumerate(dims) if isinstance(dim, str)} for dims in inputs.values()
     )

@@ -6,6 +6,9 @@ also ragged ones padded on the left, and is fed the reference's greedy tokens, s
 Each prompt has its own tolerance: `FLOOR`, which most exports stay far below. Where hidden values are large, rounding
 alone exceeds it. The reference then runs that prompt again in float64, and the tolerance is `FACTOR` times the
 reference's own float32 error.
+
+A candidate in half precision is judged by `noise` instead: on each prompt the mean and the 99th percentile of its
+errors may be `noise.FACTOR` times those of PyTorch in the same precision, in every batch that it ran in.
 """
 
 from collections.abc import Sequence
@@ -18,16 +21,14 @@ import torch
 from torch import Tensor
 
 from numprune.errors import InputError, ParityError
-from numprune.export import checkpoint, float64, manifest
+from numprune.export import checkpoint, float64, manifest, noise
+from numprune.export.noise import Noise
+from numprune.export.precision import FLOAT32
 from numprune.export.prompts import TEXTS
 from numprune.export.runtimes import Runtime, open_runtime
 from numprune.export.runtimes.torch_eager import TorchRuntime
+from numprune.export.tolerance import FLOOR, Allowed, AllowedNoise, Limit
 
-# Measured on a CPU, in ONNX Runtime and PyTorch: right exports differ by up to 3 times the reference's float32 error.
-# That is 1e-5 for the embedded model, 6e-5 for SmolLM2-135M, and 1e-3 (on text 2e-4) with 20 or 50 % of it removed.
-# The smallest difference of a wrong export was 3e-3: an epsilon of 1e-5 in place of 1e-6.
-FLOOR = 1e-3  # of a logit, and of a log-probability in nats
-FACTOR = 8
 LEAST_DECODE_STEPS = 32
 
 
@@ -84,26 +85,11 @@ class _Difference:
     positions: int = 0
     matches: int = 0
     worst: Position | None = None
+    noise: Noise | None = None  # of the worst batch; only of a candidate in half precision
 
     @property
     def error(self) -> float:
         return max(self.logit_max, self.logprob_max)
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """How far the candidate may be from one row, and why."""
-
-    floor: float
-    float32_error: float | None  # of the reference; None: the row is within the floor, and it was not measured
-
-    @property
-    def tolerance(self) -> float:
-        return max(self.floor, FACTOR * (self.float32_error or 0.0))
-
-    @property
-    def yardstick(self) -> str:
-        return "floor" if self.tolerance == self.floor else "float32 error"
 
 
 def check(
@@ -118,6 +104,7 @@ def check(
     floor: float = FLOOR,
     device: str = "auto",
     threads: int | None = None,
+    dtype: str = FLOAT32,
 ) -> dict[str, Any]:
     """Compare `candidate` in `runtime` with the checkpoint `reference`, logit by logit.
 
@@ -133,11 +120,14 @@ def check(
         floor: the least tolerance, an absolute difference of logits and of log-probabilities.
         device: as for `open_runtime`.
         threads: as for `open_runtime`.
+        dtype: as for `open_runtime`.
 
     Returns:
-        Plain JSON: maximum and mean absolute errors of logits and log-probabilities (nats), greedy_match (the share of
-        positions with the same most probable token), positions, the worst position and the tolerance of its prompt,
-        `prompts` (of each its errors, its tolerance, and by which yardstick: "floor" or "float32 error"), what was run.
+        Plain JSON: dtype, maximum and mean absolute errors of logits and log-probabilities (nats), greedy_match (the
+        share of positions with the same most probable token), positions, the worst position and the tolerance of its
+        prompt, `prompts` (of each its errors, its tolerance, and by which yardstick: "floor", "float32 error" or
+        "bfloat16 noise"), what was run. In half precision the tolerance is of the 99th percentile, and `noise` and
+        `noise_floor` have the mean, too.
 
     Raises:
         ParityError: an error above the tolerance, a value that is not finite, a position that is missing, or logits so
@@ -154,29 +144,39 @@ def check(
     )
     for row in rows:
         _require_contrast(reference, row, Allowed(floor, None))
-    opened = open_runtime(runtime, candidate, device=device, threads=threads)
+    opened = open_runtime(runtime, candidate, device=device, threads=threads, dtype=dtype)
+    ran = opened.describe()
+    dtype = ran["dtype"]
     found = [_Difference() for _ in rows]
     for case in cases:
-        _compare_case(opened, case, rows, found)
-    ran = opened.describe()
+        _compare_case(opened, case, rows, found, half=dtype != FLOAT32)
     del opened  # the reference is loaded again
-    allowed = _allowed(reference, rows, found, floor, device)
-    worst = max(range(len(rows)), key=lambda index: found[index].error / allowed[index].tolerance)
-    if found[worst].error > allowed[worst].tolerance:
+    allowed: Sequence[Limit] = (
+        _allowed(reference, rows, found, floor, device)
+        if dtype == FLOAT32
+        else _allowed_noise(reference, rows, dtype, device)
+    )
+    worst = max(range(len(rows)), key=lambda index: allowed[index].share(found[index]))
+    if not allowed[worst].share(found[worst]) <= 1:
         raise ParityError(_refusal(reference, candidate, runtime, rows[worst], found[worst], allowed[worst]))
-    largest = max(range(len(rows)), key=lambda index: found[index].error)
+    largest = max(range(len(rows)), key=lambda index: found[index].error) if dtype == FLOAT32 else worst
     place = found[largest].worst
     assert place is not None  # every row has positions
     values, positions = sum(one.values for one in found), sum(one.positions for one in found)
     return {
         "runtime": runtime,
+        "dtype": dtype,
         "logit_error_max": max(one.logit_max for one in found),
         "logit_error_mean": sum(one.logit_sum for one in found) / values,
         "logprob_error_max": max(one.logprob_max for one in found),
         "logprob_error_mean": sum(one.logprob_sum for one in found) / values,
         "greedy_match": sum(one.matches for one in found) / positions,
         "positions": positions,
-        "tolerance": allowed[largest].tolerance,
+        **{
+            name: value
+            for name, value in allowed[largest].describe(found[largest]).items()
+            if name in ("tolerance", "noise", "noise_floor")
+        },
         "worst": asdict(place),
         "prompts": [
             {
@@ -184,9 +184,7 @@ def check(
                 "tokens": len(row.prompt),
                 "logit_error_max": difference.logit_max,
                 "logprob_error_max": difference.logprob_max,
-                "float32_error": limit.float32_error,
-                "tolerance": limit.tolerance,
-                "yardstick": limit.yardstick,
+                **limit.describe(difference),
             }
             for row, difference, limit in zip(rows, found, allowed, strict=True)
         ],
@@ -224,6 +222,22 @@ def _allowed(
     return allowed
 
 
+def _allowed_noise(reference: Path, rows: Sequence[Row], dtype: str, device: str) -> list[AllowedNoise]:
+    """The noise floor of each row. Raises ParityError where it is so high that nothing would be proved."""
+    runtime = TorchRuntime(reference, device=device, dtype=dtype)
+    allowed = []
+    for row in rows:
+        floor = noise.of_logits(row.logits, runtime.prefill(torch.cat([row.prompt, row.greedy])[None])[0])
+        spread = float(row.logits.std(dim=-1).min())
+        if not spread > 10 * noise.FACTOR * floor.mean:
+            raise ParityError(
+                f"{reference}: on {row.name} its logits spread by {spread:.2g} only, and PyTorch in {dtype} errs there "
+                f"by {floor}: no runtime computes this checkpoint reliably in {dtype}; use float32"
+            )
+        allowed.append(AllowedNoise(dtype, floor))
+    return allowed
+
+
 def _require_contrast(reference: Path, row: Row, allowed: Allowed) -> None:
     """Raises ParityError where the logits of a row are so alike that wrong ones would be within the tolerance."""
     spread = float(row.logits.std(dim=-1).min())
@@ -238,14 +252,13 @@ def _require_contrast(reference: Path, row: Row, allowed: Allowed) -> None:
     )
 
 
-def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _Difference, allowed: Allowed) -> str:
-    assert allowed.float32_error is not None  # measured for every row that exceeds the floor
+def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _Difference, allowed: Limit) -> str:
+    in_noise = f" ({found.noise})" if found.noise else ""
     return (
         f"{candidate} in {runtime} does not compute what {reference} does: on {row.name}, prompt length "
         f"{len(row.prompt)}, logits differ by up to {found.logit_max:.3g}, log-probabilities by "
-        f"{found.logprob_max:.3g}; the tolerance is {allowed.tolerance:.3g} ({FACTOR} times PyTorch's own float32 "
-        f"error there, {allowed.float32_error:.2g}, and at least {allowed.floor:g}); worst at {found.worst}. Export it "
-        f"again; if that fails too, {runtime} runs this architecture wrongly: use another version of it"
+        f"{found.logprob_max:.3g}{in_noise}; {allowed.reason}; worst at {found.worst}. Export it again; if that fails "
+        f"too, {runtime} runs this architecture wrongly: use another version of it"
     )
 
 
@@ -324,8 +337,10 @@ def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int) -
 # --- the comparison ----------------------------------------------------------------------------------
 
 
-def _compare_case(runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequence[_Difference]) -> None:
-    """Run one batch and compare each of its positions."""
+def _compare_case(
+    runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequence[_Difference], *, half: bool
+) -> None:
+    """Run one batch and compare each of its positions; of one in half precision also each row's noise."""
     batch = [rows[index] for index in case.rows]
     width = max(len(row.prompt) for row in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -337,15 +352,21 @@ def _compare_case(runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequ
     differences = [found[index] for index in case.rows]
     logits = runtime.prefill(tokens, mask if case.padded else None)
     _require_shape(logits, (len(batch), width, vocabulary), case, "prefill")
+    outputs = []  # of each row (positions, V), step by step
     for index, row in enumerate(batch):
         length = len(row.prompt)
-        _compare(row.logits[:length], logits[index, width - length :], case, index, "prefill", 0, differences[index])
+        outputs.append([logits[index, width - length :]])
+        _compare(row.logits[:length], outputs[index][0], case, index, "prefill", 0, differences[index])
     for step in range(len(batch[0].greedy)):
         logits = runtime.decode(torch.stack([row.greedy[step] for row in batch])[:, None])
         _require_shape(logits, (len(batch), vocabulary), case, f"decode step {step}")
         for index, row in enumerate(batch):
             expected = row.logits[len(row.prompt) + step][None]
             _compare(expected, logits[index][None], case, index, "decode", step, differences[index])
+            outputs[index].append(logits[index][None])
+    if half:
+        for row, output, difference in zip(batch, outputs, differences, strict=True):
+            difference.noise = noise.of_logits(row.logits, torch.cat(output)).worst(difference.noise)
 
 
 def _require_shape(found: Tensor, expected: tuple[int, ...], case: Case, where: str) -> None:

@@ -2,12 +2,12 @@
 
 The reference runs every text alone in PyTorch, float32. The candidate runs each alone, too, and all of them in one
 batch, padded on the right. The tolerance of a text is that of `parity`: `FLOOR`, or `FACTOR` times the reference's own
-float32 error on it.
+float32 error on it. In half precision it is that of `noise`, over all texts: one has few numbers.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from numprune.errors import ParityError
-from numprune.export import checkpoint, float64, manifest
-from numprune.export.parity import FACTOR, FLOOR, Allowed
+from numprune.export import checkpoint, float64, manifest, noise
+from numprune.export.noise import Noise
+from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.prompts import TEXTS
 from numprune.export.runtimes.encoder import TorchEncoder, open_encoder
+from numprune.export.tolerance import FLOOR, Allowed, AllowedNoise, Limit
 
 _LENGTHS = (24, 9, 2, 16)  # tokens of each text, so that a batch is ragged
 _RANDOM = 16  # tokens that text seldom has
@@ -47,7 +49,13 @@ class Position:
 
 
 def check(
-    reference: Path, candidate: Path, runtime: str, *, device: str = "auto", threads: int | None = None
+    reference: Path,
+    candidate: Path,
+    runtime: str,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    dtype: str = FLOAT32,
 ) -> dict[str, Any]:
     """Compare `candidate` in `runtime` with the checkpoint `reference`, number by number.
 
@@ -57,11 +65,11 @@ def check(
         reference: a checkpoint folder.
         candidate: what the runtime runs; its digests are verified first where it has a manifest.
         runtime: a name that `open_encoder` knows.
-        device, threads: as for `open_encoder`.
+        device, threads, dtype: as for `open_encoder`.
 
     Returns:
-        Plain JSON: the largest and the mean absolute error, positions (numbers), the worst one and the tolerance of its
-        text, `texts` (of each its error, its tolerance, and by which yardstick), what was run.
+        Plain JSON: dtype, the largest and the mean absolute error, positions (numbers), the worst one and the tolerance
+        of its text, `texts` (of each its error, its tolerance, and by which yardstick), what was run.
 
     Raises:
         ParityError: an error above the tolerance, a number that is not finite, or outputs so alike that nothing would
@@ -73,33 +81,43 @@ def check(
     encoder = TorchEncoder(reference, device=device, threads=threads)
     texts, padding = _texts(reference, encoder.vocabulary)
     expected = {name: encoder.forward(tokens[None])[0] for name, tokens in texts.items()}
-    opened = open_encoder(runtime, candidate, device=device, threads=threads)
+    opened = open_encoder(runtime, candidate, device=device, threads=threads, dtype=dtype)
+    dtype = opened.describe()["dtype"]
     alone = {name: opened.forward(tokens[None])[0] for name, tokens in texts.items()}
     batched = dict(zip(texts, opened.forward(*_batch(list(texts.values()), padding)), strict=True))
     if encoder.task.name == "masked-lm":  # an output for each token, of padding, too
         batched = {name: output[: len(texts[name])] for name, output in batched.items()}
     found = [_compare(name, expected[name], alone[name], batched[name]) for name in texts]
     _require_contrast(reference, expected)
-    allowed = _allowed(encoder, texts, expected, found)
+    allowed: Sequence[Limit]
+    if dtype == FLOAT32:
+        allowed = _allowed(encoder, texts, expected, found)
+    else:
+        errors = torch.cat([(one[name] - expected[name]).flatten() for one in (alone, batched) for name in texts])
+        found = [replace(one, noise=noise.of_errors(errors)) for one in found]
+        allowed = [_allowed_noise(reference, texts, expected, dtype, device)] * len(found)
     for difference, limit in zip(found, allowed, strict=True):
-        if not difference.worst.error <= limit.tolerance:
-            raise ParityError(_refusal(reference, candidate, runtime, difference.worst, limit))
+        if not limit.share(difference) <= 1:
+            raise ParityError(_refusal(reference, candidate, runtime, difference, limit))
     largest = max(range(len(found)), key=lambda index: found[index].worst.error)
     return {
         "runtime": runtime,
+        "dtype": dtype,
         "output_error_max": found[largest].worst.error,
         "output_error_mean": sum(one.sum for one in found) / sum(one.values for one in found),
         "positions": sum(one.values for one in found),
-        "tolerance": allowed[largest].tolerance,
+        **{
+            name: value
+            for name, value in allowed[largest].describe(found[largest]).items()
+            if name in ("tolerance", "noise", "noise_floor")
+        },
         "worst": asdict(found[largest].worst),
         "texts": [
             {
                 "text": name,
                 "tokens": len(tokens),
                 "output_error_max": difference.worst.error,
-                "float32_error": limit.float32_error,
-                "tolerance": limit.tolerance,
-                "yardstick": limit.yardstick,
+                **limit.describe(difference),
             }
             for (name, tokens), difference, limit in zip(texts.items(), found, allowed, strict=True)
         ],
@@ -115,6 +133,11 @@ class _Difference:
     worst: Position
     sum: float
     values: int
+    noise: Noise | None = None  # of all texts; only of a candidate in half precision
+
+    @property
+    def error(self) -> float:
+        return self.worst.error
 
 
 def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], int]:
@@ -170,6 +193,16 @@ def _allowed(
     return allowed
 
 
+def _allowed_noise(
+    reference: Path, texts: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str, device: str
+) -> AllowedNoise:
+    """The noise floor of all texts, and at least the rounding of one output."""
+    encoder = TorchEncoder(reference, device=device, dtype=dtype)
+    errors = torch.cat([(encoder.forward(texts[name][None])[0] - expected[name]).flatten() for name in texts])
+    rounding = torch.finfo(DTYPES[dtype]).eps * float(torch.cat([one.flatten() for one in expected.values()]).std())
+    return AllowedNoise(dtype, noise.of_errors(errors).worst(Noise(rounding, rounding)))
+
+
 def _require_contrast(reference: Path, expected: Mapping[str, Tensor]) -> None:
     """Raises ParityError where all texts give so nearly the same that a wrong output would be within the tolerance."""
     first = [output.flatten()[: min(one.numel() for one in expected.values())] for output in expected.values()]
@@ -181,10 +214,10 @@ def _require_contrast(reference: Path, expected: Mapping[str, Tensor]) -> None:
         )
 
 
-def _refusal(reference: Path, candidate: Path, runtime: str, worst: Position, limit: Allowed) -> str:
+def _refusal(reference: Path, candidate: Path, runtime: str, found: _Difference, limit: Limit) -> str:
+    in_noise = f" ({found.noise} over all texts)" if found.noise else ""
     return (
-        f"{candidate} in {runtime} does not compute what {reference} does: {worst}, which differ by {worst.error:.3g}; "
-        f"the tolerance is {limit.tolerance:.3g} ({FACTOR} times PyTorch's own float32 error there, "
-        f"{limit.float32_error:.2g}, and at least {FLOOR:g}). Export it again; if that fails too, {runtime} runs this "
+        f"{candidate} in {runtime} does not compute what {reference} does: {found.worst}, which differ by "
+        f"{found.error:.3g}{in_noise}; {limit.reason}. Export it again; if that fails too, {runtime} runs this "
         "architecture wrongly: use another version of it"
     )

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from numprune.errors import IntegrityError
+from numprune.export.precision import cast
 from numprune.export.weights import DTYPES, INDEX, SINGLE
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,7 +64,7 @@ class ShardWriter:
         file = self._file or self._open_shard()
         written = 0
         for slab in slabs:
-            written += file.write(_bytes(_cast(name, slab, dtype)))
+            written += file.write(_bytes(cast(name, slab, dtype)))
         if written != size:
             raise ValueError(f"{name} {shape} has {size} bytes, not {written}")
         entry = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [self._filled, self._filled + size]}
@@ -120,18 +120,6 @@ def writing(folder: Path, dtypes: Mapping[str, torch.dtype], shard_bytes: int = 
         writer.close()
     finally:
         writer.abandon()
-
-
-def _cast(name: str, slab: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = slab.to(dtype).cpu()
-    if not torch.isfinite(cast).all():
-        if not torch.isfinite(slab).all():
-            raise IntegrityError(f"{name}: computed values are NaN or infinite; nothing was written")
-        raise IntegrityError(
-            f"{name}: {slab.abs().max():.4g} is more than {_NAMES[dtype]} can hold ({torch.finfo(dtype).max:.4g}), in "
-            "which the model is stored; convert the model to bfloat16 or float32, and prune that"
-        )
-    return cast
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,6 +1,6 @@
 """TensorRT engines, versions 10 and 11: built from the ONNX export on the GPU that will run them.
 
-Networks are strongly typed: the precision is that of the graph, float32, with TF32 off. Each engine has two profiles,
+Networks are strongly typed: the precision is that of the graph, and TF32 is off. Each engine has two profiles,
 one for the prompt (no past) and one for a single token after it; in both, past and new tokens add up to what the
 attention mask spans, at the smallest, the usual and the largest sizes alike.
 """
@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from numprune.errors import InputError, MissingRuntime
 from numprune.export import manifest, onnx
+from numprune.export.precision import FLOAT32
 from numprune.export.tasks import load_task
 
 ENGINE_FILE = "model.engine"
@@ -35,6 +36,7 @@ def export(
     max_length: int = 1024,
     workspace_gib: float = 4.0,
     timing_cache: Path | None = None,
+    dtype: str = FLOAT32,
 ) -> manifest.Manifest:
     """Build an engine of the checkpoint `source` in the new folder `out`.
 
@@ -43,6 +45,7 @@ def export(
         max_length: positions, prompt and generated, at most.
         workspace_gib: GPU memory that kernels may use while they run.
         timing_cache: of an earlier build on the same GPU.
+        dtype: as for `onnx.export`.
 
     Raises:
         MissingRuntime: TensorRT or a CUDA device is not there; says what to install.
@@ -61,7 +64,7 @@ def export(
     facts: dict[str, JsonValue] = {
         "tensorrt": trt.__version__,
         "device": _device_name(),
-        "dtype": "float32",
+        "dtype": dtype,
         "max_batch": max_batch,
         "max_length": max_length,
     }
@@ -71,7 +74,7 @@ def export(
         tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
     ):
         graph = Path(scratch) / "onnx"
-        onnx.export(source, graph, opset=OPSET)
+        onnx.export(source, graph, opset=OPSET, dtype=dtype)
         _build(trt, graph / onnx.MODEL_FILE, folder, max_batch, max_length, workspace_gib, timing_cache)
         (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     return manifest.read(out)

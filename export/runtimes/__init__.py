@@ -1,7 +1,7 @@
 """Programs that run a decoder, one per module, behind one Protocol: what `parity` proves is what the benchmark times.
 
-A runtime holds one batch at a time: `prefill` starts it, each `decode` extends its KV cache by one position. Everything
-computes in float32. Logits are on the CPU when a call returns, so its wall-clock time is all it cost.
+A runtime holds one batch at a time: `prefill` starts it, each `decode` extends its KV cache by one position. Logits are
+float32 on the CPU when a call returns, so its wall-clock time is all it cost.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from numprune.errors import InputError
+from numprune.export.precision import FLOAT32
 
 NAMES = ("torch", "onnxruntime", "tensorrt")
 DEVICES = ("auto", "cpu", "cuda")
@@ -40,7 +41,9 @@ class Runtime(Protocol):
         """Plain JSON for a report: dtype, device, threads, versions, weight_bytes, kv_bytes_per_token."""
 
 
-def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int | None = None) -> Runtime:
+def open_runtime(
+    name: str, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32
+) -> Runtime:
     """Load `folder` into the runtime `name`.
 
     Args:
@@ -48,6 +51,7 @@ def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int 
         folder: what to load.
         device: `cpu`, `cuda`, or `auto`: CUDA where the runtime and the machine have it.
         threads: of the CPU, for one operator; None: the runtime's own default, or the CPU quota.
+        dtype: that a checkpoint is computed in; an export has its own.
 
     Raises:
         InputError: unknown name or device, or a folder of another kind.
@@ -60,7 +64,7 @@ def open_runtime(name: str, folder: Path, *, device: str = "auto", threads: int 
         case "torch":
             from numprune.export.runtimes.torch_eager import TorchRuntime
 
-            return TorchRuntime(folder, device=device, threads=threads)
+            return TorchRuntime(folder, device=device, threads=threads, dtype=dtype)
         case "onnxruntime":
             from numprune.export.runtimes.ort import OnnxRuntime
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from numprune.errors import InputError
 from numprune.export import checkpoint
+from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.runtimes import DEVICES
 from numprune.export.runtimes.batch import encoder_mask
 from numprune.export.runtimes.torch_eager import device_for
@@ -31,20 +32,23 @@ class Encoder(Protocol):
             mask: (B, S), 1 = token, 0 = padding on the right; None: no padding.
 
         Returns:
-            Logits (B, S, V) of a masked language model, (B, classes) of a classifier, or embeddings (B, H), on the CPU.
+            Logits (B, S, V) of a masked language model, (B, classes) of a classifier, or embeddings (B, H), float32 on
+            the CPU.
         """
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON for a report: dtype, device, threads, versions, weight_bytes."""
 
 
-def open_encoder(name: str, folder: Path, *, device: str = "auto", threads: int | None = None) -> Encoder:
+def open_encoder(
+    name: str, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32
+) -> Encoder:
     """Load `folder` into the runtime `name`; arguments and errors are those of `open_runtime`."""
     if device not in DEVICES:
         raise InputError(f"device={device!r}: choose one of {', '.join(DEVICES)}")
     match name:
         case "torch":
-            return TorchEncoder(folder, device=device, threads=threads)
+            return TorchEncoder(folder, device=device, threads=threads, dtype=dtype)
         case "onnxruntime":
             from numprune.export.runtimes.ort_encoder import OnnxEncoder
 
@@ -53,13 +57,14 @@ def open_encoder(name: str, folder: Path, *, device: str = "auto", threads: int 
 
 
 class TorchEncoder:
-    """A checkpoint in float32, PyTorch eager: the reference the others are compared with."""
+    """A checkpoint in `dtype`, PyTorch eager; in float32 it is the reference the others are compared with."""
 
     name = "torch"
 
-    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32) -> None:
         self.device = device_for(device, threads)
-        self.model = checkpoint.load(folder)[0].to(self.device)
+        self._dtype = dtype
+        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self.device)
         self.task = load_task(folder)
         self.vocabulary: int = self.model.config.vocab_size
 
@@ -71,7 +76,7 @@ class TorchEncoder:
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
-            "dtype": "float32",
+            "dtype": self._dtype,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from torch import Tensor
 from numprune.errors import InputError, IntegrityError, MissingRuntime
 from numprune.export import manifest, processors
 from numprune.export.onnx import MODEL_FILE
+from numprune.export.onnx_graph import ELEMENTS
+from numprune.export.precision import DTYPES
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -36,9 +37,13 @@ class Opened:
     facts: Mapping[str, Any]
     weight_bytes: int
 
+    @property
+    def dtype(self) -> str:
+        return str(self.facts["dtype"])
+
     def describe(self) -> dict[str, Any]:
         return {
-            "dtype": "float32",
+            "dtype": self.dtype,
             "device": self.device,
             "provider": self.session.get_providers()[0],
             "threads": self.threads or "default",
@@ -72,6 +77,7 @@ class OnnxRuntime:
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
         self._opened = open_export(folder, device, threads)
         self._device, self._session = self._opened.device, self._opened.session
+        self._element = ELEMENTS[DTYPES[self._opened.dtype]]
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -83,7 +89,7 @@ class OnnxRuntime:
         self._mask = prompt_mask(tokens, mask, self.vocabulary)
         rows, length = tokens.shape
         self._cache = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type([rows, heads, 0, size], np.float32, self._device)
+            name: ort.OrtValue.ortvalue_from_shape_and_type([rows, heads, 0, size], self._element, self._device)
             for name, (_, heads, _, size) in self._past.items()
         }
         return self._run(tokens, torch.arange(length - 1 if last_only else 0, length))
@@ -96,7 +102,9 @@ class OnnxRuntime:
         return {
             "runtime": self.name,
             **self._opened.describe(),
-            "kv_bytes_per_token": sum(4 * heads * size for _, heads, _, size in self._past.values()),
+            "kv_bytes_per_token": sum(
+                DTYPES[self._opened.dtype].itemsize * heads * size for _, heads, _, size in self._past.values()
+            ),
         }
 
     def _run(self, tokens: Tensor, kept: Tensor) -> Tensor:

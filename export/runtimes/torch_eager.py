@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from numprune.anatomy import read_anatomy
 from numprune.errors import MissingRuntime
 from numprune.export import checkpoint
+from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 
@@ -26,13 +27,14 @@ def device_for(device: str, threads: int | None) -> torch.device:
 
 
 class TorchRuntime:
-    """A checkpoint in float32 with transformers' own cache."""
+    """A checkpoint in `dtype`, a name of `precision.DTYPES`, with transformers' own cache."""
 
     name = "torch"
 
-    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32) -> None:
         self._device = device_for(device, threads)
-        self.model = checkpoint.load(folder)[0].to(self._device)
+        self._dtype = dtype
+        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self._device)
         self.vocabulary: int = self.model.config.vocab_size
         self.context: int = self.model.config.max_position_embeddings
         self._mask: Tensor | None = None
@@ -52,12 +54,15 @@ class TorchRuntime:
         anatomy = read_anatomy(self.model.config)
         return {
             "runtime": self.name,
-            "dtype": "float32",
+            "dtype": self._dtype,
             "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
-            "kv_bytes_per_token": sum(2 * 4 * block.units * anatomy.head_dim for block in anatomy.of_kind("attention")),
+            "kv_bytes_per_token": sum(
+                2 * DTYPES[self._dtype].itemsize * block.units * anatomy.head_dim
+                for block in anatomy.of_kind("attention")
+            ),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
@@ -76,4 +81,4 @@ class TorchRuntime:
             logits_to_keep=logits_to_keep,
         )
         logits: Tensor = output.logits
-        return logits.to("cpu")
+        return logits.to("cpu").float()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError, MissingRuntime
 from numprune.export import manifest, tensorrt
+from numprune.export.precision import DTYPES
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 
@@ -40,6 +41,7 @@ class TensorRTRuntime:
         self._past = {
             name: tuple(self._engine.get_tensor_shape(name)) for name in names if name.startswith("past_key_values.")
         }
+        self._dtype = DTYPES[str(self._facts["dtype"])]  # of the KV cache; logits are float32
         self.vocabulary = int(tuple(self._engine.get_tensor_shape("logits"))[-1])
         self._weight_bytes = engine_file.stat().st_size
         self._cache: dict[str, Tensor] = {}
@@ -49,7 +51,8 @@ class TensorRTRuntime:
         self._mask = prompt_mask(tokens, mask, self.vocabulary)
         rows, length = tokens.shape
         self._cache = {
-            name: torch.empty(rows, shape[1], 0, shape[3], device="cuda") for name, shape in self._past.items()
+            name: torch.empty(rows, shape[1], 0, shape[3], dtype=self._dtype, device="cuda")
+            for name, shape in self._past.items()
         }
         return self._run(tensorrt.PREFILL, tokens, torch.arange(length - 1 if last_only else 0, length))
 
@@ -60,12 +63,12 @@ class TensorRTRuntime:
     def describe(self) -> dict[str, Any]:
         return {
             "runtime": self.name,
-            "dtype": "float32",
+            "dtype": self._facts["dtype"],
             "device": "cuda",
             "max_batch": self._facts["max_batch"],
             "max_length": self._facts["max_length"],
             "weight_bytes": self._weight_bytes,
-            "kv_bytes_per_token": sum(4 * shape[1] * shape[3] for shape in self._past.values()),
+            "kv_bytes_per_token": sum(self._dtype.itemsize * shape[1] * shape[3] for shape in self._past.values()),
             "versions": {"tensorrt": self._trt.__version__},
         }
 
@@ -87,7 +90,7 @@ class TensorRTRuntime:
             outputs = {"logits": torch.empty(rows, len(kept), self.vocabulary, device="cuda")}
             for name, (_, heads, _, size) in self._past.items():
                 present = name.replace("past_key_values", "present")
-                outputs[present] = torch.empty(rows, heads, total, size, device="cuda")
+                outputs[present] = torch.empty(rows, heads, total, size, dtype=self._dtype, device="cuda")
             for name, value in outputs.items():
                 self._context.set_tensor_address(name, value.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):

@@ -84,7 +84,7 @@ def test_every_tensor_keeps_the_data_type_that_it_is_stored_in(tiny_checkpoint: 
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(70_000.0, r"7e\+04 is more than F16 can hold \(6\.55e\+04\)"), (torch.nan, "NaN or infinite")],
+    [(70_000.0, r"7e\+04 is more than float16 can hold \(6\.55e\+04\)"), (torch.nan, "NaN or infinite")],
 )
 def test_a_value_that_cannot_be_stored_is_named(tiny_checkpoint: Checkpoint, value: float, words: str) -> None:
     folder = recast(tiny_checkpoint(), torch.float16)

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from numprune.errors import InputError, IntegrityError, ParityError
-from numprune.export import manifest, onnx, parity
+from numprune.export import manifest, onnx, parity, tolerance
 
 Checkpoint = Callable[..., Path]
 Change = Callable[[onnx_format.ModelProto], None]
@@ -158,11 +158,11 @@ def test_rounding_beyond_the_floor_is_told_from_a_wrong_export(tiny_checkpoint: 
     base = rescaled(tiny_checkpoint(), 3000)
     onnx.export(base, tmp_path / "onnx")
     result = parity.check(base, tmp_path / "onnx", "onnxruntime", threads=1)
-    assert result["logit_error_max"] > parity.FLOOR
+    assert result["logit_error_max"] > tolerance.FLOOR
     decided = [prompt for prompt in result["prompts"] if prompt["yardstick"] == "float32 error"]
     assert decided
     for prompt in decided:
-        assert prompt["tolerance"] == parity.FACTOR * prompt["float32_error"] > parity.FLOOR
+        assert prompt["tolerance"] == tolerance.FACTOR * prompt["float32_error"] > tolerance.FLOOR
         assert prompt["logit_error_max"] <= prompt["tolerance"]
     largest = max(result["prompts"], key=lambda prompt: max(prompt["logit_error_max"], prompt["logprob_error_max"]))
     assert result["tolerance"] == largest["tolerance"]
@@ -194,7 +194,7 @@ def test_float32_that_is_far_from_float64_proves_nothing(tiny_checkpoint: Checkp
     with pytest.raises(
         ParityError, match=r"on prose its logits spread by .* own float32 error there is .*; prune less"
     ):
-        parity._allowed(base, rows, [parity._Difference(logit_max=1.0)], parity.FLOOR, "cpu")
+        parity._allowed(base, rows, [parity._Difference(logit_max=1.0)], tolerance.FLOOR, "cpu")
 
 
 def test_another_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_each_tensor_has_a_data_type_of_its_own(tmp_path: Path) -> None:
 
 def test_a_value_that_its_data_type_cannot_hold_ends_the_writing(tmp_path: Path) -> None:
     with (
-        pytest.raises(IntegrityError, match=r"^c: 7e\+04 is more than F16 can hold"),
+        pytest.raises(IntegrityError, match=r"^c: 7e\+04 is more than float16 can hold"),
         writing(tmp_path, {"c": torch.float16}) as writer,
     ):
         writer.add_slabs("c", (40, 30), [TENSORS["c"][:39], torch.full((1, 30), -7e4)])
