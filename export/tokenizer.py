@@ -13,7 +13,6 @@ from typing import Any
 
 import tokenizers
 import transformers
-from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from numprune.errors import InputError
@@ -140,6 +139,8 @@ def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
     On plain text, that is: it is known to drop a space at the beginning, and to read special tokens in a text.
     """
+    from sentencepiece import SentencePieceProcessor  # needed by few models only
+
     path = folder / _MODEL
     try:
         original = SentencePieceProcessor(model_file=str(path))

@@ -101,15 +101,6 @@ def test_tensors_keep_their_data_types_when_layers_are_dropped(tiny_checkpoint, 
     assert [name for name, dtype in dtypes.items() if dtype != torch.float16] == kept
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_too(tiny_checkpoint, tmp_path) -> None:
-    base, options = tiny_checkpoint(), PruneOptions(0.4, **UNIFORM, target=Target(align=1))
-    for name, stream in (("memory", False), ("streamed", True)):
-        prune_checkpoint(base, ROWS, options, tmp_path / name, torch.device("cuda"), stream=stream)
-    assert_same(tmp_path / "streamed", tmp_path / "memory")
-
-
 def test_a_streamed_result_can_be_streamed_again(tiny_checkpoint, tmp_path) -> None:
     first = PruneOptions(0.2, allocation="global", target=Target(align=1))
     prune_checkpoint(tiny_checkpoint(), ROWS, first, tmp_path / "once", torch.device("cpu"), stream=True)

@@ -35,22 +35,6 @@ def test_sums_of_float32_inputs_do_not_lose_more_with_more_tokens():
         torch.testing.assert_close(moments.mean, x.double().mean(0), rtol=1e-13, atol=0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_sums_on_a_gpu_are_good_to_float32_and_refuse_tf32():
-    x = inputs(count=3000, channels=2100)[0].float()
-    moments = Moments(2100, device=torch.device("cuda"))
-    moments.add(x.cuda())
-    expected = x.double().T @ x.double() / 3000
-    assert float((moments.gram.cpu() - expected).abs().max()) < 1e-6
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.raises(ValueError, match="highest"):
-            Moments(3, device=torch.device("cuda"))
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.parametrize("channels", [[0, 5], [3, 200, 255, 256, 257, 511, 512, 599], list(range(600))])
 def test_moments_of_some_channels_are_as_if_there_were_no_others(channels):
     """600 channels are summed in three strips."""

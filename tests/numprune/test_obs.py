@@ -157,17 +157,6 @@ def test_a_gram_matrix_that_is_none_is_refused():
         greedy_removal(weight, -moments(x), 1)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("c", [1, 16])
-def test_a_gpu_removes_the_same(c):
-    weight, x = problem(out=100, channels=320, samples=900)
-    order, costs = greedy_removal(weight, moments(x), c)
-    on_gpu = greedy_removal(weight.cuda(), moments(x).cuda(), c)
-    assert on_gpu[0].tolist() == order.tolist()
-    torch.testing.assert_close(on_gpu[1].cpu(), costs, rtol=1e-8, atol=0)
-
-
 def error_of(weight, gram, kept):
     """E||dy||^2, and the ridge's part, once only the channels `kept` are there and were refitted."""
     moments = damped(gram, 1e-4)

@@ -1,0 +1,8 @@
+"""The address of the command, `python -m numprune.flows.studies.gpu`."""
+
+import sys
+
+from numprune.flows.studies.gpu.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
