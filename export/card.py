@@ -4,6 +4,7 @@ It takes the place of the base's own card, whose figures are those of the dense 
 both: licence, language and the base's name on the hub.
 """
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import vllm
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
+from numprune.export.precision import name_of
 from numprune.modeling import AUTO_OF
 from numprune.plans import Plan
 
@@ -25,6 +27,8 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
 _PER_LAYER = "per-layer-sizes"
 _QUALITY = "## Quality\n"
+_PRECISION = "stored in"
+_KV = "KV cache per token"
 _UNMEASURED = """\
 Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
 """
@@ -58,6 +62,19 @@ def with_quality(card: str, quality: str) -> str:
     if not found or not following:
         raise IntegrityError(f"{CARD}: not a card that numprune wrote: it lacks a section {_QUALITY.strip()!r}")
     return f"{before}{quality.strip()}\n{following}{rest}"
+
+
+def set_precision(folder: Path) -> None:
+    """Have the card of a checkpoint of ours, where there is one, say in which precision its weights are stored now."""
+    path = folder / CARD
+    if not (folder / PLAN).is_file() or not path.is_file():
+        return
+    config = read_config(folder)
+    kv_bytes = budget_of(read_anatomy(config)).kv_bytes_per_token
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(rf"^\| {_PRECISION} \| .* \|$", _row(_PRECISION, name_of(config.dtype)), text, flags=re.M)
+    text = re.sub(rf"^(\| {_KV} \| .* →) [\d,]+ bytes \|$", rf"\1 {kv_bytes:,} bytes |", text, flags=re.M)
+    path.write_text(text, encoding="utf-8")
 
 
 def hub_id(folder: Path) -> str | None:
@@ -94,20 +111,25 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
         ("training after pruning", "none"),
         ("kept units", f"[{PLAN}]({PLAN})"),
+        (_PRECISION, name_of(config.dtype)),
     ]
     if before.kv_bytes_per_token:
-        rows.append(("KV cache per token", f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"))
+        rows.append((_KV, f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"))
     return "\n".join(
         [
             f"---\n{header.to_yaml()}\n---",
             f"# {shown}, pruned\n",
             f"Made by numprune: structured pruning, so the model is smaller in any runtime; {licence}.\n",
             "| | |\n| --- | --- |",
-            *(f"| {key} | {value} |" for key, value in rows),
+            *(_row(key, value) for key, value in rows),
             f"\n{_QUALITY}\n{_UNMEASURED}",
             _use(AUTO_OF[task].__name__, per_layer) + _serve(folder),
         ]
     )
+
+
+def _row(key: str, value: str) -> str:
+    return f"| {key} | {value} |"
 
 
 def _use(auto_class: str, per_layer: bool) -> str:

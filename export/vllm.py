@@ -5,19 +5,23 @@ vLLM truncates weights that are larger than the configuration says, without an e
 serve with a bare assertion once it is started. Both are found here instead.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from pydantic import JsonValue
 
 from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest, vllm_pooling
+from numprune.export import checkpoint, manifest, precision, vllm_pooling
+from numprune.export.config import write_config
+from numprune.export.shards import writing
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import read_tensor
+from numprune.export.weights import TensorHeader, read_tensor, slabs
 from numprune.families import FAMILIES
 from numprune.target import not_split
 
@@ -25,25 +29,51 @@ from numprune.target import not_split
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
-def export(source: Path, out: Path, *, shard_size: str = "5GB") -> manifest.Manifest:
-    """Write the checkpoint `source` to the new folder `out`, tensors as they are, in shards of at most `shard_size`.
+def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | None = None) -> manifest.Manifest:
+    """Write the checkpoint `source` to the new folder `out`, in shards of at most `shard_size`.
+
+    Args:
+        shard_size: a number with KB, MB or GB.
+        dtype: that every tensor is cast to, a name of `precision.DTYPES`; None: each stays as it is.
 
     Raises:
         InputError: `out` exists, vLLM has no class for the architecture, or would read the tokenizer differently.
-        IntegrityError: a tensor is not what the configuration says, before or after.
+        IntegrityError: a tensor is not what the configuration says, before or after, or has a value that is too large
+            for `dtype`.
     """
     config = checkpoint.read_config(source)
-    facts: dict[str, JsonValue] = {"shard_size": shard_size, **serving_facts(source)}
+    facts: dict[str, JsonValue] = {
+        "shard_size": shard_size,
+        "dtype": dtype or precision.name_of(config.dtype),
+        **serving_facts(source),
+    }
     headers = checkpoint.audit(source)
     if problem := other_reading(source):
         raise InputError(problem)
     parents = {"checkpoint": manifest.folder_digest(source)}
     with manifest.creating(out, kind="vllm", parents=parents, facts=facts) as folder:
-        tensors = {name: read_tensor(header) for name, header in headers.items()}
-        save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
+        if dtype is None:
+            tensors = {name: read_tensor(header) for name, header in headers.items()}
+            save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
+        else:
+            _cast(headers, folder, precision.DTYPES[dtype], shard_size)
         checkpoint.copy_around_weights(config, source, folder)
+        if dtype is not None:
+            config.dtype = precision.DTYPES[dtype]
+            write_config(config, source, folder)
+            from numprune.export import card  # which imports this module
+
+            card.set_precision(folder)
         checkpoint.audit(folder)
     return manifest.read(out)
+
+
+def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+    """Write every tensor in `dtype`, a stretch of rows in memory at a time."""
+    shard_bytes = int(shard_size[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[shard_size[-2:]]
+    with writing(folder, dict.fromkeys(headers, dtype), shard_bytes) as writer:
+        for name, header in headers.items():
+            writer.add_slabs(name, header.shape, slabs(header))
 
 
 def serving_facts(folder: Path) -> dict[str, JsonValue]:

@@ -30,7 +30,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
 from numprune.export.tasks import load_task
-from numprune.flows.names import ExportFormat
+from numprune.flows.names import Dtype, ExportFormat
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import text as texts
@@ -242,13 +242,16 @@ def evaluate(
     return found
 
 
-def export_checkpoint(source: str | Path, out: str | Path, *, to: ExportFormat) -> dict[str, Any]:
+def export_checkpoint(
+    source: str | Path, out: str | Path, *, to: ExportFormat, dtype: Dtype = "auto"
+) -> dict[str, Any]:
     """Export a checkpoint and prove that the export computes what the checkpoint computes.
 
     Args:
         source: a checkpoint folder, for example one that `save` wrote.
         out: a folder that does not exist yet; it appears once parity is proved.
         to: "vllm", "onnx" or "tensorrt".
+        dtype: "float32", "bfloat16", "float16", or "auto": as it is stored, and float32 for runtimes on a CPU.
 
     Returns:
         The figures of the parity check.
@@ -258,7 +261,7 @@ def export_checkpoint(source: str | Path, out: str | Path, *, to: ExportFormat) 
         MissingRuntime: the target's libraries are not installed.
         ParityError: the export computes something else.
     """
-    _, proof = exports.export_and_prove(checkpoint.resolve(source), Path(out), to)
+    _, proof = exports.export_and_prove(checkpoint.resolve(source), Path(out), to, dtype)
     return proof
 
 

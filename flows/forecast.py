@@ -9,7 +9,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.documents import Reading
-from numprune.export import checkpoint
+from numprune.export import checkpoint, precision
 from numprune.export.tasks import load_task
 from numprune.flows import optimize, runs, stages
 from numprune.flows.recipe import Recipe
@@ -32,7 +32,11 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     anatomy = read_anatomy(checkpoint.read_config(run.base.path))
     text = _text(run)
     results = known_results(anatomy, prune_options(recipe))
-    weights = checkpoint.weight_bytes(run.base.path)
+    weights = cast = checkpoint.weight_bytes(run.base.path)
+    if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
+        bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize
+        results = [dataclasses.replace(result, bytes_per_value=bytes_per_value) for result in results]
+        cast = weights * bytes_per_value // anatomy.bytes_per_value
     return {
         "recipe": recipe.digest,
         "model": str(run.base.path),
@@ -40,8 +44,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "drop_layers": recipe.prune.drop_layers,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
-        "after": [_after(result, anatomy, weights) for result in results]
-        or [_aim(anatomy, recipe.prune.ratio, weights)],
+        "after": [_after(result, anatomy, cast) for result in results] or [_aim(anatomy, recipe.prune.ratio, cast)],
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),

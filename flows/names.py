@@ -16,6 +16,7 @@ DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-ch
 ExportFormat = Literal["vllm", "onnx", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # In which an export is proved.
 RUNTIME_OF_EXPORT: dict[str, str] = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}

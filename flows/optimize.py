@@ -211,12 +211,13 @@ def prune(run: Run, calibration: StageResult) -> StageResult:
 def export(run: Run, export_format: str, source: Artifact, side: str) -> StageResult:
     asked, load = run.recipe.export, run.recipe.benchmark
     by_format: dict[str, dict[str, Any]] = {
-        "vllm": {"shard_size": asked.shard_size},
-        "onnx": {"opset": asked.opset},
+        "vllm": {"shard_size": asked.shard_size, "dtype": None if asked.dtype == "auto" else asked.dtype},
+        "onnx": {"opset": asked.opset, "dtype": run.precision.get("onnxruntime")},
         # An engine is built for sizes up to these, and for one kind of GPU.
         "tensorrt": {
             "max_batch": max(8, load.batch_size),
             "max_length": max(1024, load.prompt_length + load.output_length),
+            "dtype": run.precision.get("tensorrt"),
         },
     }
     machine = {**run.machine} if export_format == "tensorrt" else {}
@@ -334,6 +335,8 @@ def gate(
         "report",
         "steps.report.make_report",
         inputs={
+            "base": run.base.digest,
+            "candidate": candidate.digest,
             "pruned": pruned.digest,
             "quality": quality.digest,
             **{
@@ -343,6 +346,8 @@ def gate(
             },
         },
         sources={
+            "base": run.base.path,
+            "candidate": candidate.path,
             "pruned": pruned.path,
             "quality": quality.path,
             "benchmarks": {runtime: [look.path for look in looks] for runtime, looks in benchmarks.items()},
@@ -406,6 +411,7 @@ def _benchmark_key(run: Run, runtime: str, candidate: Artifact, baseline: Artifa
         "options": {
             "runtime": runtime,
             "device": asked.device,
+            "dtype": run.precision[runtime],
             "load": asked.load(runtime, run.task),
             "machine": {**run.machine},
             "look": look,

@@ -26,6 +26,7 @@ from numprune.flows.names import (
     Compensation,
     Criterion,
     Device,
+    Dtype,
     ExportFormat,
     Runtime,
 )
@@ -159,11 +160,15 @@ class Target(Section):
 
 
 class Export(Section):
-    """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it."""
+    """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it.
+
+    `dtype`: of the exports, and what both sides of a benchmark compute in; see numprune.export.precision.choose.
+    """
 
     targets: Annotated[list[ExportFormat], AfterValidator(_distinct)] = ["vllm", "onnx"]
     shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
     opset: Literal[20, 23] = 23
+    dtype: Dtype = "auto"
 
 
 class Evaluate(Section):

@@ -31,6 +31,7 @@ class Run:
         texts: digests of the recipe's text, "calibration" and "heldout".
         device: on which the model is calibrated and evaluated, cpu or cuda.
         uses_gpu: anything at all runs on a GPU.
+        precision: what each runtime that is exported for or benchmarked computes in, on both sides.
         machine: where timings are taken.
         record: the folder in which the run is recorded.
     """
@@ -42,6 +43,7 @@ class Run:
     texts: dict[str, str]
     device: str
     uses_gpu: bool
+    precision: dict[str, str]
     machine: dict[str, str]
     record: Path | None = None
 

@@ -87,10 +87,11 @@ def _fetch(opened: Registry, version: Version, folder: Path) -> None:
 
 def _audit(checkpoint: Path) -> str:
     """The precision of the stored weights, whose shapes are those of the configuration. Raises IntegrityError."""
-    from numprune.export.checkpoint import audit, read_config  # the tensor libraries
+    from numprune.export import precision  # the tensor libraries
+    from numprune.export.checkpoint import audit
 
     audit(checkpoint)
-    return str(read_config(checkpoint).dtype or "float32").removeprefix("torch.")
+    return precision.stored(checkpoint)
 
 
 def choose_dtype(deployment: Deployment, asked: str) -> str:

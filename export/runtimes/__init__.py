@@ -7,6 +7,7 @@ float32 on the CPU when a call returns, so its wall-clock time is all it cost.
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from numprune.errors import InputError
@@ -39,6 +40,19 @@ class Runtime(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON for a report: dtype, device, threads, versions, weight_bytes, kv_bytes_per_token."""
+
+
+def device_of(name: str, device: str = "auto") -> str:
+    """Where a runtime would run: "cpu" or "cuda". Of one that is not installed, `open_runtime` says so."""
+    if name == "tensorrt":
+        return "cuda"
+    if name != "onnxruntime":
+        return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        from numprune.export.runtimes.ort import CUDA, choose_provider
+    except ImportError:
+        return "cpu"
+    return "cuda" if choose_provider(device) == CUDA else "cpu"
 
 
 def open_runtime(

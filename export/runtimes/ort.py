@@ -60,7 +60,7 @@ def open_export(folder: Path, device: str, threads: int | None) -> Opened:
     found = manifest.read(folder)
     if found.kind != "onnx":
         raise InputError(f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`")
-    provider = _choose_provider(device)
+    provider = choose_provider(device)
     threads = threads or processors.quota()
     session = _open(folder / MODEL_FILE, provider, threads)
     if provider == CUDA:
@@ -126,7 +126,8 @@ class OnnxRuntime:
         return torch.from_numpy(logits.numpy())
 
 
-def _choose_provider(device: str) -> str:
+def choose_provider(device: str) -> str:
+    """The execution provider for "cpu", "cuda" or "auto". Raises MissingRuntime."""
     available = CUDA in ort.get_available_providers()
     if device == "cuda" and not available:
         raise MissingRuntime(

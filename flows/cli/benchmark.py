@@ -40,6 +40,13 @@ def add(commands: Subcommands) -> None:
         help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
     )
     add_choice(parser, "--runtime", get_args(names.Runtime), None, "in which both are run")
+    add_choice(
+        parser,
+        "--dtype",
+        get_args(names.Dtype),
+        "auto",
+        "that both compute in; auto: as the candidate is stored, except in torch and ONNX Runtime on a CPU: float32",
+    )
     parser.add_argument(
         "--text",
         nargs="+",
@@ -147,6 +154,7 @@ def benchmark(args: argparse.Namespace) -> Answer:
         args.text,
         args.sequence_length,
         how,
+        dtype=args.dtype,
         **more,
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))

@@ -42,6 +42,13 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     add_choice(parser, "--to", get_args(names.ExportFormat), None, "what to write")
+    add_choice(
+        parser,
+        "--dtype",
+        get_args(names.Dtype),
+        "auto",
+        "of weights, KV cache and hidden states; auto: as it is stored, for ONNX float32 where there is no GPU",
+    )
 
 
 def inspect(args: argparse.Namespace) -> Answer:
@@ -189,16 +196,18 @@ def export(args: argparse.Namespace) -> Answer:
     must_not_exist(args.out)
     manifest.sweep(args.out.parent)
     source = checkpoint.resolve(args.checkpoint)
-    made, proof = export_and_prove(source, args.out, args.to)
+    made, proof = export_and_prove(source, args.out, args.to, args.dtype)
     data = {
         "out": str(args.out),
         "target": args.to,
+        "dtype": made.facts["dtype"],
         "digest": made.digest,
         "bytes": sum(entry.size for entry in made.files.values()),
         "files": sorted(made.files),
         "parity": proof,
     }
-    return Answer(data, f"{args.out}: {args.to}, {len(made.files)} files, {size(data['bytes'])}; parity proved")
+    amount = f"{len(made.files)} files, {size(data['bytes'])}"
+    return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity proved")
 
 
 def _quality_line(data: dict[str, Any]) -> str:

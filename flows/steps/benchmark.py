@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from numprune.anatomy import read_anatomy
-from numprune.budget import budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export.checkpoint import audit, check_finite, read_config, resolve, weight_bytes
+from numprune.export import precision
+from numprune.export.checkpoint import audit, check_finite, resolve
 from numprune.export.manifest import folder_digest
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.flows.names import CAUSAL_LM, EXPORT_OF_RUNTIME
 from numprune.flows.steps.evaluate import compare_checkpoints
-from numprune.flows.steps.export import export
-from numprune.flows.steps.prune import device_of, stored_dtype
-from numprune.flows.steps.report import assemble
+from numprune.flows.steps.export import cast_to, export, precision_of
+from numprune.flows.steps.prune import device_of
+from numprune.flows.steps.report import assemble, sizes
 from numprune.flows.steps.text import heldout_rows
 from numprune.generation import PROMPTS
 from numprune.serving.benchmark import EncoderLoad, load_of, run_benchmark
@@ -37,18 +36,20 @@ def make_benchmark(
     baseline: Path,
     runtime: str,
     device: str,
+    dtype: str,
     load: dict[str, Any],
     machine: dict[str, str],
     look: int,
 ) -> dict[str, Any]:
     """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
 
-    `machine` is where: timings of another one are another stage. So is another `look`: the same, measured once more.
+    `dtype` is what both sides compute in. `machine` is where: timings of another one are another stage. So is another
+    `look`: the same, measured once more.
     """
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
-        return run_served({"candidate": candidate}, baseline, environment.find(), served)["candidate"]
-    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device)
+        return run_served({"candidate": candidate}, baseline, environment.find(), served, dtype=dtype)["candidate"]
+    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device, dtype=dtype)
 
 
 def benchmark_report(
@@ -59,6 +60,7 @@ def benchmark_report(
     length: int | None,
     reading: Reading,
     *,
+    dtype: str = precision.AUTO,
     vllm: Environment | None = None,
     served: ServedLoad | None = None,
     shapes: Mapping[str, Any] | None = None,
@@ -66,6 +68,7 @@ def benchmark_report(
     """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
 
     Args:
+        dtype: that both sides compute in; `precision.AUTO`: by what the candidate is stored in.
         vllm, served: for the runtime "vllm".
         shapes: fields of EncoderLoad, for encoders.
 
@@ -76,6 +79,7 @@ def benchmark_report(
     load = None if task.name == CAUSAL_LM else encoder_load(task.name, runtime, shapes or {})
     if task.name == CAUSAL_LM and shapes:
         raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, and it is a decoder")
+    chosen = precision_of(sides["candidate"], runtime, dtype)
     for folder in sides.values():
         check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
     rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
@@ -92,13 +96,15 @@ def benchmark_report(
         if export_format is not None:
             for name, folder in sides.items():
                 logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, export_format, name)
-                made = export(folder, Path(scratch) / name, export_format)
+                made = export(folder, Path(scratch) / name, export_format, dtype=cast_to(export_format, chosen, dtype))
                 sides[name] = Path(scratch) / name
             identity["exports"] = {export_format: made.digest}
         if vllm is not None:
-            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, served)["candidate"]
+            found = run_served({"candidate": sides["candidate"]}, sides["baseline"], vllm, served, dtype=chosen)[
+                "candidate"
+            ]
         else:
-            found = run_benchmark(sides["candidate"], sides["baseline"], runtime, load)
+            found = run_benchmark(sides["candidate"], sides["baseline"], runtime, load, dtype=chosen)
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
 
 
@@ -110,19 +116,3 @@ def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderL
             f"{' and '.join(ENCODER_RUNTIMES)}"
         )
     return EncoderLoad(**fields)
-
-
-def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
-    """The report's section `sizes` of two checkpoints."""
-    one, other = (budget_of(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
-    return {
-        "dtype": {"baseline": stored_dtype(baseline), "candidate": stored_dtype(candidate)},
-        "parameters": {"baseline": one.parameters, "candidate": other.parameters},
-        "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
-        **(
-            {"kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token}}
-            if one.kv_bytes_per_token
-            else {}
-        ),
-        "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
-    }

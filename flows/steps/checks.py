@@ -23,10 +23,11 @@ from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
-from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORT_OF_RUNTIME
+from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORT_OF_RUNTIME, RUNTIME_OF_EXPORT
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
+from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
 from numprune.options import PruneOptions, check_options
@@ -62,6 +63,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         },
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
+        precision=precisions(recipe, base),
         machine={
             "node": platform.node(),
             "cores": str(processors.count()),
@@ -109,6 +111,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("export.targets and benchmark.runtimes", check_settings, config)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
+        collect("export.dtype", precisions, recipe, base)
         problems += _lengths(recipe, anatomy.context, anatomy.task)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
@@ -145,6 +148,15 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
 def model_folder(path: str) -> Path:
     """The folder of a recipe's model. Raises InputError."""
     return EMBEDDED_FOLDER / "model" if path == EMBEDDED else resolve(path)
+
+
+def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
+    """Runtime -> the precision that it computes in. Raises InputError where it does not in the one asked for."""
+    exported = {name if name == "vllm" else RUNTIME_OF_EXPORT[name] for name in recipe.export.targets}
+    return {
+        runtime: precision_of(base, runtime, recipe.export.dtype, recipe.benchmark.device)
+        for runtime in sorted({*exported, *recipe.benchmark.runtimes})
+    }
 
 
 def prune_options(recipe: Recipe) -> PruneOptions:

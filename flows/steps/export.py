@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError
-from numprune.export import manifest, parity, parity_encoder, temporary
+from numprune.export import manifest, parity, parity_encoder, precision, temporary
+from numprune.export.runtimes import device_of
 from numprune.export.tasks import load_task
 from numprune.flows.bundle import folder_name
 from numprune.flows.names import RUNTIME_OF_EXPORT
@@ -27,22 +28,38 @@ def export(source: Path, out: Path, export_format: str, **options: Any) -> manif
     raise InputError(f"the export format is {export_format!r}; it must be one of vllm, onnx, tensorrt")
 
 
-def export_and_prove(source: Path, out: Path, export_format: str) -> tuple[manifest.Manifest, dict[str, Any]]:
+def export_and_prove(
+    source: Path, out: Path, export_format: str, dtype: str = precision.AUTO
+) -> tuple[manifest.Manifest, dict[str, Any]]:
     """Write an export to the new folder `out`, which appears only after its parity is proved.
 
     Raises InputError, IntegrityError, MissingRuntime, ParityError.
     """
+    chosen = precision_of(source, RUNTIME_OF_EXPORT[export_format] if export_format != "vllm" else "vllm", dtype)
     with temporary.beside(out) as folder:
-        export(source, folder / "export", export_format)
+        export(source, folder / "export", export_format, dtype=cast_to(export_format, chosen, dtype))
         proof = prove(source, folder / "export", RUNTIME_OF_EXPORT[export_format])
         temporary.move(folder / "export", out)
     return manifest.read(out), proof
 
 
+def precision_of(source: Path, runtime: str, asked: str, device: str = "auto") -> str:
+    """The precision in which `runtime` is to compute the checkpoint `source`. Raises InputError, MissingRuntime."""
+    return precision.choose(asked, precision.stored(source), runtime, device_of(runtime, device))
+
+
+def cast_to(export_format: str, chosen: str, asked: str) -> str | None:
+    """The precision to export in; None for a checkpoint that stays as it is, tensor by tensor."""
+    return None if export_format == "vllm" and asked == precision.AUTO else chosen
+
+
 def prove(reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
     """`candidate` in `runtime` computes what `reference` does: what was compared. Raises ParityError."""
     kind = parity if load_task(reference).name == "causal-lm" else parity_encoder
-    return dict(kind.check(reference, candidate, runtime))
+    before, after = precision.stored(reference), precision.stored(candidate)
+    # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
+    dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
+    return dict(kind.check(reference, candidate, runtime, dtype=dtype))
 
 
 def make_export(

@@ -31,7 +31,7 @@ from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import dtypes_of, main_dtype, read_headers
+from numprune.export.weights import dtypes_of
 from numprune.flows.bundle import CHECKPOINT
 from numprune.flows.steps.text import load_calibration
 from numprune.layers import Layers, ModelLayers
@@ -49,11 +49,6 @@ def device_of(device: str) -> torch.device:
     """The device that "auto" means here, or the one asked for."""
     available = torch.cuda.is_available()
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
-
-
-def stored_dtype(folder: Path) -> str:
-    """The data type of a checkpoint's weights, as a report names it."""
-    return str(main_dtype(read_headers(folder))).removeprefix("torch.")
 
 
 def prune_checkpoint(
@@ -93,8 +88,6 @@ def prune_checkpoint(
         "before": dataclasses.asdict(budgets[0]),
         "after": dataclasses.asdict(budgets[1]),
         "prunable_ratio_removed": 1 - budgets[1].prunable_parameters / budgets[0].prunable_parameters,
-        "dtype_before": stored_dtype(base),
-        "dtype_after": stored_dtype(out),
         "weight_bytes_before": weight_bytes(base),
         "weight_bytes_after": weight_bytes(out),
         "plan": hashlib.sha256((out / PLAN).read_bytes()).hexdigest(),

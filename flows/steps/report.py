@@ -6,6 +6,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
+from numprune.export import precision
+from numprune.export.checkpoint import read_config, weight_bytes
 from numprune.flows.stages import read_facts
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
@@ -73,21 +77,27 @@ def pruning_section(options: Mapping[str, Any], pruned: Mapping[str, Any]) -> di
     }
 
 
-def sizes_section(pruned: Mapping[str, Any]) -> dict[str, Any]:
-    before, after = pruned["before"], pruned["after"]
-    pairs = {
-        key: {"baseline": before[key], "candidate": after[key]}
-        for key in ("parameters", "kv_bytes_per_token", "flops_per_token")
-        if before[key]
+def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
+    """The report's section `sizes` of two checkpoints, as they are stored."""
+    one, other = (budget_of(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
+    return {
+        "dtype": {"baseline": precision.stored(baseline), "candidate": precision.stored(candidate)},
+        "parameters": {"baseline": one.parameters, "candidate": other.parameters},
+        "weight_bytes": {"baseline": weight_bytes(baseline), "candidate": weight_bytes(candidate)},
+        **(
+            {"kv_bytes_per_token": {"baseline": one.kv_bytes_per_token, "candidate": other.kv_bytes_per_token}}
+            if one.kv_bytes_per_token
+            else {}
+        ),
+        "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
     }
-    for key in ("dtype", "weight_bytes"):
-        pairs[key] = {"baseline": pruned[f"{key}_before"], "candidate": pruned[f"{key}_after"]}
-    return pairs
 
 
 def make_report(
     out: Path,
     *,
+    base: Path,
+    candidate: Path,
     pruned: Path,
     quality: Path,
     benchmarks: dict[str, list[Path]],
@@ -101,6 +111,7 @@ def make_report(
     """Stage: report.json, report.md, report.html and junit.xml, with the verdict.
 
     Args:
+        base, candidate: checkpoints: what was pruned, and what is released.
         pruned, quality, benchmarks: stages; the last by runtime, every look.
         prune: the options that were asked for.
         policy: the gates.
@@ -108,7 +119,7 @@ def make_report(
     facts = read_facts(pruned)
     sections = {
         "pruning": pruning_section(prune, facts),
-        "sizes": sizes_section(facts),
+        "sizes": sizes(base, candidate),
         "quality": read_facts(quality),
         "parity": parity,
     }

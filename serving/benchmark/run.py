@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from numprune.errors import InputError
+from numprune.export.precision import FLOAT32
 from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
@@ -31,6 +32,7 @@ def run_benchmark(
     *,
     device: str = "auto",
     threads: int | None = None,
+    dtype: str = FLOAT32,
     timeout_s: float = 600.0,
 ) -> dict[str, Any]:
     """Measure both, interleaved A B B A …, and return plain JSON:
@@ -45,7 +47,7 @@ def run_benchmark(
     Args:
         candidate: a folder that `runtime` opens.
         baseline: another one; it may be the same, for a look at the noise.
-        runtime: as for `numprune.export.runtimes.open_runtime`, like `device` and `threads`.
+        runtime: as for `numprune.export.runtimes.open_runtime`, like `device`, `threads` and `dtype`.
         load: what to do, for decoders or for encoders; `Load()` without it.
         timeout_s: a single answer of a worker (loading the model, one repeat) may take so long.
 
@@ -73,6 +75,7 @@ def run_benchmark(
                 runtime=runtime,
                 device=device,
                 threads=threads,
+                dtype=dtype,
                 encoder=isinstance(load, EncoderLoad),
             )
             for name, worker in workers.items()

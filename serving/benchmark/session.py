@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 import numprune.export.checkpoint  # noqa: F401 - slow: now, while the other worker starts too, not within `load`
+from numprune.export.precision import FLOAT32
 from numprune.export.runtimes import Runtime, open_runtime
 from numprune.export.runtimes.encoder import Encoder, open_encoder
 from numprune.serving.benchmark.encoding import encode
@@ -41,14 +42,16 @@ class Session:
             "finish": self.finish,
         }
 
-    def load(self, folder: str, runtime: str, device: str, threads: int | None, encoder: bool = False) -> Answer:
+    def load(
+        self, folder: str, runtime: str, device: str, threads: int | None, dtype: str = FLOAT32, encoder: bool = False
+    ) -> Answer:
         """Load the model, a decoder or an encoder. Raises what `open_runtime` does."""
         opening = open_encoder if encoder else open_runtime
         before = resident_bytes()
         resident = PeakResident()
         on_gpu = _watch_gpu(runtime) if device != "cpu" and torch.cuda.is_available() else None
         started = perf_counter()
-        self._runtime = opening(runtime, Path(folder), device=device, threads=threads)
+        self._runtime = opening(runtime, Path(folder), device=device, threads=threads, dtype=dtype)
         seconds = perf_counter() - started
 
         description = self._runtime.describe()

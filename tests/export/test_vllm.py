@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
+from numprune.export.weights import read_headers, read_tensor
 from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -97,3 +98,30 @@ def test_dense_weights_beside_a_pruned_configuration_are_refused(tiny_checkpoint
     (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(IntegrityError, match=r"mlp\.down_proj\.weight has shape \[64, 96\]"):
         vllm.export(source, tmp_path / "out")
+
+
+def test_a_checkpoint_is_cast_and_says_so_everywhere(tiny_checkpoint, tmp_path):
+    source, out = tiny_checkpoint(), tmp_path / "out"
+    (source / checkpoint.PLAN).write_text("{}", encoding="utf-8")
+    (source / "README.md").write_text(
+        "| stored in | float32 |\n| KV cache per token | 1,024 → 512 bytes |\n", encoding="utf-8"
+    )
+    made = vllm.export(source, out, shard_size="100KB", dtype="bfloat16")
+    assert made.facts["dtype"] == "bfloat16"
+    stored = read_headers(out)
+    before = read_headers(source)
+    assert stored.keys() == before.keys()
+    for name, header in stored.items():
+        assert torch.equal(read_tensor(header), read_tensor(before[name]).to(torch.bfloat16))
+    content = json.loads((out / "config.json").read_text())
+    assert content["dtype"] == content["torch_dtype"] == "bfloat16"
+    assert (out / "README.md").read_text() == "| stored in | bfloat16 |\n| KV cache per token | 1,024 → 256 bytes |\n"
+    assert checkpoint.weight_bytes(out) == checkpoint.weight_bytes(source) / 2
+
+
+def test_a_cast_that_overflows_names_the_tensor(tmp_path):
+    model = build_tiny()
+    model.model.norm.weight.data[3] = 1e5
+    with pytest.raises(IntegrityError, match=r"^model\.norm\.weight: 1e\+05 is more than float16 can hold"):
+        vllm.export(write_checkpoint(model, tmp_path / "base"), tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError, NumpruneError
-from numprune.export import manifest, processors, vllm
+from numprune.export import manifest, precision, processors, vllm
 from numprune.export.checkpoint import audit, read_config
 from numprune.progress import Progress
 from numprune.serving.benchmark.contention import Contention, StolenTime
@@ -40,6 +40,7 @@ def run_served(
     environment: Environment,
     load: ServedLoad | None = None,
     *,
+    dtype: str | None = None,
     options: Sequence[str] = (),
     startup_timeout_s: float = STARTUP_S,
 ) -> dict[str, dict[str, Any]]:
@@ -52,6 +53,7 @@ def run_served(
         candidates: by name, checkpoints that vLLM loads; not empty.
         baseline: a checkpoint with the same vocabulary.
         environment: that has vLLM.
+        dtype: that all sides compute in; None: each in that of its stored weights.
         options: of vLLM, for every server.
         startup_timeout_s: a server may take so long to become ready.
 
@@ -70,7 +72,8 @@ def run_served(
     if BASELINE in candidates or not candidates:
         raise ValueError(f"candidates need names of their own, got {list(candidates)}")
     configs = _check(folders, load)
-    dtypes = {name: str(config.dtype or "float32").removeprefix("torch.") for name, config in configs.items()}
+    # Said to vLLM in any case: left to itself, it would halve float32.
+    dtypes = {name: dtype or precision.name_of(config.dtype) for name, config in configs.items()}
     common = [*_common_options(environment, load, len(folders)), *options]
     variables = _threads(environment)
     with ExitStack() as stack:
@@ -83,7 +86,7 @@ def run_served(
                 name=name,
                 options=[*_needs(folder, configs[name]), *common],
                 env=variables,
-                dtype=dtypes[name],  # as it is stored: vLLM would halve float32
+                dtype=dtypes[name],
                 startup_timeout_s=startup_timeout_s,
             )
             sides.append(side_of(name, folder, stack.enter_context(server), on_gpu=not environment.cpu))
