@@ -29,16 +29,20 @@ from numprune.export.precision import name_of
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
 from numprune.export.weights import (
+    QuantizedHeader,
     TensorHeader,
     current_name,
     dtypes_of,
     main_dtype,
     read_headers,
+    read_rows,
     slabs,
     weight_bytes,
 )
 from numprune.modeling import AUTO_OF
+from numprune.quantization import Scheme, round_inputs_of
 from numprune.renumber import renumber_tensors
+from numprune.surgery import skeleton
 
 __all__ = [
     "PLAN",
@@ -49,8 +53,10 @@ __all__ = [
     "load",
     "load_tokenizer",
     "put_together",
+    "quantized",
     "read_config",
     "resolve",
+    "round_inputs",
     "save",
     "save_around_weights",
     "stored_names",
@@ -88,14 +94,26 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
         IntegrityError: what is stored is not what the configuration says (see `audit`), or is not finite.
     """
     folder = resolve(model)
-    audit(folder)
+    stored = audit(folder)
     tokenizer = load_tokenizer(folder)
     config = read_config(folder)
+    loaded = _dequantized(config, stored, dtype) if quantized(stored) else _stock(folder, config, dtype)
+    loaded.eval()
+    for name, parameter in loaded.named_parameters():
+        if not torch.isfinite(parameter).all():
+            where = "" if dtype == torch.float32 else f" in {name_of(dtype)}; use bfloat16 or float32"
+            raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite{where}")
+    check_vocabulary(folder, tokenizer, loaded.config)
+    return loaded, tokenizer
+
+
+def _stock(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Read a model as transformers does."""
     task = task_name(config)
     # The folder's generation settings, which need not even be valid, are not read.
     generation = {"generation_config": GenerationConfig()} if task == "causal-lm" else {}
     with _without_bars():
-        loaded = AUTO_OF[task].from_pretrained(
+        loaded: PreTrainedModel = AUTO_OF[task].from_pretrained(
             folder,
             config=config,
             **generation,
@@ -105,13 +123,34 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
             local_files_only=True,
             trust_remote_code=False,
         )
-    loaded.eval()
-    for name, parameter in loaded.named_parameters():
-        if not torch.isfinite(parameter).all():
-            where = "" if dtype == torch.float32 else f" in {name_of(dtype)}; use bfloat16 or float32"
-            raise IntegrityError(f"{folder}: {name} has values that are NaN or infinite{where}")
-    check_vocabulary(folder, tokenizer, loaded.config)
-    return loaded, tokenizer
+    return loaded
+
+
+def _dequantized(config: Any, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
+    """Read a quantized model: what it computes with in floating point, inputs rounded where its scheme rounds them."""
+    model = skeleton(config)
+    tied = model.all_tied_weights_keys
+    found = {name: parts for name, parts in stored_names(model).items() if name not in tied}
+    state: dict[str, Tensor] = {}
+    for parts in found.values():
+        state |= put_together(model, {part: read_rows(stored[part]).to(dtype) for part in parts})
+    model.load_state_dict(state, strict=False, assign=True)  # all are there: `audit` has compared the names
+    model.tie_weights()
+    round_inputs(model, quantized(stored))
+    if model.can_generate():
+        model.generation_config = GenerationConfig()
+    return model
+
+
+def quantized(stored: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
+    """Return the quantized ones among the stored weights, with their scheme."""
+    return {name: header.scheme for name, header in stored.items() if isinstance(header, QuantizedHeader)}
+
+
+def round_inputs(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
+    """Have the layers of these weights round their inputs, where their scheme does."""
+    for name, scheme in schemes.items():
+        round_inputs_of(model.get_submodule(name.removesuffix(".weight")), scheme)
 
 
 @contextmanager

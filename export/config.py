@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.errors import InputError
-from numprune.export import files
+from numprune.export import compressed_tensors, files
 from numprune.export.weights import has_weights, main_dtype, read_headers
 from numprune.surgery import pruned_config
 
@@ -18,6 +18,9 @@ _ADAPTER = "adapter_config.json"
 
 def read_config(folder: Path) -> Any:
     """The configuration of a supported architecture. Its dtype is that of the stored weights, where there are any.
+
+    What it says of quantization is left out: how weights are stored is the folder's business (compressed_tensors.py),
+    and what is read from it is a model in floating point.
 
     A Llama whose heads do not divide the hidden size is read as the same network's Mistral configuration, which
     transformers does not refuse.
@@ -35,12 +38,15 @@ def read_config(folder: Path) -> Any:
     if not path.exists():
         raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
     content = files.read_object(path)
+    compressed_tensors.scheme_of(content)  # refuses all others
     try:
         config = _parse(folder, content)
     except InputError:
         raise
     except Exception as error:  # whatever a malformed file makes transformers raise, it is the file that is at fault
         raise InputError(f"{path}: transformers cannot read it: {reason(error)}") from error
+    if hasattr(config, compressed_tensors.CONFIG_FIELD):
+        delattr(config, compressed_tensors.CONFIG_FIELD)
     read_anatomy(config)
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < 1:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest
+from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
@@ -60,6 +60,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
     """
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
+    compressed_tensors.refuse_quantized(source, "ONNX")
     config = checkpoint.read_config(source)
     check_config(config)
     direct = writes(config)

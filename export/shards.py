@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from numprune.export.precision import cast
-from numprune.export.weights import DTYPES, INDEX, SINGLE
+from numprune.export.weights import DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 SHARD_BYTES = 5 * 10**9
 _ENTRY_BYTES = 200  # of a tensor's entry in a header, beside its name, at most
@@ -64,7 +64,9 @@ class ShardWriter:
         file = self._file or self._open_shard()
         written = 0
         for slab in slabs:
-            written += file.write(_bytes(cast(name, slab, dtype)))
+            # Values of a grid are written as they are.
+            cast_slab = slab.cpu() if _NAMES[dtype] in QUANTIZED_DTYPES else cast(name, slab, dtype)
+            written += file.write(_bytes(cast_slab))
         if written != size:
             raise ValueError(f"{name} {shape} has {size} bytes, not {written}")
         entry = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [self._filled, self._filled + size]}

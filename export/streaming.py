@@ -57,6 +57,7 @@ class CheckpointLayers:
         checkpoint.check_finite(self.stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
         self._names = checkpoint.stored_names(self._skeleton)
+        checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
         # It is filled with some rows only, and the row of padding has a part in training alone.

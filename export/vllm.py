@@ -16,12 +16,12 @@ from pydantic import JsonValue
 from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest, precision, vllm_pooling
+from numprune.export import checkpoint, compressed_tensors, manifest, precision, vllm_pooling
 from numprune.export.config import write_config
 from numprune.export.shards import writing
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import TensorHeader, read_tensor, slabs
+from numprune.export.weights import TensorHeader, read_tensor, slabs, stored_parts
 from numprune.families import FAMILIES
 from numprune.target import not_split
 
@@ -37,10 +37,13 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
         dtype: that every tensor is cast to, a name of `precision.DTYPES`; None: each stays as it is.
 
     Raises:
-        InputError: `out` exists, vLLM has no class for the architecture, or would read the tokenizer differently.
+        InputError: `out` exists, vLLM has no class for the architecture, would read the tokenizer differently, or
+            it is quantized and `dtype` is given.
         IntegrityError: a tensor is not what the configuration says, before or after, or has a value that is too large
             for `dtype`.
     """
+    if dtype is not None:
+        compressed_tensors.refuse_quantized(source, f"dtype={dtype}")
     config = checkpoint.read_config(source)
     facts: dict[str, JsonValue] = {
         "shard_size": shard_size,
@@ -53,7 +56,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
     parents = {"checkpoint": manifest.folder_digest(source)}
     with manifest.creating(out, kind="vllm", parents=parents, facts=facts) as folder:
         if dtype is None:
-            tensors = {name: read_tensor(header) for name, header in headers.items()}
+            tensors = {name: read_tensor(header) for name, header in stored_parts(headers).items()}
             save_torch_state_dict(tensors, folder, max_shard_size=shard_size)
         else:
             _cast(headers, folder, precision.DTYPES[dtype], shard_size)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -11,11 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError
+from numprune.export import compressed_tensors, files
+from numprune.quantization import Quantized, Scheme
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of what quantized weights are stored as, besides.
+QUANTIZED_DTYPES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
 SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
@@ -41,10 +46,36 @@ class TensorHeader:
 
     @property
     def bytes(self) -> int:
-        count = DTYPES[self.dtype].itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return (DTYPES | QUANTIZED_DTYPES)[self.dtype]
+
+
+@dataclass(frozen=True)
+class QuantizedHeader(TensorHeader):
+    """A matrix that is stored as values of a grid and their scales; it is read dequantized, in float32.
+
+    Attributes:
+        dtype: of the tensors beside it, in which its products are computed.
+        scheme: of the grid.
+        parts: what is stored, by its name.
+    """
+
+    scheme: Scheme
+    parts: Mapping[str, TensorHeader]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts.values())
+
+    def quantized(self, start: int, stop: int) -> Quantized:
+        """Return rows of the matrix as they are stored."""
+        values, scales = (read_rows(part, start, stop) for part in list(self.parts.values())[:2])
+        if self.scheme.name == "w4a16":
+            values = compressed_tensors.unpack(values, self.shape[1])
+        return Quantized(self.scheme, values, scales.float())
 
 
 def has_weights(folder: Path) -> bool:
@@ -61,12 +92,57 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
             raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is stale")
-        return _renamed(_read_shards(folder))
+        return _joined(folder, _renamed(_read_shards(folder)))
     if not (folder / SINGLE).is_file():
         other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
         hint = f"; convert {other} with `save_pretrained`: reading such a file may run code" if other else ""
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-    return _renamed(_read_file(folder / SINGLE))
+    return _joined(folder, _renamed(_read_file(folder / SINGLE)))
+
+
+def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Return one header for all that is stored of a quantized weight. Raises InputError, IntegrityError."""
+    path = folder / files.CONFIG
+    scheme = compressed_tensors.scheme_of(files.read_object(path)) if path.exists() else None
+    if scheme is not None:
+        stored = dict(stored)
+        dtype = _main_name(stored)
+        for scale in [name for name in stored if name.endswith(".weight_scale")]:
+            matrix = _quantized_header(scale.removesuffix("_scale"), stored, scheme, dtype)
+            stored = {name: header for name, header in stored.items() if name not in matrix.parts}
+            stored[matrix.name] = matrix
+    for name, header in stored.items():
+        if header.dtype not in DTYPES:
+            raise InputError(
+                f"{header.file}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "
+                f"where config.json has no {compressed_tensors.CONFIG_FIELD} for it (prune the unquantized model)"
+            )
+    return stored
+
+
+def _quantized_header(name: str, stored: Mapping[str, TensorHeader], scheme: Scheme, dtype: str) -> QuantizedHeader:
+    """Return the header of the weight `name`. Raises IntegrityError."""
+    path = name.removesuffix("weight")
+    try:
+        parts = {path + ending: stored[path + ending] for ending in compressed_tensors.endings(scheme)}
+    except KeyError as error:
+        raise IntegrityError(f"{stored[f'{name}_scale'].file}: {error.args[0]} is missing") from None
+    values, scales, *_ = parts.values()
+    shape = values.shape
+    if scheme.name == "w4a16":
+        said = parts[f"{name}_shape"]
+        shape = tuple(read_rows(said).tolist()) if said.shape == (2,) and said.dtype == "I64" else ()
+    if len(shape) != 2 or min(shape) < 1 or shape[1] % (scheme.group_size or 1):
+        raise IntegrityError(f"{values.file}: {name} has shape {list(shape)}, which {scheme} cannot have")
+    wanted = compressed_tensors.shapes_of(name, scheme, shape)
+    dtypes = compressed_tensors.dtypes_of(name, scheme, torch.float32)
+    for part, header in parts.items():
+        fits = header.dtype in DTYPES if header is scales else header.torch_dtype == dtypes[part]
+        if header.shape != wanted[part] or not fits:
+            raise IntegrityError(
+                f"{header.file}: {part} is {header.dtype} {list(header.shape)}, where {scheme} has {list(wanted[part])}"
+            )
+    return QuantizedHeader(name, shape, dtype, values.file, values.offset, scheme, parts)
 
 
 def _renamed(stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
@@ -87,11 +163,16 @@ def weight_bytes(folder: Path) -> int:
 
 
 def main_dtype(stored: Mapping[str, TensorHeader]) -> torch.dtype:
-    """The data type that holds most of the bytes."""
+    """The data type that holds most of the bytes; of quantized weights that in which they are computed with."""
+    return DTYPES[_main_name(stored)]
+
+
+def _main_name(stored: Mapping[str, TensorHeader]) -> str:
     sizes = Counter(dict.fromkeys(DTYPES, 0))
     for header in stored.values():
-        sizes[header.dtype] += header.bytes
-    return DTYPES[sizes.most_common(1)[0][0]]
+        if header.dtype in DTYPES:
+            sizes[header.dtype] += header.bytes
+    return sizes.most_common(1)[0][0]
 
 
 def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
@@ -102,6 +183,14 @@ def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
     dtypes = {name: DTYPES[header.dtype] for name, header in stored.items()}
     matrices = {name: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
     return {name.removesuffix("weight") + "bias": dtype for name, dtype in matrices.items()} | dtypes
+
+
+def stored_parts(stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Return what is stored, a quantized weight as its parts."""
+    parts: dict[str, TensorHeader] = {}
+    for name, header in stored.items():
+        parts |= header.parts if isinstance(header, QuantizedHeader) else {name: header}
+    return parts
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
@@ -117,9 +206,11 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
     Raises IntegrityError when the file ends before they do.
     """
     stop = header.rows if stop is None else stop
+    if isinstance(header, QuantizedHeader):
+        return header.quantized(start, stop).dequantized()
     row_bytes = header.bytes // max(header.rows, 1)
     shape = (stop - start, *header.shape[1:]) if header.shape else ()  # of no dimensions: a single value
-    result = torch.empty(shape, dtype=DTYPES[header.dtype])
+    result = torch.empty(shape, dtype=header.torch_dtype)
     target = result.flatten().view(torch.uint8).numpy().data
     with header.file.open("rb", buffering=0) as file:
         file.seek(header.offset + start * row_bytes)
@@ -152,11 +243,8 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path}: not a whole safetensors file: {error}") from None
     for name, header in headers.items():
-        if header.dtype not in DTYPES:
-            raise InputError(
-                f"{path}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "
-                "(prune the unquantized model)"
-            )
+        if header.dtype not in DTYPES | QUANTIZED_DTYPES:
+            raise InputError(f"{path}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported")
     return headers
 
 

@@ -28,7 +28,7 @@ from numprune.blocks import Anatomy
 from numprune.budget import Budget, budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import checkpoint, manifest
+from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.names import Dtype, ExportFormat
 from numprune.flows.steps import export as exports
@@ -159,6 +159,7 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     Raises:
         InputError: options that cannot work for this model.
     """
+    compressed_tensors.refuse_quantized(model.folder, "pruning")
     layers = ModelLayers(model.network, model.task)
     check_options(layers.anatomy, options)
     dropped = pruning.layers_to_drop(layers, rows.tokens, options)
@@ -187,6 +188,7 @@ def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
 
 
 def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Plan | None) -> Model:
+    compressed_tensors.refuse_quantized(model.folder, "pruning")
     found = pruning.prune(model.network, rows.tokens, options, task=model.task, plan=plan)
     made = found.plan.drawn(rows.draw, manifest.folder_digest(model.folder))
     return Model(model.folder, found.model, model.tokenizer, model.task, made)

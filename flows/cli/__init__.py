@@ -31,6 +31,7 @@ from numprune.flows.cli import (
     optimize,
     prune,
     push,
+    quantize,
     registry,
     report,
     rollout,
@@ -43,6 +44,7 @@ from numprune.serving import loopback
 COMMANDS = (
     optimize,
     prune,
+    quantize,
     model,
     benchmark,
     report,

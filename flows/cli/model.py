@@ -54,13 +54,14 @@ def add(commands: Subcommands) -> None:
 def inspect(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.budget import budget_of, pruning_step
-    from numprune.export import checkpoint
+    from numprune.export import checkpoint, compressed_tensors
     from numprune.export.tasks import load_task
     from numprune.plans import PLAN_FILE, read_plan
     from numprune.target import Target
 
     folder = checkpoint.resolve(args.model)
     config = checkpoint.read_config(folder)
+    scheme = compressed_tensors.scheme_in(folder)
     checkpoint.audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
@@ -84,6 +85,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "vocabulary": anatomy.vocabulary,
         "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
+        "quantization": str(scheme) if scheme else None,
         "dtype": str(config.dtype).removeprefix("torch."),
         "uniform": anatomy.is_uniform,
         "weight_bytes": checkpoint.weight_bytes(folder),

@@ -185,13 +185,13 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uri", metavar="URI", help="an MLflow server (default: the registry in the workspace)")
 
 
-def add_text(parser: argparse.ArgumentParser, help_text: str) -> None:
+def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool = True) -> None:
     """Add --text and how it is read; `help_text`: what it is for."""
     parser.add_argument(
         "--text",
         nargs="+",
         action="extend",
-        required=True,
+        required=required,
         type=Path,
         metavar="FILE",
         help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "

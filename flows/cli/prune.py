@@ -151,7 +151,7 @@ def _floor(text: str) -> tuple[str, float]:
 
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.export import checkpoint, manifest
+    from numprune.export import checkpoint, compressed_tensors, manifest
     from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
@@ -165,8 +165,8 @@ def prune(args: argparse.Namespace) -> Answer:
         must_not_exist(args.out)
         manifest.sweep(args.out.parent)  # what a killed run left there can be large
     base = checkpoint.resolve(args.model)
-    config = checkpoint.read_config(base)
-    anatomy = read_anatomy(config)
+    compressed_tensors.refuse_quantized(base, "pruning")
+    anatomy = read_anatomy(checkpoint.read_config(base))
     if plan is None:
         check_options(anatomy, options)
     else:

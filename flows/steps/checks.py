@@ -14,7 +14,7 @@ from numprune.blocks import Anatomy
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
-from numprune.export import processors, tensorrt, vllm_pooling
+from numprune.export import compressed_tensors, processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
@@ -92,6 +92,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
     if config is not None:
+        collect("model.path", compressed_tensors.refuse_quantized, base, "pruning")
         collect("model.path", audit, base)
         tokenizer = collect("model.path", load_tokenizer, base)
         if tokenizer is not None:

@@ -16,7 +16,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.errors import InputError
-from numprune.export import card, manifest
+from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
     PLAN,
     check_vocabulary,
@@ -69,6 +69,7 @@ def prune_checkpoint(
 
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
+    compressed_tensors.refuse_quantized(base, "pruning")
     before, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
     if plan is None:
         check_options(before, options)
@@ -181,6 +182,7 @@ def plan_checkpoint(
 
     Raises InputError, IntegrityError.
     """
+    compressed_tensors.refuse_quantized(base, "pruning")
     check_options(read_anatomy(read_config(base)), options)
     layers: Layers
     if stream:

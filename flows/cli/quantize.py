@@ -1,0 +1,124 @@
+"""numprune quantize: a checkpoint in, one with the weights of its layers in 8 or 4 bits out."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import get_args
+
+from numprune.errors import InputError
+from numprune.flows import names
+from numprune.flows.amounts import size
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_choice,
+    add_text,
+    at_least,
+    command,
+    must_not_exist,
+    reading,
+)
+
+_SAMPLES = 128
+_GROUP_SIZE = 128
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "quantize",
+        quantize,
+        "quantize a checkpoint and write the result as compressed-tensors, which vLLM serves",
+        "numprune quantize ./pruned ./pruned-w4a16 --scheme w4a16 --dense ./my-model --text train.txt",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    add_choice(parser, "--scheme", get_args(names.Scheme), None, "format of weights (w) and activations (a)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=names.GROUP_SIZES,
+        metavar="N",
+        help=f"channels that share a scale, with --scheme w4a16: {', '.join(map(str, names.GROUP_SIZES))} "
+        f"(default: {_GROUP_SIZE})",
+    )
+    add_choice(
+        parser,
+        "--method",
+        get_args(names.QuantizationMethod),
+        "gptq",
+        "how weights are rounded: gptq makes up for errors and needs a text, rtn rounds to nearest and needs none",
+    )
+    parser.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="the model that CHECKPOINT was pruned from: gptq fits to its outputs (default: to those of CHECKPOINT)",
+    )
+    add_text(parser, "text to calibrate gptq on", required=False)
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        default=_SAMPLES,
+        metavar="N",
+        help=f"rows of the text to calibrate on (default: {_SAMPLES})",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="GPUs that will share each layer (default: 1)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+
+
+def quantize(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import read_anatomy
+    from numprune.export import checkpoint, manifest
+    from numprune.export.tasks import load_task
+    from numprune.flows.stages import peak_memory_bytes
+    from numprune.flows.steps.prune import device_of
+    from numprune.flows.steps.quantize import check_request, quantize_checkpoint
+    from numprune.flows.steps.text import calibration_rows, row_length
+    from numprune.quantization import Scheme
+
+    started = time.perf_counter()
+    must_not_exist(args.out)
+    _check_method(args)
+    scheme = Scheme(args.scheme, args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None))
+    source = checkpoint.resolve(args.checkpoint)
+    dense = checkpoint.resolve(args.dense) if args.dense else None
+    check_request(source, scheme, dense, args.tensor_parallel)
+    manifest.sweep(args.out.parent)
+    rows, draw = None, None
+    if args.method == "gptq":
+        length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+        tokenizer, how = checkpoint.load_tokenizer(source), reading(args, args.text)
+        task = load_task(source)
+        rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=task)
+    facts = quantize_checkpoint(source, scheme, args.out, device_of("auto"), rows=rows, draw=draw, dense=dense)
+    data = {
+        "out": str(args.out),
+        "scheme": scheme.name,
+        "group_size": scheme.group_size,
+        "method": args.method,
+        **facts,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    text = (
+        f"{args.out}: {scheme}, {args.method}; weights {size(data['weight_bytes_before'])} -> "
+        f"{size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}"
+    )
+    return Answer(data, text)
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    """Raises InputError where gptq has no text, or rtn something that it does not read."""
+    if args.method == "gptq" and not args.text:
+        raise InputError("the following arguments are required: --text, or --method rtn (see numprune quantize --help)")
+    if args.method == "rtn":
+        for option in ("text", "dense"):
+            if getattr(args, option):
+                raise InputError(f"--method rtn reads no text and fits to no model; leave out --{option}")

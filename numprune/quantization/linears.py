@@ -1,0 +1,84 @@
+"""Which matrices are quantized: the projections of the blocks. Embeddings, heads, norms and routers are not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from numprune.blocks import Anatomy, Block
+from numprune.errors import InputError
+from numprune.families import FAMILIES
+from numprune.quantization.schemes import GROUP_SIZES, Scheme
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Linear layers of a block that read the same, by their paths in the layer."""
+
+    block: Block
+    paths: tuple[str, ...]
+    inputs: int
+    read_units: bool  # they read the block's units, not the residual stream: tensor parallelism splits their inputs
+
+
+def projections(block: Block) -> tuple[Projections, ...]:
+    """Return those that write the block's units, then that which reads them."""
+    if not block.units:
+        return ()
+    writers = tuple(part for part in block.writers if part.width is not None)
+    assert writers[0].width is not None
+    return (
+        Projections(block, tuple(_path(part.tensor) for part in writers), writers[0].width, read_units=False),
+        Projections(block, (_path(block.reader.tensor),), block.channels, read_units=True),
+    )
+
+
+def linear_of(layer: nn.Module, path: str) -> nn.Linear:
+    """Return a projection in its decoder layer."""
+    return cast(nn.Linear, layer.get_submodule(path))
+
+
+def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
+    """Yield the names of the matrices that are quantized, in the whole model."""
+    for block in anatomy.blocks:
+        for found in projections(block):
+            yield from (f"{block.path}.{path}.weight" for path in found.paths)
+
+
+def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1) -> None:
+    """Refuse what cannot be quantized.
+
+    Args:
+        tensor_parallel: GPUs that will share each layer: groups may not reach from one to the next.
+
+    Raises:
+        InputError: a family whose projections are no Linear layers, or groups that do not divide a projection's inputs;
+            names the projection and the group sizes that do.
+    """
+    if anatomy.of_kind("experts"):
+        raise InputError(
+            f"quantization: {anatomy.family} has experts, which are no Linear layers; leave it unquantized"
+        )
+    if FAMILIES[anatomy.family].transposed:
+        raise InputError(
+            f"quantization: the projections of {anatomy.family} are stored transposed and are no Linear layers; "
+            "leave it unquantized"
+        )
+    if scheme.group_size is None:
+        return
+    found = [one for block in anatomy.blocks for one in projections(block)]
+    sizes = [(one, one.inputs, tensor_parallel if one.read_units else 1) for one in found]
+    for one, inputs, parts in sizes:
+        if inputs % (scheme.group_size * parts):
+            fitting = [str(size) for size in GROUP_SIZES if all(n % (size * gpus) == 0 for _, n, gpus in sizes)]
+            on_each = f" on {parts} GPUs" if parts > 1 else ""
+            remedy = f"choose a group size of {' or '.join(fitting)}" if fitting else "prune to sizes that they divide"
+            raise InputError(
+                f"group_size is {scheme.group_size}, which does not divide the {inputs} inputs of "
+                f"{one.block.name} {one.paths[0]}{on_each}; {remedy}, or choose another scheme"
+            )
+
+
+def _path(tensor: str) -> str:
+    return tensor.removesuffix(".weight")

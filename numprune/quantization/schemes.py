@@ -1,0 +1,58 @@
+"""What a quantized matrix is stored as."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from numprune.errors import InputError
+
+SchemeName = Literal["fp8", "w8a8", "w4a16"]
+Method = Literal["gptq", "rtn"]
+SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
+GROUP_SIZES = (32, 64, 128)  # those that the kernels of vLLM know
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A number format for the weights of Linear layers, and for their inputs where these are rounded, too.
+
+    Everything is symmetric: there are no zero points.
+
+    Attributes:
+        name: `fp8`: weights and inputs in FP8 (e4m3); `w8a8`: both in 8-bit integers; `w4a16`: weights in 4-bit
+            integers, inputs as they are.
+        group_size: channels of a row that share a scale, of `w4a16`; None: the whole row does.
+
+    Raises:
+        InputError: a group size that the scheme does not have.
+    """
+
+    name: SchemeName
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEMES:
+            raise InputError(f"scheme is {self.name!r}; it must be one of {', '.join(SCHEMES)}")
+        if self.group_size is None:
+            return
+        if self.name != "w4a16":
+            raise InputError(f"group_size is {self.group_size}, but {self.name} has a scale for each row; leave it out")
+        if self.group_size not in GROUP_SIZES:
+            raise InputError(f"group_size is {self.group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}")
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return 4 if self.name == "w4a16" else 8
+
+    @property
+    def is_float(self) -> bool:
+        """The grid is that of FP8 numbers, not of integers."""
+        return self.name == "fp8"
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """The inputs of every quantized layer are rounded, too, with a scale for each token."""
+        return self.name != "w4a16"
+
+    def __str__(self) -> str:
+        return self.name if self.group_size is None else f"{self.name}, groups of {self.group_size}"

@@ -1,0 +1,204 @@
+"""A model's projections quantized front to back: what each reads comes from those quantized before it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from numprune.blocks import Anatomy, Block
+from numprune.calibration import Walker, check_rows
+from numprune.compensation import choose_damping, refit
+from numprune.errors import InputError
+from numprune.inputs import split_rows
+from numprune.layers import Layers
+from numprune.moments import Moments
+from numprune.options import PruneOptions
+from numprune.progress import progress
+from numprune.quantization.gptq import gptq
+from numprune.quantization.linears import Projections, linear_of, projections
+from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
+from numprune.quantization.schemes import Scheme
+from numprune.renumber import layers_left
+
+# Takes what is left of a finished layer by full name: quantized weights, and all its other tensors.
+Sink = Callable[[Mapping[str, Quantized], Mapping[str, Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What GPTQ fits to.
+
+    Attributes:
+        rows: (N, S) int64 calibration tokens.
+        target: the model whose residual stream is to be kept to, usually the dense one that the model to quantize was
+            pruned from; None: the model itself, before it is quantized.
+        dropped: layers of the target that the model does not have.
+        batch_size: rows at a time.
+        damping: of the least squares, as of `PruneOptions`.
+    """
+
+    rows: Tensor
+    target: Layers | None = None
+    dropped: Sequence[int] = ()
+    batch_size: int = 8
+    damping: float = PruneOptions.damping
+
+
+def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> None:
+    """Refuse a target that the model cannot have been pruned from. Raises InputError."""
+    for name in ("family", "hidden_size", "head_dim", "vocabulary"):
+        ours, theirs = getattr(anatomy, name), getattr(target, name)
+        if ours != theirs:
+            raise InputError(
+                f"the dense model has {name} {theirs}, the model to quantize {ours}: it was not pruned from that one"
+            )
+    if anatomy.layers != target.layers - len(dropped):
+        raise InputError(
+            f"the dense model has {target.layers} layers, of which the plan drops {len(dropped)}, and the model to "
+            f"quantize has {anatomy.layers}: it was not pruned from that one"
+        )
+
+
+@torch.no_grad()
+def quantize_layers(
+    layers: Layers, scheme: Scheme, sink: Sink, fit: Fit | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Quantize every projection; give `sink` the tensors of each decoder layer, first layer first.
+
+    With `fit` by GPTQ: inputs are those that the quantized layers before give, and each block's last projection is
+    first fitted to bring the residual stream to that of the target (compensation.py, *residual*), then rounded with the
+    same second moments. Without, each weight is rounded by itself.
+
+    Args:
+        layers: of a model that `check_quantizable` has passed, computing in float32. What they give is written over.
+        dtype: that the scales of groups will be stored in.
+
+    Raises:
+        InputError: rows that are not this model's.
+    """
+    steps = None if fit is None else _Fitting(layers, scheme, fit, dtype)
+    for index in progress(range(layers.anatomy.layers), "quantize", "layer"):
+        blocks = layers.anatomy.of_layer(index)
+        with layers.layer(index) as layer:
+            if steps is None:
+                paths = (path for block in blocks for one in projections(block) for path in one.paths)
+                quantized = {path: round_to_nearest(linear_of(layer, path).weight, scheme, dtype) for path in paths}
+            else:
+                quantized = steps.layer(layer, index)
+            at = blocks[0].path
+            matrices = {f"{at}.{path}.weight": matrix for path, matrix in quantized.items()}
+            rest = {f"{at}.{name}": tensor for name, tensor in layer.state_dict().items()}
+            sink(matrices, {name: tensor for name, tensor in rest.items() if name not in matrices})
+
+
+class _Fitting:
+    """The streams of the quantized model and of its target, side by side."""
+
+    def __init__(self, layers: Layers, scheme: Scheme, fit: Fit, dtype: torch.dtype) -> None:
+        check_rows(layers.anatomy, fit.rows)
+        self._scheme, self._fit, self._dtype = scheme, fit, dtype
+        length = fit.rows.shape[1]
+        self._walker = Walker(layers, length, fit.batch_size)
+        self._stream = self._walker.embed(fit.rows)
+        if fit.target is None:
+            self._target, self._target_stream = self._walker, self._walker.copy(self._stream)
+        else:
+            self._target = Walker(fit.target, length, fit.batch_size)
+            self._target_stream = self._target.embed(fit.rows)
+        self._aims = layers.allocate(*self._stream.hidden.shape)  # what a block should put out, (N, S, H)
+        left = layers_left(self._target.layers.anatomy.layers, fit.dropped)
+        self._numbers = dict(enumerate(left))  # layer -> its number in the target
+        self._next = 0  # of the target's layers
+
+    def layer(self, layer: nn.Module, index: int) -> dict[str, Quantized]:
+        """Quantize one layer in place; return its quantized weights by path."""
+        blocks = self._walker.layers.anatomy.of_layer(index)
+        if self._fit.target is None:
+            return self._blocks(layer, blocks, layer, blocks)
+        number = self._numbers[index]
+        for dropped in range(self._next, number):
+            with self._fit.target.layer(dropped) as dense:
+                self._target.through(dense, dropped, self._target_stream.hidden, self._target_stream.hidden)
+            self._target_stream.passed()
+        self._next = number + 1
+        with self._fit.target.layer(number) as dense:
+            return self._blocks(layer, blocks, dense, self._fit.target.anatomy.of_layer(number))
+
+    def _blocks(
+        self, layer: nn.Module, blocks: Sequence[Block], dense: nn.Module, dense_blocks: Sequence[Block]
+    ) -> dict[str, Quantized]:
+        quantized: dict[str, Quantized] = {}
+        for block, dense_block in zip(blocks, dense_blocks, strict=True):
+            if dense_block.units:
+                self._aim(dense, dense_block)
+            if not block.units:
+                continue
+            writers, reader = projections(block)
+            for path in (*writers.paths, *reader.paths):  # only now: the target may be this very layer
+                round_inputs_of(linear_of(layer, path), self._scheme)
+            quantized |= self._writers(layer, writers)
+            quantized |= self._reader(layer, reader)
+            self._walker.advance(layer, block, self._stream)
+        return quantized
+
+    def _aim(self, dense: nn.Module, block: Block) -> None:
+        """Run the target's block; note what the quantized one should put out."""
+        scale = self._walker.layers.anatomy.residual_scale
+        for batch, run in self._target.run(dense, block, self._target_stream):
+            aim = run.output.to(self._aims.device)
+            if not block.norm_behind:
+                aim = aim + (self._target_stream.hidden[batch] - self._stream.hidden[batch]) / scale
+            self._aims[batch] = aim
+            self._target_stream.write(batch, run.after)
+
+    def _writers(self, layer: nn.Module, writers: Projections) -> dict[str, Quantized]:
+        linears = [linear_of(layer, path) for path in writers.paths]
+        moments = Moments(writers.inputs, device=linears[0].weight.device)
+        hook = linears[0].register_forward_pre_hook(lambda _, args: moments.add(args[0]))
+        for _ in self._walker.run(layer, writers.block, self._stream):
+            pass
+        hook.remove()
+        # Rows are rounded independently of each other: those of all matrices together need one factor of the Hessian.
+        weight = torch.cat([linear.weight.double() for linear in linears])
+        own = [linear.bias.double() for linear in linears if linear.bias is not None]
+        matrix, bias = self._rounded(weight, torch.cat(own) if own else None, moments)
+        sizes = [linear.out_features for linear in linears]
+        split = zip(matrix.values.split(sizes), matrix.scales.split(sizes), strict=True)
+        parts = [Quantized(self._scheme, *part) for part in split]
+        biases = [None] * len(parts) if bias is None else bias.split(sizes)
+        for linear, part, shift in zip(linears, parts, biases, strict=True):
+            _overwrite(linear, part, shift)
+        return dict(zip(writers.paths, parts, strict=True))
+
+    def _reader(self, layer: nn.Module, reader: Projections) -> dict[str, Quantized]:
+        (path,) = reader.paths
+        linear = linear_of(layer, path)
+        weight = linear.weight.double()
+        bias = None if linear.bias is None else linear.bias.double()
+        moments, held_out = (Moments(reader.inputs, linear.out_features, weight.device) for _ in range(2))
+        for batch, run in self._walker.run(layer, reader.block, self._stream):
+            split_rows(batch, run.inputs, self._aims[batch].to(weight.device), moments, held_out)
+        damping = self._fit.damping
+        if held_out.count:
+            damping = choose_damping(weight, bias, moments, held_out, damping)
+            moments.absorb(held_out)
+        every = torch.arange(reader.inputs, device=weight.device)
+        matrix, shift = self._rounded(*refit(weight, bias, every, moments, damping), moments)
+        _overwrite(linear, matrix, shift)
+        return {path: matrix}
+
+    def _rounded(self, weight: Tensor, bias: Tensor | None, moments: Moments) -> tuple[Quantized, Tensor | None]:
+        """Return the weight on the grid, and the bias, where there is one, that takes the mean of the error."""
+        gram = moments.gram
+        if bias is None:
+            return gptq(weight, gram, self._scheme, self._dtype), None
+        mean = moments.mean
+        matrix = gptq(weight, gram - mean[:, None] * mean, self._scheme, self._dtype)
+        return matrix, bias + (weight - matrix.dequantized().double()) @ mean
+
+
+def _overwrite(linear: nn.Linear, matrix: Quantized, bias: Tensor | None) -> None:
+    linear.weight.copy_(matrix.dequantized())
+    if bias is not None:
+        linear.bias.copy_(bias)

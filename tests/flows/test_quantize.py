@@ -1,0 +1,117 @@
+"""numprune quantize, and what the other commands make of a quantized checkpoint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from numprune.export import manifest, vllm
+from numprune.flows import names
+from numprune.flows.cli import main
+from numprune.quantization import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(400)))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[str, Any]]:
+    code = main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_names_are_those_of_the_core() -> None:
+    assert (names.Scheme, names.QuantizationMethod, names.GROUP_SIZES) == (SchemeName, Method, GROUP_SIZES)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantize_then_evaluate_inspect_and_export(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path, scheme: str
+) -> None:
+    base, out = tiny_checkpoint(), tmp_path / "quantized"
+    group = ("--group-size", 32) if scheme == "w4a16" else ()
+    sampled = ("--text", text, "--samples", 8, "--sequence-length", 32)
+    code, made = run(capsys, "quantize", base, out, "--scheme", scheme, *group, *sampled)
+    assert code == 0
+    assert made["scheme"] == scheme
+    assert made["weight_bytes_after"] < 0.6 * made["weight_bytes_before"]
+    assert made["seconds"] > 0
+    assert made["peak_memory_bytes"] > 0
+    facts = manifest.verify(out)
+    assert facts.parents == {"base": manifest.folder_digest(base)}
+    assert facts.facts["quantization"]["method"] == "gptq"
+
+    code, found = run(capsys, "evaluate", out, "--baseline", base, "--text", text, "--sequence-length", 32)
+    assert code == 0
+    assert 0 < found["kl_nats_per_token"] < 0.2
+    assert run(capsys, "inspect", out)[1]["quantization"] == str(Scheme(scheme, made["group_size"]))
+    assert run(capsys, "inspect", base)[1]["quantization"] is None
+
+    vllm.export(out, tmp_path / "vllm")
+    assert (tmp_path / "vllm" / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    ours, exported = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "vllm"))
+    assert ours.keys() == exported.keys()
+    assert all(torch.equal(tensor.view(torch.uint8), exported[name].view(torch.uint8)) for name, tensor in ours.items())
+
+
+def test_a_pruned_model_is_quantized_towards_the_dense_one(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    base, pruned = tiny_checkpoint(), tmp_path / "pruned"
+    sampled = ("--text", text, "--samples", 8, "--sequence-length", 32)
+    targets = ("--align", 32, "--quantization-group", 32)
+    assert main(list(map(str, ("prune", base, pruned, "--ratio", 0.3, *targets, *sampled)))) == 0
+    capsys.readouterr()
+    out = tmp_path / "quantized"
+    code, _ = run(capsys, "quantize", pruned, out, "--scheme", "w4a16", "--group-size", 32, "--dense", base, *sampled)
+    assert code == 0
+    assert (out / "numprune_plan.json").read_bytes() == (pruned / "numprune_plan.json").read_bytes()
+    assert manifest.verify(out).parents.keys() == {"base", "dense"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--scheme", "w8a8"), "required: --text, or --method rtn"),
+        (("--scheme", "w8a8", "--method", "rtn", "--text", "t"), "leave out --text"),
+        (("--scheme", "w8a8", "--method", "rtn", "--group-size", "64"), "w8a8 has a scale for each row"),
+        (("--scheme", "w4a16", "--method", "rtn"), "choose a group size of 32, or choose another scheme"),
+        (("--scheme", "int4", "--method", "rtn"), "fp8"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str],
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    says: str,
+) -> None:
+    code, found = run(capsys, "quantize", tiny_checkpoint(), tmp_path / "out", *words)
+    assert code == 1
+    assert says in found["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_the_unquantized_model_says_so(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    base, out = tiny_checkpoint(), tmp_path / "quantized"
+    assert run(capsys, "quantize", base, out, "--scheme", "w8a8", "--method", "rtn")[0] == 0
+    for words in (
+        ("prune", out, tmp_path / "a", "--ratio", "0.2", "--text", text),
+        ("prune", out, "--plan-only", "--ratio", "0.2", "--text", text),
+        ("quantize", out, tmp_path / "a", "--scheme", "fp8", "--method", "rtn"),
+        ("export", out, tmp_path / "a", "--to", "onnx"),
+    ):
+        code, found = run(capsys, *words)
+        assert code == 1
+        assert "the checkpoint is quantized (w8a8)" in found["error"]

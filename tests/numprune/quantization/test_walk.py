@@ -1,0 +1,137 @@
+"""Models quantized front to back."""
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
+from numprune.families import FAMILIES
+from numprune.layers import CopiedLayers
+from numprune.options import PruneOptions
+from numprune.pruning import prune
+from numprune.quantization import (
+    Fit,
+    Quantized,
+    Scheme,
+    check_quantizable,
+    check_target,
+    quantize_layers,
+    quantized_tensors,
+    round_inputs_of,
+)
+from numprune.target import Target
+from tests.conftest import build_tiny
+
+ROWS = torch.randint(0, 256, (64, 24), generator=torch.Generator().manual_seed(0))
+HELD = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
+W4 = Scheme("w4a16", 32)
+LINEAR = [name for name in FAMILIES if not (FAMILIES[name].transposed or FAMILIES[name].experts)]
+
+
+def quantized(model, scheme: Scheme, fit: Fit | None = None):
+    """Return what the quantized model computes with, as a model, and its matrices."""
+    result, matrices = copy.deepcopy(model), {}
+
+    def sink(found: Mapping[str, Quantized], rest: Mapping[str, Tensor]) -> None:
+        matrices.update(found)
+        state = {name: matrix.dequantized() for name, matrix in found.items()} | dict(rest)
+        assert not result.load_state_dict(state, strict=False).unexpected_keys
+
+    quantize_layers(CopiedLayers(model), scheme, sink, fit)
+    for name in matrices:
+        round_inputs_of(result.get_submodule(name.removesuffix(".weight")), scheme)
+    return result, matrices
+
+
+@torch.no_grad()
+def difference(model, other) -> float:
+    return float((model(HELD).logits - other(HELD).logits).square().mean())
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_every_linear_layer_of_the_layers_is_quantized(family: str) -> None:
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    inside = model.get_submodule(anatomy.layers_path).named_modules()
+    linears = {f"{anatomy.layers_path}.{path}.weight" for path, module in inside if isinstance(module, nn.Linear)}
+    assert set(quantized_tensors(anatomy)) == linears
+    assert linears
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gemma2", "opt", "olmo2"])
+def test_gptq_is_nearer_to_the_model_than_rounding(family: str) -> None:
+    model = build_tiny(family)
+    nearest, gptq = (quantized(model, W4, fit)[0] for fit in (None, Fit(ROWS)))
+    assert difference(gptq, model) < 0.9 * difference(nearest, model)
+
+
+@pytest.mark.parametrize("name", ["fp8", "w8a8"])
+def test_eight_bits_are_nearer_than_four(name: str) -> None:
+    model = build_tiny(tie_word_embeddings=True)
+    eight, matrices = quantized(model, Scheme(name), Fit(ROWS))
+    assert 0 < difference(eight, model) < 0.5 * difference(quantized(model, W4, Fit(ROWS))[0], model)
+    assert set(matrices) == set(quantized_tensors(read_anatomy(model.config)))
+
+
+def test_a_dense_target_makes_up_for_what_pruning_lost() -> None:
+    """With the dense model's streams as targets the result is nearer to that model than with the pruned one's."""
+    dense = build_tiny()
+    options = PruneOptions(0.4, compensation="none", target=Target(align=1, quantization_group=32))
+    pruned = prune(dense, ROWS, options).model
+    own, _ = quantized(pruned, W4, Fit(ROWS))
+    to_dense, _ = quantized(pruned, W4, Fit(ROWS, CopiedLayers(dense)))
+    assert difference(to_dense, dense) < 0.9 * difference(own, dense)
+
+
+def test_dropped_layers_of_the_target_are_passed_through() -> None:
+    """A layer that adds nothing is dropped: the dense model's streams are the pruned one's, and so are the results."""
+    dense = build_tiny(num_hidden_layers=3)
+    for linear in (dense.model.layers[1].self_attn.o_proj, dense.model.layers[1].mlp.down_proj):
+        linear.weight.data.zero_()
+    pruned = prune(dense, ROWS, PruneOptions(1 / 3, drop_layers=1, compensation="none", target=Target(align=96)))
+    assert pruned.plan.dropped_layers() == [1]
+    own, matrices = quantized(pruned.model, W4, Fit(ROWS))
+    to_dense, others = quantized(pruned.model, W4, Fit(ROWS, CopiedLayers(dense), [1]))
+    for name, matrix in matrices.items():
+        assert torch.equal(matrix.values, others[name].values)
+    assert torch.equal(own(HELD).logits, to_dense(HELD).logits)
+
+
+def test_layers_that_skip_blocks_are_quantized_too() -> None:
+    dense = build_tiny(num_hidden_layers=3)
+    dense.model.layers[1].mlp.down_proj.weight.data.zero_()
+    options = PruneOptions(0.35, criterion="magnitude", allocation="global", skips=True, target=Target(align=32))
+    pruned = prune(dense, ROWS, options).model
+    assert pruned.config.per_layer_config[1].skip == ["mlp"]
+    _, matrices = quantized(pruned, Scheme("w8a8"), Fit(ROWS, CopiedLayers(dense)))
+    assert not any(".1.mlp." in name for name in matrices)
+    assert any(".2.mlp." in name for name in matrices)
+
+
+def test_what_has_no_linear_layers_is_refused_by_name() -> None:
+    for family in FAMILIES:
+        if family not in LINEAR:
+            with pytest.raises(InputError, match=family):
+                check_quantizable(read_anatomy(build_tiny(family).config), W4)
+
+
+def test_groups_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    anatomy = read_anatomy(build_tiny().config)  # 64 hidden, 96 inner channels
+    check_quantizable(anatomy, W4)
+    with pytest.raises(InputError, match=r"group_size is 64, .* the 96 inputs of layers\.0\.mlp .*group size of 32,"):
+        check_quantizable(anatomy, Scheme("w4a16", 64))
+    check_quantizable(anatomy, Scheme("w8a8"), tensor_parallel=2)
+    with pytest.raises(InputError, match=r"96 inputs of layers\.0\.mlp mlp.down_proj on 2 GPUs; prune to sizes"):
+        check_quantizable(anatomy, W4, tensor_parallel=2)
+
+
+def test_a_target_of_another_shape_is_refused() -> None:
+    anatomy = read_anatomy(build_tiny().config)
+    with pytest.raises(InputError, match="hidden_size 32"):
+        check_target(anatomy, read_anatomy(build_tiny(hidden_size=32).config), ())
+    with pytest.raises(InputError, match="3 layers, of which the plan drops 0"):
+        check_target(anatomy, read_anatomy(build_tiny(num_hidden_layers=3).config), ())
