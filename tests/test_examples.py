@@ -1,9 +1,11 @@
-"""The examples: every recipe and policy in them is one."""
+"""The examples: every recipe and policy in them is one, and the notebook runs."""
 
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from numprune.flows import recipe
 from numprune.serving import gates
@@ -29,3 +31,20 @@ def test_a_pipeline_of_the_examples_optimizes_and_then_promotes(path: Path) -> N
     text = path.read_text(encoding="utf-8")
     assert "release" in yaml.safe_load(text).get("jobs", yaml.safe_load(text))
     assert text.index("numprune optimize") < text.index("registry promote")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "notebook-output" / "pruned" / "README.md").is_file()
+    assert (tmp_path / "notebook-output" / "pruned-onnx" / "model.onnx").is_file()
+    stored = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    produced, shown = (
+        [
+            {output.output_type for output in cell.get("outputs", []) if output.get("name") != "stderr"}
+            for cell in book.cells
+        ]
+        for book in (notebook, stored)
+    )
+    assert produced == shown  # every cell shows what it gives
