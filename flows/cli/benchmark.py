@@ -39,13 +39,13 @@ def add(commands: Subcommands) -> None:
         metavar="BASELINE",
         help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
     )
-    add_choice(parser, "--runtime", get_args(names.Runtime), None, "in which both are run")
+    add_choice(parser, "--runtime", get_args(names.Runtime), None, "runtime for both")
     add_choice(
         parser,
         "--dtype",
         get_args(names.Dtype),
         "auto",
-        "that both compute in; auto: as the candidate is stored, except in torch and ONNX Runtime on a CPU: float32",
+        "precision for both; auto: the candidate's stored one, but float32 in torch and ONNX Runtime on a CPU",
     )
     parser.add_argument(
         "--text",
@@ -99,7 +99,9 @@ def add(commands: Subcommands) -> None:
         metavar="N",
         help="tokens of each text (default: 32 128)",
     )
-    encoders.add_argument("--passes", type=at_least(1), metavar="N", help="of each shape in one repeat (default: 4)")
+    encoders.add_argument(
+        "--passes", type=at_least(1), metavar="N", help="forward passes of each shape in a repeat (default: 4)"
+    )
 
     parser = command(
         commands,

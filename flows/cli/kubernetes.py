@@ -12,7 +12,7 @@ def add(commands: Subcommands) -> None:
         "kubernetes",
         kubernetes,
         "write manifests that serve a version in a cluster, by its number and digest",
-        "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.1.0 "
+        "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.3.0 "
         "--uri https://mlflow.example --out my-model.yaml",
     )
     parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
@@ -24,7 +24,7 @@ def add(commands: Subcommands) -> None:
         help="what serves it: deployment, kserve",
     )
     parser.add_argument(
-        "--image", required=True, metavar="IMAGE", help="numprune's: it fetches and verifies the release"
+        "--image", required=True, metavar="IMAGE", help="numprune's image, which fetches and verifies the release"
     )
     parser.add_argument("--uri", required=True, metavar="URI", help="the MLflow server that the cluster fetches from")
     parser.renamed = {"--registry-uri": "--uri"}
@@ -49,7 +49,7 @@ def add(commands: Subcommands) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="GPUs of each replica; 0: it computes on CPUs (default: %(default)s)",
+        help="GPUs of each replica; 0: CPU only (default: %(default)s)",
     )
     parser.add_argument("--cpus", type=int, default=4, metavar="N", help="CPUs of each replica (default: %(default)s)")
     parser.add_argument(

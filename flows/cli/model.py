@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Subcommands) -> None:
-    parser = command(commands, "inspect", inspect, "show what of a model can be pruned", "numprune inspect ./my-model")
+    parser = command(commands, "inspect", inspect, "show what can be pruned in a model", "numprune inspect ./my-model")
     parser.add_argument("model", metavar="MODEL", help=MODEL)
 
     parser = command(
@@ -41,13 +41,13 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    add_choice(parser, "--to", get_args(names.ExportFormat), None, "what to write")
+    add_choice(parser, "--to", get_args(names.ExportFormat), None, "export format")
     add_choice(
         parser,
         "--dtype",
         get_args(names.Dtype),
         "auto",
-        "of weights, KV cache and hidden states; auto: as it is stored, for ONNX float32 where there is no GPU",
+        "precision of weights, KV cache and hidden states; auto: as stored; float32 for ONNX without a GPU",
     )
 
 

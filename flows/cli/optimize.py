@@ -23,14 +23,14 @@ def add(commands: Subcommands) -> None:
         "run a recipe: prune, export, prove, evaluate, benchmark, gate and publish",
         "numprune optimize my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what the run would do, as numprune plan does")
+    parser.add_argument("--dry-run", action="store_true", help="only show what the run would do, like numprune plan")
     _add_recipe(parser)
 
     parser = command(
         commands,
         "plan",
         plan,
-        "say what a run of a recipe would do, before anything is run",
+        "show what a run of a recipe would do, and run nothing",
         "numprune plan my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
     _add_recipe(parser)

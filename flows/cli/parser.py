@@ -195,7 +195,7 @@ def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool 
         type=Path,
         metavar="FILE",
         help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "
-        '"text"), any other file is plain text',
+        f'"text"), any other file is plain text{"" if required else " (default: none)"}',
     )
     add_reading(parser)
     parser.add_argument(

@@ -78,7 +78,7 @@ def add(commands: Subcommands) -> None:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="prune as this plan says, with its options; the text is what the rest is fitted to (default: choose anew)",
+        help="follow this plan and its options; what remains is fitted to the text (default: choose anew)",
     )
     add_text(parser, "text to calibrate on")
     parser.add_argument(
@@ -107,7 +107,7 @@ def add(commands: Subcommands) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="what loses nothing: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
+        help="what to protect: layers (layers.0, layers.-1), blocks (layers.0.mlp) or all blocks of a kind (mlp); "
         "may be repeated (default: nothing)",
     )
     parser.add_argument(
@@ -125,7 +125,7 @@ def add(commands: Subcommands) -> None:
         help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
     )
     _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
-    _add_number(parser, "seed", 0, "of every random draw")
+    _add_number(parser, "seed", 0, "seed of every random draw")
     parser.add_argument(
         "--stream",
         action="store_true",

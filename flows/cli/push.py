@@ -13,10 +13,10 @@ def add(commands: Subcommands) -> None:
         commands,
         "push",
         push,
-        "send a release to a repository of the Hugging Face hub, with a model card that has its figures",
+        "push a release to a Hugging Face repository, with its figures in the model card",
         "numprune push numprune-workspace/releases/my-model-0123456789abcdef my-team/my-model-pruned --private",
     )
-    parser.add_argument("release", metavar="RELEASE", type=Path, help="a release folder, as optimize makes it")
+    parser.add_argument("release", metavar="RELEASE", type=Path, help="a release folder, as written by optimize")
     parser.add_argument("repository", metavar="REPO", help="OWNER/NAME; created if missing")
     parser.add_argument(
         "--private",

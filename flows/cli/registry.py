@@ -38,7 +38,7 @@ def add(commands: Subcommands) -> None:
         publish,
         "publish a release that passed its gate, as the candidate",
         "publish numprune-workspace/releases/my-model-0123456789abcdef my-model",
-        release="a release folder, as optimize makes it",
+        release="a release folder, as written by optimize",
         name="the model's name in the registry",
     )
     add_one("list", list_all, "list models, or one model's versions", "list my-model", name="optional: one model")

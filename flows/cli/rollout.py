@@ -15,7 +15,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "rollout",
         run,
-        "serve a release behind a router: start it, compare it, switch to it, drain the one before",
+        "roll out a release behind a router: start it, check it, switch to it, drain the old one",
         "numprune rollout my-model --port 8000 -- --gpu-memory-utilization 0.45",
     )
     parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
@@ -36,8 +36,10 @@ def add(commands: Subcommands) -> None:
 
 
 def _add_options(parser: Parser) -> None:
-    parser.add_argument("--port", type=at_least(1), metavar="P", help="port of the router (default: as it is, or 8000)")
-    parser.add_argument("--host", help="address of the router (default: as it is, or 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=at_least(1), metavar="P", help="port of the router (default: unchanged, or 8000)"
+    )
+    parser.add_argument("--host", help="address of the router (default: unchanged, or 127.0.0.1)")
     parser.add_argument(
         "--drain-timeout",
         type=at_least(0),

@@ -33,12 +33,12 @@ def add(commands: Subcommands) -> None:
         return parser
 
     add_one("list", list_all, "list the runs of a workspace, newest first", "list --workspace /data/numprune")
-    shown = add_one("show", show, "show a run: its stages, what they cost, what came of it, its log", "show 20261121")
+    shown = add_one("show", show, "show a run: stages with time and memory, outcome, log", "show 20261121")
     shown.add_argument("which", nargs="?", metavar="RUN", help="its id, or the beginning of it (default: the newest)")
     cleaned = add_one(
         "clean",
         clean,
-        "list unused workspace data (stages, unpublished releases, halves), and with --yes delete it",
+        "find unused workspace data (stages, unpublished releases, unfinished folders); --yes deletes it",
         "clean --keep 10 --older-than 30d --yes",
     )
     cleaned.add_argument(

@@ -34,7 +34,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "serve",
         run,
-        "serve a release with vLLM, once its files are verified and its answers are those of the release",
+        "serve a release with vLLM, after checking its files and its answers",
         "numprune serve my-model@production --port 8000 -- --gpu-memory-utilization 0.5",
     )
     parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
@@ -58,8 +58,8 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
         choices=DTYPES,
         default=dtype,
         metavar="DTYPE",
-        help=f"to compute in: {', '.join(DTYPES)} (default: {'auto' if dtype else 'as it is, or auto'}, that of the "
-        "weights)",
+        help=f"precision to compute in: {', '.join(DTYPES)} "
+        f"(default: {'auto' if dtype else 'unchanged, or auto'}, that of the weights)",
     )
     parser.add_argument(
         "--max-model-len",
@@ -71,7 +71,7 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
         api_key.OPTION,
         type=Path,
         metavar="FILE",
-        help=f"with the API key that clients must send (default: ${api_key.VARIABLE}, where it is set)",
+        help=f"file with the API key that clients must send (default: ${api_key.VARIABLE}, where it is set)",
     )
     parser.add_argument(
         "--startup-timeout",

@@ -90,7 +90,7 @@ def test_help_lists_the_choices_of_every_option_and_its_default() -> None:
             assert shown, action
             if action.choices:
                 seen.add(action.option_strings[0])
-                assert [choice for choice in action.choices if choice not in shown] == [], shown
+                assert [choice for choice in action.choices if str(choice) not in shown] == [], shown
                 assert action.default is None or f"default: {action.default}" in shown, shown
             if action.nargs != 0 and not action.required:  # a flag that is not given is no
                 assert "default" in shown, f"{parser.prog} {action.option_strings}: {shown}"

@@ -21,6 +21,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 (RECIPE,) = [text for language, text in BLOCKS if language == "toml"]
 (PYTHON,) = [text for language, text in BLOCKS if language == "python"]
 LINES = [line.partition("#")[0] for _, text in BLOCKS for line in text.splitlines()]
+(PLANNED,) = [text for language, text in BLOCKS if language == "text"]
 COMMANDS = [line.split()[1:] for line in LINES if line.startswith("numprune ")]
 
 
@@ -41,6 +42,15 @@ def test_every_command_is_one() -> None:
     assert [words[0] for words in COMMANDS] == ["plan", "optimize", "registry", "serve"]
     for words in COMMANDS:
         parse(build(MODULES), words)
+
+
+@pytest.mark.slow
+def test_a_plan_of_the_embedded_recipe_says_what_is_shown(numprune: Command, tmp_path: Path) -> None:
+    planned = numprune("plan", "--workspace", str(tmp_path))
+    assert planned.code == 0, planned.err
+    shown = [line.removesuffix("…") for line in PLANNED.splitlines() if not line.startswith("  calibration")]
+    assert len(shown) == 5
+    assert [line for line in shown if line not in planned.out] == []  # texts are of the interpreter's version
 
 
 @pytest.mark.slow
