@@ -51,7 +51,7 @@ def acquire(handle: int, path: Path, *, wait: bool = True, shared: bool = False)
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds the lock of an existing file now. Raises OSError when it cannot be opened, DiskError."""
+    """Whether the lock of an existing file is free. Raises OSError when it cannot be opened, DiskError."""
     handle = open_file(path, create=False)
     try:
         acquire(handle, path, wait=False, shared=True)  # who asks is not taken for a holder by others who ask

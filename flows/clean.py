@@ -152,7 +152,7 @@ def _bytes(path: Path) -> int:
 
 
 def _why_release(folder: Path, published: Callable[[str, str], frozenset[str]]) -> tuple[str, bool]:
-    """Why a release that no remembered run uses can go or, with True, stays: it was published, or nobody can tell."""
+    """Why a release that no remembered run uses can go or, with True, stays: it was published, or that is unknown."""
     try:
         digest = manifest.read(folder).digest
         asked = recipe.load(folder / "recipe.toml").registry

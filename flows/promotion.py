@@ -1,4 +1,4 @@
-"""A promotion that is not served yet, as a file: whoever is killed before it is, the next run knows the way back."""
+"""A promotion that is not served yet, as a file, so that the next run can undo it after a kill."""
 
 import os
 from pathlib import Path

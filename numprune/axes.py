@@ -1,4 +1,4 @@
-"""What of a model may be pruned: the axes, and what is protected."""
+"""What may be pruned in a model: the axes, and what is protected."""
 
 import re
 from collections.abc import Mapping, Sequence

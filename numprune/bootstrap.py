@@ -46,7 +46,7 @@ def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 
     """Return sum(sums) / sum(counts) with confidence bounds over the sampling units.
 
     A unit's weight is its length, so a few long documents can decide, and differences of documents are skewed:
-    losses are unbounded above. The percentile bootstrap minds neither: over 20 documents like those of the embedded
+    losses are unbounded above. The percentile bootstrap ignores both: over 20 documents like those of the embedded
     text its one-sided 95 % bound is below the truth more than one time in ten (counted by
     `python -m numprune.flows.studies.error_rates`). So the bound is studentized,
 

@@ -122,7 +122,7 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
 
 
 def remove_copies(workspace: Path, name: str, keep: Collection[str]) -> None:
-    """Remove the copies of releases of `name` that nobody needs any more.
+    """Remove the copies of releases of `name` that are no longer needed.
 
     What is kept: those with a digest of `keep`, those of running servers, and those prepared within the last hour, for
     servers that are not started yet. A copy that is wanted again is fetched again.

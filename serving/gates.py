@@ -1,4 +1,4 @@
-"""A policy, and what a report comes to under it.
+"""A policy, and the verdict on a report.
 
 A gate compares one metric with one limit. It passes on evidence only: what is missing, not a number, without samples or
 unknown fails; an interval that straddles the limit is inconclusive.

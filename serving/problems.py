@@ -1,7 +1,7 @@
 """What is wrong with data from outside, in words: field, value given, what is allowed, and what was perhaps meant.
 
 `problems` puts the mistakes in a file that a program wrote into one line; `described` and `listed` give those in a file
-that somebody wrote by hand a line each.
+that was written by hand, a line each.
 """
 
 import difflib

@@ -252,7 +252,7 @@ def _separator(text: str) -> str:
 
 
 class _Version(argparse.Action):
-    """The distribution is asked only when somebody wants to know."""
+    """The distribution is looked up only when the version is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         print(f"numprune {metadata.version('numprune')}")

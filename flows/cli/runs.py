@@ -1,4 +1,4 @@
-"""numprune runs: what was run in a workspace, and what of it can go."""
+"""numprune runs: list, show and clean up the runs of a workspace."""
 
 import argparse
 import json

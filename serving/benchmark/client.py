@@ -122,7 +122,7 @@ def start_worker(
     Without a `command`, it is `numprune.serving.benchmark.worker`; `env` is its whole environment. A `command` gets a
     session of its own, as servers have: Linux shares the CPUs out among sessions, and in ours it might get less.
     """
-    # Its stderr goes to a file and not to a pipe, which somebody would have to keep empty.
+    # Its stderr goes to a file, because a pipe that is not read fills up.
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             # -P: no file in the current folder may stand in for a module.

@@ -13,7 +13,7 @@ from numprune.serving.benchmark.scheduler import ThreadTimes, stolen_seconds
 # A side that waited four times as long as it ran had a fifth of the CPUs it asked for. A program with as many busy
 # threads as there are CPUs leaves it half; ten of them on two CPUs were seen to leave it a third.
 WAITED_SHARE = 0.8
-# Of the time the CPUs had work: the hypervisor gave it to somebody else, which no interleaving by us can even out.
+# Steal time, as a share of busy time: the hypervisor ran other guests, which interleaving cannot even out.
 STOLEN_SHARE = 0.25
 
 
@@ -51,7 +51,7 @@ class Contention:
 
 
 def waited_share(times: Iterable[ThreadTimes]) -> float | None:
-    """Of all this time; None when it is none, as where the kernel does not tell."""
+    """The share of this time; None if it is zero, as where the kernel does not report it."""
     found = list(times)
     ran_s, waited_s = sum(one.ran_s for one in found), sum(one.waited_s for one in found)
     return waited_s / (ran_s + waited_s) if ran_s + waited_s > 0 else None

@@ -124,7 +124,7 @@ def _annotations(release: ServedRelease) -> dict[str, str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Each document stands on its own: no anchors. Text that looks like a number to somebody is quoted."""
+    """Each document stands on its own: no anchors. Text that a parser might read as a number is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Where a release is to run and how: everything that somebody types, checked before any of it stands in a manifest."""
+"""Where and how a release is to run: user input, checked before it enters a manifest."""
 
 import re
 from dataclasses import dataclass, field

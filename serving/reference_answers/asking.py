@@ -42,7 +42,7 @@ def check_tokenizer(client: httpx.Client, model: str, texts: Sequence[Encoded]) 
 
 
 def as_number(value: Any) -> float:
-    """NaN for what is no number."""
+    """NaN for anything but a number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

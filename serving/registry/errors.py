@@ -58,7 +58,7 @@ def error_code(error: Exception) -> str:
 
 
 def lost_race(error: Exception) -> bool:
-    """Whether somebody else made the same entry of the database at this moment: MLflow looks first, then inserts."""
+    """Whether another client created the same database entry concurrently: MLflow checks first, then inserts."""
     return error_code(error) == "BAD_REQUEST" and "unique" in str(error).lower()
 
 

@@ -94,7 +94,7 @@ def find_versions(registry: Registry, name: str, condition: str) -> list[Version
 
 
 def model(registry: Registry, name: str) -> Model:
-    """One model. Raises InputError when there is none of that name."""
+    """Return one model. Raises InputError if no model has that name."""
     try:
         return Model(name, _aliases(registry.client.get_registered_model(check_name(name))))
     except Exception as error:
@@ -116,7 +116,7 @@ def _tags(registry: Registry, name: str) -> Mapping[str, str]:
 
 
 def resolve(registry: Registry, reference: ModelReference) -> Version:
-    """The version that a reference means now. Raises InputError (there is none), IntegrityError (not one of ours)."""
+    """Return the version a reference resolves to. Raises InputError (not found), IntegrityError (not numprune's)."""
     aliases = model(registry, reference.name).aliases
     number = reference.version if reference.alias is None else aliases.get(reference.alias)
     if number is None:

@@ -1,4 +1,4 @@
-"""A report in one sentence, for somebody who reads no further, and the commands that follow."""
+"""A report in one sentence, and the commands to run next."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ def headline(report: Report) -> str:
 
 
 def next_commands(report: Report) -> Iterator[str]:
-    """What a passing release is for; nothing for other reports, and for those that say no name."""
+    """Yield the commands to run after a pass; none for other reports, and for those without a name."""
     name = report.identity.name
     if name is None or report.verdict is None or report.verdict.outcome != "pass":
         return
@@ -39,7 +39,7 @@ def _size(report: Report) -> str:
 
 
 def _speed(report: Report) -> str:
-    """Of the runtime that is nearest to production."""
+    """The speed in the runtime nearest to production."""
     runtime = next((name for name in (*_RUNTIMES, *report.speed) if name in report.speed), None)
     if runtime is None:
         return ""
@@ -89,6 +89,6 @@ def _conclusion(report: Report) -> str:
 
 
 def _with_others(gates: list[GateResult], told: str) -> str:
-    """The first, with what is told of it, and how many there are besides."""
+    """The first gate, with its details, and how many others there are."""
     others = f", and {len(gates) - 1} more" if len(gates) > 1 else ""
     return f"{words.metric(gates[0].metric, gates[0].unit)} ({told}){others}"

@@ -6,7 +6,7 @@ from numprune.serving.report import words
 from numprune.serving.report.models import Report, RuntimeSpeed
 
 UNCLEAR, TOO_NOISY = "no clear difference", "too noisy to measure"
-_WIDEST_FLOOR = 1.0  # the baseline differs from itself by all that it is
+_WIDEST_FLOOR = 1.0  # the baseline differs from itself by 100 %
 
 
 def floor(name: str, found: RuntimeSpeed) -> float | None:
@@ -15,7 +15,7 @@ def floor(name: str, found: RuntimeSpeed) -> float | None:
 
 
 def reading(name: str, found: RuntimeSpeed) -> str:
-    """In a word, what a ratio and its noise floor say; empty where nothing was measured."""
+    """Classify a ratio by its interval and noise floor; empty if nothing was measured."""
     ratio = getattr(found, name)
     if ratio is None or ratio.ratio.value is None or None in ratio.ratio.interval95:
         return ""

@@ -1,4 +1,4 @@
-"""The memory of a server on CPUs when nobody sets it.
+"""The default memory of a server on CPUs.
 
 vLLM's own default is 0.92 of the machine's memory, and it refuses to start where more than 8 % is in use.
 """

@@ -118,7 +118,7 @@ def _watch(tag: str) -> "subprocess.Popen[bytes]":
         [sys.executable, "-P", "-m", "numprune.serving.vllm.watch", str(os.getpid()), tag],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # it outlives us: whoever reads our output must not wait for it
+        stderr=subprocess.DEVNULL,  # it outlives this process, and readers of our output must not wait for it
         start_new_session=True,
     )
 

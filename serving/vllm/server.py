@@ -275,7 +275,7 @@ def _needs(checkpoint: Path) -> tuple[str, ...]:
 
 
 def _memory(checkpoint: Path, name: str) -> tuple[str, ...]:
-    """The option for a server on CPUs whose memory nobody has set."""
+    """The option for a server on CPUs without a configured memory size."""
     found = memory.of_machine()
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     share = memory.share(found, weights)

@@ -79,7 +79,7 @@ def picture(key: str, title: str, height: float, draw: Callable[[Figure], None])
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout=air)
         draw(figure)
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    # What matplotlib wrote is no stranger's XML.
+    # matplotlib's own output, so not untrusted XML.
     root = ET.fromstring(written.getvalue())  # noqa: S314
     _tidy(root, key)
     heading = ET.Element("title", {"id": f"{key}-title"})
