@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         save,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "CalibrationRows",
