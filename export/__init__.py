@@ -1,8 +1,8 @@
 """From a checkpoint to artifacts that other programs run, and the proof that they compute the same.
 
 `manifest` creates and verifies artifact folders; `checkpoint` reads, writes and audits Hugging Face folders; `vllm`,
-`onnx` and `tensorrt` each write one format; `runtimes` runs what they wrote; `parity` compares a runtime with the
-checkpoint and blocks. This package imports `numprune` (the core) and nothing else of ours.
+`onnx`, `genai` and `tensorrt` each write one format; `runtimes` runs what they wrote; `parity` compares a runtime with
+the checkpoint and blocks. This package imports `numprune` (the core) and nothing else of ours.
 
 Notation used for tensor shapes:
     B   batch: rows that run together

@@ -15,10 +15,12 @@ from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
+from numprune.export.onnx_standard import StandardOperators
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_tensor
 
+KIND = "onnx"  # of the folder
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
 
@@ -75,7 +77,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
     }
     parents = {"checkpoint": manifest.folder_digest(source)}
     metadata = {"flavour": FLAVOUR, "family": config.model_type, "checkpoint": parents["checkpoint"]}
-    with manifest.creating(out, kind="onnx", parents=parents, facts=facts) as folder:
+    with manifest.creating(out, kind=KIND, parents=parents, facts=facts) as folder:
         if direct:
             _write(source, folder, config, opset, dtype, metadata)
         else:
@@ -92,5 +94,7 @@ def _write(source: Path, folder: Path, config: Any, opset: int, dtype: str, meta
     checkpoint.load_tokenizer(source)
     with (folder / DATA_FILE).open("wb") as data:
         graph = Graph(data, DTYPES[dtype])
-        write_decoder(graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset)
+        write_decoder(
+            graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset, StandardOperators
+        )
     save(graph.model(opset, metadata), folder / MODEL_FILE)

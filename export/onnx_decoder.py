@@ -6,9 +6,9 @@ in memory, this one well under a second and one tensor. That it computes what th
 prove.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from onnx import TensorProto
@@ -49,13 +49,27 @@ class Writer:
     head_dim: int
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Values of the graph that all layers use."""
+class Operators(Protocol):
+    """How a flavour of the graph computes the parts of the network; strings are names of the graph's values."""
 
-    masks: Mapping[int | None, str]  # by window: (B, 1, S, T) bool, true where a query may look
-    cos: str  # (B, S, D/2)
-    sin: str
+    @property
+    def positions(self) -> int | str:
+        """Of the logits: their number, or the name of the graph's dimension."""
+
+    def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
+        """Add the last block's output to the residual stream (B, S, H): the norm of the sum, and the sum."""
+
+    def attention(self, index: int, layer: Layer, normed: str) -> tuple[str, str, str]:
+        """The block's output (B, S, H), and its keys and values with the past before them (B, N_l, T, D)."""
+
+    def mlp(self, prefix: str, normed: str) -> str:
+        """The block's output (B, S, H)."""
+
+    def head(self, normed: str) -> str:
+        """Logits of the positions that the flavour puts out."""
+
+
+Flavour = Callable[[Writer, Sequence[Layer], str, str], Operators]
 
 
 def writes(config: Any) -> bool:
@@ -63,15 +77,25 @@ def writes(config: Any) -> bool:
     return family_of(config).name in FAMILIES and config.hidden_act in ACTIVATIONS
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the size of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def write_decoder(
-    graph: Graph, config: Any, stored: frozenset[str], tensor: Callable[[str], Tensor], opset: int
+    graph: Graph,
+    config: Any,
+    stored: frozenset[str],
+    tensor: Callable[[str], Tensor],
+    opset: int,
+    flavour: Flavour,
 ) -> None:
     """Add the whole network to `graph`.
 
-    Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), logits_to_keep (kept; positions in 0 … S-1
-    whose logits are wanted), past_key_values.l.key and .value (B, N_l, P, D). Outputs: logits (B, kept, V),
-    present.l.key and .value (B, N_l, T, D), for the layers l that attend. Logits are float32; the rest is in the
-    graph's precision, in which norms, softmax and rotary angles are computed in float32, as in PyTorch.
+    Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), those of the flavour, and
+    past_key_values.l.key and .value (B, N_l, P, D). Outputs: logits (B, positions, V), present.l.key and .value
+    (B, N_l, T, D), for the layers l that attend. Logits are float32; the rest is in the graph's precision, in which
+    norms, softmax and rotary angles are computed in float32, as in PyTorch.
 
     Args:
         graph: an empty one.
@@ -79,34 +103,33 @@ def write_decoder(
         stored: the names of its tensors.
         tensor: gives one of them.
         opset: one of OPSETS.
+        flavour: makes the operators, and their own inputs, from the layers and the names of tokens and mask.
 
     Raises:
         InputError: the configuration asks for something that no operator here computes.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     writer = Writer(graph, opset, config, stored, tensor, head_dim)
     layers = _layers(config)
     tokens = graph.input("input_ids", INT64, ["batch", "sequence"])
     mask = graph.input("attention_mask", INT64, ["batch", "total"])
-    kept = graph.input("logits_to_keep", INT64, ["kept"])
-    masks, positions = _masks_and_positions(graph, tokens, mask, {layer.window for layer in layers})
-    shared = Shared(masks, *_rotary(writer, positions))
+    operators = flavour(writer, layers, tokens, mask)
 
-    hidden = graph.op("Gather", graph.weight(EMBEDDING, tensor(EMBEDDING)), tokens)
+    states = graph.op("Gather", graph.weight(EMBEDDING, tensor(EMBEDDING)), tokens)
+    update: str | None = None
     present: dict[int, list[str]] = {}
     for index, layer in enumerate(layers):
         prefix = f"model.layers.{index}."
         if "attention" not in layer.skip:
-            normed = _norm(writer, prefix + "input_layernorm", hidden)
-            mixed, *present[index] = _attention(writer, shared, index, layer, normed)
-            hidden = graph.op("Add", hidden, mixed)
+            normed, states = operators.norm(prefix + "input_layernorm", states, update)
+            update, *present[index] = operators.attention(index, layer, normed)
         if "mlp" not in layer.skip:
-            normed = _norm(writer, prefix + "post_attention_layernorm", hidden)
-            hidden = graph.op("Add", hidden, _mlp(writer, prefix, normed))
-    hidden = graph.op("Gather", hidden, kept, axis=1)  # before the head: it is the largest matrix of a small model
-    logits = _head(writer, _norm(writer, "model.norm", hidden))
+            normed, states = operators.norm(prefix + "post_attention_layernorm", states, update)
+            update = operators.mlp(prefix, normed)
+    normed, _ = operators.norm("model.norm", states, update)
+    logits = operators.head(normed)
 
-    graph.output(graph.float32(logits), "logits", FLOAT, ["batch", "kept", config.vocab_size])
+    graph.output(graph.float32(logits), "logits", FLOAT, ["batch", operators.positions, config.vocab_size])
     for index, cached in present.items():
         for name, value in zip(("key", "value"), cached, strict=True):
             shape: list[int | str] = ["batch", layers[index].kv_heads, "total", head_dim]
@@ -125,38 +148,12 @@ def _layers(config: Any) -> list[Layer]:
     return layers
 
 
-# --- what all layers share ---------------------------------------------------------------------------
+# --- what the flavours share -------------------------------------------------------------------------
 
 
-def _masks_and_positions(
-    graph: Graph, tokens: str, mask: str, windows: set[int | None]
-) -> tuple[dict[int | None, str], str]:
-    """Attention masks (B, 1, S, T) by window, and rotary positions (B, S), both from attention_mask (B, T)."""
-    new = graph.op("Gather", graph.op("Shape", tokens), graph.integer(1))  # S
-    total = graph.op("Gather", graph.op("Shape", mask), graph.integer(1))  # T
-    past = graph.op("Sub", total, new)  # P
-    one, last_axis = graph.integer(1), graph.integers(-1)
-    keys = graph.op("Range", graph.integer(0), total, one)  # (T,)
-    queries = graph.op("Unsqueeze", graph.op("Range", past, total, one), last_axis)  # (S, 1)
-    causal = graph.op("LessOrEqual", keys, queries)  # (S, T)
-    itself = graph.op("Equal", keys, queries)
-    valid = graph.op("Unsqueeze", graph.op("Cast", mask, to=BOOL), graph.integers(1, 2))  # (B, 1, 1, T)
-    masks = {}
-    for window in sorted(windows, key=lambda size: size or 0):
-        seen = causal
-        if window is not None:
-            seen = graph.op("And", causal, graph.op("Greater", graph.op("Add", keys, graph.integer(window)), queries))
-        # Padding looks at itself, so that no row is empty: its softmax would be NaN, and 0 * NaN reaches the others.
-        masks[window] = graph.op("Or", graph.op("And", valid, seen), itself)
-    counted = graph.op("Sub", graph.op("CumSum", mask, one), one)
-    counted = graph.op("Max", counted, graph.integer(0))  # (B, T): positions count tokens, not padding
-    ends = [graph.op("Unsqueeze", value, graph.integers(0)) for value in (past, total)]
-    return masks, graph.op("Slice", counted, *ends, graph.integers(1))
-
-
-def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
-    """Cosines and sines (B, S, D/2) of the rotary embedding."""
-    graph, config, head_dim = writer.graph, writer.config, writer.head_dim
+def rotary_frequencies(writer: Writer) -> tuple[Tensor, float]:
+    """Inverse frequencies (D/2,) of the rotary embedding, and what its cosines and sines are multiplied by."""
+    config, head_dim = writer.config, writer.head_dim
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
         frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2).double() / head_dim)
@@ -165,89 +162,10 @@ def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     if frequencies.shape != (head_dim // 2,):
         raise InputError("config.json: rotary embeddings over a part of the head are not supported in ONNX")
-    inverse = graph.weight("rotary.frequencies", frequencies, torch.float32)  # angles need it, whatever the rest is in
-    angles = graph.op("Mul", graph.op("Unsqueeze", graph.op("Cast", positions, to=FLOAT), graph.integers(-1)), inverse)
-    cos, sin = graph.op("Cos", angles), graph.op("Sin", angles)
-    if scaling != 1.0:
-        cos, sin = (graph.op("Mul", value, graph.scalar(scaling)) for value in (cos, sin))
-    return graph.rounded(cos), graph.rounded(sin)
+    return frequencies, scaling
 
 
-# --- one layer ---------------------------------------------------------------------------------------
-
-
-def _attention(writer: Writer, shared: Shared, index: int, layer: Layer, hidden: str) -> tuple[str, str, str]:
-    """The block's output (B, S, H), and its keys and values with the past before them, (B, N, T, D)."""
-    graph, prefix = writer.graph, f"model.layers.{index}.self_attn."
-    query, key, value = (
-        _heads(writer, _linear(writer, prefix + name, hidden), count)
-        for name, count in (("q_proj", layer.heads), ("k_proj", layer.kv_heads), ("v_proj", layer.kv_heads))
-    )
-    if prefix + "q_norm.weight" in writer.stored:
-        query, key = _norm(writer, prefix + "q_norm", query), _norm(writer, prefix + "k_norm", key)
-    shape: list[int | str] = ["batch", layer.kv_heads, "past", writer.head_dim]
-    past_key, past_value = (
-        graph.input(f"past_key_values.{index}.{name}", graph.element, shape) for name in ("key", "value")
-    )
-    key = graph.op("Concat", past_key, _rotate(writer, shared, key), axis=2)
-    value = graph.op("Concat", past_value, value, axis=2)
-    mixed = _attend(writer, shared, layer, _rotate(writer, shared, query), key, value)
-    mixed = graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), graph.integers(0, 0, -1))
-    return _linear(writer, prefix + "o_proj", mixed), key, value
-
-
-def _heads(writer: Writer, states: str, heads: int) -> str:
-    """(B, S, heads * D) -> (B, heads, S, D)."""
-    graph = writer.graph
-    split = graph.op("Reshape", states, graph.integers(0, 0, heads, writer.head_dim))
-    return graph.op("Transpose", split, perm=[0, 2, 1, 3])
-
-
-def _attend(writer: Writer, shared: Shared, layer: Layer, query: str, key: str, value: str) -> str:
-    """Grouped-query attention: (B, heads, S, D), (B, N, T, D), (B, N, T, D) -> (B, heads, S, D)."""
-    graph, head_dim = writer.graph, writer.head_dim
-    mask, scale = shared.masks[layer.window], head_dim**-0.5
-    if writer.opset >= 23:
-        precision = {} if graph.dtype == torch.float32 else {"softmax_precision": FLOAT}
-        return graph.op("Attention", query, key, value, mask, scale=scale, **precision)
-    # The query heads of a group stand one after the other, so a group's queries are rows of one matrix.
-    group = layer.heads // layer.kv_heads
-    rows = graph.op("Reshape", query, graph.integers(0, layer.kv_heads, -1, head_dim))  # (B, N, G*S, D)
-    rows = graph.op("Mul", rows, graph.scalar(scale, graph.dtype))
-    scores = graph.op("MatMul", rows, graph.op("Transpose", key, perm=[0, 1, 3, 2]))  # (B, N, G*S, T)
-    total = graph.op("Slice", graph.op("Shape", scores), graph.integers(3), graph.integers(4))
-    lead = graph.op("Slice", graph.op("Shape", query), graph.integers(0), graph.integers(1))
-    length = graph.op("Slice", graph.op("Shape", query), graph.integers(2), graph.integers(3))
-    by_head = graph.op("Concat", lead, graph.integers(layer.heads), length, total, axis=0)
-    by_group = graph.op("Concat", lead, graph.integers(layer.kv_heads), graph.integers(-1), total, axis=0)
-    scores = graph.float32(graph.op("Reshape", scores, by_head))  # (B, heads, S, T)
-    scores = graph.op("Where", mask, scores, graph.scalar(torch.finfo(torch.float32).min))
-    weights = graph.op("Reshape", graph.rounded(graph.op("Softmax", scores, axis=-1)), by_group)
-    mixed = graph.op("MatMul", weights, value)  # (B, N, G*S, D)
-    shape = graph.op("Concat", lead, graph.integers(layer.heads), length, graph.integers(head_dim), axis=0)
-    return graph.op("Reshape", mixed, shape) if group > 1 else mixed
-
-
-def _rotate(writer: Writer, shared: Shared, states: str) -> str:
-    """The rotary embedding of (B, heads, S, D); the two halves of a head are the real and imaginary parts."""
-    graph = writer.graph
-    if writer.opset >= 23:
-        return graph.op("RotaryEmbedding", states, shared.cos, shared.sin)
-    cos, sin = (graph.op("Unsqueeze", value, graph.integers(1)) for value in (shared.cos, shared.sin))  # (B, 1, S, D/2)
-    real, imaginary = graph.split("Split", states, outputs=2, axis=-1, num_outputs=2)
-    turned_real = graph.op("Sub", graph.op("Mul", real, cos), graph.op("Mul", imaginary, sin))
-    turned_imaginary = graph.op("Add", graph.op("Mul", imaginary, cos), graph.op("Mul", real, sin))
-    return graph.op("Concat", turned_real, turned_imaginary, axis=-1)
-
-
-def _mlp(writer: Writer, prefix: str, hidden: str) -> str:
-    gate = _linear(writer, prefix + "mlp.gate_proj", hidden)
-    up = _linear(writer, prefix + "mlp.up_proj", hidden)
-    gated = writer.graph.op("Mul", _activate(writer, gate), up)
-    return _linear(writer, prefix + "mlp.down_proj", gated)
-
-
-def _activate(writer: Writer, values: str) -> str:
+def activate(writer: Writer, values: str) -> str:
     graph = writer.graph
     match writer.config.hidden_act:
         case "silu":
@@ -259,35 +177,3 @@ def _activate(writer: Writer, values: str) -> str:
         case "relu":
             return graph.op("Relu", values)
     raise ValueError(f"not among {ACTIVATIONS}")
-
-
-def _norm(writer: Writer, name: str, states: str) -> str:
-    """Root-mean-square norm over the last axis."""
-    graph, epsilon = writer.graph, writer.config.rms_norm_eps
-    weight = graph.weight(name + ".weight", writer.tensor(name + ".weight"))
-    if writer.opset >= 23:
-        return graph.op("RMSNormalization", states, weight, axis=-1, epsilon=epsilon)
-    states = graph.float32(states)
-    square = graph.op("ReduceMean", graph.op("Mul", states, states), graph.integers(-1))
-    root = graph.op("Sqrt", graph.op("Add", square, graph.scalar(epsilon)))
-    return graph.op("Mul", graph.rounded(graph.op("Div", states, root)), weight)
-
-
-def _linear(writer: Writer, name: str, states: str) -> str:
-    """x Wᵀ + b. W is stored transposed: as MatMul reads it."""
-    graph = writer.graph
-    result = graph.op("MatMul", states, graph.weight(name + ".weight.T", writer.tensor(name + ".weight").T))
-    if name + ".bias" in writer.stored:
-        result = graph.op("Add", result, graph.weight(name + ".bias", writer.tensor(name + ".bias")))
-    return result
-
-
-def _head(writer: Writer, hidden: str) -> str:
-    """Logits (B, kept, V)."""
-    graph, config = writer.graph, writer.config
-    if not config.tie_word_embeddings:
-        return _linear(writer, "lm_head", hidden)
-    # Gemm reads the embedding as it is, so that tied weights are one initializer.
-    logits = graph.op("Gemm", graph.op("Reshape", hidden, graph.integers(-1, config.hidden_size)), EMBEDDING, transB=1)
-    rows = graph.op("Slice", graph.op("Shape", hidden), graph.integers(0), graph.integers(2))  # (B, kept)
-    return graph.op("Reshape", logits, graph.op("Concat", rows, graph.integers(config.vocab_size), axis=0))

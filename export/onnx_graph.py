@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from numprune.export.precision import cast
 
 DATA_FILE = "model.onnx.data"
+DOMAIN = "com.microsoft"  # of the operators that only ONNX Runtime has
 
 INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
 PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
@@ -41,6 +42,10 @@ class Graph:
         names = [f"{name}.{index}" for index in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
         return names
+
+    def fused(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+        """Append a node of ONNX Runtime's own domain with several outputs; an input "" is left out."""
+        return self.split(kind, *inputs, outputs=outputs, domain=DOMAIN, **attributes)
 
     def integers(self, *values: int) -> str:
         """A constant int64 vector."""
@@ -99,11 +104,15 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def model(self, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
+        domains = {"": opset} | ({DOMAIN: 1} if any(node.domain == DOMAIN for node in self.nodes) else {})
         graph = helper.make_graph(
             self.nodes, "decoder", self.inputs, self.outputs, initializer=list(self.initializers.values())
         )
         model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", opset)], producer_name="numprune", ir_version=10
+            graph,
+            opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
+            producer_name="numprune",
+            ir_version=10,
         )
         helper.set_model_props(model, metadata)
         return model

@@ -252,7 +252,7 @@ def export_checkpoint(
     Args:
         source: a checkpoint folder, for example one that `save` wrote.
         out: a folder that does not exist yet; it appears once parity is proved.
-        to: "vllm", "onnx" or "tensorrt".
+        to: "vllm", "onnx", "onnxruntime" or "tensorrt".
         dtype: "float32", "bfloat16", "float16", or "auto": as it is stored, and float32 for runtimes on a CPU.
 
     Returns:

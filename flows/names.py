@@ -4,6 +4,7 @@ They stand here, and not only where they are implemented, so that neither needs 
 a test keeps them the same.
 """
 
+from collections.abc import Collection
 from typing import Literal
 
 Criterion = Literal[
@@ -16,15 +17,35 @@ DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-ch
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 GROUP_SIZES = (32, 64, 128)
 QuantizationMethod = Literal["gptq", "rtn"]
-ExportFormat = Literal["vllm", "onnx", "tensorrt"]
+ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # In which an export is proved.
-RUNTIME_OF_EXPORT: dict[str, str] = {"vllm": "torch", "onnx": "onnxruntime", "tensorrt": "tensorrt"}
-# What a runtime runs; torch runs the checkpoint.
-EXPORT_OF_RUNTIME: dict[str, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
+RUNTIME_OF_EXPORT: dict[str, str] = {
+    "vllm": "torch",
+    "onnx": "onnxruntime",
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt",
+}
+# What a runtime runs, the fastest first; torch runs the checkpoint.
+EXPORTS_OF_RUNTIME: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "tensorrt": ("tensorrt",),
+    "vllm": ("vllm",),
+}
 SEQUENCE_LENGTH = 512
 CAUSAL_LM = "causal-lm"  # the task of decoders
 BUILT_IN = "built-in"  # the prompts of numprune.generation
+
+
+def export_of(runtime: str, formats: Collection[str]) -> str | None:
+    """Return which of the exports a runtime runs; None: it runs the checkpoint, or what it runs is not among them."""
+    return next((name for name in EXPORTS_OF_RUNTIME.get(runtime, ()) if name in formats), None)
+
+
+def runtime_of(export_format: str, formats: Collection[str]) -> str | None:
+    """Return the runtime in which an export is timed; None: none runs it, or another of `formats` runs there."""
+    runtime = RUNTIME_OF_EXPORT[export_format]
+    return runtime if export_of(runtime, formats) == export_format else None

@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed, State
 
 from numprune.flows import children, recipe, runs, server, stages, summary, tracing
 from numprune.flows.bundle import CHECKPOINT, folder_name, make_release
-from numprune.flows.names import EXPORT_OF_RUNTIME, RUNTIME_OF_EXPORT
+from numprune.flows.names import RUNTIME_OF_EXPORT, export_of, runtime_of
 from numprune.flows.run import Artifact, Run
 from numprune.flows.runs import Recording
 from numprune.flows.stages import StageResult
@@ -117,10 +117,11 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
     for name in sorted(run.recipe.export.targets, key="vllm".__ne__):
         exports[name] = _artifact(call(export, run, name, candidate, "candidate"), folder_name(name))
         proof = call(prove, run, name, candidate, exports[name], "candidate")
-        parity["vllm" if name == "vllm" else RUNTIME_OF_EXPORT[name]] = proof.facts
+        runtime = runtime_of(name, run.recipe.export.targets)
+        parity[runtime or name] = proof.facts
         if name == "vllm":
             candidate = exports[name]  # what is released is what is exported further, evaluated and timed
-        elif RUNTIME_OF_EXPORT[name] in run.recipe.benchmark.runtimes:
+        elif runtime in run.recipe.benchmark.runtimes:
             baselines[name] = _artifact(call(export, run, name, run.base, "baseline"), folder_name(name))
             call(prove, run, name, run.base, baselines[name], "baseline")
 
@@ -130,7 +131,7 @@ def judge(run: Run, call: Callable[..., StageResult]) -> Judged:
     timed = {
         runtime: (exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
-        for name in [EXPORT_OF_RUNTIME.get(runtime, "")]
+        for name in [export_of(runtime, exports) or ""]
     }
     looks = {
         runtime: [call(benchmark, run, runtime, *sides, look) for look in _taken(run, runtime, *sides)]
@@ -213,6 +214,7 @@ def export(run: Run, export_format: str, source: Artifact, side: str) -> StageRe
     by_format: dict[str, dict[str, Any]] = {
         "vllm": {"shard_size": asked.shard_size, "dtype": None if asked.dtype == "auto" else asked.dtype},
         "onnx": {"opset": asked.opset, "dtype": run.precision.get("onnxruntime")},
+        "onnxruntime": {"dtype": run.precision.get("onnxruntime")},
         # An engine is built for sizes up to these, and for one kind of GPU.
         "tensorrt": {
             "max_batch": max(8, load.batch_size),

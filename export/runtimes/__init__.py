@@ -61,7 +61,8 @@ def open_runtime(
     """Load `folder` into the runtime `name`.
 
     Args:
-        name: `torch` (a checkpoint folder), `onnxruntime` (of `export.onnx`) or `tensorrt` (of `export.tensorrt`).
+        name: `torch` (a checkpoint folder), `onnxruntime` (of `export.onnx` or `export.genai`) or `tensorrt` (of
+            `export.tensorrt`).
         folder: what to load.
         device: `cpu`, `cuda`, or `auto`: CUDA where the runtime and the machine have it.
         threads: of the CPU, for one operator; None: the runtime's own default, or the CPU quota.
@@ -80,8 +81,12 @@ def open_runtime(
 
             return TorchRuntime(folder, device=device, threads=threads, dtype=dtype)
         case "onnxruntime":
+            from numprune.export import genai, manifest
             from numprune.export.runtimes.ort import OnnxRuntime
+            from numprune.export.runtimes.ort_fused import FusedOnnxRuntime
 
+            if manifest.read(folder).kind == genai.KIND:
+                return FusedOnnxRuntime(folder, device=device, threads=threads)
             return OnnxRuntime(folder, device=device, threads=threads)
         case "tensorrt":
             from numprune.export.runtimes.trt import TensorRTRuntime

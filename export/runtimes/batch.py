@@ -39,15 +39,21 @@ def _mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
 
 def extended_mask(mask: Tensor | None, tokens: Tensor, vocabulary: int) -> Tensor:
     """The mask (B, T) after one more token per row. Raises ValueError, also when no prefill came before."""
-    if mask is None:
+    check_next(tokens, None if mask is None else len(mask), vocabulary)
+    assert mask is not None
+    return torch.cat([mask, torch.ones_like(tokens)], dim=1)
+
+
+def check_next(tokens: Tensor, rows: int | None, vocabulary: int) -> None:
+    """Raises ValueError unless there is one token for each of the rows of the prefill; None: there was no prefill."""
+    if rows is None:
         raise ValueError("call prefill() before decode()")
-    if tokens.dtype != torch.int64 or tokens.shape != (len(mask), 1):
+    if tokens.dtype != torch.int64 or tokens.shape != (rows, 1):
         raise ValueError(
-            f"tokens must be a ({len(mask)}, 1) int64 tensor, one for each row of the prefill, not {tokens.dtype} "
+            f"tokens must be a ({rows}, 1) int64 tensor, one for each row of the prefill, not {tokens.dtype} "
             f"{list(tokens.shape)}"
         )
     _check_range(tokens, vocabulary)
-    return torch.cat([mask, torch.ones_like(tokens)], dim=1)
 
 
 def _check_range(tokens: Tensor, vocabulary: int) -> None:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError, MissingRuntime
-from numprune.export import manifest, processors
-from numprune.export.onnx import MODEL_FILE
+from numprune.export import genai, manifest, onnx, processors
 from numprune.export.onnx_graph import ELEMENTS
 from numprune.export.precision import DTYPES
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
@@ -24,7 +23,17 @@ from numprune.export.runtimes.batch import extended_mask, prompt_mask
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 # What does the work. Shape arithmetic may be on the CPU also beside a GPU; these may not.
-_HEAVY = {"MatMul", "Gemm", "FusedMatMul", "Attention", "Softmax", "RMSNormalization", "SimplifiedLayerNormalization"}
+_HEAVY = {
+    "MatMul",
+    "Gemm",
+    "FusedMatMul",
+    "Attention",
+    "GroupQueryAttention",
+    "MatMulNBits",
+    "Softmax",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+}
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,18 @@ class Opened:
 
 
 def open_export(folder: Path, device: str, threads: int | None) -> Opened:
-    """The graph of a folder of `export.onnx`. Raises as `open_runtime` does."""
+    """The graph of a folder of `export.onnx` or `export.genai`. Raises as `open_runtime` does."""
     found = manifest.read(folder)
-    if found.kind != "onnx":
-        raise InputError(f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`")
+    if found.kind not in (onnx.KIND, genai.KIND):
+        raise InputError(
+            f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`, or onnxruntime"
+        )
     provider = choose_provider(device)
     threads = threads or processors.quota()
-    session = _open(folder / MODEL_FILE, provider, threads)
+    session = _open(folder / onnx.MODEL_FILE, provider, threads)
     if provider == CUDA:
         _require_cuda(session)
-    weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(MODEL_FILE))
+    weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(onnx.MODEL_FILE))
     return Opened(session, "cuda" if provider == CUDA else "cpu", threads, dict(found.facts), weight_bytes)
 
 

@@ -2,18 +2,19 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import precision
-from numprune.export.checkpoint import audit, check_finite, resolve
+from numprune.export.checkpoint import audit, check_finite, read_config, resolve
 from numprune.export.manifest import folder_digest
+from numprune.export.onnx_decoder import writes
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
-from numprune.flows.names import CAUSAL_LM, EXPORT_OF_RUNTIME
+from numprune.flows.names import CAUSAL_LM, RUNTIME_OF_EXPORT, export_of
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import cast_to, export, precision_of
 from numprune.flows.steps.prune import device_of
@@ -92,7 +93,7 @@ def benchmark_report(
             [sides["candidate"]], sides["baseline"], rows, device_of("auto"), PROMPTS
         )
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        export_format = "vllm" if runtime == "vllm" else EXPORT_OF_RUNTIME.get(runtime)
+        export_format = export_of(runtime, _formats(sides.values(), chosen))
         if export_format is not None:
             for name, folder in sides.items():
                 logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, export_format, name)
@@ -106,6 +107,14 @@ def benchmark_report(
         else:
             found = run_benchmark(sides["candidate"], sides["baseline"], runtime, load, dtype=chosen)
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
+
+
+def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
+    """Return the exports that all these checkpoints can have in a precision."""
+    # On a GPU the operators of "onnxruntime" compute half precision only.
+    computed = dtype != precision.FLOAT32 or device_of("auto").type == "cpu"
+    fused = computed and all(writes(read_config(side)) for side in sides)
+    return [name for name in RUNTIME_OF_EXPORT if fused or name != "onnxruntime"]
 
 
 def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:

@@ -14,16 +14,16 @@ from numprune.blocks import Anatomy
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
-from numprune.export import compressed_tensors, processors, tensorrt, vllm_pooling
+from numprune.export import compressed_tensors, genai, onnx, processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
-from numprune.export.onnx import check_config
+from numprune.export.runtimes import device_of as runtime_device
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
-from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORT_OF_RUNTIME, RUNTIME_OF_EXPORT
+from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Artifact, Run
 from numprune.flows.steps.baseline import prompts_of
@@ -107,7 +107,10 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
-            collect("export.targets and benchmark.runtimes", check_config, config)
+            collect("export.targets and benchmark.runtimes", onnx.check_config, config)
+        if "onnxruntime" in recipe.export.targets:
+            collect("export.targets", genai.check_config, config)
+            collect("export.targets", _check_fused, recipe, base)
         if "vllm" in formats:
             collect("export.targets and benchmark.runtimes", check_settings, config)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
@@ -158,6 +161,13 @@ def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
         runtime: precision_of(base, runtime, recipe.export.dtype, recipe.benchmark.device)
         for runtime in sorted({*exported, *recipe.benchmark.runtimes})
     }
+
+
+def _check_fused(recipe: Recipe, base: Path) -> None:
+    """Raises InputError where ONNX Runtime's own operators do not compute in the precision that was chosen."""
+    device = recipe.benchmark.device
+    chosen = precision_of(base, "onnxruntime", recipe.export.dtype, device)
+    genai.check_precision(chosen, runtime_device("onnxruntime", device))
 
 
 def prune_options(recipe: Recipe) -> PruneOptions:
@@ -235,10 +245,11 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"{recipe.benchmark.batch_size}"
         )
     for runtime in recipe.benchmark.runtimes:
-        export_format = "vllm" if runtime == "vllm" else EXPORT_OF_RUNTIME.get(runtime)
-        if export_format is not None and export_format not in recipe.export.targets:
+        exports = EXPORTS_OF_RUNTIME.get(runtime)
+        if exports and export_of(runtime, recipe.export.targets) is None:
             problems.append(
-                f"benchmark.runtimes: {runtime} runs the export {export_format!r}; add it to export.targets"
+                f"benchmark.runtimes: {runtime} runs the export {' or '.join(map(repr, exports))}; add it to "
+                "export.targets"
             )
     return problems
 

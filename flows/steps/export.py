@@ -21,11 +21,15 @@ def export(source: Path, out: Path, export_format: str, **options: Any) -> manif
         from numprune.export import onnx
 
         return onnx.export(source, out, **options)
+    if export_format == "onnxruntime":
+        from numprune.export import genai
+
+        return genai.export(source, out, **options)
     if export_format == "tensorrt":
         from numprune.export import tensorrt
 
         return tensorrt.export(source, out, **options)
-    raise InputError(f"the export format is {export_format!r}; it must be one of vllm, onnx, tensorrt")
+    raise InputError(f"the export format is {export_format!r}; it must be one of {', '.join(RUNTIME_OF_EXPORT)}")
 
 
 def export_and_prove(

@@ -15,12 +15,11 @@ def obs(view: BlockView) -> Tensor:
     """Return, for each unit, the share of the block's output energy lost once it is removed in greedy order, (units,).
 
     Removing units in ascending order of this score is removing them in greedy order, each time the one whose removal
-    costs least after the other weights were refitted; the score at the n-th is the block's error curve at n. Units that
-    stay after `view.removed` removals score infinity.
+    costs least after the other weights were refitted; the score at the n-th is the block's error curve at n.
     """
-    order, costs = greedy_removal(view.weight, view.gram, view.channels_per_unit, stop=view.removed)
+    order, costs = greedy_removal(view.weight, view.gram, view.channels_per_unit)
     energy = torch.einsum("od,de,oe->", view.weight, view.gram, view.weight)
-    scores = view.weight.new_full((view.units,), torch.inf)
+    scores = torch.empty(view.units, dtype=view.weight.dtype, device=view.weight.device)
     scores[order] = costs.cumsum(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     return scores
 

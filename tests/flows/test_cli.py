@@ -337,7 +337,7 @@ def test_evaluate(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) 
     assert both["kl_nats_per_token"] > 0
 
 
-@pytest.mark.parametrize("target", ["onnx", "vllm"])
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime", "vllm"])
 def test_export_is_proved(pruned: tuple[Path, Answered], numprune: Command, tmp_path: Path, target: str) -> None:
     answered = numprune("export", pruned[0], tmp_path / "out", "--to", target, "--json")
     assert answered.code == 0, answered.err

@@ -282,6 +282,21 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
     assert not (tmp_path / "w").exists()
 
 
+def test_onnx_runtime_s_own_export_is_proved_timed_and_released(numprune: Command, tiny: Path, workspace: Path) -> None:
+    targets = "export.targets=['vllm', 'onnx', 'onnxruntime']"
+    answered = optimize(numprune, tiny, workspace, targets, "registry.name=fused")
+    assert (answered.code, answered.json["version"]) == (0, "fused/1"), answered.err
+    release = Path(answered.json["release"])
+    assert {"checkpoint", "onnx", "onnxruntime"} <= {path.name for path in release.iterdir()}
+    report = reports.read(release / "report.json")
+    assert report.identity.exports["onnxruntime"] == manifest.read(release / "onnxruntime").digest
+    assert set(report.parity) == {"vllm", "onnx", "onnxruntime"}
+    flavours = {name: found["candidate"]["flavour"] for name, found in report.parity.items() if name != "vllm"}
+    assert flavours == {"onnx": "standard-operators", "onnxruntime": "onnxruntime"}
+    timed = report.speed["onnxruntime"].runtime
+    assert {timed[side]["flavour"] for side in ("baseline", "candidate")} == {"onnxruntime"}
+
+
 def test_killed_in_the_middle_and_run_again(tiny: Path, tmp_path: Path) -> None:
     """kill -9 of the run: what was finished is reused, nothing half-made is used, no process stays behind."""
     command = [sys.executable, "-m", "numprune.flows.cli", "optimize", str(tiny / "recipe.toml"), "--json"]

@@ -106,7 +106,8 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
             "",
         ]
     lines += [
-        "What `joint` adds, forward and backward passes of the kept units, counts as its own work.",
+        "Where the inputs come from the pruned prefix the layer is run three times. What `joint` adds, forward and "
+        "backward passes of the kept units, counts as its own work.",
         "",
     ]
     return "\n".join(lines)

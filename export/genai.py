@@ -1,0 +1,149 @@
+"""ONNX with ONNX Runtime's own operators, in a folder that onnxruntime-genai loads: as fast as that runtime can.
+
+The network is that of `onnx`, the flavour another (see `onnx_fused`). genai_config.json says to onnxruntime-genai what
+the graph does not: the names of its inputs and outputs, special tokens, and the defaults of generation.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from numprune.anatomy import family_of
+from numprune.errors import InputError
+from numprune.export import checkpoint, compressed_tensors, files, manifest, onnx
+from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, write_decoder, writes
+from numprune.export.onnx_fused import FusedOperators
+from numprune.export.onnx_graph import DATA_FILE, Graph, save
+from numprune.export.precision import DTYPES, FLOAT32
+from numprune.export.weights import TensorHeader, read_tensor
+
+KIND = "onnxruntime"
+CONFIG_FILE = "genai_config.json"
+OPSET = 23
+_GENERATION = "generation_config.json"
+
+
+def check_config(config: Any) -> None:
+    """Refuse a network that the flavour does not know. Raises InputError."""
+    onnx.check_config(config)
+    if not writes(config):
+        raise InputError(
+            f"onnxruntime: written are {', '.join(FAMILIES)} with hidden_act {', '.join(ACTIVATIONS)}, not "
+            f"{family_of(config).name} with {getattr(config, 'hidden_act', None)}; use onnx (--to onnx)"
+        )
+
+
+def check_precision(dtype: str, device: str) -> None:
+    """Refuse a precision that the flavour's attention does not compute in on a device. Raises InputError."""
+    if device == "cuda" and dtype == FLOAT32:
+        raise InputError(
+            "onnxruntime: on CUDA its GroupQueryAttention computes float16 and bfloat16 only, not float32; export in "
+            "one of them (dtype), or use onnx (--to onnx)"
+        )
+
+
+def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifest:
+    """Write the checkpoint `source` for ONNX Runtime to the new folder `out`.
+
+    Args:
+        source: a checkpoint folder, of Llama's kind.
+        out: must not exist.
+        dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`.
+
+    Raises:
+        InputError: `out` exists, or the architecture or a setting of config.json is not supported.
+        IntegrityError: the checkpoint is not what its configuration says, or a weight is too large for `dtype`.
+    """
+    config = checkpoint.read_config(source)
+    check_config(config)
+    compressed_tensors.refuse_quantized(source, "ONNX")
+    headers = checkpoint.audit(source)
+    tokenizer = checkpoint.load_tokenizer(source)
+    facts: dict[str, JsonValue] = {
+        "flavour": KIND,
+        "exporter": "numprune",
+        "opset": OPSET,
+        "dtype": dtype,
+        "onnx": version("onnx"),
+        "file": onnx.MODEL_FILE,
+    }
+    parents = {"checkpoint": manifest.folder_digest(source)}
+    metadata = {"flavour": KIND, "family": config.model_type, "checkpoint": parents["checkpoint"]}
+    with manifest.creating(out, kind=KIND, parents=parents, facts=facts) as folder:
+        with (folder / DATA_FILE).open("wb") as data:
+            graph = Graph(data, DTYPES[dtype])
+            write_decoder(graph, config, frozenset(headers), _reader(headers), OPSET, FusedOperators)
+        save(graph.model(OPSET, metadata), folder / onnx.MODEL_FILE)
+        checkpoint.copy_around_weights(config, source, folder)
+        settings = _settings(config, tokenizer.pad_token_id, folder)
+        (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return manifest.read(out)
+
+
+def _reader(headers: dict[str, TensorHeader]) -> Any:
+    return lambda name: read_tensor(headers[name])
+
+
+def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:
+    """genai_config.json. Sizes of single layers are read from the graph; those here are of the first that attends."""
+    layers = config.per_layer_config
+    sizes = next(layer for layer in layers if "attention" not in getattr(layer, "skip", ()))
+    special, search = _generation(folder)
+    ends = special.get("eos_token_id")
+    return {
+        "model": {
+            "type": family_of(config).name,
+            **special,
+            # Rows are padded with it, and what equals it in a batch of prompts is taken for padding.
+            "pad_token_id": padding
+            if padding is not None
+            else next(iter(ends), 0)
+            if isinstance(ends, list)
+            else ends or 0,
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": onnx.MODEL_FILE,
+                "hidden_size": config.hidden_size,
+                "head_size": head_dim_of(config),
+                "num_attention_heads": sizes.num_attention_heads,
+                "num_key_value_heads": sizes.num_key_value_heads or sizes.num_attention_heads,
+                "num_hidden_layers": len(layers),
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {**search, "max_length": config.max_position_embeddings, "past_present_share_buffer": True},
+    }
+
+
+def _generation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Special tokens, and the defaults of sampling, that the checkpoint's files state."""
+    said = files.read_object(folder / files.CONFIG)
+    if (folder / _GENERATION).is_file():
+        said |= files.read_object(folder / _GENERATION)
+    special = {name: said[name] for name in ("bos_token_id", "eos_token_id") if _is_token(said.get(name))}
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "do_sample": bool,
+        "top_k": int,
+        **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), (int, float)),
+    }
+    search = {name: said[name] for name, kind in kinds.items() if isinstance(said.get(name), kind)}
+    return special, search
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, list) and bool(value))

@@ -1,0 +1,112 @@
+"""The parts of a Llama-like decoder in operators that only ONNX Runtime has: attention with its cache in place.
+
+The graph reads rows that are padded on the right, and puts out the logits of each row's last token alone: what
+generation needs, and what onnxruntime-genai takes. Matrices that read the same are one: each operator less saves more
+than its share of the work when a single token is decoded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from onnx import TensorProto
+
+from numprune.export.onnx_decoder import Layer, Writer, activate, rotary_frequencies
+
+
+class FusedOperators:
+    """`onnx_decoder.Operators` of ONNX Runtime."""
+
+    positions = 1  # a number in the graph: onnxruntime-genai reads from it that only the last logits are put out
+
+    def __init__(self, writer: Writer, layers: Sequence[Layer], tokens: str, mask: str) -> None:
+        graph = writer.graph
+        self._writer = writer
+        one, last_axis = graph.integer(1), graph.integers(-1)
+        before_last = graph.op("Sub", graph.op("ReduceSum", mask, graph.integers(1), keepdims=0), one)  # (B,)
+        total = graph.op("Gather", graph.op("Shape", mask), one)  # T
+        past = graph.op("Sub", total, graph.op("Gather", graph.op("Shape", tokens), one))  # P
+        # Where each row's last token is among the new ones. After a ragged prompt P exceeds what a short row has, and
+        # each row goes on with one token: the one at 0.
+        last = graph.op("Max", graph.op("Sub", before_last, past), graph.integer(0))
+        self._last = graph.op("Unsqueeze", graph.op("Unsqueeze", last, last_axis), last_axis)  # (B, 1, 1)
+        self._before_last = graph.op("Cast", before_last, to=TensorProto.INT32)
+        self._total = graph.op("Cast", total, to=TensorProto.INT32)
+        self._rotary = _rotary_tables(writer)
+
+    def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
+        graph, epsilon = self._writer.graph, self._writer.config.rms_norm_eps
+        weight = self._weight(name)
+        if update is None:
+            return graph.op("RMSNormalization", states, weight, axis=-1, epsilon=epsilon), states
+        normed, _, _, total = graph.fused(
+            "SkipSimplifiedLayerNormalization", states, update, weight, outputs=4, epsilon=epsilon
+        )
+        return normed, total
+
+    def attention(self, index: int, layer: Layer, normed: str) -> tuple[str, str, str]:
+        writer, graph, prefix = self._writer, self._writer.graph, f"model.layers.{index}.self_attn."
+        states = [self._linear([prefix + name for name in ("q_proj", "k_proj", "v_proj")], normed), "", ""]
+        if prefix + "q_norm.weight" in writer.stored:
+            states = self._norm_heads(prefix, layer, states[0])
+        shape: list[int | str] = ["batch", layer.kv_heads, "past", writer.head_dim]
+        mixed, key, value = graph.fused(
+            "GroupQueryAttention",
+            *states,
+            *(graph.input(f"past_key_values.{index}.{name}", graph.element, shape) for name in ("key", "value")),
+            self._before_last,
+            self._total,
+            *self._rotary,
+            outputs=3,
+            num_heads=layer.heads,
+            kv_num_heads=layer.kv_heads,
+            scale=writer.head_dim**-0.5,
+            do_rotary=1,
+            local_window_size=-1 if layer.window is None else layer.window,
+        )
+        return self._linear([prefix + "o_proj"], mixed), key, value
+
+    def mlp(self, prefix: str, normed: str) -> str:
+        graph = self._writer.graph
+        joined = self._linear([prefix + "mlp.gate_proj", prefix + "mlp.up_proj"], normed)
+        gate, up = graph.split("Split", joined, outputs=2, axis=-1, num_outputs=2)
+        return self._linear([prefix + "mlp.down_proj"], graph.op("Mul", activate(self._writer, gate), up))
+
+    def head(self, normed: str) -> str:
+        last = self._writer.graph.op("GatherND", normed, self._last, batch_dims=1)  # (B, 1, H)
+        return self._linear(["model.embed_tokens" if self._writer.config.tie_word_embeddings else "lm_head"], last)
+
+    def _norm_heads(self, prefix: str, layer: Layer, joined: str) -> list[str]:
+        """Queries, keys and values (B, S, heads * D) from the one matrix; the first two with each head normed."""
+        graph, head_dim = self._writer.graph, self._writer.head_dim
+        counts = (layer.heads, layer.kv_heads, layer.kv_heads)
+        sizes = graph.integers(*(count * head_dim for count in counts))
+        states = graph.split("Split", joined, sizes, outputs=3, axis=-1)
+        for place, name in enumerate(("q_norm", "k_norm")):
+            heads = graph.op("Reshape", states[place], graph.integers(0, 0, counts[place], head_dim))
+            normed, _ = self.norm(prefix + name, heads, None)
+            states[place] = graph.op("Reshape", normed, graph.integers(0, 0, -1))
+        return states
+
+    def _linear(self, names: Sequence[str], states: str) -> str:
+        """x [W; …]ᵀ + [b; …]. W is stored transposed: as MatMul reads it."""
+        writer, graph = self._writer, self._writer.graph
+        joined = "+".join(names)
+        matrix = torch.cat([writer.tensor(f"{name}.weight") for name in names])
+        result = graph.op("MatMul", states, graph.weight(f"{joined}.weight.T", matrix.T))
+        if f"{names[0]}.bias" not in writer.stored:
+            return result
+        bias = torch.cat([writer.tensor(f"{name}.bias") for name in names])
+        return graph.op("Add", result, graph.weight(f"{joined}.bias", bias))
+
+    def _weight(self, name: str) -> str:
+        return self._writer.graph.weight(f"{name}.weight", self._writer.tensor(f"{name}.weight"))
+
+
+def _rotary_tables(writer: Writer) -> list[str]:
+    """Cosines and sines (positions, D/2) of the rotary embedding."""
+    frequencies, scaling = rotary_frequencies(writer)
+    angles = torch.arange(writer.config.max_position_embeddings).double()[:, None] * frequencies.double()
+    return [
+        writer.graph.weight("rotary.cos", angles.cos() * scaling),
+        writer.graph.weight("rotary.sin", angles.sin() * scaling),
+    ]

@@ -1,0 +1,177 @@
+"""The export for ONNX Runtime: every network it is written for, in our runtime and in onnxruntime-genai itself."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx as onnx_format
+import pytest
+import torch
+
+from numprune.errors import InputError
+from numprune.export import checkpoint, genai, manifest, onnx, parity
+from numprune.export.runtimes import open_runtime
+from numprune.export.runtimes.ort_fused import ROOM
+from tests.conftest import TINY, recast
+from tests.export.networks import NETWORKS, SIZES, error, per_layer
+
+Checkpoint = Callable[..., Path]
+EMBEDDED = Path(__file__).parents[2] / "flows" / "embedded" / "model"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+    base = tiny_checkpoint(**NETWORKS[name])
+    genai.export(base, tmp_path / "out")
+    assert error(base, tmp_path / "out") < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_that_differ(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+    base = per_layer(tiny_checkpoint(family=family), family, SIZES)
+    genai.export(base, tmp_path / "out")
+    assert error(base, tmp_path / "out") < 1e-4
+
+
+SKIPS: dict[int, dict[str, Any]] = {
+    0: {"skip": ["attention"], "intermediate_size": 40},
+    1: SIZES[1],
+    2: {"skip": ["mlp"]},
+    3: {},
+}
+
+
+def generated(folder: Path, prompts: Sequence[torch.Tensor], steps: int) -> list[list[int]]:
+    """What onnxruntime-genai generates greedily from prompts (S,) that it runs together."""
+    genai_runtime = pytest.importorskip("onnxruntime_genai")
+    model = genai_runtime.Model(str(folder))
+    width = max(map(len, prompts))
+    settings = genai_runtime.GeneratorParams(model)
+    settings.set_search_options(
+        max_length=width + steps, min_length=width + steps, do_sample=False, batch_size=len(prompts)
+    )
+    padding = json.loads((folder / genai.CONFIG_FILE).read_text())["model"]["pad_token_id"]
+    tokens = np.full((len(prompts), width), padding, dtype=np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt.numpy()
+    generator = genai_runtime.Generator(model, settings)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(row)[width:].tolist() for row in range(len(prompts))]
+
+
+@torch.inference_mode()
+def greedy(base: Path, prompt: torch.Tensor, steps: int) -> list[int]:
+    """What the checkpoint generates in torch, without a cache."""
+    model, _ = checkpoint.load(base)
+    tokens = prompt[None]
+    for _ in range(steps):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def text(base: Path, length: int) -> torch.Tensor:
+    tokenizer = checkpoint.load_tokenizer(base)
+    return torch.tensor(
+        tokenizer.encode("The river rose over its banks, and the town moved up the hill. " * 4)[:length]
+    )
+
+
+@pytest.mark.parametrize("name", ["alone", "equal lengths", "ragged"])
+def test_genai_generates_what_torch_does(tmp_path: Path, name: str) -> None:
+    genai.export(EMBEDDED, tmp_path / "out")
+    lengths = {"alone": [24], "equal lengths": [24, 24], "ragged": [24, 9, 1]}[name]
+    prompts = [text(EMBEDDED, length) for length in lengths]
+    assert generated(tmp_path / "out", prompts, 16) == [greedy(EMBEDDED, prompt, 16) for prompt in prompts]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SKIPS], ids=["layers that differ", "layers that skip a block"])
+def test_genai_generates_what_torch_does_per_layer(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, sizes: dict[int, dict[str, Any]]
+) -> None:
+    base = per_layer(tiny_checkpoint(num_hidden_layers=len(sizes)), "llama", sizes)
+    genai.export(base, tmp_path / "out")
+    prompts = [text(base, length) for length in (24, 9)]
+    assert generated(tmp_path / "out", prompts, 16) == [greedy(base, prompt, 16) for prompt in prompts]
+    assert parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)["logit_error_max"] < 1e-4
+
+
+def test_genai_reads_the_text_as_the_checkpoint_s_tokenizer_does(tmp_path: Path) -> None:
+    genai_runtime = pytest.importorskip("onnxruntime_genai")
+    genai.export(EMBEDDED, tmp_path / "out")
+    tokenizer = genai_runtime.Tokenizer(genai_runtime.Model(str(tmp_path / "out")))
+    sentence = "It rained, and then it didn't: 3.14 metres of snow."
+    assert tokenizer.encode(sentence).tolist() == checkpoint.load_tokenizer(EMBEDDED).encode(sentence)
+
+
+def test_the_folder_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(num_hidden_layers=1)
+    made = genai.export(base, tmp_path / "out")
+    assert manifest.verify(tmp_path / "out") == made
+    assert (made.kind, made.facts["flavour"], made.facts["dtype"]) == ("onnxruntime", "onnxruntime", "float32")
+    assert made.parents == {"checkpoint": manifest.folder_digest(base)}
+    model = onnx_format.load(tmp_path / "out" / onnx.MODEL_FILE, load_external_data=False)
+    assert {entry.domain for entry in model.opset_import} == {"", "com.microsoft"}
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("MatMul") == 5  # one for queries, keys and values, one for gate and up
+    assert kinds.count("SkipSimplifiedLayerNormalization") == 2
+    settings = json.loads((tmp_path / "out" / genai.CONFIG_FILE).read_text())
+    special = {name: TINY[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    assert special.items() <= settings["model"].items()
+    assert settings["model"]["context_length"] == settings["search"]["max_length"] == 256
+
+
+def test_a_cache_that_outgrows_its_buffer_keeps_what_is_in_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(num_hidden_layers=1, max_position_embeddings=2 * ROOM)
+    genai.export(base, tmp_path / "out")
+    model, _ = checkpoint.load(base)
+    runtime = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1)
+    tokens = torch.randint(0, 250, (2, ROOM + 8), generator=torch.Generator().manual_seed(0))
+    runtime.prefill(tokens[:, :4], last_only=True)
+    for position in range(4, tokens.shape[1]):
+        found = runtime.decode(tokens[:, position : position + 1])
+    with torch.inference_mode():
+        torch.testing.assert_close(found, model(tokens).logits[:, -1], atol=1e-4, rtol=0)
+
+
+def test_positions_beyond_the_context_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    genai.export(tiny_checkpoint(num_hidden_layers=1, max_position_embeddings=8), tmp_path / "out")
+    runtime = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1)
+    runtime.prefill(torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(InputError, match="9 positions exceed the model's max_position_embeddings=8"):
+        runtime.decode(torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_half_precision(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = recast(tiny_checkpoint(), torch.float16)
+    genai.export(base, tmp_path / "out", dtype="float16")
+    found = parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+    assert found["candidate"]["dtype"] == "float16"
+    assert found["candidate"]["kv_bytes_per_token"] == 2 * 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"family": "gpt2"}, r"not gpt2 with .*; use onnx \(--to onnx\)"),
+        ({"hidden_act": "tanh"}, r"not llama with tanh; use onnx \(--to onnx\)"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
+    ],
+)
+def test_what_it_is_not_written_for_is_refused_by_name(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, network: dict[str, Any], message: str
+) -> None:
+    base = tiny_checkpoint(num_hidden_layers=1, **network)
+    with pytest.raises(InputError, match=message):
+        genai.export(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_float32_on_a_gpu_is_refused_where_its_attention_does_not_compute_in_it() -> None:
+    with pytest.raises(InputError, match=r"float16 and bfloat16 only, not float32; .* use onnx \(--to onnx\)"):
+        genai.check_precision("float32", "cuda")
+    genai.check_precision("float16", "cuda")
+    genai.check_precision("float32", "cpu")
