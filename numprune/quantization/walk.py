@@ -35,14 +35,12 @@ class Fit:
             pruned from; None: the model itself, before it is quantized.
         dropped: layers of the target that the model does not have.
         batch_size: rows at a time.
-        damping: of the least squares, as of `PruneOptions`.
     """
 
     rows: Tensor
     target: Layers | None = None
     dropped: Sequence[int] = ()
     batch_size: int = 8
-    damping: float = PruneOptions.damping
 
 
 def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> None:
@@ -179,7 +177,7 @@ class _Fitting:
         moments, held_out = (Moments(reader.inputs, linear.out_features, weight.device) for _ in range(2))
         for batch, run in self._walker.run(layer, reader.block, self._stream):
             split_rows(batch, run.inputs, self._aims[batch].to(weight.device), moments, held_out)
-        damping = self._fit.damping
+        damping = PruneOptions.damping
         if held_out.count:
             damping = choose_damping(weight, bias, moments, held_out, damping)
             moments.absorb(held_out)
