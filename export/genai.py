@@ -18,7 +18,7 @@ from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, wri
 from numprune.export.onnx_fused import FusedOperators
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
-from numprune.export.weights import TensorHeader, read_tensor
+from numprune.export.weights import read_tensor
 
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
@@ -75,16 +75,14 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
     with manifest.creating(out, kind=KIND, parents=parents, facts=facts) as folder:
         with (folder / DATA_FILE).open("wb") as data:
             graph = Graph(data, DTYPES[dtype])
-            write_decoder(graph, config, frozenset(headers), _reader(headers), OPSET, FusedOperators)
+            write_decoder(
+                graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), OPSET, FusedOperators
+            )
         save(graph.model(OPSET, metadata), folder / onnx.MODEL_FILE)
         checkpoint.copy_around_weights(config, source, folder)
         settings = _settings(config, tokenizer.pad_token_id, folder)
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return manifest.read(out)
-
-
-def _reader(headers: dict[str, TensorHeader]) -> Any:
-    return lambda name: read_tensor(headers[name])
 
 
 def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A Llama-like decoder with its KV cache in ONNX's standard operators, written from the configuration and the weights.
+"""A Llama-like decoder with its KV cache in ONNX, written from the configuration and the weights.
+
+The network is here; which operators compute its parts is for `onnx_standard` and `onnx_fused`.
 
 Written directly rather than traced, as `onnx_traced` does for every other network: these families are one network with
 or without some biases, norms and windows, and the trace of an 8-layer model costs some 20 s of CPU time and the model
