@@ -17,6 +17,7 @@ from numprune.flows.run import Run
 from numprune.flows.stages import StageResult
 from numprune.flows.steps.checks import prepare, prune_options
 from numprune.flows.steps.text import draw_rows, text_rows
+from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import known_results
 from numprune.serving.report.kept import KINDS
 
@@ -97,15 +98,21 @@ def _text(run: Run) -> dict[str, Any]:
 
 
 def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
-    """The least that pruning needs: weights in float32 and the hidden states that are carried side by side."""
+    """The least that pruning needs: weights in float32, and the hidden states that are kept of every token.
+
+    These are the dense model's stream and, where the compensation reads the pruned prefix, the pruned model's stream
+    and what its widest block's consumer reads.
+    """
     prune, data = run.recipe.prune, run.recipe.data
     budget, layers = budget_of(anatomy), anatomy.layers
     weights = budget.parameters
     if prune.stream:
         around, by_layer = anatomy.fixed_parameters, (budget.parameters - anatomy.fixed_parameters) // layers
         weights = around + by_layer
-    streams = 1 if prune.compensation in ("none", "bias", "oneshot") else 2
-    states = streams * data.samples * data.sequence_length * anatomy.hidden_size
+    per_token = anatomy.hidden_size
+    if prune.compensation in FROM_PRUNED_PREFIX:
+        per_token += anatomy.hidden_size + widest_consumer(anatomy)
+    states = data.samples * data.sequence_length * per_token
     return {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
 
 

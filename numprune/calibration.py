@@ -7,10 +7,10 @@ A layer is run by its own forward pass, with the arguments that the model calls 
 with the other block's output put to zero, and the norm behind that block's sum, where there is one, left out.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.experts.inputs import Routed
 from numprune.layers import Arguments, Layers, replaced
-from numprune.stand_ins import stand_ins
+from numprune.stand_ins import playing, stand_ins
 
 
 def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
@@ -69,17 +69,57 @@ class BlockRun:
 def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> BlockRun:
     """Run one block of its decoder layer on `hidden` (n, S, H)."""
     seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    with ExitStack() as stack:
-        for other in anatomy.of_layer(block.layer):
-            if other.name != block.name and other.units:
-                for path, stand_in in stand_ins(other).items():
-                    stack.enter_context(replaced([layer.get_submodule(path)], stand_in))
+    with _alone(layer, anatomy, block):
         hook = consumer_of(layer, block).register_forward_hook(lambda _, args, output: seen.append((args, output)))
-        stack.callback(hook.remove)
-        after = arguments.call(layer, hidden)
+        try:
+            after = arguments.call(layer, hidden)
+        finally:
+            hook.remove()
     args, output = seen.pop()
     inputs, output = (value.view(*hidden.shape[:-1], -1) for value in (args[0], output))  # some models flatten rows
     return BlockRun(inputs, output, after, Routed(*args) if block.routing else None)
+
+
+def consumer_inputs(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> Tensor:
+    """Return what the block's consumer reads on `hidden` (n, S, H), (n, S, D); the consumer itself is not run."""
+    seen: list[Tensor] = []
+    consumer = consumer_of(layer, block)
+    outputs = consumer_weight(layer, block).shape[0]
+
+    def watch(inputs: Tensor) -> Tensor:
+        seen.append(inputs)
+        return inputs.new_zeros(*inputs.shape[:-1], outputs)
+
+    with _alone(layer, anatomy, block), replaced([consumer], watch):
+        arguments.call(layer, hidden)
+    return seen.pop().view(*hidden.shape[:-1], -1)
+
+
+def after_block(
+    layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor, output: Tensor
+) -> Tensor:
+    """Return what leaves the layer when the block's consumer puts out `output` (n, S, out), its other blocks zeros."""
+    with _alone(layer, anatomy, block), _standing(layer, playing(block, output)):
+        return arguments.call(layer, hidden)
+
+
+@contextmanager
+def _alone(layer: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[None]:
+    """Silence the layer's other blocks."""
+    with ExitStack() as stack:
+        for other in anatomy.of_layer(block.layer):
+            if other.name != block.name and other.units:
+                stack.enter_context(_standing(layer, stand_ins(other)))
+        yield
+
+
+@contextmanager
+def _standing(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have these called in the place of the forward passes of the layer's modules, by their paths."""
+    with ExitStack() as stack:
+        for path, forward in forwards.items():
+            stack.enter_context(replaced([layer.get_submodule(path)], forward))
+        yield
 
 
 class Stream:
@@ -161,6 +201,25 @@ class Walker:
         """Run the block on `hidden` (n, S, H), with gradients where they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
         return run_block(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
+
+    @torch.no_grad()
+    def inputs(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Tensor]]:
+        """Run the block up to its consumer, batch by batch; yield the rows of each and what the consumer reads."""
+        stream.enter(block)
+        for batch in self.batches(len(stream)):
+            yield batch, self.inputs_batch(layer, block, stream.read(batch))
+
+    def inputs_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> Tensor:
+        """Return what the consumer reads on `hidden` (n, S, H), (n, S, D), with gradients where they are enabled."""
+        arguments = self.arguments(len(hidden))[block.layer]
+        return consumer_inputs(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
+
+    @torch.no_grad()
+    def give(self, layer: nn.Module, block: Block, stream: Stream, batch: slice, output: Tensor) -> None:
+        """Let the consumer's `output` (n, S, out) be what the block gives to the stream; nothing of it is run."""
+        arguments = self.arguments(batch.stop - batch.start)[block.layer]
+        hidden = stream.read(batch).to(self.layers.device)
+        stream.write(batch, after_block(layer, self.layers.anatomy, block, arguments, hidden, output))
 
     def arguments(self, rows: int) -> tuple[Arguments, ...]:
         """Return each layer's arguments for a batch of so many rows: without padding they depend on nothing else."""

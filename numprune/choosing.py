@@ -1,7 +1,7 @@
 """What is kept: the size of each block by the allocation, its units and members by the criterion, or all by a plan."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from numprune.plans import Plan, PricedSplit
 from numprune.progress import progress
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
-from numprune.splits import priced, splits_meeting
+from numprune.splits import Split, fewest_units, priced, splits_meeting
 
 # A layer, its block and what the block's consumer reads -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
@@ -62,8 +62,11 @@ def chooser(
         size = sizes[block.name]
         if isinstance(read, Seen):
             return choose_experts(layer, block, size, read, _scoring(block, options, gradients))
+        if size == block.size:
+            return Kept.whole(torch.arange(block.units, device=layers.device), block.members)
         weight = consumer_weight(layer, block).double()
-        return _choose(_view(block, weight, read, options, gradients), size, options.criterion)
+        view = _view(block, weight, read, options, gradients)
+        return _choose(replace(view, removed=block.units - size.units), size, options.criterion)
 
     return by_score, splits
 
@@ -118,6 +121,7 @@ def _sizes_to_keep(
     layers = walker.layers
     anatomy, ratio = layers.anatomy, options.ratio
     allowed = sizes_allowed(anatomy, options)
+    splits: list[Split] = []
     if options.allocation == "uniform":
         splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
         if len(splits) == 1 or options.compensation not in REFITTING:  # the curves are those of refitted consumers
@@ -130,12 +134,10 @@ def _sizes_to_keep(
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
     errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
-    errors |= {
-        block.name: _errors(
-            layer, block, inputs, gradients.output[block.name], members=options.limits.takes(block, "members")
-        )
-        for layer, block in blocks_of(layers)
-    }
+    for layer, block in blocks_of(layers):
+        fewest = fewest_units(splits, block) if splits else min(size.units for size in allowed[block.name])
+        members = options.limits.takes(block, "members")
+        errors[block.name] = _errors(layer, block, inputs, gradients.output[block.name], fewest, members=members)
     if options.allocation == "error":
         return by_error(anatomy, ratio, allowed, errors), None
     if not splits:
@@ -162,13 +164,15 @@ def _ranks(
     return CRITERIA[options.criterion](_view(block, weight, read, options, gradients))
 
 
-def _errors(layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, *, members: bool) -> Tensor:
-    """What each size of the dense model's block costs, (units + 1, members)."""
+def _errors(
+    layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, fewest: int, *, members: bool
+) -> Tensor:
+    """What each size of the dense model's block costs that has at least `fewest` units, (units + 1, members)."""
     read = dense_reading(layer, block, inputs)
     if isinstance(read, Seen):
         return error_table(layer, block, read, sensitivity)
     weight = consumer_weight(layer, block).double()
-    return error_curve(weight, read.gram, sensitivity, block.size, members=members)
+    return error_curve(weight, read.gram, sensitivity, block.size, fewest=fewest, members=members)
 
 
 def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None) -> Scoring:

@@ -20,7 +20,6 @@ worse than `oneshot`.
 Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
 """
 
-import torch
 from torch import Tensor
 
 from numprune.linalg import damped, spd_solve
@@ -69,6 +68,8 @@ def refit(
 def choose_damping(weight: Tensor, bias: Tensor | None, fitted: Moments, held: Moments, damping: float) -> float:
     """Return the gamma, of damping * 1, 10, … 10,000, whose refit to `fitted` has the least error on `held`.
 
+    They are tried from the heaviest on, until the error rises. In float32, since trace / gamma bounds the condition.
+
     Args:
         weight: (out, K) the kept columns of the consumer's original weight, float64.
         bias: (out,) its bias, or None.
@@ -76,20 +77,30 @@ def choose_damping(weight: Tensor, bias: Tensor | None, fitted: Moments, held: M
         held: those of other rows.
         damping: the least gamma, relative to the mean of diag(G_KK).
     """
-    every = torch.arange(weight.shape[1], device=weight.device)
-    errors = {}
-    for gamma in dict.fromkeys(damping * 10.0**power for power in range(_GAMMAS)):
-        columns, shift = refit(weight, bias, every, fitted, gamma)
-        errors[gamma] = _output_error(columns, shift, held)
-    return min(errors, key=errors.__getitem__)
+    about = (fitted.mean, fitted.target_mean) if bias is not None else None
+    gram, missing = (value.float() for value in _still_missing(weight, fitted, about))
+    held_gram, held_missing = (value.float() for value in _still_missing(weight, held, about))
+    gammas = dict.fromkeys(damping * 10.0**power for power in reversed(range(_GAMMAS)))
+    chosen, least = damping, float("inf")
+    for gamma in gammas if len(gammas) > 1 else ():
+        change = spd_solve(damped(gram, gamma), missing.T).T
+        error = float((change @ held_gram * change).sum() - 2 * (change * held_missing).sum())
+        if error > least:
+            break
+        chosen, least = gamma, error
+    return chosen
 
 
-def _output_error(columns: Tensor, bias: Tensor | None, moments: Moments) -> float:
-    """E||y - W x - b||^2 less E||y||^2."""
-    error = (columns @ moments.gram * columns).sum() - 2 * (columns * moments.cross).sum()
-    if bias is not None:
-        error += bias @ (2 * (columns @ moments.mean - moments.target_mean) + bias)
-    return float(error)
+def _still_missing(weight: Tensor, moments: Moments, about: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return E[x x^T] and E[(y - W x) x^T], of x and y less the means `about`, where they are given."""
+    gram, cross = moments.gram, moments.cross
+    if about is not None:
+        mean, target_mean = about
+        shift = moments.mean - mean
+        gram = gram + shift[:, None] * shift - moments.mean[:, None] * moments.mean
+        cross = cross + (moments.target_mean - target_mean)[:, None] * shift
+        cross = cross - moments.target_mean[:, None] * moments.mean
+    return gram, cross - weight @ gram
 
 
 def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:

@@ -28,7 +28,9 @@ def error_at(errors: Errors, block: Block, size: Size) -> float:
     return float(errors[block.name][block.units - size.units, members])
 
 
-def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *, members: bool = False) -> Tensor:
+def error_curve(
+    weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *, fewest: int = 0, members: bool = False
+) -> Tensor:
     """Return the nats per token that are lost once the n cheapest units are gone, and m members of each one left.
 
     Args:
@@ -36,6 +38,7 @@ def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *
         gram: (D, D) float64, E[x x^T] of its inputs.
         sensitivity: (out, out), S.
         size: of the block.
+        fewest: units that may be left; what it costs to leave fewer is not computed, and infinity.
         members: members may go, too.
 
     Returns:
@@ -43,12 +46,14 @@ def error_curve(weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *
         members stay.
     """
     priced = cholesky(sensitivity.to(weight)).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
-    order, costs = greedy_removal(priced, gram, weight.shape[1] // size.units)
-    lost = torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2])[:, None]
+    order, costs = greedy_removal(priced, gram, weight.shape[1] // size.units, stop=size.units - fewest)
+    lost = torch.cat([costs.new_zeros(1), costs.cumsum(0) / 2, costs.new_full((fewest,), torch.inf)])[:, None]
     if not members or size.members == 1:
         return lost.cpu()
     curve = lost.repeat(1, size.members)
-    for gone in range(size.units):
-        _, rounds = greedy_members(priced, gram, order[gone:].sort().values, size)
+    every = torch.arange(size.units, device=order.device)
+    for gone in range(min(size.units, len(order) + 1)):
+        left = every[~torch.isin(every, order[:gone])]
+        _, rounds = greedy_members(priced, gram, left, size)
         curve[gone, 1:] += rounds.cumsum(0) / 2
     return curve.cpu()

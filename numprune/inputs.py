@@ -5,14 +5,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from numprune.blocks import Block
-from numprune.calibration import BlockRun, Walker, consumer_weight
+from numprune.blocks import Anatomy, Block
+from numprune.calibration import BlockRun, Walker, consumer_of, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch
-from numprune.joint import Aims, refit_both
+from numprune.joint import Aims, fits_producer, refit_producer
 from numprune.moments import Moments
 from numprune.slices import Kept
+from numprune.surgery import channels_of
 
 FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations that read what the pruned blocks before give
 _HELD_OUT = 4  # every fourth calibration row, for choosing the damping
@@ -51,6 +53,7 @@ class PropagatedInputs:
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
         self._targets: Tensor | None = None  # (N, S, out), where the streams behind the block do not tell them
+        self._read: Tensor | None = None  # what the consumers read in the pruned model
         self.held_out: Moments | None = None
 
     @property
@@ -70,9 +73,11 @@ class PropagatedInputs:
                 dense.write(batch, run.after)
         else:
             held_out = Moments(block.channels, outputs, weight.device)
-            both = zip(walker.run(layer, block, dense), walker.run(layer, block, pruned), strict=True)
-            for (batch, own), (_, run) in both:
-                split_rows(batch, run.inputs, self._target(block, batch, own), moments, held_out)
+            room = self._consumer_room(block)
+            both = zip(walker.run(layer, block, dense), walker.inputs(layer, block, pruned), strict=True)
+            for (batch, own), (_, inputs) in both:
+                split_rows(batch, inputs, self._target(block, batch, own), moments, held_out)
+                room[batch] = inputs.to(room.device)
                 dense.write(batch, own.after)
             moments.absorb(held_out)
             self.held_out = held_out if held_out.count else None
@@ -114,10 +119,21 @@ class PropagatedInputs:
             self._walker.advance(layer, block, self._pruned)
 
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
-        if self._both_sides and kept.size.units and block.linear is not None:
-            refit_both(self._walker, layer, block, kept, self._pruned, self._aims(block), damping)
-        if self._pruned is not self._dense and kept.size.units:
-            self._walker.advance(layer, block, self._pruned)
+        if self._pruned is self._dense or not kept.size.units:
+            return
+        walker, pruned = self._walker, self._pruned
+        channels, room = channels_of(block, kept), self._consumer_room(block)
+        weight, bias = consumer_weight(layer, block)[:, channels], consumer_of(layer, block).bias
+
+        def consumed(batch: slice) -> Tensor:
+            return room[batch].to(weight.device)[..., channels]
+
+        if self._both_sides and fits_producer(walker.layers.anatomy, block):
+            small = refit_producer(walker, layer, block, kept, pruned, consumed, self._aims(block), damping)
+            walker.advance(small, block.resized(kept.size), pruned)
+        else:
+            for batch in walker.batches(len(pruned)):
+                walker.give(layer, block, pruned, batch, functional.linear(consumed(batch), weight, bias))
 
     def drop(self, walker: Walker, index: int) -> None:
         if self._pruned is not self._dense:
@@ -148,12 +164,24 @@ class PropagatedInputs:
             self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
         return self._targets
 
+    def _consumer_room(self, block: Block) -> Tensor:
+        """Room for what the block's consumer reads of all rows, (N, S, D); blocks take turns in it."""
+        layers, (rows, length, _) = self._walker.layers, self._dense.hidden.shape
+        if self._read is None:
+            self._read = layers.allocate(rows * length * widest_consumer(layers.anatomy))
+        return self._read[: rows * length * block.channels].view(rows, length, -1)
+
     def _aims(self, block: Block) -> Aims:
         """The targets once more, the dense stream being behind the block."""
         if _followed_by_norm(block):
             assert self._targets is not None
             return Aims(self._targets)
         return Aims(self._dense.hidden, self._pruned.hidden, self._walker.layers.anatomy.residual_scale)
+
+
+def widest_consumer(anatomy: Anatomy) -> int:
+    """Return the most channels that a block's consumer reads; not of experts, whose inputs are not kept."""
+    return max(block.channels for block in anatomy.blocks if block.routing is None)
 
 
 def _followed_by_norm(block: Block) -> bool:

@@ -12,7 +12,7 @@ from itertools import pairwise, product
 
 from torch import Tensor
 
-from numprune.blocks import Anatomy
+from numprune.blocks import Anatomy, Block
 from numprune.budget import budget_of
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
@@ -53,6 +53,14 @@ class Split:
             else _interpolated(errors[block.name][:, 0], block.units - self.exact_channels)
             for block in anatomy.blocks
         )
+
+
+def fewest_units(splits: Sequence[Split], block: Block) -> int:
+    """Return how many units some split leaves of a block, the fewest that a price looks at."""
+    if block.kind == "attention":
+        return min(split.attention.units for split in splits)
+    most_gone = block.units - min(split.exact_channels for split in splits)
+    return max(0, block.units - math.floor(most_gone) - 1)
 
 
 def require_alike(anatomy: Anatomy) -> None:

@@ -1,4 +1,4 @@
-"""What stands where a layer goes without a block."""
+"""What stands where a layer goes without a block, or with one whose output is known."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,3 +32,18 @@ def stand_ins(block: Block) -> dict[str, Callable[..., Any]]:
         **dict.fromkeys(others, silent),
         **dict.fromkeys(block.post_norms, unchanged),
     }
+
+
+def playing(block: Block, output: Tensor) -> dict[str, Callable[..., Any]]:
+    """Return what stands for the modules of a block whose consumer puts out `output` (n, S, out), by their paths."""
+
+    def given(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return output.view(*hidden_states.shape[:-1], -1)  # some models flatten their rows
+
+    def given_attention(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return given(hidden_states), None
+
+    first, *others = block.modules
+    if block.consumer in others:  # what comes before the consumer is silent
+        return {**dict.fromkeys(others, silent), first: stand_ins(block)[first], block.consumer: given}
+    return {first: given_attention if block.kind == "attention" else given}

@@ -127,6 +127,30 @@ def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task):
         torch.testing.assert_close(head(ROWS, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 
 
+@of_task
+def test_a_block_is_run_up_to_its_consumer_and_from_there_on(family, task):
+    model = build_tiny(family, task=task)
+    layers = ModelLayers(model, TASKS[task])
+    walker = Walker(layers, ROWS.shape[1], batch_size=4)
+    stream = walker.embed(ROWS)
+    for block in layers.anatomy.blocks:
+        if block.routing is not None:
+            with layers.layer(block.layer) as layer:
+                walker.advance(layer, block, stream)
+            continue
+        with layers.layer(block.layer) as layer:
+            runs = list(walker.run(layer, block, stream))
+            for (batch, run), (same, inputs) in zip(runs, walker.inputs(layer, block, stream), strict=True):
+                assert batch == same
+                torch.testing.assert_close(inputs, run.inputs)
+                walker.give(layer, block, stream, batch, run.output)
+                if not layers.anatomy.has_parallel_blocks:
+                    torch.testing.assert_close(stream.hidden[batch], run.after)
+    expected = output(model, task)
+    with layers.head() as head, torch.no_grad():
+        torch.testing.assert_close(head(ROWS, stream.hidden), expected, atol=2e-5, rtol=1e-4)
+
+
 # By layer: the share of its units that each kind of block keeps; `heads`: of the query heads in each KV group;
 # `channels`: of the channels in each expert.
 CUTS = {
@@ -481,7 +505,7 @@ def row_of(family):
     entry = FAMILIES[family]
     attention, mlp = read_anatomy(build_tiny(family).config).of_layer(0)
     heads = HEADS["stand-in" if entry.stand_in else entry.stock_heads]
-    cells = [f"`{family}`", heads if attention.separable else "none", "values, up" if mlp.linear else "values"]
+    cells = [f"`{family}`", heads if attention.separable else "none", "up" if mlp.linear else "values"]
     if "causal-lm" in entry.tasks:
         cells += [
             "written" if family in onnx_decoder.FAMILIES else "traced",

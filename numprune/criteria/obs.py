@@ -15,11 +15,12 @@ def obs(view: BlockView) -> Tensor:
     """Return, for each unit, the share of the block's output energy lost once it is removed in greedy order, (units,).
 
     Removing units in ascending order of this score is removing them in greedy order, each time the one whose removal
-    costs least after the other weights were refitted; the score at the n-th is the block's error curve at n.
+    costs least after the other weights were refitted; the score at the n-th is the block's error curve at n. Units that
+    stay after `view.removed` removals score infinity.
     """
-    order, costs = greedy_removal(view.weight, view.gram, view.channels_per_unit)
+    order, costs = greedy_removal(view.weight, view.gram, view.channels_per_unit, stop=view.removed)
     energy = torch.einsum("od,de,oe->", view.weight, view.gram, view.weight)
-    scores = torch.empty(view.units, dtype=view.weight.dtype, device=view.weight.device)
+    scores = view.weight.new_full((view.units,), torch.inf)
     scores[order] = costs.cumsum(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     return scores
 

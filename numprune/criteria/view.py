@@ -19,6 +19,7 @@ class BlockView:
         taylor: (units, members) float64, sensitivity.py's first-order score, where the criterion needs the loss's
             gradients.
         members: of each unit.
+        removed: how many units go, where that is known: the scores of all others may be any that are higher.
     """
 
     weight: Tensor
@@ -29,6 +30,7 @@ class BlockView:
     seed: int
     taylor: Tensor | None = None
     members: int = 1
+    removed: int | None = None
 
     @property
     def units(self) -> int:

@@ -58,6 +58,9 @@ def test_members_cost_what_the_loss_says_after_those_units_and_members_are_gone(
     curve = error_curve(weight, gram, S, size, members=True)
     assert curve.shape == (4, 4)
     torch.testing.assert_close(curve[:, :1], error_curve(weight, gram, S, size))
+    stopped = error_curve(weight, gram, S, size, fewest=2, members=True)
+    torch.testing.assert_close(stopped[:2], curve[:2])
+    assert torch.isinf(stopped[2:]).all()
     assert (curve.diff(dim=0) >= 0).all()
     assert (curve.diff(dim=1) >= 0).all()
     priced = torch.linalg.cholesky(S).T @ weight

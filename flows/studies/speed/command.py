@@ -106,8 +106,7 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
             "",
         ]
     lines += [
-        "Where the inputs come from the pruned prefix the layer is run three times. What `joint` adds, forward and "
-        "backward passes of the kept units, counts as its own work.",
+        "What `joint` adds, forward and backward passes of the kept units, counts as its own work.",
         "",
     ]
     return "\n".join(lines)

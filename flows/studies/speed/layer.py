@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from numprune.blocks import Block
@@ -16,22 +17,23 @@ from numprune.compensation import choose_damping, refit
 from numprune.criteria import CRITERIA, BlockView
 from numprune.flows.studies.speed.clock import now, seconds
 from numprune.inputs import split_rows
-from numprune.joint import Aims, refit_both
+from numprune.joint import Aims, fits_producer, refit_producer
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
 from numprune.slices import Kept
 from numprune.surgery import channels_of
 
 CRITERION = "obs"
-PER_TOKEN = ("forward", "sums", "sums with targets")
+PER_TOKEN = ("forward", "to the consumer", "sums", "sums with targets", "consumer")
 FIXED = ("score", "least squares", "damping")
 # What each compensation is made of, by name of its parts, how often. The inputs of the others come from the pruned
-# prefix, so the block is run dense, run on them, and run again once it has been pruned.
+# prefix, so the block is run dense, and on them up to its consumer; the pruned consumer reads what it has read there.
+_FROM_PREFIX = ("forward", "to the consumer", "sums with targets", "score", "least squares", "damping")
 PARTS = {
-    "oneshot": {"forward": 1, "sums": 1, "score": 1, "least squares": 1},
-    "residual": {"forward": 3, "sums with targets": 1, "score": 1, "least squares": 1, "damping": 1},
+    "oneshot": dict.fromkeys(("forward", "sums", "score", "least squares"), 1),
+    "residual": dict.fromkeys((*_FROM_PREFIX, "consumer"), 1),
+    "joint": dict.fromkeys((*_FROM_PREFIX, "producers"), 1),
 }
-PARTS["joint"] = PARTS["residual"] | {"producers": 1}
 # What comes before it where uniform allocation has a choice: moments and error curves of the dense blocks, and the
 # gradients of a quarter of the rows, which take about as long as a forward pass of all of them.
 PARTS["split"] = {"forward": 2, "sums": 1, "score": 1}
@@ -56,10 +58,11 @@ class LayerTimes:
 
     Attributes:
         measured_tokens: those that were run; what grows with the tokens was multiplied by tokens / measured_tokens.
-        parts: of both blocks together: "forward", a dense forward pass; "sums", the moments of what the consumers read;
-            "sums with targets", with those of targets, a quarter of the rows by themselves; "score", by greedy OBS;
-            "least squares"; "damping", its choice; "producers", the fit of those that are read linearly, with all its
-            passes over the kept units.
+        parts: of both blocks together: "forward", a dense forward pass; "to the consumer", the same without the
+            consumers; "sums", the moments of what the consumers read; "sums with targets", with those of targets, a
+            quarter of the rows by themselves; "score", by greedy OBS; "least squares"; "damping", its choice;
+            "consumer", the pruned consumers alone; "producers", `joint`'s fit of the producer and the pruned
+            blocks, with all passes over the kept units.
     """
 
     size: Size
@@ -72,8 +75,9 @@ class LayerTimes:
         return sum(times * self.parts[name] for name, times in PARTS[work].items())
 
     def besides(self, work: str) -> float:
-        """Return those of all that is not a forward pass of the dense or the pruned layer."""
-        return self.whole(work) - PARTS[work]["forward"] * self.parts["forward"]
+        """Return those of all that is not a forward pass of the dense layer, or a part of one."""
+        passes = ("forward", "to the consumer", "consumer")
+        return sum(times * self.parts[name] for name, times in PARTS[work].items() if name not in passes)
 
 
 def measure_layer(
@@ -141,7 +145,7 @@ def _block_times(
     consumer = consumer_of(layer, block)
     moments = Moments(block.channels, device=device)
     fitted, held_out = (Moments(block.channels, consumer.out_features, device) for _ in range(2))
-    behind = hidden.clone()
+    behind, read = hidden.clone(), hidden.new_empty(*hidden.shape[:-1], block.channels)
     start = now(device)
     for batch, run in walker.run(layer, block, walker.stream(hidden)):
         times["forward"] += now(device) - start
@@ -150,10 +154,15 @@ def _block_times(
         times["sums with targets"] += seconds(with_targets, device)
         behind[batch] = run.after
         start = now(device)
+    start = now(device)
+    for batch, inputs in walker.inputs(layer, block, walker.stream(hidden)):
+        read[batch] = inputs
+    times["to the consumer"] = now(device) - start
     weight = consumer.weight.double()
     view = BlockView(weight, moments.gram, moments.mean, block.channels_per_unit, _RATIO, seed=0)
-    times["score"] = seconds(partial(CRITERIA[criterion], view), device)
     units = torch.arange(max(1, round((1 - _RATIO) * block.units)), device=device)
+    view = replace(view, removed=block.units - len(units))
+    times["score"] = seconds(partial(CRITERIA[criterion], view), device)
     left = Kept.whole(units, block.members)
     kept = channels_of(block, left)
     times["least squares"] = seconds(partial(refit, weight, None, kept, moments, _DAMPING), device)
@@ -163,8 +172,25 @@ def _block_times(
         choose_damping(weight[:, kept], None, fitted.of(kept), held.of(kept), _DAMPING)
 
     times["damping"] = seconds(choose, device)
-    for name, rows in (("producers", len(hidden)), ("producers, one row", 1)):
+
+    def consumed(batch: slice) -> Tensor:
+        return read[batch][..., kept]
+
+    def give(rows: int) -> None:
+        stream = walker.stream(hidden[:rows].clone())
+        for batch in walker.batches(rows):
+            output = functional.linear(consumed(batch), consumer.weight[:, kept])
+            walker.give(layer, block, stream, batch, output)
+
+    times["consumer"] = seconds(partial(give, len(hidden)), device)
+
+    def refit_and_advance(rows: int) -> None:
+        stream = walker.stream(hidden[:rows].clone())
         aims = Aims(behind[:rows], hidden[:rows])
-        fit = partial(refit_both, walker, layer, block, left, walker.stream(hidden[:rows]), aims, _DAMPING)
-        times[name] = seconds(fit, device)
+        small = refit_producer(walker, layer, block, left, stream, consumed, aims, _DAMPING)
+        walker.advance(small, block.resized(left.size), stream)
+
+    own = refit_and_advance if fits_producer(walker.layers.anatomy, block) else give
+    times["producers"] = seconds(partial(own, len(hidden)), device)
+    times["producers, one row"] = seconds(partial(own, 1), device)
     return times
