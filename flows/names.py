@@ -20,6 +20,7 @@ QuantizationMethod = Literal["gptq", "rtn"]
 ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
+TorchMode = Literal["auto", "eager", "compiled"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # In which an export is proved.

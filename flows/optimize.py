@@ -414,6 +414,7 @@ def _benchmark_key(run: Run, runtime: str, candidate: Artifact, baseline: Artifa
             "runtime": runtime,
             "device": asked.device,
             "dtype": run.precision[runtime],
+            "torch_mode": asked.torch_mode if runtime == "torch" else "eager",
             "load": asked.load(runtime, run.task),
             "machine": {**run.machine},
             "look": look,

@@ -29,6 +29,7 @@ from numprune.flows.names import (
     Dtype,
     ExportFormat,
     Runtime,
+    TorchMode,
 )
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
@@ -180,12 +181,14 @@ class Evaluate(Section):
 class Benchmark(Section):
     """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
 
-    `batch_sizes`, `lengths` and `passes` are of encoders, which have no prompts and no output. `price_per_hour` of the
-    machine, in any currency, makes the report give the cost of a million tokens; 0: no price is known.
+    `torch_mode`: how the runtime torch decodes; "auto": compiled on a GPU. `batch_sizes`, `lengths` and `passes` are of
+    encoders, which have no prompts and no output. `price_per_hour` of the machine, in any currency, makes the report
+    give the cost of a million tokens; 0: no price is known.
     """
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
     device: Device = "auto"
+    torch_mode: TorchMode = "auto"
     prompts: Count = 4
     prompt_length: Count = 128
     output_length: Annotated[int, Field(ge=2, lt=2**31)] = 32
@@ -213,6 +216,7 @@ class Benchmark(Section):
             exclude={
                 "runtimes",
                 "device",
+                "torch_mode",
                 "price_per_hour",
                 *encoders,
                 *({"batch_size"} if runtime == "vllm" else served),

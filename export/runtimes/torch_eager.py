@@ -32,9 +32,9 @@ class TorchRuntime:
     name = "torch"
 
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32) -> None:
-        self._device = device_for(device, threads)
+        self.device = device_for(device, threads)
         self._dtype = dtype
-        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self._device)
+        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self.device)
         self.vocabulary: int = self.model.config.vocab_size
         self.context: int = self.model.config.max_position_embeddings
         self._mask: Tensor | None = None
@@ -55,7 +55,8 @@ class TorchRuntime:
         return {
             "runtime": self.name,
             "dtype": self._dtype,
-            "device": torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu",
+            "mode": "eager",
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "attention": self.model.config._attn_implementation,
             "weight_bytes": sum(parameter.nbytes for parameter in parameters),
@@ -71,11 +72,11 @@ class TorchRuntime:
         assert self._mask is not None
         positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         # Without padding no mask is needed, and attention is faster without one.
-        mask = None if self._mask.all() else self._mask.to(self._device)
+        mask = None if self._mask.all() else self._mask.to(self.device)
         output = self.model(
-            input_ids=tokens.to(self._device),
+            input_ids=tokens.to(self.device),
             attention_mask=mask,
-            position_ids=positions.to(self._device),
+            position_ids=positions.to(self.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,

@@ -47,6 +47,13 @@ def add(commands: Subcommands) -> None:
         "auto",
         "precision for both; auto: the candidate's stored one, but float32 in torch and ONNX Runtime on a CPU",
     )
+    add_choice(
+        parser,
+        "--torch-mode",
+        get_args(names.TorchMode),
+        "auto",
+        "how torch decodes; auto: compiled on a GPU, which takes a minute or more, eager on a CPU",
+    )
     parser.add_argument(
         "--text",
         nargs="+",
@@ -145,6 +152,8 @@ def benchmark(args: argparse.Namespace) -> Answer:
     shapes = {name: tuple(value) for name in ("batch_sizes", "lengths") if (value := getattr(args, name))}
     if args.passes or shapes:
         more["shapes"] = {**shapes, **({"passes": args.passes} if args.passes else {})}
+    if args.torch_mode != "auto" and args.runtime != "torch":
+        raise InputError(f"--torch-mode {args.torch_mode}: the runtime is {args.runtime}; leave it out")
     how = reading(args, args.text or [])
     if not args.text and how != Reading():
         raise InputError("--split, --chat and --pack say how --text is read, and none is given")
@@ -157,6 +166,7 @@ def benchmark(args: argparse.Namespace) -> Answer:
         args.sequence_length,
         how,
         dtype=args.dtype,
+        torch_mode=args.torch_mode,
         **more,
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))

@@ -14,7 +14,7 @@ from numprune.export.manifest import folder_digest
 from numprune.export.onnx_decoder import writes
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
-from numprune.flows.names import CAUSAL_LM, RUNTIME_OF_EXPORT, export_of
+from numprune.flows.names import CAUSAL_LM, RUNTIME_OF_EXPORT, TorchMode, export_of
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import cast_to, export, precision_of
 from numprune.flows.steps.prune import device_of
@@ -38,6 +38,7 @@ def make_benchmark(
     runtime: str,
     device: str,
     dtype: str,
+    torch_mode: TorchMode,
     load: dict[str, Any],
     machine: dict[str, str],
     look: int,
@@ -50,7 +51,7 @@ def make_benchmark(
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
         return run_served({"candidate": candidate}, baseline, environment.find(), served, dtype=dtype)["candidate"]
-    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device, dtype=dtype)
+    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device, dtype=dtype, torch_mode=torch_mode)
 
 
 def benchmark_report(
@@ -62,6 +63,7 @@ def benchmark_report(
     reading: Reading,
     *,
     dtype: str = precision.AUTO,
+    torch_mode: TorchMode = "auto",
     vllm: Environment | None = None,
     served: ServedLoad | None = None,
     shapes: Mapping[str, Any] | None = None,
@@ -70,6 +72,7 @@ def benchmark_report(
 
     Args:
         dtype: that both sides compute in; `precision.AUTO`: by what the candidate is stored in.
+        torch_mode: as for `run_benchmark`.
         vllm, served: for the runtime "vllm".
         shapes: fields of EncoderLoad, for encoders.
 
@@ -105,7 +108,9 @@ def benchmark_report(
                 "candidate"
             ]
         else:
-            found = run_benchmark(sides["candidate"], sides["baseline"], runtime, load, dtype=chosen)
+            found = run_benchmark(
+                sides["candidate"], sides["baseline"], runtime, load, dtype=chosen, torch_mode=torch_mode
+            )
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
 
 

@@ -1,10 +1,11 @@
 """Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from numprune.errors import InputError
 from numprune.export.precision import FLOAT32
@@ -21,6 +22,10 @@ from numprune.serving.report import capture, combine
 
 R = TypeVar("R", Repeat, Passes)
 
+TorchMode = Literal["auto", "eager", "compiled"]
+
+logger = logging.getLogger(__name__)
+
 _SIDES = {"A": "baseline", "B": "candidate"}
 
 
@@ -33,6 +38,7 @@ def run_benchmark(
     device: str = "auto",
     threads: int | None = None,
     dtype: str = FLOAT32,
+    torch_mode: TorchMode = "auto",
     timeout_s: float = 600.0,
 ) -> dict[str, Any]:
     """Measure both, interleaved A B B A …, and return plain JSON:
@@ -48,6 +54,8 @@ def run_benchmark(
         candidate: a folder that `runtime` opens.
         baseline: another one; it may be the same, for a look at the noise.
         runtime: as for `numprune.export.runtimes.open_runtime`, like `device`, `threads` and `dtype`.
+        torch_mode: how torch decodes: "eager", "compiled", or "auto": compiled on a GPU. Both sides decode alike: where
+            one cannot be compiled, both are eager, and their descriptions say why.
         load: what to do, for decoders or for encoders; `Load()` without it.
         timeout_s: a single answer of a worker (loading the model, one repeat) may take so long.
 
@@ -81,9 +89,30 @@ def run_benchmark(
             for name, worker in workers.items()
         }
         check_match(opened["baseline"], opened["candidate"])
+        on_gpu = opened["baseline"]["gpu"]
+        compiled = torch_mode == "compiled" or (torch_mode == "auto" and on_gpu)
+        if compiled and runtime == "torch" and isinstance(load, Load):
+            for name, description in _compile(workers, load).items():
+                opened[name]["description"] = description
         for worker in workers.values():
             worker.ask(load.prepares, **load.work(opened["baseline"]["vocabulary"]))
         return _measure(load, runtime, workers, opened)
+
+
+def _compile(workers: Mapping[str, Worker], load: Load) -> dict[str, Any]:
+    """Have both sides decode compiled, or neither: what each is now."""
+    logger.info("compiling both sides, which takes about a minute each; torch_mode = eager does without")
+    descriptions = {}
+    for name, worker in workers.items():
+        answer = worker.ask("compile", rows=load.batch_size, positions=load.positions)
+        if answer["reason"] is not None:
+            reason = f"the {name} cannot be compiled: {answer['reason']}"
+            logger.warning("%s; both sides decode eagerly", reason)
+            return {
+                name: worker.ask("decode_eagerly", reason=reason)["description"] for name, worker in workers.items()
+            }
+        descriptions[name] = answer["description"]
+    return descriptions
 
 
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 
 import numprune.export.checkpoint  # noqa: F401 - slow: now, while the other worker starts too, not within `load`
+from numprune.errors import MissingRuntime
 from numprune.export.precision import FLOAT32
 from numprune.export.runtimes import Runtime, open_runtime
 from numprune.export.runtimes.encoder import Encoder, open_encoder
+from numprune.export.runtimes.torch_compiled import CompiledRuntime
+from numprune.export.runtimes.torch_eager import TorchRuntime
 from numprune.serving.benchmark.encoding import encode
 from numprune.serving.benchmark.generation import generate
 from numprune.serving.benchmark.memory import Peak, PeakCounted, PeakMissing, PeakResident, resident_bytes
@@ -24,7 +27,7 @@ Answer = dict[str, Any]  # plain JSON
 
 
 class Session:
-    """One side of a benchmark: `load`, `prepare`, `repeat` as often as one likes, `finish`, in this order."""
+    """One side of a benchmark: `load`, perhaps `compile`, `prepare`, `repeat` any number of times, `finish`."""
 
     def __init__(self) -> None:
         self._runtime: Runtime | Encoder
@@ -36,6 +39,8 @@ class Session:
         """What can be asked for, by name."""
         return {
             "load": self.load,
+            "compile": self.compile,
+            "decode_eagerly": self.decode_eagerly,
             "prepare": self.prepare,
             "prepare_passes": self.prepare_passes,
             "repeat": self.repeat,
@@ -69,6 +74,21 @@ class Session:
             "peak_bytes_load": None if self._peak is None else self._peak.bytes(),
             "peak_method": None if self._peak is None else self._peak.method,
         }
+
+    def compile(self, rows: int, positions: int) -> Answer:
+        """Decode compiled from now on, or say why not: `description`, and `reason` where it stays eager."""
+        assert isinstance(self._runtime, TorchRuntime)
+        try:
+            self._runtime = CompiledRuntime(self._runtime, rows, positions)
+        except MissingRuntime as error:
+            return {"description": self._runtime.describe(), "reason": str(error)}
+        return {"description": self._runtime.describe(), "reason": None}
+
+    def decode_eagerly(self, reason: str) -> Answer:
+        """Undo `compile`, because the other side could not be compiled."""
+        if isinstance(self._runtime, CompiledRuntime):
+            self._runtime = self._runtime.eager
+        return {"description": {**self._runtime.describe(), "not_compiled": reason}}
 
     def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> Answer:
         """Take the load of a decoder in; the peak of the run counts from here."""

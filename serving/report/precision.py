@@ -1,6 +1,8 @@
-"""The precision that a runtime computed in, beside the one that the weights are stored in."""
+"""The precision that a runtime computed in, beside the one that the weights are stored in, and how torch decoded."""
 
-from numprune.serving.report.models import Dtypes, Report
+from collections.abc import Mapping
+
+from numprune.serving.report.models import Dtypes, Report, RuntimeSpeed
 
 
 def computed(report: Report, runtime: str) -> str:
@@ -9,12 +11,24 @@ def computed(report: Report, runtime: str) -> str:
     if found is None:
         return ""
     stored = report.sizes.dtype if report.sizes else None
+    mode = _mode(report.speed[runtime])
     if stored is None or stored == found:
-        return f"{runtime} computes in {named(found)}."
+        return f"{runtime} computes in {named(found)}.{mode}"
     return (
         f"{runtime} computes in {named(found)}, while the weights are stored in {named(stored)}: sizes are of the "
-        "stored weights, speed and memory are not."
+        f"stored weights, speed and memory are not.{mode}"
     )
+
+
+def _mode(speed: RuntimeSpeed) -> str:
+    """A sentence about a runtime with several ways to decode; both sides decode alike."""
+    described = speed.runtime.get("candidate")
+    if not isinstance(described, Mapping) or "mode" not in described:
+        return ""
+    if described["mode"] == "compiled":
+        return " Decoding is compiled, with a static KV cache; compiling is not timed."
+    reason = described.get("not_compiled")
+    return f" Decoding is eager: {reason}." if reason else " Decoding is eager."
 
 
 def named(dtypes: Dtypes) -> str:

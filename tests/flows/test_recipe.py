@@ -67,8 +67,10 @@ def test_names_are_those_that_are_implemented() -> None:
     from numprune.allocation import ALLOCATIONS
     from numprune.axes import AXES, DEFAULT_AXES
     from numprune.criteria import CRITERIA
+    from numprune.export import precision
     from numprune.export.runtimes import DEVICES, NAMES
     from numprune.options import COMPENSATIONS
+    from numprune.serving.benchmark.run import TorchMode
 
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
@@ -77,6 +79,8 @@ def test_names_are_those_that_are_implemented() -> None:
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
+    assert get_args(names.Dtype) == (precision.AUTO, *precision.DTYPES)
+    assert get_args(names.TorchMode) == get_args(TorchMode)
 
 
 def test_defaults_are_those_of_what_does_the_work() -> None:

@@ -59,6 +59,18 @@ def test_a_candidate_beside_its_baseline(tiny_checkpoint):
     assert workers() == []
 
 
+def test_without_a_compiler_both_sides_decode_eagerly_and_say_why(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what was compiled before needs none
+    load = Load(prompts=1, prompt_length=4, output_length=4, repeats=4)
+    folder = tiny_checkpoint(num_hidden_layers=1)
+    result = run_benchmark(folder, folder, "torch", load, device="cpu", threads=1, torch_mode="compiled")
+    for side in ("baseline", "candidate"):
+        described = result["speed"]["runtime"][side]
+        assert described["mode"] == "eager"
+        assert described["not_compiled"].startswith("the baseline cannot be compiled: torch.compile failed: ")
+
+
 def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint, tmp_path):
     """The same folder twice. Timings of a busy machine can be anything, but not half as long again on one side."""
     folder = tmp_path / "onnx"

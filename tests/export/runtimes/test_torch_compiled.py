@@ -1,0 +1,52 @@
+"""Compiled decoding computes what eager decoding does, or says why it is not used."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from numprune.errors import MissingRuntime
+from numprune.export.runtimes import torch_compiled
+from numprune.export.runtimes.torch_compiled import CompiledRuntime
+from numprune.export.runtimes.torch_eager import TorchRuntime
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> None:
+    eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
+    runtime = CompiledRuntime(eager, rows=2, positions=20)
+    assert runtime.describe() == {**eager.describe(), "mode": "compiled"}
+    tokens = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    for padding in (None, mask):  # one cache after the other
+        for one in (eager, runtime):
+            one.prefill(tokens[:, :12], padding)
+        for position in range(12, 20):
+            step = tokens[:, position : position + 1]
+            assert torch.allclose(runtime.decode(step), eager.decode(step), atol=1e-4)
+    with pytest.raises(ValueError, match="21 positions: the KV cache was made for 20"):
+        runtime.decode(tokens[:, :1])
+
+
+def test_what_decodes_differently_is_not_used(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself the decoder is not traced here: that its logits are compared does not depend on the compiler."""
+    monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *inputs: step(*inputs).roll(1, dims=-1))
+    eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
+    with pytest.raises(MissingRuntime, match="compiled decoding differs from eager decoding in log-probabilities by"):
+        torch_compiled.CompiledRuntime(eager, rows=1, positions=20)
+
+
+def test_a_network_that_cannot_be_traced_says_why(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
+
+    def untraceable(*_: object, **__: object) -> None:
+        torch._dynamo.graph_break()
+
+    monkeypatch.setattr(CompiledRuntime, "_forward", untraceable)
+    with pytest.raises(MissingRuntime, match=r"^torch\.compile failed: "):
+        CompiledRuntime(eager, rows=1, positions=20)
