@@ -9,8 +9,9 @@ from transformers import AutoConfig, GenerationConfig
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.errors import InputError
-from numprune.export import compressed_tensors, files
+from numprune.export import files
 from numprune.export.weights import has_weights, main_dtype, read_headers
+from numprune.quantization import compressed_tensors
 from numprune.surgery import pruned_config
 
 _ADAPTER = "adapter_config.json"

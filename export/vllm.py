@@ -23,6 +23,7 @@ from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import TensorHeader, read_tensor, slabs, stored_parts
 from numprune.families import FAMILIES
+from numprune.quantization import Scheme, ungrouped
 from numprune.target import not_split
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
@@ -82,7 +83,7 @@ def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype,
 def serving_facts(folder: Path) -> dict[str, JsonValue]:
     """Return the `preflight` of the checkpoint in `folder`; `needs` includes what its task needs. Raises InputError."""
     config = checkpoint.read_config(folder)
-    facts = preflight(config)
+    facts = preflight(config, compressed_tensors.scheme_in(folder))
     if pooling := vllm_pooling.options(read_anatomy(config), load_task(folder)):
         facts["needs"] = list(pooling)
     return facts
@@ -108,8 +109,33 @@ def check_settings(config: Any) -> None:
         )
 
 
-def preflight(config: Any) -> dict[str, JsonValue]:
-    """Return what decides whether and how vLLM can serve a model of this configuration.
+def check_quantized(scheme: Scheme, dtype: torch.dtype | None, device: str) -> None:
+    """Refuse weights of this scheme, in a checkpoint of this data type, that vLLM's kernels do not run on cpu or gpu.
+
+    Raises InputError.
+    """
+    if device == "cpu" and scheme.is_float:
+        raise InputError(
+            "vLLM runs FP8 weights on GPUs, and on CPUs with AMX only; choose w8a8 or w4a16, or serve on a GPU"
+        )
+    if dtype == torch.float32 and (device != "cpu" or not scheme.rounds_inputs):
+        raise InputError(
+            f"the model is stored in float32, and vLLM's kernels for {scheme.name} on a {device.upper()} compute in "
+            "bfloat16 or float16; quantize a checkpoint stored in one of these"
+            + ("" if scheme.rounds_inputs else ", or choose w8a8 for CPUs")
+        )
+
+
+def _runs(scheme: Scheme, dtype: torch.dtype | None, device: str) -> bool:
+    try:
+        check_quantized(scheme, dtype, device)
+    except InputError:
+        return False
+    return True
+
+
+def preflight(config: Any, scheme: Scheme | None = None) -> dict[str, JsonValue]:
+    """Return what decides whether and how vLLM can serve a model of this configuration, quantized to this scheme.
 
     Returns:
         `architecture`, `head_size`.
@@ -117,9 +143,10 @@ def preflight(config: Any) -> dict[str, JsonValue]:
             of layers with an MLP.
         `experts`, `channels_per_expert`: of each layer that has experts.
         `head_shapes`: pairs of query and KV heads there are; each but the first costs vLLM a metadata build every step.
-        `tensor_parallel`: the sizes up to 8 that divide every layer's heads and widths.
+        `quantization`: the scheme, None where the weights are not quantized.
+        `tensor_parallel`: the sizes up to 8 that divide every layer's heads, widths and groups of channels.
         `needs`: options that the server must be started with; `plugin`: whether it needs numprune-vllm.
-        `cpu`: whether vLLM's CPU kernels know the head size.
+        `cpu`: whether vLLM's CPU kernels know the head size and the scheme.
 
     Raises:
         InputError: vLLM cannot load it.
@@ -155,8 +182,13 @@ def preflight(config: Any) -> dict[str, JsonValue]:
         "experts": [block.units for block in sparse],
         "channels_per_expert": [block.members for block in sparse],
         "head_shapes": len({shape for shape in zip(query_heads, kv_heads, strict=True) if all(shape)}),
-        "tensor_parallel": [size for size in (1, 2, 4, 8) if not not_split(anatomy, size)],
+        "quantization": scheme and str(scheme),
+        "tensor_parallel": [
+            size
+            for size in (1, 2, 4, 8)
+            if not not_split(anatomy, size) and (scheme is None or not ungrouped(anatomy, scheme, size))
+        ],
         "needs": needs,
         "plugin": plugin,
-        "cpu": anatomy.head_dim in CPU_HEAD_SIZES,
+        "cpu": anatomy.head_dim in CPU_HEAD_SIZES and (scheme is None or _runs(scheme, config.dtype, "cpu")),
     }

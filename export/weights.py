@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import compressed_tensors, files
-from numprune.quantization import Quantized, Scheme
+from numprune.export import files
+from numprune.quantization import Quantized, Scheme, compressed_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

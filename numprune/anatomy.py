@@ -44,8 +44,6 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"architecture {config.model_type!r} ({', '.join(config.architectures or ['no class named'])}) is not "
             f"supported; supported are {', '.join(FAMILIES)}; {HOW_TO_ADD} shows how to add one"
         )
-    if getattr(config, "quantization_config", None):
-        raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
     family = FAMILIES[name]
     equal = {field: (getattr(config, other),) for field, other in family.equal.items()}
     for field, values in (family.requires | equal).items():

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune.anatomy import family_of, read_anatomy
 from numprune.blocks import Anatomy
+from numprune.errors import InputError
 from numprune.tasks import CAUSAL, Task
 
 # Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
@@ -97,12 +98,14 @@ class Layers(Protocol):
 class ModelLayers:
     """The layers of a model in memory: `layer` gives the model's own modules.
 
-    Raises ValueError when its attention is not the one that its family is walked with.
+    Raises InputError when it is quantized, ValueError when its attention is not the one that its family is walked with.
     """
 
     resident = True
 
     def __init__(self, model: PreTrainedModel, task: Task = CAUSAL) -> None:
+        if getattr(model.config, "quantization_config", None):
+            raise InputError("the model is quantized; prune the unquantized checkpoint and quantize the result")
         family = family_of(model.config)
         found, wanted = model.config._attn_implementation, family.attention_implementation
         if found != wanted:

@@ -12,7 +12,9 @@ from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.weights import DTYPES, main_dtype
 from numprune.plans import PLAN_FILE, Draw, read_plan
-from numprune.quantization import Fit, Scheme, check_quantizable, check_target, quantize_layers, quantized_tensors
+from numprune.quantization import Scheme, check_quantizable, quantized_tensors
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, config_of, dtypes_of, tensors_of
+from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.surgery import skeleton
 
 
@@ -86,7 +88,7 @@ def _write(layers: CheckpointLayers, scheme: Scheme, folder: Path, fit: Fit | No
     dtypes: dict[str, torch.dtype] = {}
     for name, header in layers.stored.items():
         if name in matrices:
-            dtypes |= compressed_tensors.dtypes_of(name, scheme, scale_dtype)
+            dtypes |= dtypes_of(name, scheme, scale_dtype)
         else:
             dtypes[name] = DTYPES[header.dtype]
     with writing(folder, dtypes) as writer:
@@ -94,7 +96,7 @@ def _write(layers: CheckpointLayers, scheme: Scheme, folder: Path, fit: Fit | No
 
         def sink(quantized: Any, rest: Any) -> None:
             for name, matrix in quantized.items():
-                writer.add(compressed_tensors.tensors_of(name, matrix, scale_dtype))
+                writer.add(tensors_of(name, matrix, scale_dtype))
             layers.write(rest, writer)
 
         quantize_layers(layers, scheme, sink, fit, scale_dtype)
@@ -107,6 +109,6 @@ def _complete(config: Any, scheme: Scheme, source: Path, folder: Path) -> None:
     linears = (name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear))
     ignored = [name for name in linears if f"{name}.weight" not in matrices]
     content = files.read_object(folder / files.CONFIG)
-    content[compressed_tensors.CONFIG_FIELD] = compressed_tensors.config_of(scheme, ignored)
+    content[CONFIG_FIELD] = config_of(scheme, ignored)
     files.write_object(folder / files.CONFIG, content)
     checkpoint.audit(folder)

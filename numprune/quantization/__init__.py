@@ -1,28 +1,25 @@
 """Quantization of a model's Linear layers: schemes, rounding, GPTQ, and the walk that applies them front to back.
 
-Only tensors: export/compressed_tensors.py writes the result to the disk and reads it again. Notation as in the core,
-and
+Only tensors: compressed_tensors.py is how they are stored, export writes and reads the files. The walk is imported by
+itself: it needs SciPy, which vLLM's environment has not. Notation as in the core, and
 
     Q   grid values (out, D): integers, or FP8 numbers        s   scales (out, D / group size)
 """
 
-from numprune.quantization.linears import check_quantizable, quantized_tensors
+from numprune.quantization.linears import check_quantizable, quantized_tensors, ungrouped
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
 from numprune.quantization.schemes import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
-from numprune.quantization.walk import Fit, check_target, quantize_layers
 
 __all__ = [
     "GROUP_SIZES",
     "SCHEMES",
-    "Fit",
     "Method",
     "Quantized",
     "Scheme",
     "SchemeName",
     "check_quantizable",
-    "check_target",
-    "quantize_layers",
     "quantized_tensors",
     "round_inputs_of",
     "round_to_nearest",
+    "ungrouped",
 ]

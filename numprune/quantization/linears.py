@@ -65,8 +65,14 @@ def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1
             f"quantization: the projections of {anatomy.family} are stored transposed and are no Linear layers; "
             "leave it unquantized"
         )
+    if problem := ungrouped(anatomy, scheme, tensor_parallel):
+        raise InputError(problem)
+
+
+def ungrouped(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1) -> str:
+    """Say which projection the scheme's groups do not divide, and what would; empty where they divide all of them."""
     if scheme.group_size is None:
-        return
+        return ""
     found = [one for block in anatomy.blocks for one in projections(block)]
     sizes = [(one, one.inputs, tensor_parallel if one.read_units else 1) for one in found]
     for one, inputs, parts in sizes:
@@ -74,10 +80,11 @@ def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1
             fitting = [str(size) for size in GROUP_SIZES if all(n % (size * gpus) == 0 for _, n, gpus in sizes)]
             on_each = f" on {parts} GPUs" if parts > 1 else ""
             remedy = f"choose a group size of {' or '.join(fitting)}" if fitting else "prune to sizes that they divide"
-            raise InputError(
+            return (
                 f"group_size is {scheme.group_size}, which does not divide the {inputs} inputs of "
                 f"{one.block.name} {one.paths[0]}{on_each}; {remedy}, or choose another scheme"
             )
+    return ""
 
 
 def _path(tensor: str) -> str:

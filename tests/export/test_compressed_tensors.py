@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, compressed_tensors, weights
+from numprune.export import checkpoint, weights
 from numprune.export.streaming import CheckpointLayers
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.layers import ModelLayers
-from numprune.quantization import SCHEMES, Scheme, quantized_tensors
+from numprune.quantization import SCHEMES, Scheme, compressed_tensors, quantized_tensors
 from tests.conftest import recast
 
 Checkpoint = Callable[..., Path]

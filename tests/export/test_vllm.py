@@ -8,6 +8,7 @@ import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from numprune.export.weights import read_headers, read_tensor
+from numprune.quantization import Scheme
 from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -125,3 +126,21 @@ def test_a_cast_that_overflows_names_the_tensor(tmp_path):
     with pytest.raises(IntegrityError, match=r"^model\.norm\.weight: 1e\+05 is more than float16 can hold"):
         vllm.export(write_checkpoint(model, tmp_path / "base"), tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scheme_decides_what_can_run_it() -> None:
+    config = build_tiny("llama", head_dim=32, intermediate_size=128).bfloat16().config
+    config.dtype = torch.bfloat16
+    groups = vllm.preflight(config, Scheme("w4a16", 64))
+    assert (groups["quantization"], groups["cpu"]) == ("w4a16, groups of 64", True)
+    assert (groups["tensor_parallel"], vllm.preflight(config)["tensor_parallel"]) == ([1, 2], [1, 2, 4])
+    assert not vllm.preflight(config, Scheme("fp8"))["cpu"]
+    config.dtype = torch.float32
+    assert vllm.preflight(config, Scheme("w8a8"))["cpu"]
+    for scheme, device in (("w4a16", "cpu"), ("w8a8", "gpu")):
+        with pytest.raises(
+            InputError, match=f"stored in float32, and vLLM's kernels for {scheme} on a {device.upper()}"
+        ):
+            vllm.check_quantized(Scheme(scheme), torch.float32, device)
+    with pytest.raises(InputError, match="CPUs with AMX only"):
+        vllm.check_quantized(Scheme("fp8"), torch.bfloat16, "cpu")

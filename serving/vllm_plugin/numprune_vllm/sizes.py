@@ -13,7 +13,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import numprune.modeling  # noqa: F401 - registers the per-layer classes with transformers
 from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
+from numprune.errors import InputError
 from numprune.families import FAMILIES
+from numprune.quantization import Scheme, check_quantizable, quantized_tensors
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, scheme_of, shapes_of
 from numprune.target import not_split
 
 Shapes = dict[str, tuple[int, ...]]
@@ -73,11 +76,31 @@ def check_parallel(config: Any, size: int) -> None:
         )
 
 
+def check_quantization(config: Any, size: int) -> None:
+    """Raises ValueError: the checkpoint is quantized in a way that is not ours, or groups do not split over `size`."""
+    try:
+        if scheme := _scheme(config):
+            check_quantizable(read_anatomy(config), scheme, size)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+def _scheme(config: Any) -> Scheme | None:
+    """Raises InputError."""
+    return scheme_of({CONFIG_FIELD: getattr(config, CONFIG_FIELD, None)})
+
+
 def expected_tensors(config: Any) -> Expected:
-    """What the checkpoint of a model must hold: what transformers' own model, or numprune's of its layers, does."""
+    """What the checkpoint of a model must hold: what transformers' own model, or numprune's of its layers, does.
+
+    Of quantized weights, their values and scales. Raises InputError: it is quantized in a way that is not ours.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
+    if scheme := _scheme(config):
+        for name in quantized_tensors(read_anatomy(config)):
+            shapes |= shapes_of(name, scheme, shapes.pop(name))
     tied = dict(model.all_tied_weights_keys)
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
     return Expected(shapes, tied, family.computed) if family else Expected(shapes, tied)

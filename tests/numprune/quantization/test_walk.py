@@ -13,16 +13,8 @@ from numprune.families import FAMILIES
 from numprune.layers import CopiedLayers
 from numprune.options import PruneOptions
 from numprune.pruning import prune
-from numprune.quantization import (
-    Fit,
-    Quantized,
-    Scheme,
-    check_quantizable,
-    check_target,
-    quantize_layers,
-    quantized_tensors,
-    round_inputs_of,
-)
+from numprune.quantization import Quantized, Scheme, check_quantizable, quantized_tensors, round_inputs_of
+from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.target import Target
 from tests.conftest import build_tiny
 

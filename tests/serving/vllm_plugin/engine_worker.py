@@ -25,14 +25,13 @@ def answer(request: dict) -> dict:
 
     llm = LLM(
         model=request["model"],
-        dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=128,
         block_size=32,
         max_logprobs=-1,
         kv_cache_memory_bytes=request["kv_cache_bytes"],
-        **request["options"],
+        **{"dtype": "float32", **request["options"]},
     )
     try:
         refused = [_reload(llm, folder) for folder in request["reload"]]

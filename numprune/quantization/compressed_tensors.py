@@ -1,0 +1,175 @@
+"""Quantized weights as the format compressed-tensors stores them, which vLLM and transformers read.
+
+In the place of `X.weight` (out, D) stand
+
+    float-quantized, int-quantized   X.weight (out, D) float8_e4m3fn or int8; X.weight_scale (out, 1) float32
+    pack-quantized                   X.weight_packed (out, ceil(D / 8)) int32, eight 4-bit values each, the first in the
+                                     lowest bits, raised by 8 to be positive; X.weight_scale (out, groups);
+                                     X.weight_shape (2,) int64
+
+and config.json says so in `quantization_config`. Of the format's variants those are read that these schemes write,
+whoever wrote them; every other one is refused by name.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numprune.errors import InputError
+from numprune.quantization.rounding import Quantized
+from numprune.quantization.schemes import SCHEMES, Scheme
+
+CONFIG_FIELD = "quantization_config"
+_METHOD = "compressed-tensors"
+_FORMATS = {"fp8": "float-quantized", "w8a8": "int-quantized", "w4a16": "pack-quantized"}
+_PER_WORD = 8  # 4-bit values in an int32
+_OFFSET = 8  # added to each, to be positive
+_ENDINGS = {True: ("weight_packed", "weight_scale", "weight_shape"), False: ("weight", "weight_scale")}
+
+
+def pack(values: Tensor) -> Tensor:
+    """Return 4-bit values (out, D) int8 as (out, ceil(D / 8)) int32."""
+    padding = -values.shape[1] % _PER_WORD
+    raised = torch.nn.functional.pad(values.to(torch.int32) + _OFFSET, (0, padding)).unflatten(1, (-1, _PER_WORD))
+    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=values.device)
+    return (raised << shifts).sum(-1, dtype=torch.int32)
+
+
+def unpack(packed: Tensor, channels: int) -> Tensor:
+    """Return the values (out, channels) int8 of what `pack` returned."""
+    shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=packed.device)
+    return ((packed[..., None] >> shifts & 0xF) - _OFFSET).flatten(1)[:, :channels].to(torch.int8)
+
+
+def endings(scheme: Scheme) -> tuple[str, ...]:
+    """Return the last parts of the names that stand in the place of a weight."""
+    return _ENDINGS[scheme.name == "w4a16"]
+
+
+def tensors_of(name: str, matrix: Quantized, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what is stored in the place of the weight `name`; `scale_dtype`: of the scales of groups."""
+    path = name.removesuffix("weight")
+    if matrix.scheme.name != "w4a16":
+        return {name: matrix.values, f"{path}weight_scale": matrix.scales}
+    return {
+        f"{path}weight_packed": pack(matrix.values),
+        f"{path}weight_scale": matrix.scales.to(scale_dtype),
+        f"{path}weight_shape": torch.tensor(matrix.values.shape),
+    }
+
+
+def shapes_of(name: str, scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `tensors_of` for a matrix of this shape (out, D)."""
+    rows, columns = shape
+    path = name.removesuffix("weight")
+    scales = (rows, columns // (scheme.group_size or columns))
+    if scheme.name != "w4a16":
+        return {name: shape, f"{path}weight_scale": scales}
+    return {
+        f"{path}weight_packed": (rows, -(-columns // _PER_WORD)),
+        f"{path}weight_scale": scales,
+        f"{path}weight_shape": (2,),
+    }
+
+
+def dtypes_of(name: str, scheme: Scheme, scale_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the data types of `tensors_of`."""
+    path = name.removesuffix("weight")
+    if scheme.name != "w4a16":
+        return {name: torch.float8_e4m3fn if scheme.is_float else torch.int8, f"{path}weight_scale": torch.float32}
+    return {
+        f"{path}weight_packed": torch.int32,
+        f"{path}weight_scale": scale_dtype,
+        f"{path}weight_shape": torch.int64,
+    }
+
+
+def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:
+    """Return `quantization_config`; `ignored`: paths of the Linear layers that are not quantized."""
+    group = scheme.group_size
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "float" if scheme.is_float else "int",
+        "symmetric": True,
+        "strategy": "channel" if group is None else "group",
+        "group_size": group,
+        "dynamic": False,
+    }
+    inputs = {**weights, "strategy": "token", "group_size": None, "dynamic": True}
+    return {
+        "quant_method": _METHOD,
+        "format": _FORMATS[scheme.name],
+        "quantization_status": "compressed",
+        "ignore": sorted(ignored),
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": inputs if scheme.rounds_inputs else None,
+                "output_activations": None,
+            }
+        },
+    }
+
+
+def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
+    """Return the scheme of a model by the content of its config.json; None: it is not quantized.
+
+    Raises:
+        InputError: it is quantized in another way; names the field.
+    """
+    found = config.get(CONFIG_FIELD)
+    if not found:
+        return None
+    where = f"config.json: {CONFIG_FIELD}"
+    found = _mapping(found, where)
+    groups = _mapping(found.get("config_groups"), f"{where}.config_groups")
+    _only(found.get("quant_method"), (_METHOD,), f"{where}.quant_method")
+    _only(found.get("quantization_status"), ("compressed",), f"{where}.quantization_status")
+    for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if found.get(field):
+            raise InputError(f"{where}.{field}: not supported; {_REMEDY}")
+    _only(len(groups), (1,), f"{where}.config_groups: their number")
+    ((name, group),) = groups.items()
+    where = f"{where}.config_groups.{name}"
+    group = _mapping(group, where)
+    _only(group.get("targets"), (["Linear"],), f"{where}.targets")
+    _only(group.get("output_activations"), (None,), f"{where}.output_activations")
+    weights = _mapping(group.get("weights"), f"{where}.weights")
+    form = group.get("format") or found.get("format")
+    _only(form, tuple(_FORMATS.values()), f"{where}.format")
+    (name,) = (scheme for scheme in SCHEMES if _FORMATS[scheme] == form)
+    grouped = name == "w4a16" and weights.get("strategy") == "group"
+    scheme = Scheme(name, weights.get("group_size") if grouped else None)
+    wanted = _mapping(config_of(scheme, ())["config_groups"]["group_0"], where)
+    _like(weights, wanted["weights"], f"{where}.weights")
+    if scheme.rounds_inputs:
+        inputs = _mapping(group.get("input_activations"), f"{where}.input_activations")
+        _like(inputs, wanted["input_activations"], f"{where}.input_activations")
+    else:
+        _only(group.get("input_activations"), (None,), f"{where}.input_activations")
+    return scheme
+
+
+_REMEDY = "quantize the unquantized checkpoint with numprune quantize"
+
+
+def _like(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raises InputError unless all that these arguments of the format mean is as in `wanted`."""
+    for field, value in wanted.items():
+        if field != "group_size" or value is not None:  # which says nothing of rows and tokens
+            _only(found.get(field), (value,), f"{where}.{field}")
+    _only(found.get("actorder") or None, (None, "static", "weight"), f"{where}.actorder")
+
+
+def _only(found: object, allowed: tuple[object, ...], where: str) -> None:
+    if found not in allowed:
+        raise InputError(f"{where} is {str(found)[:80]!r}, not {' or '.join(map(repr, allowed))}; {_REMEDY}")
+
+
+def _mapping(found: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where} is {str(found)[:80]!r}; it must be an object")
+    return found
