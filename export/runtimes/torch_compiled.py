@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
 
 from numprune.errors import MissingRuntime
 from numprune.export import noise
@@ -44,7 +44,7 @@ class CompiledRuntime:
         self.vocabulary = eager.vocabulary
         self._rows, self._positions = rows, positions
         self._device = eager.device
-        self._cache = StaticCache(config=eager.model.config, max_cache_len=positions)
+        self._cache = self._new_cache()
         self._mask: Tensor | None = None  # (B, T), on the CPU
         self._seen: Tensor | None = None  # (B, positions), on the device: 0 where there is padding
         mode = "reduce-overhead" if self._device.type == "cuda" else "default"
@@ -64,7 +64,7 @@ class CompiledRuntime:
         if rows == self._rows:
             self._cache.reset()
         else:
-            self._cache = StaticCache(config=self.eager.model.config, max_cache_len=self._positions)
+            self._cache = self._new_cache()
             self._rows = rows
         seen = torch.ones(rows, self._positions, dtype=torch.bool)
         seen[:, :length] = self._mask.bool()
@@ -108,6 +108,12 @@ class CompiledRuntime:
         logits: Tensor = output.logits
         return logits[:, -1]
 
+    def _new_cache(self) -> Cache:
+        # Whole positions also where a window slides: transformers' static cache of a window counts its steps in Python,
+        # and each would be compiled anew. The mask has the window.
+        layers = self.eager.model.config.num_hidden_layers
+        return Cache(layers=[StaticLayer(max_cache_len=self._positions) for _ in range(layers)])
+
     def _require_room(self, length: int) -> None:
         if length > self._positions:
             raise ValueError(f"{length} positions: the KV cache was made for {self._positions}")
@@ -121,7 +127,9 @@ class CompiledRuntime:
         outputs = []
         for runtime in (self.eager, self):
             found = [runtime.prefill(tokens[:, :length], last_only=True)[:, -1]]
-            found += [runtime.decode(tokens[:, index : index + 1]) for index in range(length, length + steps)]
+            found.append(runtime.decode(tokens[:, length : length + 1]))
+            with torch._dynamo.config.patch(error_on_recompile=True):  # one step must do for all that follow
+                found += [runtime.decode(tokens[:, index : index + 1]) for index in range(length + 1, length + steps)]
             outputs.append(torch.cat(found))
         error = noise.of_logits(*outputs)
         dtype = str(self.eager.describe()["dtype"])

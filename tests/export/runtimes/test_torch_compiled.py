@@ -17,7 +17,9 @@ Checkpoint = Callable[..., Path]
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> None:
-    eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
+    """A window slides past what is cached: every step must be the same compiled function."""
+    base = tiny_checkpoint("mistral", num_hidden_layers=1, sliding_window=5)
+    eager = TorchRuntime(base, device="cpu", threads=1)
     runtime = CompiledRuntime(eager, rows=2, positions=20)
     assert runtime.describe() == {**eager.describe(), "mode": "compiled"}
     tokens = torch.randint(259, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -28,7 +30,8 @@ def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> No
             one.prefill(tokens[:, :12], padding)
         for position in range(12, 20):
             step = tokens[:, position : position + 1]
-            assert torch.allclose(runtime.decode(step), eager.decode(step), atol=1e-4)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                assert torch.allclose(runtime.decode(step), eager.decode(step), atol=1e-4)
     with pytest.raises(ValueError, match="21 positions: the KV cache was made for 20"):
         runtime.decode(tokens[:, :1])
 
