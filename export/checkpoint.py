@@ -21,8 +21,9 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import logging as transformers_logging
 
-from numprune.anatomy import family_of, layers_path, task_name
+from numprune.anatomy import family_of, layers_path, read_anatomy, task_name
 from numprune.errors import InputError, IntegrityError
+from numprune.export import files
 from numprune.export.config import copy_config, read_config, reason, write_config
 from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
 from numprune.export.precision import name_of
@@ -40,7 +41,7 @@ from numprune.export.weights import (
     weight_bytes,
 )
 from numprune.modeling import AUTO_OF
-from numprune.quantization import Scheme, round_inputs_of
+from numprune.quantization import Scheme, compressed_tensors, quantized_tensors, round_inputs_of
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 
@@ -258,6 +259,7 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
                 f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json means "
                 f"{list(expected[name])}"
             )
+    _require_quantized(folder, config, stored)
     for name, source in tied.items():
         if name in stored and source in stored and not _equal(stored[name], stored[source]):
             raise IntegrityError(
@@ -265,6 +267,21 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
                 'set "tie_word_embeddings": false there if both are meant, or remove the one that is stale'
             )
     return stored
+
+
+def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:
+    """Raises IntegrityError where config.json says that a weight is quantized, and it is stored in full."""
+    content = files.read_object(folder / files.CONFIG)
+    scheme = compressed_tensors.scheme_of(content)
+    if scheme is None:
+        return
+    for name in quantized_tensors(read_anatomy(config)):
+        full = name in stored and not isinstance(stored[name], QuantizedHeader)
+        if full and not compressed_tensors.ignores(content, name.removesuffix(".weight")):
+            raise IntegrityError(
+                f"{stored[name].file}: {name} is not quantized, but quantization_config in config.json says {scheme}; "
+                "they do not belong together"
+            )
 
 
 def _equal(one: TensorHeader, other: TensorHeader) -> bool:

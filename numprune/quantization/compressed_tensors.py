@@ -11,6 +11,7 @@ and config.json says so in `quantization_config`. Of the format's variants those
 whoever wrote them; every other one is refused by name.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -112,6 +113,14 @@ def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:
             }
         },
     }
+
+
+def ignores(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the config.json of a quantized model says of a Linear layer, by its path, that it is not quantized."""
+    entries = map(str, _mapping(config.get(CONFIG_FIELD), f"config.json: {CONFIG_FIELD}").get("ignore") or ())
+    return any(
+        re.match(entry.removeprefix("re:"), path) if entry.startswith("re:") else entry == path for entry in entries
+    )
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme | None:

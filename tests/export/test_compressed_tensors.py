@@ -1,6 +1,7 @@
 """The format compressed-tensors, against the package of that name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,13 @@ def test_damaged_tensors_are_named(
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
     with pytest.raises((InputError, IntegrityError), match=says):
         checkpoint.load(folder)
+
+
+def test_full_weights_beside_a_quantized_configuration_are_refused(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    folder = quantized(base, "w8a8")
+    shutil.copyfile(base / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"layers\.0\.\S+\.weight is not quantized, but .* says w8a8"):
+        checkpoint.audit(folder)
+    alter_config(folder, lambda config: config["ignore"].append("re:.*_proj$"))
+    checkpoint.audit(folder)  # others may leave a layer as it was
