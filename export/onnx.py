@@ -56,13 +56,18 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
         dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`. What goes in and comes out
             otherwise is int64 and float32.
 
+    A quantized checkpoint is written with its dequantized weights.
+
     Raises:
-        InputError: `out` exists, or the architecture, opset or a setting of config.json is not supported.
+        InputError: `out` exists, or the architecture, opset, a setting of config.json or a scheme that rounds
+            activations is not supported.
         IntegrityError: the checkpoint is not what its configuration says, or a weight is too large for `dtype`.
     """
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
-    compressed_tensors.refuse_quantized(source, "ONNX")
+    scheme = compressed_tensors.scheme_in(source)
+    if scheme and scheme.rounds_inputs:
+        compressed_tensors.refuse_quantized(source, "ONNX, whose graph rounds no activations,")
     config = checkpoint.read_config(source)
     check_config(config)
     direct = writes(config)

@@ -194,7 +194,9 @@ def stored_parts(stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """The tensor, mapped: its values are read from the file when they are used."""
+    """The tensor, mapped: its values are read from the file when they are used. Of a quantized weight, dequantized."""
+    if isinstance(header, QuantizedHeader):
+        return read_rows(header)
     with safe_open(header.file, "pt") as file:
         tensor: Tensor = file.get_tensor(header.name)
         return tensor

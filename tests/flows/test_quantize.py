@@ -115,3 +115,13 @@ def test_what_needs_the_unquantized_model_says_so(
         code, found = run(capsys, *words)
         assert code == 1
         assert "the checkpoint is quantized (w8a8)" in found["error"]
+
+
+def test_four_bit_weights_are_exported_to_onnx_dequantized(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    out, how = tmp_path / "quantized", ("--scheme", "w4a16", "--group-size", 32, "--method", "rtn")
+    assert run(capsys, "quantize", tiny_checkpoint(), out, *how)[0] == 0
+    code, found = run(capsys, "export", out, tmp_path / "onnx", "--to", "onnx")
+    assert code == 0, found
+    assert found["parity"]["logit_error_max"] < 1e-3
