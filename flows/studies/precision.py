@@ -1,0 +1,226 @@
+"""What quantization adds to pruning: bytes, quality and speed of a model dense, pruned, and quantized after pruning.
+
+    python -m numprune.flows.studies.precision [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratio 0.3]
+        [--schemes w8a8,w4a16:64] [--runtimes torch,onnxruntime,vllm] [--out DIR]
+
+Quality is that of each on the held-out text. In torch and ONNX Runtime dense and pruned are timed, whose weights these
+compute with; the quantized ones are timed in vLLM, all servers in turn. `--out` keeps the table, with everything
+measured as JSON.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numprune.documents import Reading
+from numprune.errors import InputError, NumpruneError
+from numprune.export import checkpoint, vllm
+from numprune.flows import children
+from numprune.flows.names import Runtime
+from numprune.flows.recipe import EMBEDDED
+from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.export import export
+from numprune.flows.steps.prune import device_of, prune_checkpoint
+from numprune.flows.steps.quantize import check_request, quantize_checkpoint
+from numprune.flows.steps.text import calibration_rows, text_rows
+from numprune.options import PruneOptions
+from numprune.quantization import SCHEMES, Scheme
+from numprune.serving.benchmark import run_benchmark
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.vllm import ServedLoad, run_served
+from numprune.serving.report import ReportedEstimate, RuntimeSpeed
+from numprune.serving.vllm import environment
+from numprune.target import Target
+
+DENSE, PRUNED = "dense", "pruned"
+RUNTIMES: tuple[Runtime, ...] = ("torch", "onnxruntime", "vllm")
+_METRIC = {"vllm": "output_tokens_per_s"}  # of the others: decode_tokens_per_s
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        weight_bytes: as stored.
+        quality: the report's section, against the dense model; of that, one of any other model.
+        speed: runtime -> the report's section, of this model beside the dense one.
+    """
+
+    name: str
+    weight_bytes: int
+    quality: Mapping[str, Any]
+    speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def markdown(rows: Sequence[Row], runtimes: Sequence[str], conditions: str) -> str:
+    """The table; the first of `rows` is the dense model, and "-" is what was not measured."""
+    header = ["model", "MB of weights", "NLL", "more than dense (95 % interval)"]
+    header += [f"{runtime}, tokens/s (of dense, 95 % interval)" for runtime in runtimes]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for row in rows:
+        dense = row is rows[0]
+        side = row.quality["baseline" if dense else "candidate"]
+        delta = "-" if dense else _interval(row.quality["loss_delta"], "+.4f")
+        cells = [row.name, f"{row.weight_bytes / 1e6:,.1f}", f"{side['nll_nats_per_token']:.4f}", delta]
+        cells += [_rate(runtime, row.speed.get(runtime), dense=dense) for runtime in runtimes]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", conditions, ""])
+
+
+def _rate(runtime: str, found: Mapping[str, Any] | None, *, dense: bool) -> str:
+    if found is None:
+        return "-"
+    speed, name = RuntimeSpeed.model_validate(found), _METRIC.get(runtime, "decode_tokens_per_s")
+    side, ratio = (speed.baseline if dense else speed.candidate), getattr(speed, name).ratio
+    rate = f"{getattr(side, name):,.1f}"
+    return rate if dense else f"{rate} ({_interval(ratio.model_dump(), '.2f')})"
+
+
+def _interval(estimate: Mapping[str, Any], form: str) -> str:
+    found = ReportedEstimate.model_validate({key: value for key, value in estimate.items() if key != "unit"})
+    lower, upper = found.interval95
+    return f"{found.value:{form}} [{lower:{form}}, {upper:{form}}]"
+
+
+def scheme_of(text: str) -> Scheme:
+    """`w8a8`, `fp8`, `w4a16` (groups of 128) or `w4a16:64`. Raises InputError."""
+    name, _, group = text.partition(":")
+    if name not in SCHEMES or (group and not group.isdecimal()):
+        raise InputError(f"scheme is {text!r}; it must be one of {', '.join(SCHEMES)}, or w4a16:GROUP")
+    return Scheme(name, int(group) if group else (128 if name == "w4a16" else None))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.flows.studies.precision",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
+    )
+    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
+    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    parser.add_argument("--ratio", type=float, default=0.3, help="share to remove (default %(default)s)")
+    parser.add_argument("--compensation", default="residual", help="of pruning (default %(default)s)")
+    parser.add_argument("--schemes", default="w8a8,w4a16:64", help="comma-separated (default %(default)s)")
+    parser.add_argument(
+        "--runtimes", default="torch,onnxruntime", help="of torch,onnxruntime,vllm (default %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=32, help="calibration rows (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens per row (default %(default)s)")
+    parser.add_argument("--windows", type=int, default=64, help="held-out rows at most (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=6, help="of each timing, even (default %(default)s)")
+    parser.add_argument("--vllm", metavar="ENV", help="virtual environment with vLLM (default: .venv-vllm)")
+    parser.add_argument("--out", type=Path, help="folder for precision.md and precision.json")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("numprune").setLevel(logging.INFO)
+    try:
+        sys.stdout.write(_study(args))
+    except NumpruneError as error:
+        print(f"precision: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _study(args: argparse.Namespace) -> str:
+    runtimes = args.runtimes.split(",")
+    if unknown := [name for name in runtimes if name not in RUNTIMES]:
+        raise InputError(f"runtime is {unknown[0]!r}; it must be one of {', '.join(RUNTIMES)}")
+    schemes = {str(scheme): scheme for scheme in map(scheme_of, args.schemes.split(","))}
+    base = model_folder(args.model)
+    served = environment.find(args.vllm) if "vllm" in runtimes else None  # before the work
+    for scheme in schemes.values():
+        check_request(base, scheme)
+    load = Load(repeats=args.repeats)
+    groups = [scheme.group_size or 1 for scheme in schemes.values()]
+    target = Target(align=32, quantization_group=max(groups))
+    options = PruneOptions(args.ratio, compensation=args.compensation, target=target)
+    tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
+    rows, draw = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, length, 0, Reading())
+    heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    with tempfile.TemporaryDirectory(prefix="numprune-precision-") as scratch:
+        folders = {DENSE: base, PRUNED: Path(scratch) / PRUNED}
+        children.call(prune_checkpoint, base, rows, options, folders[PRUNED], device_of("auto"))
+        for number, (name, scheme) in enumerate(schemes.items()):
+            folders[name] = Path(scratch) / f"quantized-{number}"
+            children.call(
+                quantize_checkpoint,
+                folders[PRUNED],
+                scheme,
+                folders[name],
+                device_of("auto"),
+                rows=rows,
+                draw=draw,
+                dense=base,
+            )
+        others = [name for name in folders if name != DENSE]
+        compared = compare_checkpoints([folders[name] for name in others], base, heldout, device_of("auto"))
+        quality = {DENSE: compared[0], **dict(zip(others, compared, strict=True))}
+        speed: dict[str, dict[str, Any]] = {name: {} for name in folders}
+        for runtime in runtimes:
+            for name, found in _timed(runtime, folders, schemes, load, served, Path(scratch)).items():
+                speed[name][runtime] = found["speed"]
+                speed[DENSE].setdefault(runtime, found["speed"])
+        table = [
+            Row(name, checkpoint.weight_bytes(folder), quality[name], speed[name]) for name, folder in folders.items()
+        ]
+    conditions = (
+        f"{base.name}, {args.ratio:.0%} removed (obs, uniform, {args.compensation}), then gptq towards the "
+        f"dense model; {args.samples} calibration rows of {length} tokens; quality on {quality[DENSE]['tokens']:,} "
+        f"tokens of {quality[DENSE]['documents']} held-out documents; {args.repeats} repeats of each timing, in turn."
+    )
+    text = markdown(table, runtimes, conditions)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "precision.md").write_text(text, encoding="utf-8")
+        data = [
+            {"model": row.name, "weight_bytes": row.weight_bytes, "quality": row.quality, "speed": row.speed}
+            for row in table
+        ]
+        (args.out / "precision.json").write_text(json.dumps(data, indent=2, allow_nan=False), encoding="utf-8")
+    return text
+
+
+def _timed(
+    runtime: str,
+    folders: Mapping[str, Path],
+    schemes: Mapping[str, Scheme],
+    load: Load,
+    served: environment.Environment | None,
+    scratch: Path,
+) -> dict[str, dict[str, Any]]:
+    """What `run_benchmark` or `run_served` found of each model that the runtime computes as it is stored."""
+    if served is None or runtime != "vllm":
+        sides = {name: folders[name] for name in (DENSE, PRUNED)}
+        if runtime == "onnxruntime":
+            for name, folder in sides.items():
+                export(folder, scratch / f"onnx-{name}", "onnx")
+            sides = {name: scratch / f"onnx-{name}" for name in sides}
+        return {PRUNED: run_benchmark(sides[PRUNED], sides[DENSE], runtime, load)}
+    device = "cpu" if served.cpu else "gpu"
+    sides = {}
+    for name, folder in folders.items():
+        try:
+            if name in schemes:
+                vllm.check_quantized(schemes[name], checkpoint.read_config(folder).dtype, device)
+        except InputError as error:
+            print(f"{name} is not served: {error}", file=sys.stderr)
+            continue
+        vllm.export(folder, scratch / f"vllm-{name}")
+        sides[name] = scratch / f"vllm-{name}"
+    dense = sides.pop(DENSE)
+    return run_served(sides, dense, served, ServedLoad(repeats=load.repeats, concurrency=(1,)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
