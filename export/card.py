@@ -18,10 +18,10 @@ from numprune.budget import budget_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export import vllm
 from numprune.export.config import read_config
-from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, PLAN, require_size
+from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
 from numprune.export.precision import name_of
 from numprune.modeling import AUTO_OF
-from numprune.plans import Plan
+from numprune.plans import PLAN_FILE, Plan
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
@@ -67,7 +67,7 @@ def with_quality(card: str, quality: str) -> str:
 def set_precision(folder: Path) -> None:
     """Have the card of a checkpoint of ours, where there is one, say in which precision its weights are stored now."""
     path = folder / CARD
-    if not (folder / PLAN).is_file() or not path.is_file():
+    if not (folder / PLAN_FILE).is_file() or not path.is_file():
         return
     config = read_config(folder)
     kv_bytes = budget_of(read_anatomy(config)).kv_bytes_per_token
@@ -110,7 +110,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
         ("training after pruning", "none"),
-        ("kept units", f"[{PLAN}]({PLAN})"),
+        ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
         (_PRECISION, name_of(config.dtype)),
     ]
     if before.kv_bytes_per_token:

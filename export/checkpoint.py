@@ -25,7 +25,7 @@ from numprune.anatomy import family_of, layers_path, read_anatomy, task_name
 from numprune.errors import InputError, IntegrityError
 from numprune.export import files
 from numprune.export.config import copy_config, read_config, reason, write_config
-from numprune.export.files import CARD, DOWNLOADED, PLAN, carry
+from numprune.export.files import CARD, DOWNLOADED, carry
 from numprune.export.precision import name_of
 from numprune.export.shards import SHARD_BYTES, writing
 from numprune.export.tokenizer import load_tokenizer
@@ -41,12 +41,12 @@ from numprune.export.weights import (
     weight_bytes,
 )
 from numprune.modeling import AUTO_OF
+from numprune.plans import PLAN_FILE
 from numprune.quantization import Scheme, compressed_tensors, quantized_tensors, round_inputs_of
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 
 __all__ = [
-    "PLAN",
     "audit",
     "check_finite",
     "check_vocabulary",
@@ -221,8 +221,8 @@ def copy_around_weights(config: Any, source: Path, folder: Path) -> None:
     """Copy all but the weights of the checkpoint `source`, whose configuration was read as `config`, into `folder`."""
     copy_config(config, source, folder)
     carry(source, folder)
-    if (source / PLAN).is_file():  # a checkpoint of ours, whose card is about itself
-        for name in (PLAN, CARD):
+    if (source / PLAN_FILE).is_file():  # a checkpoint of ours, whose card is about itself
+        for name in (PLAN_FILE, CARD):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError
+from numprune.plans import PLAN_FILE
 
 CONFIG = "config.json"
 CARD = "README.md"
-PLAN = "numprune_plan.json"  # kept beside the weights of a pruned checkpoint
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 SENTENCE_MODULES = "[0-9]_*/*.json"  # sentence-transformers' settings of pooling and the like
@@ -35,7 +35,7 @@ _CARRIED = (
     "copying*",
     "*policy*",
 )
-_NOT_CARRIED = (CONFIG, PLAN, "*.index.json", "manifest.json", "params.json")  # these hold sizes, or are made anew
+_NOT_CARRIED = (CONFIG, PLAN_FILE, "*.index.json", "manifest.json", "params.json")  # these hold sizes, or are made anew
 
 # What a hub is asked for.
 DOWNLOADED = [

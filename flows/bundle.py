@@ -14,12 +14,12 @@ from numprune.export import disk, manifest
 from numprune.flows import runs
 from numprune.flows.recipe import Recipe
 from numprune.flows.stages import exclusive, is_whole
+from numprune.plans import PLAN_FILE
 from numprune.serving import reference_answers
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"  # the part of a release that a server loads
-_PLAN = "numprune_plan.json"
 
 
 def folder_name(export_format: str) -> str:
@@ -71,7 +71,7 @@ def make_release(
                 shutil.copyfile(source / name, content / name)
                 with _unchanged(source):
                     manifest.verify_file(content / name, manifest.read(source).files[name])
-            shutil.copyfile(parts[CHECKPOINT] / _PLAN, content / "plan.json")
+            shutil.copyfile(parts[CHECKPOINT] / PLAN_FILE, content / "plan.json")
             (content / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
     return folder
 

@@ -4,7 +4,6 @@ The processes are forked from a server that has imported the tensor libraries an
 starts in milliseconds where a fresh interpreter takes seconds, and shares the libraries' memory with the others.
 """
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -15,12 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from numprune.errors import NumpruneError
 from numprune.export import disk, processors
 from numprune.flows import logs
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _PRELOADED = ["torch", "numprune.flows.steps.prune", "numprune.flows.steps.evaluate"]
@@ -69,8 +69,10 @@ def warm_up() -> None:
             os.environ["PYTHONSAFEPATH"] = before
 
 
-def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Return `function(*args, **kwargs)`, computed in a child; all of it must be picklable.
+
+    What the function imports itself is imported in the child alone.
 
     The child ends with this process, however that ends, and when waiting for it is interrupted.
 
@@ -101,22 +103,6 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     if outcome == "crashed":
         raise ChildFailed(value)
     return value
-
-
-def step(name: str, *args: Any, **kwargs: Any) -> Any:
-    """`call` of `name` (see `find_step`), whose module only the child imports."""
-    return call(_step, name, args, kwargs)
-
-
-def _step(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return find_step(name)(*args, **kwargs)
-
-
-def find_step(name: str) -> Callable[..., Any]:
-    """The function "module.function" of `numprune.flows`, for example "steps.prune.make_pruned"."""
-    module, function = name.rsplit(".", 1)
-    found: Callable[..., Any] = getattr(importlib.import_module(f"numprune.flows.{module}"), function)
-    return found
 
 
 def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[], Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.flows import children
+from numprune.flows.steps import deploy as steps
 from numprune.serving import registry, rollout
 from numprune.serving.deployment import Deployment
 from numprune.serving.rollout import Settings
@@ -16,7 +17,7 @@ def roll_out(workspace: Path, uri: str | None, reference: str, settings: Setting
     Raises InputError (no reference), RolloutBusy, RolloutFailed.
     """
     name = registry.parse(reference).name
-    prepare = partial(children.step, "steps.deploy.prepare", workspace, uri, reference)
+    prepare = partial(children.call, steps.prepare, workspace, uri, reference)
     return rollout.roll_out(name, prepare, workspace, settings)
 
 
@@ -28,11 +29,11 @@ def roll_back(workspace: Path, uri: str | None, name: str, settings: Settings) -
     chosen: list[Deployment] = []
 
     def prepare() -> Deployment:
-        release: Deployment = children.step("steps.deploy.prepare_previous", workspace, uri, name)
+        release = children.call(steps.prepare_previous, workspace, uri, name)
         chosen.append(release)
         return release
 
     def move_alias() -> None:
-        children.step("steps.deploy.move_back", workspace, uri, chosen[0].reference)
+        children.call(steps.move_back, workspace, uri, chosen[0].reference)
 
     return rollout.roll_out(name, prepare, workspace, settings, then=move_alias)

@@ -3,23 +3,26 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
-from numprune.documents import Reading
 from numprune.export import checkpoint, precision
 from numprune.export.tasks import load_task
-from numprune.flows import optimize, runs, stages
+from numprune.flows import runs, stages
+from numprune.flows.chain import judge
 from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
-from numprune.flows.stages import StageResult
-from numprune.flows.steps.checks import prepare, prune_options
+from numprune.flows.stages import Stage, StageResult
+from numprune.flows.steps.checks import prepare
+from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import known_results
 from numprune.serving.report.kept import KINDS
+
+R = TypeVar("R")
 
 _FLOAT32 = 4
 
@@ -32,7 +35,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     run = prepare(recipe, workspace)
     anatomy = read_anatomy(checkpoint.read_config(run.base.path))
     text = _text(run)
-    results = known_results(anatomy, prune_options(recipe))
+    results = known_results(anatomy, options_of(recipe.prune, recipe.target.sizes()))
     weights = cast = checkpoint.weight_bytes(run.base.path)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
         bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize
@@ -82,7 +85,7 @@ def _aim(anatomy: Anatomy, ratio: float, weights: int) -> dict[str, Any]:
 def _text(run: Run) -> dict[str, Any]:
     """How much text there is. Raises InputError where it is too short to calibrate on."""
     data = run.recipe.data
-    tokenizer, reading = checkpoint.load_tokenizer(run.base.path), Reading(**data.reading())
+    tokenizer, reading = checkpoint.load_tokenizer(run.base.path), data.reading()
     task = load_task(run.base.path)
     length, tokens = data.sequence_length, data.samples * data.sequence_length
     calibration = text_rows(data.calibration, "train", tokenizer, length, reading, tokens, task)
@@ -132,33 +135,23 @@ def _serving(recipe: Recipe) -> dict[str, Any]:
 
 
 class _Unknown(dict[str, Any]):
-    """The facts of a stage that is not made. What is derived from them names no stage that is."""
+    """What a stage would find that is not made. What is derived from it names no stage that is."""
 
-    def __missing__(self, key: str) -> str:
+    def __getattr__(self, name: str) -> str:
         return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prospect(Run):
-    """A run that looks up its stages and makes none."""
-
-    def stage(self, name: str, body: str, *, sources: object, label: str = "", **key: Any) -> StageResult:
-        found = stages.find(self.workspace, name, **key)
-        if found is None:
-            found = StageResult(name, self.workspace, "", _Unknown(), False, 0.0, 0, 0)
-        return dataclasses.replace(found, name=label or name)
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
     """Every stage of the run in its order: whether it would be reused, and what the last one of its name took."""
-    prospect = _Prospect(**{**vars(run), "uses_gpu": False})  # no slot of the GPU is waited for
-    found: list[StageResult] = []
+    found: list[StageResult[Any]] = []
 
-    def look_up(step: Any, *arguments: Any) -> StageResult:
-        found.append(step.fn(*arguments))
-        return found[-1]
+    def look_up(stage: Stage[R]) -> StageResult[R]:
+        unknown = StageResult(stage.label, run.workspace, "", cast(R, _Unknown()), False, 0.0, 0, 0)
+        result = stages.find(run.workspace, stage) or unknown
+        found.append(result)
+        return result
 
-    optimize.judge(prospect, look_up)
+    judge(run, look_up)
     before = _former(run.workspace)
     return [
         {"name": stage.name, "reused": stage.reused, **({} if stage.reused else before.get(stage.name, {}))}

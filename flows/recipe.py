@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from numprune.documents import WHOLE_FILE, separator
+from numprune.documents import WHOLE_FILE, Reading, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
     BUILT_IN,
@@ -35,6 +35,7 @@ from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
 from numprune.serving.problems import described, listed
 from numprune.serving.report import MAXIMUM_PROMPTS, ModelName
+from numprune.target import Target as SizeTarget
 
 EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -119,9 +120,8 @@ class Data(Section):
     chat: bool = False
     pack: Annotated[bool | Literal["auto"], PlainValidator(_pack)] = "auto"
 
-    def reading(self) -> dict[str, Any]:
-        """The fields of numprune.documents.Reading."""
-        return self.model_dump(include={"split", "chat", "pack"})
+    def reading(self) -> Reading:
+        return Reading(self.split, self.chat, self.pack)
 
 
 class Prune(Section):
@@ -141,10 +141,6 @@ class Prune(Section):
     batch_size: Count = 8
     stream: bool = False
 
-    def options(self) -> dict[str, Any]:
-        """The fields of numprune.options.PruneOptions but its target."""
-        return self.model_dump(exclude={"stream"})
-
 
 class Target(Section):
     """What the servers are: the fields of numprune.target.Target, and what vLLM runs on, in which version."""
@@ -155,9 +151,8 @@ class Target(Section):
     device: Literal["gpu", "cpu"] = "gpu"
     vllm: Annotated[str, Field(min_length=1)] = "0.32.0"
 
-    def sizes(self) -> dict[str, int]:
-        """The fields of numprune.target.Target."""
-        return self.model_dump(exclude={"device", "vllm"})
+    def sizes(self) -> SizeTarget:
+        return SizeTarget(**self.model_dump(exclude={"device", "vllm"}))
 
 
 class Export(Section):

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from numprune.errors import InputError
 from numprune.flows import children, deploy, server, stages
+from numprune.flows.steps import deploy as steps
 from numprune.serving.rollout import RolloutBusy, RolloutFailed, Settings
 from numprune.serving.vllm import api_key, environment
 
@@ -98,7 +99,7 @@ def release(
 @task(cache_policy=NO_CACHE, persist_result=False)
 def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
     """Every file is what was published and the verdict is pass; what a person needs to know to decide."""
-    found: dict[str, Any] = children.step("steps.deploy.verify", workspace, uri, reference)
+    found = children.call(steps.verify, workspace, uri, reference)
     create_markdown_artifact(
         markdown=found["page"], key="numprune-candidate", description=f"The report of {found['reference']}"
     )
@@ -108,22 +109,21 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
 @task(cache_policy=NO_CACHE, persist_result=False)
 def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_serve: bool) -> str | None:
     """Move the alias `production`; the reference of what it goes back to should this one not serve."""
-    previous: str | None = children.step("steps.deploy.promote", workspace, uri, reference, digest, to_serve)
-    return previous
+    return children.call(steps.promote, workspace, uri, reference, digest, to_serve)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def roll_out(workspace: Path, uri: str | None, reference: str, settings: Settings) -> dict[str, Any]:
     """Let it serve, blue/green."""
     served = deploy.roll_out(workspace, uri, reference, settings)
-    children.step("steps.deploy.serves", workspace, reference)
+    children.call(steps.serves, workspace, reference)
     return served
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
     """The alias back to what serves."""
-    children.step("steps.deploy.take_back", workspace, uri, reference, previous)
+    children.call(steps.take_back, workspace, uri, reference, previous)
 
 
 # --- details --------------------------------------------------------------------------------------

@@ -1,25 +1,24 @@
 """One run of a recipe: what is the same for all of its stages."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from numprune.flows import children, logs, tracing
 from numprune.flows.recipe import Recipe
-from numprune.flows.stages import Layer, StageResult, run_stage
+from numprune.flows.stages import Artifact, Stage, StageResult, Text, run_stage
+
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A folder that is measured or released, and its digest (see `manifest.folder_digest`)."""
+def prepare(recipe: Recipe, workspace: Path) -> "Run":
+    """Return the run of a recipe that can be done here. Raises InputError with every problem."""
+    from numprune.flows.steps import checks  # the tensor libraries
 
-    path: Path
-    digest: str
+    return checks.prepare(recipe, workspace)
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Run:
 
     Attributes:
         base: the model; `task`: what it is for.
-        texts: digests of the recipe's text, "calibration" and "heldout".
+        calibration, heldout: the recipe's text.
         device: on which the model is calibrated and evaluated, cpu or cuda.
         uses_gpu: anything at all runs on a GPU.
         precision: what each runtime that is exported for or benchmarked computes in, on both sides.
@@ -40,52 +39,18 @@ class Run:
     workspace: Path
     base: Artifact
     task: str
-    texts: dict[str, str]
+    calibration: Text
+    heldout: Text
     device: str
     uses_gpu: bool
     precision: dict[str, str]
     machine: dict[str, str]
     record: Path | None = None
 
-    def stage(
-        self,
-        name: str,
-        body: str,
-        *,
-        inputs: Mapping[str, str],
-        sources: Mapping[str, object],
-        options: Mapping[str, Any],
-        layer: Layer,
-        label: str = "",
-    ) -> StageResult:
-        """Return a stage, made in a process of its own unless it is there.
-
-        Args:
-            body: "module.function" of `numprune.flows` (see `children.find_step`); it gets the stage's folder, the
-                sources and the options.
-            inputs: digests of all that stands in `sources`.
-            sources: where the body finds its inputs; no part of the stage's identity.
-            options: the plain values that the body uses.
-            label: what it is called in logs and tables, where the name is not enough.
-        """
-        label = label or name
-        job = (self.workspace, name, body, dict(inputs), dict(sources), dict(options), layer, self.record)
-        with logs.within(stage=label), tracing.stage(label) as span:
-            result = replace(children.call(_in_child, *job), name=label)
+    def make(self, stage: Stage[R]) -> StageResult[R]:
+        """Return a stage, made in a process of its own unless it is there."""
+        with logs.within(stage=stage.label), tracing.stage(stage.label) as span:
+            result = children.call(run_stage, self.workspace, stage, self.record)
             span.found(result)
-            logger.info("%-24s %6.1f s%s", label, result.seconds, "  reused" if result.reused else "")
+            logger.info("%-24s %6.1f s%s", result.name, result.seconds, "  reused" if result.reused else "")
         return result
-
-
-def _in_child(
-    workspace: Path,
-    name: str,
-    body: str,
-    inputs: dict[str, str],
-    sources: dict[str, object],
-    options: dict[str, Any],
-    layer: Layer,
-    record: Path | None,
-) -> StageResult:
-    work = partial(children.find_step(body), **sources, **options)
-    return run_stage(workspace, name, inputs, options, work, layer, record)

@@ -51,7 +51,7 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Stage(_Model):
+class StageRecord(_Model):
     """One stage of a run: `folder` is its name in the workspace's `stages`, `bytes` are those of its files.
 
     `seconds` is what the run waited for it, `peak_memory_bytes` the highest resident size of the process that made it
@@ -90,7 +90,7 @@ class Record(_Model):
     seconds: Seconds | None = None
     outcome: Outcome | None = None
     error: str | None = None
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     report: str | None = None
     release: str | None = None
     version: str | None = None
@@ -129,9 +129,9 @@ class Recording:
     def record(self) -> Record:
         return self._record
 
-    def add(self, result: "StageResult") -> None:
+    def add(self, result: "StageResult[Any]") -> None:
         """Remember a stage."""
-        stage = Stage(
+        stage = StageRecord(
             name=result.name,
             folder=result.path.name,
             digest=result.digest,

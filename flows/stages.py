@@ -6,6 +6,7 @@ complete: that is the cache and the crash recovery at once.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -16,11 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import BaseModel, TypeAdapter
 
 import numprune
 from numprune.errors import IntegrityError
@@ -28,6 +31,9 @@ from numprune.export import locks, manifest
 from numprune.flows import runs
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 RESULT = "result.json"  # in a stage's folder: what its body returned
 _ROOT = Path(numprune.__file__).parent
@@ -57,10 +63,67 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True)
-class StageResult:
+class Artifact:
+    """A folder that a stage reads, and the digest of its content, which stands for it in the stage's key."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A recipe's text: its files or "embedded", and the digest of its content, which stands for it in a stage's key."""
+
+    source: str | list[str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Stage(Generic[R]):
+    """What is asked for: see `of`.
+
+    Attributes:
+        name: of the folder, before the digest.
+        layer: the highest package whose code `body` calls; a change in it or below makes another stage.
+        arguments: of the body. They and the code decide the content, and nothing else may.
+        label: what it is called in logs and tables.
+        uses_gpu: where the run has a GPU; of such stages one at a time is made.
+    """
+
+    name: str
+    layer: Layer
+    body: Callable[..., R]
+    arguments: Mapping[str, Any]
+    label: str
+    uses_gpu: bool = False
+
+    @staticmethod
+    def of(
+        name: str, layer: Layer, body: Callable[Concatenate[Path, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> "Stage[R]":
+        """Return the stage that `body` makes of these arguments.
+
+        Args:
+            body: writes into the empty folder that it is given, and returns what it found: a dataclass, a pydantic
+                model or plain JSON.
+            args, kwargs: artifacts, texts, sections of a recipe, plain values.
+        """
+        _, *arguments = inspect.signature(body).bind(Path(), *args, **kwargs).arguments.items()
+        return Stage(name, layer, body, dict(arguments), name)
+
+    def labelled(self, label: str) -> "Stage[R]":
+        return replace(self, label=label)
+
+    def on_gpu(self) -> "Stage[R]":
+        return replace(self, uses_gpu=True)
+
+
+@dataclass(frozen=True)
+class StageResult(Generic[R]):
     """A finished stage.
 
     Attributes:
+        name: its label.
         path: its folder, written or verified just now.
         digest: of its manifest; a later stage that reads it names this as its input.
         facts: what its body returned.
@@ -74,11 +137,15 @@ class StageResult:
     name: str
     path: Path
     digest: str
-    facts: dict[str, Any]
+    facts: R
     reused: bool
     seconds: float
     peak_memory_bytes: int
     bytes: int
+
+    @property
+    def artifact(self) -> Artifact:
+        return Artifact(self.path, self.digest)
 
 
 def workspace_folder(asked: str | None) -> Path:
@@ -86,82 +153,91 @@ def workspace_folder(asked: str | None) -> Path:
     return Path(asked or os.environ.get("NUMPRUNE_WORKSPACE") or "numprune-workspace").expanduser().absolute()
 
 
-def run_stage(
-    workspace: Path,
-    name: str,
-    inputs: Mapping[str, str],
-    options: Mapping[str, Any],
-    body: Callable[[Path], dict[str, Any]],
-    layer: Layer = "serving",
-    used_by: Path | None = None,
-) -> StageResult:
-    """Return the stage of these inputs and options, made by `body` unless it is there.
+def run_stage(workspace: Path, stage: Stage[R], used_by: Path | None = None) -> StageResult[R]:
+    """Return the stage, made by its body unless it is there.
 
     Of several processes that ask for the same stage one makes it and the others wait for it. A folder that is not what
     its manifest says is removed, with a warning, and made again: it can be, from the inputs, and is never used.
 
     Args:
-        inputs: role -> SHA-256 digest of everything that `body` reads.
-        options: every plain value that `body` uses.
-        body: writes into the empty folder that it is given, and returns facts about it.
-        layer: the highest package whose code `body` calls; a change in it or below makes another stage.
         used_by: the folder of the run that asks (see runs.py), for whose sake `numprune runs clean` leaves it.
     """
     started = time.perf_counter()
-    key = _key(name, inputs, options, layer)
-    digest = _digest(key)
-    folder = _folder(workspace, name, digest)
-    with exclusive(folder):
-        runs.mark(used_by, folder)
-        reused = folder.exists() and is_whole(folder, digest)
+    key, inputs = _key(stage)
+    place = _place(workspace, stage, key)
+    with exclusive(place.path):
+        runs.mark(used_by, place.path)
+        reused = place.path.exists() and is_whole(place.path, place.digest)
         if not reused:
-            with manifest.creating(folder, kind="stage", parents=inputs, facts={**key, "key": digest}) as content:
-                text = json.dumps(body(content), indent=1, sort_keys=True, allow_nan=False)
+            facts = {**key, "key": place.digest}
+            with manifest.creating(place.path, kind="stage", parents=inputs, facts=facts) as content:
+                found = _adapter(stage).dump_python(stage.body(content, **stage.arguments), mode="json")
+                text = json.dumps(found, indent=1, sort_keys=True, allow_nan=False)
                 (content / RESULT).write_text(text + "\n", encoding="utf-8")
-        found = manifest.read(folder)
-        facts = read_facts(folder)
-    seconds, size = time.perf_counter() - started, sum(entry.size for entry in found.files.values())
-    return StageResult(name, folder, found.digest, facts, reused, seconds, peak_memory_bytes(), size)
+        made = _read(place.path, stage)
+    seconds = time.perf_counter() - started
+    return replace(made, reused=reused, seconds=seconds, peak_memory_bytes=peak_memory_bytes())
 
 
-def is_made(
-    workspace: Path, name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer = "serving"
-) -> bool:
-    """Whether `run_stage` would find this stage."""
-    return find(workspace, name, inputs, options, layer) is not None
-
-
-def find(
-    workspace: Path, name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer
-) -> StageResult | None:
+def find(workspace: Path, stage: Stage[R]) -> StageResult[R] | None:
     """Return the stage that `run_stage` would reuse, its files not verified; None where it would make it."""
-    folder = _folder(workspace, name, _digest(_key(name, inputs, options, layer)))
-    if not folder.exists():
-        return None
+    folder = place_of(workspace, stage).path
+    return _read(folder, stage) if folder.exists() else None
+
+
+def place_of(workspace: Path, stage: Stage[R]) -> Artifact:
+    """Return where the stage is or will be, and the digest of all that decides its content: it need not be made."""
+    return _place(workspace, stage, _key(stage)[0])
+
+
+def read_facts(folder: Path, kind: type[R]) -> R:
+    """Read what the body of the stage in `folder` returned, which is of this kind."""
+    return TypeAdapter(kind).validate_json((folder / RESULT).read_bytes())
+
+
+def _read(folder: Path, stage: Stage[R]) -> StageResult[R]:
     found = manifest.read(folder)
     size = sum(entry.size for entry in found.files.values())
-    return StageResult(name, folder, found.digest, read_facts(folder), True, 0.0, 0, size)
+    facts = _adapter(stage).validate_json((folder / RESULT).read_bytes())
+    return StageResult(stage.label, folder, found.digest, facts, True, 0.0, 0, size)
 
 
-def _key(name: str, inputs: Mapping[str, str], options: Mapping[str, Any], layer: Layer) -> dict[str, Any]:
-    return {"name": name, "inputs": {**inputs}, "options": {**options}, "code": {**code_version(layer)}}
+def _adapter(stage: Stage[R]) -> TypeAdapter[R]:
+    return TypeAdapter(get_type_hints(stage.body).get("return", Any))
 
 
-def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
+def _place(workspace: Path, stage: Stage[R], key: Mapping[str, Any]) -> Artifact:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return Artifact(workspace / "stages" / f"{stage.name}-{digest[:16]}", digest)
 
 
-def _folder(workspace: Path, name: str, digest: str) -> Path:
-    return workspace / "stages" / f"{name}-{digest[:16]}"
+def _key(stage: Stage[R]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return all that decides a stage's content, and the digests of its inputs by their names."""
+    inputs: dict[str, str] = {}
+    arguments = {name: _plain(name, value, inputs) for name, value in stage.arguments.items()}
+    return {"name": stage.name, "arguments": arguments, "code": {**code_version(stage.layer)}}, inputs
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What the body of the stage in `folder` returned."""
-    facts: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return facts
+def _plain(name: str, value: object, inputs: dict[str, str]) -> Any:
+    """Return what stands for an argument in a key; digests are noted in `inputs`."""
+    if isinstance(value, Artifact | Text):
+        inputs[name] = value.digest
+        return value.digest
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}.{key}", item, inputs) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}.{number}", item, inputs) for number, item in enumerate(value, start=1)]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    kind = type(value).__name__
+    raise TypeError(f"{name}: a stage cannot be known by a {kind}; give an Artifact, a Text or plain values")
 
 
-def discard(result: StageResult) -> None:
+def discard(result: StageResult[Any]) -> None:
     """Forget a stage: the next run makes it again. What another run has made there meanwhile stays."""
     with exclusive(result.path):
         if result.path.exists() and manifest.read(result.path).digest == result.digest:

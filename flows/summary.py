@@ -19,7 +19,7 @@ Summary = Mapping[str, Any]
 def summarize(
     run: str,
     judged: Path,
-    stages: Sequence[StageResult],
+    stages: Sequence[StageResult[Any]],
     release: Path | None,
     version: str | None,
     location: Sequence[str],

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from numprune.flows import logs
 from numprune.serving import loopback
@@ -46,7 +46,7 @@ class Watched:
                 {_PREFIX + name: value for name, value in attributes.items() if value is not None}
             )
 
-    def found(self, result: "StageResult") -> None:
+    def found(self, result: "StageResult[Any]") -> None:
         """What became of a stage."""
         self.set(
             folder=result.path.name,
@@ -55,7 +55,7 @@ class Watched:
             seconds=round(result.seconds, 3),
             peak_memory_bytes=result.peak_memory_bytes,
             bytes=result.bytes,
-            outcome=result.facts.get("outcome"),  # of a report
+            outcome=getattr(result.facts, "outcome", None),  # of a report
         )
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from numprune.anatomy import Kind
 from numprune.blocks import Anatomy
+from numprune.families import Kind
 from numprune.slices import Size
 
 

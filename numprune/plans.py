@@ -4,7 +4,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.blocks import Block
@@ -68,6 +67,8 @@ class BlockPlan(BaseModel):
 
     def to_kept(self) -> Kept:
         """Return what the block is left with."""
+        import torch
+
         units = torch.tensor(self.kept, dtype=torch.long)
         if self.kept_members is None:
             return Kept.whole(units, self.members)

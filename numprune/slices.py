@@ -4,14 +4,17 @@ A block is divided into units, and its units may be divided into members. A unit
 are the query heads that share the KV head. A unit of a sparse layer's experts is an expert; its members are its
 channels. Units go one by one. Of the members every unit left keeps as many as the others, each its own choice, so that
 one pair of numbers says how large a block is.
+
+Sizes are read of models that are never loaded: torch is imported only where there are tensors.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Size(NamedTuple):
@@ -38,12 +41,14 @@ class Kept:
         members: (K, M) indices inside each of these units, ascending.
     """
 
-    units: Tensor
-    members: Tensor
+    units: "Tensor"
+    members: "Tensor"
 
     @classmethod
-    def whole(cls, units: Tensor, members: int) -> "Kept":
+    def whole(cls, units: "Tensor", members: int) -> "Kept":
         """Return `units` (K,), ascending, with all their `members`."""
+        import torch
+
         return cls(units, torch.arange(members, device=units.device).repeat(len(units), 1))
 
     @property
@@ -51,7 +56,7 @@ class Kept:
         units, members = self.members.shape
         return Size(units, members) if units else GONE
 
-    def to(self, device: torch.device) -> "Kept":
+    def to(self, device: "torch.device") -> "Kept":
         return Kept(self.units.to(device), self.members.to(device))
 
 
@@ -101,11 +106,11 @@ class Slice:
             return (*before, entries)
         return (*before, entries, self.width) if self.dim == len(before) else (*before, self.width, entries)
 
-    def by_entry(self, tensor: Tensor) -> Tensor:
+    def by_entry(self, tensor: "Tensor") -> "Tensor":
         """Return a tensor of the block as (entries, …); of a stack, the entries of one unit after the other."""
         return tensor.movedim(self.dim, 1).flatten(0, 1) if self.stacked else tensor.movedim(self.dim, 0)
 
-    def cut(self, tensor: Tensor, kept: Kept, of: Size) -> Tensor:
+    def cut(self, tensor: "Tensor", kept: Kept, of: Size) -> "Tensor":
         """Return what is kept of the tensor of a block of size `of`."""
         entries = self.entries(kept.to(tensor.device), of)
         if not self.stacked:
@@ -113,11 +118,13 @@ class Slice:
         found = self.by_entry(tensor).index_select(0, entries)
         return found.unflatten(0, (len(kept.units), -1)).movedim(1, self.dim).contiguous()
 
-    def entries(self, kept: Kept, of: Size, part: int | None = None) -> Tensor:
+    def entries(self, kept: Kept, of: Size, part: int | None = None) -> "Tensor":
         """Return the indices along `dim`, ascending, of what is kept of a block of size `of`, in one part or in all.
 
         Of a stack, as `by_entry` has them.
         """
+        import torch
+
         wanted: Sequence[int] = range(len(self.parts)) if part is None else (part,)
         found = []
         for index in wanted:

@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.flows import names
 from numprune.flows.cli.parser import Answer, Subcommands, add_choice, add_reading, at_least, command, reading
+
+if TYPE_CHECKING:
+    from numprune.serving.report import Report
 
 _SERVED = {  # fields of ServedLoad
     "prompts": "requests in each stream of a repeat, one after the other (default: 4)",
@@ -136,7 +139,6 @@ def add(commands: Subcommands) -> None:
 
 def benchmark(args: argparse.Namespace) -> Answer:
     from numprune.flows import children, summary
-    from numprune.serving.report import Report
 
     more: dict[str, Any] = {}
     fields = {option.replace("-", "_") for option in _SERVED}
@@ -157,8 +159,8 @@ def benchmark(args: argparse.Namespace) -> Answer:
     how = reading(args, args.text or [])
     if not args.text and how != Reading():
         raise InputError("--split, --chat and --pack say how --text is read, and none is given")
-    report: Report = children.step(
-        "steps.benchmark.benchmark_report",
+    report = children.call(
+        _report,
         args.candidate,
         args.baseline,
         args.runtime,
@@ -170,6 +172,22 @@ def benchmark(args: argparse.Namespace) -> Answer:
         **more,
     )
     return Answer(report.to_json(), "\n".join([report.run_id, *summary.of_report(report)]))
+
+
+def _report(
+    candidate: str,
+    baseline: str,
+    runtime: str,
+    text: list[Path] | None,
+    length: int | None,
+    how: Reading,
+    *,
+    dtype: str,
+    **more: Any,
+) -> "Report":
+    from numprune.flows.steps.benchmark import benchmark_report  # the tensor libraries
+
+    return benchmark_report(candidate, baseline, runtime, text, length, how, dtype=dtype, **more)
 
 
 def gate(args: argparse.Namespace) -> Answer:

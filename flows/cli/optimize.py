@@ -12,8 +12,6 @@ from numprune.flows.cli.parser import Answer, Subcommands, add_workspace, comman
 
 logger = logging.getLogger(__name__)
 
-_OUTCOMES = {"pass": 0, "fail": 2, "inconclusive": 3, "invalid environment": 4}
-
 
 def add(commands: Subcommands) -> None:
     parser = command(
@@ -70,6 +68,8 @@ def plan(args: argparse.Namespace) -> Answer:
 
 def run(args: argparse.Namespace) -> Answer:
     from numprune.flows import children, recipe, stages, summary
+    from numprune.flows.run import prepare
+    from numprune.serving import gates
 
     if args.dry_run:
         return plan(args)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> Answer:
         from numprune.flows.optimize import optimize
 
         starting.start()  # beside the checks, whose complaints come first
-        children.step("steps.checks.check", asked, workspace)
+        children.call(prepare, asked, workspace)
         starting.join()
         if errors:
             raise errors[0]
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> Answer:
     if isinstance(found, BaseException):
         raise found
     found = {**found, "seconds": round(time.perf_counter() - started, 3)}
-    return Answer(found, summary.text(found), _OUTCOMES[found["outcome"]])
+    return Answer(found, summary.text(found), gates.EXIT_CODES[found["outcome"]])
 
 
 def _start_server(errors: list[Exception]) -> None:

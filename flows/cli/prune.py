@@ -179,28 +179,29 @@ def prune(args: argparse.Namespace) -> Answer:
     device = device_of("auto")
     if args.plan_only:
         scratch = args.out.parent if args.out else Path.cwd()
-        made = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
-        return _planned(base, made, args.out, started)
-    facts = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
+        planned = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
+        return _planned(base, planned, args.out, started)
+    made = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
+    peak = peak_memory_bytes()
     data = {
         "out": str(args.out),
-        "digest": facts["digest"],
-        "parameters_before": facts["before"]["parameters"],
-        "parameters_after": facts["after"]["parameters"],
-        "prunable_ratio_removed": facts["prunable_ratio_removed"],
-        "dropped_layers": facts["dropped_layers"],
-        "weight_bytes_before": facts["weight_bytes_before"],
-        "weight_bytes_after": facts["weight_bytes_after"],
+        "digest": made.digest,
+        "parameters_before": made.before.parameters,
+        "parameters_after": made.after.parameters,
+        "prunable_ratio_removed": made.prunable_ratio_removed,
+        "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
+        "weight_bytes_before": made.weight_bytes_before,
+        "weight_bytes_after": made.weight_bytes_after,
         "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak,
     }
-    dropped = ", ".join(str(drop["layer"]) for drop in data["dropped_layers"])
+    dropped = ", ".join(str(drop.layer) for drop in made.dropped_layers)
     text = (
-        f"{args.out}: {data['parameters_before']:,} -> {data['parameters_after']:,} parameters, "
-        f"{data['prunable_ratio_removed']:.1%} of the prunable ones removed"
+        f"{args.out}: {made.before.parameters:,} -> {made.after.parameters:,} parameters, "
+        f"{made.prunable_ratio_removed:.1%} of the prunable ones removed"
         f"{f', without layers {dropped}' if dropped else ''}; weights "
-        f"{size(data['weight_bytes_before'])} -> {size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, "
-        f"peak {size(data['peak_memory_bytes'])}"
+        f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
+        f"peak {size(peak)}"
     )
     return Answer(data, text)
 

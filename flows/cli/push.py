@@ -28,9 +28,10 @@ def add(commands: Subcommands) -> None:
 
 def push(args: argparse.Namespace) -> Answer:
     from numprune.flows import children
+    from numprune.flows.steps.publish import audit
     from numprune.serving import hub
 
-    children.step("steps.publish.audit", args.release)
+    children.call(audit, args.release)
     pushed = hub.push(args.release, args.repository, private=args.private, revision=args.revision)
     text = f"{pushed.url}: {pushed.files} files, {size(pushed.bytes)}, commit {pushed.commit[:12]}"
     return Answer(dataclasses.asdict(pushed), text)

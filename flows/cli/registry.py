@@ -76,10 +76,11 @@ def add(commands: Subcommands) -> None:
 
 def publish(args: argparse.Namespace) -> Answer:
     from numprune.flows import children
+    from numprune.flows.steps.publish import audit
     from numprune.serving import registry
 
     release = Path(args.release)
-    children.step("steps.publish.audit", release)
+    children.call(audit, release)
     version = registry.publish(_open(args), release, args.name)
     return _version_answer(version, f"published {version.reference} as {registry.CANDIDATE}")
 
@@ -146,10 +147,11 @@ def verify(args: argparse.Namespace) -> Answer:
 
 def fetch(args: argparse.Namespace) -> Answer:
     from numprune.flows import children
+    from numprune.flows.steps.publish import audit
     from numprune.serving import registry
 
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
-    children.step("steps.publish.audit", Path(args.out))  # in a pod this is what stands before vLLM
+    children.call(audit, Path(args.out))  # in a pod this is what stands before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
 
 

@@ -96,6 +96,7 @@ def vllm_options(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> Answer:
     from numprune.flows import children, stages
+    from numprune.flows.steps import deploy
     from numprune.serving import deployment
     from numprune.serving.vllm import environment, server
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> Answer:
     passed_on, key = vllm_options(args), api_key.read(args.api_key_file)
     server.require_free(args.host, args.port)  # and not after the download
     workspace = stages.workspace_folder(args.workspace)
-    release = children.step("steps.deploy.prepare", workspace, args.uri, args.reference)
+    release = children.call(deploy.prepare, workspace, args.uri, args.reference)
     dtype = deployment.choose_dtype(release, args.dtype)
     log = deployment.log_file(workspace, f"serve-{release.name}")
     with ExitStack() as stack:

@@ -16,24 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.corpus import TokenRows
-from numprune.export.checkpoint import load
-from numprune.export.tasks import load_task
 from numprune.flows.names import BUILT_IN
-from numprune.flows.steps.text import load_heldout
+from numprune.flows.steps.results import BaselineScores
 from numprune.generation import PROMPTS, generate
 from numprune.quality import evaluate
 from numprune.tasks import CAUSAL, Predictions, Quality, Task
 
 _STATES = "states.f32"  # (predictions, F), row-major
-
-
-def make_baseline(
-    out: Path, *, model: Path, rows: Path, rows_digest: str, prompts: str | list[str], device: str
-) -> dict[str, Any]:
-    """Stage: the baseline's states on the held-out rows, its NLL, and what it generates from the prompts."""
-    loaded, tokenizer = load(model)
-    held_out = load_heldout(rows, rows_digest)
-    return score(out, loaded.to(device), tokenizer, held_out, prompts_of(prompts), load_task(model))
 
 
 def score(
@@ -43,8 +32,8 @@ def score(
     rows: TokenRows,
     prompts: Sequence[str] = (),
     task: Task = CAUSAL,
-) -> dict[str, Any]:
-    """Write the states of `model` on `rows` into `folder`; return its figures and generations as plain JSON.
+) -> BaselineScores:
+    """Write the states of `model` on `rows` into `folder`; return its figures and generations.
 
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
@@ -58,7 +47,7 @@ def score(
                 file.write(of_row.tobytes())
 
         quality = evaluate(model, rows, task, keep=keep)
-    return {**side(quality), "generations": [dataclasses.asdict(one) for one in generations]}
+    return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality))
 
 
 def scored(

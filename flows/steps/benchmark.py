@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from numprune.documents import Reading
 from numprune.errors import InputError
@@ -19,6 +19,7 @@ from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import cast_to, export, precision_of
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.report import assemble, sizes
+from numprune.flows.steps.results import Timings
 from numprune.flows.steps.text import heldout_rows
 from numprune.generation import PROMPTS
 from numprune.serving.benchmark import EncoderLoad, load_of, run_benchmark
@@ -30,28 +31,23 @@ from numprune.serving.vllm.environment import Environment
 logger = logging.getLogger(__name__)
 
 
-def make_benchmark(
-    out: Path,
-    *,
+def time_both(
     candidate: Path,
     baseline: Path,
     runtime: str,
     device: str,
     dtype: str,
     torch_mode: TorchMode,
-    load: dict[str, Any],
-    machine: dict[str, str],
-    look: int,
-) -> dict[str, Any]:
-    """Stage: the sections `speed`, `memory` and `environment`, and the samples behind them.
-
-    `dtype` is what both sides compute in. `machine` is where: timings of another one are another stage. So is another
-    `look`: the same, measured once more.
-    """
+    load: Mapping[str, Any],
+) -> Timings:
+    """Time two sides, which both compute in `dtype`, against each other; `load`: what a recipe gives them to do."""
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
-        return run_served({"candidate": candidate}, baseline, environment.find(), served, dtype=dtype)["candidate"]
-    return run_benchmark(candidate, baseline, runtime, load_of(load), device=device, dtype=dtype, torch_mode=torch_mode)
+        found = run_served({"candidate": candidate}, baseline, environment.find(), served, dtype=dtype)["candidate"]
+    else:
+        work = load_of(load)
+        found = run_benchmark(candidate, baseline, runtime, work, device=device, dtype=dtype, torch_mode=torch_mode)
+    return cast(Timings, found)  # it is checked when it is read
 
 
 def benchmark_report(

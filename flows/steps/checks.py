@@ -25,19 +25,20 @@ from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
-from numprune.flows.run import Artifact, Run
+from numprune.flows.run import Run
+from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
+from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
-from numprune.options import PruneOptions, check_options
+from numprune.options import check_options
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
 from numprune.serving.report import Report, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
-from numprune.target import Target
 from numprune.tasks import Task, TaskName
 
 _MODULES = {"onnx": ("onnx", "onnxscript"), "onnxruntime": ("onnxruntime",)}
@@ -50,17 +51,15 @@ _INSTALL = {
 def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe, its inputs identified. Raises InputError as `check` does."""
     check(recipe, workspace)
-    base = model_folder(recipe.model.path)
+    base, data = model_folder(recipe.model.path), recipe.data
     available = torch.cuda.is_available()
     return Run(
         recipe=recipe,
         workspace=workspace,
         base=Artifact(base, folder_digest(base)),
         task=task_name(read_config(base)),
-        texts={
-            "calibration": text_digest(recipe.data.calibration, "train"),
-            "heldout": text_digest(recipe.data.heldout, "heldout"),
-        },
+        calibration=Text(data.calibration, text_digest(data.calibration, "train")),
+        heldout=Text(data.heldout, text_digest(data.heldout, "heldout")),
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         precision=precisions(recipe, base),
@@ -102,7 +101,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
-        collect("prune", lambda: check_options(anatomy, prune_options(recipe)))
+        collect("prune", lambda: check_options(anatomy, options_of(recipe.prune, recipe.target.sizes())))
         problems += _servers(recipe, anatomy, task)
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
@@ -168,10 +167,6 @@ def _check_fused(recipe: Recipe, base: Path) -> None:
     device = recipe.benchmark.device
     chosen = precision_of(base, "onnxruntime", recipe.export.dtype, device)
     genai.check_precision(chosen, runtime_device("onnxruntime", device))
-
-
-def prune_options(recipe: Recipe) -> PruneOptions:
-    return PruneOptions(**recipe.prune.options(), target=Target(**recipe.target.sizes()))
 
 
 def _lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:

@@ -15,9 +15,7 @@ from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.export.checkpoint import load, read_config
 from numprune.export.tasks import load_task
-from numprune.flows.stages import read_facts
-from numprune.flows.steps.baseline import prompts_of, score, scored, side
-from numprune.flows.steps.text import load_heldout
+from numprune.flows.steps.baseline import score, scored, side
 from numprune.generation import MAXIMUM_TOKENS, generate
 from numprune.quality import compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
@@ -26,22 +24,22 @@ from numprune.tasks import Comparison, Predictions, Task, TaskName
 _NLL = {"masked-lm": "nll_nats_per_masked_token", "classification": "nll_nats_per_text"}
 
 
-def make_quality(
-    out: Path,
-    *,
+def compare_with_scores(
     candidate: Path,
     baseline: Path,
     scores: Path,
-    rows: Path,
-    rows_digest: str,
-    prompts: str | list[str],
-    device: str,
+    generations: Sequence[dict[str, Any]],
+    rows: TokenRows,
+    prompts: Sequence[str],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Stage: the section `quality`. `scores`: the stage that scored the baseline on the same rows and prompts."""
-    held_out, where = load_heldout(rows, rows_digest), torch.device(device)
+    """The section `quality`; `scores`: where `score` put the baseline's on the same rows, `generations`: what it found.
+
+    Raises InputError, IntegrityError.
+    """
     task = load_task(baseline)
-    known = _scored(scores, held_out, load(baseline)[0].to(where), task)
-    return _compare(candidate, known, read_facts(scores)["generations"], held_out, prompts_of(prompts), where, task)
+    known = _scored(scores, rows, load(baseline)[0].to(device), task)
+    return _compare(candidate, known, generations, rows, prompts, device, task)
 
 
 def compare_checkpoints(
@@ -58,12 +56,10 @@ def compare_checkpoints(
             raise InputError(f"vocabularies differ: {candidate} has {other} tokens, {baseline} has {vocabulary}")
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         dense, tokenizer = load(baseline)
-        facts = score(Path(scratch), dense.to(device), tokenizer, rows, prompts, task)
+        found = score(Path(scratch), dense.to(device), tokenizer, rows, prompts, task)
         known = _scored(Path(scratch), rows, dense, task)
         del dense  # but its head
-        return [
-            _compare(candidate, known, facts["generations"], rows, prompts, device, task) for candidate in candidates
-        ]
+        return [_compare(candidate, known, found.generations, rows, prompts, device, task) for candidate in candidates]
 
 
 def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> dict[str, Any]:

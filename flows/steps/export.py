@@ -7,7 +7,6 @@ from numprune.errors import InputError
 from numprune.export import manifest, parity, parity_encoder, precision, temporary
 from numprune.export.runtimes import device_of
 from numprune.export.tasks import load_task
-from numprune.flows.bundle import folder_name
 from numprune.flows.names import RUNTIME_OF_EXPORT
 
 
@@ -64,19 +63,3 @@ def prove(reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
     # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
     dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
     return dict(kind.check(reference, candidate, runtime, dtype=dtype))
-
-
-def make_export(
-    out: Path, *, source: Path, export_format: str, options: dict[str, Any], machine: dict[str, str]
-) -> dict[str, Any]:
-    """Stage: one export, in a folder of the stage with the name it will have in a release.
-
-    `machine` is where, for exports that are made for one: on another it is another stage.
-    """
-    made = export(source, out / folder_name(export_format), export_format, **options)
-    return {"digest": made.digest, "bytes": sum(entry.size for entry in made.files.values())}
-
-
-def make_parity(out: Path, *, reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
-    """Stage: `candidate` in `runtime` computes what `reference` does. Raises ParityError."""
-    return prove(reference, candidate, runtime)

@@ -1,6 +1,5 @@
 """A dense checkpoint to a pruned one."""
 
-import dataclasses
 import hashlib
 import logging
 from contextlib import AbstractContextManager
@@ -18,7 +17,6 @@ from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
-    PLAN,
     check_vocabulary,
     load,
     load_tokenizer,
@@ -32,12 +30,12 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import dtypes_of
-from numprune.flows.bundle import CHECKPOINT
-from numprune.flows.steps.text import load_calibration
+from numprune.flows.recipe import Prune
+from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options
 from numprune.planned import check_plan
-from numprune.plans import Draw, Plan
+from numprune.plans import PLAN_FILE, Draw, Plan
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 from numprune.target import Target
@@ -51,6 +49,11 @@ def device_of(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 
+def options_of(asked: Prune, target: Target) -> PruneOptions:
+    """Return the options that a recipe asks for."""
+    return PruneOptions(**asked.model_dump(exclude={"stream"}), target=target)
+
+
 def prune_checkpoint(
     base: Path,
     rows: Tensor,
@@ -61,7 +64,7 @@ def prune_checkpoint(
     draw: Draw | None = None,
     stream: bool = False,
     plan: Plan | None = None,
-) -> dict[str, Any]:
+) -> PrunedCheckpoint:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
     `draw`: where the rows are from, for the plan. `stream`: neither model is ever in memory, only one layer at a time;
@@ -70,31 +73,31 @@ def prune_checkpoint(
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
-    before, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
+    anatomy, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
     if plan is None:
-        check_options(before, options)
+        check_options(anatomy, options)
     else:
-        check_applies(plan, before, base, digest)
+        check_applies(plan, anatomy, base, digest)
     if problem := other_reading(base):
         logger.warning("%s", problem)
-    described = pruning.describe(before, rows, options, {}).drawn(draw, digest)
+    described = pruning.describe(anatomy, rows, options, {}).drawn(draw, digest)
     make = _prune_streamed if stream else _prune_in_memory
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
         _describe(folder, base, made)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
-    budgets = [budget_of(read_anatomy(read_config(folder))) for folder in (base, out)]
-    return {
-        "digest": manifest.read(out).digest,
-        "before": dataclasses.asdict(budgets[0]),
-        "after": dataclasses.asdict(budgets[1]),
-        "prunable_ratio_removed": 1 - budgets[1].prunable_parameters / budgets[0].prunable_parameters,
-        "weight_bytes_before": weight_bytes(base),
-        "weight_bytes_after": weight_bytes(out),
-        "plan": hashlib.sha256((out / PLAN).read_bytes()).hexdigest(),
-        "dropped_layers": [drop.model_dump() for drop in made.dropped],
-        "kept_units": _kept_units(made),
-    }
+    before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
+    return PrunedCheckpoint(
+        digest=manifest.read(out).digest,
+        before=before,
+        after=after,
+        prunable_ratio_removed=1 - after.prunable_parameters / before.prunable_parameters,
+        weight_bytes_before=weight_bytes(base),
+        weight_bytes_after=weight_bytes(out),
+        plan=hashlib.sha256((out / PLAN_FILE).read_bytes()).hexdigest(),
+        dropped_layers=list(made.dropped),
+        kept_units=_kept_units(made),
+    )
 
 
 def check_applies(plan: Plan, anatomy: Anatomy, base: Path, digest: str) -> None:
@@ -124,7 +127,7 @@ def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManag
 
 def _describe(folder: Path, base: Path, plan: Plan) -> None:
     """Say in the checkpoint how it came about."""
-    plan.write(folder / PLAN)
+    plan.write(folder / PLAN_FILE)
     card.write(folder, base, plan)
 
 
@@ -192,12 +195,3 @@ def plan_checkpoint(
         layers = ModelLayers(load(base)[0].to(device), load_task(base))
     plan = pruning.plan_layers(layers, rows, options, dropped=pruning.layers_to_drop(layers, rows, options))
     return plan.drawn(draw, manifest.folder_digest(base))
-
-
-def make_pruned(
-    out: Path, *, base: Path, rows: Path, options: dict[str, Any], target: dict[str, int], device: str, stream: bool
-) -> dict[str, Any]:
-    """Stage: the pruned checkpoint, in the folder `checkpoint`."""
-    chosen = PruneOptions(**options, target=Target(**target))
-    tokens, draw = load_calibration(rows)
-    return prune_checkpoint(base, tokens, chosen, out / CHECKPOINT, torch.device(device), draw=draw, stream=stream)

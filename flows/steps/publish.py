@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from numprune.export import checkpoint
 from numprune.flows.bundle import CHECKPOINT
 from numprune.serving import registry
 
@@ -19,5 +18,7 @@ def audit(release: Path) -> None:
 
     Digests do not say that: vLLM cuts weights that are too large to size without an error.
     """
+    from numprune.export import checkpoint  # the tensor libraries
+
     if (release / CHECKPOINT).is_dir():  # publishing itself refuses a release without
         checkpoint.check_finite(checkpoint.audit(release / CHECKPOINT))

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,11 +146,3 @@ def _prompt(model: PreTrainedModel, tokens: Sequence[int]) -> Prompt:
 
 def _plain(values: Tensor) -> list[float]:
     return [float(value) for value in values]
-
-
-def make_reference_answers(out: Path, *, checkpoint: Path, device: str) -> dict[str, Any]:
-    """Stage: reference-answers.json."""
-    made = answers_of(checkpoint, torch.device(device))
-    made.write(out)
-    texts = made.inputs if isinstance(made, PooledAnswers) else made.prompts
-    return {"prompts": len(texts), "longest": made.length}

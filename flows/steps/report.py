@@ -1,6 +1,6 @@
 """Everything measured, in one report, judged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
@@ -10,7 +10,8 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.stages import read_facts
+from numprune.flows.recipe import Prune
+from numprune.flows.steps.results import Judgement, PrunedCheckpoint, Timings
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
@@ -58,22 +59,20 @@ def assemble(
     )
 
 
-def pruning_section(options: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked and what became of it; `pruned` are the facts of the stage."""
-    before, after = pruned["before"], pruned["after"]
-    kv_bytes = before["kv_bytes_per_token"]  # none of an encoder
-    removed = {
-        "prunable": 1 - after["prunable_parameters"] / before["prunable_parameters"],
-        "parameters": 1 - after["parameters"] / before["parameters"],
-        "kv_bytes": 1 - after["kv_bytes_per_token"] / kv_bytes if kv_bytes else None,
-    }
-    names = {key: options[key] for key in ("criterion", "allocation", "compensation")}
+def pruning_section(asked: Prune, pruned: PrunedCheckpoint) -> dict[str, Any]:
+    """What was asked and what became of it."""
+    before, after = pruned.before, pruned.after
+    kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
-        **names,
-        "ratio_asked": options["ratio"],
-        "ratio_removed": removed,
-        "kept_units": pruned["kept_units"],
-        "dropped_layers": [drop["layer"] for drop in pruned["dropped_layers"]],
+        **asked.model_dump(include={"criterion", "allocation", "compensation"}),
+        "ratio_asked": asked.ratio,
+        "ratio_removed": {
+            "prunable": 1 - after.prunable_parameters / before.prunable_parameters,
+            "parameters": 1 - after.parameters / before.parameters,
+            "kv_bytes": 1 - after.kv_bytes_per_token / kv_bytes if kv_bytes else None,
+        },
+        "kept_units": pruned.kept_units,
+        "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
     }
 
 
@@ -93,48 +92,17 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
     }
 
 
-def make_report(
-    out: Path,
-    *,
-    base: Path,
-    candidate: Path,
-    pruned: Path,
-    quality: Path,
-    benchmarks: dict[str, list[Path]],
-    name: str,
-    identity: dict[str, Any],
-    price_per_hour: float | None,
-    prune: dict[str, Any],
-    parity: dict[str, Any],
-    policy: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Stage: report.json, report.md, report.html and junit.xml, with the verdict.
-
-    Args:
-        base, candidate: checkpoints: what was pruned, and what is released.
-        pruned, quality, benchmarks: stages; the last by runtime, every look.
-        prune: the options that were asked for.
-        policy: the gates.
-    """
-    facts = read_facts(pruned)
-    sections = {
-        "pruning": pruning_section(prune, facts),
-        "sizes": sizes(base, candidate),
-        "quality": read_facts(quality),
-        "parity": parity,
-    }
-    pooled = {runtime: _pooled(runtime, looks) for runtime, looks in benchmarks.items()}
-    report = assemble(name, {"name": name, **identity}, sections, pooled, price_per_hour)
-    report = report.judged(gates.judge(report, gates.Policy.model_validate({"gates": policy})))
+def judged(report: Report, policy: Sequence[gates.Gate], out: Path) -> Judgement:
+    """Judge a report, and write it into `out` in all of its forms."""
+    report = report.judged(gates.judge(report, gates.Policy(gates=tuple(policy))))
     write(report, out / JSON)
     (out / TEXT).write_text(markdown(report), encoding="utf-8")
     (out / PAGE).write_text(page.html(report), encoding="utf-8")
     assert report.verdict is not None  # judged
     (out / JUNIT).write_text(junit(report, report.verdict), encoding="utf-8")
-    return {"outcome": report.verdict.outcome, "run_id": report.run_id, "next_look": gates.next_look(report)}
+    return Judgement(report.verdict.outcome, report.run_id, gates.next_look(report))
 
 
-def _pooled(runtime: str, looks: list[Path]) -> dict[str, Any]:
-    """What these stages measured, as one benchmark."""
-    found = [read_facts(folder) for folder in looks]
-    return benchmark_vllm.pool(found) if runtime == "vllm" else benchmark.pool(found)
+def pooled(runtime: str, looks: Sequence[Timings]) -> dict[str, Any]:
+    """What several looks measured, as one benchmark."""
+    return benchmark_vllm.pool(looks) if runtime == "vllm" else benchmark.pool(looks)

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,6 +24,7 @@ from numprune.export.tasks import load_task
 from numprune.flows.embedded import corpus
 from numprune.flows.names import SEQUENCE_LENGTH
 from numprune.flows.recipe import EMBEDDED
+from numprune.flows.steps.results import CalibrationRows, HeldoutRows
 from numprune.plans import Draw
 from numprune.tasks import CAUSAL, MINIMUM_DOCUMENTS, Task
 
@@ -173,29 +173,10 @@ def draw_rows(rows: TokenRows, samples: int, length: int, seed: int, option: str
         raise InputError(f"{option}: {error}") from None
 
 
-def make_calibration(
-    out: Path,
-    *,
-    model: Path,
-    text: str | list[str],
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    reading: dict[str, Any],
-) -> dict[str, Any]:
-    """Stage: the rows that pruning is calibrated on."""
-    rows, draw = calibration_rows(
-        text,
-        load_tokenizer(model),
-        samples,
-        sequence_length,
-        seed,
-        Reading(**reading),
-        option="data.samples",
-        task=load_task(model),
-    )
-    save_file({"rows": rows.contiguous()}, out / _FILE, metadata={"draw": draw.model_dump_json()})
-    return {"digest": rows_digest(rows), "rows": rows.shape[0], "tokens": rows.numel(), "packed": draw.packed}
+def save_calibration(stage: Path, rows: Tensor, draw: Draw) -> CalibrationRows:
+    """Write rows for `load_calibration`."""
+    save_file({"rows": rows.contiguous()}, stage / _FILE, metadata={"draw": draw.model_dump_json()})
+    return CalibrationRows(rows_digest(rows), rows.shape[0], rows.numel(), draw.packed)
 
 
 def load_calibration(stage: Path) -> tuple[Tensor, Draw]:
@@ -203,18 +184,8 @@ def load_calibration(stage: Path) -> tuple[Tensor, Draw]:
         return file.get_tensor("rows"), Draw.model_validate_json(file.metadata()["draw"])
 
 
-def make_heldout(
-    out: Path, *, model: Path, text: str | list[str], sequence_length: int, reading: dict[str, Any]
-) -> dict[str, Any]:
-    """Stage: the rows that quality is measured on."""
-    task = load_task(model)
-    rows = text_rows(text, "heldout", load_tokenizer(model), sequence_length, Reading(**reading), task=task)
-    warn_of_windows(rows, "data.split")
-    return save_heldout(out, rows, task)
-
-
-def save_heldout(stage: Path, rows: TokenRows, task: Task = CAUSAL) -> dict[str, Any]:
-    """Write rows for `load_heldout`; return facts about them."""
+def save_heldout(stage: Path, rows: TokenRows, task: Task = CAUSAL) -> HeldoutRows:
+    """Write rows for `load_heldout`."""
     tensors = {
         "tokens": torch.cat(rows.rows),
         "lengths": torch.tensor([len(row) for row in rows.rows]),
@@ -227,17 +198,11 @@ def save_heldout(stage: Path, rows: TokenRows, task: Task = CAUSAL) -> dict[str,
         tensors["labels"] = torch.tensor(rows.labels)
     save_file(tensors, stage / _HELDOUT)
     (stage / "names.json").write_text(json.dumps(rows.names), encoding="utf-8")
-    return {
-        "digest": rows.digest,
-        "rows": len(rows.rows),
-        "tokens": int(task.scored(rows).sum()),
-        "documents": rows.documents,
-        "packed": rows.packed,
-    }
+    return HeldoutRows(rows.digest, len(rows.rows), int(task.scored(rows).sum()), rows.documents, rows.packed)
 
 
 def load_heldout(stage: Path, digest: str) -> TokenRows:
-    """What `make_heldout` wrote; `digest` is from its facts."""
+    """What `save_heldout` wrote; `digest` is from what it found."""
     found = load_file(stage / _HELDOUT)
     spans = None
     if "spans" in found:

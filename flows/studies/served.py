@@ -170,8 +170,8 @@ def _served(args: argparse.Namespace) -> str:
             vllm.export(pruned, exported)
             candidates[method] = exported
             parameters |= {
-                DENSE: figures["before"]["parameters"],
-                method: figures["after"]["parameters"],
+                DENSE: figures.before.parameters,
+                method: figures.after.parameters,
             }
         results = run_served(candidates, Path(scratch) / DENSE, found, load)
     any_result = next(iter(results.values()))

@@ -12,6 +12,7 @@ from onnxruntime import InferenceSession
 
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, onnx, onnx_traced, parity
+from numprune.plans import PLAN_FILE
 from numprune.tasks import CAUSAL
 from numprune.tasks.embedding import Embedding
 from tests.conftest import recast
@@ -184,9 +185,9 @@ def test_half_precision_checkpoints_become_float32(tiny_checkpoint: Checkpoint, 
 
 def test_the_plan_goes_with_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
-    (base / checkpoint.PLAN).write_text('{"kept": 1}')
+    (base / PLAN_FILE).write_text('{"kept": 1}')
     onnx.export(base, tmp_path / "onnx")
-    assert json.loads((tmp_path / "onnx" / checkpoint.PLAN).read_text()) == {"kept": 1}
+    assert json.loads((tmp_path / "onnx" / PLAN_FILE).read_text()) == {"kept": 1}
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

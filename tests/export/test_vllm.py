@@ -8,6 +8,7 @@ import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
 from numprune.export.weights import read_headers, read_tensor
+from numprune.plans import PLAN_FILE
 from numprune.quantization import Scheme
 from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
@@ -103,7 +104,7 @@ def test_dense_weights_beside_a_pruned_configuration_are_refused(tiny_checkpoint
 
 def test_a_checkpoint_is_cast_and_says_so_everywhere(tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint(), tmp_path / "out"
-    (source / checkpoint.PLAN).write_text("{}", encoding="utf-8")
+    (source / PLAN_FILE).write_text("{}", encoding="utf-8")
     (source / "README.md").write_text(
         "| stored in | float32 |\n| KV cache per token | 1,024 → 512 bytes |\n", encoding="utf-8"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+from numprune.flows.stages import Stage
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.collector import ENDPOINT, Collector
 
@@ -80,6 +81,15 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workspace(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished one."""
     return Path(shutil.copytree(finished, tmp_path / "w"))
+
+
+def work(option: int = 1) -> Stage[dict[str, int]]:
+    """A stage that finds nothing."""
+    return Stage.of("work", "serving", _no_work, option=option)
+
+
+def _no_work(out: Path, *, option: int) -> dict[str, int]:
+    return {}
 
 
 @dataclass(frozen=True)

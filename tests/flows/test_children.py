@@ -90,10 +90,6 @@ def test_interrupted_waiting_ends_the_child(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGINT
 
 
-def test_work_is_found_by_name() -> None:
-    assert children.find_step("steps.evaluate.finite")([1.0, float("inf")]) == [1.0, None]
-
-
 def read_when_there(path: Path) -> Iterator[str]:
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text()):

@@ -17,7 +17,7 @@ import pytest
 from numprune.errors import InputError
 from numprune.export import manifest, temporary
 from numprune.flows import clean, recipe, runs
-from numprune.flows.stages import exclusive, run_stage
+from numprune.flows.stages import Stage, exclusive, run_stage
 from numprune.serving import registry
 from numprune.serving.registry.versions import MARK, RELEASE
 from tests.flows.conftest import Answered
@@ -36,12 +36,12 @@ def record(workspace: Path, *options: int) -> runs.RecordedRun:
 
 
 def make(workspace: Path, option: int, used_by: Path | None = None) -> Path:
-    def body(out: Path) -> dict[str, int]:
+    def body(out: Path, *, option: int) -> dict[str, int]:
         (out / "deep").mkdir()
         (out / "deep" / "data.bin").write_bytes(bytes(1000))
         return {}
 
-    return run_stage(workspace, "work", {}, {"option": option}, body, used_by=used_by).path
+    return run_stage(workspace, Stage.of("work", "serving", body, option=option), used_by).path
 
 
 def release(workspace: Path, content: str, uri: str = "workspace") -> Path:

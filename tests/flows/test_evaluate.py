@@ -12,7 +12,7 @@ from numprune.corpus import TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export.checkpoint import load
-from numprune.flows import optimize, recipe
+from numprune.flows import chain, recipe
 from numprune.flows.steps import baseline, checks, evaluate
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.text import heldout_rows
@@ -90,10 +90,10 @@ def test_another_ratio_does_not_score_the_baseline_again_and_other_prompts_do(ti
     found = []
     for changes in ([], ["prune.ratio=0.4"], ["evaluate.prompts=['Say something.']"]):
         run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
-        found.append(optimize.score_baseline.fn(run, optimize.read_heldout.fn(run)))
+        found.append(run.make(chain.score_baseline(run, run.make(chain.read_heldout(run)))))
     assert [stage.reused for stage in found] == [False, True, False]
     assert found[0].digest == found[1].digest
-    assert [len(stage.facts["generations"]) for stage in found] == [len(PROMPTS), len(PROMPTS), 1]
+    assert [len(stage.facts.generations) for stage in found] == [len(PROMPTS), len(PROMPTS), 1]
 
 
 def test_prompts_that_cannot_be_used_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from numprune.export import manifest
 from numprune.flows import stages
+from numprune.flows.stages import Stage
+from numprune.flows.steps.results import Timings
 from tests.flows.conftest import Answered
 from tests.flows.faults import STAGES, command, digests, flip_a_bit, stage
 
@@ -95,23 +97,23 @@ def test_a_verdict_that_was_altered_with_its_manifests(numprune: Command, worksp
 def test_only_a_disturbed_look_is_thrown_away(tmp_path: Path) -> None:
     from numprune.flows.optimize import _discard_disturbed
 
-    def measure(runtime: str, look: int, valid: bool) -> stages.StageResult:
-        facts = {"environment": {"valid": valid}}
-        return stages.run_stage(tmp_path, f"benchmark-{runtime}", {}, {"look": look}, lambda out: facts)
+    def look(out: Path, *, number: int, valid: bool) -> Timings:
+        return Timings(speed={}, memory={}, environment={"valid": valid}, samples={})
 
-    _discard_disturbed([[measure("torch", 1, True), measure("torch", 2, False)], [measure("onnxruntime", 1, True)]])
-    made = [
-        stages.is_made(tmp_path, f"benchmark-{runtime}", {}, {"look": look})
-        for runtime, look in (("torch", 1), ("torch", 2), ("onnxruntime", 1))
+    asked = [
+        Stage.of(f"benchmark-{runtime}", "serving", look, number=number, valid=valid)
+        for runtime, number, valid in (("torch", 1, True), ("torch", 2, False), ("onnxruntime", 1, True))
     ]
-    assert made == [True, False, True]
+    made = [stages.run_stage(tmp_path, stage) for stage in asked]
+    _discard_disturbed([made[:2], made[2:]])
+    assert [stages.find(tmp_path, stage) is not None for stage in asked] == [True, False, True]
 
 
 def test_a_benchmark_that_another_run_has_made_meanwhile_is_not_discarded(tmp_path: Path) -> None:
     """Two runs share a measurement that settles nothing; one has measured again when the other one throws it away."""
 
-    def measure(value: int) -> stages.StageResult:
-        return stages.run_stage(tmp_path, "benchmark", {}, {}, lambda out: {"value": value})
+    def measure(value: int) -> stages.StageResult[dict[str, int]]:
+        return stages.run_stage(tmp_path, Stage.of("benchmark", "serving", lambda out: {"value": value}))
 
     first = measure(1)
     stages.discard(first)

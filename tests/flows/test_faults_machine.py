@@ -16,7 +16,7 @@ import pytest
 from numprune.errors import DiskError
 from numprune.export import disk, locks, temporary
 from numprune.flows import clean, runs, stages
-from tests.flows.conftest import Answered
+from tests.flows.conftest import Answered, work
 from tests.flows.test_clean import make, record
 
 Command = Callable[..., Answered]
@@ -156,7 +156,7 @@ def test_what_a_killed_clean_leaves_on_an_overlay_is_not_taken_for_whole(
         with pytest.raises(Killed):
             temporary.remove(made)
     assert (made / "deep" / "data.bin").exists()
-    assert not stages.run_stage(tmp_path, "work", {}, {"option": 1}, lambda _: {}).reused
+    assert not stages.run_stage(tmp_path, work()).reused
 
 
 # --- two users ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_two_users_share_a_workspace(shared: Path) -> None:
     def second() -> None:
         stages.sweep(workspace)
         assert temporary.abandoned(workspace / "stages") == []
-        assert stages.run_stage(workspace, "work", {}, {"option": 1}, lambda _: {}).reused
+        assert stages.run_stage(workspace, work()).reused
         record(workspace, 1)
         assert [item.kind for item in clean.remove(workspace, clean.look(workspace, keep=0))[0]] == [
             "run",
@@ -230,13 +230,13 @@ def test_a_user_who_may_not_write_what_another_made_is_not_stopped_by_it(shared:
     for folder in (workspace, workspace / "stages", workspace / "stages" / ".locks"):
         folder.chmod(0o2775)
     made = stages.run_stage  # imported before the user changes
-    as_user(ANN, 0o022, lambda: made(workspace, "work", {}, {"option": 1}, lambda _: {}))
+    as_user(ANN, 0o022, lambda: made(workspace, work()))
     as_user(ANN, 0o022, lambda: leave_a_half_made_folder(workspace))
 
     def second() -> None:
         stages.sweep(workspace)
-        assert made(workspace, "work", {}, {"option": 1}, lambda _: {}).reused
-        assert not made(workspace, "work", {}, {"option": 2}, lambda _: {}).reused
+        assert made(workspace, work()).reused
+        assert not made(workspace, work(2)).reused
 
     as_user(BOB, 0o022, second)
     assert len(temporary.abandoned(workspace / "stages")) == 1  # its owner's next run removes it

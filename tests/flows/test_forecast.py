@@ -11,7 +11,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import checkpoint
-from numprune.flows import forecast, optimize, recipe
+from numprune.flows import chain, forecast, recipe
 from numprune.flows.steps import checks
 from numprune.options import PruneOptions, known_results
 from numprune.pruning import prune
@@ -48,7 +48,7 @@ def test_nothing_is_made_and_the_same_is_said_by_a_dry_run(numprune: Command, ti
 
 def test_stages_that_are_made_would_be_reused_and_a_changed_recipe_makes_its_own(tiny: Path, tmp_path: Path) -> None:
     run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
-    optimize.sample_calibration.fn(run)
+    run.make(chain.sample_calibration(run))
     for changes, reused in (
         ([], ["calibration"]),
         (["prune.ratio=0.1"], ["calibration"]),

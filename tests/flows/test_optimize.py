@@ -341,20 +341,16 @@ def test_entrypoint_of_a_deployment() -> None:
     assert set(loaded.parameters.properties) == {"recipe_path", "overrides", "workspace"}
 
 
-def test_one_job_on_the_gpu_at_a_time(tmp_path: Path) -> None:
+def test_one_job_on_the_gpu_at_a_time() -> None:
     """The slot is Prefect's own limit, which is kept without a GPU, too."""
     from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency
 
-    from numprune.flows import recipe
     from numprune.flows.optimize import GPU_LIMIT, gpu_slot
-    from numprune.flows.run import Artifact, Run
 
-    asked = recipe.load(recipe.EMBEDDED_RECIPE)
-    run = Run(asked, tmp_path, Artifact(tmp_path, ""), "causal-lm", {}, device="cuda", uses_gpu=True, machine={})
     with get_client(sync_client=True) as client:
         for _ in range(2):  # the second time the limit is there already
-            with gpu_slot(run):
+            with gpu_slot():
                 limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
                 assert (limit.limit, limit.active_slots) == (1, 1)
                 with pytest.raises(TimeoutError), concurrency(GPU_LIMIT, timeout_seconds=1, strict=True):

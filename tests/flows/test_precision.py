@@ -4,7 +4,7 @@ from pathlib import Path
 
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
-from numprune.flows import optimize, recipe
+from numprune.flows import chain, recipe
 from numprune.flows.steps import checks
 from numprune.serving import report
 
@@ -14,7 +14,7 @@ def test_a_release_in_float16(tiny: Path, tmp_path: Path) -> None:
     changes += ["benchmark.runtimes=['torch', 'onnxruntime']", "export.targets=['vllm', 'onnx']"]
     run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
     assert set(run.precision.values()) == {"float16"}
-    judged = optimize.judge(run, lambda step, *arguments: step.fn(*arguments))
+    judged = chain.judge(run, run.make)
     found = report.read(judged.report.path / "report.json")
     assert found.sizes is not None
     assert (found.sizes.dtype.baseline, found.sizes.dtype.candidate) == ("float32", "float16")

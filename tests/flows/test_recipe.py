@@ -85,11 +85,14 @@ def test_names_are_those_that_are_implemented() -> None:
 
 def test_defaults_are_those_of_what_does_the_work() -> None:
     from numprune.axes import DEFAULT_AXES
+    from numprune.flows.steps.prune import options_of
     from numprune.options import PruneOptions
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 
-    assert PruneOptions(**recipe.Prune().options()) == PruneOptions(ratio=0.3, axes=list(DEFAULT_AXES), keep=[])
+    assert options_of(recipe.Prune(), recipe.Target().sizes()) == PruneOptions(
+        ratio=0.3, axes=list(DEFAULT_AXES), keep=[]
+    )
     assert Load(**recipe.Benchmark().load("torch")) == Load()
     served = recipe.Benchmark().load("vllm")
     assert ServedLoad(**{**served, "concurrency": tuple(served["concurrency"])}) == ServedLoad()

@@ -14,6 +14,7 @@ import pytest
 from numprune.errors import InputError, IntegrityError
 from numprune.flows import logs, recipe, runs
 from numprune.flows.stages import StageResult, run_stage, sweep
+from tests.flows.conftest import work
 
 EMBEDDED = recipe.load(recipe.EMBEDDED_RECIPE)
 
@@ -22,19 +23,20 @@ PROGRAM = """
     import sys, time
     from pathlib import Path
     from numprune.flows import recipe, runs
-    from numprune.flows.stages import run_stage
+    from numprune.flows.stages import Stage, run_stage
 
     workspace = Path(sys.argv[1])
     asked = recipe.load(recipe.EMBEDDED_RECIPE)
     with runs.recording(workspace, asked, recipe.EMBEDDED_RECIPE) as recording:
-        recording.add(run_stage(workspace, "work", {}, {}, lambda out: {}, used_by=recording.folder))
+        stage = Stage.of("work", "serving", lambda out: {})
+        recording.add(run_stage(workspace, stage, recording.folder))
         print("ready", flush=True)
         time.sleep(600)
 """
 
 
-def stage(workspace: Path, recording: runs.Recording, option: int = 1) -> StageResult:
-    result = run_stage(workspace, "work", {}, {"option": option}, lambda _: {}, used_by=recording.folder)
+def stage(workspace: Path, recording: runs.Recording, option: int = 1) -> StageResult[Any]:
+    result = run_stage(workspace, work(option), recording.folder)
     recording.add(result)
     return result
 

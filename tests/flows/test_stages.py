@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from numprune.export import manifest
 from numprune.flows import stages
-from numprune.flows.stages import StageResult, run_stage
+from numprune.flows.stages import Artifact, Stage, StageResult, run_stage
 
 ONE, TWO = "1" * 64, "2" * 64
 
@@ -19,11 +21,11 @@ ONE, TWO = "1" * 64, "2" * 64
 PROGRAM = """
     import sys, time
     from pathlib import Path
-    from numprune.flows.stages import run_stage
+    from numprune.flows.stages import Stage, run_stage
 
     workspace, calls, go = map(Path, sys.argv[1:])
 
-    def body(out):
+    def body(out, *, a):
         (out / "half.bin").write_bytes(b"x" * 100_000)
         with calls.open("a") as file:
             file.write("called\\n")
@@ -31,7 +33,7 @@ PROGRAM = """
             time.sleep(0.01)
         return {"answer": 42}
 
-    result = run_stage(workspace, "slow", {"in": "1" * 64}, {"a": 1}, body)
+    result = run_stage(workspace, Stage.of("slow", "serving", body, a=1))
     print(result.digest, result.reused)
 """
 
@@ -50,14 +52,18 @@ def test_the_peak_of_a_stage_is_that_of_the_processes_it_started() -> None:
     assert after >= before + (64 << 20)
 
 
-def body(out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Found:
+    answer: int
+
+
+def body(out: Path, *, source: Artifact, a: int = 1, other: Artifact | None = None) -> Found:
     (out / "data.bin").write_bytes(b"0123456789" * 1000)
-    return {"answer": 42}
+    return Found(42)
 
 
-def run(workspace: Path, **changes: Any) -> StageResult:
-    arguments: dict[str, Any] = {"name": "work", "inputs": {"in": ONE}, "options": {"a": 1}, "body": body, **changes}
-    return run_stage(workspace, **arguments)
+def run(workspace: Path, name: str = "work", body: Callable[..., Found] = body, **changes: Any) -> StageResult[Found]:
+    return run_stage(workspace, Stage.of(name, "serving", body, **{"source": Artifact(workspace, ONE), **changes}))
 
 
 def start(tmp_path: Path) -> "subprocess.Popen[str]":
@@ -77,18 +83,29 @@ def wait_for(path: Path) -> None:
 def test_a_stage_is_made_once(tmp_path: Path) -> None:
     first, second = run(tmp_path), run(tmp_path)
     assert (first.reused, second.reused) == (False, True)
-    assert (first.path, first.digest, first.facts) == (second.path, second.digest, {"answer": 42})
+    assert (first.path, first.digest, first.facts) == (second.path, second.digest, Found(42))
     assert first.path.parent == tmp_path / "stages"
     assert first.path.name.startswith("work-")
-    assert manifest.verify(first.path).parents == {"in": ONE}
+    assert manifest.verify(first.path).parents == {"source": ONE}
     assert first.peak_memory_bytes > 1 << 20
 
 
 @pytest.mark.parametrize(
-    "changes", [{"inputs": {"in": TWO}}, {"inputs": {"other": ONE}}, {"options": {"a": 2}}, {"name": "other"}]
+    "changes", [{"source": Artifact(Path(), TWO)}, {"other": Artifact(Path(), ONE)}, {"a": 2}, {"name": "other"}]
 )
 def test_whatever_decides_the_content_makes_another_stage(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(tmp_path).path != run(tmp_path, **changes).path
+
+
+def test_where_an_artifact_lies_is_no_part_of_its_identity(tmp_path: Path) -> None:
+    assert run(tmp_path).path == run(tmp_path, source=Artifact(tmp_path / "elsewhere", ONE)).path
+
+
+def test_what_nothing_stands_for_in_a_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a: a stage cannot be known by a PosixPath; give an Artifact, a Text or plain"):
+        run(tmp_path, a=tmp_path)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'b'"):
+        run(tmp_path, b=1)
 
 
 def test_another_version_of_the_code_makes_another_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +127,8 @@ def test_code_version_covers_the_layers_below_and_no_more() -> None:
 
 
 def test_nothing_is_left_of_a_body_that_raises(tmp_path: Path) -> None:
-    def failing(out: Path) -> dict[str, Any]:
-        body(out)
+    def failing(out: Path, *, source: Artifact) -> Found:
+        body(out, source=source)
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
@@ -145,7 +162,7 @@ def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str, caplog: pyte
 
 
 def test_a_folder_of_another_stage_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    first, other = run(tmp_path), run(tmp_path, options={"a": 2})
+    first, other = run(tmp_path), run(tmp_path, a=2)
     for path in (first.path / name for name in ("data.bin", "manifest.json", "result.json")):
         path.write_bytes((other.path / path.name).read_bytes())
     assert not run(tmp_path).reused

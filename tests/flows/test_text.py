@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,18 +10,20 @@ import torch
 from numprune.corpus import rows_digest
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export.checkpoint import PLAN, load_tokenizer
+from numprune.export.checkpoint import load_tokenizer
 from numprune.flows.bundle import CHECKPOINT
-from numprune.flows.steps.prune import make_pruned
+from numprune.flows.recipe import Prune
+from numprune.flows.stages import Artifact, Text
+from numprune.flows.steps.bodies import make_calibration, make_heldout, make_pruned
+from numprune.flows.steps.results import HeldoutRows
 from numprune.flows.steps.text import (
     calibration_rows,
     heldout_rows,
     load_heldout,
-    make_calibration,
-    make_heldout,
     text_digest,
 )
-from numprune.plans import Draw, read_plan
+from numprune.plans import PLAN_FILE, Draw, read_plan
+from numprune.target import Target
 
 
 def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_checkpoint, tmp_path):
@@ -34,21 +36,16 @@ def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_
     for folder in ("rows", "pruned"):
         (tmp_path / folder).mkdir()
     reading = Reading(split="blank-line", pack=True)
-    asked = {"model": base, "text": names, "samples": 20, "sequence_length": 32, "reading": asdict(reading)}
-    facts = make_calibration(tmp_path / "rows", **asked, seed=5)
+    model, rows = Artifact(base, ""), Artifact(tmp_path / "rows", "")
+    asked = {"text": Text(names, ""), "samples": 20, "sequence_length": 32, "reading": reading}
+    facts = make_calibration(rows.path, model=model, **asked, seed=5)
     make_pruned(
-        tmp_path / "pruned",
-        base=base,
-        rows=tmp_path / "rows",
-        options={"ratio": 0.3},
-        target={"align": 8},
-        device="cpu",
-        stream=False,
+        tmp_path / "pruned", base=model, rows=rows, asked=Prune(ratio=0.3), target=Target(align=8), device="cpu"
     )
 
-    calibration = read_plan(tmp_path / "pruned" / CHECKPOINT / PLAN).calibration
+    calibration = read_plan(tmp_path / "pruned" / CHECKPOINT / PLAN_FILE).calibration
     assert calibration.draw == Draw(text=["train.txt", "more.txt"], seed=5, split="blank-line", packed=True)
-    assert (calibration.rows, calibration.sequence_length, calibration.digest) == (20, 32, facts["digest"])
+    assert (calibration.rows, calibration.sequence_length, calibration.digest) == (20, 32, facts.digest)
     again, draw = calibration_rows(names, load_tokenizer(base), 20, 32, calibration.draw.seed, reading)
     assert (rows_digest(again), draw) == (calibration.digest, calibration.draw)
     for seed, other in ((6, reading), (5, replace(reading, split=r"[05]\n+"))):
@@ -65,18 +62,13 @@ def test_the_embedded_text_is_named_with_its_split(tiny):
 def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
     reading = Reading(pack=pack)
     text = [str(tiny / "heldout.jsonl")]
-    facts = make_heldout(tmp_path, model=tiny / "base", text=text, sequence_length=32, reading=asdict(reading))
+    base = Artifact(tiny / "base", "")
+    facts = make_heldout(tmp_path, model=base, text=Text(text, ""), sequence_length=32, reading=reading)
     rows = heldout_rows([tiny / "heldout.jsonl"], 32, [tiny / "base"], reading)
-    found = load_heldout(tmp_path, facts["digest"])
+    found = load_heldout(tmp_path, facts.digest)
     assert all(torch.equal(one, other) for one, other in zip(found.rows, rows.rows, strict=True))
     assert replace(found, rows=[]) == replace(rows, rows=[])
-    assert facts == {
-        "digest": rows.digest,
-        "rows": len(rows.rows),
-        "tokens": rows.tokens,
-        "documents": 24,
-        "packed": pack,
-    }
+    assert facts == HeldoutRows(rows.digest, len(rows.rows), rows.tokens, documents=24, packed=pack)
 
 
 def test_a_text_of_few_documents_gets_its_intervals_from_windows_and_a_warning(tiny, caplog):
@@ -96,9 +88,9 @@ def test_too_few_samples_name_the_option(tiny, tmp_path):
     text, tokenizer = [str(tiny / "train.txt")], load_tokenizer(tiny / "base")
     with pytest.raises(InputError, match=r"^--samples: the calibration text gives 140 windows of 32 tokens, but 999"):
         calibration_rows(text, tokenizer, 999, 32, 0, Reading())
-    asked = {"model": tiny / "base", "text": text, "samples": 999, "sequence_length": 32, "seed": 0}
+    asked = {"text": Text(text, ""), "samples": 999, "sequence_length": 32, "seed": 0}
     with pytest.raises(InputError, match=r"^data\.samples: the calibration text gives 140 windows"):
-        make_calibration(tmp_path, **asked, reading=asdict(Reading()))
+        make_calibration(tmp_path, model=Artifact(tiny / "base", ""), **asked, reading=Reading())
 
 
 def test_the_identity_of_a_text_is_its_names_and_its_content(tmp_path):

@@ -14,12 +14,13 @@ from numprune.errors import ParityError
 from numprune.flows import logs, tracing
 from numprune.flows.stages import run_stage
 from tests.flows.collector import ENDPOINT, Collector, attributes
+from tests.flows.conftest import work
 
 
 def test_a_run_and_its_stages(collector: Collector, tmp_path: Path) -> None:
     with tracing.run("optimize", run="r1", name="model") as run, logs.within(run="r1"):
         with tracing.stage("prune") as stage:
-            result = run_stage(tmp_path, "prune", {}, {}, lambda _: {})
+            result = run_stage(tmp_path, work())
             stage.found(result)
         run.set(outcome="pass", version=None)
     spans = collector.spans()  # all of them, once the run is over

@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -31,11 +31,15 @@ from numprune.export import locks
 from numprune.export.checkpoint import read_config
 from numprune.export.manifest import folder_digest, sha256_file
 from numprune.flows import children, stages
-from numprune.flows.stages import StageResult
+from numprune.flows.stages import Artifact, Stage, StageResult, Text
 from numprune.flows.steps.text import text_digest
+from numprune.flows.studies.compare import steps
 from numprune.flows.studies.compare.methods import reads_dense_moments, reads_gradients
 from numprune.flows.studies.compare.plot import as_svg
+from numprune.flows.studies.compare.steps import SharedPass
 from numprune.flows.studies.compare.table import Conditions, Row, Table, as_csv, as_markdown
+
+R = TypeVar("R")
 
 FILES: Mapping[str, Callable[[Table], str]] = {
     "compare.csv": as_csv,
@@ -125,115 +129,114 @@ class _Run:
     """The stages of one comparison."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
-        self._model = {"model": folder_digest(request.model)}
-        heldout = request.heldout if request.heldout is not None else request.text
-        digests = {
-            "text": text_digest(request.text, "train"),
-            "heldout": text_digest(heldout, "heldout"),
-        }
-        options = {
-            "samples": sorted(request.samples),
-            "sequence_length": request.sequence_length,
-            "seed": request.seed,
-            "reading": asdict(request.reading),
-        }
-        own = {"model": request.model, "text": request.text, "heldout": request.heldout}
-        split = {"split": request.heldout is None}
-        self._text = self._stage("text", "make_text", {**self._model, **digests}, own, options, key=split)
-        self._heldout = self._text.facts["heldout"]["digest"]
-        self._judged = {**self._model, "heldout": self._heldout}
-        self._where = {"model": request.model, "text": self._text.path}
-        self._reference = self._stage(
-            "reference",
-            "make_reference",
-            self._judged,
-            {**self._where, "heldout": self._heldout},
-            {"device": request.device},
+        self._request, heldout = request, request.heldout
+        self._model = Artifact(request.model, folder_digest(request.model))
+        self._text = self._make(
+            Stage.of(
+                "text",
+                "studies",
+                steps.make_text,
+                model=self._model,
+                text=Text(request.text, text_digest(request.text, "train")),
+                heldout=Text(heldout, text_digest(heldout, "heldout")) if heldout else None,
+                samples=sorted(request.samples),
+                sequence_length=request.sequence_length,
+                seed=request.seed,
+                reading=request.reading,
+            )
+        )
+        # Rows are known by their own digests: text drawn for more sizes leaves what was made of the others valid.
+        self._heldout = Artifact(self._text.path, self._text.facts.heldout.digest)
+        self._reference = self._make(
+            Stage.of(
+                "reference",
+                "studies",
+                steps.make_reference,
+                model=self._model,
+                heldout=self._heldout,
+                device=request.device,
+            )
         )
 
     def method(self, ratio: float, samples: int, method: str) -> tuple[Row, bool]:
         """One method's row, and whether it was there already."""
         request = self._request
-        options = {
-            "method": method,
-            "ratio": ratio,
-            "samples": samples,
-            "align": request.align,
-            "seed": request.seed,
-            "device": request.device,
-        }
-
-        def make(folder: Path) -> dict[str, Any]:
-            moments = self._moments(samples) if reads_dense_moments(method) else None
-            gradients = self._gradients(samples, method) if reads_gradients(method) else None
-            found: dict[str, Any] = children.step(
-                "studies.compare.steps.make_method",
-                folder,
-                **self._where,
-                heldout=self._heldout,
-                reference=self._reference.path,
-                moments=moments and moments.path,
-                gradients=gradients and gradients.path,
-                shared=[stage.facts for stage in (moments, gradients) if stage],
-                **options,
-            )
-            return found
-
-        inputs = {**self._judged, "calibration": self._calibration(samples)}
-        result = stages.run_stage(request.out, "method", inputs, options, make, "studies")
-        facts = {key: value for key, value in result.facts.items() if key in Row.__annotations__}
-        return Row(ratio=ratio, samples=samples, method=method, **facts), result.reused
+        moments = self._moments(samples) if reads_dense_moments(method) else None
+        gradients = self._gradients(samples, method) if reads_gradients(method) else None
+        stage = Stage.of(
+            "method",
+            "studies",
+            steps.make_method,
+            model=self._model,
+            rows=self._rows(samples),
+            heldout=self._heldout,
+            reference=self._reference.artifact,
+            moments=stages.place_of(request.out, moments) if moments else None,
+            gradients=stages.place_of(request.out, gradients) if gradients else None,
+            method=method,
+            ratio=ratio,
+            samples=samples,
+            align=request.align,
+            seed=request.seed,
+            device=request.device,
+        )
+        if stages.find(request.out, stage) is None:
+            for needed in (moments, gradients):
+                if needed is not None:
+                    self._make(needed)
+        result = self._make(stage)
+        return result.facts, result.reused
 
     @cached_property
     def conditions(self) -> Conditions:
-        request, facts = self._request, self._text.facts["heldout"]
-        dense = self._reference.facts
+        request, heldout, dense = self._request, self._text.facts.heldout, self._reference.facts
+        assert dense.nll_nats_per_token is not None  # of a language model
+        assert dense.perplexity is not None
         return Conditions(
             model=request.name,
-            model_digest=self._model["model"],
+            model_digest=self._model.digest,
             sequence_length=request.sequence_length,
             align=request.align,
             seed=request.seed,
             device=request.device,
-            calibration={samples: self._calibration(samples) for samples in sorted(request.samples)},
-            heldout_digest=self._heldout,
-            heldout_tokens=facts["tokens"],
-            heldout_documents=facts["documents"],
-            dense_nll_nats_per_token=dense["nll_nats_per_token"],
-            dense_perplexity=dense["perplexity"],
+            calibration={samples: self._rows(samples).digest for samples in sorted(request.samples)},
+            heldout_digest=heldout.digest,
+            heldout_tokens=heldout.tokens,
+            heldout_documents=heldout.documents,
+            dense_nll_nats_per_token=dense.nll_nats_per_token,
+            dense_perplexity=dense.perplexity,
             dense_parameters=budget_of(read_anatomy(read_config(request.model))).parameters,
             version=metadata.version("numprune"),
         )
 
-    def _calibration(self, samples: int) -> str:
-        digest: str = self._text.facts["calibration"][str(samples)]["digest"]
-        return digest
+    def _rows(self, samples: int) -> Artifact:
+        return Artifact(self._text.path, self._text.facts.calibration[samples].digest)
 
-    def _moments(self, samples: int) -> StageResult:
-        return self._shared("moments", samples, {})
+    def _moments(self, samples: int) -> Stage[SharedPass]:
+        return Stage.of(
+            "moments",
+            "studies",
+            steps.make_moments,
+            model=self._model,
+            rows=self._rows(samples),
+            samples=samples,
+            device=self._request.device,
+        )
 
-    def _gradients(self, samples: int, method: str) -> StageResult:
-        return self._shared("gradients", samples, {"taylor": method.startswith("taylor/")})
+    def _gradients(self, samples: int, method: str) -> Stage[SharedPass]:
+        return Stage.of(
+            "gradients",
+            "studies",
+            steps.make_gradients,
+            model=self._model,
+            rows=self._rows(samples),
+            samples=samples,
+            device=self._request.device,
+            taylor=method.startswith("taylor/"),
+        )
 
-    def _shared(self, name: str, samples: int, options: Mapping[str, Any]) -> StageResult:
-        inputs = {**self._model, "calibration": self._calibration(samples)}
-        options = {"device": self._request.device, **options}
-        return self._stage(name, f"make_{name}", inputs, {**self._where, "samples": samples}, options)
-
-    def _stage(
-        self,
-        name: str,
-        body: str,
-        inputs: Mapping[str, str],
-        sources: Mapping[str, Any],
-        options: Mapping[str, Any],
-        *,
-        key: Mapping[str, Any] | None = None,
-    ) -> StageResult:
-        """A stage made in a child; `key` is what its sources mean beyond the digests of their content."""
-        make = partial(children.step, f"studies.compare.steps.{body}", **sources, **options)
-        return stages.run_stage(self._request.out, name, inputs, {**options, **(key or {})}, make, "studies")
+    def _make(self, stage: Stage[R]) -> StageResult[R]:
+        return children.call(stages.run_stage, self._request.out, stage)
 
 
 def _check_text(request: Request) -> None:

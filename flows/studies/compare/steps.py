@@ -1,6 +1,7 @@
 """What a comparison is made of: its rows, what all methods share, and one method."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,14 @@ from numprune.choosing import Known
 from numprune.corpus import rows_digest, sample_rows
 from numprune.documents import Reading
 from numprune.export.checkpoint import load, load_tokenizer
+from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.baseline import score, scored, side
 from numprune.flows.steps.evaluate import finite
+from numprune.flows.steps.results import BaselineScores, HeldoutRows
 from numprune.flows.steps.text import calibration_rows, load_heldout, save_heldout, text_rows
 from numprune.flows.studies.compare.meter import Meter
 from numprune.flows.studies.compare.methods import options_of
+from numprune.flows.studies.compare.table import Row
 from numprune.flows.studies.rivals import RIVALS
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
@@ -35,32 +39,54 @@ BATCH_SIZE = 8
 _ROWS = "calibration.safetensors"
 
 
+@dataclass(frozen=True)
+class DrawnRows:
+    """`digest`: of the tokens."""
+
+    digest: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ComparedText:
+    """`calibration`: by the number of rows."""
+
+    heldout: HeldoutRows
+    calibration: dict[int, DrawnRows]
+
+
+@dataclass(frozen=True)
+class SharedPass:
+    """What a pass over the dense model took, which methods share."""
+
+    seconds: float
+    peak_bytes: int
+
+
 def make_text(
     out: Path,
     *,
-    model: Path,
-    text: str | list[str],
-    heldout: str | list[str] | None,
+    model: Artifact,
+    text: Text,
+    heldout: Text | None,
     samples: list[int],
     sequence_length: int,
     seed: int,
-    reading: dict[str, Any],
-) -> dict[str, Any]:
-    """Stage: calibration rows of each size, and held-out rows; without `heldout`, the last fifth of the windows."""
-    tokenizer, how = load_tokenizer(model), Reading(**reading)
+    reading: Reading,
+) -> ComparedText:
+    """Draw calibration rows of each size, and held-out rows; without `heldout`, the last fifth of the windows."""
+    tokenizer, source = load_tokenizer(model.path), text.source
     if heldout is None:
-        windows = text_rows(text, "train", tokenizer, sequence_length, how)
+        windows = text_rows(source, "train", tokenizer, sequence_length, reading)
         cut = len(windows.rows) * 4 // 5
         judged = windows.part(slice(cut, None))
         draws = {n: sample_rows(windows.part(slice(cut)), n, sequence_length, seed) for n in samples}
     else:
-        judged = text_rows(heldout, "heldout", tokenizer, sequence_length, how)
-        draws = {n: calibration_rows(text, tokenizer, n, sequence_length, seed, how)[0] for n in samples}
+        judged = text_rows(heldout.source, "heldout", tokenizer, sequence_length, reading)
+        draws = {n: calibration_rows(source, tokenizer, n, sequence_length, seed, reading)[0] for n in samples}
     save_file({str(n): rows.contiguous() for n, rows in draws.items()}, out / _ROWS)
-    return {
-        "heldout": save_heldout(out, judged),
-        "calibration": {str(n): {"digest": rows_digest(rows), "tokens": rows.numel()} for n, rows in draws.items()},
-    }
+    drawn = {n: DrawnRows(rows_digest(rows), rows.numel()) for n, rows in draws.items()}
+    return ComparedText(save_heldout(out, judged), drawn)
 
 
 def load_rows(text: Path, samples: int) -> Tensor:
@@ -69,34 +95,35 @@ def load_rows(text: Path, samples: int) -> Tensor:
         return file.get_tensor(str(samples))
 
 
-def make_reference(out: Path, *, model: Path, text: Path, heldout: str, device: str) -> dict[str, Any]:
-    """Stage: the dense model on the held-out rows."""
-    loaded, tokenizer = load(model)
-    return score(out, loaded.to(device), tokenizer, load_heldout(text, heldout))
+def make_reference(out: Path, *, model: Artifact, heldout: Artifact, device: str) -> BaselineScores:
+    """Score the dense model on the held-out rows."""
+    loaded, tokenizer = load(model.path)
+    return score(out, loaded.to(device), tokenizer, load_heldout(heldout.path, heldout.digest))
 
 
-def make_moments(out: Path, *, model: Path, text: Path, samples: int, device: str) -> dict[str, Any]:
-    """Stage: the calibration pass that methods share: the moments of every block of the dense model, a file each."""
+def make_moments(out: Path, *, model: Artifact, rows: Artifact, samples: int, device: str) -> SharedPass:
+    """Calibrate, which methods share: the moments of every block of the dense model, a file each."""
     meter = Meter(torch.device(device))
-    loaded = load(model)[0].to(device)
+    loaded = load(model.path)[0].to(device)
     meter.start()
-    for name, moments in dense_moments(ModelLayers(loaded), load_rows(text, samples), BATCH_SIZE):
+    for name, moments in dense_moments(ModelLayers(loaded), load_rows(rows.path, samples), BATCH_SIZE):
         save_file(moments.tensors(), out / f"{name}.safetensors")
-    seconds, peak_bytes = meter.stop()
-    return {"seconds": seconds, "peak_bytes": peak_bytes}
+    return SharedPass(*meter.stop())
 
 
-def make_gradients(out: Path, *, model: Path, text: Path, samples: int, device: str, taylor: bool) -> dict[str, Any]:
-    """Stage: the backward pass that methods share: every block's sensitivity, a file each."""
+def make_gradients(
+    out: Path, *, model: Artifact, rows: Artifact, samples: int, device: str, taylor: bool
+) -> SharedPass:
+    """Run the backward pass that methods share: every block's sensitivity, a file each."""
     meter = Meter(torch.device(device))
-    loaded = load(model)[0].to(device)
+    loaded = load(model.path)[0].to(device)
     meter.start()
-    found = sensitivity.measure(ModelLayers(loaded), load_rows(text, samples), BATCH_SIZE, taylor=taylor)
+    found = sensitivity.measure(ModelLayers(loaded), load_rows(rows.path, samples), BATCH_SIZE, taylor=taylor)
     seconds, peak_bytes = meter.stop()
     for name, output in found.output.items():
         scores = {"taylor": found.taylor[name]} if name in found.taylor else {}
         save_file({"output": output, **scores}, out / f"{name}.safetensors")
-    return {"seconds": seconds, "peak_bytes": peak_bytes}
+    return SharedPass(seconds, peak_bytes)
 
 
 class Stored(Mapping[str, T]):
@@ -121,54 +148,54 @@ class Stored(Mapping[str, T]):
         return len(self._files)
 
 
-def _known(moments: Path | None, gradients: Path | None, device: torch.device) -> Known:
+def _known(moments: Artifact | None, gradients: Artifact | None, device: torch.device) -> Known:
     """What was collected of the dense model. Raises KeyError where something is read that was not."""
     found: Mapping[str, Moments] = {}
     if moments:
-        found = Stored(moments, lambda tensors: Moments.restored(tensors, device))
+        found = Stored(moments.path, lambda tensors: Moments.restored(tensors, device))
     if not gradients:
         return Known(found)
-    output = Stored(gradients, lambda tensors: tensors["output"].to(device))
-    taylor = Stored(gradients, lambda tensors: tensors["taylor"].to(device))
+    output = Stored(gradients.path, lambda tensors: tensors["output"].to(device))
+    taylor = Stored(gradients.path, lambda tensors: tensors["taylor"].to(device))
     return Known(found, Sensitivity(output, taylor))
 
 
 def make_method(
     out: Path,
     *,
-    model: Path,
-    text: Path,
-    heldout: str,
-    reference: Path,
-    moments: Path | None,
-    gradients: Path | None,
-    shared: list[dict[str, Any]],
+    model: Artifact,
+    rows: Artifact,
+    heldout: Artifact,
+    reference: Artifact,
+    moments: Artifact | None,
+    gradients: Artifact | None,
     method: str,
     ratio: float,
     samples: int,
     align: int,
     seed: int,
     device: str,
-) -> dict[str, Any]:
-    """Stage: one method's figures; nothing is kept of the model that it makes.
+) -> Row:
+    """Return one method's figures; nothing is kept of the model that it makes.
 
     Seconds and memory are those of the method as if it were alone: those of the passes that it shares with others,
-    `shared`, count with it.
+    `moments` and `gradients`, count with it.
     """
+    shared = [read_facts(stage.path, SharedPass) for stage in (moments, gradients) if stage]
     meter = Meter(torch.device(device))
-    loaded = load(model)[0].to(device)
+    loaded = load(model.path)[0].to(device)
     dense = CAUSAL.predictions(loaded)
     dense_head, vocabulary = dense.head, dense.size
     del dense  # it holds the model
-    rows = load_rows(text, samples)
+    tokens = load_rows(rows.path, samples)
     known = _known(moments, gradients, torch.device(device))
     meter.start()
-    small, sizes = _reduce(loaded, rows, method, ratio, Target(align), seed, known)
+    small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), seed, known)
     seconds, peak_bytes = meter.stop()
-    judged = load_heldout(text, heldout)
-    found = compare_with(small, scored(reference, judged, dense_head, vocabulary, torch.device(device)), judged)
+    judged = load_heldout(heldout.path, heldout.digest)
+    found = compare_with(small, scored(reference.path, judged, dense_head, vocabulary, torch.device(device)), judged)
     increase = found.loss_delta
-    return finite(
+    figures = finite(
         {
             "nll_increase": increase.value,
             "ci95_lower": increase.ci95_lower,
@@ -177,10 +204,11 @@ def make_method(
             **side(found.candidate),
             **found.metrics,
             **sizes,
-            "seconds": seconds + sum(part["seconds"] for part in shared),
-            "peak_bytes": max(peak_bytes, *(part["peak_bytes"] for part in shared), 0),
+            "seconds": seconds + sum(part.seconds for part in shared),
+            "peak_bytes": max(peak_bytes, *(part.peak_bytes for part in shared), 0),
         }
     )
+    return Row(ratio=ratio, samples=samples, method=method, **figures)
 
 
 def _reduce(

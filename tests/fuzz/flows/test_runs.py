@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from numprune.flows import clean, recipe, runs
 from numprune.flows.stages import run_stage
+from tests.flows.conftest import work
 from tests.fuzz.strangers import NAMES, documents, fuzz, named
 
 RUN = "20261121T120000Z-01234567"
@@ -46,7 +47,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "runs" / RUN).mkdir(parents=True)
     asked = recipe.load(recipe.EMBEDDED_RECIPE)
     with runs.recording(made, asked, recipe.EMBEDDED_RECIPE) as recording:
-        run_stage(made, "work", {}, {}, lambda _: {}, used_by=recording.folder)
+        run_stage(made, work(), recording.folder)
     return made
 
 

@@ -1,0 +1,280 @@
+"""The chain of a recipe: rows, pruning, exports, parity, quality, benchmarks and the verdict, each a stage."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from numprune.flows.bundle import CHECKPOINT, folder_name
+from numprune.flows.names import RUNTIME_OF_EXPORT, export_of, runtime_of
+from numprune.flows.run import Run
+from numprune.flows.stages import Artifact, Stage, StageResult, find
+from numprune.flows.steps import bodies
+from numprune.flows.steps.results import (
+    Answers,
+    BaselineScores,
+    CalibrationRows,
+    Exported,
+    HeldoutRows,
+    Judgement,
+    Parity,
+    PrunedCheckpoint,
+    Timings,
+)
+from numprune.serving.report import Quality
+
+R = TypeVar("R")
+
+
+class Make(Protocol):
+    """Gives a stage: makes it, or only looks whether it is there."""
+
+    def __call__(self, stage: Stage[R], /) -> StageResult[R]: ...
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Every stage of a run up to the verdict.
+
+    Attributes:
+        report: the stage with report.json and the verdict.
+        looks: the benchmarks by runtime.
+        parts: what a release is made of, by the names of its folders.
+        answers: the stage with the reference answers of a server of the release, or None where no server runs it.
+    """
+
+    report: StageResult[Judgement]
+    looks: Mapping[str, Sequence[StageResult[Timings]]]
+    parts: Mapping[str, Path]
+    answers: StageResult[Answers] | None
+
+
+def judge(run: Run, make: Make) -> Judged:
+    """Take every stage of a run up to the verdict, each by `make`."""
+    calibration = make(sample_calibration(run))
+    heldout = make(read_heldout(run))
+    scores = make(score_baseline(run, heldout))
+    pruned = make(prune(run, calibration))
+
+    candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
+    exports: dict[str, Artifact] = {}
+    baselines: dict[str, Artifact] = {}
+    parity: dict[str, Parity] = {}
+    for name in sorted(run.recipe.export.targets, key="vllm".__ne__):
+        exports[name] = _artifact(make(export(run, name, candidate, "candidate")), name)
+        proof = make(prove(name, candidate, exports[name], "candidate"))
+        timed_in = runtime_of(name, run.recipe.export.targets)
+        parity[timed_in or name] = proof.facts
+        if name == "vllm":
+            candidate = exports[name]  # what is released is what is exported further, evaluated and timed
+        elif timed_in in run.recipe.benchmark.runtimes:
+            baselines[name] = _artifact(make(export(run, name, run.base, "baseline")), name)
+            make(prove(name, run.base, baselines[name], "baseline"))
+
+    # No server runs a masked language model.
+    answers = make(compute_answers(run, candidate)) if run.task != "masked-lm" else None
+    quality = make(evaluate(run, candidate, heldout, scores))
+    timed: dict[str, Callable[[int], Stage[Timings]]] = {
+        runtime: partial(benchmark, run, runtime, exports.get(name, candidate), baselines.get(name, run.base))
+        for runtime in run.recipe.benchmark.runtimes
+        for name in [export_of(runtime, exports) or ""]
+    }
+    looks: dict[str, list[StageResult[Timings]]] = {
+        runtime: [make(look) for look in _taken(run, of_look)] for runtime, of_look in timed.items()
+    }
+    identity = {
+        "base": run.base.digest,
+        "candidate": candidate.digest,
+        "recipe": run.recipe.digest,
+        "calibration_rows": calibration.facts.digest,
+        "heldout_rows": heldout.facts.digest,
+        "plan": pruned.facts.plan,
+        "exports": {name: made.digest for name, made in exports.items()},
+    }
+    report = partial(report_on, run, identity, candidate, pruned, parity, quality)
+    judged = make(report(looks))
+    if judged.reused and judged.facts.next_look:  # an earlier run ended inconclusive on the same figures
+        for runtime in judged.facts.next_look:
+            looks[runtime].append(make(timed[runtime](len(looks[runtime]) + 1)))
+        judged = make(report(looks))
+    others = {name: made.path for name, made in exports.items() if name != "vllm"}
+    return Judged(judged, looks, {CHECKPOINT: candidate.path} | others, answers)
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def sample_calibration(run: Run) -> Stage[CalibrationRows]:
+    data = run.recipe.data
+    return Stage.of(
+        "calibration",
+        "numprune",
+        bodies.make_calibration,
+        model=run.base,
+        text=run.calibration,
+        samples=data.samples,
+        sequence_length=data.sequence_length,
+        seed=data.seed,
+        reading=data.reading(),
+    )
+
+
+def read_heldout(run: Run) -> Stage[HeldoutRows]:
+    data = run.recipe.data
+    return Stage.of(
+        "heldout",
+        "numprune",
+        bodies.make_heldout,
+        model=run.base,
+        text=run.heldout,
+        sequence_length=data.sequence_length,
+        reading=data.reading(),
+    )
+
+
+def score_baseline(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[BaselineScores]:
+    return Stage.of(
+        "baseline",
+        "export",
+        bodies.make_baseline,
+        model=run.base,
+        rows=heldout.artifact,
+        rows_digest=heldout.facts.digest,
+        prompts=run.recipe.evaluate.prompts,
+        device=run.device,
+    ).on_gpu()
+
+
+def prune(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[PrunedCheckpoint]:
+    return Stage.of(
+        "prune",
+        "export",
+        bodies.make_pruned,
+        base=run.base,
+        rows=calibration.artifact,
+        asked=run.recipe.prune,
+        target=run.recipe.target.sizes(),
+        device=run.device,
+    ).on_gpu()
+
+
+def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[Exported]:
+    name, asked, load = f"export-{export_format}", run.recipe.export, run.recipe.benchmark
+    if export_format == "vllm":
+        cast_to = None if asked.dtype == "auto" else asked.dtype
+        stage = Stage.of(name, "export", bodies.make_vllm, source=source, shard_size=asked.shard_size, dtype=cast_to)
+    elif export_format == "onnx":
+        dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
+        stage = Stage.of(name, "export", bodies.make_onnx, source=source, opset=asked.opset, dtype=dtype)
+    elif export_format == "onnxruntime":
+        dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
+        stage = Stage.of(name, "export", bodies.make_onnxruntime, source=source, dtype=dtype)
+    else:
+        stage = Stage.of(
+            name,
+            "export",
+            bodies.make_tensorrt,
+            source=source,
+            # An engine is built for sizes up to these, and for one kind of GPU.
+            max_batch=max(8, load.batch_size),
+            max_length=max(1024, load.prompt_length + load.output_length),
+            dtype=run.precision[RUNTIME_OF_EXPORT[export_format]],
+            machine=run.machine,
+        )
+    return stage.labelled(f"export {export_format} {side}")
+
+
+def prove(export_format: str, reference: Artifact, exported: Artifact, side: str) -> Stage[Parity]:
+    stage = Stage.of(
+        f"parity-{export_format}",
+        "export",
+        bodies.make_parity,
+        reference=reference,
+        candidate=exported,
+        runtime=RUNTIME_OF_EXPORT[export_format],
+    )
+    return stage.labelled(f"parity {export_format} {side}").on_gpu()
+
+
+def compute_answers(run: Run, candidate: Artifact) -> Stage[Answers]:
+    body = bodies.make_reference_answers
+    return Stage.of("reference-answers", "serving", body, checkpoint=candidate, device=run.device).on_gpu()
+
+
+def evaluate(
+    run: Run, candidate: Artifact, heldout: StageResult[HeldoutRows], scores: StageResult[BaselineScores]
+) -> Stage[Quality]:
+    return Stage.of(
+        "quality",
+        "export",
+        bodies.make_quality,
+        candidate=candidate,
+        baseline=run.base,
+        scores=scores.artifact,
+        rows=heldout.artifact,
+        rows_digest=heldout.facts.digest,
+        prompts=run.recipe.evaluate.prompts,
+        device=run.device,
+    ).on_gpu()
+
+
+def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, look: int) -> Stage[Timings]:
+    asked = run.recipe.benchmark
+    stage = Stage.of(
+        f"benchmark-{runtime}",
+        "serving",
+        bodies.make_benchmark,
+        candidate=candidate,
+        baseline=baseline,
+        runtime=runtime,
+        device=asked.device,
+        dtype=run.precision[runtime],
+        torch_mode=asked.torch_mode if runtime == "torch" else "eager",
+        load=asked.load(runtime, run.task),
+        machine=run.machine,
+        look=look,
+    )
+    return stage.labelled(f"benchmark {runtime}" + (f" look {look}" if look > 1 else "")).on_gpu()
+
+
+def report_on(
+    run: Run,
+    identity: Mapping[str, Any],
+    candidate: Artifact,
+    pruned: StageResult[PrunedCheckpoint],
+    parity: Mapping[str, Parity],
+    quality: StageResult[Quality],
+    looks: Mapping[str, Sequence[StageResult[Timings]]],
+) -> Stage[Judgement]:
+    return Stage.of(
+        "report",
+        "serving",
+        bodies.make_report,
+        base=run.base,
+        candidate=candidate,
+        pruned=pruned.artifact,
+        quality=quality.artifact,
+        benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
+        name=run.recipe.registry.name,
+        identity=identity,
+        price_per_hour=run.recipe.benchmark.price_per_hour or None,
+        asked=run.recipe.prune,
+        parity=parity,
+        policy=run.recipe.gates,
+    )
+
+
+def _artifact(made: StageResult[Exported], export_format: str) -> Artifact:
+    return Artifact(made.path / folder_name(export_format), made.facts.digest)
+
+
+def _taken(run: Run, of_look: Callable[[int], Stage[Timings]]) -> Iterator[Stage[Timings]]:
+    """The first look, and every further one that is in the workspace."""
+    yield of_look(1)
+    for number in count(2):
+        look = of_look(number)
+        if find(run.workspace, look) is None:
+            return
+        yield look

@@ -1,0 +1,228 @@
+"""What the stages of a run do, each a function of artifacts and plain values to a folder and a result.
+
+A run's own process names these functions and never runs them: that is for a child, and only there are the tensor
+libraries imported.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numprune.documents import Reading
+from numprune.flows.names import TorchMode
+from numprune.flows.recipe import Prune
+from numprune.flows.stages import Artifact, Text, read_facts
+from numprune.flows.steps.results import (
+    Answers,
+    BaselineScores,
+    CalibrationRows,
+    Exported,
+    HeldoutRows,
+    Judgement,
+    Parity,
+    PrunedCheckpoint,
+    Timings,
+)
+from numprune.serving.gates import Gate
+from numprune.serving.report import Quality
+from numprune.target import Target
+
+
+def make_calibration(
+    out: Path, *, model: Artifact, text: Text, samples: int, sequence_length: int, seed: int, reading: Reading
+) -> CalibrationRows:
+    """Draw the rows that pruning is calibrated on."""
+    from numprune.export.checkpoint import load_tokenizer
+    from numprune.export.tasks import load_task
+    from numprune.flows.steps.text import calibration_rows, save_calibration
+
+    rows, draw = calibration_rows(
+        text.source,
+        load_tokenizer(model.path),
+        samples,
+        sequence_length,
+        seed,
+        reading,
+        option="data.samples",
+        task=load_task(model.path),
+    )
+    return save_calibration(out, rows, draw)
+
+
+def make_heldout(out: Path, *, model: Artifact, text: Text, sequence_length: int, reading: Reading) -> HeldoutRows:
+    """Make the rows that quality is measured on."""
+    from numprune.export.checkpoint import load_tokenizer
+    from numprune.export.tasks import load_task
+    from numprune.flows.steps.text import save_heldout, text_rows, warn_of_windows
+
+    task = load_task(model.path)
+    rows = text_rows(text.source, "heldout", load_tokenizer(model.path), sequence_length, reading, task=task)
+    warn_of_windows(rows, "data.split")
+    return save_heldout(out, rows, task)
+
+
+def make_baseline(
+    out: Path, *, model: Artifact, rows: Artifact, rows_digest: str, prompts: str | list[str], device: str
+) -> BaselineScores:
+    """Score the base on the held-out rows and the prompts: the same for every ratio and method."""
+    from numprune.export.checkpoint import load
+    from numprune.export.tasks import load_task
+    from numprune.flows.steps.baseline import prompts_of, score
+    from numprune.flows.steps.text import load_heldout
+
+    loaded, tokenizer = load(model.path)
+    held_out = load_heldout(rows.path, rows_digest)
+    return score(out, loaded.to(device), tokenizer, held_out, prompts_of(prompts), load_task(model.path))
+
+
+def make_pruned(
+    out: Path, *, base: Artifact, rows: Artifact, asked: Prune, target: Target, device: str
+) -> PrunedCheckpoint:
+    """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one walk."""
+    import torch
+
+    from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.steps.prune import options_of, prune_checkpoint
+    from numprune.flows.steps.text import load_calibration
+
+    tokens, draw = load_calibration(rows.path)
+    options, where = options_of(asked, target), torch.device(device)
+    return prune_checkpoint(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
+
+
+def make_vllm(out: Path, *, source: Artifact, shard_size: str, dtype: str | None) -> Exported:
+    """Export for vLLM, into the folder that a release has for it; so do the others. No `dtype`: as it is stored."""
+    return _exported(out, source, "vllm", shard_size=shard_size, dtype=dtype)
+
+
+def make_onnx(out: Path, *, source: Artifact, opset: int, dtype: str) -> Exported:
+    return _exported(out, source, "onnx", opset=opset, dtype=dtype)
+
+
+def make_onnxruntime(out: Path, *, source: Artifact, dtype: str) -> Exported:
+    return _exported(out, source, "onnxruntime", dtype=dtype)
+
+
+def make_tensorrt(
+    out: Path, *, source: Artifact, max_batch: int, max_length: int, dtype: str, machine: dict[str, str]
+) -> Exported:
+    """Build an engine; `machine` is where: an engine is for one kind of GPU."""
+    return _exported(out, source, "tensorrt", max_batch=max_batch, max_length=max_length, dtype=dtype)
+
+
+def _exported(out: Path, source: Artifact, export_format: str, **options: Any) -> Exported:
+    from numprune.flows.bundle import folder_name
+    from numprune.flows.steps.export import export
+
+    made = export(source.path, out / folder_name(export_format), export_format, **options)
+    return Exported(made.digest, sum(entry.size for entry in made.files.values()))
+
+
+def make_parity(out: Path, *, reference: Artifact, candidate: Artifact, runtime: str) -> Parity:
+    """Prove that `candidate` in `runtime` computes what `reference` does. Raises ParityError."""
+    from numprune.flows.steps.export import prove
+
+    return prove(reference.path, candidate.path, runtime)
+
+
+def make_reference_answers(out: Path, *, checkpoint: Artifact, device: str) -> Answers:
+    """Write reference-answers.json: what a server of the checkpoint must answer."""
+    import torch
+
+    from numprune.flows.steps.reference_answers import answers_of
+    from numprune.serving.reference_answers import PooledAnswers
+
+    made = answers_of(checkpoint.path, torch.device(device))
+    made.write(out)
+    texts = made.inputs if isinstance(made, PooledAnswers) else made.prompts
+    return Answers(len(texts), made.length)
+
+
+def make_quality(
+    out: Path,
+    *,
+    candidate: Artifact,
+    baseline: Artifact,
+    scores: Artifact,
+    rows: Artifact,
+    rows_digest: str,
+    prompts: str | list[str],
+    device: str,
+) -> Quality:
+    """Compare the candidate with the baseline; `scores` is the stage that scored it on the same rows and prompts."""
+    import torch
+
+    from numprune.flows.steps.baseline import prompts_of
+    from numprune.flows.steps.evaluate import compare_with_scores
+    from numprune.flows.steps.text import load_heldout
+
+    found = compare_with_scores(
+        candidate.path,
+        baseline.path,
+        scores.path,
+        read_facts(scores.path, BaselineScores).generations,
+        load_heldout(rows.path, rows_digest),
+        prompts_of(prompts),
+        torch.device(device),
+    )
+    return Quality.model_validate(found)
+
+
+def make_benchmark(
+    out: Path,
+    *,
+    candidate: Artifact,
+    baseline: Artifact,
+    runtime: str,
+    device: str,
+    dtype: str,
+    torch_mode: TorchMode,
+    load: dict[str, Any],
+    machine: dict[str, str],
+    look: int,
+) -> Timings:
+    """Time both, which compute in `dtype`, against each other.
+
+    `machine` is where: timings of another one are another stage. So is another `look`: the same, measured once more.
+    """
+    from numprune.flows.steps.benchmark import time_both
+
+    return time_both(candidate.path, baseline.path, runtime, device, dtype, torch_mode, load)
+
+
+def make_report(
+    out: Path,
+    *,
+    base: Artifact,
+    candidate: Artifact,
+    pruned: Artifact,
+    quality: Artifact,
+    benchmarks: Mapping[str, Sequence[Artifact]],
+    name: str,
+    identity: Mapping[str, Any],
+    price_per_hour: float | None,
+    asked: Prune,
+    parity: Mapping[str, Parity],
+    policy: Sequence[Gate],
+) -> Judgement:
+    """Write report.json, report.md, report.html and junit.xml, with the verdict.
+
+    Args:
+        base, candidate: checkpoints: what was pruned, and what is released.
+        pruned, quality, benchmarks: stages; the last by runtime, every look.
+        asked: how the candidate was to be pruned.
+        policy: the gates.
+    """
+    from numprune.flows.steps.report import assemble, judged, pooled, pruning_section, sizes
+
+    sections = {
+        "pruning": pruning_section(asked, read_facts(pruned.path, PrunedCheckpoint)),
+        "sizes": sizes(base.path, candidate.path),
+        "quality": read_facts(quality.path, Quality),
+        "parity": parity,
+    }
+    timings = {
+        runtime: pooled(runtime, [read_facts(look.path, Timings) for look in looks])
+        for runtime, looks in benchmarks.items()
+    }
+    return judged(assemble(name, {"name": name, **identity}, sections, timings, price_per_hour), policy, out)

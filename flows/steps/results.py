@@ -1,0 +1,99 @@
+"""What the stages of a run find out, as their folders keep it; the report's own words where it says the same."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from numprune.budget import Budget
+from numprune.plans import DroppedLayer
+from numprune.serving.report import Outcome
+
+Parity = dict[str, Any]  # `parity.<runtime>` of the report
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """`digest`: of the tokens; `packed`: rows have pieces of several documents."""
+
+    digest: str
+    rows: int
+    tokens: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class HeldoutRows:
+    """`digest`: of the rows; `tokens`: those that are scored."""
+
+    digest: str
+    rows: int
+    tokens: int
+    documents: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class BaselineScores:
+    """The baseline's own figures, where its task has them, and what it generates from each prompt."""
+
+    generations: list[dict[str, Any]]
+    nll_nats_per_token: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class PrunedCheckpoint:
+    """A model before and after pruning.
+
+    Attributes:
+        digest: of the checkpoint's manifest; `plan`: of the plan's file.
+        kept_units: [kept, of] by block name.
+    """
+
+    digest: str
+    before: Budget
+    after: Budget
+    prunable_ratio_removed: float
+    weight_bytes_before: int
+    weight_bytes_after: int
+    plan: str
+    dropped_layers: list[DroppedLayer]
+    kept_units: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`digest`: of the export's manifest."""
+
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`longest`: tokens of the longest sequence that a server is asked for."""
+
+    prompts: int
+    longest: int
+
+
+class Timings(TypedDict):
+    """What a benchmark measured: sections of the report for its runtime, and the samples behind them."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    speed: dict[str, Any]
+    memory: dict[str, Any]
+    environment: dict[str, Any]
+    samples: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict; `next_look`: runtimes of which another look may settle what is open."""
+
+    outcome: Outcome
+    run_id: str
+    next_look: list[str]

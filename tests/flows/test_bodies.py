@@ -1,0 +1,62 @@
+"""The bodies of stages are typed functions, called as such: no name in a string, no dictionary of arguments."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from numprune.flows import stages
+from numprune.flows.stages import Stage
+from numprune.flows.steps import bodies
+
+FLOWS = Path(stages.__file__).parent
+BODIES = {
+    name: function
+    for name, function in inspect.getmembers(bodies, inspect.isfunction)
+    if function.__module__ == bodies.__name__ and not name.startswith("_")
+}
+PRELOADED = FLOWS / "children.py"  # modules that a process imports by itself have no other address than their names
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_checker_sees_every_argument_of_a_body(name: str) -> None:
+    out, *arguments = inspect.signature(BODIES[name]).parameters.values()
+    assert out.name == "out"
+    assert all(argument.kind is argument.KEYWORD_ONLY for argument in arguments)
+    hints = get_type_hints(BODIES[name])
+    assert set(hints) == {"out", "return", *(argument.name for argument in arguments)}
+    assert hints["return"] not in (Any, None, dict)
+
+
+def test_arguments_are_bound_before_anything_is_made() -> None:
+    body: Callable[..., Any] = bodies.make_onnx
+    with pytest.raises(TypeError, match="missing a required argument: 'opset'"):
+        Stage.of("export-onnx", "export", body, source=stages.Artifact(Path(), ""))
+
+
+def named(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Constant(value=str(text)) if re.fullmatch(
+                r"(numprune\.flows\.)?(steps|studies|chain)(\.\w+)+", text
+            ):
+                yield f"line {node.lineno}: {text!r}"
+
+
+def test_no_function_of_a_stage_is_named_by_a_string() -> None:
+    found = {path: [*named(path.read_text(encoding="utf-8"))] for path in FLOWS.rglob("*.py") if path != PRELOADED}
+    assert len(found) > 50
+    assert {path.name: names for path, names in found.items() if names} == {}
+    assert [*named('run("steps.prune.make_pruned")')] == ["line 1: 'steps.prune.make_pruned'"]
+
+
+def test_the_process_of_a_run_names_them_without_the_tensor_libraries() -> None:
+    program = "import sys, numprune.flows.optimize; print({'torch', 'transformers', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
