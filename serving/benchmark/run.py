@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from numprune.errors import InputError
-from numprune.export.precision import FLOAT32
 from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.contention import Contention, StolenTime, waited_share
@@ -37,7 +36,7 @@ def run_benchmark(
     *,
     device: str = "auto",
     threads: int | None = None,
-    dtype: str = FLOAT32,
+    dtype: str = "float32",
     torch_mode: TorchMode = "auto",
     timeout_s: float = 600.0,
 ) -> dict[str, Any]:

@@ -43,9 +43,7 @@ def test_arguments_are_bound_before_anything_is_made() -> None:
 def named(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         match node:
-            case ast.Constant(value=str(text)) if re.fullmatch(
-                r"(numprune\.flows\.)?(steps|studies|chain)(\.\w+)+", text
-            ):
+            case ast.Constant(value=str(text)) if re.fullmatch(r"(steps|studies|chain)(\.\w+)+", text):
                 yield f"line {node.lineno}: {text!r}"
 
 
