@@ -169,13 +169,15 @@ def _layer_blocks(family: Family, config: PreTrainedConfig, layer: int) -> Itera
     yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
     if family.experts is None or not family.experts.are_in(layer, config):
         assert family.mlp is not None
-        yield block("mlp", family.mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
+        # A block is beside another one only where that is there: the walk notes what the first of them reads.
+        beside = family.flag(family.parallel, config) and "attention" not in skipped
+        yield block("mlp", family.mlp, family.width, Size(width), beside)
         return
     # The experts come last, so that their refit makes up for what the shared one lost.
     if family.shared is not None:
         _require_sizes(sizes, family.shared_width, where=f"layer {layer}: ")
         yield block("mlp", family.shared, family.shared_width, Size(getattr(sizes, family.shared_width)))
-    yield _experts_block(family, family.experts, sizes, layer)
+    yield _experts_block(family, family.experts, sizes, layer, family.shared is not None and "mlp" not in skipped)
 
 
 def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:
@@ -252,7 +254,7 @@ def _block(
     )
 
 
-def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> Block:
+def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int, beside: bool) -> Block:
     """Return the block of one layer's configuration.
 
     Raises:
@@ -291,7 +293,7 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> 
         norm_behind=False,
         post_norms=(),
         field=experts.count,
-        beside=family.shared is not None,
+        beside=beside,
         routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),
         sizes=experts.sizes,
     )

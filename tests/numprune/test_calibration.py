@@ -6,6 +6,7 @@ from numprune.calibration import Walker, check_rows, consumer_of
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
 from numprune.moments import Moments
+from tests.conftest import build_tiny
 
 
 def rows(n=5, length=12):
@@ -79,3 +80,18 @@ def test_moments_come_back_from_their_tensors():
     restored = Moments.restored(moments.tensors(), torch.device("cpu"))
     for name in ("gram", "mean", "cross", "target_mean"):
         assert torch.equal(getattr(restored, name), getattr(moments, name))
+
+
+@pytest.mark.parametrize(("family", "gone"), [("gpt_neox", "attention"), ("qwen2_moe", "mlp")])
+def test_a_block_beside_one_that_is_gone_reads_what_enters_its_layer(family, gone):
+    model, tokens = build_tiny(f"numprune_{family}", per_layer_config={1: {"skip": [gone]}}), rows()
+    layers = ModelLayers(model)
+    assert layers.anatomy.has_parallel_blocks
+    walker = Walker(layers, tokens.shape[1])
+    stream = walker.embed(tokens)
+    for block in layers.anatomy.blocks:
+        if block.units:
+            with layers.layer(block.layer) as layer:
+                walker.advance(layer, block, stream)
+    with torch.no_grad(), layers.head() as head:
+        torch.testing.assert_close(head(tokens, stream.hidden), model(tokens).logits, atol=1e-4, rtol=1e-4)
