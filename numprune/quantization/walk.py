@@ -10,6 +10,7 @@ from numprune.blocks import Anatomy, Block
 from numprune.calibration import Walker, check_rows
 from numprune.compensation import choose_damping, refit
 from numprune.errors import InputError
+from numprune.families import FAMILIES
 from numprune.inputs import split_rows
 from numprune.layers import Layers
 from numprune.moments import Moments
@@ -45,9 +46,10 @@ class Fit:
 
 def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> None:
     """Refuse a target that the model cannot have been pruned from. Raises InputError."""
+    stand_in = FAMILIES[target.family].stand_in  # as which what was pruned may be written
     for name in ("family", "hidden_size", "head_dim", "vocabulary"):
         ours, theirs = getattr(anatomy, name), getattr(target, name)
-        if ours != theirs:
+        if ours != theirs and not (name == "family" and stand_in and ours == stand_in.name):
             raise InputError(
                 f"the dense model has {name} {theirs}, the model to quantize {ours}: it was not pruned from that one"
             )

@@ -127,3 +127,12 @@ def test_a_target_of_another_shape_is_refused() -> None:
         check_target(anatomy, read_anatomy(build_tiny(hidden_size=32).config), ())
     with pytest.raises(InputError, match="3 layers, of which the plan drops 0"):
         check_target(anatomy, read_anatomy(build_tiny(num_hidden_layers=3).config), ())
+
+
+def test_a_pruned_llama_may_have_become_a_mistral() -> None:
+    """Stock Llama cannot hold heads that do not divide the hidden size."""
+    dense = read_anatomy(build_tiny(num_attention_heads=4, num_key_value_heads=4, head_dim=16).config)
+    pruned = read_anatomy(build_tiny("mistral", num_attention_heads=3, num_key_value_heads=3, head_dim=16).config)
+    check_target(pruned, dense, ())
+    with pytest.raises(InputError, match="family mistral, the model to quantize llama"):
+        check_target(dense, pruned, ())
