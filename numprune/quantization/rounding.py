@@ -13,6 +13,7 @@ from numprune.quantization.schemes import Scheme
 
 _FP8 = torch.float8_e4m3fn
 _FP8_LARGEST = torch.finfo(_FP8).max  # 448
+_FLOAT16_SMALLEST = 2.0**-24  # subnormal: scales of ordinary weights are below the least normal number, 2^-14
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def scales_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32
     """
     size = scheme.group_size or weight.shape[1]
     largest = weight.unflatten(1, (-1, size)).abs().amax(-1).float()
-    scales = (largest / _half_span(scheme)).to(dtype).float().clamp_min(torch.finfo(dtype).tiny)
+    smallest = _FLOAT16_SMALLEST if dtype == torch.float16 else torch.finfo(torch.float32).tiny
+    scales = (largest / _half_span(scheme)).to(dtype).float().clamp_min(smallest)
     return torch.where(largest > 0, scales, 1.0)
 
 

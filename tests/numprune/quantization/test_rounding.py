@@ -64,3 +64,17 @@ def test_tokens_are_rounded_with_scales_of_their_own(name: str) -> None:
 def test_schemes_that_do_not_exist_are_refused(name: str, group_size: int | None, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Scheme(name, group_size)
+
+
+def test_scales_of_ordinary_weights_are_subnormal_in_half_precision() -> None:
+    weight = torch.randn(4, 64, generator=GENERATOR) * 1e-4  # 4-bit scales of about 4e-5; float16 is normal from 6e-5
+    found = round_to_nearest(weight, scheme("w4a16"), torch.float16)
+    error = (found.dequantized() - weight).abs()
+    # A scale itself is off by half of 2^-24, up to 8 times.
+    assert (error <= per_channel(found.scales, 64) / 2 + 8 * 2**-25).all()
+
+
+def test_float64_has_no_scales_that_float32_does_not_have() -> None:
+    found = round_to_nearest(torch.full((1, 64), 1e-45, dtype=torch.float64), scheme("w4a16"), torch.float64)
+    assert torch.isfinite(found.dequantized()).all()
+    assert found.scales.min() > 0
