@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -260,6 +260,7 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
                 f"{list(expected[name])}"
             )
     _require_quantized(folder, config, stored)
+    _require_linear(config, quantized(stored), stored)
     for name, source in tied.items():
         if name in stored and source in stored and not _equal(stored[name], stored[source]):
             raise IntegrityError(
@@ -281,6 +282,17 @@ def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHea
             raise IntegrityError(
                 f"{stored[name].file}: {name} is not quantized, but quantization_config in config.json says {scheme}; "
                 "they do not belong together"
+            )
+
+
+def _require_linear(config: Any, schemes: Mapping[str, Scheme], stored: Mapping[str, TensorHeader]) -> None:
+    """Raises IntegrityError where what is stored quantized is not the weight of a Linear layer."""
+    modules = dict(skeleton(config).named_modules()) if schemes else {}
+    for name in schemes:
+        if not isinstance(modules.get(name.removesuffix(".weight")), nn.Linear):
+            raise IntegrityError(
+                f"{stored[name].file}: {name} is quantized, but it is not the weight of a Linear layer; "
+                "quantize the unquantized checkpoint with numprune quantize"
             )
 
 

@@ -19,7 +19,7 @@ from numprune.export import checkpoint, weights
 from numprune.export.streaming import CheckpointLayers
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.layers import ModelLayers
-from numprune.quantization import SCHEMES, Scheme, compressed_tensors, quantized_tensors
+from numprune.quantization import SCHEMES, Scheme, compressed_tensors, quantized_tensors, round_to_nearest
 from tests.conftest import recast
 
 Checkpoint = Callable[..., Path]
@@ -198,3 +198,18 @@ def test_full_weights_beside_a_quantized_configuration_are_refused(tiny_checkpoi
         checkpoint.audit(folder)
     alter_config(folder, lambda config: config["ignore"].append("re:.*_proj$"))
     checkpoint.audit(folder)  # others may leave a layer as it was
+
+
+@pytest.mark.parametrize("name", ["fp8", "w8a8"])
+def test_what_is_no_linear_layer_cannot_be_quantized(tiny_checkpoint: Checkpoint, name: str) -> None:
+    """The inputs of an embedding are tokens; they would be rounded."""
+    folder = quantized(tiny_checkpoint(), name)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    found = round_to_nearest(tensors["model.embed_tokens.weight"], scheme(name))
+    tensors |= compressed_tensors.tensors_of("model.embed_tokens.weight", found, torch.float32)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        IntegrityError, match=r"embed_tokens\.weight is quantized, but it is not the weight of a Linear"
+    ):
+        checkpoint.load(folder)
