@@ -138,10 +138,6 @@ class Stream:
         if self._entry is not None and not block.beside:
             self._entry.copy_(self.hidden)
 
-    def passed(self) -> None:
-        """`hidden` has been written over with what leaves a whole layer: the next block reads that."""
-        self._layer = None
-
     def read(self, batch: slice) -> Tensor:
         """Return what a block reads, (n, S, H)."""
         return (self.hidden if self._entry is None else self._entry)[batch]

@@ -139,7 +139,6 @@ class PropagatedInputs:
         if self._pruned is not self._dense:
             with walker.layers.layer(index) as layer:
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
-            self._dense.passed()
 
     def _target(self, block: Block, batch: slice, own: BlockRun) -> Tensor:
         """What the pruned block should put out: `own` is what the dense one does, whose stream is not yet written."""
