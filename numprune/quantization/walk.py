@@ -53,11 +53,19 @@ def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> N
             raise InputError(
                 f"the dense model has {name} {theirs}, the model to quantize {ours}: it was not pruned from that one"
             )
-    if anatomy.layers != target.layers - len(dropped):
+    left = layers_left(target.layers, dropped)
+    if anatomy.layers != len(left):
         raise InputError(
-            f"the dense model has {target.layers} layers, of which the plan drops {len(dropped)}, and the model to "
-            f"quantize has {anatomy.layers}: it was not pruned from that one"
+            f"the dense model has {target.layers} layers, of which the plan drops {target.layers - len(left)}, and the "
+            f"model to quantize has {anatomy.layers}: it was not pruned from that one"
         )
+    for index, number in enumerate(left):
+        for ours, theirs in zip(anatomy.of_layer(index), target.of_layer(number), strict=True):
+            if ours.units and (ours.units > theirs.units or ours.members > theirs.members):
+                raise InputError(
+                    f"{theirs.name} of the dense model has {theirs.units} units of {theirs.members}, and {ours.name} "
+                    f"of the model to quantize {ours.units} of {ours.members}: it was not pruned from that one"
+                )
 
 
 @torch.no_grad()
@@ -120,7 +128,6 @@ class _Fitting:
         for dropped in range(self._next, number):
             with self._fit.target.layer(dropped) as dense:
                 self._target.through(dense, dropped, self._target_stream.hidden, self._target_stream.hidden)
-            self._target_stream.passed()
         self._next = number + 1
         with self._fit.target.layer(number) as dense:
             return self._blocks(layer, blocks, dense, self._fit.target.anatomy.of_layer(number))

@@ -127,6 +127,11 @@ def test_a_target_of_another_shape_is_refused() -> None:
         check_target(anatomy, read_anatomy(build_tiny(hidden_size=32).config), ())
     with pytest.raises(InputError, match="3 layers, of which the plan drops 0"):
         check_target(anatomy, read_anatomy(build_tiny(num_hidden_layers=3).config), ())
+    with pytest.raises(InputError, match=r"layers\.0\.mlp of the dense model has 64 units of 1, .* 96 of 1"):
+        check_target(anatomy, read_anatomy(build_tiny(intermediate_size=64).config), ())
+    narrow = read_anatomy(build_tiny(num_attention_heads=4, num_key_value_heads=1, head_dim=16).config)
+    with pytest.raises(InputError, match=r"layers\.0\.attention of the dense model has 1 units"):
+        check_target(anatomy, narrow, ())
 
 
 def test_a_pruned_llama_may_have_become_a_mistral() -> None:
