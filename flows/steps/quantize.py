@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from numprune.anatomy import read_anatomy
+from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, files, manifest
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
@@ -16,6 +17,7 @@ from numprune.quantization import Scheme, check_quantizable, quantized_tensors
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, config_of, dtypes_of, tensors_of
 from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.surgery import skeleton
+from numprune.target import not_split
 
 
 def quantize_checkpoint(
@@ -70,6 +72,11 @@ def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tenso
     """
     anatomy = read_anatomy(checkpoint.read_config(source))
     compressed_tensors.refuse_quantized(source, "quantization")
+    if faults := not_split(anatomy, tensor_parallel):
+        raise InputError(
+            f"--tensor-parallel {tensor_parallel} does not divide {'; '.join(faults)}; choose a smaller one, or prune "
+            f"again with --tensor-parallel {tensor_parallel}"
+        )
     check_quantizable(anatomy, scheme, tensor_parallel)
     if dense is not None:
         compressed_tensors.refuse_quantized(dense, "--dense")

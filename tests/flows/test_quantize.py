@@ -85,6 +85,10 @@ def test_a_pruned_model_is_quantized_towards_the_dense_one(
         (("--scheme", "w8a8", "--method", "rtn", "--text", "t"), "leave out --text"),
         (("--scheme", "w8a8", "--method", "rtn", "--group-size", "64"), "w8a8 has a scale for each row"),
         (("--scheme", "w4a16", "--method", "rtn"), "choose a group size of 32, or choose another scheme"),
+        (
+            ("--scheme", "w8a8", "--method", "rtn", "--tensor-parallel", 64),
+            "parallel 64 does not divide layer 0",
+        ),
         (("--scheme", "int4", "--method", "rtn"), "fp8"),
     ],
 )
