@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of what quantized weights are stored as, besides.
 QUANTIZED_DTYPES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
+_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
 SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
@@ -109,10 +110,16 @@ def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHe
         dtype = _main_name(stored)
         for scale in [name for name in stored if name.endswith(".weight_scale")]:
             matrix = _quantized_header(scale.removesuffix("_scale"), stored, scheme, dtype)
-            stored = {name: header for name, header in stored.items() if name not in matrix.parts}
+            for part in matrix.parts:
+                del stored[part]
             stored[matrix.name] = matrix
     for name, header in stored.items():
         if header.dtype not in DTYPES:
+            matrix_name, _, ending = name.rpartition(".")
+            if scheme is not None and ending in compressed_tensors.endings(scheme):
+                raise IntegrityError(
+                    f"{header.file}: {name} is stored as {header.dtype}, but {matrix_name}.weight_scale is missing"
+                )
             raise InputError(
                 f"{header.file}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "
                 f"where config.json has no {compressed_tensors.CONFIG_FIELD} for it (prune the unquantized model)"
@@ -139,8 +146,10 @@ def _quantized_header(name: str, stored: Mapping[str, TensorHeader], scheme: Sch
     for part, header in parts.items():
         fits = header.dtype in DTYPES if header is scales else header.torch_dtype == dtypes[part]
         if header.shape != wanted[part] or not fits:
+            dtype_wanted = "one of " + ", ".join(DTYPES) if header is scales else _NAMES[dtypes[part]]
             raise IntegrityError(
-                f"{header.file}: {part} is {header.dtype} {list(header.shape)}, where {scheme} has {list(wanted[part])}"
+                f"{header.file}: {part} is {header.dtype} {list(header.shape)}, where {scheme} has {dtype_wanted} "
+                f"{list(wanted[part])}"
             )
     return QuantizedHeader(name, shape, dtype, values.file, values.offset, scheme, parts)
 
@@ -226,7 +235,9 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
 
 def slabs(header: TensorHeader) -> Iterator[Tensor]:
     """The tensor in stretches of rows, each about `SLAB_BYTES` large. Raises IntegrityError."""
-    step = max(1, SLAB_BYTES * header.rows // max(header.bytes, 1))
+    # What is quantized is read as float32.
+    size = prod(header.shape) * 4 if isinstance(header, QuantizedHeader) else header.bytes
+    step = max(1, SLAB_BYTES * header.rows // max(size, 1))
     for start in range(0, max(header.rows, 1), step):
         yield read_rows(header, start, min(start + step, header.rows))
 

@@ -172,11 +172,14 @@ def test_other_quantizations_are_refused_by_the_field(
     [
         ({f"{Q}.weight_packed": None}, "weight_packed is missing"),
         ({f"{Q}.weight_scale": torch.ones(64, 3)}, r"weight_scale is F32 \[64, 3\]"),
-        ({f"{Q}.weight_scale": torch.ones(64, 2, dtype=torch.int8)}, "weight_scale is I8"),
+        ({f"{Q}.weight_scale": torch.ones(64, 2, dtype=torch.int8)}, "weight_scale is I8 .* has one of F64, F32"),
         ({f"{Q}.weight_shape": torch.tensor([64, -64])}, r"q_proj.weight has shape \[64, -64\]"),
-        ({f"{Q}.weight_shape": torch.tensor([64, 128])}, "weight_packed is I32"),
+        ({f"{Q}.weight_shape": torch.tensor([64, 128])}, r"weight_packed is I32 .* where w4a16.* has I32 \[64, 16\]"),
         ({f"{Q}.weight_scale": torch.full((64, 2), torch.nan)}, "NaN"),
-        ({f"{Q}.weight_scale": None, f"{Q}.weight_shape": None}, "weight_packed is stored as I32"),
+        (
+            {f"{Q}.weight_scale": None, f"{Q}.weight_shape": None},
+            "I32, but model.*q_proj.weight_scale is missing",
+        ),
     ],
 )
 def test_damaged_tensors_are_named(
