@@ -114,15 +114,34 @@ def test_walking_layer_by_layer_is_the_model_s_own_forward_pass(family, task, pa
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def without(model, block):
+    """The model without a block, where its family can do without."""
+    anatomy = read_anatomy(model.config)
+    if not block.separable:
+        pytest.skip("its norms follow the sum: no block can go")
+    kept = {one.name: some(one, one.size, seed=0) for one in anatomy.blocks}
+    kept[block.name] = some(block, Size(0, block.members), seed=0)
+    cut = {}
+    for index in range(anatomy.layers):
+        layer = model.get_submodule(anatomy.of_layer(index)[0].path)
+        cut |= {name: value.clone() for name, value in cut_layer(layer, anatomy.of_layer(index), kept, {}).items()}
+    after = anatomy.keeping({name: left.size for name, left in kept.items()})
+    return assemble(model, pruned_config(model.config, after), cut)
+
+
+@pytest.mark.parametrize("gone", ["nothing", "the last layer's first block"])
 @of_task
-def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task):
+def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task, gone):
     model = build_tiny(family, task=task)
+    if gone != "nothing":
+        model = without(model, read_anatomy(model.config).of_layer(1)[0])
     layers = ModelLayers(model, TASKS[task])
     walker = Walker(layers, ROWS.shape[1], batch_size=4)
     stream = walker.embed(ROWS)
     for block in layers.anatomy.blocks:
-        with layers.layer(block.layer) as layer:
-            walker.advance(layer, block, stream)
+        if block.units:
+            with layers.layer(block.layer) as layer:
+                walker.advance(layer, block, stream)
     with torch.no_grad(), layers.head() as head:
         torch.testing.assert_close(head(ROWS, stream.hidden), output(model, task), atol=1e-4, rtol=1e-4)
 

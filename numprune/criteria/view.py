@@ -39,7 +39,8 @@ class BlockView:
     def of_members(self) -> "BlockView":
         """Return a view whose units are the members of this one's."""
         taylor = None if self.taylor is None else self.taylor.view(-1, 1)
-        return replace(self, channels_per_unit=self.channels_per_unit // self.members, members=1, taylor=taylor)
+        own = self.channels_per_unit // self.members
+        return replace(self, channels_per_unit=own, members=1, taylor=taylor, removed=None)
 
     def unit_mean(self, channel_scores: Tensor) -> Tensor:
         """Return the mean of (D,) channel scores over each unit's channels: (units,)."""
