@@ -4,6 +4,7 @@ from transformers import AutoConfig
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.errors import InputError
+from numprune.layers import ModelLayers
 from tests.conftest import LLAMA_LIKE
 
 VARIANTS = [(family, {}) for family in LLAMA_LIKE] + [
@@ -78,11 +79,11 @@ def test_a_variant_that_its_family_does_not_describe_is_refused(family, fields, 
         read_anatomy(AutoConfig.for_model(family, **fields))
 
 
-def test_quantized_model_is_refused():
-    config = AutoConfig.for_model("llama")
-    config.quantization_config = {"quant_method": "fp8"}
+def test_quantized_model_is_refused_where_it_would_be_pruned(tiny_model):
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(InputError, match="quantized"):
-        read_anatomy(config)
+        ModelLayers(model)
 
 
 def test_heads_that_are_no_multiple_of_the_kv_heads_are_refused():
