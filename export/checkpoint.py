@@ -276,9 +276,10 @@ def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHea
     scheme = compressed_tensors.scheme_of(content)
     if scheme is None:
         return
+    ignores = compressed_tensors.ignored_by(content)
     for name in quantized_tensors(read_anatomy(config)):
         full = name in stored and not isinstance(stored[name], QuantizedHeader)
-        if full and not compressed_tensors.ignores(content, name.removesuffix(".weight")):
+        if full and not ignores(name.removesuffix(".weight")):
             raise IntegrityError(
                 f"{stored[name].file}: {name} is not quantized, but quantization_config in config.json says {scheme}; "
                 "they do not belong together"

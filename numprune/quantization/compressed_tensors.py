@@ -12,7 +12,7 @@ whoever wrote them; every other one is refused by name.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ _METHOD = "compressed-tensors"
 _FORMATS = {"fp8": "float-quantized", "w8a8": "int-quantized", "w4a16": "pack-quantized"}
 _PER_WORD = 8  # 4-bit values in an int32
 _OFFSET = 8  # added to each, to be positive
+_SIMPLE = re.compile(r"\^?(?:(?:[\w.-]|\\[.d])[*+]?)*\$?")
+_REPEATED = re.compile(r"[*+]")
+_MAXIMUM_REPEATED = 3
 _ENDINGS = {True: ("weight_packed", "weight_scale", "weight_shape"), False: ("weight", "weight_scale")}
 
 
@@ -115,12 +118,28 @@ def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:
     }
 
 
-def ignores(config: Mapping[str, Any], path: str) -> bool:
-    """Whether the config.json of a quantized model says of a Linear layer, by its path, that it is not quantized."""
-    entries = map(str, _mapping(config.get(CONFIG_FIELD), f"config.json: {CONFIG_FIELD}").get("ignore") or ())
-    return any(
-        re.match(entry.removeprefix("re:"), path) if entry.startswith("re:") else entry == path for entry in entries
-    )
+def ignored_by(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return what says of a Linear layer, by its path, whether config.json leaves it out of the quantization.
+
+    Raises:
+        InputError: `ignore` is no list of names and simple patterns. Others could take exponential time.
+    """
+    where = f"config.json: {CONFIG_FIELD}.ignore"
+    entries = _mapping(config.get(CONFIG_FIELD), f"config.json: {CONFIG_FIELD}").get("ignore") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise InputError(f"{where} is {str(entries)[:80]!r}; it must be a list of strings")
+    names = {entry for entry in entries if not entry.startswith("re:")}
+    patterns = []
+    for entry in entries:
+        if entry not in names:
+            pattern = entry.removeprefix("re:")
+            if not _SIMPLE.fullmatch(pattern) or len(_REPEATED.findall(pattern)) > _MAXIMUM_REPEATED:
+                raise InputError(
+                    f"{where}: {entry[:80]!r} is not supported; a pattern may have names, '.', '\\.', '\\d', '^', '$' "
+                    f"and up to {_MAXIMUM_REPEATED} of '*' and '+'; name the layers one by one"
+                )
+            patterns.append(re.compile(pattern))
+    return lambda path: path in names or any(pattern.match(path) for pattern in patterns)
 
 
 def scheme_of(config: Mapping[str, Any]) -> Scheme | None:

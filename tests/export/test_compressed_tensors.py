@@ -216,3 +216,23 @@ def test_what_is_no_linear_layer_cannot_be_quantized(tiny_checkpoint: Checkpoint
         IntegrityError, match=r"embed_tokens\.weight is quantized, but it is not the weight of a Linear"
     ):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "says"),
+    [
+        (["re:("], r"ignore: 're:\(' is not supported"),
+        (["re:(.*)*x"], "is not supported"),
+        (["re:" + ".*" * 4], "up to 3 of"),
+        (5, "ignore is '5'; it must be a list of strings"),
+        ([5], "must be a list of strings"),
+        ("lm_head", "must be a list of strings"),
+    ],
+)
+def test_what_is_ignored_is_a_list_of_names_and_simple_patterns(
+    tiny_checkpoint: Checkpoint, ignore: object, says: str
+) -> None:
+    folder = quantized(tiny_checkpoint(), "w8a8")
+    alter_config(folder, lambda config: config.update(ignore=ignore))
+    with pytest.raises(InputError, match=says):
+        checkpoint.audit(folder)

@@ -93,13 +93,16 @@ def _scheme(config: Any) -> Scheme | None:
 def expected_tensors(config: Any) -> Expected:
     """What the checkpoint of a model must hold: what transformers' own model, or numprune's of its layers, does.
 
-    Of quantized weights, their values and scales. Raises InputError: it is quantized in a way that is not ours.
+    Of quantized weights, their values and scales. Raises InputError: it is quantized in a way that is not ours, or its
+    family cannot be.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     if scheme := _scheme(config):
-        for name in quantized_tensors(read_anatomy(config)):
+        anatomy = read_anatomy(config)
+        check_quantizable(anatomy, scheme)
+        for name in quantized_tensors(anatomy):
             shapes |= shapes_of(name, scheme, shapes.pop(name))
     tied = dict(model.all_tied_weights_keys)
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))

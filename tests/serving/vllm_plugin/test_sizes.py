@@ -2,11 +2,14 @@
 
 import pytest
 from numprune_vllm.architectures import ARCHITECTURES
-from numprune_vllm.sizes import Expected, check_layers, check_parallel, check_settings
+from numprune_vllm.sizes import Expected, check_layers, check_parallel, check_settings, expected_tensors
 from transformers import AutoConfig
 
 from numprune.anatomy import PER_LAYER_PREFIX
+from numprune.errors import InputError
 from numprune.families import FAMILIES
+from numprune.quantization import Scheme
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, config_of
 from tests.serving.vllm_plugin.engine import build, sizes_of
 
 
@@ -76,3 +79,9 @@ def test_a_layer_that_does_not_split_is_refused_by_name(heads, kv_heads, width, 
 def test_sizes_have_their_own_names_in_messages():
     with pytest.raises(ValueError, match=r"does not divide layer 2 n_head=3; layer 3 n_inner=33\. Serve"):
         check_parallel(config("gpt2", per_layer_config={2: {"n_head": 3}, 3: {"n_inner": 33}}), 2)
+
+
+def test_quantized_experts_are_refused_by_name():
+    quantization = {CONFIG_FIELD: config_of(Scheme("w8a8"), ["lm_head"])}
+    with pytest.raises(InputError, match="mixtral has experts"):
+        expected_tensors(config("mixtral", **quantization))
