@@ -22,6 +22,7 @@ from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
 from numprune.export.precision import name_of
 from numprune.modeling import AUTO_OF
 from numprune.plans import PLAN_FILE, Plan
+from numprune.quantization import Scheme
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
@@ -75,6 +76,16 @@ def set_precision(folder: Path) -> None:
     text = re.sub(rf"^\| {_PRECISION} \| .* \|$", _row(_PRECISION, name_of(config.dtype)), text, flags=re.M)
     text = re.sub(rf"^(\| {_KV} \| .* →) [\d,]+ bytes \|$", rf"\1 {kv_bytes:,} bytes |", text, flags=re.M)
     path.write_text(text, encoding="utf-8")
+
+
+def set_quantization(folder: Path, scheme: Scheme) -> None:
+    """Have the card of a checkpoint of ours, where there is one, say how its weights were quantized."""
+    path = folder / CARD
+    if not path.is_file():
+        return
+    row = _row("quantization", f"weights of the layers: {scheme}, in the format compressed-tensors")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M), encoding="utf-8")
 
 
 def hub_id(folder: Path) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.export import checkpoint, compressed_tensors, files, manifest
+from numprune.export import card, checkpoint, compressed_tensors, files, manifest
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.weights import DTYPES, main_dtype
@@ -112,6 +112,7 @@ def _write(layers: CheckpointLayers, scheme: Scheme, folder: Path, fit: Fit | No
 def _complete(config: Any, scheme: Scheme, source: Path, folder: Path) -> None:
     """Add all that belongs to a checkpoint beside its weights, and audit it."""
     checkpoint.copy_around_weights(config, source, folder)
+    card.set_quantization(folder, scheme)
     matrices = set(quantized_tensors(read_anatomy(config)))
     linears = (name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear))
     ignored = [name for name in linears if f"{name}.weight" not in matrices]

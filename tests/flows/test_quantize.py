@@ -76,6 +76,9 @@ def test_a_pruned_model_is_quantized_towards_the_dense_one(
     assert code == 0
     assert (out / "numprune_plan.json").read_bytes() == (pruned / "numprune_plan.json").read_bytes()
     assert manifest.verify(out).parents.keys() == {"base", "dense"}
+    row = "| quantization | weights of the layers: w4a16, groups of 32, in the format compressed-tensors |"
+    assert (out / "README.md").read_text().count(row) == 1
+    assert "| quantization |" not in (pruned / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
