@@ -21,6 +21,7 @@ from numprune.flows.steps.results import (
     Judgement,
     Parity,
     PrunedCheckpoint,
+    QuantizedCheckpoint,
     Timings,
 )
 from numprune.serving.report import Quality
@@ -58,7 +59,12 @@ def judge(run: Run, make: Make) -> Judged:
     scores = make(score_baseline(run, heldout))
     pruned = make(prune(run, calibration))
 
-    candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
+    candidate = unquantized = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
+    quantized = None
+    if run.recipe.quantize.scheme != "none":
+        quantized = make(quantize(run, unquantized, calibration))
+        candidate = Artifact(quantized.path / CHECKPOINT, quantized.facts.digest)
+
     exports: dict[str, Artifact] = {}
     baselines: dict[str, Artifact] = {}
     parity: dict[str, Parity] = {}
@@ -75,7 +81,7 @@ def judge(run: Run, make: Make) -> Judged:
 
     # No server runs a masked language model.
     answers = make(compute_answers(run, candidate)) if run.task != "masked-lm" else None
-    quality = make(evaluate(run, candidate, heldout, scores))
+    quality = make(evaluate(run, candidate, unquantized if quantized else None, heldout, scores))
     timed: dict[str, Callable[[int], Stage[Timings]]] = {
         runtime: partial(benchmark, run, runtime, exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
@@ -91,9 +97,10 @@ def judge(run: Run, make: Make) -> Judged:
         "calibration_rows": calibration.facts.digest,
         "heldout_rows": heldout.facts.digest,
         "plan": pruned.facts.plan,
+        **({"pruned": unquantized.digest} if quantized else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
-    report = partial(report_on, run, identity, candidate, pruned, parity, quality)
+    report = partial(report_on, run, identity, candidate, pruned, quantized, parity, quality)
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run ended inconclusive on the same figures
         for runtime in judged.facts.next_look:
@@ -155,7 +162,20 @@ def prune(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[PrunedCh
         base=run.base,
         rows=calibration.artifact,
         asked=run.recipe.prune,
-        target=run.recipe.target.sizes(),
+        target=run.recipe.sizes(),
+        device=run.device,
+    ).on_gpu()
+
+
+def quantize(run: Run, source: Artifact, calibration: StageResult[CalibrationRows]) -> Stage[QuantizedCheckpoint]:
+    return Stage.of(
+        "quantize",
+        "export",
+        bodies.make_quantized,
+        source=source,
+        dense=run.base,
+        rows=calibration.artifact,
+        asked=run.recipe.quantize,
         device=run.device,
     ).on_gpu()
 
@@ -204,13 +224,18 @@ def compute_answers(run: Run, candidate: Artifact) -> Stage[Answers]:
 
 
 def evaluate(
-    run: Run, candidate: Artifact, heldout: StageResult[HeldoutRows], scores: StageResult[BaselineScores]
+    run: Run,
+    candidate: Artifact,
+    unquantized: Artifact | None,
+    heldout: StageResult[HeldoutRows],
+    scores: StageResult[BaselineScores],
 ) -> Stage[Quality]:
     return Stage.of(
         "quality",
         "export",
         bodies.make_quality,
         candidate=candidate,
+        unquantized=unquantized,
         baseline=run.base,
         scores=scores.artifact,
         rows=heldout.artifact,
@@ -244,6 +269,7 @@ def report_on(
     identity: Mapping[str, Any],
     candidate: Artifact,
     pruned: StageResult[PrunedCheckpoint],
+    quantized: StageResult[QuantizedCheckpoint] | None,
     parity: Mapping[str, Parity],
     quality: StageResult[Quality],
     looks: Mapping[str, Sequence[StageResult[Timings]]],
@@ -255,6 +281,7 @@ def report_on(
         base=run.base,
         candidate=candidate,
         pruned=pruned.artifact,
+        quantized=quantized.artifact if quantized else None,
         quality=quality.artifact,
         benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
         name=run.recipe.registry.name,

@@ -35,7 +35,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     run = prepare(recipe, workspace)
     anatomy = read_anatomy(checkpoint.read_config(run.base.path))
     text = _text(run)
-    results = known_results(anatomy, options_of(recipe.prune, recipe.target.sizes()))
+    results = known_results(anatomy, options_of(recipe.prune, recipe.sizes()))
     weights = cast = checkpoint.weight_bytes(run.base.path)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
         bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize

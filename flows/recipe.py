@@ -9,10 +9,11 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from numprune.documents import WHOLE_FILE, Reading, separator
 from numprune.errors import InputError
@@ -28,7 +29,9 @@ from numprune.flows.names import (
     Device,
     Dtype,
     ExportFormat,
+    QuantizationMethod,
     Runtime,
+    Scheme,
     TorchMode,
 )
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
@@ -142,6 +145,22 @@ class Prune(Section):
     stream: bool = False
 
 
+class Quantize(Section):
+    """What the pruned weights are stored as: `scheme` "none" leaves them as they are. See numprune.quantization.
+
+    `group_size`: of w4a16, the channels that share a scale; in the other schemes whole rows do.
+    """
+
+    scheme: Literal["none"] | Scheme = "none"
+    method: QuantizationMethod = "gptq"
+    group_size: Literal[32, 64, 128] = 128
+
+    @property
+    def channels_per_scale(self) -> int | None:
+        """None where a whole row shares a scale, or nothing is quantized."""
+        return self.group_size if self.scheme == "w4a16" else None
+
+
 class Target(Section):
     """What the servers are: the fields of numprune.target.Target, and what vLLM runs on, in which version."""
 
@@ -232,12 +251,28 @@ class Recipe(Section):
     model: Model
     data: Data
     prune: Prune = Prune()
+    quantize: Quantize = Quantize()
     target: Target = Target()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
     benchmark: Benchmark = Benchmark()
     gates: Annotated[list[Gate], Field(min_length=1)]
     registry: Registry
+
+    @model_validator(mode="after")
+    def _groups_agree(self) -> Self:
+        asked, groups = self.target.quantization_group, self.quantize.channels_per_scale
+        if groups is not None and asked not in (1, groups):
+            raise ValueError(
+                f"target.quantization_group = {asked}: quantize.group_size is {groups}; leave "
+                "target.quantization_group out, or set both to the same"
+            )
+        return self
+
+    def sizes(self) -> SizeTarget:
+        """What the servers need of the sizes; groups of channels that share a scale fit into them."""
+        groups = self.quantize.channels_per_scale
+        return replace(self.target.sizes(), **({} if groups is None else {"quantization_group": groups}))
 
     def to_toml(self) -> str:
         """The recipe with nothing left to a default: what a release keeps."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from numprune.documents import Reading
 from numprune.flows.names import TorchMode
-from numprune.flows.recipe import Prune
+from numprune.flows.recipe import Prune, Quantize
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
@@ -21,6 +21,7 @@ from numprune.flows.steps.results import (
     Judgement,
     Parity,
     PrunedCheckpoint,
+    QuantizedCheckpoint,
     Timings,
 )
 from numprune.serving.gates import Gate
@@ -90,6 +91,27 @@ def make_pruned(
     return prune_checkpoint(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
 
 
+def make_quantized(
+    out: Path, *, source: Artifact, dense: Artifact, rows: Artifact, asked: Quantize, device: str
+) -> QuantizedCheckpoint:
+    """Quantize into the folder `checkpoint`; GPTQ fits to the outputs of the dense model."""
+    import torch
+
+    from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.steps.quantize import quantize_checkpoint, scheme_of
+    from numprune.flows.steps.text import load_calibration
+
+    scheme, where = scheme_of(asked), torch.device(device)
+    if asked.method == "rtn":
+        found = quantize_checkpoint(source.path, scheme, out / CHECKPOINT, where)
+    else:
+        tokens, draw = load_calibration(rows.path)
+        found = quantize_checkpoint(
+            source.path, scheme, out / CHECKPOINT, where, rows=tokens, draw=draw, dense=dense.path
+        )
+    return QuantizedCheckpoint(scheme=scheme.name, group_size=scheme.group_size, method=asked.method, **found)
+
+
 def make_vllm(out: Path, *, source: Artifact, shard_size: str, dtype: str | None) -> Exported:
     """Export for vLLM, into the folder that a release has for it; so do the others. No `dtype`: as it is stored."""
     return _exported(out, source, "vllm", shard_size=shard_size, dtype=dtype)
@@ -142,6 +164,7 @@ def make_quality(
     out: Path,
     *,
     candidate: Artifact,
+    unquantized: Artifact | None,
     baseline: Artifact,
     scores: Artifact,
     rows: Artifact,
@@ -149,22 +172,29 @@ def make_quality(
     prompts: str | list[str],
     device: str,
 ) -> Quality:
-    """Compare the candidate with the baseline; `scores` is the stage that scored it on the same rows and prompts."""
+    """Compare the candidate with the baseline; `scores` is the stage that scored it on the same rows and prompts.
+
+    A quantized candidate is compared with the `unquantized` one, too.
+    """
     import torch
 
     from numprune.flows.steps.baseline import prompts_of
-    from numprune.flows.steps.evaluate import compare_with_scores
+    from numprune.flows.steps.evaluate import compare_checkpoints, compare_with_scores
     from numprune.flows.steps.text import load_heldout
 
+    held_out, where = load_heldout(rows.path, rows_digest), torch.device(device)
     found = compare_with_scores(
         candidate.path,
         baseline.path,
         scores.path,
         read_facts(scores.path, BaselineScores).generations,
-        load_heldout(rows.path, rows_digest),
+        held_out,
         prompts_of(prompts),
-        torch.device(device),
+        where,
     )
+    if unquantized is not None:
+        [beside] = compare_checkpoints([candidate.path], unquantized.path, held_out, where)
+        found["quantization_loss_delta"] = beside["loss_delta"]
     return Quality.model_validate(found)
 
 
@@ -196,6 +226,7 @@ def make_report(
     base: Artifact,
     candidate: Artifact,
     pruned: Artifact,
+    quantized: Artifact | None,
     quality: Artifact,
     benchmarks: Mapping[str, Sequence[Artifact]],
     name: str,
@@ -209,14 +240,15 @@ def make_report(
 
     Args:
         base, candidate: checkpoints: what was pruned, and what is released.
-        pruned, quality, benchmarks: stages; the last by runtime, every look.
+        pruned, quantized, quality, benchmarks: stages; the last by runtime, every look.
         asked: how the candidate was to be pruned.
         policy: the gates.
     """
-    from numprune.flows.steps.report import assemble, judged, pooled, pruning_section, sizes
+    from numprune.flows.steps.report import assemble, judged, pooled, pruning_section, quantization_section, sizes
 
     sections = {
         "pruning": pruning_section(asked, read_facts(pruned.path, PrunedCheckpoint)),
+        "quantization": quantization_section(read_facts(quantized.path, QuantizedCheckpoint)) if quantized else None,
         "sizes": sizes(base.path, candidate.path),
         "quality": read_facts(quality.path, Quality),
         "parity": parity,

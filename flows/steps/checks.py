@@ -3,6 +3,7 @@
 import importlib
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from numprune.export.runtimes import device_of as runtime_device
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_settings
+from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Run
@@ -30,9 +31,11 @@ from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.prune import options_of
+from numprune.flows.steps.quantize import scheme_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
 from numprune.options import check_options
+from numprune.quantization import GROUP_SIZES, check_quantizable
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
@@ -101,8 +104,9 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
-        collect("prune", lambda: check_options(anatomy, options_of(recipe.prune, recipe.target.sizes())))
+        collect("prune", lambda: check_options(anatomy, options_of(recipe.prune, recipe.sizes())))
         problems += _servers(recipe, anatomy, task)
+        problems += _quantization(recipe, anatomy, config.dtype)
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
@@ -222,6 +226,44 @@ def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:
     return problems
 
 
+def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -> list[str]:
+    """What keeps the result from being quantized, or from being run then."""
+    if recipe.quantize.scheme == "none":
+        return []
+    scheme, problems = scheme_of(recipe.quantize), []
+    where = f"quantize.scheme = {scheme.name!r}"
+    try:
+        check_quantizable(anatomy, replace(scheme, group_size=None))  # groups in the result are for the target's sizes
+    except InputError as error:
+        problems.append(f"{where}: {error}")
+    if scheme.group_size and anatomy.hidden_size % scheme.group_size:
+        fitting = [str(size) for size in GROUP_SIZES if anatomy.hidden_size % size == 0]
+        remedy = f"set it to {' or '.join(fitting)}" if fitting else "choose w8a8 or fp8"
+        problems.append(
+            f"quantize.group_size = {scheme.group_size}: does not divide the model's hidden_size "
+            f"{anatomy.hidden_size}; {remedy}"
+        )
+    formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
+    if "vllm" in formats:
+        try:
+            check_quantized(scheme, dtype, recipe.target.device)
+        except InputError as error:
+            problems.append(f"{where}: {error}")
+    if recipe.export.dtype != "auto":
+        problems.append(
+            f"export.dtype = {recipe.export.dtype!r}: quantized weights have their own format; leave it out"
+        )
+    if "tensorrt" in formats:
+        problems.append(f"{where}: engines are built of unquantized checkpoints only; leave tensorrt out")
+    if "onnxruntime" in recipe.export.targets:
+        problems.append(f"{where}: the export onnxruntime is of unquantized checkpoints only; use onnx")
+    if scheme.rounds_inputs and formats & {"onnx", "onnxruntime"}:
+        problems.append(
+            f"{where}: the ONNX graph rounds no activations; choose w4a16, or leave onnx and onnxruntime out"
+        )
+    return problems
+
+
 def _kernels(anatomy: Anatomy) -> list[str]:
     """What keeps vLLM from running the result on CPUs."""
     if anatomy.head_dim in CPU_HEAD_SIZES:
@@ -272,6 +314,8 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
         known = [key for model in models_in(field.annotation) for key in model.model_fields]
         if known and name not in known:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
+        if recipe.quantize.scheme == "none" and "quantization" in (section, name.partition("_")[0]):
+            problems.append(f"{where}: quantize.scheme is none; set it, or leave the gate out")
         if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
             problems.append(f"{where}: evaluate.prompts = [] generates nothing; give it prompts")
     return problems

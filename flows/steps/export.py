@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from numprune.errors import InputError
-from numprune.export import manifest, parity, parity_encoder, precision, temporary
+from numprune.export import compressed_tensors, manifest, parity, parity_encoder, precision, temporary
+from numprune.export.format_parity import check_format
 from numprune.export.runtimes import device_of
 from numprune.export.tasks import load_task
 from numprune.flows.names import RUNTIME_OF_EXPORT
@@ -62,4 +63,6 @@ def prove(reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
     before, after = precision.stored(reference), precision.stored(candidate)
     # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
     dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
-    return dict(kind.check(reference, candidate, runtime, dtype=dtype))
+    found = dict(kind.check(reference, candidate, runtime, dtype=dtype))
+    quantized = runtime == "torch" and compressed_tensors.scheme_in(reference)
+    return {**found, "format": check_format(reference, candidate)} if quantized else found

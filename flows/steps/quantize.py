@@ -12,6 +12,7 @@ from numprune.export import card, checkpoint, compressed_tensors, files, manifes
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.weights import DTYPES, main_dtype
+from numprune.flows.recipe import Quantize
 from numprune.plans import PLAN_FILE, Draw, read_plan
 from numprune.quantization import Scheme, check_quantizable, quantized_tensors
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, config_of, dtypes_of, tensors_of
@@ -63,6 +64,12 @@ def quantize_checkpoint(
         "weight_bytes_before": checkpoint.weight_bytes(source),
         "weight_bytes_after": checkpoint.weight_bytes(out),
     }
+
+
+def scheme_of(asked: Quantize) -> Scheme:
+    """Return the scheme that a recipe asks for, which is not "none"."""
+    assert asked.scheme != "none"
+    return Scheme(asked.scheme, asked.channels_per_scale)
 
 
 def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tensor_parallel: int = 1) -> None:

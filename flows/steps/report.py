@@ -11,7 +11,7 @@ from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
 from numprune.flows.recipe import Prune
-from numprune.flows.steps.results import Judgement, PrunedCheckpoint, Timings
+from numprune.flows.steps.results import Judgement, PrunedCheckpoint, QuantizedCheckpoint, Timings
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
@@ -89,6 +89,16 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
             else {}
         ),
         "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
+    }
+
+
+def quantization_section(quantized: QuantizedCheckpoint) -> dict[str, Any]:
+    """What the pruned checkpoint was quantized to."""
+    return {
+        "scheme": quantized.scheme,
+        "group_size": quantized.group_size,
+        "method": quantized.method,
+        "weight_bytes": {"baseline": quantized.weight_bytes_before, "candidate": quantized.weight_bytes_after},
     }
 
 

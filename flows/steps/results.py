@@ -64,6 +64,18 @@ class PrunedCheckpoint:
 
 
 @dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A checkpoint before and after quantization; `digest`: of its manifest."""
+
+    digest: str
+    scheme: str
+    group_size: int | None
+    method: str
+    weight_bytes_before: int
+    weight_bytes_after: int
+
+
+@dataclass(frozen=True)
 class Exported:
     """`digest`: of the export's manifest."""
 

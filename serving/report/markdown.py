@@ -14,6 +14,7 @@ from numprune.serving.report.models import (
     Percentiles,
     Pruning,
     Quality,
+    Quantization,
     Ratio,
     Report,
     ReportedEstimate,
@@ -30,6 +31,7 @@ def markdown(report: Report) -> str:
     sections = [
         _verdict(report),
         _pruning(report.pruning) if report.pruning else [],
+        _quantization(report.quantization) if report.quantization else [],
         _sizes(report.sizes) if report.sizes else [],
         _quality(report.quality) if report.quality else [],
         _speed(report),
@@ -95,6 +97,10 @@ def _pruning(pruning: Pruning) -> list[str]:
     ]
 
 
+def _quantization(found: Quantization) -> list[str]:
+    return ["## Quantization", "", _cell(precision.quantized(found)), ""]
+
+
 def _kept(pruning: Pruning) -> Iterable[str]:
     if pruning.dropped_layers:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
@@ -146,6 +152,8 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
         return
     before, after = one.nll_nats_per_token, other.nll_nats_per_token
     yield ["NLL, nats per token", _figure(before), _figure(after), _estimate(quality.loss_delta)]
+    if quality.quantization_loss_delta:
+        yield ["of which by quantization", "", "", _estimate(quality.quantization_loss_delta)]
     yield ["perplexity", _figure(one.perplexity), _figure(other.perplexity), f"ratio {_estimate(ratio)}"]
     yield ["KL from the baseline, nats per token", "", _figure(quality.kl_nats_per_token), ""]
     yield ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""]
@@ -302,6 +310,7 @@ def _identity(report: Report) -> list[str]:
         "calibration rows": identity.calibration_rows,
         "held-out rows": identity.heldout_rows,
         "plan": identity.plan,
+        "pruned checkpoint": identity.pruned,
         **{f"export {name}": digest for name, digest in identity.exports.items()},
     }
     rows = [[name, digest] for name, digest in digests.items() if digest is not None]

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from numprune.serving.report.models import Dtypes, Report, RuntimeSpeed
+from numprune.serving.report import words
+from numprune.serving.report.models import Dtypes, Quantization, Report, RuntimeSpeed
 
 
 def computed(report: Report, runtime: str) -> str:
@@ -29,6 +30,16 @@ def _mode(speed: RuntimeSpeed) -> str:
         return " Decoding is compiled, with a static KV cache; compiling is not timed."
     reason = described.get("not_compiled")
     return f" Decoding is eager: {reason}." if reason else " Decoding is eager."
+
+
+def quantized(found: Quantization) -> str:
+    """One sentence on what the weights are stored as."""
+    groups = f", {found.group_size} channels per scale" if found.group_size else ""
+    sizes = found.weight_bytes
+    return (
+        f"After pruning, the weights of the layers were quantized to {found.scheme}{groups}, by {found.method}: "
+        f"{words.size(sizes.baseline)} → {words.size(sizes.candidate)}."
+    )
 
 
 def named(dtypes: Dtypes) -> str:

@@ -74,9 +74,10 @@ class Sides(Model):
 class Quality(Model):
     """On held-out text; differences are candidate - baseline, paired by what the loss is counted in.
 
-    `tokens`: scored ones (causal-lm, masked-lm), or all that the texts have. `packed`: documents were joined by EOS and
-    scored as one text; without it, each was scored by itself. `metrics`: those of tasks other than causal-lm, which has
-    fields of its own for them.
+    `loss_delta` is against the dense base, `quantization_loss_delta` of a quantized candidate against the pruned one
+    before it was quantized. `tokens`: scored ones (causal-lm, masked-lm), or all that the texts have. `packed`:
+    documents were joined by EOS and scored as one text; without it, each was scored by itself. `metrics`: those of
+    tasks other than causal-lm, which has fields of its own for them.
     """
 
     task: Task
@@ -84,6 +85,7 @@ class Quality(Model):
     documents: Count
     packed: bool = Field(default=False, strict=True)
     loss_delta: LossDelta
+    quantization_loss_delta: LossDelta | None = None
     document_deltas: DocumentDeltas | None = None
     baseline: QualitySide | None = None
     candidate: QualitySide | None = None

@@ -12,7 +12,7 @@ from numprune.serving.report.models.fields import Count, Model, ModelName, Numbe
 class Identity(Model):
     """SHA-256 digests of what went in and what came out; None for what this run did not have.
 
-    `name`: of the model that a release becomes a version of.
+    `name`: of the model that a release becomes a version of. `pruned`: of the checkpoint that was quantized.
     """
 
     name: ModelName | None = None
@@ -22,6 +22,7 @@ class Identity(Model):
     calibration_rows: Sha256 | None = None
     heldout_rows: Sha256 | None = None
     plan: Sha256 | None = None
+    pruned: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
     packages: dict[str, str] = Field(default={})
 
@@ -98,6 +99,15 @@ class SizePair(Model):
         if self.ratio is not None and (expected is None or not math.isclose(self.ratio, expected, rel_tol=1e-6)):
             raise ValueError(f"ratio {self.ratio} is not candidate / baseline")
         return self
+
+
+class Quantization(Model):
+    """What the pruned weights are stored as (see numprune.quantization); `weight_bytes`: before and after."""
+
+    scheme: str
+    group_size: Count | None = None
+    method: str
+    weight_bytes: SizePair
 
 
 def _quotient(numerator: int | float | None, denominator: int | float | None) -> float | None:

@@ -29,6 +29,7 @@ def digests(identity: Identity) -> dict[str, str | None]:
         "Calibration rows": identity.calibration_rows,
         "Held-out rows": identity.heldout_rows,
         "Plan": identity.plan,
+        "Pruned checkpoint": identity.pruned,
         **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},
     }
 

@@ -68,6 +68,8 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
             yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
         return
     yield ["NLL, nats/token", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
+    if quantized := found.quantization_loss_delta:
+        yield ["of which by quantization", "", "", Cell(words.signed(quantized.value), words.interval(quantized))]
     yield [
         "Perplexity",
         words.number(one.perplexity),
