@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from numprune.errors import MissingRuntime
-from numprune.export import noise
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 from numprune.export.runtimes.torch_eager import TorchRuntime
 
 _STEPS = 4  # that are compared with eager decoding: compiling, recording a CUDA graph, and replaying it
 _PROMPT = 8  # tokens before them
-# Mean |Δlogp| in nats between two orders of summation. Measured on a CPU, on two Llamas: 3e-6 and 1e-5 in float32, 8e-3
-# and 3e-2 in bfloat16.
+# Mean |Δlogp| in nats at the worst position, between two orders of summation. Measured on a CPU, on the embedded Llama:
+# up to 3e-6 in float32, 0.045 in bfloat16, 4e-3 in float16. Positions that are off by one give 0.3 to 1.1 in each.
 _ALIKE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}
 
 
@@ -89,8 +88,9 @@ class CompiledRuntime:
         positions = self._mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
         with torch.no_grad():  # and not inference mode, whose tensors no CUDA graph may write to
             torch.compiler.cudagraph_mark_step_begin()
-            # Contiguous: other strides would compile it again.
-            logits: Tensor = self._step(tokens.to(self._device).contiguous(), positions.to(self._device), self._seen)
+            # Other strides would compile it again, and `contiguous` leaves those of a single row as they are.
+            step = tokens.to(self._device).clone(memory_format=torch.contiguous_format)
+            logits: Tensor = self._step(step, positions.to(self._device), self._seen)
             return logits.to("cpu").float()
 
     def describe(self) -> dict[str, Any]:
@@ -130,13 +130,14 @@ class CompiledRuntime:
             found.append(runtime.decode(tokens[:, length : length + 1]))
             with torch._dynamo.config.patch(error_on_recompile=True):  # one step must do for all that follow
                 found += [runtime.decode(tokens[:, index : index + 1]) for index in range(length + 1, length + steps)]
-            outputs.append(torch.cat(found))
-        error = noise.of_logits(*outputs)
+            outputs.append(found)
+        eager, compiled = (torch.cat(logits).log_softmax(-1) for logits in outputs)
+        error = float((compiled - eager).abs().mean(-1).max())
         dtype = str(self.eager.describe()["dtype"])
-        if not error.mean <= _ALIKE[dtype]:
+        if not error <= _ALIKE[dtype]:
             raise MissingRuntime(
-                f"compiled decoding differs from eager decoding in log-probabilities by {error}; allowed is a mean of "
-                f"{_ALIKE[dtype]:g} in {dtype}"
+                f"compiled decoding differs from eager decoding in log-probabilities by {error:.2g} on average at one "
+                f"position; allowed is {_ALIKE[dtype]:g} in {dtype}"
             )
 
 

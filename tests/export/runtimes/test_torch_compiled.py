@@ -36,6 +36,17 @@ def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> No
         runtime.decode(tokens[:, :1])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_step_that_was_compared_is_the_one_that_is_timed(tiny_checkpoint: Checkpoint) -> None:
+    """One row: a column cut out of a longer prompt and the token that argmax found differ in strides alone."""
+    eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
+    runtime = CompiledRuntime(eager, rows=1, positions=20)
+    token = runtime.prefill(torch.tensor([[1, 2, 3]]), last_only=True)[:, -1].argmax(-1, keepdim=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (token, torch.zeros(1, 12, dtype=torch.int64)[:, :1]):
+            assert runtime.decode(step).shape == (1, 259)
+
+
 def test_what_decodes_differently_is_not_used(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to itself the decoder is not traced here: that its logits are compared does not depend on the compiler."""
     monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *inputs: step(*inputs).roll(1, dims=-1))
