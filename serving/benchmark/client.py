@@ -58,9 +58,9 @@ class Worker:
         except BrokenPipeError:
             raise self._failure() from None
 
-    def receive(self) -> Any:
-        """The answer to the last request. Raises what the worker raised, or WorkerError."""
-        line = self._read_line()
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The answer to the last request, within `timeout_s`, or the worker's own limit. Raises as `ask`."""
+        line = self._read_line(self._timeout_s if timeout_s is None else timeout_s)
         try:
             answer = json.loads(line)
         except ValueError:
@@ -87,12 +87,12 @@ class Worker:
             self._process.kill()
             return self._process.wait()
 
-    def _read_line(self) -> bytes:
-        deadline = time.monotonic() + self._timeout_s
+    def _read_line(self, timeout_s: float) -> bytes:
+        deadline = time.monotonic() + timeout_s
         while b"\n" not in self._received:
             ready, _, _ = select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._failure(f"did not answer within {self._timeout_s:g} s")
+                raise self._failure(f"did not answer within {timeout_s:g} s")
             chunk = os.read(self._stdout.fileno(), 1 << 16)
             if not chunk:
                 raise self._failure()

@@ -25,6 +25,7 @@ TorchMode = Literal["auto", "eager", "compiled"]
 
 logger = logging.getLogger(__name__)
 
+_COMPILING = 6  # times the limit of other answers
 _SIDES = {"A": "baseline", "B": "candidate"}
 
 
@@ -56,7 +57,7 @@ def run_benchmark(
         torch_mode: how torch decodes: "eager", "compiled", or "auto": compiled on a GPU. Both sides decode alike: where
             one cannot be compiled, both are eager, and their descriptions say why.
         load: what to do, for decoders or for encoders; `Load()` without it.
-        timeout_s: a single answer of a worker (loading the model, one repeat) may take so long.
+        timeout_s: a single answer of a worker (loading the model, one repeat) may take so long; compiling, six times.
 
     Raises:
         InputError: a folder is missing or the runtime refuses it, or the two do not belong together.
@@ -91,31 +92,43 @@ def run_benchmark(
         on_gpu = opened["baseline"]["gpu"]
         compiled = torch_mode == "compiled" or (torch_mode == "auto" and on_gpu)
         if compiled and runtime == "torch" and isinstance(load, Load):
-            for name, description in _compile(workers, load).items():
+            for name, description in _compile(workers, load, _COMPILING * timeout_s).items():
                 opened[name]["description"] = description
         for worker in workers.values():
             worker.ask(load.prepares, **load.work(opened["baseline"]["vocabulary"]))
         return _measure(load, runtime, workers, opened)
 
 
-def _compile(workers: Mapping[str, Worker], load: Load) -> dict[str, Any]:
+def _compile(workers: Mapping[str, Worker], load: Load, timeout_s: float) -> dict[str, Any]:
     """Have both sides decode compiled, or neither: what each is now."""
     logger.info("compiling both sides, which takes about a minute each; torch_mode = eager does without")
-    descriptions = {}
-    for name, worker in workers.items():
-        answer = worker.ask("compile", rows=load.batch_size, positions=load.positions)
-        if answer["reason"] is not None:
-            reason = f"the {name} cannot be compiled: {answer['reason']}"
-            logger.warning("%s; both sides decode eagerly", reason)
-            return {
-                name: worker.ask("decode_eagerly", reason=reason)["description"] for name, worker in workers.items()
-            }
-        descriptions[name] = answer["description"]
-    return descriptions
+    answers = {}
+    for name, worker in workers.items():  # both, also after a failure: trying takes memory
+        worker.send("compile", rows=load.batch_size, positions=load.positions)
+        answers[name] = worker.receive(timeout_s)
+    reasons = [
+        f"the {name} cannot be compiled: {answer['reason']}"
+        for name, answer in answers.items()
+        if answer["reason"] is not None
+    ]
+    if reasons:
+        reason = "; ".join(reasons)
+        logger.warning("%s; both sides decode eagerly", reason)
+        answers = {name: worker.ask("decode_eagerly", reason=reason) for name, worker in workers.items()}
+    return {name: answer["description"] for name, answer in answers.items()}
 
 
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's."""
+    """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's.
+
+    Raises InputError where torch decoded compiled in some and eagerly in others.
+    """
+    modes = {side["mode"] for look in looks for side in look["speed"]["runtime"].values() if "mode" in side}
+    if len(modes) > 1:
+        raise InputError(
+            f"the looks at torch were taken in different modes ({', '.join(sorted(modes))}) and cannot be put "
+            "together; set benchmark.torch_mode = 'eager', which measures again"
+        )
     last = looks[-1]
     load = load_of(last["speed"]["load"])
     read, section = _kind(load)

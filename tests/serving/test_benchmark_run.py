@@ -19,6 +19,8 @@ from numprune.serving.report import Environment, RuntimeMemory, RuntimeSpeed
 
 LOAD = Load(prompts=4, prompt_length=6, output_length=4, batch_size=2, repeats=4, warmup=1)
 
+MODES = ("compiled", "eager")
+
 
 def workers() -> list[psutil.Process]:
     children = psutil.Process().children()
@@ -68,7 +70,14 @@ def test_without_a_compiler_both_sides_decode_eagerly_and_say_why(tiny_checkpoin
     for side in ("baseline", "candidate"):
         described = result["speed"]["runtime"][side]
         assert described["mode"] == "eager"
-        assert described["not_compiled"].startswith("the baseline cannot be compiled: torch.compile failed: ")
+        for name in ("baseline", "candidate"):  # both tried: that takes memory
+            assert f"the {name} cannot be compiled: torch.compile failed: " in described["not_compiled"]
+
+
+def test_looks_in_different_modes_are_not_put_together():
+    looks = [{"speed": {"runtime": {"baseline": {"mode": mode}, "candidate": {"mode": mode}}}} for mode in MODES]
+    with pytest.raises(InputError, match=r"different modes \(compiled, eager\) .* benchmark\.torch_mode = 'eager'"):
+        pool(looks)
 
 
 def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint, tmp_path):

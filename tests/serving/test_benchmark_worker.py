@@ -72,6 +72,13 @@ def test_a_worker_that_does_not_answer_is_ended():
         assert wait_until_gone(worker.pid, seconds=10)
 
 
+def test_one_answer_may_take_longer_than_the_others():
+    with start_worker("candidate", timeout_s=0.01) as worker:
+        worker.send("decode_eagerly")
+        with pytest.raises(WorkerError, match="exit status 1"):  # it answered: it has no model
+            worker.receive(timeout_s=300)
+
+
 def test_an_exception_in_the_parent_leaves_no_worker():
     def fail() -> None:
         with start_worker("candidate", timeout_s=300) as worker:
