@@ -23,6 +23,7 @@ from numprune.export.weights import read_tensor
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
 OPSET = 23
+_HEAD_DIM = 16  # rotary embeddings of GroupQueryAttention take heads whose size is a multiple of it
 _GENERATION = "generation_config.json"
 
 
@@ -33,6 +34,11 @@ def check_config(config: Any) -> None:
         raise InputError(
             f"onnxruntime: written are {', '.join(FAMILIES)} with hidden_act {', '.join(ACTIVATIONS)}, not "
             f"{family_of(config).name} with {getattr(config, 'hidden_act', None)}; use onnx (--to onnx)"
+        )
+    if (head_dim := head_dim_of(config)) % _HEAD_DIM:
+        raise InputError(
+            f"onnxruntime: head_dim={head_dim}: its GroupQueryAttention computes multiples of {_HEAD_DIM} only; use "
+            "onnx (--to onnx)"
         )
 
 

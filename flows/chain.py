@@ -70,14 +70,14 @@ def judge(run: Run, make: Make) -> Judged:
     parity: dict[str, Parity] = {}
     for name in sorted(run.recipe.export.targets, key="vllm".__ne__):
         exports[name] = _artifact(make(export(run, name, candidate, "candidate")), name)
-        proof = make(prove(name, candidate, exports[name], "candidate"))
+        proof = make(prove(run, name, candidate, exports[name], "candidate"))
         timed_in = runtime_of(name, run.recipe.export.targets)
         parity[timed_in or name] = proof.facts
         if name == "vllm":
             candidate = exports[name]  # what is released is what is exported further, evaluated and timed
         elif timed_in in run.recipe.benchmark.runtimes:
             baselines[name] = _artifact(make(export(run, name, run.base, "baseline")), name)
-            make(prove(name, run.base, baselines[name], "baseline"))
+            make(prove(run, name, run.base, baselines[name], "baseline"))
 
     # No server runs a masked language model.
     answers = make(compute_answers(run, candidate)) if run.task != "masked-lm" else None
@@ -206,7 +206,7 @@ def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[E
     return stage.labelled(f"export {export_format} {side}")
 
 
-def prove(export_format: str, reference: Artifact, exported: Artifact, side: str) -> Stage[Parity]:
+def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact, side: str) -> Stage[Parity]:
     stage = Stage.of(
         f"parity-{export_format}",
         "export",
@@ -214,6 +214,8 @@ def prove(export_format: str, reference: Artifact, exported: Artifact, side: str
         reference=reference,
         candidate=exported,
         runtime=RUNTIME_OF_EXPORT[export_format],
+        # Proved where it is timed. Engines run on GPUs only, also beside benchmarks on the CPU.
+        device="auto" if export_format == "tensorrt" else run.recipe.benchmark.device,
     )
     return stage.labelled(f"parity {export_format} {side}").on_gpu()
 

@@ -33,7 +33,10 @@ _HEAVY = {
     "Softmax",
     "RMSNormalization",
     "SimplifiedLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
 }
+# Where the CUDA provider lacks a kernel: by the kind of export.
+_REMEDIES = {onnx.KIND: "export with opset=20", genai.KIND: "export with --to onnx"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Opened:
 def open_export(folder: Path, device: str, threads: int | None) -> Opened:
     """The graph of a folder of `export.onnx` or `export.genai`. Raises as `open_runtime` does."""
     found = manifest.read(folder)
-    if found.kind not in (onnx.KIND, genai.KIND):
+    if found.kind not in _REMEDIES:
         raise InputError(
             f"{folder}: holds {found.kind!r}, not an ONNX export; run `numprune export … --to onnx`, or onnxruntime"
         )
@@ -75,7 +78,7 @@ def open_export(folder: Path, device: str, threads: int | None) -> Opened:
     threads = threads or processors.quota()
     session = _open(folder / onnx.MODEL_FILE, provider, threads)
     if provider == CUDA:
-        _require_cuda(session)
+        _require_cuda(session, _REMEDIES[found.kind])
     weight_bytes = sum(entry.size for name, entry in found.files.items() if name.startswith(onnx.MODEL_FILE))
     return Opened(session, "cuda" if provider == CUDA else "cpu", threads, dict(found.facts), weight_bytes)
 
@@ -177,7 +180,7 @@ def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSessio
         raise IntegrityError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 
 
-def _require_cuda(session: ort.InferenceSession) -> None:
+def _require_cuda(session: ort.InferenceSession, remedy: str) -> None:
     """Raise MissingRuntime when ONNX Runtime has quietly given the work to the CPU."""
     if session.get_providers()[0] != CUDA:
         raise MissingRuntime(
@@ -187,8 +190,8 @@ def _require_cuda(session: ort.InferenceSession) -> None:
     strays = nodes_elsewhere(session, CUDA)
     if strays:
         raise MissingRuntime(
-            f"ONNX Runtime would run {', '.join(strays)} on the CPU: its CUDA provider has no kernel for them; export "
-            "with opset=20, or use device=cpu"
+            f"ONNX Runtime would run {', '.join(strays)} on the CPU: its CUDA provider has no kernel for them; "
+            f"{remedy}, or use device=cpu"
         )
 
 

@@ -99,6 +99,8 @@ class FusedOnnxRuntime:
                 for name, value in self._buffers.items()
             }
         )
+        if self._opened.device == "cuda":
+            torch.cuda.synchronize()  # ONNX Runtime reads the buffers on a stream of its own
 
     def _limited(self, positions: int) -> int:
         return min(positions, self._context)

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import precision
+from numprune.export import genai, precision
 from numprune.export.checkpoint import audit, check_finite, read_config, resolve
 from numprune.export.manifest import folder_digest
-from numprune.export.onnx_decoder import writes
+from numprune.export.runtimes import device_of as runtime_device
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.flows.names import CAUSAL_LM, RUNTIME_OF_EXPORT, TorchMode, export_of
@@ -79,6 +79,11 @@ def benchmark_report(
     load = None if task.name == CAUSAL_LM else encoder_load(task.name, runtime, shapes or {})
     if task.name == CAUSAL_LM and shapes:
         raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, and it is a decoder")
+    if task.name != CAUSAL_LM and torch_mode != "auto":
+        raise InputError(
+            f"{baseline}: --torch-mode {torch_mode}: only decoding is compiled, and models of {task.name} generate "
+            "nothing; leave it out"
+        )
     chosen = precision_of(sides["candidate"], runtime, dtype)
     for folder in sides.values():
         check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
@@ -112,10 +117,13 @@ def benchmark_report(
 
 def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
     """Return the exports that all these checkpoints can have in a precision."""
-    # On a GPU the operators of "onnxruntime" compute half precision only.
-    computed = dtype != precision.FLOAT32 or device_of("auto").type == "cpu"
-    fused = computed and all(writes(read_config(side)) for side in sides)
-    return [name for name in RUNTIME_OF_EXPORT if fused or name != "onnxruntime"]
+    try:
+        genai.check_precision(dtype, runtime_device("onnxruntime"))
+        for side in sides:
+            genai.check_config(read_config(side))
+    except InputError:
+        return [name for name in RUNTIME_OF_EXPORT if name != genai.KIND]
+    return list(RUNTIME_OF_EXPORT)
 
 
 def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:

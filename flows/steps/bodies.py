@@ -140,11 +140,11 @@ def _exported(out: Path, source: Artifact, export_format: str, **options: Any) -
     return Exported(made.digest, sum(entry.size for entry in made.files.values()))
 
 
-def make_parity(out: Path, *, reference: Artifact, candidate: Artifact, runtime: str) -> Parity:
-    """Prove that `candidate` in `runtime` computes what `reference` does. Raises ParityError."""
+def make_parity(out: Path, *, reference: Artifact, candidate: Artifact, runtime: str, device: str) -> Parity:
+    """Prove that `candidate` in `runtime` on `device` computes what `reference` does. Raises ParityError."""
     from numprune.flows.steps.export import prove
 
-    return prove(reference.path, candidate.path, runtime)
+    return prove(reference.path, candidate.path, runtime, device)
 
 
 def make_reference_answers(out: Path, *, checkpoint: Artifact, device: str) -> Answers:

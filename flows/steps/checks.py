@@ -113,12 +113,14 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("export.targets and benchmark.runtimes", onnx.check_config, config)
         if "onnxruntime" in recipe.export.targets:
             collect("export.targets", genai.check_config, config)
-            collect("export.targets", _check_fused, recipe, base)
         if "vllm" in formats:
             collect("export.targets and benchmark.runtimes", check_settings, config)
         if "vllm" in formats and recipe.prune.allocation != "uniform":
             collect("prune.allocation", check_per_layer, anatomy)
-        collect("export.dtype", precisions, recipe, base)
+        chosen = collect("export.dtype", precisions, recipe, base)
+        if chosen is not None and "onnxruntime" in recipe.export.targets:
+            device = runtime_device("onnxruntime", recipe.benchmark.device)
+            collect("export.targets", genai.check_precision, chosen["onnxruntime"], device)
         problems += _lengths(recipe, anatomy.context, anatomy.task)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
@@ -166,13 +168,6 @@ def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
     }
 
 
-def _check_fused(recipe: Recipe, base: Path) -> None:
-    """Raises InputError where ONNX Runtime's own operators do not compute in the precision that was chosen."""
-    device = recipe.benchmark.device
-    chosen = precision_of(base, "onnxruntime", recipe.export.dtype, device)
-    genai.check_precision(chosen, runtime_device("onnxruntime", device))
-
-
 def _lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:
     problems = []
     if recipe.data.sequence_length > context:
@@ -204,6 +199,11 @@ def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     ]
     if "tensorrt" in recipe.export.targets:
         problems.append("export.targets: engines are built of decoders only; leave tensorrt out")
+    if recipe.benchmark.torch_mode != "auto":
+        problems.append(
+            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: only decoding is compiled, and models of "
+            f"{anatomy.task} generate nothing; leave it out"
+        )
     if recipe.evaluate.prompts not in (BUILT_IN, []):
         problems.append(f"evaluate.prompts: models of {anatomy.task} generate nothing; leave it out")
     return problems
@@ -280,6 +280,11 @@ def _combinations(recipe: Recipe) -> list[str]:
         problems.append(
             f"benchmark.prompts = {recipe.benchmark.prompts}: must be a multiple of benchmark.batch_size = "
             f"{recipe.benchmark.batch_size}"
+        )
+    if recipe.benchmark.torch_mode != "auto" and "torch" not in recipe.benchmark.runtimes:
+        problems.append(
+            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: torch is not among benchmark.runtimes; leave it "
+            "out"
         )
     for runtime in recipe.benchmark.runtimes:
         exports = EXPORTS_OF_RUNTIME.get(runtime)

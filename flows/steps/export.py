@@ -40,6 +40,10 @@ def export_and_prove(
     Raises InputError, IntegrityError, MissingRuntime, ParityError.
     """
     chosen = precision_of(source, RUNTIME_OF_EXPORT[export_format] if export_format != "vllm" else "vllm", dtype)
+    if export_format == "onnxruntime":
+        from numprune.export import genai
+
+        genai.check_precision(chosen, device_of("onnxruntime", "auto"))
     with temporary.beside(out) as folder:
         export(source, folder / "export", export_format, dtype=cast_to(export_format, chosen, dtype))
         proof = prove(source, folder / "export", RUNTIME_OF_EXPORT[export_format])
@@ -57,12 +61,12 @@ def cast_to(export_format: str, chosen: str, asked: str) -> str | None:
     return None if export_format == "vllm" and asked == precision.AUTO else chosen
 
 
-def prove(reference: Path, candidate: Path, runtime: str) -> dict[str, Any]:
-    """`candidate` in `runtime` computes what `reference` does: what was compared. Raises ParityError."""
+def prove(reference: Path, candidate: Path, runtime: str, device: str = "auto") -> dict[str, Any]:
+    """`candidate` in `runtime` on `device` computes what `reference` does: what was compared. Raises ParityError."""
     kind = parity if load_task(reference).name == "causal-lm" else parity_encoder
     before, after = precision.stored(reference), precision.stored(candidate)
     # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
     dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
-    found = dict(kind.check(reference, candidate, runtime, dtype=dtype))
+    found = dict(kind.check(reference, candidate, runtime, device=device, dtype=dtype))
     quantized = runtime == "torch" and compressed_tensors.scheme_in(reference)
     return {**found, "format": check_format(reference, candidate)} if quantized else found

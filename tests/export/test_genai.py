@@ -175,3 +175,10 @@ def test_float32_on_a_gpu_is_refused_where_its_attention_does_not_compute_in_it(
         genai.check_precision("float32", "cuda")
     genai.check_precision("float16", "cuda")
     genai.check_precision("float32", "cpu")
+
+
+def test_heads_that_its_attention_cannot_compute_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(num_hidden_layers=1, head_dim=24)
+    with pytest.raises(InputError, match=r"head_dim=24: its GroupQueryAttention computes .*\(--to onnx\)"):
+        genai.export(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

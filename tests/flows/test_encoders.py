@@ -97,6 +97,7 @@ def test_what_an_encoder_has_no_part_in_is_refused_before_any_work(encoder: Path
             'benchmark.runtimes=["torch", "vllm"]',
             "benchmark.lengths=[8, 1000]",
             'evaluate.prompts=["Hello"]',
+            "benchmark.torch_mode=compiled",
             "gates=[{metric='quality.perplexity_ratio', bound='point', max=2}]",
         ],
     )
@@ -106,6 +107,7 @@ def test_what_an_encoder_has_no_part_in_is_refused_before_any_work(encoder: Path
         "benchmark.runtimes: vllm times generation, and models of embedding generate nothing; they are timed in torch",
         "export.targets: engines are built of decoders only; leave tensorrt out",
         "evaluate.prompts: models of embedding generate nothing; leave it out",
+        "benchmark.torch_mode = 'compiled': only decoding is compiled, and models of embedding generate nothing; leave",
         "benchmark.lengths = [8, 1000]: the model takes at most 256 tokens",
         "gates.0.metric = 'quality.perplexity_ratio': only models of causal-lm have it, and this one's task is embed",
     ):

@@ -1,11 +1,15 @@
 """A recipe with a precision: what is exported, proved, timed and reported is in it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
 from numprune.flows import chain, recipe
-from numprune.flows.steps import checks
+from numprune.flows.steps import benchmark, checks, export
 from numprune.serving import report
 
 
@@ -31,3 +35,37 @@ def test_a_release_in_float16(tiny: Path, tmp_path: Path) -> None:
     page = (judged.report.path / "report.html").read_text(encoding="utf-8")
     assert "In half precision no error is bounded" in page
     assert "onnxruntime computes in float16" in page
+
+
+def test_what_the_benchmark_cannot_do_is_refused_once(tiny: Path, tmp_path: Path) -> None:
+    changes = ["export.dtype=bfloat16", "export.targets=['onnxruntime']", "benchmark.device=cpu"]
+    changes += ["benchmark.runtimes=['onnxruntime']", "benchmark.torch_mode=eager"]
+    with pytest.raises(InputError) as caught:
+        checks.check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+    said = str(caught.value)
+    assert said.count("no bfloat16 kernels for a CPU") == 1
+    assert "benchmark.torch_mode = 'eager': torch is not among benchmark.runtimes; leave it out" in said
+
+
+def test_a_network_that_the_fused_export_refuses_is_timed_in_the_standard_one(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    sides = [tiny_checkpoint(name="a"), tiny_checkpoint(name="b", head_dim=24)]
+    assert "onnxruntime" in benchmark._formats(sides[:1], "float32")
+    assert "onnxruntime" not in benchmark._formats(sides, "float32")
+    assert "onnx" in benchmark._formats(sides, "float32")
+
+
+def test_float32_on_cuda_is_refused_before_anything_is_written(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "device_of", lambda *_: "cuda")
+    with pytest.raises(InputError, match="float16 and bfloat16 only, not float32"):
+        export.export_and_prove(tiny_checkpoint(), tmp_path / "out", "onnxruntime")
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_parity_runs_where_the_benchmark_does(tiny: Path, tmp_path: Path) -> None:
+    run = checks.prepare(recipe.load(tiny / "recipe.toml", ["benchmark.device=cpu"]), tmp_path / "w")
+    assert chain.prove(run, "onnx", run.base, run.base, "candidate").arguments["device"] == "cpu"
+    assert chain.prove(run, "tensorrt", run.base, run.base, "candidate").arguments["device"] == "auto"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from numprune.errors import MissingRuntime
-from numprune.export import onnx
+from numprune.export import genai, onnx
 from numprune.export.runtimes import ort
 
 
@@ -19,4 +19,13 @@ def test_work_that_went_to_the_cpu_is_found(
     assert ort.nodes_elsewhere(session, ort.CPU) == []
     assert heavy <= set(ort.nodes_elsewhere(session, ort.CUDA))
     with pytest.raises(MissingRuntime, match="fell back to CPUExecutionProvider"):
-        ort._require_cuda(session)
+        ort._require_cuda(session, "")
+
+
+def test_work_of_the_fused_operators_that_went_to_the_cpu_is_found(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    genai.export(tiny_checkpoint(), tmp_path / "out")
+    session = ort._open(tmp_path / "out" / onnx.MODEL_FILE, ort.CPU, threads=1)
+    fused = {"GroupQueryAttention", "SkipSimplifiedLayerNormalization", "MatMul"}
+    assert fused <= set(ort.nodes_elsewhere(session, ort.CUDA))
