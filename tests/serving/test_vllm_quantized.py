@@ -1,0 +1,48 @@
+"""A real vLLM server of a quantized release, compared with the reference answers of the release."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from numprune.errors import ParityError
+from numprune.export import manifest
+from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization import Scheme
+from numprune.serving import reference_answers
+from numprune.serving.deployment import Deployment, prove
+from numprune.serving.vllm.server import serving
+from tests.conftest import recast
+from tests.serving.releases import SMALL, make_release, require_vllm, write_checkpoint
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SCALE = "model.layers.1.mlp.down_proj.weight_scale"
+
+
+def quantized(folder: Path) -> Path:
+    base = recast(write_checkpoint(folder / "model"), torch.bfloat16)
+    quantize_checkpoint(base, Scheme("w4a16", 32), folder / "quantized", torch.device("cpu"))
+    return folder / "quantized"
+
+
+def turn_scale(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors[SCALE] = tensors[SCALE] * -4
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def test_a_server_answers_as_the_quantized_model_and_not_with_a_wrong_scale(tmp_path: Path) -> None:
+    found, checkpoint = require_vllm(), quantized(tmp_path)
+    good = make_release(checkpoint, tmp_path / "good")
+    bad = make_release(checkpoint, tmp_path / "bad", turn_scale)
+    assert reference_answers.read(good) == reference_answers.read(bad)
+    for folder in (good, bad):
+        release = Deployment("tiny/1", "tiny", 1, manifest.read(folder).digest, folder, "bfloat16")
+        with serving(found, release.checkpoint, name="tiny", dtype="bfloat16", options=SMALL) as running:
+            if folder is good:
+                assert prove(running, release, "bfloat16")["greedy_match"] > 0
+            else:
+                with pytest.raises(ParityError, match="the server gives"):
+                    prove(running, release, "bfloat16")
