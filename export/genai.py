@@ -18,7 +18,7 @@ from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, wri
 from numprune.export.onnx_fused import FusedOperators
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
-from numprune.export.weights import read_tensor
+from numprune.export.weights import read_finite
 
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
@@ -82,7 +82,7 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
         with (folder / DATA_FILE).open("wb") as data:
             graph = Graph(data, DTYPES[dtype])
             write_decoder(
-                graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), OPSET, FusedOperators
+                graph, config, frozenset(headers), lambda name: read_finite(headers[name]), OPSET, FusedOperators
             )
         save(graph.model(OPSET, metadata), folder / onnx.MODEL_FILE)
         checkpoint.copy_around_weights(config, source, folder)

@@ -18,7 +18,7 @@ from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.onnx_standard import StandardOperators
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.tasks import load_task
-from numprune.export.weights import read_tensor
+from numprune.export.weights import read_finite
 
 KIND = "onnx"  # of the folder
 MODEL_FILE = "model.onnx"
@@ -100,6 +100,6 @@ def _write(source: Path, folder: Path, config: Any, opset: int, dtype: str, meta
     with (folder / DATA_FILE).open("wb") as data:
         graph = Graph(data, DTYPES[dtype])
         write_decoder(
-            graph, config, frozenset(headers), lambda name: read_tensor(headers[name]), opset, StandardOperators
+            graph, config, frozenset(headers), lambda name: read_finite(headers[name]), opset, StandardOperators
         )
     save(graph.model(opset, metadata), folder / MODEL_FILE)

@@ -211,6 +211,14 @@ def read_tensor(header: TensorHeader) -> Tensor:
         return tensor
 
 
+def read_finite(header: TensorHeader) -> Tensor:
+    """Return what `read_tensor` does. Raises IntegrityError where it holds NaN or infinity."""
+    tensor = read_tensor(header)
+    if not torch.isfinite(tensor).all():
+        raise IntegrityError(f"{header.file}: {header.name} has values that are NaN or infinite")
+    return tensor
+
+
 def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows of the tensor's first dimension (all of them by default), read into memory, in the stored data type.
 
