@@ -844,7 +844,7 @@ def test_what_is_no_reference_is_refused(text: str) -> None:
 
 
 def test_references_are_read() -> None:
-    assert registries.parse("größe-1.5") == registries.Reference("größe-1.5", "production", None)
+    assert registries.parse("größe-1.5") == registries.ModelReference("größe-1.5", "production", None)
     assert registries.parse("a", "candidate").alias == "candidate"
     assert registries.parse("a@b").alias == "b"
     assert registries.parse("a/12").version == 12
