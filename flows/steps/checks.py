@@ -320,7 +320,7 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
         if known and name not in known:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
         if recipe.quantize.scheme == "none" and "quantization" in (section, name.partition("_")[0]):
-            problems.append(f"{where}: quantize.scheme is none; set it, or leave the gate out")
+            problems.append(f"{where}: quantize.scheme = 'none' has no such figure; choose a scheme or drop the gate")
         if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
             problems.append(f"{where}: evaluate.prompts = [] generates nothing; give it prompts")
     return problems
