@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from numprune.blocks import Anatomy, Block, Routing
+from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
 from numprune.families.family import LINEAR_PARTS, Experts, Part, Shape, TaskName, Wiring
@@ -151,7 +151,8 @@ def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
         raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
     if family.experts and family.experts.step:
         _require_sizes(config, family.experts.step)
-    return tuple(block for layer in range(config.num_hidden_layers) for block in _layer_blocks(family, config, layer))
+    layers = range(config.num_hidden_layers)
+    return beside_what_is_left([block for layer in layers for block in _layer_blocks(family, config, layer)])
 
 
 def _layer_blocks(family: Family, config: PreTrainedConfig, layer: int) -> Iterator[Block]:
@@ -169,15 +170,13 @@ def _layer_blocks(family: Family, config: PreTrainedConfig, layer: int) -> Itera
     yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
     if family.experts is None or not family.experts.are_in(layer, config):
         assert family.mlp is not None
-        # A block is beside another one only where that is there: the walk notes what the first of them reads.
-        beside = family.flag(family.parallel, config) and "attention" not in skipped
-        yield block("mlp", family.mlp, family.width, Size(width), beside)
+        yield block("mlp", family.mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
         return
     # The experts come last, so that their refit makes up for what the shared one lost.
     if family.shared is not None:
         _require_sizes(sizes, family.shared_width, where=f"layer {layer}: ")
         yield block("mlp", family.shared, family.shared_width, Size(getattr(sizes, family.shared_width)))
-    yield _experts_block(family, family.experts, sizes, layer, family.shared is not None and "mlp" not in skipped)
+    yield _experts_block(family, family.experts, sizes, layer)
 
 
 def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:
@@ -254,7 +253,7 @@ def _block(
     )
 
 
-def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int, beside: bool) -> Block:
+def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> Block:
     """Return the block of one layer's configuration.
 
     Raises:
@@ -293,7 +292,7 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int, bes
         norm_behind=False,
         post_norms=(),
         field=experts.count,
-        beside=beside,
+        beside=family.shared is not None,
         routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),
         sizes=experts.sizes,
     )

@@ -1,9 +1,9 @@
 """The prunable blocks of a transformer as data: where their units are, and what surrounds them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import prod
 
 from numprune.families import FAMILIES, Kind
@@ -212,7 +212,7 @@ class Anatomy:
 
     def keeping(self, sizes: Mapping[str, Size]) -> "Anatomy":
         """Return the anatomy with each block at the size `sizes[block.name]`."""
-        return replace(self, blocks=tuple(block.resized(sizes[block.name]) for block in self.blocks))
+        return replace(self, blocks=beside_what_is_left([block.resized(sizes[block.name]) for block in self.blocks]))
 
     def without(self, dropped: Collection[int]) -> "Anatomy":
         """Return the anatomy with these layers dropped and the others renumbered."""
@@ -233,6 +233,12 @@ class Anatomy:
         if family.stock_heads == "divisors":
             return self.hidden_size % heads == 0
         return heads * self.head_dim == self.hidden_size
+
+
+def beside_what_is_left(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Return the blocks; one whose parallel neighbour is gone is beside nothing and reads its layer's input."""
+    alone = {block.name for previous, block in pairwise(blocks) if not previous.units}
+    return tuple(replace(block, beside=False) if block.beside and block.name in alone else block for block in blocks)
 
 
 def by_layer(blocks: tuple[Block, ...]) -> tuple[tuple[Block, ...], ...]:
