@@ -97,7 +97,7 @@ def test_every_import_keeps_the_rule() -> None:
     assert broken(ROOT) == []
 
 
-def test_the_exceptions_are_needed_and_nothing_but_an_address() -> None:
+def test_the_exceptions_are_needed_and_only_delegate() -> None:
     for file, excepted in EXCEPTIONS.items():
         source = (ROOT / file).read_text(encoding="utf-8")
         needed = [violation for violation in violations(source, "numprune") if "may not import" in violation]
@@ -107,7 +107,7 @@ def test_the_exceptions_are_needed_and_nothing_but_an_address() -> None:
         assert functions == (["__getattr__", "__dir__"] if file == Path("__init__.py") else [])
 
 
-def test_all_packages_are_looked_at() -> None:
+def test_all_packages_are_checked() -> None:
     assert set(sources(ROOT).values()) == set(MAY_IMPORT)
 
 

@@ -184,13 +184,13 @@ def as_user(image: Image) -> list[str]:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def test_the_linter_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     command = [Path(sysconfig.get_path("scripts")) / "hadolint", "--failure-threshold", "style", DOCKERFILE]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_nothing_else_comes_into_the_build(image: Image) -> None:
+def test_the_build_context_holds_nothing_else(image: Image) -> None:
     made = {".venv", "numprune.egg-info"}
     there = {path.name for path in (image.root / "numprune").iterdir()} - made
     files = {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"}
@@ -209,7 +209,7 @@ def test_everything_is_installed_under_the_constraints(image: Image) -> None:
     assert "onnxruntime" in image.log
 
 
-def test_the_images_user_can_read_all_of_it_and_write_none(image: Image) -> None:
+def test_the_image_user_can_read_everything_and_write_nothing(image: Image) -> None:
     for path in (image.root / "numprune").rglob("*"):
         if not path.is_symlink():
             mode = stat.S_IMODE(path.stat().st_mode)

@@ -21,7 +21,7 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     assert "[[gates]]" in (tmp_path / "recipe" / "index.html").read_text(encoding="utf-8")
 
 
-def test_the_readme_is_one_page_and_its_links_lead_somewhere() -> None:
+def test_the_readme_is_one_page_and_its_links_resolve() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     targets = [target for target in LINK.findall(text) if "://" not in target]

@@ -16,18 +16,18 @@ RECIPES = sorted(set(EXAMPLES.glob("*.toml")) - {POLICY})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_of_the_examples_is_valid(path: Path) -> None:
+def test_example_recipes_are_valid(path: Path) -> None:
     found = recipe.load(path)
     assert found.data.heldout == [str(EXAMPLES / "text" / "heldout.jsonl")]
     assert found.registry.name.startswith(path.stem)
 
 
-def test_the_policy_of_the_examples_is_valid() -> None:
+def test_the_example_policy_is_valid() -> None:
     assert len(gates.read_policy(POLICY).gates) == 3
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yml")), ids=lambda path: path.stem)
-def test_a_pipeline_of_the_examples_optimizes_and_then_promotes(path: Path) -> None:
+def test_example_pipelines_optimize_then_promote(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "release" in yaml.safe_load(text).get("jobs", yaml.safe_load(text))
     assert text.index("numprune optimize") < text.index("registry promote")

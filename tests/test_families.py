@@ -94,7 +94,7 @@ def test_parameters_are_counted_from_the_configuration(family, task):
 
 @of_task
 @pytest.mark.parametrize("padded", [False, True])
-def test_walking_layer_by_layer_is_the_model_s_own_forward_pass(family, task, padded):
+def test_walking_layer_by_layer_matches_the_forward_pass(family, task, padded):
     model = build_tiny(family, task=task)
     layers = ModelLayers(model, TASKS[task])
     mask = torch.ones_like(ROWS)
@@ -133,7 +133,7 @@ def without(model, block):
 
 @pytest.mark.parametrize("gone", ["nothing", "the last layer's first block"])
 @of_task
-def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task, gone):
+def test_walking_block_by_block_matches_the_forward_pass(family, task, gone):
     model = build_tiny(family, task=task)
     if gone != "nothing":
         model = without(model, read_anatomy(model.config).of_layer(1)[0])
@@ -149,7 +149,7 @@ def test_walking_block_by_block_is_the_model_s_own_forward_pass(family, task, go
 
 
 @of_task
-def test_a_block_is_run_up_to_its_consumer_and_from_there_on(family, task):
+def test_a_block_runs_up_to_its_consumer_and_from_there_on(family, task):
     model = build_tiny(family, task=task)
     layers = ModelLayers(model, TASKS[task])
     walker = Walker(layers, ROWS.shape[1], batch_size=4)
@@ -216,7 +216,7 @@ def mask_experts(layer, block, kept):
 
 @of_task
 @pytest.mark.parametrize("case", CUTS)
-def test_what_is_cut_computes_what_was_masked_also_read_back(family, task, case, tmp_path):
+def test_cut_models_match_masked_ones_also_when_read_back(family, task, case, tmp_path):
     model = build_tiny(family, task=task)
     anatomy = read_anatomy(model.config)
     kept = {}
@@ -275,7 +275,7 @@ THREE_OF = {"gemma3_text": _WINDOWS, "gpt_oss": _WINDOWS}
 
 @of_task
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_model_without_a_layer_is_stock_and_computes_what_the_rest_of_its_layers_do(family, task, layer, tmp_path):
+def test_a_model_without_a_layer_is_stock_and_matches_its_remaining_layers(family, task, layer, tmp_path):
     model = build_tiny(family, task=task, **THREE, **THREE_OF.get(family, {}))
     layers = ModelLayers(model, TASKS[task])
     with replaced([model.get_submodule(f"{layers.anatomy.layers_path}.{layer}")], lambda hidden, *_, **__: hidden):
@@ -300,7 +300,7 @@ def test_a_model_without_a_layer_is_stock_and_computes_what_the_rest_of_its_laye
 
 
 @of_family
-def test_the_dense_model_goes_on_through_a_layer_that_the_pruned_one_has_not(family):
+def test_the_dense_stream_passes_through_a_dropped_layer(family):
     task = FAMILIES[family].tasks[0]
     model = build_tiny(family, task=task, **THREE, **THREE_OF.get(family, {}))
     layers = ModelLayers(model, TASKS[task])
@@ -376,7 +376,7 @@ def streamed(folder, options):
 
 
 @of_allocation
-def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
+def test_streamed_pruning_matches_in_memory(family, task, allocation, axes, tmp_path):
     options = options_for(family, allocation, axes)
     folder = tmp_path / "base"
     write_checkpoint(build_tiny(family, task=task), folder)
@@ -391,7 +391,7 @@ def test_streamed_is_in_memory(family, task, allocation, axes, tmp_path):
 
 
 @of_task
-def test_streamed_without_a_layer_is_in_memory(family, task, tmp_path):
+def test_streamed_layer_dropping_matches_in_memory(family, task, tmp_path):
     options = PruneOptions(0.65, drop_layers=1, target=ALIGNED)
     folder = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
     plan, cut = streamed(folder, options)
@@ -403,7 +403,7 @@ def test_streamed_without_a_layer_is_in_memory(family, task, tmp_path):
 
 
 @of_task
-def test_gradients_of_the_loss_are_autograd_s_of_the_whole_model(family, task):
+def test_gradients_match_autograd_on_the_whole_model(family, task):
     model = build_tiny(family, task=task)
     found = sensitivity.measure(ModelLayers(model, TASKS[task]), ROWS, batch_size=4, taylor=True)
     blocks = read_anatomy(model.config).blocks
@@ -444,7 +444,7 @@ def test_a_refitted_model_errs_less(family, task, allocation, axes):
 
 @of_family
 @pytest.mark.parametrize("axes", [DEFAULT_AXES, AXES])
-def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes):
+def test_uniform_pruning_stays_within_stock_configurations(family, axes):
     anatomy = read_anatomy(build_tiny(family).config)
     block = anatomy.blocks[0]
     uniform, per_layer = (
@@ -459,7 +459,7 @@ def test_uniform_pruning_keeps_to_what_a_stock_configuration_holds(family, axes)
 
 @of_decoder
 @pytest.mark.slow
-def test_it_is_exported_to_onnx(family, tmp_path):
+def test_every_family_is_exported_to_onnx(family, tmp_path):
     model = build_tiny(family)
     alike = all(len(set(getattr(model.config, name, None) or ())) < 2 for name in ("layer_types", "no_rope_layers"))
     if alike and len(read_anatomy(model.config).kinds) == 2:
@@ -479,7 +479,7 @@ ENCODERS = [name for name, family in FAMILIES.items() if "causal-lm" not in fami
 @pytest.mark.parametrize(
     ("family", "task"), [(name, FAMILIES[name].tasks[index % 3]) for index, name in enumerate(ENCODERS)]
 )
-def test_an_encoder_is_exported_to_onnx(family, task, tmp_path):
+def test_every_encoder_is_exported_to_onnx(family, task, tmp_path):
     model = build_tiny(family, task=task, num_hidden_layers=1)
     base = write_checkpoint(model, tmp_path / "base")
     onnx.export(base, tmp_path / "onnx")
@@ -488,7 +488,7 @@ def test_an_encoder_is_exported_to_onnx(family, task, tmp_path):
 
 
 @of_decoder
-def test_it_is_served_or_refused_by_name_before_any_work(family, tmp_path):
+def test_every_family_is_served_or_refused_by_name_before_any_work(family, tmp_path):
     base, pruned = write_checkpoint(build_tiny(family), tmp_path / "base"), tmp_path / "pruned"
     assert not vllm.preflight(checkpoint.read_config(base))["plugin"]
     options = PruneOptions(0.5, allocation="error", target=ALIGNED)  # so much that no family's layers stay alike
@@ -501,7 +501,7 @@ def test_it_is_served_or_refused_by_name_before_any_work(family, tmp_path):
 
 
 @of_decoder
-def test_what_vllm_is_given_is_what_its_loader_expects(family, tmp_path):
+def test_exported_tensors_match_the_vllm_loader(family, tmp_path):
     models = {"stock": build_tiny(family)}
     if FAMILIES[family].vllm.per_layer:
         layers = {1: {FAMILIES[family].width: 32}}
@@ -538,6 +538,6 @@ def row_of(family):
 
 
 @of_family
-def test_the_table_in_the_documentation_is_what_is_proved(family):
+def test_the_documented_table_matches_the_proofs(family):
     page = Path(__file__).parent.parent / "docs" / "families.md"
     assert row_of(family) in page.read_text(encoding="utf-8").splitlines()

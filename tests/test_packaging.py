@@ -72,7 +72,7 @@ def package_files(tree: Path) -> set[str]:
     return {file.relative_to(tree).as_posix() for file in files}
 
 
-def test_sdist_holds_every_file_once(built: Built) -> None:
+def test_the_sdist_holds_every_file_once(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         members = archive.getmembers()
     names = [PurePosixPath(*PurePosixPath(member.name).parts[1:]).as_posix() for member in members]
@@ -83,11 +83,11 @@ def test_sdist_holds_every_file_once(built: Built) -> None:
     assert not [name for name in names if name.split("/")[0] in PACKAGES]
 
 
-def test_wheel_is_the_same_from_the_sdist_and_from_the_checkout(built: Built) -> None:
+def test_the_wheel_is_the_same_from_sdist_and_checkout(built: Built) -> None:
     assert built.wheel.read_bytes() == built.direct.read_bytes()
 
 
-def test_wheel_holds_the_packages_and_their_data_below_numprune_only(built: Built) -> None:
+def test_the_wheel_holds_only_packages_below_numprune(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -96,7 +96,7 @@ def test_wheel_holds_the_packages_and_their_data_below_numprune_only(built: Buil
     assert {name.split("/")[1] for name in names} >= set(PACKAGES)
 
 
-def test_wheel_has_the_command(built: Built) -> None:
+def test_the_wheel_has_the_command(built: Built) -> None:
     entry_points = configparser.ConfigParser()
     with zipfile.ZipFile(built.wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
@@ -114,7 +114,7 @@ for name in ("flows", "export", "serving", "numprune.flows", "numprune.export", 
 """
 
 
-def test_a_users_own_folders_and_ours_live_side_by_side(installed: Path, tmp_path: Path) -> None:
+def test_user_folders_do_not_shadow_the_package(installed: Path, tmp_path: Path) -> None:
     for package in PACKAGES:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()

@@ -22,9 +22,7 @@ def pruned(base: Path, out: Path, ratio: float = 0.3, **options: object) -> Path
     return out
 
 
-def test_the_card_of_the_base_gives_its_licence_and_nothing_of_its_text(
-    tiny_checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_only_the_licence_is_taken_from_the_base_model_card(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--tiny-llama" / "snapshots" / "0123abcd"
     snapshot.parent.mkdir(parents=True)
     base = tiny_checkpoint(vocab_size=259).rename(snapshot)
@@ -55,7 +53,7 @@ def test_the_card_of_the_base_gives_its_licence_and_nothing_of_its_text(
     ("task", "pipeline", "loads"),
     [("masked-lm", "fill-mask", "AutoModelForMaskedLM"), ("embedding", "feature-extraction", "AutoModel")],
 )
-def test_an_encoder_is_what_it_is_for(
+def test_the_card_of_an_encoder_names_its_task(
     tiny_checkpoint: Checkpoint, tmp_path: Path, task: str, pipeline: str, loads: str
 ) -> None:
     text = (pruned(tiny_checkpoint("bert", task=task), tmp_path / "out") / "README.md").read_text()
@@ -67,7 +65,7 @@ def test_an_encoder_is_what_it_is_for(
     assert ("vLLM does not serve this model" in text) == (task == "masked-lm")
 
 
-def test_a_class_of_vllms_that_derives_the_head_size_is_not_used(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_vllm_classes_that_derive_the_head_size_are_avoided(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint("qwen2", vocab_size=259)
     commands = {  # by what is protected, with a ratio that the rest can give
         ("mlp", 0.201): "vllm serve . --model-impl transformers\n",
@@ -78,7 +76,7 @@ def test_a_class_of_vllms_that_derives_the_head_size_is_not_used(tiny_checkpoint
         assert command in (made / "README.md").read_text()
 
 
-def test_an_export_carries_the_card_of_a_pruned_checkpoint_only(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_only_the_card_of_a_pruned_checkpoint_is_exported(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(vocab_size=259)
     (base / "README.md").write_text("Perplexity: 3.")
     made = pruned(base, tmp_path / "out")
@@ -111,9 +109,7 @@ def test_layers_of_different_sizes_need_numprune_and_the_card_says_so(
         b"\xff\xfe\x00",
     ],
 )
-def test_a_card_that_says_nothing_usable_is_no_error(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, content: bytes
-) -> None:
+def test_an_unusable_base_card_is_ignored(tiny_checkpoint: Checkpoint, tmp_path: Path, content: bytes) -> None:
     base = tiny_checkpoint(vocab_size=259)
     (base / "README.md").write_bytes(content)
     text = (pruned(base, tmp_path / "out") / "README.md").read_text()
@@ -131,11 +127,11 @@ def test_a_card_that_says_nothing_usable_is_no_error(
         ("my-model", None),
     ],
 )
-def test_the_name_on_the_hub_is_that_of_the_hubs_cache(folder: str, name: str | None) -> None:
+def test_the_hub_id_is_recovered_from_the_hub_cache(folder: str, name: str | None) -> None:
     assert card.hub_id(Path(folder)) == name
 
 
-def test_quality_takes_the_place_of_the_section_that_says_it_is_missing() -> None:
+def test_quality_replaces_the_not_measured_section() -> None:
     text = "# A\n\n## Quality\n\nNot measured yet.\n\n## Use\n\nB\n"
     assert card.with_quality(text, "## Quality\n\n| 1 |\n") == "# A\n\n## Quality\n\n| 1 |\n\n## Use\n\nB\n"
     with pytest.raises(IntegrityError, match=r"README\.md: not a card that numprune wrote"):

@@ -67,7 +67,7 @@ def test_layers_that_differ_load_and_are_audited_layer_by_layer(tiny_checkpoint:
         checkpoint.load(folder)
 
 
-def test_every_tensor_keeps_the_data_type_that_it_is_stored_in(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_every_tensor_keeps_its_stored_data_type(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Whatever config.json says; it then says what most of the bytes are."""
     folder = recast(tiny_checkpoint(), torch.bfloat16, **{"model.norm.weight": torch.float32})
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
@@ -86,7 +86,7 @@ def test_every_tensor_keeps_the_data_type_that_it_is_stored_in(tiny_checkpoint: 
     ("value", "words"),
     [(70_000.0, r"7e\+04 is more than float16 can hold \(6\.55e\+04\)"), (torch.nan, "NaN or infinite")],
 )
-def test_a_value_that_cannot_be_stored_is_named(tiny_checkpoint: Checkpoint, value: float, words: str) -> None:
+def test_an_out_of_range_value_is_named(tiny_checkpoint: Checkpoint, value: float, words: str) -> None:
     folder = recast(tiny_checkpoint(), torch.float16)
     model, _ = checkpoint.load(folder)
     model.model.layers[1].mlp.down_proj.weight.data[3, 3] = value
@@ -127,7 +127,7 @@ def test_audit_names_the_tensor(tiny_checkpoint: Checkpoint, change: Callable, n
             check(folder)
 
 
-def test_a_smaller_configuration_is_found(tiny_checkpoint: Checkpoint) -> None:
+def test_a_configuration_smaller_than_the_weights_is_detected(tiny_checkpoint: Checkpoint) -> None:
     """Dense weights beside a pruned configuration: what vLLM serves wrongly without a word."""
     folder = tiny_checkpoint()
     config = json.loads((folder / "config.json").read_text())
@@ -137,7 +137,7 @@ def test_a_smaller_configuration_is_found(tiny_checkpoint: Checkpoint) -> None:
         checkpoint.load(folder)
 
 
-def test_frequencies_that_old_checkpoints_stored_are_no_mistake(tiny_checkpoint: Checkpoint) -> None:
+def test_rotary_frequencies_stored_by_old_checkpoints_are_accepted(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
     alter(folder, put("model.layers.0.self_attn.rotary_emb.inv_freq", 8))
     checkpoint.load(folder)
@@ -286,7 +286,7 @@ def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, t
             torch.testing.assert_close(head(tokens, hidden), expected)
 
 
-def test_loading_shows_no_bar_of_the_library(
+def test_loading_shows_no_library_progress_bar(
     tiny_checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers_logging, "_tqdm_active", True)

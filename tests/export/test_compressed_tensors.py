@@ -45,7 +45,7 @@ def alter_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
 
 
 @pytest.mark.parametrize("columns", range(1, 18))
-def test_values_are_packed_as_the_package_packs_them(columns: int) -> None:
+def test_packing_matches_compressed_tensors(columns: int) -> None:
     values = torch.randint(-8, 8, (5, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(columns))
     packed = compressed_tensors.pack(values)
     assert torch.equal(packed, pack_to_int32(values, 4))
@@ -54,7 +54,7 @@ def test_values_are_packed_as_the_package_packs_them(columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_package_decompresses_what_we_compute_with(
+def test_compressed_tensors_decompresses_to_our_weights(
     tiny_checkpoint: Checkpoint, name: str, dtype: torch.dtype
 ) -> None:
     """Exactly; it rounds the product to the data type of the scales."""
@@ -75,7 +75,7 @@ def test_the_package_decompresses_what_we_compute_with(
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_transformers_computes_what_we_compute(tiny_checkpoint: Checkpoint, name: str) -> None:
+def test_transformers_gives_the_same_logits(tiny_checkpoint: Checkpoint, name: str) -> None:
     folder = quantized(tiny_checkpoint(tie_word_embeddings=True), name)
     ours, _ = checkpoint.load(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -87,7 +87,7 @@ def test_transformers_computes_what_we_compute(tiny_checkpoint: Checkpoint, name
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
 @pytest.mark.parametrize("name", ["w8a8", "w4a16"])
-def test_a_quantized_checkpoint_is_read_whole_and_in_layers(
+def test_a_quantized_checkpoint_is_read_whole_and_layer_by_layer(
     tiny_checkpoint: Checkpoint, tmp_path: Path, family: str, name: str
 ) -> None:
     base = tiny_checkpoint(family)
@@ -110,7 +110,7 @@ def test_a_quantized_checkpoint_is_read_whole_and_in_layers(
     assert weights.main_dtype(weights.read_headers(folder)) == torch.float32
 
 
-def test_what_is_around_the_layers_stays_and_is_ignored(tiny_checkpoint: Checkpoint) -> None:
+def test_modules_outside_the_layers_stay_unquantized_and_are_listed_as_ignored(tiny_checkpoint: Checkpoint) -> None:
     base = recast(tiny_checkpoint("bert"), torch.bfloat16)
     folder = quantized(base, "w4a16")
     before, after = (load_file(path / "model.safetensors") for path in (base, folder))
@@ -122,7 +122,7 @@ def test_what_is_around_the_layers_stays_and_is_ignored(tiny_checkpoint: Checkpo
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
-def test_the_formats_own_variants_are_read(tiny_checkpoint: Checkpoint) -> None:
+def test_variants_of_the_format_are_read(tiny_checkpoint: Checkpoint) -> None:
     """Fields that others write and that mean nothing here, and the data type of their scales."""
     folder = quantized(tiny_checkpoint(), "w8a8")
     expected = checkpoint.load(folder)[0](TOKENS).logits
@@ -158,7 +158,7 @@ def test_the_formats_own_variants_are_read(tiny_checkpoint: Checkpoint) -> None:
         (lambda config: config.update(config_groups=[]), "config_groups is '\\[\\]'; it must be an object"),
     ],
 )
-def test_other_quantizations_are_refused_by_the_field(
+def test_other_quantizations_are_refused_by_field_name(
     tiny_checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object], field: str
 ) -> None:
     folder = quantized(tiny_checkpoint(), "w4a16")
@@ -204,7 +204,7 @@ def test_full_weights_beside_a_quantized_configuration_are_refused(tiny_checkpoi
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8"])
-def test_what_is_no_linear_layer_cannot_be_quantized(tiny_checkpoint: Checkpoint, name: str) -> None:
+def test_only_linear_layers_can_be_quantized(tiny_checkpoint: Checkpoint, name: str) -> None:
     """The inputs of an embedding are tokens; they would be rounded."""
     folder = quantized(tiny_checkpoint(), name)
     path = folder / "model.safetensors"
@@ -229,9 +229,7 @@ def test_what_is_no_linear_layer_cannot_be_quantized(tiny_checkpoint: Checkpoint
         ("lm_head", "must be a list of strings"),
     ],
 )
-def test_what_is_ignored_is_a_list_of_names_and_simple_patterns(
-    tiny_checkpoint: Checkpoint, ignore: object, says: str
-) -> None:
+def test_ignored_modules_are_names_or_simple_patterns(tiny_checkpoint: Checkpoint, ignore: object, says: str) -> None:
     folder = quantized(tiny_checkpoint(), "w8a8")
     alter_config(folder, lambda config: config.update(ignore=ignore))
     with pytest.raises(InputError, match=says):

@@ -75,7 +75,7 @@ def test_a_llama_whose_heads_do_not_divide(tiny_checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(logits(folder.with_name("vllm")), expected)
 
 
-def test_with_biases_which_mistral_has_not(tiny_checkpoint: Checkpoint) -> None:
+def test_a_llama_with_biases_that_mistral_lacks(tiny_checkpoint: Checkpoint) -> None:
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "per_layer_config": {}, "attention_bias": True}
     folder = tiny_checkpoint("numprune_llama", **sizes)
     expected = logits(folder)
@@ -91,7 +91,7 @@ def test_with_biases_which_mistral_has_not(tiny_checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("window", [0, -1])
-def test_a_window_of_nothing(tiny_checkpoint: Checkpoint, window: int) -> None:
+def test_a_sliding_window_of_zero_is_refused(tiny_checkpoint: Checkpoint, window: int) -> None:
     folder = change(tiny_checkpoint("mistral"), sliding_window=window)
     with pytest.raises(InputError, match=rf"config\.json: sliding_window={window}; give null for no window"):
         read_config(folder)
@@ -130,7 +130,9 @@ def test_generation_settings_stay_in_config_json(tiny_checkpoint: Checkpoint, st
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 2.0}},
     ],
 )
-def test_rotary_embeddings_are_said_for_every_reader(tiny_checkpoint: Checkpoint, rope: dict[str, Any]) -> None:
+def test_rotary_embeddings_are_stored_for_every_transformers_version(
+    tiny_checkpoint: Checkpoint, rope: dict[str, Any]
+) -> None:
     """And the same is read again, whichever way it was said before."""
     folder = tiny_checkpoint()
     fields = {name: value for name, value in config(folder).items() if name not in ("rope_parameters", "dtype")}

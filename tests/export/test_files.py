@@ -72,7 +72,7 @@ ARTIFACTS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("made", ARTIFACTS)
-def test_what_pruning_does_not_change_is_the_same_in_every_artifact(base: Path, made: str) -> None:
+def test_files_that_pruning_does_not_change_are_identical_in_every_artifact(base: Path, made: str) -> None:
     out = base.with_name("out")
     ARTIFACTS[made](base, out)
     for name in (*CARRIED, "tokenizer.json", "tokenizer_config.json"):
@@ -87,7 +87,7 @@ CODE = {"AutoConfig": "modeling_x.C", "AutoTokenizer": ["modeling_x.T", None]}
 
 
 @pytest.mark.parametrize("made", ARTIFACTS)
-def test_names_of_code_that_is_not_carried_are_dropped(base: Path, made: str) -> None:
+def test_references_to_code_are_dropped(base: Path, made: str) -> None:
     def content(folder: Path, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / name).read_text())
         return found
@@ -100,7 +100,7 @@ def test_names_of_code_that_is_not_carried_are_dropped(base: Path, made: str) ->
     assert "auto_map" not in content(out, "tokenizer_config.json") | content(out, "config.json")
 
 
-def test_links_are_followed_but_for_those_to_devices(base: Path) -> None:
+def test_links_are_followed_except_to_devices(base: Path) -> None:
     """A hub's snapshot consists of links to files."""
     (base / "LICENSE").rename(base.with_name("blob"))
     (base / "LICENSE").symlink_to(base.with_name("blob"))

@@ -27,7 +27,7 @@ class _Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_nothing_is_rounded_to_float32_on_the_way(tiny_model: Callable[..., PreTrainedModel], family: str) -> None:
+def test_no_intermediate_result_is_rounded_to_float32(tiny_model: Callable[..., PreTrainedModel], family: str) -> None:
     model = tiny_model(family)
     float64.in_float64(model)
     with _Recorded() as recorded:
@@ -37,7 +37,7 @@ def test_nothing_is_rounded_to_float32_on_the_way(tiny_model: Callable[..., PreT
     assert torch.float32 not in recorded.dtypes
 
 
-def test_float32_differs_from_it_by_rounding_and_the_weights_stay(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_float32_differs_only_by_rounding_and_weights_are_unchanged(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():

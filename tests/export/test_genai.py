@@ -81,7 +81,7 @@ def text(base: Path, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["alone", "equal lengths", "ragged"])
-def test_genai_generates_what_torch_does(tmp_path: Path, name: str) -> None:
+def test_genai_generates_the_same_as_torch(tmp_path: Path, name: str) -> None:
     genai.export(EMBEDDED, tmp_path / "out")
     lengths = {"alone": [24], "equal lengths": [24, 24], "ragged": [24, 9, 1]}[name]
     prompts = [text(EMBEDDED, length) for length in lengths]
@@ -89,7 +89,7 @@ def test_genai_generates_what_torch_does(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SIZES, SKIPS], ids=["layers that differ", "layers that skip a block"])
-def test_genai_generates_what_torch_does_per_layer(
+def test_genai_generates_the_same_as_torch_with_per_layer_sizes(
     tiny_checkpoint: Checkpoint, tmp_path: Path, sizes: dict[int, dict[str, Any]]
 ) -> None:
     base = per_layer(tiny_checkpoint(num_hidden_layers=len(sizes)), "llama", sizes)
@@ -99,7 +99,7 @@ def test_genai_generates_what_torch_does_per_layer(
     assert parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)["logit_error_max"] < 1e-4
 
 
-def test_genai_reads_the_text_as_the_checkpoint_s_tokenizer_does(tmp_path: Path) -> None:
+def test_genai_tokenizes_like_the_checkpoint(tmp_path: Path) -> None:
     genai_runtime = pytest.importorskip("onnxruntime_genai")
     genai.export(EMBEDDED, tmp_path / "out")
     tokenizer = genai_runtime.Tokenizer(genai_runtime.Model(str(tmp_path / "out")))
@@ -107,7 +107,7 @@ def test_genai_reads_the_text_as_the_checkpoint_s_tokenizer_does(tmp_path: Path)
     assert tokenizer.encode(sentence).tolist() == checkpoint.load_tokenizer(EMBEDDED).encode(sentence)
 
 
-def test_the_folder_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_folder_describes_itself(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(num_hidden_layers=1)
     made = genai.export(base, tmp_path / "out")
     assert manifest.verify(tmp_path / "out") == made
@@ -124,7 +124,7 @@ def test_the_folder_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path)
     assert settings["model"]["context_length"] == settings["search"]["max_length"] == 256
 
 
-def test_a_cache_that_outgrows_its_buffer_keeps_what_is_in_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_growing_cache_keeps_its_contents(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(num_hidden_layers=1, max_position_embeddings=2 * ROOM)
     genai.export(base, tmp_path / "out")
     model, _ = checkpoint.load(base)
@@ -161,7 +161,7 @@ def test_half_precision(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='dynamic'"),
     ],
 )
-def test_what_it_is_not_written_for_is_refused_by_name(
+def test_unsupported_networks_are_refused_by_name(
     tiny_checkpoint: Checkpoint, tmp_path: Path, network: dict[str, Any], message: str
 ) -> None:
     base = tiny_checkpoint(num_hidden_layers=1, **network)
@@ -170,14 +170,14 @@ def test_what_it_is_not_written_for_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_float32_on_a_gpu_is_refused_where_its_attention_does_not_compute_in_it() -> None:
+def test_float32_on_a_gpu_is_refused_because_its_attention_lacks_it() -> None:
     with pytest.raises(InputError, match=r"float16 and bfloat16 only, not float32; .* use onnx \(--to onnx\)"):
         genai.check_precision("float32", "cuda")
     genai.check_precision("float16", "cuda")
     genai.check_precision("float32", "cpu")
 
 
-def test_heads_that_its_attention_cannot_compute_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_unsupported_head_sizes_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(num_hidden_layers=1, head_dim=24)
     with pytest.raises(InputError, match=r"head_dim=24: its GroupQueryAttention computes .*\(--to onnx\)"):
         genai.export(base, tmp_path / "out")

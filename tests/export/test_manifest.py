@@ -25,7 +25,7 @@ def leftovers(parent: Path) -> list[Path]:
     return sorted(parent.glob(".*.partial"))
 
 
-def test_created_folder_verifies_and_reads_back(artifact: Path) -> None:
+def test_a_created_folder_verifies_and_reads_back(artifact: Path) -> None:
     found = manifest.verify(artifact)
     assert (found.kind, dict(found.parents), dict(found.facts)) == ("checkpoint", {"base": "0" * 64}, {"ratio": 0.3})
     assert sorted(found.files) == ["sub/ünï.txt", "weights.bin"]
@@ -74,7 +74,7 @@ def test_links_do_not_become_artifacts(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_facts_that_are_not_json_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_facts_that_are_not_json_are_refused_before_any_work(tmp_path: Path) -> None:
     for facts in ({"x": float("nan")}, {"x": object()}):
         with pytest.raises((TypeError, ValueError)), manifest.creating(tmp_path / "o", kind="s", facts=facts):  # type: ignore[arg-type]
             pytest.fail("the body must not run")
@@ -170,13 +170,13 @@ def test_a_malformed_manifest_is_refused(artifact: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"\xff", b"[1]", b'{"kind": "a", "kind": "b"}', b'{"kind": NaN}', b"[" * 100_000]
 )
-def test_a_manifest_that_is_no_json_object_is_refused(artifact: Path, text: bytes) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_refused(artifact: Path, text: bytes) -> None:
     (artifact / "manifest.json").write_bytes(text)
     with pytest.raises(IntegrityError, match=r"manifest\.json"):
         manifest.read(artifact)
 
 
-def test_an_altered_fact_is_found(artifact: Path) -> None:
+def test_an_altered_fact_is_detected(artifact: Path) -> None:
     path = artifact / "manifest.json"
     path.write_text(path.read_text().replace("0.3", "0.4"))
     with pytest.raises(IntegrityError, match="digest"):
@@ -200,7 +200,7 @@ def test_a_huge_or_linked_or_missing_manifest_is_refused(artifact: Path) -> None
         manifest.read(artifact.parent / "nowhere")
 
 
-def test_folder_digest_without_a_manifest(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_has_a_digest(tmp_path: Path) -> None:
     hub, plain = tmp_path / "snapshot", tmp_path / "plain"
     for folder in (hub, plain):
         folder.mkdir()
@@ -218,7 +218,7 @@ def test_folder_digest_without_a_manifest(tmp_path: Path) -> None:
         manifest.folder_digest(hub)
 
 
-def test_files_are_as_readable_as_the_user_s_others(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     """safetensors writes its files for their owner only."""
     (tmp_path / "other").touch()
     with manifest.creating(tmp_path / "made", kind="checkpoint") as folder:

@@ -89,7 +89,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_model_is_read(read: dict[str, torch.Tensor], case: str) -> None:
+def test_transformers_4_reads_the_same_model(read: dict[str, torch.Tensor], case: str) -> None:
     (folder,) = (Path(name) for name in read if Path(name).name == case)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -52,7 +52,7 @@ def test_layers_that_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, f
     assert {f"past_key_values.{layer}.key" for layer in (1, 2, 3)} <= names
 
 
-def test_an_activation_that_the_writer_does_not_know_is_traced(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_activation_unknown_to_the_writer_is_traced(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(hidden_act="tanh", num_hidden_layers=1)
     made = onnx.export(base, tmp_path / "onnx", opset=20)
     assert made.facts["exporter"] == "torch"
@@ -67,7 +67,7 @@ TRACED: dict[str, dict[int, dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TRACED)
-def test_layers_that_differ_and_skip_a_block_traced(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
+def test_traced_layers_that_differ_and_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, family: str) -> None:
     base = per_layer(tiny_checkpoint(family=family, num_hidden_layers=len(TRACED[family])), family, TRACED[family])
     onnx.export(base, tmp_path / "onnx")
     proof = parity.check(base, tmp_path / "onnx", "onnxruntime", device="cpu")
@@ -89,7 +89,7 @@ def dimensions(network: onnx_format.GraphProto) -> dict[str, list[str | int]]:
     }
 
 
-def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_file_is_standard_and_self_describing(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     made = onnx.export(base, tmp_path / "onnx")
     model = onnx_format.load(tmp_path / "onnx" / onnx.MODEL_FILE, load_external_data=False)
@@ -115,7 +115,7 @@ def test_the_file_is_standard_and_says_what_it_is(tiny_checkpoint: Checkpoint, t
 
 
 @pytest.mark.slow
-def test_a_traced_file_is_as_one_that_was_written(
+def test_traced_and_written_files_have_the_same_form(
     tiny_checkpoint: Checkpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_checkpoint(tie_word_embeddings=True, num_hidden_layers=1)
@@ -160,7 +160,7 @@ def test_an_embedding_is_pooled_in_the_graph_as_the_task_says(tiny_model: Callab
     torch.testing.assert_close(torch.from_numpy(found), task.output(model, tokens, mask).detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_network_that_cannot_be_traced_ends_in_one_line(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_untraceable_network_is_reported_in_one_line(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model = tiny_model("opt", num_hidden_layers=1)
     model.model.decoder.final_layer_norm.forward = lambda hidden: hidden if hidden.sum() > 0 else -hidden
     with pytest.raises(InputError, match=r"^torch .* cannot export opt to ONNX \(.*\); leave onnx and tensorrt out$"):
@@ -183,7 +183,7 @@ def test_half_precision_checkpoints_become_float32(tiny_checkpoint: Checkpoint, 
     assert error(half, tmp_path / "onnx") < 1e-4
 
 
-def test_the_plan_goes_with_it(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_plan_is_exported_too(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     (base / PLAN_FILE).write_text('{"kept": 1}')
     onnx.export(base, tmp_path / "onnx")
@@ -202,7 +202,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ({"family": "gemma3_text", "rope_parameters": {"full_attention": DYNAMIC}}, {}, "rope_type='dynamic'"),
     ],
 )
-def test_what_is_not_supported_is_refused_and_leaves_nothing(
+def test_unsupported_models_are_refused_and_leave_nothing_behind(
     tiny_checkpoint: Checkpoint, tmp_path: Path, network: dict, options: dict, message: str
 ) -> None:
     base = tiny_checkpoint(**network)
@@ -211,7 +211,7 @@ def test_what_is_not_supported_is_refused_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny_checkpoint: Checkpoint, 
         onnx.export(base, tmp_path / "onnx")
 
 
-def test_a_folder_that_is_there_is_left_alone(tiny_checkpoint: Checkpoint) -> None:
+def test_an_existing_folder_is_left_alone(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
     before = manifest.folder_digest(base)
     with pytest.raises(InputError, match="already exists"):

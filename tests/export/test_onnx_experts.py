@@ -16,7 +16,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 12, "num_local_experts": 6, "nu
 
 @pytest.mark.parametrize(("family", "kind"), [("mixtral", MixtralExperts), ("gpt_oss", GptOssExperts)])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 20])  # up to three of them gather the weights of their experts
-def test_experts_are_the_model_s_own(family: str, kind: Any, tokens: int) -> None:
+def test_exported_experts_match_the_model(family: str, kind: Any, tokens: int) -> None:
     draw = torch.Generator().manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES)
     config._experts_implementation = "eager"

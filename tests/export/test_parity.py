@@ -46,7 +46,7 @@ def test_parity_of_onnx_runtime(tiny_checkpoint: Checkpoint, tmp_path: Path) -> 
     assert abs(result["worst"]["reference"] - result["worst"]["candidate"]) == pytest.approx(result["logit_error_max"])
 
 
-def test_parity_of_torch_with_itself_is_exact_and_with_other_weights_fails(tiny_checkpoint: Checkpoint) -> None:
+def test_torch_matches_itself_exactly_and_fails_with_other_weights(tiny_checkpoint: Checkpoint) -> None:
     base, other = tiny_checkpoint(), tiny_checkpoint(name="other", seed=1)
     result = parity.check(base, base, "torch")
     assert result["logit_error_max"] < 1e-4
@@ -129,7 +129,7 @@ ALTERATIONS = {
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
-def test_a_wrong_graph_fails_and_is_placed(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
+def test_a_wrong_graph_fails_and_is_located(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     change, message = ALTERATIONS[name]
     base = tiny_checkpoint()
     onnx.export(base, tmp_path / "onnx")
@@ -154,7 +154,9 @@ def rescaled(checkpoint: Path, factor: float) -> Path:
     return checkpoint
 
 
-def test_rounding_beyond_the_floor_is_told_from_a_wrong_export(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_rounding_beyond_the_floor_is_distinguished_from_a_wrong_export(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     base = rescaled(tiny_checkpoint(), 3000)
     onnx.export(base, tmp_path / "onnx")
     result = parity.check(base, tmp_path / "onnx", "onnxruntime", threads=1)
@@ -172,7 +174,7 @@ def test_rounding_beyond_the_floor_is_told_from_a_wrong_export(tiny_checkpoint: 
         parity.check(base, off, "onnxruntime", threads=1)
 
 
-def test_the_floor_decides_without_float64_where_rounding_is_small(tiny_checkpoint: Checkpoint) -> None:
+def test_small_rounding_errors_need_no_float64_reference(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
     result = parity.check(base, base, "torch", batch_sizes=(3,))
     assert [(prompt["prompt"], prompt["tokens"]) for prompt in result["prompts"]] == [
@@ -186,7 +188,7 @@ def test_the_floor_decides_without_float64_where_rounding_is_small(tiny_checkpoi
     assert {prompt["float32_error"] for prompt in result["prompts"]} == {None}
 
 
-def test_float32_that_is_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) -> None:
+def test_float32_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) -> None:
     """Rounding as large as the logits: what comes of the checkpoint depends on who runs it."""
     base = tiny_checkpoint()
     logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
@@ -197,19 +199,19 @@ def test_float32_that_is_far_from_float64_proves_nothing(tiny_checkpoint: Checkp
         parity._allowed(base, rows, [parity._Difference(logit_max=1.0)], tolerance.FLOOR, "cpu")
 
 
-def test_another_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_different_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     onnx.export(tiny_checkpoint(name="wide", vocab_size=300), tmp_path / "onnx")
     with pytest.raises(ParityError, match=r"shape \[1, 24, 300\], not \[1, 24, 259\]"):
         parity.check(tiny_checkpoint(), tmp_path / "onnx", "onnxruntime", threads=1)
 
 
-def test_logits_that_say_nothing_prove_nothing(tiny_checkpoint: Checkpoint) -> None:
+def test_logits_within_the_tolerance_prove_nothing(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
     with pytest.raises(ParityError, match=r"on prose .*would prove nothing"):
         parity.check(base, base, "torch", floor=10.0)
 
 
-def test_a_folder_that_was_altered_after_export_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_folder_altered_after_export_is_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     onnx.export(base, tmp_path / "onnx")
     data = tmp_path / "onnx" / "model.onnx.data"
@@ -220,7 +222,7 @@ def test_a_folder_that_was_altered_after_export_is_refused(tiny_checkpoint: Chec
         parity.check(base, tmp_path / "onnx", "onnxruntime", threads=1)
 
 
-def test_own_prompts(tiny_checkpoint: Checkpoint) -> None:
+def test_custom_prompts(tiny_checkpoint: Checkpoint) -> None:
     base = tiny_checkpoint()
     result = parity.check(base, base, "torch", prompts=torch.arange(20).reshape(2, 10), batch_sizes=(2,))
     assert (result["prompt_length"], result["positions"]) == (10, 20 + 11 + 4 * 32)
@@ -236,7 +238,7 @@ def test_own_prompts(tiny_checkpoint: Checkpoint) -> None:
         ({"prompt_length": 225}, "max_position_embeddings=256"),
     ],
 )
-def test_checks_that_would_be_too_weak_are_refused(tiny_checkpoint: Checkpoint, options: dict, message: str) -> None:
+def test_too_weak_checks_are_refused(tiny_checkpoint: Checkpoint, options: dict, message: str) -> None:
     base = tiny_checkpoint()
     with pytest.raises(InputError, match=message):
         parity.check(base, base, "torch", **options)

@@ -26,7 +26,7 @@ def spoil(folder: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tens
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_checkpoint_computes_the_same_alone_and_in_a_padded_batch(tmp_path: Path, family: str, task: Any) -> None:
+def test_encodings_are_the_same_alone_and_in_a_padded_batch(tmp_path: Path, family: str, task: Any) -> None:
     folder = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
     found = parity_encoder.check(folder, folder, "torch", device="cpu", threads=1)
     assert found["output_error_max"] < 1e-4 < found["tolerance"]
@@ -34,7 +34,7 @@ def test_a_checkpoint_computes_the_same_alone_and_in_a_padded_batch(tmp_path: Pa
     assert {text["yardstick"] for text in found["texts"]} == {"floor"}
 
 
-def test_other_weights_are_found_and_named(tmp_path: Path) -> None:
+def test_different_weights_are_detected_and_named(tmp_path: Path) -> None:
     good, wrong = (write_checkpoint(build_tiny("bert", task="embedding"), tmp_path / name) for name in ("a", "b"))
     spoil(wrong, "layer.1.output.dense.bias", lambda bias: bias + torch.linspace(0, 0.02, len(bias)))
     with pytest.raises(
@@ -44,7 +44,7 @@ def test_other_weights_are_found_and_named(tmp_path: Path) -> None:
     assert "8 times PyTorch's own float32 error there" in str(caught.value)
 
 
-def test_a_model_that_gives_the_same_for_every_text_proves_nothing(tmp_path: Path) -> None:
+def test_constant_encodings_prove_nothing(tmp_path: Path) -> None:
     folder = write_checkpoint(build_tiny("bert", task="classification"), tmp_path / "base")
     spoil(folder, "classifier.weight", torch.zeros_like)
     with pytest.raises(ParityError, match=r"outputs for different texts differ by .* would prove nothing"):
@@ -59,7 +59,7 @@ def test_a_model_that_gives_the_same_for_every_text_proves_nothing(tmp_path: Pat
         ([[1, 2, 259]], None, "outside of 0 … 258"),
     ],
 )
-def test_a_mistake_in_a_batch_is_refused(tmp_path: Path, tokens: Any, mask: Any, said: str) -> None:
+def test_an_error_in_a_batch_is_detected(tmp_path: Path, tokens: Any, mask: Any, said: str) -> None:
     encoder = open_encoder("torch", write_checkpoint(build_tiny("bert"), tmp_path / "base"), device="cpu")
     with pytest.raises(ValueError, match=said):
         encoder.forward(torch.tensor(tokens), None if mask is None else torch.tensor(mask))

@@ -32,20 +32,20 @@ Checkpoint = Callable[..., Path]
         ("bfloat16", "float32", "vllm", "cpu", "bfloat16"),
     ],
 )
-def test_the_precision_is_what_was_asked_for_or_what_the_device_computes_well(
+def test_the_precision_is_the_requested_one_or_suits_the_device(
     asked: str, stored: str, runtime: str, device: str, chosen: str
 ) -> None:
     assert precision.choose(asked, stored, runtime, device) == chosen
 
 
-def test_a_precision_that_the_runtime_does_not_compute_in_is_refused() -> None:
+def test_a_precision_unsupported_by_the_runtime_is_refused() -> None:
     with pytest.raises(InputError, match="no bfloat16 kernels for a CPU; use auto, float32 or float16, or a GPU"):
         precision.choose("bfloat16", "bfloat16", "onnxruntime", "cpu")
     with pytest.raises(InputError, match="dtype='int8': choose one of auto, float32, bfloat16, float16"):
         precision.choose("int8", "float32", "torch", "cpu")
 
 
-def test_noise_is_refused_by_its_mean_and_by_its_percentile() -> None:
+def test_noise_is_limited_in_mean_and_percentile() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 40, generator=generator)
     one_wrong = logits.clone()
@@ -79,7 +79,7 @@ def test_a_decoder_in_float16(
     assert 2 * found["candidate"]["kv_bytes_per_token"] == whole["kv_bytes_per_token"]
 
 
-def test_a_graph_in_bfloat16_is_valid(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_bfloat16_graph_is_valid(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """No CPU runs it: its types are checked, and its weights are those of the checkpoint, rounded."""
     base = tiny_checkpoint()
     onnx.export(base, tmp_path / "onnx", dtype="bfloat16")

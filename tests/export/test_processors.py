@@ -65,7 +65,7 @@ def test_the_quota_of_a_control_group(
     assert processors.quota(machine(tmp_path, group, mounts, files)) == cpus
 
 
-def test_a_machine_without_proc(tmp_path: Path) -> None:
+def test_a_machine_without_procfs(tmp_path: Path) -> None:
     assert processors.quota(tmp_path) is None
     assert processors.count() == 16
 

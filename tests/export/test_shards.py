@@ -30,7 +30,7 @@ def write(folder: Path, shard_bytes: int, dtype: torch.dtype = torch.bfloat16) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shard_bytes", [10**6, 40, 1])
-def test_tensors_come_back_in_the_dtype_asked_for(tmp_path: Path, shard_bytes: int, dtype: torch.dtype) -> None:
+def test_tensors_are_read_in_the_requested_dtype(tmp_path: Path, shard_bytes: int, dtype: torch.dtype) -> None:
     read = write(tmp_path, shard_bytes, dtype)
     assert read.keys() == TENSORS.keys()
     assert all(torch.equal(read[name], tensor.to(dtype)) for name, tensor in TENSORS.items())
@@ -53,7 +53,7 @@ def test_one_shard_is_a_single_file_and_several_have_an_index(tmp_path: Path) ->
     assert index["metadata"] == {"total_parameters": 1218, "total_size": 2436}
 
 
-def test_each_tensor_has_a_data_type_of_its_own(tmp_path: Path) -> None:
+def test_each_tensor_has_its_own_data_type(tmp_path: Path) -> None:
     with writing(tmp_path, {**FLOAT32, "c": torch.bfloat16}) as writer:
         writer.add(TENSORS)
     assert [header.dtype for header in weights.read_headers(tmp_path).values()].count("BF16") == 1
@@ -62,7 +62,7 @@ def test_each_tensor_has_a_data_type_of_its_own(tmp_path: Path) -> None:
     assert all(read[name].equal(TENSORS[name]) for name in ("a", "b.bias", "d"))
 
 
-def test_a_value_that_its_data_type_cannot_hold_ends_the_writing(tmp_path: Path) -> None:
+def test_an_out_of_range_value_stops_the_write(tmp_path: Path) -> None:
     with (
         pytest.raises(IntegrityError, match=r"^c: 7e\+04 is more than float16 can hold"),
         writing(tmp_path, {"c": torch.float16}) as writer,
@@ -71,7 +71,7 @@ def test_a_value_that_its_data_type_cannot_hold_ends_the_writing(tmp_path: Path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_tensor_may_come_in_stretches_of_rows(tmp_path: Path) -> None:
+def test_a_tensor_may_be_written_in_blocks_of_rows(tmp_path: Path) -> None:
     with writing(tmp_path, {"c": torch.float32}) as writer:
         writer.add_slabs("c", (40, 30), TENSORS["c"].split(7))
     header = weights.read_headers(tmp_path)["c"]
@@ -89,7 +89,7 @@ def test_transformers_loads_the_shards(tiny_checkpoint, tmp_path: Path) -> None:
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_mistakes_of_the_caller_leave_no_weights(tmp_path: Path) -> None:
+def test_caller_errors_leave_no_weights(tmp_path: Path) -> None:
     def shape() -> None:
         with writing(tmp_path / "shape", FLOAT32) as writer:
             writer.add_slabs("c", (40, 31), [TENSORS["c"]])

@@ -56,7 +56,7 @@ def forward_and_gradients(layers: Layers) -> list[torch.Tensor]:
     ("family", "overrides"),
     [*((family, {}) for family in LLAMA_LIKE), ("llama", {"tie_word_embeddings": True}), ("llama", {"mlp_bias": True})],
 )
-def test_the_layers_of_shards_are_those_of_the_loaded_model(tiny_checkpoint, tmp_path, family, overrides) -> None:
+def test_streamed_layers_match_the_loaded_model(tiny_checkpoint, tmp_path, family, overrides) -> None:
     folder = sharded(tiny_checkpoint(family, **overrides))
     streamed = CheckpointLayers(folder, scratch=tmp_path)
     loaded = ModelLayers(checkpoint.load(folder)[0])
@@ -65,7 +65,7 @@ def test_the_layers_of_shards_are_those_of_the_loaded_model(tiny_checkpoint, tmp
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
 
 
-def test_layers_that_differ_and_skip_blocks_are_read_too(tiny_checkpoint, tmp_path) -> None:
+def test_layers_that_differ_or_skip_blocks_are_streamed(tiny_checkpoint, tmp_path) -> None:
     base = tiny_checkpoint(num_hidden_layers=3)
     model, _ = checkpoint.load(base)
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
@@ -77,7 +77,7 @@ def test_layers_that_differ_and_skip_blocks_are_read_too(tiny_checkpoint, tmp_pa
     torch.testing.assert_close(forward_and_gradients(streamed)[0], pruned(TOKENS).logits)
 
 
-def test_a_layer_holds_its_weights_only_inside_the_block(tiny_checkpoint, tmp_path) -> None:
+def test_a_layer_holds_its_weights_only_inside_the_context(tiny_checkpoint, tmp_path) -> None:
     layers = CheckpointLayers(tiny_checkpoint(), scratch=tmp_path)
     with layers.layer(1) as later, layers.layer(0) as first:
         assert not torch.equal(later.mlp.up_proj.weight, first.mlp.up_proj.weight)
@@ -87,7 +87,7 @@ def test_a_layer_holds_its_weights_only_inside_the_block(tiny_checkpoint, tmp_pa
         assert again.mlp.up_proj.weight.abs().max() > 0
 
 
-def test_hidden_states_are_in_a_file_that_has_no_name(tiny_checkpoint, tmp_path) -> None:
+def test_hidden_states_are_in_an_unlinked_file(tiny_checkpoint, tmp_path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     layers = CheckpointLayers(tiny_checkpoint(), scratch=scratch)
@@ -134,7 +134,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tiny_checkpoint, tmp_pat
         CheckpointLayers(folder, scratch=tmp_path)
 
 
-def test_shapes_against_the_configuration_and_cut_shards_are_refused(tiny_checkpoint, tmp_path) -> None:
+def test_wrong_shapes_and_truncated_shards_are_refused(tiny_checkpoint, tmp_path) -> None:
     folder = sharded(tiny_checkpoint())
     last = max(folder.glob("model-*.safetensors"))
     whole = last.read_bytes()
@@ -148,7 +148,7 @@ def test_shapes_against_the_configuration_and_cut_shards_are_refused(tiny_checkp
         CheckpointLayers(folder, scratch=tmp_path)
 
 
-def test_a_shard_that_is_cut_off_later_is_an_error_too(tiny_checkpoint, tmp_path) -> None:
+def test_a_shard_truncated_later_is_an_error(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     layers = CheckpointLayers(folder, scratch=tmp_path)
     os.truncate(folder / weights.SINGLE, 50_000)
@@ -156,7 +156,7 @@ def test_a_shard_that_is_cut_off_later_is_an_error_too(tiny_checkpoint, tmp_path
         pass
 
 
-def test_rotary_frequencies_that_older_versions_stored_are_not_a_layer_s_weights(tiny_checkpoint, tmp_path) -> None:
+def test_rotary_frequencies_stored_by_older_versions_are_not_layer_weights(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     tensors = load_file(folder / weights.SINGLE)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)

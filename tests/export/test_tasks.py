@@ -55,7 +55,7 @@ def copied(embedding, tmp_path):
         ("distilbert", "embedding", Embedding()),
     ],
 )
-def test_the_task_is_that_of_the_class(family, name, expected, tmp_path):
+def test_the_class_determines_the_task(family, name, expected, tmp_path):
     assert load_task(write_checkpoint(build_tiny(family, task=name), tmp_path / "base")) == expected
 
 
@@ -70,7 +70,7 @@ def test_the_task_is_that_of_the_class(family, name, expected, tmp_path):
         ({"pooling_mode": "cls"}, "cls"),
     ],
 )
-def test_pooling_is_that_of_sentence_transformers(pooling, expected, copied):
+def test_pooling_follows_sentence_transformers(pooling, expected, copied):
     assert load_task(sentences(copied, pooling)) == Embedding(expected, normalized=True, declared=True)
 
 
@@ -84,7 +84,7 @@ def test_pooling_is_that_of_sentence_transformers(pooling, expected, copied):
         (None, KNOWN, "not a regular file"),
     ],
 )
-def test_other_pooling_is_refused(pooling, modules, message, copied):
+def test_unsupported_pooling_is_refused(pooling, modules, message, copied):
     with pytest.raises(InputError, match=message):
         load_task(sentences(copied, pooling, modules))
 
@@ -97,7 +97,7 @@ def test_modules_outside_the_checkpoint_are_refused(copied):
         load_task(copied)
 
 
-def test_other_heads_are_refused_by_name(tmp_path):
+def test_unsupported_heads_are_refused_by_name(tmp_path):
     config = AutoConfig.for_model("bert", **{**TINY, "pad_token_id": 0})
     AutoModelForPreTraining.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'BertForPreTraining'.*bert is supported for masked-lm \(…ForMaskedLM\)"):
@@ -109,20 +109,20 @@ def test_other_heads_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
-def test_what_gives_no_single_class_is_refused(fields, tmp_path):
+def test_multi_label_and_regression_heads_are_refused(fields, tmp_path):
     model = build_tiny("bert", task="classification", **fields)
     with pytest.raises(InputError, match="only classifiers into one class of several"):
         load_task(write_checkpoint(model, tmp_path / "base"))
 
 
-def test_positions_that_older_versions_stored_are_no_weights(copied):
+def test_positions_stored_by_older_versions_are_not_weights(copied):
     weights = load_file(copied / "model.safetensors")
     save_file(weights | {"embeddings.position_ids": torch.arange(256)[None]}, copied / "model.safetensors")
     assert "embeddings.position_ids" not in checkpoint.audit(copied)
     assert checkpoint.weight_bytes(copied) == sum(value.nbytes for value in weights.values())
 
 
-def test_a_checkpoint_as_bert_s_authors_stored_it_is_read(tmp_path):
+def test_an_original_bert_checkpoint_is_read(tmp_path):
     """With the heads of its pretraining, TensorFlow's names of norms, and the positions' numbers."""
     model = build_tiny("bert")
     folder = write_checkpoint(model, tmp_path / "base")
@@ -141,7 +141,7 @@ def test_a_checkpoint_as_bert_s_authors_stored_it_is_read(tmp_path):
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(checkpoint.audit(tmp_path / "out"))
 
 
-def test_roberta_s_first_positions_are_no_token_s():
+def test_roberta_reserves_its_first_positions():
     """Positions count from behind that of padding, so that so many fewer tokens fit."""
     model = build_tiny("roberta")
     context = context_of(model.config)

@@ -34,7 +34,7 @@ def child(folder: Path, text: str, wait: str = "line") -> subprocess.Popen[str]:
     return process
 
 
-def test_kill_9_leaves_no_folder_and_the_sweep_removes_only_what_is_dead(tmp_path: Path) -> None:
+def test_kill_9_leaves_no_folder_and_sweeping_removes_only_leftovers_of_dead_processes(tmp_path: Path) -> None:
     killed = child(tmp_path / "killed", "x", wait="forever")
     living = child(tmp_path / "living", "x")
     assert manifest.sweep(tmp_path) == []
@@ -52,7 +52,7 @@ def test_kill_9_leaves_no_folder_and_the_sweep_removes_only_what_is_dead(tmp_pat
         pass  # the name is free
 
 
-def test_two_processes_creating_one_folder_give_one_whole_folder_and_one_clear_error(tmp_path: Path) -> None:
+def test_two_processes_creating_one_folder_give_one_complete_folder_and_one_clear_error(tmp_path: Path) -> None:
     children = [child(tmp_path / "out", text) for text in ("first", "second")]
     errors = [process.communicate("\n")[1] for process in children]
     codes = [process.returncode for process in children]
@@ -64,7 +64,7 @@ def test_two_processes_creating_one_folder_give_one_whole_folder_and_one_clear_e
     assert list(tmp_path.glob(".*.partial")) == []
 
 
-def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
+def test_sweeping_touches_nothing_else(tmp_path: Path) -> None:
     with manifest.creating(tmp_path / "artifact", kind="stage"):
         pass
     (tmp_path / ".hidden").mkdir()
@@ -76,7 +76,7 @@ def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
     manifest.verify(tmp_path / "artifact")
 
 
-def test_creating_survives_sweeps_at_any_moment(tmp_path: Path) -> None:
+def test_creation_survives_concurrent_sweeps(tmp_path: Path) -> None:
     """A sweep may run between any two steps of `creating`; neither may fail or lose a finished folder."""
     script = (
         "import sys; from pathlib import Path; from numprune.export import manifest\n"

@@ -14,7 +14,7 @@ HERE = importlib.util.find_spec("tensorrt") is not None and torch.cuda.is_availa
 
 
 @pytest.mark.skipif(HERE, reason="TensorRT is here")
-def test_without_tensorrt_the_error_says_what_to_install(tiny_checkpoint, tmp_path):
+def test_without_tensorrt_the_error_names_the_package(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint()
     with pytest.raises(MissingRuntime, match=r"pip install 'numprune\[tensorrt\]'|CUDA device"):
         tensorrt.export(base, tmp_path / "engine")
@@ -28,7 +28,7 @@ def test_a_folder_of_another_kind_is_refused(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"max_batch": 0}, {"max_length": 1}, {"workspace_gib": 0}])
-def test_sizes_that_make_no_sense_are_refused(tiny_checkpoint, tmp_path, sizes):
+def test_invalid_sizes_are_refused(tiny_checkpoint, tmp_path, sizes):
     with pytest.raises(InputError, match=r"max_batch=.*need at least"):
         tensorrt.export(tiny_checkpoint(), tmp_path / "engine", **sizes)
 
@@ -40,7 +40,7 @@ def test_an_encoder_is_refused(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("profile", [tensorrt.PREFILL, tensorrt.DECODE])
-def test_profiles_cover_every_input_of_the_graph_and_past_and_new_add_up(tiny_checkpoint, tmp_path, profile):
+def test_profiles_cover_every_graph_input_and_lengths_add_up(tiny_checkpoint, tmp_path, profile):
     onnx.export(tiny_checkpoint(), tmp_path / "onnx", opset=tensorrt.OPSET)
     graph = onnx_format.load(tmp_path / "onnx" / onnx.MODEL_FILE, load_external_data=False).graph
     inputs = {

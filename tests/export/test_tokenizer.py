@@ -44,7 +44,7 @@ def reads_as_written(folder: Path) -> None:
 
 @pytest.mark.parametrize("label", ["LlamaTokenizer", "LlamaTokenizerFast"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_byte_level_tokenizer_that_is_labelled_llama(tiny_checkpoint: Checkpoint, label: str, family: str) -> None:
+def test_a_byte_level_tokenizer_labelled_llama(tiny_checkpoint: Checkpoint, label: str, family: str) -> None:
     """So R1-distilled models are published; transformers builds a tokenizer of sentencepiece's kind instead."""
     folder = tiny_checkpoint(family)
     settings(folder, tokenizer_class=label)
@@ -60,7 +60,9 @@ def test_a_byte_level_tokenizer_that_is_labelled_llama(tiny_checkpoint: Checkpoi
     reads_as_written(folder)
 
 
-def test_a_class_that_the_model_type_chooses(tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_class_chosen_by_the_model_type(
+    tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
     """transformers gives every Qwen2 that class's normaliser, whatever the files say."""
     folder = tiny_checkpoint("qwen2")
     assert other_reading(folder) is None
@@ -71,14 +73,14 @@ def test_a_class_that_the_model_type_chooses(tiny_checkpoint: Checkpoint, caplog
     reads_as_written(folder)
 
 
-def test_settings_of_a_batch_are_not_obeyed(tiny_checkpoint: Checkpoint) -> None:
+def test_padding_and_truncation_settings_are_ignored(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
     alter(folder, lambda tokenizer: (tokenizer.enable_truncation(2), tokenizer.enable_padding(length=9)))
     assert len(load_tokenizer(folder).encode("abcdef")) == 6
     reads_as_written(folder)
 
 
-def test_special_tokens_add_none(tiny_checkpoint: Checkpoint) -> None:
+def test_special_tokens_outside_the_vocabulary_add_no_token(tiny_checkpoint: Checkpoint) -> None:
     """transformers adds those that tokenizer.json has not, beyond the model's vocabulary."""
     folder = tiny_checkpoint()
     settings(folder, pad_token="<nowhere>", unk_token="", mask_token={"content": "<pad>"})
@@ -89,7 +91,7 @@ def test_special_tokens_add_none(tiny_checkpoint: Checkpoint) -> None:
     reads_as_written(folder)
 
 
-def test_an_empty_unknown_token_is_named_where_vllm_would_fail(tiny_checkpoint: Checkpoint) -> None:
+def test_an_empty_unknown_token_that_vllm_fails_on_is_refused(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
     settings(folder, unk_token="")
     with pytest.raises(InputError, match=r'tokenizer_config\.json: "unk_token": "" is no token; remove that line'):
@@ -101,7 +103,7 @@ def test_an_empty_unknown_token_is_named_where_vllm_would_fail(tiny_checkpoint: 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def test_the_chat_template_is_found_where_transformers_finds_it(tiny_checkpoint: Checkpoint) -> None:
+def test_the_chat_template_is_found_like_in_transformers(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
 
     def rendered() -> str:
@@ -167,7 +169,9 @@ def test_a_sentencepiece_model_alone(sentencepiece: Callable[..., Path]) -> None
         assert (folder.with_name(name) / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
-def test_one_that_transformers_reads_differently_is_refused(sentencepiece: Callable[..., Path]) -> None:
+def test_a_sentencepiece_model_that_transformers_reads_differently_is_refused(
+    sentencepiece: Callable[..., Path],
+) -> None:
     """The Llama class knows nothing of this one's normalisation."""
     folder = sentencepiece(**LLAMA | {"normalization_rule_name": "nmt_nfkc_cf"})
     with pytest.raises(

@@ -15,7 +15,7 @@ from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpo
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
 
 
-def test_sharded_copy_loads_with_stock_transformers_and_computes_the_same(tiny_checkpoint, tmp_path):
+def test_a_sharded_copy_loads_in_stock_transformers_with_the_same_logits(tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint("llama"), tmp_path / "out"
     made = vllm.export(source, out, shard_size="100KB")
     assert len([name for name in made.files if name.endswith(".safetensors")]) > 1
@@ -28,7 +28,7 @@ def test_sharded_copy_loads_with_stock_transformers_and_computes_the_same(tiny_c
 
 
 @pytest.mark.parametrize(("family", "needs"), [("qwen2", ["--model-impl", "transformers"]), ("qwen3", [])])
-def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
+def test_server_requirements_are_recorded(tmp_path, family, needs):
     narrow = build_tiny(family, num_attention_heads=2, num_key_value_heads=1)  # heads of 16 at a hidden size of 64
     facts = vllm.export(write_checkpoint(narrow, tmp_path / "pruned"), tmp_path / "out").facts
     assert (facts["query_heads"], facts["kv_heads"], facts["head_size"]) == ([2, 2], [1, 1], 16)
@@ -45,20 +45,20 @@ def test_what_the_server_needs_is_recorded(tmp_path, family, needs):
         ("gemma", {"attention_bias": True}),
     ],
 )
-def test_what_vllm_s_own_class_ignores_needs_the_transformers_backend(family, settings):
+def test_settings_ignored_by_the_vllm_class_need_the_transformers_backend(family, settings):
     needs = [vllm.preflight(build_tiny(family, **changed).config)["needs"] for changed in ({}, settings)]
     assert needs == [[], ["--model-impl", "transformers"]]
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "numprune_gpt2"])
-def test_a_setting_that_no_class_of_vllm_honours_is_refused(model_type):
+def test_a_setting_unsupported_by_every_vllm_class_is_refused(model_type):
     layers = {"per_layer_config": {}} if model_type.startswith("numprune_") else {}
     config = build_tiny(model_type, **layers, reorder_and_upcast_attn=True).config
     with pytest.raises(InputError, match="vLLM does not run gpt2 with reorder_and_upcast_attn=True; leave vllm out"):
         vllm.preflight(config)
 
 
-def test_sizes_of_experts_are_recorded(tmp_path):
+def test_expert_sizes_are_recorded(tmp_path):
     narrow = build_tiny("qwen2_moe", num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
     facts = vllm.preflight(narrow.config)
     assert facts["intermediate_size"] == [96, 40, 40, 40]  # of the MLP and of the shared experts
@@ -67,7 +67,7 @@ def test_sizes_of_experts_are_recorded(tmp_path):
     assert vllm.preflight(build_tiny("mixtral", intermediate_size=12).config)["tensor_parallel"] == [1, 2, 4]
 
 
-def test_a_shared_expert_that_the_family_does_not_have_is_refused():
+def test_a_shared_expert_unknown_to_the_family_is_refused():
     config = build_tiny("qwen3_moe", shared_expert_intermediate_size=32).config
     with pytest.raises(InputError, match="shared_expert_intermediate_size is set, but qwen3_moe has no shared expert"):
         vllm.preflight(config)
@@ -102,7 +102,7 @@ def test_dense_weights_beside_a_pruned_configuration_are_refused(tiny_checkpoint
         vllm.export(source, tmp_path / "out")
 
 
-def test_a_checkpoint_is_cast_and_says_so_everywhere(tiny_checkpoint, tmp_path):
+def test_a_cast_checkpoint_names_its_precision_everywhere(tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint(), tmp_path / "out"
     (source / PLAN_FILE).write_text("{}", encoding="utf-8")
     (source / "README.md").write_text(
@@ -129,7 +129,7 @@ def test_a_cast_that_overflows_names_the_tensor(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scheme_decides_what_can_run_it() -> None:
+def test_the_scheme_determines_which_runtimes_apply() -> None:
     config = build_tiny("llama", head_dim=32, intermediate_size=128).bfloat16().config
     config.dtype = torch.bfloat16
     groups = vllm.preflight(config, Scheme("w4a16", 64))

@@ -14,7 +14,7 @@ from numprune.export import manifest
 OPTIONS = numprune.PruneOptions(ratio=0.25)
 
 
-def test_a_plan_is_made_applied_measured_saved_and_exported(tiny: Path, tmp_path: Path) -> None:
+def test_a_plan_is_chosen_applied_evaluated_saved_and_exported(tiny: Path, tmp_path: Path) -> None:
     model = numprune.load(tiny / "base")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
@@ -46,7 +46,7 @@ def test_a_plan_is_made_applied_measured_saved_and_exported(tiny: Path, tmp_path
     manifest.verify(tmp_path / "onnx")
 
 
-def test_pruning_at_once_leaves_the_model_as_it_is(tiny: Path) -> None:
+def test_prune_leaves_the_model_unchanged(tiny: Path) -> None:
     model = numprune.load(tiny / "base")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
@@ -57,7 +57,7 @@ def test_pruning_at_once_leaves_the_model_as_it_is(tiny: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
 
 
-def test_what_cannot_be_done_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(tiny: Path, tmp_path: Path) -> None:
     model = numprune.load(tiny / "base")
     rows = numprune.calibration_rows(tiny / "train.txt", model, samples=4, sequence_length=64)
     with pytest.raises(InputError, match="the model is not pruned"):
@@ -73,7 +73,7 @@ def test_importing_numprune_loads_no_tensor_library() -> None:
     assert done.stdout.split()[1] == "False"
 
 
-def test_all_that_is_promised_is_there() -> None:
+def test_every_public_name_exists() -> None:
     for name in numprune.__all__:
         assert getattr(numprune, name) is not None
     assert set(numprune.__all__) <= set(dir(numprune))
@@ -82,7 +82,7 @@ def test_all_that_is_promised_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_the_lines_of_the_documentation_have_types(tmp_path: Path) -> None:
+def test_the_documented_lines_pass_mypy_strict(tmp_path: Path) -> None:
     from numprune.flows import api
 
     assert api.__doc__ is not None
@@ -97,7 +97,7 @@ def test_the_lines_of_the_documentation_have_types(tmp_path: Path) -> None:
     assert "error" not in done.stdout
 
 
-def test_the_page_shows_the_lines_whose_types_are_checked() -> None:
+def test_the_documentation_shows_the_type_checked_lines() -> None:
     from numprune.flows import api
 
     page = Path(numprune.__file__).parent.parent / "docs" / "python.md"

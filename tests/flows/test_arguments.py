@@ -26,7 +26,7 @@ PRUNE = [
 
 
 @pytest.mark.parametrize("words", PRUNE)
-def test_where_options_stand_makes_no_difference(words: str) -> None:
+def test_the_position_of_options_does_not_matter(words: str) -> None:
     found = read(f"prune {words}")
     assert (found.model, str(found.out), found.ratio, [str(path) for path in found.text]) == (
         *("MODEL", "OUT", 0.3),
@@ -34,7 +34,7 @@ def test_where_options_stand_makes_no_difference(words: str) -> None:
     )
 
 
-def test_a_plan_needs_no_folder() -> None:
+def test_plan_only_needs_no_output_folder() -> None:
     found = read("prune MODEL --ratio 0.3 --plan-only --text a b")
     assert (found.model, found.out, [str(path) for path in found.text]) == ("MODEL", None, ["a", "b"])
     assert str(read("prune MODEL plan.json --ratio 0.3 --plan-only --text a").out) == "plan.json"
@@ -53,7 +53,7 @@ def test_a_number_does_not_swallow_the_candidate() -> None:
     assert (found.candidate, found.concurrency) == ("candidate", [1, 4])
 
 
-def test_one_of_several_models_is_enough_and_more_are_asked_for() -> None:
+def test_one_model_is_required_and_more_are_accepted() -> None:
     found = read("evaluate --text a b")
     assert (found.models, [str(path) for path in found.text]) == (["b"], ["a"])
     assert read("evaluate m n --text a b").models == ["m", "n"]
@@ -62,7 +62,7 @@ def test_one_of_several_models_is_enough_and_more_are_asked_for() -> None:
         read("evaluate --text a b c")
 
 
-def test_options_may_be_shortened_while_it_is_clear_which_one_is_meant() -> None:
+def test_options_may_be_abbreviated_if_unambiguous() -> None:
     assert read("prune m o --text t --rat 0.3 --seq 64").sequence_length == 64
     with pytest.raises(InputError, match="option --s could be --split or"):
         read("prune m o --text t --ratio 0.3 --s 64")
@@ -84,7 +84,7 @@ def test_options_may_be_shortened_while_it_is_clear_which_one_is_meant() -> None
         ("prune m o --text t --ratio", "argument --ratio: expected one argument"),
     ],
 )
-def test_mistakes_name_the_word_and_the_remedy(command: str, said: str) -> None:
+def test_errors_name_the_word_and_the_remedy(command: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
         read(command)
     assert said in str(caught.value)
@@ -97,14 +97,14 @@ def test_negative_numbers_and_a_dash_are_values() -> None:
     assert vars(parser.parse_args(["--offset", "-1.5", "-"])) == {"input": "-", "offset": -1.5}
 
 
-def test_options_for_vllm_are_left_as_they_are() -> None:
+def test_options_for_vllm_are_passed_on_unchanged() -> None:
     found = read("serve --port 80 m -- --max-num-seqs 4 --port 5")
     assert (found.reference, found.port, found.vllm_options) == ("m", 80, ["--max-num-seqs", "4", "--port", "5"])
     assert read("rollback m").vllm_options is None
     assert read("rollout m --").vllm_options == []
 
 
-def test_options_by_their_earlier_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_earlier_option_names_still_work(capsys: pytest.CaptureFixture[str]) -> None:
     words = "kubernetes m --format kserve --image i:1 --out f --registry-uri"
     assert read(f"{words} https://mlflow.example").uri == read(f"{words}=https://mlflow.example").uri
     with pytest.raises(SystemExit):
@@ -112,7 +112,7 @@ def test_options_by_their_earlier_names(capsys: pytest.CaptureFixture[str]) -> N
     assert "--registry-uri" not in capsys.readouterr().out
 
 
-def test_the_order_is_kept() -> None:
+def test_the_order_of_values_is_kept() -> None:
     parser = Parser()
     parser.add_argument("--text", nargs="+", action="extend")
     parser.add_argument("first")

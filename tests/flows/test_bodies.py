@@ -34,7 +34,7 @@ def test_a_checker_sees_every_argument_of_a_body(name: str) -> None:
     assert hints["return"] not in (Any, None, dict)
 
 
-def test_arguments_are_bound_before_anything_is_made() -> None:
+def test_arguments_are_bound_before_any_work() -> None:
     body: Callable[..., Any] = bodies.make_onnx
     with pytest.raises(TypeError, match="missing a required argument: 'opset'"):
         Stage.of("export-onnx", "export", body, source=stages.Artifact(Path(), ""))
@@ -47,14 +47,14 @@ def named(source: str) -> Iterator[str]:
                 yield f"line {node.lineno}: {text!r}"
 
 
-def test_no_function_of_a_stage_is_named_by_a_string() -> None:
+def test_no_stage_function_is_named_by_a_string() -> None:
     found = {path: [*named(path.read_text(encoding="utf-8"))] for path in FLOWS.rglob("*.py") if path != PRELOADED}
     assert len(found) > 50
     assert {path.name: names for path, names in found.items() if names} == {}
     assert [*named('run("steps.prune.make_pruned")')] == ["line 1: 'steps.prune.make_pruned'"]
 
 
-def test_the_process_of_a_run_names_them_without_the_tensor_libraries() -> None:
+def test_importing_the_bodies_does_not_import_tensor_libraries() -> None:
     program = "import sys, numprune.flows.optimize; print({'torch', 'transformers', 'mlflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -31,7 +31,7 @@ def parts(tmp_path: Path) -> dict[str, Path]:
     return {"checkpoint": tmp_path / "checkpoint", "onnx": tmp_path / "onnx"}
 
 
-def test_a_release_holds_its_parts_whole_and_the_same_content_is_the_same_release(
+def test_a_release_holds_complete_parts_and_the_same_content_gives_the_same_release(
     tmp_path: Path, parts: dict[str, Path]
 ) -> None:
     release = make_release(tmp_path / "w", RECIPE, parts, tmp_path / "judged", tmp_path / "answers")

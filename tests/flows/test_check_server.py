@@ -11,7 +11,7 @@ from numprune.serving.vllm.server import free_port
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "http://[", "no url"])
-def test_a_server_that_is_not_there_leaves_no_marker(
+def test_an_unreachable_server_leaves_no_marker(
     url: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers_of(tiny_checkpoint()).write(tmp_path)

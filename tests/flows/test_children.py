@@ -36,30 +36,30 @@ def divide() -> float:
     return 1 / 0
 
 
-def test_value_comes_back_from_another_process() -> None:
+def test_the_value_is_returned_from_another_process() -> None:
     value, pid = call(triple, 14)
     assert value == 42
     assert pid != os.getpid()
 
 
-def test_errors_that_a_user_can_mend_come_back_as_they_are() -> None:
+def test_user_errors_are_reraised_unchanged() -> None:
     with pytest.raises(ParityError, match="row 3, token 7"):
         call(refuse)
 
 
-def test_mistakes_come_back_with_their_traceback() -> None:
+def test_unexpected_exceptions_keep_their_traceback() -> None:
     with pytest.raises(ChildFailed, match=r"in divide[\s\S]*ZeroDivisionError"):
         call(divide)
 
 
-def test_a_killed_child_is_an_error_that_says_so() -> None:
+def test_a_killed_child_is_reported_as_killed() -> None:
     with pytest.raises(ChildDied, match=r"SIGKILL.*out of memory"):
         call(signal.raise_signal, signal.SIGKILL)
     with pytest.raises(ChildDied, match="exit code 3"):
         call(os._exit, 3)
 
 
-def test_stdout_of_a_child_is_stderr() -> None:
+def test_a_child_s_stdout_goes_to_stderr() -> None:
     # The server of the processes was started with whatever stderr was then, so a fresh interpreter is asked.
     program = """
         from numprune.flows import children
@@ -72,7 +72,7 @@ def test_stdout_of_a_child_is_stderr() -> None:
     assert "from native" in done.stderr
 
 
-def test_child_ends_with_its_parent(tmp_path: Path) -> None:
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLEEPING), str(tmp_path / "pid")])
     child = psutil.Process(int(next(read_when_there(tmp_path / "pid"))))
     os.kill(process.pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_child_ends_with_its_parent(tmp_path: Path) -> None:
     child.wait(timeout=20)
 
 
-def test_interrupted_waiting_ends_the_child(tmp_path: Path) -> None:
+def test_interrupting_the_wait_ends_the_child(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", textwrap.dedent(SLEEPING), str(tmp_path / "pid")]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
     child = psutil.Process(int(next(read_when_there(tmp_path / "pid"))))
@@ -98,7 +98,7 @@ def read_when_there(path: Path) -> Iterator[str]:
     yield path.read_text()
 
 
-def test_ctrl_c_is_the_parents_alone() -> None:
+def test_children_ignore_ctrl_c() -> None:
     """A terminal sends it to the children, too: from their first moment on they take no notice."""
     assert children.call(_blocked) & 1 << (signal.SIGINT - 1)
 

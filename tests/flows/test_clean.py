@@ -62,7 +62,7 @@ def stages(workspace: Path) -> set[str]:
     return {path.name for path in (workspace / "stages").iterdir() if path.name != ".locks"}
 
 
-def test_only_what_no_run_uses_goes_and_only_when_asked(numprune: Command, tmp_path: Path) -> None:
+def test_only_unused_data_is_removed_and_only_with_yes(numprune: Command, tmp_path: Path) -> None:
     run = record(tmp_path, 1, 2)
     unused = make(tmp_path, 3)
     (tmp_path / "stages" / "notes.txt").write_text("mine")
@@ -99,7 +99,7 @@ def test_runs_are_forgotten_by_number_and_age(tmp_path: Path) -> None:
     assert runs.list_runs(tmp_path) == []
 
 
-def test_a_run_under_way_keeps_everything(tmp_path: Path) -> None:
+def test_an_active_run_keeps_everything(tmp_path: Path) -> None:
     with runs.recording(tmp_path, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         used = make(tmp_path, 1, recording.folder)
         assert clean.look(tmp_path, keep=0).goes == []
@@ -116,7 +116,7 @@ def test_a_run_under_way_keeps_everything(tmp_path: Path) -> None:
     assert {used.name, unused.name, wanted.name} == stages(tmp_path)
 
 
-def test_no_link_is_followed(tmp_path: Path) -> None:
+def test_links_are_not_followed(tmp_path: Path) -> None:
     workspace, mine = tmp_path / "w", tmp_path / "mine"
     record(workspace, 1)
     mine.mkdir()
@@ -133,7 +133,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
         clean.look(workspace)
 
 
-def test_a_folder_that_is_no_workspace_of_runs_is_left_alone(numprune: Command, tmp_path: Path) -> None:
+def test_a_folder_without_recorded_runs_is_left_alone(numprune: Command, tmp_path: Path) -> None:
     unused = make(tmp_path, 1)
     answered = numprune("runs", "clean", "--workspace", tmp_path, "--yes")
     assert (answered.code, answered.out) == (1, "")
@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_workspace_of_runs_is_left_alone(numprune: Command, 
     assert unused.exists()
 
 
-def test_published_releases_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_releases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     record(tmp_path, 1)
     published, unpublished = release(tmp_path, "a"), release(tmp_path, "b")
@@ -165,7 +165,7 @@ def test_published_releases_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert published.exists()
 
 
-def test_a_published_release_stays_whatever_the_registrys_lists_lack(
+def test_a_published_release_is_kept_even_if_the_registry_lists_are_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow servers before 2.21 answer every search for models with an empty list."""
@@ -198,7 +198,7 @@ def test_a_published_release_stays_whatever_the_registrys_lists_lack(
         assert f"cannot be told: registry {old}: MLflow 2.20.4 is not supported" in why
 
 
-def test_killed_in_the_middle_of_a_removal(tmp_path: Path) -> None:
+def test_a_clean_killed_during_a_removal(tmp_path: Path) -> None:
     """The stage has lost its name before the first file of it goes, and the next clean finishes."""
     record(tmp_path, 1)
     unused = make(tmp_path, 2)
@@ -226,7 +226,7 @@ def test_killed_in_the_middle_of_a_removal(tmp_path: Path) -> None:
     manifest.verify(unused)
 
 
-def test_two_cleans_at_once(tmp_path: Path) -> None:
+def test_concurrent_cleans(tmp_path: Path) -> None:
     record(tmp_path, 0)
     for option in range(1, 40):
         make(tmp_path, option)
@@ -240,7 +240,7 @@ def test_two_cleans_at_once(tmp_path: Path) -> None:
     assert not list((tmp_path / "stages").glob("*.partial"))
 
 
-def test_clean_beside_a_run_that_takes_stages(tmp_path: Path) -> None:
+def test_a_clean_beside_a_run_that_reuses_stages(tmp_path: Path) -> None:
     """Everything that the run was given is there when the run ends, however often a clean came between."""
     record(tmp_path, 0)
     program = """
@@ -296,7 +296,7 @@ def test_listing_and_showing(numprune: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--older-than", "soon"], ["--keep", "-1"], ["--older-than", "30"]])
-def test_arguments_that_mean_nothing(numprune: Command, words: list[str]) -> None:
+def test_invalid_arguments_are_refused(numprune: Command, words: list[str]) -> None:
     answered = numprune("runs", "clean", *words)
     assert answered.code == 1
     assert words[0] in answered.err

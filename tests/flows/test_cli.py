@@ -31,7 +31,7 @@ def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return out, shell(*command, "--samples", 8, "--sequence-length", 64, "--json")
 
 
-def test_help_needs_no_heavy_library() -> None:
+def test_help_imports_no_heavy_library() -> None:
     program = (
         "import sys; from numprune.flows.cli import main; code = main(['gate', 'none.json', '--policy', 'none.toml']);"
         "print(code, sorted({'torch', 'transformers', 'prefect', 'mlflow'} & sys.modules.keys()))"
@@ -53,7 +53,7 @@ def test_help(numprune: Command, capfd: pytest.CaptureFixture[str], words: list[
 
 
 @pytest.mark.parametrize("words", [[], ["registry"], ["runs"]])
-def test_without_a_command_there_is_help_and_exit_code_1(
+def test_without_a_command_help_is_printed_with_exit_code_1(
     numprune: Command, capfd: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
@@ -69,7 +69,7 @@ def parsers(parser: Parser) -> Iterator[Parser]:
         yield from parsers(below)
 
 
-def test_every_help_has_an_example_that_can_be_parsed() -> None:
+def test_every_help_has_an_example_that_parses() -> None:
     for parser in parsers(build(MODULES)):
         example = parser.format_help().partition("Example:")[2].strip().splitlines()[0]
         words = shlex.split(example.partition(" > ")[0])
@@ -137,7 +137,7 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str], option: s
         (["gate", "none.json", "--policy", "none.toml"], "policy none.toml: no such file"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_1(numprune: Command, argv: list[str], said: str) -> None:
+def test_usage_errors_are_one_line_with_exit_code_1(numprune: Command, argv: list[str], said: str) -> None:
     answered = numprune(*argv)
     assert (answered.code, answered.out) == (1, "")
     assert answered.err.startswith("numprune: error: ")
@@ -145,7 +145,7 @@ def test_mistakes_are_one_line_and_exit_code_1(numprune: Command, argv: list[str
     assert said in answered.err
 
 
-def test_a_failure_is_an_object_where_json_was_asked_for(
+def test_with_json_a_failure_is_an_object(
     numprune: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words, said in (
@@ -204,7 +204,7 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
         (["--axes", "query-heads", "--allocation", "global"], "axes: allocation global sorts whole units"),
     ],
 )
-def test_protection_that_cannot_be_is_refused_before_any_work(
+def test_impossible_protection_is_refused_before_any_work(
     numprune: Command, tiny: Path, tmp_path: Path, options: list[str], said: str
 ) -> None:
     text = ["--text", tiny / "train.txt"]
@@ -250,7 +250,7 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     assert manifest.verify(out).digest == found["digest"]
 
 
-def test_prune_streamed_gives_the_same_and_sweeps_first(
+def test_streamed_pruning_gives_the_same_result_and_sweeps_first(
     pruned: tuple[Path, Answered], numprune: Command, tiny: Path, tmp_path: Path
 ) -> None:
     left = tmp_path / ".out.0123456789abcdef.partial"
@@ -281,7 +281,7 @@ def test_compensation_with_a_bias(numprune: Command, tiny: Path, tmp_path: Path)
     )
 
 
-def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_prune_refuses_invalid_options_before_any_work(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     common = ["prune", tiny / "base", tmp_path / "out", "--sequence-length", 64]
     short = numprune(*common, "--text", tiny / "train.txt", "--ratio", 0.3, "--samples", 1000)
     assert "--samples: the calibration text gives 70 windows of 64 tokens, but 1000 samples were" in short.err
@@ -293,7 +293,7 @@ def test_prune_refuses_before_it_works(numprune: Command, tiny: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_reads_text_as_it_is_told(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_evaluate_honours_the_text_options(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     """A chat file, and one file of many documents: packed, unpacked, split."""
     shutil.copytree(tiny / "base", tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
@@ -395,7 +395,7 @@ def test_stdout_is_one_json_object_and_nothing_else(tiny: Path) -> None:
     assert done.err == ""
 
 
-def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tiny: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "numprune.flows.cli", "inspect", str(tiny / "base")]
@@ -404,7 +404,7 @@ def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
+def test_an_interrupt_prints_no_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "policy.toml"
     os.mkfifo(fifo)
     program = "import sys; from numprune.flows.cli import main; sys.exit(main(sys.argv[1:]))"

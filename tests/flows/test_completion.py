@@ -43,7 +43,7 @@ def test_bash_completes_commands_options_choices_and_files(numprune: Callable[..
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_a_script_knows_every_command(numprune: Callable[..., Answered], shell: str) -> None:
+def test_the_completion_script_knows_every_command(numprune: Callable[..., Answered], shell: str) -> None:
     answered = numprune("completion", shell, "--json").json
     assert answered["shell"] == shell
     known = ["optimize", "kubernetes", "promote", "clean", "--sequence-length"]

@@ -89,7 +89,7 @@ def test_an_embedding_model_goes_from_recipe_to_release(numprune: Command, encod
     assert "Distance from baseline +0.0" in said
 
 
-def test_what_an_encoder_has_no_part_in_is_refused_before_any_work(encoder: Path, tmp_path: Path) -> None:
+def test_options_that_do_not_apply_to_encoders_are_refused_before_any_work(encoder: Path, tmp_path: Path) -> None:
     asked = recipe.load(
         encoder / "recipe.toml",
         [
@@ -121,7 +121,7 @@ def test_what_an_encoder_has_no_part_in_is_refused_before_any_work(encoder: Path
         ("distilbert", "embedding", "vLLM does not serve distilbert for embedding; it serves bert, roberta. Leave"),
     ],
 )
-def test_an_encoder_that_no_server_runs_is_refused_as_a_target_for_one(
+def test_an_encoder_unsupported_by_vllm_is_refused_as_a_vllm_target(
     encoder: Path, tmp_path: Path, family: str, task: Any, said: str
 ) -> None:
     base = write_checkpoint(build_tiny(family, task=task), tmp_path / "base")
@@ -131,7 +131,7 @@ def test_an_encoder_that_no_server_runs_is_refused_as_a_target_for_one(
     assert said in str(caught.value)
 
 
-def test_options_of_encoders_are_not_for_decoders(numprune: Command, tiny: Path, encoder: Path) -> None:
+def test_encoder_options_are_refused_for_decoders(numprune: Command, tiny: Path, encoder: Path) -> None:
     base = tiny / "base"
     found = numprune("benchmark", base, "--baseline", base, "--runtime", "torch", "--lengths", "8")
     assert found.code == 1

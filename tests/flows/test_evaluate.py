@@ -46,12 +46,12 @@ def rows(tiny: Path) -> TokenRows:
     return heldout_rows([tiny / "heldout.jsonl"], 32, [tiny / "base"], Reading())
 
 
-def test_figures_are_those_of_both_models_side_by_side(tiny: Path, others: list[Path], rows: TokenRows) -> None:
+def test_figures_match_both_models_evaluated_side_by_side(tiny: Path, others: list[Path], rows: TokenRows) -> None:
     (found,) = compare_checkpoints(others[:1], tiny / "base", rows, CPU)
     assert found == evaluate.section(compare(load(others[0])[0], load(tiny / "base")[0], rows), rows)
 
 
-def test_several_candidates_and_a_baseline_that_is_scored_once(
+def test_several_candidates_share_one_scoring_of_the_baseline(
     tiny: Path, others: list[Path], numprune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[Path] = []
@@ -77,7 +77,7 @@ def test_several_candidates_and_a_baseline_that_is_scored_once(
     )
 
 
-def test_a_candidate_of_another_vocabulary_is_refused_before_anything_is_scored(
+def test_a_candidate_with_another_vocabulary_is_refused_before_any_scoring(
     tiny: Path, others: list[Path], rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "load", None)
@@ -86,7 +86,7 @@ def test_a_candidate_of_another_vocabulary_is_refused_before_anything_is_scored(
         compare_checkpoints([*others, larger], tiny / "base", rows, CPU)
 
 
-def test_another_ratio_does_not_score_the_baseline_again_and_other_prompts_do(tiny: Path, tmp_path: Path) -> None:
+def test_the_baseline_is_scored_again_for_other_prompts_but_not_for_another_ratio(tiny: Path, tmp_path: Path) -> None:
     found = []
     for changes in ([], ["prune.ratio=0.4"], ["evaluate.prompts=['Say something.']"]):
         run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
@@ -96,7 +96,7 @@ def test_another_ratio_does_not_score_the_baseline_again_and_other_prompts_do(ti
     assert [len(stage.facts.generations) for stage in found] == [len(PROMPTS), len(PROMPTS), 1]
 
 
-def test_prompts_that_cannot_be_used_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
+def test_unusable_prompts_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
     gate = "gates=[{metric='quality.generation.degraded', bound='point', max=0}]"
     for changes, said in [
         ([f"evaluate.prompts=['{'x' * 256}']"], "evaluate.prompts: prompt 'x{40}…': 256 tokens; .* context of 256"),
@@ -118,7 +118,7 @@ def silent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return written(folder / "dense", dense, template), written(folder / "pruned", pruned, template)
 
 
-def test_a_gate_on_generation_fails_what_nll_passes(silent: tuple[Path, Path], rows: TokenRows) -> None:
+def test_a_gate_on_generation_fails_a_model_that_passes_on_nll(silent: tuple[Path, Path], rows: TokenRows) -> None:
     dense, pruned = silent
     (section,) = compare_checkpoints([pruned], dense, rows, CPU, PROMPTS)
     report = Report.model_validate(json.loads(json.dumps({**copy.deepcopy(COMPLETE), "quality": section})))

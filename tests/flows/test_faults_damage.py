@@ -48,7 +48,7 @@ def test_a_bit_flips_in_the_release(numprune: Command, workspace: Path, tiny: Pa
     assert manifest.verify(release).kind == "release"
 
 
-def test_a_bit_flips_in_the_report_that_was_published(numprune: Command, workspace: Path) -> None:
+def test_a_bit_flips_in_the_published_report(numprune: Command, workspace: Path) -> None:
     (stored,) = (workspace / "registry").glob("artifacts/*/artifacts/release")
     flip_a_bit(stored / "report.json")
     for asked in ("promote", "verify", "show"):
@@ -60,9 +60,7 @@ def test_a_bit_flips_in_the_report_that_was_published(numprune: Command, workspa
 
 
 @pytest.mark.parametrize("damaged", ["report.json", "reference-answers.json", "model.safetensors"])
-def test_a_bit_flips_between_a_stage_and_the_release_that_is_made_of_it(
-    workspace: Path, tiny: Path, damaged: str
-) -> None:
+def test_a_bit_flips_between_a_stage_and_its_release(workspace: Path, tiny: Path, damaged: str) -> None:
     """After the stage was verified: its copy would get a manifest of its own, and nobody would ever know."""
     from numprune.errors import IntegrityError
     from numprune.flows import bundle, recipe
@@ -78,7 +76,7 @@ def test_a_bit_flips_between_a_stage_and_the_release_that_is_made_of_it(
     assert not list((workspace / "releases").glob("tiny-*"))
 
 
-def test_a_verdict_that_was_altered_with_its_manifests(numprune: Command, workspace: Path, tmp_path: Path) -> None:
+def test_a_verdict_altered_with_its_manifests(numprune: Command, workspace: Path, tmp_path: Path) -> None:
     """Not an accident any more: every digest fits, but the gates, judged again, do not give this verdict."""
     (release,) = (workspace / "releases").glob("tiny-*")
     forged = tmp_path / "forged"
@@ -94,7 +92,7 @@ def test_a_verdict_that_was_altered_with_its_manifests(numprune: Command, worksp
     assert "sizes.parameters.ratio" in refused.err
 
 
-def test_only_a_disturbed_look_is_thrown_away(tmp_path: Path) -> None:
+def test_only_a_disturbed_look_is_discarded(tmp_path: Path) -> None:
     from numprune.flows.optimize import _discard_disturbed
 
     def look(out: Path, *, number: int, valid: bool) -> Timings:
@@ -109,7 +107,7 @@ def test_only_a_disturbed_look_is_thrown_away(tmp_path: Path) -> None:
     assert [stages.find(tmp_path, stage) is not None for stage in asked] == [True, False, True]
 
 
-def test_a_benchmark_that_another_run_has_made_meanwhile_is_not_discarded(tmp_path: Path) -> None:
+def test_a_benchmark_repeated_by_another_run_is_not_discarded(tmp_path: Path) -> None:
     """Two runs share a measurement that settles nothing; one has measured again when the other one throws it away."""
 
     def measure(value: int) -> stages.StageResult[dict[str, int]]:

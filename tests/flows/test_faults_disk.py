@@ -56,7 +56,7 @@ def refused(answered: Answered, *words: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["baseline", "prune", "export-onnx", "report"])
-def test_a_disk_that_fills_up_in_a_stage(numprune: Command, disk: Path, finished: Path, tiny: Path, name: str) -> None:
+def test_the_disk_fills_up_during_a_stage(numprune: Command, disk: Path, finished: Path, tiny: Path, name: str) -> None:
     """The stage's folder is named, with what was needed; once there is room, the run goes on with what is finished."""
     workspace = Path(shutil.copytree(finished, disk / "w"))
     lost = stage(workspace, name)
@@ -74,7 +74,7 @@ def test_a_disk_that_fills_up_in_a_stage(numprune: Command, disk: Path, finished
     assert made == {name.split("-")[0]}
 
 
-def test_a_disk_that_fills_up_in_publishing(numprune: Command, disk: Path, finished: Path, tiny: Path) -> None:
+def test_the_disk_fills_up_while_publishing(numprune: Command, disk: Path, finished: Path, tiny: Path) -> None:
     """First there is no room for the release, then none for the registry's copy of it, then there is."""
     workspace = Path(shutil.copytree(finished, disk / "w"))
     (release,) = (workspace / "releases").glob("tiny-*")
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_in_publishing(numprune: Command, disk: Path, finis
     assert not list(workspace.rglob(".*.partial"))
 
 
-def test_a_registry_without_room_for_its_tables(numprune: Command, disk: Path, finished: Path) -> None:
+def test_the_disk_fills_up_while_the_registry_is_created(numprune: Command, disk: Path, finished: Path) -> None:
     (release,) = (finished / "releases").glob("tiny-*")
     ballast = fill(disk, 64 << 10)
     refused(numprune("registry", "publish", release, "tiny", "--workspace", disk / "w"), str(disk), "full")
@@ -105,7 +105,7 @@ def test_a_registry_without_room_for_its_tables(numprune: Command, disk: Path, f
 
 
 @pytest.mark.parametrize("free", [64 << 10, 450 << 10])
-def test_streamed_pruning_without_room(numprune: Command, disk: Path, tiny: Path, free: int) -> None:
+def test_streamed_pruning_without_disk_space(numprune: Command, disk: Path, tiny: Path, free: int) -> None:
     """For hidden states; and for the weights, when there is room for those."""
     arguments = ["prune", tiny / "base", disk / "out", "--ratio", "0.25", "--text", tiny / "train.txt", "--stream"]
     arguments += ["--samples", "12", "--sequence-length", "64"]
@@ -116,7 +116,7 @@ def test_streamed_pruning_without_room(numprune: Command, disk: Path, tiny: Path
     assert numprune(*arguments).code == 0
 
 
-def test_files_that_may_not_grow(tiny: Path, tmp_path: Path) -> None:
+def test_a_file_size_limit(tiny: Path, tmp_path: Path) -> None:
     """A limit of the process, as batch systems set it."""
     arguments = [
         "prune",
@@ -142,7 +142,7 @@ def test_files_that_may_not_grow(tiny: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_workspace_that_cannot_be_written_to(numprune: Command, disk: Path, finished: Path, tiny: Path) -> None:
+def test_a_read_only_workspace(numprune: Command, disk: Path, finished: Path, tiny: Path) -> None:
     workspace = Path(shutil.copytree(finished, disk / "w"))
     (release,) = (finished / "releases").glob("tiny-*")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -144,7 +144,7 @@ def with_other_tokens(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(saved))
 
 
-def test_a_text_with_tokens_that_the_model_does_not_have(
+def test_a_text_with_token_ids_beyond_the_vocabulary(
     numprune: Command, tiny: Path, model: Path, tmp_path: Path
 ) -> None:
     with_more_tokens(model)
@@ -156,7 +156,7 @@ def test_a_text_with_tokens_that_the_model_does_not_have(
     refused(answered, "token 259 is outside the model's vocabulary of 259")
 
 
-def test_a_tokenizer_larger_than_the_model(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     build_tiny(vocab_size=200, bos_token_id=1, eos_token_id=2, pad_token_id=3).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", f"model.path={tmp_path / 'model'}"))
@@ -164,7 +164,7 @@ def test_a_tokenizer_larger_than_the_model(numprune: Command, tiny: Path, tmp_pa
     assert not (tmp_path / "w").exists()
 
 
-def test_candidate_and_baseline_with_tokenizers_of_their_own(numprune: Command, tiny: Path, model: Path) -> None:
+def test_candidate_and_baseline_with_different_tokenizers(numprune: Command, tiny: Path, model: Path) -> None:
     """Same sizes: nothing but the tokens themselves tells."""
     with_other_tokens(model)
     for one, other in ((model, tiny / "base"), (tiny / "base", model)):
@@ -183,7 +183,7 @@ def documents(path: Path, *texts: str) -> Path:
     return path
 
 
-def test_texts_that_are_too_short_or_empty(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_texts_too_short_or_empty(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "empty.txt").write_text(" \n")
     documents(tmp_path / "hollow.jsonl", "", "", "x")
@@ -227,7 +227,7 @@ def test_texts_in_other_formats_are_refused_by_name(numprune: Command, tiny: Pat
     assert not (tmp_path / "w").exists()
 
 
-def test_empty_documents_among_others_change_nothing(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_empty_documents_change_nothing(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     texts = [f"Document {number} is about {number} sheep." for number in range(24)]
     plain = documents(tmp_path / "plain.jsonl", *texts)
     hollow = documents(tmp_path / "hollow.jsonl", "", *texts[:12], "", " ", *texts[12:], "")
@@ -235,7 +235,7 @@ def test_empty_documents_among_others_change_nothing(numprune: Command, tiny: Pa
     assert found[0] == found[1]
 
 
-def test_a_ratio_that_leaves_less_than_the_floor(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_a_ratio_below_the_floor(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.99", "--text", tiny / "train.txt"]
     refused(numprune(*prune), "ratio is 0.99, but with the least that every block must keep")
     answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", "prune.ratio=0.99"))
@@ -249,7 +249,7 @@ ODD = "Größe & 'Maß' 模型 🙂"
 
 
 @pytest.mark.slow
-def test_paths_with_spaces_and_other_scripts(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_paths_with_spaces_and_non_latin_scripts(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     """Model, texts, recipe, workspace, release and registry; under a locale that knows none of their characters."""
     here = tmp_path / ODD
     shutil.copytree(tiny, here)
@@ -282,7 +282,7 @@ def test_paths_with_spaces_and_other_scripts(numprune: Command, tiny: Path, tmp_
 
 
 @pytest.mark.slow
-def test_files_from_the_future_are_used_as_any_others(numprune: Command, workspace: Path, tiny: Path) -> None:
+def test_files_from_the_future_are_used_normally(numprune: Command, workspace: Path, tiny: Path) -> None:
     """What was made before the clock went back looks as if it were made in two years."""
     before = digests(workspace)
     for path in (workspace, *workspace.rglob("*")):
@@ -293,7 +293,7 @@ def test_files_from_the_future_are_used_as_any_others(numprune: Command, workspa
     assert digests(workspace) == before
 
 
-def test_a_publisher_is_alive_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_publisher_counts_as_alive_whatever_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's time of the boot moves with the clock; taken for dead, a publisher would lose its files at work."""
     from numprune.serving.registry import publishing
 
@@ -352,9 +352,7 @@ time_t time(time_t *out) {
 
 
 @pytest.mark.slow
-def test_a_clock_that_goes_back_while_a_run_is_under_way(
-    workspace: Path, tiny: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_the_clock_goes_back_during_a_run(workspace: Path, tiny: Path, finished: Path, tmp_path: Path) -> None:
     """By ten days, between two stages; the system's clock as the run and all its processes see it.
 
     Not with libfaketime: that breaks sleeping where it leaves the monotonic clock alone, as a real clock does.

@@ -40,7 +40,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 @pytest.mark.parametrize(
     ("name", "point"), [(name, ("write", "rename")[number % 2]) for number, name in enumerate(STAGES)]
 )
-def test_the_process_of_a_stage_is_killed(driver: Driver, victim: Path, tiny: Path, name: str, point: str) -> None:
+def test_a_stage_process_is_killed(driver: Driver, victim: Path, tiny: Path, name: str, point: str) -> None:
     pid = driver.run_until(name, point, command(tiny / "recipe.toml", victim))
     assert pid != driver.process.pid
     (half_made,) = (victim / "stages").glob(f".{name}-*.partial")
@@ -57,7 +57,7 @@ def test_the_process_of_a_stage_is_killed(driver: Driver, victim: Path, tiny: Pa
     assert not (victim / "registry" / "mlflow.db").exists()
 
 
-def test_two_runs_of_one_recipe_at_once(driver: Driver, workspace: Path, tiny: Path, tmp_path: Path) -> None:
+def test_concurrent_runs_of_one_recipe(driver: Driver, workspace: Path, tiny: Path, tmp_path: Path) -> None:
     """One is in the middle of a stage, and has the others before it, when the other one comes to the same stage."""
     for folder in ("releases", "registry"):
         shutil.rmtree(workspace / folder)
@@ -83,7 +83,7 @@ def test_two_runs_of_one_recipe_at_once(driver: Driver, workspace: Path, tiny: P
     assert not list(workspace.rglob(".*.partial"))
 
 
-def test_the_run_itself_is_killed_and_the_last_one_is_as_if_nothing_had_been(
+def test_the_run_itself_is_killed_and_the_next_one_is_unaffected(
     driver: Driver, victim: Path, finished: Path, tiny: Path
 ) -> None:
     """While it puts the release together, which no child does."""

@@ -85,7 +85,7 @@ def test_a_file_system_without_locks_is_named(refusing: Path, tmp_path: Path, re
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_synchronized_is_written_all_the_same(refusing: Path, tmp_path: Path) -> None:
+def test_a_folder_without_fsync_is_written_nevertheless(refusing: Path, tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
@@ -137,9 +137,7 @@ def test_clean_on_an_overlay(tmp_path: Path) -> None:
     assert unused.exists()  # in the image
 
 
-def test_what_a_killed_clean_leaves_on_an_overlay_is_not_taken_for_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clean_killed_on_an_overlay_leaves_no_valid_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -223,7 +221,7 @@ def test_two_users_share_a_workspace(shared: Path) -> None:
     assert runs.list_runs(workspace) == []
 
 
-def test_a_user_who_may_not_write_what_another_made_is_not_stopped_by_it(shared: Path) -> None:
+def test_another_user_s_read_only_leftovers_do_not_block_a_run(shared: Path) -> None:
     """With the usual umask of 022 in the same folder."""
     workspace = shared / "w"
     (workspace / "stages" / ".locks").mkdir(parents=True)
@@ -275,7 +273,7 @@ def test_closed_streams() -> None:
         assert (silent.returncode, silent.stdout, silent.stderr) == (1, "", "")
 
 
-def test_a_current_folder_that_was_deleted(tmp_path: Path) -> None:
+def test_a_deleted_current_folder(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     command = [
@@ -303,7 +301,7 @@ def test_a_user_without_a_home(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["w"]  # no folder `~`
 
 
-def test_a_temporary_folder_that_is_too_long_for_sockets(tmp_path: Path) -> None:
+def test_a_temporary_path_too_long_for_sockets(tmp_path: Path) -> None:
     long = tmp_path / ("long" * 30)
     long.mkdir()
     program = "import os; from numprune.flows import children; print(children.call(os.path.basename, 'a/b'))"

@@ -28,7 +28,7 @@ def plan(numprune: Command, tiny: Path, workspace: Path, *overrides: str) -> Ans
     return numprune("plan", tiny / "recipe.toml", "--workspace", workspace, "--json", *changes)
 
 
-def test_nothing_is_made_and_the_same_is_said_by_a_dry_run(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_plan_writes_nothing_and_matches_dry_run(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     answered = plan(numprune, tiny, tmp_path / "w")
     assert answered.code == 0, answered.err
     assert not (tmp_path / "w").exists()
@@ -46,7 +46,7 @@ def test_nothing_is_made_and_the_same_is_said_by_a_dry_run(numprune: Command, ti
     assert "to be made" in told
 
 
-def test_stages_that_are_made_would_be_reused_and_a_changed_recipe_makes_its_own(tiny: Path, tmp_path: Path) -> None:
+def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, tmp_path: Path) -> None:
     run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
     run.make(chain.sample_calibration(run))
     for changes, reused in (
@@ -59,7 +59,7 @@ def test_stages_that_are_made_would_be_reused_and_a_changed_recipe_makes_its_own
 
 
 @pytest.mark.parametrize("drop_layers", [0, 1])
-def test_what_is_known_beforehand_is_what_comes_of_it(drop_layers: int) -> None:
+def test_the_forecast_matches_the_run(drop_layers: int) -> None:
     def options(**changes: Any) -> PruneOptions:
         return PruneOptions(0.6, target=Target(align=1), drop_layers=drop_layers, **changes)
 
@@ -72,7 +72,9 @@ def test_what_is_known_beforehand_is_what_comes_of_it(drop_layers: int) -> None:
     assert known_results(anatomy, options(allocation="error")) == []
 
 
-def test_what_layers_of_different_sizes_come_to_is_the_target(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+def test_the_forecast_for_layers_of_different_sizes_is_the_target(
+    numprune: Command, tiny: Path, tmp_path: Path
+) -> None:
     found = plan(numprune, tiny, tmp_path / "w", "prune.allocation=error").json
     (after,) = found["after"]
     assert not found["exact"]
@@ -90,13 +92,13 @@ def test_what_layers_of_different_sizes_come_to_is_the_target(numprune: Command,
         ("prune.drop_layers=2", "prune: drop_layers is 2; the model has 2 layers, and one must stay"),
     ],
 )
-def test_what_cannot_be_done_is_found(numprune: Command, tiny: Path, tmp_path: Path, change: str, said: str) -> None:
+def test_impossible_recipes_are_reported(numprune: Command, tiny: Path, tmp_path: Path, change: str, said: str) -> None:
     answered = plan(numprune, tiny, tmp_path / "w", change)
     assert answered.code == 1
     assert said in answered.err
 
 
-def test_former_runs_tell_how_long_stages_took(tiny: Path, tmp_path: Path) -> None:
+def test_earlier_runs_give_the_stage_times(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "w" / "runs"
     for number, seconds in ((1, 5.0), (2, 7.5)):
         run = f"2026010{number}T000000Z-0000000{number}"

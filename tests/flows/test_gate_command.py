@@ -100,7 +100,7 @@ def test_exit_code_junit_and_markdown_say_the_same(
     assert f"| {NLL} | 0.05 [0.04, 0.06] | ci95_upper ≤ {limit:g} |" in text.replace("\\_", "_")
 
 
-def test_the_real_command_in_a_step_of_a_ci_job(
+def test_the_real_command_in_a_ci_step(
     report: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GitHub: commands of the step append to its summary, and it stops at an exit code other than 0."""
@@ -132,9 +132,7 @@ def test_an_error_replaces_what_an_earlier_run_left(numprune: Any, report: Any, 
 
 
 @pytest.mark.parametrize("option", ["--junit", "--markdown"])
-def test_where_nothing_can_be_written_the_command_says_so(
-    numprune: Any, report: Any, policy: Any, tmp_path: Path, option: str
-) -> None:
+def test_unwritable_outputs_are_refused(numprune: Any, report: Any, policy: Any, tmp_path: Path, option: str) -> None:
     measured, rules = report(), policy(PASS)
     for target, why in [
         (tmp_path / "no such folder" / "out", "cannot be written: No such file or directory"),
@@ -155,7 +153,7 @@ def test_where_nothing_can_be_written_the_command_says_so(
     assert "--markdown" in same.err
 
 
-def test_a_link_to_a_file_stays_a_link(numprune: Any, report: Any, policy: Any, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_stays_a_link(numprune: Any, report: Any, policy: Any, tmp_path: Path) -> None:
     (tmp_path / "real.xml").write_text("old")
     (tmp_path / "link.xml").symlink_to("real.xml")
     assert numprune("gate", report(), "--policy", policy(PASS), "--junit", tmp_path / "link.xml").code == 0
@@ -193,7 +191,7 @@ def test_a_report_altered_after_its_verdict_is_refused(
     assert "altered after its verdict" in refused.err or "does not follow from the gates" in refused.err
 
 
-def test_a_claim_that_the_measurements_do_not_bear_out_is_refused(numprune: Any, report: Any, policy: Any) -> None:
+def test_a_verdict_that_contradicts_its_measurements_is_refused(numprune: Any, report: Any, policy: Any) -> None:
     path, rules = report(), policy(RULE.format(NLL, "ci95_upper", "max = 0.01"))
     unjudged = read(path)
     data = unjudged.judged(gates.judge(unjudged, gates.read_policy(rules))).to_json()
@@ -238,7 +236,7 @@ def _nll(**fields: Any) -> Json:
         ),
     ],
 )
-def test_what_was_not_measured_does_not_pass(
+def test_missing_measurements_do_not_pass(
     numprune: Any,
     report: Any,
     policy: Any,
@@ -256,7 +254,7 @@ def test_what_was_not_measured_does_not_pass(
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused_or_fail(numprune: Any, report: Any, policy: Any, number: str) -> None:
+def test_invalid_numbers_are_refused_or_fail(numprune: Any, report: Any, policy: Any, number: str) -> None:
     path = report()
     text = json.dumps(json.loads(path.read_text()))
     path.write_text(text.replace('"loss_delta": {"value": 0.05', f'"loss_delta": {{"value": {number}'))

@@ -76,7 +76,7 @@ def test_manifests_of_the_version_in_production(
     assert out.read_text(encoding="utf-8") == written
 
 
-def test_the_containers_run_what_the_command_line_knows(workspace: Path, tmp_path: Path) -> None:
+def test_the_containers_run_valid_commands(workspace: Path, tmp_path: Path) -> None:
     out = tmp_path / "served.yaml"
     asked = ["kubernetes", "served@production", *ARGUMENTS, "--workspace", str(workspace), "--out", str(out)]
     assert main([*asked, "--format", "deployment"]) == 0

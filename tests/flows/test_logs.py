@@ -16,7 +16,7 @@ from tests.flows.conftest import shell
 logger = logging.getLogger("numprune.flows.something")
 
 
-def test_a_line_of_json_says_when_who_what_and_to_what_it_belongs() -> None:
+def test_json_lines_have_time_logger_message_and_context() -> None:
     stream = io.StringIO()
     with logs.to_stream("json", stream), logs.within(run="r1"), logs.within(stage="prune"):
         logger.warning("kept %d of %d\nunits é", 3, 4)
@@ -36,7 +36,7 @@ def test_a_line_of_json_says_when_who_what_and_to_what_it_belongs() -> None:
     assert "ValueError: deep" in second["exception"]
 
 
-def test_lines_for_people_are_as_they_were() -> None:
+def test_human_readable_lines_are_unchanged() -> None:
     stream = io.StringIO()
     with logs.to_stream("human", stream):
         logger.info("%-8s %6.1f s", "prune", 1.25)
@@ -44,7 +44,7 @@ def test_lines_for_people_are_as_they_were() -> None:
     assert stream.getvalue() == "prune       1.2 s\n"
 
 
-def test_the_format_asked_for_goes_before_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert logs.chosen(None) == "human"
     monkeypatch.setenv(logs.VARIABLE, "json")
     assert (logs.chosen(None), logs.chosen("human")) == ("json", "human")
@@ -53,7 +53,7 @@ def test_the_format_asked_for_goes_before_that_of_the_environment(monkeypatch: p
         logs.chosen(None)
 
 
-def test_children_log_as_their_parent_does(tmp_path: Path) -> None:
+def test_children_log_like_their_parent(tmp_path: Path) -> None:
     program = """
         import sys
         from pathlib import Path
@@ -75,7 +75,7 @@ def test_children_log_as_their_parent_does(tmp_path: Path) -> None:
     assert written == found[0]
 
 
-def test_errors_of_a_command_are_lines_too() -> None:
+def test_command_errors_are_log_lines() -> None:
     answered = shell("runs", "show", "--workspace", "/nowhere", "--log-format", "json")
     (line,) = map(json.loads, answered.err.splitlines())
     assert (answered.code, answered.out) == (1, "")

@@ -45,7 +45,7 @@ def optimize(numprune: Command, tiny: Path, workspace: Path, *overrides: str) ->
     pytest.skip(f"nothing can be measured on this machine now: {answered.json['reasons']}")
 
 
-def test_a_passed_gate_is_published(numprune: Command, tiny: Path, workspace: Path) -> None:
+def test_a_passing_release_is_published(numprune: Command, tiny: Path, workspace: Path) -> None:
     answered = optimize(numprune, tiny, workspace)
     assert answered.code == 0, answered.err
     found = answered.json
@@ -167,7 +167,7 @@ def test_a_failed_gate_is_named_and_publishes_nothing(numprune: Command, tiny: P
     assert "fail, nothing was published: sizes.parameters.ratio fail: beyond the limit" in text.out
 
 
-def test_an_inconclusive_run_is_measured_again_and_adds_to_what_there_is(
+def test_an_inconclusive_run_adds_repeats_when_run_again(
     numprune: Command, tiny: Path, workspace: Path, tmp_path: Path
 ) -> None:
     metric = "speed.onnxruntime.prefill_tokens_per_s.ratio"
@@ -231,7 +231,9 @@ def test_prefect_sees_the_verdict_and_the_report(numprune: Command, tiny: Path, 
     assert {"numprune-summary", "numprune-report", "numprune-report-link"} <= keys
 
 
-def test_the_registry_from_the_command_line(numprune: Command, tiny: Path, workspace: Path, tmp_path: Path) -> None:
+def test_registry_commands_from_the_command_line(
+    numprune: Command, tiny: Path, workspace: Path, tmp_path: Path
+) -> None:
     release = optimize(numprune, tiny, workspace).json["release"]
     where = ["--workspace", workspace, "--json"]
     assert numprune("registry", "list", *where).json == {"models": [{"name": "tiny", "aliases": {"candidate": 1}}]}
@@ -246,9 +248,7 @@ def test_the_registry_from_the_command_line(numprune: Command, tiny: Path, works
     assert refused.err.startswith("numprune: error: tiny: no version was in production before tiny/1")
 
 
-def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_is_made(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_all_problems_of_a_recipe_are_reported_before_any_work(tiny: Path, tmp_path: Path) -> None:
     overrides = [
         "prune.ratio=0.999",
         "data.calibration=['nothing.txt']",
@@ -282,7 +282,7 @@ def test_a_recipe_that_cannot_be_done_is_refused_as_a_whole_and_before_anything_
     assert not (tmp_path / "w").exists()
 
 
-def test_onnx_runtime_s_own_export_is_proved_timed_and_released(numprune: Command, tiny: Path, workspace: Path) -> None:
+def test_the_onnxruntime_export_is_proved_timed_and_released(numprune: Command, tiny: Path, workspace: Path) -> None:
     targets = "export.targets=['vllm', 'onnx', 'onnxruntime']"
     answered = optimize(numprune, tiny, workspace, targets, "registry.name=fused")
     assert (answered.code, answered.json["version"]) == (0, "fused/1"), answered.err
@@ -297,7 +297,7 @@ def test_onnx_runtime_s_own_export_is_proved_timed_and_released(numprune: Comman
     assert {timed[side]["flavour"] for side in ("baseline", "candidate")} == {"onnxruntime"}
 
 
-def test_killed_in_the_middle_and_run_again(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(tiny: Path, tmp_path: Path) -> None:
     """kill -9 of the run: what was finished is reused, nothing half-made is used, no process stays behind."""
     command = [sys.executable, "-m", "numprune.flows.cli", "optimize", str(tiny / "recipe.toml"), "--json"]
     command += ["--workspace", str(tmp_path / "w"), "--set", "export.targets=['onnx']"]
@@ -329,7 +329,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_entrypoint_of_a_deployment() -> None:
+def test_the_deployment_entrypoint() -> None:
     """Prefect imports an entrypoint in a way of its own, which hides what is wrong until the flow runs."""
     from prefect.flows import load_flow_from_entrypoint
 
@@ -341,7 +341,7 @@ def test_entrypoint_of_a_deployment() -> None:
     assert set(loaded.parameters.properties) == {"recipe_path", "overrides", "workspace"}
 
 
-def test_one_job_on_the_gpu_at_a_time() -> None:
+def test_one_gpu_job_at_a_time() -> None:
     """The slot is Prefect's own limit, which is kept without a GPU, too."""
     from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency

@@ -37,7 +37,7 @@ def test_a_release_in_float16(tiny: Path, tmp_path: Path) -> None:
     assert "onnxruntime computes in float16" in page
 
 
-def test_what_the_benchmark_cannot_do_is_refused_once(tiny: Path, tmp_path: Path) -> None:
+def test_an_unsupported_benchmark_is_refused_once(tiny: Path, tmp_path: Path) -> None:
     changes = ["export.dtype=bfloat16", "export.targets=['onnxruntime']", "benchmark.device=cpu"]
     changes += ["benchmark.runtimes=['onnxruntime']", "benchmark.torch_mode=eager"]
     with pytest.raises(InputError) as caught:
@@ -47,7 +47,7 @@ def test_what_the_benchmark_cannot_do_is_refused_once(tiny: Path, tmp_path: Path
     assert "benchmark.torch_mode = 'eager': torch is not among benchmark.runtimes; leave it out" in said
 
 
-def test_a_network_that_the_fused_export_refuses_is_timed_in_the_standard_one(
+def test_a_network_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     sides = [tiny_checkpoint(name="a"), tiny_checkpoint(name="b", head_dim=24)]
@@ -65,7 +65,7 @@ def test_float32_on_cuda_is_refused_before_anything_is_written(
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_parity_runs_where_the_benchmark_does(tiny: Path, tmp_path: Path) -> None:
+def test_parity_runs_on_the_benchmark_device(tiny: Path, tmp_path: Path) -> None:
     run = checks.prepare(recipe.load(tiny / "recipe.toml", ["benchmark.device=cpu"]), tmp_path / "w")
     assert chain.prove(run, "onnx", run.base, run.base, "candidate").arguments["device"] == "cpu"
     assert chain.prove(run, "tensorrt", run.base, run.base, "candidate").arguments["device"] == "auto"

@@ -63,7 +63,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "overrides", "how"), MODELS)
-def test_streamed_is_what_is_made_in_memory(tiny_checkpoint, tmp_path, family, overrides, how) -> None:
+def test_streamed_pruning_matches_pruning_in_memory(tiny_checkpoint, tmp_path, family, overrides, how) -> None:
     # What is read is not what is computed in, nor all of one data type.
     dense = recast(tiny_checkpoint(family, **overrides), torch.float16, **{"model.norm.weight": torch.float32})
     base = tmp_path / "shards"
@@ -131,7 +131,7 @@ prune_checkpoint(Path(sys.argv[1]), rows, PruneOptions(0.3), Path(sys.argv[2]), 
 """
 
 
-def test_what_a_killed_run_leaves_is_swept(tiny_checkpoint, tmp_path) -> None:
+def test_leftovers_of_a_killed_run_are_swept(tiny_checkpoint, tmp_path) -> None:
     base, out = tiny_checkpoint(), tmp_path / "somewhere" / "out"
     ended = subprocess.run([sys.executable, "-c", _KILLED, str(base), str(out)], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr

@@ -41,7 +41,7 @@ def kept(plan: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("more", [(), ("--drop-layers", 1, "--ratio", 0.6, "--allocation", "error", "--seed", 3)])
-def test_the_plan_of_a_pruned_model_makes_the_same_model_again(prune: Command, tmp_path: Path, more: Any) -> None:
+def test_a_plan_reproduces_its_pruned_model(prune: Command, tmp_path: Path, more: Any) -> None:
     first = prune(tmp_path / "first", *HOW, *more)
     assert first.code == 0, first.err
     second = prune(tmp_path / "second", "--plan", tmp_path / "first" / PLAN_FILE)
@@ -55,7 +55,7 @@ def test_the_plan_of_a_pruned_model_makes_the_same_model_again(prune: Command, t
     ("more", "stream"),
     [((), ()), (("--drop-layers", 1, "--ratio", 0.6), ("--stream",)), (("--allocation", "error"), ())],
 )
-def test_a_plan_says_the_sizes_that_pruning_comes_to_and_writes_nothing_else(
+def test_plan_only_predicts_the_pruned_sizes_and_writes_nothing_else(
     prune: Command, tmp_path: Path, more: Any, stream: Any
 ) -> None:
     file = tmp_path / "plan.json"
@@ -75,7 +75,7 @@ def test_a_plan_says_the_sizes_that_pruning_comes_to_and_writes_nothing_else(
     assert kept(tmp_path / "followed" / PLAN_FILE) == kept(file)
 
 
-def test_what_is_planned_is_told_in_words(numprune: Command, tiny: Path) -> None:
+def test_a_plan_is_described_in_text(numprune: Command, tiny: Path) -> None:
     told = numprune(
         "prune", tiny / "base", *HOW, "--ratio", 0.6, "--drop-layers", 1, "--plan-only", "--text", tiny / "train.txt"
     )
@@ -131,7 +131,9 @@ def drop_all(plan: dict[str, Any]) -> None:
         (lambda plan: plan["blocks"]["layers.1.mlp"].update(kept=[]), "layers.1.mlp keeps no unit"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(prune: Command, tmp_path: Path, change: Any, said: str) -> None:
+def test_a_plan_that_does_not_match_the_model_is_refused(
+    prune: Command, tmp_path: Path, change: Any, said: str
+) -> None:
     file = tmp_path / "plan.json"
     prune(file, *HOW, "--allocation", "error", "--plan-only")
     plan = json.loads(file.read_text())
@@ -143,7 +145,7 @@ def test_a_plan_that_does_not_fit_is_refused(prune: Command, tmp_path: Path, cha
     assert not (tmp_path / "out").exists()
 
 
-def test_without_its_digest_a_plan_fits_other_weights_of_the_same_sizes(
+def test_a_plan_without_digest_applies_to_other_weights_of_the_same_sizes(
     prune: Command, tmp_path: Path, tiny: Path
 ) -> None:
     other = shutil.copytree(tiny / "base", tmp_path / "other")

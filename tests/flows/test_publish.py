@@ -15,7 +15,7 @@ from tests.serving import releases
 from tests.serving.releases import make_release, write_checkpoint
 
 
-def test_weights_that_do_not_fit_are_refused_with_their_name_though_every_digest_is_right(
+def test_weights_with_wrong_shapes_are_refused_by_name_despite_valid_digests(
     tmp_path: Path, numprune: Callable[..., Answered]
 ) -> None:
     def widen(checkpoint: Path) -> None:
@@ -36,13 +36,13 @@ def test_weights_that_do_not_fit_are_refused_with_their_name_though_every_digest
     assert "model.layers.0.mlp" in refused.err
 
 
-def test_what_is_no_release_is_still_said(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
+def test_a_folder_that_is_not_a_release_is_reported_as_such(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
     refused = numprune("registry", "publish", tmp_path / "nothing", "tiny", "--workspace", tmp_path / "w")
     assert refused.code == 1
     assert "nothing" in refused.err
 
 
-def test_weights_of_nan_are_not_published(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
+def test_nan_weights_are_not_published(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
     """Nor fetched: vLLM would serve them."""
 
     def spoil(checkpoint: Path) -> None:

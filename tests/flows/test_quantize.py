@@ -29,7 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[s
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_the_names_are_those_of_the_core() -> None:
+def test_names_match_the_core() -> None:
     assert (names.Scheme, names.QuantizationMethod, names.GROUP_SIZES) == (SchemeName, Method, GROUP_SIZES)
 
 
@@ -63,7 +63,7 @@ def test_quantize_then_evaluate_inspect_and_export(
     assert all(torch.equal(tensor.view(torch.uint8), exported[name].view(torch.uint8)) for name, tensor in ours.items())
 
 
-def test_a_pruned_model_is_quantized_towards_the_dense_one(
+def test_a_pruned_model_is_quantized_against_the_dense_model(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
     base, pruned = tiny_checkpoint(), tmp_path / "pruned"
@@ -95,7 +95,7 @@ def test_a_pruned_model_is_quantized_towards_the_dense_one(
         (("--scheme", "int4", "--method", "rtn"), "fp8"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_read(
+def test_impossible_requests_are_refused_before_any_reading(
     capsys: pytest.CaptureFixture[str],
     tiny_checkpoint: Checkpoint,
     tmp_path: Path,
@@ -108,7 +108,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_needs_the_unquantized_model_says_so(
+def test_commands_that_need_unquantized_weights_refuse_a_quantized_model(
     capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
     base, out = tiny_checkpoint(), tmp_path / "quantized"

@@ -49,7 +49,7 @@ def published(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(found["release"])
 
 
-def test_the_release_holds_the_quantized_checkpoint_and_says_so(published: Path) -> None:
+def test_the_release_holds_the_quantized_checkpoint_and_describes_it(published: Path) -> None:
     manifest.verify(published)
     report = reports.read(published / "report.json")
     assert report.quantization is not None
@@ -71,7 +71,7 @@ def test_the_release_holds_the_quantized_checkpoint_and_says_so(published: Path)
     assert "of which by quantization" in (published / "report.html").read_text()
 
 
-def test_quality_is_told_against_the_dense_and_the_pruned_model(
+def test_quality_is_compared_with_the_dense_and_the_pruned_model(
     published: Path, numprune: Callable[..., Answered]
 ) -> None:
     inputs = published.parents[2]
@@ -114,7 +114,7 @@ def change(folder: Path, name: str, tensor: Callable[[torch.Tensor], torch.Tenso
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_what_is_not_the_quantized_checkpoint_is_blocked(published: Path, tmp_path: Path) -> None:
+def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published / "checkpoint", tmp_path / "checkpoint"))
     flip_a_bit(folder / "model.safetensors")
     with pytest.raises(IntegrityError, match="SHA-256"):
@@ -162,7 +162,7 @@ def test_what_is_not_the_quantized_checkpoint_is_blocked(published: Path, tmp_pa
         ([*QUANTIZED], r"stored in float32, and vLLM's kernels for w4a16 on a GPU compute in bfloat16 or float16"),
     ],
 )
-def test_what_cannot_be_quantized_or_run_is_refused_before_any_work(
+def test_unsupported_quantization_is_refused_before_any_work(
     tiny: Path, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):

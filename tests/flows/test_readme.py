@@ -38,14 +38,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_command_is_one() -> None:
+def test_every_shown_command_parses() -> None:
     assert [words[0] for words in COMMANDS] == ["plan", "optimize", "registry", "serve"]
     for words in COMMANDS:
         parse(build(MODULES), words)
 
 
 @pytest.mark.slow
-def test_a_plan_of_the_embedded_recipe_says_what_is_shown(numprune: Command, tmp_path: Path) -> None:
+def test_plan_prints_what_the_readme_shows(numprune: Command, tmp_path: Path) -> None:
     planned = numprune("plan", "--workspace", str(tmp_path))
     assert planned.code == 0, planned.err
     shown = [line.removesuffix("…") for line in PLANNED.splitlines() if not line.startswith("  calibration")]

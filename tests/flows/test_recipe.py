@@ -32,7 +32,7 @@ def minimal(tmp_path: Path) -> Path:
     return path
 
 
-def test_embedded_recipe_shows_every_key_with_its_default() -> None:
+def test_the_embedded_recipe_shows_every_key_with_its_default() -> None:
     shown = tomllib.loads(EMBEDDED_RECIPE.read_text(encoding="utf-8"))
     assert list(shown) == [
         *(name for name in Recipe.model_fields if name not in ("gates", "registry")),
@@ -58,12 +58,12 @@ def test_embedded_recipe_shows_every_key_with_its_default() -> None:
             assert "yours" in line
 
 
-def test_sections_left_out_take_their_defaults(minimal: Path) -> None:
+def test_omitted_sections_take_their_defaults(minimal: Path) -> None:
     loaded = load(minimal)
     assert (loaded.prune, loaded.export, loaded.benchmark) == (recipe.Prune(), recipe.Export(), recipe.Benchmark())
 
 
-def test_names_are_those_that_are_implemented() -> None:
+def test_names_match_the_implementation() -> None:
     from numprune.allocation import ALLOCATIONS
     from numprune.axes import AXES, DEFAULT_AXES
     from numprune.criteria import CRITERIA
@@ -83,7 +83,7 @@ def test_names_are_those_that_are_implemented() -> None:
     assert get_args(names.TorchMode) == get_args(TorchMode)
 
 
-def test_defaults_are_those_of_what_does_the_work() -> None:
+def test_defaults_match_the_implementation() -> None:
     from numprune.axes import DEFAULT_AXES
     from numprune.flows.steps.prune import options_of
     from numprune.options import PruneOptions
@@ -109,7 +109,7 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_current_folder(
     assert loaded.data.calibration == [str(tmp_path / "here" / "x.txt")]
 
 
-def test_hub_ids_and_embedded_stay_as_they_are(minimal: Path) -> None:
+def test_hub_ids_and_embedded_are_not_paths(minimal: Path) -> None:
     loaded = load(minimal, ["model.path=someone/some-model", "data.calibration=embedded"])
     assert loaded.model.path == "someone/some-model"
     assert loaded.data.calibration == "embedded"
@@ -135,7 +135,7 @@ def test_gates_are_overridden_as_a_whole(minimal: Path) -> None:
     assert [gate.metric for gate in loaded.gates] == ["quality.kl_nats_per_token"]
 
 
-def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal: Path) -> None:
+def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: Path) -> None:
     with pytest.raises(InputError) as caught:
         load(
             minimal,
@@ -185,7 +185,7 @@ def test_every_problem_is_reported_with_field_value_and_what_is_allowed(minimal:
 
 
 @pytest.mark.parametrize("text", ["[model", "\xff".encode("latin-1"), "a = 1\na = 2"])
-def test_what_is_no_toml_is_said_to_be_none(tmp_path: Path, text: str | bytes) -> None:
+def test_invalid_toml_is_reported_as_such(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match="not TOML"):
@@ -197,14 +197,14 @@ def test_missing_recipe(tmp_path: Path) -> None:
         load(tmp_path / "none.toml")
 
 
-def test_gates_are_not_left_to_a_default(minimal: Path) -> None:
+def test_gates_have_no_default(minimal: Path) -> None:
     without = MINIMAL.split("[[gates]]")[0] + '[registry]\nname = "tiny"\n'
     minimal.write_text(without)
     with pytest.raises(InputError, match="gates: missing"):
         load(minimal)
 
 
-def test_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
+def test_the_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
     odd = 'data.calibration=["a \\" b.txt", "ü\\u007f\\n.txt"]'
     loaded = load(minimal, [odd, "prune.damping=1e-7", "data.pack=true", r"data.split='\n(?=\w+)'"])
     again = Recipe.model_validate(tomllib.loads(loaded.to_toml()))

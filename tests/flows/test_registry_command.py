@@ -36,7 +36,7 @@ def test_a_name_alone_means_production(workspace: Path, numprune: Command) -> No
     assert warning not in numprune("registry", "promote", "tiny/2", *where).err
 
 
-def test_a_registry_rollback_says_what_still_serves(workspace: Path, numprune: Command) -> None:
+def test_a_registry_rollback_names_the_version_that_still_serves(workspace: Path, numprune: Command) -> None:
     place = Place(workspace, "tiny")
     server = subprocess.Popen(["sleep", "600"], env={**os.environ, TAG: "a-tag"})
     try:

@@ -26,7 +26,7 @@ def production(registry: Registry) -> list[int]:  # noqa: F811
 
 
 @pytest.mark.vllm
-def test_production_is_taken_back_from_a_release_that_cannot_be_rolled_out(
+def test_production_returns_to_the_previous_version_when_a_rollout_fails(
     registry: Registry,  # noqa: F811
     workspace: Path,  # noqa: F811
     make_release: Callable[..., Path],  # noqa: F811
@@ -58,7 +58,7 @@ def promote_and_be_killed(workspace: Path, version: Version) -> None:  # noqa: F
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_what_a_killed_run_promoted_and_never_let_serve_is_taken_back(
+def test_a_version_promoted_by_a_killed_run_and_never_served_is_undone(
     registry: Registry,  # noqa: F811
     workspace: Path,  # noqa: F811
     make_release: Callable[..., Path],  # noqa: F811
@@ -88,7 +88,7 @@ def test_what_a_killed_run_promoted_and_never_let_serve_is_taken_back(
 
 
 @pytest.mark.vllm
-def test_a_run_after_one_that_was_killed_puts_production_back_to_what_served(
+def test_a_run_after_a_killed_one_returns_production_to_the_serving_version(
     registry: Registry,  # noqa: F811
     workspace: Path,  # noqa: F811
     make_release: Callable[..., Path],  # noqa: F811
@@ -102,7 +102,7 @@ def test_a_run_after_one_that_was_killed_puts_production_back_to_what_served(
     assert production(registry) == [1]
 
 
-def test_without_a_deployment_nobody_can_be_asked(
+def test_approval_needs_a_deployment(
     registry: Registry,  # noqa: F811
     workspace: Path,  # noqa: F811
     make_release: Callable[..., Path],  # noqa: F811

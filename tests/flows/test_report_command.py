@@ -58,7 +58,7 @@ def test_one_report(numprune: Command, stage: Path, tmp_path: Path) -> None:
     assert "an earlier one" not in (tmp_path / "numprune-report.html").read_text()
 
 
-def test_several_are_compared_and_a_failed_gate_is_not_the_commands(
+def test_several_reports_are_compared_and_a_failed_gate_does_not_fail_the_command(
     numprune: Command, stage: Path, tmp_path: Path
 ) -> None:
     data = full()
@@ -110,7 +110,7 @@ def damaged(stage: Path, kind: str) -> str:
 @pytest.mark.parametrize(
     "kind", ["a bit", "no report", "another schema", "truncated", "a verdict of its own", "not of this stage"]
 )
-def test_what_is_no_report_is_refused(numprune: Command, stage: Path, tmp_path: Path, small: Report, kind: str) -> None:
+def test_invalid_reports_are_refused(numprune: Command, stage: Path, tmp_path: Path, small: Report, kind: str) -> None:
     write(small, tmp_path / "good.json")
     said = damaged(stage, kind)
     answered = numprune("report", "good.json", stage)
@@ -121,7 +121,7 @@ def test_what_is_no_report_is_refused(numprune: Command, stage: Path, tmp_path: 
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_a_file_larger_than_any_report_is_refused(numprune: Command, tmp_path: Path) -> None:
+def test_an_oversized_report_is_refused(numprune: Command, tmp_path: Path) -> None:
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(1 << 40)  # nothing of it is on the disk, and nothing but its beginning is read
     answered = numprune("report", "large.json")
@@ -172,7 +172,7 @@ def compared(deltas: list[float], names: list[str], windows: int = 2) -> dict[st
     return deltas_section
 
 
-def test_documents_apart_even_those_of_one_name() -> None:
+def test_documents_stay_separate_even_with_equal_names() -> None:
     found = compared([0.3, -0.1, 0.2], ["a.txt", "a.txt", "b.txt"])
     assert found["values"] == pytest.approx([-0.1, 0.2, 0.3])
     assert [(worst["name"], worst["tokens"]) for worst in found["worst"]] == [  # type: ignore[attr-defined]
@@ -182,7 +182,7 @@ def test_documents_apart_even_those_of_one_name() -> None:
     ]
 
 
-def test_documents_apart_in_packed_rows() -> None:
+def test_documents_stay_separate_in_packed_rows() -> None:
     """The middle row ends "a", holds all of "b", and begins "c"; its first token is not scored."""
     rows = TokenRows([torch.zeros(4)] * 3, [0, 0, 1, 2, 2], ["a", "b", "c"], "0" * 64, [[4], [2, 1, 1], [4]])
     delta = np.array([3.0, 2.0, 5.0, 1.0, 3.0])
@@ -192,7 +192,7 @@ def test_documents_apart_in_packed_rows() -> None:
     assert made["document_deltas"]["values"] == pytest.approx([(1 + 3) / 4, (3 + 2) / 4, 5 / 1])
 
 
-def test_of_many_documents_the_quantiles() -> None:
+def test_many_documents_are_summarized_by_quantiles() -> None:
     deltas = np.random.default_rng(0).normal(size=1_001)
     found = compared(deltas.tolist(), [str(index) for index in range(1_001)], windows=1)
     values = found["values"]

@@ -78,7 +78,7 @@ def test_a_run_from_its_start_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "state"), [(ValueError("no such thing"), "error"), (KeyboardInterrupt(), "interrupted")]
 )
-def test_however_a_run_ends_its_record_says_so(tmp_path: Path, error: BaseException, state: str) -> None:
+def test_the_record_states_how_a_run_ended(tmp_path: Path, error: BaseException, state: str) -> None:
     def end() -> None:
         with runs.recording(tmp_path, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
             recording.judged("pass", tmp_path / "stages" / "x", None, None)
@@ -92,7 +92,7 @@ def test_however_a_run_ends_its_record_says_so(tmp_path: Path, error: BaseExcept
     assert found.record.error == (str(error) or None)
 
 
-def test_a_killed_run_is_interrupted_and_what_it_used_is_known(tmp_path: Path) -> None:
+def test_a_killed_run_is_listed_as_interrupted_with_what_it_used(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -108,14 +108,14 @@ def test_a_killed_run_is_interrupted_and_what_it_used_is_known(tmp_path: Path) -
     assert len(runs.uses(found)) == 1
 
 
-def test_a_full_disk_at_the_end_does_not_undo_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_at_the_end_does_not_change_the_outcome(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with runs.recording(tmp_path, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         (recording.folder / ".record.json.partial").mkdir()  # nothing can be written there
     assert "could not be finished" in caplog.text
     assert runs.find(tmp_path, None).state == "interrupted"
 
 
-def test_runs_are_found_by_their_beginning_newest_first(tmp_path: Path) -> None:
+def test_runs_are_found_by_prefix_newest_first(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run was recorded"):
         runs.find(tmp_path, None)
     names = [record(tmp_path).run for _ in range(2)]
@@ -145,7 +145,7 @@ def damaged(text: str, **changes: Any) -> str:
         lambda text: " " * (runs.MAXIMUM_BYTES + 1),
     ],
 )
-def test_a_damaged_record_is_called_that_and_hides_no_other(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_record_is_reported_and_hides_no_other(tmp_path: Path, damage: Any) -> None:
     spoiled, whole = record(tmp_path), record(tmp_path)
     path = spoiled.folder / "record.json"
     path.write_text(damage(path.read_text()))
@@ -170,7 +170,7 @@ def test_nothing_is_read_through_links(tmp_path: Path) -> None:
     assert runs.list_runs(tmp_path / "w") == []
 
 
-def test_the_log_of_a_run_knows_run_and_stage_and_nothing_of_others(tmp_path: Path) -> None:
+def test_the_log_of_a_run_names_run_and_stage_and_excludes_other_runs(tmp_path: Path) -> None:
     logger = logging.getLogger("numprune.flows.test")
     handlers = list(logging.getLogger("numprune").handlers)  # Prefect may have added its own
     logger.info("before")
@@ -188,7 +188,7 @@ def test_the_log_of_a_run_knows_run_and_stage_and_nothing_of_others(tmp_path: Pa
     assert logging.getLogger("numprune").handlers == handlers
 
 
-def test_a_log_without_room_is_not_the_end_of_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_for_the_log_does_not_end_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """/dev/full takes nothing, as a full disk does."""
     (tmp_path / "log").symlink_to("/dev/full")
     stream = io.StringIO()
@@ -205,7 +205,7 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     assert runs.log_tail(run, 2) == ["line 199998", "line 199999"]
 
 
-def test_a_run_killed_while_it_begins_leaves_no_run(tmp_path: Path) -> None:
+def test_a_run_killed_while_starting_leaves_no_record(tmp_path: Path) -> None:
     """Until its folder has its name there is nothing, and from then on there is a record."""
     program = """
         import os, signal, sys

@@ -102,7 +102,7 @@ def time_of(text: str) -> datetime:
 
 
 @pytest.mark.parametrize(("deployment", "cron"), [(NIGHTLY, "0 2 * * *"), (RELEASE, "0 8 * * 1")])
-def test_the_schedule_makes_runs(prefect: Prefect, deployment: str, cron: str) -> None:
+def test_the_schedule_creates_runs(prefect: Prefect, deployment: str, cron: str) -> None:
     found = prefect.deployment(deployment)
     (schedule,) = found["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (True, cron, "UTC")
@@ -160,7 +160,7 @@ def beat(prefect: Prefect, run: str) -> None:
     assert answer.is_success, answer.text
 
 
-def test_the_run_of_a_dead_worker_crashes_and_others_do_not(prefect: Prefect, messages: list[Json]) -> None:
+def test_only_the_run_of_a_dead_worker_crashes(prefect: Prefect, messages: list[Json]) -> None:
     alive, waiting, taken = (make_run(prefect) for _ in range(3))
     prefect.shell(f"prefect automation create --from-file {impatient(prefect, taken)}")
     put(prefect, taken, {"type": "PENDING"})
@@ -203,7 +203,7 @@ def test_the_run_of_a_dead_worker_crashes_and_others_do_not(prefect: Prefect, me
 # --- a night --------------------------------------------------------------------------------------
 
 
-def test_a_scheduled_night_ends_in_a_release_and_no_two_run_at_once(prefect: Prefect, folder: Path) -> None:
+def test_a_nightly_run_publishes_and_runs_never_overlap(prefect: Prefect, folder: Path) -> None:
     """Every minute in place of every day, from now on."""
     prefect.start_worker()
     now = datetime.now(UTC) + timedelta(seconds=6)
@@ -239,7 +239,7 @@ def test_a_scheduled_night_ends_in_a_release_and_no_two_run_at_once(prefect: Pre
         assert time_of(first["end_time"]) <= time_of(second["start_time"])
 
 
-def test_a_night_that_fails_its_gate_is_told(prefect: Prefect, messages: list[Json], folder: Path) -> None:
+def test_a_nightly_run_that_fails_its_gate_is_announced(prefect: Prefect, messages: list[Json], folder: Path) -> None:
     prefect.start_worker()
     run = prefect.run(NIGHTLY, recipe_path=str(folder / "tiny" / "strict.toml"))
     failed = prefect.wait_for(run, "FAILED")
@@ -254,7 +254,7 @@ def production(registry: Registry) -> list[str]:  # noqa: F811
     return [one.reference for one in registries.list_versions(registry, NAME) if "production" in one.aliases]
 
 
-def test_a_release_waits_for_somebody_s_word(
+def test_a_release_waits_for_approval(
     prefect: Prefect,
     messages: list[Json],
     registry: Registry,  # noqa: F811

@@ -131,7 +131,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 # --- serve -----------------------------------------------------------------------------------------
 
 
-def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
+def test_serve_until_sigterm(workspace: Path) -> None:
     port = free_port()
     # The memory is numprune's choice, which vLLM must accept on this machine.
     options = [*SMALL[: SMALL.index("--kv-cache-memory-bytes")], "--served-model-name", "first", "second"]
@@ -168,7 +168,7 @@ def test_serve_until_it_is_told_to_stop(workspace: Path) -> None:
     assert gone(servers)
 
 
-def test_nothing_stays_of_a_serve_that_is_ended_while_vllm_starts(workspace: Path) -> None:
+def test_stopping_serve_while_vllm_starts_leaves_nothing_behind(workspace: Path) -> None:
     codes = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}
     started = {sent: begin(workspace, "serve", NAME, "--port", free_port()) for sent in codes}
     servers = {
@@ -182,7 +182,7 @@ def test_nothing_stays_of_a_serve_that_is_ended_while_vllm_starts(workspace: Pat
         wait(lambda: gone(found), "vLLM has ended")  # noqa: B023
 
 
-def test_without_vllm_or_with_another_the_install_line_is_given(
+def test_a_missing_or_untested_vllm_is_refused_with_the_install_command(
     numprune: Callable[..., Answered], workspace: Path, tmp_path: Path
 ) -> None:
     untested = make_environment(tmp_path / "e", vllm="0.31.0", vllm_router="0.1.17")
@@ -265,9 +265,7 @@ def production(workspace: Path) -> int:
     return registry.verify(registry.open_registry(None, workspace), NAME).version
 
 
-def test_a_release_takes_over_under_load_after_a_rollout_of_it_was_killed(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollout_under_load_succeeds_after_a_killed_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(workspace, NAME)
     port = free_port()
     first = run(workspace, "rollout", NAME, "--port", port, *SERVED)
@@ -360,7 +358,7 @@ def swap_tokens(checkpoint: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
-def test_what_fails_changes_nothing_and_a_rollback_goes_back_under_load(workspace: Path, tmp_path: Path) -> None:
+def test_a_failed_rollout_changes_nothing_and_a_rollback_works_under_load(workspace: Path, tmp_path: Path) -> None:
     place = Place(workspace, NAME)
     opened = registry.open_registry(None, workspace)
     registry.promote(opened, f"{NAME}/2")  # which the test before this one has done already, as

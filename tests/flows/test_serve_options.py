@@ -26,7 +26,7 @@ from tests.serving.test_vllm_environment import make as make_environment
         ("--uds=/x", "-- --uds: a server must listen on --host and --port"),
     ],
 )
-def test_options_that_numprune_gives_itself_are_not_passed_on(
+def test_options_that_numprune_sets_itself_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, option: str, said: str
 ) -> None:
     vllm = make_environment(tmp_path / "e", vllm=TESTED[-1], vllm_router="0.1.17")
@@ -37,7 +37,7 @@ def test_options_that_numprune_gives_itself_are_not_passed_on(
 
 
 @pytest.mark.parametrize("command", ["serve", "rollout", "check-server"])
-def test_a_key_that_is_none_is_refused_and_not_repeated(
+def test_an_invalid_key_is_refused_and_not_repeated(
     numprune: Callable[..., Answered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "hunter2 hunter2")
@@ -51,7 +51,7 @@ def test_a_key_that_is_none_is_refused_and_not_repeated(
     assert f"--api-key-file {file}: cannot be read" in numprune(command, "my-model", *more, "--api-key-file", file).err
 
 
-def test_serve_says_what_it_takes_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_help_shows_precisions_and_api_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -48,7 +48,7 @@ def start(environment: dict[str, str], folder: Path) -> object:
     return json.loads(done.stdout)
 
 
-def test_the_temporary_server_has_a_home_of_its_own(tmp_path: Path) -> None:
+def test_the_temporary_server_has_its_own_home(tmp_path: Path) -> None:
     """Neither the user's database, which may be another version's, nor settings and proxies for other servers."""
     home, scratch = tmp_path / "home", tmp_path / "scratch"
     home.mkdir()
@@ -74,7 +74,7 @@ def test_the_temporary_server_has_a_home_of_its_own(tmp_path: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(pid) and list(scratch.iterdir()) == [])
 
 
-def test_a_temporary_server_that_is_not_wanted(tmp_path: Path) -> None:
+def test_a_disallowed_temporary_server(tmp_path: Path) -> None:
     said = start({"PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}, tmp_path)
     assert said == (
         "PREFECT_SERVER_EPHEMERAL_ENABLED is false and no Prefect server is configured; unset it, or set "
@@ -83,7 +83,7 @@ def test_a_temporary_server_that_is_not_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["environment", "profile", "prefect.toml"])
-def test_a_configured_server_that_is_not_there_is_named(tmp_path: Path, where: str) -> None:
+def test_an_unreachable_configured_server_is_named(tmp_path: Path, where: str) -> None:
     """With where Prefect has its address from: who never set a variable is not helped by "unset" it."""
     url = "http://127.0.0.1:9/api"
     environment = {"PREFECT_HOME": str(tmp_path)}

@@ -38,7 +38,7 @@ PROGRAM = """
 """
 
 
-def test_the_peak_of_a_stage_is_that_of_the_processes_it_started() -> None:
+def test_peak_memory_of_a_stage_includes_its_child_processes() -> None:
     program = """
         import subprocess, sys
         from numprune.flows.stages import peak_memory_bytes
@@ -80,7 +80,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_stage_is_made_once(tmp_path: Path) -> None:
+def test_a_stage_is_computed_once(tmp_path: Path) -> None:
     first, second = run(tmp_path), run(tmp_path)
     assert (first.reused, second.reused) == (False, True)
     assert (first.path, first.digest, first.facts) == (second.path, second.digest, Found(42))
@@ -93,28 +93,28 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"source": Artifact(Path(), TWO)}, {"other": Artifact(Path(), ONE)}, {"a": 2}, {"name": "other"}]
 )
-def test_whatever_decides_the_content_makes_another_stage(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_every_input_that_affects_the_content_changes_the_key(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(tmp_path).path != run(tmp_path, **changes).path
 
 
-def test_where_an_artifact_lies_is_no_part_of_its_identity(tmp_path: Path) -> None:
+def test_the_location_of_an_artifact_does_not_affect_the_key(tmp_path: Path) -> None:
     assert run(tmp_path).path == run(tmp_path, source=Artifact(tmp_path / "elsewhere", ONE)).path
 
 
-def test_what_nothing_stands_for_in_a_key_is_refused(tmp_path: Path) -> None:
+def test_arguments_without_an_identity_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="a: a stage cannot be known by a PosixPath; give an Artifact, a Text or plain"):
         run(tmp_path, a=tmp_path)
     with pytest.raises(TypeError, match="unexpected keyword argument 'b'"):
         run(tmp_path, b=1)
 
 
-def test_another_version_of_the_code_makes_another_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_code_version_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path)
     monkeypatch.setattr(stages, "code_version", lambda layer: {"sources": "later"})
     assert run(tmp_path).path != first.path
 
 
-def test_code_version_covers_the_layers_below_and_no_more() -> None:
+def test_the_code_version_covers_the_layers_below_and_no_more() -> None:
     versions = [stages.code_version(layer) for layer in ("numprune", "export", "serving")]
     assert len({version["sources"] for version in versions}) == 3
     assert "torch" in versions[0]
@@ -126,7 +126,7 @@ def test_code_version_covers_the_layers_below_and_no_more() -> None:
     assert "flows/studies/compare/steps.py" in {path.as_posix() for path in stages.sources("studies")}
 
 
-def test_nothing_is_left_of_a_body_that_raises(tmp_path: Path) -> None:
+def test_a_body_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
     def failing(out: Path, *, source: Artifact) -> Found:
         body(out, source=source)
         raise ValueError("no")
@@ -138,7 +138,7 @@ def test_nothing_is_left_of_a_body_that_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "manifest"])
-def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_stage_is_recomputed(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     first = run(tmp_path)
     data = first.path / "data.bin"
     match damage:
@@ -161,19 +161,19 @@ def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str, caplog: pyte
     assert run(tmp_path).reused
 
 
-def test_a_folder_of_another_stage_is_not_taken_for_this_one(tmp_path: Path) -> None:
+def test_a_folder_of_another_stage_is_not_reused(tmp_path: Path) -> None:
     first, other = run(tmp_path), run(tmp_path, a=2)
     for path in (first.path / name for name in ("data.bin", "manifest.json", "result.json")):
         path.write_bytes((other.path / path.name).read_bytes())
     assert not run(tmp_path).reused
 
 
-def test_discarded_stage_is_made_again(tmp_path: Path) -> None:
+def test_a_discarded_stage_is_recomputed(tmp_path: Path) -> None:
     stages.discard(run(tmp_path))
     assert not run(tmp_path).reused
 
 
-def test_killed_inside_a_stage_and_run_again(tmp_path: Path) -> None:
+def test_a_run_killed_inside_a_stage_is_resumed(tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(tmp_path / "calls")
     os.kill(process.pid, signal.SIGKILL)
@@ -192,7 +192,7 @@ def test_killed_inside_a_stage_and_run_again(tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "called\n" * 2
 
 
-def test_sweeping_leaves_a_stage_under_way_alone(tmp_path: Path) -> None:
+def test_sweeping_leaves_active_stages_alone(tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for(tmp_path / "calls")
     stages.sweep(tmp_path / "workspace")
@@ -202,7 +202,7 @@ def test_sweeping_leaves_a_stage_under_way_alone(tmp_path: Path) -> None:
     assert out.split()[1] == "False"
 
 
-def test_two_at_once_do_the_work_once(tmp_path: Path) -> None:
+def test_concurrent_requests_do_the_work_once(tmp_path: Path) -> None:
     processes = [start(tmp_path), start(tmp_path)]
     wait_for(tmp_path / "calls")
     time.sleep(0.5)  # the other one comes to the lock

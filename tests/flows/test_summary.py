@@ -21,7 +21,7 @@ def summarized(tmp_path: Path, limit: float) -> summary.Summary:
     return summary.summarize("r1", tmp_path, [], release, "my-model/1" if release else None, ["--workspace", "a b"])
 
 
-def test_a_summary_opens_with_the_sentence_and_ends_with_what_is_next(tmp_path: Path) -> None:
+def test_a_summary_starts_with_the_headline_and_ends_with_the_next_commands(tmp_path: Path) -> None:
     found = summarized(tmp_path, 0.25)
     text, page = summary.text(found), summary.markdown(found)
     sentence = "25 % smaller, decode 1.20x faster (vLLM), perplexity +5.1 %: within your limits."
@@ -41,7 +41,7 @@ def test_a_summary_opens_with_the_sentence_and_ends_with_what_is_next(tmp_path: 
     assert "  cost      vllm: 10.0000 → 8.3333 per million output tokens" in text
 
 
-def test_a_summary_without_a_release_says_why_and_names_no_next_command(tmp_path: Path) -> None:
+def test_a_summary_without_a_release_gives_the_reason_and_no_next_command(tmp_path: Path) -> None:
     found = summarized(tmp_path, 0.01)
     assert (found["next"], found["artifacts"]) == ([], {})
     assert ": outside your limit on NLL difference, nats/token (upper bound 0.0600" in summary.text(found)

@@ -26,7 +26,7 @@ from numprune.plans import PLAN_FILE, Draw, read_plan
 from numprune.target import Target
 
 
-def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_checkpoint, tmp_path):
+def test_a_plan_records_text_and_seed_to_redraw_its_rows(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint()
     text = [tmp_path / "some" / "train.txt", tmp_path / "more.txt"]
     text[0].parent.mkdir()
@@ -52,14 +52,14 @@ def test_a_plan_names_text_and_seed_from_which_its_rows_can_be_drawn_again(tiny_
         assert rows_digest(calibration_rows(names, load_tokenizer(base), 20, 32, seed, other)[0]) != calibration.digest
 
 
-def test_the_embedded_text_is_named_with_its_split(tiny):
+def test_the_embedded_text_is_recorded_with_its_split(tiny):
     rows, draw = calibration_rows("embedded", load_tokenizer(tiny / "base"), 2, 32, 1, Reading())
     assert draw == Draw(text=["embedded:train"], seed=1)
     assert rows.shape == (2, 32)
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
+def test_heldout_rows_round_trip(tiny, tmp_path, pack):
     reading = Reading(pack=pack)
     text = [str(tiny / "heldout.jsonl")]
     base = Artifact(tiny / "base", "")
@@ -71,7 +71,7 @@ def test_heldout_rows_are_read_back_as_they_were_written(tiny, tmp_path, pack):
     assert facts == HeldoutRows(rows.digest, len(rows.rows), rows.tokens, documents=24, packed=pack)
 
 
-def test_a_text_of_few_documents_gets_its_intervals_from_windows_and_a_warning(tiny, caplog):
+def test_few_documents_give_intervals_over_windows_and_a_warning(tiny, caplog):
     caplog.set_level(logging.WARNING, "numprune")
     base, long, short = tiny / "base", tiny / "train.txt", tiny / "heldout.jsonl"
     heldout_rows([short], 32, [base], Reading(), baseline=base)
@@ -93,7 +93,7 @@ def test_too_few_samples_name_the_option(tiny, tmp_path):
         make_calibration(tmp_path, model=Artifact(tiny / "base", ""), **asked, reading=Reading())
 
 
-def test_the_identity_of_a_text_is_its_names_and_its_content(tmp_path):
+def test_a_text_is_identified_by_file_names_and_content(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("one")
     folder = tmp_path / "saved"

@@ -41,7 +41,7 @@ def test_a_run_and_its_stages(collector: Collector, tmp_path: Path) -> None:
     }
 
 
-def test_an_error_is_recorded_in_the_stage_and_in_the_run(collector: Collector) -> None:
+def test_an_error_is_recorded_on_stage_and_run(collector: Collector) -> None:
     def fail() -> None:
         with tracing.run("optimize", run="r1"), tracing.stage("parity onnx"):
             raise ParityError("row 3, token 7")
@@ -63,7 +63,7 @@ def watch_nothing() -> None:
         run.set(outcome="pass")
 
 
-def test_without_an_endpoint_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_endpoint_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENDPOINT, raising=False)
     with tracing.run("optimize", run="r1") as run, tracing.stage("prune") as stage:
         assert run._span is stage._span is None
@@ -79,7 +79,7 @@ def test_without_an_endpoint_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -
         ({"OTEL_SDK_DISABLED": "true"}, None),
     ],
 )
-def test_an_endpoint_that_cannot_be_used_is_a_warning(
+def test_an_unusable_endpoint_is_a_warning(
     collector: Collector,
     changes: dict[str, str],
     warning: str | None,
@@ -96,7 +96,7 @@ def test_an_endpoint_that_cannot_be_used_is_a_warning(
         assert collector.spans() == {}
 
 
-def test_an_endpoint_that_never_answers_holds_a_run_up_for_no_longer_than_said(
+def test_an_endpoint_that_hangs_delays_a_run_only_briefly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracing, "_CLOSING_S", 0.2)

@@ -122,7 +122,7 @@ def test_uniform_keeps_everything_at_ratio_zero():
     }
 
 
-def test_uniform_splits_the_ratio_evenly_where_groups_allow():
+def test_uniform_splits_the_ratio_evenly_if_groups_allow():
     base = anatomy(num_key_value_heads=8)
     kept = uniform(base, 0.25, allowed_sizes(base, Target(align=1), Limits()))
     assert kept["layers.0.attention"] == Size(6)
@@ -169,7 +169,7 @@ def test_head_shapes_are_limited_and_the_mlps_make_up_the_difference():
     assert abs(removed(base, kept) - ratio) * budget_of(base).prunable_parameters <= step
 
 
-def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
+def test_skips_remove_a_worthless_block_but_never_the_last_of_its_kind():
     base = anatomy(num_hidden_layers=2)
     scores = {block.name: torch.full((block.units,), 9.0) for block in base.blocks}
     scores["layers.1.mlp"] = torch.zeros(704)
@@ -186,7 +186,7 @@ def test_skips_let_a_worthless_block_go_but_never_the_last_of_its_kind():
 @pytest.mark.parametrize(
     ("seed", "skips", "axes"), [(0, False, DEFAULT_AXES), (1, True, DEFAULT_AXES), (2, True, AXES), (3, False, AXES)]
 )
-def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, skips, axes):
+def test_error_allocation_is_optimal_at_the_ratio(ratio, seed, skips, axes):
     base = anatomy(num_hidden_layers=2)
     allowed = allowed_sizes(base, Target(align=128), Limits(tuple(axes), skips=skips))
     errors = random_errors(base, seed)
@@ -200,7 +200,7 @@ def test_by_error_is_the_least_error_of_all_that_reach_the_ratio(ratio, seed, sk
     assert total_error(base, errors, kept) == pytest.approx(least)
 
 
-def test_by_error_with_rounded_costs_comes_as_near_as_its_shares_are_small(monkeypatch):
+def test_error_allocation_with_rounded_costs_is_near_optimal(monkeypatch):
     base, errors = anatomy(), random_errors(anatomy(), 3)
     allowed = allowed_sizes(base, Target(align=8), Limits())
     exact = by_error(base, 0.4, allowed, errors)
@@ -210,7 +210,7 @@ def test_by_error_with_rounded_costs_comes_as_near_as_its_shares_are_small(monke
     assert total_error(base, errors, rounded) == pytest.approx(total_error(base, errors, exact), rel=0.05)
 
 
-def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
+def test_error_allocation_limits_head_shapes_and_keeps_the_last_of_a_kind():
     base = anatomy(num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=8)
     errors = {}
     for block in base.blocks:  # the first heads of layer i are free, all that is left is dear
@@ -225,7 +225,7 @@ def test_by_error_limits_head_shapes_and_never_lets_the_last_of_a_kind_go():
 
 
 @pytest.mark.parametrize("kind", ["global", "error"])
-def test_head_shapes_are_limited_where_a_layer_has_fewer_heads_already(kind):
+def test_head_shapes_are_limited_if_a_layer_already_has_fewer_heads(kind):
     """The numbers nearest to what is kept have a least of four, and one layer has only three."""
     base = anatomy(num_hidden_layers=11, num_attention_heads=8, num_key_value_heads=8)
     heads = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3]

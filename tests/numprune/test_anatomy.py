@@ -17,13 +17,13 @@ VARIANTS = [(family, {}) for family in LLAMA_LIKE] + [
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_budget_counts_the_parameters_that_the_model_has(tiny_model, family, overrides):
+def test_budget_counts_the_parameters_of_the_model(tiny_model, family, overrides):
     model = tiny_model(family, **overrides)
     assert budget_of(read_anatomy(model.config)).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_the_tensors_are_those_of_the_model(tiny_model, family, overrides):
+def test_tensor_names_match_the_model(tiny_model, family, overrides):
     model = tiny_model(family, **overrides)
     anatomy = read_anatomy(model.config)
     found = dict(anatomy.around)
@@ -74,18 +74,18 @@ FACTORS = ("short_factor", "long_factor")
         ),
     ],
 )
-def test_a_variant_that_its_family_does_not_describe_is_refused(family, fields, message):
+def test_an_unsupported_variant_of_a_family_is_refused(family, fields, message):
     with pytest.raises(InputError, match=message):
         read_anatomy(AutoConfig.for_model(family, **fields))
 
 
-def test_quantized_model_is_refused_where_it_would_be_pruned(tiny_model):
+def test_a_quantized_model_cannot_be_pruned(tiny_model):
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(InputError, match="quantized"):
         ModelLayers(model)
 
 
-def test_heads_that_are_no_multiple_of_the_kv_heads_are_refused():
+def test_heads_that_are_not_a_multiple_of_the_kv_heads_are_refused():
     with pytest.raises(InputError, match="num_attention_heads=8 is no multiple of num_key_value_heads=3"):
         read_anatomy(AutoConfig.for_model("mistral", num_attention_heads=8, num_key_value_heads=3))

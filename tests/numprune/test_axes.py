@@ -23,13 +23,13 @@ UNALIGNED = Target(align=1)
         (tuple(AXES), {(units, members) for units in (1, 2, 3, 4) for members in (1, 2)}, 704),
     ],
 )
-def test_only_what_the_axes_name_can_go(axes, attention, widths):
+def test_only_the_named_axes_are_pruned(axes, attention, widths):
     allowed = allowed_sizes(anatomy(), UNALIGNED, Limits(axes))
     assert set(allowed["layers.0.attention"]) == attention
     assert len(allowed["layers.0.mlp"]) == widths
 
 
-def test_the_default_takes_whole_groups():
+def test_the_default_prunes_whole_groups():
     base = anatomy()
     by_default, whole = (allowed_sizes(base, UNALIGNED, limits) for limits in (Limits(), Limits(DEFAULT_AXES)))
     assert by_default == whole
@@ -44,7 +44,7 @@ def test_the_default_takes_whole_groups():
     skips=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_is_protected_stays_and_the_ratio_is_met_all_the_same(keep, floors, ratio, skips, seed):
+def test_protected_blocks_stay_and_the_ratio_is_still_met(keep, floors, ratio, skips, seed):
     base = anatomy()
     limits = Limits(tuple(AXES), keep, floors, skips)
     allowed = allowed_sizes(base, UNALIGNED, limits)
@@ -69,7 +69,7 @@ def test_what_is_protected_stays_and_the_ratio_is_met_all_the_same(keep, floors,
         assert left.units or skips
 
 
-def test_a_floor_holds_under_uniform_and_global_too():
+def test_floors_hold_under_uniform_and_global():
     base = anatomy()
     allowed = allowed_sizes(base, UNALIGNED, Limits(floors={"mlp": 0.9}))
     scores = {block.name: random_errors(base, 0)[block.name].diff(dim=0)[:, 0] for block in base.blocks}
@@ -78,7 +78,7 @@ def test_a_floor_holds_under_uniform_and_global_too():
         assert any(kept[block.name].units < 4 for block in base.of_kind("attention"))
 
 
-def test_a_ratio_that_the_protected_blocks_make_impossible_is_refused_with_the_reachable_one():
+def test_a_ratio_made_unreachable_by_protection_is_refused_with_the_reachable_one():
     base = anatomy()
     allowed = allowed_sizes(base, UNALIGNED, Limits(keep=["mlp"]))
     least = base.keeping({b.name: Size(1, 2) if b.kind == "attention" else b.size for b in base.blocks})
@@ -110,17 +110,17 @@ def test_a_ratio_that_the_protected_blocks_make_impossible_is_refused_with_the_r
         ({"axes": list(AXES), "allocation": "global"}, "axes: allocation global sorts whole units; leave out query-he"),
     ],
 )
-def test_names_and_shares_that_mean_nothing_are_refused_with_what_would(limits, message):
+def test_invalid_names_and_shares_are_refused_with_valid_ones(limits, message):
     with pytest.raises(InputError, match=message):
         check_options(anatomy(), PruneOptions(0.1, **limits))
 
 
-def test_uniform_allocation_may_keep_a_whole_kind():
+def test_uniform_allocation_can_keep_a_whole_kind():
     every = [f"layers.{layer}.attention" for layer in range(3)]
     for keep in (["attention"], every):
         check_options(anatomy(), PruneOptions(0.1, keep=keep))
 
 
-def test_a_block_that_must_stay_and_does_not_suit_the_target_is_refused():
+def test_a_protected_block_that_does_not_suit_the_target_is_refused():
     with pytest.raises(InputError, match=r"layers.0.mlp: none of its sizes that axes, keep and floors allow suits"):
         allowed_sizes(anatomy(intermediate_size=700), Target(quantization_group=64), Limits(keep=["mlp"]))

@@ -13,7 +13,7 @@ def rows(n=5, length=12):
     return torch.randint(0, 256, (n, length), generator=torch.Generator().manual_seed(0))
 
 
-def test_run_hands_out_what_the_consumer_reads_and_the_block_gives(tiny_model):
+def test_run_yields_consumer_inputs_and_block_outputs(tiny_model):
     model, tokens = tiny_model("llama", attention_bias=True, mlp_bias=True), rows()
     walker = Walker(ModelLayers(model), tokens.shape[1], batch_size=2)
     stream = walker.embed(tokens)
@@ -29,7 +29,7 @@ def test_run_hands_out_what_the_consumer_reads_and_the_block_gives(tiny_model):
         assert seen == len(tokens)
 
 
-def test_walks_leave_a_layer_as_it_was(tiny_model):
+def test_walks_leave_the_layer_unchanged(tiny_model):
     model, tokens = tiny_model(), rows()
     walker = Walker(ModelLayers(model), tokens.shape[1])
     block = read_anatomy(model.config).blocks[0]
@@ -47,13 +47,13 @@ def test_walks_leave_a_layer_as_it_was(tiny_model):
         (torch.zeros(1, 300, dtype=torch.long), "sequence length 300 is over the model's 256"),
     ],
 )
-def test_rows_that_are_not_the_model_s_are_refused(tiny_model, tokens, message):
+def test_rows_with_unknown_tokens_are_refused(tiny_model, tokens, message):
     model = tiny_model("mistral", sliding_window=8)
     with pytest.raises(InputError, match=message):
         check_rows(read_anatomy(model.config), tokens)
 
 
-def test_moments_are_those_of_all_batches_together():
+def test_moments_accumulate_over_batches():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 7, generator=generator), torch.randn(50, 3, generator=generator)
     moments = Moments(7, outputs=3)
@@ -66,14 +66,14 @@ def test_moments_are_those_of_all_batches_together():
     torch.testing.assert_close(moments.target_mean, y.mean(0))
 
 
-def test_moments_of_nothing_are_an_error():
+def test_empty_moments_are_an_error():
     with pytest.raises(ValueError, match="no inputs"):
         _ = Moments(3).gram
     with pytest.raises(ValueError, match="y is missing"):
         Moments(3, outputs=2).add(torch.zeros(1, 3))
 
 
-def test_moments_come_back_from_their_tensors():
+def test_moments_round_trip_through_tensors():
     generator = torch.Generator().manual_seed(0)
     moments = Moments(4, outputs=2)
     moments.add(torch.randn(9, 4, generator=generator), torch.randn(9, 2, generator=generator))
@@ -83,7 +83,7 @@ def test_moments_come_back_from_their_tensors():
 
 
 @pytest.mark.parametrize(("family", "gone"), [("gpt_neox", "attention"), ("qwen2_moe", "mlp")])
-def test_a_block_beside_one_that_is_gone_reads_what_enters_its_layer(family, gone):
+def test_a_block_beside_a_removed_one_reads_the_layer_input(family, gone):
     model, tokens = build_tiny(f"numprune_{family}", per_layer_config={1: {"skip": [gone]}}), rows()
     layers = ModelLayers(model)
     assert layers.anatomy.has_parallel_blocks

@@ -32,7 +32,7 @@ def test_oneshot_is_least_squares_on_the_kept_channels():
     assert bias is None
 
 
-def test_oneshot_is_theorem_3():
+def test_oneshot_matches_theorem_3():
     x, _, weight, _ = data()
     moments = moments_of(x, x @ weight.T)
     gram = moments.gram
@@ -74,7 +74,7 @@ def test_damping_shrinks_towards_the_original_weights():
     assert distances[-1] < 1e-4
 
 
-def test_keeping_everything_changes_nothing():
+def test_keeping_all_channels_changes_nothing():
     x, _, weight, bias = data()
     y = x @ weight.T + bias
     columns, new_bias = refit(weight, bias, torch.arange(10), moments_of(x, y), damping=1e-3)
@@ -82,13 +82,13 @@ def test_keeping_everything_changes_nothing():
     torch.testing.assert_close(new_bias, bias)
 
 
-def test_fewer_samples_than_channels_still_solves():
+def test_fewer_samples_than_channels_can_be_solved():
     x, _, weight, _ = data(samples=3)
     columns, _ = refit(weight, None, KEPT, moments_of(x, x @ weight.T), damping=1e-3)
     assert torch.isfinite(columns).all()
 
 
-def test_mean_bias_is_what_the_removed_channels_gave_on_average():
+def test_mean_bias_is_the_average_output_of_the_removed_channels():
     x, _, weight, bias = data()
     moments = moments_of(x, x @ weight.T)
     removed = [1, 4, 5, 6, 8]
@@ -98,7 +98,7 @@ def test_mean_bias_is_what_the_removed_channels_gave_on_average():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_without_targets_the_block_s_own_outputs_are_meant(with_bias):
+def test_without_targets_the_block_s_own_outputs_are_fitted(with_bias):
     x, _, weight, bias = data()
     own = bias if with_bias else None
     collected = moments_of(x, x @ weight.T + bias if with_bias else x @ weight.T)
@@ -115,7 +115,7 @@ def test_without_targets_the_block_s_own_outputs_are_meant(with_bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("noise", "samples"), [(0.0, 60), (3.0, 16), (3.0, 400)])
-def test_the_damping_is_the_one_that_serves_the_rows_held_out_best(noise, samples, bias):
+def test_damping_minimizes_the_held_out_error(noise, samples, bias):
     x, pruned_x, weight, own = data(samples=samples + 200)
     own = own if bias else None
     generator = torch.Generator().manual_seed(5)

@@ -29,7 +29,7 @@ def test_digest_depends_on_tokens_boundaries_and_length():
     assert base != token_rows([Document("a", "abcd"), Document("b", "efgh")], tokenizer, 3).digest
 
 
-def test_sample_is_seeded_full_windows_without_replacement():
+def test_samples_are_seeded_full_windows_without_replacement():
     rows = token_rows([Document("a", json.dumps(list(range(200))))], byte_tokenizer(), 16)
     first, again, other = (sample_rows(rows, 20, 16, seed) for seed in (1, 1, 2))
     assert first.shape == (20, 16)
@@ -39,19 +39,19 @@ def test_sample_is_seeded_full_windows_without_replacement():
     assert rows_digest(first) == rows_digest(again) != rows_digest(other)
 
 
-def test_too_little_text_says_how_much_there_is():
+def test_too_little_text_reports_the_amount():
     rows = token_rows([Document("a", "x" * 50)], byte_tokenizer(), 16)
     with pytest.raises(InputError, match=r"gives 3 windows of 16 tokens, but 4 samples were asked for"):
         sample_rows(rows, 4, 16, 0)
 
 
 @pytest.mark.parametrize(("documents", "length"), [([], 8), ([Document("a", "x")], 8), ([Document("a", "xyz")], 1)])
-def test_nothing_to_score_is_an_error(documents, length):
+def test_text_without_scorable_tokens_is_an_error(documents, length):
     with pytest.raises(InputError):
         token_rows(documents, byte_tokenizer(), length)
 
 
-def test_all_tokens_but_the_first_of_each_window_are_scored():
+def test_all_but_the_first_token_of_each_window_are_scored():
     rows = token_rows([Document("a", "x" * 1000)], byte_tokenizer(), 64)
     assert sum(len(row) - 1 for row in rows.rows) == 1000 - math.ceil(1000 / 64)
 
@@ -75,12 +75,12 @@ def test_packed_documents_are_joined_by_eos_and_cut_as_one_text():
     assert (rows.tokens, rows.documents) == (8, 3)  # of 11, the first of each row is not scored
 
 
-def test_a_document_that_ends_with_eos_gets_no_second_one():
+def test_a_document_ending_with_eos_gets_no_second_one():
     rows = token_rows([Document("a", "ab</s>"), Document("b", "cd")], byte_tokenizer(), 8, pack=True)
     assert bytes_of(rows) == ["ab|cd"]
 
 
-def test_values_of_scored_tokens_are_added_up_by_span():
+def test_token_values_are_summed_by_span():
     documents = [Document("a", "abc"), Document("b", "d"), Document("c", "efghi")]
     rows = token_rows(documents, byte_tokenizer(), 3, pack=True)  # abc, |d|, efg, hi
     sums = np.zeros(len(rows.document))
@@ -92,7 +92,7 @@ def test_values_of_scored_tokens_are_added_up_by_span():
     assert rows.scored.tolist() == [2, 0, 2, 2, 1]
 
 
-def test_a_part_of_the_rows_has_their_spans():
+def test_a_subset_of_rows_keeps_its_spans():
     documents = [Document("a", "abc"), Document("b", "d"), Document("c", "efghi")]
     for pack in (True, False):
         rows = token_rows(documents, byte_tokenizer(), 3, pack=pack)
@@ -104,7 +104,7 @@ def test_a_part_of_the_rows_has_their_spans():
         assert len({first.digest, rest.digest, rows.digest}) == 3
 
 
-def test_short_documents_are_packed_by_default_and_long_ones_are_not():
+def test_only_short_documents_are_packed_by_default():
     short = [Document(str(i), f"document {i}") for i in range(30)]
     long = [Document(str(i), f"document {i} " * 9) for i in range(30)]
     assert token_rows(short, byte_tokenizer(), 32).packed
@@ -116,7 +116,7 @@ def test_short_documents_are_packed_by_default_and_long_ones_are_not():
     assert token_rows([*half, Document("d", "!")], byte_tokenizer(), 16).packed
 
 
-def test_digests_of_packed_rows_are_their_own():
+def test_packed_rows_have_their_own_digest():
     documents = [Document("a", "abcd"), Document("b", "efgh")]
     packed = token_rows(documents, byte_tokenizer(), 4, pack=True).digest
     assert packed != token_rows(documents, byte_tokenizer(), 4, pack=False).digest
@@ -125,7 +125,7 @@ def test_digests_of_packed_rows_are_their_own():
     assert packed != token_rows(moved, byte_tokenizer(), 4, pack=True).digest
 
 
-def test_the_digest_of_rows_that_are_not_packed_is_what_it_was():
+def test_the_digest_of_unpacked_rows_is_unchanged():
     rows = token_rows([Document("a", "abcd"), Document("b", "efgh")], byte_tokenizer(), 4)
     assert rows.digest == "0044fb058d77065e570067cb9b81b72ac6c40b47768f9995c4ccff6e4d305a31"
 
@@ -139,13 +139,13 @@ def test_without_eos_nothing_is_packed():
         token_rows(documents, tokenizer, 32, pack=True)
 
 
-def test_too_few_rows_of_documents_that_are_not_packed_say_so():
+def test_too_few_rows_of_unpacked_documents_suggest_packing():
     documents = [Document(str(i), "x" * 20) for i in range(9)]
     assert len(sample_rows(token_rows(documents, byte_tokenizer(), 32), 5, 32, 0)) == 5
     with pytest.raises(InputError, match=r"gives 0 windows of 32 tokens.*give more text, packed documents, fewer"):
         sample_rows(token_rows(documents, byte_tokenizer(), 32, pack=False), 5, 32, 0)
 
 
-def test_blank_documents_only_are_refused_packed_too():
+def test_only_blank_documents_are_refused_even_packed():
     with pytest.raises(InputError, match="no document of at least two tokens"):
         token_rows([Document("a", " "), Document("b", "")], byte_tokenizer(), 4, pack=True)

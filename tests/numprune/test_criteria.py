@@ -39,7 +39,7 @@ def paper_newton(A, ratio, penalty, iterations=50):
 
 
 @pytest.mark.parametrize("penalty", [0.1, 10.0, 1e4])
-def test_closed_form_is_the_paper_s_newton_iteration_run_to_convergence(penalty):
+def test_closed_form_matches_the_paper_s_newton_iteration_at_convergence(penalty):
     weight, x = problem()
     A = error_matrix(weight, x.T @ x / len(x))
     torch.testing.assert_close(
@@ -48,7 +48,7 @@ def test_closed_form_is_the_paper_s_newton_iteration_run_to_convergence(penalty)
 
 
 @pytest.mark.parametrize("penalty", [0.1, 10.0, math.inf])
-def test_closed_form_is_what_a_general_solver_finds(penalty):
+def test_closed_form_matches_a_general_solver(penalty):
     weight, x = problem()
     A = error_matrix(weight, x.T @ x / len(x)).numpy()
     A = A / A.diagonal().mean()
@@ -78,7 +78,7 @@ def test_closed_form_is_what_a_general_solver_finds(penalty):
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_boxed_mask_is_what_a_general_solver_finds(seed, ratio):
+def test_boxed_mask_matches_a_general_solver(seed, ratio):
     weight, x = problem(seed, out=2)
     A = error_matrix(weight, x.T @ x / len(x)).numpy()
     A = A / A.diagonal().mean() + 1e-8 * np.eye(len(A))
@@ -105,7 +105,7 @@ def test_boxed_mask_is_what_a_general_solver_finds(seed, ratio):
     np.testing.assert_allclose(mask, found.x, atol=1e-3)
 
 
-def test_unconstrained_mask_leaves_the_box_where_the_boxed_one_does_not():
+def test_unconstrained_mask_leaves_the_box_and_the_boxed_one_does_not():
     weight, x = problem(3, out=2)
     A = error_matrix(weight, x.T @ x / len(x))
     unconstrained = relaxed_mask(A, 0.5)
@@ -153,7 +153,7 @@ def brute_force_greedy(weight, gram, c, damping):
 
 
 @pytest.mark.parametrize("c", [1, 2, 3])
-def test_greedy_obs_is_brute_force(c):
+def test_greedy_obs_matches_brute_force(c):
     weight, x = problem(seed=c)
     gram = x.T @ x / len(x)
     order, costs = greedy_removal(weight, gram, c, damping=1e-2)
@@ -179,7 +179,7 @@ def test_obs_survives_dead_channels_and_too_few_samples():
     assert scores[3] < 1e-3
 
 
-def test_formulas_of_the_simple_scores():
+def test_simple_scores_match_their_formulas():
     weight, x = problem()
     seen = view(weight, x, channels_per_unit=3)
     norms = [math.sqrt(sum(w * w for w in weight[:, j].tolist())) for j in range(12)]
@@ -205,7 +205,7 @@ def test_random_is_seeded_per_block():
 
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("channels_per_unit", [1, 4])
-def test_every_criterion_gives_a_finite_score_per_unit_even_of_a_dead_block(name, channels_per_unit):
+def test_every_criterion_gives_a_finite_score_even_for_a_dead_block(name, channels_per_unit):
     weight, x = problem()
     for inputs in (x, torch.zeros_like(x)):
         scores = CRITERIA[name](view(weight, inputs, channels_per_unit))
@@ -214,7 +214,7 @@ def test_every_criterion_gives_a_finite_score_per_unit_even_of_a_dead_block(name
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_every_criterion_scores_the_members_of_the_units_left(name):
+def test_every_criterion_scores_the_members_of_the_remaining_units(name):
     weight, x = problem()
     seen, units = view(weight, x, channels_per_unit=6, members=3), torch.tensor([1])
     scores = member_scores(name, seen, units)

@@ -25,7 +25,7 @@ def loss(x, weight, S, kept):
     return float(torch.einsum("ni,ij,nj->", dy, S, dy) / len(x) / 2)
 
 
-def test_the_first_removal_is_the_cheapest_of_all_and_costs_what_the_loss_says():
+def test_the_first_removal_is_the_cheapest_and_costs_its_loss():
     x, weight, S = block()
     curve = error_curve(weight, x.T @ x / len(x), S, Size(6)).flatten()
     singles = [loss(x, weight, S, [j for j in range(6) if j != gone]) for gone in range(6)]
@@ -33,7 +33,7 @@ def test_the_first_removal_is_the_cheapest_of_all_and_costs_what_the_loss_says()
     torch.testing.assert_close(float(curve[1]), min(singles), rtol=5e-3, atol=0)
 
 
-def test_a_curve_never_falls_and_ends_with_the_whole_block():
+def test_a_curve_never_decreases_and_ends_with_the_whole_block():
     x, weight, S = block()
     for c in (1, 2, 3):
         curve = error_curve(weight, x.T @ x / len(x), S, Size(6 // c)).flatten()
@@ -44,14 +44,14 @@ def test_a_curve_never_falls_and_ends_with_the_whole_block():
         torch.testing.assert_close(float(curve[-1]), everything, rtol=1e-2, atol=0)
 
 
-def test_what_the_loss_does_not_mind_costs_nothing():
+def test_units_that_do_not_affect_the_loss_cost_nothing():
     x, weight, S = block()
     assert float(error_curve(weight, x.T @ x / len(x), torch.zeros_like(S), Size(6)).max()) < 1e-6
     scaled = error_curve(weight, x.T @ x / len(x), 4 * S, Size(6))
     torch.testing.assert_close(scaled, 4 * error_curve(weight, x.T @ x / len(x), S, Size(6)))
 
 
-def test_members_cost_what_the_loss_says_after_those_units_and_members_are_gone():
+def test_members_cost_their_loss_after_earlier_removals():
     """Three units of four members; the members that the curve stands for are those that `greedy_members` removes."""
     x, weight, S = block(channels=12)
     size, gram = Size(3, 4), x.T @ x / len(x)

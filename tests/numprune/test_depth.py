@@ -44,7 +44,7 @@ def without(model, layers):
 
 
 @pytest.mark.parametrize(("family", "resident"), [("llama", True), ("llama", False), ("gemma2", True), ("opt", False)])
-def test_each_drop_is_the_best_of_all_that_are_left(family, resident):
+def test_each_drop_is_the_best_remaining_one(family, resident):
     model = build(family)
     layers = ModelLayers(model)
     layers.resident = resident
@@ -66,13 +66,13 @@ def silence(model, *layers):
             model.model.layers[layer].mlp.down_proj.weight.zero_()
 
 
-def test_layers_that_do_nothing_go_first_the_lower_one_of_them_before_the_other():
+def test_identity_layers_are_dropped_first_lower_index_first():
     model = build()
     silence(model, 1, 3)
     assert [drop.layer for drop in choose(ModelLayers(model), ROWS, 2, ratio=0.5)] == [1, 3]
 
 
-def test_costs_are_measured_anew_after_each_drop():
+def test_costs_are_measured_again_after_each_drop():
     """Of two layers that cancel each other either one alone is dear, and both together cost nothing."""
     model = build()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_round_reads_each_layer_once():
 
 
 @pytest.mark.parametrize("compensation", ["oneshot", "residual", "joint"])
-def test_the_layers_behind_a_dropped_one_make_up_for_it(compensation):
+def test_later_layers_compensate_for_a_dropped_one(compensation):
     def error(name):
         model = build()
         silence(model, 1)  # it is dropped first and costs nothing; then one that does
@@ -135,7 +135,7 @@ def test_units_make_up_the_rest_of_the_ratio(allocation):
     assert [len(plan.kept) for plan in left] == [block.units for block in found]
 
 
-def test_the_first_layers_of_a_model_can_go_and_the_last():
+def test_the_first_and_the_last_layers_can_be_dropped():
     for layer in (0, LAYERS - 1):
         model = build()
         silence(model, layer)
@@ -162,7 +162,7 @@ def resized(units):
     return AutoModelForCausalLM.from_config(pruned_config(config, left), attn_implementation="sdpa").eval()
 
 
-def test_a_layer_larger_than_the_ratio_stays_though_it_does_nothing():
+def test_an_identity_layer_larger_than_the_ratio_stays():
     model = resized({"layers.3.mlp": 24})
     silence(model, 0)
     sizes = [
@@ -176,7 +176,7 @@ def test_a_layer_larger_than_the_ratio_stays_though_it_does_nothing():
     assert 3 in [drop.layer for drop in choose(layers, ROWS, 2, ratio=(sizes[0] + sizes[3]) / sum(sizes))]
 
 
-def test_the_last_attention_stays_though_it_does_nothing():
+def test_the_last_attention_block_always_stays():
     model = resized({f"layers.{layer}.attention": 0 for layer in (0, 2, 3)})
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
@@ -184,7 +184,7 @@ def test_the_last_attention_stays_though_it_does_nothing():
     assert 1 not in [drop.layer for drop in choose(ModelLayers(model), ROWS, 3, ratio=0.9)]
 
 
-def test_protected_layers_stay_and_blocks_keep_their_protection_under_new_numbers():
+def test_protected_layers_stay_and_protection_follows_renumbering():
     model = build()
     silence(model, 1)
     keep = ["layers.1", "layers.-1.mlp"]
@@ -216,19 +216,19 @@ def test_protected_layers_stay_and_blocks_keep_their_protection_under_new_number
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_run(options, message):
+def test_impossible_drops_are_refused_before_any_work(options, message):
     with pytest.raises(InputError, match=message):
         prune(build(), ROWS, options)
 
 
-def test_layers_that_compute_with_their_numbers_cannot_be_dropped():
+def test_layers_that_use_their_index_cannot_be_dropped():
     with pytest.raises(
         InputError, match="with scale_attn_by_inverse_layer_idx each layer computes with its own number"
     ):
         prune(build("gpt2", scale_attn_by_inverse_layer_idx=True), ROWS, PruneOptions(0.3, drop_layers=1))
 
 
-def test_the_ratio_that_is_left_counts_what_the_layers_have():
+def test_the_remaining_ratio_counts_the_dropped_parameters():
     anatomy = read_anatomy(build().config)
     assert ratio_left(anatomy, 0.4, [1]) == pytest.approx(0.2)
     assert ratio_left(anatomy, 0.25, [3]) == 0

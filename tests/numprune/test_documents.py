@@ -39,7 +39,7 @@ def test_a_plain_file_is_one_document_and_json_lines_are_many(tmp_path):
     assert documents == [Document("a.txt", "one\n\ntwo"), Document("first", "x\u2028y"), Document("b.jsonl:3", "z")]
 
 
-def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path):
+def test_line_endings_and_byte_order_marks_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}\r\n')
     documents = read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])
@@ -119,21 +119,21 @@ def test_records_in_parquet_and_in_a_saved_dataset(tmp_path):
         ("a.parquet", b"PAR1", "pyarrow cannot read it: "),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
+def test_files_that_are_not_text_are_refused_by_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         read_documents([tmp_path / name])
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_all_bad_files_are_named_at_once(tmp_path):
+def test_all_bad_files_are_reported_together(tmp_path):
     (tmp_path / "a.csv").write_text("text")
     (tmp_path / "b.txt").write_text("good")
     with pytest.raises(InputError, match=r"a\.csv' is a table.*; text file .*nowhere\.txt' does not exist"):
         read_documents([tmp_path / "a.csv", tmp_path / "b.txt", tmp_path / "nowhere.txt"])
 
 
-def test_folders_that_are_no_dataset_are_refused(tmp_path):
+def test_folders_that_are_not_datasets_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(
         InputError, match=r"train: is a folder, but not one that `Dataset.save_to_disk` wrote; give the"
@@ -182,7 +182,7 @@ def test_separators_of_a_plain_text(tmp_path, split, expected):
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n \n\n", "\n\t"])
-def test_blank_lines_and_the_last_line_s_end_belong_to_no_document(tmp_path, end):
+def test_blank_lines_and_the_final_newline_belong_to_no_document(tmp_path, end):
     (tmp_path / "a").write_text(f" \n\none \n\t\n\n  two\nthree{end}")
     assert [document.text for document in read_documents([tmp_path / "a"], "blank-line")] == ["one ", "  two\nthree"]
 
@@ -201,7 +201,7 @@ def test_records_are_not_split(tmp_path):
         ("blank-lines", r"split 'blank-lines' separates nothing in .*a; correct it, or leave it out"),
     ],
 )
-def test_separators_that_cannot_be_meant_are_refused(tmp_path, split, message):
+def test_useless_separators_are_refused(tmp_path, split, message):
     (tmp_path / "a").write_text("one\n\ntwo")
     with pytest.raises(InputError, match=message):
         read_documents([tmp_path / "a"], split)
@@ -220,7 +220,7 @@ def test_messages_are_rendered_by_the_chat_template(tmp_path):
     ]
 
 
-def test_what_a_column_leaves_out_is_not_in_a_message(tmp_path):
+def test_null_columns_are_left_out_of_messages(tmp_path):
     template = (
         "{% for message in messages %}{{ message['content'] }}{% if message.call is defined %}!{% endif %}{% endfor %}"
     )
@@ -251,13 +251,13 @@ def test_what_a_column_leaves_out_is_not_in_a_message(tmp_path):
         ({"messages": CONVERSATION, "tools": 1}, TEMPLATE, 'its field "tools" must be a list'),
     ],
 )
-def test_conversations_that_cannot_be_rendered_are_refused(tmp_path, record, template, message):
+def test_unrenderable_conversations_are_refused(tmp_path, record, template, message):
     (tmp_path / "a.jsonl").write_text(lines(record))
     with pytest.raises(InputError, match=message):
         read_documents([tmp_path / "a.jsonl"], render=chatting(template))
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path):
+def test_a_template_with_a_date_always_renders_the_same_date(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines({"messages": CONVERSATION}))
     (document,) = read_documents([tmp_path / "a.jsonl"], render=chatting("{{ strftime_now('%d %b %Y') }}"))
     assert document.text == "26 Jul 2024"

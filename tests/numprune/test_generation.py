@@ -27,7 +27,7 @@ TEXTS = ["a", "The quick brown fox", "seven sheep jump over the moon"]  # of dif
         ([], False),
     ],
 )
-def test_a_loop_is_three_rounds_and_sixteen_tokens(tokens, expected):
+def test_a_loop_needs_three_rounds_and_sixteen_tokens(tokens, expected):
     assert ends_in_loop(tokens) is expected
 
 
@@ -49,7 +49,7 @@ def alone(model, tokenizer, text, ends):
     ("family", "overrides"),
     [("llama", {}), ("mistral", {"sliding_window": 8}), ("qwen2", {}), ("qwen3", {}), ("llama", {"eos_token_id": 65})],
 )
-def test_a_batch_generates_what_each_prompt_does_alone(family, overrides, monkeypatch):
+def test_batched_generation_matches_single_prompts(family, overrides, monkeypatch):
     monkeypatch.setattr(generation, "MAXIMUM_TOKENS", 12)
     model, tokenizer = build_tiny(family, seed=3, **overrides), byte_tokenizer()
     ends = {257, overrides.get("eos_token_id", 257)}
@@ -96,7 +96,7 @@ def test_a_prompt_goes_through_the_chat_template():
         "{% if %}",
     ],
 )
-def test_a_template_that_fails_or_reaches_out_of_its_sandbox_is_refused(template):
+def test_a_template_that_fails_or_leaves_its_sandbox_is_refused(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_a_template_that_fails_or_reaches_out_of_its_sandbox_is_refused(template
         encode(tokenizer, "Hello", 256)
 
 
-def test_a_model_of_nan_generates_nothing():
+def test_a_nan_model_generates_nothing():
     model = build_tiny()
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
@@ -113,5 +113,5 @@ def test_a_model_of_nan_generates_nothing():
         generate(model, byte_tokenizer(), TEXTS)
 
 
-def test_the_built_in_prompts_fit_into_a_small_context():
+def test_the_built_in_prompts_fit_a_small_context():
     assert all(len(encode(byte_tokenizer(), prompt, 128)) < 128 for prompt in PROMPTS)  # a token a byte

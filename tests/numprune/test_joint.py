@@ -88,7 +88,7 @@ def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-3])
-def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
+def test_dead_channels_and_reached_targets_are_harmless(damping):
     walker, layer, blocks, pruned, _ = first_layer("llama")
     block, every = blocks[1], Kept.whole(torch.arange(12), 1)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_dead_channels_and_an_aim_that_is_met_already_do_no_harm(damping):
 
 
 @pytest.mark.parametrize(("family", "kind"), BLOCKS)
-def test_only_what_is_kept_of_the_producer_changes_and_the_stream_comes_nearer(family, kind):
+def test_only_kept_producer_rows_change_and_the_stream_gets_closer(family, kind):
     walker, layer, blocks, pruned, aim = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
     kept = kept_of(block)
@@ -128,7 +128,7 @@ def test_only_what_is_kept_of_the_producer_changes_and_the_stream_comes_nearer(f
 
 
 @pytest.mark.parametrize(("family", "kind"), BLOCKS)
-def test_a_narrowed_layer_computes_what_the_whole_one_does_with_the_rest_zeroed(family, kind):
+def test_a_narrowed_layer_matches_the_masked_layer(family, kind):
     walker, layer, blocks, pruned, _ = first_layer(family)
     block = next(block for block in blocks if block.kind == kind)
     small = narrowed(layer, block, kept_of(block))

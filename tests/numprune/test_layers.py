@@ -21,7 +21,7 @@ def loss_by_layers(layers, tokens):
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_gradients_through_the_layers_are_the_model_s(tiny_model, family):
+def test_layer_by_layer_gradients_match_the_model(tiny_model, family):
     model = tiny_model(family)
     loss_by_layers(ModelLayers(model), TOKENS).backward()
     by_layers = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -31,7 +31,7 @@ def test_gradients_through_the_layers_are_the_model_s(tiny_model, family):
         torch.testing.assert_close(by_layers[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_another_attention_is_refused(tiny_model):
+def test_an_unsupported_attention_implementation_is_refused(tiny_model):
     model = tiny_model()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="layers of llama need attn_implementation='sdpa', not 'eager'"):

@@ -18,7 +18,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("fault", REFUSED)
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_configuration_that_contradicts_itself_is_refused(family, fault):
+def test_a_contradictory_configuration_is_refused(family, fault):
     layers, fields, message = REFUSED[fault]
     with pytest.raises(Exception, match=message):  # transformers wraps what validate_architecture raises
         AutoConfig.for_model(PER_LAYER_PREFIX + family, **TINY, **fields, per_layer_config=layers)

@@ -10,7 +10,7 @@ def inputs(count=50, channels=600, outputs=5):
 
 
 @pytest.mark.parametrize("channels", [1, 255, 256, 257, 600])  # the half is summed in strips of 256
-def test_moments_are_the_sums_written_out(channels):
+def test_moments_match_explicit_sums(channels):
     x, y = inputs(channels=channels)
     moments = Moments(channels, outputs=5)
     for part in (slice(0, 20), slice(20, 21), slice(21, 50)):
@@ -22,7 +22,7 @@ def test_moments_are_the_sums_written_out(channels):
     assert torch.equal(moments.gram, moments.gram.T)
 
 
-def test_sums_of_float32_inputs_do_not_lose_more_with_more_tokens():
+def test_float32_sums_do_not_lose_accuracy_with_more_tokens():
     """Means of 10^3 and of 4 * 10^5 tokens: products over 4,096 are rounded to float32, sums of them to float64."""
     generator = torch.Generator().manual_seed(0)
     for count in (1_000, 400_000):
@@ -36,7 +36,7 @@ def test_sums_of_float32_inputs_do_not_lose_more_with_more_tokens():
 
 
 @pytest.mark.parametrize("channels", [[0, 5], [3, 200, 255, 256, 257, 511, 512, 599], list(range(600))])
-def test_moments_of_some_channels_are_as_if_there_were_no_others(channels):
+def test_moments_of_a_subset_ignore_other_channels(channels):
     """600 channels are summed in three strips."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(20, size, generator=generator, dtype=torch.float64) for size in (600, 3))
@@ -53,7 +53,7 @@ def test_moments_of_some_channels_are_as_if_there_were_no_others(channels):
     torch.testing.assert_close(whole.target_mean, y.mean(0))
 
 
-def test_moments_without_a_part_are_those_of_the_rest_and_with_it_the_whole():
+def test_moments_can_be_split_and_merged():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(20, size, generator=generator) for size in (7, 3))
     whole, part, rest = (Moments(7, outputs=3) for _ in range(3))

@@ -51,7 +51,7 @@ def moments(x):
 # 150 channels make more than one panel of 128 and cross the point where what was removed is dropped.
 @pytest.mark.parametrize("c", [1, 2, 6, 150])
 @pytest.mark.parametrize("samples", [400, 60])
-def test_panels_change_nothing(c, samples):
+def test_panels_do_not_change_the_result(c, samples):
     weight, x = problem(seed=c, out=40, channels=150, samples=samples)
     assert_same(weight, moments(x), c)
 
@@ -59,7 +59,7 @@ def test_panels_change_nothing(c, samples):
 @pytest.mark.parametrize("panel", [1, 7, 30])
 @pytest.mark.parametrize("compact", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("c", [1, 3])
-def test_neither_the_width_of_a_panel_nor_when_the_removed_are_dropped_matters(monkeypatch, panel, compact, c):
+def test_panel_width_and_compaction_do_not_change_the_result(monkeypatch, panel, compact, c):
     monkeypatch.setattr(MODULE, "_PANEL", panel)
     monkeypatch.setattr(MODULE, "_COMPACT", compact)
     weight, x = problem(out=9, channels=60, samples=40)
@@ -68,7 +68,7 @@ def test_neither_the_width_of_a_panel_nor_when_the_removed_are_dropped_matters(m
 
 @pytest.mark.parametrize("stop", [0, 1, 20, 60, 99])
 @pytest.mark.parametrize("c", [1, 2])
-def test_stopped_early_it_has_removed_the_same(monkeypatch, stop, c):
+def test_stopping_early_removes_the_same_units(monkeypatch, stop, c):
     monkeypatch.setattr(MODULE, "_PANEL", 16)
     weight, x = problem(out=9, channels=60)
     assert len(greedy_removal(weight, moments(x), c, stop=stop)[0]) == min(stop, 60 // c)
@@ -76,7 +76,7 @@ def test_stopped_early_it_has_removed_the_same(monkeypatch, stop, c):
 
 
 @pytest.mark.parametrize("c", [1, 2])
-def test_dead_channels_go_first_and_cost_nothing_to_speak_of(c):
+def test_dead_channels_go_first_at_negligible_cost(c):
     weight, x = problem(out=9, channels=160, samples=500)
     x[:, 20:24] = 0
     weight[:, 40:44] = 0  # read by nobody: what is removed before may give it a weight
@@ -88,7 +88,7 @@ def test_dead_channels_go_first_and_cost_nothing_to_speak_of(c):
 
 
 @pytest.mark.parametrize("c", [1, 4])
-def test_a_dead_block_and_a_weight_of_zeros_are_ordered(c):
+def test_dead_blocks_and_zero_weights_are_ordered(c):
     weight, x = problem(channels=160)
     for W, G in ((weight, torch.zeros(160, 160).double()), (torch.zeros_like(weight), moments(x))):
         order, costs = greedy_removal(W, G, c)
@@ -98,13 +98,13 @@ def test_a_dead_block_and_a_weight_of_zeros_are_ordered(c):
 
 
 @pytest.mark.parametrize("c", [1, 2])
-def test_of_equal_units_the_first_goes_first(c):
+def test_ties_remove_the_first_unit_first(c):
     order, costs = greedy_removal(torch.ones(3, 160).double(), torch.eye(160).double(), c, damping=1.0)
     assert order.tolist() == list(range(160 // c))
     torch.testing.assert_close(costs, torch.full((160 // c,), 6.0 * c).double())
 
 
-def test_of_twins_one_goes_for_next_to_nothing_and_the_other_takes_its_weight():
+def test_one_of_two_twins_is_nearly_free_and_the_other_takes_its_weight():
     weight, x = problem(out=9, channels=80, samples=500)
     x, weight = torch.cat([x, x], 1), torch.cat([weight, weight], 1)
     order, costs = greedy_removal(weight, moments(x), 1, damping=1e-6)
@@ -121,7 +121,7 @@ def test_of_twins_one_goes_for_next_to_nothing_and_the_other_takes_its_weight():
         *itertools.product([1, 4], [30], [1e6], [1e-4, 1e-9]),  # cancellation takes all that float64 has
     ],
 )
-def test_costs_are_finite_and_not_negative_whatever_is_lost_to_rounding(c, samples, scale, damping):
+def test_costs_are_finite_and_nonnegative_despite_rounding(c, samples, scale, damping):
     weight, x = problem(out=9, channels=160, samples=samples)
     x[:, 5] *= scale  # a massive activation, as trained models have them
     x[:, 9] = x[:, 5]
@@ -133,7 +133,7 @@ def test_costs_are_finite_and_not_negative_whatever_is_lost_to_rounding(c, sampl
 
 
 @pytest.mark.parametrize("c", [1, 4])
-def test_the_sum_of_the_costs_is_the_error_of_the_refitted_weight(c):
+def test_costs_sum_to_the_error_of_the_refitted_weight(c):
     """Against least squares on what is left, which knows nothing of the updates; a massive activation and all."""
     weight, x = problem(out=9, channels=160, samples=90)
     x[:, 5] *= 1e4
@@ -149,7 +149,7 @@ def test_the_sum_of_the_costs_is_the_error_of_the_refitted_weight(c):
         total = float(costs[: n // c].sum())
 
 
-def test_a_gram_matrix_that_is_none_is_refused():
+def test_an_invalid_gram_matrix_is_refused():
     weight, x = problem()
     with pytest.raises(ValueError, match="not finite"):
         greedy_removal(weight, moments(x) * torch.nan, 1)
@@ -167,7 +167,7 @@ def error_of(weight, gram, kept):
 
 
 @pytest.mark.parametrize("units", [[0, 1, 2, 3], [1, 3]])
-def test_each_round_takes_of_every_unit_the_member_that_is_cheapest_then(units):
+def test_each_round_removes_the_cheapest_member_of_every_unit(units):
     """Against every choice there is, refitted from the start each time."""
     weight, x = problem(out=9, channels=24, samples=80)
     size, c = Size(4, 3), 2

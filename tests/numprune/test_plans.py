@@ -23,7 +23,7 @@ def test_plan_round_trips(plan, tmp_path):
     assert read_plan(tmp_path / "plan.json") == plan
 
 
-def test_where_the_calibration_rows_are_from_is_kept(plan, tmp_path):
+def test_the_source_of_the_calibration_rows_is_recorded(plan, tmp_path):
     assert plan.calibration.draw is None
     drawn = plan.drawn(Draw(text=["train.txt"], seed=7))
     drawn.write(tmp_path / "plan.json")
@@ -51,7 +51,7 @@ def test_a_plan_of_an_earlier_version_is_read(plan, tmp_path, version):
     }
 
 
-def test_what_a_plan_keeps_of_a_block_is_what_was_kept():
+def test_a_plan_records_the_kept_units():
     block = read_anatomy(build_tiny().config).blocks[0]
     every = torch.arange(2)
     for kept in (
@@ -95,7 +95,7 @@ def test_damaged_plans_are_refused_with_the_field(plan, tmp_path, change, messag
         read_plan(tmp_path / "plan.json")
 
 
-def test_missing_and_cut_plans_are_refused(plan, tmp_path):
+def test_missing_and_truncated_plans_are_refused(plan, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         read_plan(tmp_path / "none.json")
     (tmp_path / "plan.json").write_text(plan.model_dump_json()[:100])

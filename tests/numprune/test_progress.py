@@ -31,7 +31,7 @@ def test_a_line_every_30_seconds(clock: list[float], caplog: pytest.LogCaptureFi
     assert len(caplog.messages) == 33  # of 1,300 s; the last one is not told when all is done
 
 
-def test_short_loops_say_nothing(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_short_loops_log_nothing(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "numprune")
     with Progress(4, "evaluate", "window") as bar:
         for _ in range(4):
@@ -51,7 +51,7 @@ def test_time_left(clock: list[float], caplog: pytest.LogCaptureFixture, seconds
     assert caplog.messages == [f"prune: 1 of 2 layers, about {left} left"]
 
 
-def test_a_bar_needs_no_semaphore_of_the_system(tmp_path: Path) -> None:
+def test_a_progress_bar_needs_no_system_semaphore(tmp_path: Path) -> None:
     """A child that is ended would leave it behind, and Python would say so after our own message."""
     script = tmp_path / "script.py"
     script.write_text(

@@ -34,7 +34,7 @@ def output_kl(options):
 
 
 @pytest.mark.parametrize("criterion", ["random", "wanda", "numerical", "obs"])
-def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
+def test_compensation_brings_outputs_closer_to_the_dense_model(criterion):
     none, oneshot, sequential, residual, joint = (
         output_error(PruneOptions(0.55, criterion, compensation=name, target=Target(align=32)))  # only one split
         for name in ("none", "oneshot", "sequential", "residual", "joint")
@@ -44,7 +44,7 @@ def test_compensation_brings_the_outputs_closer_to_the_dense_model_s(criterion):
     assert joint < residual < sequential
 
 
-def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():
+def test_residual_fits_each_block_to_the_remaining_stream_error():
     dense, options = build_tiny(), PruneOptions(0.3, compensation="residual", damping=0, target=Target(align=1))
     pruned = prune(build_tiny(), ROWS, options).model
     streams, inputs = {}, {}
@@ -73,14 +73,14 @@ def test_residual_fits_each_block_to_what_the_residual_stream_still_misses():
     ("compensation", "expected"),
     [("none", {None}), ("oneshot", {0.01, None}), ("joint", {0.01, 0.1, 1.0, 10.0, 100.0})],
 )
-def test_the_plan_says_what_damping_each_block_was_fitted_with(compensation, expected):
+def test_the_plan_records_the_damping_of_each_block(compensation, expected):
     options = PruneOptions(0.4, compensation=compensation, damping=0.01, target=Target(align=1))
     found = {block.damping for block in prune(build_tiny(), ROWS, options).plan.blocks.values()}
     assert found <= expected
     assert compensation != "joint" or found != {0.01}  # so few rows call for more than the least
 
 
-def test_residual_lets_a_block_that_loses_nothing_give_what_others_lost():
+def test_residual_lets_an_intact_block_compensate_for_others():
     options = PruneOptions(0.1, compensation="residual", allocation="error", criterion="obs", target=Target(align=1))
     model = build_tiny()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_error_allocation_loses_less_than_an_even_one():
 
 
 @pytest.mark.parametrize(("small", "kept"), [("self_attn.o_proj", (1, 88)), ("mlp.down_proj", (2, 56))])
-def test_uniform_takes_from_the_kind_of_block_that_the_loss_minds_less(small, kept):
+def test_uniform_prunes_the_kind_of_block_with_the_smaller_loss(small, kept):
     model = build_tiny()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -130,7 +130,7 @@ def test_uniform_takes_from_the_kind_of_block_that_the_loss_minds_less(small, ke
         (PruneOptions(0.3, allocation="error", compensation="oneshot"), 2),
     ],
 )
-def test_where_uniform_prices_no_splits_the_plan_has_none(monkeypatch, options, groups):
+def test_a_plan_has_no_splits_if_uniform_prices_none(monkeypatch, options, groups):
     if options.allocation == "uniform":
         monkeypatch.setattr(sensitivity, "measure", lambda *_args, **_how: pytest.fail("gradients were measured"))
     assert prune(build_tiny(num_key_value_heads=groups), ROWS, options).plan.splits is None
@@ -143,14 +143,14 @@ def test_batch_size_does_not_change_the_result():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_ratio_zero_leaves_the_model_as_it_is():
+def test_ratio_zero_leaves_the_model_unchanged():
     result = prune(build_tiny(), ROWS, PruneOptions(0.0))
     assert result.prunable_ratio_removed == 0
     for a, b in zip(result.model.parameters(), build_tiny().parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_plan_records_how_it_came_about():
+def test_a_plan_records_its_provenance():
     plan = prune(build_tiny(), ROWS, PruneOptions(0.3, criterion="obs", seed=7)).plan
     assert (plan.family, plan.criterion, plan.ratio, plan.seed) == ("llama", "obs", 0.3, 7)
     assert (plan.calibration.rows, plan.calibration.sequence_length) == (16, 32)
@@ -167,7 +167,7 @@ def test_plan_records_how_it_came_about():
         (PruneOptions(0.999), "at most"),
     ],
 )
-def test_options_that_cannot_work_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         prune(build_tiny(), ROWS, options)
 
@@ -190,7 +190,7 @@ def test_too_few_calibration_tokens_for_either_kind_of_block_warn(caplog, rows, 
 
 
 @pytest.mark.parametrize("compensation", ["none", "bias"])
-def test_without_least_squares_few_tokens_do_not_warn_of_them(caplog, compensation):
+def test_without_least_squares_few_tokens_do_not_warn(caplog, compensation):
     prune(build_tiny(), ROWS[:2], PruneOptions(0.3, compensation=compensation))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -214,7 +214,7 @@ def known_of(rows, taylor=False):
         ("taylor", "global", "none"),
     ],
 )
-def test_what_is_known_gives_what_collecting_it_gives(criterion, allocation, compensation):
+def test_precomputed_moments_give_the_same_result(criterion, allocation, compensation):
     options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
     known = known_of(ROWS, taylor=criterion == "taylor")
     collected, given = prune(build_tiny(), ROWS, options), prune(build_tiny(), ROWS, options, known)
@@ -231,7 +231,7 @@ def test_what_is_known_gives_what_collecting_it_gives(criterion, allocation, com
         ("obs", "error", "none", True),
     ],
 )
-def test_what_is_known_is_used_where_it_is_said_to_be(criterion, allocation, compensation, gradients):
+def test_precomputed_moments_are_used(criterion, allocation, compensation, gradients):
     """Of other rows: then the result is those rows'."""
     options = PruneOptions(0.4, criterion, allocation, compensation, target=Target(align=1))
     assert uses_gradients(options) is gradients
@@ -242,7 +242,7 @@ def test_what_is_known_is_used_where_it_is_said_to_be(criterion, allocation, com
         assert torch.equal(a, b)
 
 
-def test_taylor_keeps_the_units_whose_parameters_autograd_finds_most_salient():
+def test_taylor_keeps_the_most_salient_units_by_autograd():
     model = build_tiny()
     model(input_ids=ROWS, use_cache=False, labels=ROWS).loss.backward()
     plan = prune(build_tiny(), ROWS, PruneOptions(0.4, "taylor", "uniform", "none", target=Target(align=1))).plan

@@ -23,7 +23,7 @@ def text_rows(documents=25, length=32):
     return token_rows(texts, byte_tokenizer(), length)
 
 
-def test_perplexity_is_that_of_the_definition():
+def test_perplexity_matches_its_definition():
     model, rows = build_tiny(), text_rows(4)
     total, count = 0.0, 0
     for row in rows.rows:
@@ -36,7 +36,7 @@ def test_perplexity_is_that_of_the_definition():
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
-def test_a_model_against_itself_differs_in_nothing():
+def test_a_model_against_itself_has_no_difference():
     rows = text_rows()
     result = compare(build_tiny(), build_tiny(), rows)
     assert result.metrics["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
@@ -64,7 +64,7 @@ def test_comparison_agrees_with_two_evaluations_and_a_direct_kl():
 
 
 @pytest.mark.parametrize("positions", [1, 7, 10_000])
-def test_figures_do_not_depend_on_how_many_logits_are_computed_at_a_time(monkeypatch, positions):
+def test_figures_do_not_depend_on_the_logit_chunk_size(monkeypatch, positions):
     candidate, baseline, rows = build_tiny("qwen2", seed=1), build_tiny("qwen2"), text_rows(6)
     whole = compare(candidate, baseline, rows)
     sizes = []
@@ -89,7 +89,7 @@ def test_figures_do_not_depend_on_how_many_logits_are_computed_at_a_time(monkeyp
     ],
 )
 @torch.no_grad()
-def test_the_head_does_all_that_the_model_does_with_its_hidden_states(family, overrides):
+def test_the_head_matches_the_model_s_own_forward_pass(family, overrides):
     model, tokens = build_tiny(family, **overrides), torch.arange(20).view(2, 10)
     found = CAUSAL.predictions(model)
     hidden = found.states([0, 1], tokens)
@@ -97,7 +97,7 @@ def test_the_head_does_all_that_the_model_does_with_its_hidden_states(family, ov
     torch.testing.assert_close(found.head(hidden.flatten(0, 1)), model(tokens).logits[:, :-1].flatten(0, 1))
 
 
-def test_a_head_keeps_nothing_else_of_its_model_alive():
+def test_a_head_keeps_no_other_part_of_its_model_alive():
     model = build_tiny()
     layer = weakref.ref(model.model.layers[0])
     head = head_of(model)
@@ -107,7 +107,7 @@ def test_a_head_keeps_nothing_else_of_its_model_alive():
     assert head(torch.zeros(3, 64)).shape == (3, 259)
 
 
-def test_documents_are_the_sampling_unit_only_when_there_are_enough():
+def test_documents_are_the_sampling_unit_only_if_there_are_enough():
     few = compare(build_tiny(seed=1), build_tiny(), text_rows(4)).loss_delta
     assert few.sampling_unit == "window"
     assert few.samples == len(text_rows(4).rows)
@@ -156,7 +156,7 @@ def test_bootstrap_is_close_to_the_normal_interval_and_seeded():
     assert estimate == bootstrap_mean(sums, counts, "document", seed=3)
 
 
-def test_bounds_of_few_units_are_students_and_wider_where_the_units_are_skewed():
+def test_bounds_over_few_units_are_studentized_and_wider_for_skewed_units():
     generator = np.random.default_rng(1)
     counts = np.full(8, 10)
     x = generator.normal(0.0, 1.0, 8)
@@ -174,7 +174,7 @@ def test_bounds_of_few_units_are_students_and_wider_where_the_units_are_skewed()
     assert mirrored.interval95[0] == pytest.approx(-skewed.interval95[1])
 
 
-def test_one_long_document_has_the_say_but_is_not_taken_for_certain():
+def test_one_long_document_dominates_the_mean_but_not_the_certainty():
     """One document with nine tenths of the tokens: the mean rests on little more than one sample."""
     generator = np.random.default_rng(2)
     counts = np.array([5000, *[80] * 7])
@@ -185,7 +185,7 @@ def test_one_long_document_has_the_say_but_is_not_taken_for_certain():
     assert missed <= 0.05 * 600
 
 
-def test_spread_is_unbiased_and_its_degrees_of_freedom_are_satterthwaites():
+def test_spread_is_unbiased_with_satterthwaite_degrees_of_freedom():
     generator = np.random.default_rng(3)
     n, draws = 12, 200_000
     lengths = np.exp(generator.normal(size=n))
@@ -202,19 +202,19 @@ def test_spread_is_unbiased_and_its_degrees_of_freedom_are_satterthwaites():
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_very_few_units_are_bounded_widely(n):
+def test_very_few_units_give_wide_bounds(n):
     estimate = bootstrap_mean(np.arange(1.0, n + 1), np.full(n, 2), "document")
     spread = np.arange(1.0, n + 1).std(ddof=1) / 2 / math.sqrt(n)
     assert spread * stats.t.ppf(0.95, n - 1) * 0.999 <= estimate.ci95_upper - estimate.value < math.inf
 
 
-def test_one_document_of_one_window_bounds_nothing():
+def test_a_single_window_gives_no_bounds():
     estimate = bootstrap_mean(np.array([1.0]), np.array([4]), "window")
     assert estimate.value == 0.25
     assert estimate.ci95_upper == math.inf
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_unscorable_input_is_refused():
     model = build_tiny()
     with pytest.raises(InputError, match="token 400 is outside the model's vocabulary of 259"):
         evaluate(model, TokenRows([torch.tensor([1, 400])], [0], ["a"], ""))
@@ -224,7 +224,7 @@ def test_what_cannot_be_scored_is_refused():
         compare(model, build_tiny(vocab_size=300), text_rows(2))
 
 
-def test_a_model_of_nan_is_an_error_not_a_figure():
+def test_a_nan_model_is_an_error():
     model = build_tiny()
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan

@@ -13,7 +13,7 @@ from tests.conftest import build_tiny
 ROWS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def test_tensors_of_later_layers_move_down_and_the_dropped_ones_are_not_there():
+def test_later_tensors_are_renumbered_and_dropped_ones_are_absent():
     names = {f"gpt_neox.layers.{layer}.mlp": layer for layer in (0, 2, 9, 10, 11)}
     names |= {"gpt_neox.embed_in.weight": -1, "embed_out.weight": -2}
     assert renumber_tensors(names, "gpt_neox.layers", [2, 10]) == {
@@ -27,7 +27,7 @@ def test_tensors_of_later_layers_move_down_and_the_dropped_ones_are_not_there():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(("dropped", "first"), [([0], 1), ([1, 3], 1), ([3], 2), ([0, 1], 0)])
-def test_windows_begin_behind_as_many_layers_as_are_left_of_the_first(family, dropped, first):
+def test_window_counts_follow_the_remaining_first_layers(family, dropped, first):
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     model = build_tiny(family, num_hidden_layers=4, **windows)
     with replaced([model.model.layers[layer] for layer in dropped], lambda hidden, *_, **__: hidden), torch.no_grad():

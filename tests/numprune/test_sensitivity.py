@@ -35,7 +35,7 @@ def gradients_of(model):
 
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_both_sums_are_autograd_s_of_the_whole_model(family):
+def test_both_sums_match_autograd_on_the_whole_model(family):
     model = build_tiny(family)
     found = measure(ModelLayers(model), ROWS, batch_size=2, taylor=True)
     for name, gradient in gradients_of(model).items():
@@ -55,7 +55,7 @@ def test_both_sums_are_autograd_s_of_the_whole_model(family):
         torch.testing.assert_close(found.taylor[block.name].sum(1).float(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_all_rows_at_once_or_batch_by_batch_is_the_same():
+def test_batching_does_not_change_the_result():
     class Read(ModelLayers):
         resident = False
 
@@ -66,7 +66,7 @@ def test_all_rows_at_once_or_batch_by_batch_is_the_same():
         torch.testing.assert_close(parts.taylor[name], whole.taylor[name], rtol=1e-4, atol=1e-9)
 
 
-def test_a_layer_that_skips_both_blocks_lets_the_gradient_through():
+def test_gradients_pass_through_a_layer_that_skips_both_blocks():
     with torch.no_grad():
         model = shortgpt(build_tiny(num_hidden_layers=3), ROWS, 0.3, 8).model
     assert sum(block.units > 0 for block in read_anatomy(model.config).blocks) == 4
@@ -82,7 +82,7 @@ def test_a_layer_that_skips_both_blocks_lets_the_gradient_through():
         )
 
 
-def test_frozen_parameters_are_measured_too():
+def test_frozen_parameters_are_measured():
     frozen = measure(ModelLayers(build_tiny().requires_grad_(False)), ROWS, taylor=True)
     for name, score in measure(ModelLayers(build_tiny()), ROWS, taylor=True).taylor.items():
         assert torch.equal(frozen.taylor[name], score)

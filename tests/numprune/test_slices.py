@@ -13,7 +13,7 @@ def test_the_entries_of_units_in_stacked_and_interleaved_parts():
     assert interleaved.entries(kept, Size(3), part=1).tolist() == [2, 8]
 
 
-def test_of_a_part_that_is_not_divided_every_unit_keeps_all():
+def test_every_unit_keeps_undivided_parts_whole():
     """Two units of three members; a part of two entries for each member, and one of a single entry for each unit."""
     kept = Kept(torch.tensor([1]), torch.tensor([[0, 2]]))
     parts = (Extent(2, divided=True), Extent(1))

@@ -32,9 +32,7 @@ def flat(base, attention, mlp):
     seed=st.integers(0, 99),
     axes=st.sampled_from([DEFAULT_AXES, tuple(AXES)]),
 )
-def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_cheapest(
-    ratio, align, groups, seed, axes
-):
+def test_splits_are_all_that_meet_the_ratio_and_a_near_cheapest_one_is_chosen(ratio, align, groups, seed, axes):
     base = anatomy(num_hidden_layers=2, num_key_value_heads=groups, intermediate_size=320)
     allowed, errors = allowed_sizes(base, Target(align=align), Limits(axes)), random_errors(base, seed)
     try:
@@ -59,7 +57,7 @@ def test_the_splits_are_all_that_meet_the_ratio_and_the_chosen_one_is_about_the_
 
 
 @pytest.mark.parametrize(("attention", "mlp", "groups"), [(1000, 0.1, 4), (1, 1, 1)])
-def test_dear_groups_stay_and_cheap_ones_go(attention, mlp, groups):
+def test_expensive_groups_stay_and_cheap_ones_go(attention, mlp, groups):
     base = anatomy()
     allowed = allowed_sizes(base, Target(), Limits())
     kept = uniform(base, 0.3, allowed, flat(base, attention, mlp))
@@ -76,7 +74,7 @@ def test_prices_within_a_tenth_of_the_cheapest_leave_the_most_even_split(factor,
     assert kept["layers.0.attention"] == Size(groups, 2)
 
 
-def test_rounding_to_the_alignment_does_not_make_a_split_cheaper():
+def test_rounding_to_the_alignment_does_not_lower_a_price():
     """A group costs what its parameters cost in MLP channels, so that no split is cheaper than another."""
     base = anatomy()
     group, channel = (base.of_kind(kind)[0].parameters_per_unit for kind in ("attention", "mlp"))
@@ -93,7 +91,7 @@ def test_a_single_kv_group_leaves_nothing_to_choose():
     assert [split.attention for split in splits] == [Size(1, 8)]
 
 
-def test_the_nearest_ratios_are_named_where_none_meets_it():
+def test_the_nearest_ratios_are_named_if_none_meets_it():
     base = anatomy(num_key_value_heads=2, intermediate_size=64)
     allowed = allowed_sizes(base, Target(), Limits())
     message = (

@@ -52,7 +52,7 @@ def assert_generates_as_uncached(model):
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
-def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predicted(
+def test_the_sliced_model_matches_the_masked_model_round_trips_and_has_the_predicted_size(
     tiny_model, tmp_path, family, overrides, allocation
 ):
     model = tiny_model(family, **overrides)
@@ -80,7 +80,7 @@ def test_sliced_model_is_the_masked_model_round_trips_and_costs_what_was_predict
     ("family", "overrides"),
     [*((family, {}) for family in LLAMA_LIKE), ("llama", {"attention_bias": True, "mlp_bias": True})],
 )
-def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, overrides):
+def test_skipped_blocks_match_masked_blocks(tiny_model, tmp_path, family, overrides):
     model = tiny_model(family, num_hidden_layers=3, **overrides)
     before = read_anatomy(model.config)
     plan = prune(model, ROWS, PruneOptions(0.3, allocation="global", target=Target(align=1))).plan
@@ -113,7 +113,7 @@ def test_skipped_blocks_are_masked_blocks(tiny_model, tmp_path, family, override
     assert again.plan.sizes()["layers.0.attention"] == Size(0)
 
 
-def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):
+def test_worthless_blocks_can_be_removed_whole(tiny_model):
     model = tiny_model(num_hidden_layers=3)
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
     options = PruneOptions(0.3, criterion="magnitude", allocation="global", skips=True, target=Target(align=1))
@@ -125,7 +125,7 @@ def test_a_model_may_lose_whole_blocks_where_they_are_worth_nothing(tiny_model):
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("family", LLAMA_LIKE)
-def test_cached_generation_is_uncached_generation(tiny_model, family, allocation):
+def test_cached_generation_matches_uncached_generation(tiny_model, family, allocation):
     model = tiny_model(family, num_hidden_layers=3)
     pruned = prune(
         model, ROWS, PruneOptions(0.4, criterion="wanda", allocation=allocation, target=Target(align=1))
@@ -133,7 +133,7 @@ def test_cached_generation_is_uncached_generation(tiny_model, family, allocation
     assert_generates_as_uncached(pruned)
 
 
-def test_llama_whose_heads_no_longer_divide_becomes_the_same_network_as_mistral(tiny_model, tmp_path):
+def test_a_llama_whose_heads_no_longer_divide_becomes_an_equivalent_mistral(tiny_model, tmp_path):
     model = tiny_model("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     sliced = prune(model, ROWS, PruneOptions(0.25, compensation="none", target=Target(align=1))).model
     masked = logits(model)
@@ -168,7 +168,7 @@ def test_a_pruned_model_can_be_pruned_again(tiny_model):
     torch.testing.assert_close(logits(twice), logits(once), atol=1e-5, rtol=1e-5)
 
 
-def test_bias_compensation_adds_flap_s_bias(tiny_model):
+def test_bias_compensation_adds_the_flap_bias(tiny_model):
     model = tiny_model("llama", mlp_bias=False)
     dense = tiny_model("llama", mlp_bias=False)
     options = PruneOptions(0.3, criterion="flap", allocation="global", compensation="bias", target=Target(align=1))
@@ -182,7 +182,7 @@ def test_bias_compensation_adds_flap_s_bias(tiny_model):
     assert layer.up_proj.bias.abs().max() == 0
 
 
-def test_bias_compensation_is_refused_where_no_bias_can_be_held(tiny_model):
+def test_bias_compensation_is_refused_without_bias_support(tiny_model):
     with pytest.raises(InputError, match="projections of mistral cannot hold a bias"):
         prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
 

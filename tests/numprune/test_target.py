@@ -47,7 +47,7 @@ def test_the_target_decides_what_pruning_keeps():
     assert list(allowed["layers.0.attention"]) == [Size(2), Size(4), Size(6), Size(8)]  # one head cannot be halved
 
 
-def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
+def test_kv_heads_are_replicated_if_fewer_than_gpus():
     base = anatomy(num_attention_heads=8, num_key_value_heads=2)
     assert list(allowed_sizes(base, Target(tensor_parallel=4), Limits())["layers.0.attention"]) == [
         Size(1, 4),
@@ -59,18 +59,18 @@ def test_kv_heads_are_copied_where_there_are_fewer_than_gpus():
     ("target", "block"),
     [(Target(tensor_parallel=16), "attention"), (Target(align=1, quantization_group=1024), "attention")],
 )
-def test_a_target_that_no_size_suits_is_refused_before_anything_is_done(target, block):
+def test_a_target_that_no_size_suits_is_refused_before_any_work(target, block):
     with pytest.raises(InputError, match=rf"layers\.0\.{block}: none of its sizes .* choose a smaller tensor_parallel"):
         allowed_sizes(anatomy(), target, Limits())
 
 
 @pytest.mark.parametrize("field", ["align", "tensor_parallel", "quantization_group"])
-def test_a_target_of_nothing_is_refused(field):
+def test_a_target_of_zero_is_refused(field):
     with pytest.raises(InputError, match=f"{field} is 0; it must be at least 1"):
         Target(**{field: 0})
 
 
-def test_the_ratio_is_held_against_what_the_target_leaves():
+def test_the_ratio_is_checked_against_the_target():
     base = anatomy(num_key_value_heads=4)
     with pytest.raises(InputError, match=r"at most 0\.5\d+ of the prunable"):
         check_ratio(base, 0.7, allowed_sizes(base, Target(align=176, tensor_parallel=2), Limits()))

@@ -10,7 +10,7 @@ from numprune.serving.benchmark.contention import Contention, StolenTime, waited
 from numprune.serving.benchmark.scheduler import ThreadTimes, standing_still, thread_times
 
 
-def test_a_machine_with_other_load_is_no_reason():
+def test_other_load_alone_is_no_reason():
     assert Contention(0.6, 0.6, stolen_share=0.1).reasons == []
     assert Contention(None, 0.02, 0.0).reasons == []
 
@@ -29,7 +29,7 @@ def test_what_makes_a_measurement_meaningless_is_named(contention, what):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's schedstat")
-def test_a_thread_that_computes_is_seen_to_run():
+def test_a_computing_thread_is_seen_running():
     before = thread_times()
     started = time.process_time()
     while time.process_time() - started < 0.1:
@@ -37,12 +37,12 @@ def test_a_thread_that_computes_is_seen_to_run():
     assert (thread_times() - before).ran_s >= 0.09
 
 
-def test_the_waited_share_is_of_all_the_time():
+def test_the_waited_share_refers_to_the_whole_time():
     assert waited_share([ThreadTimes(1.0, 3.0), ThreadTimes(3.0, 1.0)]) == 0.5
     assert waited_share([ThreadTimes(0.0, 0.0)]) is None
 
 
-def test_a_process_that_spins_stands_still_for_as_long_as_it_is_told_to():
+def test_a_spinning_process_can_be_suspended():
     spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -28,12 +28,12 @@ LOAD = EncoderLoad(batch_sizes=(1, 3), lengths=(4, 9), passes=2, repeats=4)
         ({"repeats": 5}, "must be an even number"),
     ],
 )
-def test_a_load_that_cannot_be_measured_is_refused(fields: dict[str, Any], said: str) -> None:
+def test_an_unmeasurable_load_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         EncoderLoad(**fields)
 
 
-def test_every_shape_has_texts_of_its_own_size() -> None:
+def test_every_shape_has_texts_of_its_size() -> None:
     work = LOAD.work(259)
     assert [(len(batch), len(batch[0])) for batch in work["batches"]] == [(1, 4), (3, 4), (1, 9), (3, 9)] == LOAD.shapes
     assert all(0 <= token < 259 for batch in work["batches"] for text in batch for token in text)
@@ -57,7 +57,7 @@ class Counting:
         return {}
 
 
-def test_each_batch_passes_as_often_as_asked_and_failures_are_counted_by_text() -> None:
+def test_every_batch_runs_the_requested_passes_and_failures_count_per_text() -> None:
     encoder = Counting()
     batches = [torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8]])]
     found = encode(encoder, batches, 3)
@@ -76,7 +76,7 @@ def repeat(scale: float, failed: int = 0) -> Passes:
     return Passes(tuple(passes), 1.0, 0.0)
 
 
-def test_a_section_has_every_shape_and_the_first_beside_them() -> None:
+def test_a_section_has_every_shape_and_the_first_as_default() -> None:
     look = Look([repeat(2.0)] * 4, [repeat(1.0)] * 4)
     section = passes_section(LOAD, [look], {"baseline": {}})
     speed = RuntimeSpeed.model_validate(section)
@@ -92,7 +92,7 @@ def test_a_section_has_every_shape_and_the_first_beside_them() -> None:
     assert [Passes.from_json(json.loads(json.dumps(one.to_json()))) for one in look.baseline] == look.baseline
 
 
-def test_a_repeat_with_a_failed_text_enters_no_ratio_of_its_shape() -> None:
+def test_a_repeat_with_a_failed_text_is_excluded_from_its_shape() -> None:
     looks = [Look([repeat(2.0)] * 4, [repeat(1.0, failed=1), *[repeat(1.0)] * 3])]
     speed = RuntimeSpeed.model_validate(passes_section(LOAD, looks, {}))
     assert speed.failed_requests == speed.shapes["3x9"].failed_requests == 2

@@ -12,7 +12,7 @@ from numprune.serving.benchmark.estimators import (
 )
 
 
-def test_ratio_is_the_geometric_mean_with_students_bounds():
+def test_the_ratio_is_the_geometric_mean_with_student_bounds():
     baseline = [10.0, 20.0, 40.0, 10.0]
     candidate = [11.0, 25.0, 44.0, 13.0]
     logs = np.log(candidate) - np.log(baseline)
@@ -27,14 +27,14 @@ def test_ratio_is_the_geometric_mean_with_students_bounds():
     assert (ratio["samples"], ratio["sampling_unit"]) == (4, "repeat")
 
 
-def test_what_both_sides_of_a_pair_share_does_not_count():
+def test_common_effects_of_a_pair_cancel():
     drift = np.array([1.0, 3.0, 0.2, 7.0])
     ratio = paired_ratio(list(1.5 * drift), list(drift))
     assert ratio["interval95"] == pytest.approx([1.5, 1.5])
 
 
 @pytest.mark.parametrize("noise", ["normal", "skewed"])
-def test_intervals_cover_the_truth_as_often_as_they_promise(noise):
+def test_intervals_have_nominal_coverage(noise):
     """Ten pairs, a drift both sides share, true ratio 1.2; "skewed" timings have exponential delays on top."""
     generator = np.random.default_rng(0)
     covered = below = above = 0
@@ -54,7 +54,7 @@ def test_intervals_cover_the_truth_as_often_as_they_promise(noise):
 
 
 @pytest.mark.parametrize("stalls", [0.0, 0.1])
-def test_noise_floor_holds_what_a_baseline_does_against_itself(stalls):
+def test_the_noise_floor_covers_the_baseline_against_itself(stalls):
     """Also where one repeat in ten stalls: what the few neighbours missed, the pairs have seen."""
     generator = np.random.default_rng(1)
     inside = 0
@@ -70,7 +70,7 @@ def test_noise_floor_holds_what_a_baseline_does_against_itself(stalls):
     assert inside / experiments <= 0.995
 
 
-def test_noise_floor_is_the_neighbours_or_the_pairs_whichever_says_more():
+def test_the_noise_floor_is_the_larger_of_neighbours_and_pairs():
     still = [(1.0, 1.2)] * 4  # pairs that do not vary say nothing of noise
     alone = noise_floor([(1.0, 1.1), (1.0, 0.9)], still)
     logs = np.log([1.1, 0.9])
@@ -82,12 +82,12 @@ def test_noise_floor_is_the_neighbours_or_the_pairs_whichever_says_more():
     assert noise_floor([(1.0, 1.01)] * 4, varying)["relative"] == pytest.approx(half_width)
 
 
-def test_noise_floor_of_an_order_effect_is_not_zero():
+def test_an_order_effect_raises_the_noise_floor():
     assert noise_floor([(1.0, 1.1), (1.0, 1.1)], [(1.0, 1.0)] * 4)["relative"] > 0.1
     assert noise_floor([(1.0, 1.0)], [(1.0, 1.0)] * 4) == {"relative": 0.0, "neighbours": 1}
 
 
-def test_percentiles_only_with_the_samples_they_need():
+def test_percentiles_need_enough_samples():
     assert [samples_needed(percentile) for percentile in (50, 90, 95, 99)] == [6, 29, 59, 299]
     assert percentiles([]) == {"samples": 0}
     assert percentiles([1.0] * 5) == {"samples": 5}
@@ -98,7 +98,7 @@ def test_percentiles_only_with_the_samples_they_need():
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -2.0], [1.0, math.nan], [1.0, math.inf], [1.0]])
-def test_what_is_no_time_is_refused(bad):
+def test_invalid_times_are_refused(bad):
     with pytest.raises(ValueError):
         paired_ratio(bad, [1.0, 1.0])
     with pytest.raises(ValueError):

@@ -23,7 +23,7 @@ class Recorder:
         return self.runtime.decode(tokens)
 
 
-def test_decodes_what_the_model_would_and_never_stops_early(tiny_checkpoint):
+def test_generation_matches_the_model_and_never_stops_early(tiny_checkpoint):
     folder = tiny_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     runtime = Recorder(open_runtime("torch", folder, device="cpu"))
@@ -36,7 +36,7 @@ def test_decodes_what_the_model_would_and_never_stops_early(tiny_checkpoint):
     assert generation.e2e_ms == pytest.approx(generation.ttft_ms + sum(generation.itl_ms))
 
 
-def test_a_request_with_infinite_logits_failed(tiny_checkpoint):
+def test_a_request_with_infinite_logits_fails(tiny_checkpoint):
     folder = tiny_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from numprune.errors import InputError
 from numprune.serving.benchmark.load import Load, interleaving
 
 
-def test_every_mistake_is_named_at_once():
+def test_all_problems_are_reported_together():
     with pytest.raises(InputError) as caught:
         Load(prompts=0, output_length=1, repeats=2, seed=-1)
     message = str(caught.value)
@@ -24,12 +24,12 @@ def test_every_mistake_is_named_at_once():
         ({"repeats": True}, "must be an even number"),
     ],
 )
-def test_a_load_that_cannot_be_measured_is_refused(fields, what):
+def test_an_unmeasurable_load_is_refused(fields, what):
     with pytest.raises(InputError, match=what):
         Load(**fields)
 
 
-def test_prompts_are_the_seeds():
+def test_prompts_are_determined_by_the_seed():
     load = Load(prompts=3, prompt_length=50)
     ids = load.token_ids(259)
     assert [len(row) for row in ids] == [50, 50, 50]
@@ -39,7 +39,7 @@ def test_prompts_are_the_seeds():
     assert ids != Load(prompts=3, prompt_length=50, seed=1).token_ids(259)
 
 
-def test_positions_are_what_the_cache_must_hold():
+def test_positions_are_the_required_cache_length():
     assert Load(prompt_length=8, output_length=2).positions == 9
 
 

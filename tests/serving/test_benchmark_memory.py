@@ -15,7 +15,7 @@ def peak(request, monkeypatch):
     return made
 
 
-def test_a_peak_is_seen_after_it_has_passed(peak):
+def test_a_past_peak_is_reported(peak):
     before = memory.resident_bytes()
     block = bytearray(64 * MIB)
     for _ in range(5):  # long enough for one sample

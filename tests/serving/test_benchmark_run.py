@@ -27,7 +27,7 @@ def workers() -> list[psutil.Process]:
     return [child for child in children if "numprune.serving.benchmark.worker" in child.cmdline()]
 
 
-def test_a_candidate_beside_its_baseline(tiny_checkpoint):
+def test_a_candidate_against_its_baseline(tiny_checkpoint):
     baseline = tiny_checkpoint(name="baseline")
     candidate = tiny_checkpoint(name="candidate", intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
 
@@ -61,7 +61,7 @@ def test_a_candidate_beside_its_baseline(tiny_checkpoint):
     assert workers() == []
 
 
-def test_without_a_compiler_both_sides_decode_eagerly_and_say_why(tiny_checkpoint, tmp_path, monkeypatch):
+def test_without_a_compiler_both_sides_decode_eagerly_with_the_reason(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what was compiled before needs none
     load = Load(prompts=1, prompt_length=4, output_length=4, repeats=4)
@@ -74,13 +74,13 @@ def test_without_a_compiler_both_sides_decode_eagerly_and_say_why(tiny_checkpoin
             assert f"the {name} cannot be compiled: torch.compile failed: " in described["not_compiled"]
 
 
-def test_looks_in_different_modes_are_not_put_together():
+def test_looks_in_different_modes_are_not_pooled():
     looks = [{"speed": {"runtime": {"baseline": {"mode": mode}, "candidate": {"mode": mode}}}} for mode in MODES]
     with pytest.raises(InputError, match=r"different modes \(compiled, eager\) .* benchmark\.torch_mode = 'eager'"):
         pool(looks)
 
 
-def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint, tmp_path):
+def test_a_baseline_against_itself_has_no_clear_difference(tiny_checkpoint, tmp_path):
     """The same folder twice. Timings of a busy machine can be anything, but not half as long again on one side."""
     folder = tmp_path / "onnx"
     onnx.export(tiny_checkpoint(), folder)
@@ -91,20 +91,20 @@ def test_a_baseline_against_itself_is_told_from_no_other(tiny_checkpoint, tmp_pa
     assert any(low / 1.5 <= 1 <= high * 1.5 for low, high in intervals)
 
 
-def test_missing_folders_end_before_any_process_starts(tiny_checkpoint, tmp_path):
+def test_missing_folders_are_refused_before_any_process_starts(tiny_checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"candidate .*nowhere"):
         run_benchmark(tmp_path / "nowhere", tiny_checkpoint(), "torch", LOAD)
     assert workers() == []
 
 
-def test_a_load_beyond_the_context_ends_before_any_process_starts(tiny_checkpoint):
+def test_a_load_beyond_the_context_is_refused_before_any_process_starts(tiny_checkpoint):
     folder = tiny_checkpoint()
     with pytest.raises(InputError, match=r"need 257 positions, .*max_position_embeddings = 256"):
         run_benchmark(folder, folder, "torch", Load(prompt_length=200, output_length=58))
     assert workers() == []
 
 
-def test_what_does_not_belong_together_is_not_compared():
+def test_mismatched_checkpoints_are_not_compared():
     on_cpu = {"vocabulary": 259, "gpu": False}
     check_match(on_cpu, on_cpu)
     with pytest.raises(InputError, match="baseline has 259 tokens, that of the candidate 300"):
@@ -117,7 +117,7 @@ def is_stopped(pid):
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
 
-def test_each_side_is_measured_while_the_other_stands_still():
+def test_each_side_is_measured_while_the_other_is_suspended():
     """Two processes of a kind that never rests, each asked in its turn."""
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     batch = {"size": 1, "prompt_length": 1, "ttft_ms": 1.0, "itl_ms": [1.0], "failed": 0}
@@ -146,7 +146,7 @@ def test_each_side_is_measured_while_the_other_stands_still():
     assert turns == [a, b, b, a]
 
 
-def test_a_worker_killed_in_mid_run_ends_the_benchmark(tiny_checkpoint):
+def test_a_worker_killed_mid_run_ends_the_benchmark(tiny_checkpoint):
     folder = tiny_checkpoint()
 
     def kill_one_at_work() -> None:

@@ -40,7 +40,7 @@ def test_metrics_of_a_repeat():
     )
 
 
-def test_section_is_the_reports():
+def test_sections_have_the_report_format():
     section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8))], {"baseline": {"device": "cpu"}, "candidate": {}})
     speed = RuntimeSpeed.model_validate(section)
 
@@ -57,7 +57,7 @@ def test_section_is_the_reports():
     assert speed.baseline.decode_tokens_per_s == pytest.approx(24 / (12 * 0.010 * 6.4 / 6))
 
 
-def test_noise_floor_is_of_baseline_repeats_that_follow_each_other():
+def test_the_noise_floor_uses_consecutive_baseline_repeats():
     section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8))], {})
     # "ABBAABBAABBA": the baseline's repeats 1 and 2 (equally fast), and 3 and 4 (1.3 and 0.9), counted from 0.
     assert section["noise_floor"]["itl"]["neighbours"] == 2
@@ -69,7 +69,7 @@ def test_noise_floor_is_of_baseline_repeats_that_follow_each_other():
     )  # as the pairs say
 
 
-def test_looks_are_one_benchmark_but_no_neighbours_of_each_other():
+def test_looks_are_pooled_but_repeats_of_different_looks_are_not_neighbours():
     """Between the last repeat of one look and the first of the next the processes were started again."""
     one, other = Look(repeats(1.0), repeats(0.8)), Look([*repeats(2.0)[1:], repeats(2.0)[0]], repeats(1.0))
     apart = [speed_section(LOAD, [look], {}) for look in (one, other)]
@@ -85,12 +85,12 @@ def test_looks_are_one_benchmark_but_no_neighbours_of_each_other():
     assert both["baseline"]["by_repeat"]["itl"] == joined
 
 
-def test_a_repeat_is_kept_whole():
+def test_a_repeat_keeps_all_its_samples():
     for repeat in repeats(0.8, failed_at=(1,)):
         assert Repeat.from_json(json.loads(json.dumps(repeat.to_json()))) == repeat
 
 
-def test_failed_requests_are_counted_and_their_pairs_left_out():
+def test_failed_requests_are_counted_and_their_pairs_excluded():
     section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8, failed_at=(1, 4)))], {})
     assert section["failed_requests"] == 4
     assert section["ttft"]["ratio"]["samples"] == 4
@@ -108,7 +108,7 @@ def test_a_side_that_always_fails_has_no_ratio():
     assert speed.noise_floor == {}
 
 
-def test_memory_is_judged_by_the_higher_peak():
+def test_memory_uses_the_higher_peak():
     baseline = {"peak_bytes_load": 500, "peak_bytes_run": 400, "weight_bytes": 100, "kv_bytes_per_token": 8, "more": 1}
     candidate = {"peak_bytes_load": 200, "peak_bytes_run": 300, "weight_bytes": 70, "kv_bytes_per_token": 6}
     memory = RuntimeMemory.model_validate(memory_section(baseline, candidate))
@@ -117,14 +117,14 @@ def test_memory_is_judged_by_the_higher_peak():
     assert memory.candidate.kv_bytes_per_token == 6
 
 
-def test_a_peak_that_nobody_saw_is_no_number():
+def test_an_unknown_peak_is_null():
     unseen = {"peak_bytes_load": None, "peak_bytes_run": None, "weight_bytes": 100, "kv_bytes_per_token": 8}
     memory = RuntimeMemory.model_validate(memory_section(unseen, unseen))
     assert memory.peak_bytes.ratio is None
     assert memory.baseline.weight_bytes == 100
 
 
-def test_every_repeat_is_kept_but_those_that_failed():
+def test_every_successful_repeat_is_kept():
     section = speed_section(LOAD, [Look(repeats(1.0), repeats(0.8, failed_at=(1, 4)))], {})
     kept = section["candidate"]["by_repeat"]
     assert kept["ttft"] == pytest.approx([16.0, None, 17.6, 20.8, None, 16.0])

@@ -41,9 +41,7 @@ def nothing_stays() -> Iterator[None]:
     assert {tag for _, tag in tagged("server-")} <= before
 
 
-def test_a_candidate_beside_its_baseline_as_they_are_served(
-    vllm: Environment, tiny_checkpoint: Callable[..., Path]
-) -> None:
+def test_a_served_candidate_against_its_baseline(vllm: Environment, tiny_checkpoint: Callable[..., Path]) -> None:
     # vLLM's CPU kernels want heads of 32 and more.
     baseline = tiny_checkpoint(name="dense", head_dim=32)
     candidate = tiny_checkpoint(name="pruned", head_dim=32, num_attention_heads=2, num_key_value_heads=1)

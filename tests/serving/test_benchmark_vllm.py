@@ -51,7 +51,7 @@ def test_a_load_out_of_range_is_refused(field: str, value: object) -> None:
         ServedLoad(**{field: value})
 
 
-def test_the_trace_has_every_request_once_and_another_seed_other_prompts() -> None:
+def test_the_trace_has_every_request_once_and_depends_on_the_seed() -> None:
     lines = [json.loads(line) for line in LOAD.trace().splitlines()]
     assert len(lines) == LOAD.requests(2) == 4
     assert {(line["input_length"], line["output_length"], line["timestamp"]) for line in lines} == {(10, 4, 0)}
@@ -102,13 +102,13 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
     assert set(METRICS) == set(read(tmp_path, result()).metrics())
 
 
-def test_tokens_that_came_at_once_all_count(tmp_path: Path) -> None:
+def test_tokens_that_arrive_together_all_count(tmp_path: Path) -> None:
     packed = read(tmp_path, result(itls=[[0.03, 0.03]] * 4))
     assert packed.metrics()["tpot"] == pytest.approx(20.0)
     assert packed.metrics()["itl"] == pytest.approx(30.0)
 
 
-def test_tokens_that_were_read_together_are_seen(tmp_path: Path) -> None:
+def test_tokens_that_were_read_together_are_detected(tmp_path: Path) -> None:
     assert packed_share([read(tmp_path, result())]) == 0
     assert packed_share([read(tmp_path, result(itls=[[0.03, 0.03]] * 4))]) == pytest.approx(1 / 3)
     one_by_one, at_once = read(tmp_path, result()), read(tmp_path, result(itls=[[3e-6] * 3] * 4))
@@ -130,14 +130,14 @@ def test_tokens_that_were_read_together_are_seen(tmp_path: Path) -> None:
         {"errors": ["", "Traceback …\nConnectionRefusedError: refused", "", ""], "completed": 3, "failed": 1},
     ],
 )
-def test_a_request_that_did_not_give_all_that_was_asked_for_has_failed(tmp_path: Path, changes: Json) -> None:
+def test_an_incomplete_response_counts_as_failed(tmp_path: Path, changes: Json) -> None:
     found = read(tmp_path, result(**changes))
     assert (found.failed, len(found.succeeded)) == (1, 3)
     if "errors" in changes:
         assert found.errors[0].endswith("ConnectionRefusedError: refused")
 
 
-def test_a_run_in_which_all_failed_has_no_figures(tmp_path: Path) -> None:
+def test_a_run_where_all_requests_failed_has_no_figures(tmp_path: Path) -> None:
     found = read(tmp_path, result(output_lens=[0] * 4, itls=[[]] * 4, completed=0, failed=4, request_goodput=0.0))
     assert found.failed == 4
     figures = found.metrics()
@@ -161,7 +161,7 @@ def test_a_run_in_which_all_failed_has_no_figures(tmp_path: Path) -> None:
         json.dumps({key: value for key, value in result().items() if key != "errors"}),
     ],
 )
-def test_a_file_that_does_not_tell_of_every_request_is_refused(tmp_path: Path, content: Json | str) -> None:
+def test_a_result_file_that_misses_requests_is_refused(tmp_path: Path, content: Json | str) -> None:
     with pytest.raises(IntegrityError, match=r"result\.json of vllm bench serve"):
         read(tmp_path, content)
 
@@ -193,7 +193,7 @@ def looks(baseline: dict[int, list[Requests]], candidate: dict[int, list[Request
     return {concurrency: [Look(baseline[concurrency], candidate[concurrency])] for concurrency in LOAD.concurrency}
 
 
-def test_section_is_the_reports_at_every_concurrency() -> None:
+def test_sections_have_the_report_format_at_every_concurrency() -> None:
     section = speed_section(LOAD, looks(levels(1.0), levels(0.8)), {"vllm": "0.32.0"})
     speed = RuntimeSpeed.model_validate(json.loads(json.dumps(section, allow_nan=False)))
 
@@ -214,7 +214,7 @@ def test_section_is_the_reports_at_every_concurrency() -> None:
     assert speed.baseline.goodput_requests_per_s == pytest.approx(2.0)
 
 
-def test_looks_at_servers_are_one_benchmark() -> None:
+def test_looks_at_servers_are_pooled() -> None:
     """As read from two stages."""
 
     def stage(scale: float) -> Json:
@@ -239,7 +239,7 @@ def test_looks_at_servers_are_one_benchmark() -> None:
         assert found.baseline.ttft_ms.samples == 12 * LOAD.requests(int(level))
 
 
-def test_without_a_good_request_there_is_no_ratio_of_goodput() -> None:
+def test_without_a_good_request_there_is_no_goodput_ratio() -> None:
     section = speed_section(LOAD, looks(levels(1.0, goodput=0.0), levels(0.8)), {})
     assert "goodput_requests_per_s" not in section
     assert "goodput_requests_per_s" not in section["noise_floor"]
@@ -253,7 +253,7 @@ def gate_outcome(report_json: Json, section: Json, metric: str) -> str:
 
 
 @pytest.mark.parametrize("way", ["", "concurrency.2."])
-def test_gates_reach_every_concurrency_and_mind_its_noise(report_json: Json, way: str) -> None:
+def test_gates_apply_to_every_concurrency_with_its_noise_floor(report_json: Json, way: str) -> None:
     metric = f"speed.vllm.{way}output_tokens_per_s.ratio"
     section = speed_section(LOAD, looks(levels(1.0), levels(0.8)), {})
     for level in (section, *section["concurrency"].values()):
@@ -265,13 +265,13 @@ def test_gates_reach_every_concurrency_and_mind_its_noise(report_json: Json, way
 
 
 @pytest.mark.parametrize("way", ["", "concurrency.1.", "concurrency.2."])
-def test_no_gate_passes_beside_a_failed_request_at_any_concurrency(report_json: Json, way: str) -> None:
+def test_a_failed_request_at_any_concurrency_fails_every_gate(report_json: Json, way: str) -> None:
     section = speed_section(LOAD, looks(levels(1.0), {1: repeats(0.8, 1), 2: repeats(0.8, 2, failed_at=3)}), {})
     assert (section["failed_requests"], section["concurrency"]["1"]["failed_requests"]) == (1, 0)
     assert gate_outcome(report_json, section, f"speed.vllm.{way}output_tokens_per_s.ratio") == "fail"
 
 
-def test_memory_section_compares_what_the_same_memory_holds() -> None:
+def test_the_memory_section_compares_the_capacity_of_equal_memory() -> None:
     before = Footprint(2000, KvCache(100, 10, 10), 6400, 5000, 7000)
     after = Footprint(1500, KvCache(160, 16, 10), 6400, 4000, 3500)
     memory = RuntimeMemory.model_validate(memory_section(before, after))
@@ -333,7 +333,7 @@ def test_the_kv_cache_is_read_from_the_metrics(max_model_len: int, concurrency: 
         INFO.replace("170", "0"),
     ],
 )
-def test_metrics_that_do_not_tell_are_refused(text: str) -> None:
+def test_incomplete_metrics_are_refused(text: str) -> None:
     with pytest.raises(IntegrityError, match="/metrics of vLLM"):
         parse_kv_cache(text, 512)
 
@@ -341,7 +341,7 @@ def test_metrics_that_do_not_tell_are_refused(text: str) -> None:
 # --- before any server -----------------------------------------------------------------------------
 
 
-def test_what_cannot_be_compared_ends_before_any_server_starts(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_incomparable_models_are_refused_before_any_server_starts(tiny_checkpoint: Any, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     other = tiny_checkpoint(name="other", vocab_size=300)
     with pytest.raises(InputError, match=r"candidate .*nowhere"):

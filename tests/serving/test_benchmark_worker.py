@@ -49,7 +49,7 @@ def test_a_worker_loads_works_and_ends(tiny_checkpoint):
     assert wait_until_gone(worker.pid, seconds=0.1)
 
 
-def test_a_worker_killed_at_work_is_told_of(tiny_checkpoint):
+def test_a_killed_worker_is_reported(tiny_checkpoint):
     with start_worker("candidate", timeout_s=300) as worker:
         worker.ask("load", folder=str(tiny_checkpoint()), runtime="torch", device="cpu", threads=1)
         worker.ask("prepare", token_ids=[[1, 2, 3]] * 2000, batch_size=1, output_length=100)
@@ -59,13 +59,13 @@ def test_a_worker_killed_at_work_is_told_of(tiny_checkpoint):
             worker.receive()
 
 
-def test_a_crash_ends_with_its_last_lines():
+def test_a_crash_reports_its_last_lines():
     message = r"exit status 1 in 'no such operation'; .*KeyError: 'no such operation'"
     with start_worker("candidate", timeout_s=300) as worker, pytest.raises(WorkerError, match=message):
         worker.ask("no such operation")
 
 
-def test_a_worker_that_does_not_answer_is_ended():
+def test_an_unresponsive_worker_is_killed():
     with start_worker("candidate", timeout_s=0.01) as worker:
         with pytest.raises(WorkerError, match=r"did not answer within 0.01 s in 'finish'"):
             worker.ask("finish")
@@ -125,7 +125,7 @@ def test_an_orphan_ends_before_it_starts():
     assert b"the parent is gone" in done.stderr
 
 
-def test_stdout_is_for_answers_alone():
+def test_stdout_carries_only_responses():
     script = (
         "import os; from numprune.serving.benchmark.worker import reserve_stdout; answers = reserve_stdout();"
         "print('chatter'); os.system('echo from a library'); answers.write('{}'); answers.close()"

@@ -52,7 +52,7 @@ def get(workspace: Path, reference: str = NAME) -> Deployment:
     return prepare(registry.open_registry(None, workspace), reference, workspace)
 
 
-def test_a_release_becomes_a_verified_folder_once(workspace: Path, release: Path) -> None:
+def test_a_release_is_fetched_and_verified_once(workspace: Path, release: Path) -> None:
     found = get(workspace)
     assert (found.reference, found.name, found.version, found.dtype) == ("tiny/1", NAME, 1, "float32")
     assert manifest.verify(found.folder).digest == found.digest == manifest.read(release).digest
@@ -114,7 +114,7 @@ def another_release_whole(stored_release: Path, other_release: Path) -> None:
         (another_release_whole, "was published"),
     ],
 )
-def test_what_changed_after_publication_is_refused_and_leaves_nothing(
+def test_files_changed_after_publication_are_refused(
     workspace: Path, other: Path, damage: Callable[[Path, Path], None], named: str
 ) -> None:
     damage(stored(workspace, registry.verify(registry.open_registry(None, workspace), NAME)), other)
@@ -139,9 +139,7 @@ def narrower_config(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense weights", "narrower config"])
-def test_weights_larger_than_the_configuration_are_refused_though_every_digest_is_right(
-    tmp_path: Path, workspace: Path, kind: str
-) -> None:
+def test_oversized_weights_are_refused_despite_valid_digests(tmp_path: Path, workspace: Path, kind: str) -> None:
     change = dense_weights(tmp_path) if kind == "dense weights" else narrower_config
     spoiled = make_release(write_checkpoint(tmp_path / "model"), tmp_path / "release", change)
     publish(spoiled, workspace, NAME)
@@ -151,7 +149,7 @@ def test_weights_larger_than_the_configuration_are_refused_though_every_digest_i
         get(workspace)
 
 
-def test_a_release_from_before_references_is_refused(tmp_path: Path, workspace: Path, release: Path) -> None:
+def test_a_release_without_reference_answers_is_refused(tmp_path: Path, workspace: Path, release: Path) -> None:
     found = manifest.read(release)
     with manifest.creating(tmp_path / "old", kind=found.kind, parents=found.parents, facts=found.facts) as folder:
         shutil.copytree(release, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("reference-answers.json"))
@@ -162,12 +160,12 @@ def test_a_release_from_before_references_is_refused(tmp_path: Path, workspace: 
 
 
 @pytest.mark.parametrize("reference", ["nothing", "tiny@candidat", "tiny/7"])
-def test_what_is_not_in_the_registry_is_said(workspace: Path, reference: str) -> None:
+def test_missing_versions_are_reported(workspace: Path, reference: str) -> None:
     with pytest.raises(InputError, match=r"no such|no alias"):
         get(workspace, reference)
 
 
-def test_auto_is_the_precision_of_the_weights(tmp_path: Path) -> None:
+def test_auto_uses_the_precision_of_the_weights(tmp_path: Path) -> None:
     def of(dtype: str) -> Deployment:
         return Deployment("tiny/1", "tiny", 1, "0" * 64, tmp_path, dtype)
 
@@ -178,7 +176,7 @@ def test_auto_is_the_precision_of_the_weights(tmp_path: Path) -> None:
         choose_dtype(of("float8_e4m3fn"), "auto")
 
 
-def test_every_server_gets_a_log_of_its_own_and_old_ones_go(tmp_path: Path) -> None:
+def test_every_server_has_its_own_log_and_old_logs_are_removed(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
     of_others = ["serve-tiny-2-20250101T000000-7.log", "serve-tin-20250101T000000-7.log", "serve-tiny-router.log"]
@@ -192,7 +190,7 @@ def test_every_server_gets_a_log_of_its_own_and_old_ones_go(tmp_path: Path) -> N
     assert sorted(path.name for path in logs.iterdir()) == sorted([*of_others, *old[6:]])
 
 
-def test_copies_that_nobody_needs_are_removed(tmp_path: Path) -> None:
+def test_unneeded_copies_are_removed(tmp_path: Path) -> None:
     served = tmp_path / "served"
     digests = {what: what[0] * 64 for what in ("a current", "b before", "c running", "d prepared", "e old")}
     others = [served / f"{NAME}-2-{'e' * 16}", served / f"other-{'e' * 16}"]

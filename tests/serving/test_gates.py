@@ -33,7 +33,7 @@ def check(data: Json, metric: str, bound: str, **limit: float) -> GateResult:
     ("limit", "outcome"),
     [(0.06, "pass"), (0.0601, "pass"), (0.0599, "inconclusive"), (0.04, "inconclusive"), (0.0399, "fail")],
 )
-def test_a_maximum_is_judged_by_the_upper_bound(report_json: Json, put: Any, limit: float, outcome: str) -> None:
+def test_a_maximum_uses_the_upper_bound(report_json: Json, put: Any, limit: float, outcome: str) -> None:
     put(report_json, NLL, {**report_json["quality"]["loss_delta"], "ci95_lower": 0.04, "ci95_upper": 0.06})
     result = check(report_json, NLL, "ci95_upper", max=limit)
     assert result.outcome == outcome, result.reason
@@ -44,12 +44,12 @@ def test_a_maximum_is_judged_by_the_upper_bound(report_json: Json, put: Any, lim
 @pytest.mark.parametrize(
     ("limit", "outcome"), [(1.14, "pass"), (1.16, "inconclusive"), (1.24, "inconclusive"), (1.26, "fail")]
 )
-def test_a_minimum_is_judged_by_the_lower_bound(report_json: Json, limit: float, outcome: str) -> None:
+def test_a_minimum_uses_the_lower_bound(report_json: Json, limit: float, outcome: str) -> None:
     assert check(report_json, DECODE, "ci95_lower", min=limit).outcome == outcome
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3])
-def test_a_speed_measured_again_is_judged_by_wider_bounds(report_json: Json, looks: int) -> None:
+def test_a_repeated_speed_measurement_uses_wider_bounds(report_json: Json, looks: int) -> None:
     report_json["speed"]["onnxruntime"]["looks"] = looks
     ratio = report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"]
     outer, inner = ratio["interval95"][0], ratio["ci95_lower"]
@@ -93,7 +93,7 @@ def test_the_power_of_a_later_look_is_that_of_its_bounds(report_json: Json) -> N
         ([(DECODE, "min", 1.2), (NLL, "max", 0.001)], 1, []),  # it fails
     ],
 )
-def test_another_look_is_taken_only_where_it_can_settle_the_verdict(
+def test_another_look_is_suggested_only_if_it_can_settle_the_verdict(
     report_json: Json, gates: list[tuple[str, str, float]], looks: int, runtimes: list[str]
 ) -> None:
     report_json["speed"]["onnxruntime"]["looks"] = looks
@@ -105,7 +105,7 @@ def test_another_look_is_taken_only_where_it_can_settle_the_verdict(
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(0.75, "pass"), (0.7499, "fail")])
-def test_a_plain_number_is_judged_as_a_point(report_json: Json, limit: float, outcome: str) -> None:
+def test_a_plain_number_has_no_interval(report_json: Json, limit: float, outcome: str) -> None:
     assert check(report_json, "sizes.parameters.ratio", "point", max=limit).outcome == outcome
     assert check(report_json, "sizes.parameters.candidate", "point", min=750).outcome == "pass"
 
@@ -115,7 +115,7 @@ def test_the_point_of_an_estimate_ignores_its_interval(report_json: Json) -> Non
     assert check(report_json, NLL, "point", max=0.0499).outcome == "fail"
 
 
-def test_inconclusive_says_how_many_samples_would_settle_it(report_json: Json) -> None:
+def test_inconclusive_gives_the_samples_needed(report_json: Json) -> None:
     # 40 samples leave a half-width of 0.01.
     needed = []
     for limit in (0.05, 0.052, 0.055, 0.059):
@@ -130,7 +130,7 @@ def test_inconclusive_says_how_many_samples_would_settle_it(report_json: Json) -
     assert below.samples_needed == needed[2]
 
 
-def test_a_gate_tells_its_power(report_json: Json) -> None:
+def test_a_gate_reports_its_power(report_json: Json) -> None:
     """The chance that a candidate equal to the baseline passes: an NLL difference of 0, a ratio of 1."""
     error = 0.01 / student(40)  # 40 documents leave a half-width of 0.01
     for limit in (0.01, 0.015, 0.03):
@@ -150,7 +150,7 @@ def test_a_gate_tells_its_power(report_json: Json) -> None:
         assert check(report_json, metric, bound, **limit).power is None
 
 
-def test_inconclusive_says_when_even_an_equal_candidate_had_little_chance(report_json: Json, put: Any) -> None:
+def test_inconclusive_reports_low_power(report_json: Json, put: Any) -> None:
     wide = {"value": 0.0, "ci95_lower": -0.1, "ci95_upper": 0.1, "interval95": [-0.12, 0.12]}
     put(report_json, NLL, {**report_json["quality"]["loss_delta"], **wide})
     assert (
@@ -159,7 +159,7 @@ def test_inconclusive_says_when_even_an_equal_candidate_had_little_chance(report
     assert "equal to the baseline" not in check(report_json, NLL, "ci95_upper", max=-0.06).reason
 
 
-def test_windows_are_said_to_speak_for_their_text_alone(report_json: Json, put: Any) -> None:
+def test_verdicts_over_windows_are_limited_to_their_text(report_json: Json, put: Any) -> None:
     assert "text alone" not in check(report_json, NLL, "ci95_upper", max=0.1).reason
     put(report_json, f"{NLL}.sampling_unit", "window")
     result = check(report_json, NLL, "ci95_upper", max=0.1)
@@ -188,7 +188,7 @@ def test_windows_are_said_to_speak_for_their_text_alone(report_json: Json, put: 
         (f"{NLL}.value", -0.5),
     ],
 )
-def test_an_estimate_that_was_not_really_measured_fails(report_json: Json, put: Any, path: str, value: Any) -> None:
+def test_an_estimate_without_enough_samples_fails(report_json: Json, put: Any, path: str, value: Any) -> None:
     limits = {"bound": "ci95_upper", "max": 1e9}
     assert check(report_json, NLL, **limits).outcome == "pass"
     result = check(put(report_json, path, value), NLL, **limits)
@@ -220,7 +220,7 @@ def test_an_estimate_that_was_not_really_measured_fails(report_json: Json, put: 
         ("verdict.gates", "point", "has no"),
     ],
 )
-def test_what_is_no_number_fails(report_json: Json, metric: str, bound: str | None, why: str | None) -> None:
+def test_a_value_that_is_not_a_number_fails(report_json: Json, metric: str, bound: str | None, why: str | None) -> None:
     report_json["parity"]["onnxruntime"] |= {"passed": True, "text": "0.0", "nan": math.nan}
     if bound is None:
         with pytest.raises(ValueError):  # a section alone is no path
@@ -233,18 +233,18 @@ def test_what_is_no_number_fails(report_json: Json, metric: str, bound: str | No
 
 
 @pytest.mark.parametrize("samples", [1 << 53, 10**400])
-def test_more_samples_than_can_be_fail(report_json: Json, put: Any, samples: int) -> None:
+def test_impossible_sample_counts_fail(report_json: Json, put: Any, samples: int) -> None:
     result = check(put(report_json, f"{NLL}.samples", samples), NLL, "ci95_upper", max=1e9)
     assert result.outcome == "fail"
     assert "more samples than can be" in result.reason
 
 
-def test_a_count_beyond_all_numbers_fails(report_json: Json, put: Any) -> None:
+def test_an_infinite_count_fails(report_json: Json, put: Any) -> None:
     put(report_json, "quality.tokens", 10**400)
     assert check(report_json, "quality.tokens", "point", min=1.0).outcome == "fail"
 
 
-def test_an_interval_beyond_all_numbers_is_inconclusive(report_json: Json, put: Any) -> None:
+def test_an_infinite_interval_is_inconclusive(report_json: Json, put: Any) -> None:
     endless = {"value": 0.0, "ci95_lower": -1e308, "ci95_upper": 1e308, "interval95": [-1.7e308, 1.7e308]}
     put(report_json, NLL, {**report_json["quality"]["loss_delta"], **endless})
     result = check(report_json, NLL, "ci95_upper", max=0.1)
@@ -267,7 +267,7 @@ def test_speed_after_failed_requests_fails(report_json: Json, put: Any, path: st
     assert path in result.reason
 
 
-def test_a_bag_of_facts_cannot_pose_as_an_estimate(report_json: Json) -> None:
+def test_arbitrary_facts_cannot_pose_as_an_estimate(report_json: Json) -> None:
     report_json["parity"]["onnxruntime"]["fake"] = {"value": 0.0, "samples": 9}
     report_json["parity"]["onnxruntime"]["turned"] = {
         **report_json["quality"]["loss_delta"],
@@ -312,7 +312,7 @@ def test_an_unknown_metric_gets_a_suggestion(report_json: Json, metric: str, sug
         (1.02, 0.5, "inconclusive"),
     ],
 )
-def test_a_limit_tighter_than_the_noise_is_said_to_be(
+def test_a_limit_inside_the_noise_floor_is_reported(
     report_json: Json, put: Any, limit: float, lower: float, outcome: str
 ) -> None:
     ratio = {"value": 1.2, "ci95_lower": lower, "ci95_upper": 1.4, "interval95": [0.4, 1.5]}
@@ -323,7 +323,7 @@ def test_a_limit_tighter_than_the_noise_is_said_to_be(
     assert ("tighter than the noise floor" in result.reason) == (abs(limit - 1) < 0.03)
 
 
-def test_a_maximum_minds_the_noise_too(report_json: Json) -> None:
+def test_a_maximum_respects_the_noise_floor(report_json: Json) -> None:
     report_json["speed"]["onnxruntime"]["noise_floor"]["ttft"] = {"relative": 0.25, "neighbours": 5}
     result = check(report_json, "speed.onnxruntime.ttft.ratio", "ci95_upper", max=0.9)  # upper bound 0.81
     assert result.outcome == "inconclusive"
@@ -340,14 +340,14 @@ def test_a_maximum_minds_the_noise_too(report_json: Json) -> None:
         {"relative": 0.0, "neighbours": 0},
     ],
 )
-def test_a_noise_floor_that_was_not_really_measured_fails(report_json: Json, floor: Json) -> None:
+def test_a_noise_floor_without_enough_samples_fails(report_json: Json, floor: Json) -> None:
     report_json["speed"]["onnxruntime"]["noise_floor"]["decode_tokens_per_s"] = floor
     assert check(report_json, DECODE, "ci95_lower", min=0.5).outcome == "fail"
     del report_json["speed"]["onnxruntime"]["noise_floor"]["decode_tokens_per_s"]
     assert "noise_floor" in check(report_json, DECODE, "ci95_lower", min=0.5).reason
 
 
-def test_inside_the_noise_it_says_how_many_repeats_bring_the_noise_down(report_json: Json, put: Any) -> None:
+def test_inside_the_noise_floor_the_repeats_needed_are_given(report_json: Json, put: Any) -> None:
     def judged(lower: float, limit: float) -> GateResult:
         ratio = {"value": 1.2, "ci95_lower": lower, "ci95_upper": 1.4, "interval95": [0.9, 1.5]}
         put(report_json, DECODE, {**report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"], **ratio})
@@ -380,7 +380,7 @@ def _policy(*limits: float) -> Policy:
         ((0.05, 0.01, 0.1), "fail", 2),
     ],
 )
-def test_one_failure_fails_and_one_doubt_leaves_it_open(
+def test_one_failure_fails_and_one_inconclusive_gate_is_inconclusive(
     report_json: Json, limits: tuple[float, ...], outcome: str, code: int
 ) -> None:
     verdict = judge(Report.model_validate(report_json), _policy(*limits))
@@ -594,7 +594,7 @@ GOOD = 'metric = "sizes.parameters.ratio"\nbound = "point"\n'
         ("[[gates]\n", "not TOML"),
     ],
 )
-def test_a_policy_that_says_nothing_or_too_much_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_policy_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(text)
     with pytest.raises(InputError, match=f"(?s)policy .*policy.toml: .*{message}"):
@@ -613,7 +613,7 @@ def test_every_problem_of_a_policy_is_reported(tmp_path: Path) -> None:
     ]
 
 
-def test_a_policy_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_binary_policy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"policy\.toml: no such file"):
         read_policy(tmp_path / "policy.toml")
     (tmp_path / "policy.toml").write_bytes(b"\xff\xfe")

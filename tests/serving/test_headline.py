@@ -74,14 +74,14 @@ def plain(text: str) -> str:
         ),
     ],
 )  # fmt: skip
-def test_a_report_opens_with_one_sentence(data: Json, policy: Any, sentence: str) -> None:
+def test_a_report_starts_with_one_sentence(data: Json, policy: Any, sentence: str) -> None:
     report = judged(data, policy)
     assert plain(headline(report)) == sentence
     assert sentence in plain(Parsed(page.html(report)).text)
     assert plain(reports.markdown(report).splitlines()[2]) == sentence
 
 
-def test_a_report_of_no_pruning_and_without_a_verdict_has_a_sentence_too() -> None:
+def test_a_report_without_pruning_or_verdict_has_a_headline() -> None:
     bare = {"sizes": None, "quality": None, "speed": {}, "memory": {}}
     assert headline(Report.model_validate({**local(), **bare})) == "Not judged yet."
     assert headline(judged({**local(), **bare}, POLICY[:1])).startswith("Outside your limit on Loss (not measured")
@@ -110,14 +110,14 @@ def test_a_masked_language_model_is_promoted_and_not_served() -> None:
 
 
 @pytest.mark.parametrize("name", ["a; rm -rf ~", "$(id)", "-x", ""])
-def test_a_name_that_a_shell_would_run_is_refused(name: str) -> None:
+def test_names_with_shell_syntax_are_refused(name: str) -> None:
     data = local()
     data["identity"]["name"] = name
     with pytest.raises(ValidationError, match=r"identity\.name"):
         Report.model_validate(data)
 
 
-def test_ratios_say_when_they_are_none_and_noise_when_it_hides_everything() -> None:
+def test_ratios_are_marked_as_unclear_or_too_noisy() -> None:
     unclear, noisy = (judged(data, POLICY[:1]) for data in (local(1.01), local(floor=1.2)))
     assert "| 1.01 [0.986, 1.034] (n = 10): no clear difference | ± 0.03 |" in reports.markdown(unclear)
     assert "no clear difference, noise ± 3.00 %" in Parsed(page.html(unclear)).text
@@ -127,7 +127,7 @@ def test_ratios_say_when_they_are_none_and_noise_when_it_hides_everything() -> N
     assert "noise ± 120" not in text
 
 
-def test_tokens_cost_what_the_machine_does_where_it_has_a_price() -> None:
+def test_a_price_per_hour_gives_the_cost_of_tokens() -> None:
     """At 3.60 an hour a thousandth each second: 100 tokens/s make a million in 10,000 s."""
     for data, row in (
         (local(), "| cost per million decoded tokens | 10 | 8 |"),
@@ -142,6 +142,6 @@ def test_tokens_cost_what_the_machine_does_where_it_has_a_price() -> None:
 
 
 @pytest.mark.parametrize("price", [0, -1, float("inf")])
-def test_a_price_is_above_zero(price: float) -> None:
+def test_a_price_must_be_positive(price: float) -> None:
     with pytest.raises(ValidationError, match="price_per_hour"):
         Report.model_validate({**local(), "price_per_hour": price})

@@ -78,7 +78,7 @@ def test_the_card_has_the_figures_of_the_report(release: Path, stand_in: Hub) ->
     assert "Not measured yet" in (release / "checkpoint" / "README.md").read_text()
 
 
-def test_what_a_hub_refuses_is_said_with_the_remedy(
+def test_hub_refusals_are_reported_with_the_remedy(
     release: Path, stand_in: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
@@ -92,7 +92,7 @@ def test_what_a_hub_refuses_is_said_with_the_remedy(
     assert stand_in.repositories == {}
 
 
-def test_a_release_that_is_damaged_or_has_no_card_stays_here(release: Path, stand_in: Hub, tmp_path: Path) -> None:
+def test_a_release_that_is_damaged_or_has_no_card_is_not_pushed(release: Path, stand_in: Hub, tmp_path: Path) -> None:
     bare = make_release(write_checkpoint(tmp_path / "dense"), tmp_path / "release")
     with pytest.raises(IntegrityError, match=r"README\.md: missing; .*run `numprune optimize` again"):
         hub.push(bare, "team/tiny")

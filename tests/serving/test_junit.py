@@ -60,7 +60,7 @@ def read(text: str) -> ElementTree.Element:
     return suite
 
 
-def test_each_gate_is_a_test_that_ends_as_the_gate_does(report_json: Json) -> None:
+def test_each_gate_is_a_test_case_with_its_outcome(report_json: Json) -> None:
     report = Report.model_validate(report_json)
     verdict = judge(report, POLICY)
     suite = read(junit(report, verdict))
@@ -92,7 +92,7 @@ def test_in_an_invalid_environment_every_gate_is_an_error(report_json: Json) -> 
     assert suite.attrib["failures"] == "0"
 
 
-def test_what_could_not_be_judged_is_an_error() -> None:
+def test_unjudged_gates_are_errors() -> None:
     suite = read(junit_error("report.json: no such report", datetime(2026, 11, 20, tzinfo=UTC)))
     (error,) = suite.findall("testcase/error")
     assert error.attrib == {"type": "error", "message": "report.json: no such report"}

@@ -143,7 +143,7 @@ def test_an_inference_service_is_valid(variant: str) -> None:
 
 
 @pytest.mark.skipif(not KSERVE.is_dir(), reason="needs KServe's SDK, which make env installs")
-def test_kserve_fields_that_do_not_exist_are_found() -> None:
+def test_unknown_kserve_fields_are_detected() -> None:
     (document,) = inference_service(RELEASE, PLACEMENT)
     document["spec"]["predictor"]["minReplica"] = 1
     with pytest.raises(AssertionError, match="minReplica"):
@@ -219,7 +219,7 @@ def test_the_release_is_pinned_fetched_and_verified_before_vllm_starts() -> None
     assert workload["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
-def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
+def test_containers_do_not_run_as_root_or_write_to_their_image() -> None:
     spec = pod(deployment(RELEASE, PLACEMENT))
     assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert not spec["automountServiceAccountToken"]
@@ -230,7 +230,7 @@ def test_nothing_runs_as_root_or_may_write_to_its_image() -> None:
         assert security["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_vllm_is_asked_for_its_health() -> None:
+def test_vllm_health_is_probed() -> None:
     server, _ = pod(deployment(RELEASE, PLACEMENT))["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server[probe]["httpGet"] == {"path": "/health", "port": 8080}
@@ -238,7 +238,7 @@ def test_vllm_is_asked_for_its_health() -> None:
     assert server["args"][server["args"].index("--port") + 1] == "8080"
 
 
-def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> None:
+def test_a_pod_is_ready_once_its_server_passed_the_check() -> None:
     server, check = pod(deployment(RELEASE, PLACEMENT))["containers"]
     assert check["image"] == PLACEMENT.image
     assert check["args"][:4] == ["check-server", CONTENT, "--url", "http://127.0.0.1:8080"]
@@ -249,7 +249,7 @@ def test_a_pod_is_ready_when_its_server_has_been_compared_with_the_release() -> 
     assert "tmp" not in mounts  # where the marker is
 
 
-def test_gpus_and_what_the_release_needs() -> None:
+def test_gpus_and_release_requirements() -> None:
     release, placement = VARIANTS["two GPUs"]
     server, _ = pod(deployment(release, placement))["containers"]
     assert server["resources"]["limits"] == {"memory": "40Gi", "nvidia.com/gpu": 2}
@@ -269,7 +269,7 @@ def test_gpus_and_what_the_release_needs() -> None:
     assert not any(variable["name"] == "VLLM_PLUGINS" for variable in server["env"])
 
 
-def test_the_values_stand_in_the_pod() -> None:
+def test_values_appear_in_the_pod() -> None:
     spec = pod(deployment(*VARIANTS["values"]))
     for field in ("nodeSelector", "tolerations", "imagePullSecrets"):
         assert spec[field] == VALUES[field]
@@ -286,13 +286,13 @@ def test_the_values_stand_in_the_pod() -> None:
         assert key in container["env"]
 
 
-def test_without_values_nothing_is_asked_of_the_cluster() -> None:
+def test_without_values_the_cluster_needs_nothing_special() -> None:
     spec = pod(deployment(RELEASE, PLACEMENT))
     assert not {"nodeSelector", "tolerations", "imagePullSecrets"} & set(spec)
     assert "VLLM_API_KEY" not in to_yaml(deployment(RELEASE, PLACEMENT))
 
 
-def test_the_model_can_have_names_of_its_own() -> None:
+def test_the_model_can_have_served_names() -> None:
     options = ("--seed=3", "--served-model-name", "chat", "chat-1.5")
     server, _ = pod(deployment(RELEASE, changed(options=options)))["containers"]
     assert server["args"][2:5] == ["--served-model-name", "chat", "chat-1.5"]
@@ -347,7 +347,7 @@ def test_values_are_read_from_a_file(tmp_path: Path) -> None:
         read_values(tmp_path / "none.yaml")
 
 
-def test_kubernetes_puts_nothing_in_the_place_of_an_option() -> None:
+def test_kubernetes_expands_no_variable_in_options() -> None:
     server, _ = pod(deployment(RELEASE, changed(options=("--chat-template=$(HOME)/x",))))["containers"]
     assert server["args"][-1] == "--chat-template=$$(HOME)/x"
 
@@ -399,12 +399,12 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ({"options": ("a\x00b",)}, "not a word"),
     ],
 )
-def test_hostile_and_mistaken_input_is_refused(fields: Json, said: str) -> None:
+def test_hostile_and_invalid_input_is_refused(fields: Json, said: str) -> None:
     with pytest.raises(InputError, match=said):
         changed(**fields)
 
 
-def test_every_problem_is_told_at_once_and_no_secret_is_repeated() -> None:
+def test_all_problems_are_reported_without_repeating_secrets() -> None:
     with pytest.raises(InputError) as refused:
         changed(namespace="A", replicas=0, registry_uri="https://me:hunter2@mlflow.example")
     assert all(part in str(refused.value) for part in ("--namespace", "--replicas", "--registry-secret"))
@@ -422,7 +422,7 @@ def test_every_problem_is_told_at_once_and_no_secret_is_repeated() -> None:
         ({"cpu": False}, {"gpus": 0, "vllm_image": CPU_IMAGE}, "head size"),
     ],
 )
-def test_what_cannot_run_is_refused(release: Json, placement: Json, said: str) -> None:
+def test_impossible_deployments_are_refused(release: Json, placement: Json, said: str) -> None:
     for render in (deployment, inference_service):
         with pytest.raises(InputError, match=said):
             render(dataclasses.replace(RELEASE, **release), changed(**placement))
@@ -490,7 +490,7 @@ def test_a_release_that_was_not_exported_for_vllm_is_refused(
         read_release(publish(tmp_path / "plain"), "served@candidate")
 
 
-def test_a_release_that_asks_vllm_to_run_its_code_is_refused(
+def test_a_release_that_needs_its_own_code_is_refused(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
 ) -> None:
     good = tmp_path / "good"
@@ -510,7 +510,7 @@ def test_a_release_without_a_reference_for_its_server_is_refused(
         read_release(publish(tmp_path / "checkpoint", answers=None), "served@candidate")
 
 
-def test_fetching_by_digest_can_be_repeated_and_takes_nothing_else(
+def test_fetching_by_digest_is_repeatable_and_exact(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], publish: Callable[..., registries.Registry]
 ) -> None:
     vllm.export(tiny_checkpoint(), tmp_path / "checkpoint")

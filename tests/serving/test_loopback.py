@@ -52,7 +52,7 @@ def variables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return dict(request.param)
 
 
-def test_requests_to_this_machine(variables: dict[str, str], url: str) -> None:
+def test_requests_to_this_machine_bypass_proxies(variables: dict[str, str], url: str) -> None:
     with pytest.raises(Exception) as refused:
         httpx.get(url, timeout=5.0)
     assert isinstance(refused.value, httpx.TransportError | httpx.InvalidURL | ValueError | ImportError | OSError)
@@ -62,7 +62,9 @@ def test_requests_to_this_machine(variables: dict[str, str], url: str) -> None:
         assert client.get("/health").is_success
 
 
-def test_libraries_are_kept_from_them(variables: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_bypass_proxies_for_this_machine(
+    variables: dict[str, str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     before = dict(os.environ)
@@ -81,7 +83,7 @@ def test_libraries_are_kept_from_them(variables: dict[str, str], url: str, monke
         monkeypatch.delenv(name)
 
 
-def test_the_world_outside_keeps_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_hosts_keep_their_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "inside.example")
     for within in (False, True):

@@ -53,7 +53,7 @@ def test_each_gate_is_one_line_of_the_verdict_and_a_picture_with_its_limit(page:
     assert page.count("limit ≤ 0.25") == 2  # on the gate's interval and on that of the section quality
 
 
-def test_the_page_asks_for_nothing_and_allows_its_own_style_only(page: str) -> None:
+def test_the_page_loads_nothing_and_allows_only_its_own_style(page: str) -> None:
     style = page[page.index("<style>") + 7 : page.index("</style>")]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     (policy,) = [meta["content"] for meta in Parsed(page).named("meta") if "http-equiv" in meta]
@@ -70,7 +70,7 @@ def test_the_page_asks_for_nothing_and_allows_its_own_style_only(page: str) -> N
     assert "url(" not in style
 
 
-def test_pictures_have_names_and_ids_of_their_own_and_the_colours_of_the_page(page: str) -> None:
+def test_charts_have_labels_unique_ids_and_page_colours(page: str) -> None:
     found = Parsed(page)
     ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -86,7 +86,7 @@ def test_pictures_have_names_and_ids_of_their_own_and_the_colours_of_the_page(pa
     assert not re.findall(r'"#[0-9a-f]{3,8}"', outside_style)  # every colour is a variable, so that it can be dark
 
 
-def test_every_picture_stands_beside_its_figures(page: str) -> None:
+def test_every_chart_has_a_table(page: str) -> None:
     text = Parsed(page).text
     for figure in ("0.0380 to 0.0620", "\N{MULTIPLICATION SIGN}1.20", "noise ± 3.00 %"):  # quality, speed and its noise
         assert figure in text
@@ -97,7 +97,7 @@ def test_every_picture_stands_beside_its_figures(page: str) -> None:
     assert all(attributes.get("scope") in ("col", "row") for attributes in Parsed(page).named("th"))
 
 
-def test_dropped_layers_are_named_and_not_counted_with_those_that_are_left() -> None:
+def test_dropped_layers_are_named_and_not_counted_as_kept() -> None:
     data = full()
     kept = {f"layers.{layer}.attention": [0 if layer == 1 else 3, 4] for layer in range(4)}
     data["pruning"] |= {"kept_units": kept, "dropped_layers": [1]}
@@ -134,7 +134,7 @@ def test_the_same_report_gives_the_same_page(page: str) -> None:
         ),
     ],
 )
-def test_the_header_says_why(policy: Any, change: Any, outcome: str, why: str) -> None:
+def test_the_header_gives_the_reason(policy: Any, change: Any, outcome: str, why: str) -> None:
     data = full()
     data["environment"] |= change
     for heavy in ("speed", "memory", "pruning"):  # not what this is about
@@ -144,7 +144,7 @@ def test_the_header_says_why(policy: Any, change: Any, outcome: str, why: str) -
     assert why in found.text
 
 
-def test_what_was_not_measured_is_said() -> None:
+def test_missing_measurements_are_mentioned() -> None:
     page = html(Report.model_validate(MINIMAL))
     assert sections(page) == ["quality", "speed", "memory", "units", "parity", "gates", "origin"]
     text = Parsed(page).text
@@ -166,7 +166,7 @@ def test_older_reports_without_samples_have_a_page() -> None:
 
 
 @pytest.mark.parametrize("documents", [1, 3])
-def test_few_documents_are_no_distribution(documents: int) -> None:
+def test_few_documents_are_not_drawn_as_a_distribution(documents: int) -> None:
     data = full()
     few_documents(data, documents)
     page = html(Report.model_validate(data))
@@ -178,14 +178,14 @@ def test_few_documents_are_no_distribution(documents: int) -> None:
     assert ("text 2" in text) == (documents == 3)
 
 
-def test_generations_stand_side_by_side(page: str) -> None:
+def test_generations_are_shown_side_by_side(page: str) -> None:
     text = Parsed(page).text
     assert "Greedy, from 3 prompts through the chat template, up to 64 tokens each." in text
     assert "Prompt 0 Paris. 64 tokens Paris, I think. 64 tokens" in text
     assert f"Prompt 1 The sea is blue. 64 tokens {words.ABSENT} 64 tokens, empty" in text
 
 
-def test_the_precision_of_measurements_is_told_where_it_is_known(page: str) -> None:
+def test_the_precision_of_measurements_is_shown_if_known(page: str) -> None:
     text = Parsed(page).text
     said = "onnxruntime computes in float32, while the weights are stored in bfloat16: sizes are of the stored weights"
     assert text.count(said) == 2  # with speed, and with memory
@@ -207,7 +207,7 @@ def hostile() -> Report:
     return Report.model_validate(data)
 
 
-def test_text_of_a_report_is_text_on_its_page(page: str) -> None:
+def test_report_text_is_escaped_on_the_page(page: str) -> None:
     report = hostile()
     for made in (html(report), comparison([(HOSTILE, report), (HOSTILE, judged(full()))])):
         found = Parsed(made)
@@ -221,11 +221,11 @@ def test_text_of_a_report_is_text_on_its_page(page: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 0.0, None])
-def test_no_number_breaks_the_page(value: Any) -> None:
+def test_extreme_numbers_do_not_break_the_page(value: Any) -> None:
     assert "</html>" in html(Report.model_validate(altered(full(), lambda _: value, (int, float))))
 
 
-def test_a_report_without_measure_has_a_page_within_measure() -> None:
+def test_a_huge_report_has_a_page_of_bounded_size() -> None:
     data = full()
     gate = {"metric": "a.b", "bound": "point", "max": 1.0, "outcome": "fail", "reason": "not there"}
     data["verdict"] = {"outcome": "fail", "gates": [gate] * 5_000}
@@ -290,7 +290,7 @@ def test_documents_and_repeats_are_drawn_or_left_out(values: list[float]) -> Non
         ("ttft", 0.5, 0.1, 1.2, "too noisy to measure"),
     ],
 )
-def test_a_ratio_in_a_word(name: str, value: float, half_width: float, floor: float, said: str) -> None:
+def test_a_ratio_in_words(name: str, value: float, half_width: float, floor: float, said: str) -> None:
     from numprune.serving.report.ratios import reading
     from tests.serving.conftest import estimate
 
@@ -316,7 +316,7 @@ def test_few_digits(value: Any, shown: str) -> None:
     assert words.number(value, 3) == shown
 
 
-def test_metrics_have_names_for_people() -> None:
+def test_metrics_have_readable_names() -> None:
     assert words.metric("speed.vllm.concurrency.4.ttft.ratio") == "Time to first token, ratio (vllm, 4 at a time)"
     assert words.metric("memory.torch.peak_bytes.ratio") == "Peak memory, ratio (torch)"
     assert words.metric("quality.tokens") == "quality.tokens"
@@ -325,7 +325,7 @@ def test_metrics_have_names_for_people() -> None:
 # --- several ---------------------------------------------------------------------------------------
 
 
-def test_reports_that_do_not_compare_are_said_not_to() -> None:
+def test_incomparable_reports_are_marked() -> None:
     one, other = full(), full()
     other["identity"] |= {"heldout_rows": "9" * 64, "base": "8" * 64, "packages": {"torch": "2.14.0"}}
     other["environment"]["cpu"] = "Another"
@@ -340,7 +340,7 @@ def test_reports_that_do_not_compare_are_said_not_to() -> None:
     assert "2.13.0" in text
 
 
-def test_verdicts_figures_and_intervals_stand_side_by_side() -> None:
+def test_verdicts_figures_and_intervals_are_shown_side_by_side() -> None:
     data = full()
     data["quality"]["loss_delta"]["value"] += 0.001
     passed, failed = judged(full()), judged(data, [{**POLICY[0], "max": 0.01}])
@@ -356,7 +356,7 @@ def test_verdicts_figures_and_intervals_stand_side_by_side() -> None:
     assert page.count('role="img"') == 6
 
 
-def test_a_page_compares_two_to_twenty_six() -> None:
+def test_a_page_compares_two_to_twenty_six_reports() -> None:
     report = Report.model_validate(MINIMAL)
     for count in (1, 27):
         with pytest.raises(ValueError, match=f"{count} reports"):

@@ -115,9 +115,7 @@ class Visit:
 
 
 @pytest.mark.parametrize("name", ["report", "hostile", "comparison", "bare", "encoder"])
-def test_no_request_leaves_the_page_and_the_browser_has_nothing_to_say(
-    browser: Any, pages: dict[str, Path], name: str
-) -> None:
+def test_the_page_makes_no_request_and_logs_no_browser_error(browser: Any, pages: dict[str, Path], name: str) -> None:
     visit = Visit(browser, pages[name])
     assert visit.requests == []
     assert visit.complaints == []
@@ -126,7 +124,7 @@ def test_no_request_leaves_the_page_and_the_browser_has_nothing_to_say(
     assert visit.tab.evaluate(UNNAMED) == []
 
 
-def test_the_page_of_an_encoder_begins_with_its_loss_and_has_every_shape(browser: Any, pages: dict[str, Path]) -> None:
+def test_an_encoder_page_starts_with_its_loss_and_has_every_shape(browser: Any, pages: dict[str, Path]) -> None:
     tab = Visit(browser, pages["encoder"]).tab
     first = tab.get_by_role("list", name="Gates").get_by_role("listitem").first.inner_text()
     assert first.endswith("pass Distance from baseline, 1 - cosine: upper bound 0.0240, limit ≤\N{NO-BREAK SPACE}0.03")
@@ -138,7 +136,9 @@ def test_the_page_of_an_encoder_begins_with_its_loss_and_has_every_shape(browser
     assert tab.get_by_text(f"Every repeat, onnxruntime, {shapes[1]}").first.is_visible()
 
 
-def test_the_policy_stops_what_somebody_put_into_the_page(browser: Any, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_the_content_security_policy_blocks_injected_markup(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
     """Were escaping to fail, nothing would run or load."""
     foreign = "<script>document.title = 'run'</script><img src='http://127.0.0.1:9/x'><style>h1{display:none}</style>"
     spoiled = pages["bare"].read_text().replace("</h1>", f"</h1>{foreign}")
@@ -150,7 +150,7 @@ def test_the_policy_stops_what_somebody_put_into_the_page(browser: Any, pages: d
     assert len([complaint for complaint in visit.complaints if "Content Security Policy" in complaint]) >= 3
 
 
-def test_every_section_is_seen(browser: Any, pages: dict[str, Path]) -> None:
+def test_every_section_is_visible(browser: Any, pages: dict[str, Path]) -> None:
     tab = Visit(browser, pages["report"]).tab
     headings = tab.get_by_role("heading", level=2).all_inner_texts()
     assert headings == [
@@ -169,14 +169,14 @@ def test_every_section_is_seen(browser: Any, pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["report", "hostile", "comparison", "encoder"])
-def test_a_phone_scrolls_down_only(browser: Any, pages: dict[str, Path], name: str) -> None:
+def test_phones_scroll_vertically_only(browser: Any, pages: dict[str, Path], name: str) -> None:
     tab = Visit(browser, pages[name], viewport={"width": 360, "height": 740}).tab
     assert tab.evaluate(WIDE) == 360
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["report", "comparison"])
-def test_all_text_stands_out(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
+def test_all_text_has_enough_contrast(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
     tab = Visit(browser, pages[name], color_scheme=scheme).tab
     tab.evaluate(WIDE)
     found = tab.evaluate(CONTRAST)
@@ -186,7 +186,7 @@ def test_all_text_stands_out(browser: Any, pages: dict[str, Path], name: str, sc
     assert dark == (scheme == "dark")
 
 
-def test_paper_has_what_is_folded_away_and_no_darkness(browser: Any, pages: dict[str, Path]) -> None:
+def test_print_shows_folded_sections_in_light_colours(browser: Any, pages: dict[str, Path]) -> None:
     tab = Visit(browser, pages["report"], color_scheme="dark").tab
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.get_by_text("a" * 64).bounding_box()["height"] > 0

@@ -11,7 +11,7 @@ from numprune.serving.power import power, samples_needed, student
 
 @pytest.mark.parametrize("n", [2, 3, 10, 400])
 @pytest.mark.parametrize("shift", [-1.0, 0.0, 0.5, 2.0, 3.0])
-def test_power_is_that_of_the_t_test(n: int, shift: float) -> None:
+def test_power_matches_the_t_test(n: int, shift: float) -> None:
     expected = stats.nct.sf(stats.t.ppf(0.95, n - 1), n - 1, shift)
     assert power(n, 0.1, 0.1 * shift) == pytest.approx(expected, abs=1e-9)
 
@@ -25,7 +25,7 @@ def test_power_at_its_ends() -> None:
 
 
 @pytest.mark.parametrize("n", [5, 20])
-def test_so_many_samples_settle_four_of_five(n: int) -> None:
+def test_the_samples_needed_settle_four_of_five(n: int) -> None:
     """Truths lie evenly about the limit, 0; where the first n samples leave it open, as many as asked for are drawn."""
     generator = np.random.default_rng(n)
     settled: list[bool] = []
@@ -57,7 +57,7 @@ def test_samples_needed_at_the_limit_and_far_from_it() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99])
-def test_the_probability_promised_is_the_one_after_what_was_seen(share: float) -> None:
+def test_the_stated_probability_is_conditional_on_the_observation(share: float) -> None:
     """Given 40 samples: standard deviation and truth drawn as they then may be, and a larger measurement of them."""
     n, draws = 40, 200_000
     generator = np.random.default_rng(40)

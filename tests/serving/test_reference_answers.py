@@ -33,7 +33,7 @@ def reference(folder: Path) -> CompletionAnswers:
 
 
 @torch.inference_mode()
-def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, reference: CompletionAnswers) -> None:
+def test_reference_answers_match_the_model_with_its_cache(folder: Path, reference: CompletionAnswers) -> None:
     model, _ = load(folder)
     assert len({len(prompt.tokens) for prompt in reference.prompts}) == len(reference.prompts)  # a ragged batch
     for prompt in reference.prompts:
@@ -49,7 +49,7 @@ def test_it_is_what_the_model_computes_with_its_cache_too(folder: Path, referenc
         assert prompt.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
 
 
-def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: CompletionAnswers) -> None:
+def test_the_rounding_of_each_precision_is_recorded(folder: Path, reference: CompletionAnswers) -> None:
     assert list(reference.rounding) == list(TOLERANCES)
     rounding = {name: found.worst for name, found in reference.rounding.items()}
     assert 0 < rounding["float32"] < 1e-4 < rounding["float16"] < rounding["bfloat16"]
@@ -67,26 +67,26 @@ def test_it_tells_how_much_each_precision_rounds(folder: Path, reference: Comple
     assert rounding["bfloat16"] == pytest.approx(max(errors))
 
 
-def test_a_model_that_rounds_much_is_allowed_more_of_its_servers(reference: CompletionAnswers) -> None:
+def test_a_model_with_large_rounding_errors_gets_a_wider_tolerance(reference: CompletionAnswers) -> None:
     assert reference.tolerance("float32") == TOLERANCES["float32"]
     rough = reference.model_copy(update={"rounding": {"bfloat16": Rounding(worst=6.0, mean=0.2)}})
     assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.8)
     assert rough.tolerance("float16") == TOLERANCES["float16"]  # in which it overflows
 
 
-def test_those_of_earlier_releases_are_read(tmp_path: Path, reference: CompletionAnswers) -> None:
+def test_reference_answers_of_earlier_releases_are_read(tmp_path: Path, reference: CompletionAnswers) -> None:
     data = {**json.loads(reference.model_dump_json(by_alias=True)), "schema": "numprune/canary/1"}
     del data["rounding"]
     (tmp_path / "canary.json").write_text(json.dumps(data))
     assert reference_answers.read(tmp_path).tolerance("bfloat16") == TOLERANCES["bfloat16"]
 
 
-def test_a_precision_in_which_the_model_overflows_has_no_rounding(reference: CompletionAnswers) -> None:
+def test_a_precision_that_overflows_has_no_recorded_rounding(reference: CompletionAnswers) -> None:
     infinite = torch.full((200, 259), torch.inf)
     assert making._rounding(reference.prompts, lambda tokens: infinite[: len(tokens)]) is None
 
 
-def test_the_texts_fix_the_tokenizer(reference: CompletionAnswers) -> None:
+def test_recorded_token_ids_detect_another_tokenizer(reference: CompletionAnswers) -> None:
     tokenizer = byte_tokenizer()
     for text in reference.texts:
         assert tokenizer.decode(text.tokens) == text.text
@@ -104,7 +104,7 @@ def test_a_short_context_gives_short_prompts_and_one_without_room_is_refused(
         making.answers_of(tiny_checkpoint(name="none", max_position_embeddings=33))
 
 
-def test_written_and_read_it_is_the_same(tmp_path: Path, reference: CompletionAnswers) -> None:
+def test_reference_answers_round_trip(tmp_path: Path, reference: CompletionAnswers) -> None:
     reference.write(tmp_path)
     assert reference_answers.read(tmp_path) == reference
 
@@ -131,12 +131,12 @@ def test_a_damaged_reference_is_refused(tmp_path: Path, reference: CompletionAns
         reference_answers.read(tmp_path)
 
 
-def test_a_release_without_one_is_told_apart(tmp_path: Path) -> None:
+def test_a_release_without_reference_answers_is_distinguished(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"reference-answers\.json: missing; .*make it again"):
         reference_answers.read(tmp_path)
 
 
-def test_the_command_line_offers_what_servers_can_be_checked_in() -> None:
+def test_the_command_line_offers_the_checkable_precisions() -> None:
     assert list(DTYPES) == ["auto", *TOLERANCES]
 
 

@@ -225,7 +225,7 @@ def _cheat(partial: Path) -> None:
         (lambda _: None, 0, "not judged"),
     ],
 )
-def test_a_release_that_is_not_what_it_says_is_not_published(
+def test_an_altered_release_is_not_published(
     registry: Registry, make_release: MakeRelease, change: Any, limit: float, message: str
 ) -> None:
     release = make_release(change=change, limit=limit)
@@ -248,7 +248,7 @@ def test_a_damaged_or_foreign_folder_is_not_published(
     assert registry.client.search_registered_models() == []
 
 
-def test_a_version_of_somebody_else_is_not_ours(registry: Registry, make_release: MakeRelease) -> None:
+def test_a_foreign_version_is_not_ours(registry: Registry, make_release: MakeRelease) -> None:
     version = registries.publish(registry, make_release(), NAME)
     registry.client.create_model_version(NAME, source="file:///tmp/x")
     registry.client.create_registered_model("somebody-elses")
@@ -318,9 +318,7 @@ else:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_killed_promotion_or_rollback_is_done_or_not_done(
-    workspace: Path, make_release: MakeRelease, when: str
-) -> None:
+def test_a_killed_promotion_or_rollback_is_atomic(workspace: Path, make_release: MakeRelease, when: str) -> None:
     registry = registries.open_registry(None, workspace)
     for content in "ab":
         registries.publish(registry, make_release(content), NAME)
@@ -411,7 +409,7 @@ def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
 
 
 @pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
-def test_production_moves_or_does_not_when_its_mover_is_killed_at_any_step(
+def test_promotion_is_atomic_when_killed_at_any_step(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease, do: str, before: int, then: int
 ) -> None:
     for content in "ab":
@@ -473,7 +471,7 @@ for release in sys.argv[2:]:
 """
 
 
-def test_two_publishers_at_once_on_a_registry_that_is_not_there_yet(tmp_path: Path, make_release: MakeRelease) -> None:
+def test_concurrent_publishers_create_the_registry_once(tmp_path: Path, make_release: MakeRelease) -> None:
     workspace = tmp_path / "neu angelegt"
     shared, left, right = make_release("shared"), make_release("left"), make_release("right")
     children = [run_child(PUBLISH_ALL, workspace, shared, own) for own in (left, right)]
@@ -489,7 +487,7 @@ def test_two_publishers_at_once_on_a_registry_that_is_not_there_yet(tmp_path: Pa
     assert sorted(os.listdir(workspace / "registry")) == ["artifacts", "lock", "mlflow.db"]
 
 
-def test_promotion_and_rollback_at_once_are_done_one_after_the_other(
+def test_concurrent_promotion_and_rollback_are_serialized(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
 ) -> None:
     for content in "abc":
@@ -505,7 +503,7 @@ def test_promotion_and_rollback_at_once_are_done_one_after_the_other(
         registries.rollback(registry, NAME)
 
 
-def test_a_registry_killed_while_it_was_made_is_made_again(tmp_path: Path, make_release: MakeRelease) -> None:
+def test_a_registry_killed_during_creation_is_created_again(tmp_path: Path, make_release: MakeRelease) -> None:
     script = """
 import mlflow.store.db.utils as tables
 upgrade = tables._upgrade_db
@@ -547,7 +545,7 @@ def _rewrite_with_its_manifest(folder: Path) -> None:
         (_rewrite_with_its_manifest, "manifest.json has the digest"),
     ],
 )
-def test_damage_is_named_stops_everything_and_is_mended_by_publishing_again(
+def test_damage_is_named_blocks_everything_and_is_repaired_by_publishing_again(
     registry: Registry, workspace: Path, make_release: MakeRelease, tmp_path: Path, damage: Any, named: str
 ) -> None:
     first, second = make_release("a"), make_release("b")
@@ -592,7 +590,7 @@ def test_a_verdict_in_the_tags_alone_is_not_enough(
 # --- production ------------------------------------------------------------------------------------
 
 
-def test_promotion_and_rollback_walk_the_history(registry: Registry, make_release: MakeRelease) -> None:
+def test_promotion_and_rollback_follow_the_history(registry: Registry, make_release: MakeRelease) -> None:
     for content in "abc":
         registries.publish(registry, make_release(content), NAME)
     with pytest.raises(InputError, match="nothing is in production"):
@@ -611,7 +609,7 @@ def test_promotion_and_rollback_walk_the_history(registry: Registry, make_releas
     assert registries.rollback(registry, NAME).version == 1
 
 
-def test_a_promotion_taken_back_leaves_no_trace(registry: Registry, make_release: MakeRelease) -> None:
+def test_an_undone_promotion_leaves_no_trace(registry: Registry, make_release: MakeRelease) -> None:
     for content in "ab":
         registries.publish(registry, make_release(content), NAME)
     registries.promote(registry, f"{NAME}/1")
@@ -656,7 +654,7 @@ def test_a_deleted_version_cannot_be_rolled_back_to(registry: Registry, make_rel
 @pytest.mark.parametrize(
     "text", ["{", '{"history": "1"}', '{"history": [], "more": 1}', '{"history": [1], "next": []}']
 )
-def test_a_damaged_history_is_said_to_be(registry: Registry, make_release: MakeRelease, text: str) -> None:
+def test_a_damaged_history_is_reported(registry: Registry, make_release: MakeRelease, text: str) -> None:
     registries.publish(registry, make_release(), NAME)
     registry.client.set_registered_model_tag(NAME, "numprune.production", text)
     with pytest.raises(IntegrityError, match=r"tag numprune\.production is damaged"):
@@ -680,9 +678,7 @@ def remote_with(registry: Registry, location: str) -> Registry:
     return dataclasses.replace(registry, artifacts=artifacts, experiment=experiment, embedded=False)
 
 
-def test_files_go_through_mlflow_and_come_back_the_same(
-    remote: Registry, make_release: MakeRelease, tmp_path: Path
-) -> None:
+def test_files_round_trip_through_mlflow(remote: Registry, make_release: MakeRelease, tmp_path: Path) -> None:
     first, second = make_release("a"), make_release("b")
     version = registries.publish(remote, first, NAME)
     assert registries.publish(remote, first, NAME) == version
@@ -709,7 +705,7 @@ def test_files_go_through_mlflow_and_come_back_the_same(
     assert not [name for name in os.listdir(tmp_path) if "again" in name]
 
 
-def test_a_store_that_needs_a_package_says_which(
+def test_a_store_names_its_missing_package(
     registry: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the server hands out addresses of its store instead of passing the files on."""
@@ -721,7 +717,7 @@ def test_a_store_that_needs_a_package_says_which(
 
 
 @pytest.mark.parametrize("form", ["{folder}", "file://{folder}"])
-def test_nothing_is_written_to_a_local_folder_for_a_server_nor_read_from_it(
+def test_no_local_folder_is_used_for_a_server(
     registry: Registry, make_release: MakeRelease, tmp_path: Path, form: str
 ) -> None:
     """MLflow's client takes the path that a server gives for its own."""
@@ -790,7 +786,7 @@ def _ids(*runs: Any) -> list[str]:
     return [run.info.run_id for run in runs]
 
 
-def test_of_two_that_publish_the_same_release_elsewhere_the_first_stays(
+def test_the_first_of_two_identical_remote_publications_wins(
     remote: Registry, make_release: MakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No lock reaches over machines: the other one publishes between our look and our version."""
@@ -838,12 +834,12 @@ def test_a_workspace_may_move(registry: Registry, workspace: Path, make_release:
 @pytest.mark.parametrize(
     "text", ["", "a@", "a/", "a/0", "a/x", "a/1/2", "@b", "a b", "../a", "a@b@c", "a/-1", "a'", "a/01"]
 )
-def test_what_is_no_reference_is_refused(text: str) -> None:
+def test_invalid_references_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"not a (reference|model's name)"):
         registries.parse(text)
 
 
-def test_references_are_read() -> None:
+def test_references_are_parsed() -> None:
     assert registries.parse("größe-1.5") == registries.ModelReference("größe-1.5", "production", None)
     assert registries.parse("a", "candidate").alias == "candidate"
     assert registries.parse("a@b").alias == "b"
@@ -863,12 +859,12 @@ def test_unknown_names_versions_and_aliases_are_named(registry: Registry, make_r
 
 
 @pytest.mark.parametrize("uri", ["sqlite:///x.db", "mlruns", "", "file:///x", "databricks"])
-def test_only_servers_are_addresses(uri: str, tmp_path: Path) -> None:
+def test_only_server_addresses_are_accepted(uri: str, tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="not an MLflow server's address"):
         registries.open_registry(uri, tmp_path)
 
 
-def test_a_server_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:1 cannot be reached \(Connection refused\): .*again"):
         registries.open_registry("http://127.0.0.1:1", tmp_path)
@@ -896,7 +892,7 @@ VERSION = {"/version": (200, "3.17.2")}
         (401, "", r"does not know who we are \(401\)"),
     ],
 )
-def test_servers_that_are_not_supported_are_refused_when_connecting(
+def test_unsupported_servers_are_refused_when_connecting(
     tmp_path: Path, status: int, version: str, message: str
 ) -> None:
     with answering({"/version": (status, version)}) as uri, pytest.raises(RegistryError, match=message):
@@ -904,12 +900,12 @@ def test_servers_that_are_not_supported_are_refused_when_connecting(
 
 
 @pytest.mark.parametrize("version", ["2.21.0", "2.22.0rc1", "3.17.2", "3.18.1.dev0"])
-def test_servers_that_are_supported_are_asked_on(tmp_path: Path, version: str) -> None:
+def test_supported_servers_are_used(tmp_path: Path, version: str) -> None:
     with answering({"/version": (200, version)}) as uri, pytest.raises(RegistryError, match="experiments/get-by-name"):
         registries.open_registry(uri, tmp_path)
 
 
-def test_a_server_that_says_nothing_is_not_waited_for_as_an_upload_is(
+def test_an_unresponsive_server_does_not_get_the_upload_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -946,7 +942,7 @@ def test_addresses_with_secrets_are_refused_without_repeating_them(uri: str, mes
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"])
-def test_no_error_holds_a_secret_nor_does_its_traceback(
+def test_neither_errors_nor_tracebacks_contain_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A token with the line break of the file it was read from is repeated by MLflow's own error."""
@@ -960,7 +956,7 @@ def test_no_error_holds_a_secret_nor_does_its_traceback(
         assert "MLFLOW_TRACKING_TOKEN cannot be sent" in str(refused.value)
 
 
-def test_a_registry_that_cannot_be_used_is_an_error(tmp_path: Path) -> None:
+def test_an_unusable_registry_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "registry").write_text("a file where the folder should be")
     with pytest.raises(RegistryError, match="registry"):
         registries.open_registry(None, tmp_path)

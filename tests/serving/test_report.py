@@ -29,7 +29,7 @@ def test_a_report_survives_writing_and_reading(tmp_path: Path, report_json: Any)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), 10**400])
-def test_numbers_that_are_none_become_null(tmp_path: Path, report_json: Any, put: Any, value: Any) -> None:
+def test_non_finite_numbers_become_null(tmp_path: Path, report_json: Any, put: Any, value: Any) -> None:
     for path in ("quality.kl_nats_per_token", "quality.loss_delta.ci95_upper"):
         put(report_json, path, value)
     report_json["parity"]["onnxruntime"] = {"maximum_error": value, "nested": [{"worst": value}]}
@@ -51,7 +51,7 @@ def test_unknown_fields_are_refused(report_json: Any, put: Any) -> None:
         Report.model_validate(put(report_json, "quality.perplexitty", 1.0))
 
 
-def test_numbers_of_numpy_are_numbers(report_json: Any, put: Any) -> None:
+def test_numpy_numbers_are_accepted(report_json: Any, put: Any) -> None:
     put(report_json, "quality.kl_nats_per_token", np.float32(0.5))
     put(report_json, "sizes.weight_bytes.baseline", np.int64(4000))
     data = json.loads(json.dumps(Report.model_validate(report_json).to_json()))
@@ -69,7 +69,7 @@ def test_numbers_of_numpy_are_numbers(report_json: Any, put: Any) -> None:
         {"sampling_unit": "token"},
     ],
 )
-def test_an_estimate_that_contradicts_itself_is_refused(report_json: Any, change: dict[str, Any]) -> None:
+def test_a_contradictory_estimate_is_refused(report_json: Any, change: dict[str, Any]) -> None:
     good = report_json["quality"]["loss_delta"]
     LossDelta.model_validate(good)
     with pytest.raises(ValidationError):
@@ -91,7 +91,7 @@ def _document(delta: float) -> dict[str, Any]:
         ("speed.onnxruntime.repeats", 8),
     ],
 )
-def test_what_is_told_apart_is_told_of_all(report_json: Any, put: Any, path: str, value: Any) -> None:
+def test_per_document_figures_cover_all_documents(report_json: Any, put: Any, path: str, value: Any) -> None:
     Report.model_validate(report_json)
     with pytest.raises(ValidationError, match=r"document|by_repeat"):
         Report.model_validate(put(report_json, path, value))
@@ -110,7 +110,7 @@ def test_what_is_told_apart_is_told_of_all(report_json: Any, put: Any, path: str
         ("outputs", []),
     ],
 )
-def test_counts_of_generations_are_those_of_the_outputs(report_json: Any, put: Any, path: str, value: Any) -> None:
+def test_generation_counts_must_match_the_outputs(report_json: Any, put: Any, path: str, value: Any) -> None:
     Report.model_validate(put(report_json, "quality.generation", generation()))
     with pytest.raises(ValidationError, match=r"counts of generation|at least 1 item"):
         Report.model_validate(put(report_json, f"quality.generation.{path}", value))
@@ -145,7 +145,7 @@ def test_an_environment_is_valid_only_without_reasons(report_json: Any) -> None:
 # --- reading ---------------------------------------------------------------------------------------
 
 
-def test_reading_says_which_version_it_reads(tmp_path: Path, report_json: Any) -> None:
+def test_reading_reports_unsupported_versions(tmp_path: Path, report_json: Any) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({**report_json, "schema": "numprune/report/3"}))
     said = r"schema: 'numprune/report/3'; this version reads 'numprune/report/2' and 'numprune/report/1'"
@@ -168,14 +168,14 @@ def test_reading_says_which_version_it_reads(tmp_path: Path, report_json: Any) -
         "\udcff",
     ],
 )
-def test_whatever_is_in_the_file_reading_ends_in_one_error(tmp_path: Path, text: str) -> None:
+def test_any_invalid_file_gives_one_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "report.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(IntegrityError, match=r"report\.json"):
         reports.read(path)
 
 
-def test_reading_names_every_problem(tmp_path: Path, report_json: Any, put: Any) -> None:
+def test_reading_reports_every_problem(tmp_path: Path, report_json: Any, put: Any) -> None:
     put(report_json, "quality.tokens", "many")
     put(report_json, "identity.base", "0x12")
     (tmp_path / "report.json").write_text(json.dumps(report_json))
@@ -190,7 +190,7 @@ def test_a_file_that_is_too_large_is_not_parsed(tmp_path: Path) -> None:
         reports.read(tmp_path / "report.json")
 
 
-def test_a_missing_report_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_missing_report_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such report"):
         reports.read(tmp_path / "report.json")
 
@@ -217,7 +217,7 @@ _MINIMAL = {
 # --- the page --------------------------------------------------------------------------------------
 
 
-def test_the_page_begins_with_the_verdict_and_ends_with_identity(report_json: Any) -> None:
+def test_the_markdown_starts_with_the_verdict_and_ends_with_identity(report_json: Any) -> None:
     gate = {"metric": "sizes.parameters.ratio", "bound": "point", "max": 0.7, "value": 0.75}
     verdict = {"outcome": "fail", "gates": [{**gate, "outcome": "fail", "reason": "beyond the limit"}]}
     page = reports.markdown(Report.model_validate({**report_json, "verdict": verdict}))
@@ -232,14 +232,14 @@ def test_the_page_begins_with_the_verdict_and_ends_with_identity(report_json: An
     assert "| decode, tokens/s | 100 | 125 | 1.2 [1.14, 1.26] (n = 10): faster | ± 0.03 |" in page
 
 
-def test_the_page_of_a_bare_report_has_what_there_is() -> None:
+def test_the_markdown_of_a_minimal_report() -> None:
     page = reports.markdown(Report.model_validate(_MINIMAL))
     assert page.startswith("# r: not judged yet")
     assert "Quality" not in page
     assert "a" * 64 in page
 
 
-def test_text_in_a_report_cannot_break_its_page(report_json: Any) -> None:
+def test_report_text_cannot_break_the_markdown(report_json: Any) -> None:
     hostile = "x | y\n# Passed\n<script>alert(1)</script> [a](javascript:b) `c`"
     report_json["run_id"] = hostile
     report_json["parity"]["onnxruntime"] = {hostile: hostile}
@@ -253,7 +253,7 @@ def test_text_in_a_report_cannot_break_its_page(report_json: Any) -> None:
     assert all(line.replace("\\|", "").count("|") == 3 for line in tables)
 
 
-def test_the_page_puts_layers_that_keep_the_same_together(report_json: Any) -> None:
+def test_the_markdown_groups_layers_of_equal_sizes(report_json: Any) -> None:
     kept = {f"layers.{layer}.{kind}": [2, 3] for layer in range(30) for kind in ("attention", "mlp")}
     kept |= {f"layers.{layer}.attention.query_heads": [4 if layer < 9 else 2, 9] for layer in range(30)}
     report_json["pruning"]["kept_units"] = {**kept, "layers.7.mlp": [0, 3], "embedding": [1, 2]}
@@ -266,7 +266,7 @@ def test_the_page_puts_layers_that_keep_the_same_together(report_json: Any) -> N
     ]
 
 
-def test_the_page_says_which_layers_were_dropped(report_json: Any) -> None:
+def test_the_markdown_names_dropped_layers(report_json: Any) -> None:
     kept = {f"layers.{layer}.{kind}": [2, 3] for layer in range(4) for kind in ("attention", "mlp")}
     gone = {f"layers.2.{kind}": [0, 3] for kind in ("attention", "mlp")}
     report_json["pruning"] |= {"kept_units": kept | gone, "dropped_layers": [2]}
@@ -278,7 +278,7 @@ def test_the_page_says_which_layers_were_dropped(report_json: Any) -> None:
     ]
 
 
-def test_the_page_shows_what_both_sides_generate_and_in_which_precision_they_ran() -> None:
+def test_the_markdown_shows_generations_and_precision() -> None:
     page = reports.markdown(Report.model_validate(full()))
     assert "1 degraded: the candidate's output is empty or repeating" in page
     assert "| repeating | 1 | 1 |" in page
@@ -290,7 +290,7 @@ def test_the_page_shows_what_both_sides_generate_and_in_which_precision_they_ran
 
 
 @pytest.mark.parametrize(("documents", "told"), [(1, "1 held-out document; "), (3, "3 held-out documents; ")])
-def test_the_page_says_that_few_documents_are_windows(report_json: Any, documents: int, told: str) -> None:
+def test_the_markdown_says_when_intervals_are_over_windows(report_json: Any, documents: int, told: str) -> None:
     few_documents(report_json, documents)
     page = reports.markdown(Report.model_validate(report_json))
     assert told in page
@@ -349,13 +349,13 @@ def test_a_throttled_shared_or_unreadable_gpu_is_not(
     assert any(reason in given for given in environment.reasons)
 
 
-def test_a_gpu_that_is_used_but_not_there_is_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_that_was_used_is_invalid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     environment = reports.capture(uses_gpu=True)
     assert environment.reasons == ("the GPU's state cannot be read: nvidia-smi is not on the PATH",)
 
 
-def test_two_looks_at_the_machine_keep_the_reasons_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooled_environments_keep_the_reasons_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = reports.capture()
     monkeypatch.setenv("PATH", str(tmp_path))
     after = reports.capture(uses_gpu=True)

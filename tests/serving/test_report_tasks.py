@@ -30,7 +30,7 @@ def at_most(limit: float, metric: str = "quality.loss_delta", bound: Any = "ci95
 # --- schema 1 -------------------------------------------------------------------------------------
 
 
-def test_a_report_of_schema_1_is_read_confirmed_judged_and_shown(tmp_path: Path) -> None:
+def test_a_schema_1_report_is_read_verified_judged_and_shown(tmp_path: Path) -> None:
     written = json.loads(SCHEMA_1.read_text())
     found = reports.read(SCHEMA_1)
     assert found.quality is not None
@@ -61,9 +61,7 @@ def test_a_policy_may_use_either_name(metric: str, limit: float, outcome: str, o
     ("part", "value"),
     [("nll_delta_nats_per_token", {"value": 0.049}), ("candidate", {"perplexity": 20.0})],
 )
-def test_a_report_of_schema_1_that_was_altered_after_its_verdict_is_refused(
-    tmp_path: Path, part: str, value: dict[str, float]
-) -> None:
+def test_an_altered_schema_1_report_is_refused(tmp_path: Path, part: str, value: dict[str, float]) -> None:
     data = json.loads(SCHEMA_1.read_text())
     data["quality"][part] |= value
     (tmp_path / "report.json").write_text(json.dumps(data))
@@ -115,7 +113,7 @@ def test_a_shape_of_an_encoder_is_judged_against_its_noise_floor() -> None:
     "metric",
     [OLD_NAME, "quality.perplexity_ratio", "quality.kl_nats_per_token", "quality.generation.degraded_share"],
 )
-def test_a_gate_on_what_only_causal_models_have_is_a_mistake_in_the_policy(metric: str) -> None:
+def test_a_gate_on_causal_figures_of_an_encoder_is_a_policy_error(metric: str) -> None:
     report = Report.model_validate(encoder())
     policy = Policy(gates=(*at_most(1.0).gates, *at_most(1.0, metric, "point").gates))
     with pytest.raises(InputError, match=rf"gates\.1\.metric = '{metric}': .*embedding.*quality\.loss_delta"):
@@ -131,14 +129,14 @@ def test_a_gate_on_what_only_causal_models_have_is_a_mistake_in_the_policy(metri
         ({"metrics": {"similarity_spearman": "high"}}, "metrics"),
     ],
 )
-def test_a_quality_that_is_not_of_its_task_is_refused(change: dict[str, Any], said: str) -> None:
+def test_quality_figures_of_another_task_are_refused(change: dict[str, Any], said: str) -> None:
     data = encoder()
     data["quality"] |= change
     with pytest.raises(ValueError, match=said):
         Report.model_validate(data)
 
 
-def test_reports_of_different_tasks_do_not_compare() -> None:
+def test_reports_of_different_tasks_are_not_comparable() -> None:
     found = page.differences([Report.model_validate(encoder(task)) for task in ("embedding", "masked-lm")])
     assert ("Task", "their losses are different quantities, so quality does not compare") in found
     text = Parsed(page.comparison([(task, judged(encoder(task))) for task in METRICS])).text

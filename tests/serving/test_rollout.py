@@ -124,7 +124,7 @@ def running(place: Place) -> set[str]:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("step", ["nothing switched", "green added", "blue removed"])
-def test_a_switch_that_was_begun_is_finished_and_no_request_is_lost(
+def test_an_interrupted_switch_is_completed_without_losing_requests(
     place: Place, settings: Settings, step: str
 ) -> None:
     blue, green = start(place, "tiny/1"), start(place, "tiny/2")
@@ -154,7 +154,7 @@ def test_a_switch_that_was_begun_is_finished_and_no_request_is_lost(
 
 
 @pytest.mark.vllm
-def test_what_never_proved_itself_is_ended_and_blue_serves_on(place: Place, settings: Settings) -> None:
+def test_an_unproven_server_is_stopped_and_blue_keeps_serving(place: Place, settings: Settings) -> None:
     blue = start(place, "tiny/1")
     state = serve(place, settings, blue)
     start(place, "tiny/2")  # started by a rollout that was killed before it wrote anything
@@ -177,7 +177,7 @@ def test_a_dead_router_is_replaced_at_the_same_address(place: Place, settings: S
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("dead", ["current", "retiring"])
-def test_of_two_servers_the_living_one_serves(place: Place, settings: Settings, dead: str) -> None:
+def test_the_surviving_server_serves(place: Place, settings: Settings, dead: str) -> None:
     blue, green = start(place, "tiny/1"), start(place, "tiny/2")
     state = place.write(serve(place, settings, blue).model_copy(update={"current": green, "retiring": blue}))
     victim, survivor = (green, blue) if dead == "current" else (blue, green)
@@ -189,7 +189,7 @@ def test_of_two_servers_the_living_one_serves(place: Place, settings: Settings, 
 
 
 @pytest.mark.vllm
-def test_when_all_is_dead_it_begins_anew(place: Place, settings: Settings) -> None:
+def test_after_losing_everything_a_rollout_starts_over(place: Place, settings: Settings) -> None:
     blue = start(place, "tiny/1")
     state = serve(place, settings, blue)
     for tag in state.tags():
@@ -199,7 +199,7 @@ def test_when_all_is_dead_it_begins_anew(place: Place, settings: Settings) -> No
 
 
 @pytest.mark.vllm
-def test_a_switch_that_fails_leaves_everything_as_it_was(place: Place, settings: Settings) -> None:
+def test_a_failed_switch_changes_nothing(place: Place, settings: Settings) -> None:
     blue, green = start(place, "tiny/1"), start(place, "tiny/2", model="another")
     state = serve(place, settings, blue)
     with pytest.raises(router.RouterError, match=r"serves \['another'\], not tiny"):
@@ -211,7 +211,7 @@ def test_a_switch_that_fails_leaves_everything_as_it_was(place: Place, settings:
 
 
 @pytest.mark.vllm
-def test_a_router_that_dies_in_a_switch_comes_back_with_blue(place: Place, settings: Settings) -> None:
+def test_a_router_that_dies_during_a_switch_is_restored_with_blue(place: Place, settings: Settings) -> None:
     blue, green = start(place, "tiny/1"), start(place, "tiny/2")
     state = serve(place, settings, blue)
     assert state.router is not None
@@ -263,7 +263,7 @@ def test_another_address_is_refused_while_it_runs(place: Place, settings: Settin
 
 
 @pytest.mark.vllm
-def test_what_serves_already_stays_as_it_is(place: Place, settings: Settings, tmp_path: Path) -> None:
+def test_a_version_that_already_serves_is_left_alone(place: Place, settings: Settings, tmp_path: Path) -> None:
     blue = start(place, "tiny/1")
     state = serve(place, settings, blue)
     release = Deployment("tiny/1", NAME, 1, blue.digest, tmp_path, "float32")
@@ -275,7 +275,7 @@ def test_what_serves_already_stays_as_it_is(place: Place, settings: Settings, tm
 
 
 @pytest.mark.vllm
-def test_a_server_with_another_key_does_not_serve_already(place: Place, settings: Settings, tmp_path: Path) -> None:
+def test_a_server_with_another_key_is_replaced(place: Place, settings: Settings, tmp_path: Path) -> None:
     blue = start(place, "tiny/1", key="old")
     place.write(serve(place, settings, blue).model_copy(update={"guarded": True}))
     release = Deployment("tiny/1", NAME, 1, blue.digest, tmp_path / "gone", "float32")
@@ -290,7 +290,7 @@ def test_a_server_with_another_key_does_not_serve_already(place: Place, settings
         blue.started.process.stop()
 
 
-def test_the_key_that_a_server_asks_for_is_found_out(place: Place) -> None:
+def test_the_key_of_a_server_is_recognized(place: Place) -> None:
     guarded, open_to_all = start(place, "tiny/1", key="old"), start(place, "tiny/2")
     keys = ("old", "new", None)
     assert [backends.takes_key(guarded, key) for key in keys] == [True, False, False]
@@ -307,7 +307,7 @@ def never() -> Deployment:
 NO_ROUTER = Environment(Path(sys.executable), "0.32.0", True, None, None)
 
 
-def test_two_at_once_one_refuses(place: Place, tmp_path: Path) -> None:
+def test_a_concurrent_rollout_is_refused(place: Place, tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
@@ -337,7 +337,7 @@ def test_without_the_router_nothing_is_started(place: Place, tmp_path: Path) -> 
     assert isinstance(raised.value.__cause__, MissingRuntime)
 
 
-def test_a_state_that_is_damaged_is_not_guessed_at(place: Place, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused(place: Place, tmp_path: Path) -> None:
     place.write(State(name=NAME))
     assert place.read() == State(name=NAME)
     (place.folder / "state.json").write_text('{"schema": "numprune/rollout/1", "name": "tiny", "current": {}}')
@@ -355,7 +355,7 @@ def test_a_name_cannot_leave_the_workspace(tmp_path: Path) -> None:
         Place(tmp_path, "../tiny")
 
 
-def test_names_and_workspaces_do_not_see_each_others_processes(tmp_path: Path) -> None:
+def test_names_and_workspaces_are_isolated(tmp_path: Path) -> None:
     prefixes = {Place(tmp_path / folder, name).tag_prefix for folder in ("a", "b") for name in ("tiny", "tiny-2")}
     assert len(prefixes) == 4
     assert not any(one != other and one.startswith(other) for one in prefixes for other in prefixes)

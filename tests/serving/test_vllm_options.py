@@ -27,7 +27,7 @@ GIB = 1 << 30
         (["--hf-overrides.a_b", "--served-not", "1"], ["1"], ["--hf-overrides.a_b"]),
     ],
 )
-def test_the_names_of_the_model_are_told_from_other_options(
+def test_served_names_are_separated_from_other_options(
     options: Sequence[str], names: Sequence[str], others: Sequence[str]
 ) -> None:
     assert split_names(options, "mine") == (names, others)
@@ -42,7 +42,7 @@ def test_an_option_without_a_name_is_refused() -> None:
     ("word", "found"),
     [("--api_key=x", "--api-key"), ("--api", "--api-key"), ("--model-impl", None), ("api-key", None), ("--seed", None)],
 )
-def test_reserved_options_are_found_in_every_spelling(word: str, found: str | None) -> None:
+def test_reserved_options_are_detected_in_every_spelling(word: str, found: str | None) -> None:
     assert taken(word, ("--model", "--api-key")) == found
 
 
@@ -80,7 +80,7 @@ def test_what_is_not_a_key_is_refused_without_repeating_it(tmp_path: Path, conte
     ("total", "available", "weights", "share"),
     [(24, 20, 0, 0.416), (24, 20, 8, 0.583), (24, 2, 1, 0.062), (512, 512, 16, 0.515)],
 )
-def test_the_share_holds_the_weights_and_leaves_half_of_the_rest(
+def test_the_memory_share_covers_the_weights_and_half_of_the_rest(
     total: int, available: int, weights: int, share: float
 ) -> None:
     found = memory.share(memory.Memory(total * GIB, available * GIB), weights * GIB)
@@ -98,7 +98,7 @@ def test_the_share_holds_the_weights_and_leaves_half_of_the_rest(
         ({}, False),
     ],
 )
-def test_the_memory_is_what_the_container_allows(tmp_path: Path, files: dict[str, str], limited: bool) -> None:
+def test_memory_follows_the_container_limit(tmp_path: Path, files: dict[str, str], limited: bool) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -118,5 +118,5 @@ def test_the_memory_is_what_the_container_allows(tmp_path: Path, files: dict[str
         ([], {"VLLM_CPU_KVCACHE_SPACE": ""}, False),
     ],
 )
-def test_what_the_user_sets_stays(options: Sequence[str], variables: dict[str, str], found: bool) -> None:
+def test_user_settings_take_precedence(options: Sequence[str], variables: dict[str, str], found: bool) -> None:
     assert memory.is_set(options, variables) == found

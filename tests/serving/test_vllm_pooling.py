@@ -43,7 +43,7 @@ def running(exported: Path) -> Iterator[Server]:
         yield server
 
 
-def test_the_server_gives_the_embeddings_of_the_checkpoint(running: Server, reference: PooledAnswers) -> None:
+def test_the_server_returns_the_checkpoint_s_embeddings(running: Server, reference: PooledAnswers) -> None:
     found = reference_answers.check(running.url, reference, "float32")
     assert found["worst"]["error"] < found["tolerance"]
     assert (found["texts"], found["positions"]) == (4, 4 * 64)
@@ -73,7 +73,7 @@ def test_every_difference_is_named(running: Server, reference: PooledAnswers, sp
         reference_answers.check(running.url, PooledAnswers.model_validate(data), "float32")
 
 
-def test_a_rollout_loads_it_with_requests_for_embeddings(running: Server, reference: PooledAnswers) -> None:
+def test_a_rollout_sends_embedding_requests_as_load(running: Server, reference: PooledAnswers) -> None:
     _load(running, reference)
     metrics = loopback.get(f"{running.url}/metrics", timeout=30.0).text
     assert "vllm:request_success_total" in metrics

@@ -52,7 +52,7 @@ def said(running: Process, *words: str) -> bool:
     return set(words) <= set(running.log.read_text().split())
 
 
-def test_stopping_ends_children_that_do_not_listen_too(tmp_path: Path) -> None:
+def test_stopping_kills_unresponsive_children(tmp_path: Path) -> None:
     running = start(tmp_path, FAMILY)
     wait(lambda: said(running, "parent", "child"), "the family is complete")
     assert running.is_alive()
@@ -78,7 +78,7 @@ def test_stopping_leaves_other_tags_alone(tmp_path: Path) -> None:
     second.stop()
 
 
-def test_it_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
+def test_it_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
@@ -101,7 +101,7 @@ time.sleep(300)
         wait(lambda left=left: alive() == left, f"detached={detached}")
 
 
-def test_a_process_written_down_is_found_again_and_is_not_mistaken(tmp_path: Path) -> None:
+def test_a_recorded_process_is_found_again_and_not_confused(tmp_path: Path) -> None:
     running = start(tmp_path, "import time; time.sleep(300)", detached=True)
     again = Process(running.pid, running.tag, running.log)
     wait(again.is_alive, "the launcher has become the command")
@@ -112,7 +112,7 @@ def test_a_process_written_down_is_found_again_and_is_not_mistaken(tmp_path: Pat
     assert alive() == 0
 
 
-def test_how_it_ended_and_its_last_words(tmp_path: Path) -> None:
+def test_exit_status_and_last_lines_are_reported(tmp_path: Path) -> None:
     script = """
 import sys
 print("INFO 11-21 05:32:47 [core.py:12] loading")
@@ -129,19 +129,19 @@ sys.exit(3)
     )
 
 
-def test_without_a_cause_the_last_lines_are_told(tmp_path: Path) -> None:
+def test_without_a_cause_the_last_lines_are_reported(tmp_path: Path) -> None:
     running = start(tmp_path, "print(*range(20), sep='\\n')")
     wait(lambda: not running.is_alive(), "it ends")
     assert running.last_words() == "its last lines: 14 | 15 | 16 | 17 | 18 | 19"
 
 
-def test_silence_is_said(tmp_path: Path) -> None:
+def test_a_silent_death_is_reported(tmp_path: Path) -> None:
     running = start(tmp_path, "import os; os.kill(os.getpid(), 9)")
     wait(lambda: not running.is_alive(), "it ends")
     assert (running.how_it_ended(), running.last_words()) == ("was ended by SIGKILL", "it left no message")
 
 
-def test_another_environments_variables_are_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_variables_are_not_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setenv("KEPT", "yes")
     running = start(tmp_path, "import os; print(os.environ.get('PYTHONPATH'), os.environ['KEPT'])")

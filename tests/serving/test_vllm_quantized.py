@@ -33,7 +33,7 @@ def turn_scale(checkpoint: Path) -> None:
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
 
 
-def test_a_server_answers_as_the_quantized_model_and_not_with_a_wrong_scale(tmp_path: Path) -> None:
+def test_a_server_matches_the_quantized_model_and_detects_a_wrong_scale(tmp_path: Path) -> None:
     found, checkpoint = require_vllm(), quantized(tmp_path)
     good = make_release(checkpoint, tmp_path / "good")
     bad = make_release(checkpoint, tmp_path / "bad", turn_scale)

@@ -60,7 +60,7 @@ def reference(release: Deployment) -> CompletionAnswers:
     return reference_answers.read(release.folder)
 
 
-def test_a_server_computes_what_transformers_does(running: Server, release: Deployment) -> None:
+def test_a_server_matches_transformers(running: Server, release: Deployment) -> None:
     found = prove(running, release, "float32")
     assert found["worst"]["error"] <= 1e-3
     assert found["greedy_match"] == 1.0
@@ -71,13 +71,13 @@ def test_a_server_computes_what_transformers_does(running: Server, release: Depl
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_names_are_the_users(running: Server) -> None:
+def test_served_names_are_configurable(running: Server) -> None:
     models = httpx.get(f"{running.url}/v1/models", headers=running.headers, timeout=30).json()["data"]
     assert [model["id"] for model in models] == ["small", "tiny"]
     assert running.name == "small"
 
 
-def test_the_api_key_is_asked_for_and_told_to_nobody(running: Server, reference: CompletionAnswers) -> None:
+def test_the_api_key_is_required_and_never_revealed(running: Server, reference: CompletionAnswers) -> None:
     for key, message in (
         (None, "wants an API key: set .VLLM_API_KEY or give --api-key-file"),
         ("x", "refuses the API"),
@@ -125,14 +125,14 @@ def test_every_difference_from_the_reference_is_named(
         reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
 
 
-def test_another_releases_reference_fails_by_far_even_in_half_precision(running: Server, tmp_path: Path) -> None:
+def test_another_release_s_reference_clearly_fails_even_in_half_precision(running: Server, tmp_path: Path) -> None:
     other = make_release(write_checkpoint(tmp_path / "model", seed=1), tmp_path / "release")
     for dtype in reference_answers.TOLERANCES:
         with pytest.raises(ParityError):
             reference_answers.check(running.url, reference_answers.read(other), dtype, KEY)
 
 
-def test_a_near_tie_may_go_either_way(running: Server, reference: CompletionAnswers) -> None:
+def test_near_ties_are_tolerated(running: Server, reference: CompletionAnswers) -> None:
     data = copy.deepcopy(reference.model_dump(by_alias=True))
     prompt = data["prompts"][3]
     start = len(prompt["tokens"])
@@ -149,7 +149,7 @@ def test_a_near_tie_may_go_either_way(running: Server, reference: CompletionAnsw
     assert found["greedy_match"] == found["greedy_compared"] / (4 * 32)
 
 
-def test_what_the_server_refuses_is_said(running: Server, reference: CompletionAnswers) -> None:
+def test_server_refusals_are_reported(running: Server, reference: CompletionAnswers) -> None:
     data = reference.model_dump(by_alias=True)
     data["prompts"][0]["tokens"] *= 3  # beyond --max-model-len
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
@@ -157,7 +157,7 @@ def test_what_the_server_refuses_is_said(running: Server, reference: CompletionA
         reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
 
 
-def test_weights_that_do_not_fit_are_not_reloaded_into_it(running: Server, release: Deployment, tmp_path: Path) -> None:
+def test_mismatched_weights_are_not_reloaded(running: Server, release: Deployment, tmp_path: Path) -> None:
     """By itself vLLM cuts them to size and goes on with another model."""
     wider = write_checkpoint(tmp_path / "wider", intermediate_size=128)
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(wider)}}
@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_are_not_reloaded_into_it(running: Server, relea
     assert prove(running, release, "float32")["greedy_match"] == 1.0
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(
+def test_a_port_in_use_is_refused_before_anything_starts(
     vllm: Environment, running: Server, release: Deployment
 ) -> None:
     port = int(running.url.rpartition(":")[2])
@@ -189,7 +189,7 @@ def test_layers_that_differ_need_the_plugin(vllm: Environment, release: Deployme
         pass
 
 
-def test_a_server_killed_during_its_check_is_an_error_with_its_name(running: Server, release: Deployment) -> None:
+def test_a_server_killed_during_its_check_is_a_named_error(running: Server, release: Deployment) -> None:
     """The last test here: it takes the server away."""
     log = running.process.log
     before = log.read_bytes().count(b"POST /tokenize")

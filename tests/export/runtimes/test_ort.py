@@ -11,7 +11,7 @@ from numprune.export.runtimes import ort
 
 
 @pytest.mark.parametrize(("opset", "heavy"), [(23, {"Attention", "MatMul"}), (20, {"Softmax", "MatMul"})])
-def test_work_that_went_to_the_cpu_is_found(
+def test_operators_that_fall_back_to_the_cpu_are_detected(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, opset: int, heavy: set[str]
 ) -> None:
     onnx.export(tiny_checkpoint(), tmp_path / "onnx", opset=opset)
@@ -22,7 +22,7 @@ def test_work_that_went_to_the_cpu_is_found(
         ort._require_cuda(session, "")
 
 
-def test_work_of_the_fused_operators_that_went_to_the_cpu_is_found(
+def test_fused_operators_that_fall_back_to_the_cpu_are_detected(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     genai.export(tiny_checkpoint(), tmp_path / "out")

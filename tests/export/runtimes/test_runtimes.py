@@ -34,7 +34,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and bool((found - expected).abs().max() < 1e-4)
 
 
-def test_decode_extends_what_prefill_began(opened: tuple[Runtime, Any]) -> None:
+def test_decode_continues_after_prefill(opened: tuple[Runtime, Any]) -> None:
     runtime, model = opened
     assert runtime.vocabulary == VOCABULARY
     for rows in (3, 1):  # a second prefill starts afresh
@@ -52,7 +52,7 @@ def test_last_only(opened: tuple[Runtime, Any]) -> None:
     assert close(runtime.decode(tokens[:, 8:]), model(tokens).logits[:, 8].detach())
 
 
-def test_padded_rows_compute_what_they_compute_alone(opened: tuple[Runtime, Any]) -> None:
+def test_padded_rows_match_unpadded_rows(opened: tuple[Runtime, Any]) -> None:
     runtime, model = opened
     tokens = random_tokens(3, 12)
     mask = torch.ones(3, 8, dtype=torch.int64)
@@ -115,7 +115,7 @@ def test_unknown_names_and_devices(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
-def test_a_device_that_is_not_there_is_an_error_and_not_the_cpu(
+def test_a_missing_device_is_an_error_instead_of_falling_back_to_the_cpu(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     folder = tiny_checkpoint()
@@ -126,7 +126,7 @@ def test_a_device_that_is_not_there_is_an_error_and_not_the_cpu(
         open_runtime(name, folder, device="cuda")
 
 
-def test_onnxruntime_wants_a_whole_onnx_export(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_onnxruntime_needs_a_complete_onnx_export(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     with pytest.raises(IntegrityError, match=r"manifest\.json: missing"):
         open_runtime("onnxruntime", folder)

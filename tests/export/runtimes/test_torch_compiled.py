@@ -16,7 +16,7 @@ Checkpoint = Callable[..., Path]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> None:
+def test_compiled_decoding_matches_eager_decoding(tiny_checkpoint: Checkpoint) -> None:
     """A window slides past what is cached: every step must be the same compiled function."""
     base = tiny_checkpoint("mistral", num_hidden_layers=1, sliding_window=5)
     eager = TorchRuntime(base, device="cpu", threads=1)
@@ -37,7 +37,7 @@ def test_it_computes_what_eager_decoding_does(tiny_checkpoint: Checkpoint) -> No
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_the_step_that_was_compared_is_the_one_that_is_timed(tiny_checkpoint: Checkpoint) -> None:
+def test_the_compared_step_is_the_timed_step(tiny_checkpoint: Checkpoint) -> None:
     """One row: a column cut out of a longer prompt and the token that argmax found differ in strides alone."""
     eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
     runtime = CompiledRuntime(eager, rows=1, positions=20)
@@ -47,7 +47,7 @@ def test_the_step_that_was_compared_is_the_one_that_is_timed(tiny_checkpoint: Ch
             assert runtime.decode(step).shape == (1, 259)
 
 
-def test_what_decodes_differently_is_not_used(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_that_differs_is_not_used(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to itself the decoder is not traced here: that its logits are compared does not depend on the compiler."""
     monkeypatch.setattr(torch, "compile", lambda step, **_: lambda *inputs: step(*inputs).roll(1, dims=-1))
     eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
@@ -55,7 +55,7 @@ def test_what_decodes_differently_is_not_used(tiny_checkpoint: Checkpoint, monke
         torch_compiled.CompiledRuntime(eager, rows=1, positions=20)
 
 
-def test_a_network_that_cannot_be_traced_says_why(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untraceable_network_gives_the_reason(tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = TorchRuntime(tiny_checkpoint(num_hidden_layers=1), device="cpu", threads=1)
 
     def untraceable(*_: object, **__: object) -> None:

@@ -30,14 +30,14 @@ def about(share: Share, rate: float, slack: float = 0.0) -> bool:
 
 @pytest.mark.parametrize("text", TEXTS[:2], ids=lambda text: text.name)
 @pytest.mark.parametrize("documents", [20, 50])
-def test_a_candidate_as_bad_as_the_limit_passes_at_most_at_the_nominal_rate(text, documents):
+def test_a_candidate_at_the_limit_passes_at_most_at_the_nominal_rate(text, documents):
     rates = quality_rates(text, documents, 6000 // documents, seed=1)
     assert at_most(rates.worse_passes, 0.05), rates
     assert at_most(rates.better_fails, 0.05), rates
     assert about(rates.equal_passes, rates.power, 0.05), rates  # what the gate claims, and five points
 
 
-def test_a_candidate_that_is_worse_than_the_limit_passes_less_often():
+def test_a_candidate_beyond_the_limit_passes_less_often():
     generator = np.random.default_rng(5)
     passes = 0
     for _ in range(200):
@@ -48,7 +48,7 @@ def test_a_candidate_that_is_worse_than_the_limit_passes_less_often():
     assert passes <= 3
 
 
-def test_the_count_finds_a_bound_that_is_wrong(monkeypatch):
+def test_the_count_detects_a_wrong_bound(monkeypatch):
     """The plain percentile bootstrap does not keep what it promises: were it used, these tests would say so."""
     rates = quality_rates(TEXTS[1], 20, 300, seed=1)
     assert not at_most(rates.percentile_passes, 0.05)
@@ -64,7 +64,7 @@ def test_the_count_finds_a_bound_that_is_wrong(monkeypatch):
 
 @pytest.mark.parametrize("machine", MACHINES[:-1], ids=lambda machine: machine.name)
 @pytest.mark.parametrize("repeats", [6, 12])
-def test_ratios_of_speeds_keep_their_promise(machine, repeats):
+def test_speed_ratios_keep_their_error_rate(machine, repeats):
     rates = speed_rates(machine, repeats, 200, seed=1)
     assert at_most(rates.slower_passes, 0.05), rates
     assert at_most(rates.faster_passes, 0.05), rates
@@ -72,25 +72,25 @@ def test_ratios_of_speeds_keep_their_promise(machine, repeats):
     assert about(rates.equal_passes, rates.power, 0.05), rates
 
 
-def test_baseline_against_itself_stays_within_its_noise_floor():
+def test_the_baseline_against_itself_stays_within_its_noise_floor():
     for machine in MACHINES[:-1]:
         inside = speed_rates(machine, 10, 200, seed=2).itself_inside
         assert at_most(Share(inside.of - inside.count, inside.of), 0.05), machine.name
 
 
-def test_as_many_documents_as_asked_for_settle_it():
+def test_the_requested_number_of_documents_settles_the_verdict():
     assert about(settled(TEXTS[0], 6, 60, seed=1), 0.8, 0.05)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
-def test_the_truth_of_every_text_is_no_difference(text):
+def test_the_true_difference_of_every_text_is_zero(text):
     sums, tokens = text.draw(np.random.default_rng(0), 2_000_000)
     error = (sums - sums.mean()).std() / math.sqrt(len(sums)) / tokens.mean()
     assert abs(sums.sum() / tokens.sum()) < 4 * error
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
-def test_the_truth_of_every_machine_is_what_it_says(machine):
+def test_the_true_ratio_of_every_machine_is_as_stated(machine):
     generator = np.random.default_rng(0)
     logs = []
     for _ in range(1000):
@@ -100,7 +100,7 @@ def test_the_truth_of_every_machine_is_what_it_says(machine):
     assert abs(pairs.mean() - math.log(machine.truth)) < 4 * pairs.std() / math.sqrt(len(pairs))
 
 
-def test_a_series_of_reruns_keeps_its_own_promise():
+def test_a_series_of_reruns_keeps_its_error_rate():
     steady, stalling = MACHINES[0], MACHINES[3]
     for machine in (steady, stalling):
         rates = rerun_rates(machine, 6, 200, seed=1)
@@ -111,7 +111,7 @@ def test_a_series_of_reruns_keeps_its_own_promise():
         assert rates.equal_passes[0].count < rates.equal_passes[1].count <= rates.equal_passes[2].count
 
 
-def test_the_count_finds_that_unguarded_reruns_pass_too_often(monkeypatch):
+def test_the_count_detects_that_unguarded_reruns_pass_too_often(monkeypatch):
     """With the bounds of the first look at each look, these tests would say so."""
     monkeypatch.setattr(gates, "_bounds", lambda found, looks: (found.ci95_lower, found.ci95_upper, CONFIDENCE))
     generator = np.random.default_rng(1)
@@ -137,12 +137,12 @@ def test_the_command_prints_every_table(capsys):
         (["--worlds", "1"], "--worlds: 1 is under 10"),
     ],
 )
-def test_what_cannot_be_counted_is_refused(capsys, words, message):
+def test_invalid_counts_are_refused(capsys, words, message):
     assert main(words) == 1
     assert message in capsys.readouterr().err
 
 
-def test_of_several_gates_at_their_limits_all_pass_more_rarely_than_one():
+def test_several_gates_at_their_limits_pass_together_less_often_than_one():
     """A policy errs no more often than the gate that a bad candidate is beyond the limit of."""
     generator = np.random.default_rng(7)
     steady = MACHINES[0]

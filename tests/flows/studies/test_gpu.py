@@ -34,12 +34,12 @@ def test_on_a_gpu(name: str) -> None:
         pytest.skip(skipped)
 
 
-def test_limits_leave_less_than_eight_minutes() -> None:
+def test_time_limits_add_up_to_under_eight_minutes() -> None:
     assert sum(part.limit for part in PARTS.values()) < 8 * 60
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_error_gives_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"gpu: error: torch \S+ sees no CUDA device; .* NVIDIA GPU, or .* with --miniature\n", error)
@@ -97,7 +97,7 @@ def test_in_miniature_on_a_bare_image(tmp_path: Path) -> None:
     assert "Incomplete" not in text
 
 
-def test_what_a_stopped_or_failed_part_printed_is_kept() -> None:
+def test_output_of_a_stopped_or_failed_part_is_kept() -> None:
     def part(code: str, limit: float = 60) -> tuple[list[dict[str, int]], str | None]:
         found = command.run_limited([sys.executable, "-c", code], limit)
         return found["rows"], found["problem"]
@@ -110,7 +110,7 @@ def test_what_a_stopped_or_failed_part_printed_is_kept() -> None:
     assert part(fails) == ([{"a": 1}], "OutOfMemoryError: 2 GB")
 
 
-def test_what_is_missing_is_said_in_the_tables() -> None:
+def test_tables_report_what_is_missing() -> None:
     part = {"rows": [], "problem": "stopped after 45 s", "seconds": 45.0}
     failed = {"check": "greedy_order", "problem": "AssertionError: a | b", "skipped": None, "seconds": 1.0}
     record = {
@@ -127,7 +127,7 @@ def test_what_is_missing_is_said_in_the_tables() -> None:
     assert "**Not a valid measurement: A GPU lowers its clocks.**" in text
 
 
-def test_widths_remove_what_they_are_named_after() -> None:
+def test_widths_remove_their_nominal_share() -> None:
     for every in (sizes.LLAMA_3_8B, sizes.MINIATURE):
         dense, *narrower = sizes.widths(every)
         assert (dense.removed, dense.intermediate) == (0, every.layer.intermediate)
@@ -162,7 +162,7 @@ class OnlyMeta(TorchDispatchMode):
         return out
 
 
-def test_prefill_and_decoding_need_nothing_of_the_cpu() -> None:
+def test_prefill_and_decoding_do_not_wait_for_the_cpu() -> None:
     """So that a CUDA graph can be captured of each: no value is read on the way, none is brought."""
     small = sizes.MINIATURE
     model = random_llama(small, sizes.widths(small)[0], torch.device("meta"), torch.bfloat16)

@@ -8,7 +8,7 @@ from numprune.export import checkpoint
 from numprune.flows.studies import large
 
 
-def test_a_random_checkpoint_of_the_size_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_checkpoint_has_the_requested_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "large"
     assert large.main([str(out), "--gigabytes", "0.01", "--hidden-size", "256", "--vocabulary", "5000"]) == 0
     size = checkpoint.weight_bytes(out)
@@ -30,7 +30,7 @@ def test_a_random_checkpoint_of_the_size_asked_for(tmp_path: Path, capsys: pytes
         (["--vocabulary", "100"], "the tokenizer has 4096 tokens, but config.json says vocab_size=100"),
     ],
 )
-def test_sizes_that_make_no_model_are_refused(
+def test_invalid_model_sizes_are_refused(
     tmp_path: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert large.main([str(tmp_path / "out"), *argv]) == 1

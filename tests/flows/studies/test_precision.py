@@ -16,7 +16,7 @@ def quality(value: float) -> dict[str, object]:
     }
 
 
-def test_a_line_for_each_model_and_what_was_not_measured_is_left_open() -> None:
+def test_the_table_has_a_line_per_model_and_marks_what_was_not_measured() -> None:
     rows = [
         precision.Row("dense", 10_000_000, quality(0.2)),
         precision.Row("pruned", 8_000_000, quality(0.2)),
@@ -29,7 +29,7 @@ def test_a_line_for_each_model_and_what_was_not_measured_is_left_open() -> None:
     assert lines[-1] == "conditions"
 
 
-def test_schemes_are_named_with_their_groups() -> None:
+def test_scheme_names_include_the_group_size() -> None:
     assert [precision.scheme_of(text) for text in ("w8a8", "w4a16", "w4a16:32")] == [
         Scheme("w8a8"),
         Scheme("w4a16", 128),
@@ -50,6 +50,8 @@ def test_schemes_are_named_with_their_groups() -> None:
         (["/nowhere/model"], "/nowhere/model"),
     ],
 )
-def test_mistakes_end_before_the_work(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_before_any_work(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert precision.main(arguments) == 1
     assert said in capsys.readouterr().err

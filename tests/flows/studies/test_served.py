@@ -36,7 +36,7 @@ def found(scale: float, kv_tokens: int, reasons: tuple[str, ...] = ()) -> dict[s
     }
 
 
-def test_a_line_for_each_model_and_concurrency() -> None:
+def test_the_table_has_a_line_per_model_and_concurrency() -> None:
     results = {"uniform": found(0.8, 1400), "per-layer": found(0.5, 1600, ("the machine was shared",))}
     rows = [served.Row("dense", 5_000_000, results["uniform"])]
     rows += [served.Row(name, 4_000_000, result) for name, result in results.items()]
@@ -63,6 +63,8 @@ def test_a_line_for_each_model_and_concurrency() -> None:
         (["/nowhere/model"], "/nowhere/model"),
     ],
 )
-def test_mistakes_end_before_the_work(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_before_any_work(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert served.main(arguments) == 1
     assert said in capsys.readouterr().err

@@ -21,7 +21,7 @@ def result(work):
             return end.value
 
 
-def test_the_printed_ways_compute_the_same():
+def test_the_published_algorithms_give_the_same_results():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(90, 30, generator=generator)
     weight = torch.randn(9, 30, generator=generator, dtype=torch.float64)
@@ -47,14 +47,14 @@ def test_the_printed_ways_compute_the_same():
         (0, 5 + 1 * 3, 0.5),  # the first step, which prepared something, is not taken for the others
     ],
 )
-def test_a_long_work_is_left_and_its_rest_extrapolated(monkeypatch, patience, seconds, share):
+def test_slow_work_is_stopped_and_extrapolated(monkeypatch, patience, seconds, share):
     times = iter([0.0, 5.0, 6.0, 7.0, 11.0])
     monkeypatch.setattr(clock, "now", lambda _device: next(times))
     work = (None for _ in range(4))
     assert clock.seconds_of_steps(work, 4, patience, torch.device("cpu")) == (seconds, share)
 
 
-def test_tables_of_every_part_at_every_size_and_of_a_layer(capsys):
+def test_tables_cover_every_part_at_every_size_and_a_layer(capsys):
     assert main([*TINY, "--measured-tokens", "100", "--repeats", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     head = lines.index("| part | channels | as printed, s | numprune, s | times faster |")
@@ -87,7 +87,7 @@ def test_tables_of_every_part_at_every_size_and_of_a_layer(capsys):
     assert any("measured over 96 and multiplied by 2.66667" in line for line in lines)
 
 
-def test_json_has_the_same_and_says_what_was_run(capsys):
+def test_json_matches_the_tables_and_records_the_conditions(capsys):
     assert main([*TINY, "--repeats", "1", "--patience", "0", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["environment"]["torch"] == torch.__version__
@@ -111,6 +111,6 @@ def test_json_has_the_same_and_says_what_was_run(capsys):
         (["--measured-tokens", "0"], "--repeats, --tokens"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(capsys, arguments, message):
+def test_impossible_sizes_are_refused(capsys, arguments, message):
     assert main([*TINY, *arguments]) == 1
     assert message in capsys.readouterr().err

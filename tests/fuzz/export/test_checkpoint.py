@@ -89,7 +89,7 @@ def test_a_configuration_is_read_or_refused(folder: Path, good: dict[str, Any], 
         {"architectures": {"0": "LlamaForCausalLM"}},
     ],
 )
-def test_configurations_that_once_went_wrong(folder: Path, good: dict[str, Any], change: dict[str, Any]) -> None:
+def test_earlier_failing_configurations(folder: Path, good: dict[str, Any], change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({**good, **change}))
     try:
         refused_or_read(folder)
@@ -101,7 +101,7 @@ CODE = "import pathlib\npathlib.Path({path!r}).touch()\n"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "stranger"])
-def test_no_code_of_a_model_is_run_and_nobody_is_asked(
+def test_no_model_code_is_run_and_nothing_is_prompted(
     tmp_path: Path, good: dict[str, Any], model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = tmp_path / "ran"
@@ -148,7 +148,7 @@ def test_a_tokenizer_is_read_or_refused(folder: Path, data: st.DataObject | None
 
 @fuzz
 @given(st.data())
-def test_how_a_tokenizer_is_described_is_read_or_refused(folder: Path, data: st.DataObject) -> None:
+def test_a_tokenizer_configuration_is_read_or_refused(folder: Path, data: st.DataObject) -> None:
     path = folder / "tokenizer_config.json"
     good = path.read_text()
     keys = st.sampled_from(["tokenizer_class", "auto_map", "vocab_file", "tokenizer_file", "chat_template"])
@@ -171,7 +171,7 @@ def test_how_a_tokenizer_is_described_is_read_or_refused(folder: Path, data: st.
 @example(b"[" * 100_000)
 @example(written({"watermarking_config": 5}))
 @example(written({"temperature": 0.6, "do_sample": False}))  # transformers would not write it
-def test_how_a_model_generates_is_carried_unread(folder: Path, content: bytes) -> None:
+def test_generation_settings_are_copied_unread(folder: Path, content: bytes) -> None:
     path = folder / "generation_config.json"
     path.write_bytes(content)
     try:
@@ -200,7 +200,7 @@ def test_a_link_to_a_device_is_not_read(tmp_path: Path, name: str) -> None:
         ("special_tokens_map.json", 1 << 40),
     ],
 )
-def test_no_size_is_read_that_no_such_file_has(tmp_path: Path, name: str, size: int) -> None:
+def test_oversized_files_are_not_read(tmp_path: Path, name: str, size: int) -> None:
     build_tiny().config.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with (tmp_path / name).open("wb") as file:

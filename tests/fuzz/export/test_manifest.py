@@ -96,7 +96,7 @@ def test_links_devices_and_depth_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [manifest.MAXIMUM_BYTES + 1, 1 << 40])
-def test_no_size_is_read_that_no_manifest_has(tmp_path: Path, size: int) -> None:
+def test_an_oversized_manifest_is_not_read(tmp_path: Path, size: int) -> None:
     with (tmp_path / manifest.FILE_NAME).open("wb") as file:
         file.truncate(size)  # a hole: it takes no room
     assert "exceeds the" in str(named(manifest.read, tmp_path))

@@ -91,7 +91,7 @@ def test_a_shard_outside_the_folder_is_never_read(shards: Path, name: str) -> No
     assert isinstance(named(weights.read_headers, shards), IntegrityError)
 
 
-def test_an_index_of_no_size_that_one_has_is_not_read(shards: Path) -> None:
+def test_an_oversized_index_is_not_read(shards: Path) -> None:
     with (shards / weights.INDEX).open("wb") as file:
         file.truncate(1 << 40)
     assert "exceeds the" in str(named(weights.read_headers, shards))

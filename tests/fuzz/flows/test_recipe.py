@@ -44,14 +44,14 @@ def rewritten(found: Recipe, where: Path) -> Path:
 @example("model.path", "~nobody-of-that-name/x")
 @example("model.path", "\udcff")
 @example("gates", '[{metric="a.b", bound="point", max=0x' + "f" * 5000 + "}]")
-def test_any_override_is_taken_or_refused(path: Path, key: str, value: str) -> None:
+def test_any_override_is_accepted_or_refused(path: Path, key: str, value: str) -> None:
     check(named(recipe.load, EMBEDDED_RECIPE, [f"{key}={value}"]), path)
 
 
 @fuzz
 @given(st.data())
 @example(None)
-def test_any_file_is_taken_or_refused(path: Path, data: st.DataObject | None) -> None:
+def test_any_recipe_is_accepted_or_refused(path: Path, data: st.DataObject | None) -> None:
     if data is None:
         content = ("[model]\npath = " + "[" * 100_000).encode()
     elif data.draw(st.booleans()):
@@ -69,7 +69,7 @@ def test_any_file_is_taken_or_refused(path: Path, data: st.DataObject | None) ->
     check(named(recipe.load, path), path)
 
 
-def test_no_size_is_read_that_no_recipe_has(path: Path) -> None:
+def test_an_oversized_recipe_is_not_read(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     assert "exceeds the" in str(named(recipe.load, path))

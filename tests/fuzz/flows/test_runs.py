@@ -54,7 +54,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @fuzz
 @given(documents(GOOD))
 @example(b"[" * 100_000)
-def test_a_record_is_read_or_called_damaged(workspace: Path, content: bytes) -> None:
+def test_a_record_is_read_or_reported_as_damaged(workspace: Path, content: bytes) -> None:
     (workspace / "runs" / RUN / "record.json").write_bytes(content)
     named(runs.read, workspace / "runs" / RUN)
     other, found = runs.list_runs(workspace)
@@ -68,13 +68,13 @@ def test_a_record_is_read_or_called_damaged(workspace: Path, content: bytes) -> 
 @fuzz
 @given(st.sampled_from(NAMES) | st.text())
 @example("20269999T999999Z-01234567")
-def test_what_is_asked_for_is_never_a_path(workspace: Path, asked: str) -> None:
+def test_a_requested_run_id_is_never_a_path(workspace: Path, asked: str) -> None:
     named(runs.find, workspace, asked)
 
 
 @fuzz
 @given(st.lists(st.sampled_from([name for name in NAMES if "/" not in name and "\0" not in name][:20]), max_size=3))
-def test_only_what_is_called_a_stage_goes(workspace: Path, names: list[str]) -> None:
+def test_only_stage_folders_are_removed(workspace: Path, names: list[str]) -> None:
     made = []
     for name in names:
         try:

@@ -47,7 +47,7 @@ def test_a_plan_is_read_or_refused(path: Path, content: bytes) -> None:
                 assert sorted(set(members)) == members
 
 
-def test_a_folder_or_a_file_of_no_size_that_a_plan_has_is_refused(tmp_path: Path) -> None:
+def test_a_folder_or_an_oversized_plan_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in str(named(read_plan, tmp_path))
     with (tmp_path / "plan").open("wb") as file:
         file.truncate(1 << 40)

@@ -22,7 +22,7 @@ words = st.sampled_from([*NAMES, *(f"{name}@a" for name in NAMES), *(f"{name}/1"
 @example("a' or name like '%")
 @example("a/1\n")
 @example("a@production\0")
-def test_a_reference_names_a_model_and_no_path(text: str) -> None:
+def test_a_reference_is_never_a_path(text: str) -> None:
     found = named(parse, text)
     if isinstance(found, NumpruneError):
         return
@@ -35,7 +35,7 @@ def test_a_reference_names_a_model_and_no_path(text: str) -> None:
 
 @fuzz
 @given(words)
-def test_the_place_of_a_name_is_inside_the_workspace(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_a_model_name_stays_inside_the_workspace(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     workspace = tmp_path_factory.getbasetemp()
     found = named(Place, workspace, text)
     if not isinstance(found, NumpruneError):
@@ -45,7 +45,7 @@ def test_the_place_of_a_name_is_inside_the_workspace(tmp_path_factory: pytest.Te
 @fuzz
 @given(words | st.text("0123456789abcdef", min_size=32, max_size=33))
 @example("0" * 32 + "\n")
-def test_the_id_of_a_run_is_no_path(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_a_run_id_is_never_a_path(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     root = tmp_path_factory.getbasetemp() / "artifacts"
     assert isinstance(named(LocalArtifacts(root).remove, text), IntegrityError) == (
         not (len(text) == 32 and set(text) <= set("0123456789abcdef"))
@@ -63,12 +63,12 @@ def test_the_id_of_a_run_is_no_path(tmp_path_factory: pytest.TempPathFactory, te
 @example(["--model-impl", "transformers", "--trust-remote-code"])
 @example(["--load-format", "pt"])
 @example("--trust-remote-code")
-def test_no_option_of_a_stranger_reaches_vllm(asked: object) -> None:
+def test_no_untrusted_option_reaches_vllm(asked: object) -> None:
     found = named(needs.checked, asked, "manifest.json")
     assert isinstance(found, IntegrityError) or list(found) == asked in ([], ["--model-impl", "transformers"])
 
 
-def test_a_server_is_not_started_for_a_checkpoint_that_asks_for_its_own_code(tmp_path: Path) -> None:
+def test_no_server_starts_for_a_checkpoint_that_needs_its_own_code(tmp_path: Path) -> None:
     from numprune.serving.vllm import server
 
     with manifest.creating(tmp_path / "m", kind="vllm", facts={"needs": ["--trust-remote-code"]}) as out:

@@ -40,7 +40,7 @@ def test_a_reference_is_read_or_refused(release: Path, content: bytes) -> None:
         assert reference_answers.read(release) == found
 
 
-def test_no_size_is_read_that_no_reference_has(release: Path) -> None:
+def test_an_oversized_reference_is_not_read(release: Path) -> None:
     with (release / reference_answers.FILE_NAME).open("wb") as file:
         file.truncate(1 << 40)
     assert "exceeds the" in str(named(reference_answers.read, release))

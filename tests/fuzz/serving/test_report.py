@@ -78,7 +78,7 @@ def test_a_policy_is_read_or_refused(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("read", [reports.read, gates.read_policy])
-def test_no_size_is_read_that_no_such_file_has(path: Path, read: Any) -> None:
+def test_oversized_files_are_not_read(path: Path, read: Any) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     assert "exceeds the" in str(named(read, path))

@@ -38,7 +38,7 @@ def observed(family):
 
 @pytest.mark.parametrize("family", SPARSE)
 @torch.no_grad()
-def test_the_shares_of_all_experts_are_the_layer_s_output(family):
+def test_the_expert_contributions_sum_to_the_layer_output(family):
     layer, block, _ = observed(family)
     hidden = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
     _, weights, chosen = layer.get_submodule(block.routing.router)(hidden)
@@ -50,7 +50,7 @@ def test_the_shares_of_all_experts_are_the_layer_s_output(family):
 
 
 @torch.no_grad()
-def test_sizes_are_priced_by_what_goes():
+def test_sizes_are_priced_by_the_removed_units():
     layer, block, seen = observed("mixtral")
     table = error_table(layer, block, seen, torch.eye(64))
     least = block.routing.top_k
@@ -68,7 +68,7 @@ def test_sizes_are_priced_by_what_goes():
 
 
 @torch.no_grad()
-def test_each_expert_keeps_its_own_channels_and_as_many_as_the_others():
+def test_every_expert_keeps_the_same_number_of_its_own_channels():
     layer, block, seen = observed("mixtral")
     scoring = Scoring("obs", 0.5, seed=0, sensitivity=torch.eye(64))
     kept = choose_experts(layer, block, Size(3, 8), seen, scoring)
@@ -86,7 +86,7 @@ def test_frequency_is_the_share_of_the_routing_weights():
 
 
 @pytest.mark.parametrize(("bytes_per_value", "widths"), [(4, {8, 12, 16, 20, 24}), (2, {8, 16, 24})])
-def test_experts_keep_widths_of_whole_16_bytes_and_never_fewer_than_a_token_goes_to(bytes_per_value, widths):
+def test_expert_widths_are_multiples_of_16_bytes_and_at_least_top_k_experts_stay(bytes_per_value, widths):
     config = build_tiny("mixtral", num_local_experts=4).config
     config.dtype = {4: torch.float32, 2: torch.bfloat16}[bytes_per_value]
     allowed = allowed_sizes(read_anatomy(config), Target(align=1), Limits(skips=True))["layers.0.experts"]
@@ -95,27 +95,27 @@ def test_experts_keep_widths_of_whole_16_bytes_and_never_fewer_than_a_token_goes
     assert all(size.members * bytes_per_value % 16 == 0 for size in allowed)
 
 
-def test_a_token_meets_only_the_experts_that_it_goes_to():
+def test_a_token_reaches_only_its_routed_experts():
     few, many = (budget_of(read_anatomy(build_tiny("mixtral", num_local_experts=count).config)) for count in (4, 8))
     router = 2 * 4 * 64  # rows of two layers
     assert many.flops_per_token - few.flops_per_token == 2 * router
     assert many.parameters > few.parameters
 
 
-def test_fewer_experts_than_a_token_goes_to_are_refused():
+def test_fewer_experts_than_top_k_are_refused():
     config = build_tiny("mixtral").config
     config.num_local_experts = 1
     with pytest.raises(InputError, match="layer 0: num_local_experts=1 is less than num_experts_per_tok=2"):
         read_anatomy(config)
 
 
-def test_a_step_of_no_layers_is_refused():
+def test_a_sparse_step_of_zero_is_refused():
     config = build_tiny("qwen3_moe").config
     config.decoder_sparse_step = 0
     with pytest.raises(InputError, match="decoder_sparse_step=0; it must be a whole number above zero"):
         read_anatomy(config)
 
 
-def test_frequency_is_refused_where_there_are_no_experts():
+def test_frequency_is_refused_without_experts():
     with pytest.raises(InputError, match="criterion frequency ranks experts, and llama has none"):
         prune(build_tiny(), ROWS, PruneOptions(0.2, criterion="frequency"))

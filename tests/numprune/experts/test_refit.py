@@ -36,7 +36,7 @@ def problem(noise=0.0):
     return start, truth, inputs, target, batches
 
 
-def test_a_few_steps_solve_the_problem_of_all_experts_together():
+def test_a_few_steps_solve_the_joint_least_squares_of_all_experts():
     start, _, inputs, target, batches = problem(noise=0.5)
     flat = inputs.flatten(1)
     gram = flat.T @ flat
@@ -49,13 +49,13 @@ def test_a_few_steps_solve_the_problem_of_all_experts_together():
     assert float((found - exact).norm() / exact.norm()) < 0.02
 
 
-def test_targets_that_the_experts_can_reach_are_reached():
+def test_reachable_targets_are_reached():
     start, truth, _, _, batches = problem()
     found = refit_experts(start, batches, 1e-9).weights
     assert float((found - truth).norm()) < 0.02 * float((start - truth).norm())
 
 
-def test_more_damping_is_chosen_where_the_text_says_little():
+def test_short_text_leads_to_more_damping():
     start, _, _, _, batches = problem(noise=0.01)
 
     def few():

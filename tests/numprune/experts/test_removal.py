@@ -24,7 +24,7 @@ def sparse_layer(family):
 
 @pytest.mark.parametrize("family", SPARSE)
 @torch.no_grad()
-def test_the_first_expert_to_go_is_the_one_that_the_layer_misses_least(family):
+def test_the_first_expert_removed_is_the_cheapest(family):
     layer, block, hidden = sparse_layer(family)
 
     def output(of):
@@ -47,7 +47,7 @@ def test_the_first_expert_to_go_is_the_one_that_the_layer_misses_least(family):
 
 @pytest.mark.parametrize("family", SPARSE)
 @torch.no_grad()
-def test_greedy_losses_are_those_of_the_experts_left_together(family):
+def test_greedy_losses_are_those_of_the_remaining_experts(family):
     layer, block, hidden = sparse_layer(family)
     logits = layer.get_submodule(block.routing.router)(hidden)[0]
     overlap = overlaps(Experts(layer, block).outputs(hidden), torch.eye(64))

@@ -45,7 +45,7 @@ def test_obs_chooses_better_than_frequency_and_chance(lost):
     assert obs < (total("random", seed=0) + total("random", seed=1)) / 2
 
 
-def test_what_stays_takes_over_what_went(lost):
+def test_remaining_experts_compensate_for_removed_ones(lost):
     none, oneshot, residual = (lost(RATIOS[1], compensation=name) for name in ("none", "oneshot", "residual"))
     assert oneshot < 0.8 * none
     assert residual < 0.8 * none

@@ -45,7 +45,7 @@ def test_without_correlations_it_is_rounding_to_nearest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_with_correlations_the_outputs_are_nearer_than_rounded_ones(name: str) -> None:
+def test_with_correlations_gptq_beats_rounding(name: str) -> None:
     dense, gram = weight(320), correlated(320)  # more columns than a block
 
     def error(matrix: torch.Tensor) -> float:
@@ -55,7 +55,7 @@ def test_with_correlations_the_outputs_are_nearer_than_rounded_ones(name: str) -
     assert 0 < error(gptq(dense, gram, scheme(name)).dequantized()) < 0.7 * nearest
 
 
-def test_with_zero_for_the_first_columns_it_is_the_obs_update_for_removing_them() -> None:
+def test_rounding_columns_to_zero_is_the_obs_update() -> None:
     dense, gram = weight(200), correlated(200)
     removed, kept = torch.arange(0, 200, 3), torch.arange(200)[torch.arange(200) % 3 > 0]
     found = error_feedback(
@@ -69,7 +69,7 @@ def test_with_zero_for_the_first_columns_it_is_the_obs_update_for_removing_them(
     torch.testing.assert_close(found, dense - dense[:, removed] @ update)
 
 
-def test_inputs_that_never_occur_do_no_harm() -> None:
+def test_inputs_that_never_occur_are_harmless() -> None:
     dense, gram = weight(64), correlated(64)
     gram[5] = gram[:, 5] = 0
     assert torch.isfinite(gptq(dense, gram, scheme("w4a16")).dequantized()).all()

@@ -15,7 +15,7 @@ def scheme(name: str) -> Scheme:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_no_weight_is_further_from_its_grid_than_half_a_step(name: str) -> None:
+def test_no_weight_moves_by_more_than_half_a_step(name: str) -> None:
     weight = torch.randn(24, 96, generator=GENERATOR) * torch.logspace(-3, 1, 24)[:, None]
     found = round_to_nearest(weight, scheme(name))
     error, steps = (found.dequantized() - weight).abs(), per_channel(found.scales, 96)
@@ -27,13 +27,13 @@ def test_no_weight_is_further_from_its_grid_than_half_a_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_what_is_on_the_grid_stays_as_it_is(name: str) -> None:
+def test_weights_on_the_grid_are_unchanged(name: str) -> None:
     found = round_to_nearest(torch.randn(8, 64, generator=GENERATOR), scheme(name))
     again = round_to_nearest(found.dequantized(), scheme(name))
     torch.testing.assert_close(again.dequantized(), found.dequantized(), rtol=2e-1 if name == "w4a16" else 2e-2, atol=0)
 
 
-def test_rows_of_zeros_and_scales_of_half_precision() -> None:
+def test_zero_rows_and_half_precision_scales() -> None:
     weight = torch.randn(4, 64, generator=GENERATOR)
     weight[1] = 0
     weight[2] *= 1e-9  # float16 has no scale as small as this row's
@@ -44,7 +44,7 @@ def test_rows_of_zeros_and_scales_of_half_precision() -> None:
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8"])
-def test_tokens_are_rounded_with_scales_of_their_own(name: str) -> None:
+def test_every_token_has_its_own_scale(name: str) -> None:
     tokens = torch.randn(2, 5, 40, generator=GENERATOR) * torch.logspace(-2, 2, 5)[:, None]
     tokens[0, 0] = 0
     rounded = round_tokens(tokens, scheme(name))
@@ -61,7 +61,7 @@ def test_tokens_are_rounded_with_scales_of_their_own(name: str) -> None:
     ("name", "group_size", "says"),
     [("w4a16", 48, "32, 64, 128"), ("fp8", 64, "a scale for each row"), ("int3", None, "fp8, w8a8, w4a16")],
 )
-def test_schemes_that_do_not_exist_are_refused(name: str, group_size: int | None, says: str) -> None:
+def test_unknown_schemes_are_refused(name: str, group_size: int | None, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Scheme(name, group_size)
 
@@ -74,7 +74,7 @@ def test_scales_of_ordinary_weights_are_subnormal_in_half_precision() -> None:
     assert (error <= per_channel(found.scales, 64) / 2 + 8 * 2**-25).all()
 
 
-def test_float64_has_no_scales_that_float32_does_not_have() -> None:
+def test_float64_weights_have_float32_scales() -> None:
     found = round_to_nearest(torch.full((1, 64), 1e-45, dtype=torch.float64), scheme("w4a16"), torch.float64)
     assert torch.isfinite(found.dequantized()).all()
     assert found.scales.min() > 0

@@ -45,7 +45,7 @@ def difference(model, other) -> float:
 
 
 @pytest.mark.parametrize("family", LINEAR)
-def test_every_linear_layer_of_the_layers_is_quantized(family: str) -> None:
+def test_every_linear_of_the_decoder_layers_is_quantized(family: str) -> None:
     model = build_tiny(family)
     anatomy = read_anatomy(model.config)
     inside = model.get_submodule(anatomy.layers_path).named_modules()
@@ -55,21 +55,21 @@ def test_every_linear_layer_of_the_layers_is_quantized(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gemma2", "opt", "olmo2"])
-def test_gptq_is_nearer_to_the_model_than_rounding(family: str) -> None:
+def test_gptq_is_closer_to_the_model_than_rounding(family: str) -> None:
     model = build_tiny(family)
     nearest, gptq = (quantized(model, W4, fit)[0] for fit in (None, Fit(ROWS)))
     assert difference(gptq, model) < 0.9 * difference(nearest, model)
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8"])
-def test_eight_bits_are_nearer_than_four(name: str) -> None:
+def test_eight_bits_are_closer_than_four(name: str) -> None:
     model = build_tiny(tie_word_embeddings=True)
     eight, matrices = quantized(model, Scheme(name), Fit(ROWS))
     assert 0 < difference(eight, model) < 0.5 * difference(quantized(model, W4, Fit(ROWS))[0], model)
     assert set(matrices) == set(quantized_tensors(read_anatomy(model.config)))
 
 
-def test_a_dense_target_makes_up_for_what_pruning_lost() -> None:
+def test_a_dense_target_recovers_pruning_loss() -> None:
     """With the dense model's streams as targets the result is nearer to that model than with the pruned one's."""
     dense = build_tiny()
     options = PruneOptions(0.4, compensation="none", target=Target(align=1, quantization_group=32))
@@ -79,7 +79,7 @@ def test_a_dense_target_makes_up_for_what_pruning_lost() -> None:
     assert difference(to_dense, dense) < 0.9 * difference(own, dense)
 
 
-def test_dropped_layers_of_the_target_are_passed_through() -> None:
+def test_dropped_layers_still_run_in_the_dense_target() -> None:
     """A layer that adds nothing is dropped: the dense model's streams are the pruned one's, and so are the results."""
     dense = build_tiny(num_hidden_layers=3)
     for linear in (dense.model.layers[1].self_attn.o_proj, dense.model.layers[1].mlp.down_proj):
@@ -93,7 +93,7 @@ def test_dropped_layers_of_the_target_are_passed_through() -> None:
     assert torch.equal(own(HELD).logits, to_dense(HELD).logits)
 
 
-def test_layers_that_skip_blocks_are_quantized_too() -> None:
+def test_layers_that_skip_blocks_are_quantized() -> None:
     dense = build_tiny(num_hidden_layers=3)
     dense.model.layers[1].mlp.down_proj.weight.data.zero_()
     options = PruneOptions(0.35, criterion="magnitude", allocation="global", skips=True, target=Target(align=32))
@@ -104,14 +104,14 @@ def test_layers_that_skip_blocks_are_quantized_too() -> None:
     assert any(".2.mlp." in name for name in matrices)
 
 
-def test_what_has_no_linear_layers_is_refused_by_name() -> None:
+def test_models_without_linear_layers_are_refused_by_name() -> None:
     for family in FAMILIES:
         if family not in LINEAR:
             with pytest.raises(InputError, match=family):
                 check_quantizable(read_anatomy(build_tiny(family).config), W4)
 
 
-def test_groups_that_do_not_divide_are_refused_with_those_that_do() -> None:
+def test_group_sizes_that_do_not_divide_are_refused_with_alternatives() -> None:
     anatomy = read_anatomy(build_tiny().config)  # 64 hidden, 96 inner channels
     check_quantizable(anatomy, W4)
     with pytest.raises(InputError, match=r"group_size is 64, .* the 96 inputs of layers\.0\.mlp .*group size of 32,"):
@@ -134,7 +134,7 @@ def test_a_target_of_another_shape_is_refused() -> None:
         check_target(anatomy, narrow, ())
 
 
-def test_a_pruned_llama_may_have_become_a_mistral() -> None:
+def test_a_llama_pruned_into_a_mistral_is_accepted() -> None:
     """Stock Llama cannot hold heads that do not divide the hidden size."""
     dense = read_anatomy(build_tiny(num_attention_heads=4, num_key_value_heads=4, head_dim=16).config)
     pruned = read_anatomy(build_tiny("mistral", num_attention_heads=3, num_key_value_heads=3, head_dim=16).config)

@@ -43,7 +43,7 @@ def test_without_labels_the_loss_is_the_divergence_from_the_baseline():
     assert (found.candidate, found.unit, found.loss_delta.samples) == (None, "nats/text", 12)
 
 
-def test_with_labels_it_is_their_nll():
+def test_with_labels_the_loss_is_their_nll():
     rows, candidate, baseline = rows_of(LABELS, length=20), tiny(1), tiny()
     assert rows.labels == [0, 1, 1, 0] * 3
     assert len(rows.rows) == 12  # of a longer text no more than the model reads
@@ -67,7 +67,7 @@ def test_with_labels_it_is_their_nll():
         ([0] * 11 + [0.5], "label '0.5' is no class"),
     ],
 )
-def test_labels_that_are_not_the_model_s_are_refused(labels, message):
+def test_unknown_labels_are_refused(labels, message):
     with pytest.raises(InputError, match=message):
         rows_of(labels)
 
@@ -77,7 +77,7 @@ def test_texts_are_not_joined():
         TASK.heldout_rows([Document("a", "a"), Document("b", "b")], TOKENIZER, 8, pack=True)
 
 
-def test_labels_are_drawn_from_the_distribution():
+def test_calibration_labels_are_sampled_from_the_model():
     chances = torch.tensor([0.1, 0.6, 0.3])
     drawn = draw_labels(chances.log().expand(20_000, 3), torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn, minlength=3) / 20_000

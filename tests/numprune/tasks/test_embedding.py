@@ -23,7 +23,7 @@ def tiny(seed=0):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_leaves_padding_out(pooling):
+def test_pooling_ignores_padding(pooling):
     hidden = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     expected = {
@@ -37,7 +37,7 @@ def test_pooling_leaves_padding_out(pooling):
     torch.testing.assert_close(found, torch.stack([expected(hidden[0, 2:]), expected(hidden[1, :3])]))
 
 
-def test_figures_are_those_of_the_definition():
+def test_figures_match_their_definition():
     candidate, baseline, rows = tiny(1), tiny(), TASK.heldout_rows(DOCUMENTS, TOKENIZER, 64)
     assert evaluate(candidate, rows, TASK) is None
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_embeddings_that_are_not_finite_are_refused():
         compare(model, tiny(), rows, TASK)
 
 
-def test_output_is_of_length_1_where_the_model_normalizes():
+def test_normalized_embeddings_have_length_1():
     tokens = TASK.heldout_rows(DOCUMENTS, TOKENIZER, 64).rows[0][None]
     with torch.no_grad():
         raw, unit = (

@@ -27,7 +27,7 @@ def log_probabilities(model, rows, index):
         return model(input_ids=fed[None]).logits[0, positions].log_softmax(-1), row[positions]
 
 
-def test_figures_are_those_of_the_definition():
+def test_figures_match_their_definition():
     candidate, baseline = build_tiny("bert", seed=1), build_tiny("bert")
     rows = TASK.heldout_rows(DOCUMENTS, TOKENIZER, 32)
     nll, baseline_nll, kl, agree, count = 0.0, 0.0, 0.0, 0, 0
@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_definition():
     assert (found.unit, found.loss_delta.samples) == ("nats/masked token", 12)
 
 
-def test_15_percent_of_a_row_are_masked_and_no_special_token():
+def test_15_percent_of_a_row_is_masked_without_special_tokens():
     rows = TASK.heldout_rows(DOCUMENTS, TOKENIZER, 40)
     masked = TASK.calibration_rows(DOCUMENTS, TOKENIZER, 40)
     assert len({tuple(TASK.positions(index, rows.rows[0]).tolist()) for index in range(20)}) > 15

@@ -12,13 +12,13 @@ from tests.conftest import byte_tokenizer, encoder_tokenizer
 CLS, SEP = 256, 257
 
 
-def test_the_frame_is_what_the_tokenizer_puts_around_a_text():
+def test_the_frame_is_the_tokenizer_s_special_tokens():
     assert frame_of(encoder_tokenizer()).prefix == (CLS,)
     assert frame_of(encoder_tokenizer()).suffix == (SEP,)
     assert frame_of(byte_tokenizer()).prefix == frame_of(byte_tokenizer()).suffix == ()
 
 
-def test_calibration_rows_are_of_one_length_between_special_tokens():
+def test_calibration_rows_have_one_length_between_special_tokens():
     task, tokenizer = Embedding(), encoder_tokenizer()
     text = "lorem ipsum dolor sit amet " * 20
     rows = task.calibration_rows([Document("a", text)], tokenizer, 32)

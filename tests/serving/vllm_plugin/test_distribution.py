@@ -18,7 +18,7 @@ SOURCE = Path(serving.__file__).parent / "vllm_plugin"
 ROOT = Path(__file__).parents[3]
 
 
-def test_its_wheel_holds_the_package_and_the_entry_point(tmp_path):
+def test_the_wheel_holds_the_package_and_the_entry_point(tmp_path):
     tree = shutil.copytree(SOURCE, tmp_path / "tree", ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, tree]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def test_its_wheel_holds_the_package_and_the_entry_point(tmp_path):
     assert dict(entry_points["vllm.general_plugins"]) == {"numprune": "numprune_vllm:register"}
 
 
-def test_it_imports_nothing_until_it_is_called():
+def test_the_entry_point_imports_nothing_until_called():
     script = "import sys; before = set(sys.modules); import numprune_vllm; print(*set(sys.modules) - before)"
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(SOURCE)!r}); {script}"],
@@ -45,7 +45,7 @@ def test_it_imports_nothing_until_it_is_called():
     assert done.stdout.split() == ["numprune_vllm"]
 
 
-def test_of_what_numprune_depends_on_it_needs_what_vllm_brings_along():
+def test_the_plugin_depends_only_on_what_vllm_installs():
     """numprune stands beside it without the rest."""
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     needed = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requirements}

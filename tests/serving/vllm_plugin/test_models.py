@@ -145,7 +145,7 @@ def needed(made: manifest.Manifest) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", UNIFORM)
-def test_a_uniform_model_on_stock_vllm(engine, tmp_path, case):
+def test_a_uniform_model_runs_on_stock_vllm(engine, tmp_path, case):
     family, config = UNIFORM[case]
     model = build(family, **config)
     folder, made = exported(model, tmp_path)
@@ -154,7 +154,7 @@ def test_a_uniform_model_on_stock_vllm(engine, tmp_path, case):
 
 
 @pytest.mark.parametrize("family", [name for name in DECODERS if name not in LLAMA_LIKE])
-def test_every_other_family_pruned_uniformly(engine, tmp_path, family):
+def test_every_other_family_runs_pruned_uniformly(engine, tmp_path, family):
     rows = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
     fields = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4}
     fields |= {"word_embed_proj_dim": 128} if family == "opt" else {}
@@ -176,7 +176,7 @@ def test_a_model_pruned_globally_and_exported(engine, tmp_path):
     check(engine.run(folder), model)
 
 
-def test_the_cache_has_the_size_of_each_layer_s_own_kv_heads(engine, tmp_path):
+def test_the_cache_follows_each_layer_s_kv_heads(engine, tmp_path):
     build("numprune_llama", per_layer_config=MIXED).save_pretrained(tmp_path)
     kv_heads = 1 + 0 + 2 + 2
     bytes_per_token = kv_heads * SIZES["head_dim"] * 2 * 4  # keys and values in float32
@@ -193,7 +193,7 @@ def test_two_processes_share_each_layer(engine, tmp_path, family, bias):
     check(engine.run(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp"), model)
 
 
-def test_layers_that_cannot_be_shared_are_refused_before_anything_is_loaded(engine, tmp_path):
+def test_unshardable_layers_are_refused_before_loading(engine, tmp_path):
     build("numprune_llama", per_layer_config=MHA, num_key_value_heads=4).save_pretrained(tmp_path)
     with pytest.raises(EngineError, match=r"tensor_parallel_size=2 does not divide layer 1 num_attention_heads=1; .*"):
         engine.run(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
@@ -211,7 +211,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_that_are_not_the_configuration_s_are_refused(engine, tmp_path, fault):
+def test_weights_that_contradict_the_configuration_are_refused(engine, tmp_path, fault):
     tensors, fields, message = FAULTS[fault]
     build("numprune_llama", per_layer_config=MIXED).save_pretrained(tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
@@ -238,7 +238,7 @@ RELOADED = {
 
 
 @pytest.mark.parametrize("kind", RELOADED)
-def test_weights_are_reloaded_into_a_running_engine_only_if_they_fit(engine, tmp_path, kind):
+def test_only_matching_weights_are_reloaded_into_a_running_engine(engine, tmp_path, kind):
     """By itself vLLM would cut the wider ones to size."""
     model_type, config, options = RELOADED[kind]
     running, other, wider = (tmp_path / name for name in ("running", "other", "wider"))

@@ -60,14 +60,14 @@ def off(engine: Engine, folder: Path, of: Path | None = None) -> Noise:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_computes_what_the_quantized_reference_does(engine: Engine, tmp_path: Path, case: str) -> None:
+def test_vllm_matches_the_quantized_reference(engine: Engine, tmp_path: Path, case: str) -> None:
     folder = quantized(tmp_path, *CASES[case])
     found, floor = off(engine, folder), off(engine, tmp_path / "base")
     print(f"vLLM is off by {found}; unquantized by {floor}")
     assert found.share_of(floor) <= 1
 
 
-def test_a_wrong_scale_is_above_the_noise(engine: Engine, tmp_path: Path) -> None:
+def test_a_wrong_scale_exceeds_the_noise(engine: Engine, tmp_path: Path) -> None:
     folder = quantized(tmp_path, "llama", {}, W4A16)
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
@@ -76,7 +76,7 @@ def test_a_wrong_scale_is_above_the_noise(engine: Engine, tmp_path: Path) -> Non
     assert off(engine, folder, tmp_path / "quantized").share_of(off(engine, tmp_path / "base")) > 1
 
 
-def test_what_does_not_fit_the_configuration_is_refused(engine: Engine, tmp_path: Path) -> None:
+def test_quantized_tensors_that_contradict_the_configuration_are_refused(engine: Engine, tmp_path: Path) -> None:
     folder = quantized(tmp_path, "numprune_llama", {"per_layer_config": LAYERS}, W4A16)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def test_what_does_not_fit_the_configuration_is_refused(engine: Engine, tmp_path
         engine.run(folder, dtype="bfloat16")
 
 
-def test_groups_that_gpus_cannot_share_are_refused_before_anything_is_loaded(engine: Engine, tmp_path: Path) -> None:
+def test_groups_that_gpus_would_split_are_refused_before_loading(engine: Engine, tmp_path: Path) -> None:
     folder = quantized(tmp_path, "numprune_llama", {"per_layer_config": {0: {"intermediate_size": 32}}}, W4A16)
     with pytest.raises(EngineError, match=r"group_size is 32, .*on 2 GPUs"):
         engine.run(folder, dtype="bfloat16", tensor_parallel_size=2, distributed_executor_backend="mp")

@@ -23,7 +23,7 @@ def test_the_plug_in_knows_the_families_that_it_serves():
         assert type(build(PER_LAYER_PREFIX + family.name, per_layer_config={})).__name__ == architecture
 
 
-def test_what_may_not_differ_between_layers_is_refused():
+def test_settings_that_must_be_equal_in_all_layers_are_checked():
     with pytest.raises(ValueError, match=r"per_layer_config sets head_dim; only .* and skip may differ"):
         check_layers(config(per_layer_config={1: {"head_dim": 64}}))
 
@@ -33,12 +33,12 @@ def test_a_missing_head_size_is_refused():
         check_layers(config("qwen2", head_dim=None))
 
 
-def test_a_setting_that_no_class_of_vllm_honours_is_refused():
+def test_a_setting_unsupported_by_every_vllm_class_is_refused():
     with pytest.raises(ValueError, match="numprune_gpt2: vLLM does not run it with reorder_and_upcast_attn"):
         check_settings(config("gpt2", reorder_and_upcast_attn=True))
 
 
-def test_only_what_has_no_place_in_the_model_counts_as_computed():
+def test_only_known_buffers_are_ignored():
     """The buffer that old GPT-2 checkpoints hold ends like one of its biases."""
     expected = Expected({"h.0.attn.c_attn.bias": (96,)}, computed=FAMILIES["gpt2"].computed)
     assert expected.ignores("h.0.attn.bias")
@@ -76,7 +76,7 @@ def test_a_layer_that_does_not_split_is_refused_by_name(heads, kv_heads, width, 
         check_parallel(config(**HEADS, per_layer_config={**LAYERS, 3: last}), ranks)
 
 
-def test_sizes_have_their_own_names_in_messages():
+def test_messages_use_the_family_s_size_names():
     with pytest.raises(ValueError, match=r"does not divide layer 2 n_head=3; layer 3 n_inner=33\. Serve"):
         check_parallel(config("gpt2", per_layer_config={2: {"n_head": 3}, 3: {"n_inner": 33}}), 2)
 

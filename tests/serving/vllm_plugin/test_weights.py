@@ -12,7 +12,7 @@ WEIGHTS = {name: torch.randn(shape) for name, shape in SHAPES.items()}
 UNTIED, TIED = Expected(SHAPES, {}), Expected(SHAPES, {OUTPUT: EMBEDDING})
 
 
-def test_what_fits_is_passed_on_unchanged_in_any_order():
+def test_matching_tensors_are_passed_on_unchanged_in_any_order():
     weights = {**dict(reversed(WEIGHTS.items())), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     passed = dict(checked(weights.items(), UNTIED))
     assert passed.keys() == WEIGHTS.keys()
@@ -43,7 +43,7 @@ def test_a_tied_output_matrix_that_differs_is_refused(order):
         ({"model.norm.bias": torch.ones(4)}, r"model\.norm\.bias: stored, but it has no place"),
     ],
 )
-def test_a_tensor_that_does_not_belong_is_refused(change, message):
+def test_an_unexpected_tensor_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         list(checked((WEIGHTS | change).items(), UNTIED))
 
@@ -57,7 +57,7 @@ def test_a_tensor_that_does_not_belong_is_refused(change, message):
         ([EMBEDDING, OUTPUT, "model.norm.weight", OUTPUT], False, r"lm_head\.weight: stored twice"),
     ],
 )
-def test_every_tensor_must_be_there_once(names, tied, message):
+def test_every_tensor_must_occur_exactly_once(names, tied, message):
     with pytest.raises(ValueError, match=message):
         list(checked([(name, WEIGHTS[name]) for name in names], TIED if tied else UNTIED))
 

@@ -40,7 +40,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "compare.csv").read_text().splitlines()))
 
 
-def test_figures_are_those_of_pruning_and_judging_by_hand(command, tiny, tmp_path, capsys):
+def test_figures_match_pruning_and_evaluating_by_hand(command, tiny, tmp_path, capsys):
     assert main(command("--methods", METHODS, "--ratios", "0.4,0.2", "--samples", "6,12")) == 0
     printed, said = capsys.readouterr()
 
@@ -73,7 +73,7 @@ def test_figures_are_those_of_pruning_and_judging_by_hand(command, tiny, tmp_pat
     assert int(row["peak_bytes"]) > sum(parameter.numel() * 4 for parameter in dense.parameters())
 
 
-def test_a_second_run_makes_only_what_is_not_there(command, tmp_path, capsys):
+def test_a_second_run_computes_only_what_is_missing(command, tmp_path, capsys):
     main(command("--methods", "magnitude/uniform/none", "--ratios", "0.2"))
     before = rows_of(tmp_path / "out")
     capsys.readouterr()
@@ -88,7 +88,7 @@ def test_a_second_run_makes_only_what_is_not_there(command, tmp_path, capsys):
     assert "was there" not in capsys.readouterr().err  # other calibration rows
 
 
-def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, capsys):
+def test_a_killed_run_resumes_where_it_stopped(command, tmp_path, capsys):
     methods = ["random/uniform/none", "magnitude/uniform/none", "wanda/uniform/none"]
     arguments = command("--methods", ",".join(methods), "--ratios", "0.2")
     killed = subprocess.Popen(
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path, capsys):
     assert not list((tmp_path / "out" / "stages").glob(".*partial"))
 
 
-def test_of_two_runs_in_one_folder_one_refuses(command, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with locks.held(tmp_path / "out" / ".lock"):
         assert main(command("--methods", "magnitude/uniform/none")) == 1
@@ -118,7 +118,7 @@ def test_of_two_runs_in_one_folder_one_refuses(command, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
-def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_a_failure_stops_nobody(
+def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_one_failure_does_not_stop_the_rest(
     tmp_path, capsys, monkeypatch
 ):
     """Of a model whose layers look at different things none can go; here it is found out in the middle of the run."""
@@ -159,12 +159,12 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_a_
         (["--split", "zebra"], "split 'zebra' separates nothing in"),
     ],
 )
-def test_what_cannot_work_is_refused(command, capsys, arguments, said):
+def test_invalid_requests_are_refused(command, capsys, arguments, said):
     assert main(command(*arguments)) == 1
     assert said in capsys.readouterr().err
 
 
-def test_text_that_is_calibrated_on_is_not_held_out(tiny, tmp_path, capsys):
+def test_calibration_text_cannot_be_held_out(tiny, tmp_path, capsys):
     (tmp_path / "copy.txt").write_text((tiny / "train.txt").read_text())
     text = ["--text", str(tiny / "train.txt"), "--heldout", str(tmp_path / "copy.txt")]
     assert main([str(tiny / "base"), *text, "--out", str(tmp_path / "out")]) == 1

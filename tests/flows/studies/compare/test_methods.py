@@ -23,7 +23,7 @@ def checked(family="llama", **overrides):
     return lambda method: check(method, anatomy, 0.3, Target(align=1))
 
 
-def test_wildcards_take_every_method_that_can_work_and_say_what_cannot():
+def test_wildcards_select_every_applicable_method_and_report_the_others():
     methods, left_out = chosen(["shortgpt", "flap/*", "flap/uniform/none"], checked("qwen2"))
     assert methods[0] == "shortgpt"
     assert {method.split("/")[2] for method in methods[1:]} == set(COMPENSATIONS) - {"bias"}
@@ -32,21 +32,21 @@ def test_wildcards_take_every_method_that_can_work_and_say_what_cannot():
     assert all(line.split(":")[0].endswith("/bias") for line in left_out)
 
 
-def test_skips_are_named_with_the_allocation():
+def test_skips_are_part_of_the_allocation_name():
     options = options_of("flap/global+skips/oneshot", 0.3, Target(), seed=1)
     assert (options.criterion, options.allocation, options.skips) == ("flap", "global", True)
     assert not options_of("flap/global/oneshot", 0.3, Target(), seed=1).skips
     assert "flap/uniform+skips/none" not in METHODS
 
 
-def test_a_method_named_in_full_that_cannot_work_is_refused():
+def test_an_inapplicable_method_named_in_full_is_refused():
     with pytest.raises(
         InputError, match=r"flap/global/bias: compensation bias: the projections of .* cannot hold a bias"
     ):
         chosen(["flap/global/bias"], checked("qwen2"))
 
 
-def test_defaults_that_cannot_work_are_left_out():
+def test_inapplicable_defaults_are_left_out():
     base = read_anatomy(build_tiny().config)
     differing = base.keeping({block.name: Size(block.units - block.layer, block.members) for block in base.blocks})
     methods, left_out = chosen(DEFAULT, lambda method: check(method, differing, 0.3, Target(align=1)), asked=False)
@@ -61,7 +61,7 @@ def test_defaults_that_cannot_work_are_left_out():
         ("slicegpt", {}, "skips blocks"),
     ],
 )
-def test_a_rival_that_cannot_work_is_refused_before_anything_is_run(rival, overrides, message):
+def test_an_inapplicable_rival_is_refused_before_any_work(rival, overrides, message):
     anatomy = read_anatomy(build_tiny("qwen2", **overrides).config)
     with pytest.raises(InputError, match=r"ratio is 1\.5"):
         check(rival, anatomy, 1.5, Target())
@@ -71,12 +71,12 @@ def test_a_rival_that_cannot_work_is_refused_before_anything_is_run(rival, overr
         check(rival, anatomy, 0.3, Target())
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_what_was_perhaps_meant():
+def test_a_pattern_without_match_is_refused_with_a_suggestion():
     with pytest.raises(InputError, match="did you mean 'wanda/uniform/none'"):
         chosen(["wnda/uniform/none"], checked())
 
 
-def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none():
+def test_defaults_are_valid_and_flap_drops_its_bias_where_unsupported():
     assert set(DEFAULT) <= set(METHODS)
     assert defaults(checked()) == list(DEFAULT)
     assert "flap/global/none" in defaults(checked("qwen3"))
@@ -94,6 +94,6 @@ def test_defaults_are_methods_and_flap_goes_without_bias_where_there_can_be_none
         ("taylor/uniform/none", True, True),
     ],
 )
-def test_what_shares_the_calibration_and_the_backward_pass(method, moments, gradients):
+def test_methods_that_share_the_calibration_and_the_backward_pass(method, moments, gradients):
     assert reads_dense_moments(method) is moments
     assert reads_gradients(method) is gradients

@@ -42,7 +42,7 @@ ROW = Row(
 )
 
 
-def test_markdown_has_the_dense_model_first_and_a_ratio_at_a_time():
+def test_markdown_starts_with_the_dense_model_and_groups_by_ratio():
     low = replace(ROW, ratio=0.1, method="shortgpt", ci95_lower=None, ci95_upper=None)
     lines = as_markdown(Table(CONDITIONS, [ROW, low])).splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
@@ -55,7 +55,7 @@ def test_markdown_has_the_dense_model_first_and_a_ratio_at_a_time():
     assert "94,000 tokens of 69 held-out documents" in lines[6]
 
 
-def test_calibration_sizes_have_a_column_where_there_are_several():
+def test_several_calibration_sizes_get_a_column():
     conditions = replace(CONDITIONS, calibration={32: "d" * 64, 128: "b" * 64})
     table = Table(conditions, [ROW, replace(ROW, samples=32)])
     lines = as_markdown(table).splitlines()
@@ -63,13 +63,13 @@ def test_calibration_sizes_have_a_column_where_there_are_several():
     assert [row["calibration_digest"][0] for row in csv.DictReader(as_csv(table).splitlines())] == ["d", "b"]
 
 
-def test_csv_keeps_every_digit_and_says_what_it_is_of():
+def test_csv_keeps_every_digit_and_identifies_each_row():
     (row,) = csv.DictReader(as_csv(Table(CONDITIONS, [ROW])).splitlines())
     assert float(row["prunable_ratio_removed"]) == ROW.prunable_ratio_removed
     assert (row["model_digest"], row["heldout_digest"], row["seed"]) == ("a" * 64, "c" * 64, "0")
 
 
-def test_the_picture_is_well_formed_names_every_method_and_is_the_same_again():
+def test_the_plot_is_well_formed_complete_and_reproducible():
     rows = [replace(ROW, method=f"method-{number}") for number in range(25)]
     for table in (Table(CONDITIONS, rows), Table(CONDITIONS, [replace(ROW, nll_increase=-0.01)])):
         picture = as_svg(table)

@@ -14,7 +14,7 @@ ROWS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0)
 
 
 @torch.no_grad()
-def test_influence_is_the_paper_s_formula():
+def test_influence_follows_the_paper_s_formula():
     model = build_tiny(num_hidden_layers=3)
     states = []  # entering each layer, and leaving the last
     for layer in model.model.layers:
@@ -31,7 +31,7 @@ def test_influence_is_the_paper_s_formula():
 
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 @torch.no_grad()
-def test_result_is_the_dense_model_without_the_layers_of_least_influence(family):
+def test_the_result_is_the_dense_model_without_the_least_influential_layers(family):
     dense = build_tiny(family, num_hidden_layers=4)
     influence = block_influence(dense, ROWS, 8)
     result = shortgpt(build_tiny(family, num_hidden_layers=4), ROWS, 0.45, 8)
@@ -46,12 +46,12 @@ def test_result_is_the_dense_model_without_the_layers_of_least_influence(family)
     ("ratio", "expected"),
     [(0.0, set()), (0.1, set()), (0.2, {2}), (0.3, {2}), (0.4, {2, 0}), (0.9, {2, 0, 3})],
 )
-def test_the_number_of_layers_is_the_nearest_and_one_stays(ratio, expected):
+def test_the_number_of_layers_is_the_nearest_and_at_least_one_stays(ratio, expected):
     anatomy = read_anatomy(build_tiny(num_hidden_layers=4).config)
     assert layers_to_drop(anatomy, torch.tensor([0.2, 0.9, 0.1, 0.5]), ratio) == expected
 
 
-def test_layers_that_look_at_different_things_are_refused():
+def test_mixed_attention_windows_are_refused():
     model = build_tiny("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1)
     assert budget_of(read_anatomy(model.config)).parameters
     with pytest.raises(InputError, match="sliding windows in some layers only"):

@@ -17,7 +17,7 @@ BIASED = {"llama": {"attention_bias": True, "mlp_bias": True}}
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
-def test_with_nothing_cut_it_is_the_dense_model(family, tied):
+def test_without_slicing_it_equals_the_dense_model(family, tied):
     overrides = {"tie_word_embeddings": tied, **BIASED.get(family, {})}
     dense = build_tiny(family, **overrides)(ROWS).logits
     sliced = slice_hidden(build_tiny(family, **overrides), ROWS, 64, batch_size=4)
@@ -25,7 +25,7 @@ def test_with_nothing_cut_it_is_the_dense_model(family, tied):
 
 
 @torch.no_grad()
-def test_cut_it_is_the_dense_model_with_its_stream_projected_before_every_block():
+def test_sliced_it_equals_the_dense_model_with_a_projected_stream():
     """The dense blocks in their own basis: the stream that enters one is projected onto the axes of most energy."""
     model = build_tiny("llama", **BIASED["llama"])
     sliced = slice_hidden(build_tiny("llama", **BIASED["llama"]), ROWS, 40, batch_size=6)
@@ -46,7 +46,7 @@ def test_cut_it_is_the_dense_model_with_its_stream_projected_before_every_block(
     assert float((expected - build_tiny("llama", **BIASED["llama"])(ROWS).logits).abs().max()) > 0.1
 
 
-def test_axes_are_orthogonal_and_the_first_ones_hold_the_most_energy():
+def test_axes_are_orthogonal_and_sorted_by_energy():
     hidden = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 9)
     axes = principal_axes(torch.nn.Identity(), hidden, batch_size=2)
     torch.testing.assert_close(axes.T @ axes, torch.eye(8, dtype=torch.float64))
@@ -56,7 +56,7 @@ def test_axes_are_orthogonal_and_the_first_ones_hold_the_most_energy():
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
-def test_ratio_counts_the_shortcuts_among_what_is_left(ratio):
+def test_the_ratio_counts_the_shortcuts_as_remaining_parameters(ratio):
     anatomy = read_anatomy(build_tiny("qwen2").config)
     result = slicegpt(build_tiny("qwen2"), ROWS, ratio, 8)
     names = {name: parameter.numel() for name, parameter in result.model.named_parameters()}
@@ -68,7 +68,7 @@ def test_ratio_counts_the_shortcuts_among_what_is_left(ratio):
     assert result.parameters == sum(names.values())
 
 
-def test_uncut_the_shortcuts_come_on_top():
+def test_without_slicing_the_shortcuts_add_parameters():
     anatomy = read_anatomy(build_tiny().config)
     assert block_parameters(anatomy, 64) == budget_of(anatomy).prunable_parameters + 4 * 64 * 64
 
