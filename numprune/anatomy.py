@@ -116,9 +116,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     if len(head_dims) != 1:
         raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
     (head_dim,) = head_dims
-    dtype = config.dtype
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype={str(dtype)[:80]}; it must be the name of a data type of torch")
+    dtype = _dtype(config.dtype)
     around, embedding = _around(family, config), f"{model_prefix(config)}{family.embedding}"
     return Anatomy(
         family=family.name,
@@ -137,6 +135,16 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
         numbering_field=numbering_field(family, config),
     )
+
+
+def _dtype(named: object) -> torch.dtype | None:
+    """Return a configuration's data type. `save_pretrained` leaves its name, as config.json has it."""
+    if named is None:
+        return None
+    found = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
+    if isinstance(found, torch.dtype):
+        return found
+    raise InputError(f"dtype={str(named)[:80]}; it must be the name of a data type of torch")
 
 
 def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:

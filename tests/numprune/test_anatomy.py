@@ -79,6 +79,14 @@ def test_an_unsupported_variant_of_a_family_is_refused(family, fields, message):
         read_anatomy(AutoConfig.for_model(family, **fields))
 
 
+@pytest.mark.parametrize("name", ["bfloat17", "nn", "", 16])
+def test_what_names_no_data_type_is_refused(tiny_model, name):
+    config = tiny_model().config
+    config.dtype = name
+    with pytest.raises(InputError, match=f"dtype={name}; it must be the name of a data type of torch"):
+        read_anatomy(config)
+
+
 def test_a_quantized_model_cannot_be_pruned(tiny_model):
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "fp8"}
