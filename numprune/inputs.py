@@ -81,6 +81,7 @@ class PropagatedInputs:
                 dense.write(batch, own.after)
             moments.absorb(held_out)
             self.held_out = held_out if held_out.count else None
+        moments.require_finite(f"{block.path}.{block.consumer}")
         return moments
 
     def experts(self, layer: nn.Module, block: Block) -> Seen:
@@ -95,6 +96,8 @@ class PropagatedInputs:
         if pruned is not dense:
             for _, run in self._walker.run(layer, block, pruned):
                 seen.add(_routed(run))
+        for expert, moments in enumerate(seen.moments):
+            moments.require_finite(f"{block.path}.{block.consumer}, expert {expert}")
         return seen
 
     def to_fit(self, layer: nn.Module, block: Block) -> Iterator[Batch]:

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from numprune.errors import InputError
+
 # Columns of the Gram matrix that are taken together, by kind of device: wide enough for the product to run at full
 # speed, narrow enough that little of the other half is computed. On a CPU 128 to 512 made no difference to speak of.
 _STRIP = {"cpu": 256, "cuda": 1024}
 _TOKENS = 4096  # whose products are summed in float32
 _SUMS = ("gram", "sum", "cross", "target_sum")
+# Some solves are in float32, on sums of products of weights and moments.
+_LARGEST = torch.finfo(torch.float32).max / 1e6
 
 
 @dataclass
@@ -111,6 +115,11 @@ class Moments:
             setattr(moments, f"_{name}", tensors[name].to(device))
         return moments
 
+    def require_finite(self, where: str) -> None:
+        """Raises InputError as `require_in_range`, of what was added to these moments of `where`."""
+        sums = (self._gram.diagonal(), self._cross)  # no product of two channels is larger than both squares
+        require_in_range(where, "activations", *sums, count=self._positive_count())
+
     @property
     def gram(self) -> Tensor:
         """E[x x^T], (D, D) float64."""
@@ -142,6 +151,25 @@ class Moments:
         if not self.count:
             raise ValueError("no inputs were added")
         return self.count
+
+
+def require_in_range(where: str, what: str, *sums: Tensor, count: int = 1) -> None:
+    """Refuse sums of `count` values that are on average too large for float32, or not finite.
+
+    Args:
+        where: the module, for the message.
+        what: they are made of, in the plural.
+
+    Raises:
+        InputError: names the place and what to do.
+    """
+    limit = _LARGEST * count
+    extremes = (extreme for values in sums if values.numel() for extreme in values.aminmax())
+    if not all(abs(float(extreme)) <= limit for extreme in extremes):  # which NaN is not, either
+        raise InputError(
+            f"{where}: {what} overflow float32 on the calibration text. Check the model on it with numprune evaluate: "
+            "if its NLL is usual, calibrate on other text; if not, its weights are damaged"
+        )
 
 
 def _product_dtype(values: Tensor) -> Tensor:

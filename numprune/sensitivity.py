@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_of
 from numprune.layers import Arguments, Layers
+from numprune.moments import require_in_range
 from numprune.progress import Progress
 from numprune.slices import Kept
 
@@ -51,6 +52,9 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
         rows: (N, S) int64 tokens.
         batch_size: rows at a time.
         taylor: also collect the Taylor scores, for which the gradients of the weights are kept.
+
+    Raises:
+        InputError: hidden states or gradients overflow; names the module.
     """
     anatomy = layers.anatomy
     hidden_size, losses = anatomy.hidden_size, layers.task.losses_in(rows)
@@ -76,18 +80,21 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
                 bar.update()
-    return Sensitivity({name: total.div_(losses) for name, total in output.items()}, scores)
+    for block in reversed(anatomy.blocks):  # as they were met
+        require_in_range(f"{block.path}.{block.consumer}", "gradients", output[block.name].div_(losses))
+    return Sensitivity(output, scores)
 
 
 @torch.no_grad()
 def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
-    """Return what enters each layer, and what leaves the last."""
+    """Return what enters each layer, and what leaves the last. Raises InputError where that overflows."""
     layers = walker.layers
     entering = [walker.embed(rows).hidden]
     for index in range(layers.anatomy.layers):
         before, after = entering[-1], layers.allocate(*entering[-1].shape)
         with layers.layer(index) as layer:
             walker.through(layer, index, before, after)
+        require_in_range(f"{layers.anatomy.layers_path}.{index}", "hidden states", after)
         entering.append(after)
         bar.update()
     return entering

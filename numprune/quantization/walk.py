@@ -166,6 +166,7 @@ class _Fitting:
         for _ in self._walker.run(layer, writers.block, self._stream):
             pass
         hook.remove()
+        moments.require_finite(f"{writers.block.path}.{writers.paths[0]}")
         # Rows are rounded independently of each other: those of all matrices together need one factor of the Hessian.
         weight = torch.cat([linear.weight.double() for linear in linears])
         own = [linear.bias.double() for linear in linears if linear.bias is not None]
@@ -186,6 +187,9 @@ class _Fitting:
         moments, held_out = (Moments(reader.inputs, linear.out_features, weight.device) for _ in range(2))
         for batch, run in self._walker.run(layer, reader.block, self._stream):
             split_rows(batch, run.inputs, self._aims[batch].to(weight.device), moments, held_out)
+        for part in (moments, held_out):
+            if part.count:
+                part.require_finite(f"{reader.block.path}.{path}")
         damping = PruneOptions.damping
         if held_out.count:
             damping = choose_damping(weight, bias, moments, held_out, damping)

@@ -150,6 +150,45 @@ def test_ratio_zero_leaves_the_model_unchanged():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_can_be_saved_before_it_is_pruned(tmp_path, dtype):
+    """`save_pretrained` leaves the name of the data type in the configuration, where there was the data type."""
+    model = build_tiny().to(dtype)
+    model.config.dtype = dtype
+    before = read_anatomy(model.config)
+    model.save_pretrained(tmp_path)
+    assert isinstance(model.config.dtype, str)
+    assert read_anatomy(model.config) == before
+    found = prune(model, ROWS, PruneOptions(0.3)).plan
+    assert found.sizes() == prune(build_tiny().to(dtype), ROWS, PruneOptions(0.3)).plan.sizes()
+
+
+@pytest.mark.parametrize(
+    ("options", "scale", "named"),
+    [
+        (PruneOptions(0.3, compensation="none"), 1e19, "model.layers.1.mlp.down_proj: activations"),
+        (PruneOptions(0.3, compensation="residual"), 1e19, "model.layers.1.mlp.down_proj: activations"),
+        (PruneOptions(0.3, "wanda", "global", "none"), 1e38, "model.layers.1.mlp.down_proj: activations"),
+        (PruneOptions(0.3, allocation="error"), 1e38, "model.layers.1: hidden states"),
+    ],
+)
+def test_what_overflows_in_calibration_is_named(options, scale, named):
+    """Its squares, or itself; every weight is finite."""
+    model = build_tiny(num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(scale)
+    with pytest.raises(InputError, match=f"^{named} overflow float32 on the calibration text.*numprune evaluate"):
+        prune(model, ROWS, options)
+
+
+def test_gradients_that_overflow_are_named():
+    model = build_tiny(num_hidden_layers=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e30)
+    with pytest.raises(InputError, match=r"^model\.layers\.2\.mlp\.down_proj: gradients overflow"):
+        prune(model, ROWS, PruneOptions(0.3, allocation="error"))
+
+
 def test_a_plan_records_its_provenance():
     plan = prune(build_tiny(), ROWS, PruneOptions(0.3, criterion="obs", seed=7)).plan
     assert (plan.family, plan.criterion, plan.ratio, plan.seed) == ("llama", "obs", 0.3, 7)

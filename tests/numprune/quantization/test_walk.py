@@ -141,3 +141,20 @@ def test_a_llama_pruned_into_a_mistral_is_accepted() -> None:
     check_target(pruned, dense, ())
     with pytest.raises(InputError, match="family mistral, the model to quantize llama"):
         check_target(dense, pruned, ())
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ("mlp.up_proj", "mlp.down_proj"),
+        ("input_layernorm", "self_attn.q_proj"),
+        ("self_attn.v_proj", "self_attn.o_proj"),
+    ],
+)
+def test_what_overflows_in_calibration_is_named(written, named):
+    model = build_tiny()
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(written).weight.mul_(1e19)
+    with pytest.raises(InputError, match=f"^model.layers.1.{named}: activations overflow float32"):
+        quantized(model, Scheme("w8a8"), Fit(ROWS))
+    quantized(model, Scheme("w8a8"))  # round to nearest reads no activations
