@@ -80,7 +80,7 @@ def test_an_unsupported_variant_of_a_family_is_refused(family, fields, message):
 
 
 @pytest.mark.parametrize("name", ["bfloat17", "nn", "", 16])
-def test_what_names_no_data_type_is_refused(tiny_model, name):
+def test_an_unknown_data_type_is_refused(tiny_model, name):
     config = tiny_model().config
     config.dtype = name
     with pytest.raises(InputError, match=f"dtype={name}; it must be the name of a data type of torch"):

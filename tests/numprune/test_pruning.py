@@ -172,7 +172,7 @@ def test_a_model_can_be_saved_before_it_is_pruned(tmp_path, dtype):
         (PruneOptions(0.3, allocation="error"), 1e38, "model.layers.1: hidden states"),
     ],
 )
-def test_what_overflows_in_calibration_is_named(options, scale, named):
+def test_an_overflow_in_calibration_is_named(options, scale, named):
     """Its squares, or itself; every weight is finite."""
     model = build_tiny(num_hidden_layers=3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a configuration says of each layer's sizes, of every stored tensor's shape, and of how it can be split.
+"""What a configuration says of each layer's sizes, of every stored tensor's shape and data type, and of how it splits.
 
 vLLM is not needed. Shapes are those of the checkpoint.
 """
@@ -16,10 +16,11 @@ from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.quantization import Scheme, check_quantizable, quantized_tensors
-from numprune.quantization.compressed_tensors import CONFIG_FIELD, scheme_of, shapes_of
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, dtypes_of, ignored_by, scheme_of, shapes_of
 from numprune.target import not_split
 
 Shapes = dict[str, tuple[int, ...]]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # vLLM casts each of them to what it serves in
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Expected:
 
     Attributes:
         shapes: of every tensor by name; of tied ones, too.
+        dtypes: name -> those that a tensor may have; of every other tensor `FLOATS`.
         tied: name of a tensor that need not be stored -> of the one that it equals.
         computed: ends of the names of tensors that may be stored and are not read.
     """
@@ -35,6 +37,7 @@ class Expected:
     shapes: Shapes
     tied: Mapping[str, str] = field(default_factory=dict)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor is one that older versions of transformers stored and newer ones compute."""
@@ -87,7 +90,12 @@ def check_quantization(config: Any, size: int) -> None:
 
 def _scheme(config: Any) -> Scheme | None:
     """Raises InputError."""
-    return scheme_of({CONFIG_FIELD: getattr(config, CONFIG_FIELD, None)})
+    return scheme_of(_quantization(config))
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """What config.json says of quantization."""
+    return {CONFIG_FIELD: getattr(config, CONFIG_FIELD, None)}
 
 
 def expected_tensors(config: Any) -> Expected:
@@ -98,12 +106,18 @@ def expected_tensors(config: Any) -> Expected:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
+    state = revert_weight_conversion(model, model.state_dict())
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    dtypes = {name: (tensor.dtype,) for name, tensor in state.items() if not tensor.is_floating_point()}
     if scheme := _scheme(config):
-        anatomy = read_anatomy(config)
+        anatomy, ignored = read_anatomy(config), ignored_by(_quantization(config))
         check_quantizable(anatomy, scheme)
         for name in quantized_tensors(anatomy):
-            shapes |= shapes_of(name, scheme, shapes.pop(name))
+            if not ignored(name.removesuffix(".weight")):
+                shapes |= shapes_of(name, scheme, shapes.pop(name))
+                parts = dtypes_of(name, scheme, torch.float32)
+                dtypes |= {part: (dtype,) for part, dtype in parts.items() if dtype not in FLOATS}
     tied = dict(model.all_tied_weights_keys)
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
-    return Expected(shapes, tied, family.computed) if family else Expected(shapes, tied)
+    known = {"computed": family.computed} if family else {}
+    return Expected(shapes, tied, dtypes=dtypes, **known)

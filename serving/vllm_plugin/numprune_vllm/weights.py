@@ -1,18 +1,32 @@
 """Weights on their way into vLLM, each compared with the configuration first.
 
-vLLM's loaders narrow what is too large to the size they expect, leave what is missing of a fused matrix uninitialised
-and drop biases they have no place for, all without an error. Nothing gets that far here.
+vLLM's loaders narrow what is too large to the size they expect, cast what has another data type (integers of a grid to
+floating point), leave what is missing of a fused matrix uninitialised and drop biases they have no place for, all
+without an error. Nothing gets that far here.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from numprune_vllm.sizes import Expected
+from numprune_vllm.sizes import FLOATS, Expected
 
+# As safetensors names them: what `Expected` has.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -20,16 +34,25 @@ class _Count:
     """Which of the expected tensors were there so far."""
 
     def __init__(self, expected: Expected) -> None:
-        self._shapes, self._tied = expected.shapes, expected.tied
+        self._shapes, self._tied, self._dtypes = expected.shapes, expected.tied, expected.dtypes
         self._seen: set[str] = set()
 
-    def add(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError: it is unexpected, of another shape, or there twice."""
+    def add(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        """Count a tensor; `dtype` as safetensors names it.
+
+        Raises ValueError: it is unexpected, of another shape or data type, or there twice.
+        """
         if name not in self._shapes:
             raise ValueError(f"{name}: stored, but it has no place in the model that config.json describes")
         if shape != self._shapes[name]:
             raise ValueError(
                 f"{name}: stored with shape {list(shape)}, but config.json means {list(self._shapes[name])}"
+            )
+        allowed = [_DTYPES[one] for one in self._dtypes.get(name, FLOATS)]
+        if dtype not in allowed:
+            raise ValueError(
+                f"{name}: stored as {dtype}, but config.json means {' or '.join(allowed)}; the two are of different "
+                "checkpoints: export again with `numprune export --to vllm`"
             )
         if name in self._seen:
             raise ValueError(f"{name}: stored twice")
@@ -53,7 +76,7 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterat
     A tied output matrix may be absent; when present it must equal the embedding, and is not passed on.
 
     Raises:
-        ValueError: names the tensor that is unexpected, of another shape, there twice or missing.
+        ValueError: names the tensor that is unexpected, of another shape or data type, there twice or missing.
     """
     count = _Count(expected)
     sources = {source: name for name, source in expected.tied.items()}
@@ -61,7 +84,7 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterat
     for name, tensor in weights:
         if expected.ignores(name):
             continue
-        count.add(name, tuple(tensor.shape))
+        count.add(name, tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
         source = expected.tied.get(name, name)
         if source in sources and not twins.setdefault(source, tensor).equal(tensor):
             raise ValueError(f"{sources[source]}: differs from {source}, but config.json ties them")
@@ -82,7 +105,8 @@ def audit(folder: Path, expected: Expected) -> None:
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (not a mapping)
                 if not expected.ignores(name):
-                    count.add(name, tuple(stored.get_slice(name).get_shape()))
+                    found = stored.get_slice(name)
+                    count.add(name, tuple(found.get_shape()), found.get_dtype())
     count.finish()
 
 

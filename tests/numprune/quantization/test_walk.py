@@ -151,7 +151,7 @@ def test_a_llama_pruned_into_a_mistral_is_accepted() -> None:
         ("self_attn.v_proj", "self_attn.o_proj"),
     ],
 )
-def test_what_overflows_in_calibration_is_named(written, named):
+def test_an_overflow_in_calibration_is_named(written, named):
     model = build_tiny()
     with torch.no_grad():
         model.model.layers[1].get_submodule(written).weight.mul_(1e19)

@@ -1,6 +1,7 @@
 """What the plug-in makes of a configuration before vLLM loads anything."""
 
 import pytest
+import torch
 from numprune_vllm.architectures import ARCHITECTURES
 from numprune_vllm.sizes import Expected, check_layers, check_parallel, check_settings, expected_tensors
 from transformers import AutoConfig
@@ -85,3 +86,21 @@ def test_quantized_experts_are_refused_by_name():
     quantization = {CONFIG_FIELD: config_of(Scheme("w8a8"), ["lm_head"])}
     with pytest.raises(InputError, match="mixtral has experts"):
         expected_tensors(config("mixtral", **quantization))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "stored", "dtype"),
+    [
+        (Scheme("w8a8"), "weight", torch.int8),
+        (Scheme("fp8"), "weight", torch.float8_e4m3fn),
+        (Scheme("w4a16", 32), "weight_packed", torch.int32),
+    ],
+)
+def test_quantized_tensors_have_the_data_types_of_their_scheme(scheme, stored, dtype):
+    layer = "model.layers.0.mlp.down_proj"
+    quantization = {CONFIG_FIELD: config_of(scheme, ["lm_head", "model.layers.1.mlp.down_proj"])}
+    found = expected_tensors(config(intermediate_size=64, **quantization))
+    assert found.dtypes[f"{layer}.{stored}"] == (dtype,)
+    assert f"{layer}.weight_scale" not in found.dtypes  # any floating point
+    assert "model.layers.1.mlp.down_proj.weight" in found.shapes  # it is ignored
+    assert found.dtypes.keys() <= found.shapes.keys()

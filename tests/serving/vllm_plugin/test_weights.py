@@ -41,6 +41,11 @@ def test_a_tied_output_matrix_that_differs_is_refused(order):
         ({"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight: stored with shape \[3\], .* means \[4\]"),
         ({EMBEDDING: torch.ones(4, 7)}, r"stored with shape \[4, 7\], .* means \[7, 4\]"),
         ({"model.norm.bias": torch.ones(4)}, r"model\.norm\.bias: stored, but it has no place"),
+        (
+            {"model.norm.weight": torch.ones(4).char()},
+            r"norm\.weight: stored as I8, .* F32 or BF16 or F16 or F64; .*export",
+        ),
+        ({EMBEDDING: torch.ones(7, 4, dtype=torch.uint8)}, "stored as torch.uint8"),
     ],
 )
 def test_an_unexpected_tensor_is_refused(change, message):
@@ -80,6 +85,25 @@ def test_files_are_audited_by_their_headers(tmp_path):
         audit(tmp_path, Expected(SHAPES | {"model.norm.weight": (3,)}, {}))
     with pytest.raises(ValueError, match=r"model\.norm\.bias \[4\]: not stored"):
         audit(tmp_path, Expected(SHAPES | {"model.norm.bias": (4,)}, {}))
+
+
+def test_the_data_types_of_quantized_tensors_are_audited(tmp_path):
+    names = ("layer.weight", "layer.weight_scale")
+    expected = Expected({names[0]: (2, 3), names[1]: (2, 1)}, dtypes={names[0]: (torch.int8,)})
+    for scales in (torch.float32, torch.bfloat16):
+        tensors = {names[0]: torch.ones(2, 3, dtype=torch.int8), names[1]: torch.ones(2, 1, dtype=scales)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        audit(tmp_path, expected)
+        assert dict(checked(tensors.items(), expected)).keys() == tensors.keys()
+    wrong = {"layer.weight": torch.float8_e4m3fn, "layer.weight_scale": torch.int32}
+    for name, dtype in wrong.items():
+        save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / "model.safetensors")
+        message = {
+            names[0]: "layer.weight: stored as F8_E4M3, .* I8;",
+            names[1]: "weight_scale: stored as I32, .* F32 or",
+        }
+        with pytest.raises(ValueError, match=message[name]):
+            audit(tmp_path, expected)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
