@@ -8,14 +8,16 @@
     pruned = numprune.apply(plan, model, rows)
     print(numprune.evaluate(pruned, "heldout.jsonl", baseline=model).loss_delta)
     numprune.save(pruned, "pruned")
+    small = numprune.quantize(pruned, numprune.Scheme("w8a8"), rows, dense=model)
+    numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
 
 No function changes the model that it is given. The command line does the same from folder to folder and can stream
 models that are larger than the memory; `numprune optimize` runs the whole chain with benchmark, gates and registry.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -33,10 +35,13 @@ from numprune.export.tasks import load_task
 from numprune.flows.names import Dtype, ExportFormat
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
+from numprune.flows.steps import quantize as quantizing
 from numprune.flows.steps import text as texts
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, options_of
 from numprune.plans import Draw, Plan, read_plan
+from numprune.quantization import Quantized, Scheme, check_quantizable
+from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality, Task
 
@@ -48,6 +53,7 @@ __all__ = [
     "PruneOptions",
     "Quality",
     "Reading",
+    "Scheme",
     "Target",
     "apply",
     "calibration_rows",
@@ -56,40 +62,12 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "quantize",
     "read_plan",
     "save",
 ]
 
 Text = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model in memory, in float32.
-
-    Attributes:
-        folder: the checkpoint that it, or the model that it was pruned from, was read from.
-        network: transformers' model.
-        tokenizer: its tokenizer.
-        task: what it is for: a causal or masked language model, a classifier, an embedding model.
-        plan: by which it was pruned; None for a model as it was read.
-    """
-
-    folder: Path
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    plan: Plan | None = None
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Its prunable blocks and their sizes."""
-        return read_anatomy(self.network.config)
-
-    @property
-    def budget(self) -> Budget:
-        """Parameters, FLOPs per token and KV-cache bytes per token."""
-        return budget_of(self.anatomy)
 
 
 @dataclass(frozen=True)
@@ -103,6 +81,53 @@ class CalibrationRows:
 
     tokens: Tensor
     draw: Draw | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model was quantized.
+
+    Attributes:
+        scheme: of all its weights.
+        matrices: name -> the quantized weight.
+        rows: that GPTQ was calibrated on; None: each weight was rounded by itself.
+    """
+
+    scheme: Scheme
+    matrices: Mapping[str, Quantized]
+    rows: CalibrationRows | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory, in float32.
+
+    Attributes:
+        folder: the checkpoint that it, or the model that it was pruned from, was read from.
+        network: transformers' model.
+        tokenizer: its tokenizer.
+        task: what it is for: a causal or masked language model, a classifier, an embedding model.
+        plan: by which it was pruned; None for a model as it was read.
+        quantization: how it was quantized in memory: `network` computes with the rounded weights and, where the scheme
+            rounds them, rounded activations. None for a model that was not.
+    """
+
+    folder: Path
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    plan: Plan | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Its prunable blocks and their sizes."""
+        return read_anatomy(self.network.config)
+
+    @property
+    def budget(self) -> Budget:
+        """Parameters, FLOPs per token and KV-cache bytes per token."""
+        return budget_of(self.anatomy)
 
 
 def load(model: str | Path, device: str = "auto") -> Model:
@@ -159,7 +184,7 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     Raises:
         InputError: options that cannot work for this model.
     """
-    compressed_tensors.refuse_quantized(model.folder, "pruning")
+    _refuse_quantized(model, "pruning")
     layers = ModelLayers(model.network, model.task)
     check_options(layers.anatomy, options)
     dropped = pruning.layers_to_drop(layers, rows.tokens, options)
@@ -188,27 +213,69 @@ def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
 
 
 def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Plan | None) -> Model:
-    compressed_tensors.refuse_quantized(model.folder, "pruning")
+    _refuse_quantized(model, "pruning")
     found = pruning.prune(model.network, rows.tokens, options, task=model.task, plan=plan)
     made = found.plan.drawn(rows.draw, manifest.folder_digest(model.folder))
     return Model(model.folder, found.model, model.tokenizer, model.task, made)
 
 
-def save(pruned: Model, out: str | Path) -> Path:
-    """Write a pruned model as a checkpoint, in the precision of its base, with plan, model card and manifest.
+def quantize(model: Model, scheme: Scheme, rows: CalibrationRows | None = None, *, dense: Model | None = None) -> Model:
+    """Return `model` with the weights of its layers in 8 or 4 bits; `model` and `dense` stay as they are.
 
     Args:
-        pruned: what `apply` or `prune` returned.
+        model: pruned or not.
+        scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`.
+        rows: for GPTQ, which makes up for errors; None: each weight is rounded by itself.
+        dense: the model that `model` was pruned from: GPTQ fits to its outputs. None: to those of `model`.
+
+    Raises:
+        InputError: the model cannot be quantized, or not by this scheme; or it was not pruned from `dense`.
+    """
+    _refuse_quantized(model, "quantization")
+    parts = model.plan.target.tensor_parallel if model.plan else 1
+    check_quantizable(model.anatomy, scheme, parts)
+    dropped = model.plan.dropped_layers() if model.plan else quantizing.dropped_layers(model.folder)
+    if dense is not None:
+        _refuse_quantized(dense, "dense")
+        if rows is None:
+            raise InputError("without rows each weight is rounded by itself: leave out `dense`, or give rows")
+        check_target(model.anatomy, dense.anatomy, dropped)
+    target = ModelLayers(dense.network, dense.task) if dense else None
+    fit = Fit(rows.tokens, target, dropped) if rows else None
+    scale_dtype = checkpoint.read_config(model.folder).dtype
+    network, matrices = quantize_model(model.network, scheme, fit, scale_dtype, model.task)
+    return replace(model, network=network, quantization=Quantization(scheme, matrices, rows))
+
+
+def save(model: Model, out: str | Path) -> Path:
+    """Write a model as a checkpoint, with plan, model card and manifest.
+
+    Weights are stored in the precision of the base, those that are quantized in the format compressed-tensors.
+
+    Args:
+        model: what `apply`, `prune` or `quantize` returned.
         out: a folder that does not exist yet.
 
     Raises:
-        InputError: `out` exists, or the model is not pruned.
+        InputError: `out` exists, or the model is neither pruned nor quantized.
     """
-    if pruned.plan is None:
-        raise InputError("the model is not pruned: apply a plan first")
-    folder = Path(out)
-    steps.write_pruned(pruned.network, pruned.plan, pruned.folder, folder)
+    folder, plan, quantized = Path(out), model.plan, model.quantization
+    if quantized is not None:
+        tokens, draw = (quantized.rows.tokens, quantized.rows.draw) if quantized.rows else (None, None)
+        quantizing.write_quantized(
+            model.network, quantized.matrices, quantized.scheme, model.folder, plan, folder, rows=tokens, draw=draw
+        )
+    elif plan is not None:
+        steps.write_pruned(model.network, plan, model.folder, folder)
+    else:
+        raise InputError("the model is neither pruned nor quantized: apply a plan first, or quantize it")
     return folder
+
+
+def _refuse_quantized(model: Model, use: str) -> None:
+    if model.quantization is not None:
+        raise InputError(f"the model is quantized ({model.quantization.scheme}); {use} needs the unquantized one")
+    compressed_tensors.refuse_quantized(model.folder, use)
 
 
 @overload

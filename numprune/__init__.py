@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PruneOptions,
         Quality,
         Reading,
+        Scheme,
         Target,
         apply,
         calibration_rows,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         load,
         plan,
         prune,
+        quantize,
         read_plan,
         save,
     )
@@ -51,6 +53,7 @@ __all__ = [
     "PruneOptions",
     "Quality",
     "Reading",
+    "Scheme",
     "Target",
     "__version__",
     "apply",
@@ -60,6 +63,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "quantize",
     "read_plan",
     "save",
 ]

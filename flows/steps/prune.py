@@ -84,7 +84,7 @@ def prune_checkpoint(
     make = _prune_streamed if stream else _prune_in_memory
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
-        _describe(folder, base, made)
+        describe(folder, base, made)
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
@@ -117,15 +117,19 @@ def write_pruned(model: PreTrainedModel, plan: Plan, base: Path, out: Path) -> N
     """
     with _checkpoint(out, manifest.folder_digest(base), plan) as folder:
         save(model, base, folder, dropped=plan.dropped_layers())
-        _describe(folder, base, plan)
+        describe(folder, base, plan)
 
 
 def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManager[Path]:
-    facts: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
-    return manifest.creating(out, kind="checkpoint", parents={"base": base_digest}, facts=facts)
+    return manifest.creating(out, kind="checkpoint", parents={"base": base_digest}, facts=plan_facts(plan))
 
 
-def _describe(folder: Path, base: Path, plan: Plan) -> None:
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Return what a manifest says of the plan."""
+    return {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
+
+
+def describe(folder: Path, base: Path, plan: Plan) -> None:
     """Say in the checkpoint how it came about."""
     plan.write(folder / PLAN_FILE)
     card.write(folder, base, plan)

@@ -1,10 +1,12 @@
 """A model's projections quantized front to back: what each reads comes from those quantized before it."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from numprune.blocks import Anatomy, Block
 from numprune.calibration import Walker, check_rows
@@ -12,7 +14,7 @@ from numprune.compensation import choose_damping, refit
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.inputs import split_rows
-from numprune.layers import Layers
+from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import PruneOptions
 from numprune.progress import progress
@@ -21,6 +23,7 @@ from numprune.quantization.linears import Projections, linear_of, projections
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
 from numprune.quantization.schemes import Scheme
 from numprune.renumber import layers_left
+from numprune.tasks import CAUSAL, Task
 
 # Takes what is left of a finished layer by full name: quantized weights, and all its other tensors.
 Sink = Callable[[Mapping[str, Quantized], Mapping[str, Tensor]], object]
@@ -98,6 +101,31 @@ def quantize_layers(
             matrices = {f"{at}.{path}.weight": matrix for path, matrix in quantized.items()}
             rest = {f"{at}.{name}": tensor for name, tensor in layer.state_dict().items()}
             sink(matrices, {name: tensor for name, tensor in rest.items() if name not in matrices})
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    scheme: Scheme,
+    fit: Fit | None = None,
+    dtype: torch.dtype = torch.float32,
+    task: Task = CAUSAL,
+) -> tuple[PreTrainedModel, dict[str, Quantized]]:
+    """Return a copy of `model` that computes what it does quantized, and the quantized weights by name.
+
+    The arguments are those of `quantize_layers`, which also says what is raised.
+    """
+    result = copy.deepcopy(model)
+    matrices: dict[str, Quantized] = {}
+
+    def sink(found: Mapping[str, Quantized], rest: Mapping[str, Tensor]) -> None:
+        matrices.update(found)
+        state = {name: matrix.dequantized() for name, matrix in found.items()} | dict(rest)
+        result.load_state_dict(state, strict=False)  # of one layer
+
+    quantize_layers(CopiedLayers(model, task), scheme, sink, fit, dtype)
+    for name in matrices:
+        round_inputs_of(result.get_submodule(name.removesuffix(".weight")), scheme)
+    return result, matrices
 
 
 class _Fitting:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import numprune
 from numprune.errors import InputError
 from numprune.export import manifest
+from numprune.flows.steps.quantize import quantize_checkpoint
 
 OPTIONS = numprune.PruneOptions(ratio=0.25)
 
@@ -46,6 +48,14 @@ def test_a_plan_is_chosen_applied_evaluated_saved_and_exported(tiny: Path, tmp_p
     manifest.verify(tmp_path / "onnx")
 
 
+def require_equal_tensors(folder: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), theirs[name].view(torch.uint8))
+
+
 def test_prune_leaves_the_model_unchanged(tiny: Path) -> None:
     model = numprune.load(tiny / "base")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
@@ -57,10 +67,69 @@ def test_prune_leaves_the_model_unchanged(tiny: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
 
 
+def test_a_pruned_model_is_quantized_and_saved_as_the_command_does(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
+    pruned = numprune.prune(model, rows, numprune.PruneOptions(0.25, allocation="error"))
+    before = {name: value.clone() for name, value in pruned.network.state_dict().items()}
+    scheme = numprune.Scheme("w8a8")
+    quantized = numprune.quantize(pruned, scheme, rows, dense=model)
+    assert all(torch.equal(value, before[name]) for name, value in pruned.network.state_dict().items())
+    lost = numprune.evaluate(quantized, tiny / "heldout.jsonl", baseline=pruned, sequence_length=64).loss_delta
+    assert 0 < abs(lost.value) < 0.1
+
+    out = numprune.save(quantized, tmp_path / "quantized")
+    manifest.verify(out)
+    assert "| quantization | weights of the layers: w8a8" in (out / "README.md").read_text(encoding="utf-8")
+    assert pruned.plan is not None
+    assert numprune.read_plan(out / "numprune_plan.json").sizes() == pruned.plan.sizes()
+    again = numprune.load(out)
+    for name, value in quantized.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[name])
+    tokens = rows.tokens[:2]
+    with torch.no_grad():
+        assert torch.equal(quantized.network(tokens).logits, again.network(tokens).logits)
+
+    source = numprune.save(pruned, tmp_path / "pruned")
+    commanded = tmp_path / "commanded"
+    quantize_checkpoint(source, scheme, commanded, torch.device("cpu"), rows=rows.tokens, dense=tiny / "base")
+    for name in ("config.json", "README.md"):
+        assert (out / name).read_bytes() == (commanded / name).read_bytes()
+    require_equal_tensors(out, commanded)
+
+
+def test_a_model_that_was_not_pruned_is_quantized_without_text(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    out = numprune.save(numprune.quantize(model, numprune.Scheme("fp8")), tmp_path / "quantized")
+    quantize_checkpoint(tiny / "base", numprune.Scheme("fp8"), tmp_path / "commanded", torch.device("cpu"))
+    assert (out / "config.json").read_bytes() == (tmp_path / "commanded" / "config.json").read_bytes()
+    require_equal_tensors(out, tmp_path / "commanded")
+
+
+def test_what_cannot_be_quantized_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=4, sequence_length=64)
+    quantized = numprune.quantize(model, numprune.Scheme("fp8"))
+    with pytest.raises(InputError, match=r"^the model is quantized \(fp8\); pruning needs the unquantized one"):
+        numprune.prune(quantized, rows, OPTIONS)
+    with pytest.raises(InputError, match="quantization needs the unquantized one"):
+        numprune.quantize(quantized, numprune.Scheme("fp8"))
+    with pytest.raises(InputError, match="leave out `dense`, or give rows"):
+        numprune.quantize(model, numprune.Scheme("fp8"), dense=model)
+    with pytest.raises(InputError, match="dense needs the unquantized one"):
+        numprune.quantize(model, numprune.Scheme("fp8"), rows, dense=quantized)
+    smaller = numprune.prune(model, rows, OPTIONS)
+    with pytest.raises(InputError, match="it was not pruned from that one"):
+        numprune.quantize(model, numprune.Scheme("fp8"), rows, dense=smaller)
+    out = numprune.save(quantized, tmp_path / "quantized")
+    with pytest.raises(InputError, match="already exists"):
+        numprune.save(quantized, out)
+
+
 def test_impossible_requests_are_refused(tiny: Path, tmp_path: Path) -> None:
     model = numprune.load(tiny / "base")
     rows = numprune.calibration_rows(tiny / "train.txt", model, samples=4, sequence_length=64)
-    with pytest.raises(InputError, match="the model is not pruned"):
+    with pytest.raises(InputError, match="the model is neither pruned nor quantized"):
         numprune.save(model, tmp_path / "out")
     plan = numprune.plan(model, rows, OPTIONS).model_copy(update={"base": "another"})
     with pytest.raises(InputError, match="the plan was made for a model with digest another"):

@@ -1,11 +1,8 @@
 """Models quantized front to back."""
 
-import copy
-from collections.abc import Mapping
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
@@ -13,8 +10,8 @@ from numprune.families import FAMILIES
 from numprune.layers import CopiedLayers
 from numprune.options import PruneOptions
 from numprune.pruning import prune
-from numprune.quantization import Quantized, Scheme, check_quantizable, quantized_tensors, round_inputs_of
-from numprune.quantization.walk import Fit, check_target, quantize_layers
+from numprune.quantization import Scheme, check_quantizable, quantized_tensors
+from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.target import Target
 from tests.conftest import build_tiny
 
@@ -22,21 +19,6 @@ ROWS = torch.randint(0, 256, (64, 24), generator=torch.Generator().manual_seed(0
 HELD = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
 W4 = Scheme("w4a16", 32)
 LINEAR = [name for name in FAMILIES if not (FAMILIES[name].transposed or FAMILIES[name].experts)]
-
-
-def quantized(model, scheme: Scheme, fit: Fit | None = None):
-    """Return what the quantized model computes with, as a model, and its matrices."""
-    result, matrices = copy.deepcopy(model), {}
-
-    def sink(found: Mapping[str, Quantized], rest: Mapping[str, Tensor]) -> None:
-        matrices.update(found)
-        state = {name: matrix.dequantized() for name, matrix in found.items()} | dict(rest)
-        assert not result.load_state_dict(state, strict=False).unexpected_keys
-
-    quantize_layers(CopiedLayers(model), scheme, sink, fit)
-    for name in matrices:
-        round_inputs_of(result.get_submodule(name.removesuffix(".weight")), scheme)
-    return result, matrices
 
 
 @torch.no_grad()
@@ -57,15 +39,15 @@ def test_every_linear_of_the_decoder_layers_is_quantized(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gemma2", "opt", "olmo2"])
 def test_gptq_is_closer_to_the_model_than_rounding(family: str) -> None:
     model = build_tiny(family)
-    nearest, gptq = (quantized(model, W4, fit)[0] for fit in (None, Fit(ROWS)))
+    nearest, gptq = (quantize_model(model, W4, fit)[0] for fit in (None, Fit(ROWS)))
     assert difference(gptq, model) < 0.9 * difference(nearest, model)
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8"])
 def test_eight_bits_are_closer_than_four(name: str) -> None:
     model = build_tiny(tie_word_embeddings=True)
-    eight, matrices = quantized(model, Scheme(name), Fit(ROWS))
-    assert 0 < difference(eight, model) < 0.5 * difference(quantized(model, W4, Fit(ROWS))[0], model)
+    eight, matrices = quantize_model(model, Scheme(name), Fit(ROWS))
+    assert 0 < difference(eight, model) < 0.5 * difference(quantize_model(model, W4, Fit(ROWS))[0], model)
     assert set(matrices) == set(quantized_tensors(read_anatomy(model.config)))
 
 
@@ -74,8 +56,8 @@ def test_a_dense_target_recovers_pruning_loss() -> None:
     dense = build_tiny()
     options = PruneOptions(0.4, compensation="none", target=Target(align=1, quantization_group=32))
     pruned = prune(dense, ROWS, options).model
-    own, _ = quantized(pruned, W4, Fit(ROWS))
-    to_dense, _ = quantized(pruned, W4, Fit(ROWS, CopiedLayers(dense)))
+    own, _ = quantize_model(pruned, W4, Fit(ROWS))
+    to_dense, _ = quantize_model(pruned, W4, Fit(ROWS, CopiedLayers(dense)))
     assert difference(to_dense, dense) < 0.9 * difference(own, dense)
 
 
@@ -86,8 +68,8 @@ def test_dropped_layers_still_run_in_the_dense_target() -> None:
         linear.weight.data.zero_()
     pruned = prune(dense, ROWS, PruneOptions(1 / 3, drop_layers=1, compensation="none", target=Target(align=96)))
     assert pruned.plan.dropped_layers() == [1]
-    own, matrices = quantized(pruned.model, W4, Fit(ROWS))
-    to_dense, others = quantized(pruned.model, W4, Fit(ROWS, CopiedLayers(dense), [1]))
+    own, matrices = quantize_model(pruned.model, W4, Fit(ROWS))
+    to_dense, others = quantize_model(pruned.model, W4, Fit(ROWS, CopiedLayers(dense), [1]))
     for name, matrix in matrices.items():
         assert torch.equal(matrix.values, others[name].values)
     assert torch.equal(own(HELD).logits, to_dense(HELD).logits)
@@ -99,7 +81,7 @@ def test_layers_that_skip_blocks_are_quantized() -> None:
     options = PruneOptions(0.35, criterion="magnitude", allocation="global", skips=True, target=Target(align=32))
     pruned = prune(dense, ROWS, options).model
     assert pruned.config.per_layer_config[1].skip == ["mlp"]
-    _, matrices = quantized(pruned, Scheme("w8a8"), Fit(ROWS, CopiedLayers(dense)))
+    _, matrices = quantize_model(pruned, Scheme("w8a8"), Fit(ROWS, CopiedLayers(dense)))
     assert not any(".1.mlp." in name for name in matrices)
     assert any(".2.mlp." in name for name in matrices)
 
@@ -156,5 +138,5 @@ def test_an_overflow_in_calibration_is_named(written, named):
     with torch.no_grad():
         model.model.layers[1].get_submodule(written).weight.mul_(1e19)
     with pytest.raises(InputError, match=f"^model.layers.1.{named}: activations overflow float32"):
-        quantized(model, Scheme("w8a8"), Fit(ROWS))
-    quantized(model, Scheme("w8a8"))  # round to nearest reads no activations
+        quantize_model(model, Scheme("w8a8"), Fit(ROWS))
+    quantize_model(model, Scheme("w8a8"))  # round to nearest reads no activations
