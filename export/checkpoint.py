@@ -85,10 +85,13 @@ def resolve(model: str | Path) -> Path:
         raise InputError(f"{model}: no such folder, and the hub does not give it either ({first})") from None
 
 
-def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model: str | Path, dtype: torch.dtype = torch.float32, *, rounds_inputs: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in `dtype`, in evaluation mode, with the attention that its family is walked with, and its tokenizer.
 
-    No code from the folder is run, and only safetensors are read.
+    No code from the folder is run, and only safetensors are read. Quantized layers round their inputs where their
+    scheme does, unless `rounds_inputs` is False.
 
     Raises:
         InputError: a file is missing or malformed, or the architecture is not supported.
@@ -98,7 +101,10 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     stored = audit(folder)
     tokenizer = load_tokenizer(folder)
     config = read_config(folder)
-    loaded = _dequantized(config, stored, dtype) if quantized(stored) else _stock(folder, config, dtype)
+    schemes = quantized(stored)
+    loaded = _dequantized(config, stored, dtype) if schemes else _stock(folder, config, dtype)
+    if rounds_inputs:
+        round_inputs(loaded, schemes)
     loaded.eval()
     for name, parameter in loaded.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -128,7 +134,7 @@ def _stock(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _dequantized(config: Any, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
-    """Read a quantized model: what it computes with in floating point, inputs rounded where its scheme rounds them."""
+    """Read a quantized model: the weights that it computes with, in floating point."""
     model = skeleton(config)
     tied = model.all_tied_weights_keys
     found = {name: parts for name, parts in stored_names(model).items() if name not in tied}
@@ -137,7 +143,6 @@ def _dequantized(config: Any, stored: Mapping[str, TensorHeader], dtype: torch.d
         state |= put_together(model, {part: read_rows(stored[part]).to(dtype) for part in parts})
     model.load_state_dict(state, strict=False, assign=True)  # all are there: `audit` has compared the names
     model.tie_weights()
-    round_inputs(model, quantized(stored))
     if model.can_generate():
         model.generation_config = GenerationConfig()
     return model

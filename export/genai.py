@@ -2,9 +2,14 @@
 
 The network is that of `onnx`, the flavour another (see `onnx_fused`). genai_config.json says to onnxruntime-genai what
 the graph does not: the names of its inputs and outputs, special tokens, and the defaults of generation.
+
+A quantized checkpoint keeps its values. What is rounded besides, to be fast, is in the manifest: the inputs of every
+quantized matrix, to 8 bits in blocks, and the output matrix, to 8 bits.
 """
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,13 @@ from pydantic import JsonValue
 
 from numprune.anatomy import family_of
 from numprune.errors import InputError
-from numprune.export import checkpoint, compressed_tensors, files, manifest, onnx
+from numprune.export import checkpoint, files, manifest, onnx
 from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, write_decoder, writes
-from numprune.export.onnx_fused import FusedOperators
+from numprune.export.onnx_fused import HEAD, FusedOperators, head_of
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
-from numprune.export.weights import read_finite
+from numprune.export.weights import QuantizedHeader, read_finite
+from numprune.quantization import Scheme
 
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
@@ -51,22 +57,40 @@ def check_precision(dtype: str, device: str) -> None:
         )
 
 
+def check_scheme(scheme: Scheme, dtype: str) -> None:
+    """Refuse quantized weights that the flavour does not compute with in a precision. Raises InputError."""
+    if scheme.is_float:
+        raise InputError(
+            f"onnxruntime: ONNX Runtime computes with no FP8 weights, and the scheme is {scheme}; quantize to w8a8 or "
+            "w4a16, or use vLLM (--to vllm)"
+        )
+    if dtype != FLOAT32:
+        raise InputError(
+            f"onnxruntime: quantized weights ({scheme}) are for CPUs, where the rest is computed in float32, not "
+            f"{dtype}; on a GPU use vLLM (--to vllm)"
+        )
+
+
 def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifest:
     """Write the checkpoint `source` for ONNX Runtime to the new folder `out`.
 
     Args:
         source: a checkpoint folder, of Llama's kind.
         out: must not exist.
-        dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`.
+        dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`. Quantized weights keep their
+            values; the rest is then in float32.
 
     Raises:
-        InputError: `out` exists, or the architecture or a setting of config.json is not supported.
+        InputError: `out` exists, or the architecture, a setting of config.json or the scheme of quantized weights is
+            not supported.
         IntegrityError: the checkpoint is not what its configuration says, or a weight is too large for `dtype`.
     """
     config = checkpoint.read_config(source)
     check_config(config)
-    compressed_tensors.refuse_quantized(source, "ONNX")
     headers = checkpoint.audit(source)
+    quantized = {name: header for name, header in headers.items() if isinstance(header, QuantizedHeader)}
+    for header in quantized.values():
+        check_scheme(header.scheme, dtype)
     tokenizer = checkpoint.load_tokenizer(source)
     facts: dict[str, JsonValue] = {
         "flavour": KIND,
@@ -75,6 +99,7 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
         "dtype": dtype,
         "onnx": version("onnx"),
         "file": onnx.MODEL_FILE,
+        **({"rounded": _rounded(config, quantized)} if quantized else {}),
     }
     parents = {"checkpoint": manifest.folder_digest(source)}
     metadata = {"flavour": KIND, "family": config.model_type, "checkpoint": parents["checkpoint"]}
@@ -82,13 +107,28 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
         with (folder / DATA_FILE).open("wb") as data:
             graph = Graph(data, DTYPES[dtype])
             write_decoder(
-                graph, config, frozenset(headers), lambda name: read_finite(headers[name]), OPSET, FusedOperators
+                graph,
+                config,
+                frozenset(headers),
+                lambda name: read_finite(headers[name]),
+                OPSET,
+                partial(FusedOperators, quantized),
             )
         save(graph.model(OPSET, metadata), folder / onnx.MODEL_FILE)
         checkpoint.copy_around_weights(config, source, folder)
         settings = _settings(config, tokenizer.pad_token_id, folder)
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return manifest.read(out)
+
+
+def _rounded(config: Any, quantized: Mapping[str, QuantizedHeader]) -> dict[str, JsonValue]:
+    """What is rounded, and to what: the weights by the checkpoint's schemes, the rest by the flavour."""
+    head = quantized.get(f"{head_of(config)}.weight")
+    return {
+        "weights": ", ".join(sorted({str(header.scheme) for header in quantized.values()})),
+        "activations": "int8",
+        "output_matrix": f"int{(head.scheme if head else HEAD).bits}",
+    }
 
 
 def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:

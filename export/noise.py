@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 FACTOR = 4
+CONTRAST = 5  # how often that must fit into the spread of the logits: a wrong export is off by about their spread
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,26 @@
 The graph reads rows that are padded on the right, and puts out the logits of each row's last token alone: what
 generation needs, and what onnxruntime-genai takes. Matrices that read the same are one: each operator less saves more
 than its share of the work when a single token is decoded.
+
+Quantized matrices keep their values. Their inputs are rounded to 8 bits, in blocks, where the products are computed:
+the only way that is fast. With them the output matrix is rounded to 8 bits, too: it would take most of a token's time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from onnx import TensorProto
 
+from numprune.errors import IntegrityError
 from numprune.export.onnx_decoder import Layer, Writer, activate, rotary_frequencies
+from numprune.export.onnx_quantized import blocked
+from numprune.export.weights import QuantizedHeader
+from numprune.quantization import Quantized, Scheme, round_to_nearest
+
+HEAD = Scheme("w8a8")  # of the output matrix, where others are quantized
+_INT8 = 4  # accuracy_level of MatMulNBits: what the inputs are rounded to
 
 
 class FusedOperators:
@@ -18,8 +30,12 @@ class FusedOperators:
 
     positions = 1  # a number in the graph: onnxruntime-genai reads from it that only the last logits are put out
 
-    def __init__(self, writer: Writer, layers: Sequence[Layer], tokens: str, mask: str) -> None:
+    def __init__(
+        self, quantized: Mapping[str, QuantizedHeader], writer: Writer, layers: Sequence[Layer], tokens: str, mask: str
+    ) -> None:
+        """`quantized`: those among the checkpoint's matrices that are; the rest as of `onnx_decoder.Flavour`."""
         graph = writer.graph
+        self._quantized = quantized
         self._writer = writer
         one, last_axis = graph.integer(1), graph.integers(-1)
         before_last = graph.op("Sub", graph.op("ReduceSum", mask, graph.integers(1), keepdims=0), one)  # (B,)
@@ -73,7 +89,10 @@ class FusedOperators:
 
     def head(self, normed: str) -> str:
         last = self._writer.graph.op("GatherND", normed, self._last, batch_dims=1)  # (B, 1, H)
-        return self._linear(["model.embed_tokens" if self._writer.config.tie_word_embeddings else "lm_head"], last)
+        name = head_of(self._writer.config)
+        if not self._quantized or f"{name}.weight" in self._quantized:
+            return self._linear([name], last)
+        return self._product_of_blocks(name, round_to_nearest(self._writer.tensor(f"{name}.weight"), HEAD), last)
 
     def _norm_heads(self, prefix: str, layer: Layer, joined: str) -> list[str]:
         """Queries, keys and values (B, S, heads * D) from the one matrix; the first two with each head normed."""
@@ -88,18 +107,51 @@ class FusedOperators:
         return states
 
     def _linear(self, names: Sequence[str], states: str) -> str:
-        """x [W; …]ᵀ + [b; …]. W is stored transposed: as MatMul reads it."""
+        """x [W; …]ᵀ + [b; …]."""
         writer, graph = self._writer, self._writer.graph
-        joined = "+".join(names)
-        matrix = torch.cat([writer.tensor(f"{name}.weight") for name in names])
-        result = graph.op("MatMul", states, graph.weight(f"{joined}.weight.T", matrix.T))
+        alike = [list(group) for _, group in groupby(names, self._scheme)]  # one group, but in others' checkpoints
+        products = [self._product(group, states) for group in alike]
+        result = products[0] if len(products) == 1 else graph.op("Concat", *products, axis=-1)
         if f"{names[0]}.bias" not in writer.stored:
             return result
         bias = torch.cat([writer.tensor(f"{name}.bias") for name in names])
-        return graph.op("Add", result, graph.weight(f"{joined}.bias", bias))
+        return graph.op("Add", result, graph.weight(f"{'+'.join(names)}.bias", bias))
+
+    def _product(self, names: Sequence[str], states: str) -> str:
+        """x [W; …]ᵀ of matrices that are stored alike."""
+        joined, scheme = "+".join(names), self._scheme(names[0])
+        if scheme is None:  # MatMul reads it transposed
+            matrix = torch.cat([self._writer.tensor(f"{name}.weight") for name in names])
+            return self._writer.graph.op("MatMul", states, self._writer.graph.weight(f"{joined}.weight.T", matrix.T))
+        parts = [_read(self._quantized[f"{name}.weight"]) for name in names]
+        values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+        return self._product_of_blocks(joined, Quantized(scheme, values, scales), states)
+
+    def _product_of_blocks(self, name: str, matrix: Quantized, states: str) -> str:
+        graph, found = self._writer.graph, blocked(matrix)
+        values = graph.weight(f"{name}.weight.values", found.values, torch.uint8)
+        scales = graph.weight(f"{name}.weight.scales", found.scales)
+        return graph.fused("MatMulNBits", states, values, scales, accuracy_level=_INT8, **found.attributes)[0]
+
+    def _scheme(self, name: str) -> Scheme | None:
+        header = self._quantized.get(f"{name}.weight")
+        return header.scheme if header else None
 
     def _weight(self, name: str) -> str:
         return self._writer.graph.weight(f"{name}.weight", self._writer.tensor(f"{name}.weight"))
+
+
+def head_of(config: Any) -> str:
+    """The module whose matrix gives the logits."""
+    return "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+
+
+def _read(header: QuantizedHeader) -> Quantized:
+    """The matrix as it is stored. Raises IntegrityError where a scale is NaN or infinite."""
+    matrix = header.quantized(0, header.rows)
+    if not torch.isfinite(matrix.scales).all():
+        raise IntegrityError(f"{header.file}: the scales of {header.name} are NaN or infinite")
+    return matrix
 
 
 def _rotary_tables(writer: Writer) -> list[str]:

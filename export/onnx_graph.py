@@ -18,7 +18,12 @@ INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must
 PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
 
 
-ELEMENTS = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
+ELEMENTS = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float16: TensorProto.FLOAT16,
+    torch.uint8: TensorProto.UINT8,
+}
 
 
 @dataclass

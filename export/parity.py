@@ -8,11 +8,14 @@ alone exceeds it. The reference then runs that prompt again in float64, and the 
 reference's own float32 error.
 
 A candidate in half precision is judged by `noise` instead: on each prompt the mean and the 99th percentile of its
-errors may be `noise.FACTOR` times those of PyTorch in the same precision, in every batch that it ran in.
+errors may be `noise.FACTOR` times those of PyTorch in the same precision, in every batch that it ran in. So is one that
+rounds activations to 8 bits in blocks: by the noise of bfloat16, in which quantized models are usually served. Its
+reference does not round them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,7 @@ class _Difference:
     positions: int = 0
     matches: int = 0
     worst: Position | None = None
-    noise: Noise | None = None  # of the worst batch; only of a candidate in half precision
+    noise: Noise | None = None  # of the worst batch; only where it is the yardstick
 
     @property
     def error(self) -> float:
@@ -126,8 +129,8 @@ def check(
         Plain JSON: dtype, maximum and mean absolute errors of logits and log-probabilities (nats), greedy_match (the
         share of positions with the same most probable token), positions, the worst position and the tolerance of its
         prompt, `prompts` (of each its errors, its tolerance, and by which yardstick: "floor", "float32 error" or
-        "bfloat16 noise"), what was run. In half precision the tolerance is of the 99th percentile, and `noise` and
-        `noise_floor` have the mean, too.
+        "bfloat16 noise"), what was run. Where noise is the yardstick, the tolerance is of the 99th percentile, and
+        `noise` and `noise_floor` have the mean, too. `rounded` says what a quantized export rounds.
 
     Raises:
         ParityError: an error above the tolerance, a value that is not finite, a position that is missing, or logits so
@@ -137,35 +140,36 @@ def check(
     """
     if decode_steps < LEAST_DECODE_STEPS:
         raise InputError(f"decode_steps={decode_steps}: at least {LEAST_DECODE_STEPS} are needed")
-    if (candidate / manifest.FILE_NAME).exists():
-        manifest.verify(candidate)
+    rounded = manifest.verify(candidate).facts.get("rounded") if (candidate / manifest.FILE_NAME).exists() else None
+    open_reference = partial(TorchRuntime, reference, device=device, rounds_inputs=not rounded)
     cases, rows, described = _run_reference(
-        reference, prompts, batch_sizes, prompt_length, decode_steps, device=device, threads=threads
+        open_reference(threads=threads), reference, prompts, batch_sizes, prompt_length, decode_steps
     )
     for row in rows:
         _require_contrast(reference, row, Allowed(floor, None))
     opened = open_runtime(runtime, candidate, device=device, threads=threads, dtype=dtype)
     ran = opened.describe()
-    dtype = ran["dtype"]
+    judged_in = "bfloat16" if rounded else ran["dtype"]
     found = [_Difference() for _ in rows]
     for case in cases:
-        _compare_case(opened, case, rows, found, half=dtype != FLOAT32)
+        _compare_case(opened, case, rows, found, noisy=judged_in != FLOAT32)
     del opened  # the reference is loaded again
     allowed: Sequence[Limit] = (
         _allowed(reference, rows, found, floor, device)
-        if dtype == FLOAT32
-        else _allowed_noise(reference, rows, dtype, device)
+        if judged_in == FLOAT32
+        else _allowed_noise(open_reference(dtype=judged_in), reference, rows, judged_in)
     )
     worst = max(range(len(rows)), key=lambda index: allowed[index].share(found[index]))
     if not allowed[worst].share(found[worst]) <= 1:
-        raise ParityError(_refusal(reference, candidate, runtime, rows[worst], found[worst], allowed[worst]))
-    largest = max(range(len(rows)), key=lambda index: found[index].error) if dtype == FLOAT32 else worst
+        raise ParityError(_refusal(reference, candidate, ran, rows[worst], found[worst], allowed[worst]))
+    largest = max(range(len(rows)), key=lambda index: found[index].error) if judged_in == FLOAT32 else worst
     place = found[largest].worst
     assert place is not None  # every row has positions
     values, positions = sum(one.values for one in found), sum(one.positions for one in found)
     return {
         "runtime": runtime,
-        "dtype": dtype,
+        "dtype": ran["dtype"],
+        **({"rounded": rounded} if rounded else {}),
         "logit_error_max": max(one.logit_max for one in found),
         "logit_error_mean": sum(one.logit_sum for one in found) / values,
         "logprob_error_max": max(one.logprob_max for one in found),
@@ -222,14 +226,16 @@ def _allowed(
     return allowed
 
 
-def _allowed_noise(reference: Path, rows: Sequence[Row], dtype: str, device: str) -> list[AllowedNoise]:
-    """The noise floor of each row. Raises ParityError where it is so high that nothing would be proved."""
-    runtime = TorchRuntime(reference, device=device, dtype=dtype)
+def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype: str) -> list[AllowedNoise]:
+    """The noise floor of each row, of the reference in `dtype`.
+
+    Raises ParityError where it is so high that nothing would be proved.
+    """
     allowed = []
     for row in rows:
         floor = noise.of_logits(row.logits, runtime.prefill(torch.cat([row.prompt, row.greedy])[None])[0])
         spread = float(row.logits.std(dim=-1).min())
-        if not spread > 10 * noise.FACTOR * floor.mean:
+        if not spread > noise.CONTRAST * noise.FACTOR * floor.mean:
             raise ParityError(
                 f"{reference}: on {row.name} its logits spread by {spread:.2g} only, and PyTorch in {dtype} errs there "
                 f"by {floor}: no runtime computes this checkpoint reliably in {dtype}; use float32"
@@ -252,13 +258,21 @@ def _require_contrast(reference: Path, row: Row, allowed: Allowed) -> None:
     )
 
 
-def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _Difference, allowed: Limit) -> str:
+def _refusal(
+    reference: Path, candidate: Path, ran: Mapping[str, Any], row: Row, found: _Difference, allowed: Limit
+) -> str:
+    runtime = ran["runtime"]
+    remedy = (
+        f"8-bit activations are too coarse for this model in {runtime}: serve it with vLLM (--to vllm)"
+        if "rounded" in ran
+        else f"{runtime} runs this architecture wrongly: use another version of it"
+    )
     in_noise = f" ({found.noise})" if found.noise else ""
     return (
         f"{candidate} in {runtime} does not compute what {reference} does: on {row.name}, prompt length "
         f"{len(row.prompt)}, logits differ by up to {found.logit_max:.3g}, log-probabilities by "
         f"{found.logprob_max:.3g}{in_noise}; {allowed.reason}; worst at {found.worst}. Export it again; if that fails "
-        f"too, {runtime} runs this architecture wrongly: use another version of it"
+        f"too, {remedy}"
     )
 
 
@@ -266,17 +280,14 @@ def _refusal(reference: Path, candidate: Path, runtime: str, row: Row, found: _D
 
 
 def _run_reference(
+    runtime: TorchRuntime,
     folder: Path,
     prompts: Tensor | None,
     batch_sizes: Sequence[int],
     prompt_length: int,
     decode_steps: int,
-    *,
-    device: str,
-    threads: int | None,
 ) -> tuple[list[Case], list[Row], dict[str, Any]]:
-    """What to run in batches, and what each row of it gives alone. The reference's weights are freed on return."""
-    runtime = TorchRuntime(folder, device=device, threads=threads)
+    """What to run in batches, and what each row of it gives alone; `runtime` runs the checkpoint in `folder`."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch_sizes={list(batch_sizes)}: at least one, each at least 1")
     names = None
@@ -338,9 +349,9 @@ def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int) -
 
 
 def _compare_case(
-    runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequence[_Difference], *, half: bool
+    runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequence[_Difference], *, noisy: bool
 ) -> None:
-    """Run one batch and compare each of its positions; of one in half precision also each row's noise."""
+    """Run one batch and compare each of its positions; where noise is the yardstick, also measure each row's."""
     batch = [rows[index] for index in case.rows]
     width = max(len(row.prompt) for row in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -364,7 +375,7 @@ def _compare_case(
             expected = row.logits[len(row.prompt) + step][None]
             _compare(expected, logits[index][None], case, index, "decode", step, differences[index])
             outputs[index].append(logits[index][None])
-    if half:
+    if noisy:
         for row, output, difference in zip(batch, outputs, differences, strict=True):
             difference.noise = noise.of_logits(row.logits, torch.cat(output)).worst(difference.noise)
 

@@ -1,4 +1,4 @@
-"""How far an export may be from its checkpoint: in float32 by rounding errors, in half precision by its noise."""
+"""How far an export may be from its checkpoint: in float32 by rounding errors, in coarser numbers by noise."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Found(Protocol):
 
     @property
     def noise(self) -> Noise | None:
-        """Only of a candidate in half precision."""
+        """Only of a candidate that is judged by it."""
 
 
 class Limit(Protocol):
@@ -71,7 +71,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class AllowedNoise:
-    """In half precision: the mean and the 99th percentile, as multiples of PyTorch's own in that precision."""
+    """Of half precision, or rounded activations: mean and 99th percentile, as multiples of PyTorch's own in `dtype`."""
 
     dtype: str
     floor: Noise

@@ -62,6 +62,7 @@ class Opened:
             "flavour": self.facts["flavour"],
             "exporter": self.facts["exporter"],
             "opset": self.facts["opset"],
+            **({"rounded": self.facts["rounded"]} if "rounded" in self.facts else {}),
             "weight_bytes": self.weight_bytes,
             "versions": {"onnxruntime": ort.__version__},
         }

@@ -27,14 +27,25 @@ def device_for(device: str, threads: int | None) -> torch.device:
 
 
 class TorchRuntime:
-    """A checkpoint in `dtype`, a name of `precision.DTYPES`, with transformers' own cache."""
+    """A checkpoint in `dtype`, a name of `precision.DTYPES`, with transformers' own cache.
+
+    A quantized one rounds its inputs where its scheme does; without `rounds_inputs`, only its weights are rounded.
+    """
 
     name = "torch"
 
-    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        dtype: str = FLOAT32,
+        rounds_inputs: bool = True,
+    ) -> None:
         self.device = device_for(device, threads)
         self._dtype = dtype
-        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self.device)
+        self.model = checkpoint.load(folder, DTYPES[dtype], rounds_inputs=rounds_inputs)[0].to(self.device)
         self.vocabulary: int = self.model.config.vocab_size
         self.context: int = self.model.config.max_position_embeddings
         self._mask: Tensor | None = None

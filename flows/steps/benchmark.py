@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import genai, precision
+from numprune.export import compressed_tensors, genai, precision
 from numprune.export.checkpoint import audit, check_finite, read_config, resolve
 from numprune.export.manifest import folder_digest
 from numprune.export.runtimes import device_of as runtime_device
@@ -121,6 +121,8 @@ def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
         genai.check_precision(dtype, runtime_device("onnxruntime"))
         for side in sides:
             genai.check_config(read_config(side))
+            if scheme := compressed_tensors.scheme_in(side):
+                genai.check_scheme(scheme, dtype)
     except InputError:
         return [name for name in RUNTIME_OF_EXPORT if name != genai.KIND]
     return list(RUNTIME_OF_EXPORT)

@@ -121,6 +121,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         if chosen is not None and "onnxruntime" in recipe.export.targets:
             device = runtime_device("onnxruntime", recipe.benchmark.device)
             collect("export.targets", genai.check_precision, chosen["onnxruntime"], device)
+            if recipe.quantize.scheme != "none":
+                collect("quantize.scheme", genai.check_scheme, scheme_of(recipe.quantize), chosen["onnxruntime"])
         problems += _lengths(recipe, anatomy.context, anatomy.task)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
@@ -255,11 +257,9 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
         )
     if "tensorrt" in formats:
         problems.append(f"{where}: engines are built of unquantized checkpoints only; leave tensorrt out")
-    if "onnxruntime" in recipe.export.targets:
-        problems.append(f"{where}: the export onnxruntime is of unquantized checkpoints only; use onnx")
-    if scheme.rounds_inputs and formats & {"onnx", "onnxruntime"}:
+    if scheme.rounds_inputs and "onnx" in recipe.export.targets:
         problems.append(
-            f"{where}: the ONNX graph rounds no activations; choose w4a16, or leave onnx and onnxruntime out"
+            f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or export onnxruntime instead"
         )
     return problems
 

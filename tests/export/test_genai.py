@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 import onnx as onnx_format
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from numprune.errors import InputError
-from numprune.export import checkpoint, genai, manifest, onnx, parity
+from numprune.errors import InputError, IntegrityError, ParityError
+from numprune.export import checkpoint, genai, manifest, onnx, onnx_fused, onnx_quantized, parity
 from numprune.export.runtimes import open_runtime
 from numprune.export.runtimes.ort_fused import ROOM
+from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization import Scheme
 from tests.conftest import TINY, recast
 from tests.export.networks import NETWORKS, SIZES, error, per_layer
 
@@ -151,6 +155,110 @@ def test_half_precision(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     found = parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
     assert found["candidate"]["dtype"] == "float16"
     assert found["candidate"]["kv_bytes_per_token"] == 2 * 2 * 2 * 2 * 16
+
+
+INT4, INT8 = Scheme("w4a16", 32), Scheme("w8a8")
+
+
+def quantized(base: Path, scheme: Scheme) -> Path:
+    out = base.with_name(f"{base.name}-{scheme.name}")
+    quantize_checkpoint(base, scheme, out, torch.device("cpu"))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("network", "scheme"),
+    [
+        ({}, INT4),
+        ({}, INT8),
+        ({}, Scheme("w4a16")),
+        ({"tie_word_embeddings": True}, INT4),
+        ({"family": "qwen3"}, INT8),
+        ({"attention_bias": True, "mlp_bias": True}, INT4),
+    ],
+    ids=str,
+)
+def test_quantized_networks(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, network: dict[str, Any], scheme: Scheme
+) -> None:
+    base = quantized(tiny_checkpoint(**network), scheme)
+    genai.export(base, tmp_path / "out")
+    found = parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+    assert {one["yardstick"] for one in found["prompts"]} == {"bfloat16 noise"}
+    assert found["rounded"] == {"weights": str(scheme), "activations": "int8", "output_matrix": "int8"}
+    assert found["noise"]["p99"] > 1e-4  # of rounded activations; the weights alone would leave float32 errors
+
+
+@pytest.mark.parametrize("scheme", [INT4, INT8], ids=str)
+def test_genai_generates_what_our_runtime_does_of_quantized_layers_that_differ(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, scheme: Scheme
+) -> None:
+    sizes: dict[int, dict[str, Any]] = {
+        0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+        1: {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 160},
+        2: {"skip": ["attention"]},
+        3: {},
+    }
+    dense = per_layer(tiny_checkpoint(num_hidden_layers=4, intermediate_size=96), "llama", sizes)
+    base = quantized(dense, scheme)
+    genai.export(base, tmp_path / "out")
+    parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+    runtime, steps, prompt = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1), 16, text(base, 24)
+    found = [runtime.prefill(prompt[None], last_only=True)[0, -1].argmax()]
+    while len(found) < steps:
+        found.append(runtime.decode(found[-1].reshape(1, 1))[0].argmax())
+    assert generated(tmp_path / "out", [prompt], steps) == [[int(token) for token in found]]
+
+
+def test_a_wrong_value_is_blocked(tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4-bit values the two in a byte are exchanged."""
+    base = quantized(tiny_checkpoint(), INT4)
+
+    def exchanged(*args: Any) -> Any:
+        found = onnx_quantized.blocked(*args)
+        return replace(found, values=found.values >> 4 | found.values << 4) if found.bits == 4 else found
+
+    monkeypatch.setattr(onnx_fused, "blocked", exchanged)
+    genai.export(base, tmp_path / "out")
+    with pytest.raises(ParityError, match=r"PyTorch in bfloat16.*8-bit activations are too coarse .*--to vllm"):
+        parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+
+
+def test_matrices_that_are_not_quantized_alike_are_multiplied_apart(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Others leave single layers out of the quantization."""
+    dense = tiny_checkpoint(attention_bias=True)
+    base = quantized(dense, INT8)
+    tensors, full = load_file(base / "model.safetensors"), load_file(dense / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj"
+    del tensors[f"{name}.weight_scale"]
+    tensors[f"{name}.weight"] = full[f"{name}.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["ignore"].append(name)
+    (base / "config.json").write_text(json.dumps(config))
+    (base / manifest.FILE_NAME).unlink()
+    genai.export(base, tmp_path / "out")
+    parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+
+
+def test_quantized_weights_that_it_cannot_compute_with_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(num_hidden_layers=1)
+    for scheme, dtype, message in (
+        (Scheme("fp8"), "float32", r"no FP8 weights, .*; quantize to w8a8 or w4a16, or use vLLM \(--to vllm\)"),
+        (INT8, "float16", r"quantized weights \(w8a8\) are for CPUs, .*, not float16; .* \(--to vllm\)"),
+    ):
+        folder = quantized(base, scheme)
+        with pytest.raises(InputError, match=message):
+            genai.export(folder, tmp_path / "out", dtype=dtype)
+    (folder / manifest.FILE_NAME).unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight_scale"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"model\.safetensors: the scales of .*down_proj\.weight are NaN"):
+        genai.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ QUANTIZED = ("quantize.scheme=w4a16", "quantize.group_size=32")
 def published(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The release of a run whose quantize stage was killed first; not to be written to."""
     folder = tmp_path_factory.mktemp("quantized")
-    quantize = '[quantize]\nscheme = "w4a16"\ngroup_size = 32\n'
-    recipe_path = write_inputs(folder, build_tiny().bfloat16(), RECIPE + quantize) / "recipe.toml"
+    added = '[quantize]\nscheme = "w4a16"\ngroup_size = 32\n[export]\ntargets = ["vllm", "onnxruntime"]\n'
+    recipe_path = write_inputs(folder, build_tiny().bfloat16(), RECIPE + added) / "recipe.toml"
     workspace = folder / "w"
     with driving(folder / "control") as driver:
         pid = driver.run_until("quantize", "write", command(recipe_path, workspace))
@@ -65,6 +65,11 @@ def test_the_release_holds_the_quantized_checkpoint_and_describes_it(published: 
     assert report.sizes.weight_bytes.candidate == checkpoint.weight_bytes(published / "checkpoint")
     assert report.quantization.weight_bytes.baseline == checkpoint.weight_bytes(pruned)
     assert report.parity["vllm"]["format"]["matrices"] == 14  # type: ignore[call-overload, index]
+    rounded = {"weights": "w4a16, groups of 32", "activations": "int8", "output_matrix": "int8"}
+    assert report.parity["onnxruntime"]["rounded"] == rounded
+    sides = report.speed["onnxruntime"].runtime
+    assert (sides["candidate"]["rounded"], "rounded" in sides["baseline"]) == (rounded, False)
+    assert report.identity.exports["onnxruntime"] == manifest.read(published / "onnxruntime").digest
     text = (published / "report.md").read_text()
     assert "quantized to w4a16, 32 channels per scale, by gptq" in text
     assert "of which by quantization" in text
@@ -156,7 +161,14 @@ def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Pa
             ["quantize.scheme=w4a16"],
             r"quantize\.group_size = 128: does not divide the model's hidden_size 64; .* 32 or 64",
         ),
-        (["quantize.scheme=w8a8"], r"quantize\.scheme = 'w8a8': the ONNX graph .* leave onnx and onnxruntime out"),
+        (
+            ["quantize.scheme=w8a8"],
+            r"quantize\.scheme = 'w8a8': the graph of the export onnx rounds no activations; .*",
+        ),
+        (
+            ["quantize.scheme=fp8", "export.targets=['onnxruntime']"],
+            r"quantize\.scheme: onnxruntime: .* no FP8 weights",
+        ),
         ([*QUANTIZED, "target.tensor_parallel=4"], r"prune: layers\.0\.attention: none of its sizes"),
         ([*QUANTIZED, "export.targets=['tensorrt']"], r"'w4a16': engines are built of unquantized checkpoints only"),
         ([*QUANTIZED], r"stored in float32, and vLLM's kernels for w4a16 on a GPU compute in bfloat16 or float16"),

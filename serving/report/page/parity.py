@@ -28,9 +28,10 @@ _FLOAT64 = (
     "Where float32 rounds more than the usual tolerance, it is a multiple of the checkpoint's own float32 error there, "
     "measured in float64."
 )
-_HALF = (
+_NOISE = (
     "In half precision no error is bounded to a fixed number of digits: the mean and the 99th percentile may be a "
-    "multiple of PyTorch's own in that precision, and the tolerance shown is that of the percentile."
+    "multiple of PyTorch's own in that precision, and the tolerance shown is that of the percentile. The same holds "
+    "where activations are rounded to 8 bits; the multiple is of PyTorch's errors in bfloat16."
 )
 _MAXIMUM_RUNTIMES = 16
 
@@ -46,7 +47,7 @@ def section(report: Report) -> Section:
     ]
     blocks: list[Block] = [
         Text(f"{_TEXTS if is_encoder else _PROMPTS} {_FLOAT64}"),
-        *([Text(_HALF)] if any("noise" in found for found in shown.values()) else []),
+        *([Text(_NOISE)] if any("noise" in found for found in shown.values()) else []),
         Table("Parity with the checkpoint", ("Runtime", *columns.values()), rows),
         *(Folded(f"All of it, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
     ]
@@ -56,7 +57,9 @@ def section(report: Report) -> Section:
 def _figure(found: Mapping[str, Any], key: str) -> Cell:
     value, positions = _number(found, key), _number(found, "positions")
     if key.endswith("error_max") and isinstance(noise := found.get("noise"), Mapping):
-        return Cell(words.plain(value), f"99th percentile {words.plain(_number(noise, 'p99'))}, {found.get('dtype')}")
+        rounded = found.get("rounded")
+        numbers = rounded.get("weights") if isinstance(rounded, Mapping) else found.get("dtype")
+        return Cell(words.plain(value), f"99th percentile {words.plain(_number(noise, 'p99'))}, {numbers}")
     if key != "greedy_match":
         return Cell(words.plain(value))
     return Cell(words.share(value), f"of {words.plain(positions)} positions" if positions is not None else "")
