@@ -23,15 +23,16 @@ tqdm.set_lock(threading.RLock())
 class Progress:
     """`with Progress(total, "calibrate", "layer") as bar: … bar.update()`."""
 
-    def __init__(self, total: int, title: str, unit: str, *, leave: bool = False) -> None:
+    def __init__(self, total: int, title: str, unit: str, *, leave: bool = False, done: int = 0) -> None:
         """
         Args:
             unit: what is counted, in the singular.
             leave: the bar stays on the terminal when the loop is over.
+            done: how many an earlier process has done.
         """
-        self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, disable=None)
+        self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, initial=done, disable=None)
         self._total, self._title, self._unit = total, title, unit
-        self._done = 0
+        self._done = self._before = done
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -42,16 +43,24 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def update(self, count: int = 1) -> None:
-        """So many more are done."""
+    def update(self, count: int = 1, note: str = "") -> None:
+        """So many more are done; `note`: what else there is to say of it."""
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         self._done += count
         now = time.monotonic()
         if self._bar.disable and now - self._told >= _EVERY_S and self._done < self._total:
             self._told = now
-            left = (now - self._started) / self._done * (self._total - self._done)
+            left = (now - self._started) / (self._done - self._before) * (self._total - self._done)
             logger.info(
-                "%s: %d of %d %ss, about %s left", self._title, self._done, self._total, self._unit, _duration(left)
+                "%s: %d of %d %ss, %sabout %s left",
+                self._title,
+                self._done,
+                self._total,
+                self._unit,
+                f"{note}, " if note else "",
+                _duration(left),
             )
 
 
