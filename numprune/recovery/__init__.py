@@ -1,0 +1,13 @@
+"""Recovery by training: a short distillation that brings a pruned model back towards the dense one.
+
+Notation: rows of S tokens, V the vocabulary, p = (p, V) the dense model's distribution of the next token, q the pruned
+one's. The loss is KL(p || q) in nats per token.
+
+`accelerate` places the models, casts and runs several processes. It is imported where it is used, as an extra.
+"""
+
+from numprune.recovery.options import RecoveryOptions
+from numprune.recovery.rows import RecoveryRows, draw_rows, require_unseen
+from numprune.recovery.training import Recovered, distill, require_packages
+
+__all__ = ["Recovered", "RecoveryOptions", "RecoveryRows", "distill", "draw_rows", "require_packages", "require_unseen"]

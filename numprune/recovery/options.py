@@ -1,0 +1,74 @@
+"""How long and how to train, and what follows from it: steps, learning rates, the order of the rows."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+FINAL = 0.1  # of the learning rate, at the last step
+MEASUREMENTS = 10  # of the selection rows, spread over the steps, beside the one before the first step
+
+
+@dataclass(frozen=True)
+class RecoveryOptions:
+    """How long and how to train.
+
+    Attributes:
+        tokens: to train on, rounded to whole steps.
+        learning_rate: AdamW's, at its highest.
+        batch_size: rows of a step.
+        micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
+        selection_rows: on which the best step is chosen; they are not trained on.
+        gradient_checkpointing: compute activations twice instead of keeping them; the result stays.
+        seed: of the draw of the rows and of their order.
+    """
+
+    tokens: int = 1_000_000
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    micro_batch_size: int = 8
+    selection_rows: int = 64
+    gradient_checkpointing: bool = True
+    seed: int = 0
+
+    def steps(self, length: int) -> int:
+        """Return how many steps rows of `length` tokens make."""
+        return max(1, round(self.tokens / (self.batch_size * length)))
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step from 0: linear warm-up, then a cosine down to `FINAL`."""
+    warmup = math.ceil(WARMUP * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def measured_after(steps: int) -> list[int]:
+    """Return after how many steps the selection rows are measured, ascending; the last is after all of them."""
+    return sorted({max(1, round(steps * part / MEASUREMENTS)) for part in range(1, MEASUREMENTS + 1)})
+
+
+class RowOrder:
+    """Which rows a step trains on. Every row comes once before any comes again, in an order that the seed decides."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def batch(self, step: int) -> list[int]:
+        """Return the indices of the rows of a step, (batch_size,). It depends on nothing but the step."""
+        first = step * self._batch_size
+        return [self._at(position) for position in range(first, first + self._batch_size)]
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self._rows)
+        if epoch != self._epoch:
+            # torch's generator takes no more than 32 bits of a seed.
+            digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
+            draw = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+            self._epoch, self._order = epoch, torch.randperm(self._rows, generator=draw)
+        return int(self._order[place])

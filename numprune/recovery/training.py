@@ -1,0 +1,272 @@
+"""Distillation: AdamW on float32 weights, a cosine schedule, and the best step on rows that are not trained on."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from numprune.anatomy import layers_path
+from numprune.errors import InputError, IntegrityError
+from numprune.progress import Progress
+from numprune.recovery.loss import Distillation
+from numprune.recovery.options import RecoveryOptions, RowOrder, learning_rate_factor, measured_after
+from numprune.recovery.rows import RecoveryRows
+from numprune.recovery.state import Position, TrainingState
+
+logger = logging.getLogger(__name__)
+
+_BETAS = (0.9, 0.95)
+_CLIP = 1.0  # of the gradient's norm
+INSTALL = 'pip install "numprune[learn]"'
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a training came to.
+
+    Attributes:
+        steps, tokens: that it was trained for.
+        best_step: whose weights the model has now; 0: those from before, because no step was better.
+        kl_before, kl_after: divergence from the dense model on the selection rows, nats per token.
+        seconds: that the steps and measurements took, those of killed processes included.
+        parameters: how many were trained.
+    """
+
+    steps: int
+    tokens: int
+    best_step: int
+    kl_before: float
+    kl_after: float
+    seconds: float
+    parameters: int
+
+
+def require_packages() -> None:
+    """Raises InputError where accelerate is not installed."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise InputError(f"training needs the package accelerate: {INSTALL}") from None
+
+
+def distill(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    rows: RecoveryRows,
+    options: RecoveryOptions,
+    device: torch.device,
+    *,
+    stored: Mapping[str, torch.dtype] | None = None,
+    state: TrainingState | None = None,
+) -> Recovered:
+    """Train `model`, which was pruned from `dense`, towards it, in place. Both are in evaluation mode: no dropout.
+
+    The weights are those of the best step on the selection rows, the one before training among them: on those rows the
+    result is never worse. On a CPU, and with as many processes, it is the same bit for bit whether or not a process was
+    killed and went on from `state`.
+
+    Args:
+        model: in float32; the weights that require a gradient are trained.
+        dense: of the same vocabulary; it is not changed.
+        device: where to train. Processes that `accelerate launch` started have a GPU each.
+        stored: data types that weights will be stored in, where these are not float32: each step is judged with the
+            weights as they will be stored, and a GPU computes in bfloat16.
+        state: where to go on from, and to save to after each measurement.
+
+    Raises:
+        InputError: a package is missing, or the options do not fit together.
+        IntegrityError: the loss is not finite.
+    """
+    require_packages()
+    return _Training(model, dense, rows, options, device, stored or {}).run(state)
+
+
+class _Training:
+    """One training: its models, its optimizer, and how far it is."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dense: PreTrainedModel,
+        rows: RecoveryRows,
+        options: RecoveryOptions,
+        device: torch.device,
+        stored: Mapping[str, torch.dtype],
+    ) -> None:
+        from accelerate import Accelerator
+
+        self._rows, self._options, self._stored = rows, options, stored
+        in_half = device.type != "cpu" and any(dtype.itemsize < 4 for dtype in stored.values())
+        self._processes = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if in_half else "no")
+        if options.batch_size % self._processes.num_processes:
+            raise InputError(
+                f"{self._processes.num_processes} processes cannot share steps of {options.batch_size} rows; choose a "
+                "batch size that they divide"
+            )
+        self._model = model.to(self._processes.device)
+        dense.to(self._processes.device)
+        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._weights.values(), options.learning_rate, _BETAS, weight_decay=0.0)
+        self._loss = Distillation(model, dense)
+        self._shared: nn.Module = self._processes.prepare_model(self._loss)
+        self._length = rows.training.shape[1]
+        self._steps = options.steps(self._length)
+        self._position = Position()
+        self._best = self._rounded()
+
+    def run(self, state: TrainingState | None) -> Recovered:
+        self._resume(state)
+        order = RowOrder(len(self._rows.training), self._options.batch_size, self._options.seed)
+        measured = measured_after(self._steps)
+        before = time.perf_counter()
+        if not self._position.curve:
+            self._measure()
+        with (
+            Progress(self._steps, "recover", "step", done=self._position.step) as bar,
+            _checkpointed(self._model) if self._options.gradient_checkpointing else nullcontext(),
+        ):
+            for step in range(self._position.step, self._steps):
+                started = time.perf_counter()
+                loss = self._step(step, order.batch(step))
+                speed = self._options.batch_size * self._length / (time.perf_counter() - started)
+                self._position.step = step + 1
+                if step + 1 in measured:
+                    self._measure()
+                    if state is not None and self._processes.is_main_process:
+                        spent = self._position.seconds + time.perf_counter() - before
+                        state.save(replace(self._position, seconds=spent), self._tensors())
+                bar.update(note=f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        self._take_best()
+        curve = self._position.curve
+        return Recovered(
+            steps=self._steps,
+            tokens=self._steps * self._options.batch_size * self._length,
+            best_step=self._position.best_step,
+            kl_before=curve[0][1],
+            kl_after=dict(curve)[self._position.best_step],
+            seconds=self._position.seconds + time.perf_counter() - before,
+            parameters=sum(weight.numel() for weight in self._weights.values()),
+        )
+
+    def _step(self, step: int, batch: list[int]) -> float:
+        """Train on these rows; return the mean loss before the step, nats per token."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._options.learning_rate * learning_rate_factor(step, self._steps)
+        mine = batch[self._processes.process_index :: self._processes.num_processes]
+        starts = range(0, len(mine), self._options.micro_batch_size)
+        loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        for start in starts:
+            part = self._rows.training[mine[start : start + self._options.micro_batch_size]]
+            last = start == starts[-1]
+            # Processes exchange gradients once a step, and each has the mean over all of them.
+            with nullcontext() if last else self._processes.no_sync(self._shared):
+                found = self._shared(part.to(self._model.device)) / (len(mine) * (self._length - 1))
+                self._processes.backward(found)
+            loss += found.detach()
+        norm = nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
+        mean = float(self._processes.reduce(loss, "mean"))
+        if not (math.isfinite(mean) and math.isfinite(float(norm))):
+            raise IntegrityError(
+                f"training diverged at step {step + 1} of {self._steps}: the loss is {mean:g}, its gradient's norm "
+                f"{float(norm):g}; choose a learning rate below {self._options.learning_rate:g}"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return mean
+
+    def _measure(self) -> None:
+        """Note the selection rows' divergence, and the weights where it is the lowest so far."""
+        position, rounded = self._position, self._rounded()
+        with self._swapped(rounded):
+            divergence = self._divergence()
+        lowest = min((value for _, value in position.curve), default=math.inf)
+        position.curve.append((position.step, divergence))
+        if divergence < lowest:  # never of a divergence that is NaN
+            position.best_step, self._best = position.step, rounded
+
+    @torch.no_grad()
+    def _divergence(self) -> float:
+        selection, size = self._rows.selection, self._options.micro_batch_size
+        total = torch.zeros((), dtype=torch.float64, device=self._model.device)
+        for part in selection[self._processes.process_index :: self._processes.num_processes].split(size):
+            total += self._loss(part.to(self._model.device))
+        return float(self._processes.reduce(total, "sum")) / (len(selection) * (self._length - 1))
+
+    def _rounded(self) -> dict[str, Tensor]:
+        """Return copies of the weights in the data types that they will be stored in, on the CPU."""
+        return {
+            name: weight.detach().to(self._stored.get(name, weight.dtype), copy=True).cpu()
+            for name, weight in self._weights.items()
+        }
+
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the model other weights for a while."""
+        own = {name: self._weights[name].detach().clone() for name in weights if self._is_rounded(name)}
+        self._assign({name: weights[name] for name in own})
+        try:
+            yield
+        finally:
+            self._assign(own)
+
+    def _is_rounded(self, name: str) -> bool:
+        return self._stored.get(name, torch.float32) != torch.float32
+
+    @torch.no_grad()
+    def _assign(self, weights: Mapping[str, Tensor]) -> None:
+        for name, values in weights.items():
+            self._weights[name].copy_(values)
+
+    def _take_best(self) -> None:
+        self._assign(self._best)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on, and the best weights."""
+        found = {f"weights/{name}": weight.detach() for name, weight in self._weights.items()}
+        found |= {f"best/{name}": weight for name, weight in self._best.items()}
+        for name, weight in self._weights.items():
+            found |= {f"{key}/{name}": value for key, value in self._optimizer.state.get(weight, {}).items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+    def _resume(self, state: TrainingState | None) -> None:
+        """Go on from what was saved, where something was."""
+        saved = state.load() if state is not None else None
+        if saved is None:
+            return
+        self._position, tensors = saved
+        logger.info("training goes on after step %d of %d", self._position.step, self._steps)
+        by_kind: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, weight = name.partition("/")
+            by_kind.setdefault(kind, {})[weight] = tensor
+        self._assign(by_kind.pop("weights"))
+        self._best = by_kind.pop("best")
+        for kind, values in by_kind.items():
+            for name, value in values.items():
+                moments: dict[str, Any] = self._optimizer.state[self._weights[name]]
+                moments[kind] = value if kind == "step" else value.to(self._weights[name].device)
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Have each layer compute its activations again for the gradient instead of keeping them.
+
+    transformers' own way needs training mode, which turns dropout on.
+    """
+    layers: Any = model.get_submodule(layers_path(model.config))
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,197 @@
+"""Distillation: what it must not change, what it must improve, and that a killed one ends as an undisturbed one."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from numprune.corpus import token_rows
+from numprune.documents import Document
+from numprune.errors import IntegrityError
+from numprune.recovery import RecoveryOptions, RecoveryRows, distill, draw_rows, training
+from numprune.recovery.loss import Distillation
+from numprune.recovery.state import TrainingState
+from tests.conftest import build_tiny, byte_tokenizer
+from tests.numprune.trained import divergence
+
+OPTIONS = RecoveryOptions(
+    tokens=1280, learning_rate=1e-3, batch_size=4, micro_batch_size=4, selection_rows=6, gradient_checkpointing=False
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows() -> RecoveryRows:
+    text = "".join(f"{i} squared is {i * i}, halved {i / 2}.\n" for i in range(300))
+    return draw_rows(token_rows([Document("a", text)], byte_tokenizer(), 32), 32, OPTIONS)
+
+
+def disturbed(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose weights differ a little, as those of a model that was compensated."""
+    found = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in found.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=draw))
+    return found
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_loss_is_the_divergence_over_the_whole_vocabulary(
+    rows: RecoveryRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = build_tiny()
+    model = disturbed(dense)
+    whole = Distillation(model, dense)(rows.selection)
+    assert float(whole.detach()) == pytest.approx(divergence(dense, model, rows.selection) * 6 * 31, rel=0.1)
+    expected = nn.functional.kl_div(
+        *(one(input_ids=rows.selection).logits[:, :-1].log_softmax(-1) for one in (model, dense)),
+        log_target=True,
+        reduction="sum",
+    )
+    torch.testing.assert_close(whole.float(), expected, rtol=1e-4, atol=0)
+    gradient = torch.autograd.grad(whole, list(model.parameters()))
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr("numprune.tasks.task.MAXIMUM_VALUES", 7 * 259)  # seven positions at a time
+    assert float(Distillation(model, dense)(rows.selection).detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+
+
+def test_the_dense_model_itself_has_no_loss_and_no_gradient(rows: RecoveryRows) -> None:
+    dense = build_tiny()
+    model = copy.deepcopy(dense)
+    loss = Distillation(model, dense)(rows.selection) / rows.selection.numel()
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-7)
+    assert max(float(weight.grad.abs().max()) for weight in model.parameters()) < 1e-6
+    assert all(weight.grad is None for weight in dense.parameters())
+
+
+def test_a_learning_rate_of_zero_changes_nothing(rows: RecoveryRows) -> None:
+    dense = build_tiny()
+    model = disturbed(dense)
+    before = weights(model)
+    found = distill(model, dense, rows, replace(OPTIONS, learning_rate=0.0), CPU)
+    assert equal(weights(model), before)
+    assert (found.best_step, found.kl_after) == (0, found.kl_before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def test_training_brings_a_model_nearer_to_the_dense_one(rows: RecoveryRows, family: str) -> None:
+    dense = build_tiny(family)
+    model, reference = disturbed(dense), weights(dense)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    before = divergence(dense, model, rows.selection)
+    found = distill(model, dense, rows, replace(OPTIONS, gradient_checkpointing=True), CPU)
+    assert found.best_step > 0
+    assert found.kl_after < 0.8 * found.kl_before
+    assert divergence(dense, model, rows.selection) < before
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
+    assert equal(weights(dense), reference)
+    assert (found.steps, found.tokens) == (10, 1280)
+    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    tied = model.config.tie_word_embeddings
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_the_result_is_never_worse_on_selection_rows(rows: RecoveryRows) -> None:
+    """A learning rate that harms: the best step is the one before training."""
+    dense = build_tiny()
+    model = disturbed(dense)
+    before = weights(model)
+    found = distill(model, dense, rows, replace(OPTIONS, learning_rate=0.5), CPU)
+    assert (found.best_step, found.kl_after) == (0, found.kl_before)
+    assert equal(weights(model), before)
+
+
+def test_memory_options_do_not_change_the_result(rows: RecoveryRows) -> None:
+    dense, found = build_tiny(), []
+    for changed in ({}, {"gradient_checkpointing": True}, {"micro_batch_size": 2}):
+        model = disturbed(dense)
+        distill(model, dense, rows, replace(OPTIONS, tokens=256, **changed), CPU)
+        found.append(weights(model))
+        assert "forward" not in vars(model.model.layers[0])
+    assert equal(found[0], found[1])
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[2][name], weight, rtol=0, atol=1e-4)
+
+
+def test_each_step_is_judged_as_it_will_be_stored(rows: RecoveryRows) -> None:
+    dense = build_tiny()
+    model = disturbed(dense)
+    names = [name for name, _ in model.named_parameters()]
+    found = distill(model, dense, rows, OPTIONS, CPU, stored=dict.fromkeys(names, torch.bfloat16))
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in model.parameters())
+    with torch.no_grad():
+        kl = float(Distillation(model, dense)(rows.selection)) / (6 * 31)
+    assert kl == pytest.approx(found.kl_after, rel=1e-9)
+
+
+class Killed(BaseException):
+    """Ends a training where it stands."""
+
+
+def test_a_killed_training_ends_like_an_undisturbed_one(
+    rows: RecoveryRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = build_tiny()
+    undisturbed = disturbed(dense)
+    wanted = distill(undisturbed, dense, rows, OPTIONS, CPU, state=TrainingState(tmp_path / "a", "x"))
+    state = TrainingState(tmp_path / "b", "x")
+    step = training._Training._step
+
+    def dying(self: Any, number: int, batch: list[int]) -> float:
+        if number == 6:
+            raise Killed
+        return step(self, number, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_step", dying)
+        with pytest.raises(Killed):
+            distill(disturbed(dense), dense, rows, OPTIONS, CPU, state=state)
+    assert [path.name for path in sorted((tmp_path / "b").iterdir())] == ["state.json", "step-6.safetensors"]
+    model, taken = disturbed(dense), []
+
+    def counted(self: Any, number: int, batch: list[int]) -> float:
+        taken.append(number)
+        return step(self, number, batch)
+
+    monkeypatch.setattr(training._Training, "_step", counted)
+    found = distill(model, dense, rows, OPTIONS, CPU, state=state)
+    assert taken == [6, 7, 8, 9]
+    assert equal(weights(model), weights(undisturbed))
+    assert replace(found, seconds=0) == replace(wanted, seconds=0)
+
+
+def test_a_damaged_or_foreign_state_is_not_used(tmp_path: Path) -> None:
+    position = training.Position(step=3, curve=[(0, 1.0)])
+    TrainingState(tmp_path, "x").save(position, {"weights/a": torch.ones(4)})
+    saved = TrainingState(tmp_path, "x").load()
+    assert saved is not None
+    assert saved[0] == position
+    assert TrainingState(tmp_path, "y").load() is None
+    file = tmp_path / "step-3.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert TrainingState(tmp_path, "x").load() is None
+    (tmp_path / "state.json").write_text("{")
+    assert TrainingState(tmp_path, "x").load() is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(rows: RecoveryRows) -> None:
+    dense = build_tiny()
+    with pytest.raises(IntegrityError, match=r"training diverged at step \d+ of 10.*learning rate below 1e\+30"):
+        distill(disturbed(dense), dense, rows, replace(OPTIONS, learning_rate=1e30), CPU)
