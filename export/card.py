@@ -29,6 +29,7 @@ _CHARACTERS = 500  # of a carried value
 _PER_LAYER = "per-layer-sizes"
 _QUALITY = "## Quality\n"
 _PRECISION = "stored in"
+_TRAINING = "training after pruning"
 _KV = "KV cache per token"
 _UNMEASURED = """\
 Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
@@ -88,6 +89,17 @@ def set_quantization(folder: Path, scheme: Scheme) -> None:
     path.write_text(re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M), encoding="utf-8")
 
 
+def set_training(folder: Path, training: str) -> None:
+    """Have the card of a checkpoint of ours, where there is one, say how it was trained after pruning."""
+    path = folder / CARD
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        re.sub(rf"^\| {_TRAINING} \| .* \|$", _row(_TRAINING, training), text, flags=re.M), encoding="utf-8"
+    )
+
+
 def hub_id(folder: Path) -> str | None:
     """The name on the hub of a model in the hub's local cache (models--OWNER--NAME/snapshots/REVISION)."""
     resolved = folder.absolute()
@@ -120,7 +132,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("removed", f"{removed:.1%} of the prunable parameters ({plan.ratio:.1%} asked for)"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
-        ("training after pruning", "none"),
+        (_TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
         (_PRECISION, name_of(config.dtype)),
     ]

@@ -60,6 +60,7 @@ __all__ = [
     "round_inputs",
     "save",
     "save_around_weights",
+    "save_trained",
     "stored_names",
     "weight_bytes",
 ]
@@ -201,12 +202,32 @@ def save(
     Raises InputError, IntegrityError.
     """
     folder.mkdir(exist_ok=True)
+    _save_weights(model, source, folder, dropped, shard_bytes)
+    save_around_weights(model, source, folder)
+
+
+def save_trained(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write `model`, which has other weights than that in `source` and nothing else, into `folder`, and audit it.
+
+    Every tensor is stored in the data type that it has in `source`. Raises InputError, IntegrityError.
+    """
+    _save_weights(model, source, folder)
+    copy_around_weights(read_config(source), source, folder)
+    audit(folder)
+
+
+def _save_weights(
+    model: PreTrainedModel,
+    source: Path,
+    folder: Path,
+    dropped: Collection[int] = (),
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     tied = model.all_tied_weights_keys
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     dtypes = renumber_tensors(dtypes_of(audit(source)), layers_path(model.config), dropped)
     with writing(folder, dtypes, shard_bytes) as writer:
         writer.add(stored_tensors(model, tensors))
-    save_around_weights(model, source, folder)
 
 
 def save_around_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:

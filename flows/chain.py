@@ -22,6 +22,8 @@ from numprune.flows.steps.results import (
     Parity,
     PrunedCheckpoint,
     QuantizedCheckpoint,
+    RecoveredCheckpoint,
+    RecoveryText,
     Timings,
 )
 from numprune.serving.report import Quality
@@ -56,11 +58,16 @@ def judge(run: Run, make: Make) -> Judged:
     """Take every stage of a run up to the verdict, each by `make`."""
     calibration = make(sample_calibration(run))
     heldout = make(read_heldout(run))
+    trains = run.recipe.recover.method != "none"
+    rows = make(sample_recovery(run, heldout)) if trains else None
     scores = make(score_baseline(run, heldout))
     pruned = make(prune(run, calibration))
 
-    candidate = unquantized = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
-    quantized = None
+    candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
+    recovered = make(recover(run, candidate, rows)) if rows else None
+    if recovered:
+        candidate = Artifact(recovered.path / CHECKPOINT, recovered.facts.digest)
+    unquantized, quantized = candidate, None
     if run.recipe.quantize.scheme != "none":
         quantized = make(quantize(run, unquantized, calibration))
         candidate = Artifact(quantized.path / CHECKPOINT, quantized.facts.digest)
@@ -97,10 +104,12 @@ def judge(run: Run, make: Make) -> Judged:
         "calibration_rows": calibration.facts.digest,
         "heldout_rows": heldout.facts.digest,
         "plan": pruned.facts.plan,
-        **({"pruned": unquantized.digest} if quantized else {}),
+        **({"recovery_rows": rows.facts.digest} if rows else {}),
+        **({"pruned": pruned.facts.digest} if recovered or quantized else {}),
+        **({"recovered": recovered.facts.digest} if recovered else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
-    report = partial(report_on, run, identity, candidate, pruned, quantized, parity, quality)
+    report = partial(report_on, run, identity, candidate, pruned, recovered, quantized, parity, quality)
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run ended inconclusive on the same figures
         for runtime in judged.facts.next_look:
@@ -163,6 +172,35 @@ def prune(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[PrunedCh
         rows=calibration.artifact,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
+        device=run.device,
+    ).on_gpu()
+
+
+def sample_recovery(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[RecoveryText]:
+    data = run.recipe.data
+    return Stage.of(
+        "recovery-rows",
+        "numprune",
+        bodies.make_recovery_rows,
+        model=run.base,
+        text=run.calibration,
+        heldout=heldout.artifact,
+        heldout_digest=heldout.facts.digest,
+        asked=run.recipe.recover,
+        sequence_length=data.sequence_length,
+        reading=data.reading(),
+    )
+
+
+def recover(run: Run, source: Artifact, rows: StageResult[RecoveryText]) -> Stage[RecoveredCheckpoint]:
+    return Stage.of(
+        "recover",
+        "export",
+        bodies.make_recovered,
+        source=source,
+        dense=run.base,
+        rows=rows.artifact,
+        asked=run.recipe.recover,
         device=run.device,
     ).on_gpu()
 
@@ -271,6 +309,7 @@ def report_on(
     identity: Mapping[str, Any],
     candidate: Artifact,
     pruned: StageResult[PrunedCheckpoint],
+    recovered: StageResult[RecoveredCheckpoint] | None,
     quantized: StageResult[QuantizedCheckpoint] | None,
     parity: Mapping[str, Parity],
     quality: StageResult[Quality],
@@ -283,6 +322,7 @@ def report_on(
         base=run.base,
         candidate=candidate,
         pruned=pruned.artifact,
+        recovered=recovered.artifact if recovered else None,
         quantized=quantized.artifact if quantized else None,
         quality=quality.artifact,
         benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
@@ -290,6 +330,7 @@ def report_on(
         identity=identity,
         price_per_hour=run.recipe.benchmark.price_per_hour or None,
         asked=run.recipe.prune,
+        asked_to_recover=run.recipe.recover,
         parity=parity,
         policy=run.recipe.gates,
     )

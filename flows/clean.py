@@ -17,11 +17,12 @@ from typing import Literal
 from numprune.errors import InputError, NumpruneError
 from numprune.export import locks, manifest, temporary
 from numprune.flows import recipe, runs
+from numprune.flows.names import TRAINING, TRAINING_LOCK
 from numprune.flows.stages import exclusive
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["run", "stage", "release", "temporary"]
+Kind = Literal["run", "stage", "release", "training", "temporary"]
 
 _STAGES, _RELEASES = "stages", "releases"
 _MADE = re.compile(r"[A-Za-z0-9][\w.-]*-[0-9a-f]{16}")  # the folder of a stage or a release
@@ -84,6 +85,8 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
         if (_RELEASES, folder.name) not in used:
             why, stays = _why_release(folder, published)
             (found.stays if stays else found.goes).append(Item("release", folder, size(folder), why))
+    for folder in _interrupted(workspace / _STAGES):
+        found.goes.append(Item("training", folder, size(folder), "state of a training that was interrupted"))
     for parent in (runs.FOLDER, _STAGES, _RELEASES):
         for folder in temporary.abandoned(workspace / parent):
             found.goes.append(Item("temporary", folder, size(folder), "half made by a process that was killed"))
@@ -128,6 +131,10 @@ def _remove(workspace: Path, item: Item) -> bool:
                 temporary.remove(item.path)
             return over
     try:
+        if item.kind == "training":
+            with locks.held(item.path / TRAINING_LOCK, timeout_s=0):
+                temporary.remove(item.path)
+            return True
         # A run that takes the stage marks it with this lock held: either it is marked by now, or it will be made again.
         with exclusive(item.path, wait=False):
             if runs.is_used(workspace, item.path):
@@ -142,6 +149,11 @@ def _remove(workspace: Path, item: Item) -> bool:
 def _made(parent: Path) -> list[Path]:
     named = [path for path in parent.iterdir() if _MADE.fullmatch(path.name)] if parent.is_dir() else []
     return [path for path in sorted(named) if path.is_dir() and not path.is_symlink()]
+
+
+def _interrupted(parent: Path) -> list[Path]:
+    """States of trainings that no process holds."""
+    return [path.parent for path in sorted(parent.glob(f"{TRAINING}*/{TRAINING_LOCK}")) if locks.is_free(path)]
 
 
 def _bytes(path: Path) -> int:

@@ -25,6 +25,7 @@ from numprune.serving.report.kept import KINDS
 R = TypeVar("R")
 
 _FLOAT32 = 4
+_OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two moments
 
 
 def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
@@ -103,6 +104,8 @@ def _text(run: Run) -> dict[str, Any]:
 def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     """The least that pruning needs: weights in float32, and the hidden states that are kept of every token.
 
+    And what training needs beside activations: the dense model, and weights, gradients and moments of the pruned one.
+
     These are the dense model's stream and, where the compensation reads the pruned prefix, the pruned model's stream
     and what its widest block's consumer reads.
     """
@@ -116,7 +119,11 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     if prune.compensation in FROM_PRUNED_PREFIX:
         per_token += anatomy.hidden_size + widest_consumer(anatomy)
     states = data.samples * data.sequence_length * per_token
-    return {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
+    needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
+    if run.recipe.recover.method != "none":
+        pruned = budget.parameters - round(prune.ratio * budget.prunable_parameters)
+        needed["training"] = (budget.parameters + _OF_TRAINING * pruned) * _FLOAT32
+    return needed
 
 
 def _serving(recipe: Recipe) -> dict[str, Any]:
@@ -194,6 +201,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
         f"{_mib(memory['hidden_states'])} for hidden states"
     )
+    if "training" in memory:
+        yield f"training needs at least {_mib(memory['training'])} for weights, gradients and moments in float32"
     if serving := found["serving"]:
         plugin = "with the plug-in numprune-vllm" if serving["plugin"] else "stock"
         where = f"{serving['device']}, tensor_parallel {serving['tensor_parallel']}"

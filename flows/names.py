@@ -14,6 +14,7 @@ Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
+Recovery = Literal["distill"]
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 GROUP_SIZES = (32, 64, 128)
 QuantizationMethod = Literal["gptq", "rtn"]
@@ -37,6 +38,8 @@ EXPORTS_OF_RUNTIME: dict[str, tuple[str, ...]] = {
     "vllm": ("vllm",),
 }
 SEQUENCE_LENGTH = 512
+# The folder with the state of a training, before its digest, and the lock file in it.
+TRAINING, TRAINING_LOCK = ".training-", "lock"
 CAUSAL_LM = "causal-lm"  # the task of decoders
 BUILT_IN = "built-in"  # the prompts of numprune.generation
 

@@ -30,6 +30,7 @@ from numprune.flows.names import (
     Dtype,
     ExportFormat,
     QuantizationMethod,
+    Recovery,
     Runtime,
     Scheme,
     TorchMode,
@@ -145,6 +146,22 @@ class Prune(Section):
     stream: bool = False
 
 
+class Recover(Section):
+    """Training after pruning: `method` "none" does none; the rest are fields of numprune.recovery.RecoveryOptions.
+
+    It is trained on text of `data.calibration`, in rows of `data.sequence_length` tokens.
+    """
+
+    method: Literal["none"] | Recovery = "none"
+    tokens: Count = 1_000_000
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    batch_size: Count = 8
+    micro_batch_size: Count = 8
+    selection_rows: Count = 64
+    gradient_checkpointing: bool = True
+    seed: Seed = 0
+
+
 class Quantize(Section):
     """What the pruned weights are stored as: `scheme` "none" leaves them as they are. See numprune.quantization.
 
@@ -251,6 +268,7 @@ class Recipe(Section):
     model: Model
     data: Data
     prune: Prune = Prune()
+    recover: Recover = Recover()
     quantize: Quantize = Quantize()
     target: Target = Target()
     export: Export = Export()

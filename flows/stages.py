@@ -59,6 +59,7 @@ _PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "tensorrt",
+    "accelerate",
 )
 
 
@@ -242,6 +243,11 @@ def discard(result: StageResult[Any]) -> None:
     with exclusive(result.path):
         if result.path.exists() and manifest.read(result.path).digest == result.digest:
             shutil.rmtree(result.path)
+
+
+def kept_beside(content: Path) -> Path:
+    """Return where the body that writes into `content` may leave what it goes on from when it is made again."""
+    return content.parents[1]
 
 
 def sweep(workspace: Path) -> None:

@@ -32,6 +32,7 @@ from numprune.flows.cli import (
     prune,
     push,
     quantize,
+    recover,
     registry,
     report,
     rollout,
@@ -44,6 +45,7 @@ from numprune.serving import loopback
 COMMANDS = (
     optimize,
     prune,
+    recover,
     quantize,
     model,
     benchmark,

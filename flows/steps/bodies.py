@@ -10,7 +10,7 @@ from typing import Any
 
 from numprune.documents import Reading
 from numprune.flows.names import TorchMode
-from numprune.flows.recipe import Prune, Quantize
+from numprune.flows.recipe import Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
@@ -22,6 +22,8 @@ from numprune.flows.steps.results import (
     Parity,
     PrunedCheckpoint,
     QuantizedCheckpoint,
+    RecoveredCheckpoint,
+    RecoveryText,
     Timings,
 )
 from numprune.serving.gates import Gate
@@ -89,6 +91,42 @@ def make_pruned(
     tokens, draw = load_calibration(rows.path)
     options, where = options_of(asked, target), torch.device(device)
     return prune_checkpoint(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
+
+
+def make_recovery_rows(
+    out: Path,
+    *,
+    model: Artifact,
+    text: Text,
+    heldout: Artifact,
+    heldout_digest: str,
+    asked: Recover,
+    sequence_length: int,
+    reading: Reading,
+) -> RecoveryText:
+    """Draw the rows of training and selection. Raises InputError where the model is judged on some of them."""
+    from numprune.flows.steps.recover import check_windows, options_of, save_rows, training_rows
+    from numprune.flows.steps.text import load_heldout
+
+    rows = training_rows(text.source, model.path, sequence_length, options_of(asked), reading, "recover.selection_rows")
+    check_windows(rows, load_heldout(heldout.path, heldout_digest), "data.heldout")
+    return save_rows(out, rows)
+
+
+def make_recovered(
+    out: Path, *, source: Artifact, dense: Artifact, rows: Artifact, asked: Recover, device: str
+) -> RecoveredCheckpoint:
+    """Train towards the dense model, into the folder `checkpoint`. A killed training goes on from its last state."""
+    import torch
+
+    from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.stages import kept_beside
+    from numprune.flows.steps.recover import load_rows, options_of, recover_checkpoint
+
+    options, where = options_of(asked), torch.device(device)
+    return recover_checkpoint(
+        source.path, dense.path, load_rows(rows.path), options, out / CHECKPOINT, where, kept_beside(out)
+    )
 
 
 def make_quantized(
@@ -226,6 +264,7 @@ def make_report(
     base: Artifact,
     candidate: Artifact,
     pruned: Artifact,
+    recovered: Artifact | None,
     quantized: Artifact | None,
     quality: Artifact,
     benchmarks: Mapping[str, Sequence[Artifact]],
@@ -233,6 +272,7 @@ def make_report(
     identity: Mapping[str, Any],
     price_per_hour: float | None,
     asked: Prune,
+    asked_to_recover: Recover,
     parity: Mapping[str, Parity],
     policy: Sequence[Gate],
 ) -> Judgement:
@@ -240,14 +280,25 @@ def make_report(
 
     Args:
         base, candidate: checkpoints: what was pruned, and what is released.
-        pruned, quantized, quality, benchmarks: stages; the last by runtime, every look.
-        asked: how the candidate was to be pruned.
+        pruned, recovered, quantized, quality, benchmarks: stages; the last by runtime, every look.
+        asked, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """
-    from numprune.flows.steps.report import assemble, judged, pooled, pruning_section, quantization_section, sizes
+    from numprune.flows.steps.report import (
+        assemble,
+        judged,
+        pooled,
+        pruning_section,
+        quantization_section,
+        recovery_section,
+        sizes,
+    )
 
     sections = {
         "pruning": pruning_section(asked, read_facts(pruned.path, PrunedCheckpoint)),
+        "recovery": recovery_section(asked_to_recover, read_facts(recovered.path, RecoveredCheckpoint))
+        if recovered
+        else None,
         "quantization": quantization_section(read_facts(quantized.path, QuantizedCheckpoint)) if quantized else None,
         "sizes": sizes(base.path, candidate.path),
         "quality": read_facts(quality.path, Quality),

@@ -2,7 +2,7 @@
 
 import importlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
 from numprune.options import check_options
 from numprune.quantization import GROUP_SIZES, check_quantizable
+from numprune.recovery.rows import require_others
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
@@ -44,8 +45,9 @@ from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
 
-_MODULES = {"onnx": ("onnx", "onnxscript"), "onnxruntime": ("onnxruntime",)}
+_MODULES = {"distill": ("accelerate",), "onnx": ("onnx", "onnxscript"), "onnxruntime": ("onnxruntime",)}
 _INSTALL = {
+    "distill": 'pip install "numprune[learn]"',
     "onnx": "pip install onnx onnxscript",
     "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
 }
@@ -106,6 +108,11 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: check_options(anatomy, options_of(recipe.prune, recipe.sizes())))
         problems += _servers(recipe, anatomy, task)
+        if recipe.recover.method != "none" and anatomy.task != CAUSAL_LM:
+            problems.append(
+                f"recover.method = {recipe.recover.method!r}: only causal language models are trained after pruning, "
+                f"and the model is for {anatomy.task}; leave it out"
+            )
         problems += _quantization(recipe, anatomy, config.dtype)
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
@@ -128,8 +135,11 @@ def check(recipe: Recipe, workspace: Path) -> None:
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
     if tokenizer is not None or not data.chat:
         render = renderer(tokenizer) if data.chat else None
-        for name, files in texts.items():
-            collect(f"data.{name}", read_documents, files, data.split, render)
+        read = {
+            name: collect(f"data.{name}", read_documents, files, data.split, render) for name, files in texts.items()
+        }
+        if recipe.recover.method != "none" and all(read.get(name) for name in ("calibration", "heldout")):
+            collect("data.heldout", require_others, read["calibration"], read["heldout"])
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; leave it out")
     problems += _combinations(recipe)
@@ -321,16 +331,20 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
         if recipe.quantize.scheme == "none" and "quantization" in (section, name.partition("_")[0]):
             problems.append(f"{where}: quantize.scheme = 'none' has no such figure; choose a scheme or drop the gate")
+        if recipe.recover.method == "none" and section == "recovery":
+            problems.append(f"{where}: recover.method = 'none' has no such figure; choose a method or drop the gate")
         if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
             problems.append(f"{where}: evaluate.prompts = [] generates nothing; give it prompts")
     return problems
 
 
 def _needed(recipe: Recipe) -> list[tuple[str, str]]:
-    names: list[tuple[str, str]] = [
-        ("export.targets", wanted) for wanted in recipe.export.targets if wanted in _MODULES
+    asked: list[tuple[str, Sequence[str]]] = [
+        ("recover.method", [recipe.recover.method]),
+        ("export.targets", recipe.export.targets),
+        ("benchmark.runtimes", recipe.benchmark.runtimes),
     ]
-    names += [("benchmark.runtimes", runtime) for runtime in recipe.benchmark.runtimes if runtime in _MODULES]
+    names = [(field, name) for field, given in asked for name in given if name in _MODULES]
     if "onnx" in recipe.export.targets:
         names.append(("export.targets", "onnxruntime"))  # parity runs what was exported
     return list(dict.fromkeys(names))

@@ -10,8 +10,8 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.recipe import Prune
-from numprune.flows.steps.results import Judgement, PrunedCheckpoint, QuantizedCheckpoint, Timings
+from numprune.flows.recipe import Prune, Recover
+from numprune.flows.steps.results import Judgement, PrunedCheckpoint, QuantizedCheckpoint, RecoveredCheckpoint, Timings
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
@@ -89,6 +89,21 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
             else {}
         ),
         "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
+    }
+
+
+def recovery_section(asked: Recover, recovered: RecoveredCheckpoint) -> dict[str, Any]:
+    """How the pruned checkpoint was trained."""
+    return {
+        "method": asked.method,
+        "seed": asked.seed,
+        "learning_rate": asked.learning_rate,
+        "tokens": recovered.tokens,
+        "steps": recovered.steps,
+        "best_step": recovered.best_step,
+        "parameters": recovered.parameters,
+        "seconds": recovered.seconds,
+        "selection_kl_nats_per_token": {"baseline": recovered.kl_before, "candidate": recovered.kl_after},
     }
 
 

@@ -64,6 +64,33 @@ class PrunedCheckpoint:
 
 
 @dataclass(frozen=True)
+class RecoveryText:
+    """`digest`: of all rows; `tokens`: of those to train on, once over."""
+
+    digest: str
+    training: int
+    selection: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RecoveredCheckpoint:
+    """A checkpoint that was trained after pruning: the fields of numprune.recovery.Recovered.
+
+    `digest`: of its manifest.
+    """
+
+    digest: str
+    steps: int
+    tokens: int
+    best_step: int
+    kl_before: float
+    kl_after: float
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class QuantizedCheckpoint:
     """A checkpoint before and after quantization; `digest`: of its manifest."""
 

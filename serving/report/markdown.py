@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from numprune.serving.report import names, precision, ratios
+from numprune.serving.report import names, precision, ratios, training
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
@@ -16,6 +16,7 @@ from numprune.serving.report.models import (
     Quality,
     Quantization,
     Ratio,
+    Recovery,
     Report,
     ReportedEstimate,
     RuntimeSpeed,
@@ -31,6 +32,7 @@ def markdown(report: Report) -> str:
     sections = [
         _verdict(report),
         _pruning(report.pruning) if report.pruning else [],
+        _recovery(report.recovery) if report.recovery else [],
         _quantization(report.quantization) if report.quantization else [],
         _sizes(report.sizes) if report.sizes else [],
         _quality(report.quality) if report.quality else [],
@@ -95,6 +97,10 @@ def _pruning(pruning: Pruning) -> list[str]:
         "",
         *([*kept, ""] if kept else []),
     ]
+
+
+def _recovery(found: Recovery) -> list[str]:
+    return ["## Training after pruning", "", _cell(training.described(found)), ""]
 
 
 def _quantization(found: Quantization) -> list[str]:
@@ -311,6 +317,8 @@ def _identity(report: Report) -> list[str]:
         "held-out rows": identity.heldout_rows,
         "plan": identity.plan,
         "pruned checkpoint": identity.pruned,
+        "rows of training": identity.recovery_rows,
+        "trained checkpoint": identity.recovered,
         **{f"export {name}": digest for name, digest in identity.exports.items()},
     }
     rows = [[name, digest] for name, digest in digests.items() if digest is not None]

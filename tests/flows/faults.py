@@ -109,6 +109,11 @@ def _stop(event, args):
         if "/stages/" not in path and "/releases/" not in path or "/content" in path:
             return
         name = os.path.basename(path)
+    elif event == "os.remove":
+        path, point = str(args[0]), "remove"
+        if "/.training-" not in path:
+            return
+        name = path.split("/")[-2].removeprefix(".")
     else:
         return
     try:
@@ -149,7 +154,7 @@ class Driver:
 
         Args:
             point: "write": all is computed, and its result about to be written; "rename": all is written, and about to
-                get its name.
+                get its name; "remove", in "training": it has saved its state twice.
         """
         for _ in range(3):
             for name in ("pid", "go"):

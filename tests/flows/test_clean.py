@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from numprune.errors import InputError
-from numprune.export import manifest, temporary
+from numprune.export import locks, manifest, temporary
 from numprune.flows import clean, recipe, runs
+from numprune.flows.names import TRAINING, TRAINING_LOCK
 from numprune.flows.stages import Stage, exclusive, run_stage
 from numprune.serving import registry
 from numprune.serving.registry.versions import MARK, RELEASE
@@ -300,3 +301,22 @@ def test_invalid_arguments_are_refused(numprune: Command, words: list[str]) -> N
     answered = numprune("runs", "clean", *words)
     assert answered.code == 1
     assert words[0] in answered.err
+
+
+def test_interrupted_trainings(tmp_path: Path) -> None:
+    """Their state is removed, unless a process holds it."""
+    record(tmp_path, 0)
+    dead, alive = (tmp_path / "stages" / f"{TRAINING}{name}" for name in ("dead", "alive"))
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        (folder / TRAINING_LOCK).touch()
+    with locks.held(alive / TRAINING_LOCK):
+        found = clean.look(tmp_path)
+        assert [(item.kind, item.path) for item in found.goes] == [("training", dead)]
+        assert clean.remove(tmp_path, found)[0] == found.goes
+        assert not dead.exists()
+    found = clean.look(tmp_path)
+    with locks.held(alive / TRAINING_LOCK):  # resumed meanwhile
+        assert clean.remove(tmp_path, found) == ([], found.goes)
+    assert alive.exists()

@@ -30,6 +30,7 @@ from numprune.serving.report.models.run import (
     Pruning,
     Quantization,
     RatioRemoved,
+    Recovery,
     SizePair,
     Sizes,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "Quantization",
     "Ratio",
     "RatioRemoved",
+    "Recovery",
     "Report",
     "ReportedEstimate",
     "RuntimeMemory",

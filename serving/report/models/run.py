@@ -12,7 +12,8 @@ from numprune.serving.report.models.fields import Count, Model, ModelName, Numbe
 class Identity(Model):
     """SHA-256 digests of what went in and what came out; None for what this run did not have.
 
-    `name`: of the model that a release becomes a version of. `pruned`: of the checkpoint that was quantized.
+    `name`: of the model that a release becomes a version of. `pruned`: of the checkpoint that was trained or quantized,
+    `recovered`: of the one that training made; `recovery_rows`: what it was trained on and chosen by.
     """
 
     name: ModelName | None = None
@@ -23,6 +24,8 @@ class Identity(Model):
     heldout_rows: Sha256 | None = None
     plan: Sha256 | None = None
     pruned: Sha256 | None = None
+    recovery_rows: Sha256 | None = None
+    recovered: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
     packages: dict[str, str] = Field(default={})
 
@@ -99,6 +102,28 @@ class SizePair(Model):
         if self.ratio is not None and (expected is None or not math.isclose(self.ratio, expected, rel_tol=1e-6)):
             raise ValueError(f"ratio {self.ratio} is not candidate / baseline")
         return self
+
+
+class Recovery(Model):
+    """How the pruned weights were trained (see numprune.recovery).
+
+    Attributes:
+        best_step: whose weights were kept; 0: those from before training.
+        parameters: how many were trained.
+        seconds: wall time.
+        selection_kl_nats_per_token: divergence from the dense model before training and of what was kept, on rows
+            that were not trained on but chosen by.
+    """
+
+    method: str
+    seed: Count
+    learning_rate: Number
+    tokens: Count
+    steps: Count
+    best_step: Count
+    parameters: Count
+    seconds: Number
+    selection_kl_nats_per_token: SizePair
 
 
 class Quantization(Model):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from numprune.serving.report import precision, words
+from numprune.serving.report import precision, training, words
 from numprune.serving.report.kept import KINDS, Units, by_kind, listed, others, without
 from numprune.serving.report.models import Pruning, Report
 from numprune.serving.report.page import charts
@@ -15,6 +15,8 @@ _MAXIMUM_ROWS = 1000
 def section(report: Report) -> Section:
     found = report.pruning
     blocks = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
+    if report.recovery:
+        blocks.append(Text(training.described(report.recovery)))
     if report.quantization:
         blocks.append(Text(precision.quantized(report.quantization)))
     return Section("units", "Kept units", blocks)

@@ -1,0 +1,136 @@
+"""numprune recover: a pruned checkpoint in, one trained towards the dense model out."""
+
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_text,
+    at_least,
+    command,
+    must_not_exist,
+    reading,
+)
+
+_TOKENS, _LEARNING_RATE = 1_000_000, 1e-4
+_ROWS = (
+    ("--batch-size", 8, "rows of a step"),
+    ("--micro-batch-size", 8, "rows at a time: memory against speed"),
+    ("--selection-rows", 64, "rows that the best step is chosen on, and that are not trained on"),
+)
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "recover",
+        recover,
+        "train a pruned checkpoint towards the predictions of the dense model",
+        "numprune recover ./pruned ./recovered --dense ./my-model --text train.txt --heldout heldout.txt --tokens 1e6",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("--dense", required=True, metavar="MODEL", help="the model that CHECKPOINT was pruned from")
+    add_text(parser, "text to train on, and to choose the best step on")
+    parser.add_argument(
+        "--heldout",
+        nargs="+",
+        action="extend",
+        type=Path,
+        metavar="FILE",
+        help="text to compare the models on before and after: refused where it is trained on (default: none)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_count,
+        default=_TOKENS,
+        metavar="N",
+        help=f"to train on, as in 1e6; the text is repeated where it has fewer (default: {_TOKENS:,})",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=_rate,
+        default=_LEARNING_RATE,
+        metavar="R",
+        help=f"at its highest (default: {_LEARNING_RATE:g})",
+    )
+    for name, default, what in _ROWS:
+        parser.add_argument(name, type=at_least(1), default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--no-gradient-checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="keep activations for the gradient: faster, with more memory (default: compute them twice)",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+
+
+def recover(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import read_anatomy
+    from numprune.export import checkpoint, manifest
+    from numprune.flows.stages import peak_memory_bytes
+    from numprune.flows.steps.evaluate import compare_checkpoints
+    from numprune.flows.steps.prune import device_of
+    from numprune.flows.steps.recover import (
+        check_documents,
+        check_request,
+        check_windows,
+        recover_checkpoint,
+        training_rows,
+    )
+    from numprune.flows.steps.text import heldout_rows, row_length
+    from numprune.recovery import RecoveryOptions, require_packages
+
+    started = time.perf_counter()
+    must_not_exist(args.out)
+    asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
+    options = RecoveryOptions(**asked)
+    require_packages()
+    source, dense = checkpoint.resolve(args.checkpoint), checkpoint.resolve(args.dense)
+    check_request(source, dense)
+    manifest.sweep(args.out.parent)
+    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+    how = reading(args, [*args.text, *(args.heldout or [])])
+    rows = training_rows(args.text, source, length, options, how, "--text")
+    heldout = None
+    if args.heldout:
+        check_documents(args.text, args.heldout, source, how, "--heldout")
+        heldout = heldout_rows(args.heldout, length, [source], how, dense)
+        check_windows(rows, heldout, "--heldout")
+    device = device_of("auto")
+    found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)
+    data = {"out": str(args.out), "method": "distill", **vars(found), "training_seconds": found.seconds}
+    text = (
+        f"{args.out}: trained on {found.tokens:,} tokens in {found.steps:,} steps, the best after step "
+        f"{found.best_step:,}; KL from the dense model on selection rows {found.kl_before:.4f} -> "
+        f"{found.kl_after:.4f} nats/token"
+    )
+    if heldout is not None:
+        before, after = compare_checkpoints([source, args.out], dense, heldout, device)
+        data["heldout"] = {"before": before, "after": after}
+        losses = [side["loss_delta"]["value"] for side in (before, after)]
+        text += f"\nheld-out text: NLL above the dense model's {losses[0]:.4f} -> {losses[1]:.4f} nats/token"
+    data |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
+    return Answer(data, text)
+
+
+def _count(text: str) -> int:
+    value = float(text)
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(value)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")
+    return value
+
+
+_count.__name__, _rate.__name__ = "int", "float"  # argparse's "invalid int value"

@@ -1,0 +1,152 @@
+"""A pruned checkpoint to one that was trained towards the dense model."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from numprune.anatomy import task_name
+from numprune.corpus import TokenRows
+from numprune.documents import Reading
+from numprune.errors import InputError
+from numprune.export import card, checkpoint, compressed_tensors, locks, manifest
+from numprune.export.weights import DTYPES
+from numprune.flows.names import CAUSAL_LM, TRAINING, TRAINING_LOCK
+from numprune.flows.recipe import Recover
+from numprune.flows.stages import code_version
+from numprune.flows.steps import text as texts
+from numprune.flows.steps.results import RecoveredCheckpoint, RecoveryText
+from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows, require_unseen
+from numprune.recovery.rows import require_others
+from numprune.recovery.state import TrainingState
+
+_FILE = "rows.safetensors"
+
+
+def options_of(asked: Recover) -> RecoveryOptions:
+    """Return the options that a recipe asks for."""
+    return RecoveryOptions(**asked.model_dump(exclude={"method"}))
+
+
+def check_request(source: Path, dense: Path) -> None:
+    """Refuse what `recover_checkpoint` could not do. Raises InputError."""
+    compressed_tensors.refuse_quantized(source, "training")
+    compressed_tensors.refuse_quantized(dense, "--dense")
+    for folder in (source, dense):
+        if (task := task_name(checkpoint.read_config(folder))) != CAUSAL_LM:
+            raise InputError(f"{folder}: a model for {task}; only causal language models are trained after pruning")
+    ours, theirs = (checkpoint.load_tokenizer(folder).get_vocab() for folder in (source, dense))
+    if ours != theirs:
+        raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
+
+
+def training_rows(
+    text: texts.Text, model: Path, length: int, options: RecoveryOptions, reading: Reading, option: str
+) -> RecoveryRows:
+    """Return the rows of a text; `option` is what the user knows the number of selection rows by. Raises InputError."""
+    tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
+    rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
+    with _named(option):
+        return draw_rows(rows, length, options)
+
+
+def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
+    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have."""
+    tokenizer = checkpoint.load_tokenizer(model)
+    with _named(option):
+        require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
+
+
+def check_windows(rows: RecoveryRows, judged: TokenRows, option: str) -> None:
+    """Raises InputError that names `option`, where `judged` is from, and the documents whose windows `rows` have."""
+    with _named(option):
+        require_unseen(rows, judged)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
+def save_rows(stage: Path, rows: RecoveryRows) -> RecoveryText:
+    """Write rows for `load_rows`."""
+    save_file({"training": rows.training, "selection": rows.selection}, stage / _FILE)
+    return RecoveryText(rows.digest, len(rows.training), len(rows.selection), rows.training.numel())
+
+
+def load_rows(stage: Path) -> RecoveryRows:
+    return RecoveryRows(**load_file(stage / _FILE))
+
+
+def recover_checkpoint(
+    source: Path,
+    dense: Path,
+    rows: RecoveryRows,
+    options: RecoveryOptions,
+    out: Path,
+    device: torch.device,
+    scratch: Path,
+) -> RecoveredCheckpoint:
+    """Write `source`, trained towards the model it was pruned from, to the new folder `out`; return the figures.
+
+    It is trained in float32 and stored as `source` is.
+
+    Args:
+        scratch: a folder in which a killed training leaves its state; the same request goes on from there.
+
+    Raises:
+        InputError: `out` exists, the models or options cannot be used, or another process trains the same.
+        IntegrityError: a file is not what it should be, or the training diverged.
+    """
+    check_request(source, dense)
+    parents = {"base": manifest.folder_digest(source), "dense": manifest.folder_digest(dense)}
+    asked = {"method": "distill", **dataclasses.asdict(options), "rows": rows.digest}
+    identity = _digest({**parents, **asked, "device": device.type, "code": code_version("export")})
+    state = TrainingState(scratch / f"{TRAINING}{identity[:16]}", identity)
+    try:
+        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0):
+            model, _ = checkpoint.load(source)
+            found = distill(
+                model, checkpoint.load(dense)[0], rows, options, device, stored=_stored(source, model), state=state
+            )
+            facts = {"recovery": {**asked, **_lasting(found)}}
+            with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
+                checkpoint.save_trained(model, source, folder)
+                card.set_training(folder, training_of(found))
+            shutil.rmtree(state.folder)
+    except locks.Held:
+        raise InputError(f"{state.folder}: another process trains the same; wait for it, or end it") from None
+    return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
+
+
+def _stored(source: Path, model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Return the data types that the model's weights are stored in, by their names in the model."""
+    headers = checkpoint.audit(source)
+    found = {name: headers.get(parts[0]) for name, parts in checkpoint.stored_names(model).items()}
+    return {name: DTYPES[header.dtype] for name, header in found.items() if header is not None}
+
+
+def _lasting(found: Recovered) -> dict[str, Any]:
+    """What of a training is the same each time."""
+    return {name: value for name, value in dataclasses.asdict(found).items() if name != "seconds"}
+
+
+def training_of(found: Recovered) -> str:
+    """What a model card says of it."""
+    kept = f"the weights after step {found.best_step} of {found.steps}" if found.best_step else "no step was better"
+    return f"distillation from the base model on {found.tokens:,} tokens; {kept}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,20 @@
+"""How the pruned model was trained, in words."""
+
+from numprune.serving.report import words
+from numprune.serving.report.models import Recovery
+
+
+def described(found: Recovery) -> str:
+    """What was trained on, for how long, and what it brought."""
+    kl = found.selection_kl_nats_per_token
+    kept = (
+        f"The weights after step {found.best_step:,} of {found.steps:,} were kept, the best on selection rows"
+        if found.best_step
+        else f"None of {found.steps:,} steps was better on selection rows, so the weights are those from before"
+    )
+    return (
+        f"After pruning, {found.parameters:,} parameters were trained towards the dense model ({found.method}) on "
+        f"{found.tokens:,} tokens: learning rate {words.number(found.learning_rate)}, seed {found.seed}, "
+        f"{words.number(found.seconds)} s. {kept}: KL from the dense model there {words.number(kl.baseline)} → "
+        f"{words.number(kl.candidate)} nats per token."
+    )

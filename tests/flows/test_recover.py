@@ -1,0 +1,141 @@
+"""numprune recover: what it writes and says, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from numprune.errors import InputError
+from numprune.export import manifest
+from numprune.flows.cli import COMMANDS
+from numprune.flows.cli.parser import build, parse
+from numprune.flows.recipe import Recover
+from numprune.flows.steps.recover import options_of
+from numprune.recovery import RecoveryOptions
+from tests.conftest import build_tiny, write_checkpoint
+from tests.flows.conftest import Answered
+
+Command = Callable[..., Answered]
+SHORT = ("--tokens", "1e3", "--batch-size", 4, "--selection-rows", 4, "--sequence-length", 32, "--learning-rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `dense`, `pruned` and texts; not to be written to."""
+    from numprune.flows.cli import main
+
+    folder = tmp_path_factory.mktemp("recover")
+    write_checkpoint(build_tiny(), folder / "dense")
+    for name, numbers in (("train", range(400)), ("heldout", range(400, 460))):
+        (folder / f"{name}.txt").write_text("".join(f"{i} squared is {i * i}, halved {i / 2}.\n" for i in numbers))
+    words = ("prune", folder / "dense", folder / "pruned", "--ratio", 0.5, "--compensation", "none")
+    sampled = ("--text", folder / "train.txt", "--samples", 8, "--sequence-length", 32)
+    assert main([*map(str, words), *map(str, sampled)]) == 0
+    return folder
+
+
+def test_the_defaults_are_those_of_recipes_and_of_the_core() -> None:
+    parsed = parse(build(COMMANDS), ["recover", "pruned", "out", "--dense", "dense", "--text", "a.txt"])
+    defaults = RecoveryOptions()
+    assert options_of(Recover()) == defaults
+    assert {name: getattr(parsed, name) for name in vars(defaults)} == vars(defaults)
+
+
+def test_the_trained_checkpoint_is_nearer_to_the_dense_one(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "recovered"
+    texts = ("--text", inputs / "train.txt", "--heldout", inputs / "heldout.txt")
+    answered = numprune("recover", inputs / "pruned", out, "--dense", inputs / "dense", *texts, *SHORT, "--json")
+    assert answered.code == 0, answered.err
+    found = answered.json
+    assert (found["tokens"], found["steps"]) == (1024, 8)
+    assert found["kl_after"] < found["kl_before"]
+    before, after = (found["heldout"][side]["kl_nats_per_token"] for side in ("before", "after"))
+    assert after < before
+    made = manifest.verify(out)
+    assert made.parents == {
+        "base": manifest.folder_digest(inputs / "pruned"),
+        "dense": manifest.folder_digest(inputs / "dense"),
+    }
+    facts = made.facts["recovery"]
+    assert isinstance(facts, dict)
+    assert (facts["tokens"], facts["seed"], facts["best_step"]) == (1024, 0, found["best_step"])
+    assert not list(tmp_path.glob(".training-*"))
+    evaluated = numprune(
+        *("evaluate", out, "--baseline", inputs / "dense", "--text", inputs / "heldout.txt"),
+        *("--sequence-length", 32, "--json"),
+    )
+    assert evaluated.json["kl_nats_per_token"] == pytest.approx(after, rel=1e-6)
+
+
+def test_a_learning_rate_of_zero_writes_the_same_weights(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "same"
+    words = ("--dense", inputs / "dense", "--text", inputs / "train.txt", *SHORT, "--learning-rate", 0)
+    answered = numprune("recover", inputs / "pruned", out, *words)
+    assert answered.code == 0, answered.err
+    before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "pruned", out))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(tensor) for name, tensor in after.items())
+    assert "no step was better" in (out / "README.md").read_text()
+
+
+def test_held_out_text_in_the_training_text_is_refused(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    text = (inputs / "train.txt").read_text()
+    (tmp_path / "copied.txt").write_text(text)
+    (tmp_path / "part.txt").write_text(text[: len(text) // 2])
+    for name, problem in (("copied", "1 of its documents"), ("part", "windows are trained on")):
+        heldout = tmp_path / f"{name}.txt"
+        answered = numprune(
+            *("recover", inputs / "pruned", tmp_path / "out", "--dense", inputs / "dense"),
+            *("--text", inputs / "train.txt", "--heldout", heldout, *SHORT, "--tokens", "1e6"),
+        )
+        assert answered.is_error
+        assert "--heldout: " in answered.err
+        assert problem in answered.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    write_checkpoint(build_tiny("bert"), tmp_path / "bert")
+    quantized, dense, text = tmp_path / "quantized", inputs / "dense", ("--text", inputs / "train.txt")
+    assert numprune("quantize", dense, quantized, "--scheme", "w8a8", "--method", "rtn").code == 0
+    other = write_checkpoint(build_tiny(), tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    pruned = inputs / "pruned"
+    for source, teacher, more, problem in (
+        (tmp_path / "bert", dense, (), "a model for masked-lm; only causal language models are trained"),
+        (quantized, dense, (), "quantized"),
+        (pruned, quantized, (), "quantized"),
+        (pruned, other, (), "their tokenizers differ; --dense is the model that was pruned"),
+        (pruned, dense, ("--selection-rows", 10_000), "--text: the text has"),
+        (pruned, dense, ("--tokens", "1.5"), "--tokens: 1.5 must be a whole number"),
+        (pruned, dense, ("--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),
+        (pruned, dense, ("--tokens", "inf"), "--tokens: inf must be a whole number"),
+        (pruned, dense, ("--tokens", "many"), "--tokens: invalid int value: 'many'"),
+    ):
+        answered = numprune("recover", source, tmp_path / "out", "--dense", teacher, *text, *SHORT, *more)
+        assert answered.is_error
+        assert problem in answered.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_concurrent_training_is_refused(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numprune.flows.steps import recover
+
+    def meanwhile(*_: object, **__: object) -> None:
+        answered.append(numprune("recover", inputs / "pruned", tmp_path / "b", *words))
+        raise InputError("the first one ends here")
+
+    answered: list[Answered] = []
+    words = ("--dense", inputs / "dense", "--text", inputs / "train.txt", *SHORT)
+    monkeypatch.setattr(recover, "distill", meanwhile)
+    numprune("recover", inputs / "pruned", tmp_path / "a", *words)
+    (second,) = answered
+    assert second.is_error
+    assert "another process trains the same" in second.err
