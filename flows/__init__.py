@@ -1,9 +1,9 @@
-"""The whole chain as one Prefect flow, its recipe, and the command line.
+"""The whole chain, its recipe, and the command line.
 
 `recipe` says what is wanted and refuses what cannot work; `stages` makes each step's folder once and only once;
 `children` gives a step a process of its own; `steps` holds their bodies, a few calls each into the other packages;
-`optimize` strings them together as a flow; `cli` is the command line; `studies` holds the measurements that the
-documentation reports, and the rivals. Nothing else of ours imports this package.
+`chain` strings them together, `execute` runs them, `optimize` as a Prefect flow; `cli` is the command line; `studies`
+holds the measurements that the documentation reports, and the rivals. Nothing else of ours imports this package.
 """
 
 import os

@@ -304,6 +304,11 @@ class Recipe(Section):
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
 
+def source_of(asked: str | None) -> Path:
+    """Return the file of the recipe that is asked for: the embedded one where none is."""
+    return Path(asked) if asked else EMBEDDED_RECIPE
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the validated recipe in `path`, changed by `overrides`.
 

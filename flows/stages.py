@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import numprune
 from numprune.errors import IntegrityError
@@ -181,9 +181,12 @@ def run_stage(workspace: Path, stage: Stage[R], used_by: Path | None = None) -> 
 
 
 def find(workspace: Path, stage: Stage[R]) -> StageResult[R] | None:
-    """Return the stage that `run_stage` would reuse, its files not verified; None where it would make it."""
+    """Return the stage that `run_stage` would reuse, but for its files, which are not verified; None without one."""
     folder = place_of(workspace, stage).path
-    return _read(folder, stage) if folder.exists() else None
+    try:
+        return _read(folder, stage) if folder.exists() else None
+    except (IntegrityError, FileNotFoundError, ValidationError):  # damaged
+        return None
 
 
 def place_of(workspace: Path, stage: Stage[R]) -> Artifact:

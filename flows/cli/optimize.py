@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -56,54 +55,45 @@ def _assignment(text: str) -> str:
 
 
 def plan(args: argparse.Namespace) -> Answer:
-    from numprune.flows import recipe, stages
+    from numprune.flows import forecast, recipe, stages
 
-    asked = recipe.load(Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE, args.overrides)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    from numprune.flows import forecast
-
+    asked = recipe.load(recipe.source_of(args.recipe), args.overrides)
     found = forecast.forecast(asked, stages.workspace_folder(args.workspace))
     return Answer(found, forecast.text(found))
 
 
 def run(args: argparse.Namespace) -> Answer:
-    from numprune.flows import children, recipe, stages, summary
+    from numprune.flows import children, execute, recipe, server, stages, summary
     from numprune.flows.run import prepare
     from numprune.serving import gates
 
     if args.dry_run:
         return plan(args)
     started = time.perf_counter()
-    path = Path(args.recipe) if args.recipe else recipe.EMBEDDED_RECIPE
+    path = recipe.source_of(args.recipe)
     asked = recipe.load(path, args.overrides)
     workspace = stages.workspace_folder(args.workspace)
     logger.info("recipe %s, workspace %s", path, workspace)
     children.warm_up()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
-    from numprune.flows import server
-
-    errors: list[Exception] = []
-    starting = threading.Thread(target=_start_server, args=(errors,), daemon=True)
-    with server.reaching():
-        from numprune.flows.optimize import optimize
-
-        starting.start()  # beside the checks, whose complaints come first
-        children.call(prepare, asked, workspace)
-        starting.join()
-        if errors:
-            raise errors[0]
-        state = optimize(args.recipe, args.overrides, str(workspace), return_state=True)
-    found: Any = state.result(raise_on_failure=False)
-    if isinstance(found, BaseException):
-        raise found
+    if url := server.configured():
+        found = _scheduled(url, args, workspace)
+    else:
+        found = execute.execute(children.call(prepare, asked, workspace), path)
     found = {**found, "seconds": round(time.perf_counter() - started, 3)}
     return Answer(found, summary.text(found), gates.EXIT_CODES[found["outcome"]])
 
 
-def _start_server(errors: list[Exception]) -> None:
+def _scheduled(url: str, args: argparse.Namespace, workspace: Path) -> dict[str, Any]:
+    """What `execute` gives, where the team sees the run: on the Prefect server that is configured."""
     from numprune.flows import server
 
-    try:
-        server.start()
-    except Exception as error:
-        errors.append(error)
+    with server.reaching(url):
+        server.check(url)
+        from numprune.flows.optimize import optimize
+
+        state = optimize(args.recipe, args.overrides, str(workspace), return_state=True)
+    found: Any = state.result(raise_on_failure=False)
+    if isinstance(found, BaseException):
+        raise found
+    return dict(found)

@@ -93,7 +93,7 @@ def test_a_verdict_altered_with_its_manifests(numprune: Command, workspace: Path
 
 
 def test_only_a_disturbed_look_is_discarded(tmp_path: Path) -> None:
-    from numprune.flows.optimize import _discard_disturbed
+    from numprune.flows.execute import _discard_disturbed
 
     def look(out: Path, *, number: int, valid: bool) -> Timings:
         return Timings(speed={}, memory={}, environment={"valid": valid}, samples={})

@@ -11,7 +11,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import checkpoint
-from numprune.flows import chain, forecast, recipe
+from numprune.flows import chain, forecast, recipe, stages
 from numprune.flows.steps import checks
 from numprune.options import PruneOptions, known_results
 from numprune.pruning import prune
@@ -56,6 +56,19 @@ def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, t
     ):
         found = forecast.forecast(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
         assert [stage["name"] for stage in found["stages"] if stage["reused"]] == reused
+
+
+@pytest.mark.parametrize("name", ["manifest.json", stages.RESULT])
+def test_a_damaged_stage_would_be_made_again(tiny: Path, tmp_path: Path, name: str) -> None:
+    run = checks.prepare(recipe.load(tiny / "recipe.toml", []), tmp_path / "w")
+    stage = chain.sample_calibration(run)
+    made = run.make(stage)
+    assert stages.find(run.workspace, stage) is not None
+    for damage in ((made.path / name).unlink, lambda: (made.path / name).write_text("{")):
+        damage()
+        assert stages.find(run.workspace, stage) is None
+        assert not run.make(stage).reused
+        assert stages.find(run.workspace, stage) is not None
 
 
 @pytest.mark.parametrize("drop_layers", [0, 1])

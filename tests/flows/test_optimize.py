@@ -1,4 +1,4 @@
-"""The whole chain, with the real engine, on a tiny model."""
+"""The whole chain on a tiny model."""
 
 import json
 import os
@@ -207,30 +207,6 @@ def test_an_inconclusive_run_adds_repeats_when_run_again(
     assert third.code == 3
 
 
-def test_prefect_sees_the_verdict_and_the_report(numprune: Command, tiny: Path, workspace: Path) -> None:
-    gate = 'gates=[{metric="sizes.parameters.ratio", bound="point", max=0.1}]'
-    optimize(numprune, tiny, workspace)
-    optimize(numprune, tiny, workspace, gate)
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=200)
-        artifacts = client.read_artifacts()
-    here = [run for run in runs if run.parameters["workspace"] == str(workspace)]
-    # `optimize` asks again where the machine was too busy.
-    last, before, *_ = (
-        run for run in here if run.state is None or "invalid environment" not in (run.state.message or "")
-    )
-    assert last.state is not None
-    assert last.state.is_failed()
-    assert "sizes.parameters.ratio" in (last.state.message or "")
-    assert before.state is not None
-    assert before.state.is_completed()
-    keys = {artifact.key for artifact in artifacts if artifact.flow_run_id == last.id}
-    assert {"numprune-summary", "numprune-report", "numprune-report-link"} <= keys
-
-
 def test_registry_commands_from_the_command_line(
     numprune: Command, tiny: Path, workspace: Path, tmp_path: Path
 ) -> None:
@@ -305,7 +281,7 @@ def test_a_killed_run_is_resumed(tiny: Path, tmp_path: Path) -> None:
     stages = tmp_path / "w" / "stages"
     wait_until(lambda: any(stages.glob(".parity-*.partial")))
     family = psutil.Process(process.pid).children(recursive=True)
-    assert any("create_app" in " ".join(child.cmdline()) for child in family)
+    assert len(family) > 1
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     _, alive = psutil.wait_procs(family, timeout=30)
@@ -327,32 +303,3 @@ def wait_until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_the_deployment_entrypoint() -> None:
-    """Prefect imports an entrypoint in a way of its own, which hides what is wrong until the flow runs."""
-    from prefect.flows import load_flow_from_entrypoint
-
-    import numprune
-
-    path = (Path(numprune.__file__).parent / "flows" / "optimize.py").resolve()
-    loaded: Any = load_flow_from_entrypoint(f"{path}:optimize")
-    assert loaded.name == "numprune-optimize"
-    assert set(loaded.parameters.properties) == {"recipe_path", "overrides", "workspace"}
-
-
-def test_one_gpu_job_at_a_time() -> None:
-    """The slot is Prefect's own limit, which is kept without a GPU, too."""
-    from prefect.client.orchestration import get_client
-    from prefect.concurrency.sync import concurrency
-
-    from numprune.flows.optimize import GPU_LIMIT, gpu_slot
-
-    with get_client(sync_client=True) as client:
-        for _ in range(2):  # the second time the limit is there already
-            with gpu_slot():
-                limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
-                assert (limit.limit, limit.active_slots) == (1, 1)
-                with pytest.raises(TimeoutError), concurrency(GPU_LIMIT, timeout_seconds=1, strict=True):
-                    pytest.fail("two had the only slot")
-            assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).active_slots == 0

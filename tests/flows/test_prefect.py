@@ -1,0 +1,110 @@
+"""The chain as a Prefect flow, on a real server: what a team sees of a run is what is done without a server, too."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import Answered, shell
+from tests.flows.faults import command
+
+Command = Callable[..., Answered]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    """A Prefect server that is configured in this process, though not in others."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=None):
+        yield
+
+
+def told(answered: Answered) -> tuple[dict[str, Any], list[str]]:
+    """What a run answered and printed, but for its id and the times."""
+    found = answered.json
+    del found["run"], found["seconds"]
+    for stage in found["stages"]:
+        del stage["seconds"], stage["peak_memory_bytes"]
+    return found, [re.sub(r" +[\d.]+ s", "", line) for line in answered.err.splitlines()]
+
+
+def recorded(numprune: Command, workspace: Path, run: str) -> dict[str, Any]:
+    """What `runs show` has of a run, but for its id and the times."""
+    shown = numprune("runs", "show", run, "--workspace", workspace, "--json").json
+    stages = [{key: stage[key] for key in ("name", "folder", "digest", "reused", "bytes")} for stage in shown["stages"]]
+    return {**{key: shown[key] for key in ("name", "state", "report", "release", "version")}, "stages": stages}
+
+
+def test_a_run_on_a_server_ends_as_one_without(server: None, numprune: Command, tiny: Path, workspace: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    gate = '--set=gates=[{metric="sizes.parameters.ratio", bound="point", max=0.1}]'
+    words = command(tiny / "recipe.toml", workspace)
+    alone, failed_alone = shell(*words), shell(*words, gate)
+    seen, failed = numprune(*words), numprune(*words, gate)
+    for with_server, without in ((seen, alone), (failed, failed_alone)):
+        assert with_server.code == without.code
+        assert told(with_server) == told(without)
+        runs = [json.loads(answered.out)["run"] for answered in (with_server, without)]
+        assert recorded(numprune, workspace, runs[0]) == recorded(numprune, workspace, runs[1])
+    assert (seen.code, failed.code) == (0, 2)
+    assert all(stage["reused"] for stage in json.loads(seen.out)["stages"])
+
+    with get_client(sync_client=True) as client:
+        flow_runs = client.read_flow_runs()
+        artifacts = client.read_artifacts()
+    assert [run.parameters["workspace"] for run in flow_runs] == 2 * [str(workspace)]  # and none of the other two
+    states = {run.id: run.state for run in flow_runs if run.state}
+    (completed,) = [run for run, state in states.items() if state.is_completed()]
+    (refused,) = [run for run, state in states.items() if state.is_failed()]
+    assert states[completed].message == "published tiny/1"
+    assert "sizes.parameters.ratio" in (states[refused].message or "")
+    for run in (completed, refused):
+        keys = {artifact.key for artifact in artifacts if artifact.flow_run_id == run}
+        assert {"numprune-summary", "numprune-report", "numprune-report-link"} <= keys
+
+
+def test_a_recipe_that_cannot_be_done_is_refused_in_the_same_words(
+    server: None, numprune: Command, tiny: Path, tmp_path: Path
+) -> None:
+    words = command(tiny / "recipe.toml", tmp_path / "w", "prune.ratio=0.999")
+    seen, alone = numprune(*words), shell(*words)
+    assert seen.code == alone.code == 1
+    assert "prune: ratio is 0.999" in seen.err
+    assert seen.json == alone.json
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_deployment_entrypoint() -> None:
+    """Prefect imports an entrypoint in a way of its own, which hides what is wrong until the flow runs."""
+    from prefect.flows import load_flow_from_entrypoint
+
+    import numprune
+
+    path = (Path(numprune.__file__).parent / "flows" / "optimize.py").resolve()
+    loaded: Any = load_flow_from_entrypoint(f"{path}:optimize")
+    assert loaded.name == "numprune-optimize"
+    assert set(loaded.parameters.properties) == {"recipe_path", "overrides", "workspace"}
+
+
+def test_one_gpu_job_at_a_time(server: None) -> None:
+    """The slot is Prefect's own limit, which is kept without a GPU, too."""
+    from prefect.client.orchestration import get_client
+    from prefect.concurrency.sync import concurrency
+
+    from numprune.flows.optimize import GPU_LIMIT, gpu_slot
+
+    with get_client(sync_client=True) as client:
+        for _ in range(2):  # the second time the limit is there already
+            with gpu_slot():
+                limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+                assert (limit.limit, limit.active_slots) == (1, 1)
+                with pytest.raises(TimeoutError), concurrency(GPU_LIMIT, timeout_seconds=1, strict=True):
+                    pytest.fail("two had the only slot")
+            assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).active_slots == 0
