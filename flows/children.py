@@ -23,7 +23,7 @@ from numprune.flows import logs
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PRELOADED = ["torch", "numprune.flows.steps.prune", "numprune.flows.steps.evaluate"]
+_PRELOADED = ["numprune.flows.preloaded"]
 _CLOSING_S = 10.0
 
 _context = multiprocessing.get_context("forkserver")

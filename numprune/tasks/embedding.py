@@ -6,7 +6,6 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -130,6 +129,8 @@ def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
     Of more than 2,000 texts, that many evenly spread ones count.
     """
+    from scipy import stats  # here: the import takes half a second
+
     chosen = np.unique(np.linspace(0, len(ours) - 1, min(len(ours), _COMPARED)).astype(int))
     pairs = np.triu_indices(len(chosen), 1)
     similarities = [(one[chosen] @ one[chosen].T)[pairs] for one in (ours, theirs)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numprune.export import locks
+from numprune.export.imports import uncollected
 from numprune.serving.problems import short
 from numprune.serving.registry.artifacts import Artifacts, LocalArtifacts, ServerArtifacts, require_shared
 from numprune.serving.registry.errors import RegistryError, error_code, speaking, without_secrets
@@ -172,11 +173,12 @@ def _require_usable(database: Path) -> None:
 def _client(uri: str) -> "MlflowClient":
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    with uncollected():
+        from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # they tell of every table they make
-        logging.getLogger(name).setLevel(max(logging.getLogger(name).level, logging.WARNING))
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        for name in ("mlflow", "alembic"):  # they tell of every table they make
+            logging.getLogger(name).setLevel(max(logging.getLogger(name).level, logging.WARNING))
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)  # imports its store
 
 
 def _experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
