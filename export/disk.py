@@ -29,7 +29,7 @@ _REMEDIES = {
     errno.ENFILE: "the system has no more open files to give",
 }
 _SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
-_BELOW_BYTES = 40  # what multiprocessing and vLLM add to the folder: "/pymp-…/listener-…", a UUID
+_BELOW_BYTES = 60  # of what is put below it: "/pymp-…/listener-…", or a server's "/numprune-…" with vLLM's UUID in it
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - where Python itself looks, too
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors, which is written in it, ends its messages

@@ -1,11 +1,14 @@
 """A long-lived process with children of its own, a log file and a tag: started, watched, found again, stopped.
 
 The tag stands in the environment of the process, and so in that of all its children: it finds them when they were left
-behind, even by a process that is gone.
+behind, even by a process that is gone. It also names the folder of their temporary files, which is removed with them:
+vLLM leaves a socket in it for each of its engines.
 """
 
+import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from numprune.export import disk
 
 TAG = "NUMPRUNE_TAG"  # in the environment
 
@@ -91,7 +96,7 @@ class Process:
 def start(
     command: Sequence[str | Path], *, tag: str, log: Path, detached: bool, env: Mapping[str, str] | None = None
 ) -> Process:
-    """Start `command` in a session of its own.
+    """Start `command` in a session of its own, with a temporary folder of its own. Raises DiskError.
 
     Args:
         detached: it outlives this process; else it ends with this process, however that ends.
@@ -100,6 +105,8 @@ def start(
     inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}
     watcher = None if detached else _watch(tag)  # first: from its start on, the command is watched
     log.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch(tag)
+    scratch.mkdir(mode=0o700, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
@@ -108,7 +115,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C in the terminal is for us; we stop it in order
             # SPT_NOENV: vLLM names its processes with setproctitle, which else overwrites the environment in /proc.
-            env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), TAG: tag},
+            env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), "TMPDIR": str(scratch), TAG: tag},
         )
     return Process(child.pid, tag, log, child, watcher)
 
@@ -142,7 +149,10 @@ def end_tagged(tag: str, grace_s: float) -> None:
 
 
 def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
-    """End all processes of exactly this tag, after `grace_s` to end by themselves, and wait until they are gone."""
+    """End all processes of exactly this tag, after `grace_s` to end by themselves, and wait until they are gone.
+
+    Their temporary folder goes with them.
+    """
     deadline = time.monotonic() + grace_s
     while found := [process for process, other in tagged(tag) if other == tag and process.pid != os.getpid()]:
         if time.monotonic() >= deadline:
@@ -150,3 +160,9 @@ def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         time.sleep(_POLL_S)
+    shutil.rmtree(_scratch(tag), ignore_errors=True)
+
+
+def _scratch(tag: str) -> Path:
+    """The temporary folder of the processes of a tag, short enough for sockets. Raises DiskError."""
+    return Path(disk.folder_for_sockets(), f"numprune-{hashlib.sha256(tag.encode()).hexdigest()[:12]}")

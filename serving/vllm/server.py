@@ -1,5 +1,6 @@
 """A vLLM server for one checkpoint: a process, an address, and what it says when it dies."""
 
+import getpass
 import json
 import logging
 import os
@@ -225,8 +226,11 @@ def start(
         *(_memory(checkpoint, name) if needs_memory else ()),
         *others,
     ]
-    sockets = {"VLLM_RPC_BASE_PATH": disk.folder_for_sockets()}
-    defaults = {**_ENVIRONMENT, **sockets, **(_EAGER if "--enforce-eager" in options else {})}
+    defaults = {
+        **_ENVIRONMENT,
+        "TORCHINDUCTOR_CACHE_DIR": _compiled(),
+        **(_EAGER if "--enforce-eager" in options else {}),
+    }
     variables = {key: value for key, value in defaults.items() if key not in os.environ}
     running = process.start(
         command,
@@ -237,6 +241,15 @@ def start(
     )
     logger.info("%s: starting vLLM %s, process %d, log %s", name, environment.version, running.pid, log)
     return Server(f"http://{reachable(host)}:{port}", names[0], running, api_key)
+
+
+def _compiled() -> str:
+    """Where torch keeps what it compiles, for the next server, too: its own default, but not in one that is removed."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # as in a container that runs under an arbitrary number
+        user = f"uid_{os.getuid()}"
+    return str(Path(disk.temporary_folder(), f"torchinductor_{user}"))
 
 
 def served_checkpoints() -> set[Path]:

@@ -1,5 +1,6 @@
 """A tiny model with its text and a recipe for it, and a command line that answers with (exit code, stdout, stderr)."""
 
+import atexit
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from tests.flows.collector import ENDPOINT, Collector
 
 # Before Prefect is imported: its database is nobody's but these tests'.
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="numprune-prefect-")
+atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)
 os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"  # as the command line sets it
 
 RECIPE = """

@@ -99,6 +99,19 @@ time.sleep(300)
         if left:
             time.sleep(0.5)
         wait(lambda left=left: alive() == left, f"detached={detached}")
+        if not left:
+            wait(lambda: not process._scratch(TAG + "a").exists(), "its temporary folder is gone")
+
+
+def test_what_it_leaves_in_its_temporary_folder_goes_with_it(tmp_path: Path) -> None:
+    running = start(tmp_path, "import tempfile, time; print(tempfile.mkstemp()[1], flush=True); time.sleep(300)")
+    wait(lambda: running.log.read_text().endswith("\n"), "it runs")
+    left = Path(running.log.read_text().strip())
+    os.kill(running.pid, signal.SIGKILL)
+    wait(lambda: not running.is_alive(), "it ends")
+    assert left.exists()
+    running.stop()
+    assert not left.parent.exists()
 
 
 def test_a_recorded_process_is_found_again_and_not_confused(tmp_path: Path) -> None:
