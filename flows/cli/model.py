@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from numprune.export.imports import uncollected
 from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_text, command, must_not_exist, reading
@@ -52,12 +53,13 @@ def add(commands: Subcommands) -> None:
 
 
 def inspect(args: argparse.Namespace) -> Answer:
-    from numprune.anatomy import read_anatomy
-    from numprune.budget import budget_of, pruning_step
-    from numprune.export import checkpoint, compressed_tensors
-    from numprune.export.tasks import load_task
-    from numprune.plans import PLAN_FILE, read_plan
-    from numprune.target import Target
+    with uncollected():
+        from numprune.anatomy import read_anatomy
+        from numprune.budget import budget_of, pruning_step
+        from numprune.export import checkpoint, compressed_tensors
+        from numprune.export.tasks import load_task
+        from numprune.plans import PLAN_FILE, read_plan
+        from numprune.target import Target
 
     folder = checkpoint.resolve(args.model)
     config = checkpoint.read_config(folder)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from numprune.export.imports import uncollected
 from numprune.flows.cli.parser import Answer, Subcommands, add_workspace, command
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def _assignment(text: str) -> str:
 
 
 def plan(args: argparse.Namespace) -> Answer:
-    from numprune.flows import forecast, recipe, stages
+    with uncollected():
+        from numprune.flows import forecast, recipe, stages
 
     asked = recipe.load(recipe.source_of(args.recipe), args.overrides)
     found = forecast.forecast(asked, stages.workspace_folder(args.workspace))
