@@ -53,6 +53,8 @@ def bind_to_this_process() -> None:
 
     Prefect starts one where a flow is called from Python and no server is configured, and sees to a clean exit only.
     """
+    if _held:
+        return
     for child in psutil.Process().children():
         if _COMMAND in child.cmdline():
             _end_with_us(child.pid)
