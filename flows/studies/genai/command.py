@@ -1,0 +1,234 @@
+"""python -m numprune.flows.studies.genai: the command."""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from numprune.documents import Reading
+from numprune.errors import InputError, MissingRuntime, NumpruneError
+from numprune.export import checkpoint, processors
+from numprune.export.genai import check_config
+from numprune.flows import children
+from numprune.flows.recipe import EMBEDDED
+from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.prune import device_of
+from numprune.flows.steps.quantize import check_request, quantize_checkpoint
+from numprune.flows.steps.text import calibration_rows, text_rows
+from numprune.flows.studies.genai.contenders import BUILDER, CONTENDERS, SCHEMES, TORCH, Contender, Precision, make
+from numprune.progress import Progress
+from numprune.serving.benchmark.client import Worker, start_worker
+from numprune.serving.benchmark.estimators import paired_ratio
+from numprune.serving.benchmark.scheduler import standing_still
+from numprune.serving.report import capture
+
+_LOADING_S = 900.0
+_EPILOG = """\
+  python -m numprune.flows.studies.genai
+  python -m numprune.flows.studies.genai MODEL --calibration train.txt --heldout heldout.txt --out results
+
+Each contender has a process; they take turns in a random order, and the others stand still meanwhile. Needs the extra
+`genai`.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender.
+
+    Attributes:
+        rates: decoded tokens/s, one for each turn.
+        nll: nats per token of the held-out rows.
+        megabytes: of the graph and its weights, or of the checkpoint.
+    """
+
+    contender: Contender
+    rates: Sequence[float]
+    nll: float
+    megabytes: float
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+
+def markdown(results: Sequence[Result], conditions: str) -> str:
+    """The table. Ratios are paired by turn; "of genai's best" is of the fastest that the builder made as precise."""
+    eager = next(one for one in results if one.contender.maker == TORCH)
+    lines = [
+        "| model | MB | tokens/s | of PyTorch, eager (95 % interval) | of the builder's best (95 % interval) | NLL |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in results:
+        built = [
+            other
+            for other in results
+            if other.contender.maker == BUILDER and other.contender.precision == one.contender.precision
+        ]
+        best = max(built, key=lambda other: other.rate, default=None)
+        ratios = [_ratio(one, eager), _ratio(one, best) if best else "-"]
+        cells = [one.contender.name, f"{one.megabytes:,.1f}", f"{one.rate:,.1f}", *ratios, f"{one.nll:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", conditions, ""])
+
+
+def _ratio(one: Result, other: Result) -> str:
+    if one is other:
+        return "1"
+    found = paired_ratio(one.rates, other.rates)
+    lower, upper = found["interval95"]
+    return f"{found['value']:.2f} [{lower:.2f}, {upper:.2f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 error."""
+    args = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(_study(args))
+    except NumpruneError as error:
+        print(f"genai: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _study(args: argparse.Namespace) -> str:
+    contenders = _chosen(args.contenders)
+    if min(args.prompt_length, args.steps, args.windows, args.samples) < 1 or args.sequence_length < 2:
+        raise InputError("--prompt-length, --steps, --windows and --samples must be at least 1, --sequence-length 2")
+    if args.repeats < 2:
+        raise InputError(f"--repeats is {args.repeats}; an interval needs at least 2")
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingRuntime("onnxruntime-genai is not installed; run: pip install 'numprune[genai]'")
+    base = model_folder(args.model)
+    check_config(checkpoint.read_config(base))
+    for scheme in SCHEMES.values():
+        check_request(base, scheme)
+    tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
+    rows, draw = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, length, 0, Reading())
+    heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading())
+    scored = [row.tolist() for row in heldout.rows if len(row) == length][: args.windows]
+    if not scored:
+        raise InputError(
+            f"--heldout: no document has {length} tokens; give longer text, or a smaller --sequence-length"
+        )
+    prompt = [token for row in scored for token in row][: args.prompt_length]
+    threads = args.threads or processors.quota() or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="numprune-genai-") as scratch:
+        checkpoints: dict[Precision, Path] = {"float32": base}
+        for precision, scheme in SCHEMES.items():
+            if any(one.precision == precision and one.maker != BUILDER for one in contenders):
+                print(f"genai: quantizing to {scheme}", file=sys.stderr)
+                checkpoints[precision] = Path(scratch) / precision
+                out = checkpoints[precision] = Path(scratch) / precision
+                children.call(quantize_checkpoint, base, scheme, out, device_of("cpu"), rows=rows, draw=draw)
+        folders = {}
+        for one in contenders:
+            print(f"genai: making {one.name}", file=sys.stderr)
+            folders[one] = make(one, checkpoints, Path(scratch))
+        rates, nlls = _measured(folders, prompt, scored, args.steps, args.repeats, threads)
+        results = [Result(one, rates[one], nlls[one], _megabytes(folder)) for one, folder in folders.items()]
+    machine = capture(uses_gpu=False, own_processes=[])
+    conditions = (
+        f"{base.name} on {threads} threads of {machine.cpu}; a prompt of {len(prompt)} tokens, then {args.steps} "
+        f"decoded one by one; medians of {args.repeats} turns in random order; NLL of "
+        f"{sum(len(row) - 1 for row in scored):,} held-out tokens; numprune's int8 and int4 are w8a8 and w4a16 (groups "
+        f"of 64) by GPTQ on {args.samples} rows of {length} tokens."
+    )
+    text = markdown(results, conditions)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "genai.md").write_text(text, encoding="utf-8")
+        (args.out / "genai.json").write_text(json.dumps(_record(results, machine, args), indent=1), encoding="utf-8")
+    return text
+
+
+def _chosen(wanted: Sequence[str]) -> Sequence[Contender]:
+    """The contenders whose names hold one of the words, and PyTorch, the yardstick. Raises InputError."""
+    if unknown := [word for word in wanted if not any(word in one.name for one in CONTENDERS)]:
+        raise InputError(
+            f"--contenders: {unknown[0]!r} is in no name; there are {'; '.join(one.name for one in CONTENDERS)}"
+        )
+    return [one for one in CONTENDERS if one.maker == TORCH or any(word in one.name for word in wanted)]
+
+
+def _measured(
+    folders: Mapping[Contender, Path],
+    prompt: Sequence[int],
+    scored: Sequence[Sequence[int]],
+    steps: int,
+    repeats: int,
+    threads: int,
+) -> tuple[dict[Contender, list[float]], dict[Contender, float]]:
+    """Tokens/s of each turn, and NLL."""
+    order, turns = random.Random(0), list(folders)
+    rates: dict[Contender, list[float]] = {one: [] for one in folders}
+    nlls = {}
+    with ExitStack() as stack, Progress(len(folders) * (repeats + 1), "genai", "turn", leave=True) as bar:
+        command = [sys.executable, "-P", "-m", "numprune.flows.studies.genai.worker", str(os.getpid())]
+        workers: dict[Contender, Worker] = {}
+        for one, folder in folders.items():
+            with standing_still(worker.pid for worker in workers.values()):
+                worker = stack.enter_context(start_worker(one.name, _LOADING_S, command))
+                worker.ask("load", program=one.program, folder=str(folder), threads=threads)
+                nlls[one] = worker.ask("nll", rows=scored)
+                worker.ask("decode", prompt=prompt, steps=steps)  # warms up
+            workers[one] = worker
+            bar.update()
+        for _ in range(repeats):
+            order.shuffle(turns)
+            for one in turns:
+                with standing_still(worker.pid for other, worker in workers.items() if other is not one):
+                    rates[one].append(1 / workers[one].ask("decode", prompt=prompt, steps=steps))
+                bar.update()
+    return rates, nlls
+
+
+def _megabytes(folder: Path) -> float:
+    graph = [path.stat().st_size for path in folder.glob("*.onnx*")]
+    return (sum(graph) if graph else checkpoint.weight_bytes(folder)) / 1e6
+
+
+def _record(results: Sequence[Result], machine: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """All that was measured, as plain JSON."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        "settings": settings,
+        "environment": machine.model_dump(mode="json"),
+        "results": [
+            {"name": one.contender.name, "tokens_per_s": one.rates, "nll_nats_per_token": one.nll, "mb": one.megabytes}
+            for one in results
+        ],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.flows.studies.genai",
+        description=sys.modules["numprune.flows.studies.genai"].__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
+    )
+    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
+    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    parser.add_argument("--contenders", nargs="+", default=[""], metavar="PART", help="of their names (default: all)")
+    parser.add_argument("--samples", type=int, default=32, help="calibration rows (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="tokens per row (default %(default)s)")
+    parser.add_argument("--windows", type=int, default=8, help="held-out rows at most (default %(default)s)")
+    parser.add_argument("--prompt-length", type=int, default=128, help="tokens (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a turn (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="turns of each (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="of each process (default: the CPUs it may use)")
+    parser.add_argument("--out", type=Path, help="folder for genai.md and genai.json")
+    return parser
