@@ -3,9 +3,9 @@
     python -m numprune.flows.studies.precision [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratio 0.3]
         [--schemes w8a8,w4a16:64] [--runtimes torch,onnxruntime,vllm] [--out DIR]
 
-Quality is that of each on the held-out text. In torch and ONNX Runtime dense and pruned are timed, whose weights these
-compute with; the quantized ones are timed in vLLM, all servers in turn. `--out` keeps the table, with everything
-measured as JSON.
+Quality is that of each on the held-out text, in PyTorch. Each model is timed beside the dense one, in turns: in ONNX
+Runtime and vLLM as it is stored, quantized weights included; PyTorch computes with dequantized weights, and times only
+the dense and the pruned model. `--out` keeps the table, with everything measured as JSON.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from typing import Any
 
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
-from numprune.export import checkpoint, vllm
+from numprune.export import checkpoint, genai, onnx, vllm
+from numprune.export.precision import FLOAT32
 from numprune.flows import children
 from numprune.flows.names import Runtime
 from numprune.flows.recipe import EMBEDDED
@@ -199,14 +200,45 @@ def _timed(
     served: environment.Environment | None,
     scratch: Path,
 ) -> dict[str, dict[str, Any]]:
-    """What `run_benchmark` or `run_served` found of each model that the runtime computes as it is stored."""
-    if served is None or runtime != "vllm":
+    """What `run_benchmark` or `run_served` found of each model that the runtime computes with as it is stored."""
+    if served is not None and runtime == "vllm":
+        sides = _served(folders, schemes, served, scratch)
+        dense = sides.pop(DENSE)
+        return run_served(sides, dense, served, ServedLoad(repeats=load.repeats, concurrency=(1,)))
+    if runtime == "onnxruntime":
+        sides = _exported(folders, schemes, scratch)
+    else:
         sides = {name: folders[name] for name in (DENSE, PRUNED)}
-        if runtime == "onnxruntime":
-            for name, folder in sides.items():
-                export(folder, scratch / f"onnx-{name}", "onnx")
-            sides = {name: scratch / f"onnx-{name}" for name in sides}
-        return {PRUNED: run_benchmark(sides[PRUNED], sides[DENSE], runtime, load)}
+    dense = sides.pop(DENSE)
+    return {name: run_benchmark(side, dense, runtime, load) for name, side in sides.items()}
+
+
+def _exported(folders: Mapping[str, Path], schemes: Mapping[str, Scheme], scratch: Path) -> dict[str, Path]:
+    """The models for ONNX Runtime, with its own operators where the dense and the pruned model can be exported so."""
+    sides, kind = {}, genai.KIND
+    try:
+        for name in (DENSE, PRUNED):
+            genai.check_config(checkpoint.read_config(folders[name]))
+    except InputError as error:
+        print(f"standard operators: {error}", file=sys.stderr)
+        kind = onnx.KIND
+    for name, folder in folders.items():
+        try:
+            if name in schemes:
+                genai.check_config(checkpoint.read_config(folder))
+                genai.check_scheme(schemes[name], FLOAT32)
+        except InputError as error:
+            print(f"{name} is not run in ONNX Runtime: {error}", file=sys.stderr)
+            continue
+        sides[name] = scratch / f"onnx-{name}"
+        export(folder, sides[name], kind)
+    return sides
+
+
+def _served(
+    folders: Mapping[str, Path], schemes: Mapping[str, Scheme], served: environment.Environment, scratch: Path
+) -> dict[str, Path]:
+    """The models that vLLM serves on this machine."""
     device = "cpu" if served.cpu else "gpu"
     sides = {}
     for name, folder in folders.items():
@@ -216,10 +248,9 @@ def _timed(
         except InputError as error:
             print(f"{name} is not served: {error}", file=sys.stderr)
             continue
-        vllm.export(folder, scratch / f"vllm-{name}")
         sides[name] = scratch / f"vllm-{name}"
-    dense = sides.pop(DENSE)
-    return run_served(sides, dense, served, ServedLoad(repeats=load.repeats, concurrency=(1,)))
+        vllm.export(folder, sides[name])
+    return sides
 
 
 if __name__ == "__main__":
