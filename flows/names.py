@@ -15,6 +15,7 @@ Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channe
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 Recovery = Literal["distill"]
+TrainedWeights = Literal["all", "lora"]
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 GROUP_SIZES = (32, 64, 128)
 QuantizationMethod = Literal["gptq", "rtn"]

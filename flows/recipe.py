@@ -34,6 +34,7 @@ from numprune.flows.names import (
     Runtime,
     Scheme,
     TorchMode,
+    TrainedWeights,
 )
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
@@ -159,6 +160,8 @@ class Recover(Section):
     micro_batch_size: Count = 8
     selection_rows: Count = 64
     gradient_checkpointing: bool = True
+    train: TrainedWeights = "all"
+    rank: Count = 16
     seed: Seed = 0
 
 

@@ -60,6 +60,7 @@ _PACKAGES = (
     "onnxruntime",
     "tensorrt",
     "accelerate",
+    "peft",
 )
 
 

@@ -5,11 +5,14 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import get_args
 
+from numprune.flows import names
 from numprune.flows.cli.parser import (
     MODEL,
     Answer,
     Subcommands,
+    add_choice,
     add_text,
     at_least,
     command,
@@ -17,7 +20,7 @@ from numprune.flows.cli.parser import (
     reading,
 )
 
-_TOKENS, _LEARNING_RATE = 1_000_000, 1e-4
+_TOKENS, _LEARNING_RATE, _RANK = 1_000_000, 1e-4, 16
 _ROWS = (
     ("--batch-size", 8, "rows of a step"),
     ("--micro-batch-size", 8, "rows at a time: memory against speed"),
@@ -61,6 +64,12 @@ def add(commands: Subcommands) -> None:
     )
     for name, default, what in _ROWS:
         parser.add_argument(name, type=at_least(1), default=default, metavar="N", help=f"{what} (default: {default})")
+    add_choice(
+        parser, "--train", get_args(names.TrainedWeights), "all", "weights to train; lora: adapters, merged at the end"
+    )
+    parser.add_argument(
+        "--rank", type=at_least(1), default=_RANK, metavar="N", help=f"of the adapters (default: {_RANK})"
+    )
     parser.add_argument(
         "--no-gradient-checkpointing",
         dest="gradient_checkpointing",
@@ -90,7 +99,7 @@ def recover(args: argparse.Namespace) -> Answer:
     must_not_exist(args.out)
     asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
     options = RecoveryOptions(**asked)
-    require_packages()
+    require_packages(options)
     source, dense = checkpoint.resolve(args.checkpoint), checkpoint.resolve(args.dense)
     check_request(source, dense)
     manifest.sweep(args.out.parent)
@@ -104,7 +113,13 @@ def recover(args: argparse.Namespace) -> Answer:
         check_windows(rows, heldout, "--heldout")
     device = device_of("auto")
     found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)
-    data = {"out": str(args.out), "method": "distill", **vars(found), "training_seconds": found.seconds}
+    data = {
+        "out": str(args.out),
+        "method": "distill",
+        "train": options.train,
+        **vars(found),
+        "training_seconds": found.seconds,
+    }
     text = (
         f"{args.out}: trained on {found.tokens:,} tokens in {found.steps:,} steps, the best after step "
         f"{found.best_step:,}; KL from the dense model on selection rows {found.kl_before:.4f} -> "

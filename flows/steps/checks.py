@@ -45,9 +45,14 @@ from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
 
-_MODULES = {"distill": ("accelerate",), "onnx": ("onnx", "onnxscript"), "onnxruntime": ("onnxruntime",)}
+_MODULES = {
+    "distill": ("accelerate",),
+    "lora": ("peft",),
+    "onnx": ("onnx", "onnxscript"),
+    "onnxruntime": ("onnxruntime",),
+}
 _INSTALL = {
-    "distill": 'pip install "numprune[learn]"',
+    **dict.fromkeys(("distill", "lora"), 'pip install "numprune[learn]"'),
     "onnx": "pip install onnx onnxscript",
     "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
 }
@@ -341,6 +346,7 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
 def _needed(recipe: Recipe) -> list[tuple[str, str]]:
     asked: list[tuple[str, Sequence[str]]] = [
         ("recover.method", [recipe.recover.method]),
+        ("recover.train", [recipe.recover.train] if recipe.recover.method != "none" else []),
         ("export.targets", recipe.export.targets),
         ("benchmark.runtimes", recipe.benchmark.runtimes),
     ]

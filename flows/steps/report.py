@@ -96,6 +96,7 @@ def recovery_section(asked: Recover, recovered: RecoveredCheckpoint) -> dict[str
     """How the pruned checkpoint was trained."""
     return {
         "method": asked.method,
+        "train": asked.train,
         "seed": asked.seed,
         "learning_rate": asked.learning_rate,
         "tokens": recovered.tokens,

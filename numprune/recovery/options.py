@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -22,7 +23,8 @@ class RecoveryOptions:
         micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
         selection_rows: on which the best step is chosen; they are not trained on.
         gradient_checkpointing: compute activations twice instead of keeping them; the result stays.
-        seed: of the draw of the rows and of their order.
+        train: "all" weights, or "lora": adapters of `rank` beside the projections of the layers, merged at the end.
+        seed: of the draw of the rows and of their order, and of the adapters.
     """
 
     tokens: int = 1_000_000
@@ -31,6 +33,8 @@ class RecoveryOptions:
     micro_batch_size: int = 8
     selection_rows: int = 64
     gradient_checkpointing: bool = True
+    train: Literal["all", "lora"] = "all"
+    rank: int = 16
     seed: int = 0
 
     def steps(self, length: int) -> int:

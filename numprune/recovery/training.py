@@ -1,5 +1,6 @@
 """Distillation: AdamW on float32 weights, a cosine schedule, and the best step on rows that are not trained on."""
 
+import importlib.util
 import logging
 import math
 import time
@@ -17,16 +18,17 @@ from transformers import PreTrainedModel
 from numprune.anatomy import layers_path
 from numprune.errors import InputError, IntegrityError
 from numprune.progress import Progress
+from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
 from numprune.recovery.options import RecoveryOptions, RowOrder, learning_rate_factor, measured_after
 from numprune.recovery.rows import RecoveryRows
 from numprune.recovery.state import Position, TrainingState
+from numprune.recovery.weights import AllWeights, Trained
 
 logger = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0  # of the gradient's norm
-INSTALL = 'pip install "numprune[learn]"'
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,11 @@ class Recovered:
     parameters: int
 
 
-def require_packages() -> None:
-    """Raises InputError where accelerate is not installed."""
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        raise InputError(f"training needs the package accelerate: {INSTALL}") from None
+def require_packages(options: RecoveryOptions) -> None:
+    """Raises InputError where accelerate or, for LoRA, peft is not installed."""
+    for package in ("accelerate", *(["peft"] if options.train == "lora" else [])):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'training needs the package {package}: pip install "numprune[learn]"')
 
 
 def distill(
@@ -75,7 +76,7 @@ def distill(
     killed and went on from `state`.
 
     Args:
-        model: in float32; the weights that require a gradient are trained.
+        model: in float32.
         dense: of the same vocabulary; it is not changed.
         device: where to train. Processes that `accelerate launch` started have a GPU each.
         stored: data types that weights will be stored in, where these are not float32: each step is judged with the
@@ -84,9 +85,9 @@ def distill(
 
     Raises:
         InputError: a package is missing, or the options do not fit together.
-        IntegrityError: the loss is not finite.
+        IntegrityError: the loss is not finite, or adapters cannot be merged without changing the model.
     """
-    require_packages()
+    require_packages(options)
     return _Training(model, dense, rows, options, device, stored or {}).run(state)
 
 
@@ -114,6 +115,9 @@ class _Training:
             )
         self._model = model.to(self._processes.device)
         dense.to(self._processes.device)
+        self._trained: Trained = AllWeights(model)
+        if options.train == "lora":
+            self._trained = Adapters(model, options.rank, options.seed)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._optimizer = torch.optim.AdamW(self._weights.values(), options.learning_rate, _BETAS, weight_decay=0.0)
         self._loss = Distillation(model, dense)
@@ -145,7 +149,7 @@ class _Training:
                         spent = self._position.seconds + time.perf_counter() - before
                         state.save(replace(self._position, seconds=spent), self._tensors())
                 bar.update(note=f"loss {loss:.4f}, {speed:,.0f} tokens/s")
-        self._take_best()
+        self._trained.finish(self._best, self._rows.selection[: self._options.micro_batch_size].to(self._model.device))
         curve = self._position.curve
         return Recovered(
             steps=self._steps,
@@ -186,7 +190,7 @@ class _Training:
     def _measure(self) -> None:
         """Note the selection rows' divergence, and the weights where it is the lowest so far."""
         position, rounded = self._position, self._rounded()
-        with self._swapped(rounded):
+        with self._trained.replaced(rounded):
             divergence = self._divergence()
         lowest = min((value for _, value in position.curve), default=math.inf)
         position.curve.append((position.step, divergence))
@@ -204,30 +208,9 @@ class _Training:
     def _rounded(self) -> dict[str, Tensor]:
         """Return copies of the weights in the data types that they will be stored in, on the CPU."""
         return {
-            name: weight.detach().to(self._stored.get(name, weight.dtype), copy=True).cpu()
-            for name, weight in self._weights.items()
+            name: weight.to(self._stored.get(name, weight.dtype), copy=True).cpu()
+            for name, weight in self._trained.merged().items()
         }
-
-    @contextmanager
-    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give the model other weights for a while."""
-        own = {name: self._weights[name].detach().clone() for name in weights if self._is_rounded(name)}
-        self._assign({name: weights[name] for name in own})
-        try:
-            yield
-        finally:
-            self._assign(own)
-
-    def _is_rounded(self, name: str) -> bool:
-        return self._stored.get(name, torch.float32) != torch.float32
-
-    @torch.no_grad()
-    def _assign(self, weights: Mapping[str, Tensor]) -> None:
-        for name, values in weights.items():
-            self._weights[name].copy_(values)
-
-    def _take_best(self) -> None:
-        self._assign(self._best)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all that the next step depends on, and the best weights."""
@@ -248,7 +231,9 @@ class _Training:
         for name, tensor in tensors.items():
             kind, _, weight = name.partition("/")
             by_kind.setdefault(kind, {})[weight] = tensor
-        self._assign(by_kind.pop("weights"))
+        with torch.no_grad():
+            for name, value in by_kind.pop("weights").items():
+                self._weights[name].copy_(value)
         self._best = by_kind.pop("best")
         for kind, values in by_kind.items():
             for name, value in values.items():

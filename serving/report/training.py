@@ -12,8 +12,9 @@ def described(found: Recovery) -> str:
         if found.best_step
         else f"None of {found.steps:,} steps was better on selection rows, so the weights are those from before"
     )
+    what = "parameters of adapters" if found.train == "lora" else "parameters"
     return (
-        f"After pruning, {found.parameters:,} parameters were trained towards the dense model ({found.method}) on "
+        f"After pruning, {found.parameters:,} {what} were trained towards the dense model ({found.method}) on "
         f"{found.tokens:,} tokens: learning rate {words.number(found.learning_rate)}, seed {found.seed}, "
         f"{words.number(found.seconds)} s. {kept}: KL from the dense model there {words.number(kl.baseline)} → "
         f"{words.number(kl.candidate)} nats per token."

@@ -43,10 +43,15 @@ def test_the_defaults_are_those_of_recipes_and_of_the_core() -> None:
     assert {name: getattr(parsed, name) for name in vars(defaults)} == vars(defaults)
 
 
-def test_the_trained_checkpoint_is_nearer_to_the_dense_one(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_the_trained_checkpoint_is_nearer_to_the_dense_one(
+    numprune: Command, inputs: Path, tmp_path: Path, train: str
+) -> None:
     out = tmp_path / "recovered"
     texts = ("--text", inputs / "train.txt", "--heldout", inputs / "heldout.txt")
-    answered = numprune("recover", inputs / "pruned", out, "--dense", inputs / "dense", *texts, *SHORT, "--json")
+    answered = numprune(
+        "recover", inputs / "pruned", out, "--dense", inputs / "dense", *texts, *SHORT, "--train", train, "--json"
+    )
     assert answered.code == 0, answered.err
     found = answered.json
     assert (found["tokens"], found["steps"]) == (1024, 8)
@@ -60,7 +65,8 @@ def test_the_trained_checkpoint_is_nearer_to_the_dense_one(numprune: Command, in
     }
     facts = made.facts["recovery"]
     assert isinstance(facts, dict)
-    assert (facts["tokens"], facts["seed"], facts["best_step"]) == (1024, 0, found["best_step"])
+    assert (facts["train"], facts["tokens"], facts["seed"]) == (train, 1024, 0)
+    assert facts["best_step"] == found["best_step"]
     assert not list(tmp_path.glob(".training-*"))
     evaluated = numprune(
         *("evaluate", out, "--baseline", inputs / "dense", "--text", inputs / "heldout.txt"),

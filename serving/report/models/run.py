@@ -108,6 +108,7 @@ class Recovery(Model):
     """How the pruned weights were trained (see numprune.recovery).
 
     Attributes:
+        train: which weights: "all", or "lora" for adapters, which were merged.
         best_step: whose weights were kept; 0: those from before training.
         parameters: how many were trained.
         seconds: wall time.
@@ -116,6 +117,7 @@ class Recovery(Model):
     """
 
     method: str
+    train: str
     seed: Count
     learning_rate: Number
     tokens: Count

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from numprune.corpus import token_rows
 from numprune.documents import Document
 from numprune.errors import IntegrityError
 from numprune.recovery import RecoveryOptions, RecoveryRows, distill, draw_rows, training
+from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
 from numprune.recovery.state import TrainingState
 from tests.conftest import build_tiny, byte_tokenizer
@@ -106,6 +107,36 @@ def test_training_brings_a_model_nearer_to_the_dense_one(rows: RecoveryRows, fam
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_are_merged_into_the_projections_alone(rows: RecoveryRows, family: str) -> None:
+    dense = build_tiny(family)
+    model = disturbed(dense)
+    before, modules = weights(model), [name for name, _ in model.named_modules()]
+    found = distill(model, dense, rows, replace(OPTIONS, train="lora", rank=4, learning_rate=3e-3), CPU)
+    assert found.best_step > 0
+    assert found.kl_after < 0.9 * found.kl_before
+    assert divergence(dense, model, rows.selection) == pytest.approx(found.kl_after, rel=0.1)
+    assert [name for name, _ in model.named_modules()] == modules
+    changed = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if ("layers." in name or "h." in name) and before[name].dim() == 2}
+    for name in changed:
+        update = weights(model)[name] - before[name]
+        assert int(torch.linalg.matrix_rank(update, rtol=1e-3)) <= 4
+    assert found.parameters < 0.5 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_merging_that_changes_the_model_is_an_error(rows: RecoveryRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = build_tiny()
+    adapters = Adapters(disturbed(dense), 4, 0)
+    weights = adapters.merged()
+    adapters.finish(weights, rows.selection)
+    adapters = Adapters(disturbed(dense), 4, 0)
+    wrong = {name: 1.001 * weight for name, weight in weights.items()}
+    monkeypatch.setattr(Adapters, "merged", lambda self: wrong)
+    with pytest.raises(IntegrityError, match=r"merging the adapters changes logits by .* more than 1e-05"):
+        adapters.finish(weights, rows.selection)
+
+
 def test_the_result_is_never_worse_on_selection_rows(rows: RecoveryRows) -> None:
     """A learning rate that harms: the best step is the one before training."""
     dense = build_tiny()
@@ -143,12 +174,13 @@ class Killed(BaseException):
     """Ends a training where it stands."""
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_killed_training_ends_like_an_undisturbed_one(
-    rows: RecoveryRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: RecoveryRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Literal["all", "lora"]
 ) -> None:
-    dense = build_tiny()
+    dense, options = build_tiny(), replace(OPTIONS, train=train)
     undisturbed = disturbed(dense)
-    wanted = distill(undisturbed, dense, rows, OPTIONS, CPU, state=TrainingState(tmp_path / "a", "x"))
+    wanted = distill(undisturbed, dense, rows, options, CPU, state=TrainingState(tmp_path / "a", "x"))
     state = TrainingState(tmp_path / "b", "x")
     step = training._Training._step
 
@@ -160,7 +192,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(
     with monkeypatch.context() as patch:
         patch.setattr(training._Training, "_step", dying)
         with pytest.raises(Killed):
-            distill(disturbed(dense), dense, rows, OPTIONS, CPU, state=state)
+            distill(disturbed(dense), dense, rows, options, CPU, state=state)
     assert [path.name for path in sorted((tmp_path / "b").iterdir())] == ["state.json", "step-6.safetensors"]
     model, taken = disturbed(dense), []
 
@@ -169,7 +201,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(
         return step(self, number, batch)
 
     monkeypatch.setattr(training._Training, "_step", counted)
-    found = distill(model, dense, rows, OPTIONS, CPU, state=state)
+    found = distill(model, dense, rows, options, CPU, state=state)
     assert taken == [6, 7, 8, 9]
     assert equal(weights(model), weights(undisturbed))
     assert replace(found, seconds=0) == replace(wanted, seconds=0)

@@ -1,0 +1,79 @@
+"""LoRA: low-rank updates of the projections of the layers instead of all weights, by peft (Hu et al., ICLR 2022)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from numprune.anatomy import layers_path
+from numprune.errors import IntegrityError
+
+_ADAPTER = "default"
+_SCALE = 2  # of the update B A: peft's alpha divided by the rank
+_TOLERANCE = 1e-5  # of the largest logit, between a model with adapters and the one that they are merged into
+
+
+class Adapters:
+    """Adapters of every projection in the layers of a model (`weights.Trained`); all else is frozen.
+
+    Routed experts, which are no Linear layers, have none. The adapters are part of `model` until `finish`.
+    """
+
+    def __init__(self, model: PreTrainedModel, rank: int, seed: int) -> None:
+        from peft import LoraConfig, LoraModel
+
+        path = layers_path(model.config)
+        names = [
+            f"{path}.{name}"
+            for name, module in model.get_submodule(path).named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        ]
+        transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in names)
+        config = LoraConfig(r=rank, lora_alpha=_SCALE * rank, target_modules=names, fan_in_fan_out=transposed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._tuner = LoraModel(model, config, _ADAPTER)
+        self._model = model
+        self._layers = {f"{name}.weight": model.get_submodule(name) for name in names}
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        return {
+            name: layer.base_layer.weight + layer.get_delta_weight(_ADAPTER) for name, layer in self._layers.items()
+        }
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        own = {name: layer.base_layer.weight.detach().clone() for name, layer in self._layers.items()}
+        self._assign(weights, adapted=False)
+        try:
+            yield
+        finally:
+            self._assign(own, adapted=True)
+
+    def finish(self, weights: Mapping[str, Tensor], rows: Tensor) -> None:
+        self._check_merged(rows)
+        self._assign(weights, adapted=False)
+        self._tuner.unload()
+
+    @torch.no_grad()
+    def _check_merged(self, rows: Tensor) -> None:
+        """Raises IntegrityError unless the model computes the same with adapters and merged: logits of rows (n, S)."""
+        apart = self._model(input_ids=rows, use_cache=False).logits
+        with self.replaced(self.merged()):
+            together = self._model(input_ids=rows, use_cache=False).logits
+        error = float((apart - together).abs().max() / apart.abs().max())
+        if not error <= _TOLERANCE:
+            raise IntegrityError(
+                f"merging the adapters changes logits by {error:.1e} of the largest, more than {_TOLERANCE:g}; choose "
+                "a lower learning rate or rank"
+            )
+
+    @torch.no_grad()
+    def _assign(self, weights: Mapping[str, Tensor], *, adapted: bool) -> None:
+        for name, layer in self._layers.items():
+            layer.base_layer.weight.copy_(weights[name])
+            layer.enable_adapters(adapted)
