@@ -162,6 +162,7 @@ class Recover(Section):
     gradient_checkpointing: bool = True
     train: TrainedWeights = "all"
     rank: Count = 16
+    blocks: Count = 4
     seed: Seed = 0
 
 

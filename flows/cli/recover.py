@@ -20,7 +20,7 @@ from numprune.flows.cli.parser import (
     reading,
 )
 
-_TOKENS, _LEARNING_RATE, _RANK = 1_000_000, 1e-4, 16
+_TOKENS, _LEARNING_RATE, _RANK, _BLOCKS = 1_000_000, 1e-4, 16, 4
 _ROWS = (
     ("--batch-size", 8, "rows of a step"),
     ("--micro-batch-size", 8, "rows at a time: memory against speed"),
@@ -65,10 +65,17 @@ def add(commands: Subcommands) -> None:
     for name, default, what in _ROWS:
         parser.add_argument(name, type=at_least(1), default=default, metavar="N", help=f"{what} (default: {default})")
     add_choice(
-        parser, "--train", get_args(names.TrainedWeights), "all", "weights to train; lora: adapters, merged at the end"
+        parser,
+        "--train",
+        get_args(names.TrainedWeights),
+        "all",
+        "weights to train; lora: adapters, merged at the end; blocks: those that pruning cost most",
     )
     parser.add_argument(
-        "--rank", type=at_least(1), default=_RANK, metavar="N", help=f"of the adapters (default: {_RANK})"
+        "--rank", type=at_least(1), default=_RANK, metavar="N", help=f"of the adapters of lora (default: {_RANK})"
+    )
+    parser.add_argument(
+        "--blocks", type=at_least(1), default=_BLOCKS, metavar="N", help=f"how many to train (default: {_BLOCKS})"
     )
     parser.add_argument(
         "--no-gradient-checkpointing",

@@ -142,6 +142,7 @@ def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tenso
 
 
 def dropped_layers(source: Path) -> list[int]:
+    """Return the layers that a checkpoint lacks of the model that it was pruned from."""
     """Return the layers that the model lacks of the one that it was pruned from."""
     path = source / PLAN_FILE
     return list(read_plan(path).dropped_layers()) if path.exists() else []

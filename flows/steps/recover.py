@@ -23,6 +23,7 @@ from numprune.flows.names import CAUSAL_LM, TRAINING, TRAINING_LOCK
 from numprune.flows.recipe import Recover
 from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
+from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint, RecoveryText
 from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows, require_unseen
 from numprune.recovery.rows import require_others
@@ -118,7 +119,14 @@ def recover_checkpoint(
         with locks.held(state.folder / TRAINING_LOCK, timeout_s=0):
             model, _ = checkpoint.load(source)
             found = distill(
-                model, checkpoint.load(dense)[0], rows, options, device, stored=_stored(source, model), state=state
+                model,
+                checkpoint.load(dense)[0],
+                rows,
+                options,
+                device,
+                stored=_stored(source, model),
+                dropped=dropped_layers(source),
+                state=state,
             )
             facts = {"recovery": {**asked, **_lasting(found)}}
             with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:

@@ -103,6 +103,7 @@ def recovery_section(asked: Recover, recovered: RecoveredCheckpoint) -> dict[str
         "steps": recovered.steps,
         "best_step": recovered.best_step,
         "parameters": recovered.parameters,
+        "blocks": recovered.blocks,
         "seconds": recovered.seconds,
         "selection_kl_nats_per_token": {"baseline": recovered.kl_before, "candidate": recovered.kl_after},
     }

@@ -88,6 +88,7 @@ class RecoveredCheckpoint:
     kl_after: float
     seconds: float
     parameters: int
+    blocks: dict[str, float]
 
 
 @dataclass(frozen=True)

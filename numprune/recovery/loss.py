@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from numprune.tasks import CAUSAL
+from numprune.tasks import CAUSAL, Predictions
 from numprune.tasks.language import kl_divergence, log_probabilities
 from numprune.tasks.task import parts
 
@@ -28,11 +28,16 @@ class Distillation(nn.Module):
         states = ours.states([], rows)
         with torch.no_grad():
             wanted = theirs.states([], rows)
+        return divergence(ours, states, theirs, wanted)
 
-        def of_part(some: Tensor, same: Tensor) -> Tensor:
-            with torch.no_grad():
-                target = log_probabilities(theirs, same)
-            return kl_divergence(log_probabilities(ours, some), target).sum()
 
-        sums = [checkpoint(of_part, *part, use_reentrant=False) for part in parts(ours.size, states, wanted)]
-        return torch.stack(sums).sum()
+def divergence(ours: Predictions, states: Tensor, theirs: Predictions, wanted: Tensor) -> Tensor:
+    """Return the sum of KL(p || q) over states (n, P, H) of two models, a scalar in nats, float64; p is not trained."""
+
+    def of_part(some: Tensor, same: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = log_probabilities(theirs, same)
+        return kl_divergence(log_probabilities(ours, some), target).sum()
+
+    sums = [checkpoint(of_part, *part, use_reentrant=False) for part in parts(ours.size, states, wanted)]
+    return torch.stack(sums).sum()

@@ -23,7 +23,8 @@ class RecoveryOptions:
         micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
         selection_rows: on which the best step is chosen; they are not trained on.
         gradient_checkpointing: compute activations twice instead of keeping them; the result stays.
-        train: "all" weights, or "lora": adapters of `rank` beside the projections of the layers, merged at the end.
+        train: "all" weights; "lora": adapters of `rank` beside the projections of the layers, merged at the end;
+            "blocks": the weights of as many `blocks` as that, those that pruning cost most.
         seed: of the draw of the rows and of their order, and of the adapters.
     """
 
@@ -33,8 +34,9 @@ class RecoveryOptions:
     micro_batch_size: int = 8
     selection_rows: int = 64
     gradient_checkpointing: bool = True
-    train: Literal["all", "lora"] = "all"
+    train: Literal["all", "lora", "blocks"] = "all"
     rank: int = 16
+    blocks: int = 4
     seed: int = 0
 
     def steps(self, length: int) -> int:

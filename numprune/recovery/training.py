@@ -4,10 +4,11 @@ import importlib.util
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from numprune.progress import Progress
 from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
 from numprune.recovery.options import RecoveryOptions, RowOrder, learning_rate_factor, measured_after
+from numprune.recovery.prices import block_prices
 from numprune.recovery.rows import RecoveryRows
 from numprune.recovery.state import Position, TrainingState
-from numprune.recovery.weights import AllWeights, Trained
+from numprune.recovery.weights import Trained, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Recovered:
         kl_before, kl_after: divergence from the dense model on the selection rows, nats per token.
         seconds: that the steps and measurements took, those of killed processes included.
         parameters: how many were trained.
+        blocks: those that were trained, where only some were: name -> what pruning cost them, nats per token.
     """
 
     steps: int
@@ -50,6 +53,7 @@ class Recovered:
     kl_after: float
     seconds: float
     parameters: int
+    blocks: dict[str, float]
 
 
 def require_packages(options: RecoveryOptions) -> None:
@@ -67,6 +71,7 @@ def distill(
     device: torch.device,
     *,
     stored: Mapping[str, torch.dtype] | None = None,
+    dropped: Sequence[int] = (),
     state: TrainingState | None = None,
 ) -> Recovered:
     """Train `model`, which was pruned from `dense`, towards it, in place. Both are in evaluation mode: no dropout.
@@ -81,6 +86,7 @@ def distill(
         device: where to train. Processes that `accelerate launch` started have a GPU each.
         stored: data types that weights will be stored in, where these are not float32: each step is judged with the
             weights as they will be stored, and a GPU computes in bfloat16.
+        dropped: layers of `dense` that `model` does not have.
         state: where to go on from, and to save to after each measurement.
 
     Raises:
@@ -88,7 +94,7 @@ def distill(
         IntegrityError: the loss is not finite, or adapters cannot be merged without changing the model.
     """
     require_packages(options)
-    return _Training(model, dense, rows, options, device, stored or {}).run(state)
+    return _Training(model, dense, rows, options, device, stored or {}, dropped).run(state)
 
 
 class _Training:
@@ -102,6 +108,7 @@ class _Training:
         options: RecoveryOptions,
         device: torch.device,
         stored: Mapping[str, torch.dtype],
+        dropped: Sequence[int],
     ) -> None:
         from accelerate import Accelerator
 
@@ -115,9 +122,16 @@ class _Training:
             )
         self._model = model.to(self._processes.device)
         dense.to(self._processes.device)
-        self._trained: Trained = AllWeights(model)
+        self._blocks: dict[str, float] = {}
+        self._trained: Trained
         if options.train == "lora":
             self._trained = Adapters(model, options.rank, options.seed)
+        elif options.train == "blocks":
+            prices = block_prices(model, dense, rows.training[: options.micro_batch_size].to(model.device), dropped)
+            self._blocks = dict(islice(prices.items(), options.blocks))
+            self._trained = Weights(model, self._blocks)
+        else:
+            self._trained = Weights(model)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._optimizer = torch.optim.AdamW(self._weights.values(), options.learning_rate, _BETAS, weight_decay=0.0)
         self._loss = Distillation(model, dense)
@@ -159,6 +173,7 @@ class _Training:
             kl_after=dict(curve)[self._position.best_step],
             seconds=self._position.seconds + time.perf_counter() - before,
             parameters=sum(weight.numel() for weight in self._weights.values()),
+            blocks=self._blocks,
         )
 
     def _step(self, step: int, batch: list[int]) -> float:

@@ -1,12 +1,14 @@
 """What of a model is trained, and what it computes with then: all weights, or adapters beside them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from numprune.anatomy import read_anatomy
 
 
 class Trained(Protocol):
@@ -25,11 +27,18 @@ class Trained(Protocol):
         """
 
 
-class AllWeights:
-    """Every weight of a model that requires a gradient."""
+class Weights:
+    """The weights of a model, or of some of its blocks alone; the others are frozen."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    def __init__(self, model: PreTrainedModel, blocks: Collection[str] | None = None) -> None:
+        """`blocks`: their names; None: everything is trained."""
+        self._weights = dict(model.named_parameters())
+        if blocks is not None:
+            chosen = [block for block in read_anatomy(model.config).blocks if block.name in blocks]
+            names = {f"{block.path}.{tensor}" for block in chosen for tensor in block.tensors()}
+            for name, weight in self._weights.items():
+                weight.requires_grad_(name in names)
+            self._weights = {name: self._weights[name] for name in self._weights if name in names}
 
     def merged(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self._weights.items()}

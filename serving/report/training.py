@@ -12,7 +12,9 @@ def described(found: Recovery) -> str:
         if found.best_step
         else f"None of {found.steps:,} steps was better on selection rows, so the weights are those from before"
     )
-    what = "parameters of adapters" if found.train == "lora" else "parameters"
+    what = {"lora": "parameters of adapters", "blocks": f"parameters of {', '.join(found.blocks)}"}.get(
+        found.train, "parameters"
+    )
     return (
         f"After pruning, {found.parameters:,} {what} were trained towards the dense model ({found.method}) on "
         f"{found.tokens:,} tokens: learning rate {words.number(found.learning_rate)}, seed {found.seed}, "

@@ -43,7 +43,7 @@ def test_the_defaults_are_those_of_recipes_and_of_the_core() -> None:
     assert {name: getattr(parsed, name) for name in vars(defaults)} == vars(defaults)
 
 
-@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.parametrize("train", ["all", "lora", "blocks"])
 def test_the_trained_checkpoint_is_nearer_to_the_dense_one(
     numprune: Command, inputs: Path, tmp_path: Path, train: str
 ) -> None:

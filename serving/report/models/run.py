@@ -108,9 +108,10 @@ class Recovery(Model):
     """How the pruned weights were trained (see numprune.recovery).
 
     Attributes:
-        train: which weights: "all", or "lora" for adapters, which were merged.
+        train: which weights: "all", "lora" for adapters, which were merged, or "blocks" for some blocks'.
         best_step: whose weights were kept; 0: those from before training.
         parameters: how many were trained.
+        blocks: those blocks: name -> KL from the dense model, nats per token, with that block alone pruned.
         seconds: wall time.
         selection_kl_nats_per_token: divergence from the dense model before training and of what was kept, on rows
             that were not trained on but chosen by.
@@ -124,6 +125,7 @@ class Recovery(Model):
     steps: Count
     best_step: Count
     parameters: Count
+    blocks: dict[str, Number] = Field(default={})
     seconds: Number
     selection_kl_nats_per_token: SizePair
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from numprune.corpus import token_rows
 from numprune.documents import Document
-from numprune.errors import IntegrityError
+from numprune.errors import InputError, IntegrityError
 from numprune.recovery import RecoveryOptions, RecoveryRows, distill, draw_rows, training
 from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
+from numprune.recovery.prices import block_prices
 from numprune.recovery.state import TrainingState
 from tests.conftest import build_tiny, byte_tokenizer
 from tests.numprune.trained import divergence
@@ -123,6 +124,47 @@ def test_adapters_are_merged_into_the_projections_alone(rows: RecoveryRows, fami
         update = weights(model)[name] - before[name]
         assert int(torch.linalg.matrix_rank(update, rtol=1e-3)) <= 4
     assert found.parameters < 0.5 * sum(weight.numel() for weight in model.parameters())
+
+
+def test_only_the_blocks_that_cost_most_are_trained(rows: RecoveryRows) -> None:
+    dense = build_tiny()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for name, scale in (("0.mlp", 0.2), ("1.self_attn", 0.3), ("1.mlp", 0.9)):
+            for weight in model.model.layers.get_submodule(name).parameters():
+                weight.mul_(scale)
+    prices = block_prices(model, dense, rows.training[:4])
+    assert set(prices) == {f"layers.{layer}.{kind}" for layer in (0, 1) for kind in ("attention", "mlp")}
+    assert prices["layers.0.attention"] == 0
+    assert min(prices["layers.0.mlp"], prices["layers.1.attention"]) > prices["layers.1.mlp"] > 0
+    assert list(prices.values()) == sorted(prices.values(), reverse=True)
+    alone = copy.deepcopy(dense)
+    alone.model.layers[0].mlp = copy.deepcopy(model.model.layers[0].mlp)
+    assert prices["layers.0.mlp"] == pytest.approx(divergence(dense, alone, rows.training[:4]), rel=0.1)
+
+    before = weights(model)
+    found = distill(model, dense, rows, replace(OPTIONS, train="blocks", blocks=2), CPU)
+    assert set(found.blocks) == {"layers.0.mlp", "layers.1.attention"}
+    assert found.kl_after < 0.9 * found.kl_before
+    changed = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
+    assert {".".join(name.split(".")[2:4]) for name in changed} == {"0.mlp", "1.self_attn"} | {
+        f"{layer}.{norm}_layernorm" for layer, norm in ((0, "post_attention"), (1, "input"))
+    }
+
+
+def test_prices_of_a_model_with_fewer_layers(rows: RecoveryRows) -> None:
+    dense = build_tiny(num_hidden_layers=3)
+    model = build_tiny()
+    model.load_state_dict(
+        {
+            name.replace("layers.2.", "layers.1."): value
+            for name, value in dense.state_dict().items()
+            if "layers.1." not in name
+        }
+    )
+    assert set(block_prices(model, dense, rows.training[:2], dropped=[1]).values()) == {0.0}
+    with pytest.raises(InputError, match=r"layers\.2\.attention: the dense model has no such block"):
+        block_prices(dense, model, rows.training[:2])
 
 
 def test_merging_that_changes_the_model_is_an_error(rows: RecoveryRows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,61 @@
+"""What pruning cost each block: how far the dense model's predictions move with that block alone pruned."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Block
+from numprune.errors import InputError
+from numprune.progress import progress
+from numprune.recovery.loss import divergence
+from numprune.tasks import CAUSAL
+
+
+@torch.no_grad()
+def block_prices(
+    model: PreTrainedModel, dense: PreTrainedModel, rows: Tensor, dropped: Sequence[int] = ()
+) -> dict[str, float]:
+    """Return the price of each block of `model` by its name, in nats per token, the highest first.
+
+    Args:
+        model: pruned from `dense`.
+        rows: (n, S) int64.
+        dropped: layers of `dense` that `model` does not have.
+
+    Raises InputError where the models' layers do not correspond.
+    """
+    blocks = [block for block in read_anatomy(model.config).blocks if block.units]
+    whole = read_anatomy(dense.config)
+    by_place = {(block.layer, block.kind): block for block in whole.blocks}
+    left = [layer for layer in range(whole.layers) if layer not in dropped]
+    predictions = CAUSAL.predictions(dense)
+    unchanged = predictions.states([], rows)
+    prices = {}
+    for block in progress(blocks, "price", "block"):
+        counterpart = by_place.get((left[block.layer], block.kind)) if block.layer < len(left) else None
+        if counterpart is None:
+            raise InputError(f"{block.name}: the dense model has no such block; it is not the one that was pruned")
+        with _swapped(dense, counterpart, model, block):
+            changed = predictions.states([], rows)
+        loss = divergence(predictions, changed, predictions, unchanged)
+        prices[block.name] = float(loss) / (len(rows) * (rows.shape[1] - 1))
+    return dict(sorted(prices.items(), key=lambda item: -item[1]))
+
+
+@contextmanager
+def _swapped(dense: PreTrainedModel, counterpart: Block, model: PreTrainedModel, block: Block) -> Iterator[None]:
+    """Give the dense model's layer the modules of the pruned block."""
+    layer, source = dense.get_submodule(counterpart.path), model.get_submodule(block.path)
+    names = {tensor.partition(".")[0] for tensor in block.tensors()}
+    own = {name: layer.get_submodule(name) for name in names}
+    for name in names:
+        setattr(layer, name, source.get_submodule(name))
+    try:
+        yield
+    finally:
+        for name, module in own.items():
+            setattr(layer, name, module)
