@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)
-            _print(_as_json(answer.data) if args.json else answer.text)
+            if not answer.quiet:
+                _print(_as_json(answer.data) if args.json else answer.text)
             in_json = False  # one object is all there is; what fails while a server serves is told on stderr
             return answer.then() if answer.then else answer.exit_code
     except NumpruneError as error:

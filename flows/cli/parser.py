@@ -26,12 +26,14 @@ _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
 class Answer:
     """What a command found, as one JSON object and as text for people.
 
-    `then` is what remains to be done once the answer is printed, and gives the exit code: a server goes on serving.
+    `quiet`: nothing is printed; another process of the same command answers. `then` is what remains to be done once the
+    answer is printed, and gives the exit code: a server goes on serving.
     """
 
     data: dict[str, Any]
     text: str
     exit_code: int = 0
+    quiet: bool = False
     then: Callable[[], int] | None = None
 
 

@@ -69,7 +69,7 @@ def add(commands: Subcommands) -> None:
         "--train",
         get_args(names.TrainedWeights),
         "all",
-        "weights to train; lora: adapters, merged at the end; blocks: those that pruning cost most",
+        "weights to train (lora: adapters, merged at the end; blocks: those that pruning cost most)",
     )
     parser.add_argument(
         "--rank", type=at_least(1), default=_RANK, metavar="N", help=f"of the adapters of lora (default: {_RANK})"
@@ -97,6 +97,7 @@ def recover(args: argparse.Namespace) -> Answer:
         check_request,
         check_windows,
         recover_checkpoint,
+        shared_by,
         training_rows,
     )
     from numprune.flows.steps.text import heldout_rows, row_length
@@ -119,6 +120,7 @@ def recover(args: argparse.Namespace) -> Answer:
         heldout = heldout_rows(args.heldout, length, [source], how, dense)
         check_windows(rows, heldout, "--heldout")
     device = device_of("auto")
+    processes = shared_by(device)
     found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)
     data = {
         "out": str(args.out),
@@ -132,13 +134,13 @@ def recover(args: argparse.Namespace) -> Answer:
         f"{found.best_step:,}; KL from the dense model on selection rows {found.kl_before:.4f} -> "
         f"{found.kl_after:.4f} nats/token"
     )
-    if heldout is not None:
+    if heldout is not None and processes.is_main_process:
         before, after = compare_checkpoints([source, args.out], dense, heldout, device)
         data["heldout"] = {"before": before, "after": after}
         losses = [side["loss_delta"]["value"] for side in (before, after)]
         text += f"\nheld-out text: NLL above the dense model's {losses[0]:.4f} -> {losses[1]:.4f} nats/token"
     data |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-    return Answer(data, text)
+    return Answer(data, text, quiet=not processes.is_main_process)
 
 
 def _count(text: str) -> int:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,14 @@ def recover_checkpoint(
     check_request(source, dense)
     parents = {"base": manifest.folder_digest(source), "dense": manifest.folder_digest(dense)}
     asked = {"method": "distill", **dataclasses.asdict(options), "rows": rows.digest}
-    identity = _digest({**parents, **asked, "device": device.type, "code": code_version("export")})
+    processes = shared_by(device)
+    where = {"device": device.type, "processes": processes.num_processes, "code": {**code_version("export")}}
+    identity = _digest({**parents, **asked, **where})
     state = TrainingState(scratch / f"{TRAINING}{identity[:16]}", identity)
     try:
-        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0):
+        # One process saves and writes for all.
+        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0) if processes.is_main_process else nullcontext():
+            processes.wait_for_everyone()
             model, _ = checkpoint.load(source)
             found = distill(
                 model,
@@ -128,14 +132,23 @@ def recover_checkpoint(
                 dropped=dropped_layers(source),
                 state=state,
             )
-            facts = {"recovery": {**asked, **_lasting(found)}}
-            with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
-                checkpoint.save_trained(model, source, folder)
-                card.set_training(folder, training_of(found))
-            shutil.rmtree(state.folder)
+            if processes.is_main_process:
+                facts = {"recovery": {**asked, **_lasting(found)}}
+                with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
+                    checkpoint.save_trained(model, source, folder)
+                    card.set_training(folder, training_of(found))
+                shutil.rmtree(state.folder)
     except locks.Held:
         raise InputError(f"{state.folder}: another process trains the same; wait for it, or end it") from None
+    processes.wait_for_everyone()
     return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
+
+
+def shared_by(device: torch.device) -> Any:
+    """Return accelerate's view of the processes that share the training: one, or those of `accelerate launch`."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu")
 
 
 def _stored(source: Path, model: PreTrainedModel) -> dict[str, torch.dtype]:
