@@ -64,7 +64,21 @@ def compare_with(
 ) -> Comparison:
     """`compare` with a baseline whose states on `rows` are known already."""
     check_rows_fit(model, rows)
-    return task.compare(task.predictions(model), baseline, rows, batch_size, seed)
+    return compare_predictions(task.predictions(model), baseline, rows, task, batch_size=batch_size, seed=seed)
+
+
+@torch.inference_mode()
+def compare_predictions(
+    model: Predictions,
+    baseline: Predictions,
+    rows: TokenRows,
+    task: Task = CAUSAL,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Comparison:
+    """`compare` where the states of both on `rows` are known already."""
+    return task.compare(model, baseline, rows, batch_size, seed)
 
 
 def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:

@@ -38,6 +38,12 @@ def score(
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
     generations = generate(model, tokenizer, prompts) if task.generates else []
+    quality = keep_states(folder, model, rows, task)
+    return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality))
+
+
+def keep_states(folder: Path, model: PreTrainedModel, rows: TokenRows, task: Task = CAUSAL) -> Quality | None:
+    """Write the states of `model` on `rows` into `folder`, for `scored`; return what `quality.evaluate` does."""
     starts = _starts(rows, task)
     with (folder / _STATES).open("wb") as file:  # not mapped: a full disk would end the process without a word
 
@@ -46,8 +52,7 @@ def score(
                 file.seek(int(starts[row]) * of_row.shape[1] * of_row.itemsize)
                 file.write(of_row.tobytes())
 
-        quality = evaluate(model, rows, task, keep=keep)
-    return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality))
+        return evaluate(model, rows, task, keep=keep)
 
 
 def scored(
@@ -58,7 +63,10 @@ def scored(
     device: torch.device,
     task: Task = CAUSAL,
 ) -> Predictions:
-    """What `score` wrote into `folder`, of the same rows. `head`, `size`: of the scored model's predictions."""
+    """What `score` or `keep_states` wrote into `folder`, of the same rows.
+
+    `head`, `size`: of the scored model's predictions.
+    """
     starts = _starts(rows, task)
     kept = np.memmap(folder / _STATES, dtype=np.float32, mode="r").reshape(int(starts[-1]), -1)
 

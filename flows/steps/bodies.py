@@ -217,7 +217,7 @@ def make_quality(
     import torch
 
     from numprune.flows.steps.baseline import prompts_of
-    from numprune.flows.steps.evaluate import compare_checkpoints, compare_with_scores
+    from numprune.flows.steps.evaluate import compare_with_scores
     from numprune.flows.steps.text import load_heldout
 
     held_out, where = load_heldout(rows.path, rows_digest), torch.device(device)
@@ -229,10 +229,8 @@ def make_quality(
         held_out,
         prompts_of(prompts),
         where,
+        unquantized=unquantized.path if unquantized else None,
     )
-    if unquantized is not None:
-        [beside] = compare_checkpoints([candidate.path], unquantized.path, held_out, where)
-        found["quantization_loss_delta"] = beside["loss_delta"]
     return Quality.model_validate(found)
 
 

@@ -15,9 +15,9 @@ from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.export.checkpoint import load, read_config
 from numprune.export.tasks import load_task
-from numprune.flows.steps.baseline import score, scored, side
+from numprune.flows.steps.baseline import keep_states, score, scored, side
 from numprune.generation import MAXIMUM_TOKENS, generate
-from numprune.quality import compare_with, evaluate
+from numprune.quality import compare_predictions, compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 from numprune.tasks import Comparison, Predictions, Task, TaskName
 
@@ -32,14 +32,28 @@ def compare_with_scores(
     rows: TokenRows,
     prompts: Sequence[str],
     device: torch.device,
+    unquantized: Path | None = None,
 ) -> dict[str, Any]:
     """The section `quality`; `scores`: where `score` put the baseline's on the same rows, `generations`: what it found.
+
+    Of a quantized candidate, `unquantized` is what it was quantized from. Each model reads the rows once.
 
     Raises InputError, IntegrityError.
     """
     task = load_task(baseline)
     known = _scored(scores, rows, load(baseline)[0].to(device), task)
-    return _compare(candidate, known, generations, rows, prompts, device, task)
+    if unquantized is None:
+        return _compare(candidate, known, generations, rows, prompts, device, task)
+    with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
+        before = _run_once(Path(scratch, "unquantized"), load(unquantized)[0].to(device), rows, task)
+        model, tokenizer = load(candidate)
+        ours = _run_once(Path(scratch, "candidate"), model.to(device), rows, task)
+        found = section(compare_predictions(ours, known, rows, task), rows)
+        beside = section(compare_predictions(ours, before, rows, task), rows)
+    found["quantization_loss_delta"] = beside["loss_delta"]
+    if prompts and task.generates:
+        found["generation"] = generation(model, tokenizer, prompts, generations)
+    return found
 
 
 def compare_checkpoints(
@@ -82,6 +96,13 @@ def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> d
 def _tokens(task: TaskName, rows: TokenRows, scored: np.ndarray) -> int:
     """The tokens that a task's figures are of: those predicted, or all of the texts."""
     return int(scored.sum()) if task in ("causal-lm", "masked-lm") else sum(map(len, rows.rows))
+
+
+def _run_once(folder: Path, model: PreTrainedModel, rows: TokenRows, task: Task) -> Predictions:
+    """Run the model on the rows; return its predictions, kept in the new `folder`. Of the model its head is kept."""
+    folder.mkdir()
+    keep_states(folder, model, rows, task)
+    return _scored(folder, rows, model, task)
 
 
 def _scored(folder: Path, rows: TokenRows, dense: PreTrainedModel, task: Task) -> Predictions:

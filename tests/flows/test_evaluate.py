@@ -15,9 +15,11 @@ from numprune.export.checkpoint import load
 from numprune.flows import chain, recipe
 from numprune.flows.steps import baseline, checks, evaluate
 from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.flows.steps.text import heldout_rows
 from numprune.generation import PROMPTS
 from numprune.quality import compare
+from numprune.quantization import Scheme
 from numprune.serving import gates
 from numprune.serving.report import Report
 from tests.conftest import build_tiny, byte_tokenizer
@@ -49,6 +51,36 @@ def rows(tiny: Path) -> TokenRows:
 def test_figures_match_both_models_evaluated_side_by_side(tiny: Path, others: list[Path], rows: TokenRows) -> None:
     (found,) = compare_checkpoints(others[:1], tiny / "base", rows, CPU)
     assert found == evaluate.section(compare(load(others[0])[0], load(tiny / "base")[0], rows), rows)
+
+
+def test_a_quantized_candidate_is_run_once(
+    tiny: Path, rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the base and with what it was quantized from; each figure is that of both side by side."""
+    pruned, quantized = written(tmp_path / "pruned", build_tiny(seed=1)), tmp_path / "quantized"
+    quantize_checkpoint(pruned, Scheme("w8a8"), quantized, CPU)
+    [to_base] = compare_checkpoints([quantized], tiny / "base", rows, CPU)
+    [to_pruned] = compare_checkpoints([quantized], pruned, rows, CPU)
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    baseline.score(scores, *load(tiny / "base"), rows)
+    batches: dict[str, int] = {}
+
+    def counting(folder: Path) -> Any:
+        model, tokenizer = load(folder)
+        batches[folder.name] = 0
+
+        def count(*_: Any) -> None:
+            batches[folder.name] += 1
+
+        model.base_model.register_forward_hook(count)
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate, "load", counting)
+    found = evaluate.compare_with_scores(quantized, tiny / "base", scores, [], rows, [], CPU, unquantized=pruned)
+    assert found == {**to_base, "quantization_loss_delta": to_pruned["loss_delta"]}
+    assert batches["base"] == 0
+    assert batches["quantized"] == batches["pruned"] > 0
 
 
 def test_several_candidates_share_one_scoring_of_the_baseline(
