@@ -87,8 +87,9 @@ def judge(run: Run, make: Make) -> Judged:
             make(prove(run, name, run.base, baselines[name], "baseline"))
 
     # No server runs a masked language model.
-    answers = make(compute_answers(run, candidate)) if run.task != "masked-lm" else None
-    quality = make(evaluate(run, candidate, unquantized if quantized else None, heldout, scores))
+    before = unquantized if quantized else None
+    answers = make(compute_answers(run, candidate, before)) if run.task != "masked-lm" else None
+    quality = make(evaluate(run, candidate, before, heldout, scores))
     timed: dict[str, Callable[[int], Stage[Timings]]] = {
         runtime: partial(benchmark, run, runtime, exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
@@ -258,9 +259,15 @@ def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact,
     return stage.labelled(f"parity {export_format} {side}").on_gpu()
 
 
-def compute_answers(run: Run, candidate: Artifact) -> Stage[Answers]:
-    body = bodies.make_reference_answers
-    return Stage.of("reference-answers", "serving", body, checkpoint=candidate, device=run.device).on_gpu()
+def compute_answers(run: Run, candidate: Artifact, unquantized: Artifact | None) -> Stage[Answers]:
+    return Stage.of(
+        "reference-answers",
+        "serving",
+        bodies.make_reference_answers,
+        checkpoint=candidate,
+        unquantized=unquantized,
+        device=run.device,
+    ).on_gpu()
 
 
 def evaluate(

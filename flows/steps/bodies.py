@@ -185,14 +185,18 @@ def make_parity(out: Path, *, reference: Artifact, candidate: Artifact, runtime:
     return prove(reference.path, candidate.path, runtime, device)
 
 
-def make_reference_answers(out: Path, *, checkpoint: Artifact, device: str) -> Answers:
-    """Write reference-answers.json: what a server of the checkpoint must answer."""
+def make_reference_answers(out: Path, *, checkpoint: Artifact, unquantized: Artifact | None, device: str) -> Answers:
+    """Write reference-answers.json: what a server of the checkpoint must answer.
+
+    A quantized checkpoint is held to the noise floor of the `unquantized` one.
+    """
     import torch
 
     from numprune.flows.steps.reference_answers import answers_of
     from numprune.serving.reference_answers import PooledAnswers
 
-    made = answers_of(checkpoint.path, torch.device(device))
+    before = unquantized.path if unquantized else None
+    made = answers_of(checkpoint.path, torch.device(device), unquantized=before)
     made.write(out)
     texts = made.inputs if isinstance(made, PooledAnswers) else made.prompts
     return Answers(len(texts), made.length)

@@ -1,6 +1,7 @@
 """What a server of a release must answer, computed with transformers: in float32, or in float64 for encoders."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.anatomy import context_of
 from numprune.errors import InputError
-from numprune.export import float64
+from numprune.export import float64, noise
 from numprune.export.checkpoint import load
 from numprune.export.prompts import TEXTS
 from numprune.export.tasks import load_task
@@ -19,6 +20,7 @@ from numprune.serving.reference_answers import (
     MINIMUM_STEPS,
     CompletionAnswers,
     Encoded,
+    Noise,
     PooledAnswers,
     PooledText,
     Prompt,
@@ -32,10 +34,36 @@ _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU = torch.device("cpu")
 
 
-def answers_of(checkpoint: Path, device: torch.device = _CPU) -> ReferenceAnswers:
-    """Compute the reference answers of a checkpoint. Raises InputError (its context is too short), IntegrityError."""
+def answers_of(checkpoint: Path, device: torch.device = _CPU, *, unquantized: Path | None = None) -> ReferenceAnswers:
+    """Compute the reference answers of a checkpoint.
+
+    Of a quantized checkpoint, `unquantized` is what it was quantized from, whose rounding errors bound a server's.
+
+    Raises InputError (its context is too short), IntegrityError.
+    """
     task = load_task(checkpoint)
-    return _completions(checkpoint, device) if task.name == "causal-lm" else _pooled(checkpoint, task, device)
+    made = _completions(checkpoint, device) if task.name == "causal-lm" else _pooled(checkpoint, task, device)
+    if unquantized is None:
+        return made
+    errors = (
+        _errors_in_half(unquantized, device, lambda model: _logprobs_of(made.prompts, partial(_logits, model)))
+        if isinstance(made, CompletionAnswers)
+        else _errors_in_half(
+            unquantized, device, lambda model: _values(model, [one.tokens for one in made.inputs], task)
+        )
+    )
+    floor = {name: noise.of_errors(found) for name, found in errors.items() if found.isfinite().all()}
+    return made.model_copy(update={"noise_floor": {name: Noise(**asdict(one)) for name, one in floor.items()}})
+
+
+def _errors_in_half(
+    checkpoint: Path, device: torch.device, outputs: Callable[[PreTrainedModel], Tensor]
+) -> dict[str, Tensor]:
+    """How far the outputs in each half precision are from those in float32."""
+    exact, *half = (
+        outputs(load(checkpoint, dtype)[0].to(device)).double() for dtype in (torch.float32, *_HALF.values())
+    )
+    return {name: found - exact for name, found in zip(_HALF, half, strict=True)}
 
 
 def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
@@ -73,21 +101,11 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers
         for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
     ]
 
-    def values(loaded: PreTrainedModel) -> Tensor:
-        """(texts, values) of a model on the device."""
-        found = []
-        for tokens in texts:
-            fed = torch.tensor([tokens], device=device)
-            output = task.output(loaded, fed, torch.ones_like(fed))[0]
-            found.append(normalize(output, dim=-1) if task.name == "embedding" else output.softmax(-1))
-        return torch.stack(found)
-
     rounded = {}
     for name, dtype in {"float32": torch.float32, **_HALF}.items():
-        with torch.no_grad():
-            rounded[name] = values(load(checkpoint, dtype)[0].to(device)).double().cpu()
+        rounded[name] = _values(load(checkpoint, dtype)[0].to(device), texts, task).double()
     float64.in_float64(model.to(device))
-    exact = float64.run(lambda: values(model))
+    exact = float64.run(lambda: _values(model, texts, task))
     errors = {name: (found - exact).abs() for name, found in rounded.items()}
     return PooledAnswers(
         task=task.name,
@@ -103,19 +121,35 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers
     )
 
 
+@torch.no_grad()
+def _values(model: PreTrainedModel, texts: Sequence[Sequence[int]], task: Task) -> Tensor:
+    """(texts, values): embeddings at length 1, or class probabilities, of the tokens of each text by itself."""
+    found = []
+    for tokens in texts:
+        fed = torch.tensor([tokens], device=model.device)
+        output = task.output(model, fed, torch.ones_like(fed))[0]
+        found.append(normalize(output, dim=-1) if task.name == "embedding" else output.softmax(-1))
+    return torch.stack(found).cpu()
+
+
 def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     return [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
 
 
 def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
     """How far the answers are from another precision, whose `logits` are (S,) -> (S, V); None where that overflows."""
-    errors = []
+    expected = [value for prompt in prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
+    error = (_logprobs_of(prompts, logits) - torch.tensor(expected, dtype=torch.float64)).abs()
+    return Rounding(worst=float(error.max()), mean=float(error.mean())) if error.isfinite().all() else None
+
+
+def _logprobs_of(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """The log-probability of every token but the first of each prompt and its continuation, (positions,) float64."""
+    found = []
     for prompt in prompts:
         tokens = torch.tensor([*prompt.tokens, *prompt.greedy])
-        found = logits(tokens)[:-1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-        errors.append(found - torch.tensor([*prompt.logprobs, *prompt.greedy_logprobs], dtype=torch.float64))
-    error = torch.cat(errors).abs()
-    return Rounding(worst=float(error.max()), mean=float(error.mean())) if error.isfinite().all() else None
+        found.append(logits(tokens)[:-1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0])
+    return torch.cat(found)
 
 
 @torch.inference_mode()

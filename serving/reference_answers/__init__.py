@@ -18,6 +18,7 @@ from numprune.serving.reference_answers.answers import (
     TOLERANCES,
     CompletionAnswers,
     Encoded,
+    Noise,
     PooledAnswers,
     PooledText,
     Prompt,
@@ -36,6 +37,7 @@ __all__ = [
     "TOLERANCES",
     "CompletionAnswers",
     "Encoded",
+    "Noise",
     "PooledAnswers",
     "PooledText",
     "Prompt",
@@ -62,8 +64,9 @@ def check(url: str, reference: ReferenceAnswers, dtype: str, api_key: str | None
 
 def told(found: dict[str, Any]) -> str:
     """What `check` found, in words."""
-    worst, limit = found["worst"]["error"], found["tolerance"]
+    worst, limit, p99 = found["worst"]["error"], found["tolerance"], found["p99_tolerance"]
+    also = "" if p99 is None else f", 99th percentile {found['p99_error']:.2g} (limit {p99:.2g})"
     if "greedy_match" in found:
         of_all = f"{found['greedy_match']:.0%} of greedy tokens"
-        return f"worst difference of a log-probability {worst:.2g} nats (limit {limit:g}), {of_all}"
-    return f"worst difference of {found['positions']:,} numbers {worst:.2g} (limit {limit:g})"
+        return f"worst difference of a log-probability {worst:.2g} nats (limit {limit:g}){also}, {of_all}"
+    return f"worst difference of {found['positions']:,} numbers {worst:.2g} (limit {limit:g}){also}"

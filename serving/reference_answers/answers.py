@@ -18,10 +18,11 @@ MAXIMUM_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Allowed differences: of any single number, and of all on average."""
+    """Allowed differences: of any single number, on average and, of quantized models, at the 99th percentile."""
 
     worst: float
     mean: float
+    p99: float | None = None
 
 
 # The least tolerances of log-probabilities, in nats. Measured with the embedded model on vLLM 0.32 for CPUs (worst,
@@ -41,6 +42,7 @@ POOLED_TOLERANCES = {
 # Checkpoints with large hidden values round by far more: SmolLM2-135M with half of it removed by 6.7, 0.18 in bfloat16,
 # in transformers itself. The tolerance is at least this multiple of that error, which the reference holds.
 _ROUNDING_FACTOR = 4
+_LEAST_P99 = 0.5  # of the least tolerance of the worst
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LogProbability = Annotated[float, Field(le=1e-6, allow_inf_nan=False)]
@@ -87,25 +89,42 @@ class Rounding(_Model):
     mean: Annotated[Finite, Field(ge=0)]
 
 
+class Noise(_Model):
+    """Errors of what is compared: their mean and their 99th percentile."""
+
+    mean: Annotated[Finite, Field(ge=0)]
+    p99: Annotated[Finite, Field(ge=0)]
+
+
 class _Answers(_Model):
-    """`rounding` holds transformers' own error in each precision, without those in which the model overflows."""
+    """What all reference answers have.
+
+    Attributes:
+        rounding: transformers' own error in each precision, without those in which the model overflows.
+        noise_floor: of a quantized release, transformers' own error in half precision on the model before it was
+            quantized. Other and older releases have none.
+    """
 
     least: ClassVar[Mapping[str, Tolerance]]
 
     texts: list[Encoded] = Field(min_length=1)
     rounding: dict[str, Rounding] = Field(default={})
+    noise_floor: dict[str, Noise] = Field(default={})
 
     def tolerance(self, dtype: str) -> Tolerance:
         """For a server that computes in `dtype`, one of `TOLERANCES`."""
-        least, rounding = self.least[dtype], self.rounding.get(dtype)
-        if rounding is None:
-            return least
-        return Tolerance(
-            max(least.worst, _ROUNDING_FACTOR * rounding.worst), max(least.mean, _ROUNDING_FACTOR * rounding.mean)
-        )
+        least, rounding, floor = self.least[dtype], self.rounding.get(dtype), self.noise_floor.get(dtype)
+        worst = max(least.worst, _ROUNDING_FACTOR * rounding.worst) if rounding else least.worst
+        if floor is not None:
+            mean, p99 = (_ROUNDING_FACTOR * value for value in (floor.mean, floor.p99))
+            return Tolerance(worst, max(least.mean, mean), max(_LEAST_P99 * least.worst, p99))
+        return Tolerance(worst, max(least.mean, _ROUNDING_FACTOR * rounding.mean) if rounding else least.mean)
 
     def write(self, release: Path) -> None:
-        (release / FILE_NAME).write_text(self.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
+        # Earlier versions of numprune read what has no noise floor.
+        absent = None if self.noise_floor else {"noise_floor"}
+        content = self.model_dump_json(by_alias=True, exclude=absent)
+        (release / FILE_NAME).write_text(f"{content}\n", encoding="utf-8")
 
 
 class CompletionAnswers(_Answers):

@@ -64,19 +64,25 @@ P = TypeVar("P", bound=Place)
 
 def require_near(url: str, found: Sequence[P], tolerance: Tolerance, dtype: str, unit: str = "") -> dict[str, Any]:
     """What `check` returns of all places that were compared. Raises ParityError, naming the worst."""
+    errors = sorted(place.error for place in found)
     worst = max(found, key=lambda place: place.error)
-    mean = sum(place.error for place in found) / len(found)
-    if not (worst.error <= tolerance.worst and mean <= tolerance.mean):
-        raise ParityError(
-            f"{url}: {worst}: differs by {worst.error:.3g}{unit}, by {mean:.3g} on average; in {dtype} allowed are "
-            f"{tolerance.worst:.3g} and {tolerance.mean:.3g}"
-        )
+    mean, p99 = sum(errors) / len(errors), errors[math.ceil(0.99 * len(errors)) - 1]
+    limits = [(worst.error, tolerance.worst, ""), (mean, tolerance.mean, " on average")]
+    if tolerance.p99 is not None:
+        limits.append((p99, tolerance.p99, " at the 99th percentile"))
+    if not all(error <= limit for error, limit, _ in limits):
+        differs = ", by ".join(f"{error:.3g}{unit if not where else ''}{where}" for error, _, where in limits)
+        allowed = ", ".join(f"{limit:.3g}" for _, limit, _ in limits)
+        raise ParityError(f"{url}: {worst}: differs by {differs}; allowed in {dtype}: {allowed}")
     return {
         "dtype": dtype,
         "tolerance": tolerance.worst,
         "positions": len(found),
         "worst": {**vars(worst), "error": worst.error},
         "mean_error": mean,
+        "mean_tolerance": tolerance.mean,
+        "p99_error": p99,
+        "p99_tolerance": tolerance.p99,
     }
 
 

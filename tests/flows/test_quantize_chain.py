@@ -135,6 +135,8 @@ def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Pa
     expected = torch.tensor(
         [value for prompt in answers.prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
     )
+    assert answers.noise_floor.keys() == {"bfloat16", "float16"}
+    assert answers.tolerance("bfloat16").p99 is not None
     tolerance = answers.tolerance("float32")
     right, wrong = ((logprobs(one, answers) - expected).abs() for one in (published / "checkpoint", folder))
     assert float(right.max()) <= tolerance.worst

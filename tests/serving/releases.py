@@ -34,12 +34,19 @@ def write_checkpoint(folder: Path, seed: int = 0, **config: int) -> Path:
     return folder
 
 
-def make_release(checkpoint: Path, folder: Path, change: Callable[[Path], object] = lambda _: None) -> Path:
+def make_release(
+    checkpoint: Path,
+    folder: Path,
+    change: Callable[[Path], object] = lambda _: None,
+    *,
+    unquantized: Path | None = None,
+) -> Path:
     """The folder of a release with a passed verdict.
 
     Args:
         folder: to be made.
         change: spoils the exported checkpoint before its digests are taken; the reference stays that of a good one.
+        unquantized: what a quantized checkpoint was made from.
     """
     parts = folder.with_name(f"{folder.name} parts")
     vllm.export(checkpoint, parts / "good")
@@ -58,7 +65,7 @@ def make_release(checkpoint: Path, folder: Path, change: Callable[[Path], object
         shutil.copytree(parts / "checkpoint", release / "checkpoint")
         write(judged, release / "report.json")
         (release / "report.md").write_text(markdown(judged))
-        making.answers_of(parts / "good").write(release)
+        making.answers_of(parts / "good", unquantized=unquantized).write(release)
     return folder
 
 

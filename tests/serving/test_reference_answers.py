@@ -1,20 +1,25 @@
 """The reference answers of a release; what a live server is found to do differently is in test_vllm_server.py."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from numprune.errors import InputError, IntegrityError
+from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.export.checkpoint import load
 from numprune.flows.cli.serve import DTYPES
 from numprune.flows.steps import reference_answers as making
+from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization import Scheme
 from numprune.serving import reference_answers
 from numprune.serving.reference_answers import MINIMUM_STEPS, TOLERANCES, CompletionAnswers, Rounding, Tolerance
-from tests.conftest import byte_tokenizer
+from numprune.serving.reference_answers.asking import require_near
+from tests.conftest import byte_tokenizer, recast
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +79,61 @@ def test_a_model_with_large_rounding_errors_gets_a_wider_tolerance(reference: Co
     assert rough.tolerance("float16") == TOLERANCES["float16"]  # in which it overflows
 
 
+def test_a_quantized_release_records_the_noise_floor_of_the_unquantized_model(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = recast(tiny_checkpoint(), torch.bfloat16)
+    quantize_checkpoint(base, Scheme("w8a8"), tmp_path / "quantized", torch.device("cpu"))
+    made = making.answers_of(tmp_path / "quantized", unquantized=base)
+    assert isinstance(made, CompletionAnswers)
+    errors = []
+    models = [load(base, dtype)[0] for dtype in (torch.float32, torch.bfloat16)]
+    for prompt in made.prompts:
+        tokens = torch.tensor([*prompt.tokens, *prompt.greedy])
+        with torch.no_grad():
+            exact, half = (model(tokens[None]).logits[0].double().log_softmax(-1)[:-1] for model in models)
+        errors.append((half - exact).gather(1, tokens[1:, None]).abs())
+    floor = made.noise_floor["bfloat16"]
+    assert floor.mean == pytest.approx(float(torch.cat(errors).mean()))
+    assert floor.p99 == pytest.approx(float(torch.cat(errors).quantile(0.99)))
+    assert made.noise_floor.keys() == {"bfloat16", "float16"}
+    made.write(tmp_path)
+    assert reference_answers.read(tmp_path) == made
+
+
+def test_the_tolerance_of_a_quantized_release_is_a_multiple_of_its_noise_floor(reference: CompletionAnswers) -> None:
+    rounding, least = {"bfloat16": Rounding(worst=6.0, mean=0.2)}, TOLERANCES["bfloat16"]
+    rough = reference.model_copy(
+        update={"rounding": rounding, "noise_floor": {"bfloat16": reference_answers.Noise(mean=0.1, p99=0.5)}}
+    )
+    assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.4, 2.0)
+    assert rough.tolerance("float32").p99 is None
+    calm = rough.model_copy(update={"noise_floor": {"bfloat16": reference_answers.Noise(mean=1e-6, p99=1e-6)}})
+    assert calm.tolerance("bfloat16") == Tolerance(24.0, least.mean, least.worst / 2)
+
+
+@dataclass(frozen=True)
+class Place:
+    error: float
+
+
+def test_a_server_is_held_to_mean_and_99th_percentile() -> None:
+    tolerance = Tolerance(1.0, 0.1, 0.5)
+    good = [Place(0.0)] * 97 + [Place(0.5)] * 2 + [Place(0.9)]
+    found = require_near("url", good, tolerance, "bfloat16", " nats")
+    assert (found["p99_error"], found["p99_tolerance"], found["mean_tolerance"]) == (0.5, 0.5, 0.1)
+    with pytest.raises(ParityError, match=r"by 0\.9 nats, by 0\.0\d+ on average, by 0\.9 at the 99th percentile"):
+        require_near("url", good[:-2] + [Place(0.9)] * 2, tolerance, "bfloat16", " nats")
+    with pytest.raises(ParityError, match=r"allowed in bfloat16: 1, 0\.1, 0\.5$"):
+        require_near("url", [Place(0.2)] * 100, tolerance, "bfloat16")
+    assert require_near("url", [Place(0.9), *[Place(0.0)] * 9], Tolerance(1.0, 0.1), "float32")["p99_tolerance"] is None
+    with pytest.raises(ParityError):
+        require_near("url", [*good, Place(math.inf)], tolerance, "bfloat16")
+
+
 def test_reference_answers_of_earlier_releases_are_read(tmp_path: Path, reference: CompletionAnswers) -> None:
     data = {**json.loads(reference.model_dump_json(by_alias=True)), "schema": "numprune/canary/1"}
-    del data["rounding"]
+    del data["rounding"], data["noise_floor"]
     (tmp_path / "canary.json").write_text(json.dumps(data))
     assert reference_answers.read(tmp_path).tolerance("bfloat16") == TOLERANCES["bfloat16"]
 
@@ -107,6 +164,8 @@ def test_a_short_context_gives_short_prompts_and_one_without_room_is_refused(
 def test_reference_answers_round_trip(tmp_path: Path, reference: CompletionAnswers) -> None:
     reference.write(tmp_path)
     assert reference_answers.read(tmp_path) == reference
+    written = json.loads((tmp_path / "reference-answers.json").read_text())
+    assert "noise_floor" not in written  # earlier versions refuse it
 
 
 Change = Callable[[dict[str, Any]], object]

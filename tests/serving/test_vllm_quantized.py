@@ -35,14 +35,16 @@ def turn_scale(checkpoint: Path) -> None:
 
 def test_a_server_matches_the_quantized_model_and_detects_a_wrong_scale(tmp_path: Path) -> None:
     found, checkpoint = require_vllm(), quantized(tmp_path)
-    good = make_release(checkpoint, tmp_path / "good")
-    bad = make_release(checkpoint, tmp_path / "bad", turn_scale)
+    good = make_release(checkpoint, tmp_path / "good", unquantized=tmp_path / "model")
+    bad = make_release(checkpoint, tmp_path / "bad", turn_scale, unquantized=tmp_path / "model")
     assert reference_answers.read(good) == reference_answers.read(bad)
     for folder in (good, bad):
         release = Deployment("tiny/1", "tiny", 1, manifest.read(folder).digest, folder, "bfloat16")
         with serving(found, release.checkpoint, name="tiny", dtype="bfloat16", options=SMALL) as running:
             if folder is good:
-                assert prove(running, release, "bfloat16")["greedy_match"] > 0
+                found_here = prove(running, release, "bfloat16")
+                assert found_here["greedy_match"] > 0
+                assert 0 < found_here["p99_error"] <= found_here["p99_tolerance"]
             else:
                 with pytest.raises(ParityError, match="the server gives"):
                     prove(running, release, "bfloat16")
