@@ -17,9 +17,11 @@ from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
 from numprune.flows.steps.checks import prepare
 from numprune.flows.steps.prune import options_of
+from numprune.flows.steps.quantize import scheme_of
 from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import known_results
+from numprune.quantization import bytes_saved
 from numprune.serving.report.kept import KINDS
 
 R = TypeVar("R")
@@ -34,14 +36,20 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     Raises InputError with every problem of the recipe, and where the text is too short.
     """
     run = prepare(recipe, workspace)
-    anatomy = read_anatomy(checkpoint.read_config(run.base.path))
+    config = checkpoint.read_config(run.base.path)
+    anatomy, stored = read_anatomy(config), config.dtype
     text = _text(run)
     results = known_results(anatomy, options_of(recipe.prune, recipe.sizes()))
     weights = cast = checkpoint.weight_bytes(run.base.path)
+    scheme = None if recipe.quantize.scheme == "none" else scheme_of(recipe.quantize)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
         bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize
         results = [dataclasses.replace(result, bytes_per_value=bytes_per_value) for result in results]
         cast = weights * bytes_per_value // anatomy.bytes_per_value
+
+    def saved(left: Anatomy) -> int:
+        return bytes_saved(left, scheme, stored) if scheme else 0
+
     return {
         "recipe": recipe.digest,
         "model": str(run.base.path),
@@ -49,7 +57,9 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "drop_layers": recipe.prune.drop_layers,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
-        "after": [_after(result, anatomy, cast) for result in results] or [_aim(anatomy, recipe.prune.ratio, cast)],
+        "quantization": str(scheme) if scheme else None,
+        "after": [_after(result, anatomy, cast, saved(result)) for result in results]
+        or [_aim(anatomy, recipe.prune.ratio, cast, saved(anatomy))],
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),
@@ -57,21 +67,21 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     }
 
 
-def _after(result: Anatomy, before: Anatomy, weights: int) -> dict[str, Any]:
-    """What is left of a model whose sizes are known."""
+def _after(result: Anatomy, before: Anatomy, weights: int, saved: int) -> dict[str, Any]:
+    """What is left of a model whose sizes are known; `saved`: bytes of its weights, by quantization."""
     budget = budget_of(result)
     sizes = {kind: result.of_kind(kind)[0].units for kind in result.kinds}
     share = budget.parameters / budget_of(before).parameters
     return {
         **dataclasses.asdict(budget),
-        "weight_bytes": round(weights * share),
+        "weight_bytes": round(weights * share) - saved,
         "layers": result.layers,
         "units": sizes,
     }
 
 
-def _aim(anatomy: Anatomy, ratio: float, weights: int) -> dict[str, Any]:
-    """What the ratio aims at where each layer gets a size of its own."""
+def _aim(anatomy: Anatomy, ratio: float, weights: int, saved: int) -> dict[str, Any]:
+    """What the ratio aims at where each layer gets a size of its own; `saved` as of the whole model."""
     before = budget_of(anatomy)
     removed = round(ratio * before.prunable_parameters)
     left = before.parameters - removed
@@ -79,7 +89,7 @@ def _aim(anatomy: Anatomy, ratio: float, weights: int) -> dict[str, Any]:
         "parameters": left,
         "prunable_parameters": before.prunable_parameters - removed,
         "flops_per_token": before.flops_per_token - 2 * removed,
-        "weight_bytes": round(weights * left / before.parameters),
+        "weight_bytes": round(weights * left / before.parameters - saved * (1 - ratio)),
     }
 
 
@@ -189,7 +199,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     before, text, memory = found["before"], found["text"], found["memory"]
     several = len(found["after"]) > 1
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
-    yield f"ratio {found['ratio']:g}, result: {kind}"
+    then = f", then quantized to {found['quantization']}" if found["quantization"] else ""
+    yield f"ratio {found['ratio']:g}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
     yield (

@@ -6,7 +6,7 @@ itself: it needs SciPy, which vLLM's environment has not. Notation as in the cor
     Q   grid values (out, D): integers, or FP8 numbers        s   scales (out, D / group size)
 """
 
-from numprune.quantization.linears import check_quantizable, quantized_tensors, ungrouped
+from numprune.quantization.linears import bytes_saved, check_quantizable, quantized_tensors, ungrouped
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
 from numprune.quantization.schemes import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
 
@@ -17,6 +17,7 @@ __all__ = [
     "Quantized",
     "Scheme",
     "SchemeName",
+    "bytes_saved",
     "check_quantizable",
     "quantized_tensors",
     "round_inputs_of",

@@ -13,6 +13,7 @@ whoever wrote them; every other one is refused by name.
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -88,6 +89,12 @@ def dtypes_of(name: str, scheme: Scheme, scale_dtype: torch.dtype) -> dict[str, 
         f"{path}weight_scale": scale_dtype,
         f"{path}weight_shape": torch.int64,
     }
+
+
+def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: torch.dtype) -> int:
+    """Return the bytes of `tensors_of` for a matrix of this shape (out, D)."""
+    dtypes = dtypes_of("weight", scheme, scale_dtype)
+    return sum(prod(part) * dtypes[name].itemsize for name, part in shapes_of("weight", scheme, shape).items())
 
 
 def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
+import torch
 from torch import nn
 
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import FAMILIES
+from numprune.quantization.compressed_tensors import bytes_of
 from numprune.quantization.schemes import GROUP_SIZES, Scheme
 
 
@@ -44,6 +47,17 @@ def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
     for block in anatomy.blocks:
         for found in projections(block):
             yield from (f"{block.path}.{path}.weight" for path in found.paths)
+
+
+def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
+    """Return how many bytes fewer a checkpoint stored in `dtype` has once its matrices are quantized."""
+    saved = 0
+    for block in anatomy.blocks:
+        shapes = block.tensors()
+        for path in (path for found in projections(block) for path in found.paths):
+            shape = shapes[f"{path}.weight"]
+            saved += prod(shape) * dtype.itemsize - bytes_of(scheme, shape, dtype)
+    return saved
 
 
 def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1) -> None:

@@ -13,10 +13,12 @@ from numprune.budget import budget_of
 from numprune.export import checkpoint
 from numprune.flows import chain, forecast, recipe, stages
 from numprune.flows.steps import checks
+from numprune.flows.steps.prune import options_of, prune_checkpoint
+from numprune.flows.steps.quantize import quantize_checkpoint, scheme_of
 from numprune.options import PruneOptions, known_results
 from numprune.pruning import prune
 from numprune.target import Target
-from tests.conftest import build_tiny
+from tests.conftest import build_tiny, recast
 from tests.flows.conftest import Answered
 
 ROWS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
@@ -83,6 +85,30 @@ def test_the_forecast_matches_the_run(drop_layers: int) -> None:
     several = known_results(anatomy, options())
     assert budget_of(read_anatomy(prune(build_tiny(), ROWS, options()).model.config)) in map(budget_of, several)
     assert known_results(anatomy, options(allocation="error")) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "scheme"),
+    [("llama", "bfloat16", "w4a16"), ("llama", "bfloat16", "w8a8"), ("opt", "float16", "fp8")],
+)
+def test_the_forecast_counts_the_bytes_of_quantized_weights(
+    tiny: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, dtype: str, scheme: str
+) -> None:
+    """Values, scales and biases: as many as the file has, where the sizes are known."""
+    base = recast(tiny_checkpoint(family), getattr(torch, dtype))
+    overrides = [
+        *(f"model.path={base}", "export.targets=[]", "benchmark.runtimes=['torch']", "target.align=32"),
+        *("prune.ratio=0.25", "prune.compensation=none", "prune.criterion=magnitude", "quantize.group_size=32"),
+    ]
+    asked = recipe.load(tiny / "recipe.toml", [*overrides, f"quantize.scheme={scheme}"])
+    found = forecast.forecast(asked, tmp_path / "w")
+    assert found["exact"]
+    where, options = torch.device("cpu"), options_of(asked.prune, asked.sizes())
+    prune_checkpoint(base, ROWS, options, tmp_path / "pruned", where)
+    quantize_checkpoint(tmp_path / "pruned", scheme_of(asked.quantize), tmp_path / "quantized", where)
+    assert found["after"][0]["weight_bytes"] == checkpoint.weight_bytes(tmp_path / "quantized")
+    assert found["quantization"] == str(scheme_of(asked.quantize))
+    assert f"then quantized to {found['quantization']}" in forecast.text(found)
 
 
 def test_the_forecast_for_layers_of_different_sizes_is_the_target(
