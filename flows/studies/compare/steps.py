@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -189,12 +190,14 @@ def make_method(
     del dense  # it holds the model
     tokens = load_rows(rows.path, samples)
     known = _known(moments, gradients, torch.device(device))
+    forward_seconds = _forward_seconds(loaded, tokens, meter)
     meter.start()
     small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), seed, known)
     seconds, peak_bytes = meter.stop()
     judged = load_heldout(heldout.path, heldout.digest)
     found = compare_with(small, scored(reference.path, judged, dense_head, vocabulary, torch.device(device)), judged)
     increase = found.loss_delta
+    seconds += sum(part.seconds for part in shared)
     figures = finite(
         {
             "nll_increase": increase.value,
@@ -204,11 +207,24 @@ def make_method(
             **side(found.candidate),
             **found.metrics,
             **sizes,
-            "seconds": seconds + sum(part.seconds for part in shared),
+            "seconds": seconds,
+            "forward_passes": seconds / forward_seconds,
             "peak_bytes": max(peak_bytes, *(part.peak_bytes for part in shared), 0),
         }
     )
     return Row(ratio=ratio, samples=samples, method=method, **figures)
+
+
+@torch.no_grad()
+def _forward_seconds(model: PreTrainedModel, rows: Tensor, meter: Meter) -> float:
+    """The seconds of one pass of the model without its head over the rows: the median of three."""
+    taken = []
+    for _ in range(3):
+        meter.start()
+        for batch in rows.split(BATCH_SIZE):
+            model.base_model(batch.to(model.device), use_cache=False)
+        taken.append(meter.stop()[0])
+    return median(taken)
 
 
 def _reduce(

@@ -16,6 +16,7 @@ class Row:
         nll_increase: over the dense model, held-out nats per token; `ci95_lower` and `ci95_upper` are its one-sided
             95 % bounds (None: a single sample) over documents or windows, as `sampling_unit` says.
         seconds: to prune, calibration included, loading and judging not.
+        forward_passes: how often the dense model could run over the calibration rows in that time.
         peak_bytes: highest memory while pruning, beyond interpreter and libraries.
     """
 
@@ -33,6 +34,7 @@ class Row:
     top1_agreement: float
     parameters: int
     seconds: float
+    forward_passes: float
     peak_bytes: int
 
 
@@ -103,6 +105,7 @@ def as_markdown(table: Table) -> str:
         "top-1",
         "parameters",
         "seconds",
+        "forward passes",
         "memory, MiB",
     ]
     dense = [
@@ -117,6 +120,7 @@ def as_markdown(table: Table) -> str:
         f"{conditions.dense_parameters:,}",
         "",
         "",
+        "",
     ]
     lines = [heading, ["---"] * len(heading), dense, *(_cells(row, several) for row in rows)]
     unit = f" Bounds by bootstrap over {rows[0].sampling_unit}s." if rows else ""
@@ -126,7 +130,8 @@ def as_markdown(table: Table) -> str:
         f"(seed {conditions.seed}), judged on {conditions.heldout_tokens:,} tokens of "
         f"{conditions.heldout_documents} held-out documents.{unit} `removed` is what was reached of the attention and "
         "MLP projections, parameters that a method adds taken off; `KL` is from the dense model's next-token "
-        "distribution, `top-1` how often both put the same token first. Seconds are those of calibrating and pruning, "
+        "distribution, `top-1` how often both put the same token first. Seconds are those of calibrating and pruning; "
+        "`forward passes` is how many passes of the dense model over the calibration rows take as long; "
         "memory is the process's highest meanwhile, beyond interpreter and libraries "
         f"({conditions.device})."
     )
@@ -146,5 +151,6 @@ def _cells(row: Row, several: bool) -> list[str]:
         f"{row.top1_agreement:.1%}".replace("%", " %"),
         f"{row.parameters:,}",
         f"{row.seconds:.1f}",
+        f"{row.forward_passes:.1f}",
         f"{row.peak_bytes / 2**20:,.0f}",
     ]

@@ -70,6 +70,7 @@ def test_figures_match_pruning_and_evaluating_by_hand(command, tiny, tmp_path, c
     # Counted as `evaluate` counts: tokens that are scored, documents that have some.
     assert f"judged on {expected.candidate.count:,} tokens of {expected.documents} held-out documents" in printed
     assert float(row["seconds"]) > 0
+    assert float(row["forward_passes"]) > 0
     assert int(row["peak_bytes"]) > sum(parameter.numel() * 4 for parameter in dense.parameters())
 
 

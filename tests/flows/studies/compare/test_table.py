@@ -38,6 +38,7 @@ ROW = Row(
     top1_agreement=0.778,
     parameters=4_148_480,
     seconds=12.34,
+    forward_passes=5.08,
     peak_bytes=300 << 20,
 )
 
@@ -50,7 +51,7 @@ def test_markdown_starts_with_the_dense_model_and_groups_by_ratio():
     assert lines[3].startswith("| 30.0 % | shortgpt | 0.0675 (no bounds) |")
     assert lines[4] == (
         "| 30.0 % | obs / uniform / oneshot | 0.0675 (0.0581 to 0.0789) | 3.5675 | 35.43 | 0.1330 | 77.8 % "
-        "| 4,148,480 | 12.3 | 300 |"
+        "| 4,148,480 | 12.3 | 5.1 | 300 |"
     )
     assert "94,000 tokens of 69 held-out documents" in lines[6]
 
