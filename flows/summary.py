@@ -191,6 +191,7 @@ def _ratios(speed: RuntimeSpeed) -> dict[str, Any]:
         "itl": "ITL",
         "samples_per_s": "texts/s",
         "latency": "latency",
+        "joules_per_token": "J/token",
     }
     found = {key: getattr(speed, key) for key in shown}
     return {

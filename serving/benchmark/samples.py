@@ -24,21 +24,27 @@ class Generation:
 
 @dataclass(frozen=True)
 class Repeat:
-    """The whole load, done once by one side; and the seconds its threads ran, and waited for a CPU."""
+    """The whole load, done once by one side; the seconds its threads ran, and waited for a CPU.
+
+    `joules`: that the GPU took meanwhile; None where that was not measured.
+    """
 
     batches: tuple[Generation, ...]
     ran_s: float
     waited_s: float
+    joules: float | None = None
 
     @classmethod
     def from_json(cls, answer: Mapping[str, Any]) -> "Repeat":
-        return cls(tuple(Generation(**batch) for batch in answer["batches"]), **answer["threads"])
+        batches = tuple(Generation(**batch) for batch in answer["batches"])
+        return cls(batches, **answer["threads"], joules=answer.get("joules"))  # looks of earlier versions have none
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads, and a worker answers: every step, so that looks can be put together later."""
         return {
             "batches": [asdict(batch) for batch in self.batches],
             "threads": {"ran_s": self.ran_s, "waited_s": self.waited_s},
+            "joules": self.joules,
         }
 
     @property
@@ -53,13 +59,16 @@ class Repeat:
         """
         prefill_s = sum(batch.ttft_ms for batch in self.batches) / 1e3
         decode_s = sum(sum(batch.itl_ms) for batch in self.batches) / 1e3
+        generated = sum(batch.size * (1 + len(batch.itl_ms)) for batch in self.batches)
         return {
             "ttft": statistics.median(batch.ttft_ms for batch in self.batches),
             "itl": statistics.median(step for batch in self.batches for step in batch.itl_ms),
             "e2e": statistics.median(batch.e2e_ms for batch in self.batches),
             "decode_tokens_per_s": sum(batch.size * len(batch.itl_ms) for batch in self.batches) / decode_s,
             "prefill_tokens_per_s": sum(batch.size * batch.prompt_length for batch in self.batches) / prefill_s,
+            **({} if self.joules is None else {ENERGY: self.joules / generated}),
         }
 
 
 METRICS = ("ttft", "itl", "e2e", "decode_tokens_per_s", "prefill_tokens_per_s")
+ENERGY = "joules_per_token"  # of those put out; a metric where it was measured

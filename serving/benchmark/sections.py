@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any, Generic, Protocol, TypeVar
 
 from numprune.serving.benchmark.estimators import noise_floor, paired_ratio, percentiles
 from numprune.serving.benchmark.load import Load, interleaving
-from numprune.serving.benchmark.samples import METRICS, Repeat
+from numprune.serving.benchmark.samples import ENERGY, METRICS, Repeat
 
 Section = dict[str, Any]
 
@@ -51,7 +51,7 @@ def speed_section(load: Load, looks: Sequence[Look[Repeat]], descriptions: Mappi
         "load": load.describe(),
         "runtime": dict(descriptions),
         "warmup": load.warmup,
-        **measured(looks, _side, METRICS),
+        **measured(looks, _side, (*METRICS, ENERGY)),
     }
 
 
@@ -90,7 +90,7 @@ def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
     usable = [
         metric
         for metric in metrics
-        if all(isfinite(side[metric]) and side[metric] > 0 for pair in [*pairs, *neighbours] for side in pair)
+        if all(0 < side.get(metric, 0) < inf for pair in [*pairs, *neighbours] for side in pair)
     ]
     found: Section = {
         "noise_floor": {
@@ -109,12 +109,24 @@ def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
 
 
 def by_repeat(repeats: Sequence[Measured], metrics: Sequence[str]) -> dict[str, list[float | None]]:
-    """What each repeat gave; None for one in which a request failed, as for what is not a number."""
+    """What each repeat gave; None for one in which a request failed, as for what is not a number.
+
+    Energy is left out where none was measured.
+    """
     measured = [{} if repeat.failed else repeat.metrics() for repeat in repeats]
-    return {
+    values = {
         metric: [value if isfinite(value) else None for value in (found.get(metric, nan) for found in measured)]
         for metric in metrics
     }
+    if not any(value is not None for value in values.get(ENERGY, [])):
+        values.pop(ENERGY, None)
+    return values
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Of those that there are; every repeat does the same work. None where there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:
@@ -139,11 +151,13 @@ def _side(repeats: Sequence[Repeat]) -> Section:
     """Percentiles over all batches and steps whose requests all succeeded; rates over all of them together."""
     batches = tuple(batch for repeat in repeats for batch in repeat.batches if not batch.failed)
     rates = Repeat(batches, 0.0, 0.0).metrics() if batches else {}
+    by_repeats = by_repeat(repeats, (*METRICS, ENERGY))
     return {
         "ttft_ms": percentiles([batch.ttft_ms for batch in batches]),
         "itl_ms": percentiles([step for batch in batches for step in batch.itl_ms]),
         "e2e_ms": percentiles([batch.e2e_ms for batch in batches]),
         "decode_tokens_per_s": rates.get("decode_tokens_per_s"),
         "prefill_tokens_per_s": rates.get("prefill_tokens_per_s"),
-        "by_repeat": by_repeat(repeats, METRICS),
+        ENERGY: mean_of(by_repeats.get(ENERGY, [])),
+        "by_repeat": by_repeats,
     }

@@ -22,6 +22,7 @@ from numprune.serving.benchmark.memory import Peak, PeakCounted, PeakMissing, Pe
 from numprune.serving.benchmark.passes import Pass
 from numprune.serving.benchmark.samples import Generation
 from numprune.serving.benchmark.scheduler import thread_times
+from numprune.serving.energy import EnergyMeter, open_meter
 
 Answer = dict[str, Any]  # plain JSON
 
@@ -31,6 +32,8 @@ class Session:
 
     def __init__(self) -> None:
         self._runtime: Runtime | Encoder
+        self._energy: EnergyMeter | None
+        self._facts: Answer  # what the description says besides
         self._peak: Peak | None  # None: on a GPU that torch, through which its memory is read, does not see
         self._work: Callable[[], Sequence[Generation | Pass]]
 
@@ -59,8 +62,10 @@ class Session:
         self._runtime = opening(runtime, Path(folder), device=device, threads=threads, dtype=dtype)
         seconds = perf_counter() - started
 
-        description = self._runtime.describe()
-        gpu = description["device"] != "cpu"
+        gpu = self._runtime.describe()["device"] != "cpu"
+        self._energy, energy = (None, "") if encoder else open_meter(on_gpu=gpu)
+        self._facts = {"energy": energy} if energy else {}
+        description = self._describe()
         self._peak = on_gpu if gpu else resident
         return {
             "vocabulary": self._runtime.vocabulary,
@@ -75,20 +80,23 @@ class Session:
             "peak_method": None if self._peak is None else self._peak.method,
         }
 
+    def _describe(self) -> Answer:
+        return {**self._runtime.describe(), **self._facts}
+
     def compile(self, rows: int, positions: int) -> Answer:
         """Decode compiled from now on, or say why not: `description`, and `reason` where it stays eager."""
         assert isinstance(self._runtime, TorchRuntime)
         try:
             self._runtime = CompiledRuntime(self._runtime, rows, positions)
         except MissingRuntime as error:
-            return {"description": self._runtime.describe(), "reason": str(error)}
-        return {"description": self._runtime.describe(), "reason": None}
+            return {"description": self._describe(), "reason": str(error)}
+        return {"description": self._describe(), "reason": None}
 
     def decode_eagerly(self, reason: str) -> Answer:
         """Undo `compile`, because the other side could not be compiled."""
         if isinstance(self._runtime, CompiledRuntime):
             self._runtime = self._runtime.eager
-        return {"description": {**self._runtime.describe(), "not_compiled": reason}}
+        return {"description": {**self._describe(), "not_compiled": reason}}
 
     def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> Answer:
         """Take the load of a decoder in; the peak of the run counts from here."""
@@ -111,9 +119,13 @@ class Session:
 
     def repeat(self) -> Answer:
         """Do the whole load once: per batch its timings, and what the scheduler did with our threads meanwhile."""
-        before = thread_times()
+        before, joules = thread_times(), self._energy.joules() if self._energy else 0.0
         batches = [asdict(batch) for batch in self._work()]
-        return {"batches": batches, "threads": asdict(thread_times() - before)}
+        return {
+            "batches": batches,
+            "threads": asdict(thread_times() - before),
+            "joules": self._energy.joules() - joules if self._energy else None,
+        }
 
     def finish(self) -> Answer:
         """The highest memory since `prepare`."""

@@ -242,6 +242,9 @@ def _speed_rows(speed: RuntimeSpeed, cost: ratios.Cost | None) -> Iterable[list[
         slow, fast = getattr(one, key), getattr(other, key)
         if slow is not None or fast is not None:
             yield [name, _figure(slow), _figure(fast), *_ratio(speed, key, getattr(speed, key))]
+    if one.joules_per_token is not None:
+        used = [_figure(one.joules_per_token), _figure(other.joules_per_token)]
+        yield ["energy, J per output token", *used, *_ratio(speed, "joules_per_token", speed.joules_per_token)]
     if cost is not None:
         yield [f"cost per million {cost.tokens}", _figure(cost.baseline), _figure(cost.candidate), "", ""]
 

@@ -27,6 +27,8 @@ def reading(name: str, found: RuntimeSpeed) -> str:
         return UNCLEAR
     if abs(ratio.ratio.value - 1) <= noise:
         return "within the noise"
+    if name in words.ENERGY:
+        return "more" if low > 1 else "less"
     return "faster" if (low > 1) == (name in words.RATES) else "slower"
 
 

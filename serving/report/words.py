@@ -49,7 +49,9 @@ RATES = {
     "goodput_requests_per_s": "Goodput",
     "samples_per_s": "Throughput",
 }
-RATE_UNITS = {"goodput_requests_per_s": "requests/s", "samples_per_s": "texts/s"}  # others: tokens/s
+ENERGY = {"joules_per_token": "Energy"}
+# Others are in tokens/s.
+RATE_UNITS = {"goodput_requests_per_s": "requests/s", "samples_per_s": "texts/s", "joules_per_token": "J/token"}
 
 _SPEED = re.compile(
     r"speed\.(?P<runtime>[a-z0-9_-]+)(?:\.concurrency\.(?P<level>\d+)|\.shapes\.(?P<shape>\d+x\d+))?"
@@ -69,7 +71,7 @@ def metric(path: str, unit: str | None = None) -> str:
     if (found := _QUALITY.fullmatch(path)) and found["name"] in names.METRICS:
         of_baseline = ", baseline" if found["side"] == ".baseline" else ""
         return f"{names.METRICS[found['name']]}{of_baseline}"
-    if (found := _SPEED.fullmatch(path)) and found["name"] in LATENCIES | RATES:
+    if (found := _SPEED.fullmatch(path)) and found["name"] in LATENCIES | RATES | ENERGY:
         level = f", {found['level']} at a time" if found["level"] else ""
         level += f", {names.shape(found['shape'])}" if found["shape"] else ""
         return f"{named(found['name'])}, ratio ({found['runtime']}{level})"
@@ -80,7 +82,9 @@ def metric(path: str, unit: str | None = None) -> str:
 
 def named(name: str) -> str:
     """`ttft` → Time to first token; `decode_tokens_per_s` → Decode tokens/s."""
-    return LATENCIES[name] if name in LATENCIES else f"{RATES[name]} {RATE_UNITS.get(name, 'tokens/s')}"
+    if name in LATENCIES:
+        return LATENCIES[name]
+    return f"{(RATES | ENERGY)[name]} {RATE_UNITS.get(name, 'tokens/s')}"
 
 
 def number(value: float | None, digits: int = 4) -> str:

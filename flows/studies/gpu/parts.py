@@ -15,6 +15,9 @@ from numprune.flows.studies.gpu.sizes import BATCHES, Sizes, Width, widths
 from numprune.flows.studies.speed.clock import now, seconds
 from numprune.flows.studies.speed.layer import PARTS as WORKS
 from numprune.flows.studies.speed.layer import measure_layer
+from numprune.serving.energy import EnergyMeter, open_meter
+
+_ENERGY_S = 1.0  # against the tenths of a second in which the counter is updated
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -90,12 +93,15 @@ def measure_generation(device: torch.device, sizes: Sizes, progress: Progress) -
     What the dense width differs by between the two is what the others can differ by through the device alone.
     """
     dense, *narrower = widths(sizes)
+    meter, energy = open_meter(on_gpu=device.type == "cuda")
+    progress(f"energy: {energy}")
     for width in (dense, *narrower, Width("dense again", dense.kv_heads, dense.intermediate, dense.removed)):
         progress(f"{width.name}: {width.kv_heads} KV heads, {width.intermediate} channels")
         model = random_llama(sizes, width, device, torch.bfloat16)
         for batch in BATCHES:
             _reset_peak(device)
-            prefill, decode = _times(Generation(model, _prompts(sizes, batch, device), sizes.new), sizes, device)
+            generation = Generation(model, _prompts(sizes, batch, device), sizes.new)
+            prefill, decode = _times(generation, sizes, device)
             yield {
                 "width": width.name,
                 "kv_heads": width.kv_heads,
@@ -105,6 +111,7 @@ def measure_generation(device: torch.device, sizes: Sizes, progress: Progress) -
                 "batch": batch,
                 "prefill_seconds": prefill,
                 "decode_seconds": decode,
+                "decode_joules_per_token": _joules(generation, sizes, device, meter, batch),
                 "peak_memory_bytes": _peak(device),
             }
         del model
@@ -129,6 +136,22 @@ def _times(generation: Generation, sizes: Sizes, device: torch.device) -> tuple[
         generation.restart()
         times.append(seconds(steps, device) / sizes.new)
     return prefill, median(times)
+
+
+def _joules(
+    generation: Generation, sizes: Sizes, device: torch.device, meter: EnergyMeter | None, batch: int
+) -> float | None:
+    """Return the energy of a decoded token, over at least a second; None where it is not measured."""
+    if meter is None:
+        return None
+    step = captured(generation.step, device)
+    start, before, steps = now(device), meter.joules(), 0
+    while now(device) - start < _ENERGY_S:
+        generation.restart()
+        for _ in range(sizes.new):
+            step()
+        steps += sizes.new
+    return (meter.joules() - before) / (steps * batch)
 
 
 def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:

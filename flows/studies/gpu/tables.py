@@ -90,7 +90,8 @@ def _pruning(rows: Sequence[Row], record: Row) -> list[str]:
 def _generation(rows: Sequence[Row], record: Row) -> list[str]:
     lines = [
         "bfloat16, static KV cache, one CUDA graph for the prefill and one for a decoding step. Ratios of speed to the "
-        "dense model; what `dense again` differs from 1 by is drift of the device.",
+        "dense model; what `dense again` differs from 1 by is drift of the device. J/token is what "
+        "the whole board takes for a decoded token, the prefill before it included.",
     ]
     for batch in BATCHES:
         ours = [row for row in rows if row["batch"] == batch]
@@ -100,7 +101,7 @@ def _generation(rows: Sequence[Row], record: Row) -> list[str]:
         header = ["width", "KV heads", "channels", "removed", "weights", "peak memory", "prefill, ms", "ratio"]
         lines += ["", f"Batch {batch}:", ""]
         lines += _table(
-            [*header, "decoding step, ms", "ratio", "tokens/s"],
+            [*header, "decoding step, ms", "ratio", "tokens/s", "J/token"],
             (
                 [
                     row["width"],
@@ -114,6 +115,7 @@ def _generation(rows: Sequence[Row], record: Row) -> list[str]:
                     _figure(1e3 * row["decode_seconds"]),
                     f"{dense['decode_seconds'] / row['decode_seconds']:.2f}",
                     _figure(batch / row["decode_seconds"]),
+                    _energy(row),
                 ]
                 for row in ours
             ),
@@ -124,6 +126,11 @@ def _generation(rows: Sequence[Row], record: Row) -> list[str]:
 def _memory(row: Row) -> str:
     peak = row["peak_memory_bytes"]
     return "not measured" if peak is None else f"{peak / 1e9:.1f} GB"
+
+
+def _energy(row: Row) -> str:
+    joules = row["decode_joules_per_token"]
+    return "not measured" if joules is None else _figure(joules)
 
 
 def _figure(value: float) -> str:

@@ -4,13 +4,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.requests import Requests, read_requests
 from numprune.serving.benchmark.vllm.side import Side
+from numprune.serving.energy import EnergyMeter
 from numprune.serving.vllm.environment import Environment
 
 _SCRIPT = Path(__file__).with_name("bench.py")
@@ -19,21 +20,23 @@ _ANSWER_S = 1800.0  # one run, or importing vLLM
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs the load; `tokenizer` is a checkpoint's, from which all prompts are drawn."""
+    """Runs the load; `tokenizer` is a checkpoint's, from which all prompts are drawn; `energy` of the servers' GPU."""
 
     worker: Worker
     tokenizer: Path
     scratch: Path
     load: ServedLoad
+    energy: EnergyMeter | None = None
 
     def run(self, side: Side, concurrency: int) -> Requests:
         """The load once. Raises IntegrityError, ServerError, WorkerError."""
         result = self.scratch / "result.json"
         result.unlink(missing_ok=True)
-        before = side.threads()
+        before, joules = side.threads(), self.energy.joules() if self.energy else 0.0
         self.worker.ask("bench", arguments=self._arguments(side, concurrency, result))
+        taken = self.energy.joules() - joules if self.energy else None
         side.server.require_alive()
-        return read_requests(result, self.load, concurrency, side.threads() - before)
+        return replace(read_requests(result, self.load, concurrency, side.threads() - before), joules=taken)
 
     def _arguments(self, side: Side, concurrency: int, result: Path) -> list[str]:
         load = self.load
@@ -53,7 +56,9 @@ class Bench:
 
 
 @contextmanager
-def start_bench(environment: Environment, tokenizer: Path, load: ServedLoad) -> Iterator[Bench]:
+def start_bench(
+    environment: Environment, tokenizer: Path, load: ServedLoad, energy: EnergyMeter | None = None
+) -> Iterator[Bench]:
     """Begin to start it: importing vLLM takes as long as starting a server. Whoever runs it first waits for that."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     # The trace's prompts are drawn by Python's hash of a text, which differs from process to process without the first.
@@ -62,4 +67,4 @@ def start_bench(environment: Environment, tokenizer: Path, load: ServedLoad) -> 
         trace = Path(scratch) / "trace.jsonl"
         trace.write_text(load.trace(), encoding="utf-8")
         with start_worker("vllm bench serve", _ANSWER_S, [environment.python, "-P", _SCRIPT], variables) as worker:
-            yield Bench(worker, tokenizer, Path(scratch), load)
+            yield Bench(worker, tokenizer, Path(scratch), load, energy)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from numprune.errors import IntegrityError
+from numprune.serving.benchmark.samples import ENERGY
 from numprune.serving.benchmark.scheduler import ThreadTimes
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.problems import problems
@@ -63,7 +64,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Requests:
-    """The load once, at one concurrency; and the seconds that the server's threads ran, and waited for a CPU."""
+    """The load once, at one concurrency; and the seconds that the server's threads ran, and waited for a CPU.
+
+    `joules`: that the GPU took meanwhile, while the server had nothing to do too; None where that was not measured.
+    """
 
     concurrency: int
     succeeded: tuple[Request, ...]
@@ -71,6 +75,7 @@ class Requests:
     duration_s: float
     goodput_requests_per_s: float
     threads: ThreadTimes
+    joules: float | None = None
 
     @property
     def failed(self) -> int:
@@ -83,7 +88,7 @@ class Requests:
         `decode_tokens_per_s` is what the streams decode together while none of them waits for its first token, at
         concurrency 1 the same as in other runtimes; `output_tokens_per_s` is all tokens over the whole duration.
         """
-        requests = self.succeeded
+        requests, generated = self.succeeded, sum(request.output_tokens for request in self.succeeded)
         decode_s = sum(request.e2e_ms - request.ttft_ms for request in requests) / 1e3
         prefill_s = sum(request.ttft_ms for request in requests) / 1e3
         return {
@@ -97,8 +102,9 @@ class Requests:
             "prefill_tokens_per_s": _rate(
                 self.concurrency * sum(request.prompt_tokens for request in requests), prefill_s
             ),
-            "output_tokens_per_s": _rate(sum(request.output_tokens for request in requests), self.duration_s),
+            "output_tokens_per_s": _rate(generated, self.duration_s),
             "goodput_requests_per_s": self.goodput_requests_per_s,
+            **({} if self.joules is None else {ENERGY: _rate(self.joules, generated)}),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -162,5 +168,5 @@ def _median(values: list[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def _rate(tokens: int, seconds: float) -> float:
-    return tokens / seconds if seconds > 0 else math.nan
+def _rate(amount: float, each: float) -> float:
+    return amount / each if each > 0 else math.nan

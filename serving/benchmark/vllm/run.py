@@ -19,6 +19,7 @@ from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.requests import Requests, packed_share
 from numprune.serving.benchmark.vllm.sections import memory_section, speed_section
 from numprune.serving.benchmark.vllm.side import Side, side_of
+from numprune.serving.energy import open_meter
 from numprune.serving.report import Environment as Machine
 from numprune.serving.report import capture, combine
 from numprune.serving.vllm.environment import Environment
@@ -77,7 +78,8 @@ def run_served(
     common = [*_common_options(environment, load, len(folders)), *options]
     variables = _threads(environment)
     with ExitStack() as stack:
-        bench = stack.enter_context(start_bench(environment, baseline, load))
+        meter, energy = open_meter(on_gpu=not environment.cpu)
+        bench = stack.enter_context(start_bench(environment, baseline, load, meter))
         sides = []
         for name, folder in folders.items():
             server = serving(
@@ -94,6 +96,7 @@ def run_served(
             "vllm": environment.version,
             "plugin": environment.plugin,
             "device": "cpu" if environment.cpu else "cuda",
+            "energy": energy,
             "dtype": dtypes,
             "options": common,
             "env": variables,

@@ -7,7 +7,8 @@ from typing import Any
 
 from numprune.serving.benchmark.estimators import percentiles
 from numprune.serving.benchmark.load import interleaving
-from numprune.serving.benchmark.sections import Look, by_repeat, ratios, repeats_of
+from numprune.serving.benchmark.samples import ENERGY
+from numprune.serving.benchmark.sections import Look, by_repeat, mean_of, ratios, repeats_of
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.metrics import KvCache
 from numprune.serving.benchmark.vllm.requests import METRICS, Requests
@@ -54,7 +55,7 @@ def _level(load: ServedLoad, level: int, looks: Sequence[Look[Requests]]) -> Sec
         "failed_requests": sum(repeat.failed for repeat in chain(baseline, candidate)),
         "baseline": _side(baseline),
         "candidate": _side(candidate),
-        **ratios(looks, METRICS),
+        **ratios(looks, (*METRICS, ENERGY)),
     }
 
 
@@ -70,6 +71,7 @@ def _side(repeats: Sequence[Requests]) -> Section:
         / sum(repeat.duration_s for repeat in repeats),
         threads=repeats[0].threads,
     ).metrics()
+    by_repeats = by_repeat(repeats, (*METRICS, ENERGY))
     rates = ("decode_tokens_per_s", "prefill_tokens_per_s", "output_tokens_per_s", "goodput_requests_per_s")
     return {
         "ttft_ms": percentiles([request.ttft_ms for request in requests]),
@@ -77,7 +79,8 @@ def _side(repeats: Sequence[Requests]) -> Section:
         "itl_ms": percentiles([step for request in requests for step in request.itl_ms]),
         "e2e_ms": percentiles([request.e2e_ms for request in requests]),
         **{name: whole[name] for name in rates},
-        "by_repeat": by_repeat(repeats, METRICS),
+        ENERGY: mean_of(by_repeats.get(ENERGY, [])),
+        "by_repeat": by_repeats,
     }
 
 

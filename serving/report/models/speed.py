@@ -31,7 +31,8 @@ class SpeedSide(Model):
     """What a runtime does not have is None.
 
     TPOT, output tokens over the whole time and good requests are a server's; `latency_ms` (of one forward pass) and
-    `samples_per_s` are an encoder's, which has nothing else.
+    `samples_per_s` are an encoder's, which has nothing else. `joules_per_token` is energy of the GPU over the tokens
+    that were put out, prefill included.
 
     `by_repeat` has, for each ratio's name, what each repeat gave (latencies in ms), None for one with a failed request.
     """
@@ -44,6 +45,7 @@ class SpeedSide(Model):
     prefill_tokens_per_s: Number = None
     output_tokens_per_s: Number = None
     goodput_requests_per_s: Number = None
+    joules_per_token: Number = None
     latency_ms: Percentiles | None = None
     samples_per_s: Number = None
     by_repeat: dict[Metric, tuple[Number, ...]] = Field(default={})
@@ -87,6 +89,7 @@ class RuntimeSpeed(Model):
     prefill_tokens_per_s: Ratio | None = None
     output_tokens_per_s: Ratio | None = None
     goodput_requests_per_s: Ratio | None = None
+    joules_per_token: Ratio | None = None
     latency: Ratio | None = None
     samples_per_s: Ratio | None = None
     noise_floor: dict[str, NoiseFloor] = Field(default={})

@@ -16,7 +16,7 @@ _MAXIMUM_REPEATS = 200  # in a table
 _MAXIMUM_SHAPES = 32
 
 _SHORT = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "End to end", "latency": "Latency"}
-_NAMES = (*words.RATES, *words.LATENCIES)
+_NAMES = (*words.RATES, *words.LATENCIES, *words.ENERGY)
 
 
 def section(report: Report) -> Section:
@@ -120,6 +120,14 @@ def _rows(found: RuntimeSpeed, cost: ratios.Cost | None) -> Iterator[list[Cell |
         before, after = getattr(one, f"{name}_ms"), getattr(other, f"{name}_ms")
         if before is not None or after is not None:
             yield [Cell(label, "ms, median"), _percentiles(before), _percentiles(after), _ratio(name, found)]
+    for name, label in words.ENERGY.items():
+        if (used := getattr(one, name)) is not None:
+            yield [
+                Cell(label, "J per output token"),
+                words.number(used),
+                words.number(getattr(other, name)),
+                _ratio(name, found),
+            ]
     if cost is not None:
         yield [Cell("Cost", f"per million {cost.tokens}"), *(words.number(side, 3) for side in cost[1:]), ""]
 
@@ -157,7 +165,7 @@ def _ratios(key: str, name: str, found: RuntimeSpeed) -> Chart | None:
         reference=1.0,
     )
     caption = "Ratios with 95 % intervals; grey: what noise alone makes of the baseline. Rates are better above 1, "
-    return Chart(drawn, f"{caption}latencies below.") if drawn else None
+    return Chart(drawn, f"{caption}latencies and energy below.") if drawn else None
 
 
 def _strips(key: str, name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Chart | None:
@@ -186,9 +194,9 @@ def _repeats(name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Table:
 
 
 def _short(metric: str) -> str:
-    return words.RATES.get(metric) or _SHORT[metric]
+    return (words.RATES | words.ENERGY).get(metric) or _SHORT[metric]
 
 
 def _titled(metric: str) -> str:
-    unit = words.RATE_UNITS.get(metric, "tokens/s") if metric in words.RATES else "ms"
+    unit = "ms" if metric in words.LATENCIES else words.RATE_UNITS.get(metric, "tokens/s")
     return f"{_short(metric)}, {unit}"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import numprune
-from numprune.flows.studies.gpu import checks, command, sizes, tables
+from numprune.flows.studies.gpu import checks, command, parts, sizes, tables
 from numprune.flows.studies.gpu.generation import Generation, random_llama
 from numprune.flows.studies.gpu.parts import PARTS
 
@@ -91,6 +91,8 @@ def test_in_miniature_on_a_bare_image(tmp_path: Path) -> None:
     names = [width.name for width in sizes.widths(sizes.MINIATURE)]
     expected = [(name, batch) for name in [*names, "dense again"] for batch in sizes.BATCHES]
     assert [(row["width"], row["batch"]) for row in rows["generation"]] == expected
+    if not torch.cuda.is_available():
+        assert {row["decode_joules_per_token"] for row in rows["generation"]} == {None}
     text = written.with_suffix(".md").read_text(encoding="utf-8")
     assert text == tables.as_markdown(record)
     assert "Its figures mean nothing" in text
@@ -125,6 +127,25 @@ def test_tables_report_what_is_missing() -> None:
     assert text.count("No results.\n\n**Incomplete: stopped after 45 s**") == len(PARTS) - 1
     assert "| greedy_order | **failed**: AssertionError: a \\| b | 1.0 |" in text
     assert "**Not a valid measurement: A GPU lowers its clocks.**" in text
+
+
+def test_energy_is_measured_over_at_least_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meter:
+        """Goes up by 60 J each time it is read."""
+
+        count = 0.0
+
+        def joules(self) -> float:
+            self.count += 60
+            return self.count
+
+    clock = iter(float(second) for second in range(100))
+    monkeypatch.setattr(parts, "now", lambda _: next(clock) / 2)
+    small = sizes.MINIATURE
+    model = random_llama(small, sizes.widths(small)[0], CPU, torch.float32)
+    generation = Generation(model, torch.zeros(2, small.prompt, dtype=torch.int64), small.new)
+    assert parts._joules(generation, small, CPU, Meter(), 2) == 60 / (2 * small.new)  # one second: one round of steps
+    assert parts._joules(generation, small, CPU, None, 2) is None
 
 
 def test_widths_remove_their_nominal_share() -> None:

@@ -1,0 +1,104 @@
+"""Energy of a GPU, counted by a stand-in for NVML: this machine need not have one."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.samples import ENERGY, Generation, Repeat
+from numprune.serving.benchmark.sections import Look, speed_section
+from numprune.serving.benchmark.session import Session
+from numprune.serving.energy import open_meter
+from numprune.serving.report import Report, markdown, page
+from tests.serving.pages import Parsed, full
+
+
+class Nvml(SimpleNamespace):
+    """What is used of pynvml; its counter, in mJ, goes up by 250 each time it is read."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, problem: str = "") -> None:
+        super().__init__()
+        self.problem, self.opened, self.count = problem, [], 0
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
+        if self.problem:
+            raise self.NVMLError(self.problem)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        self.opened.append(index)
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.opened.append(uuid)
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, _: Any) -> int:  # noqa: N802
+        self.count += 250
+        return self.count
+
+
+@pytest.mark.parametrize(("visible", "opened"), [(None, 0), ("3,1", 3), ("GPU-5f", "GPU-5f")])
+def test_the_counter_is_that_of_the_gpu_in_use(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, opened: Any
+) -> None:
+    nvml = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    meter, said = open_meter(on_gpu=True)
+    assert meter is not None
+    assert (nvml.opened, said) == ([opened], "NVML, the whole board")
+    assert meter.joules() - meter.joules() == -0.25
+
+
+def test_an_unmeasured_energy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_meter(on_gpu=False) == (None, "not measured on a CPU")
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml("Not Supported"))
+    assert open_meter(on_gpu=True) == (None, "not measured: NVML: Not Supported")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert open_meter(on_gpu=True) == (None, 'not measured: nvidia-ml-py is not installed: pip install "numprune[gpu]"')
+
+
+def test_a_worker_counts_the_energy_of_each_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    session = Session()
+    session._energy, _ = open_meter(on_gpu=True)
+    session._work = lambda: [Generation(1, 4, 5.0, [1.0, 1.0, 1.0], 0)]
+    assert Repeat.from_json(session.repeat()).metrics()[ENERGY] == 0.25 / 4
+    session._energy = None
+    answer = session.repeat()
+    assert answer["joules"] is None
+    assert ENERGY not in Repeat.from_json(answer).metrics()
+
+
+def repeats(joules: float | None) -> list[Repeat]:
+    batch = Generation(2, 8, 20.0, [5.0] * 4, 0)
+    return [Repeat((batch,), 1.0, 0.0, None if joules is None else joules + drift) for drift in (0.0, 0.1, -0.1, 0.0)]
+
+
+def test_the_report_has_joules_per_token_if_measured() -> None:
+    load = Load(prompts=2, prompt_length=8, output_length=5, batch_size=2, repeats=4)
+    measured = speed_section(load, [Look(repeats(20.0), repeats(10.0))], {})
+    assert measured["baseline"][ENERGY] == pytest.approx(2.0)
+    assert measured[ENERGY]["ratio"]["value"] == pytest.approx(0.5, rel=0.02)
+    assert "neighbours" in measured["noise_floor"][ENERGY]
+    absent = speed_section(load, [Look(repeats(None), repeats(None))], {})
+    assert absent["baseline"][ENERGY] is None
+    assert ENERGY not in absent
+    assert ENERGY not in absent["baseline"]["by_repeat"]
+
+    data = full()
+    told = {}
+    for name, section in (("measured", measured), ("absent", absent)):
+        report = Report.model_validate({**data, "speed": {"torch": section}})
+        told[name] = markdown(report), Parsed(page.html(report)).text
+    assert "| energy, J per output token | 2 | 1 | 0.5" in told["measured"][0]
+    assert "less" in told["measured"][0]
+    assert "J per output token" in told["measured"][1]
+    assert not any("J per output token" in text for text in told["absent"])
