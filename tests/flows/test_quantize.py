@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from numprune.export import manifest, vllm
+from numprune.export import manifest
 from numprune.flows import names
 from numprune.flows.cli import main
 from numprune.quantization import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
@@ -56,7 +56,9 @@ def test_quantize_then_evaluate_inspect_and_export(
     assert run(capsys, "inspect", out)[1]["quantization"] == str(Scheme(scheme, made["group_size"]))
     assert run(capsys, "inspect", base)[1]["quantization"] is None
 
-    vllm.export(out, tmp_path / "vllm")
+    code, exported_as = run(capsys, "export", out, tmp_path / "vllm", "--to", "vllm")
+    assert code == 0, exported_as
+    assert exported_as["parity"]["format"]["matrices"] == 14
     assert (tmp_path / "vllm" / "config.json").read_bytes() == (out / "config.json").read_bytes()
     ours, exported = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "vllm"))
     assert ours.keys() == exported.keys()
