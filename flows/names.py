@@ -16,6 +16,12 @@ Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joi
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 Recovery = Literal["distill"]
 TrainedWeights = Literal["all", "lora", "blocks"]
+LearnedAxis = Literal["kv-groups", "channels", "experts"]  # masks are on whole units
+LearningMethod = Literal["vib"]
+LearningVariant = Literal["full", "fast", "faster"]
+# What each variant trains on by default: 5,000 rows of 512 tokens, or 3 % of that.
+LEARNING_TOKENS: dict[LearningVariant, int] = {"full": 2_560_000, "fast": 76_800, "faster": 76_800}
+LEARNING_RATE = 1e-4  # of the weights
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 GROUP_SIZES = (32, 64, 128)
 QuantizationMethod = Literal["gptq", "rtn"]

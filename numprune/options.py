@@ -22,6 +22,7 @@ from numprune.target import Sizes, Target, allowed_sizes
 # compensation.py.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
 REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
+LEARNED = ("vib",)  # criteria of plans that numprune.learning made
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PruneOptions:
 
     Attributes:
         ratio: share of the prunable parameters to remove.
-        criterion: a name of `criteria.CRITERIA`.
+        criterion: a name of `criteria.CRITERIA`; where a plan says what to keep, one of `LEARNED` too.
         allocation: a name of `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
         target: what the server of the result needs of its sizes.
@@ -85,14 +86,14 @@ def options_of(plan: Plan) -> PruneOptions:
     )
 
 
-def check_options(anatomy: Anatomy, options: PruneOptions) -> None:
-    """Refuse what cannot work before anything is run.
+def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = False) -> None:
+    """Refuse what cannot work before anything is run. `planned`: the units to keep are known, so nothing is scored.
 
     Raises:
         InputError: an unknown name, a ratio out of reach, or values that make no sense together.
     """
     for option, value, known in (
-        ("criterion", options.criterion, tuple(CRITERIA)),
+        ("criterion", options.criterion, (*CRITERIA, *LEARNED) if planned else tuple(CRITERIA)),
         ("allocation", options.allocation, tuple(ALLOCATIONS)),
         ("compensation", options.compensation, COMPENSATIONS),
     ):

@@ -21,7 +21,7 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """
     problems = [*_other_model(anatomy, plan)]
     if not problems:
-        check_options(anatomy, options_of(plan))
+        check_options(anatomy, options_of(plan), planned=True)
         problems = [*_sizes(anatomy, plan)]
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])

@@ -76,7 +76,7 @@ def prune(
         InputError: unsupported architecture, options that cannot work, rows that are not this model's.
     """
     layers = CopiedLayers(model, task)
-    check_options(layers.anatomy, options)
+    check_options(layers.anatomy, options, planned=plan is not None)
     dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     cut: dict[str, Tensor] = {}
     made = prune_layers(layers, rows, options, cut.update, known, dropped, plan)
@@ -124,7 +124,7 @@ def prune_layers(
     Raises:
         InputError: options that cannot work, or rows that are not this model's.
     """
-    rest = _rest(layers, rows, options, known, dropped)
+    rest = _rest(layers, rows, options, known, dropped, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
@@ -246,12 +246,18 @@ class _Rest:
 
 
 def _rest(
-    layers: Layers, rows: Tensor, options: PruneOptions, known: Known | None, dropped: Sequence[DroppedLayer]
+    layers: Layers,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None,
+    dropped: Sequence[DroppedLayer],
+    *,
+    planned: bool = False,
 ) -> _Rest:
     """Check everything and return what is to be pruned. Raises InputError."""
     if len(dropped) != options.drop_layers:
         raise ValueError(f"{len(dropped)} layers are dropped, where the options say {options.drop_layers}")
-    check_options(layers.anatomy, options)
+    check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
     if known and layers.anatomy.of_kind("experts"):
         known = replace(known, moments=None)  # whoever refits experts must walk

@@ -27,6 +27,7 @@ from numprune.flows.cli import (
     check_server,
     completion,
     kubernetes,
+    learn,
     model,
     optimize,
     prune,
@@ -44,6 +45,7 @@ from numprune.serving import loopback
 
 COMMANDS = (
     optimize,
+    learn,
     prune,
     recover,
     quantize,

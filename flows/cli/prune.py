@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -85,8 +86,20 @@ def add(commands: Subcommands) -> None:
         "--samples",
         type=at_least(1),
         metavar="N",
-        help="rows of the text to calibrate on (default: 128, or as many as the plan had)",
+        help="rows of the text to calibrate on (default: 128, or as many as the plan was chosen on without training)",
     )
+    add_limits(parser, get_args(names.Axis), names.DEFAULT_AXES)
+    _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
+    _add_number(parser, "seed", 0, "seed of every random draw")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="hold one layer in memory at a time, for models larger than the memory (default: the whole model)",
+    )
+
+
+def add_limits(parser: argparse.ArgumentParser, axes: Sequence[str], default: Sequence[str]) -> None:
+    """Add the options that say which sizes the result may have. Those that are not given are None."""
     for name, help_text in (
         ("align", "intermediate sizes are multiples of N channels"),
         ("tensor_parallel", "GPUs that will share each layer"),
@@ -97,10 +110,9 @@ def add(commands: Subcommands) -> None:
         "--axes",
         nargs="+",
         action="extend",
-        choices=get_args(names.Axis),
+        choices=axes,
         metavar="AXIS",
-        help=f"what may be pruned: {', '.join(get_args(names.Axis))}; may be repeated "
-        f"(default: {' '.join(names.DEFAULT_AXES)})",
+        help=f"what may be pruned: {', '.join(axes)}; may be repeated (default: {' '.join(default)})",
     )
     parser.add_argument(
         "--keep",
@@ -123,13 +135,6 @@ def add(commands: Subcommands) -> None:
         action="store_const",
         const=True,
         help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
-    )
-    _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
-    _add_number(parser, "seed", 0, "seed of every random draw")
-    parser.add_argument(
-        "--stream",
-        action="store_true",
-        help="hold one layer in memory at a time, for models larger than the memory (default: the whole model)",
     )
 
 
@@ -156,7 +161,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
-    from numprune.options import check_options
+    from numprune.options import LEARNED, check_options
     from numprune.planned import check_plan
 
     started = time.perf_counter()
@@ -171,7 +176,9 @@ def prune(args: argparse.Namespace) -> Answer:
         check_options(anatomy, options)
     else:
         check_plan(anatomy, plan)
-    samples = args.samples or (plan.calibration.rows if plan else _SAMPLES)
+    # Masks are trained on more rows than weights need to be refitted.
+    as_before = plan is not None and plan.criterion not in LEARNED
+    samples = args.samples or (plan.calibration.rows if plan and as_before else _SAMPLES)
     length = args.sequence_length or (plan.calibration.sequence_length if plan else None)
     length = row_length(length, anatomy.context)
     tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
@@ -208,9 +215,8 @@ def prune(args: argparse.Namespace) -> Answer:
 
 def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
     """Return the options, and the plan where they are one's. Raises InputError."""
-    from numprune.options import PruneOptions, options_of
+    from numprune.options import options_of
     from numprune.plans import read_plan
-    from numprune.target import Target
 
     given = {name: getattr(args, name) for name in ("ratio", *_DEFAULTS) if getattr(args, name) is not None}
     if args.out is None and not args.plan_only:
@@ -218,10 +224,7 @@ def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
     if args.plan is None:
         if "ratio" not in given:
             raise InputError("the following arguments are required: --ratio, or --plan (see numprune prune --help)")
-        chosen = _DEFAULTS | given
-        target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
-        floors = dict(chosen.pop("floor"))
-        return PruneOptions(**chosen, target=target, floors=floors), None
+        return options_of_arguments(given), None
     if args.plan_only:
         raise InputError("--plan-only makes a plan, and --plan gives one; leave one of them out")
     if given:
@@ -229,6 +232,17 @@ def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
         raise InputError(f"--plan brings its own options; leave out {options}, or edit the plan")
     plan = read_plan(args.plan)
     return options_of(plan), plan
+
+
+def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
+    """Return the options of pruning that were given by the names of their arguments, the others by default."""
+    from numprune.options import PruneOptions
+    from numprune.target import Target
+
+    chosen = _DEFAULTS | dict(given)
+    target = Target(**{name: chosen.pop(name) for name in ("align", "tensor_parallel", "quantization_group")})
+    floors = dict(chosen.pop("floor"))
+    return PruneOptions(**chosen, target=target, floors=floors)
 
 
 def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:

@@ -160,9 +160,13 @@ def calibration_rows(
     `option` is what the user knows `samples` by. Raises InputError.
     """
     rows = text_rows(text, "train", tokenizer, length, reading, samples * length, task)
-    drawn = draw_rows(rows, samples, length, seed, option)
+    return draw_rows(rows, samples, length, seed, option), draw_of(text, seed, reading, packed=rows.packed)
+
+
+def draw_of(text: Text, seed: int, reading: Reading, *, packed: bool) -> Draw:
+    """Return what a plan says of rows that were drawn from the calibration text."""
     names = [f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text]
-    return drawn, Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=rows.packed)
+    return Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=packed)
 
 
 def draw_rows(rows: TokenRows, samples: int, length: int, seed: int, option: str) -> Tensor:

@@ -1,0 +1,149 @@
+"""numprune learn: masks that are trained choose what a model can do without."""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import get_args
+
+from numprune.errors import InputError
+from numprune.flows import names
+from numprune.flows.amounts import size
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_choice,
+    add_text,
+    at_least,
+    command,
+    must_not_exist,
+    reading,
+)
+from numprune.flows.cli.prune import add_limits, options_of_arguments
+
+_AXES = get_args(names.LearnedAxis)
+_GIVEN = (  # arguments that are options of pruning
+    "ratio",
+    "allocation",
+    "compensation",
+    "align",
+    "tensor_parallel",
+    "quantization_group",
+    "axes",
+    "keep",
+    "floor",
+    "skips",
+    "seed",
+)
+
+
+def add(commands: Subcommands) -> None:
+    parser = command(
+        commands,
+        "learn",
+        learn,
+        "train masks that choose what a model can do without, and write their plan for numprune prune --plan",
+        "numprune learn ./my-model ./learned --ratio 0.3 --variant faster --text train.txt",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        required=True,
+        metavar="R",
+        help="share of the prunable parameters to remove, from 0 to under 1",
+    )
+    add_choice(
+        parser,
+        "--method",
+        get_args(names.LearningMethod),
+        "vib",
+        "what the masks minimize (vib: the variational information bottleneck)",
+    )
+    add_choice(
+        parser,
+        "--variant",
+        get_args(names.LearningVariant),
+        "faster",
+        "what is trained: full and fast train the weights with the masks, faster the masks only; fast and faster on "
+        "3 %% of the tokens",
+    )
+    add_choice(
+        parser,
+        "--allocation",
+        ("error", "uniform"),
+        "error",
+        "how masks become sizes: by what each layer's masks say, or the same in every layer",
+    )
+    add_choice(
+        parser,
+        "--compensation",
+        get_args(names.Compensation),
+        "joint",
+        "by which prune --plan has the kept channels take over from the removed ones",
+    )
+    add_text(parser, "text to train on, and to judge the masks by")
+    parser.add_argument(
+        "--tokens",
+        type=at_least(1),
+        metavar="N",
+        help="to train on; the text is repeated where it has fewer "
+        f"(default: {', '.join(f'{tokens:,} with {variant}' for variant, tokens in names.LEARNING_TOKENS.items())})",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="R",
+        help=f"of the weights with full and fast, at its highest (default: {names.LEARNING_RATE:g})",
+    )
+    add_limits(parser, _AXES, _AXES)
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+
+
+def learn(args: argparse.Namespace) -> Answer:
+    from numprune.anatomy import read_anatomy
+    from numprune.export import checkpoint, manifest
+    from numprune.flows.stages import peak_memory_bytes
+    from numprune.flows.steps.learn import PLAN, Request, check_request, learn_checkpoint, training_rows
+    from numprune.flows.steps.prune import device_of
+    from numprune.flows.steps.text import row_length
+
+    started = time.perf_counter()
+    must_not_exist(args.out)
+    if args.learning_rate is not None and args.variant == "faster":
+        raise InputError("--learning-rate is that of the weights, which faster does not train; leave it out")
+    given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
+    options = options_of_arguments({"criterion": args.method, "axes": _AXES, **given})
+    source = checkpoint.resolve(args.checkpoint)
+    check_request(source, options)
+    manifest.sweep(args.out.parent)
+    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+    asked = Request(
+        args.variant,
+        args.tokens or names.LEARNING_TOKENS[args.variant],
+        names.LEARNING_RATE if args.learning_rate is None else args.learning_rate,
+    )
+    rows = training_rows(args.text, source, length, asked.tokens, args.seed, reading(args, args.text))
+    made = learn_checkpoint(source, rows, options, asked, args.out, device_of("auto"))
+    record, plan = made.record, args.out / PLAN
+    data = {
+        "out": str(args.out),
+        "digest": made.digest,
+        "model": str(made.model),
+        "plan": str(plan),
+        "method": args.method,
+        "removed": made.removed,
+        **dataclasses.asdict(record),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    text = (
+        f"{plan}: {made.removed:.1%} of the prunable parameters to remove; {args.method} {record.variant}, "
+        f"{record.tokens:,} tokens in {record.steps:,} steps, the best after step {record.best_step:,}: "
+        f"{record.divergence:.4f} {record.unit} from the dense model before any refit; in "
+        f"{data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}\n"
+        f"follow it with numprune prune {made.model} OUT --plan {plan} --text FILE"
+    )
+    return Answer(data, text)

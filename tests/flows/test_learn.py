@@ -1,0 +1,128 @@
+"""numprune learn: a plan by trained masks, and what prune makes of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from numprune import learning
+from numprune.export import manifest
+from numprune.flows import names
+from numprune.flows.cli import main
+from numprune.plans import PLAN_FILE, read_plan
+
+Checkpoint = Callable[..., Path]
+TRAINING = ("--tokens", 2_000, "--sequence-length", 32, "--align", 8)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(400)))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str, Any]]]:
+    def run(*words: object) -> tuple[int, dict[str, Any]]:
+        code = main([*map(str, words), "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_names_and_defaults_are_those_of_the_core() -> None:
+    assert names.LearningVariant == learning.Variant
+    assert names.LEARNING_RATE == learning.LEARNING_RATE
+    assert tuple(names.LEARNING_TOKENS) == get_args(names.LearningVariant)
+
+
+@pytest.mark.parametrize("variant", get_args(names.LearningVariant))
+def test_prune_follows_the_plan_of_the_masks(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path, variant: str
+) -> None:
+    base, out, pruned = tiny_checkpoint(), tmp_path / "learned", tmp_path / "pruned"
+    before = manifest.folder_digest(base)
+    code, made = run("learn", base, out, "--ratio", 0.3, "--variant", variant, "--text", text, *TRAINING)
+    assert code == 0, made
+    assert made["removed"] >= 0.3
+    assert (made["tokens"], made["steps"]) == (2_048, 4)
+    assert made["unit"] == "nats/token"
+    assert manifest.folder_digest(base) == before
+    assert manifest.verify(out).parents == {"base": before}
+    model = base if variant == "faster" else out / "model"
+    assert Path(made["model"]) == model
+    plan = read_plan(out / "plan.json")
+    assert (plan.criterion, plan.base) == ("vib", manifest.folder_digest(model))
+    assert plan.calibration.draw is not None
+    assert plan.calibration.draw.text == ["text.txt"]
+
+    how = ("--plan", out / "plan.json", "--text", text, "--samples", 16)
+    code, found = run("prune", model, pruned, *how)
+    assert code == 0, found
+    assert found["prunable_ratio_removed"] == pytest.approx(made["removed"])
+    followed = read_plan(pruned / PLAN_FILE)
+    assert {name: block.kept for name, block in followed.blocks.items()} == {
+        name: block.kept for name, block in plan.blocks.items()
+    }
+    assert run("inspect", pruned)[0] == 0
+    if variant == "fast":  # the plan is for the trained weights
+        code, refused = run("prune", base, tmp_path / "other", *how)
+        assert code == 1
+        assert "the plan was made for a model with digest" in refused["error"]
+
+
+def test_uniform_masks_give_a_stock_architecture(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    base, out, pruned = tiny_checkpoint(), tmp_path / "learned", tmp_path / "pruned"
+    more = ("--allocation", "uniform", "--compensation", "none")
+    code, made = run("learn", base, out, "--ratio", 0.3, "--variant", "faster", "--text", text, *TRAINING, *more)
+    assert code == 0, made
+    assert run("prune", base, pruned, "--plan", out / "plan.json", "--text", text)[0] == 0
+    assert json.loads((pruned / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--learning-rate", 1e-3), "--learning-rate is that of the weights, which faster does not train"),
+        (("--ratio", 0.99), "ratio is 0.99, but with the least"),
+        (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
+        (("--sequence-length", 250), "to judge by leave none to train on; give more text"),
+        (("--axes", "query-heads"), "invalid choice: 'query-heads'"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, more: tuple[object, ...], said: str
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Nothing is said here twice: 0 1 2 3 4 5 6 7 8 9.\n" * 50)
+    out = tmp_path / "out"
+    how = ("--ratio", 0.3, "--variant", "faster", "--text", short, "--sequence-length", 32)
+    code, refused = run("learn", tiny_checkpoint(), out, *how, *more)
+    assert code == 1
+    assert said in refused["error"]
+    assert not out.exists()
+
+
+def test_a_training_that_diverges_ends_with_its_remedy(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    how = ("--ratio", 0.3, "--variant", "fast", "--learning-rate", 1e30, "--text", text, *TRAINING)
+    code, refused = run("learn", tiny_checkpoint(), tmp_path / "out", *how)
+    assert code == 1
+    assert "the training diverged; choose a smaller learning rate" in refused["error"]
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_a_quantized_checkpoint_is_refused(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    base, quantized = tiny_checkpoint(), tmp_path / "quantized"
+    assert run("quantize", base, quantized, "--scheme", "w8a8", "--method", "rtn")[0] == 0
+    code, refused = run("learn", quantized, tmp_path / "out", "--ratio", 0.3, "--text", text)
+    assert code == 1
+    assert "quantized" in refused["error"]

@@ -1,0 +1,152 @@
+"""Masks on units: what they do to every family, and the bottleneck's terms."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from numprune.anatomy import read_anatomy
+from numprune.families import FAMILIES
+from numprune.learning.constraint import Lagrangian, cost_of
+from numprune.learning.masks import Masks, fold, masked
+from numprune.options import PruneOptions
+from numprune.plans import BlockPlan
+from numprune.pruning import describe, prune
+from numprune.slices import Kept
+from numprune.target import Target
+from tests.conftest import build_tiny
+from tests.test_families import ROWS, TASKS, output
+
+of_task = pytest.mark.parametrize(
+    ("family", "task"), [(name, task) for name, family in FAMILIES.items() for task in family.tasks]
+)
+
+
+def build(family="llama", task=None):
+    """Return a tiny model, its anatomy, its layers and masks on all units that can go by themselves."""
+    model = build_tiny(family, task=task)
+    anatomy = read_anatomy(model.config)
+    masks = Masks([block for block in anatomy.blocks if block.separable], seed=0)
+    return model, anatomy, model.get_submodule(anatomy.layers_path), masks
+
+
+def draw(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
+@of_task
+def test_masks_of_one_change_nothing_and_no_mask_is_left_behind(family, task):
+    model, _, layers, masks = build(family, task)
+    dense = output(model, task)
+    with torch.no_grad():
+        masks.mean.fill_(1)
+        masks.log_variance.fill_(-torch.inf)
+        values = masks.sample(len(ROWS), torch.Generator().manual_seed(0))
+        with masked(layers, masks, values):
+            assert torch.allclose(output(model, task), dense, rtol=0, atol=1e-6)
+        with masked(layers, masks, values * draw(len(masks.weights))):
+            assert not torch.allclose(output(model, task), dense, rtol=0, atol=1e-3)
+    assert torch.equal(output(model, task), dense)
+
+
+@of_task
+def test_folded_masks_compute_what_masks_did(family, task):
+    model, _, layers, masks = build(family, task)
+    values = draw(len(masks.weights))
+    with masked(layers, masks, values[None]):
+        wanted = output(model, task)
+    fold(layers, masks, values)
+    assert torch.allclose(output(model, task), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3", "phi3", "gpt_neox", "bert", "roberta"])
+def test_masks_of_zero_are_the_cut(family):
+    """Folded, then cut by a plan without compensation: the model computes what it did with the masks."""
+    task = FAMILIES[family].tasks[0]
+    model, anatomy, layers, masks = build(family, task)
+    kept = {block.name: Kept.whole(torch.arange(block.units)[::2], block.members) for block in anatomy.blocks}
+    values = draw(len(masks.weights)) * masks.indicator(kept)
+    with masked(layers, masks, values[None]):
+        wanted = output(model, task)
+    fold(layers, masks, values)
+    options = PruneOptions(0.3, allocation="error", compensation="none", target=Target(align=1))
+    plan = describe(anatomy, ROWS, options, {name: BlockPlan(units=1, kept=[0]) for name in kept})
+    blocks = {block.name: BlockPlan.of(block, kept[block.name], None) for block in anatomy.blocks}
+    pruned = prune(model, ROWS, options, task=TASKS[task], plan=plan.model_copy(update={"blocks": blocks}))
+    assert torch.allclose(output(pruned.model, task), wanted, rtol=0, atol=1e-5)
+
+
+def test_each_row_has_masks_of_its_own_also_where_a_model_flattens_its_rows():
+    for family in ("llama", "opt"):
+        model, _, layers, masks = build(family)
+        values = draw(len(ROWS), len(masks.weights))
+        with masked(layers, masks, values):
+            together = output(model)
+        for row, own in enumerate(values):
+            with masked(layers, masks, own[None]):
+                assert torch.allclose(output(model, tokens=ROWS[row : row + 1])[0], together[row], rtol=0, atol=1e-5)
+
+
+def test_the_bottleneck_is_the_least_divergence_from_a_prior_around_zero():
+    _, _, _, masks = build()
+    with torch.no_grad():
+        masks.mean.copy_(draw(len(masks.weights)) * 2 - 1.5)
+        masks.log_variance.copy_(8 * draw(len(masks.weights), seed=1) - 8)
+    mean, deviation = masks.mean.double(), (masks.log_variance.double() / 2).exp()
+    prior = (mean.square() + deviation.square()).sqrt()
+    wanted = kl_divergence(Normal(mean, deviation), Normal(torch.zeros_like(mean), prior))
+    assert torch.allclose(masks.information.double(), wanted, rtol=1e-4, atol=1e-6)
+    for other in (0.9, 1.1):
+        assert (kl_divergence(Normal(mean, deviation), Normal(torch.zeros_like(mean), other * prior)) > wanted).all()
+
+
+def test_the_gradients_of_the_bottleneck_are_the_closed_forms():
+    _, _, _, masks = build()
+    gradients = torch.autograd.grad(masks.information.sum(), [masks.mean, masks.log_variance])
+    squares, variance = masks.mean.square(), masks.log_variance.exp()
+    assert torch.allclose(gradients[0], masks.mean / (squares + variance), rtol=1e-3)
+    assert torch.allclose(gradients[1], -squares / (squares + variance) / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
+def test_the_gradients_of_masks_are_those_of_finite_differences(family):
+    task = FAMILIES[family].tasks[0]
+    model, _, layers, masks = build(family, task)
+    values = draw(1, len(masks.weights)).requires_grad_()
+
+    def loss(masked_by):
+        with masked(layers, masks, masked_by):
+            return TASKS[task].output(model, ROWS, torch.ones_like(ROWS)).double().square().mean()
+
+    (found,) = torch.autograd.grad(loss(values), values)
+    last = len(masks.weights) - 1
+    for unit in (last - 1, last) if family == "mixtral" else (0, last // 2, last):  # what follows may be routed anew
+        step = torch.zeros_like(values).index_fill(1, torch.tensor([unit]), 0.01)
+        with torch.no_grad():
+            slope = (loss(values + step) - loss(values - step)) / 0.02
+        assert float(found[0, unit]) == pytest.approx(float(slope), rel=0.02, abs=1e-4)
+
+
+def test_the_share_that_masks_keep_is_that_of_parameters():
+    _, anatomy, _, masks = build()
+    cost = cost_of(anatomy, masks)
+    with torch.no_grad():
+        masks.mean.fill_(1)
+        masks.log_variance.fill_(-30.0)
+        assert float(cost.kept(masks)) == pytest.approx(1)
+        gone = anatomy.blocks[1]
+        masks.by_block(masks.log_variance)[gone.name].fill_(30.0)
+        whole = sum(block.parameters(block.size) for block in anatomy.blocks)
+        assert float(cost.kept(masks)) == pytest.approx(1 - gone.parameters(gone.size) / whole, abs=1e-6)
+        some = Masks(anatomy.blocks[:1], seed=0)  # the other blocks stay
+        assert float(cost_of(anatomy, some).kept(some)) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_penalty_grows_while_the_constraint_is_missed():
+    lagrangian = Lagrangian(rate=0.5, quadratic=3.0)
+    excess = torch.tensor(0.2)
+    assert float(lagrangian.penalty(excess)) == pytest.approx(3 * 0.04)
+    lagrangian.ascend(0.2)
+    lagrangian.ascend(0.2)
+    assert float(lagrangian.penalty(excess)) == pytest.approx(0.2 * 0.2 + 3.04 * 0.04)
+    lagrangian.ascend(-0.4)  # kept too little: the pressure falls
+    assert float(lagrangian.penalty(excess)) == pytest.approx(0 * 0.2 + 3.12 * 0.04)

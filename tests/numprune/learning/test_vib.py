@@ -1,0 +1,185 @@
+"""What masks learn: the budget, the units that do nothing, and what becomes of the weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
+from numprune.calibration import consumer_weight
+from numprune.errors import InputError
+from numprune.families import FAMILIES
+from numprune.learning import check_learning, learn
+from numprune.learning.masks import Masks
+from numprune.learning.rounding import rounded
+from numprune.options import PruneOptions, sizes_allowed
+from numprune.pruning import prune
+from numprune.slices import Kept
+from numprune.target import Target
+from tests.conftest import build_tiny
+from tests.test_families import TASKS, output
+
+LENGTH = 16
+WHOLE_UNITS = ("kv-groups", "channels", "experts")
+OPTIONS = PruneOptions(
+    0.4, "vib", allocation="error", compensation="none", axes=WHOLE_UNITS, target=Target(align=1), seed=3
+)
+
+
+def rows(count, seed=0):
+    tokens = torch.randint(0, 256, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    tokens[:, [3, 9]] = 258  # masks of a masked language model
+    return tokens
+
+
+ROWS, SELECTION = rows(64), rows(8, seed=1)
+TOKENS = 60 * 32 * LENGTH  # 60 steps
+
+
+def removed(anatomy, sizes):
+    before, after = (budget_of(one).prunable_parameters for one in (anatomy, anatomy.keeping(sizes)))
+    return 1 - after / before
+
+
+@torch.no_grad()
+def plant(model, anatomy, every):
+    """Have only one of `every` units of each block do anything; return which, by block."""
+    layers = model.get_submodule(anatomy.layers_path)
+    alive = {}
+    for block in anatomy.blocks:
+        kept = Kept.whole(torch.arange(block.units)[::every], block.members)
+        dead = torch.ones(block.channels, dtype=torch.bool)
+        dead[block.reader.entries(kept, block.size)] = False
+        consumer_weight(layers[block.layer], block)[:, dead] = 0
+        alive[block.name] = kept.units.tolist()
+    return alive
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_units_that_do_nothing_go_and_the_masks_meet_the_budget_by_themselves(family):
+    model = build_tiny(family, num_key_value_heads=4)
+    alive = plant(model, read_anatomy(model.config), every=2)
+    found = learn(model, ROWS, SELECTION, dataclasses.replace(OPTIONS, ratio=0.5), "faster", TOKENS)
+    assert {name: block.kept for name, block in found.plan.blocks.items()} == alive
+    assert found.record.divergence < 1e-5
+    assert found.record.kept == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "masked-lm"), ("roberta", "classification")])
+def test_encoders_lose_what_does_nothing_too(family, task):
+    model = build_tiny(family, task=task)
+    anatomy = read_anatomy(model.config)
+    alive = plant(model, anatomy, every=2)
+    found = learn(model, ROWS, SELECTION, dataclasses.replace(OPTIONS, ratio=0.5), "faster", TOKENS, TASKS[task])
+    for name, block in found.plan.blocks.items():
+        assert len(set(block.kept) - set(alive[name])) <= 0.05 * block.units, name
+    assert found.record.divergence < 1e-3
+    assert found.record.kept == pytest.approx(0.5, abs=0.05)
+
+
+def test_only_masks_are_trained_by_faster():
+    model = build_tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = learn(model, ROWS, SELECTION, OPTIONS, "faster", TOKENS // 10)
+    assert found.model is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_trained_weights_are_others_and_compute_what_was_judged():
+    model = build_tiny()
+    dense = output(model, tokens=SELECTION)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = learn(model, ROWS, SELECTION, OPTIONS, "fast", TOKENS // 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    weights = found.model.state_dict()
+    assert not any(torch.equal(weights[name], value) for name, value in before.items())
+    pruned = prune(found.model, ROWS[:8], OPTIONS, plan=found.plan)
+    left = TASKS["causal-lm"].divergence(output(pruned.model, tokens=SELECTION), dense, SELECTION).mean()
+    assert float(left) == pytest.approx(found.record.divergence, rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_seed_other_masks():
+    def record(seed):
+        return learn(build_tiny(), ROWS, SELECTION, dataclasses.replace(OPTIONS, seed=seed), "faster", TOKENS // 10)
+
+    one, same, other = record(3), record(3), record(4)
+    assert one.plan == same.plan
+    assert one.record.divergence == same.record.divergence
+    assert one.record.kept != other.record.kept
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"ratio": 0.3},
+        {"ratio": 0.5, "target": Target(align=16)},
+        {"ratio": 0.3, "target": Target(align=8, tensor_parallel=2), "floors": {"attention": 0.5}},
+        {"ratio": 0.3, "keep": ["layers.0"]},
+        {"ratio": 0.3, "allocation": "uniform"},
+        {"ratio": 0.5, "skips": True, "target": Target(align=32)},
+    ],
+    ids=lambda more: " ".join(more),
+)
+def test_the_budget_is_met_once_masks_are_rounded(family, more):
+    if more.get("skips") and family == "bert":
+        pytest.skip("a norm follows each of its blocks")
+    anatomy = read_anatomy(build_tiny(family, num_hidden_layers=4).config)
+    options = dataclasses.replace(OPTIONS, **more)
+    if family == "qwen2_moe" and "align" in str(more):
+        options = dataclasses.replace(options, ratio=0.2)
+    check_learning(anatomy, options)
+    allowed = sizes_allowed(anatomy, options)
+    masks = Masks([block for block in anatomy.blocks if len(allowed[block.name]) > 1], seed=0)
+    with torch.no_grad():
+        masks.log_variance.add_(6 * torch.randn(len(masks.weights), generator=torch.Generator().manual_seed(0)) + 6)
+    kept = rounded(anatomy, masks, options)
+    sizes = {name: left.size for name, left in kept.items()}
+    assert all(size in allowed[name] for name, size in sizes.items())
+    found = removed(anatomy, sizes)
+    if options.allocation == "uniform":
+        assert anatomy.keeping(sizes).is_uniform
+        assert options.ratio - 0.05 < found < options.ratio + 0.1
+    else:
+        assert options.ratio - 1e-9 < found < options.ratio + 0.1
+    for name, information in masks.by_block(masks.information).items():
+        gone = torch.ones(len(information), dtype=torch.bool).index_fill(0, kept[name].units, False)
+        if gone.any() and not gone.all():
+            assert information[gone].max() <= information[~gone].min()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"axes": ("kv-groups", "query-heads")}, "masks are on whole units; leave out query-heads"),
+        ({"drop_layers": 1}, "drop_layers: masks learn units, not layers"),
+        ({"allocation": "global"}, "allocation is 'global'; masks are rounded by one of error, uniform"),
+        ({"ratio": 0.99}, "ratio is 0.99, but with the least"),
+        ({"ratio": 0.0, "keep": ["attention", "mlp"]}, "leave every block a single size"),
+        ({"criterion": "vibes"}, "criterion is 'vibes'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_run(more, said):
+    with pytest.raises(InputError, match=said):
+        learn(build_tiny(), ROWS, SELECTION, dataclasses.replace(OPTIONS, **more), "faster", TOKENS)
+
+
+def test_masks_are_no_criterion_that_pruning_scores_by():
+    with pytest.raises(InputError, match="criterion is 'vib'; it must be one of"):
+        prune(build_tiny(), ROWS, OPTIONS)
+
+
+def test_rows_of_another_tokenizer_are_refused():
+    with pytest.raises(InputError, match="outside the model's vocabulary"):
+        learn(build_tiny(), ROWS, SELECTION + 200, OPTIONS, "faster", TOKENS)
+
+
+def test_every_family_of_the_task_is_learned():
+    """One step each: nothing in the way is about a family."""
+    for name, family in FAMILIES.items():
+        model = build_tiny(name)
+        options = dataclasses.replace(OPTIONS, ratio=0.1)
+        found = learn(model, ROWS[:4], SELECTION[:2], options, "fast", 8 * LENGTH, TASKS[family.tasks[0]])
+        assert removed(read_anatomy(model.config), found.plan.sizes()) > 0.1 - 1e-9, name
