@@ -1,6 +1,5 @@
 """A checkpoint to a plan by trained masks and, where the weights are trained with them, to a checkpoint of those."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
-from numprune.flows.steps.text import draw_of, text_rows
+from numprune.flows.steps.text import Text, draw_of, text_rows
 from numprune.learning import SELECTION_ROWS, Record, Variant, check_learning, learn
 from numprune.options import PruneOptions
 from numprune.plans import Draw
@@ -64,9 +63,7 @@ class LearnedCheckpoint:
     record: Record
 
 
-def training_rows(
-    files: Sequence[Path], source: Path, length: int, tokens: int, seed: int, reading: Reading
-) -> TrainingRows:
+def training_rows(text: Text, source: Path, length: int, tokens: int, seed: int, reading: Reading) -> TrainingRows:
     """Return as many windows of the text as `tokens` need, or as it has.
 
     Raises:
@@ -74,7 +71,7 @@ def training_rows(
     """
     task, tokenizer = load_task(source), checkpoint.load_tokenizer(source)
     wanted = -(-tokens // length) + SELECTION_ROWS
-    rows = text_rows(files, "train", tokenizer, length, reading, wanted * length, task)
+    rows = text_rows(text, "train", tokenizer, length, reading, wanted * length, task)
     windows = list({row.numpy().tobytes(): row for row in rows.rows if len(row) == length}.values())
     if len(windows) <= SELECTION_ROWS:
         raise InputError(
@@ -83,7 +80,7 @@ def training_rows(
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:wanted]
     drawn = torch.stack([windows[index] for index in order.tolist()])
-    draw = draw_of(files, seed, reading, packed=rows.packed)
+    draw = draw_of(text, seed, reading, packed=rows.packed)
     return TrainingRows(drawn[SELECTION_ROWS:], drawn[:SELECTION_ROWS], draw)
 
 

@@ -53,7 +53,7 @@ _JUDGED = 6  # times that the masks are rounded and judged
 _WARM_UP = 0.4  # share of the steps in which the target falls
 _BETA = 1e-6
 _MASK_RATE = 0.05  # AdamW's, as `LEARNING_RATE`; both fall linearly to a tenth
-_ASCENT_RATE, _QUADRATIC = 0.4, 6.0  # of the multipliers
+_ASCENT_RATE, _QUADRATIC = 0.1, 10.0  # of the multipliers
 _CLIP = 1.0  # norm of the weights' gradient
 _BAND = 0.01  # by which the share that masks keep may miss the target
 

@@ -1,0 +1,37 @@
+"""The table of learned masks, and mistakes that end the study before its work."""
+
+from pathlib import Path
+
+import pytest
+
+from numprune.flows.studies import learned
+from tests.conftest import build_tiny, write_checkpoint
+
+
+def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(300)))
+    base, out = write_checkpoint(build_tiny(), tmp_path / "base"), tmp_path / "out"
+    how = ("--ratios", "0.3", "--variants", "faster", "--tokens", "500", "--samples", "8", "--sequence-length", "32")
+    files = ("--calibration", text, "--heldout", text, "--windows", "8", "--out", out)
+    assert learned.main([str(word) for word in (base, *how, *files)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == (out / "learned.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:6]]
+    assert [row[1] for row in cells] == ["obs/uniform/joint", "obs/error/joint", "vib faster/none", "vib faster/joint"]
+    assert [row[4] for row in cells] == ["0", "0", "512", "512"]
+    assert all(float(row[2].rstrip("%")) == pytest.approx(30, abs=3) for row in cells)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variants", "slow"], "variant is 'slow'"),
+        (["--ratios", "half"], "ratios are 'half'"),
+        (["--ratios", "0.99"], "ratio is 0.99"),
+        (["/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_mistakes_end_before_the_work(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert learned.main(arguments) == 1
+    assert said in capsys.readouterr().err
