@@ -11,12 +11,13 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import checkpoint, compressed_tensors, manifest
+from numprune.export import card, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.steps.text import Text, draw_of, text_rows
 from numprune.learning import SELECTION_ROWS, Record, Variant, check_learning, learn
 from numprune.options import PruneOptions
 from numprune.plans import Draw
+from numprune.recovery.rows import shuffled_windows
 
 PLAN = "plan.json"
 MODEL = "model"  # the checkpoint with the trained weights
@@ -72,14 +73,13 @@ def training_rows(text: Text, source: Path, length: int, tokens: int, seed: int,
     task, tokenizer = load_task(source), checkpoint.load_tokenizer(source)
     wanted = -(-tokens // length) + SELECTION_ROWS
     rows = text_rows(text, "train", tokenizer, length, reading, wanted * length, task)
-    windows = list({row.numpy().tobytes(): row for row in rows.rows if len(row) == length}.values())
+    windows = shuffled_windows(rows, length, seed)[:wanted]
     if len(windows) <= SELECTION_ROWS:
         raise InputError(
             f"--text: it has {len(windows)} different windows of {length} tokens, and {SELECTION_ROWS} to judge by "
             "leave none to train on; give more text or a shorter --sequence-length"
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:wanted]
-    drawn = torch.stack([windows[index] for index in order.tolist()])
+    drawn = torch.stack(windows)
     draw = draw_of(text, seed, reading, packed=rows.packed)
     return TrainingRows(drawn[SELECTION_ROWS:], drawn[:SELECTION_ROWS], draw)
 
@@ -120,7 +120,9 @@ def learn_checkpoint(
             learning_rate=asked.learning_rate,
         )
         if found.model is not None:
-            checkpoint.save(found.model, source, folder / MODEL)
+            (folder / MODEL).mkdir()
+            checkpoint.save_trained(found.model, source, folder / MODEL)
+            card.set_training(folder / MODEL, f"with masks ({options.criterion}), on {found.record.tokens:,} tokens")
             digest = manifest.folder_digest(folder / MODEL)
         found.plan.drawn(rows.draw, digest).write(folder / PLAN)
     anatomy = read_anatomy(checkpoint.read_config(source))

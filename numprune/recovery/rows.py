@@ -45,17 +45,21 @@ def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions) -> Recover
 
     Raises InputError where there is not even one to train on.
     """
-    full = {_digest(row): row for row in rows.rows if len(row) == length}
-    wanted, order = options.selection_rows, torch.Generator().manual_seed(options.seed)
-    if len(full) <= wanted:
+    drawn, wanted = shuffled_windows(rows, length, options.seed), options.selection_rows
+    if len(drawn) <= wanted:
         raise InputError(
-            f"the text has {len(full)} different windows of {length} tokens, and {wanted} selection rows leave none to "
-            "train on; give more text, fewer selection rows or a shorter sequence length"
+            f"the text has {len(drawn)} different windows of {length} tokens, and {wanted} selection rows leave none "
+            "to train on; give more text, fewer selection rows or a shorter sequence length"
         )
-    windows = list(full.values())
-    drawn = [windows[index] for index in torch.randperm(len(windows), generator=order).tolist()]
     needed = options.steps(length) * options.batch_size
     return RecoveryRows(torch.stack(drawn[wanted : wanted + needed]), torch.stack(drawn[:wanted]))
+
+
+def shuffled_windows(rows: TokenRows, length: int, seed: int) -> list[Tensor]:
+    """Return the full windows of a text, (length,) each, in an order drawn with `seed`; of like ones the last."""
+    windows = list({_digest(row): row for row in rows.rows if len(row) == length}.values())
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return [windows[index] for index in order.tolist()]
 
 
 def require_unseen(rows: RecoveryRows, judged: TokenRows) -> None:
