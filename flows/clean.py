@@ -86,7 +86,7 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
             why, stays = _why_release(folder, published)
             (found.stays if stays else found.goes).append(Item("release", folder, size(folder), why))
     for folder in _interrupted(workspace / _STAGES):
-        found.goes.append(Item("training", folder, size(folder), "state of a training that was interrupted"))
+        found.goes.append(Item("training", folder, size(folder), "state of an interrupted training"))
     for parent in (runs.FOLDER, _STAGES, _RELEASES):
         for folder in temporary.abandoned(workspace / parent):
             found.goes.append(Item("temporary", folder, size(folder), "half made by a process that was killed"))

@@ -250,7 +250,7 @@ def discard(result: StageResult[Any]) -> None:
 
 
 def kept_beside(content: Path) -> Path:
-    """Return where the body that writes into `content` may leave what it goes on from when it is made again."""
+    """Return the folder in which the body that writes into `content` may leave what it resumes from if it is killed."""
     return content.parents[1]
 
 

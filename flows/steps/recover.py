@@ -43,7 +43,7 @@ def check_request(source: Path, dense: Path) -> None:
     compressed_tensors.refuse_quantized(dense, "--dense")
     for folder in (source, dense):
         if (task := task_name(checkpoint.read_config(folder))) != CAUSAL_LM:
-            raise InputError(f"{folder}: a model for {task}; only causal language models are trained after pruning")
+            raise InputError(f"{folder}: task {task}; only causal language models can be trained after pruning")
     ours, theirs = (checkpoint.load_tokenizer(folder).get_vocab() for folder in (source, dense))
     if ours != theirs:
         raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
@@ -104,10 +104,10 @@ def recover_checkpoint(
     It is trained in float32 and stored as `source` is.
 
     Args:
-        scratch: a folder in which a killed training leaves its state; the same request goes on from there.
+        scratch: a folder in which a killed training leaves its state; the same request resumes there.
 
     Raises:
-        InputError: `out` exists, the models or options cannot be used, or another process trains the same.
+        InputError: `out` exists, the models or options cannot be used, or another process is running the same training.
         IntegrityError: a file is not what it should be, or the training diverged.
     """
     check_request(source, dense)
@@ -139,7 +139,9 @@ def recover_checkpoint(
                     card.set_training(folder, training_of(found))
                 shutil.rmtree(state.folder)
     except locks.Held:
-        raise InputError(f"{state.folder}: another process trains the same; wait for it, or end it") from None
+        raise InputError(
+            f"{state.folder}: another process is running the same training; wait for it or stop it"
+        ) from None
     processes.wait_for_everyone()
     return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
 
@@ -165,7 +167,9 @@ def _lasting(found: Recovered) -> dict[str, Any]:
 
 def training_of(found: Recovered) -> str:
     """What a model card says of it."""
-    kept = f"the weights after step {found.best_step} of {found.steps}" if found.best_step else "no step was better"
+    kept = f"the weights after step {found.best_step} of {found.steps}"
+    if not found.best_step:
+        kept = "no step improved on the pruned weights, which were kept"
     return f"distillation from the base model on {found.tokens:,} tokens; {kept}"
 
 

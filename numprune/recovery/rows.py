@@ -30,7 +30,7 @@ class RecoveryRows:
     def __post_init__(self) -> None:
         shared = window_digests(self.training) & window_digests(self.selection)
         if shared:
-            raise InputError(f"{len(shared)} of the selection rows are trained on; draw them from different text")
+            raise InputError(f"{len(shared)} selection rows are training rows; draw them from different text")
 
     @property
     def digest(self) -> str:
@@ -73,8 +73,8 @@ def require_unseen(rows: RecoveryRows, judged: TokenRows) -> None:
         owners = zip(judged.row.tolist(), judged.document, strict=True)
         names = dict.fromkeys(judged.names[document] for row, document in owners if row in shared)
         raise InputError(
-            f"{len(shared)} of its {len(judged.rows)} windows are trained on ({_listed(names)}), so its quality would "
-            "say nothing about other text; remove them from one of the two texts"
+            f"{len(shared)} of its {len(judged.rows)} windows are in the training text ({_listed(names)}); remove them "
+            "from one of the two texts"
         )
 
 
@@ -84,8 +84,8 @@ def require_others(trained: Iterable[Document], judged: Iterable[Document]) -> N
     names = [document.name for document in judged if document.text.strip() in known]
     if names:
         raise InputError(
-            f"{len(names)} of its documents are in the text that is trained on, too ({_listed(names)}); remove them "
-            "from one of the two texts"
+            f"{len(names)} of its documents are in the training text ({_listed(names)}); remove them from one of the "
+            "two texts"
         )
 
 

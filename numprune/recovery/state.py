@@ -1,4 +1,4 @@
-"""What a killed training goes on from: weights, moments of the optimizer and the best weights so far, on the disk."""
+"""What a killed training resumes from: weights, moments of the optimizer and the best weights so far, on the disk."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ class TrainingState:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:
-            logger.warning("%s: the state of a training is damaged (%s); it starts again", self.folder, error)
+            logger.warning("%s: the saved state of the training is damaged (%s); starting again", self.folder, error)
             return None
 
 

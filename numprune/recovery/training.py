@@ -78,7 +78,7 @@ def distill(
 
     The weights are those of the best step on the selection rows, the one before training among them: on those rows the
     result is never worse. On a CPU, and with as many processes, it is the same bit for bit whether or not a process was
-    killed and went on from `state`.
+    killed and resumed from `state`.
 
     Args:
         model: in float32.
@@ -87,7 +87,7 @@ def distill(
         stored: data types that weights will be stored in, where these are not float32: each step is judged with the
             weights as they will be stored, and a GPU computes in bfloat16.
         dropped: layers of `dense` that `model` does not have.
-        state: where to go on from, and to save to after each measurement.
+        state: where to resume from, and to save to after each measurement.
 
     Raises:
         InputError: a package is missing, or the options do not fit together.
@@ -236,12 +236,12 @@ class _Training:
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     def _resume(self, state: TrainingState | None) -> None:
-        """Go on from what was saved, where something was."""
+        """Resume from what was saved, where something was."""
         saved = state.load() if state is not None else None
         if saved is None:
             return
         self._position, tensors = saved
-        logger.info("training goes on after step %d of %d", self._position.step, self._steps)
+        logger.info("resuming training after step %d of %d", self._position.step, self._steps)
         by_kind: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, weight = name.partition("/")

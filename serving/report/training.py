@@ -10,7 +10,7 @@ def described(found: Recovery) -> str:
     kept = (
         f"The weights after step {found.best_step:,} of {found.steps:,} were kept, the best on selection rows"
         if found.best_step
-        else f"None of {found.steps:,} steps was better on selection rows, so the weights are those from before"
+        else f"None of the {found.steps:,} steps improved on selection rows, so the weights before training were kept"
     )
     what = {"lora": "parameters of adapters", "blocks": f"parameters of {', '.join(found.blocks)}"}.get(
         found.train, "parameters"

@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,15 @@ class Driver:
 
     def said(self) -> str:
         return (self.control / "stderr").read_text()
+
+
+def kill_in(folder: Path, stage: str, point: str, argv: list[str]) -> None:
+    """Run a command line until `point` in `stage`, as of `Driver.run_until`, and kill that stage's process."""
+    with driving(folder) as driver:
+        os.kill(driver.run_until(stage, point, argv), signal.SIGKILL)
+        code, _ = driver.answer()
+        assert code == 1
+        assert "its process was ended by SIGKILL" in driver.said()
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """The whole chain with a recipe that quantizes: to a published release, through a killed stage, and what is refused."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from numprune.serving import report as reports
 from numprune.serving.reference_answers import CompletionAnswers
 from tests.conftest import build_tiny
 from tests.flows.conftest import RECIPE, Answered, write_inputs
-from tests.flows.faults import command, driving, finish, flip_a_bit, stage
+from tests.flows.faults import command, finish, flip_a_bit, kill_in, stage
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +34,7 @@ def published(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     added = '[quantize]\nscheme = "w4a16"\ngroup_size = 32\n[export]\ntargets = ["vllm", "onnxruntime"]\n'
     recipe_path = write_inputs(folder, build_tiny().bfloat16(), RECIPE + added) / "recipe.toml"
     workspace = folder / "w"
-    with driving(folder / "control") as driver:
-        pid = driver.run_until("quantize", "write", command(recipe_path, workspace))
-        os.kill(pid, signal.SIGKILL)
-        code, _ = driver.answer()
-        assert code == 1
-        assert "its process was ended by SIGKILL" in driver.said()
+    kill_in(folder / "control", "quantize", "write", command(recipe_path, workspace))
     assert list((workspace / "stages").glob(".quantize-*.partial"))
     found = finish(recipe_path, workspace)
     assert {one["name"]: one["reused"] for one in found["stages"]}["prune"]

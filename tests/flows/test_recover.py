@@ -83,14 +83,14 @@ def test_a_learning_rate_of_zero_writes_the_same_weights(numprune: Command, inpu
     before, after = (load_file(folder / "model.safetensors") for folder in (inputs / "pruned", out))
     assert before.keys() == after.keys()
     assert all(before[name].equal(tensor) for name, tensor in after.items())
-    assert "no step was better" in (out / "README.md").read_text()
+    assert "no step improved on the pruned weights, which were kept" in (out / "README.md").read_text()
 
 
 def test_held_out_text_in_the_training_text_is_refused(numprune: Command, inputs: Path, tmp_path: Path) -> None:
     text = (inputs / "train.txt").read_text()
     (tmp_path / "copied.txt").write_text(text)
     (tmp_path / "part.txt").write_text(text[: len(text) // 2])
-    for name, problem in (("copied", "1 of its documents"), ("part", "windows are trained on")):
+    for name, problem in (("copied", "1 of its documents"), ("part", "windows are in the training text")):
         heldout = tmp_path / f"{name}.txt"
         answered = numprune(
             *("recover", inputs / "pruned", tmp_path / "out", "--dense", inputs / "dense"),
@@ -113,7 +113,7 @@ def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inp
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     pruned = inputs / "pruned"
     for source, teacher, more, problem in (
-        (tmp_path / "bert", dense, (), "a model for masked-lm; only causal language models are trained"),
+        (tmp_path / "bert", dense, (), "task masked-lm; only causal language models can be trained after pruning"),
         (quantized, dense, (), "quantized"),
         (pruned, quantized, (), "quantized"),
         (pruned, other, (), "their tokenizers differ; --dense is the model that was pruned"),
@@ -144,4 +144,4 @@ def test_a_concurrent_training_is_refused(
     numprune("recover", inputs / "pruned", tmp_path / "a", *words)
     (second,) = answered
     assert second.is_error
-    assert "another process trains the same" in second.err
+    assert "another process is running the same training" in second.err
