@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from numprune.anatomy import task_name
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.errors import InputError
+from numprune.errors import InputError, NumpruneError
 from numprune.export import card, checkpoint, compressed_tensors, locks, manifest
 from numprune.export.weights import DTYPES
 from numprune.flows.names import CAUSAL_LM, TRAINING, TRAINING_LOCK
@@ -121,17 +121,12 @@ def recover_checkpoint(
         # One process saves and writes for all.
         with locks.held(state.folder / TRAINING_LOCK, timeout_s=0) if processes.is_main_process else nullcontext():
             processes.wait_for_everyone()
-            model, _ = checkpoint.load(source)
-            found = distill(
-                model,
-                checkpoint.load(dense)[0],
-                rows,
-                options,
-                device,
-                stored=_stored(source, model),
-                dropped=dropped_layers(source),
-                state=state,
-            )
+            try:
+                model, found = _trained(source, dense, rows, options, device, state)
+            except NumpruneError:  # it would fail again from there
+                if processes.is_main_process:
+                    shutil.rmtree(state.folder)
+                raise
             if processes.is_main_process:
                 facts = {"recovery": {**asked, **_lasting(found)}}
                 with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
@@ -144,6 +139,21 @@ def recover_checkpoint(
         ) from None
     processes.wait_for_everyone()
     return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
+
+
+def _trained(
+    source: Path,
+    dense: Path,
+    rows: RecoveryRows,
+    options: RecoveryOptions,
+    device: torch.device,
+    state: TrainingState,
+) -> tuple[PreTrainedModel, Recovered]:
+    """Return the model in `source`, trained, and how. Raises InputError, IntegrityError."""
+    model, _ = checkpoint.load(source)
+    stored, dropped = _stored(source, model), dropped_layers(source)
+    teacher, _ = checkpoint.load(dense)
+    return model, distill(model, teacher, rows, options, device, stored=stored, dropped=dropped, state=state)
 
 
 def shared_by(device: torch.device) -> Any:

@@ -129,6 +129,14 @@ def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_diverging_training_leaves_nothing(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    words = ("--dense", inputs / "dense", "--text", inputs / "train.txt", *SHORT, "--learning-rate", "1e30")
+    answered = numprune("recover", inputs / "pruned", tmp_path / "out", *words)
+    assert answered.is_error
+    assert "choose a learning rate below 1e+30" in answered.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_concurrent_training_is_refused(
     numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
