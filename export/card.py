@@ -22,7 +22,7 @@ from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
 from numprune.export.precision import name_of
 from numprune.modeling import AUTO_OF
 from numprune.plans import PLAN_FILE, Plan
-from numprune.quantization import Scheme
+from numprune.quantization.compressed_tensors import QuantizationConfig
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
@@ -79,12 +79,12 @@ def set_precision(folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def set_quantization(folder: Path, scheme: Scheme) -> None:
+def set_quantization(folder: Path, found: QuantizationConfig) -> None:
     """Have the card of a checkpoint of ours, where there is one, say how its weights were quantized."""
     path = folder / CARD
     if not path.is_file():
         return
-    row = _row("quantization", f"weights of the layers: {scheme}, in the format compressed-tensors")
+    row = _row("quantization", f"weights of the layers: {found}, in the format compressed-tensors")
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M), encoding="utf-8")
 
@@ -129,7 +129,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
     rows = [
         ("base model", shown),
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
-        ("removed", f"{removed:.1%} of the prunable parameters ({plan.ratio:.1%} asked for)"),
+        ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
         (_TRAINING, "none"),
@@ -149,6 +149,12 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             _use(AUTO_OF[task].__name__, per_layer) + _serve(folder),
         ]
     )
+
+
+def _asked(plan: Plan) -> str:
+    if plan.budget is None:
+        return f"{plan.ratio:.1%} asked for"
+    return f"to meet a budget of {plan.budget.limit:,} bytes of weights"
 
 
 def _row(key: str, value: str) -> str:

@@ -299,13 +299,13 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
 def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:
     """Raises IntegrityError where config.json says that a weight is quantized, and it is stored in full."""
     content = files.read_object(folder / files.CONFIG)
-    scheme = compressed_tensors.scheme_of(content)
-    if scheme is None:
+    said = compressed_tensors.read_quantization(content)
+    if said is None:
         return
-    ignores = compressed_tensors.ignored_by(content)
     for name in quantized_tensors(read_anatomy(config)):
+        scheme = said.scheme(name.removesuffix(".weight"))
         full = name in stored and not isinstance(stored[name], QuantizedHeader)
-        if full and not ignores(name.removesuffix(".weight")):
+        if full and scheme is not None:
             raise IntegrityError(
                 f"{stored[name].file}: {name} is not quantized, but quantization_config in config.json says {scheme}; "
                 "they do not belong together"

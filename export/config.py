@@ -39,7 +39,7 @@ def read_config(folder: Path) -> Any:
     if not path.exists():
         raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
     content = files.read_object(path)
-    compressed_tensors.scheme_of(content)  # refuses all others
+    compressed_tensors.read_quantization(content)  # refuses all others
     try:
         config = _parse(folder, content)
     except InputError:

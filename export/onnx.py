@@ -65,8 +65,8 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
     """
     if opset not in OPSETS:
         raise InputError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
-    scheme = compressed_tensors.scheme_in(source)
-    if scheme and scheme.rounds_inputs:
+    found = compressed_tensors.quantization_in(source)
+    if found and any(scheme.rounds_inputs for scheme in found.schemes):
         compressed_tensors.refuse_quantized(source, "ONNX, whose graph rounds no activations,")
     config = checkpoint.read_config(source)
     check_config(config)

@@ -23,7 +23,8 @@ from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import TensorHeader, read_tensor, slabs, stored_parts
 from numprune.families import FAMILIES
-from numprune.quantization import Scheme, ungrouped
+from numprune.quantization import Scheme, schemes_by_block, ungrouped
+from numprune.quantization.compressed_tensors import QuantizationConfig
 from numprune.target import not_split
 
 # Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
@@ -83,7 +84,7 @@ def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype,
 def serving_facts(folder: Path) -> dict[str, JsonValue]:
     """Return the `preflight` of the checkpoint in `folder`; `needs` includes what its task needs. Raises InputError."""
     config = checkpoint.read_config(folder)
-    facts = preflight(config, compressed_tensors.scheme_in(folder))
+    facts = preflight(config, compressed_tensors.quantization_in(folder))
     if pooling := vllm_pooling.options(read_anatomy(config), load_task(folder)):
         facts["needs"] = list(pooling)
     return facts
@@ -134,8 +135,8 @@ def _runs(scheme: Scheme, dtype: torch.dtype | None, device: str) -> bool:
     return True
 
 
-def preflight(config: Any, scheme: Scheme | None = None) -> dict[str, JsonValue]:
-    """Return what decides whether and how vLLM can serve a model of this configuration, quantized to this scheme.
+def preflight(config: Any, quantized: QuantizationConfig | None = None) -> dict[str, JsonValue]:
+    """Return what decides whether and how vLLM can serve a model of this configuration, `quantized` or not.
 
     Returns:
         `architecture`, `head_size`.
@@ -143,15 +144,16 @@ def preflight(config: Any, scheme: Scheme | None = None) -> dict[str, JsonValue]
             of layers with an MLP.
         `experts`, `channels_per_expert`: of each layer that has experts.
         `head_shapes`: pairs of query and KV heads there are; each but the first costs vLLM a metadata build every step.
-        `quantization`: the scheme, None where the weights are not quantized.
+        `quantization`: the schemes, None where the weights are not quantized.
         `tensor_parallel`: the sizes up to 8 that divide every layer's heads, widths and groups of channels.
         `needs`: options that the server must be started with; `plugin`: whether it needs numprune-vllm.
-        `cpu`: whether vLLM's CPU kernels know the head size and the scheme.
+        `cpu`: whether vLLM's CPU kernels know the head size and the schemes.
 
     Raises:
         InputError: vLLM cannot load it.
     """
     anatomy = read_anatomy(config)
+    schemes = schemes_by_block(anatomy, quantized) if quantized else {}
     check_settings(config)
     plugin = config.model_type.startswith(PER_LAYER_PREFIX)
     if plugin:
@@ -182,13 +184,12 @@ def preflight(config: Any, scheme: Scheme | None = None) -> dict[str, JsonValue]
         "experts": [block.units for block in sparse],
         "channels_per_expert": [block.members for block in sparse],
         "head_shapes": len({shape for shape in zip(query_heads, kv_heads, strict=True) if all(shape)}),
-        "quantization": scheme and str(scheme),
+        "quantization": str(quantized) if quantized else None,
         "tensor_parallel": [
-            size
-            for size in (1, 2, 4, 8)
-            if not not_split(anatomy, size) and (scheme is None or not ungrouped(anatomy, scheme, size))
+            size for size in (1, 2, 4, 8) if not not_split(anatomy, size) and not ungrouped(anatomy, schemes, size)
         ],
         "needs": needs,
         "plugin": plugin,
-        "cpu": anatomy.head_dim in CPU_HEAD_SIZES and (scheme is None or _runs(scheme, config.dtype, "cpu")),
+        "cpu": anatomy.head_dim in CPU_HEAD_SIZES
+        and all(_runs(scheme, config.dtype, "cpu") for scheme in set(schemes.values())),
     }

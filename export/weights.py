@@ -104,21 +104,29 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Return one header for all that is stored of a quantized weight. Raises InputError, IntegrityError."""
     path = folder / files.CONFIG
-    scheme = compressed_tensors.scheme_of(files.read_object(path)) if path.exists() else None
-    if scheme is not None:
+    config = compressed_tensors.read_quantization(files.read_object(path)) if path.exists() else None
+    if config is not None:
         stored = dict(stored)
         dtype = _main_name(stored)
         for scale in [name for name in stored if name.endswith(".weight_scale")]:
-            matrix = _quantized_header(scale.removesuffix("_scale"), stored, scheme, dtype)
+            linear = scale.removesuffix(".weight_scale")
+            scheme = config.scheme(linear)
+            if scheme is None:
+                raise IntegrityError(
+                    f"{stored[scale].file}: {scale} is stored, but quantization_config in config.json leaves {linear} "
+                    "unquantized; they do not belong together"
+                )
+            matrix = _quantized_header(f"{linear}.weight", stored, scheme, dtype)
             for part in matrix.parts:
                 del stored[part]
             stored[matrix.name] = matrix
     for name, header in stored.items():
         if header.dtype not in DTYPES:
-            matrix_name, _, ending = name.rpartition(".")
+            linear, _, ending = name.rpartition(".")
+            scheme = config.scheme(linear) if config else None
             if scheme is not None and ending in compressed_tensors.endings(scheme):
                 raise IntegrityError(
-                    f"{header.file}: {name} is stored as {header.dtype}, but {matrix_name}.weight_scale is missing"
+                    f"{header.file}: {name} is stored as {header.dtype}, but {linear}.weight_scale is missing"
                 )
             raise InputError(
                 f"{header.file}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "

@@ -173,6 +173,7 @@ def prune(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[PrunedCh
         rows=calibration.artifact,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
+        scheme=run.recipe.quantize.scheme if run.recipe.prune.bytes_allowed else "none",  # only a budget counts it
         device=run.device,
     ).on_gpu()
 

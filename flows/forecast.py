@@ -15,12 +15,10 @@ from numprune.flows.chain import judge
 from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
-from numprune.flows.steps.checks import prepare
-from numprune.flows.steps.prune import options_of
-from numprune.flows.steps.quantize import scheme_of
+from numprune.flows.steps.checks import prepare, pruning_options, schemes_asked
 from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
-from numprune.options import known_results
+from numprune.options import PruneOptions, known_results
 from numprune.quantization import bytes_saved
 from numprune.serving.report.kept import KINDS
 
@@ -39,27 +37,29 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     config = checkpoint.read_config(run.base.path)
     anatomy, stored = read_anatomy(config), config.dtype
     text = _text(run)
-    results = known_results(anatomy, options_of(recipe.prune, recipe.sizes()))
+    options = pruning_options(recipe, run.base.path)
+    results = known_results(anatomy, options)
     weights = cast = checkpoint.weight_bytes(run.base.path)
-    scheme = None if recipe.quantize.scheme == "none" else scheme_of(recipe.quantize)
+    schemes = schemes_asked(recipe.quantize)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
         bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize
         results = [dataclasses.replace(result, bytes_per_value=bytes_per_value) for result in results]
         cast = weights * bytes_per_value // anatomy.bytes_per_value
 
     def saved(left: Anatomy) -> int:
-        return bytes_saved(left, scheme, stored) if scheme else 0
+        return bytes_saved(left, schemes[0], stored) if len(schemes) == 1 else 0  # of several a budget chooses
 
     return {
         "recipe": recipe.digest,
         "model": str(run.base.path),
         "ratio": recipe.prune.ratio,
+        "budget_bytes": options.budget.limit if options.budget else None,
         "drop_layers": recipe.prune.drop_layers,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
-        "quantization": str(scheme) if scheme else None,
+        "quantization": " or ".join(map(str, schemes)) or None,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
-        or [_aim(anatomy, recipe.prune.ratio, cast, saved(anatomy))],
+        or [_aim(anatomy, options, cast, saved(anatomy))],
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),
@@ -80,16 +80,18 @@ def _after(result: Anatomy, before: Anatomy, weights: int, saved: int) -> dict[s
     }
 
 
-def _aim(anatomy: Anatomy, ratio: float, weights: int, saved: int) -> dict[str, Any]:
-    """What the ratio aims at where each layer gets a size of its own; `saved` as of the whole model."""
+def _aim(anatomy: Anatomy, options: PruneOptions, weights: int, saved: int) -> dict[str, Any]:
+    """What ratio or budget aim at where each layer gets a size of its own; `saved` as of the whole model."""
+    if options.budget is not None:
+        return {"weight_bytes": options.budget.limit}
     before = budget_of(anatomy)
-    removed = round(ratio * before.prunable_parameters)
+    removed = round(options.ratio * before.prunable_parameters)
     left = before.parameters - removed
     return {
         "parameters": left,
         "prunable_parameters": before.prunable_parameters - removed,
         "flops_per_token": before.flops_per_token - 2 * removed,
-        "weight_bytes": round(weights * left / before.parameters - saved * (1 - ratio)),
+        "weight_bytes": round(weights * left / before.parameters - saved * (1 - options.ratio)),
     }
 
 
@@ -200,7 +202,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     several = len(found["after"]) > 1
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
     then = f", then quantized to {found['quantization']}" if found["quantization"] else ""
-    yield f"ratio {found['ratio']:g}{then}, result: {kind}"
+    asked = f"ratio {found['ratio']:g}" if found["budget_bytes"] is None else f"budget {found['budget_bytes']:,} bytes"
+    yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
     yield (

@@ -23,6 +23,7 @@ LearningVariant = Literal["full", "fast", "faster"]
 LEARNING_TOKENS: dict[LearningVariant, int] = {"full": 2_560_000, "fast": 76_800, "faster": 76_800}
 LEARNING_RATE = 1e-4  # of the weights
 Scheme = Literal["fp8", "w8a8", "w4a16"]
+QuantizedTo = Literal["none", "mixed", "fp8", "w8a8", "w4a16"]  # mixed: a scheme for each block
 GROUP_SIZES = (32, 64, 128)
 QuantizationMethod = Literal["gptq", "rtn"]
 ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]

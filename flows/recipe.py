@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
+from numprune.byte_budget import parse
 from numprune.documents import WHOLE_FILE, Reading, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
@@ -30,9 +31,9 @@ from numprune.flows.names import (
     Dtype,
     ExportFormat,
     QuantizationMethod,
+    QuantizedTo,
     Recovery,
     Runtime,
-    Scheme,
     TorchMode,
     TrainedWeights,
 )
@@ -45,6 +46,7 @@ from numprune.target import Target as SizeTarget
 EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED_RECIPE = EMBEDDED_FOLDER / "recipe.toml"
+NO_BUDGET = "none"
 _MAXIMUM_BYTES = 1 << 20
 
 
@@ -76,6 +78,15 @@ def _distinct(value: list[Any]) -> list[Any]:
 def _separator(value: str) -> str:
     try:
         separator(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _budget(value: str) -> str:
+    try:
+        if value != NO_BUDGET:
+            parse(value)
     except InputError as error:
         raise ValueError(str(error)) from None
     return value
@@ -130,7 +141,11 @@ class Data(Section):
 
 
 class Prune(Section):
-    """The fields of numprune.options.PruneOptions but its target; `stream`: layer by layer, from the disk."""
+    """The fields of numprune.options.PruneOptions but its target; `stream`: layer by layer, from the disk.
+
+    `budget`: bytes that the released weights may take, as "6GiB", in the place of `ratio`, which is 0 then;
+    `quantize.scheme` says what the blocks may be stored as. It is divided by allocation "error".
+    """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
     criterion: Criterion = "obs"
@@ -140,11 +155,24 @@ class Prune(Section):
     keep: list[Annotated[str, Field(min_length=1)]] = []
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
+    budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
     drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0
     batch_size: Count = 8
     stream: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_budget(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("budget", NO_BUDGET) == NO_BUDGET:
+            return data
+        return {"ratio": 0.0, "allocation": "error", **data}
+
+    @property
+    def bytes_allowed(self) -> int | None:
+        """Of the released weights; None: the ratio decides."""
+        return None if self.budget == NO_BUDGET else parse(self.budget)
 
 
 class Recover(Section):
@@ -169,17 +197,18 @@ class Recover(Section):
 class Quantize(Section):
     """What the pruned weights are stored as: `scheme` "none" leaves them as they are. See numprune.quantization.
 
-    `group_size`: of w4a16, the channels that share a scale; in the other schemes whole rows do.
+    "mixed": each block in the stored precision, in w8a8 or in w4a16, as `prune.budget` decides. `group_size`: of w4a16,
+    the channels that share a scale; in the other schemes whole rows do.
     """
 
-    scheme: Literal["none"] | Scheme = "none"
+    scheme: QuantizedTo = "none"
     method: QuantizationMethod = "gptq"
     group_size: Literal[32, 64, 128] = 128
 
     @property
     def channels_per_scale(self) -> int | None:
         """None where a whole row shares a scale, or nothing is quantized."""
-        return self.group_size if self.scheme == "w4a16" else None
+        return self.group_size if self.scheme in ("w4a16", "mixed") else None
 
 
 class Target(Section):
@@ -288,6 +317,20 @@ class Recipe(Section):
             raise ValueError(
                 f"target.quantization_group = {asked}: quantize.group_size is {groups}; leave "
                 "target.quantization_group out, or set both to the same"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bits_follow_from_a_budget(self) -> Self:
+        if self.quantize.scheme == "mixed" and self.prune.bytes_allowed is None:
+            raise ValueError(
+                'quantize.scheme = "mixed": the bits of each block follow from a budget of bytes; set prune.budget, or '
+                "choose one scheme for all"
+            )
+        if self.prune.bytes_allowed is not None and self.export.dtype != "auto":
+            raise ValueError(
+                f"export.dtype = {self.export.dtype!r}: prune.budget counts the weights as they are stored; leave "
+                "export.dtype out"
             )
         return self
 

@@ -95,8 +95,7 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> 
     """Return the size of every block such that the errors of all blocks together are least, at least `ratio` removed.
 
     The knapsack is solved by dynamic programming, so that error curves need not be convex; the blocks' errors are taken
-    to add up (ZipLM's SPDY, arXiv 2302.04089, takes them so, too). Costs are counted in the largest share that divides
-    them all, or, where that is under a 20,000th of what must go, rounded to such a share.
+    to add up (ZipLM's SPDY, arXiv 2302.04089, takes them so, too).
 
     Where the result has more than `HEAD_SHAPES` different sizes of attention, levels are chosen as in `global_sort`,
     and all is solved again with only those. Where all attention would go, or all MLPs, the dearest keeps a unit.
@@ -107,20 +106,30 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> 
     Raises:
         InputError: the ratio cannot be reached.
     """
-    check_ratio(anatomy, ratio, allowed)
-    kept = _least_error(anatomy, ratio, allowed, errors)
+
+    def solve(allowed: Sizes) -> dict[str, Size]:
+        check_ratio(anatomy, ratio, allowed)
+        return _least_error(anatomy, ratio, allowed, errors)
+
+    return servable(anatomy, allowed, errors, solve)
+
+
+def servable(
+    anatomy: Anatomy, allowed: Sizes, errors: Errors, solve: Callable[[Sizes], dict[str, Size]]
+) -> dict[str, Size]:
+    """Return what `solve` gives of the allowed sizes, once they are such that a server runs every result.
+
+    Every kind keeps a block, the dearest, and attention has at most `HEAD_SHAPES` sizes.
+    """
+    kept = solve(allowed)
     for kind in anatomy.kinds:
         blocks = [block for block in anatomy.of_kind(kind) if block.units]
         if blocks and not any(kept[block.name].units for block in blocks):  # keep at least one block of each kind
             dearest = max(blocks, key=lambda block: error_at(errors, block, GONE)).name
             allowed = {**allowed, dearest: [size for size in allowed[dearest] if size.units]}
-            kept = _least_error(anatomy, ratio, allowed, errors)
+            kept = solve(allowed)
     levels = _head_levels(anatomy, kept, allowed)
-    if levels is None:
-        return kept
-    allowed = {**allowed, **levels}
-    check_ratio(anatomy, ratio, allowed)
-    return _least_error(anatomy, ratio, allowed, errors)
+    return kept if levels is None else solve({**allowed, **levels})
 
 
 def _uniform_with_experts(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None) -> dict[str, Size]:
@@ -149,38 +158,56 @@ def _least_price(
 ) -> dict[str, Size]:
     """Return the sizes that cost least, at least `ratio` removed, all blocks of a group left with the same."""
     options = [allowed[group[0].name] for group in groups]
-    costs = [
+    savings = [
         [sum(block.parameters(block.size) - block.parameters(size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    wanted = ratio * budget_of(anatomy).prunable_parameters
-    share = max(math.gcd(*(cost for group in costs for cost in group)), wanted / _SHARES)
-    if not share:
-        return {block.name: allowed[block.name][-1] for block in anatomy.blocks}
-    last = math.ceil(round(wanted / share, 6))  # the place of everything that costs as much or more
-    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least error by shares removed so far
+    prices = [
+        [math.fsum(price(block, size) for block in group) for size in sizes]
+        for group, sizes in zip(groups, options, strict=True)
+    ]
+    chosen = knapsack(savings, prices, ratio * budget_of(anatomy).prunable_parameters)
+    return {
+        block.name: sizes[option]
+        for group, sizes, option in zip(groups, options, chosen, strict=True)
+        for block in group
+    }
+
+
+def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: float) -> list[int]:
+    """Return one option of each item, such that at least `wanted` is saved at the least price.
+
+    By dynamic programming. Savings are counted in the largest share that divides them all, or, where that is under a
+    20,000th of `wanted`, rounded to such a share. Where all together save too little, it is as much as they can.
+
+    Args:
+        savings: of every option of every item.
+        prices: of the same; they add up.
+    """
+    share = max(math.gcd(*(saving for item in savings for saving in item)), wanted / _SHARES)
+    last = math.ceil(round(wanted / share, 6)) if share else 0  # the place of everything that saves as much or more
+    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least price by shares saved so far
     total[0] = 0
-    chosen = []
-    for group, sizes, savings in zip(groups, options, costs, strict=True):
+    steps = []
+    for saved, priced_at in zip(savings, prices, strict=True):
         best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
-        for option, (size, cost) in enumerate(zip(sizes, savings, strict=True)):
-            shift = min(round(cost / share), last)
+        for option, (saving, price) in enumerate(zip(saved, priced_at, strict=True)):
+            shift = min(round(saving / share), last) if share else 0
             reached = torch.full_like(total, torch.inf)
             reached[shift:] = total[: last + 1 - shift]
             reached[last] = total[last - shift :].min()
-            reached += math.fsum(price(block, size) for block in group)
+            reached += price
             better = reached < best
             best[better], choice[better] = reached[better], option
-        chosen.append((group, sizes, savings, choice, total))
+        steps.append((saved, choice, total))
         total = best
-    result: dict[str, Size] = {}
-    place = int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded costs
-    for group, sizes, savings, choice, before in reversed(chosen):
-        option = int(choice[place])
-        result |= {block.name: sizes[option] for block in group}
-        shift = min(round(savings[option] / share), last)
+    chosen = []
+    place = int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded savings
+    for saved, choice, before in reversed(steps):
+        chosen.append(int(choice[place]))
+        shift = min(round(saved[chosen[-1]] / share), last) if share else 0
         place = last - shift + int(before[last - shift :].argmin()) if place == last else place - shift
-    return result
+    return chosen[::-1]
 
 
 def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:

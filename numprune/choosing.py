@@ -1,7 +1,7 @@
 """What is kept: the size of each block by the allocation, its units and members by the criterion, or all by a plan."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from numprune import sensitivity
 from numprune.allocation import by_error, global_sort, keep_highest, uniform
 from numprune.blocks import Block
+from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
-from numprune.curves import error_curve
+from numprune.curves import Errors, error_curve
 from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
 from numprune.experts.inputs import Seen
 from numprune.inputs import Inputs, PrecomputedInputs, PropagatedInputs
@@ -20,9 +21,12 @@ from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, sizes_allowed, uses_gradients
 from numprune.plans import Plan, PricedSplit
 from numprune.progress import progress
+from numprune.quantization.allocation import Form, by_bytes, levels_of
+from numprune.quantization.pricing import rounding_prices
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
+from numprune.target import Sizes
 
 # A layer, its block and what the block's consumer reads -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
@@ -37,16 +41,32 @@ class Known:
     Attributes:
         moments: block name -> of every block that has units; None: of none, and always so where layers have experts.
         sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
+        forms: block name -> size and scheme of every block, where they were chosen by something else than the
+            allocation.
     """
 
     moments: Mapping[str, Moments] | None
     sensitivity: Sensitivity | None = None
+    forms: Mapping[str, Form] | None = None
 
 
-def chooser(
-    walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None
-) -> tuple[Choice, list[PricedSplit] | None]:
-    """Return what chooses by the criterion, sizes by the allocation, and what `uniform` chose from."""
+@dataclass(frozen=True)
+class Chosen:
+    """What is kept of every block.
+
+    Attributes:
+        choice: gives what is kept of a block, its size by the allocation, its units and members by the criterion.
+        splits: that `uniform` chose from.
+        schemes: block name -> what it is to be quantized to, of those that a budget has chosen.
+    """
+
+    choice: Choice
+    splits: list[PricedSplit] | None = None
+    schemes: Mapping[str, SchemeName] = field(default_factory=dict)
+
+
+def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None) -> Chosen:
+    """Return what chooses by the criterion, sizes by the allocation."""
     layers = walker.layers
     gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:
@@ -54,7 +74,17 @@ def chooser(
     by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by what it loses
     if gradients is None and by_loss:
         gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
-    sizes, splits = _sizes_to_keep(walker, rows, options, known, gradients)
+    splits: list[PricedSplit] | None = None
+    forms: Mapping[str, Form] = {}
+    if known and known.forms is not None:
+        forms = known.forms
+    elif options.budget is not None:
+        assert gradients is not None
+        forms = _within(options.budget, walker, rows, options, known, gradients)
+    if forms:
+        sizes = {name: form.size for name, form in forms.items()}
+    else:
+        sizes, splits = _sizes_to_keep(walker, rows, options, known, gradients)
     if options.criterion != "taylor" and not by_loss:
         gradients = None  # large, and needed no more
 
@@ -68,12 +98,17 @@ def chooser(
         view = _view(block, weight, read, options, gradients)
         return _choose(replace(view, removed=block.units - size.units), size, options.criterion)
 
-    return by_score, splits
+    return Chosen(by_score, splits, {name: form.level.name for name, form in forms.items() if form.level is not None})
 
 
-def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Choice:
+def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
     """Return what chooses as `plan` says; `names`: of each block -> in the plan."""
-    return lambda _layer, block, _read: plan.blocks[names[block.name]].to_kept().to(device)
+    schemes = {name: scheme for name, other in names.items() if (scheme := plan.blocks[other].scheme) is not None}
+
+    def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
+        return plan.blocks[names[block.name]].to_kept().to(device)
+
+    return Chosen(as_planned, plan.splits, schemes)
 
 
 def nothing(block: Block) -> Kept:
@@ -107,6 +142,24 @@ def dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | S
     return seen
 
 
+def _within(
+    budget: ByteBudget,
+    walker: Walker,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None,
+    gradients: Sensitivity,
+) -> dict[str, Form]:
+    """Return size and scheme of every block within the budget. The dense model is walked for it."""
+    layers = walker.layers
+    allowed = sizes_allowed(layers.anatomy, options)
+    levels = levels_of(budget, options.target)
+    errors = error_curves(layers, dense_inputs(walker, rows, known), options, gradients, least_units(allowed))
+    schemes = [level for level in levels if level is not None]
+    rounding = rounding_prices(walker, rows, gradients.output, schemes) if schemes else {}
+    return by_bytes(layers.anatomy, budget, levels, allowed, errors, rounding)
+
+
 def _sizes_to_keep(
     walker: Walker,
     rows: Tensor,
@@ -133,11 +186,8 @@ def _sizes_to_keep(
         scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in blocks_of(layers)}
         return global_sort(anatomy, ratio, allowed, scores), None
     assert gradients is not None
-    errors = dict.fromkeys((block.name for block in anatomy.blocks), torch.zeros(1, 1))
-    for layer, block in blocks_of(layers):
-        fewest = fewest_units(splits, block) if splits else min(size.units for size in allowed[block.name])
-        members = options.limits.takes(block, "members")
-        errors[block.name] = _errors(layer, block, inputs, gradients.output[block.name], fewest, members=members)
+    fewest = {block.name: fewest_units(splits, block) for block in anatomy.blocks} if splits else least_units(allowed)
+    errors = error_curves(layers, inputs, options, gradients, fewest)
     if options.allocation == "error":
         return by_error(anatomy, ratio, allowed, errors), None
     if not splits:
@@ -151,6 +201,29 @@ def _sizes_to_keep(
         )
         for split, nats in priced(splits, anatomy, errors).items()
     ]
+
+
+def least_units(allowed: Sizes) -> dict[str, int]:
+    """Return the fewest units that each block may be left with."""
+    return {name: min(size.units for size in sizes) for name, sizes in allowed.items()}
+
+
+@torch.no_grad()
+def error_curves(
+    layers: Layers, inputs: Inputs, options: PruneOptions, gradients: Sensitivity, fewest: Mapping[str, int]
+) -> Errors:
+    """Return what each size of each of the dense model's blocks costs.
+
+    Args:
+        inputs: that the blocks read.
+        fewest: block name -> units that it keeps at least: smaller sizes are not priced.
+    """
+    errors = dict.fromkeys((block.name for block in layers.anatomy.blocks), torch.zeros(1, 1))
+    for layer, block in blocks_of(layers):
+        members = options.limits.takes(block, "members")
+        sensitivity = gradients.output[block.name]
+        errors[block.name] = _errors(layer, block, inputs, sensitivity, fewest[block.name], members=members)
+    return errors
 
 
 def _ranks(

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from numprune.allocation import ALLOCATIONS, check_ratio, uniform
 from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.blocks import Anatomy
+from numprune.byte_budget import ByteBudget
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_layers
 from numprune.errors import InputError
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
+from numprune.quantization import check_quantizable
+from numprune.quantization.allocation import Form, check_reachable, levels_of, model_bytes
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes
@@ -30,13 +33,15 @@ class PruneOptions:
     """What to remove and how.
 
     Attributes:
-        ratio: share of the prunable parameters to remove.
+        ratio: share of the prunable parameters to remove; 0 where a budget says how much must go.
         criterion: a name of `criteria.CRITERIA`; where a plan says what to keep, one of `LEARNED` too.
         allocation: a name of `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
         target: what the server of the result needs of its sizes.
         axes, keep, floors, skips: as of `axes.Limits`. The allocation global cannot remove single query heads, and
             uniform no whole block.
+        budget: bytes that the result may take, of allocation error; it decides the size of each block, and what it will
+            be stored as. None: the ratio decides.
         drop_layers: how many whole layers go; units make up the rest of the ratio.
         damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
             takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
@@ -53,6 +58,7 @@ class PruneOptions:
     keep: Sequence[str] = ()
     floors: Mapping[str, float] = field(default_factory=dict)
     skips: bool = False
+    budget: ByteBudget | None = None
     drop_layers: int = 0
     damping: float = 1e-3
     seed: int = 0
@@ -80,6 +86,7 @@ def options_of(plan: Plan) -> PruneOptions:
         keep=plan.keep,
         floors=plan.floors,
         skips=plan.skips,
+        budget=plan.budget,
         drop_layers=plan.drop_layers,
         damping=plan.damping,
         seed=plan.seed,
@@ -124,6 +131,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
         )
+    if options.budget is not None:
+        _check_budget(anatomy, options, options.budget)
     options.limits.check(anatomy)
     members = [name for name in options.axes if AXES[name].part == "members" and AXES[name].kind in anatomy.kinds]
     if members and options.allocation == "global":
@@ -145,6 +154,34 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"with drop_layers {len(dropped)} the other layers must lose {left.ratio:.4f} of theirs: {error}"
         ) from None
+
+
+def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
+    if options.ratio:
+        raise InputError(
+            f"ratio is {options.ratio}, and a budget is given; set the ratio to 0, or leave one of them out"
+        )
+    if options.allocation != "error":
+        raise InputError(f"a budget is divided by error; allocation is {options.allocation!r}, set it to error")
+    if options.drop_layers:
+        raise InputError("drop_layers: layers are dropped by the ratio; leave it out, or use a ratio and no budget")
+    if options.compensation == "bias":
+        raise InputError("compensation bias adds tensors that a budget does not count; use another compensation")
+    levels = levels_of(budget, options.target)
+    for scheme in (level for level in levels if level is not None):
+        check_quantizable(anatomy, replace(scheme, group_size=None))  # sizes that its groups divide are allowed only
+        if scheme.group_size and anatomy.hidden_size % scheme.group_size:
+            raise InputError(
+                f"quantization_group is {scheme.group_size}, which does not divide the model's hidden_size "
+                f"{anatomy.hidden_size}; choose another, or store no block in {scheme.name}"
+            )
+    check_reachable(anatomy, budget, levels, sizes_allowed(anatomy, options))
+    whole = model_bytes(anatomy, {block.name: Form(block.size, None) for block in anatomy.blocks}, budget)
+    if None in levels and whole <= budget.limit:
+        raise InputError(
+            f"the budget is {budget.limit:,} bytes, and the model takes {whole:,} as it is: nothing has to go; choose "
+            "a smaller budget"
+        )
 
 
 def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:

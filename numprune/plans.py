@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from numprune.blocks import Block
+from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.errors import InputError
 from numprune.slices import Kept, Size
 from numprune.target import Target
@@ -18,6 +19,10 @@ _SHOWN = 12  # problems of a file that is something else
 Index = Annotated[int, Field(ge=0)]
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class BlockPlan(BaseModel):
     """One block's part of a plan.
 
@@ -27,6 +32,8 @@ class BlockPlan(BaseModel):
         kept: units, ascending; none: the block is skipped.
         kept_members: of each unit kept, ascending, as many of each; None: all.
         damping: of the least squares that its consumer was fitted by; None where it was not fitted.
+        scheme: that it is to be quantized to, in groups of the target's size; None where no budget chose one, or the
+            block stays in the stored precision.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,6 +43,7 @@ class BlockPlan(BaseModel):
     kept: list[Index]
     kept_members: list[Annotated[list[Index], Field(min_length=1)]] | None = None
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    scheme: SchemeName | None = Field(default=None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _indices(self) -> "BlockPlan":
@@ -55,7 +63,7 @@ class BlockPlan(BaseModel):
         return self
 
     @classmethod
-    def of(cls, block: Block, kept: Kept, damping: float | None) -> "BlockPlan":
+    def of(cls, block: Block, kept: Kept, damping: float | None, scheme: SchemeName | None = None) -> "BlockPlan":
         """Return the plan that leaves a block with `kept`."""
         return cls(
             units=block.units,
@@ -63,6 +71,7 @@ class BlockPlan(BaseModel):
             kept=kept.units.tolist(),
             kept_members=kept.members.tolist() if kept.size.units and kept.size.members < block.members else None,
             damping=damping,
+            scheme=scheme,
         )
 
     def to_kept(self) -> Kept:
@@ -151,6 +160,7 @@ class Plan(BaseModel):
 
     Attributes:
         version: 1 knows no `splits`, 2 no members, axes and protection, no dropped layers and no `base`.
+        budget: that chose sizes and schemes; None: the ratio chose the sizes, and the plan has no schemes.
         base: digest of the checkpoint that it was made for; None: not known, or removed to have it applied to another.
         dropped: the layers that are gone, in the order in which they were chosen; their blocks keep no unit. The others
             are renumbered in the result, and not here.
@@ -173,6 +183,7 @@ class Plan(BaseModel):
     keep: list[str] = []
     floors: dict[str, float] = {}
     skips: bool
+    budget: ByteBudget | None = Field(default=None, exclude_if=_is_none)
     drop_layers: Index = 0
     damping: float
     seed: int
@@ -204,6 +215,10 @@ class Plan(BaseModel):
     def sizes(self) -> dict[str, Size]:
         """Return the size that is left of each block, by its name."""
         return {name: block.to_kept().size for name, block in self.blocks.items()}
+
+    def schemes(self) -> dict[str, SchemeName]:
+        """Return the scheme of each block that is to be quantized, by its name."""
+        return {name: block.scheme for name, block in self.blocks.items() if block.scheme is not None}
 
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")

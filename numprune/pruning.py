@@ -22,7 +22,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy, Block
 from numprune.budget import Budget, budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
-from numprune.choosing import Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
+from numprune.choosing import Chosen, Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, choose
@@ -129,10 +129,7 @@ def prune_layers(
     if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
-    if plan is None:
-        choice, splits = chooser(walker, rows, options, rest.known)
-    else:
-        choice, splits = planned(plan, rest.names(), layers.device), plan.splits
+    chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
     inputs: Inputs = (
         PropagatedInputs(walker, rows, options.compensation)
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
@@ -155,13 +152,13 @@ def prune_layers(
                     continue
                 if block.routing is not None:
                     assert isinstance(inputs, PropagatedInputs)
-                    left = kept[block.name] = choice(layer, block, inputs.experts(layer, block))
+                    left = kept[block.name] = chosen.choice(layer, block, inputs.experts(layer, block))
                     gamma = options.damping if _is_fitted(block, left.size, options) else None
                     dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
                     continue
                 moments = inputs.moments(layer, block)
                 weight = consumer_weight(layer, block).double()
-                left = kept[block.name] = choice(layer, block, moments)
+                left = kept[block.name] = chosen.choice(layer, block, moments)
                 damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
                 dampings[block.name] = damping if _is_fitted(block, left.size, options) else None
                 bias = _compensate(layer, weight, block, left, moments, damping, options)
@@ -170,7 +167,7 @@ def prune_layers(
                 inputs.pass_on(layer, block, left, damping)
             sink(cut_layer(layer, blocks, kept, biases))
         index += 1
-    return rest.describe(rows, kept, dampings, splits)
+    return rest.describe(rows, kept, dampings, chosen)
 
 
 @torch.no_grad()
@@ -191,12 +188,12 @@ def plan_layers(
     """
     rest = _rest(layers, rows, options, known, dropped)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
-    choice, splits = chooser(walker, rows, rest.options, rest.known)
+    chosen = chooser(walker, rows, rest.options, rest.known)
     inputs = dense_inputs(walker, rows, rest.known)
     kept = {block.name: nothing(block) for block in rest.layers.anatomy.blocks}
     for layer, block in blocks_of(rest.layers):
-        kept[block.name] = choice(layer, block, dense_reading(layer, block, inputs))
-    return rest.describe(rows, kept, {}, splits)
+        kept[block.name] = chosen.choice(layer, block, dense_reading(layer, block, inputs))
+    return rest.describe(rows, kept, {}, chosen)
 
 
 @dataclass(frozen=True)
@@ -233,16 +230,18 @@ class _Rest:
         rows: Tensor,
         kept: Mapping[str, Kept],
         dampings: Mapping[str, float | None],
-        splits: list[PricedSplit] | None,
+        chosen: Chosen,
     ) -> Plan:
         """Return the plan by the whole model's names; what was kept and fitted is given by those here."""
         blocks = {block.name: BlockPlan.of(block, nothing(block), None) for block in self.whole.anatomy.blocks}
         names = self.names()
         blocks |= {
-            names[block.name]: BlockPlan.of(block, kept[block.name], dampings.get(block.name))
+            names[block.name]: BlockPlan.of(
+                block, kept[block.name], dampings.get(block.name), chosen.schemes.get(block.name)
+            )
             for block in self.layers.anatomy.blocks
         }
-        return describe(self.whole.anatomy, rows, self.asked, blocks, splits, self.dropped)
+        return describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped)
 
 
 def _rest(
@@ -288,6 +287,7 @@ def describe(
         keep=list(options.keep),
         floors=dict(options.floors),
         skips=options.skips,
+        budget=options.budget,
         drop_layers=options.drop_layers,
         damping=options.damping,
         seed=options.seed,

@@ -63,7 +63,7 @@ def inspect(args: argparse.Namespace) -> Answer:
 
     folder = checkpoint.resolve(args.model)
     config = checkpoint.read_config(folder)
-    scheme = compressed_tensors.scheme_in(folder)
+    quantized = compressed_tensors.quantization_in(folder)
     checkpoint.audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
@@ -87,7 +87,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "vocabulary": anatomy.vocabulary,
         "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
-        "quantization": str(scheme) if scheme else None,
+        "quantization": str(quantized) if quantized else None,
         "dtype": str(config.dtype).removeprefix("torch."),
         "uniform": anatomy.is_uniform,
         "weight_bytes": checkpoint.weight_bytes(folder),
@@ -129,7 +129,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         )
     if plan:
         lines.append(
-            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, ratio {plan.ratio:g}"
+            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, "
+            + (f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes")
         )
         lines += [f"  {line}" for line in dropped_lines(plan, load_task(folder).unit)]
         lines += [

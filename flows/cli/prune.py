@@ -59,6 +59,19 @@ def add(commands: Subcommands) -> None:
         metavar="R",
         help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's)",
     )
+    parser.add_argument(
+        "--budget",
+        metavar="BYTES",
+        help="bytes that all weights may take once they are quantized to --scheme, like 6GiB; in the place of --ratio, "
+        "and divided by allocation error (default: the ratio decides)",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=get_args(names.QuantizedTo),
+        metavar="SCHEME",
+        help="with --budget: what numprune quantize will make of the result. mixed chooses for each block: as it is "
+        f"stored, w8a8 or w4a16. One of {', '.join(get_args(names.QuantizedTo))} (default: none)",
+    )
     for option, choices, help_text in (
         ("criterion", names.Criterion, "what scores the units"),
         ("allocation", names.Allocation, "how many units each layer loses"),
@@ -156,7 +169,7 @@ def _floor(text: str) -> tuple[str, float]:
 
 def prune(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.export import checkpoint, compressed_tensors, manifest
+    from numprune.export import checkpoint, compressed_tensors
     from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
@@ -165,12 +178,10 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.planned import check_plan
 
     started = time.perf_counter()
-    options, plan = _asked(args)
-    if args.out is not None:
-        must_not_exist(args.out)
-        manifest.sweep(args.out.parent)  # what a killed run left there can be large
+    _check_out(args)
     base = checkpoint.resolve(args.model)
     compressed_tensors.refuse_quantized(base, "pruning")
+    options, plan = _asked(args, base)
     anatomy = read_anatomy(checkpoint.read_config(base))
     if plan is None:
         check_options(anatomy, options)
@@ -197,6 +208,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "parameters_after": made.after.parameters,
         "prunable_ratio_removed": made.prunable_ratio_removed,
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
+        "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
         "weight_bytes_after": made.weight_bytes_after,
         "seconds": time.perf_counter() - started,
@@ -210,20 +222,42 @@ def prune(args: argparse.Namespace) -> Answer:
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
+    if made.schemes:
+        quantizing = f"numprune quantize {args.out} QUANTIZED --scheme mixed --dense {base} --text FILE"
+        text += f"\nits plan quantizes {len(made.schemes)} of {len(made.kept_units)} blocks: {quantizing}"
     return Answer(data, text)
 
 
-def _asked(args: argparse.Namespace) -> "tuple[PruneOptions, Plan | None]":
-    """Return the options, and the plan where they are one's. Raises InputError."""
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises InputError where OUT is missing or exists; removes what a killed run left beside it."""
+    from numprune.export import manifest
+
+    if args.out is None and not args.plan_only:
+        raise InputError("the following arguments are required: OUT (see numprune prune --help)")
+    if args.out is not None:
+        must_not_exist(args.out)
+        manifest.sweep(args.out.parent)  # what was left can be large
+
+
+def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | None]":
+    """Return the options for the model in `base`, and the plan where they are one's. Raises InputError."""
+    from numprune.byte_budget import parse
+    from numprune.flows.steps.prune import byte_budget
     from numprune.options import options_of
     from numprune.plans import read_plan
 
-    given = {name: getattr(args, name) for name in ("ratio", *_DEFAULTS) if getattr(args, name) is not None}
-    if args.out is None and not args.plan_only:
-        raise InputError("the following arguments are required: OUT (see numprune prune --help)")
+    asked = ("ratio", "budget", "scheme", *_DEFAULTS)
+    given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
-        if "ratio" not in given:
-            raise InputError("the following arguments are required: --ratio, or --plan (see numprune prune --help)")
+        if not given.keys() & {"ratio", "budget"}:
+            raise InputError(
+                "the following arguments are required: --ratio, --budget or --plan (see numprune prune --help)"
+            )
+        if "scheme" in given and "budget" not in given:
+            raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
+        budget, scheme = given.pop("budget", None), given.pop("scheme", "none")
+        if budget is not None:
+            given = {"ratio": 0.0, "allocation": "error", **given, "budget": byte_budget(base, parse(budget), scheme)}
         return options_of_arguments(given), None
     if args.plan_only:
         raise InputError("--plan-only makes a plan, and --plan gives one; leave one of them out")
@@ -265,6 +299,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "prunable_ratio_removed": removed,
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
+        "schemes": plan.schemes(),
         "seconds": time.perf_counter() - started,
     }
     lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
@@ -273,6 +308,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         for name, was in budgets[0].items()
     ]
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
+    lines += [f"  {line}" for line in schemes_lines(plan)]
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
     return Answer(data, "\n".join(lines))
 
@@ -283,6 +319,14 @@ def dropped_lines(plan: "Plan", unit: str) -> list[str]:
         "before anything was refitted"
         for drop in plan.dropped
     ]
+
+
+def schemes_lines(plan: "Plan") -> list[str]:
+    """What the blocks are to be quantized to, a line for each kind of block; none where no budget chose it."""
+    kinds: dict[str, list[str]] = {}
+    for name, block in plan.blocks.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(block.scheme or ("as stored" if block.kept else "-"))
+    return [f"{f'{kind}: scheme by layer':<36} {', '.join(found)}" for kind, found in kinds.items() if plan.schemes()]
 
 
 def sizes_lines(anatomy: "Anatomy") -> list[str]:

@@ -34,14 +34,20 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
-    add_choice(parser, "--scheme", get_args(names.Scheme), None, "format of weights (w) and activations (a)")
+    add_choice(
+        parser,
+        "--scheme",
+        (*get_args(names.Scheme), "mixed"),
+        None,
+        "format of weights (w) and activations (a); mixed: for each block as in the plan of CHECKPOINT",
+    )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=names.GROUP_SIZES,
         metavar="N",
         help=f"channels that share a scale, with --scheme w4a16: {', '.join(map(str, names.GROUP_SIZES))} "
-        f"(default: {_GROUP_SIZE})",
+        f"(default: {_GROUP_SIZE}; with mixed, the plan's)",
     )
     add_choice(
         parser,
@@ -75,21 +81,21 @@ def add(commands: Subcommands) -> None:
 
 def quantize(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.export import checkpoint, manifest
+    from numprune.export import checkpoint, compressed_tensors, manifest
     from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of
-    from numprune.flows.steps.quantize import check_request, quantize_checkpoint
+    from numprune.flows.steps.quantize import check_request, quantize_checkpoint, schemes_of
     from numprune.flows.steps.text import calibration_rows, row_length
-    from numprune.quantization import Scheme
 
     started = time.perf_counter()
     must_not_exist(args.out)
     _check_method(args)
-    scheme = Scheme(args.scheme, args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None))
     source = checkpoint.resolve(args.checkpoint)
+    group = args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None)
+    schemes = schemes_of(args.scheme, group, source)
     dense = checkpoint.resolve(args.dense) if args.dense else None
-    check_request(source, scheme, dense, args.tensor_parallel)
+    check_request(source, schemes, dense, args.tensor_parallel)
     manifest.sweep(args.out.parent)
     rows, draw = None, None
     if args.method == "gptq":
@@ -97,18 +103,17 @@ def quantize(args: argparse.Namespace) -> Answer:
         tokenizer, how = checkpoint.load_tokenizer(source), reading(args, args.text)
         task = load_task(source)
         rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=task)
-    facts = quantize_checkpoint(source, scheme, args.out, device_of("auto"), rows=rows, draw=draw, dense=dense)
+    facts = quantize_checkpoint(source, schemes, args.out, device_of("auto"), rows=rows, draw=draw, dense=dense)
     data = {
         "out": str(args.out),
-        "scheme": scheme.name,
-        "group_size": scheme.group_size,
         "method": args.method,
         **facts,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    schemes_told = compressed_tensors.quantization_in(args.out)
     text = (
-        f"{args.out}: {scheme}, {args.method}; weights {size(data['weight_bytes_before'])} -> "
+        f"{args.out}: {schemes_told}, {args.method}; weights {size(data['weight_bytes_before'])} -> "
         f"{size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}"
     )
     return Answer(data, text)

@@ -121,8 +121,9 @@ def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
         genai.check_precision(dtype, runtime_device("onnxruntime"))
         for side in sides:
             genai.check_config(read_config(side))
-            if scheme := compressed_tensors.scheme_in(side):
-                genai.check_scheme(scheme, dtype)
+            if found := compressed_tensors.quantization_in(side):
+                for scheme in found.schemes:
+                    genai.check_scheme(scheme, dtype)
     except InputError:
         return [name for name in RUNTIME_OF_EXPORT if name != genai.KIND]
     return list(RUNTIME_OF_EXPORT)

@@ -79,9 +79,12 @@ def make_baseline(
 
 
 def make_pruned(
-    out: Path, *, base: Artifact, rows: Artifact, asked: Prune, target: Target, device: str
+    out: Path, *, base: Artifact, rows: Artifact, asked: Prune, target: Target, scheme: str, device: str
 ) -> PrunedCheckpoint:
-    """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one walk."""
+    """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one walk.
+
+    `scheme`: that a budget counts with.
+    """
     import torch
 
     from numprune.flows.bundle import CHECKPOINT
@@ -89,7 +92,7 @@ def make_pruned(
     from numprune.flows.steps.text import load_calibration
 
     tokens, draw = load_calibration(rows.path)
-    options, where = options_of(asked, target), torch.device(device)
+    options, where = options_of(asked, target, base.path, scheme), torch.device(device)
     return prune_checkpoint(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
 
 
@@ -136,18 +139,18 @@ def make_quantized(
     import torch
 
     from numprune.flows.bundle import CHECKPOINT
-    from numprune.flows.steps.quantize import quantize_checkpoint, scheme_of
+    from numprune.flows.steps.quantize import quantize_checkpoint, schemes_of
     from numprune.flows.steps.text import load_calibration
 
-    scheme, where = scheme_of(asked), torch.device(device)
+    schemes, where = schemes_of(asked.scheme, asked.channels_per_scale, source.path), torch.device(device)
     if asked.method == "rtn":
-        found = quantize_checkpoint(source.path, scheme, out / CHECKPOINT, where)
+        found = quantize_checkpoint(source.path, schemes, out / CHECKPOINT, where)
     else:
         tokens, draw = load_calibration(rows.path)
         found = quantize_checkpoint(
-            source.path, scheme, out / CHECKPOINT, where, rows=tokens, draw=draw, dense=dense.path
+            source.path, schemes, out / CHECKPOINT, where, rows=tokens, draw=draw, dense=dense.path
         )
-    return QuantizedCheckpoint(scheme=scheme.name, group_size=scheme.group_size, method=asked.method, **found)
+    return QuantizedCheckpoint(method=asked.method, **found)
 
 
 def make_vllm(out: Path, *, source: Artifact, shard_size: str, dtype: str | None) -> Exported:

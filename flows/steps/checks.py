@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from numprune.anatomy import read_anatomy, task_name
 from numprune.blocks import Anatomy
+from numprune.byte_budget import LEVELS
 from numprune.chat import renderer
 from numprune.documents import WHOLE_FILE, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
@@ -25,17 +26,16 @@ from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
-from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Recipe
+from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Quantize, Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.prune import options_of
-from numprune.flows.steps.quantize import scheme_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
-from numprune.options import check_options
-from numprune.quantization import GROUP_SIZES, check_quantizable
+from numprune.options import PruneOptions, check_options
+from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
 from numprune.recovery.rows import require_others
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
@@ -111,7 +111,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
-        collect("prune", lambda: check_options(anatomy, options_of(recipe.prune, recipe.sizes())))
+        collect("prune", lambda: check_options(anatomy, pruning_options(recipe, base)))
         problems += _servers(recipe, anatomy, task)
         if recipe.recover.method != "none" and anatomy.task != CAUSAL_LM:
             problems.append(
@@ -133,8 +133,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         if chosen is not None and "onnxruntime" in recipe.export.targets:
             device = runtime_device("onnxruntime", recipe.benchmark.device)
             collect("export.targets", genai.check_precision, chosen["onnxruntime"], device)
-            if recipe.quantize.scheme != "none":
-                collect("quantize.scheme", genai.check_scheme, scheme_of(recipe.quantize), chosen["onnxruntime"])
+            for scheme in schemes_asked(recipe.quantize):
+                collect("quantize.scheme", genai.check_scheme, scheme, chosen["onnxruntime"])
         problems += _lengths(recipe, anatomy.context, anatomy.task)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
@@ -169,6 +169,17 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
     """Raises InputError for the first prompt that the model cannot be given."""
     for prompt in prompts_of(recipe.evaluate.prompts):
         encode(tokenizer, prompt, context)
+
+
+def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
+    """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it."""
+    return options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
+
+
+def schemes_asked(asked: Quantize) -> list[Scheme]:
+    """What blocks of the result may be quantized to."""
+    groups = asked.channels_per_scale
+    return [Scheme(name, groups if name == "w4a16" else None) for name in LEVELS[asked.scheme] if name]
 
 
 def model_folder(path: str) -> Path:
@@ -247,32 +258,34 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
     """What keeps the result from being quantized, or from being run then."""
     if recipe.quantize.scheme == "none":
         return []
-    scheme, problems = scheme_of(recipe.quantize), []
-    where = f"quantize.scheme = {scheme.name!r}"
+    asked, problems = recipe.quantize, []
+    schemes = schemes_asked(asked)
+    where = f"quantize.scheme = {asked.scheme!r}"
     try:
-        check_quantizable(anatomy, replace(scheme, group_size=None))  # groups in the result are for the target's sizes
+        check_quantizable(anatomy, replace(schemes[0], group_size=None))  # groups are for the target's sizes
     except InputError as error:
         problems.append(f"{where}: {error}")
-    if scheme.group_size and anatomy.hidden_size % scheme.group_size:
+    if asked.channels_per_scale and anatomy.hidden_size % asked.channels_per_scale:
         fitting = [str(size) for size in GROUP_SIZES if anatomy.hidden_size % size == 0]
         remedy = f"set it to {' or '.join(fitting)}" if fitting else "choose w8a8 or fp8"
         problems.append(
-            f"quantize.group_size = {scheme.group_size}: does not divide the model's hidden_size "
+            f"quantize.group_size = {asked.channels_per_scale}: does not divide the model's hidden_size "
             f"{anatomy.hidden_size}; {remedy}"
         )
     formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
     if "vllm" in formats:
-        try:
-            check_quantized(scheme, dtype, recipe.target.device)
-        except InputError as error:
-            problems.append(f"{where}: {error}")
+        for scheme in schemes:
+            try:
+                check_quantized(scheme, dtype, recipe.target.device)
+            except InputError as error:
+                problems.append(f"{where}: {error}")
     if recipe.export.dtype != "auto":
         problems.append(
             f"export.dtype = {recipe.export.dtype!r}: quantized weights have their own format; leave it out"
         )
     if "tensorrt" in formats:
         problems.append(f"{where}: engines are built of unquantized checkpoints only; leave tensorrt out")
-    if scheme.rounds_inputs and "onnx" in recipe.export.targets:
+    if any(scheme.rounds_inputs for scheme in schemes) and "onnx" in recipe.export.targets:
         problems.append(
             f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or export onnxruntime instead"
         )

@@ -68,5 +68,5 @@ def prove(reference: Path, candidate: Path, runtime: str, device: str = "auto") 
     # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
     dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
     found = dict(kind.check(reference, candidate, runtime, device=device, dtype=dtype))
-    quantized = runtime == "torch" and compressed_tensors.scheme_in(reference)
+    quantized = runtime == "torch" and compressed_tensors.quantization_in(reference)
     return {**found, "format": check_format(reference, candidate)} if quantized else found

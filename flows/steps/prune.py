@@ -14,7 +14,8 @@ from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
-from numprune.errors import InputError
+from numprune.byte_budget import LEVELS, ByteBudget
+from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
     check_vocabulary,
@@ -25,17 +26,19 @@ from numprune.export.checkpoint import (
     save_around_weights,
     weight_bytes,
 )
+from numprune.export.precision import name_of
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import dtypes_of
+from numprune.export.weights import dtypes_of, main_dtype, read_headers
 from numprune.flows.recipe import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options
 from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, Draw, Plan
+from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 from numprune.target import Target
@@ -49,9 +52,33 @@ def device_of(device: str) -> torch.device:
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
 
-def options_of(asked: Prune, target: Target) -> PruneOptions:
-    """Return the options that a recipe asks for."""
-    return PruneOptions(**asked.model_dump(exclude={"stream"}), target=target)
+def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOptions:
+    """Return the options that a recipe asks for of the model in `base`; `scheme` as of `byte_budget`."""
+    budget = None if asked.bytes_allowed is None else byte_budget(base, asked.bytes_allowed, scheme)
+    return PruneOptions(**asked.model_dump(exclude={"stream", "budget"}), target=target, budget=budget)
+
+
+def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
+    """Return a budget for what the model in `base` becomes.
+
+    Args:
+        limit: bytes that its weights may take.
+        scheme: what it will be quantized to, a key of `LEVELS`.
+
+    Raises:
+        InputError: the matrices of the blocks are stored in different precisions.
+    """
+    anatomy, stored = read_anatomy(read_config(base)), read_headers(base)
+    names = {f"{block.path}.{part.tensor}" for block in anatomy.blocks for part in block.slices}
+    dtypes = {stored[name].torch_dtype for name in names if name in stored} or {main_dtype(stored)}
+    if len(dtypes) > 1:
+        raise InputError(
+            f"budget: the layers of {base} are stored in {' and '.join(sorted(map(name_of, dtypes)))}; store them in "
+            "one precision, or prune by a ratio"
+        )
+    value = dtypes.pop().itemsize
+    blocks = sum(block_bytes(block, Form(block.size, None), value) for block in anatomy.blocks)
+    return ByteBudget(limit, sum(header.bytes for header in stored.values()) - blocks, value, LEVELS[scheme])
 
 
 def prune_checkpoint(
@@ -85,6 +112,12 @@ def prune_checkpoint(
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
         describe(folder, base, made)
+        after_bytes = weight_bytes(folder)
+        if made.budget is not None and not made.schemes() and after_bytes > made.budget.limit:
+            raise IntegrityError(
+                f"the pruned weights take {after_bytes:,} bytes, and the budget is {made.budget.limit:,}; prune again, "
+                "or remove the budget from an edited plan"
+            )
     # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
@@ -93,9 +126,10 @@ def prune_checkpoint(
         after=after,
         prunable_ratio_removed=1 - after.prunable_parameters / before.prunable_parameters,
         weight_bytes_before=weight_bytes(base),
-        weight_bytes_after=weight_bytes(out),
+        weight_bytes_after=after_bytes,
         plan=hashlib.sha256((out / PLAN_FILE).read_bytes()).hexdigest(),
         dropped_layers=list(made.dropped),
+        schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
     )
 

@@ -1,25 +1,33 @@
 """A checkpoint to a quantized one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.anatomy import layers_path, read_anatomy
-from numprune.errors import InputError
+from numprune.blocks import Anatomy
+from numprune.byte_budget import MIXED, SchemeName
+from numprune.errors import InputError, IntegrityError
 from numprune.export import card, checkpoint, compressed_tensors, files, manifest
 from numprune.export.config import write_config
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.weights import DTYPES, dtypes_of, main_dtype
-from numprune.flows.recipe import Quantize
 from numprune.flows.steps.prune import describe, plan_facts
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
-from numprune.quantization import Quantized, Scheme, check_quantizable, quantized_tensors
-from numprune.quantization.compressed_tensors import CONFIG_FIELD, config_of, tensors_of
+from numprune.quantization import BlockSchemes, Quantized, Scheme, check_quantizable, schemes_by_tensor
+from numprune.quantization.allocation import planned_schemes
+from numprune.quantization.compressed_tensors import (
+    CONFIG_FIELD,
+    QuantizationConfig,
+    config_of,
+    read_quantization,
+    tensors_of,
+)
 from numprune.quantization.compressed_tensors import dtypes_of as parts_of
 from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.renumber import renumber_tensors
@@ -29,7 +37,7 @@ from numprune.target import not_split
 
 def quantize_checkpoint(
     source: Path,
-    scheme: Scheme,
+    schemes: BlockSchemes,
     out: Path,
     device: torch.device,
     *,
@@ -40,6 +48,7 @@ def quantize_checkpoint(
     """Write the quantized `source` to the new folder `out`; return the figures. One layer is in memory at a time.
 
     Args:
+        schemes: that the blocks are quantized to, by their names in `source`.
         rows: (N, S) int64 calibration tokens for GPTQ; None: each weight is rounded by itself.
         draw: where the rows are from.
         dense: the model that `source` was pruned from, whose residual stream is to be kept to; None: its own.
@@ -48,20 +57,22 @@ def quantize_checkpoint(
         InputError: `out` exists, or the model, rows or dense model cannot be used.
         IntegrityError: a file is not what it should be.
     """
-    check_request(source, scheme, dense)
-    config, dropped = checkpoint.read_config(source), dropped_layers(source)
+    check_request(source, schemes, dense)
+    config, plan = checkpoint.read_config(source), _plan(source)
+    anatomy = read_anatomy(config)
     parents = {"base": manifest.folder_digest(source)} | ({"dense": manifest.folder_digest(dense)} if dense else {})
-    facts = _facts(scheme, rows, draw)
+    facts = _facts(anatomy, schemes, rows, draw)
     with manifest.creating(out, kind="checkpoint", parents=parents, facts={"quantization": facts}) as folder:
         layers = CheckpointLayers(source, scratch=folder, device=device)
         target = CheckpointLayers(dense, scratch=folder, device=device) if dense else None
-        fit = None if rows is None else Fit(rows, target, dropped)
-        _write(layers, scheme, folder, fit)
+        fit = None if rows is None else Fit(rows, target, dropped_layers(source))
+        _write(layers, schemes, folder, fit)
         checkpoint.copy_around_weights(config, source, folder)
-        _set_config(config, scheme, folder)
-        card.set_quantization(folder, scheme)
+        card.set_quantization(folder, _set_config(config, schemes_by_tensor(anatomy, schemes), folder))
         checkpoint.audit(folder)
+        _check_budget(anatomy, plan, schemes, checkpoint.weight_bytes(folder))
     return {
+        **{name: facts[name] for name in ("scheme", "group_size", "bits")},
         "digest": manifest.read(out).digest,
         "weight_bytes_before": checkpoint.weight_bytes(source),
         "weight_bytes_after": checkpoint.weight_bytes(out),
@@ -92,15 +103,16 @@ def write_quantized(
         IntegrityError: a value does not fit in the data type that it is stored in.
     """
     parents = {"base": manifest.folder_digest(base)}
-    facts: dict[str, Any] = {"quantization": _facts(scheme, rows, draw)}
+    facts: dict[str, Any] = {"quantization": _facts(read_anatomy(model.config), scheme, rows, draw)}
     if plan is not None:
         facts |= plan_facts(plan)
     stored = checkpoint.audit(base)
     scale_dtype = main_dtype(stored)
+    schemes = {name: matrix.scheme for name, matrix in matrices.items()}
     full = renumber_tensors(dtypes_of(stored), layers_path(model.config), plan.dropped_layers() if plan else ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
-        with writing(folder, _quantized_dtypes(full, matrices, scheme, scale_dtype)) as writer:
+        with writing(folder, _quantized_dtypes(full, schemes, scale_dtype)) as writer:
             for name, tensor in checkpoint.stored_tensors(model, state).items():
                 whole = name not in matrices
                 writer.add({name: tensor} if whole else tensors_of(name, matrices[name], scale_dtype))
@@ -110,20 +122,40 @@ def write_quantized(
             model.config.architectures, model.config.dtype = [type(model).__name__], scale_dtype
             write_config(model.config, base, folder)
             files.carry(base, folder)
-        _set_config(model.config, scheme, folder)
+        quantized = _set_config(model.config, schemes, folder)
         if plan is not None:
             describe(folder, base, plan)
-        card.set_quantization(folder, scheme)
+        card.set_quantization(folder, quantized)
         checkpoint.audit(folder)
 
 
-def scheme_of(asked: Quantize) -> Scheme:
-    """Return the scheme that a recipe asks for, which is not "none"."""
-    assert asked.scheme != "none"
-    return Scheme(asked.scheme, asked.channels_per_scale)
+def schemes_of(asked: str, group_size: int | None, source: Path) -> BlockSchemes:
+    """Return what to quantize the checkpoint `source` to.
+
+    Args:
+        asked: a scheme for all blocks, or "mixed": those of the plan that `source` was pruned by.
+        group_size: channels that share a scale, of w4a16; None: whole rows do. A plan's groups are its own.
+
+    Raises:
+        InputError: "mixed", and there is no plan, or it has no schemes.
+    """
+    if asked != MIXED:
+        return Scheme(cast(SchemeName, asked), group_size)
+    plan = _plan(source)
+    if plan is None or not plan.schemes():
+        raise InputError(
+            f"{source}: has no plan that quantizes a block; prune with a budget and the scheme {MIXED}, or choose one "
+            "scheme for all blocks"
+        )
+    if group_size not in (None, plan.target.quantization_group):
+        raise InputError(
+            f"group_size is {group_size}, and the plan of {source} has groups of {plan.target.quantization_group}; "
+            "leave the group size out"
+        )
+    return planned_schemes(plan)
 
 
-def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tensor_parallel: int = 1) -> None:
+def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None, tensor_parallel: int = 1) -> None:
     """Refuse what `quantize_checkpoint` could not do, or what GPUs that share each layer could not run.
 
     Raises InputError.
@@ -135,7 +167,7 @@ def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tenso
             f"--tensor-parallel {tensor_parallel} does not divide {'; '.join(faults)}; choose a smaller one, or prune "
             f"again with --tensor-parallel {tensor_parallel}"
         )
-    check_quantizable(anatomy, scheme, tensor_parallel)
+    check_quantizable(anatomy, schemes, tensor_parallel)
     if dense is not None:
         compressed_tensors.refuse_quantized(dense, "--dense")
         check_target(anatomy, read_anatomy(checkpoint.read_config(dense)), dropped_layers(source))
@@ -144,17 +176,32 @@ def check_request(source: Path, scheme: Scheme, dense: Path | None = None, tenso
 def dropped_layers(source: Path) -> list[int]:
     """Return the layers that a checkpoint lacks of the model that it was pruned from."""
     """Return the layers that the model lacks of the one that it was pruned from."""
+    plan = _plan(source)
+    return plan.dropped_layers() if plan else []
+
+
+def _plan(source: Path) -> Plan | None:
+    """Return the plan that the checkpoint `source` was pruned by, where there is one."""
     path = source / PLAN_FILE
-    return list(read_plan(path).dropped_layers()) if path.exists() else []
+    return read_plan(path) if path.exists() else None
 
 
-def _facts(scheme: Scheme, rows: Tensor | None, draw: Draw | None) -> dict[str, Any]:
-    """What the manifest says of the quantization."""
-    facts: dict[str, Any] = {
-        "scheme": scheme.name,
-        "group_size": scheme.group_size,
-        "method": "rtn" if rows is None else "gptq",
+def _named(anatomy: Anatomy, schemes: BlockSchemes) -> dict[str, Any]:
+    """Return the facts `scheme`, `group_size` and `bits`."""
+    if isinstance(schemes, Scheme):
+        return {"scheme": schemes.name, "group_size": schemes.group_size, "bits": {}}
+    sizes = [scheme.group_size for scheme in schemes.values() if scheme.group_size is not None]
+    bits = {
+        block.name: schemes[block.name].bits if block.name in schemes else 8 * anatomy.bytes_per_value
+        for block in anatomy.blocks
+        if block.units
     }
+    return {"scheme": MIXED, "group_size": max(sizes, default=None), "bits": bits}
+
+
+def _facts(anatomy: Anatomy, schemes: BlockSchemes, rows: Tensor | None, draw: Draw | None) -> dict[str, Any]:
+    """What the manifest says of the quantization."""
+    facts = {**_named(anatomy, schemes), "method": "rtn" if rows is None else "gptq"}
     if rows is not None:
         facts |= {"rows": rows.shape[0], "sequence_length": rows.shape[1]}
         facts |= {"draw": draw.model_dump(mode="json") if draw else None}
@@ -162,21 +209,33 @@ def _facts(scheme: Scheme, rows: Tensor | None, draw: Draw | None) -> dict[str, 
 
 
 def _quantized_dtypes(
-    full: Mapping[str, torch.dtype], matrices: Collection[str], scheme: Scheme, scale_dtype: torch.dtype
+    full: Mapping[str, torch.dtype], matrices: Mapping[str, Scheme], scale_dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
     """Return the data types that tensors are stored in; `full`: those of the unquantized ones."""
     found: dict[str, torch.dtype] = {}
     for name, dtype in full.items():
-        found |= parts_of(name, scheme, scale_dtype) if name in matrices else {name: dtype}
+        found |= parts_of(name, matrices[name], scale_dtype) if name in matrices else {name: dtype}
     return found
 
 
-def _write(layers: CheckpointLayers, scheme: Scheme, folder: Path, fit: Fit | None) -> None:
+def _check_budget(anatomy: Anatomy, plan: Plan | None, schemes: BlockSchemes, found: int) -> None:
+    """Refuse weights of more bytes than the budget that chose these schemes. Raises IntegrityError."""
+    if plan is None or plan.budget is None:
+        return
+    chosen = schemes_by_tensor(anatomy, planned_schemes(plan))
+    if schemes_by_tensor(anatomy, schemes) == chosen and found > plan.budget.limit:
+        raise IntegrityError(
+            f"the quantized weights take {found:,} bytes, and the plan's budget is {plan.budget.limit:,}; prune again, "
+            "or remove the budget from an edited plan"
+        )
+
+
+def _write(layers: CheckpointLayers, schemes: BlockSchemes, folder: Path, fit: Fit | None) -> None:
     """Write the weights."""
     scale_dtype = main_dtype(layers.stored)
-    matrices = set(quantized_tensors(layers.anatomy))
+    matrices = schemes_by_tensor(layers.anatomy, schemes)
     full = {name: DTYPES[header.dtype] for name, header in layers.stored.items()}
-    with writing(folder, _quantized_dtypes(full, matrices, scheme, scale_dtype)) as writer:
+    with writing(folder, _quantized_dtypes(full, matrices, scale_dtype)) as writer:
         layers.copy_around(writer)
 
         def sink(quantized: Any, rest: Any) -> None:
@@ -184,14 +243,16 @@ def _write(layers: CheckpointLayers, scheme: Scheme, folder: Path, fit: Fit | No
                 writer.add(tensors_of(name, matrix, scale_dtype))
             layers.write(rest, writer)
 
-        quantize_layers(layers, scheme, sink, fit, scale_dtype)
+        quantize_layers(layers, schemes, sink, fit, scale_dtype)
 
 
-def _set_config(config: Any, scheme: Scheme, folder: Path) -> None:
-    """Have the config.json of a checkpoint say how its weights are quantized."""
-    matrices = set(quantized_tensors(read_anatomy(config)))
+def _set_config(config: Any, schemes: Mapping[str, Scheme], folder: Path) -> QuantizationConfig:
+    """Have the config.json of a checkpoint say how its weights are quantized; `schemes`: of each by its name."""
+    paths = {name.removesuffix(".weight"): scheme for name, scheme in schemes.items()}
     linears = (name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear))
-    ignored = [name for name in linears if f"{name}.weight" not in matrices]
     content = files.read_object(folder / files.CONFIG)
-    content[CONFIG_FIELD] = config_of(scheme, ignored)
+    content[CONFIG_FIELD] = config_of(paths, [name for name in linears if name not in paths])
     files.write_object(folder / files.CONFIG, content)
+    found = read_quantization(content)
+    assert found is not None
+    return found

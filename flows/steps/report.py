@@ -65,7 +65,8 @@ def pruning_section(asked: Prune, pruned: PrunedCheckpoint) -> dict[str, Any]:
     kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
         **asked.model_dump(include={"criterion", "allocation", "compensation"}),
-        "ratio_asked": asked.ratio,
+        "ratio_asked": asked.ratio if asked.bytes_allowed is None else None,
+        "budget_asked": asked.bytes_allowed,
         "ratio_removed": {
             "prunable": 1 - after.prunable_parameters / before.prunable_parameters,
             "parameters": 1 - after.parameters / before.parameters,
@@ -114,6 +115,7 @@ def quantization_section(quantized: QuantizedCheckpoint) -> dict[str, Any]:
     return {
         "scheme": quantized.scheme,
         "group_size": quantized.group_size,
+        "bits": quantized.bits,
         "method": quantized.method,
         "weight_bytes": {"baseline": quantized.weight_bytes_before, "candidate": quantized.weight_bytes_after},
     }

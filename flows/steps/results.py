@@ -49,6 +49,7 @@ class PrunedCheckpoint:
 
     Attributes:
         digest: of the checkpoint's manifest; `plan`: of the plan's file.
+        schemes: that the plan quantizes blocks to, by their names.
         kept_units: [kept, of] by block name.
     """
 
@@ -60,6 +61,7 @@ class PrunedCheckpoint:
     weight_bytes_after: int
     plan: str
     dropped_layers: list[DroppedLayer]
+    schemes: dict[str, str]
     kept_units: dict[str, list[int]]
 
 
@@ -93,11 +95,18 @@ class RecoveredCheckpoint:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A checkpoint before and after quantization; `digest`: of its manifest."""
+    """A checkpoint before and after quantization.
+
+    Attributes:
+        digest: of its manifest.
+        scheme: of all blocks, or "mixed".
+        bits: of the weights of each block, by its name, where they differ.
+    """
 
     digest: str
     scheme: str
     group_size: int | None
+    bits: dict[str, int]
     method: str
     weight_bytes_before: int
     weight_bytes_after: int

@@ -6,21 +6,33 @@ itself: it needs SciPy, which vLLM's environment has not. Notation as in the cor
     Q   grid values (out, D): integers, or FP8 numbers        s   scales (out, D / group size)
 """
 
-from numprune.quantization.linears import bytes_saved, check_quantizable, quantized_tensors, ungrouped
+from numprune.byte_budget import SchemeName
+from numprune.quantization.linears import (
+    bytes_saved,
+    check_quantizable,
+    quantized_tensors,
+    schemes_by_block,
+    schemes_by_tensor,
+    ungrouped,
+)
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
-from numprune.quantization.schemes import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
+from numprune.quantization.schemes import GROUP_SIZES, SCHEMES, BlockSchemes, Method, Scheme, of_block
 
 __all__ = [
     "GROUP_SIZES",
     "SCHEMES",
+    "BlockSchemes",
     "Method",
     "Quantized",
     "Scheme",
     "SchemeName",
     "bytes_saved",
     "check_quantizable",
+    "of_block",
     "quantized_tensors",
     "round_inputs_of",
     "round_to_nearest",
+    "schemes_by_block",
+    "schemes_by_tensor",
     "ungrouped",
 ]

@@ -7,12 +7,14 @@ In the place of `X.weight` (out, D) stand
                                      lowest bits, raised by 8 to be positive; X.weight_scale (out, groups);
                                      X.weight_shape (2,) int64
 
-and config.json says so in `quantization_config`. Of the format's variants those are read that these schemes write,
-whoever wrote them; every other one is refused by name.
+and config.json says so in `quantization_config`: one group for all Linear layers, or one for each scheme that names its
+layers. Of the format's variants those are read that these schemes write, whoever wrote them; every other one is refused
+by name.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from numprune.errors import InputError
 from numprune.quantization.rounding import Quantized
-from numprune.quantization.schemes import SCHEMES, Scheme
+from numprune.quantization.schemes import SCHEMES, Scheme, listed
 
 CONFIG_FIELD = "quantization_config"
 _METHOD = "compressed-tensors"
 _FORMATS = {"fp8": "float-quantized", "w8a8": "int-quantized", "w4a16": "pack-quantized"}
+_MIXED = "mixed-precision"  # each group has a format of its own
+_LINEAR = "Linear"
 _PER_WORD = 8  # 4-bit values in an int32
 _OFFSET = 8  # added to each, to be positive
 _SIMPLE = re.compile(r"\^?(?:(?:[\w.-]|\\[.d])[*+]?)*\$?")
@@ -97,8 +101,36 @@ def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: torch.dtype) -
     return sum(prod(part) * dtypes[name].itemsize for name, part in shapes_of("weight", scheme, shape).items())
 
 
-def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:
-    """Return `quantization_config`; `ignored`: paths of the Linear layers that are not quantized."""
+def config_of(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, Any]:
+    """Return `quantization_config`.
+
+    Args:
+        schemes: path -> scheme of every Linear layer that is quantized, at least one.
+        ignored: paths of those that are not.
+    """
+    paths: dict[Scheme, list[str]] = {}
+    for path, scheme in schemes.items():
+        paths.setdefault(scheme, []).append(path)
+    one = len(paths) == 1
+    ordered = sorted(paths, key=str)
+    return {
+        "quant_method": _METHOD,
+        "format": _FORMATS[ordered[0].name] if one else _MIXED,
+        "quantization_status": "compressed",
+        "ignore": sorted(ignored),
+        "config_groups": {
+            f"group_{number}": {
+                "targets": [_LINEAR] if one else sorted(paths[scheme]),
+                **_arguments(scheme),
+                **({} if one else {"format": _FORMATS[scheme.name]}),
+            }
+            for number, scheme in enumerate(ordered)
+        },
+    }
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    """Return what a group says of the layers of this scheme."""
     group = scheme.group_size
     weights = {
         "num_bits": scheme.bits,
@@ -110,47 +142,77 @@ def config_of(scheme: Scheme, ignored: Collection[str]) -> dict[str, Any]:
     }
     inputs = {**weights, "strategy": "token", "group_size": None, "dynamic": True}
     return {
-        "quant_method": _METHOD,
-        "format": _FORMATS[scheme.name],
-        "quantization_status": "compressed",
-        "ignore": sorted(ignored),
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": inputs if scheme.rounds_inputs else None,
-                "output_activations": None,
-            }
-        },
+        "weights": weights,
+        "input_activations": inputs if scheme.rounds_inputs else None,
+        "output_activations": None,
     }
 
 
-def ignored_by(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return what says of a Linear layer, by its path, whether config.json leaves it out of the quantization.
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What config.json says of each Linear layer.
 
-    Raises:
-        InputError: `ignore` is no list of names and simple patterns. Others could take exponential time.
+    Attributes:
+        groups: a scheme and the layers that have it.
+        ignored: the layers that are not quantized.
     """
-    where = f"config.json: {CONFIG_FIELD}.ignore"
-    entries = _mapping(config.get(CONFIG_FIELD), f"config.json: {CONFIG_FIELD}").get("ignore") or []
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise InputError(f"{where} is {str(entries)[:80]!r}; it must be a list of strings")
-    names = {entry for entry in entries if not entry.startswith("re:")}
-    patterns = []
-    for entry in entries:
-        if entry not in names:
-            pattern = entry.removeprefix("re:")
-            if not _SIMPLE.fullmatch(pattern) or len(_REPEATED.findall(pattern)) > _MAXIMUM_REPEATED:
-                raise InputError(
-                    f"{where}: {entry[:80]!r} is not supported; a pattern may have names, '.', '\\.', '\\d', '^', '$' "
-                    f"and up to {_MAXIMUM_REPEATED} of '*' and '+'; name the layers one by one"
-                )
-            patterns.append(re.compile(pattern))
-    return lambda path: path in names or any(pattern.match(path) for pattern in patterns)
+
+    groups: Sequence[tuple[Scheme, "Layers"]]
+    ignored: "Layers"
+
+    def scheme(self, path: str) -> Scheme | None:
+        """Return the scheme of the Linear layer at `path`; None: it is not quantized."""
+        if self.ignored.name(path):
+            return None
+        for named in (Layers.name, Layers.is_linear):  # a name goes before the type
+            for scheme, layers in self.groups:
+                if named(layers, path):
+                    return scheme
+        return None
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        return tuple(scheme for scheme, _ in self.groups)
+
+    def __str__(self) -> str:
+        return listed(self.schemes)
 
 
-def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
-    """Return the scheme of a model by the content of its config.json; None: it is not quantized.
+@dataclass(frozen=True)
+class Layers:
+    """Linear layers, as `targets` and `ignore` have them: by their names, by patterns of names, or all of them."""
+
+    names: frozenset[str]
+    patterns: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def of(cls, entries: Any, where: str) -> "Layers":
+        """Raises InputError: no list of names and simple patterns. Others could take exponential time."""
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise InputError(f"{where} is {str(entries)[:80]!r}; it must be a list of strings")
+        patterns = []
+        for entry in entries:
+            if entry.startswith("re:"):
+                pattern = entry.removeprefix("re:")
+                if not _SIMPLE.fullmatch(pattern) or len(_REPEATED.findall(pattern)) > _MAXIMUM_REPEATED:
+                    raise InputError(
+                        f"{where}: {entry[:80]!r} is not supported; a pattern may have names, '.', '\\.', '\\d', '^', "
+                        f"'$' and up to {_MAXIMUM_REPEATED} of '*' and '+'; name the layers one by one"
+                    )
+                patterns.append(re.compile(pattern))
+        return cls(frozenset(entry for entry in entries if not entry.startswith("re:")), tuple(patterns))
+
+    def name(self, path: str) -> bool:
+        """Whether the layer at `path` is among them by its name."""
+        return path in self.names or any(pattern.match(path) for pattern in self.patterns)
+
+    def is_linear(self, _path: str) -> bool:
+        """Whether all Linear layers are among them."""
+        return _LINEAR in self.names
+
+
+def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
+    """Return what the content of a config.json says of quantization; None: the model is not quantized.
 
     Raises:
         InputError: it is quantized in another way; names the field.
@@ -165,30 +227,40 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
     _only(found.get("quantization_status"), ("compressed",), f"{where}.quantization_status")
     for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if found.get(field):
-            raise InputError(f"{where}.{field}: not supported; {_REMEDY}")
-    _only(len(groups), (1,), f"{where}.config_groups: their number")
-    ((name, group),) = groups.items()
-    where = f"{where}.config_groups.{name}"
+            raise InputError(f"{where}.{field}: not supported; {REMEDY}")
+    if not groups:
+        raise InputError(f"{where}.config_groups is empty; {REMEDY}")
+    return QuantizationConfig(
+        [_group(group, found.get("format"), f"{where}.config_groups.{name}") for name, group in groups.items()],
+        Layers.of(found.get("ignore") or [], f"{where}.ignore"),
+    )
+
+
+def _group(group: Any, form: Any, where: str) -> tuple[Scheme, Layers]:
+    """Return the scheme of a group and its layers. Raises InputError."""
     group = _mapping(group, where)
-    _only(group.get("targets"), (["Linear"],), f"{where}.targets")
+    layers = Layers.of(group.get("targets"), f"{where}.targets")
+    for name in layers.names - {_LINEAR}:
+        if "." not in name:  # the type of another layer
+            raise InputError(f"{where}.targets: {name[:80]!r} is not {_LINEAR!r} or the name of a layer; {REMEDY}")
     _only(group.get("output_activations"), (None,), f"{where}.output_activations")
     weights = _mapping(group.get("weights"), f"{where}.weights")
-    form = group.get("format") or found.get("format")
+    form = group.get("format") or form
     _only(form, tuple(_FORMATS.values()), f"{where}.format")
     (name,) = (scheme for scheme in SCHEMES if _FORMATS[scheme] == form)
     grouped = name == "w4a16" and weights.get("strategy") == "group"
     scheme = Scheme(name, weights.get("group_size") if grouped else None)
-    wanted = _mapping(config_of(scheme, ())["config_groups"]["group_0"], where)
+    wanted = _arguments(scheme)
     _like(weights, wanted["weights"], f"{where}.weights")
     if scheme.rounds_inputs:
         inputs = _mapping(group.get("input_activations"), f"{where}.input_activations")
         _like(inputs, wanted["input_activations"], f"{where}.input_activations")
     else:
         _only(group.get("input_activations"), (None,), f"{where}.input_activations")
-    return scheme
+    return scheme, layers
 
 
-_REMEDY = "quantize the unquantized checkpoint with numprune quantize"
+REMEDY = "quantize the unquantized checkpoint with numprune quantize"
 
 
 def _like(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -201,7 +273,7 @@ def _like(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> No
 
 def _only(found: object, allowed: tuple[object, ...], where: str) -> None:
     if found not in allowed:
-        raise InputError(f"{where} is {str(found)[:80]!r}, not {' or '.join(map(repr, allowed))}; {_REMEDY}")
+        raise InputError(f"{where} is {str(found)[:80]!r}, not {' or '.join(map(repr, allowed))}; {REMEDY}")
 
 
 def _mapping(found: object, where: str) -> Mapping[str, Any]:

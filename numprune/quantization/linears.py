@@ -11,8 +11,8 @@ from torch import nn
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.quantization.compressed_tensors import bytes_of
-from numprune.quantization.schemes import GROUP_SIZES, Scheme
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, REMEDY, QuantizationConfig, bytes_of
+from numprune.quantization.schemes import GROUP_SIZES, BlockSchemes, Scheme, listed, of_block
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ def linear_of(layer: nn.Module, path: str) -> nn.Linear:
 
 
 def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
-    """Yield the names of the matrices that are quantized, in the whole model."""
+    """Yield the names of the matrices that can be quantized, in the whole model."""
     for block in anatomy.blocks:
-        for found in projections(block):
-            yield from (f"{block.path}.{path}.weight" for path in found.paths)
+        yield from tensors_of_block(block)
 
 
 def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
@@ -60,10 +59,43 @@ def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
     return saved
 
 
-def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1) -> None:
+def tensors_of_block(block: Block) -> Iterator[str]:
+    """Yield the names of the block's matrices that can be quantized, in the whole model."""
+    for found in projections(block):
+        yield from (f"{block.path}.{path}.weight" for path in found.paths)
+
+
+def schemes_by_tensor(anatomy: Anatomy, schemes: BlockSchemes) -> dict[str, Scheme]:
+    """Return name -> scheme of every matrix that is quantized."""
+    chosen = ((block, of_block(schemes, block.name)) for block in anatomy.blocks)
+    return {name: scheme for block, scheme in chosen if scheme is not None for name in tensors_of_block(block)}
+
+
+def schemes_by_block(anatomy: Anatomy, found: QuantizationConfig) -> dict[str, Scheme]:
+    """Return the scheme of every block that a config.json quantizes, by the block's name.
+
+    Raises:
+        InputError: the projections of a block have different schemes.
+    """
+    blocks: dict[str, Scheme] = {}
+    for block in anatomy.blocks:
+        of_matrices = (found.scheme(name.removesuffix(".weight")) for name in tensors_of_block(block))
+        schemes = {scheme for scheme in of_matrices if scheme is not None}
+        if len(schemes) > 1:
+            raise InputError(
+                f"config.json: {CONFIG_FIELD}: the projections of {block.name} have different schemes, "
+                f"{listed(schemes)}; {REMEDY}"
+            )
+        if schemes:
+            blocks[block.name] = schemes.pop()
+    return blocks
+
+
+def check_quantizable(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: int = 1) -> None:
     """Refuse what cannot be quantized.
 
     Args:
+        schemes: that the blocks will be quantized to.
         tensor_parallel: GPUs that will share each layer: groups may not reach from one to the next.
 
     Raises:
@@ -79,23 +111,26 @@ def check_quantizable(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1
             f"quantization: the projections of {anatomy.family} are stored transposed and are no Linear layers; "
             "leave it unquantized"
         )
-    if problem := ungrouped(anatomy, scheme, tensor_parallel):
+    if problem := ungrouped(anatomy, schemes, tensor_parallel):
         raise InputError(problem)
 
 
-def ungrouped(anatomy: Anatomy, scheme: Scheme, tensor_parallel: int = 1) -> str:
-    """Say which projection the scheme's groups do not divide, and what would; empty where they divide all of them."""
-    if scheme.group_size is None:
-        return ""
-    found = [one for block in anatomy.blocks for one in projections(block)]
-    sizes = [(one, one.inputs, tensor_parallel if one.read_units else 1) for one in found]
-    for one, inputs, parts in sizes:
-        if inputs % (scheme.group_size * parts):
+def ungrouped(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: int = 1) -> str:
+    """Say which projection its scheme's groups do not divide, and what would; empty where they divide all of them."""
+    found = [
+        (one, scheme.group_size)
+        for block in anatomy.blocks
+        if (scheme := of_block(schemes, block.name)) is not None and scheme.group_size is not None
+        for one in projections(block)
+    ]
+    sizes = [(one, one.inputs, tensor_parallel if one.read_units else 1) for one, _ in found]
+    for (one, inputs, parts), (_, group_size) in zip(sizes, found, strict=True):
+        if inputs % (group_size * parts):
             fitting = [str(size) for size in GROUP_SIZES if all(n % (size * gpus) == 0 for _, n, gpus in sizes)]
             on_each = f" on {parts} GPUs" if parts > 1 else ""
             remedy = f"choose a group size of {' or '.join(fitting)}" if fitting else "prune to sizes that they divide"
             return (
-                f"group_size is {scheme.group_size}, which does not divide the {inputs} inputs of "
+                f"group_size is {group_size}, which does not divide the {inputs} inputs of "
                 f"{one.block.name} {one.paths[0]}{on_each}; {remedy}, or choose another scheme"
             )
     return ""

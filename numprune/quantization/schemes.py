@@ -1,11 +1,12 @@
 """What a quantized matrix is stored as."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from numprune.byte_budget import SchemeName
 from numprune.errors import InputError
 
-SchemeName = Literal["fp8", "w8a8", "w4a16"]
 Method = Literal["gptq", "rtn"]
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
 GROUP_SIZES = (32, 64, 128)  # those that the kernels of vLLM know
@@ -56,3 +57,17 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name if self.group_size is None else f"{self.name}, groups of {self.group_size}"
+
+
+# One scheme for every block, or that of each block by its name; blocks that are not named are not quantized.
+BlockSchemes = Scheme | Mapping[str, Scheme]
+
+
+def of_block(schemes: BlockSchemes, name: str) -> Scheme | None:
+    """Return the scheme of the block of this name; None: it is not quantized."""
+    return schemes if isinstance(schemes, Scheme) else schemes.get(name)
+
+
+def listed(schemes: Iterable[Scheme]) -> str:
+    """Return the names of the schemes, each once, in words."""
+    return " and ".join(sorted({str(scheme) for scheme in schemes}))

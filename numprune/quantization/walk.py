@@ -10,18 +10,14 @@ from transformers import PreTrainedModel
 
 from numprune.blocks import Anatomy, Block
 from numprune.calibration import Walker, check_rows
-from numprune.compensation import choose_damping, refit
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.inputs import split_rows
 from numprune.layers import CopiedLayers, Layers
-from numprune.moments import Moments
-from numprune.options import PruneOptions
 from numprune.progress import progress
-from numprune.quantization.gptq import gptq
-from numprune.quantization.linears import Projections, linear_of, projections
+from numprune.quantization.blocks import BlockFit
+from numprune.quantization.linears import linear_of, projections
 from numprune.quantization.rounding import Quantized, round_inputs_of, round_to_nearest
-from numprune.quantization.schemes import Scheme
+from numprune.quantization.schemes import BlockSchemes, of_block
 from numprune.renumber import layers_left
 from numprune.tasks import CAUSAL, Task
 
@@ -73,28 +69,34 @@ def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> N
 
 @torch.no_grad()
 def quantize_layers(
-    layers: Layers, scheme: Scheme, sink: Sink, fit: Fit | None = None, dtype: torch.dtype = torch.float32
+    layers: Layers, schemes: BlockSchemes, sink: Sink, fit: Fit | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Quantize every projection; give `sink` the tensors of each decoder layer, first layer first.
+    """Quantize the blocks' projections; give `sink` the tensors of each decoder layer, first layer first.
 
     With `fit` by GPTQ: inputs are those that the quantized layers before give, and each block's last projection is
     first fitted to bring the residual stream to that of the target (compensation.py, *residual*), then rounded with the
-    same second moments. Without, each weight is rounded by itself.
+    same second moments. A block that is not quantized is only fitted. Without `fit`, each weight is rounded by itself.
 
     Args:
         layers: of a model that `check_quantizable` has passed, computing in float32. What they give is written over.
+        schemes: that the blocks are quantized to.
         dtype: that the scales of groups will be stored in.
 
     Raises:
         InputError: rows that are not this model's.
     """
-    steps = None if fit is None else _Fitting(layers, scheme, fit, dtype)
+    steps = None if fit is None else _Fitting(layers, schemes, fit, dtype)
     for index in progress(range(layers.anatomy.layers), "quantize", "layer"):
         blocks = layers.anatomy.of_layer(index)
         with layers.layer(index) as layer:
             if steps is None:
-                paths = (path for block in blocks for one in projections(block) for path in one.paths)
-                quantized = {path: round_to_nearest(linear_of(layer, path).weight, scheme, dtype) for path in paths}
+                quantized = {
+                    path: round_to_nearest(linear_of(layer, path).weight, scheme, dtype)
+                    for block in blocks
+                    if (scheme := of_block(schemes, block.name)) is not None
+                    for one in projections(block)
+                    for path in one.paths
+                }
             else:
                 quantized = steps.layer(layer, index)
             at = blocks[0].path
@@ -105,7 +107,7 @@ def quantize_layers(
 
 def quantize_model(
     model: PreTrainedModel,
-    scheme: Scheme,
+    schemes: BlockSchemes,
     fit: Fit | None = None,
     dtype: torch.dtype = torch.float32,
     task: Task = CAUSAL,
@@ -122,18 +124,18 @@ def quantize_model(
         state = {name: matrix.dequantized() for name, matrix in found.items()} | dict(rest)
         result.load_state_dict(state, strict=False)  # of one layer
 
-    quantize_layers(CopiedLayers(model, task), scheme, sink, fit, dtype)
-    for name in matrices:
-        round_inputs_of(result.get_submodule(name.removesuffix(".weight")), scheme)
+    quantize_layers(CopiedLayers(model, task), schemes, sink, fit, dtype)
+    for name, matrix in matrices.items():
+        round_inputs_of(result.get_submodule(name.removesuffix(".weight")), matrix.scheme)
     return result, matrices
 
 
 class _Fitting:
     """The streams of the quantized model and of its target, side by side."""
 
-    def __init__(self, layers: Layers, scheme: Scheme, fit: Fit, dtype: torch.dtype) -> None:
+    def __init__(self, layers: Layers, schemes: BlockSchemes, fit: Fit, dtype: torch.dtype) -> None:
         check_rows(layers.anatomy, fit.rows)
-        self._scheme, self._fit, self._dtype = scheme, fit, dtype
+        self._schemes, self._fit = schemes, fit
         length = fit.rows.shape[1]
         self._walker = Walker(layers, length, fit.batch_size)
         self._stream = self._walker.embed(fit.rows)
@@ -143,6 +145,7 @@ class _Fitting:
             self._target = Walker(fit.target, length, fit.batch_size)
             self._target_stream = self._target.embed(fit.rows)
         self._aims = layers.allocate(*self._stream.hidden.shape)  # what a block should put out, (N, S, H)
+        self._blocks = BlockFit(self._walker, self._stream, self._aims, dtype)
         left = layers_left(self._target.layers.anatomy.layers, fit.dropped)
         self._numbers = dict(enumerate(left))  # layer -> its number in the target
         self._next = 0  # of the target's layers
@@ -151,16 +154,16 @@ class _Fitting:
         """Quantize one layer in place; return its quantized weights by path."""
         blocks = self._walker.layers.anatomy.of_layer(index)
         if self._fit.target is None:
-            return self._blocks(layer, blocks, layer, blocks)
+            return self._quantized(layer, blocks, layer, blocks)
         number = self._numbers[index]
         for dropped in range(self._next, number):
             with self._fit.target.layer(dropped) as dense:
                 self._target.through(dense, dropped, self._target_stream.hidden, self._target_stream.hidden)
         self._next = number + 1
         with self._fit.target.layer(number) as dense:
-            return self._blocks(layer, blocks, dense, self._fit.target.anatomy.of_layer(number))
+            return self._quantized(layer, blocks, dense, self._fit.target.anatomy.of_layer(number))
 
-    def _blocks(
+    def _quantized(
         self, layer: nn.Module, blocks: Sequence[Block], dense: nn.Module, dense_blocks: Sequence[Block]
     ) -> dict[str, Quantized]:
         quantized: dict[str, Quantized] = {}
@@ -169,11 +172,8 @@ class _Fitting:
                 self._aim(dense, dense_block)
             if not block.units:
                 continue
-            writers, reader = projections(block)
-            for path in (*writers.paths, *reader.paths):  # only now: the target may be this very layer
-                round_inputs_of(linear_of(layer, path), self._scheme)
-            quantized |= self._writers(layer, writers)
-            quantized |= self._reader(layer, reader)
+            # Only now: the target may be this very layer.
+            quantized |= self._blocks.quantize(layer, block, of_block(self._schemes, block.name))
             self._walker.advance(layer, block, self._stream)
         return quantized
 
@@ -186,58 +186,3 @@ class _Fitting:
                 aim = aim + (self._target_stream.hidden[batch] - self._stream.hidden[batch]) / scale
             self._aims[batch] = aim
             self._target_stream.write(batch, run.after)
-
-    def _writers(self, layer: nn.Module, writers: Projections) -> dict[str, Quantized]:
-        linears = [linear_of(layer, path) for path in writers.paths]
-        moments = Moments(writers.inputs, device=linears[0].weight.device)
-        hook = linears[0].register_forward_pre_hook(lambda _, args: moments.add(args[0]))
-        for _ in self._walker.run(layer, writers.block, self._stream):
-            pass
-        hook.remove()
-        moments.require_finite(f"{writers.block.path}.{writers.paths[0]}")
-        # Rows are rounded independently of each other: those of all matrices together need one factor of the Hessian.
-        weight = torch.cat([linear.weight.double() for linear in linears])
-        own = [linear.bias.double() for linear in linears if linear.bias is not None]
-        matrix, bias = self._rounded(weight, torch.cat(own) if own else None, moments)
-        sizes = [linear.out_features for linear in linears]
-        split = zip(matrix.values.split(sizes), matrix.scales.split(sizes), strict=True)
-        parts = [Quantized(self._scheme, *part) for part in split]
-        biases = [None] * len(parts) if bias is None else bias.split(sizes)
-        for linear, part, shift in zip(linears, parts, biases, strict=True):
-            _overwrite(linear, part, shift)
-        return dict(zip(writers.paths, parts, strict=True))
-
-    def _reader(self, layer: nn.Module, reader: Projections) -> dict[str, Quantized]:
-        (path,) = reader.paths
-        linear = linear_of(layer, path)
-        weight = linear.weight.double()
-        bias = None if linear.bias is None else linear.bias.double()
-        moments, held_out = (Moments(reader.inputs, linear.out_features, weight.device) for _ in range(2))
-        for batch, run in self._walker.run(layer, reader.block, self._stream):
-            split_rows(batch, run.inputs, self._aims[batch].to(weight.device), moments, held_out)
-        for part in (moments, held_out):
-            if part.count:
-                part.require_finite(f"{reader.block.path}.{path}")
-        damping = PruneOptions.damping
-        if held_out.count:
-            damping = choose_damping(weight, bias, moments, held_out, damping)
-            moments.absorb(held_out)
-        every = torch.arange(reader.inputs, device=weight.device)
-        matrix, shift = self._rounded(*refit(weight, bias, every, moments, damping), moments)
-        _overwrite(linear, matrix, shift)
-        return {path: matrix}
-
-    def _rounded(self, weight: Tensor, bias: Tensor | None, moments: Moments) -> tuple[Quantized, Tensor | None]:
-        """Return the weight on the grid, and the bias, where there is one, that takes the mean of the error."""
-        gram = moments.gram
-        if bias is None:
-            return gptq(weight, gram, self._scheme, self._dtype), None
-        mean = moments.mean
-        matrix = gptq(weight, gram - mean[:, None] * mean, self._scheme, self._dtype)
-        return matrix, bias + (weight - matrix.dequantized().double()) @ mean
-
-
-def _overwrite(linear: nn.Linear, matrix: Quantized, bias: Tensor | None) -> None:
-    linear.weight.copy_(matrix.dequantized())
-    if bias is not None:
-        linear.bias.copy_(bias)

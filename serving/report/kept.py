@@ -10,6 +10,7 @@ KINDS: Mapping[str, str] = {
     "experts": "Experts",
     "experts.channels": "Channels per expert",
 }
+BLOCKS: Mapping[str, str] = {"attention": "Attention", "mlp": "MLPs", "experts": "Experts"}
 _BLOCK = re.compile(rf"(?:.+\.)?layers\.(\d{{1,6}})\.({'|'.join(map(re.escape, KINDS))})")
 
 _SHOWN = 20

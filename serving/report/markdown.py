@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from numprune.serving.report import names, precision, ratios, training
+from numprune.serving.report import names, precision, ratios, training, words
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
@@ -87,12 +87,15 @@ def _limit(gate: GateResult) -> str:
 def _pruning(pruning: Pruning) -> list[str]:
     removed = pruning.ratio_removed
     kept = [*_kept(pruning)]
+    asked, them = f"Asked to remove {_share(pruning.ratio_asked)} of the prunable parameters", "them"
+    if pruning.budget_asked is not None:
+        asked, them = f"Asked for weights of at most {words.size(pruning.budget_asked)}", "the prunable parameters"
     return [
         "## Pruning",
         "",
         f"{_cell(pruning.criterion)} scores, {_cell(pruning.allocation)} allocation, {_cell(pruning.compensation)} "
-        f"compensation. Asked to remove {_share(pruning.ratio_asked)} of the prunable parameters; removed "
-        f"{_share(removed.prunable)} of them and {_share(removed.parameters)} of all parameters"
+        f"compensation. {asked}; removed "
+        f"{_share(removed.prunable)} of {them} and {_share(removed.parameters)} of all parameters"
         + ("." if removed.kv_bytes is None else f", and {_share(removed.kv_bytes)} of the KV cache."),
         "",
         *([*kept, ""] if kept else []),
@@ -104,7 +107,8 @@ def _recovery(found: Recovery) -> list[str]:
 
 
 def _quantization(found: Quantization) -> list[str]:
-    return ["## Quantization", "", _cell(precision.quantized(found)), ""]
+    layers = [f"- {kind}: {bits}" for kind, bits in precision.bits_by_layer(found).items()]
+    return ["## Quantization", "", _cell(precision.quantized(found)), "", *([*layers, ""] if layers else [])]
 
 
 def _kept(pruning: Pruning) -> Iterable[str]:

@@ -1,8 +1,10 @@
 """The precision that a runtime computed in, beside the one that the weights are stored in, and how torch decoded."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from numprune.serving.report import words
+from numprune.serving.report.kept import BLOCKS, by_kind, ranges
 from numprune.serving.report.models import Dtypes, Quantization, Report, RuntimeSpeed
 
 
@@ -36,10 +38,28 @@ def quantized(found: Quantization) -> str:
     """One sentence on what the weights are stored as."""
     groups = f", {found.group_size} channels per scale" if found.group_size else ""
     sizes = found.weight_bytes
+    each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))
     return (
         f"After pruning, the weights of the layers were quantized to {found.scheme}{groups}, by {found.method}: "
-        f"{words.size(sizes.baseline)} → {words.size(sizes.candidate)}."
+        f"{f'{each}; ' if each else ''}{words.size(sizes.baseline)} → {words.size(sizes.candidate)}."
     )
+
+
+def _counts(found: Quantization) -> list[tuple[int, int]]:
+    """Bits of weights, the most first, and how many blocks have them."""
+    return sorted(Counter(found.bits.values()).items(), reverse=True)
+
+
+def bits_by_layer(found: Quantization) -> dict[str, str]:
+    """Kind of block -> the bits of its weights in each layer; empty where all blocks have the same."""
+    kinds = by_kind({name: (bits, bits) for name, bits in found.bits.items()})
+    return {
+        BLOCKS[kind]: "; ".join(
+            f"{f'layer {first}' if first == last else f'layers {first} to {last}'}: {bits} bits"
+            for first, last, (bits, _) in ranges(units)
+        )
+        for kind, units in kinds.items()
+    }
 
 
 def named(dtypes: Dtypes) -> str:

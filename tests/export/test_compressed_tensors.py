@@ -11,6 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_named_modules
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -148,8 +149,10 @@ def test_variants_of_the_format_are_read(tiny_checkpoint: Checkpoint) -> None:
         (lambda config: config.update(quant_method="gptq"), "quant_method is 'gptq'"),
         (lambda config: config.update(format="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'"),
         (lambda config: config.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (lambda config: config["config_groups"].update(group_1={}), "their number is '2'"),
-        (lambda config: config["config_groups"]["group_0"].update(targets=["re:.*q_proj"]), "targets"),
+        (lambda config: config["config_groups"].update(group_1={}), "group_1.targets is 'None'; it must be a list"),
+        (lambda config: config.update(config_groups={}), "config_groups is empty"),
+        (lambda config: config["config_groups"]["group_0"].update(targets=["Conv1d"]), "'Conv1d' is not 'Linear'"),
+        (lambda config: config["config_groups"]["group_0"].update(targets=["re:(.*)*x"]), "targets: .*not supported"),
         (lambda config: config["config_groups"]["group_0"]["weights"].update(num_bits=3), "weights.num_bits is '3'"),
         (lambda config: config["config_groups"]["group_0"]["weights"].update(symmetric=False), "weights.symmetric"),
         (lambda config: config["config_groups"]["group_0"]["weights"].update(group_size=16), "group_size is 16"),
@@ -190,6 +193,64 @@ def test_damaged_tensors_are_named(
     tensors = {name: change.get(name, tensor) for name, tensor in load_file(path).items()}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
     with pytest.raises((InputError, IntegrityError), match=says):
+        checkpoint.load(folder)
+
+
+def mixed(folder: Path, rows: torch.Tensor | None = None) -> Path:
+    """Attention of layer 0 in 4 bits, its MLP as it is, layer 1 in 8 bits."""
+    int8 = Scheme("w8a8")
+    schemes = {"layers.0.attention": Scheme("w4a16", 32), "layers.1.attention": int8, "layers.1.mlp": int8}
+    out = folder.with_name(f"{folder.name}-mixed")
+    quantize_checkpoint(folder, schemes, out, CPU, rows=rows)
+    return out
+
+
+def test_the_package_decompresses_a_scheme_for_each_block(tiny_checkpoint: Checkpoint) -> None:
+    """What the package matches each layer to, and what it decompresses there, value for value."""
+    folder = mixed(recast(tiny_checkpoint(), torch.bfloat16), TOKENS)
+    content = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(content)
+    assert config.format == "mixed-precision"
+    model, _ = checkpoint.load(folder)
+    found: dict[str, str] = {}
+    tensors = load_file(folder / "model.safetensors")
+    for group in config.config_groups.values():
+        for path, _ in match_named_modules(model, group.targets, config.ignore):
+            compressor = BaseCompressor.get_value_from_registry(group.format)
+            parts = {name.rpartition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{path}.")}
+            assert set(parts) == set(compressor.compression_param_names(group))
+            weight = compressor.decompress(parts, group)["weight"]
+            assert torch.equal(model.get_parameter(f"{path}.weight").to(weight.dtype), weight)
+            found[path.removeprefix("model.layers.")] = group.format
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert found == {
+        **{f"0.self_attn.{name}": "pack-quantized" for name in attention},
+        **{f"1.self_attn.{name}": "int-quantized" for name in attention},
+        **{f"1.mlp.{name}": "int-quantized" for name in mlp},
+    }
+    assert {f"model.layers.0.mlp.{name}" for name in mlp} < set(config.ignore)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits, expected = theirs(TOKENS).logits.float(), model(TOKENS).logits
+    assert (logits - expected).std() < 0.1 * expected.std()
+
+
+def test_blocks_of_one_scheme_need_no_names(tiny_checkpoint: Checkpoint) -> None:
+    base = tiny_checkpoint()
+    schemes = {"layers.0.attention": Scheme("w8a8")}
+    quantize_checkpoint(base, schemes, base.with_name("one"), CPU)
+    content = json.loads((base.with_name("one") / "config.json").read_text())["quantization_config"]
+    assert content["format"] == "int-quantized"
+    assert [group["targets"] for group in content["config_groups"].values()] == [["Linear"]]
+    before, after = (checkpoint.load(folder)[0].state_dict() for folder in (base, base.with_name("one")))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
+
+
+def test_scales_of_a_layer_that_the_configuration_leaves_out_are_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = mixed(tiny_checkpoint())
+    alter_config(folder, lambda config: config["config_groups"]["group_0"]["targets"].remove(Q))
+    with pytest.raises(IntegrityError, match=rf"{Q}.weight_scale is stored, but .* leaves {Q} unquantized"):
         checkpoint.load(folder)
 
 

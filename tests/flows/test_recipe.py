@@ -90,7 +90,7 @@ def test_defaults_match_the_implementation() -> None:
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 
-    assert options_of(recipe.Prune(), recipe.Target().sizes()) == PruneOptions(
+    assert options_of(recipe.Prune(), recipe.Target().sizes(), Path(), "none") == PruneOptions(
         ratio=0.3, axes=list(DEFAULT_AXES), keep=[]
     )
     assert Load(**recipe.Benchmark().load("torch")) == Load()
@@ -164,7 +164,7 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
         "'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
         "prune.rato: unknown; known are ratio, criterion, allocation, compensation, axes, keep, floors, skips, "
-        "drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",
+        "budget, drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
         "data.pack = 'maybe': must be \"auto\", true or false",

@@ -48,3 +48,16 @@ def test_a_server_matches_the_quantized_model_and_detects_a_wrong_scale(tmp_path
             else:
                 with pytest.raises(ParityError, match="the server gives"):
                     prove(running, release, "bfloat16")
+
+
+def test_a_server_runs_blocks_of_different_schemes(tmp_path: Path) -> None:
+    """Attention in 4 and 8 bits, one MLP in 8 and one as it is: vLLM fuses the projections of each block."""
+    found = require_vllm()
+    base = recast(write_checkpoint(tmp_path / "model"), torch.bfloat16)
+    int8 = Scheme("w8a8")
+    schemes = {"layers.0.attention": Scheme("w4a16", 32), "layers.1.attention": int8, "layers.0.mlp": int8}
+    quantize_checkpoint(base, schemes, tmp_path / "quantized", torch.device("cpu"))
+    folder = make_release(tmp_path / "quantized", tmp_path / "release")
+    release = Deployment("tiny/1", "tiny", 1, manifest.read(folder).digest, folder, "bfloat16")
+    with serving(found, release.checkpoint, name="tiny", dtype="bfloat16", options=SMALL) as running:
+        assert prove(running, release, "bfloat16")["greedy_match"] > 0

@@ -76,7 +76,8 @@ class Pruning(Model):
     criterion: str
     allocation: str
     compensation: str
-    ratio_asked: Number
+    ratio_asked: Number = None  # of the prunable parameters
+    budget_asked: Number = None  # bytes of weights, in the place of a ratio
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     dropped_layers: list[Count] = Field(default=[])  # by their numbers in the baseline; their blocks keep nothing
@@ -131,10 +132,14 @@ class Recovery(Model):
 
 
 class Quantization(Model):
-    """What the pruned weights are stored as (see numprune.quantization); `weight_bytes`: before and after."""
+    """What the pruned weights are stored as (see numprune.quantization).
+
+    `bits`: of the weights of each block, where the scheme is mixed; `weight_bytes`: before and after.
+    """
 
     scheme: str
     group_size: Count | None = None
+    bits: dict[str, Count] = Field(default={})
     method: str
     weight_bytes: SizePair
 

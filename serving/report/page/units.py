@@ -14,11 +14,13 @@ _MAXIMUM_ROWS = 1000
 
 def section(report: Report) -> Section:
     found = report.pruning
-    blocks = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
+    blocks: list[Block] = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
     if report.recovery:
         blocks.append(Text(training.described(report.recovery)))
     if report.quantization:
         blocks.append(Text(precision.quantized(report.quantization)))
+        if by_layer := precision.bits_by_layer(report.quantization):
+            blocks.append(Facts([*by_layer.items()]))
     return Section("units", "Kept units", blocks)
 
 
@@ -29,7 +31,11 @@ def _blocks(found: Pruning) -> list[Block]:
             ("Criterion", found.criterion),
             ("Allocation", found.allocation),
             ("Compensation", found.compensation),
-            ("Asked to remove", f"{words.share(found.ratio_asked)} of prunable parameters"),
+            (
+                ("Asked to remove", f"{words.share(found.ratio_asked)} of prunable parameters")
+                if found.budget_asked is None
+                else ("Asked for", f"weights of at most {words.size(found.budget_asked)}")
+            ),
             (
                 "Removed",
                 f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",

@@ -15,8 +15,14 @@ import numprune.modeling  # noqa: F401 - registers the per-layer classes with tr
 from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.quantization import Scheme, check_quantizable, quantized_tensors
-from numprune.quantization.compressed_tensors import CONFIG_FIELD, dtypes_of, ignored_by, scheme_of, shapes_of
+from numprune.quantization import check_quantizable, quantized_tensors, schemes_by_block
+from numprune.quantization.compressed_tensors import (
+    CONFIG_FIELD,
+    QuantizationConfig,
+    dtypes_of,
+    read_quantization,
+    shapes_of,
+)
 from numprune.target import not_split
 
 Shapes = dict[str, tuple[int, ...]]
@@ -82,20 +88,16 @@ def check_parallel(config: Any, size: int) -> None:
 def check_quantization(config: Any, size: int) -> None:
     """Raises ValueError: the checkpoint is quantized in a way that is not ours, or groups do not split over `size`."""
     try:
-        if scheme := _scheme(config):
-            check_quantizable(read_anatomy(config), scheme, size)
+        if quantized := _quantization(config):
+            anatomy = read_anatomy(config)
+            check_quantizable(anatomy, schemes_by_block(anatomy, quantized), size)
     except InputError as error:
         raise ValueError(str(error)) from None
 
 
-def _scheme(config: Any) -> Scheme | None:
+def _quantization(config: Any) -> QuantizationConfig | None:
     """Raises InputError."""
-    return scheme_of(_quantization(config))
-
-
-def _quantization(config: Any) -> dict[str, Any]:
-    """What config.json says of quantization."""
-    return {CONFIG_FIELD: getattr(config, CONFIG_FIELD, None)}
+    return read_quantization({CONFIG_FIELD: getattr(config, CONFIG_FIELD, None)})
 
 
 def expected_tensors(config: Any) -> Expected:
@@ -109,11 +111,11 @@ def expected_tensors(config: Any) -> Expected:
     state = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = {name: (tensor.dtype,) for name, tensor in state.items() if not tensor.is_floating_point()}
-    if scheme := _scheme(config):
-        anatomy, ignored = read_anatomy(config), ignored_by(_quantization(config))
-        check_quantizable(anatomy, scheme)
+    if quantized := _quantization(config):
+        anatomy = read_anatomy(config)
+        check_quantizable(anatomy, schemes_by_block(anatomy, quantized))
         for name in quantized_tensors(anatomy):
-            if not ignored(name.removesuffix(".weight")):
+            if scheme := quantized.scheme(name.removesuffix(".weight")):
                 shapes |= shapes_of(name, scheme, shapes.pop(name))
                 parts = dtypes_of(name, scheme, torch.float32)
                 dtypes |= {part: (dtype,) for part, dtype in parts.items() if dtype not in FLOATS}

@@ -1,0 +1,231 @@
+"""Units and bits in one budget of bytes, beside pruning and then quantizing every block alike, at equal bytes.
+
+    python -m numprune.flows.studies.bits
+    python -m numprune.flows.studies.bits MODEL --text train.txt --heldout heldout.txt
+
+Each rival prunes by a ratio, sizes divided by error, and stores all blocks in one scheme. Its bytes are the budget of
+the rows below it: `units` removes units only, `bits` chooses a scheme for each block of the dense model, `units and
+bits` chooses both (numprune/quantization/allocation.py). All share one set of prices; weights are compensated, then
+quantized by GPTQ, as numprune prune and quantize do it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from numprune import pruning, quality, sensitivity
+from numprune.allocation import by_error
+from numprune.blocks import Anatomy
+from numprune.byte_budget import MIXED, ByteBudget, SchemeName
+from numprune.calibration import Walker
+from numprune.choosing import Known, dense_inputs, error_curves, least_units
+from numprune.corpus import TokenRows
+from numprune.curves import Errors
+from numprune.documents import Reading
+from numprune.errors import InputError, NumpruneError
+from numprune.export import checkpoint
+from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
+from numprune.flows.steps import text as texts
+from numprune.flows.steps.prune import byte_budget
+from numprune.layers import ModelLayers
+from numprune.options import PruneOptions, check_options, sizes_allowed
+from numprune.quantization import Scheme, check_quantizable
+from numprune.quantization.allocation import Form, Rounding, by_bytes, levels_of, model_bytes, price_of
+from numprune.quantization.pricing import rounding_prices
+from numprune.quantization.walk import Fit, quantize_layers
+from numprune.target import Sizes, Target
+
+_HELDOUT_TOKENS = 40_000  # of the embedded text; files are read whole
+_RIVALS = "w8a8,w8a8@0.2,w8a8@0.3,w4a16,w4a16@0.2,w4a16@0.3"
+
+Row = dict[str, Any]
+Forms = Mapping[str, Form]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 error."""
+    args = _parser().parse_args(argv)
+    try:
+        rivals = _rivals(args.rivals)
+        rows = list(_Study.of(args).rows(rivals))
+    except NumpruneError as error:
+        print(f"bits: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(rows, indent=1) if args.json else as_markdown(rows))
+    return 0
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Return the table."""
+    lines = [
+        "| budget: bytes of | what | weights | parameters of the blocks | blocks at 16, 8, 4 bits | price, nats | "
+        "increase of NLL, nats/token |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        result = "out of reach | | | | |"
+        if not row["problem"]:
+            result = (
+                f"{row['bytes'] / 1e6:.2f} MB | {row['parameters']:.0%} | "
+                f"{', '.join(str(row['blocks'][bits]) for bits in ('16', '8', '4'))} | {row['price']:.4f} | "
+                f"{row['nll_delta']:+.4f} [{row['interval95'][0]:+.4f}, {row['interval95'][1]:+.4f}] |"
+            )
+        lines.append(f"| {row['budget_of']} | {row['what']} | {result}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """A model, what its blocks may become, and what that is taken to cost."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    rows_: Tensor
+    heldout: TokenRows
+    options: PruneOptions
+    budget: ByteBudget
+    allowed: Sizes
+    errors: Errors
+    rounding: Rounding
+    known: Known
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "_Study":
+        torch.manual_seed(0)
+        folder = checkpoint.resolve(args.model)
+        target = Target(align=args.align, quantization_group=args.group_size)
+        budget = byte_budget(folder, 0, MIXED)
+        options = PruneOptions(0.0, allocation="error", compensation=args.compensation, target=target)
+        model, tokenizer = checkpoint.load(folder)
+        layers = ModelLayers(model)
+        check_options(layers.anatomy, options)
+        levels = [level for level in levels_of(budget, target) if level is not None]
+        for level in levels:
+            check_quantizable(layers.anatomy, level)
+        rows, heldout = _texts(args, tokenizer)
+        gradients = sensitivity.measure(layers, rows, options.batch_size)
+        walker = Walker(layers, rows.shape[1], options.batch_size)
+        allowed = sizes_allowed(layers.anatomy, options)
+        errors = error_curves(layers, dense_inputs(walker, rows, None), options, gradients, least_units(allowed))
+        rounding = rounding_prices(walker, rows, gradients.output, levels)
+        known = Known(None, gradients)
+        return cls(model, layers.anatomy, rows, heldout, options, budget, allowed, errors, rounding, known)
+
+    def rows(self, rivals: Sequence[tuple[SchemeName, float]]) -> Iterator[Row]:
+        """Measure every rival, and what can be made of its bytes."""
+        for scheme, ratio in rivals:
+            name = f"{scheme} of the dense model" if ratio == 0 else f"{ratio:.0%} pruned, then {scheme}"
+            sizes = by_error(self.anatomy, ratio, self.allowed, self.errors)
+            level = self._level(scheme)
+            forms = {block: Form(size, level if size.units else None) for block, size in sizes.items()}
+            limit = model_bytes(self.anatomy, forms, self.budget)
+            yield self._measured(name, name, forms)
+            whole = {block.name: [block.size] for block in self.anatomy.blocks}
+            for what, levels, allowed in (
+                ("units", (None,), self.allowed),
+                ("bits", self.budget.levels, whole),
+                ("units and bits", self.budget.levels, self.allowed),
+            ):
+                budget = replace(self.budget, limit=limit, levels=levels)
+                of_budget = levels_of(budget, self.options.target)
+                try:
+                    chosen = by_bytes(self.anatomy, budget, of_budget, allowed, self.errors, self.rounding)
+                except InputError as error:
+                    yield {"budget_of": name, "what": what, "problem": str(error)}
+                    continue
+                yield self._measured(name, what, chosen)
+
+    def _level(self, scheme: SchemeName) -> Scheme:
+        (level,) = levels_of(replace(self.budget, levels=(scheme,)), self.options.target)
+        assert level is not None
+        return level
+
+    def _measured(self, budget_of: str, what: str, forms: Forms) -> Row:
+        started = time.perf_counter()
+        known = replace(self.known, forms=forms)
+        result = pruning.prune(self.model, self.rows_, self.options, known).model
+        schemes = {name: form.level for name, form in forms.items() if form.level is not None}
+        if schemes:
+            fit = Fit(self.rows_, ModelLayers(self.model))
+            quantize_layers(ModelLayers(result), schemes, lambda _quantized, _rest: None, fit, torch.bfloat16)
+        found = quality.compare(result, self.model, self.heldout).loss_delta
+        bits = Counter(form.level.bits if form.level else 16 for form in forms.values() if form.size.units)
+        kept = sum(block.parameters(forms[block.name].size) for block in self.anatomy.blocks)
+        print(f"bits: {what}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        return {
+            "budget_of": budget_of,
+            "what": what,
+            "problem": None,
+            "bytes": model_bytes(self.anatomy, forms, self.budget),
+            "parameters": kept / sum(block.parameters(block.size) for block in self.anatomy.blocks),
+            "blocks": {str(level): bits[level] for level in (16, 8, 4)},
+            "price": price_of(self.anatomy, forms, self.errors, self.rounding),
+            "nll_delta": found.value,
+            "interval95": found.interval95,
+            "forms": {
+                name: {"units": form.size.units, "members": form.size.members, "level": str(form.level or "stored")}
+                for name, form in forms.items()
+            },
+        }
+
+
+def _texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, TokenRows]:
+    rows, _ = texts.calibration_rows(args.text or EMBEDDED, tokenizer, args.samples, args.sequence_length, 0, Reading())
+    heldout = texts.text_rows(
+        args.heldout or EMBEDDED, "heldout", tokenizer, args.sequence_length, Reading(), _HELDOUT_TOKENS
+    )
+    return rows, heldout
+
+
+def _rivals(text: str) -> list[tuple[SchemeName, float]]:
+    """Return scheme and ratio of each rival, written w4a16 or w4a16@0.2. Raises InputError."""
+    found: list[tuple[SchemeName, float]] = []
+    for part in text.split(","):
+        scheme, _, ratio = part.strip().partition("@")
+        try:
+            share = float(ratio or 0)
+        except ValueError:
+            share = 1.0
+        if scheme == "w8a8" and 0 <= share < 1:
+            found.append(("w8a8", share))
+        elif scheme == "w4a16" and 0 <= share < 1:
+            found.append(("w4a16", share))
+        else:
+            raise InputError(
+                f"--rivals: {part[:80]!r} is not w8a8 or w4a16, with @ and a ratio from 0 to under 1 where it is pruned"
+            )
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m numprune.flows.studies.bits",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = EMBEDDED_FOLDER / "model"
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=model, help="a checkpoint (default: the embedded)")
+    for option, what in (("--text", "calibrate"), ("--heldout", "measure")):
+        parser.add_argument(option, type=Path, nargs="+", metavar="FILE", help=f"to {what} on (default: the embedded)")
+    parser.add_argument("--rivals", default=_RIVALS, help="whose bytes are the budgets (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=64, help="rows to calibrate on (default %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--group-size", type=int, default=32, help="of w4a16 (default %(default)s)")
+    parser.add_argument("--align", type=int, default=32, help="of intermediate sizes (default %(default)s)")
+    parser.add_argument("--compensation", default="residual", help="of pruning (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

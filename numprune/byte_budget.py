@@ -1,0 +1,66 @@
+"""A budget of bytes: what the stored weights of the result may take, and what its blocks may be stored as.
+
+No tensor library is needed.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from numprune.errors import InputError
+
+SchemeName = Literal["fp8", "w8a8", "w4a16"]
+MIXED = "mixed"  # a scheme for each block
+# What a budget may choose from for each block, by what is asked for; None: the precision that the checkpoint stores.
+LEVELS: dict[str, tuple[SchemeName | None, ...]] = {
+    "none": (None,),
+    "fp8": ("fp8",),
+    "w8a8": ("w8a8",),
+    "w4a16": ("w4a16",),
+    MIXED: (None, "w8a8", "w4a16"),
+}
+_UNITS = {"B": 1} | {
+    f"{prefix}{ending}": base ** (power + 1)
+    for base, ending in ((1000, "B"), (1024, "iB"))
+    for power, prefix in enumerate("KMGT")
+}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)")
+_OTHERS = (
+    (re.compile(r"\d+(\.\d+)?\s*(ms|us|s)\b.*"), "a time"),
+    (re.compile(r"\d+(\.\d+)?\s*tok/s.*"), "a throughput"),
+    (re.compile(r"kv\s*=.*"), "the bytes of the KV cache"),
+    (re.compile(r"\d*\.?\d+\s*%?"), "a ratio, which has an option of its own"),
+)
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """What the stored weights may take.
+
+    Attributes:
+        limit: bytes of all of them.
+        around: bytes of those that belong to no block.
+        value: bytes of a value that is not quantized.
+        levels: what a block may be stored as; None: not quantized.
+    """
+
+    limit: int
+    around: int
+    value: int
+    levels: tuple[SchemeName | None, ...] = (None,)
+
+
+def parse(text: str) -> int:
+    """Return the bytes that a budget like "6GiB" or "1.5 GB" allows.
+
+    Raises:
+        InputError: it is no number of bytes, or one of another kind; says which.
+    """
+    if found := _BYTES.fullmatch(text.strip()):
+        amount = round(float(found[1]) * _UNITS[found[2]])
+        if amount > 0:
+            return amount
+    kind = next((f", which is {what}" for pattern, what in _OTHERS if pattern.fullmatch(text.strip())), "")
+    raise InputError(
+        f"budget is {text[:80]!r}{kind}; it must be bytes of weights over 0: a number with {', '.join(_UNITS)}"
+    )

@@ -1,0 +1,174 @@
+"""Units and bits in one budget of bytes: which blocks are narrowed, and what each is stored as.
+
+Removing units and rounding what is left cost the model nats by the same second-order price, 1/2 tr(S E[dy dy^T]) for an
+error dy at a block's output (curves.py, pricing.py). Both are what is left after the block's last projection has been
+fitted. The two are taken to add up, as the blocks are, and rounding a narrowed block to cost in proportion to the
+parameters that it keeps.
+
+A block's projections share a scheme: servers fuse those of attention, and those of an MLP.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from numprune.allocation import knapsack, servable
+from numprune.blocks import Anatomy, Block
+from numprune.byte_budget import ByteBudget
+from numprune.curves import Errors, error_at
+from numprune.errors import InputError
+from numprune.plans import Plan
+from numprune.quantization.compressed_tensors import bytes_of
+from numprune.quantization.linears import projections
+from numprune.quantization.schemes import GROUP_SIZES, Scheme
+from numprune.slices import Size
+from numprune.target import Sizes, Target
+
+Level = Scheme | None  # None: not quantized
+Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> nats per token that rounding the whole block costs
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by the bytes of a value
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is left of a block, and what it is stored as."""
+
+    size: Size
+    level: Level
+
+
+def levels_of(budget: ByteBudget, target: Target) -> tuple[Level, ...]:
+    """Return what a block may be stored as; groups are those of the target. Raises InputError."""
+    group = target.quantization_group
+    if "w4a16" in budget.levels and group not in GROUP_SIZES:
+        raise InputError(
+            f"quantization_group is {group}; for blocks in w4a16 it must be one of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return tuple(name and Scheme(name, group if name == "w4a16" else None) for name in budget.levels)
+
+
+def planned_schemes(plan: Plan) -> dict[str, Scheme]:
+    """Return the scheme of each block that a plan quantizes, by its name in the pruned model."""
+    gone, group = set(plan.dropped_layers()), plan.target.quantization_group
+    found: dict[str, Scheme] = {}
+    for name, scheme in plan.schemes().items():
+        _, number, kind = name.split(".")
+        left = int(number) - sum(layer < int(number) for layer in gone)
+        found[f"layers.{left}.{kind}"] = Scheme(scheme, group if scheme == "w4a16" else None)
+    return found
+
+
+def block_bytes(block: Block, form: Form, value: int) -> int:
+    """Return the bytes of a block's tensors as a checkpoint stores them: values, scales, shapes.
+
+    Args:
+        value: bytes of a value that is not quantized.
+    """
+    left, dtype = block.resized(form.size), _DTYPES[value]
+    matrices = {f"{path}.weight" for one in projections(left) for path in one.paths} if form.level else set()
+    total = 0
+    for name, shape in left.tensors().items():
+        if form.level and name in matrices:
+            total += bytes_of(form.level, shape, dtype)
+        else:
+            total += math.prod(shape) * value
+    return total
+
+
+def model_bytes(anatomy: Anatomy, forms: Mapping[str, Form], budget: ByteBudget) -> int:
+    """Return the bytes of the whole model's weights."""
+    return budget.around + sum(block_bytes(block, forms[block.name], budget.value) for block in anatomy.blocks)
+
+
+def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> None:
+    """Refuse a budget that no choice meets. Raises InputError: says the least bytes that there can be."""
+    options = [list(_forms(allowed[block.name], levels)) for block in anatomy.blocks]
+    least = budget.around + sum(
+        min(block_bytes(block, form, budget.value) for form in choice)
+        for block, choice in zip(anatomy.blocks, options, strict=True)
+    )
+    if least > budget.limit:
+        names = " or ".join("the stored precision" if level is None else str(level) for level in levels)
+        raise InputError(
+            f"the budget is {budget.limit:,} bytes, but embeddings, norms and the least that every block may be left "
+            f"with in {names} take {least:,}; allow more bytes, or fewer bits"
+        )
+
+
+def by_bytes(
+    anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes, errors: Errors, rounding: Rounding
+) -> dict[str, Form]:
+    """Return size and level of every block such that all cost least, within the budget.
+
+    Args:
+        levels: what a block may be stored as.
+        allowed: sizes of every block, which the groups of every level divide.
+        errors: of removals, by block.
+        rounding: of every block, for every scheme among the levels.
+
+    Raises:
+        InputError: the budget cannot be met.
+    """
+    forms: dict[str, Form] = {}
+
+    def solve(sizes: Sizes) -> dict[str, Size]:
+        check_reachable(anatomy, budget, levels, sizes)
+        choices = [_worth_it(block, sizes[block.name], levels, budget, errors, rounding) for block in anatomy.blocks]
+        most = budget.around + sum(choice[-1].bytes for choice in choices)
+        savings = [[choice[-1].bytes - option.bytes for option in choice] for choice in choices]
+        prices = [[option.price for option in choice] for choice in choices]
+        wanted = max(most - budget.limit, 0)
+        while True:
+            chosen = [choice[option] for choice, option in zip(choices, knapsack(savings, prices, wanted), strict=True)]
+            excess = budget.around + sum(option.bytes for option in chosen) - budget.limit
+            if excess <= 0:
+                break
+            wanted += excess  # savings are counted in shares, and these are rounded
+        forms.update((block.name, option.form) for block, option in zip(anatomy.blocks, chosen, strict=True))
+        return {name: form.size for name, form in forms.items()}
+
+    servable(anatomy, allowed, errors, solve)
+    return forms
+
+
+def price_of(anatomy: Anatomy, forms: Mapping[str, Form], errors: Errors, rounding: Rounding) -> float:
+    """Return what these forms are taken to cost, in nats per token: a price to choose by, not a forecast."""
+    return math.fsum(_price(block, forms[block.name], errors, rounding) for block in anatomy.blocks)
+
+
+@dataclass(frozen=True)
+class _Option:
+    form: Form
+    bytes: int
+    price: float
+
+
+def _worth_it(
+    block: Block, sizes: Sequence[Size], levels: Sequence[Level], budget: ByteBudget, errors: Errors, rounding: Rounding
+) -> list[_Option]:
+    """Return the options of a block of which none is both larger and dearer than another, the smallest first."""
+    options = [
+        _Option(form, block_bytes(block, form, budget.value), _price(block, form, errors, rounding))
+        for form in _forms(sizes, levels)
+    ]
+    best: list[_Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.price)):
+        if not best or option.price < best[-1].price:
+            best.append(option)
+    return best
+
+
+def _forms(sizes: Sequence[Size], levels: Sequence[Level]) -> Iterator[Form]:
+    for size in sizes:
+        for level in levels if size.units else (None,):
+            yield Form(size, level)
+
+
+def _price(block: Block, form: Form, errors: Errors, rounding: Rounding) -> float:
+    price = error_at(errors, block, form.size)
+    if form.level is None:
+        return price
+    return price + rounding[block.name][form.level] * block.parameters(form.size) / block.parameters(block.size)

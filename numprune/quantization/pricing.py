@@ -1,0 +1,48 @@
+"""What it costs the model to round a block, in nats per token: the same price as that of removals (curves.py).
+
+An error dy at a block's output costs 1/2 tr(S E[dy dy^T]), S the sensitivity of the loss to it (sensitivity.py). dy is
+measured: each block is quantized by GPTQ on what it reads in the dense model, its inputs rounded where the scheme
+rounds them, and run beside the block as it was.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from numprune.calibration import Walker
+from numprune.progress import progress
+from numprune.quantization.allocation import Rounding
+from numprune.quantization.blocks import BlockFit
+from numprune.quantization.schemes import Scheme
+
+
+@torch.no_grad()
+def rounding_prices(walker: Walker, rows: Tensor, output: Mapping[str, Tensor], schemes: Sequence[Scheme]) -> Rounding:
+    """Return what each block of the dense model costs in each scheme.
+
+    Args:
+        walker: over the dense model, computing in float32.
+        rows: (N, S) int64 calibration tokens.
+        output: S of every block.
+        schemes: that `check_quantizable` has passed.
+    """
+    layers, stream = walker.layers, walker.embed(rows)
+    aims = layers.allocate(*stream.hidden.shape)
+    fit = BlockFit(walker, stream, aims, torch.float32)
+    prices = {block.name: dict.fromkeys(schemes, 0.0) for block in layers.anatomy.blocks}
+    for index in progress(range(layers.anatomy.layers), "price bits", "layer"):
+        with layers.layer(index) as layer:
+            for block in (block for block in layers.anatomy.of_layer(index) if block.units):
+                for batch, run in walker.run(layer, block, stream):
+                    aims[batch] = run.output.to(aims.device)
+                for scheme in schemes:
+                    rounded = copy.deepcopy(layer)
+                    fit.quantize(rounded, block, scheme)
+                    for batch, run in walker.run(rounded, block, stream):
+                        error = (run.output - aims[batch].to(run.output.device)).flatten(0, -2).float()
+                        priced = error @ output[block.name].to(error)
+                        prices[block.name][scheme] += float((priced * error).double().sum()) / 2 / rows.numel()
+                walker.advance(layer, block, stream)
+    return prices

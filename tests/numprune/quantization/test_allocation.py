@@ -1,0 +1,267 @@
+"""Sizes and bits in one budget of bytes: the choice against brute force, bytes against what is written, prices."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from numprune import sensitivity
+from numprune.allocation import by_error, knapsack
+from numprune.anatomy import read_anatomy
+from numprune.axes import Limits
+from numprune.byte_budget import LEVELS, MIXED, ByteBudget, parse
+from numprune.calibration import Walker
+from numprune.curves import error_at
+from numprune.errors import InputError
+from numprune.layers import ModelLayers
+from numprune.options import PruneOptions, check_options
+from numprune.planned import check_plan
+from numprune.plans import Plan
+from numprune.pruning import plan_layers, prune
+from numprune.quantization import Scheme, compressed_tensors, round_to_nearest
+from numprune.quantization.allocation import (
+    Form,
+    block_bytes,
+    by_bytes,
+    levels_of,
+    model_bytes,
+    planned_schemes,
+    price_of,
+)
+from numprune.quantization.pricing import rounding_prices
+from numprune.quantization.walk import Fit, quantize_layers
+from numprune.slices import Size
+from numprune.target import Target, allowed_sizes
+
+INT8, INT4 = Scheme("w8a8"), Scheme("w4a16", 32)
+LEVELS_OF = [None, INT8, INT4]
+
+
+def config(**overrides):
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 32,
+    }
+    return AutoConfig.for_model("llama", **(sizes | overrides))
+
+
+def random_prices(anatomy, seed):
+    """Of removals, which never fall and are not convex, and of rounding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64).square()
+
+    errors, rounding = {}, {}
+    for block in anatomy.blocks:
+        errors[block.name] = torch.cat([torch.zeros(1, 1), draw(block.units, 1)]).cumsum(0)
+        int8 = float(draw(1)) / 10
+        rounding[block.name] = {INT8: int8, INT4: int8 + float(draw(1))}
+    return errors, rounding
+
+
+def budget(limit=10**12, levels=MIXED, around=6400):
+    return ByteBudget(limit, around, 2, LEVELS[levels])
+
+
+def price(anatomy, errors, rounding, forms):
+    """The price of the forms, term by term."""
+    total = 0.0
+    for block in anatomy.blocks:
+        size, level = forms[block.name].size, forms[block.name].level
+        total += error_at(errors, block, size)
+        if level:
+            total += rounding[block.name][level] * size.units / block.units
+    return total
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 7, 20, 33])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_knapsack_is_the_cheapest_of_all_choices_that_save_enough(wanted, seed):
+    generator = torch.Generator().manual_seed(seed)
+    savings = torch.randint(0, 10, (4, 3), generator=generator).tolist()
+    prices = torch.rand(4, 3, generator=generator).tolist()  # nothing convex, nothing ordered
+    every = list(itertools.product(range(3), repeat=4))
+
+    def total(table, chosen):
+        return sum(row[option] for row, option in zip(table, chosen, strict=True))
+
+    chosen = knapsack(savings, prices, wanted)
+    enough = [other for other in every if total(savings, other) >= wanted]
+    if enough:
+        assert total(savings, chosen) >= wanted
+        assert total(prices, chosen) == pytest.approx(min(total(prices, other) for other in enough))
+    else:
+        assert total(savings, chosen) == max(total(savings, other) for other in every)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_by_bytes_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(share, seed):
+    anatomy = read_anatomy(config())
+    errors, rounding = random_prices(anatomy, seed)
+    allowed = allowed_sizes(anatomy, Target(align=32, quantization_group=32), Limits())
+    options = [[Form(size, level) for size in allowed[block.name] for level in LEVELS_OF] for block in anatomy.blocks]
+    names = [block.name for block in anatomy.blocks]
+    whole = model_bytes(anatomy, {block.name: Form(block.size, None) for block in anatomy.blocks}, budget(around=0))
+    within = budget(6400 + int(share * whole))
+    every = [dict(zip(names, forms, strict=True)) for forms in itertools.product(*options)]
+    least = min(
+        price(anatomy, errors, rounding, forms)
+        for forms in every
+        if model_bytes(anatomy, forms, within) <= within.limit
+    )
+    found = by_bytes(anatomy, within, LEVELS_OF, allowed, errors, rounding)
+    assert model_bytes(anatomy, found, within) <= within.limit
+    assert price(anatomy, errors, rounding, found) == pytest.approx(least, abs=1e-12)
+    assert price_of(anatomy, found, errors, rounding) == pytest.approx(least, abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", ["none", "w8a8"])
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+def test_with_the_same_bits_everywhere_sizes_are_those_of_the_ratio(levels, ratio):
+    """At the bytes of what `by_error` chooses; rounding is free, since it would cost wider blocks more."""
+    anatomy = read_anatomy(config())
+    errors, _ = random_prices(anatomy, 0)
+    allowed = allowed_sizes(anatomy, Target(align=32), Limits())
+    of_budget = levels_of(budget(levels=levels), Target())
+    free = {block.name: {level: 0.0 for level in of_budget if level} for block in anatomy.blocks}
+    sizes = by_error(anatomy, ratio, allowed, errors)
+    forms = {name: Form(size, of_budget[0]) for name, size in sizes.items()}
+    within = budget(levels=levels)
+    within = replace(within, limit=model_bytes(anatomy, forms, within))
+    assert by_bytes(anatomy, within, of_budget, allowed, errors, free) == forms
+
+
+@pytest.mark.parametrize("level", LEVELS_OF)
+def test_bytes_are_those_that_are_written(level):
+    anatomy = read_anatomy(config())
+    for block, size in zip(anatomy.blocks, [Size(1, 2), Size(64), Size(2, 2), Size(96)], strict=True):
+        written = 0
+        for name, shape in block.resized(size).tensors().items():
+            value = torch.ones(shape, dtype=torch.bfloat16)
+            if level and len(shape) == 2:
+                stored = compressed_tensors.tensors_of(name, round_to_nearest(value.float(), level), torch.bfloat16)
+                written += sum(tensor.nbytes for tensor in stored.values())
+            else:
+                written += value.nbytes
+        assert block_bytes(block, Form(size, level), 2) == written
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(), attn_implementation="sdpa")
+
+
+ROWS = torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(0))
+OPTIONS = PruneOptions(
+    0.0,
+    allocation="error",
+    compensation="oneshot",
+    target=Target(align=32, quantization_group=32),
+    budget=budget(80_000),
+)
+
+
+@pytest.mark.parametrize("scheme", [INT8, INT4])
+def test_prices_of_rounding_are_those_of_the_errors_at_the_blocks_outputs(model, scheme):
+    """Against the outputs, collected with hooks, of a model of which one block alone is quantized."""
+    layers = ModelLayers(model)
+    gradients = sensitivity.measure(layers, ROWS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = rounding_prices(Walker(layers, 16), ROWS, gradients.output, [INT8, INT4])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    def outputs(network, block):
+        seen = []
+        consumer = network.model.layers[block.layer].get_submodule(block.consumer)
+        with torch.no_grad(), consumer.register_forward_hook(lambda _module, _args, output: seen.append(output)):
+            network(ROWS)
+        return seen[0].flatten(0, 1)
+
+    for block in layers.anatomy.blocks:
+        rounded = copy.deepcopy(model)
+        quantize_layers(ModelLayers(rounded), {block.name: scheme}, lambda _matrices, _rest: None, Fit(ROWS))
+        error = outputs(rounded, block) - outputs(model, block)
+        expected = torch.einsum("ti,ij,tj->", error, gradients.output[block.name], error) / 2 / ROWS.numel()
+        assert found[block.name][scheme] == pytest.approx(float(expected), rel=0.01)
+        assert 4 * found[block.name][INT8] < found[block.name][INT4]
+
+
+def test_a_plan_within_a_budget_says_sizes_and_schemes_and_is_followed(model, tmp_path):
+    layers = ModelLayers(model)
+    plan = plan_layers(layers, ROWS, OPTIONS)
+    forms = {name: Form(size, planned_schemes(plan).get(name)) for name, size in plan.sizes().items()}
+    assert model_bytes(layers.anatomy, forms, OPTIONS.budget) <= 80_000
+    assert set(plan.schemes().values()) <= {"w8a8", "w4a16"}
+    assert plan.schemes()
+    plan.write(tmp_path / "plan.json")
+    again = Plan.model_validate_json((tmp_path / "plan.json").read_text())
+    assert again == plan
+    check_plan(layers.anatomy, again)
+    followed = prune(model, ROWS, OPTIONS, plan=again).plan
+    assert (followed.sizes(), followed.schemes(), followed.budget) == (plan.sizes(), plan.schemes(), plan.budget)
+    chosen = prune(model, ROWS, OPTIONS).plan
+    assert (chosen.sizes(), chosen.schemes()) == (plan.sizes(), plan.schemes())
+
+
+def test_a_plan_without_a_budget_has_no_word_of_it(model):
+    plan = plan_layers(ModelLayers(model), ROWS, replace(OPTIONS, ratio=0.3, budget=None))
+    assert not {"budget", "scheme"} & {*plan.model_dump(), *plan.model_dump()["blocks"]["layers.0.mlp"]}
+    assert '"scheme"' not in plan.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ratio": 0.3}, "ratio is 0.3, and a budget is given"),
+        ({"allocation": "uniform"}, "a budget is divided by error; allocation is 'uniform'"),
+        ({"drop_layers": 1}, "drop_layers: layers are dropped by the ratio"),
+        ({"compensation": "bias"}, "compensation bias adds tensors that a budget does not count"),
+        ({"target": Target(align=32)}, "quantization_group is 1; for blocks in w4a16 it must be one of 32, 64, 128"),
+        ({"target": Target(quantization_group=128)}, "128, which does not divide the model's hidden_size 64"),
+        ({"budget": budget(9000)}, r"budget is 9,000 bytes, but .* stored precision or w8a8 or w4a16.* take 2\d,\d+"),
+        ({"budget": budget(10**6)}, r"the model takes \d+,\d+ as it is: nothing has to go"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        check_options(read_anatomy(config()), replace(OPTIONS, **change))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("6GiB", 6 << 30), ("1.5 GB", 1_500_000_000), (" 12MiB ", 12 << 20), ("80000B", 80_000), ("1TB", 10**12)],
+)
+def test_budgets_are_bytes(text, expected):
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("20ms@decode,b=8,ctx=2048", "is a time"),
+        ("1500tok/s@decode", "is a throughput"),
+        ("kv=64KiB/token", "is the bytes of the KV cache"),
+        ("0.3", "is a ratio, which has an option of its own"),
+        ("30%", "is a ratio"),
+        ("0GiB", "bytes of weights over 0"),
+        ("6", "is a ratio"),
+        ("6 gigabytes", "a number with B, KB, MB"),
+        ("", "a number with"),
+    ],
+)
+def test_other_budgets_are_refused_by_their_kind(text, kind):
+    with pytest.raises(InputError, match=kind):
+        parse(text)
