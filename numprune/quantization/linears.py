@@ -26,8 +26,8 @@ class Projections:
 
 
 def projections(block: Block) -> tuple[Projections, ...]:
-    """Return those that write the block's units, then that which reads them."""
-    if not block.units:
+    """Return those that write the block's units, then that which reads them; none of experts, which are no layers."""
+    if not block.units or block.routing is not None:
         return ()
     writers = tuple(part for part in block.writers if part.width is not None)
     assert writers[0].width is not None

@@ -10,6 +10,7 @@ from numprune.export import checkpoint, manifest, vllm
 from numprune.export.weights import read_headers, read_tensor
 from numprune.plans import PLAN_FILE
 from numprune.quantization import Scheme
+from numprune.quantization.compressed_tensors import CONFIG_FIELD, QuantizationConfig, config_of, read_quantization
 from tests.conftest import LLAMA_LIKE, build_tiny, byte_tokenizer, write_checkpoint
 
 ROWS = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -129,15 +130,19 @@ def test_a_cast_that_overflows_names_the_tensor(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def quantized(scheme: Scheme) -> QuantizationConfig | None:
+    return read_quantization({CONFIG_FIELD: config_of({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"])})
+
+
 def test_the_scheme_determines_which_runtimes_apply() -> None:
     config = build_tiny("llama", head_dim=32, intermediate_size=128).bfloat16().config
     config.dtype = torch.bfloat16
-    groups = vllm.preflight(config, Scheme("w4a16", 64))
+    groups = vllm.preflight(config, quantized(Scheme("w4a16", 64)))
     assert (groups["quantization"], groups["cpu"]) == ("w4a16, groups of 64", True)
     assert (groups["tensor_parallel"], vllm.preflight(config)["tensor_parallel"]) == ([1, 2], [1, 2, 4])
-    assert not vllm.preflight(config, Scheme("fp8"))["cpu"]
+    assert not vllm.preflight(config, quantized(Scheme("fp8")))["cpu"]
     config.dtype = torch.float32
-    assert vllm.preflight(config, Scheme("w8a8"))["cpu"]
+    assert vllm.preflight(config, quantized(Scheme("w8a8")))["cpu"]
     for scheme, device in (("w4a16", "cpu"), ("w8a8", "gpu")):
         with pytest.raises(
             InputError, match=f"stored in float32, and vLLM's kernels for {scheme} on a {device.upper()}"

@@ -13,8 +13,9 @@ from numprune.budget import budget_of
 from numprune.export import checkpoint
 from numprune.flows import chain, forecast, recipe, stages
 from numprune.flows.steps import checks
+from numprune.flows.steps.checks import schemes_asked
 from numprune.flows.steps.prune import options_of, prune_checkpoint
-from numprune.flows.steps.quantize import quantize_checkpoint, scheme_of
+from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.options import PruneOptions, known_results
 from numprune.pruning import prune
 from numprune.target import Target
@@ -103,11 +104,12 @@ def test_the_forecast_counts_the_bytes_of_quantized_weights(
     asked = recipe.load(tiny / "recipe.toml", [*overrides, f"quantize.scheme={scheme}"])
     found = forecast.forecast(asked, tmp_path / "w")
     assert found["exact"]
-    where, options = torch.device("cpu"), options_of(asked.prune, asked.sizes())
+    where, options = torch.device("cpu"), options_of(asked.prune, asked.sizes(), base, scheme)
     prune_checkpoint(base, ROWS, options, tmp_path / "pruned", where)
-    quantize_checkpoint(tmp_path / "pruned", scheme_of(asked.quantize), tmp_path / "quantized", where)
+    [chosen] = schemes_asked(asked.quantize)
+    quantize_checkpoint(tmp_path / "pruned", chosen, tmp_path / "quantized", where)
     assert found["after"][0]["weight_bytes"] == checkpoint.weight_bytes(tmp_path / "quantized")
-    assert found["quantization"] == str(scheme_of(asked.quantize))
+    assert found["quantization"] == str(chosen)
     assert f"then quantized to {found['quantization']}" in forecast.text(found)
 
 

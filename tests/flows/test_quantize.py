@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from numprune.byte_budget import LEVELS
 from numprune.export import manifest
 from numprune.flows import names
 from numprune.flows.cli import main
@@ -31,6 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict[s
 
 def test_names_match_the_core() -> None:
     assert (names.Scheme, names.QuantizationMethod, names.GROUP_SIZES) == (SchemeName, Method, GROUP_SIZES)
+    assert set(get_args(names.QuantizedTo)) == set(LEVELS)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -83,7 +83,7 @@ def test_messages_use_the_family_s_size_names():
 
 
 def test_quantized_experts_are_refused_by_name():
-    quantization = {CONFIG_FIELD: config_of(Scheme("w8a8"), ["lm_head"])}
+    quantization = {CONFIG_FIELD: config_of({"model.layers.0.self_attn.q_proj": Scheme("w8a8")}, ["lm_head"])}
     with pytest.raises(InputError, match="mixtral has experts"):
         expected_tensors(config("mixtral", **quantization))
 
@@ -98,7 +98,7 @@ def test_quantized_experts_are_refused_by_name():
 )
 def test_quantized_tensors_have_the_data_types_of_their_scheme(scheme, stored, dtype):
     layer = "model.layers.0.mlp.down_proj"
-    quantization = {CONFIG_FIELD: config_of(scheme, ["lm_head", "model.layers.1.mlp.down_proj"])}
+    quantization = {CONFIG_FIELD: config_of({layer: scheme}, ["lm_head", "model.layers.1.mlp.down_proj"])}
     found = expected_tensors(config(intermediate_size=64, **quantization))
     assert found.dtypes[f"{layer}.{stored}"] == (dtype,)
     assert f"{layer}.weight_scale" not in found.dtypes  # any floating point
