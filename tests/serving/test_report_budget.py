@@ -1,0 +1,24 @@
+"""Reports of a model that was pruned and quantized within a budget of bytes."""
+
+import copy
+
+from numprune.serving.report import Report, markdown, page
+from tests.serving.conftest import COMPLETE
+
+BITS = {"layers.0.attention": 4, "layers.0.mlp": 8, "layers.1.attention": 4, "layers.1.mlp": 16}
+
+
+def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
+    data = copy.deepcopy(COMPLETE)
+    data["pruning"] |= {"ratio_asked": None, "budget_asked": 6 << 30}
+    sizes = {"baseline": 100, "candidate": 40}
+    data["quantization"] = {"scheme": "mixed", "group_size": 32, "method": "gptq", "weight_bytes": sizes, "bits": BITS}
+    report = Report.model_validate(data)
+    text = markdown(report)
+    assert "Asked for weights of at most 6" in text
+    assert "- Attention: layers 0 to 1: 4 bits\n- MLPs: layer 0: 8 bits; layer 1: 16 bits\n" in text
+    for shown in (text, page.html(report)):
+        assert "quantized to mixed, 32 channels per scale, by gptq: " in shown
+        assert "1 block in 16 bits, 1 block in 8 bits, 2 blocks in 4 bits" in shown
+        assert "layer 0: 8 bits; layer 1: 16 bits" in shown
+        assert "eights of at most" in shown
