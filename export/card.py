@@ -32,11 +32,11 @@ _PRECISION = "stored in"
 _TRAINING = "training after pruning"
 _KV = "KV cache per token"
 _UNMEASURED = """\
-Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on a text of yours.
+Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on your own text.
 """
 
 _PLUGIN = """\
-vLLM needs numprune's plug-in for it. In a checkout of numprune, with the environment of vLLM 0.32 active, install both:
+vLLM needs numprune's plug-in for it. In a numprune checkout, with the environment of vLLM 0.32 active, install both:
 `pip install --no-deps . ./serving/vllm_plugin`."""
 
 # Our name of a task -> the hub's.
@@ -62,7 +62,7 @@ def with_quality(card: str, quality: str) -> str:
     before, found, after = card.partition(_QUALITY)
     _, following, rest = after.partition("\n## ")
     if not found or not following:
-        raise IntegrityError(f"{CARD}: not a card that numprune wrote: it lacks a section {_QUALITY.strip()!r}")
+        raise IntegrityError(f"{CARD}: not a card written by numprune: section {_QUALITY.strip()!r} is missing")
     return f"{before}{quality.strip()}\n{following}{rest}"
 
 
@@ -165,7 +165,7 @@ def _use(auto_class: str, per_layer: bool) -> str:
     needs = (
         "Layers differ in size, so transformers needs numprune to load it.\n\n"
         if per_layer
-        else "The architecture is a stock one: transformers loads it without numprune.\n\n"
+        else "This is a stock architecture: transformers loads it without numprune.\n\n"
     )
     imports = "import numprune.modeling\n" if per_layer else ""
     return (
@@ -185,7 +185,7 @@ def _serve(folder: Path) -> str:
     assert isinstance(options, list)
     install = f"{_PLUGIN}\n\n" if facts["plugin"] else ""
     command = shlex.join(["vllm", "serve", ".", *map(str, options)])
-    return f"{install}To serve it, put the repository's or folder's name in place of the dot:\n\n```\n{command}\n```\n"
+    return f"{install}To serve it, replace the dot by the name of the repository or folder:\n\n```\n{command}\n```\n"
 
 
 def _metadata(card: Path) -> dict[str, Any]:

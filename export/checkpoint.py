@@ -83,7 +83,7 @@ def resolve(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         first = str(error).strip().splitlines()[0]
-        raise InputError(f"{model}: no such folder, and the hub does not give it either ({first})") from None
+        raise InputError(f"{model}: no such folder, and not available from the hub ({first})") from None
 
 
 def load(
@@ -274,15 +274,15 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
         if name not in expected:
             if not name.endswith(computed):
                 raise IntegrityError(
-                    f"{stored[name].file}: {name} has no place in the model that config.json describes"
+                    f"{stored[name].file}: {name} stored, but the model that config.json describes has no such tensor"
                 )
             del stored[name]
         elif name not in stored:
             if tied.get(name) not in stored:
-                raise IntegrityError(f"{folder}: {name} {list(expected[name])} is not stored, but config.json needs it")
+                raise IntegrityError(f"{folder}: {name} {list(expected[name])} is missing, but config.json needs it")
         elif stored[name].shape != expected[name]:
             raise IntegrityError(
-                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json means "
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json implies "
                 f"{list(expected[name])}"
             )
     _require_quantized(folder, config, stored)
@@ -291,7 +291,7 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
         if name in stored and source in stored and not _equal(stored[name], stored[source]):
             raise IntegrityError(
                 f"{stored[name].file}: {name} differs from {source}, but config.json ties them; "
-                'set "tie_word_embeddings": false there if both are meant, or remove the one that is stale'
+                'set "tie_word_embeddings": false there if both are intended, or remove the stale one'
             )
     return stored
 
@@ -383,7 +383,7 @@ def _expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str,
         with torch.device("meta"):
             model = AUTO_OF[task_name(config)].from_config(config, trust_remote_code=False)
     except Exception as error:  # as in `read_config`
-        raise InputError(f"config.json: transformers cannot make a model of it: {reason(error)}") from error
+        raise InputError(f"config.json: transformers cannot build a model from it: {reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     shapes = {name: tuple(value.shape) for name, value in stored_tensors(model, model.state_dict()).items()}

@@ -32,8 +32,8 @@ def read_config(folder: Path) -> Any:
     """
     if (folder / _ADAPTER).exists():
         raise InputError(
-            f"{folder / _ADAPTER}: the folder holds an adapter, which would be ignored; merge the adapter first (peft: "
-            "merge_and_unload) and save the merged model to a folder of its own"
+            f"{folder / _ADAPTER}: the folder contains an adapter, which would be ignored; merge the adapter first "
+            "(peft: merge_and_unload) and save the merged model to a separate folder"
         )
     path = folder / files.CONFIG
     if not path.exists():
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> Any:
     read_anatomy(config)
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < 1:
-        raise InputError(f"{path}: sliding_window={window}; give null for no window, or the number of tokens it spans")
+        raise InputError(f"{path}: sliding_window={window}; use null for no window, or the number of tokens it spans")
     if has_weights(folder):
         config.dtype = main_dtype(read_headers(folder))
     return config

@@ -13,20 +13,20 @@ from safetensors import SafetensorError
 
 from numprune.errors import DiskError
 
-_ROOM = "free some space there and run the same again: what is finished is kept"
+_ROOM = "free some space there and run the same command again; finished work is kept"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: "no file may grow so large here (`ulimit -f`, or the file system's own limit)",
-    errno.EROFS: "choose a folder that can be written to",
+    errno.EFBIG: "the file exceeds a size limit (`ulimit -f`, or the file system's own)",
+    errno.EROFS: "choose a writable folder",
     errno.EACCES: "change its permissions, or choose another folder",
     errno.EPERM: "change its permissions, or choose another folder",
-    errno.ENOTDIR: "a file stands where a folder should be",
+    errno.ENOTDIR: "there is a file where a folder should be",
     errno.ENAMETOOLONG: "choose a shorter path",
-    errno.EIO: "the disk, or the connection to it, fails",
+    errno.EIO: "the disk or the connection to it is failing",
     errno.ESTALE: "the connection to the file server was lost",
     errno.EMFILE: "allow more open files (`ulimit -n`)",
-    errno.ENFILE: "the system has no more open files to give",
+    errno.ENFILE: "the system has run out of open files",
 }
 _SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
 _BELOW_BYTES = 60  # of what is put below it: "/pymp-…/listener-…", or a server's "/numprune-…" with vLLM's UUID in it
@@ -102,7 +102,7 @@ def temporary_folder() -> str:
     try:
         return tempfile.gettempdir()
     except FileNotFoundError as error:
-        raise DiskError(f"{error.strerror}; set TMPDIR to a folder that can be written to") from None
+        raise DiskError(f"{error.strerror}; set TMPDIR to a writable folder") from None
 
 
 def folder_for_sockets() -> str:
@@ -112,8 +112,7 @@ def folder_for_sockets() -> str:
         if len(os.fsencode(folder)) + _BELOW_BYTES <= _SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise DiskError(
-        f"TMPDIR {asked}: too long for the sockets of our processes; choose one of at most "
-        f"{_SOCKET_BYTES - _BELOW_BYTES} bytes"
+        f"TMPDIR {asked}: too long for Unix sockets; choose one of at most {_SOCKET_BYTES - _BELOW_BYTES} bytes"
     )
 
 

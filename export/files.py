@@ -56,7 +56,7 @@ def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, An
     """The JSON object in a file. Raises InputError."""
     found = _read_json(path, maximum)
     if not isinstance(found, dict):
-        raise InputError(f"{path}: must hold a JSON object")
+        raise InputError(f"{path}: must contain a JSON object")
     return found
 
 
@@ -64,7 +64,7 @@ def read_array(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> list[Any]:
     """The JSON array in a file. Raises InputError."""
     found = _read_json(path, maximum)
     if not isinstance(found, list):
-        raise InputError(f"{path}: must hold a JSON array")
+        raise InputError(f"{path}: must contain a JSON array")
     return found
 
 

@@ -22,7 +22,7 @@ def check_format(reference: Path, candidate: Path) -> dict[str, Any]:
     ours, theirs = stored_parts(headers), stored_parts(checkpoint.audit(candidate))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            raise ParityError(f"{candidate}: {name} is stored in one of it and {reference} only; export it again")
+            raise ParityError(f"{candidate}: {name} is stored in only one of it and {reference}; export it again")
         one, other = ours[name], theirs[name]
         alike = one.dtype == other.dtype and one.shape == other.shape
         if not alike or not all(a.equal(b) for a, b in zip(slabs(one), slabs(other), strict=True)):

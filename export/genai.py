@@ -38,12 +38,12 @@ def check_config(config: Any) -> None:
     onnx.check_config(config)
     if not writes(config):
         raise InputError(
-            f"onnxruntime: written are {', '.join(FAMILIES)} with hidden_act {', '.join(ACTIVATIONS)}, not "
+            f"onnxruntime: supported are {', '.join(FAMILIES)} with hidden_act {', '.join(ACTIVATIONS)}, not "
             f"{family_of(config).name} with {getattr(config, 'hidden_act', None)}; use onnx (--to onnx)"
         )
     if (head_dim := head_dim_of(config)) % _HEAD_DIM:
         raise InputError(
-            f"onnxruntime: head_dim={head_dim}: its GroupQueryAttention computes multiples of {_HEAD_DIM} only; use "
+            f"onnxruntime: head_dim={head_dim}: its GroupQueryAttention only supports multiples of {_HEAD_DIM}; use "
             "onnx (--to onnx)"
         )
 
@@ -52,8 +52,8 @@ def check_precision(dtype: str, device: str) -> None:
     """Refuse a precision that the flavour's attention does not compute in on a device. Raises InputError."""
     if device == "cuda" and dtype == FLOAT32:
         raise InputError(
-            "onnxruntime: on CUDA its GroupQueryAttention computes float16 and bfloat16 only, not float32; export in "
-            "one of them (dtype), or use onnx (--to onnx)"
+            "onnxruntime: on CUDA its GroupQueryAttention only supports float16 and bfloat16; export in one of them "
+            "(dtype), or use onnx (--to onnx)"
         )
 
 

@@ -45,8 +45,8 @@ def acquire(handle: int, path: Path, *, wait: bool = True, shared: bool = False)
             raise
         raise DiskError(
             f"{path}: files cannot be locked here ({os.strerror(error.errno)}), and two runs at once would damage each "
-            "other's work; choose a folder on a local disk, or have it mounted with locks (NFS: a lock service, or "
-            "`-o local_lock=flock` where one machine uses it; Lustre: `-o flock`)"
+            "other's work; choose a folder on a local disk, or mount it with locks (NFS: a lock service, or `-o "
+            "local_lock=flock` if only one machine uses it; Lustre: `-o flock`)"
         ) from None
 
 

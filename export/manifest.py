@@ -117,9 +117,7 @@ def read(folder: Path) -> Manifest:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_BYTES + 1)
     except FileNotFoundError:
-        raise IntegrityError(
-            f"{path}: missing; this folder is not an artifact of numprune, or it is incomplete"
-        ) from None
+        raise IntegrityError(f"{path}: missing; this folder is not a numprune artifact, or it is incomplete") from None
     if len(raw) > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")
     try:
@@ -134,7 +132,7 @@ def read(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path}: not a manifest: {error}") from None
     if digest != parsed.digest:
-        raise IntegrityError(f"{path}: its content's digest is {digest}, but it says {parsed.digest}")
+        raise IntegrityError(f"{path}: the digest of its content is {digest}, but it states {parsed.digest}")
     return manifest
 
 
@@ -144,7 +142,7 @@ def verify(folder: Path) -> Manifest:
     present = set(_walk(folder)) - {FILE_NAME}
     for name in sorted(manifest.files.keys() | present):
         if name not in present:
-            raise IntegrityError(f"{folder / name}: missing, but in the manifest")
+            raise IntegrityError(f"{folder / name}: missing, but listed in the manifest")
         if name not in manifest.files:
             raise IntegrityError(f"{folder / name}: not in the manifest")
         verify_file(folder / name, manifest.files[name])
@@ -176,7 +174,7 @@ def _relative(name: str) -> str:
     ):
         raise ValueError(f"{name!r} is not a plain relative path")
     if name == FILE_NAME:
-        raise ValueError("a manifest does not list itself")
+        raise ValueError("a manifest must not list itself")
     return name
 
 

@@ -61,6 +61,6 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise IntegrityError(f"{name}: values are NaN or infinite; nothing was written")
     raise IntegrityError(
-        f"{name}: {tensor.abs().max():.4g} is more than {name_of(dtype)} can hold ({torch.finfo(dtype).max:.4g}); use "
+        f"{name}: {tensor.abs().max():.4g} is out of range of {name_of(dtype)} ({torch.finfo(dtype).max:.4g}); use "
         "bfloat16 or float32 (`numprune export --to vllm --dtype …` converts a checkpoint)"
     )

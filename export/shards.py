@@ -54,7 +54,7 @@ class ShardWriter:
         if name in self._weight_map:
             raise ValueError(f"{name} was written already")
         if name not in self._dtypes:
-            raise ValueError(f"{name} was not announced: the header has no room for it")
+            raise ValueError(f"{name} was not declared, so the header has no entry for it")
         shape = list(shape)
         dtype = self._dtypes[name]
         values = torch.Size(shape).numel()

@@ -175,6 +175,6 @@ def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            raise InputError(f"{folder}: no room for {size:,} bytes of hidden states: {error.strerror}") from None
+            raise InputError(f"{folder}: no space for {size:,} bytes of hidden states: {error.strerror}") from None
         content = mmap.mmap(file.fileno(), size)
     return torch.frombuffer(content, dtype=dtype).view(shape)

@@ -96,5 +96,5 @@ def _pooling(path: Path) -> Pooling:
         named = sorted(name for name, value in content.items() if name.startswith("pooling_mode_") and value is True)
         found = [_MODES[name] for name in named if name in _MODES]
     if len(found) != 1:
-        raise InputError(f"{path}: pooling {named}; supported is one of {', '.join(POOLINGS)}")
+        raise InputError(f"{path}: pooling {named}; it must be one of {', '.join(POOLINGS)}")
     return found[0]

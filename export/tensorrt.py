@@ -91,9 +91,7 @@ def require() -> Any:
     import torch
 
     if not torch.cuda.is_available():
-        raise MissingRuntime(
-            "TensorRT needs a CUDA device, and a torch built for CUDA that sees it; there is none here"
-        )
+        raise MissingRuntime("TensorRT needs a CUDA device, and a CUDA build of torch that sees it; none was found")
     return trt
 
 
@@ -161,8 +159,8 @@ def _build(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise InputError(
-            f"{graph}: TensorRT {trt.__version__} could not build an engine; its log above says why (often: too little "
-            f"GPU memory for workspace_gib={workspace_gib})"
+            f"{graph}: TensorRT {trt.__version__} could not build an engine; see its log above (often too little GPU "
+            f"memory for workspace_gib={workspace_gib})"
         )
     (folder / ENGINE_FILE).write_bytes(bytes(serialized))
     (folder / TIMING_FILE).write_bytes(bytes(config.get_timing_cache().serialize()))

@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     and the chat template are those of the other files; neither adds a token. Raises InputError.
     """
     if not any((folder / name).is_file() for name in (_FILE, _MODEL, "vocab.json")):
-        raise InputError(f"{folder}: no tokenizer (tokenizer.json) there; copy it from the model's origin")
+        raise InputError(f"{folder}: no tokenizer (tokenizer.json) in this folder; copy it from the original model")
     for path in files.carried(folder):  # each of an acceptable size
         if path.name in _OBJECTS:
             files.read_object(path)
@@ -63,25 +63,25 @@ def other_reading(folder: Path) -> str | None:
     ours = load_tokenizer(folder)
     if not (folder / _FILE).is_file():
         return None
-    reader = f"transformers {transformers.__version__}, by which vLLM reads tokenizers,"
+    reader = f"transformers {transformers.__version__}, which vLLM uses to read tokenizers,"
     try:
         with _named(folder):
             theirs = _as_transformers_reads(folder)
             found = {text: (theirs.encode(text), ours.encode(text)) for text in _SAMPLES}
     except InputError as error:
-        return f"{error} ({_FILE} is in order, but {reader} goes by {_SETTINGS})"
+        return f"{error} ({_FILE} is valid, but {reader} follows {_SETTINGS})"
     text = next((text for text, (one, other) in found.items() if one != other), None)
     if text is None:
         if theirs.encode(_DECOMPOSED) != ours.encode(_DECOMPOSED):
             logger.warning(
-                "%s: %s composes accents, which %s does not: decomposed ones get other tokens", folder, reader, _FILE
+                "%s: %s composes accents, but %s does not: decomposed accents get other tokens", folder, reader, _FILE
             )
         return None
     taken, label = type(theirs).__name__, _settings(folder).get("tokenizer_class")
     if isinstance(label, str) and label.removesuffix("Fast") == taken.removesuffix("Fast"):
         remedy = f'set "tokenizer_class": "PreTrainedTokenizerFast" in {_SETTINGS}'
     else:
-        remedy = f"it takes {taken} for this model type, so vLLM cannot serve the model with this tokenizer"
+        remedy = f"it uses {taken} for this model type, so vLLM cannot serve the model with this tokenizer"
     one, other = (tokens[:8] for tokens in found[text])
     return f"{folder}: {reader} reads it as {taken}: {text!r} begins with {one}, by {_FILE} with {other}; {remedy}"
 
@@ -152,7 +152,7 @@ def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     for text in _PLAIN:
         if tokenizer.encode(text, add_special_tokens=False) != original.encode(text):
             raise InputError(
-                f"{path}: transformers takes it for {type(tokenizer).__name__} and gives other tokens of {text!r} than "
+                f"{path}: transformers reads it as {type(tokenizer).__name__} and gives other tokens for {text!r} than "
                 f"sentencepiece; put the model's {_FILE} beside it"
             )
     return tokenizer
@@ -161,6 +161,6 @@ def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 def _as_transformers_reads(folder: Path) -> PreTrainedTokenizerBase:
     for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
         if _settings(folder).get(name) == "":  # transformers looks it up without end
-            raise InputError(f'{folder / _SETTINGS}: "{name}": "" is no token; remove that line')
+            raise InputError(f'{folder / _SETTINGS}: "{name}": "" is not a token; remove that line')
     config = read_config(folder)  # transformers' own reading refuses some that ours does not
     return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)

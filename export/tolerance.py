@@ -91,4 +91,4 @@ class AllowedNoise:
 
     @property
     def reason(self) -> str:
-        return f"allowed is {noise.FACTOR} times the error of PyTorch in {self.dtype}, which is {self.floor}"
+        return f"the limit is {noise.FACTOR} times the error of PyTorch in {self.dtype}, which is {self.floor}"

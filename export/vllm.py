@@ -117,7 +117,7 @@ def check_quantized(scheme: Scheme, dtype: torch.dtype | None, device: str) -> N
     """
     if device == "cpu" and scheme.is_float:
         raise InputError(
-            "vLLM runs FP8 weights on GPUs, and on CPUs with AMX only; choose w8a8 or w4a16, or serve on a GPU"
+            "vLLM runs FP8 weights on GPUs and only on CPUs with AMX; choose w8a8 or w4a16, or serve on a GPU"
         )
     if dtype == torch.float32 and (device != "cpu" or not scheme.rounds_inputs):
         raise InputError(
@@ -161,8 +161,8 @@ def preflight(config: Any, quantized: QuantizationConfig | None = None) -> dict[
     family = FAMILIES[anatomy.family]
     if family.experts and not family.shared and getattr(config, family.shared_width, None):
         raise InputError(
-            f"config.json: {family.shared_width} is set, but {family.name} has no shared expert; remove it, because "
-            "vLLM computes NaN with it"
+            f"config.json: {family.shared_width} is set, but {family.name} has no shared expert; remove it, because it "
+            "makes vLLM compute NaN"
         )
     attention = anatomy.of_kind("attention")
     kv_heads = [block.units for block in attention]

@@ -92,12 +92,12 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """
     if (folder / INDEX).exists():
         if (folder / SINGLE).exists():
-            raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is stale")
+            raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the stale one")
         return _joined(folder, _renamed(_read_shards(folder)))
     if not (folder / SINGLE).is_file():
         other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
         hint = f"; convert {other} with `save_pretrained`: reading such a file may run code" if other else ""
-        raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")
     return _joined(folder, _renamed(_read_file(folder / SINGLE)))
 
 
@@ -244,7 +244,7 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
         while target:
             read = file.readinto(target)
             if not read:
-                raise IntegrityError(f"{header.file}: ends in the middle of a tensor: it was cut off while in use")
+                raise IntegrityError(f"{header.file}: ends in the middle of a tensor: it was truncated while in use")
             target = target[read:]
     return result
 
@@ -270,7 +270,7 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
                     continue
                 headers[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path}: not a whole safetensors file: {error}") from None
+        raise IntegrityError(f"{path}: not a complete safetensors file: {error}") from None
     for name, header in headers.items():
         if header.dtype not in DTYPES | QUANTIZED_DTYPES:
             raise InputError(f"{path}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported")
@@ -298,11 +298,11 @@ def _read_shards(folder: Path) -> dict[str, TensorHeader]:
             raise IntegrityError(f"{folder / shard}: missing, but named in {INDEX}")
         for name, header in _read_file(folder / shard).items():
             if weight_map.get(name) != shard:
-                raise IntegrityError(f"{folder / shard}: holds {name}, which {INDEX} does not say")
+                raise IntegrityError(f"{folder / shard}: contains {name}, which {INDEX} does not list")
             headers[name] = header
     absent = sorted(name for name in weight_map.keys() - headers.keys() if not _is_computed(name))
     if absent:
-        raise IntegrityError(f"{folder / weight_map[absent[0]]}: lacks {absent[0]}, which {INDEX} says it holds")
+        raise IntegrityError(f"{folder / weight_map[absent[0]]}: lacks {absent[0]}, which {INDEX} lists")
     return headers
 
 

@@ -8,7 +8,7 @@ holds the measurements that the documentation reports, and the rivals. Nothing e
 
 import os
 
-for _name, _value in {  # read by Prefect when it is imported; none of these overrules what the user set
+for _name, _value in {  # read by Prefect on import; none of these overrides user settings
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "numprune",

@@ -2,7 +2,7 @@
 
 
 def size(count: float) -> str:
-    """Bytes, in the largest unit that leaves a whole number before the point: 13.2 MiB."""
+    """Bytes in the largest unit that gives at least 1: 13.2 MiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

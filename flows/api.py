@@ -1,4 +1,4 @@
-"""numprune from Python: what `import numprune` gives.
+"""The Python API: everything that `import numprune` provides.
 
     import numprune
 
@@ -12,8 +12,8 @@
     numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
 
-No function changes the model that it is given. The command line does the same from folder to folder and can stream
-models that are larger than the memory; `numprune optimize` runs the whole chain with benchmark, gates and registry.
+No function modifies its argument. The command line does the same from folder to folder and can stream models larger
+than memory; `numprune optimize` runs the whole pipeline with benchmark, gates and registry.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ class CalibrationRows:
 
     Attributes:
         tokens: (N, S) int64.
-        draw: the text that they are from, and how they were drawn; None for rows of your own.
+        draw: the text that they come from, and how they were drawn; None for your own rows.
     """
 
     tokens: Tensor
@@ -103,11 +103,11 @@ class Model:
     """A model in memory, in float32.
 
     Attributes:
-        folder: the checkpoint that it, or the model that it was pruned from, was read from.
+        folder: the checkpoint that it, or the model it was pruned from, was read from.
         network: transformers' model.
         tokenizer: its tokenizer.
-        task: what it is for: a causal or masked language model, a classifier, an embedding model.
-        plan: by which it was pruned; None for a model as it was read.
+        task: causal or masked language model, classifier, or embedding model.
+        plan: the plan it was pruned by; None for an unpruned model.
         quantization: how it was quantized in memory: `network` computes with the rounded weights and, where the scheme
             rounds them, rounded activations. None for a model that was not.
     """
@@ -139,7 +139,7 @@ def load(model: str | Path, device: str = "auto") -> Model:
 
     Raises:
         InputError: no such model, an unsupported architecture, or a malformed file.
-        IntegrityError: stored tensors that are not what config.json says.
+        IntegrityError: stored tensors contradict config.json.
     """
     folder = checkpoint.resolve(model)
     network, tokenizer = checkpoint.load(folder)
@@ -159,14 +159,14 @@ def calibration_rows(
 
     Args:
         text: one or more files; .jsonl, .json and .parquet files hold a document per record.
-        model: whose tokenizer and context they are for.
+        model: the model whose tokenizer and context are used.
         samples: N, how many rows.
-        sequence_length: S, tokens of a row; None: 512, or the model's context where that is shorter.
+        sequence_length: S, tokens per row; None: 512, or the model's context if shorter.
         seed: of the draw.
-        reading: how documents are split, rendered and packed; None: the defaults.
+        reading: how documents are split, rendered and packed; None for the defaults.
 
     Raises:
-        InputError: a file cannot be read, or has too little text.
+        InputError: a file cannot be read, or there is too little text.
     """
     length = texts.row_length(sequence_length, model.anatomy.context)
     tokens, draw = texts.calibration_rows(
@@ -176,10 +176,10 @@ def calibration_rows(
 
 
 def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
-    """Choose what to keep, and prune nothing.
+    """Choose what to keep, without pruning.
 
     The plan can be written, read again with `read_plan`, edited, and applied. Units are chosen on the dense model;
-    `prune` chooses those of each block after the blocks before it have been pruned.
+    `prune` chooses each block's units after pruning the blocks before it.
 
     Raises:
         InputError: options that cannot work for this model.
@@ -193,7 +193,7 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
 
 
 def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
-    """Return `model` pruned by `plan`, compensated on `rows`; `model` stays as it is.
+    """Return `model` pruned by `plan`, compensated on `rows`; `model` is not modified.
 
     Raises:
         InputError: the plan is for another model, or names sizes that its target cannot run.
@@ -203,7 +203,7 @@ def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
 
 
 def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
-    """Return `model` pruned and compensated; `model` stays as it is.
+    """Return `model` pruned and compensated; `model` is not modified.
 
     Raises:
         InputError: options that cannot work for this model.
@@ -289,17 +289,17 @@ def evaluate(model: Model, text: Text, *, baseline: Model, sequence_length: int 
 def evaluate(
     model: Model, text: Text, *, baseline: Model | None = None, sequence_length: int | None = None
 ) -> Quality | Comparison:
-    """Return the model's NLL on a text, or with a baseline what changed, with an interval over the text's documents.
+    """Return the model's NLL on a text or, with a baseline, the difference with an interval over documents.
 
     Args:
         model: to measure.
-        text: one or more files, of text that nothing was chosen on.
-        baseline: to compare with, token by token; usually the model that `model` was pruned from.
-        sequence_length: tokens of a window; None: 512, or the model's context where that is shorter.
+        text: one or more files of text that no choice was based on.
+        baseline: compared token by token; usually the model that `model` was pruned from.
+        sequence_length: tokens per window; None: 512, or the model's context if shorter.
 
     Raises:
-        InputError: a file cannot be read, the models have different vocabularies, or there is no loss to measure
-            without a baseline: embedding models, and classifiers on texts without labels.
+        InputError: a file cannot be read, the models have different vocabularies, or the task has no loss without a
+            baseline: embedding models, and classifiers on unlabelled texts.
     """
     tokens = texts.row_length(sequence_length, model.anatomy.context)
     rows = texts.text_rows(_files(text), "heldout", model.tokenizer, tokens, Reading(), task=model.task)
@@ -307,20 +307,20 @@ def evaluate(
         return quality.compare(model.network, baseline.network, rows, model.task)
     found = quality.evaluate(model.network, rows, model.task)
     if found is None:
-        raise InputError(f"a model of {model.task.name} has no loss on this text by itself; give a baseline")
+        raise InputError(f"a {model.task.name} model has no loss of its own on this text; give a baseline")
     return found
 
 
 def export_checkpoint(
     source: str | Path, out: str | Path, *, to: ExportFormat, dtype: Dtype = "auto"
 ) -> dict[str, Any]:
-    """Export a checkpoint and prove that the export computes what the checkpoint computes.
+    """Export a checkpoint and verify that the export computes the same.
 
     Args:
         source: a checkpoint folder, for example one that `save` wrote.
-        out: a folder that does not exist yet; it appears once parity is proved.
+        out: a folder that does not exist yet; it appears once parity is verified.
         to: "vllm", "onnx", "onnxruntime" or "tensorrt".
-        dtype: "float32", "bfloat16", "float16", or "auto": as it is stored, and float32 for runtimes on a CPU.
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 for runtimes on a CPU.
 
     Returns:
         The figures of the parity check.
@@ -328,7 +328,7 @@ def export_checkpoint(
     Raises:
         InputError: `out` exists, or the target cannot hold the model.
         MissingRuntime: the target's libraries are not installed.
-        ParityError: the export computes something else.
+        ParityError: the export does not compute the same.
     """
     _, proof = exports.export_and_prove(checkpoint.resolve(source), Path(out), to, dtype)
     return proof

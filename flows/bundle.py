@@ -1,4 +1,4 @@
-"""A release: what is published, in one folder."""
+"""A release: everything that is published, in one folder."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from numprune.serving import reference_answers
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint"  # the part of a release that a server loads
+CHECKPOINT = "checkpoint"  # the part of a release that servers load
 
 
 def folder_name(export_format: str) -> str:
-    """The part of a release that holds an export, and its folder in the stage that makes it."""
+    """The name of an export in a release, and its folder in the stage."""
     return CHECKPOINT if export_format == "vllm" else export_format
 
 
@@ -35,18 +35,18 @@ def make_release(
     answers: Path | None,
     used_by: Path | None = None,
 ) -> Path:
-    """Return the folder of a release, made unless it is there.
+    """Return the folder of a release, building it if necessary.
 
-    It holds the parts, report.json, report.md, report.html, reference-answers.json, recipe.toml and plan.json.
+    It contains the parts, report.json, report.md, report.html, reference-answers.json, recipe.toml and plan.json.
 
     Args:
         parts: folder name in the release -> an artifact folder; "checkpoint" is one of them.
         report: the folder with report.json, report.md and report.html.
-        answers: the folder with reference-answers.json; None where no server runs the release.
+        answers: the folder with reference-answers.json; None if the release cannot be served.
         used_by: the folder of the run that publishes it (see runs.py).
 
     The same content gives the same folder with the same digest, so that publishing it twice publishes it once.
-    Raises DiskError (no room), IntegrityError (what is to be copied is no longer what it was when it was made).
+    Raises DiskError (no space), IntegrityError (a file to be copied has changed since it was created).
     """
     parents = {name: manifest.read(folder).digest for name, folder in parts.items()}
     parents["report"] = manifest.read(report).digest
@@ -78,10 +78,10 @@ def make_release(
 
 @contextmanager
 def _unchanged(source: Path) -> Iterator[None]:
-    """What is released gets a manifest of its own, so damage since the stage was verified would never be seen again."""
+    """The release gets a new manifest, so damage since the stage was verified would otherwise go unnoticed."""
     try:
         yield
     except IntegrityError as error:
         raise IntegrityError(
-            f"{source}: damaged since this run verified it; run the same again, and it is made again ({error})"
+            f"{source}: damaged since this run verified it; run the same command again to recompute it ({error})"
         ) from None

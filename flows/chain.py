@@ -1,4 +1,4 @@
-"""The chain of a recipe: rows, pruning, exports, parity, quality, benchmarks and the verdict, each a stage."""
+"""The stages of a recipe: rows, pruning, exports, parity, quality, benchmarks and the verdict."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,20 +32,20 @@ R = TypeVar("R")
 
 
 class Make(Protocol):
-    """Gives a stage: makes it, or only looks whether it is there."""
+    """Provides a stage: computes it, or only checks whether it exists."""
 
     def __call__(self, stage: Stage[R], /) -> StageResult[R]: ...
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Every stage of a run up to the verdict.
+    """The stages of a run up to the verdict.
 
     Attributes:
         report: the stage with report.json and the verdict.
         looks: the benchmarks by runtime.
-        parts: what a release is made of, by the names of its folders.
-        answers: the stage with the reference answers of a server of the release, or None where no server runs it.
+        parts: the parts of a release, by folder name.
+        answers: the stage with the reference answers, or None if the release cannot be served.
     """
 
     report: StageResult[Judgement]
@@ -55,7 +55,7 @@ class Judged:
 
 
 def judge(run: Run, make: Make) -> Judged:
-    """Take every stage of a run up to the verdict, each by `make`."""
+    """Run every stage up to the verdict through `make`."""
     calibration = make(sample_calibration(run))
     heldout = make(read_heldout(run))
     trains = run.recipe.recover.method != "none"
@@ -81,12 +81,12 @@ def judge(run: Run, make: Make) -> Judged:
         timed_in = runtime_of(name, run.recipe.export.targets)
         parity[timed_in or name] = proof.facts
         if name == "vllm":
-            candidate = exports[name]  # what is released is what is exported further, evaluated and timed
+            candidate = exports[name]  # the released checkpoint is the one exported, evaluated and timed
         elif timed_in in run.recipe.benchmark.runtimes:
             baselines[name] = _artifact(make(export(run, name, run.base, "baseline")), name)
             make(prove(run, name, run.base, baselines[name], "baseline"))
 
-    # No server runs a masked language model.
+    # Masked language models cannot be served.
     before = unquantized if quantized else None
     answers = make(compute_answers(run, candidate, before)) if run.task != "masked-lm" else None
     quality = make(evaluate(run, candidate, before, heldout, scores))
@@ -112,7 +112,7 @@ def judge(run: Run, make: Make) -> Judged:
     }
     report = partial(report_on, run, identity, candidate, pruned, recovered, quantized, parity, quality)
     judged = make(report(looks))
-    if judged.reused and judged.facts.next_look:  # an earlier run ended inconclusive on the same figures
+    if judged.reused and judged.facts.next_look:  # an earlier run with the same figures was inconclusive
         for runtime in judged.facts.next_look:
             looks[runtime].append(make(timed[runtime](len(looks[runtime]) + 1)))
         judged = make(report(looks))
@@ -237,7 +237,7 @@ def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[E
             "export",
             bodies.make_tensorrt,
             source=source,
-            # An engine is built for sizes up to these, and for one kind of GPU.
+            # An engine is built for sizes up to these and for one kind of GPU.
             max_batch=max(8, load.batch_size),
             max_length=max(1024, load.prompt_length + load.output_length),
             dtype=run.precision[RUNTIME_OF_EXPORT[export_format]],
@@ -254,7 +254,7 @@ def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact,
         reference=reference,
         candidate=exported,
         runtime=RUNTIME_OF_EXPORT[export_format],
-        # Proved where it is timed. Engines run on GPUs only, also beside benchmarks on the CPU.
+        # Verified on the device where it is timed. Engines run on GPUs only, even if the benchmark uses the CPU.
         device="auto" if export_format == "tensorrt" else run.recipe.benchmark.device,
     )
     return stage.labelled(f"parity {export_format} {side}").on_gpu()
@@ -349,7 +349,7 @@ def _artifact(made: StageResult[Exported], export_format: str) -> Artifact:
 
 
 def _taken(run: Run, of_look: Callable[[int], Stage[Timings]]) -> Iterator[Stage[Timings]]:
-    """The first look, and every further one that is in the workspace."""
+    """The first look, and every further one in the workspace."""
     yield of_look(1)
     for number in count(2):
         look = of_look(number)

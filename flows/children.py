@@ -1,7 +1,7 @@
-"""Runs a function in a process of its own: its memory comes back when it ends, and its death is an error like others.
+"""Runs a function in its own process: its memory is freed at the end, and its death is an ordinary error.
 
-The processes are forked from a server that has imported the tensor libraries and done nothing with them: a child
-starts in milliseconds where a fresh interpreter takes seconds, and shares the libraries' memory with the others.
+Processes are forked from a server that has only imported the tensor libraries: a child starts in milliseconds instead
+of seconds and shares the libraries' memory with the others.
 """
 
 import multiprocessing
@@ -38,10 +38,10 @@ class ChildFailed(Exception):
 
 
 def prepare_threads() -> None:
-    """Have no more threads than CPUs, and let those that wait sleep instead of spin; before torch is imported.
+    """Limit threads to the number of CPUs, and make waiting threads sleep instead of spin; call before importing torch.
 
-    What the user has set stays. On a machine that has other work, too, spinning threads keep those they wait for off
-    the processor: with two cores and as many other programs again, pruning took 3.3 times as long.
+    User settings take precedence. On a shared machine, spinning threads keep those they wait for off the CPU: with two
+    cores and two other busy programs, pruning took 3.3 times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if quota := processors.quota():
@@ -49,15 +49,15 @@ def prepare_threads() -> None:
 
 
 def warm_up() -> None:
-    """Start the server now, so that it imports while this process does something else."""
+    """Start the server now, so that it imports in the background."""
     prepare_threads()
     _context.set_forkserver_preload(_PRELOADED)
     resource_tracker.ensure_running()  # which would unblock SIGINT
-    # Ctrl-C reaches the whole process group, and ending the children is our part. They inherit the mask.
+    # Ctrl-C reaches the whole process group, but this process ends the children. They inherit the mask.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     tempfile.tempdir, temporary = disk.folder_for_sockets(), tempfile.gettempdir()
     before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"  # no file in the current folder may stand in for a module
+    os.environ["PYTHONSAFEPATH"] = "1"  # no file in the current folder may shadow a module
     try:
         forkserver.ensure_running()
     finally:
@@ -72,13 +72,13 @@ def warm_up() -> None:
 def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Return `function(*args, **kwargs)`, computed in a child; all of it must be picklable.
 
-    What the function imports itself is imported in the child alone.
+    Imports inside the function happen only in the child.
 
-    The child ends with this process, however that ends, and when waiting for it is interrupted.
+    The child ends with this process, however that ends, and when the wait is interrupted.
 
     Raises:
-        NumpruneError: what the function raised, or DiskError for what a file system refused it, or ChildDied.
-        ChildFailed: it raised anything else.
+        NumpruneError: raised by the function, or DiskError for a file system error, or ChildDied.
+        ChildFailed: the function raised anything else.
     """
     warm_up()
     ours, theirs = _context.Pipe()
@@ -93,7 +93,7 @@ def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         name = getattr(function, "__name__", str(function))
         raise ChildDied(f"{name}: its process was ended by {_ending(process.exitcode or 0)}") from None
     finally:
-        ours.close()  # the child's sign to end, should it still be there
+        ours.close()  # tells the child to end if it is still alive
         process.join(_CLOSING_S)
         if process.is_alive():
             process.kill()
@@ -106,7 +106,7 @@ def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 
 
 def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[], Any]) -> None:
-    os.dup2(2, 1)  # stdout is the parent's alone
+    os.dup2(2, 1)  # stdout belongs to the parent
     logs.adopt(logging_as)
     answered = threading.Event()
     threading.Thread(target=_end_with, args=(connection, answered), daemon=True).start()
@@ -120,7 +120,7 @@ def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[
 
 
 def _end_with(connection: Connection, answered: threading.Event) -> None:
-    """End this process when nobody waits for it any more: `connection` is closed, through which nothing ever comes."""
+    """End this process once its parent has stopped waiting, which closes `connection`."""
     try:
         connection.recv()
     except (EOFError, OSError):
@@ -132,4 +132,4 @@ def _ending(exit_code: int) -> str:
     if exit_code >= 0:
         return f"exit code {exit_code}"
     name = signal.Signals(-exit_code).name
-    return f"{name} (usually: out of memory, or killed by hand)" if name == "SIGKILL" else name
+    return f"{name} (usually out of memory, or killed manually)" if name == "SIGKILL" else name

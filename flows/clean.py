@@ -1,7 +1,7 @@
 """Find and delete unused workspace data.
 
-Data that a recorded run uses stays, and so does everything in the registry. Deletion is atomic: a folder is renamed
-first, so what a killed clean leaves behind is never taken for a stage. Links are not followed.
+Data used by a recorded run is kept, and so is everything in the registry. Deletion is atomic: a folder is renamed
+first, so leftovers of a killed clean are never taken for a stage. Links are not followed.
 """
 
 import logging
@@ -30,7 +30,7 @@ _MADE = re.compile(r"[A-Za-z0-9][\w.-]*-[0-9a-f]{16}")  # the folder of a stage 
 
 @dataclass(frozen=True)
 class Item:
-    """A folder: `bytes` of the files in it, and why it can go, or stays although no run uses it."""
+    """A folder, the `bytes` of its files, and why it can be removed, or is kept although no run uses it."""
 
     kind: Kind
     path: Path
@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Found:
-    """`used`: folder of the workspace -> bytes of its files; `goes`: what can; `stays`: what no run uses, but stays."""
+    """`used`: folder of the workspace -> bytes of its files; `goes`: removable; `stays`: unused but kept."""
 
     used: dict[str, int]
     goes: list[Item] = field(default_factory=list)
@@ -52,19 +52,19 @@ class Found:
 
 
 def look(workspace: Path, keep: int | None = None, older_than: timedelta | None = None) -> Found:
-    """See what can go.
+    """Find what can be removed.
 
     Args:
-        keep: of runs that are over, remember the newest so many.
-        older_than: and those that started within this time. With neither, all.
+        keep: number of newest finished runs to keep.
+        older_than: also keep runs started within this time. With neither, keep all.
 
-    Raises InputError: no run was ever recorded there, or a folder that is looked into is a link.
+    Raises InputError: no run was ever recorded there, or one of its folders is a link.
     """
     if not (workspace / runs.FOLDER).is_dir():
         raise InputError(f"{workspace}: no run was recorded here; only workspaces with runs are cleaned")
     for name in (runs.FOLDER, _STAGES, _RELEASES):
         if (workspace / name).is_symlink():
-            raise InputError(f"{workspace / name}: a link; links are not followed: clean the folder it points to")
+            raise InputError(f"{workspace / name}: a link, and links are not followed; clean the folder it points to")
     found = Found({path.name: size(path) for path in sorted(workspace.iterdir()) if not path.is_symlink()})
     kept = runs.list_runs(workspace)
     if keep is not None or older_than is not None:
@@ -79,7 +79,7 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
     used = set().union(*(runs.uses(run) for run in kept))
     for folder in _made(workspace / _STAGES):
         if (_STAGES, folder.name) not in used:
-            found.goes.append(Item("stage", folder, size(folder), "no run that is remembered uses it"))
+            found.goes.append(Item("stage", folder, size(folder), "no kept run uses it"))
     published = cache(partial(_published, workspace))
     for folder in _made(workspace / _RELEASES):
         if (_RELEASES, folder.name) not in used:
@@ -89,14 +89,14 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
         found.goes.append(Item("training", folder, size(folder), "state of an interrupted training"))
     for parent in (runs.FOLDER, _STAGES, _RELEASES):
         for folder in temporary.abandoned(workspace / parent):
-            found.goes.append(Item("temporary", folder, size(folder), "half made by a process that was killed"))
+            found.goes.append(Item("temporary", folder, size(folder), "left unfinished by a killed process"))
     return found
 
 
 def remove(workspace: Path, found: Found) -> tuple[list[Item], list[Item]]:
-    """Remove what can go; return what went, and what did not because it is used again by now.
+    """Remove what can be removed; return what was removed, and what was not because it is in use again.
 
-    One clean at a time: another waits for its turn. Runs may begin and go on meanwhile.
+    Only one clean runs at a time; others wait. Runs may start and continue meanwhile.
     """
     went: list[Item] = []
     busy: list[Item] = []
@@ -107,7 +107,7 @@ def remove(workspace: Path, found: Found) -> tuple[list[Item], list[Item]]:
 
 
 def size(path: Path) -> int:
-    """Bytes of all files in a folder, or of a file; what goes meanwhile counts nothing, and no link is followed."""
+    """Bytes of all files in a folder, or of a file; files that vanish meanwhile are ignored, and links not followed."""
     total = 0
     for where, _, files in os.walk(path):
         for name in files:
@@ -135,7 +135,7 @@ def _remove(workspace: Path, item: Item) -> bool:
             with locks.held(item.path / TRAINING_LOCK, timeout_s=0):
                 temporary.remove(item.path)
             return True
-        # A run that takes the stage marks it with this lock held: either it is marked by now, or it will be made again.
+        # A run that reuses the stage marks it while holding this lock: either it is marked by now, or it is recomputed.
         with exclusive(item.path, wait=False):
             if runs.is_used(workspace, item.path):
                 return False
@@ -164,19 +164,19 @@ def _bytes(path: Path) -> int:
 
 
 def _why_release(folder: Path, published: Callable[[str, str], frozenset[str]]) -> tuple[str, bool]:
-    """Why a release that no remembered run uses can go or, with True, stays: it was published, or that is unknown."""
+    """Why an unused release can be removed or, with True, is kept: it was published, or that is unknown."""
     try:
         digest = manifest.read(folder).digest
         asked = recipe.load(folder / "recipe.toml").registry
         if any(digest in published(uri, asked.name) for uri in {"workspace", asked.uri}):
             return "published", True
     except (NumpruneError, OSError) as error:
-        return f"whether it was published cannot be told: {error}", True
-    return "not in the registry, and no run that is remembered uses it", False
+        return f"cannot tell whether it was published: {error}", True
+    return "not in the registry, and no kept run uses it", False
 
 
 def _published(workspace: Path, uri: str, name: str) -> frozenset[str]:
-    """Digests of all releases in a registry; `name` is the model that the release would have been published to."""
+    """Digests of all releases in a registry; `name` is the model to which the release would have been published."""
     embedded = uri == "workspace"
     if embedded and not (workspace / "registry" / "mlflow.db").exists():
         return frozenset()

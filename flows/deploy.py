@@ -1,4 +1,4 @@
-"""Rolling a release out and back, from the registry to the router."""
+"""Rolls releases out and back, from the registry to the router."""
 
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from numprune.serving.rollout import Settings
 
 
 def roll_out(workspace: Path, uri: str | None, reference: str, settings: Settings) -> dict[str, Any]:
-    """Let a release serve its name: see `rollout.roll_out`, which gives the result. A bare name means production.
+    """Make a release serve its name: see `rollout.roll_out`, also for the result. A bare name means production.
 
-    Raises InputError (no reference), RolloutBusy, RolloutFailed.
+    Raises InputError (not a reference), RolloutBusy, RolloutFailed.
     """
     name = registry.parse(reference).name
     prepare = partial(children.call, steps.prepare, workspace, uri, reference)
@@ -22,9 +22,9 @@ def roll_out(workspace: Path, uri: str | None, reference: str, settings: Setting
 
 
 def roll_back(workspace: Path, uri: str | None, name: str, settings: Settings) -> dict[str, Any]:
-    """Let the version that was in production before serve; once it does, move the alias `production` back to it.
+    """Make the previous production version serve; once it does, move the alias `production` back to it.
 
-    Raises InputError (no name), RolloutBusy, RolloutFailed.
+    Raises InputError (not a name), RolloutBusy, RolloutFailed.
     """
     chosen: list[Deployment] = []
 

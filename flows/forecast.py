@@ -1,4 +1,4 @@
-"""What a run of a recipe would do, before anything is run: sizes, text, stages, memory, what the servers will need."""
+"""Forecast of a run: sizes, text, stages, memory, and the servers' requirements."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
+from numprune.counted import counted
 from numprune.export import checkpoint, precision
 from numprune.export.tasks import load_task
 from numprune.flows import runs, stages
@@ -20,7 +21,6 @@ from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import PruneOptions, known_results
 from numprune.quantization import bytes_saved
-from numprune.serving.report.kept import KINDS
 
 R = TypeVar("R")
 
@@ -29,9 +29,9 @@ _OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two 
 
 
 def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
-    """Return what is known of a run before it starts, as plain JSON. Nothing is written.
+    """Return what is known about a run before it starts, as plain JSON. Nothing is written.
 
-    Raises InputError with every problem of the recipe, and where the text is too short.
+    Raises InputError with every problem of the recipe, or if the text is too short.
     """
     run = prepare(recipe, workspace)
     config = checkpoint.read_config(run.base.path)
@@ -96,7 +96,7 @@ def _aim(anatomy: Anatomy, options: PruneOptions, weights: int, saved: int) -> d
 
 
 def _text(run: Run) -> dict[str, Any]:
-    """How much text there is. Raises InputError where it is too short to calibrate on."""
+    """The amount of text. Raises InputError if it is too short to calibrate on."""
     data = run.recipe.data
     tokenizer, reading = checkpoint.load_tokenizer(run.base.path), data.reading()
     task = load_task(run.base.path)
@@ -114,12 +114,12 @@ def _text(run: Run) -> dict[str, Any]:
 
 
 def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
-    """The least that pruning needs: weights in float32, and the hidden states that are kept of every token.
+    """The minimum memory for pruning: weights in float32, and the hidden states kept for every token.
 
     And what training needs beside activations: the dense model, and weights, gradients and moments of the pruned one.
 
-    These are the dense model's stream and, where the compensation reads the pruned prefix, the pruned model's stream
-    and what its widest block's consumer reads.
+    The states are the dense model's stream and, if the compensation reads the pruned prefix, the pruned model's stream
+    and the input of its widest block's consumer.
     """
     prune, data = run.recipe.prune, run.recipe.data
     budget, layers = budget_of(anatomy), anatomy.layers
@@ -139,7 +139,7 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
 
 
 def _serving(recipe: Recipe) -> dict[str, Any]:
-    """What vLLM will need for the result, where it is to be exported for it."""
+    """What vLLM will need for the result, if it is exported for vLLM."""
     if "vllm" not in recipe.export.targets:
         return {}
     return {
@@ -154,14 +154,14 @@ def _serving(recipe: Recipe) -> dict[str, Any]:
 
 
 class _Unknown(dict[str, Any]):
-    """What a stage would find that is not made. What is derived from it names no stage that is."""
+    """Stands in for the result of a missing stage. Stages derived from it do not exist either."""
 
     def __getattr__(self, name: str) -> str:
         return ""
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
-    """Every stage of the run in its order: whether it would be reused, and what the last one of its name took."""
+    """Every stage of the run in order: whether it would be reused, and the cost of the last one with its name."""
     found: list[StageResult[Any]] = []
 
     def look_up(stage: Stage[R]) -> StageResult[R]:
@@ -179,9 +179,9 @@ def _stages(run: Run) -> list[dict[str, Any]]:
 
 
 def _former(workspace: Path) -> dict[str, dict[str, Any]]:
-    """What the stages of former runs took, by their names: the last of each that was made and not reused."""
+    """Time and memory of earlier runs' stages by name: the last one of each that was computed, not reused."""
     taken: dict[str, dict[str, Any]] = {}
-    for run in runs.list_runs(workspace):  # the newest first
+    for run in runs.list_runs(workspace):  # newest first
         for stage in run.record.stages if run.record else ():
             if not stage.reused:
                 took = {"last_seconds": stage.seconds, "last_peak_memory_bytes": stage.peak_memory_bytes}
@@ -190,6 +190,12 @@ def _former(workspace: Path) -> dict[str, dict[str, Any]]:
 
 
 # --- text -----------------------------------------------------------------------------------------
+
+_UNITS = {
+    "attention": "KV group per layer",
+    "mlp": "MLP channel per layer",
+    "experts": "expert per layer",
+}
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -206,10 +212,10 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
+    window = f"window of {text['sequence_length']} tokens"
     yield (
-        f"calibration: {text['samples']:,} of {text['calibration_windows']:,} windows of "
-        f"{text['sequence_length']} tokens; held-out text: {text['heldout_windows']:,} windows, "
-        f"{text['heldout_documents']:,} documents"
+        f"calibration: {text['samples']:,} of {counted(text['calibration_windows'], window)}; held-out text: "
+        f"{counted(text['heldout_windows'], 'window')}, {counted(text['heldout_documents'], 'document')}"
     )
     yield (
         f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
@@ -233,8 +239,8 @@ def _size_line(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         "kv_bytes_per_token": "KV bytes per token",
     }
     parts = [f"{what} {before[key]:,} → {after[key]:,}" for key, what in names.items() if key in after]
-    units = [f"{count:,} {KINDS.get(kind, kind)} per layer" for kind, count in after.get("units", {}).items()]
-    layers = [f"{after['layers']} layers"] if "layers" in after else []
+    units = [counted(count, _UNITS[kind]) for kind, count in after.get("units", {}).items()]
+    layers = [counted(after["layers"], "layer")] if "layers" in after else []
     return ", ".join([*layers, *units, *parts])
 
 
@@ -243,7 +249,7 @@ def _stage_note(stage: Mapping[str, Any]) -> str:
         return "reused"
     if "last_seconds" in stage:
         return f"last took {stage['last_seconds']:,.1f} s, peak {_mib(stage['last_peak_memory_bytes'])}"
-    return "to be made"
+    return "to be computed"
 
 
 def _mib(size: float) -> str:

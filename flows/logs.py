@@ -1,6 +1,7 @@
-"""Our log lines: for people, or one JSON object a line. Each knows the run and the stage that it belongs to.
+"""numprune's log lines: human-readable, or one JSON object per line, each with its run and stage.
 
-Only our own loggers are looked after; those of libraries, Prefect's among them, are for whoever configures logging.
+Only numprune's loggers are configured; those of libraries, Prefect included, are left to the user's logging
+configuration.
 """
 
 import json
@@ -26,7 +27,7 @@ _ours = logging.getLogger("numprune")
 
 @dataclass(frozen=True)
 class Place:
-    """What a line belongs to: the run's id and the stage's name, as far as there are any."""
+    """The context of a line: the run's id and the stage's name, if any."""
 
     run: str | None = None
     stage: str | None = None
@@ -37,7 +38,7 @@ _place: ContextVar[Place] = ContextVar("numprune_place", default=Place())  # noq
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a child process needs to log as this one does; picklable."""
+    """What a child process needs to log like this one; picklable."""
 
     format: Format
     level: int
@@ -46,7 +47,7 @@ class Settings:
 
 
 class Lines(logging.Formatter):
-    """One JSON object a line: time (UTC, ISO 8601), level, logger, message, run, stage, an exception's traceback."""
+    """JSON, one object per line: time (UTC, ISO 8601), level, logger, message, run, stage, an exception's traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         place = _place.get()
@@ -64,7 +65,7 @@ class Lines(logging.Formatter):
 
 
 def chosen(asked: str | None) -> Format:
-    """The format asked for, that of the environment, or lines for people. Raises InputError for another word."""
+    """The requested format, else that of the environment, else human-readable. Raises InputError if it is unknown."""
     word = asked or os.environ.get(VARIABLE) or "human"
     if word not in FORMATS:
         raise InputError(f"{VARIABLE} is {word!r}; it must be one of {', '.join(FORMATS)}")
@@ -73,7 +74,7 @@ def chosen(asked: str | None) -> Format:
 
 @contextmanager
 def to_stream(form: Format, stream: TextIO | None = None) -> Iterator[None]:
-    """Our lines go to `stream` (standard error by default), from INFO up, and nowhere else but into files."""
+    """Send our lines from INFO up to `stream` (standard error by default), and otherwise only to files."""
     handler = _handler(form, stream or sys.stderr)
     before = _ours.level, _ours.propagate
     _ours.addHandler(handler)
@@ -88,11 +89,11 @@ def to_stream(form: Format, stream: TextIO | None = None) -> Iterator[None]:
 
 @contextmanager
 def to_file(path: Path) -> Iterator[None]:
-    """Our lines, of the run that this context is in, go to a file, too, as JSON. It grows; children write into it."""
+    """Also append this run's lines to a file as JSON; children write to it, too."""
     handler, run = _file_handler(path), _place.get().run
     handler.addFilter(lambda _record: _place.get().run == run)
     before = _ours.level
-    if before == logging.NOTSET:  # nobody asked for less than INFO, and a worker's default shows warnings only
+    if before == logging.NOTSET:  # INFO unless set lower, because a worker's default shows only warnings
         _ours.setLevel(logging.INFO)
     _ours.addHandler(handler)
     try:
@@ -106,7 +107,7 @@ def to_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def within(**changes: str) -> Iterator[None]:
-    """Lines of the body belong to this `run` or `stage`."""
+    """Set the `run` or `stage` of lines logged in the body."""
     token = _place.set(replace(_place.get(), **changes))
     try:
         yield
@@ -115,12 +116,12 @@ def within(**changes: str) -> Iterator[None]:
 
 
 def place() -> Place:
-    """What lines belong to, here."""
+    """The current context of lines."""
     return _place.get()
 
 
 def settings() -> Settings:
-    """How this process logs, here."""
+    """The current logging settings of this process."""
     handlers = _ours.handlers
     files = tuple(Path(handler.baseFilename) for handler in handlers if isinstance(handler, logging.FileHandler))
     streams = [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
@@ -129,7 +130,7 @@ def settings() -> Settings:
 
 
 def adopt(found: Settings) -> None:
-    """Log as the parent does, in a child that does one thing and ends. Warnings of libraries go the same way."""
+    """Log like the parent, in a child process. Warnings of libraries are included."""
     logging.basicConfig(handlers=[_handler(found.format, sys.stderr)])
     _ours.setLevel(found.level)
     _place.set(found.place)
@@ -138,7 +139,7 @@ def adopt(found: Settings) -> None:
 
 
 def complain(form: Format, message: str) -> None:
-    """The last line of a command that failed, on standard error."""
+    """Print the error line of a failed command on standard error."""
     with to_stream(form):
         logging.getLogger("numprune").error(message if form == "json" else f"numprune: {message}")
 
@@ -157,4 +158,4 @@ def _file_handler(path: Path) -> logging.FileHandler:
 
 
 def _lost(_record: logging.LogRecord) -> None:
-    """A line that a full disk does not take stands on standard error, too, where logging would print a traceback."""
+    """Print a line that a full disk rejects on standard error, where logging would print a traceback."""

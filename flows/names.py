@@ -1,7 +1,7 @@
-"""The names that a recipe and the command line may use.
+"""The names allowed in recipes and on the command line.
 
-They stand here, and not only where they are implemented, so that neither needs a tensor library to refuse a wrong one;
-a test keeps them the same.
+They are repeated here so that neither needs a tensor library to refuse a wrong one; a test keeps them in sync with the
+implementation.
 """
 
 from collections.abc import Collection
@@ -32,14 +32,14 @@ Device = Literal["auto", "cpu", "cuda"]
 TorchMode = Literal["auto", "eager", "compiled"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-# In which an export is proved.
+# The runtime in which an export is verified.
 RUNTIME_OF_EXPORT: dict[str, str] = {
     "vllm": "torch",
     "onnx": "onnxruntime",
     "onnxruntime": "onnxruntime",
     "tensorrt": "tensorrt",
 }
-# What a runtime runs, the fastest first; torch runs the checkpoint.
+# The exports that a runtime can run, fastest first; torch runs the checkpoint.
 EXPORTS_OF_RUNTIME: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "tensorrt": ("tensorrt",),
@@ -53,11 +53,11 @@ BUILT_IN = "built-in"  # the prompts of numprune.generation
 
 
 def export_of(runtime: str, formats: Collection[str]) -> str | None:
-    """Return which of the exports a runtime runs; None: it runs the checkpoint, or what it runs is not among them."""
+    """Return the export that a runtime runs; None if it runs the checkpoint, or if its export is not among them."""
     return next((name for name in EXPORTS_OF_RUNTIME.get(runtime, ()) if name in formats), None)
 
 
 def runtime_of(export_format: str, formats: Collection[str]) -> str | None:
-    """Return the runtime in which an export is timed; None: none runs it, or another of `formats` runs there."""
+    """Return the runtime in which an export is timed; None if there is none, or if another of `formats` runs there."""
     runtime = RUNTIME_OF_EXPORT[export_format]
     return runtime if export_of(runtime, formats) == export_format else None

@@ -1,7 +1,7 @@
-"""The whole chain as a Prefect flow: rows, pruning, exports, parity, quality, benchmark, gate, publication.
+"""The pipeline as a Prefect flow: rows, pruning, exports, parity, quality, benchmark, gate, publication.
 
-Each task is one stage. Prefect sees paths, digests and figures only; what has been done already is for the stages to
-know, so no task caches. Deploy it as `flows/optimize.py:optimize`.
+Each task is one stage. Prefect sees only paths, digests and figures. Stages are their own cache, so no task caches.
+Deploy it as `flows/optimize.py:optimize`.
 """
 
 import logging
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one job on the GPU at a time
+GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one GPU job at a time
 
 
 @flow(name="numprune-optimize", persist_result=False)
 def optimize(
     recipe_path: str | None = None, overrides: list[str] | None = None, workspace: str | None = None
 ) -> State[dict[str, Any]]:
-    """Run a recipe: a gated, published release, or the reason why there is none.
+    """Run a recipe to a gated, published release, or the reason why there is none.
 
     Args:
-        recipe_path: a recipe in TOML; the embedded default without it.
+        recipe_path: a TOML recipe; by default the embedded one.
         overrides: `section.key=value` each.
-        workspace: the folder of stages, releases and registry; `numprune-workspace` without it.
+        workspace: the folder of stages, releases and registry; by default `numprune-workspace`.
 
     Returns:
-        Completed, or Failed when a gate did not pass; in both cases with what `summary.summarize` gives.
+        Completed, or Failed if a gate did not pass; in both cases with the result of `summary.summarize`.
     """
     server.bind_to_this_process()
     run = check(recipe_path, overrides or [], workspace)
@@ -58,7 +58,7 @@ def optimize(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def check(recipe_path: str | None, overrides: list[str], workspace: str | None) -> Run:
-    """The recipe, found to be one that can be done here."""
+    """Check that the recipe can run here."""
     asked = recipe.load(recipe.source_of(recipe_path), overrides)
     return children.call(prepare, asked, stages.workspace_folder(workspace))
 
@@ -81,8 +81,8 @@ def _make(run: Run, stage: Stage[R]) -> StageResult[R]:
 
 @contextmanager
 def gpu_slot() -> Iterator[None]:
-    """Hold the one slot of the GPU. A killed run's slot comes back when its lease ends."""
-    # A limit that is there keeps its number of slots: somebody chose it.
+    """Hold the GPU slot. A killed run's slot is freed when its lease ends."""
+    # An existing limit keeps its number of slots, which a user may have set.
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU_LIMIT, limit=1))
     with concurrency(GPU_LIMIT, strict=True, lease_duration=60):

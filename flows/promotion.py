@@ -1,4 +1,4 @@
-"""A promotion that is not served yet, as a file, so that the next run can undo it after a kill."""
+"""Records a promotion that is not served yet in a file, so that the next run can undo it after a kill."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from numprune.serving.rollout.state import Place
 
 
 class Promotion(BaseModel):
-    """`reference` went into production; `before` it was that, or nothing."""
+    """`reference` went into production; `before` is the previous version, or None."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -20,9 +20,9 @@ class Promotion(BaseModel):
 
 
 def begin(place: Place, reference: str, before: str | None) -> str | None:
-    """To be called before the alias moves from `before` to `reference`; where it has to go should that not serve.
+    """Call before the alias moves from `before` to `reference`; returns where it must go if that does not serve.
 
-    That is `before`, unless `before` was itself promoted by a run that was killed, and never served.
+    That is `before`, unless `before` itself was promoted by a killed run and never served.
     """
     unserved = _read(place)
     if unserved is not None and unserved.reference == before and not _serves(place, before):
@@ -33,7 +33,7 @@ def begin(place: Place, reference: str, before: str | None) -> str | None:
 
 
 def end(place: Place) -> None:
-    """It serves, or has been taken back."""
+    """The promotion is complete: it serves, or was undone."""
     _file(place).unlink(missing_ok=True)
 
 

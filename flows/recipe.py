@@ -1,6 +1,6 @@
-"""The recipe: what `numprune optimize` is asked to do. TOML, one model per section, every problem reported at once.
+"""The recipe of `numprune optimize`: TOML, one model per section, all problems reported together.
 
-This module only reads and validates what is written; whether files, model and runtimes can do it is for `checks`.
+This module only reads and validates the recipe; `checks` decides whether files, model and runtimes support it.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ from numprune.serving.problems import described, listed
 from numprune.serving.report import MAXIMUM_PROMPTS, ModelName
 from numprune.target import Target as SizeTarget
 
-EMBEDDED = "embedded"  # the model, or the text, that comes with numprune
+EMBEDDED = "embedded"  # the model or text that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED_RECIPE = EMBEDDED_FOLDER / "recipe.toml"
 NO_BUDGET = "none"
@@ -63,7 +63,7 @@ def _prompts(value: Any) -> Any:
     if value == BUILT_IN:
         return value
     if not isinstance(value, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in value):
-        raise ValueError(f'must be "{BUILT_IN}" or a list of texts, none of them empty')
+        raise ValueError(f'must be "{BUILT_IN}" or a list of texts that are not empty')
     if len(value) > MAXIMUM_PROMPTS:
         raise ValueError(f"must have at most {MAXIMUM_PROMPTS} prompts")
     return value
@@ -71,7 +71,7 @@ def _prompts(value: Any) -> Any:
 
 def _distinct(value: list[Any]) -> list[Any]:
     if len(set(value)) != len(value):
-        raise ValueError("must not name one thing twice")
+        raise ValueError("must not contain duplicates")
     return value
 
 
@@ -122,7 +122,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Text files, or "embedded"; `samples` rows of `sequence_length` tokens are drawn for calibration with `seed`.
+    """Text files, or "embedded"; `samples` calibration rows of `sequence_length` tokens are drawn with `seed`.
 
     `split`, `chat` and `pack` are the fields of numprune.documents.Reading.
     """
@@ -141,7 +141,7 @@ class Data(Section):
 
 
 class Prune(Section):
-    """The fields of numprune.options.PruneOptions but its target; `stream`: layer by layer, from the disk.
+    """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
 
     `budget`: bytes that the released weights may take, as "6GiB", in the place of `ratio`, which is 0 then;
     `quantize.scheme` says what the blocks may be stored as. It is divided by allocation "error".
@@ -195,10 +195,10 @@ class Recover(Section):
 
 
 class Quantize(Section):
-    """What the pruned weights are stored as: `scheme` "none" leaves them as they are. See numprune.quantization.
+    """How the pruned weights are stored: `scheme` "none" leaves them unchanged. See numprune.quantization.
 
-    "mixed": each block in the stored precision, in w8a8 or in w4a16, as `prune.budget` decides. `group_size`: of w4a16,
-    the channels that share a scale; in the other schemes whole rows do.
+    "mixed": each block in the stored precision, in w8a8 or in w4a16, as `prune.budget` decides. `group_size`: channels
+    that share a scale in w4a16; the other schemes have a scale per row.
     """
 
     scheme: QuantizedTo = "none"
@@ -207,12 +207,12 @@ class Quantize(Section):
 
     @property
     def channels_per_scale(self) -> int | None:
-        """None where a whole row shares a scale, or nothing is quantized."""
+        """None if a whole row shares a scale, or nothing is quantized."""
         return self.group_size if self.scheme in ("w4a16", "mixed") else None
 
 
 class Target(Section):
-    """What the servers are: the fields of numprune.target.Target, and what vLLM runs on, in which version."""
+    """The servers: the fields of numprune.target.Target, and vLLM's device and version."""
 
     align: Count = 8
     tensor_parallel: Count = 1
@@ -225,9 +225,9 @@ class Target(Section):
 
 
 class Export(Section):
-    """What is made of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it.
+    """The exports of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it.
 
-    `dtype`: of the exports, and what both sides of a benchmark compute in; see numprune.export.precision.choose.
+    `dtype`: precision of the exports and of both sides of a benchmark; see numprune.export.precision.choose.
     """
 
     targets: Annotated[list[ExportFormat], AfterValidator(_distinct)] = ["vllm", "onnx"]
@@ -237,7 +237,7 @@ class Export(Section):
 
 
 class Evaluate(Section):
-    """`prompts`: both models generate from them, greedily: "built-in", or a list of texts; [] for none."""
+    """`prompts` for greedy generation with both models: "built-in", or a list of texts; [] for none."""
 
     prompts: Prompts = BUILT_IN
 
@@ -245,9 +245,9 @@ class Evaluate(Section):
 class Benchmark(Section):
     """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
 
-    `torch_mode`: how the runtime torch decodes; "auto": compiled on a GPU. `batch_sizes`, `lengths` and `passes` are of
-    encoders, which have no prompts and no output. `price_per_hour` of the machine, in any currency, makes the report
-    give the cost of a million tokens; 0: no price is known.
+    `torch_mode`: decoding mode of the runtime torch; "auto": compiled on a GPU. `batch_sizes`, `lengths` and `passes`
+    are for encoders, which have no prompts and no output. `price_per_hour` of the machine, in any currency, adds the
+    cost of a million tokens to the report; 0: unknown.
     """
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
@@ -271,7 +271,7 @@ class Benchmark(Section):
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def load(self, runtime: str, task: str = CAUSAL_LM) -> dict[str, Any]:
-        """What of it the runtime is given: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
+        """The runtime's load: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
         encoders = {"batch_sizes", "lengths", "passes"}
         if task != CAUSAL_LM:
             return self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
@@ -315,8 +315,8 @@ class Recipe(Section):
         asked, groups = self.target.quantization_group, self.quantize.channels_per_scale
         if groups is not None and asked not in (1, groups):
             raise ValueError(
-                f"target.quantization_group = {asked}: quantize.group_size is {groups}; leave "
-                "target.quantization_group out, or set both to the same"
+                f"target.quantization_group = {asked}: quantize.group_size is {groups}; omit "
+                "target.quantization_group, or set both to the same value"
             )
         return self
 
@@ -335,12 +335,12 @@ class Recipe(Section):
         return self
 
     def sizes(self) -> SizeTarget:
-        """What the servers need of the sizes; groups of channels that share a scale fit into them."""
+        """The servers' constraints on sizes, including groups of channels that share a scale."""
         groups = self.quantize.channels_per_scale
         return replace(self.target.sizes(), **({} if groups is None else {"quantization_group": groups}))
 
     def to_toml(self) -> str:
-        """The recipe with nothing left to a default: what a release keeps."""
+        """The recipe with all defaults filled in, as stored in a release."""
         data = self.model_dump(mode="json", exclude_none=True)
         gates = data.pop("gates")
         tables = [(f"[{name}]", section) for name, section in data.items()] + [("[[gates]]", gate) for gate in gates]
@@ -361,11 +361,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a TOML file; paths in it are relative to its folder.
-        overrides: `section.key=value`, the value as in TOML or a plain string; paths are relative to the current
+        overrides: `section.key=value`, the value in TOML syntax or as a plain string; paths are relative to the current
             folder.
 
     Raises:
-        InputError: the file is missing or no TOML, or anything in it is not allowed; a line for each problem.
+        InputError: the file is missing or not TOML, or has invalid values; one line per problem.
     """
     data = _read(path)
     _make_absolute(data, path.parent)
@@ -378,7 +378,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(listed(f"recipe {path}", problems))
     try:
         recipe.to_toml().encode()
-    except UnicodeEncodeError:  # a name of bytes that are no text, which a shell can give and a release cannot keep
+    except UnicodeEncodeError:  # a name whose bytes are not text, which a shell can pass and a release cannot store
         raise InputError(f"recipe {path}: a name or path in it is not UTF-8; rename the file or folder") from None
     return recipe
 
@@ -398,7 +398,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _override(data: dict[str, Any], override: str) -> str | None:
-    """Change `data` as `override` says; return what is wrong with it, if anything is."""
+    """Apply `override` to `data`; return the problem, if any."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not (parts == ["gates"] or (len(parts) == 2 and all(parts))):
@@ -409,7 +409,7 @@ def _override(data: dict[str, Any], override: str) -> str | None:
         return None
     section = data.setdefault(parts[0], {})
     if not isinstance(section, dict):
-        return f"--set {override}: {parts[0]} has no keys of its own to set"
+        return f"--set {override}: {parts[0]} has no keys that can be set"
     where = (parts[0], parts[1])
     section[parts[1]] = _anchored(value, Path.cwd(), where) if where in _PATHS else value
     return None
@@ -435,14 +435,14 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
 
 
 def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
-    """`value` below `base`, where it is a path; "embedded", hub ids and what validation refuses stay as they are."""
+    """`value` relative to `base` if it is a path; "embedded", hub ids and invalid values are unchanged."""
     if isinstance(value, list):
         return [_anchored(item, base, key) for item in value]
     if not isinstance(value, str) or value in ("", EMBEDDED):
         return value
     try:
         path = (base / Path(value).expanduser()).absolute()
-    except RuntimeError:  # ~somebody who is not there: then it is the name of a folder
+    except RuntimeError:  # an unknown ~user is a folder name
         path = (base / value).absolute()
     if key == ("model", "path") and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value):
         return value
@@ -450,7 +450,7 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
 
 
 def _lines(section: dict[str, Any]) -> list[str]:
-    # JSON's strings, numbers, booleans and arrays are TOML's too, but for DEL, which TOML wants escaped.
+    # JSON's strings, numbers, booleans and arrays are valid TOML, except that TOML requires DEL to be escaped.
     return [
         f"{key} = {json.dumps(value, ensure_ascii=False).replace(chr(127), chr(92) + 'u007f')}"
         for key, value in section.items()

@@ -1,7 +1,7 @@
-"""A candidate to production as a Prefect flow: verified, approved by a person, promoted, rolled out, announced.
+"""A Prefect flow that takes a candidate to production: verify, approve, promote, roll out, announce.
 
-Deploy it as `flows/release.py:release`. While it waits for the approval no process runs; when somebody answers, the run
-starts again from its top, which is why each task can be done twice.
+Deploy it as `flows/release.py:release`. No process runs while it waits for approval; after an answer, the run starts
+again from the top, so every task is repeatable.
 """
 
 import logging
@@ -32,10 +32,10 @@ FAILED = "numprune.release.failed"
 
 
 class Approval(RunInput):
-    """What the person says who resumes the run."""
+    """The answer of the person who resumes the run."""
 
     approved: bool = Field(description="whether the release goes into production")
-    by: str = Field(min_length=1, description="who says so")
+    by: str = Field(min_length=1, description="name of the approver")
     comment: str = ""
 
 
@@ -54,18 +54,18 @@ def release(
 
     Args:
         reference: NAME (its candidate), NAME@ALIAS or NAME/VERSION.
-        workspace: of the registry and of the servers; `numprune-workspace` without it.
-        registry_uri: an MLflow server; the workspace's own registry without it.
-        approval: wait for somebody to resume the run and to say yes, unless it is in production already. Needs a
+        workspace: of the registry and the servers; by default `numprune-workspace`.
+        registry_uri: an MLflow server; by default the workspace's own registry.
+        approval: wait until a person resumes the run with a yes, unless the version is already in production. Needs a
             deployment.
-        approval_hours: how long; the run fails after that.
-        rollout: also let it serve on this host (`numprune rollout`), with the API key of the environment. Without, the
-            alias moves and others act on it.
-        port: of the router; as it is, or 8000, without it.
-        vllm: the environment that has vLLM; found as `numprune serve` finds it without it.
+        approval_hours: time limit, after which the run fails.
+        rollout: also serve it on this host (`numprune rollout`), with the API key from the environment. Otherwise only
+            the alias moves.
+        port: of the router; by default unchanged, or 8000.
+        vllm: the environment with vLLM; by default found as by `numprune serve`.
 
     Returns:
-        Completed, or Failed when it was refused or could not be rolled out, and production is then as it was before.
+        Completed, or Failed if it was refused or could not be rolled out; production is then unchanged.
     """
     server.bind_to_this_process()
     folder = stages.workspace_folder(workspace)
@@ -78,7 +78,7 @@ def release(
         if not answer.approved:
             _announce(REFUSED, found, data)
             return Failed(message=f"{found['reference']}: refused by {answer.by}: {answer.comment}", data=data)
-    # By digest, not by alias: what was approved is what goes into production.
+    # By digest, not by alias, so that exactly the approved release goes into production.
     data["previous"] = promote(folder, registry_uri, found["reference"], found["digest"], to_serve=rollout)
     if settings is not None:
         try:
@@ -98,7 +98,7 @@ def release(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
-    """Every file is what was published and the verdict is pass; what a person needs to know to decide."""
+    """Verify all files and the verdict; return what a person needs to decide."""
     found = children.call(steps.verify, workspace, uri, reference)
     create_markdown_artifact(
         markdown=found["page"], key="numprune-candidate", description=f"The report of {found['reference']}"
@@ -108,13 +108,13 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_serve: bool) -> str | None:
-    """Move the alias `production`; the reference of what it goes back to should this one not serve."""
+    """Move the alias `production`; return the version to go back to if this one does not serve."""
     return children.call(steps.promote, workspace, uri, reference, digest, to_serve)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def roll_out(workspace: Path, uri: str | None, reference: str, settings: Settings) -> dict[str, Any]:
-    """Let it serve, blue/green."""
+    """Roll it out, blue/green."""
     served = deploy.roll_out(workspace, uri, reference, settings)
     children.call(steps.serves, workspace, reference)
     return served
@@ -122,7 +122,7 @@ def roll_out(workspace: Path, uri: str | None, reference: str, settings: Setting
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
-    """The alias back to what serves."""
+    """Move the alias back to the version that serves."""
     children.call(steps.take_back, workspace, uri, reference, previous)
 
 
@@ -133,16 +133,16 @@ def _ask(found: dict[str, Any], hours: float) -> Approval:
     """Suspend the run until somebody resumes it with an answer."""
     if deployment.id is None:
         raise InputError(
-            "approval: a run can wait for one only when it comes from a deployment (see prefect.yaml); deploy "
+            "approval: only runs of a deployment can wait for approval (see prefect.yaml); deploy "
             "flows/release.py:release, or set approval=false"
         )
-    question = Approval.with_initial_data(description=f"{found['summary']}\n\nInto production?")
-    # The key holds the digest: when the candidate moved while the run waited, it asks again.
+    question = Approval.with_initial_data(description=f"{found['summary']}\n\nPut it into production?")
+    # The key contains the digest: if the candidate moves while the run waits, it asks again.
     return suspend_flow_run(wait_for_input=question, timeout=round(hours * 3600), key=f"approve-{found['digest'][:16]}")
 
 
 def _announce(event: str, found: dict[str, Any], data: dict[str, Any]) -> None:
-    """An event for Prefect's automations: webhooks, messages, further deployments."""
+    """Emit an event for Prefect's automations: webhooks, notifications, further deployments."""
     resource = {"prefect.resource.id": f"numprune.model.{found['name']}", "prefect.resource.name": found["reference"]}
     emit_event(event, resource=resource, payload=data)
     logger.info("%s: %s", event, found["reference"])

@@ -1,4 +1,4 @@
-"""One run of a recipe: what is the same for all of its stages."""
+"""One run of a recipe: the context shared by its stages."""
 
 import logging
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(recipe: Recipe, workspace: Path) -> "Run":
-    """Return the run of a recipe that can be done here. Raises InputError with every problem."""
+    """Check a recipe and return its run. Raises InputError with every problem."""
     from numprune.flows.steps import checks  # the tensor libraries
 
     return checks.prepare(recipe, workspace)
@@ -23,16 +23,16 @@ def prepare(recipe: Recipe, workspace: Path) -> "Run":
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe that can be done here, and where its stages stand.
+    """A checked recipe and the context of its stages.
 
     Attributes:
-        base: the model; `task`: what it is for.
+        base: the model; `task`: its task.
         calibration, heldout: the recipe's text.
-        device: on which the model is calibrated and evaluated, cpu or cuda.
-        uses_gpu: anything at all runs on a GPU.
-        precision: what each runtime that is exported for or benchmarked computes in, on both sides.
-        machine: where timings are taken.
-        record: the folder in which the run is recorded.
+        device: for calibration and evaluation, cpu or cuda.
+        uses_gpu: whether anything runs on a GPU.
+        precision: compute precision by runtime, for exports and both sides of benchmarks.
+        machine: description of the machine that timings depend on.
+        record: the folder of the run's record.
     """
 
     recipe: Recipe
@@ -48,7 +48,7 @@ class Run:
     record: Path | None = None
 
     def make(self, stage: Stage[R]) -> StageResult[R]:
-        """Return a stage, made in a process of its own unless it is there."""
+        """Return a stage, computed in its own process if missing."""
         with logs.within(stage=stage.label), tracing.stage(stage.label) as span:
             result = children.call(run_stage, self.workspace, stage, self.record)
             span.found(result)

@@ -1,12 +1,12 @@
-"""Runs of recipes, as the workspace remembers them.
+"""Records of runs in a workspace.
 
     <workspace>/runs/<run>/
-        record.json  what the run is and came to: there from its first moment, replaced at once after each stage
-        lock         held (flock) by the run's process for as long as that lives, however it ends
-        uses/        an empty file for each stage and release that the run made or read
-        log.jsonl    its log, a JSON object a line
+        record.json  the run and its outcome: present from the start, replaced atomically after each stage
+        lock         held (flock) by the run's process as long as it lives
+        uses/        an empty file for each stage and release that the run wrote or read
+        log.jsonl    its log, one JSON object per line
 
-A record without an outcome whose lock nobody holds is of a run that was interrupted.
+A record without an outcome whose lock is free belongs to an interrupted run.
 """
 
 import logging
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from numprune.counted import counted
 from numprune.errors import InputError, IntegrityError
 from numprune.export import locks, temporary
 from numprune.flows import logs
@@ -52,10 +53,10 @@ class _Model(BaseModel):
 
 
 class StageRecord(_Model):
-    """One stage of a run: `folder` is its name in the workspace's `stages`, `bytes` are those of its files.
+    """One stage of a run: `folder` is its name in the workspace's `stages`, `bytes` the size of its files.
 
-    `seconds` is what the run waited for it, `peak_memory_bytes` the highest resident size of the process that made it
-    or, for a reused one, verified it.
+    `seconds` is the time that the run waited for it, `peak_memory_bytes` the peak resident size of the process that
+    computed it or, if reused, verified it.
     """
 
     name: str
@@ -68,14 +69,14 @@ class StageRecord(_Model):
 
 
 class Record(_Model):
-    """What is known of a run. Paths are relative to the workspace, which may move.
+    """The record of a run. Paths are relative to the workspace, which may move.
 
     Attributes:
-        run: its id; ids are in the order of the starts.
-        recipe: the digest of the recipe with nothing left to a default, and `source`, the file.
-        outcome: of the gate, or how else it ended; None until then.
+        run: its id; ids sort by start time.
+        recipe: the digest of the recipe with all defaults filled in; `source`: the file.
+        outcome: the verdict, or how else the run ended; None until then.
         report: the folder with report.json and report.md.
-        release, version: where it was published, if it was.
+        release, version: where it was published, if at all.
     """
 
     schema_: Literal["numprune/run/1"] = Field(default="numprune/run/1", alias="schema")
@@ -98,7 +99,7 @@ class Record(_Model):
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run as it is found: `state` is its outcome, "running", "interrupted", or "damaged" without a record to read."""
+    """A run with its state: its outcome, "running", "interrupted", or "damaged" if its record cannot be read."""
 
     run: str
     folder: Path
@@ -113,7 +114,7 @@ class RecordedRun:
 
 
 class Recording:
-    """The record of a run under way."""
+    """The record of an active run."""
 
     def __init__(self, workspace: Path, folder: Path, record: Record) -> None:
         self.folder = folder
@@ -130,7 +131,7 @@ class Recording:
         return self._record
 
     def add(self, result: "StageResult[Any]") -> None:
-        """Remember a stage."""
+        """Record a stage."""
         stage = StageRecord(
             name=result.name,
             folder=result.path.name,
@@ -143,7 +144,7 @@ class Recording:
         self._change(stages=(*self._record.stages, stage))
 
     def judged(self, outcome: str, report: Path, release: Path | None, version: str | None) -> None:
-        """Remember what the run came to; it is written when the run ends."""
+        """Record the outcome, which is written when the run ends."""
         places = {"report": report, **({"release": release} if release else {})}
         self._record = self._record.model_copy(
             update={
@@ -154,7 +155,7 @@ class Recording:
         )
 
     def end(self, outcome: Outcome | None = None, error: str | None = None) -> None:
-        """Write the record's last state. A disk that has no room for it does not undo what the run came to."""
+        """Write the final record. A full disk does not change the outcome of the run."""
         seconds = round(time.perf_counter() - self._clock, 3)
         changes: dict[str, Any] = {"ended": datetime.now(UTC), "seconds": seconds}
         if outcome is not None:
@@ -162,7 +163,7 @@ class Recording:
         try:
             self._change(**changes)
         except OSError as problem:
-            logger.error("the run's record could not be finished (%s); it will be shown as interrupted", problem)
+            logger.error("the run's record could not be completed (%s); it will be listed as interrupted", problem)
 
     def _change(self, **changes: Any) -> None:
         self._record = self._record.model_copy(update=changes)
@@ -171,7 +172,7 @@ class Recording:
 
 @contextmanager
 def recording(workspace: Path, recipe: "Recipe", source: Path) -> Iterator[Recording]:
-    """Record a run from here on: its lines know it and go to its log, and however the body ends, the record says so."""
+    """Record a run within the context: its lines go to its log, and the record states how the body ended."""
     with _started(workspace, recipe, source) as found, logs.within(run=found.run), logs.to_file(found.folder / LOG):
         try:
             yield found
@@ -185,34 +186,34 @@ def recording(workspace: Path, recipe: "Recipe", source: Path) -> Iterator[Recor
 
 
 def mark(run_folder: Path | None, used: Path) -> None:
-    """Say that a run uses a stage or a release: from now on `clean` leaves it. Call it with the lock of `used` held."""
+    """Mark a stage or release as used by a run, so that `clean` keeps it. Call it while holding the lock of `used`."""
     if run_folder is not None:
         (run_folder / _USES / used.parent.name / used.name).touch()
 
 
 def is_used(workspace: Path, folder: Path) -> bool:
-    """Whether any run that the workspace remembers uses a stage or a release."""
+    """Whether any recorded run uses a stage or release."""
     return any((path / _USES / folder.parent.name / folder.name).exists() for path in _folders(workspace))
 
 
 def uses(run: RecordedRun) -> set[tuple[str, str]]:
-    """("stages" or "releases", name) of everything that the run uses."""
+    """("stages" or "releases", name) for everything that the run uses."""
     found = (run.folder / _USES).glob("*/*")
     return {(path.parent.name, path.name) for path in found}
 
 
 def list_runs(workspace: Path) -> list[RecordedRun]:
-    """Every run that the workspace remembers, newest first."""
+    """All recorded runs, newest first."""
     return [run for folder in reversed(_folders(workspace)) if (run := _look(folder)) is not None]
 
 
 def find(workspace: Path, asked: str | None) -> RecordedRun:
-    """The run of an id, or of the beginning of one; the newest without. Raises InputError."""
+    """The run with this id or prefix; by default the newest. Raises InputError."""
     runs = list_runs(workspace)
     found = [run for run in runs if run.run.startswith(asked or "")]
     if not found:
         raise InputError(
-            f"run {asked!r}: not one of the {len(runs)} runs in {workspace}"
+            f"run {asked!r}: not found among the {counted(len(runs), 'run')} in {workspace}"
             if asked
             else f"{workspace}: no run was recorded here"
         )
@@ -224,7 +225,7 @@ def find(workspace: Path, asked: str | None) -> RecordedRun:
 
 
 def log_tail(run: RecordedRun, lines: int) -> list[str]:
-    """The last lines of a run's log, as they were written."""
+    """The last lines of a run's log."""
     try:
         handle = os.open(run.folder / LOG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -250,17 +251,17 @@ def read(folder: Path) -> Record:
     except ValidationError as error:
         raise IntegrityError(f"{path}: {problems(error)}") from None
     if record.run != folder.name:
-        raise IntegrityError(f"{path}: is of the run {record.run}")
+        raise IntegrityError(f"{path}: belongs to run {record.run}")
     return record
 
 
 @contextmanager
 def only_if_over(run: RecordedRun) -> Iterator[bool]:
-    """Hold the lock of a run whose process is gone; False, and nothing is held, while it lives."""
+    """Hold the lock of a run whose process has ended; False, without the lock, if it is alive."""
     lock = run.folder / _LOCK
     try:
         handle = locks.open_file(lock, create=False)
-    except FileNotFoundError:  # damaged, or removed just now
+    except FileNotFoundError:  # damaged, or just removed
         yield run.folder.is_dir()
         return
     try:
@@ -280,7 +281,7 @@ def only_if_over(run: RecordedRun) -> Iterator[bool]:
 
 @contextmanager
 def _started(workspace: Path, recipe: "Recipe", source: Path) -> Iterator[Recording]:
-    """A folder that is a run's from its first moment: locked, and with a record that says that it has begun."""
+    """Create a run's folder atomically: locked, with a record that it has started."""
     now = datetime.now(UTC)
     run = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     record = Record(
@@ -320,7 +321,7 @@ def _write(folder: Path, record: Record) -> None:
 
 
 def _plain(text: str) -> str:
-    """Without what is no text: names of files may hold any bytes."""
+    """Remove what is not text: file names may contain any bytes."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -332,7 +333,7 @@ def _folders(workspace: Path) -> list[Path]:
 
 
 def _start_of(run: str) -> datetime | None:
-    """When a run was started, as its id says; None for what is no id."""
+    """When a run started, from its id; None if it is not an id."""
     try:
         return datetime.strptime(run[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC) if _ID.fullmatch(run) else None
     except ValueError:
@@ -340,7 +341,7 @@ def _start_of(run: str) -> datetime | None:
 
 
 def _look(folder: Path) -> RecordedRun | None:
-    """None: it was removed just now. Whether it lives is asked first: an outcome written meanwhile is then seen."""
+    """Read a run; None if just removed. Liveness is checked first, so that an outcome written meanwhile is seen."""
     alive, started = _is_alive(folder), _start_of(folder.name)
     assert started is not None  # _folders
     try:

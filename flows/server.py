@@ -11,7 +11,7 @@ from numprune.errors import NumpruneError
 from numprune.serving import loopback
 
 _COMMAND = "prefect.server.api.server:create_app"
-_held: list[IO[bytes]] = []  # pipes that close when this process ends, however it ends
+_held: list[IO[bytes]] = []  # pipes that close when this process ends for any reason
 
 
 class ServerError(NumpruneError):
@@ -20,14 +20,14 @@ class ServerError(NumpruneError):
 
 def configured() -> str:
     """The address of the server that a variable, a profile or a file in the current folder names; empty without one."""
-    with loopback.direct():  # Prefect makes HTTP clients when it is imported
+    with loopback.direct():  # Prefect creates HTTP clients on import
         from prefect.settings import PREFECT_API_URL
 
         return PREFECT_API_URL.value() or ""
 
 
 def reaching(url: str) -> AbstractContextManager[None]:
-    """Let no proxy stand between this process and a server on this machine. Children start before: they keep theirs."""
+    """Bypass proxies for servers on this machine. Children start earlier and keep their proxies."""
     return loopback.direct() if loopback.is_local(url) else nullcontext()
 
 
@@ -44,7 +44,7 @@ def check(url: str) -> None:
         source, remedy = _configured_by()
         raise ServerError(
             f"the Prefect server at {url} ({source}) cannot be used: {said}; start it or correct its address, or "
-            f"{remedy} to do without"
+            f"{remedy} to run without it"
         ) from error
 
 
@@ -76,7 +76,7 @@ def _end_with_us(server: int) -> None:
 
 
 def _configured_by() -> tuple[str, str]:
-    """Where Prefect has its server's address from, and what to do against it."""
+    """The source of Prefect's server address, and how to remove it."""
     from prefect.context import get_settings_context
     from prefect.settings import PREFECT_API_URL
 

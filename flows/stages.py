@@ -1,8 +1,8 @@
-"""A stage: a function of folders and plain values to one new folder, run once for each different input.
+"""A stage: a function of folders and plain values to one new folder, run once for each distinct input.
 
-The folder's name holds the digest of everything that decides its content: the inputs' digests, the options, our own
-code and the packages that do the work. It is written beside its place and renamed into it, so a folder that exists is
-complete: that is the cache and the crash recovery at once.
+The folder's name contains the digest of everything that affects its content: the inputs' digests, the options,
+numprune's code and the packages that do the work. It is written to a temporary name and then renamed, so an existing
+folder is complete: that is both the cache and the crash recovery.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-RESULT = "result.json"  # in a stage's folder: what its body returned
+RESULT = "result.json"  # the body's result, in the stage's folder
 _ROOT = Path(numprune.__file__).parent
 _LINKED = ("export", "serving", "flows")  # in _ROOT, beside the core
 Layer = Literal["numprune", "export", "serving", "studies"]
-# Where each layer's code is, beside the core's; a layer's stages use the layers before it, too. `flows/steps` holds the
+# The code of each layer besides the core; a layer's stages also use the layers before it. `flows/steps` holds the
 # bodies of the stages. Studies are a layer of their own, so that an edit there leaves production stages valid.
 _FOLDERS: dict[Layer, tuple[str, ...]] = {
     "numprune": ("flows/steps",),
@@ -47,7 +47,7 @@ _FOLDERS: dict[Layer, tuple[str, ...]] = {
     "serving": ("serving",),
     "studies": ("flows/studies",),
 }
-# What does the work beside our own code: another version of one of them makes another stage.
+# Packages that do the work: another version of one of them gives another stage.
 _PACKAGES = (
     "torch",
     "transformers",
@@ -66,7 +66,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder that a stage reads, and the digest of its content, which stands for it in the stage's key."""
+    """A folder that a stage reads; its content digest represents it in the stage's key."""
 
     path: Path
     digest: str
@@ -74,7 +74,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Text:
-    """A recipe's text: its files or "embedded", and the digest of its content, which stands for it in a stage's key."""
+    """A recipe's text: its files or "embedded"; its content digest represents it in a stage's key."""
 
     source: str | list[str]
     digest: str
@@ -82,14 +82,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Stage(Generic[R]):
-    """What is asked for: see `of`.
+    """A requested stage: see `of`.
 
     Attributes:
         name: of the folder, before the digest.
-        layer: the highest package whose code `body` calls; a change in it or below makes another stage.
-        arguments: of the body. They and the code decide the content, and nothing else may.
-        label: what it is called in logs and tables.
-        uses_gpu: where the run has a GPU; of such stages one at a time is made.
+        layer: the highest package whose code `body` calls; a change in it or below gives another stage.
+        arguments: of the body. They and the code determine the content, and nothing else may.
+        label: its name in logs and tables.
+        uses_gpu: whether it uses the run's GPU; such stages run one at a time.
     """
 
     name: str
@@ -103,11 +103,11 @@ class Stage(Generic[R]):
     def of(
         name: str, layer: Layer, body: Callable[Concatenate[Path, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> "Stage[R]":
-        """Return the stage that `body` makes of these arguments.
+        """Return the stage that calls `body` with these arguments.
 
         Args:
-            body: writes into the empty folder that it is given, and returns what it found: a dataclass, a pydantic
-                model or plain JSON.
+            body: writes to the empty folder that it is given, and returns its result: a dataclass, a pydantic model or
+                plain JSON.
             args, kwargs: artifacts, texts, sections of a recipe, plain values.
         """
         _, *arguments = inspect.signature(body).bind(Path(), *args, **kwargs).arguments.items()
@@ -126,13 +126,12 @@ class StageResult(Generic[R]):
 
     Attributes:
         name: its label.
-        path: its folder, written or verified just now.
-        digest: of its manifest; a later stage that reads it names this as its input.
-        facts: what its body returned.
-        reused: it was there already.
-        seconds: that the call took, waiting for another run included.
-        peak_memory_bytes: highest resident size of the process that ran it, or of one that this started: a
-            benchmark's workers.
+        path: its folder, just written or verified.
+        digest: of its manifest; later stages that read it use this as their input's digest.
+        facts: the body's result.
+        reused: whether it already existed.
+        seconds: duration of the call, including waiting for another run.
+        peak_memory_bytes: peak resident size of its process or of a child, such as a benchmark worker.
         bytes: of its files.
     """
 
@@ -151,18 +150,18 @@ class StageResult(Generic[R]):
 
 
 def workspace_folder(asked: str | None) -> Path:
-    """The folder of stages, releases and registry: the one asked for, $NUMPRUNE_WORKSPACE, or `numprune-workspace`."""
+    """The folder of stages, releases and registry: the requested one, $NUMPRUNE_WORKSPACE, or `numprune-workspace`."""
     return Path(asked or os.environ.get("NUMPRUNE_WORKSPACE") or "numprune-workspace").expanduser().absolute()
 
 
 def run_stage(workspace: Path, stage: Stage[R], used_by: Path | None = None) -> StageResult[R]:
-    """Return the stage, made by its body unless it is there.
+    """Return the stage, computed by its body if missing.
 
-    Of several processes that ask for the same stage one makes it and the others wait for it. A folder that is not what
-    its manifest says is removed, with a warning, and made again: it can be, from the inputs, and is never used.
+    If several processes request the same stage, one computes it and the others wait. A folder that contradicts its
+    manifest is never used: it is removed with a warning and recomputed from the inputs.
 
     Args:
-        used_by: the folder of the run that asks (see runs.py), for whose sake `numprune runs clean` leaves it.
+        used_by: the folder of the requesting run (see runs.py), for which `numprune runs clean` keeps the stage.
     """
     started = time.perf_counter()
     key, inputs = _key(stage)
@@ -191,12 +190,12 @@ def find(workspace: Path, stage: Stage[R]) -> StageResult[R] | None:
 
 
 def place_of(workspace: Path, stage: Stage[R]) -> Artifact:
-    """Return where the stage is or will be, and the digest of all that decides its content: it need not be made."""
+    """Return the stage's folder, whether or not it exists, and the digest of everything that affects its content."""
     return _place(workspace, stage, _key(stage)[0])
 
 
 def read_facts(folder: Path, kind: type[R]) -> R:
-    """Read what the body of the stage in `folder` returned, which is of this kind."""
+    """Read the body's result, of this kind, from the stage in `folder`."""
     return TypeAdapter(kind).validate_json((folder / RESULT).read_bytes())
 
 
@@ -217,14 +216,14 @@ def _place(workspace: Path, stage: Stage[R], key: Mapping[str, Any]) -> Artifact
 
 
 def _key(stage: Stage[R]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return all that decides a stage's content, and the digests of its inputs by their names."""
+    """Return everything that affects a stage's content, and the digests of its inputs by name."""
     inputs: dict[str, str] = {}
     arguments = {name: _plain(name, value, inputs) for name, value in stage.arguments.items()}
     return {"name": stage.name, "arguments": arguments, "code": {**code_version(stage.layer)}}, inputs
 
 
 def _plain(name: str, value: object, inputs: dict[str, str]) -> Any:
-    """Return what stands for an argument in a key; digests are noted in `inputs`."""
+    """Return the representation of an argument in a key; digests are recorded in `inputs`."""
     if isinstance(value, Artifact | Text):
         inputs[name] = value.digest
         return value.digest
@@ -239,11 +238,11 @@ def _plain(name: str, value: object, inputs: dict[str, str]) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     kind = type(value).__name__
-    raise TypeError(f"{name}: a stage cannot be known by a {kind}; give an Artifact, a Text or plain values")
+    raise TypeError(f"{name}: a {kind} cannot be part of a stage's key; give an Artifact, a Text or plain values")
 
 
 def discard(result: StageResult[Any]) -> None:
-    """Forget a stage: the next run makes it again. What another run has made there meanwhile stays."""
+    """Discard a stage, so that the next run recomputes it; one that another run has recomputed meanwhile is kept."""
     with exclusive(result.path):
         if result.path.exists() and manifest.read(result.path).digest == result.digest:
             shutil.rmtree(result.path)
@@ -255,21 +254,21 @@ def kept_beside(content: Path) -> Path:
 
 
 def sweep(workspace: Path) -> None:
-    """Remove what killed runs left half made."""
+    """Remove unfinished folders of killed runs."""
     for folder in ("stages", "releases", runs.FOLDER):
         for path in manifest.sweep(workspace / folder):
-            logger.info("%s: half made by a run that was killed; removed", path)
+            logger.info("%s: left unfinished by a killed run; removed", path)
 
 
 def peak_memory_bytes() -> int:
-    """The highest resident size so far of this process, or of one that it started and that has ended."""
+    """The peak resident size of this process or of any ended child."""
     unit = 1 if sys.platform == "darwin" else 1024
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
 
 
 @cache
 def code_version(layer: Layer) -> dict[str, str]:
-    """What a stage of `layer` is made with: a digest of our source files up to that layer, and versions."""
+    """The code version of a stage of `layer`: a digest of our source files up to that layer, and package versions."""
     digest = hashlib.sha256()
     for path in sources(layer):
         digest.update(path.as_posix().encode() + b"\0" + hashlib.sha256((_ROOT / path).read_bytes()).digest())
@@ -278,12 +277,12 @@ def code_version(layer: Layer) -> dict[str, str]:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # an extra that is not installed
+            continue  # a missing extra
     return versions
 
 
 def sources(layer: Layer) -> list[Path]:
-    """Our source files up to `layer`, and the bodies of the stages; relative to the package."""
+    """numprune's source files up to `layer`, and the stages' bodies, relative to the package."""
     layers = list(_FOLDERS)
     folders = [folder for name in layers[: layers.index(layer) + 1] for folder in _FOLDERS[name]]
     files = [path for path in _ROOT.rglob("*.py") if path.relative_to(_ROOT).parts[0] not in _LINKED]
@@ -292,23 +291,23 @@ def sources(layer: Layer) -> list[Path]:
 
 
 def is_whole(folder: Path, key: str) -> bool:
-    """Whether the folder is what its manifest says, and is the stage of `key`; it is removed when not."""
+    """Whether the folder matches its manifest and `key`; it is removed if not."""
     try:
         if manifest.verify(folder).facts.get("key") == key:
             return True
-        reason = "it was made from something else"
+        reason = "it was computed from other inputs"
     except IntegrityError as error:
         reason = str(error)
-    logger.warning("stage %s is damaged (%s): removed, and made again", folder.name, reason)
+    logger.warning("stage %s is damaged (%s): removed, will be recomputed", folder.name, reason)
     shutil.rmtree(folder)
     return False
 
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a stage; the kernel lets it go when the process ends, however it ends.
+    """Hold the lock of a stage, which the kernel releases when the process ends for any reason.
 
-    Raises locks.Held when another process holds it and there shall be no waiting.
+    Raises locks.Held if another process holds it and waiting is off.
     """
     path = folder.parent / ".locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -319,7 +318,7 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
         except locks.Held:
             if not wait:
                 raise
-            logger.info("%s: another run is making it; waiting", folder.name)
+            logger.info("%s: another run is computing it; waiting", folder.name)
             locks.acquire(handle, path)
         yield
     finally:

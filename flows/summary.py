@@ -1,10 +1,11 @@
-"""What a run came to, for a terminal, for Prefect's page and as JSON."""
+"""The result of a run, for a terminal, for Prefect's UI and as JSON."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numprune.counted import counted
 from numprune.flows.amounts import size
 from numprune.flows.stages import StageResult
 from numprune.serving import gates
@@ -24,12 +25,12 @@ def summarize(
     version: str | None,
     location: Sequence[str],
 ) -> dict[str, Any]:
-    """Plain JSON: verdict, sizes, quality, speed, where everything is, what took how long.
+    """Plain JSON: verdict, sizes, quality, speed, paths and times.
 
     Args:
-        run: its id (see runs.py); `run_id` is that of the report, which an earlier run may have made.
+        run: its id (see runs.py); `run_id` is that that of the report, which an earlier run may have produced.
         judged: the folder with report.json, report.html and junit.xml.
-        release, version: None when nothing was published.
+        release, version: None if nothing was published.
         location: the options with which a command finds the registry.
     """
     verdict = reports.read(judged / "report.json")
@@ -67,21 +68,21 @@ def summarize(
 
 
 def refusal(found: Summary) -> str:
-    """Why nothing was published: the gates that did not pass, or what is wrong with the machine."""
+    """Why nothing was published: the gates that did not pass, or the problems of the machine."""
     stopped = [gate for gate in found["gates"] if gate["outcome"] != "pass"]
     whys = [*found["reasons"], *(f"{gate['metric']} {gate['outcome']}: {gate['reason']}" for gate in stopped)]
     return f"{found['outcome']}, nothing was published: {'; '.join([*whys, *_next_run(found)])}"
 
 
 def _next_run(found: Summary) -> Iterator[str]:
-    """What the same command would measure, where the verdict is open."""
+    """What the same command would measure next, if the verdict is inconclusive."""
     if found["outcome"] == "invalid environment":
-        yield "this measurement does not count: run the same command again"
+        yield "this measurement does not count; run the same command again"
     elif found["next_look"]:
         again = ", ".join(found["next_look"])
-        yield f"run the same command again to add repeats of {again} ({gates.LOOKS} looks at most)"
+        yield f"run the same command again to add repeats of {again} (at most {gates.LOOKS} looks)"
     elif found["outcome"] == "inconclusive":
-        yield "the same command measures nothing more; see the reasons, or raise benchmark.repeats for a new benchmark"
+        yield "the same command would measure nothing more; see the reasons, or raise benchmark.repeats to start over"
 
 
 def text(found: Summary) -> str:
@@ -100,7 +101,7 @@ def text(found: Summary) -> str:
 
 
 def markdown(found: Summary) -> str:
-    """The same as tables."""
+    """The same in tables."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _lines(found))
     stages = "\n".join(
         f"| {stage['name']} | {stage['seconds']:.1f} | {'reused' if stage['reused'] else ''} |"
@@ -116,7 +117,7 @@ def markdown(found: Summary) -> str:
 
 
 def gate_lines(gates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each gate: outcome, metric, value, interval, limit, reason."""
+    """One line per gate: outcome, metric, value, interval, limit, reason."""
     for gate in map(GateResult.model_validate, gates):
         limit = f">= {gate.min:g}" if gate.max is None else f"<= {gate.max:g}"
         value = "not measured" if gate.value is None else f"{gate.value:.4g}"
@@ -149,7 +150,7 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
             yield (
                 "outputs",
                 f"empty {before['empty']} → {after['empty']}, repeating {before['repeating']} → {after['repeating']}, "
-                f"degraded {outputs['degraded']}, of {outputs['prompts']} prompts",
+                f"degraded {outputs['degraded']}, of {counted(outputs['prompts'], 'prompt')}",
             )
     for runtime, measured in found["speed"].items():
         parts = [_ratio(label, ratio) for label, ratio in measured.items()]
@@ -181,7 +182,7 @@ def _figure(value: float | None, is_share: bool) -> str:
 
 
 def _ratios(speed: RuntimeSpeed) -> dict[str, Any]:
-    """The ratios by name, and what each says in a word."""
+    """The ratios by name, each with its reading."""
     shown = {
         "decode_tokens_per_s": "decode tokens/s",
         "prefill_tokens_per_s": "prefill tokens/s",
@@ -202,7 +203,7 @@ def _ratios(speed: RuntimeSpeed) -> dict[str, Any]:
 
 
 def _costs(report: Report) -> dict[str, Any]:
-    """By runtime; of an encoder, at its first shape."""
+    """Costs by runtime; for an encoder, at its first shape."""
     costs = {name: ratios.cost(report, speed, next(iter(speed.shapes), "")) for name, speed in report.speed.items()}
     return {name: cost._asdict() for name, cost in costs.items() if cost is not None}
 
@@ -212,7 +213,7 @@ def _stage_lines(found: Summary) -> Iterator[str]:
         note = "reused" if stage["reused"] else f"peak {size(stage['peak_memory_bytes'])}"
         yield f"  {stage['name']:<26} {stage['seconds']:7.1f} s  {note}"
     total = found.get("seconds", sum(stage["seconds"] for stage in found["stages"]))
-    yield f"  {'in all':<26} {total:7.1f} s"
+    yield f"  {'total':<26} {total:7.1f} s"
 
 
 def _ratio(label: str, ratio: Mapping[str, Any]) -> str:
@@ -231,7 +232,7 @@ def _amount(value: float) -> str:
 
 
 def of_report(report: Report) -> Iterator[str]:
-    """The lines of a report on its own."""
+    """The lines of a standalone report."""
     data = report.to_json()
     speed = {runtime: _ratios(section) for runtime, section in report.speed.items()}
     for reason in report.environment.reasons:

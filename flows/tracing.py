@@ -1,8 +1,8 @@
-"""OpenTelemetry spans of a run and its stages, sent when OTEL_EXPORTER_OTLP_ENDPOINT (or …_TRACES_ENDPOINT) is set.
+"""OpenTelemetry spans of runs and stages, sent if OTEL_EXPORTER_OTLP_ENDPOINT (or …_TRACES_ENDPOINT) is set.
 
-Watching must not change what is watched: those variables are often set for a whole cluster, so where the packages are
-missing, the protocol is another one or nobody listens, a warning says so and the run goes on. Our provider is our own:
-Prefect's and MLflow's spans are for whoever configures theirs.
+Tracing must not affect a run. Those variables are often set for a whole cluster, so if packages are missing, the
+protocol is unsupported or nothing listens, a warning is logged and the run continues. The tracer provider is private:
+Prefect's and MLflow's spans are configured separately.
 """
 
 import logging
@@ -27,27 +27,27 @@ logger = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_CLOSING_S = 3.0  # that the end of a run waits for the last spans to be taken
-_PREFIX = "numprune."  # of our attributes
+_CLOSING_S = 3.0  # limit on waiting for the last spans at the end of a run
+_PREFIX = "numprune."  # prefix of our attributes
 
 _tracer: ContextVar["Tracer | None"] = ContextVar("numprune_tracer", default=None)
 
 
 class Watched:
-    """A span, or nothing where spans are not sent."""
+    """A span, or a no-op if spans are not sent."""
 
     def __init__(self, span: "Span | None") -> None:
         self._span = span
 
     def set(self, **attributes: str | bool | int | float | None) -> None:
-        """Add attributes; None is none."""
+        """Add attributes, ignoring None."""
         if self._span is not None:
             self._span.set_attributes(
                 {_PREFIX + name: value for name, value in attributes.items() if value is not None}
             )
 
     def found(self, result: "StageResult[Any]") -> None:
-        """What became of a stage."""
+        """Record the result of a stage."""
         self.set(
             folder=result.path.name,
             digest=result.digest,
@@ -61,7 +61,7 @@ class Watched:
 
 @contextmanager
 def run(name: str, /, **attributes: str) -> Iterator[Watched]:
-    """A span for a run, the root of its stages' spans; at its end all of them are sent, or given up after a while."""
+    """A span for a run, the root of its stages' spans; at its end all spans are sent, or dropped after a timeout."""
     made = _provider()
     if made is None:
         yield Watched(None)
@@ -78,7 +78,7 @@ def run(name: str, /, **attributes: str) -> Iterator[Watched]:
 
 @contextmanager
 def stage(name: str) -> Iterator[Watched]:
-    """A span for a stage, of the run in whose context it is."""
+    """A span for a stage within the current run's context."""
     with _span(name, {"stage": name, "run": logs.place().run or ""}) as watched:
         yield watched
 
@@ -89,7 +89,7 @@ def _span(name: str, attributes: Mapping[str, str]) -> Iterator[Watched]:
     if tracer is None:
         yield Watched(None)
         return
-    with tracer.start_as_current_span(name) as span:  # an exception is recorded, and makes the span's status an error
+    with tracer.start_as_current_span(name) as span:  # an exception is recorded and sets the span's status to error
         watched = Watched(span)
         watched.set(**attributes)
         yield watched
@@ -101,13 +101,15 @@ def _provider() -> "tuple[TracerProvider, _Delivery] | None":
         return None
     protocol = next(filter(None, map(os.environ.get, _PROTOCOLS)), "http/protobuf")
     if protocol != "http/protobuf":
-        logger.warning("no spans are sent: OTEL_EXPORTER_OTLP_PROTOCOL is %r, and we speak http/protobuf", protocol)
+        logger.warning(
+            "no spans are sent: OTEL_EXPORTER_OTLP_PROTOCOL is %r, but only http/protobuf is supported", protocol
+        )
         return None
     try:
         return _make_provider(endpoint)
     except ImportError as error:
         logger.warning("no spans are sent, though an endpoint is set: %s; pip install 'numprune[otel]'", error)
-    except Exception as error:  # whatever a malformed variable makes the SDK raise
+    except Exception as error:  # whatever the SDK raises for a malformed variable
         logger.warning("no spans are sent: OpenTelemetry cannot be set up: %s", error)
     return None
 
@@ -119,7 +121,7 @@ def _make_provider(endpoint: str) -> "tuple[TracerProvider, _Delivery]":
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)  # it tells of every attempt: we, once
+    logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)  # it logs every attempt; we log once
     named = os.environ.get("OTEL_SERVICE_NAME")
     provider = TracerProvider(
         resource=Resource.create({} if named else {"service.name": "numprune"}), shutdown_on_exit=False
@@ -132,7 +134,7 @@ def _make_provider(endpoint: str) -> "tuple[TracerProvider, _Delivery]":
 
 
 class _Delivery:
-    """The exporter, and how many spans it could not deliver."""
+    """The exporter, and the number of undelivered spans."""
 
     def __init__(self, exporter: "SpanExporter") -> None:
         self._exporter = exporter
@@ -151,11 +153,11 @@ class _Delivery:
 
 
 def _close(provider: "TracerProvider", delivery: _Delivery) -> None:
-    """Send what is left. Shutting down waits for an exporter that tries again and again, so it is done beside us."""
+    """Send the remaining spans. Shutting down waits for the exporter's retries, so it runs in the background."""
     closing = threading.Thread(target=provider.shutdown, name="numprune-spans", daemon=True)
     closing.start()
     closing.join(_CLOSING_S)
     if closing.is_alive():
-        logger.warning("the last spans could not be delivered within %g s, and are given up", _CLOSING_S)
+        logger.warning("the last spans could not be delivered within %g s and were dropped", _CLOSING_S)
     elif delivery.lost:
         logger.warning("%d spans could not be delivered", delivery.lost)

@@ -40,8 +40,9 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
     reachable = 1 - budget_of(anatomy.keeping(least)).prunable_parameters / budget_of(anatomy).prunable_parameters
     if ratio > reachable:
         raise InputError(
-            f"ratio is {ratio}, but with the least that every block must keep (at least one unit, aligned and split as "
-            f"the target asks, and all that axes, keep and floors protect) at most {reachable:.3f} of the prunable "
+            f"ratio is {ratio}, but with the minimum that every block must keep (at least one unit, aligned and split "
+            f"for the target, and everything that axes, keep and floors protect) at most {reachable:.3f} of the "
+            "prunable "
             "parameters can be removed"
         )
 

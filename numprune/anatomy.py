@@ -81,7 +81,7 @@ def task_name(config: PreTrainedConfig) -> TaskName:
     supported = ", ".join(f"{task} (…{ending})" for ending, task in known if ending != "LMHeadModel")
     raise InputError(
         f"architectures={config.architectures}: {family.name} is supported for {supported}; "
-        "load the model as such a class with transformers and save it"
+        "load the model with such a class in transformers and save it"
     )
 
 
@@ -144,7 +144,7 @@ def _dtype(named: object) -> torch.dtype | None:
     found = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
     if isinstance(found, torch.dtype):
         return found
-    raise InputError(f"dtype={str(named)[:80]}; it must be the name of a data type of torch")
+    raise InputError(f"dtype={str(named)[:80]}; it must be the name of a torch data type")
 
 
 def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
@@ -196,7 +196,7 @@ def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int,
     heads = getattr(sizes, family.heads)
     kv_heads = (getattr(sizes, family.kv_heads) if family.kv_heads else None) or heads
     if heads % kv_heads:
-        raise InputError(f"{where}{family.heads}={heads} is no multiple of {family.kv_heads}={kv_heads}")
+        raise InputError(f"{where}{family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}")
     head_dim = getattr(sizes, "head_dim", None) or hidden // heads
     width = getattr(sizes, family.width)
     if width is None and family.default_width is not None:
@@ -343,4 +343,4 @@ def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = F
         if value is None and optional:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise InputError(f"{where}{name}={str(value)[:80]}; it must be a whole number above zero")
+            raise InputError(f"{where}{name}={str(value)[:80]}; it must be a positive integer")

@@ -21,7 +21,7 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow import ipc, parquet
     except ImportError:
-        raise InputError(f'{path}: reading it needs the package pyarrow: pip install "numprune[parquet]"') from None
+        raise InputError(f'{path}: needs the package pyarrow: pip install "numprune[parquet]"') from None
     try:
         if path.is_dir():
             tables = [ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files_of(path)]
@@ -35,7 +35,7 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         wanted = [name for name in table.column_names if name in fields]
         if not {"text", "messages"}.intersection(wanted):
             raise InputError(
-                f'{path}: no column is called "text" or "messages"; its columns are '
+                f'{path}: no column named "text" or "messages"; its columns are '
                 f"{', '.join(map(repr, table.column_names[:8]))}"
             )
         for batch in table.select(wanted).to_batches():
@@ -50,12 +50,12 @@ def files_of(folder: Path) -> list[Path]:
     """
     if (folder / _SPLITS).is_file():
         splits = sorted(path.parent.name for path in folder.glob(f"*/{STATE}"))
-        raise InputError(f"{folder}: holds the splits {', '.join(splits)}; give the folder of one of them")
+        raise InputError(f"{folder}: contains the splits {', '.join(splits)}; give the folder of one of them")
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]
         if not names or any(Path(name).name != name for name in names):
-            raise ValueError("no names of files in it")
+            raise ValueError("it names no files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{folder}: is a folder, but not one that `Dataset.save_to_disk` wrote; give the text files in it"

@@ -57,7 +57,7 @@ class Limits:
             if kind not in anatomy.kinds:
                 raise InputError(f"floors: {kind!r} is unknown; the model's blocks are {' and '.join(anatomy.kinds)}")
             if not 0 <= share <= 1:
-                raise InputError(f"floors: {kind} is {share}; it must be a share from 0 to 1")
+                raise InputError(f"floors: {kind} is {share}; it must be between 0 and 1")
         self.protected(anatomy)
 
     def protected(self, anatomy: Anatomy) -> frozenset[str]:

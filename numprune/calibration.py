@@ -30,7 +30,7 @@ def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
     """
     length, limit = rows.shape[1], anatomy.context
     if length > limit:
-        raise InputError(f"sequence length {length} is over the model's {limit}; give rows of {limit} tokens or less")
+        raise InputError(f"sequence length {length} exceeds the model's {limit}; use rows of at most {limit} tokens")
     if int(rows.max()) >= anatomy.vocabulary:
         raise InputError(
             f"token {int(rows.max())} is outside the model's vocabulary of {anatomy.vocabulary}: "

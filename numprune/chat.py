@@ -25,7 +25,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase, *, answer: bool = False) -> Ren
     def render(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
         if not tokenizer.chat_template:
             raise InputError(
-                'the model has no chat template to render messages by; add its chat_template.jinja, or give "text"'
+                'the model has no chat template for rendering messages; add its chat_template.jinja, or give "text"'
             )
         try:
             text = tokenizer.apply_chat_template(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from numprune.counted import counted
 from numprune.documents import Document
 from numprune.errors import InputError
 
@@ -162,11 +163,11 @@ def token_rows(
     around = len(frame.prefix) + len(frame.suffix)
     room = length - around
     if length < 2 or room < 1:
-        raise InputError(f"sequence length is {length}; at least {max(2, around + 1)} tokens are needed, to score one")
+        raise InputError(f"sequence length is {length}; at least {max(2, around + 1)} tokens are needed to score one")
     if not documents:
         raise InputError("no text: give at least one text file")
     if pack is True and frame.separator is None:
-        raise InputError(f"pack: the tokenizer has no {missing} token to join documents by; leave it out")
+        raise InputError(f"pack: the tokenizer has no {missing} token to join documents with; omit it")
     # verbose=False: a document is meant to be longer than the model's context here.
     encoded = tokenizer([document.text for document in documents], add_special_tokens=False, verbose=False)["input_ids"]
     names = [document.name for document in documents]
@@ -256,8 +257,8 @@ def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor
     if len(full) < samples:
         packing = "" if rows.packed or len(rows.names) < 2 else "packed documents, "
         raise InputError(
-            f"the calibration text gives {len(full)} windows of {length} tokens, but {samples} samples were asked for; "
-            f"give more text, {packing}fewer samples or a shorter sequence length"
+            f"the calibration text gives {counted(len(full), f'window of {length} tokens')}, but {samples} samples "
+            f"were requested; give more text, {packing}fewer samples or a shorter sequence length"
         )
     order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))[:samples]
     return torch.stack([full[index] for index in order.tolist()])

@@ -66,7 +66,7 @@ def ratio_left(anatomy: Anatomy, ratio: float, dropped: Collection[int]) -> floa
     whole, gone = sum(parameters), sum(parameters[layer] for layer in dropped)
     if gone > (ratio + _ROUNDING) * whole:
         raise InputError(
-            f"drop_layers is {len(dropped)}: that many layers hold {gone / whole:.4f} of the prunable parameters, "
+            f"drop_layers is {len(dropped)}: these layers have {gone / whole:.4f} of the prunable parameters, "
             f"which exceeds the ratio {ratio}; drop fewer, or choose a ratio of at least {gone / whole + 5e-5:.4f}"
         )
     return max(0.0, (ratio * whole - gone) / (whole - gone)) if dropped else ratio
@@ -82,15 +82,14 @@ def smallest_layers(anatomy: Anatomy, count: int, protected: Collection[int] = (
         InputError: no layer would be left, fewer than `count` may go, or layers cannot be renumbered.
     """
     if not 0 <= count < anatomy.layers:
-        raise InputError(f"drop_layers is {count}; the model has {anatomy.layers} layers, and one must stay")
+        raise InputError(f"drop_layers is {count}; the model has {anatomy.layers} layers, and at least one must stay")
     if count and anatomy.numbering_field:
         raise InputError(
-            f"drop_layers: with {anatomy.numbering_field} each layer computes with its own number, so none can be "
-            "dropped"
+            f"drop_layers: with {anatomy.numbering_field} each layer uses its index, so none can be dropped"
         )
     free = layers_left(anatomy.layers, protected)
     if count > len(free):
-        raise InputError(f"drop_layers is {count}; keep protects blocks of all layers but {len(free)}")
+        raise InputError(f"drop_layers is {count}; keep protects blocks of all layers except {len(free)}")
     return sorted(free, key=_by_layer(anatomy).__getitem__)[:count]
 
 

@@ -47,7 +47,7 @@ _FOREIGN = (
         (b"%PDF-", b"{\\rtf"),
         "extract its text first",
     ),
-    _Foreign("Parquet", (), (b"PAR1",), "give it the suffix .parquet"),
+    _Foreign("Parquet", (), (b"PAR1",), "rename it to .parquet"),
     _Foreign(
         "an Arrow file",
         (".arrow", ".feather"),
@@ -114,13 +114,13 @@ def read_documents(
             else:
                 found = [_document(file, where, record, render) for where, record in _records(file)]
             if not found:
-                raise InputError(f"text file {str(file)!r} holds no documents")
+                raise InputError(f"text file {str(file)!r} contains no documents")
         except InputError as error:
             problems.append(str(error))
         else:
             documents += found
     if between and whole and not separated and not problems:
-        problems.append(f"split {split!r} separates nothing in {whole[0]}; correct it, or leave it out")
+        problems.append(f"split {split!r} separates nothing in {whole[0]}; correct it, or omit it")
     if problems:
         raise InputError("; ".join(problems))
     return documents
@@ -158,7 +158,7 @@ def _split(file: Path, between: re.Pattern[str] | None) -> Iterator[Document]:
     """The documents of a plain text, each named after the line that it begins on; blank ones are dropped."""
     text = _text(file)
     if _is_json(text):
-        raise InputError(f"text file {str(file)!r} holds JSON; give it the suffix .jsonl (a record per line) or .json")
+        raise InputError(f"text file {str(file)!r} contains JSON; rename it to .jsonl (a record per line) or .json")
     if between is None:
         yield Document(file.name, text)
         return
@@ -204,7 +204,7 @@ def _text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{shown} cannot be read as UTF-8 text: {error}") from None
     if "\0" in text:
-        raise InputError(f"{shown} holds NUL bytes, so it is no text; give plain text, .jsonl, .json or .parquet")
+        raise InputError(f"{shown} contains NUL bytes, so it is not text; give plain text, .jsonl, .json or .parquet")
     if not text.strip():
         raise InputError(f"{shown} is empty")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -253,14 +253,14 @@ def _document(file: Path, where: str, record: Any, render: Render | None) -> Doc
     if not isinstance(name, str):
         raise InputError(f'{named}: its field "name" must be a string')
     if not (_is_unicode(value) and _is_unicode(name)):
-        raise InputError(f"{named} has half of a surrogate pair, which is no text")
+        raise InputError(f"{named} contains a lone surrogate, which is not valid text")
     return Document(name, value, record.get("label"))
 
 
 def _instead(record: dict[str, Any]) -> str:
     """What a record without text has."""
     if record.get("messages") is not None:
-        return "; it has messages: --chat, or data.chat = true, renders them by the model's chat template"
+        return "; it has messages: --chat, or data.chat = true, renders them with the model's chat template"
     names = ", ".join(map(repr, [*record][:8]))
     return f"; its fields are {names[:200]}" if names else ""
 

@@ -77,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> lis
         try:
             text = renderer(tokenizer, answer=True)([{"role": "user", "content": prompt}], None)
         except InputError as error:
-            raise InputError(f"prompt {shown!r}: {error}; mend the template, or give no prompts") from None
+            raise InputError(f"prompt {shown!r}: {error}; fix the template, or give no prompts") from None
         tokens = tokenizer.encode(text, add_special_tokens=False)
     if not 0 < len(tokens) < context:
         raise InputError(

@@ -23,7 +23,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         ValueError: the matrix is not finite, or not positive even with 1e-4 of its mean diagonal added.
     """
     if not torch.isfinite(matrix).all():
-        raise ValueError("matrix holds values that are not finite")
+        raise ValueError("matrix has values that are not finite")
     factor, info = torch.linalg.cholesky_ex(matrix)
     jitter = 1e-14
     while info.any() and jitter <= 1e-4:

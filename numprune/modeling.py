@@ -67,13 +67,13 @@ class _PerLayerConfig:
             kv_heads = getattr(layer, family.kv_heads) if family.kv_heads else heads
             if heads % kv_heads:
                 raise ValueError(
-                    f"layer {index}: {family.heads}={heads} is no multiple of {family.kv_heads}={kv_heads}"
+                    f"layer {index}: {family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}"
                 )
         if attending == 0:
             raise ValueError("every layer skips its attention; at least one must have it")
         if attending < self.num_hidden_layers and len(set(getattr(self, "layer_types", None) or ())) > 1:
             # The KV cache takes each layer's kind from `layer_types`, by its place among those that attend.
-            raise ValueError("layers skip their attention, while layer_types differ; that is not supported")
+            raise ValueError("layers that skip attention are not supported with different layer_types")
 
 
 class _PerLayerModel:

@@ -114,7 +114,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
     if options.skips and options.allocation == "uniform":
         raise InputError(
-            "skips: uniform allocation gives every layer the same size, so no block can go; use error or global"
+            "skips: uniform allocation gives every layer the same size, so no block can be removed; use error or global"
         )
     if options.skips and anatomy.attention_differs:
         raise InputError(
@@ -122,14 +122,14 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         )
     if options.skips and any(block.post_norms for block in anatomy.blocks):
         raise InputError(
-            f"skips: in {anatomy.family} a norm follows each block and would go with it, so what a block is worth does "
-            "not follow from its output"
+            f"skips: in {anatomy.family} a norm follows each block and would be removed with it, so a block's output "
+            "does not determine its value"
         )
     if options.skips and options.compensation == "bias":
-        raise InputError("skips: a block that is gone has no bias to compensate with; use another compensation")
+        raise InputError("skips: a removed block has no bias for compensation; use another compensation")
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
         raise InputError(
-            f"compensation bias: the projections of {anatomy.family} cannot hold a bias; use another compensation"
+            f"compensation bias: the projections of {anatomy.family} cannot have a bias; use another compensation"
         )
     if options.budget is not None:
         _check_budget(anatomy, options, options.budget)
@@ -137,7 +137,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     members = [name for name in options.axes if AXES[name].part == "members" and AXES[name].kind in anatomy.kinds]
     if members and options.allocation == "global":
         raise InputError(
-            f"axes: allocation global sorts whole units; leave out {', '.join(members)}, or use allocation error"
+            f"axes: allocation global sorts whole units; omit {', '.join(members)}, or use allocation error"
         )
     if options.allocation == "uniform":
         _check_same_in_every_layer(anatomy, options)

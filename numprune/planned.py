@@ -30,14 +30,14 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
 
 def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     if plan.family != anatomy.family:
-        yield f"it is of {plan.family}, the model of {anatomy.family}"
+        yield f"it is for {plan.family}, the model is {anatomy.family}"
     blocks = {block.name: block for block in anatomy.blocks}
     for name in plan.blocks.keys() - blocks.keys():
         yield f"{name}: the model has no such block"
     for name, block in blocks.items():
         planned = plan.blocks.get(name)
         if planned is None:
-            yield f"{name}: the plan says nothing of it"
+            yield f"{name}: the plan does not cover it"
         elif (planned.units, planned.members) != (block.units, block.members):
             had = Size(planned.units, planned.members)
             yield f"{name}: the plan is for {_told(had)}, the model has {_told(block.size)}"
@@ -56,7 +56,7 @@ def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
         if not any(block.units for block in after.of_kind(kind)):
             yield f"no {kind} block keeps a unit; keep at least one"
     if plan.allocation == "uniform" and not after.is_uniform:
-        yield 'allocation is "uniform", and layers keep different sizes; make it "error"'
+        yield 'allocation is "uniform", but layers keep different sizes; change it to "error"'
     allowed = allowed_sizes(anatomy, plan.target, limits, stock=plan.allocation == "uniform")
     for block in anatomy.blocks:
         size, options = sizes[block.name], allowed[block.name]
@@ -64,8 +64,8 @@ def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
             distance = [(abs(option.units - size.units), abs(option.members - size.members)) for option in options]
             nearest = sorted(option for _, option in sorted(zip(distance, options, strict=True))[:2])
             yield (
-                f"{block.name} keeps {_told(size)}, which the plan's target or limits do not allow; the nearest that "
-                f"they allow: {', '.join(map(_told, nearest))}"
+                f"{block.name} keeps {_told(size)}, which the plan's target or limits do not allow; the nearest "
+                f"allowed: {', '.join(map(_told, nearest))}"
             )
 
 

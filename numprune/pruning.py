@@ -255,7 +255,7 @@ def _rest(
 ) -> _Rest:
     """Check everything and return what is to be pruned. Raises InputError."""
     if len(dropped) != options.drop_layers:
-        raise ValueError(f"{len(dropped)} layers are dropped, where the options say {options.drop_layers}")
+        raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
     check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
     if known and layers.anatomy.of_kind("experts"):
@@ -303,8 +303,8 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
         widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
         if rows.numel() < 4 * widest.channels:
             logger.warning(
-                "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: "
-                "its least squares will fit noise",
+                "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: its "
+                "least squares will fit noise",
                 rows.numel(),
                 4 * widest.channels,
                 widest.channels,

@@ -91,4 +91,4 @@ def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
         )
     longest = max(map(len, rows.rows))
     if longest > (context := context_of(model.config)):
-        raise InputError(f"sequence length {longest} is over the model's context of {context}; give a shorter one")
+        raise InputError(f"sequence length {longest} exceeds the model's context of {context}; use a shorter one")

@@ -102,7 +102,7 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
         group_cost = sum(block.parameters_per_unit for block in attention)
         reached = [1 - (cost + width * channel_cost) / whole for cost, width in product(costs.values(), widths)]
         coarse = f"one KV group of every layer is {group_cost / whole:.3f} of them"
-        why = f"{coarse}, more than the MLPs can make up for" if len(widths) > 1 else "the MLPs keep their width"
+        why = f"{coarse}, more than the MLPs can offset" if len(widths) > 1 else "the MLPs keep their width"
         raise InputError(
             f"uniform allocation cannot remove {ratio} of the prunable parameters: {why}; "
             f"{_nearest_ratios(reached, ratio)}"

@@ -89,8 +89,8 @@ def _sizes(
             if _splits(Size(groups, heads), anatomy, target) and _may_have(block, Size(groups, heads), anatomy, stock)
         ]
         rule = (
-            f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be copied instead), "
-            f"in groups of quantization_group={target.quantization_group} channels"
+            f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be replicated "
+            f"instead), in groups of quantization_group={target.quantization_group} channels"
         )
     gone = () if block.routing else (GONE,)  # experts do not go as a whole
     allowed = [size for size in (*gone, *sizes) if limits.allows(block, size, protected)]

@@ -1,6 +1,6 @@
-"""What happens to an exported model before and after it is released: measured, reported, gated, published.
+"""Measuring, reporting, gating, publishing and serving exported models.
 
 `benchmark` times baseline and candidate; `report` is the record of a run; `gates` judges it against a policy;
-`registry` publishes, promotes and rolls back releases. This package imports `numprune.export` and `numprune.errors`,
-and nothing else of ours.
+`registry` publishes, promotes and rolls back releases. Of numprune, this package imports only `numprune.export` and
+`numprune.errors`.
 """

@@ -1,6 +1,6 @@
-"""From a version in the registry to a server that has proved itself: resolved, downloaded, verified, audited, compared.
+"""Deploys a version from the registry: resolve, download, verify, audit, and check the running server.
 
-`prepare` ends with a folder that may be served; a server of it that passes `prove` may take traffic.
+`prepare` returns a folder that may be served; a server of it that passes `prove` may take traffic.
 """
 
 import logging
@@ -34,10 +34,10 @@ class Deployment:
     """A release on this machine, verified and audited.
 
     Attributes:
-        reference: NAME/VERSION, never an alias: that may move.
+        reference: NAME/VERSION, never an alias, which may move.
         digest: of the release's manifest.
         folder: a copy of the release.
-        dtype: of the weights as they are stored, and so in which the release was measured.
+        dtype: of the stored weights, in which the release was measured.
     """
 
     reference: str
@@ -55,7 +55,7 @@ class Deployment:
 def prepare(opened: Registry, reference: str, workspace: Path) -> Deployment:
     """Get a release ready to be served; a bare name means production.
 
-    Copies are kept in the workspace, by digest, and verified on every use; one that is damaged is fetched again.
+    Copies are kept in the workspace, by digest, and verified on every use; a damaged one is fetched again.
 
     Raises InputError (no such version), IntegrityError (a file is not what was published, or a tensor not what the
     configuration says), RegistryError.
@@ -86,7 +86,7 @@ def _fetch(opened: Registry, version: Version, folder: Path) -> None:
 
 
 def _audit(checkpoint: Path) -> str:
-    """The precision of the stored weights, whose shapes are those of the configuration. Raises IntegrityError."""
+    """The precision of the stored weights, after checking their shapes. Raises IntegrityError."""
     from numprune.export import precision  # the tensor libraries
     from numprune.export.checkpoint import audit
 
@@ -97,7 +97,7 @@ def _audit(checkpoint: Path) -> str:
 def choose_dtype(deployment: Deployment, asked: str) -> str:
     """The precision that "auto" means: that of the weights; vLLM's own "auto" would halve float32.
 
-    Raises InputError when no server can be checked in it.
+    Raises InputError if servers cannot be checked in it.
     """
     chosen = deployment.dtype if asked == "auto" else asked
     if chosen not in reference_answers.TOLERANCES:
@@ -106,9 +106,9 @@ def choose_dtype(deployment: Deployment, asked: str) -> str:
 
 
 def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]:
-    """Compare a server that is ready with the reference answers of its release: see `reference_answers.check`.
+    """Check a ready server against the reference answers of its release: see `reference_answers.check`.
 
-    Raises ParityError; ServerError, with vLLM's last lines when it died meanwhile.
+    Raises ParityError; ServerError, with vLLM's last lines if it died during the check.
     """
     try:
         reference = reference_answers.read(deployment.folder)
@@ -124,8 +124,8 @@ def prove(running: Server, deployment: Deployment, dtype: str) -> dict[str, Any]
 def remove_copies(workspace: Path, name: str, keep: Collection[str]) -> None:
     """Remove the copies of releases of `name` that are no longer needed.
 
-    What is kept: those with a digest of `keep`, those of running servers, and those prepared within the last hour, for
-    servers that are not started yet. A copy that is wanted again is fetched again.
+    Kept are those with a digest in `keep`, those of running servers, and those prepared within the last hour, whose
+    servers may not have started yet. A removed copy is fetched again when needed.
     """
     served = workspace.absolute() / "served"
     kept = {_copy(workspace, name, digest) for digest in keep}
@@ -137,7 +137,7 @@ def remove_copies(workspace: Path, name: str, keep: Collection[str]) -> None:
 
 
 def log_file(workspace: Path, what: str) -> Path:
-    """Where the output of a new process goes; `what` becomes a part of the name. Of older ones the newest stay."""
+    """The log file of a new process, with `what` in its name; all but the newest older ones are removed."""
     folder = workspace.absolute() / "logs"
     older = sorted(folder.glob(f"{what}-{'?' * 8}T{'?' * 6}-*.log"), reverse=True)
     for log in older[_LOGS - 1 :]:
@@ -147,5 +147,5 @@ def log_file(workspace: Path, what: str) -> Path:
 
 
 def _copy(workspace: Path, name: str, digest: str) -> Path:
-    """Where the copy of a release is."""
+    """The place of a release's copy."""
     return workspace.absolute() / "served" / f"{name}-{digest[:_DIGITS]}"

@@ -1,29 +1,28 @@
-"""A policy, and the verdict on a report.
+"""Policies, and verdicts on reports.
 
-A gate compares one metric with one limit. It passes on evidence only: what is missing, not a number, without samples or
-unknown fails; an interval that straddles the limit is inconclusive.
+A gate compares one metric with one limit. It passes only on evidence: a metric that is missing, not a number, without
+samples or unknown fails; an interval that straddles the limit is inconclusive.
 
 With `bound = "ci95_upper"` and `max = L` (mirrored for `ci95_lower` and `min`), for an estimate v with the one-sided
 95 % bounds l and u:
 
     pass           u <= L
     fail           l > L
-    inconclusive   l <= L < u; with how many samples there would be a verdict is said in `power`
+    inconclusive   l <= L < u; `power` computes how many samples would give a verdict
 
 So a candidate whose true value is beyond the limit passes at most as often as its bound is wrong, nominally 5 %. All
-gates must pass: a candidate that is bad in one respect is let through no more often than that one gate errs, however
-many there are; it is a good one that each gate more costs chances, and `GateResult.power` says what one leaves to a
-candidate that equals the baseline.
+gates must pass: a candidate that is bad in one respect passes no more often than that one gate errs, however many gates
+there are. Each additional gate lowers the chance of a good candidate; `GateResult.power` is the chance that one gate
+leaves to a candidate equal to the baseline.
 
-An inconclusive benchmark may be repeated: the new repeats are added to the earlier ones, and all of them are judged
-together, `LOOKS` times at most. Each look is another chance for a bad candidate. From the second look on, u and l are
-therefore one-sided 97.5 % bounds, the ends of the two-sided 95 % interval: a candidate at its limit passes within three
-looks about 7.5 % of the time, and 5 % of the time at the first (counted by `python -m
-numprune.flows.studies.error_rates`).
+An inconclusive benchmark may be repeated: the new repeats are pooled with the earlier ones and judged together, at most
+`LOOKS` times. Each look is another chance for a bad candidate. From the second look on, u and l are therefore one-sided
+97.5 % bounds, the ends of the two-sided 95 % interval: a candidate at its limit passes within three looks about 7.5 %
+of the time, and 5 % of the time at the first (counted by `python -m numprune.flows.studies.error_rates`).
 
-A ratio of speeds has a noise floor f: baseline against itself lies within 1 ± f. A limit nearer to 1 than f is refused:
-what is judged in its place is the floor's far edge, and what does not clear that is inconclusive. f falls as
-1 / sqrt(repeats), so that ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
+A speed ratio has a noise floor f: the baseline against itself lies within 1 ± f. A limit closer to 1 than f is replaced
+by the far edge of the floor, and a result that does not clear it is inconclusive. f falls as 1 / sqrt(repeats), so
+ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
 """
 
 import math
@@ -50,14 +49,14 @@ MAXIMUM_POLICY_BYTES = 1 << 20
 
 _LATER_CONFIDENCE = 0.975  # from the second look on; one-sided
 
-# The value, by its name, of a candidate that is the baseline.
+# The value of a candidate equal to the baseline, by the metric's suffix.
 _EQUAL = {"loss_delta": 0.0, "perplexity_ratio": 1.0, "ratio": 1.0}
 
 Limit = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Gate(BaseModel):
-    """One rule. A minimum is judged by the lower bound and a maximum by the upper: the other way noise would help."""
+    """One rule. A minimum uses the lower bound and a maximum the upper bound; otherwise noise would help to pass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,16 +68,16 @@ class Gate(BaseModel):
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if (self.min is None) == (self.max is None):
-            raise ValueError("exactly one of min and max; a range is two gates")
+            raise ValueError("give either min or max; a range needs two gates")
         if self.min is not None and self.bound == "ci95_upper":
-            raise ValueError("min is judged by ci95_lower or point: an upper bound rises with the noise")
+            raise ValueError("min needs bound ci95_lower or point: an upper bound rises with noise")
         if self.max is not None and self.bound == "ci95_lower":
-            raise ValueError("max is judged by ci95_upper or point: a lower bound falls with the noise")
+            raise ValueError("max needs bound ci95_upper or point: a lower bound falls with noise")
         return self
 
 
 class Policy(BaseModel):
-    """The gates of a release; at least one."""
+    """The gates of a release, at least one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -88,12 +87,12 @@ class Policy(BaseModel):
     @classmethod
     def _at_least_one(cls, gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
         if not gates:
-            raise ValueError("must hold at least one gate")
+            raise ValueError("must have at least one gate")
         return gates
 
 
 def read_policy(path: Path) -> Policy:
-    """A TOML file of `[[gates]]`. Raises InputError with a line for each problem: field, value, what is allowed."""
+    """Read a TOML file of `[[gates]]`. Raises InputError with a line per problem: field, value, allowed values."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_POLICY_BYTES + 1)
@@ -110,9 +109,9 @@ def read_policy(path: Path) -> Policy:
 
 
 def judge(report: Report, policy: Policy) -> Verdict:
-    """Every gate of the policy against the report, whatever verdict the report carries already.
+    """Judge the report by every gate of the policy, ignoring any verdict that the report already has.
 
-    Raises InputError for a gate on what no report of this task has: it would fail whatever was measured.
+    Raises InputError for a gate on a figure that no report of this task has, since it could never pass.
     """
     if report.quality is not None:
         check_task((gate.metric for gate in policy.gates), report.quality.task)
@@ -129,29 +128,27 @@ def exit_code(verdict: Verdict) -> int:
 
 
 def confirm(report: Report) -> None:
-    """Judge a report by the gates of its own verdict. Raises IntegrityError when they come to something else."""
+    """Judge a report by the gates of its own verdict. Raises IntegrityError if the outcome differs."""
     if report.verdict is None:
         raise InputError(f"report {report.run_id}: not judged")
     claimed = report.verdict.gates
     try:
         policy = Policy(gates=tuple(Gate(metric=g.metric, bound=g.bound, min=g.min, max=g.max) for g in claimed))
     except ValidationError as error:
-        raise IntegrityError(
-            f"report {report.run_id}: its verdict has a gate that cannot be: {problems(error)}"
-        ) from None
+        raise IntegrityError(f"report {report.run_id}: its verdict has an invalid gate: {problems(error)}") from None
     for said, is_so in zip(claimed, judge(report, policy).gates, strict=True):
         if said.outcome != is_so.outcome:
             raise IntegrityError(
-                f"report {report.run_id}: its verdict says {said.outcome} for {said.metric}, but its measurements come "
-                f"to {is_so.outcome}: {is_so.reason}"
+                f"report {report.run_id}: its verdict says {said.outcome} for {said.metric}, but its measurements give "
+                f"{is_so.outcome}: {is_so.reason}"
             )
 
 
 def next_look(report: Report) -> list[str]:
-    """The runtimes whose next look may settle an inconclusive report.
+    """The runtimes that another look may settle in an inconclusive report.
 
-    None where something other than a speed is inconclusive (on the same text quality never changes), or where one of
-    the runtimes has had all its `LOOKS`.
+    None if something other than a speed is inconclusive (quality never changes on the same text), or if one of the
+    runtimes has used all its `LOOKS`.
     """
     gates = report.verdict.gates if report.verdict and report.verdict.outcome == "inconclusive" else ()
     paths = [gate.metric.split(".") for gate in gates if gate.outcome == "inconclusive"]
@@ -165,19 +162,19 @@ def next_look(report: Report) -> list[str]:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What a gate judges, turned so that smaller is better: minima are negated."""
+    """What a gate judges, oriented so that smaller is better: minima are negated."""
 
     value: float
-    best: float  # the bound away from the limit
+    best: float  # the bound farther from the limit
     worst: float  # the bound that must be within the limit
     limit: float
     samples: int | None
-    sign: int  # -1 where they are negated
-    confidence: float = CONFIDENCE  # of the bounds
+    sign: int  # -1 if negated
+    confidence: float = CONFIDENCE  # confidence of the bounds
 
 
 def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
-    seen: dict[str, Any] = {}  # what there is to show, also when it does not suffice
+    seen: dict[str, Any] = {}  # what is known, even if it is not enough to judge
     try:
         found = resolve(data, gate.metric)
         looks = looks_of(data, gate.metric)
@@ -191,7 +188,7 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
         if looks > 1 and gate.bound != "point":
             reason += f"; look {looks} of {LOOKS}, judged by {100 * _LATER_CONFIDENCE:g} % bounds"
         if isinstance(found, ReportedEstimate) and found.sampling_unit == "window":
-            reason += "; its samples are windows of too few documents: it speaks for this text alone"
+            reason += "; its samples are windows of too few documents, so it holds for this text only"
     except UnfitError as why:
         outcome, reason, needed = "fail", str(why), None
     return GateResult(**gate.model_dump(), **seen, outcome=outcome, reason=reason, samples_needed=needed)
@@ -201,7 +198,7 @@ _Decision = tuple[Literal["pass", "fail", "inconclusive"], str, int | None]
 
 
 def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
-    """The table of this module's docstring."""
+    """The decision table in this module's docstring."""
     if evidence.worst <= evidence.limit:
         return "pass", "within the limit", None
     if evidence.best > evidence.limit:
@@ -212,7 +209,7 @@ def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
     needed = samples_needed(
         evidence.samples, value - evidence.best, evidence.worst - value, distance, evidence.confidence
     )
-    remedy = "no number of samples settles it" if needed is None else f"about {needed} samples would settle it"
+    remedy = "no number of samples would settle it" if needed is None else f"about {needed} samples would settle it"
     reason = f"the interval straddles the limit; {remedy}"
     if chance is not None and chance < SETTLED:
         reason += f" (with {evidence.samples} a candidate equal to the baseline passes {chance:.0%} of the time)"
@@ -220,7 +217,7 @@ def _decide(evidence: _Evidence, bound: str, chance: float | None) -> _Decision:
 
 
 def _power(evidence: _Evidence, gate: Gate, floor: float | None) -> float | None:
-    """Chance that a candidate equal to the baseline passes; None where it should not, and for points."""
+    """Chance that a candidate equal to the baseline passes; None if it should not, and for points."""
     equal = _EQUAL.get(path_of(gate.metric).rsplit(".", 1)[-1])
     if gate.bound == "point" or equal is None or evidence.samples is None:
         return None
@@ -228,13 +225,13 @@ def _power(evidence: _Evidence, gate: Gate, floor: float | None) -> float | None
     if margin <= 0:
         return None
     if floor is not None and margin < floor:
-        margin = -floor  # the edge that is to be cleared
+        margin = -floor  # the edge to clear
     error = (evidence.worst - evidence.value) / student(evidence.samples, evidence.confidence)
     return power(evidence.samples, error, margin, evidence.confidence)
 
 
 def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decision) -> _Decision:
-    """A limit tighter than the noise floor is refused; what passes must stand clear of the noise."""
+    """Handle a limit inside the noise floor: a pass must clear the noise."""
     limit = evidence.sign * evidence.limit
     if abs(limit - 1) >= floor:
         return decided
@@ -246,14 +243,14 @@ def _mind_noise(evidence: _Evidence, gate: Gate, floor: float, decided: _Decisio
     if outcome == "fail":
         return outcome, f"{reason}; {note}", needed
     quiet = _repeats_for(floor, limit, evidence.samples)
-    remedy = "loosen the limit or quieten the machine" + ("" if quiet is None else f", or take about {quiet} repeats")
+    remedy = "loosen the limit or use a quieter machine" + ("" if quiet is None else f", or run about {quiet} repeats")
     if outcome == "pass":
-        return "inconclusive", f"{note}, within which it lies: {remedy}", quiet
+        return "inconclusive", f"{note}, and the result is within it: {remedy}", quiet
     return outcome, f"{reason}; {note}: {remedy}", None if quiet is None or needed is None else max(quiet, needed)
 
 
 def _repeats_for(floor: float, limit: float, repeats: int | None) -> int | None:
-    """With how many repeats the noise floor is down at the limit; None where that is no number to give."""
+    """The number of repeats that bring the noise floor down to the limit; None if that is not a useful number."""
     distance = abs(limit - 1)
     needed = math.inf if distance == 0 or repeats is None else repeats * (floor / distance) ** 2
     return math.ceil(needed) if needed < 1e9 else None
@@ -267,7 +264,7 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
         number = as_number(found, gate.metric)
         seen["value"] = number
         if gate.bound != "point":
-            raise UnfitError(f'{gate.metric} is a plain number without an interval; bound = "point" judges it')
+            raise UnfitError(f'{gate.metric} is a plain number without an interval; use bound = "point"')
         return _Evidence(sign * number, sign * number, sign * number, sign * limit, None, sign)
     *judged, confidence = _bounds(found, looks)
     seen |= {"value": found.value, "interval": judged, "samples": found.samples}
@@ -279,22 +276,22 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
     if gate.bound == "point":
         return _Evidence(sign * value, sign * value, sign * value, sign * limit, found.samples, sign)
     if found.samples < 2:
-        raise UnfitError(f"{gate.metric} has one sample, which has no interval")
+        raise UnfitError(f"{gate.metric} has only one sample, so no interval")
     if found.samples > MAXIMUM:
-        raise UnfitError(f"{gate.metric} has more samples than can be: over {MAXIMUM}")
+        raise UnfitError(f"{gate.metric} claims an impossible number of samples, over {MAXIMUM}")
     lower, upper, first, last = (
         as_number(bound, f"a bound of {gate.metric}") for bound in (*judged, *found.interval95)
     )
     slack = 1e-9 * max(abs(first), abs(last))
     if not first - slack <= value <= last + slack:
         raise UnfitError(f"{gate.metric}: its value {value:g} is outside its own interval [{first:g}, {last:g}]")
-    # A bootstrap's one-sided bound can miss its own value by rounding or skew; the worse of both is judged.
+    # A bootstrap's one-sided bound can exclude its own value through rounding or skew; the worse of the two is judged.
     bounds = sorted((sign * min(lower, value), sign * max(upper, value)))
     return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign, confidence)
 
 
 def _bounds(found: ReportedEstimate, looks: int) -> tuple[Any, Any, float]:
-    """The one-sided bounds that are judged at this look, and their confidence."""
+    """The one-sided bounds for this look, and their confidence."""
     if looks == 1:
         return found.ci95_lower, found.ci95_upper, CONFIDENCE
     return *found.interval95, _LATER_CONFIDENCE

@@ -1,7 +1,7 @@
-"""A release on a model hub: a repository of Hugging Face's, or of a server that speaks its API.
+"""Pushes a release to a repository on the Hugging Face hub, or on a server that speaks its API.
 
-The checkpoint's files stand at the top, where `from_pretrained` and `vllm serve` look for them; the model card has the
-figures of the report; exports are in folders of their own, and what the release says of itself is in `numprune/`.
+The checkpoint's files are at the top, where `from_pretrained` and `vllm serve` look for them; the model card has the
+figures of the report; exports are in their own folders, and the release's report and manifest in `numprune/`.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class HubError(NumpruneError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """A commit in a repository. `files`, `bytes`: what it holds."""
+    """A commit in a repository, with its number of `files` and their `bytes`."""
 
     repository: str
     url: str
@@ -46,10 +46,14 @@ def push(release: Path, repository: str, *, private: bool = False, revision: str
 
     Raises:
         RefusedReleaseError, IntegrityError, InputError: as `registry.publish`.
-        HubError: what the hub says, and the remedy.
+        HubError: the hub's message, and the remedy.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled  # HTTPError: of its client
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )  # HTTPError: its client's
 
     whole, report = check_release(release)
     text = _card(release, quality_section(report))
@@ -84,9 +88,9 @@ def _card(release: Path, quality: str) -> str:
 
 
 def _places(release: Path, whole: manifest.Manifest) -> Iterator[tuple[Path, str]]:
-    """Files of the release with their places in the repository.
+    """Map the release's files to their paths in the repository.
 
-    The checkpoint's manifest stays behind: it is about the card before the quality was known.
+    The checkpoint's manifest is left out: it covers the card as it was before quality was measured.
     """
     for name in [*whole.files, manifest.FILE_NAME]:
         part, _, inside = name.partition("/")
@@ -101,7 +105,7 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if status in (401, 403):
-        return f"{said}; give a token that may write there: $HF_TOKEN, or `hf auth login`"
+        return f"{said}; give a token with write access: set $HF_TOKEN or run `hf auth login`"
     if status is None:
         return f"{said}; check the name, the network and $HF_ENDPOINT"
     return said

@@ -1,9 +1,9 @@
-"""A verdict as JUnit XML, for the test page of a CI system: one test case for each gate.
+"""A verdict as JUnit XML for CI systems: one test case per gate.
 
-A gate that passes is a passed test; one that fails or is inconclusive is a failure of that type; in an invalid
-environment nothing was judged, and every gate is an error. None is ever skipped. The XML is valid against the schema of
-Ant's JUnit reports and against that of Jenkins' xUnit plug-in, which between them want all of the attributes below;
-GitLab and GitHub's readers take what they know of it.
+A passing gate is a passed test; a failed or inconclusive gate is a failure of that type; in an invalid environment
+nothing is judged, and every gate is an error. No test is ever skipped. The XML is valid against the schemas of Ant's
+JUnit reports and of Jenkins' xUnit plug-in, which together require all of the attributes below; GitLab and GitHub read
+a subset.
 """
 
 import re
@@ -14,12 +14,12 @@ from xml.etree import ElementTree
 from numprune.serving.report import GateResult, Report, Verdict
 
 _SUITE = "numprune.gates"
-# What XML 1.0 has no way to write, not even escaped: control characters, halves of surrogate pairs, two non-characters.
+# Characters that XML 1.0 cannot represent, even escaped: control characters, lone surrogates, two non-characters.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(report: Report, verdict: Verdict) -> str:
-    """The document; `verdict` is of this report, which need not carry it."""
+    """The document for a `verdict` on this report, which need not contain it."""
     invalid = "; ".join(report.environment.reasons) if verdict.outcome == "invalid environment" else None
     cases = [_case(gate, invalid) for gate in verdict.gates]
     facts = {
@@ -44,13 +44,13 @@ def _document(cases: Sequence[ElementTree.Element], when: datetime, facts: dict[
         name=_SUITE,
         package="numprune",
         id="0",
-        timestamp=f"{when:%Y-%m-%dT%H:%M:%S}",  # the schema has no time zone
-        hostname="localhost",  # required; which machine it was is the report's affair
+        timestamp=f"{when:%Y-%m-%dT%H:%M:%S}",  # the schema allows no time zone
+        hostname="localhost",  # required; the report describes the machine
         tests=str(len(cases)),
         failures=str(sum(case.find("failure") is not None for case in cases)),
         errors=str(sum(case.find("error") is not None for case in cases)),
         skipped="0",
-        time="0",  # required; judging takes none
+        time="0",  # required; gates take no time
     )
     properties = _element("properties")
     properties.extend(_element("property", name=name, value=value) for name, value in facts.items())
@@ -65,7 +65,7 @@ def _document(cases: Sequence[ElementTree.Element], when: datetime, facts: dict[
 
 
 def _case(gate: GateResult, invalid: str | None) -> ElementTree.Element:
-    # The limit is no part of the name: CI systems follow a test's history by it.
+    # The name excludes the limit, because CI systems track a test's history by name.
     side = "max" if gate.min is None else "min"
     case = _element("testcase", name=f"{gate.metric} {side} ({gate.bound})", classname=_SUITE, time="0")
     if invalid is not None:
@@ -76,7 +76,7 @@ def _case(gate: GateResult, invalid: str | None) -> ElementTree.Element:
 
 
 def _line(gate: GateResult) -> str:
-    """Everything that was seen, in full precision."""
+    """All figures in full precision."""
     seen = gate.model_dump(mode="json", exclude_none=True)
     return ", ".join(f"{name}: {value}" for name, value in seen.items())
 

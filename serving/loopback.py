@@ -1,7 +1,7 @@
-"""HTTP to servers on this machine: the environment's proxies and certificates are for the world outside.
+"""HTTP to servers on this machine, ignoring the environment's proxies and certificates.
 
-A proxy reaches another loopback interface than ours. And httpx refuses to work at all with much that such variables
-hold in practice (`socks://…`, an IPv6 range in NO_PROXY, a certificate file that is missing), wherever a request goes.
+A proxy would reach its own loopback interface, not ours. And httpx fails for every request on many values that these
+variables have in practice (`socks://…`, an IPv6 range in NO_PROXY, a missing certificate file).
 """
 
 import ipaddress
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import httpx
 
-_NO_PROXY = ("no_proxy", "NO_PROXY")  # the first counts where both are set
+_NO_PROXY = ("no_proxy", "NO_PROXY")  # the first takes precedence
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_outside: str | None = None  # NO_PROXY as it was, while `direct` has replaced it
+_outside: str | None = None  # the original NO_PROXY while `direct` replaces it
 
 
 def is_local(url: str) -> bool:
@@ -34,26 +34,26 @@ def is_local(url: str) -> bool:
         with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6) as probe:
             probe.bind((str(address), 0))
     except OSError:
-        return address.is_loopback  # in containers, ::1 may be missing
+        return address.is_loopback  # ::1 may be missing in containers
     return True
 
 
 def client(url: str, **options: Any) -> "httpx.Client":
-    """A client of the server at `url`; proxies and certificates of the environment are used for other machines only."""
+    """A client for the server at `url`; the environment's proxies and certificates apply to other machines only."""
     import httpx
 
     return httpx.Client(base_url=url, trust_env=not is_local(url), **options)
 
 
 def get(url: str, **options: Any) -> "httpx.Response":
-    """`httpx.get` as a `client` would do it. Raises what httpx raises."""
+    """`httpx.get` through `client`. Raises what httpx raises."""
     import httpx
 
     return httpx.get(url, trust_env=not is_local(url), **options)
 
 
 def post(url: str, **options: Any) -> "httpx.Response":
-    """`httpx.post` as a `client` would do it. Raises what httpx raises."""
+    """`httpx.post` through `client`. Raises what httpx raises."""
     import httpx
 
     return httpx.post(url, trust_env=not is_local(url), **options)
@@ -67,7 +67,7 @@ def exempt() -> None:
 
 
 def proxies(url: str) -> dict[str, str]:
-    """What the environment says of proxies for `url`, as requests takes it; within `direct`, what it said before."""
+    """The environment's proxies for `url`, in the form of requests; within `direct`, the original ones."""
     from requests.utils import get_environ_proxies
 
     return dict(get_environ_proxies(url, no_proxy=_no_proxy() if _outside is None else _outside))
@@ -75,7 +75,7 @@ def proxies(url: str) -> dict[str, str]:
 
 @contextmanager
 def direct() -> Iterator[None]:
-    """Hide proxies and certificate files from libraries in this process that build on httpx, and from new children."""
+    """Hide proxies and certificate files from httpx-based libraries in this process, and from new children."""
     global _outside
     before = {name: os.environ.get(name) for name in (*_NO_PROXY, *_CERTIFICATES)}
     _outside = _no_proxy()

@@ -1,4 +1,4 @@
-"""The metrics of a policy: dotted paths into a report's JSON, found or refused."""
+"""The metrics of a policy: dotted paths into a report's JSON."""
 
 import difflib
 import sys
@@ -13,39 +13,39 @@ from numprune.serving.report import CAUSAL, UNITS, LossDelta, ReportedEstimate, 
 
 LOOKS: Final = 3  # of one benchmark
 
-_COUNTS = ("samples", "tokens", "documents", "repeats")  # what stands beside a measurement and must not be zero
-_LEVELS = ("concurrency", "shapes")  # under which a runtime is measured more than once
+_COUNTS = ("samples", "tokens", "documents", "repeats")  # counts beside a measurement that must not be zero
+_LEVELS = ("concurrency", "shapes")  # keys under which a runtime has several measurements
 
 
 class UnfitError(Exception):
-    """Why the report holds nothing that a gate could pass on."""
+    """Why a metric has no value that a gate could pass on."""
 
 
 def other_task(metric: str, task: Task) -> str | None:
-    """Why no report of this task has the metric, and what it has instead; None where nothing is wrong."""
+    """Why no report of this task has the metric, and what to use instead; None if the metric is valid."""
     section, name, *_ = metric.split(".")
     if task == "causal-lm" or section != "quality" or not (path_of(metric) != metric or name in CAUSAL):
         return None
     return (
-        f"only models of causal-lm have it, and this one's task is {task}; bound quality.loss_delta, in {UNITS[task]}, "
+        f"only causal-lm models have it, and this model's task is {task}; use quality.loss_delta, in {UNITS[task]}, "
         "or one of quality.metrics"
     )
 
 
 def check_task(metrics: Iterable[str], task: Task) -> None:
-    """Raises InputError with every metric that no report of the task has."""
+    """Raises InputError naming every metric that no report of the task has."""
     found = [(index, metric, why) for index, metric in enumerate(metrics) if (why := other_task(metric, task))]
     if found:
         raise InputError("; ".join(f"gates.{index}.metric = {metric!r}: {why}" for index, metric, why in found))
 
 
 def resolve(data: Mapping[str, Any], metric: str) -> Any:
-    """What stands at a dotted path: a ReportedEstimate, or whatever is there. Raises UnfitError for nothing of use."""
+    """The value at a dotted path: a ReportedEstimate, or plain JSON. Raises UnfitError if it is unusable."""
     node: Any = data
     path: list[str] = []
     for part in path_of(metric).split("."):
         if _is_estimate(node):
-            raise UnfitError(f"{metric} reaches into an estimate; the metric is {'.'.join(path)}, with a bound")
+            raise UnfitError(f"{metric} points inside an estimate; use {'.'.join(path)} with a bound")
         if not isinstance(node, Mapping) or part not in node:
             raise UnfitError(f"the report has no {metric}{_did_you_mean(metric, data)}")
         node = node[part]
@@ -61,13 +61,13 @@ def resolve(data: Mapping[str, Any], metric: str) -> Any:
 
 
 def _require_measured(node: Mapping[str, Any], path: str) -> None:
-    """Nothing below counts when it rests on no samples, or on the requests that happened to succeed."""
+    """Reject figures without samples, or from only the successful requests."""
     for name in _COUNTS:
         if name in node and not _is_estimate(node) and not _positive(node[name]):
             raise UnfitError(f"{path}.{name} is {node[name]}: nothing was measured")
     failed = node.get("failed_requests", 0)
     if failed != 0 or isinstance(failed, bool):
-        raise UnfitError(f"{path}.failed_requests is {failed}: those that succeeded do not speak for all")
+        raise UnfitError(f"{path}.failed_requests is {failed}: the successful ones are not representative")
 
 
 def _positive(count: Any) -> bool:
@@ -79,9 +79,9 @@ def _is_estimate(node: Any) -> bool:
 
 
 def noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
-    """The noise floor of `speed.<runtime>.<name>.ratio`, without which none passes; None for other metrics.
+    """The noise floor of `speed.<runtime>.<name>.ratio`, required for a pass; None for other metrics.
 
-    The same at one of a server's concurrencies, `speed.<runtime>.concurrency.<n>.<name>.ratio`, or an encoder's shapes.
+    Also at one concurrency of a server, `speed.<runtime>.concurrency.<n>.<name>.ratio`, or one shape of an encoder.
     """
     match metric.split("."):
         case ["speed", *way, name, "ratio"] if len(way) == 1 or (len(way) == 3 and way[1] in _LEVELS):
@@ -100,7 +100,7 @@ def noise_floor(data: Mapping[str, Any], metric: str) -> float | None:
 
 
 def looks_of(data: Mapping[str, Any], metric: str) -> int:
-    """The looks that a metric rests on: 1 but for repeated benchmarks. Raises UnfitError for more than `LOOKS`."""
+    """The looks behind a metric: 1 except for repeated benchmarks. Raises UnfitError for more than `LOOKS`."""
     section, runtime, *_ = metric.split(".")
     looks: int = data["speed"][runtime]["looks"] if section == "speed" else 1
     if not 1 <= looks <= LOOKS:
@@ -118,7 +118,7 @@ def _did_you_mean(metric: str, data: Mapping[str, Any]) -> str:
 
 
 def _metrics(node: Any, prefix: str) -> Iterator[str]:
-    """Paths that a gate could judge."""
+    """Paths of all metrics."""
     if _is_estimate(node) or (isinstance(node, int | float) and not isinstance(node, bool)):
         yield prefix
     elif isinstance(node, Mapping):
@@ -131,6 +131,6 @@ def as_number(found: Any, name: str) -> float:
         raise UnfitError(f"{name} was not measured (null, NaN or infinite)")
     if isinstance(found, bool) or not isinstance(found, int | float):
         raise UnfitError(f"{name} is {type(found).__name__}, not a number")
-    if not abs(found) <= sys.float_info.max:  # nor does a whole number fit that is larger
+    if not abs(found) <= sys.float_info.max:  # neither does a larger integer fit
         raise UnfitError(f"{name} is {found}")
     return found

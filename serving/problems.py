@@ -1,7 +1,7 @@
-"""What is wrong with data from outside, in words: field, value given, what is allowed, and what was perhaps meant.
+"""Messages about invalid data: field, value given, allowed values, and a suggestion.
 
-`problems` puts the mistakes in a file that a program wrote into one line; `described` and `listed` give those in a file
-that was written by hand, a line each.
+`problems` reports errors in machine-written files in one line; `described` and `listed` report those in hand-written
+files, one line each.
 """
 
 import difflib
@@ -13,11 +13,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-_SHOWN = 12  # a file of another kind has thousands
+from numprune.counted import counted
+
+_SHOWN = 12  # a file of the wrong kind has thousands
 
 
 def problems(error: ValidationError, secret: Container[str] = ()) -> str:
-    """`field: what is allowed (given: value)` for each problem, joined by `; `.
+    """`field: allowed values (given: value)` for each problem, joined by `; `.
 
     Args:
         secret: fields whose values are not repeated.
@@ -35,22 +37,22 @@ def problems(error: ValidationError, secret: Container[str] = ()) -> str:
 
 
 def short(value: object) -> str:
-    """A value as it was given, or its beginning."""
+    """A value as given, or its beginning."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested lists
         return f"a value of {type(value).__name__} that is too large to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def listed(what: str, problems: Sequence[str]) -> str:
     """Return one message for all `problems`, a line each."""
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = counted(len(problems), "problem")
     return "\n".join([f"{what}: {count}", *(f"  {problem}" for problem in problems)])
 
 
 def described(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Return a line for each problem that `model` found."""
+    """Return one line per problem that `model` found."""
     return [_describe(problem, model) for problem in error.errors(include_url=False)]
 
 
@@ -67,7 +69,7 @@ def _describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
             return f"{path} = {short(problem['input'])}: must be {meant}"
         case "extra_forbidden":
             known = list(_section(model, problem["loc"][:-1]).model_fields)
-            return f"{path}: unknown; known are {', '.join(known)}{did_you_mean(problem['loc'][-1], known)}"
+            return f"{path}: unknown; the valid ones are {', '.join(known)}{did_you_mean(problem['loc'][-1], known)}"
         case "literal_error":
             allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             return f"{path} = {short(problem['input'])}: {message}{did_you_mean(problem['input'], allowed)}"
@@ -79,7 +81,7 @@ def _field(model: type[BaseModel], path: Sequence[int | str]) -> FieldInfo:
 
 
 def _section(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
-    """The model of the section at `path`; a step into a list leads to the model of its items."""
+    """The model of the section at `path`; an index into a list leads to the model of its items."""
     for part in path:
         if isinstance(part, str):
             model = next(models_in(model.model_fields[part].annotation))
@@ -87,7 +89,7 @@ def _section(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseMode
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models that a type is made of."""
+    """The models inside a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
@@ -95,6 +97,6 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def did_you_mean(given: object, known: Sequence[str]) -> str:
-    """A hint to append to a message, empty when nothing is near."""
+    """A hint to append to a message; empty if nothing is close."""
     near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

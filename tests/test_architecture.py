@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "flows": {"flows", "serving", "export", "numprune"},
     "plugin": {"numprune"},
 }
-FOR_EVERYBODY = ("numprune.errors", "numprune.progress")
+FOR_EVERYBODY = ("numprune.counted", "numprune.errors", "numprune.progress")
 # `python -m numprune.compare` is an address that others use; the module is nothing but a call of the command in flows.
 # So is `import numprune`, whose names are those of flows/api.py, imported when they are used.
 NAMES_OF_THE_API = {f"numprune.flows.api.{name}" for name in numprune.__all__} | {"numprune.flows.api"}

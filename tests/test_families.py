@@ -118,9 +118,9 @@ def without(model, block):
     """The model without a block, where its family can do without."""
     anatomy = read_anatomy(model.config)
     if not block.separable:
-        pytest.skip("its norms follow the sum: no block can go")
+        pytest.skip("its norms follow the sum: no block can be removed")
     if len(set(getattr(model.config, "layer_types", None) or [])) > 1:
-        pytest.skip("its layers are of different types: no block can go")
+        pytest.skip("its layers are of different types: no block can be removed")
     kept = {one.name: some(one, one.size, seed=0) for one in anatomy.blocks}
     kept[block.name] = some(block, Size(0, block.members), seed=0)
     cut = {}

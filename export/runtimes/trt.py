@@ -27,8 +27,8 @@ class TensorRTRuntime:
         self._facts = dict(found.facts)
         if self._facts["tensorrt"] != self._trt.__version__ or self._facts["device"] != torch.cuda.get_device_name():
             raise MissingRuntime(
-                f"{folder}: built with TensorRT {self._facts['tensorrt']} on {self._facts['device']}, but here are "
-                f"{self._trt.__version__} and {torch.cuda.get_device_name()}; build the engine again here"
+                f"{folder}: built with TensorRT {self._facts['tensorrt']} on {self._facts['device']}, but this machine "
+                f"has {self._trt.__version__} and {torch.cuda.get_device_name()}; build the engine again here"
             )
         engine_file = folder / tensorrt.ENGINE_FILE
         logger = self._trt.Logger(self._trt.Logger.WARNING)
@@ -78,7 +78,7 @@ class TensorRTRuntime:
         if rows > int(str(self._facts["max_batch"])) or total > int(str(self._facts["max_length"])):
             raise InputError(
                 f"batch {rows} of {total} positions: the engine was built for at most {self._facts['max_batch']} of "
-                f"{self._facts['max_length']}; build it with larger ones"
+                f"{self._facts['max_length']}; build it with larger limits"
             )
         with torch.cuda.stream(self._stream):
             inputs = {"input_ids": tokens.cuda(), "attention_mask": self._mask.cuda(), "logits_to_keep": kept.cuda()}
@@ -94,7 +94,7 @@ class TensorRTRuntime:
             for name, value in outputs.items():
                 self._context.set_tensor_address(name, value.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise IntegrityError(f"TensorRT refused to run {rows} rows of {total} positions; its log says why")
+                raise IntegrityError(f"TensorRT refused to run {rows} rows of {total} positions; see its log")
             logits = outputs["logits"].cpu()
         self._stream.synchronize()
         self._cache = {name: outputs[name.replace("past_key_values", "present")] for name in self._past}

@@ -1,8 +1,8 @@
-"""The command line: thin, everything through the other modules. One file for each group of commands.
+"""The command line: a thin layer over the other modules, with one file per group of commands.
 
-What a command found goes to stdout, once, at its end; all else goes to stderr. With `--json` a failure is an object on
-stdout, too: `error` and `exit_code`. Tensor libraries, Prefect and MLflow are
-imported by the commands that need them, so `numprune --help` answers at once.
+A command's result goes to stdout, once, at its end; everything else goes to stderr. With `--json` a failure is also an
+object on stdout: `error` and `exit_code`. Tensor libraries, Prefect and MLflow are imported only by the commands that
+need them, so `numprune --help` is fast.
 
 Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment, 130 interrupted.
 """
@@ -65,7 +65,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    atexit.register(gc.freeze)  # or ending takes a second, for memory that goes anyway
+    atexit.register(gc.freeze)  # otherwise exiting takes a second, to free memory needlessly
     children.prepare_threads()
     loopback.exempt()
     machine.open_closed_streams()
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     words = sys.argv[1:] if argv is None else argv
     form: logs.Format = "human"
-    in_json = "--json" in words[: words.index("--") if "--" in words else None]  # known before the rest is understood
+    in_json = "--json" in words[: words.index("--") if "--" in words else None]  # needed before the rest is parsed
     try:
         form = logs.chosen(None)
         args = parse(build(COMMANDS), words)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 answer: Answer = args.run(args)
             if not answer.quiet:
                 _print(_as_json(answer.data) if args.json else answer.text)
-            in_json = False  # one object is all there is; what fails while a server serves is told on stderr
+            in_json = False  # only one object is printed; failures while serving go to stderr
             return answer.then() if answer.then else answer.exit_code
     except NumpruneError as error:
         code = 4 if isinstance(error, EnvironmentInvalid) else int(getattr(error, "exit_code", 1))
@@ -120,7 +120,7 @@ def _as_json(data: dict[str, Any]) -> str:
 
 @contextmanager
 def _stdout_kept() -> Iterator[None]:
-    """What libraries and child processes print goes to stderr: stdout is for the answer."""
+    """Redirect output of libraries and child processes to stderr: stdout is for the result."""
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)
@@ -134,7 +134,7 @@ def _stdout_kept() -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A SIGTERM ends the command as an exception does, so that nothing it started stays behind."""
+    """SIGTERM ends the command like an exception, so that nothing is left running."""
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + signal.SIGTERM)
@@ -148,11 +148,11 @@ def _terminable() -> Iterator[None]:
 
 def _print(text: str) -> None:
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that knows ASCII only
+        sys.stdout.reconfigure(errors="backslashreplace")  # for ASCII-only terminals
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
+    except BrokenPipeError:  # the reader has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's final flush would fail
 
 
 __all__ = ["main"]

@@ -1,8 +1,8 @@
-"""Puts the words of a command line into an order that argparse reads without loss.
+"""Reorders the words of a command line so that argparse parses them correctly.
 
 argparse gives an option with several values every word up to the next option: in `--text cal.txt MODEL OUT` nothing is
 left for MODEL and OUT, and in `--set a=b recipe.toml` the recipe is taken for a second assignment. Here such an option
-leaves to the command the arguments that it needs, and the words that cannot be values of the option.
+leaves the command its arguments, and words that cannot be values of the option.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _NEGATIVE_NUMBER = re.compile(r"-(\d+|\d*\.\d+)")
 
 
 class NeededUnless(argparse._StoreAction):
-    """An argument that is needed but where the option `unless` is given."""
+    """An argument that is required unless the option `unless` is given."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, *, unless: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs="?", **kwargs)
@@ -26,7 +26,7 @@ class NeededUnless(argparse._StoreAction):
 
 @dataclass
 class _Option:
-    """An option as it was written. `values` are those that follow it, each with its place on the command line."""
+    """An option as written. `values` are the words after it, with their positions on the command line."""
 
     word: str
     action: argparse.Action
@@ -37,9 +37,9 @@ def ordered(parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapp
     """The same words: options with their values first, then `--` and the arguments.
 
     Args:
-        renamed: option as earlier versions called it -> its name.
+        renamed: option name of an earlier version -> current name.
 
-    Raises InputError for an unknown option, an argument too many, and values that could as well be arguments.
+    Raises InputError for an unknown option, an extra argument, and values that could also be arguments.
     """
     options, arguments = _read(parser, words, renamed)
     least, most = _limits(parser, {option.word for option in options})
@@ -48,7 +48,8 @@ def ordered(parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapp
     if missing and most is None and sum(len(option.values) - 1 for option in greedy) > missing:
         name = next(option.word for option in greedy if len(option.values) > 1)
         raise InputError(
-            f"{name}: it is unclear where its values end; put the arguments first, or repeat {name} for each value "
+            f"{name}: it is unclear where its values end; put the arguments first, or repeat {name} for "
+            "each value "
             f"(see {parser.prog} --help)"
         )
     for option in reversed(greedy):
@@ -63,14 +64,14 @@ def ordered(parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapp
 
 
 def is_option(word: str) -> bool:
-    """Whether a word is an option; `-` and negative numbers are values or arguments."""
+    """Whether a word is an option; `-` and negative numbers are not."""
     return len(word) > 1 and word.startswith("-") and not _NEGATIVE_NUMBER.fullmatch(word)
 
 
 def _read(
     parser: argparse.ArgumentParser, words: Sequence[str], renamed: Mapping[str, str]
 ) -> tuple[list[_Option], list[tuple[int, str]]]:
-    """The options with every value that can be theirs, and the arguments with their places."""
+    """The options with all their possible values, and the arguments with their positions."""
     known = {name: action for action in parser._actions for name in action.option_strings}
     options: list[_Option] = []
     arguments: list[tuple[int, str]] = []
@@ -93,7 +94,7 @@ def _read(
 
 
 def _limits(parser: argparse.ArgumentParser, given: Collection[str]) -> tuple[int, int | None]:
-    """How many arguments the command takes with the options given: at least, and at most."""
+    """The minimum and maximum number of arguments with the given options."""
     arguments = [action for action in parser._actions if not action.option_strings]
     needed = [
         action.unless not in given if isinstance(action, NeededUnless) else action.nargs != "?" for action in arguments
@@ -102,7 +103,7 @@ def _limits(parser: argparse.ArgumentParser, given: Collection[str]) -> tuple[in
 
 
 def _full_name(given: str, known: Mapping[str, argparse.Action], prog: str) -> str:
-    """The option that was written, perhaps shortened. Raises InputError."""
+    """The full name of an option, which may be abbreviated. Raises InputError."""
     if given in known:
         return given
     longer = [name for name in known if given.startswith("--") and name.startswith(given)]

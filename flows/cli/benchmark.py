@@ -18,7 +18,7 @@ _SERVED = {  # fields of ServedLoad
     "prompts": "requests in each stream of a repeat, one after the other (default: 4)",
     "prompt-length": "tokens of each prompt (default: 128)",
     "output-length": "tokens of each output (default: 32)",
-    "repeats": "measurements of each side at each concurrency, an even number, at least 4 (default: 10)",
+    "repeats": "repeats of each side at each concurrency, an even number, at least 4 (default: 10)",
     "kv-cache-mib": "MiB of memory for the KV cache of each server (default: 256)",
 }
 
@@ -28,7 +28,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "benchmark",
         benchmark,
-        "time a model against its baseline, and compare its memory and, with --text, its quality",
+        "benchmark speed and memory of a model against its baseline, with --text also quality",
         "numprune benchmark ./pruned --baseline ./my-model --runtime torch --text heldout.txt --json > report.json",
     )
     parser.add_argument(
@@ -48,14 +48,14 @@ def add(commands: Subcommands) -> None:
         "--dtype",
         get_args(names.Dtype),
         "auto",
-        "precision for both; auto: the candidate's stored one, but float32 in torch and ONNX Runtime on a CPU",
+        "precision of both; auto: the candidate's stored one, but float32 in torch and ONNX Runtime on a CPU",
     )
     add_choice(
         parser,
         "--torch-mode",
         get_args(names.TorchMode),
         "auto",
-        "how torch decodes; auto: compiled on a GPU, which takes a minute or more, eager on a CPU",
+        "decoding mode of torch; auto: compiled on a GPU, which takes a minute or more, eager on a CPU",
     )
     parser.add_argument(
         "--text",
@@ -72,14 +72,14 @@ def add(commands: Subcommands) -> None:
         help="tokens per window of the text (default: 512, or the model's context where that is shorter)",
     )
     add_reading(parser)
-    served = parser.add_argument_group("runtime vllm", "each side on a server of its own, under `vllm bench serve`")
+    served = parser.add_argument_group("runtime vllm", "each side on its own server, under `vllm bench serve`")
     served.add_argument(
         "--concurrency",
         nargs="+",
         action="extend",
         type=at_least(1),
         metavar="N",
-        help="requests in flight, a measurement for each number (default: 1 4)",
+        help="requests in flight, measured separately for each number (default: 1 4)",
     )
     for option, help_text in _SERVED.items():
         served.add_argument(f"--{option}", type=int, metavar="N", help=help_text)
@@ -89,10 +89,10 @@ def add(commands: Subcommands) -> None:
     served.add_argument(
         "--untested-vllm",
         action="store_true",
-        help="accept a version that numprune was not tested with (default: refuse it)",
+        help="accept a vLLM version that numprune was not tested with (default: refuse it)",
     )
 
-    encoders = parser.add_argument_group("encoders", "a forward pass of every batch size and length")
+    encoders = parser.add_argument_group("encoders", "a forward pass at every batch size and length")
     encoders.add_argument(
         "--batch-sizes",
         nargs="+",
@@ -110,7 +110,7 @@ def add(commands: Subcommands) -> None:
         help="tokens of each text (default: 32 128)",
     )
     encoders.add_argument(
-        "--passes", type=at_least(1), metavar="N", help="forward passes of each shape in a repeat (default: 4)"
+        "--passes", type=at_least(1), metavar="N", help="forward passes of each shape per repeat (default: 4)"
     )
 
     parser = command(
@@ -126,7 +126,7 @@ def add(commands: Subcommands) -> None:
         "--junit",
         metavar="FILE",
         type=Path,
-        help="write the verdict as JUnit XML, a test for each gate (default: none)",
+        help="write the verdict as JUnit XML, one test per gate (default: none)",
     )
     parser.add_argument(
         "--markdown",
@@ -150,15 +150,15 @@ def benchmark(args: argparse.Namespace) -> Answer:
 
         more = {"vllm": environment.find(args.vllm, untested=args.untested_vllm), "served": ServedLoad(**given)}
     elif given or args.vllm or args.untested_vllm:
-        raise InputError(f"--runtime {args.runtime}: the options of runtime vllm are not for it")
+        raise InputError(f"--runtime {args.runtime}: the options for runtime vllm do not apply")
     shapes = {name: tuple(value) for name in ("batch_sizes", "lengths") if (value := getattr(args, name))}
     if args.passes or shapes:
         more["shapes"] = {**shapes, **({"passes": args.passes} if args.passes else {})}
     if args.torch_mode != "auto" and args.runtime != "torch":
-        raise InputError(f"--torch-mode {args.torch_mode}: the runtime is {args.runtime}; leave it out")
+        raise InputError(f"--torch-mode {args.torch_mode}: does not apply to {args.runtime}; omit it")
     how = reading(args, args.text or [])
     if not args.text and how != Reading():
-        raise InputError("--split, --chat and --pack say how --text is read, and none is given")
+        raise InputError("--split, --chat and --pack need --text")
     report = children.call(
         _report,
         args.candidate,
@@ -202,7 +202,7 @@ def gate(args: argparse.Namespace) -> Answer:
         if found.verdict is not None:
             gates.confirm(found)
         verdict = gates.judge(found, policy)
-    except NumpruneError as error:  # a CI system must not go on showing what an earlier run left there
+    except NumpruneError as error:  # a CI system must not show results of an earlier run
         _write("--junit", args.junit, junit_error(str(error), datetime.now(UTC)), report.replace)
         _write_page(args.markdown, report.not_judged(str(error)))
         raise
@@ -214,15 +214,15 @@ def gate(args: argparse.Namespace) -> Answer:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Raises InputError where one of the files to be written is another of the command's, or no file."""
+    """Raises InputError if an output is another file of the command, or not a file."""
     taken = {args.report.resolve(): "the report", args.policy.resolve(): "the policy"}
     for option, path in (("--junit", args.junit), ("--markdown", args.markdown)):
         if path is None:
             continue
         if path.exists() and not path.is_file():
-            raise InputError(f"{option} {path}: exists and is not a file; name one to be written")
+            raise InputError(f"{option} {path}: exists and is not a file; give another path")
         if (other := taken.setdefault(path.resolve(), option)) != option:
-            raise InputError(f"{option} {path}: is {other}, which it would replace; name another file")
+            raise InputError(f"{option} {path}: is {other}, which it would replace; give another file")
 
 
 def _write_page(path: Path | None, page: str) -> None:
@@ -239,5 +239,5 @@ def _write(option: str, path: Path | None, text: str, write: Callable[[Path, str
         write(path.resolve(), text)
     except OSError as error:
         raise InputError(
-            f"{option} {path}: cannot be written: {error.strerror}; name a file in a folder that can"
+            f"{option} {path}: cannot be written: {error.strerror}; give a file in a writable folder"
         ) from None

@@ -1,4 +1,4 @@
-"""numprune check-server: a server that runs somewhere already, against the reference answers of its release."""
+"""numprune check-server: checks a running server against the reference answers of its release."""
 
 import argparse
 import logging
@@ -21,30 +21,32 @@ def add(commands: Subcommands) -> None:
         commands,
         "check-server",
         check_server,
-        "compare a running server's answers with the reference answers of its release",
+        "check a running server against the reference answers of its release",
         "numprune check-server ./release --url http://127.0.0.1:8000 --dtype bfloat16",
     )
-    parser.add_argument("release", metavar="RELEASE", type=Path, help="a folder as registry fetch writes it")
+    parser.add_argument("release", metavar="RELEASE", type=Path, help="a release folder")
     parser.add_argument("--url", required=True, help="address of the server, without /v1")
-    add_choice(parser, "--dtype", [dtype for dtype in DTYPES if dtype != "auto"], "bfloat16", "in which it computes")
+    add_choice(
+        parser, "--dtype", [dtype for dtype in DTYPES if dtype != "auto"], "bfloat16", "precision in which it computes"
+    )
     parser.add_argument(
         "--startup-timeout",
         type=at_least(0),
         default=0,
         metavar="S",
-        help="seconds to wait for it to be healthy (default: 0)",
+        help="seconds to wait until it is healthy (default: 0)",
     )
     parser.add_argument(
         api_key.OPTION,
         type=Path,
         metavar="FILE",
-        help="with the server's API key (default: $VLLM_API_KEY, where it is set)",
+        help="file with the server's API key (default: $VLLM_API_KEY, if set)",
     )
     parser.add_argument(
         "--marker",
         type=Path,
         metavar="FILE",
-        help="write this file when it has passed, then stay until SIGTERM (default: none)",
+        help="write this file after a pass, then wait for SIGTERM (default: none)",
     )
 
 
@@ -54,7 +56,7 @@ def check_server(args: argparse.Namespace) -> Answer:
     key = api_key.read(args.api_key_file)
     reference = reference_answers.read(args.release)
     if args.marker:
-        args.marker.unlink(missing_ok=True)  # of an earlier server
+        args.marker.unlink(missing_ok=True)  # left by an earlier server
     _wait(args.url, key, args.startup_timeout)
     found = reference_answers.check(args.url, reference, args.dtype, key)
     text = f"{args.url}: passed in {found['dtype']}, {reference_answers.told(found)}"
@@ -66,7 +68,7 @@ def check_server(args: argparse.Namespace) -> Answer:
 
 
 def _wait(url: str, key: str | None, timeout_s: float) -> None:
-    """Until /health says so. Raises NumpruneError when it does not in time."""
+    """Wait until /health succeeds. Raises NumpruneError on timeout."""
     import httpx
 
     from numprune.serving import loopback

@@ -1,4 +1,4 @@
-"""numprune completion: a script that completes commands, options and their values in a shell."""
+"""numprune completion: shell completion of commands, options and their values."""
 
 import argparse
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ def add(commands: Subcommands) -> None:
         commands,
         "completion",
         completion,
-        "print a script that completes commands and options in a shell",
+        "print a completion script for a shell",
         "numprune completion bash > ~/.local/share/bash-completion/completions/numprune",
     )
-    parser.add_argument("shell", metavar="SHELL", choices=_SHELLS, help=f"which shell: {', '.join(_SHELLS)}")
+    parser.add_argument("shell", metavar="SHELL", choices=_SHELLS, help=f"shell: {', '.join(_SHELLS)}")
 
 
 def completion(args: argparse.Namespace) -> Answer:

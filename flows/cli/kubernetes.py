@@ -11,7 +11,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "kubernetes",
         kubernetes,
-        "write manifests that serve a version in a cluster, by its number and digest",
+        "write manifests that serve a version in a cluster, pinned by number and digest",
         "numprune kubernetes my-model@production --format deployment --image registry.example/numprune:0.3.0 "
         "--uri https://mlflow.example --out my-model.yaml",
     )
@@ -21,7 +21,7 @@ def add(commands: Subcommands) -> None:
         required=True,
         choices=("deployment", "kserve"),
         metavar="FORMAT",
-        help="what serves it: deployment, kserve",
+        help="kind of manifest: deployment, kserve",
     )
     parser.add_argument(
         "--image", required=True, metavar="IMAGE", help="numprune's image, which fetches and verifies the release"
@@ -30,7 +30,7 @@ def add(commands: Subcommands) -> None:
     parser.renamed = {"--registry-uri": "--uri"}
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write")
     parser.add_argument(
-        "--workspace", metavar="DIR", help="look the version up in this workspace's registry (default: in --uri)"
+        "--workspace", metavar="DIR", help="look up the version in this workspace's registry (default: in --uri)"
     )
     parser.add_argument("--namespace", default="default", help="namespace of the cluster (default: %(default)s)")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--vllm-image",
         metavar="IMAGE",
-        help="image with vLLM; required when the release needs the plug-in (default: vLLM's own)",
+        help="image with vLLM; required if the release needs the plug-in (default: vLLM's own)",
     )
     parser.add_argument(
         "--replicas", type=int, default=1, metavar="N", help="replicas of the server (default: %(default)s)"
@@ -53,17 +53,17 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument("--cpus", type=int, default=4, metavar="N", help="CPUs of each replica (default: %(default)s)")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="memory of each replica, as 24Gi (default: by the size of the weights)"
+        "--memory", metavar="SIZE", help="memory of each replica, like 24Gi (default: by the size of the weights)"
     )
     parser.add_argument(
         "--registry-secret",
         metavar="SECRET",
-        help="Secret with MLflow's environment variables, as MLFLOW_TRACKING_TOKEN (default: none)",
+        help="Secret with MLflow's environment variables, like MLFLOW_TRACKING_TOKEN (default: none)",
     )
     parser.add_argument(
         "--api-key-secret",
         metavar="SECRET",
-        help="Secret with the entry VLLM_API_KEY, the API key that clients must send (default: none)",
+        help="Secret with the key VLLM_API_KEY, the API key that clients must send (default: none)",
     )
     parser.add_argument(
         "--values",
@@ -110,7 +110,7 @@ def kubernetes(args: argparse.Namespace) -> Answer:
     text = f"{args.out}: {kinds} for {release.reference}, digest {release.digest}"
     if placement.vllm_image is None and placement.values.security_context.run_as_user is None:
         text += (
-            "\nvLLM's image runs as root, which the pod does not allow. OpenShift gives it a user; elsewhere set "
+            "\nvLLM's image runs as root, which the pod does not allow. OpenShift assigns a user; elsewhere set "
             "securityContext.runAsUser with --values."
         )
     return Answer(

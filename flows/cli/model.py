@@ -1,10 +1,11 @@
-"""numprune inspect, evaluate and export: a model in, figures or an export out."""
+"""numprune inspect, evaluate and export."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from numprune.counted import counted
 from numprune.export.imports import uncollected
 from numprune.flows import names
 from numprune.flows.amounts import size
@@ -24,12 +25,14 @@ def add(commands: Subcommands) -> None:
         commands,
         "evaluate",
         evaluate,
-        "measure NLL and perplexity, and what changed against a baseline",
+        "measure NLL and perplexity, optionally against a baseline",
         "numprune evaluate ./pruned ./pruned-more --baseline ./my-model --text heldout.txt",
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"{MODEL}; several are evaluated one after another")
     parser.add_argument(
-        "--baseline", metavar="MODEL", help="compare each with this model, token by token (default: no comparison)"
+        "models", metavar="MODEL", nargs="+", help=f"{MODEL}; several are evaluated one after the other"
+    )
+    parser.add_argument(
+        "--baseline", metavar="MODEL", help="compare each model with this one, token by token (default: none)"
     )
     add_text(parser, "text to score")
 
@@ -37,7 +40,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "export",
         export,
-        "export a checkpoint, and prove that the export computes the same",
+        "export a checkpoint, and verify that the export computes the same",
         "numprune export ./pruned ./pruned-onnx --to onnx",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
@@ -135,7 +138,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         lines += [f"  {line}" for line in dropped_lines(plan, load_task(folder).unit)]
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
-            f"{split.mlp_channels:,} channels per layer, priced at {split.nats_per_token:.4f} nats per token"
+            f"{counted(split.mlp_channels, 'channel per layer')}, priced at {split.nats_per_token:.4f} nats per token"
             for number, split in enumerate(plan.splits or ())
         ]
     return Answer(data, "\n".join(lines))
@@ -143,11 +146,11 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 def _groups(split: "PricedSplit") -> str:
     heads = f" of {split.query_heads} query heads" if split.query_heads and split.query_heads > 1 else ""
-    return f"{split.kv_groups} KV groups{heads}"
+    return f"{counted(split.kv_groups, 'KV group')}{heads}"
 
 
 def _pooling(task: "Task") -> dict[str, Any]:
-    """How an embedding model makes one vector of a text's tokens; nothing for other models."""
+    """The pooling of an embedding model; empty for other models."""
     from numprune.tasks.embedding import Embedding
 
     if not isinstance(task, Embedding):
@@ -211,14 +214,14 @@ def export(args: argparse.Namespace) -> Answer:
         "files": sorted(made.files),
         "parity": proof,
     }
-    amount = f"{len(made.files)} files, {size(data['bytes'])}"
-    return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity proved")
+    amount = f"{counted(len(made.files), 'file')}, {size(data['bytes'])}"
+    return Answer(data, f"{args.out}: {args.to} in {made.facts['dtype']}, {amount}; parity verified")
 
 
 def _quality_line(data: dict[str, Any]) -> str:
     return (
         f"{data['model']}: perplexity {data['perplexity']:.4f}, NLL {data['nll_nats_per_token']:.6f} nats/token on "
-        f"{data['tokens']:,} tokens of {data['documents']:,} document{'' if data['documents'] == 1 else 's'}"
+        f"{counted(data['tokens'], 'token')} of {counted(data['documents'], 'document')}"
         f"{', packed' if data['packed'] else ''}"
     )
 
@@ -227,7 +230,9 @@ def _metrics_line(data: dict[str, Any]) -> str:
     from numprune.serving.report.names import METRICS
 
     figures = ", ".join(f"{METRICS[name]} {value:.4f}" for name, value in data["metrics"].items())
-    return f"{data['model']}: {figures}, on {data['tokens']:,} tokens of {data['documents']:,} documents"
+    return (
+        f"{data['model']}: {figures}, on {counted(data['tokens'], 'token')} of {counted(data['documents'], 'document')}"
+    )
 
 
 def _difference_line(data: dict[str, Any]) -> str:

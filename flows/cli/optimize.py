@@ -18,17 +18,17 @@ def add(commands: Subcommands) -> None:
         commands,
         "optimize",
         run,
-        "run a recipe: prune, export, prove, evaluate, benchmark, gate and publish",
+        "run a recipe: prune, export, verify parity, evaluate, benchmark, gate and publish",
         "numprune optimize my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
-    parser.add_argument("--dry-run", action="store_true", help="only show what the run would do, like numprune plan")
+    parser.add_argument("--dry-run", action="store_true", help="only show what the run would do, like `numprune plan`")
     _add_recipe(parser)
 
     parser = command(
         commands,
         "plan",
         plan,
-        "show what a run of a recipe would do, and run nothing",
+        "show what a run of a recipe would do, without running it",
         "numprune plan my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
     _add_recipe(parser)
@@ -44,7 +44,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         type=_assignment,
         metavar="SECTION.KEY=VALUE",
-        help="change keys of the recipe, as prune.ratio=0.2; may be repeated (default: the recipe as it is)",
+        help="override keys of the recipe, like prune.ratio=0.2; may be repeated (default: none)",
     )
     add_workspace(parser)
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> Answer:
     workspace = stages.workspace_folder(args.workspace)
     logger.info("recipe %s, workspace %s", path, workspace)
     children.warm_up()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # what goes wrong is said once, by us
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # errors are reported once, by us
     if url := server.configured():
         found = _scheduled(url, args, workspace)
     else:

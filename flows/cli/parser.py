@@ -1,4 +1,4 @@
-"""What all commands share: their options' shapes and what they answer."""
+"""Common parts of all commands: option types and results."""
 
 import argparse
 import sys
@@ -24,10 +24,10 @@ _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found, as one JSON object and as text for people.
+    """The result of a command, as one JSON object and as text.
 
-    `quiet`: nothing is printed; another process of the same command answers. `then` is what remains to be done once the
-    answer is printed, and gives the exit code: a server goes on serving.
+    `quiet`: nothing is printed; another process of the same command answers. `then` runs after the result is printed,
+    for example a server, and returns the exit code.
     """
 
     data: dict[str, Any]
@@ -45,17 +45,17 @@ class Commands(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options and arguments in any order; errors are InputError: argparse's exit code 2 means a failed gate here."""
+    """Accepts options and arguments in any order; errors are InputError, because exit code 2 means a failed gate."""
 
-    commands: Mapping[str, "Parser"] = MappingProxyType({})  # of a parser that takes the name of a command first
-    renamed: Mapping[str, str] = MappingProxyType({})  # options by the names of earlier versions, which no help shows
+    commands: Mapping[str, "Parser"] = MappingProxyType({})  # of a parser that expects a command name first
+    renamed: Mapping[str, str] = MappingProxyType({})  # option names of earlier versions, not shown in help
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """The arguments of a command. Raises InputError."""
+        """Parse the arguments of a command. Raises InputError."""
         return super().parse_args(ordered(self, sys.argv[1:] if args is None else args, self.renamed), namespace)
 
     def add_commands(self) -> Subcommands:
-        """What commands are added to."""
+        """Create the group that commands are added to."""
         added = self.add_subparsers(metavar="COMMAND", parser_class=Parser)
         self.commands = added.choices
         return added
@@ -65,10 +65,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def build(modules: Iterable[Commands]) -> Parser:
-    """The parser of all commands."""
+    """Create the parser of all commands."""
     parser = Parser(
         prog="numprune",
-        description="From a transformer and a recipe to a pruned, exported, benchmarked, gated and published artifact.",
+        description="Prunes, quantizes, exports, benchmarks, gates, publishes and serves transformers.",
         epilog="Example: numprune optimize\n\n`numprune help COMMAND` shows a command's options and an example.\n\n"
         "Exit codes: 0 pass or done, 1 error, 2 gate failed, 3 inconclusive, 4 invalid environment.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,9 +81,9 @@ def build(modules: Iterable[Commands]) -> Parser:
 
 
 def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """The arguments. For commands that start servers, what follows a `--` is `vllm_options`, None without.
+    """Parse the arguments. For commands that start servers, words after `--` are `vllm_options`, or None.
 
-    Raises InputError. Help and version end the process; so does a missing command, after the help, with exit code 1.
+    Raises InputError. Help and version end the process; so does a missing command, with the help and exit code 1.
     """
     if words and words[0] == "help":
         words = [*words[1:], "--help"]
@@ -111,22 +111,20 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
 
 
 def group(commands: Subcommands, name: str, help_text: str, example: str) -> Subcommands:
-    """Add a command that has commands of its own, and return what those are added to."""
+    """Add a command with subcommands, and return their group."""
     return _add(commands, name, help_text, example).add_commands()
 
 
 def command(
     commands: Subcommands, name: str, run: Callable[[argparse.Namespace], Answer], help_text: str, example: str
 ) -> Parser:
-    """Add one command, with its example and `--json`; `run` gets the arguments."""
+    """Add one command with its example and `--json`; `run` receives the arguments."""
     parser = _add(commands, name, help_text, example)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object on stdout, also when the command fails"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, even on failure")
     parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
-        help=f"of log lines on stderr: {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
+        help=f"format format of log lines on stderr: {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
         metavar="FORMAT",
     )
     parser.set_defaults(run=run)
@@ -145,7 +143,7 @@ def _add(commands: Subcommands, name: str, help_text: str, example: str) -> Pars
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """An argument type: an integer of at least `minimum`."""
+    """Argument type for integers of at least `minimum`."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -160,7 +158,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def add_choice(
     parser: argparse.ArgumentParser, option: str, choices: Sequence[str], default: str | None, help_text: str
 ) -> None:
-    """Add an option that takes one of `choices`; its help lists them all, and the default."""
+    """Add an option with `choices`, all listed in its help with the default."""
     listed = f"{help_text}: {', '.join(choices)}"
     parser.add_argument(
         option,
@@ -177,7 +175,7 @@ def add_workspace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workspace",
         metavar="DIR",
-        help="holds stages, releases and the registry (default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace)",
+        help="folder of stages, releases and the registry (default: $NUMPRUNE_WORKSPACE, or ./numprune-workspace)",
     )
 
 
@@ -188,7 +186,7 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool = True) -> None:
-    """Add --text and how it is read; `help_text`: what it is for."""
+    """Add --text and the options for reading it; `help_text`: its purpose."""
     parser.add_argument(
         "--text",
         nargs="+",
@@ -209,39 +207,39 @@ def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool 
 
 
 def must_not_exist(out: Path) -> None:
-    """Raises InputError where there is something already."""
+    """Raises InputError if the path exists."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: already exists; choose another folder or remove it")
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how text files become rows of tokens: see `reading`."""
+    """Add the options for turning text files into rows of tokens: see `reading`."""
     parser.add_argument(
         "--split",
         type=_separator,
         default=WHOLE_FILE,
         metavar="SEPARATOR",
-        help=f"what separates the documents of a plain text file: {BLANK_LINE}, or a regular expression "
-        f"(default: {WHOLE_FILE}, a file is one document)",
+        help=f"separator of documents in a plain text file: {BLANK_LINE}, or a regular expression "
+        f"(default: {WHOLE_FILE}, one document per file)",
     )
     parser.add_argument(
         "--chat",
         action="store_true",
-        help='render a record\'s "messages" with the model\'s chat template (default: read its "text")',
+        help='render each record\'s "messages" with the model\'s chat template (default: read its "text")',
     )
     parser.add_argument(
         "--pack",
         action=argparse.BooleanOptionalAction,
         default="auto",
-        help="join documents by EOS and cut them as one text, or each by itself (default: join them where full windows "
-        "of single documents hold less than half of the tokens)",
+        help="join documents by EOS and cut them as one text, or cut each separately (default: join if full windows of "
+        "single documents hold less than half of the tokens)",
     )
 
 
 def reading(args: argparse.Namespace, files: Iterable[str | Path]) -> Reading:
-    """How the text `files` are to be read. Raises InputError."""
+    """How to read the text `files`. Raises InputError."""
     if args.split != WHOLE_FILE and not any(is_plain(Path(file)) for file in files):
-        raise InputError(f"--split {args.split}: there is no plain text file to split; leave it out")
+        raise InputError(f"--split {args.split}: there is no plain text file to split; omit it")
     return Reading(args.split, args.chat, args.pack)
 
 
@@ -254,7 +252,7 @@ def _separator(text: str) -> str:
 
 
 class _Version(argparse.Action):
-    """The distribution is looked up only when the version is asked for."""
+    """Looks up the distribution only on demand."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         print(f"numprune {metadata.version('numprune')}")

@@ -1,4 +1,4 @@
-"""numprune prune: a model in, a smaller one out; or only the plan of it, or by a plan."""
+"""numprune prune: prune a model, only plan it, or follow a plan."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numprune.options import PruneOptions
     from numprune.plans import Plan
 
-# What `prune` does where neither an option nor a plan says otherwise.
+# Defaults of `prune` without an option or a plan.
 _DEFAULTS: dict[str, Any] = {
     "criterion": "obs",
     "allocation": "uniform",
@@ -51,7 +51,7 @@ def add(commands: Subcommands) -> None:
         type=Path,
         action=NeededUnless,
         unless="--plan-only",
-        help="the folder to write, or with --plan-only the file; must not exist",
+        help="the folder to write, or the file with --plan-only; must not exist",
     )
     parser.add_argument(
         "--ratio",
@@ -74,8 +74,8 @@ def add(commands: Subcommands) -> None:
     )
     for option, choices, help_text in (
         ("criterion", names.Criterion, "what scores the units"),
-        ("allocation", names.Allocation, "how many units each layer loses"),
-        ("compensation", names.Compensation, "how the kept channels take over from the removed ones"),
+        ("allocation", names.Allocation, "how removals are divided among layers"),
+        ("compensation", names.Compensation, "how kept channels compensate for removed ones"),
     ):
         parser.add_argument(
             f"--{option}",
@@ -86,13 +86,13 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--plan-only",
         action="store_true",
-        help="choose what to keep and prune nothing: print it, and write the plan to OUT where that is given",
+        help="choose what to keep without pruning; print it, and write the plan to OUT if given",
     )
     parser.add_argument(
         "--plan",
         type=Path,
         metavar="FILE",
-        help="follow this plan and its options; what remains is fitted to the text (default: choose anew)",
+        help="follow this plan and its options; kept weights are fitted to the text (default: make a new plan)",
     )
     add_text(parser, "text to calibrate on")
     parser.add_argument(
@@ -102,12 +102,12 @@ def add(commands: Subcommands) -> None:
         help="rows of the text to calibrate on (default: 128, or as many as the plan was chosen on without training)",
     )
     add_limits(parser, get_args(names.Axis), names.DEFAULT_AXES)
-    _add_number(parser, "drop_layers", 0, "whole layers to drop, chosen by what they cost; units make up the rest")
+    _add_number(parser, "drop_layers", 0, "whole layers to drop, the cheapest ones; units make up the rest")
     _add_number(parser, "seed", 0, "seed of every random draw")
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="hold one layer in memory at a time, for models larger than the memory (default: the whole model)",
+        help="keep only one layer in memory, for models larger than memory (default: the whole model)",
     )
 
 
@@ -116,7 +116,7 @@ def add_limits(parser: argparse.ArgumentParser, axes: Sequence[str], default: Se
     for name, help_text in (
         ("align", "intermediate sizes are multiples of N channels"),
         ("tensor_parallel", "GPUs that will share each layer"),
-        ("quantization_group", "channels that will share a scale"),
+        ("quantization_group", "channels that will share a quantization scale"),
     ):
         _add_number(parser, name, 1, help_text)
     parser.add_argument(
@@ -147,12 +147,12 @@ def add_limits(parser: argparse.ArgumentParser, axes: Sequence[str], default: Se
         "--skips",
         action="store_const",
         const=True,
-        help="with --allocation error or global: whole blocks may be removed (default: each keeps a unit)",
+        help="with --allocation error or global: allow removing whole blocks (default: each keeps a unit)",
     )
 
 
 def _add_number(parser: argparse.ArgumentParser, name: str, least: int, help_text: str) -> None:
-    """Add an option of pruning that takes a whole number."""
+    """Add an integer option of pruning."""
     option = f"--{name.replace('_', '-')}"
     parser.add_argument(option, type=at_least(least), metavar="N", help=f"{help_text} (default: {_DEFAULTS[name]})")
 
@@ -260,10 +260,10 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
             given = {"ratio": 0.0, "allocation": "error", **given, "budget": byte_budget(base, parse(budget), scheme)}
         return options_of_arguments(given), None
     if args.plan_only:
-        raise InputError("--plan-only makes a plan, and --plan gives one; leave one of them out")
+        raise InputError("--plan-only and --plan exclude each other; omit one of them")
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise InputError(f"--plan brings its own options; leave out {options}, or edit the plan")
+        raise InputError(f"--plan has its own options; omit {options}, or edit the plan")
     plan = read_plan(args.plan)
     return options_of(plan), plan
 
@@ -280,7 +280,7 @@ def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
 
 
 def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answer:
-    """The answer of `--plan-only`; `out` is written."""
+    """The result of `--plan-only`; writes `out`."""
     from numprune.anatomy import read_anatomy
     from numprune.budget import budget_of
     from numprune.export import checkpoint
@@ -330,7 +330,7 @@ def schemes_lines(plan: "Plan") -> list[str]:
 
 
 def sizes_lines(anatomy: "Anatomy") -> list[str]:
-    """The sizes of all layers, a line for each kind of block."""
+    """The sizes of all layers, one line per kind of block."""
     query_heads = ", ".join(str(block.units * block.members) for block in anatomy.of_kind("attention"))
     lines = [f"{'attention: query heads by layer':<36} {query_heads}"]
     for kind, what in (("attention", "KV groups"), ("mlp", "channels"), ("experts", "experts")):

@@ -1,9 +1,10 @@
-"""numprune push: a release to a model hub."""
+"""numprune push: pushes a release to a model hub."""
 
 import argparse
 import dataclasses
 from pathlib import Path
 
+from numprune.counted import counted
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Subcommands, command
 
@@ -21,7 +22,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--private",
         action="store_true",
-        help="create the repository private; an existing one stays as it is (default: public)",
+        help="create a private repository; an existing one is unchanged (default: public)",
     )
     parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
 
@@ -33,5 +34,5 @@ def push(args: argparse.Namespace) -> Answer:
 
     children.call(audit, args.release)
     pushed = hub.push(args.release, args.repository, private=args.private, revision=args.revision)
-    text = f"{pushed.url}: {pushed.files} files, {size(pushed.bytes)}, commit {pushed.commit[:12]}"
+    text = f"{pushed.url}: {counted(pushed.files, 'file')}, {size(pushed.bytes)}, commit {pushed.commit[:12]}"
     return Answer(dataclasses.asdict(pushed), text)

@@ -1,4 +1,4 @@
-"""numprune quantize: a checkpoint in, one with the weights of its layers in 8 or 4 bits out."""
+"""numprune quantize: stores the weights of a checkpoint's layers in 8 or 4 bits."""
 
 import argparse
 import time
@@ -29,7 +29,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "quantize",
         quantize,
-        "quantize a checkpoint and write the result as compressed-tensors, which vLLM serves",
+        "quantize a checkpoint to the compressed-tensors format, which vLLM serves",
         "numprune quantize ./pruned ./pruned-w4a16 --scheme w4a16 --dense ./my-model --text train.txt",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
@@ -54,12 +54,12 @@ def add(commands: Subcommands) -> None:
         "--method",
         get_args(names.QuantizationMethod),
         "gptq",
-        "how weights are rounded: gptq makes up for errors and needs a text, rtn rounds to nearest and needs none",
+        "rounding: gptq compensates for errors and needs a text, rtn rounds to nearest and needs none",
     )
     parser.add_argument(
         "--dense",
         metavar="MODEL",
-        help="the model that CHECKPOINT was pruned from: gptq fits to its outputs (default: to those of CHECKPOINT)",
+        help="the model that CHECKPOINT was pruned from, to whose outputs gptq fits (default: to those of CHECKPOINT)",
     )
     add_text(parser, "text to calibrate gptq on", required=False)
     parser.add_argument(
@@ -76,7 +76,9 @@ def add(commands: Subcommands) -> None:
         metavar="N",
         help="GPUs that will share each layer (default: 1)",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
+    )
 
 
 def quantize(args: argparse.Namespace) -> Answer:
@@ -120,10 +122,10 @@ def quantize(args: argparse.Namespace) -> Answer:
 
 
 def _check_method(args: argparse.Namespace) -> None:
-    """Raises InputError where gptq has no text, or rtn something that it does not read."""
+    """Raises InputError if gptq has no text, or if rtn gets options that it does not use."""
     if args.method == "gptq" and not args.text:
         raise InputError("the following arguments are required: --text, or --method rtn (see numprune quantize --help)")
     if args.method == "rtn":
         for option in ("text", "dense"):
             if getattr(args, option):
-                raise InputError(f"--method rtn reads no text and fits to no model; leave out --{option}")
+                raise InputError(f"--method rtn uses neither a text nor a model; omit --{option}")

@@ -1,4 +1,4 @@
-"""numprune registry: releases, their versions, and which of them is in production."""
+"""numprune registry: manages versions of released models."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ def add(commands: Subcommands) -> None:
     verbs = group(
         commands,
         "registry",
-        "publish, list, show, promote, roll back, verify and fetch the versions of a model",
+        "publish, list, show, promote, roll back, verify and fetch versions of a model",
         "numprune registry promote my-model@candidate",
     )
 
@@ -36,12 +36,12 @@ def add(commands: Subcommands) -> None:
     add_one(
         "publish",
         publish,
-        "publish a release that passed its gate, as the candidate",
+        "publish a release that passed its gates, as the candidate",
         "publish numprune-workspace/releases/my-model-0123456789abcdef my-model",
         release="a release folder, as written by optimize",
         name="the model's name in the registry",
     )
-    add_one("list", list_all, "list models, or one model's versions", "list my-model", name="optional: one model")
+    add_one("list", list_all, "list models, or one model's versions", "list my-model", name="a model (optional)")
     add_one(
         "show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=MODEL_REFERENCE
     )
@@ -55,22 +55,21 @@ def add(commands: Subcommands) -> None:
     add_one(
         "rollback",
         rollback,
-        "make the previous version production again in the registry; `numprune rollback` also changes what serves",
+        "make the previous version production again, in the registry only; `numprune rollback` also switches the "
+        "server",
         "rollback my-model",
         name="the model's name in the registry",
     )
-    add_one(
-        "verify", verify, "compare every file with what was published", "verify my-model", reference=MODEL_REFERENCE
-    )
+    add_one("verify", verify, "compare every file with the published one", "verify my-model", reference=MODEL_REFERENCE)
     add_one(
         "fetch",
         fetch,
         "copy a version, verified and audited, to a new folder",
         "fetch my-model@production ./release",
         reference=MODEL_REFERENCE,
-        out="the folder to write; must not exist, unless --digest says what is in it",
+        out="the folder to write; must not exist, unless it holds the release of --digest",
     ).add_argument(
-        "--digest", metavar="SHA256", help="expected digest of the release, which OUT may hold already (default: any)"
+        "--digest", metavar="SHA256", help="expected digest of the release, which OUT may already hold (default: any)"
     )
 
 
@@ -119,9 +118,11 @@ def promote(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     reference = args.reference
-    if "@" not in reference and "/" not in reference:  # as earlier versions took it
+    if "@" not in reference and "/" not in reference:  # accepted for compatibility
         reference = f"{reference}@{registry.CANDIDATE}"
-        logger.warning("promoting %s: write that, because NAME alone means its production version elsewhere", reference)
+        logger.warning(
+            "promoting %s; write it out, because NAME alone means the production version elsewhere", reference
+        )
     version = registry.promote(_open(args), reference)
     return _version_answer(version, f"{version.reference} is in production")
 
@@ -142,7 +143,7 @@ def verify(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     version = registry.verify(_open(args), args.reference)
-    return _version_answer(version, f"{version.reference}: every file is what was published")
+    return _version_answer(version, f"{version.reference}: every file matches what was published")
 
 
 def fetch(args: argparse.Namespace) -> Answer:
@@ -151,7 +152,7 @@ def fetch(args: argparse.Namespace) -> Answer:
     from numprune.serving import registry
 
     version = registry.fetch(_open(args), args.reference, Path(args.out), digest=args.digest)
-    children.call(audit, Path(args.out))  # in a pod this is what stands before vLLM
+    children.call(audit, Path(args.out))  # in a pod this runs before vLLM
     return _version_answer(version, f"{args.out}: {version.reference}, verified", out=args.out)
 
 

@@ -1,4 +1,4 @@
-"""numprune report: what a report says, as one HTML page; several side by side."""
+"""numprune report: shows one report, or several side by side, as an HTML page."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from numprune.flows.cli.parser import Answer, Subcommands, command
 if TYPE_CHECKING:
     from numprune.serving.report import Report
 
-_FILE = "report.json"  # in the folder of a stage or of a release
+_FILE = "report.json"  # in the folder of a stage or release
 _ONE, _SEVERAL = "numprune-report.html", "numprune-comparison.html"
 
 
@@ -20,7 +20,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "report",
         report,
-        "write a report, or several side by side, as one HTML page that needs no network",
+        "write a report, or several side by side, as one self-contained HTML page",
         "numprune report releases/my-llama-1f2e3d4c5b6a7988 other/report.json --out compared.html",
     )
     parser.add_argument(
@@ -30,7 +30,7 @@ def add(commands: Subcommands) -> None:
         "--out",
         metavar="PAGE",
         type=Path,
-        help=f"an .html file; an earlier one is replaced (default: {_ONE} or {_SEVERAL})",
+        help=f"an .html file, replaced if it exists (default: {_ONE} or {_SEVERAL})",
     )
 
 
@@ -38,7 +38,7 @@ def report(args: argparse.Namespace) -> Answer:
     from numprune.serving.report import page, replace
 
     if len(args.reports) > page.MAXIMUM_REPORTS:
-        raise InputError(f"{len(args.reports)} reports; one page compares {page.MAXIMUM_REPORTS} at most")
+        raise InputError(f"{len(args.reports)} reports; a page compares at most {page.MAXIMUM_REPORTS}")
     out = _destination(args.out or Path(_ONE if len(args.reports) == 1 else _SEVERAL))
     read = [(str(path), _read(path)) for path in args.reports]
     several = len(read) > 1
@@ -46,7 +46,7 @@ def report(args: argparse.Namespace) -> Answer:
         replace(out, page.comparison(read) if several else page.html(read[0][1]))
     except OSError as error:
         raise InputError(
-            f"{out}: the page cannot be written here: {error.strerror}; name another place with --out"
+            f"{out}: the page cannot be written here: {error.strerror}; give another place with --out"
         ) from None
     different = page.differences([found for _, found in read]) if several else []
     data = {
@@ -65,28 +65,28 @@ def _lines(read: Sequence[tuple[str, "Report"]]) -> list[str]:
 
 
 def _destination(out: Path) -> Path:
-    """Checked before anything is read; a report must not be written over by its page."""
+    """Validate the output path before reading anything; a page must not overwrite a report."""
     if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--out {out}: the page is HTML; give a name that ends in .html")
+        raise InputError(f"--out {out}: the page is HTML; give a name ending in .html")
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out {out}: {'a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
     return out
 
 
 def _read(path: Path) -> "Report":
-    """A report that is what was written. Raises InputError, IntegrityError."""
+    """Read and verify a report. Raises InputError, IntegrityError."""
     from numprune.export import manifest
     from numprune.serving import gates
     from numprune.serving import report as reports
 
     file = path / _FILE if path.is_dir() else path
     if not file.exists():
-        what = f"no {_FILE} is in this folder" if path.is_dir() else "no such file or folder"
-        raise InputError(f"{path}: {what}; a report is in the folder of a stage `report-…` and in every release")
+        what = f"this folder has no {_FILE}" if path.is_dir() else "no such file or folder"
+        raise InputError(f"{path}: {what}; reports are in the folders of stages `report-…` and in every release")
     if file.name == _FILE and (file.parent / manifest.FILE_NAME).is_file():
         entry = manifest.read(file.parent).files.get(_FILE)
         if entry is None:
-            raise IntegrityError(f"{file}: the manifest beside it knows no such file")
+            raise IntegrityError(f"{file}: not listed in the manifest beside it")
         manifest.verify_file(file, entry)
     found = reports.read(file)
     if found.verdict is not None:

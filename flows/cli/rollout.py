@@ -1,4 +1,4 @@
-"""numprune rollout and rollback: blue/green behind a router."""
+"""numprune rollout and rollback: blue/green deployment behind a router."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,20 @@ def add(commands: Subcommands) -> None:
         commands,
         "rollout",
         run,
-        "roll out a release behind a router: start it, check it, switch to it, drain the old one",
+        "roll out a release behind a router: start it, check it, switch to it, drain the old server",
         "numprune rollout my-model --port 8000 -- --gpu-memory-utilization 0.45",
     )
     parser.add_argument("reference", metavar="REFERENCE", help=MODEL_REFERENCE)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--status", action="store_true", help="only show what runs; exit code 1 when nothing serves")
-    what.add_argument("--stop", action="store_true", help="end the router and the servers of NAME")
+    what.add_argument("--status", action="store_true", help="only show what runs; exit code 1 if nothing serves")
+    what.add_argument("--stop", action="store_true", help="stop the router and the servers of NAME")
     _add_options(parser)
 
     parser = command(
         commands,
         "rollback",
         run_back,
-        "serve the previous version again and make it production; `numprune registry rollback` only does the latter",
+        "serve the previous version again and make it production; `numprune registry rollback` does only the latter",
         "numprune rollback my-model",
     )
     parser.add_argument("name", metavar="NAME", help="the model's name in the registry")
@@ -45,7 +45,7 @@ def _add_options(parser: Parser) -> None:
         type=at_least(0),
         default=300,
         metavar="S",
-        help="seconds that the old server has to finish its requests (default: 300)",
+        help="seconds for the old server to finish its requests (default: 300)",
     )
     add_server_options(parser, dtype=None)
 

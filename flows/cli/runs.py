@@ -1,4 +1,4 @@
-"""numprune runs: list, show and clean up the runs of a workspace."""
+"""numprune runs: lists, shows and cleans up the runs of a workspace."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numprune.counted import counted
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import Answer, Parser, Subcommands, add_workspace, at_least, command, group
 
@@ -34,7 +35,7 @@ def add(commands: Subcommands) -> None:
 
     add_one("list", list_all, "list the runs of a workspace, newest first", "list --workspace /data/numprune")
     shown = add_one("show", show, "show a run: stages with time and memory, outcome, log", "show 20261121")
-    shown.add_argument("which", nargs="?", metavar="RUN", help="its id, or the beginning of it (default: the newest)")
+    shown.add_argument("which", nargs="?", metavar="RUN", help="run id or a prefix of it (default: the newest)")
     cleaned = add_one(
         "clean",
         clean,
@@ -42,15 +43,15 @@ def add(commands: Subcommands) -> None:
         "clean --keep 10 --older-than 30d --yes",
     )
     cleaned.add_argument(
-        "--keep", type=at_least(0), metavar="N", help="forget all runs but the newest N (default: forget none)"
+        "--keep", type=at_least(0), metavar="N", help="forget all but the newest N runs (default: forget none)"
     )
     cleaned.add_argument(
         "--older-than",
         type=_age,
         metavar="AGE",
-        help="forget runs started longer ago: 12h, 30d, 8w; with --keep, both must hold (default: forget none)",
+        help="forget runs older than this: 12h, 30d, 8w; with --keep, both must hold (default: forget none)",
     )
-    cleaned.add_argument("--yes", action="store_true", help="delete it (default: only list it)")
+    cleaned.add_argument("--yes", action="store_true", help="delete it (default: only list)")
 
 
 def list_all(args: argparse.Namespace) -> Answer:
@@ -104,13 +105,13 @@ def clean(args: argparse.Namespace) -> Answer:
     freed = sum(item.bytes for item in went)
     lines = [*map(_item_line, found.goes)]
     lines += [f"{_item_line(item)}: stays" for item in found.stays]
-    lines += [f"{item.path}: in use by now, stays" for item in busy]
+    lines += [f"{item.path}: in use again, kept" for item in busy]
     if args.yes:
-        lines.append(f"removed {len(went)} folders, {size(freed)}")
+        lines.append(f"removed {counted(len(went), 'folder')}, {size(freed)}")
     elif found.goes:
-        lines.append(f"{size(found.bytes)} can go: the same command with --yes removes it")
+        lines.append(f"{size(found.bytes)} can be removed: run the same command with --yes")
     else:
-        lines.append("nothing can go")
+        lines.append("nothing to remove")
     data = {
         "workspace": str(workspace),
         "disk": found.used,
@@ -163,7 +164,7 @@ def _item_line(item: "Item") -> str:
 
 
 def _readable(line: str) -> str:
-    """A line of the log, for people; one that was cut off as it is."""
+    """A log line in readable form; a truncated line is unchanged."""
     try:
         found = json.loads(line)
         parts: Sequence[Any] = (found["time"], found["level"], found["message"])

@@ -1,4 +1,4 @@
-"""numprune serve: a release on a vLLM server of its own."""
+"""numprune serve: serves a release with vLLM."""
 
 import argparse
 import logging
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.reference_answers can judge
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # those that serving.reference_answers can check
 _WATCH_S = 0.5
 
-# Options of vLLM that numprune gives itself.
+# vLLM options that numprune sets itself.
 _OURS = {
     **{name: f"give {name} before the --" for name in ("--host", "--port", "--dtype")},
-    "--model": "the release is the model",
-    "--uds": "a server must listen on --host and --port, to be compared with the release",
-    "--api-key": f"other users would see it; set ${api_key.VARIABLE} or give {api_key.OPTION} before the --",
+    "--model": "the release determines the model",
+    "--uds": "the server must listen on --host and --port, so that it can be checked",
+    "--api-key": f"other users could see it; set ${api_key.VARIABLE} or give {api_key.OPTION} before the --",
 }
 
 
@@ -44,7 +44,7 @@ def add(commands: Subcommands) -> None:
 
 
 def add_server_options(parser: Parser, dtype: str | None) -> None:
-    """What is the same for every command that starts servers."""
+    """Add the options shared by all commands that start servers."""
     parser.add_argument(
         "--vllm", metavar="ENV", help="virtual environment with vLLM (default: $NUMPRUNE_VLLM, then .venv-vllm)"
     )
@@ -58,34 +58,34 @@ def add_server_options(parser: Parser, dtype: str | None) -> None:
         choices=DTYPES,
         default=dtype,
         metavar="DTYPE",
-        help=f"precision to compute in: {', '.join(DTYPES)} "
-        f"(default: {'auto' if dtype else 'unchanged, or auto'}, that of the weights)",
+        help=f"compute precision: {', '.join(DTYPES)} "
+        f"(default: {'auto' if dtype else 'unchanged, or auto'}, the weights' precision)",
     )
     parser.add_argument(
         "--max-model-len",
         type=at_least(1),
         metavar="N",
-        help="tokens of the longest sequence (default: the model's context)",
+        help="maximum sequence length in tokens (default: the model's context)",
     )
     parser.add_argument(
         api_key.OPTION,
         type=Path,
         metavar="FILE",
-        help=f"file with the API key that clients must send (default: ${api_key.VARIABLE}, where it is set)",
+        help=f"file with the API key that clients must send (default: ${api_key.VARIABLE}, if set)",
     )
     parser.add_argument(
         "--startup-timeout",
         type=at_least(1),
         default=600,
         metavar="S",
-        help="seconds that vLLM has to start (default: 600)",
+        help="seconds for vLLM to start (default: 600)",
     )
     add_registry(parser)
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [-- VLLM OPTIONS]"
 
 
 def vllm_options(args: argparse.Namespace) -> list[str]:
-    """The options for vLLM. Raises InputError for one that is not to be passed on."""
+    """The options for vLLM. Raises InputError for reserved options."""
     for word in args.vllm_options or []:
         option = options.taken(word, _OURS)
         if option is not None:
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Answer:
     started = time.perf_counter()
     vllm = environment.find(args.vllm, untested=args.untested_vllm)
     passed_on, key = vllm_options(args), api_key.read(args.api_key_file)
-    server.require_free(args.host, args.port)  # and not after the download
+    server.require_free(args.host, args.port)  # before the download
     workspace = stages.workspace_folder(args.workspace)
     release = children.call(deploy.prepare, workspace, args.uri, args.reference)
     dtype = deployment.choose_dtype(release, args.dtype)
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> Answer:
             )
         )
         found = deployment.prove(running, release, dtype)
-        proved = stack.pop_all()  # without it, leaving the block ends the server
+        proved = stack.pop_all()  # otherwise leaving the block ends the server
     data = {
         "reference": release.reference,
         "name": running.name,
@@ -138,12 +138,16 @@ def run(args: argparse.Namespace) -> Answer:
         "server_check": found,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    text = f"ready: {release.reference} at {running.url}/v1, model {running.name!r}; Ctrl-C stops it"
-    return Answer(data, text, then=partial(_serve, proved, running))
+    return Answer(data, ready(release.reference, running.url, running.name), then=partial(_serve, proved, running))
+
+
+def ready(reference: str, url: str, name: str) -> str:
+    """What is printed once a server may take traffic."""
+    return f"ready: {reference} at {url}/v1, model {name!r}; Ctrl-C stops it"
 
 
 def _serve(stack: ExitStack, running: "Server") -> int:
-    """Serve until a signal comes, which is the ordinary end. Raises ServerError when vLLM ends by itself."""
+    """Serve until a signal arrives. Raises ServerError if vLLM ends by itself."""
     with stack:
         try:
             while True:

@@ -1,12 +1,11 @@
-"""Text that every CPython carries, read from the running interpreter: the embedded default's corpus.
+"""The embedded default's corpus: text that comes with every CPython, read from the running interpreter.
 
 A document is one module of the standard library (its docstrings and comments, in source order) or one topic of
-``pydoc_data.topics``. No text is stored in the project; what is read depends on the interpreter's version, which is why
-a run's report records the digest of the token rows it really used.
+``pydoc_data.topics``. No text is stored in the project. It depends on the interpreter's version, so a run's report
+records the digest of the token rows that it used.
 
-Split: a document is *held out* when the SHA-256 of its name says so (one in ten), so that no training run, whatever
-its seed or interpreter, ever sees a held-out module. Test packages, which some distributions leave out, are only
-trained on.
+Split: the SHA-256 of a document's name decides whether it is *held out* (one in ten), so that no training run with any
+seed or interpreter sees a held-out module. Test packages, which some distributions omit, are only used for training.
 """
 
 import ast
@@ -21,14 +20,14 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 
-# Character tables (a comment on each of thousands of rows) and code that is not the library's own.
+# Character tables (thousands of commented rows) and code that is not part of the library itself.
 _EXCLUDED_PACKAGES = {"encodings", "site-packages", "dist-packages", "pydoc_data"}
 _TEST_PARTS = {"test", "tests", "idle_test"}
-_MINIMUM_CHARACTERS = 200  # shorter documents hold a licence line and little else
+_MINIMUM_CHARACTERS = 200  # shorter documents contain little but a licence line
 
 
 def split_of(name: str) -> Split:
-    """Return the split of the document called `name`; depends on the name alone."""
+    """Return the split of the document `name`; depends only on the name."""
     return "heldout" if hashlib.sha256(name.encode()).digest()[0] % 10 == 0 else "train"
 
 
@@ -39,8 +38,8 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[tuple[str, str]]
         split: `train` or `heldout`; the two share no document.
         tests: also read the library's own test packages (never held out).
 
-    The order is that of the hash of the names, so the first N documents are a fair sample: a caller that needs little
-    text stops early and parses little.
+    Documents are ordered by the hash of their names, so the first N are a fair sample: a caller that needs little text
+        can stop early.
     """
     library = Path(sysconfig.get_path("stdlib"))
     sources: dict[str, Path | None] = {f"topics/{topic}": None for topic in topics}
@@ -63,7 +62,7 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[tuple[str, str]]
 def module_prose(path: Path) -> str:
     """Return the docstrings and comments of a module in source order, one paragraph each.
 
-    Files that are not valid UTF-8 Python (the library carries some on purpose, as test inputs) give an empty string.
+    Files that are not valid UTF-8 Python (the library has some on purpose, as test inputs) give an empty string.
     """
     try:
         source = path.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Make the embedded default: a small Llama with grouped-query attention, trained on the interpreter's own text.
+"""Train the embedded default: a small Llama with grouped-query attention, on the interpreter's own text.
 
     python -m numprune.flows.embedded.train OUT [--steps 2400]
 
-Writes a Hugging Face folder (bfloat16 safetensors, tokenizer, configuration), `training.json` with what was done, and a
-model card. Uses a GPU when there is one. On two CPU cores with nothing else to do the default takes about an hour.
+Writes a Hugging Face folder (bfloat16 safetensors, tokenizer, configuration), `training.json` with the settings and
+results, and a model card. Uses a GPU if there is one. On two otherwise idle CPU cores the default takes about an hour.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONTEXT = 1024
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `VOCABULARY` entries learnt from `texts`."""
+    """Return a byte-level BPE tokenizer of `VOCABULARY` entries trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -163,8 +163,8 @@ def train(out: Path, *, steps: int, adam_steps: int, rows: int, length: int, see
     lengthening = chain(islice(short, math.ceil(0.85 * steps)), full)
     run(steps, [muon, adam], lengthening, lambda step: trapezoid(step, steps))
 
-    # Muon learns most from little text, but its updates leave all channels of a matrix alike in size. The models that
-    # are pruned in practice come from Adam, whose channels differ, and which criterion is good depends on that.
+    # Muon learns most from little text, but its updates leave all channels of a matrix with similar norms. Models
+    # pruned in practice are trained with Adam, whose channels differ, and the ranking of criteria depends on that.
     model.to(torch.bfloat16).float()
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=0.005, betas=(0.9, 0.95))
@@ -173,7 +173,7 @@ def train(out: Path, *, steps: int, adam_steps: int, rows: int, length: int, see
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers before 5 knows it by
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before transformers 5
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device)
     nll = mean_nll(model, heldout)

@@ -1,3 +1,3 @@
-"""The bodies of the stages: a few calls each into the other packages. They import the tensor libraries; nothing else in
-`flows` does, so that the command line answers at once.
+"""The bodies of the stages, a few calls each into the other packages. They import the tensor libraries; nothing else in
+`flows` does, which keeps the command line fast.
 """

@@ -1,8 +1,8 @@
-"""A baseline on held-out text, scored once for all candidates that are compared with it.
+"""A baseline on held-out text, scored once for all candidates.
 
-What is kept is its states in float32, which its head turns into the same predictions again: of a language model the
-last hidden states, 4 bytes for each token and hidden channel, where logits need them for each word of the vocabulary. A
-candidate's figures do not depend on whether the baseline was scored just now; in 16 bits they would.
+It stores states in float32, from which the head computes the same predictions again: for a language model the last
+hidden states, 4 bytes per token and hidden channel, whereas logits need 4 bytes per vocabulary entry. A candidate's
+figures do not depend on when the baseline was scored; in 16 bits they would.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def score(
 def keep_states(folder: Path, model: PreTrainedModel, rows: TokenRows, task: Task = CAUSAL) -> Quality | None:
     """Write the states of `model` on `rows` into `folder`, for `scored`; return what `quality.evaluate` does."""
     starts = _starts(rows, task)
-    with (folder / _STATES).open("wb") as file:  # not mapped: a full disk would end the process without a word
+    with (folder / _STATES).open("wb") as file:  # not mapped: a full disk would kill the process without a message
 
         def keep(index: list[int], states: Tensor) -> None:
             for row, of_row in zip(index, states.float().cpu().numpy(), strict=True):
@@ -83,11 +83,11 @@ def prompts_of(prompts: str | Sequence[str]) -> Sequence[str]:
 
 
 def side(quality: Quality | None) -> dict[str, Any]:
-    if quality is None:  # the task has no loss of one model alone
+    if quality is None:  # the task has no loss without a baseline
         return {}
     return {"nll_nats_per_token": quality.mean_nll, "perplexity": quality.perplexity}
 
 
 def _starts(rows: TokenRows, task: Task) -> Any:
-    """(rows + 1,) where each row's predictions begin."""
+    """(rows + 1,) start of each row's predictions."""
     return np.cumsum([0, *(task.predictions_in(len(row)) for row in rows.rows)])

@@ -1,4 +1,4 @@
-"""Baseline and candidate, timed against each other."""
+"""Benchmarks of a candidate against its baseline."""
 
 import logging
 import tempfile
@@ -40,14 +40,14 @@ def time_both(
     torch_mode: TorchMode,
     load: Mapping[str, Any],
 ) -> Timings:
-    """Time two sides, which both compute in `dtype`, against each other; `load`: what a recipe gives them to do."""
+    """Benchmark two sides, both in `dtype`; `load`: the recipe's load."""
     if runtime == "vllm":
         served = ServedLoad(**{**load, "concurrency": tuple(load["concurrency"])})
         found = run_served({"candidate": candidate}, baseline, environment.find(), served, dtype=dtype)["candidate"]
     else:
         work = load_of(load)
         found = run_benchmark(candidate, baseline, runtime, work, device=device, dtype=dtype, torch_mode=torch_mode)
-    return cast(Timings, found)  # it is checked when it is read
+    return cast(Timings, found)  # validated on reading
 
 
 def benchmark_report(
@@ -64,10 +64,10 @@ def benchmark_report(
     served: ServedLoad | None = None,
     shapes: Mapping[str, Any] | None = None,
 ) -> Report:
-    """A report on two checkpoints, not judged: sizes, speed and memory, and with `text` quality.
+    """A report on two checkpoints, not judged: sizes, speed, memory and, with `text`, quality.
 
     Args:
-        dtype: that both sides compute in; `precision.AUTO`: by what the candidate is stored in.
+        dtype: precision of both sides; `precision.AUTO`: by the candidate's stored precision.
         torch_mode: as for `run_benchmark`.
         vllm, served: for the runtime "vllm".
         shapes: fields of EncoderLoad, for encoders.
@@ -78,15 +78,15 @@ def benchmark_report(
     task = load_task(sides["baseline"])
     load = None if task.name == CAUSAL_LM else encoder_load(task.name, runtime, shapes or {})
     if task.name == CAUSAL_LM and shapes:
-        raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, and it is a decoder")
+        raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, but it is a decoder")
     if task.name != CAUSAL_LM and torch_mode != "auto":
         raise InputError(
-            f"{baseline}: --torch-mode {torch_mode}: only decoding is compiled, and models of {task.name} generate "
-            "nothing; leave it out"
+            f"{baseline}: --torch-mode {torch_mode}: only decoding is compiled, and {task.name} models do not "
+            "generate; omit it"
         )
     chosen = precision_of(sides["candidate"], runtime, dtype)
     for folder in sides.values():
-        check_finite(audit(folder))  # a runtime takes the time of NaN like that of any number
+        check_finite(audit(folder))  # NaN takes a runtime as long as any number
     rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
@@ -116,7 +116,7 @@ def benchmark_report(
 
 
 def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
-    """Return the exports that all these checkpoints can have in a precision."""
+    """Return the exports that all these checkpoints support in a precision."""
     try:
         genai.check_precision(dtype, runtime_device("onnxruntime"))
         for side in sides:
@@ -130,10 +130,10 @@ def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
 
 
 def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:
-    """The load of an encoder in `runtime`. Raises InputError for a runtime that times no encoders."""
+    """The load of an encoder in `runtime`. Raises InputError for a runtime that does not time encoders."""
     if runtime not in ENCODER_RUNTIMES:
         raise InputError(
-            f"{runtime} times generation, and models of {task} generate nothing; they are timed in "
+            f"{runtime} times generation, which {task} models do not have; they are timed in "
             f"{' and '.join(ENCODER_RUNTIMES)}"
         )
     return EncoderLoad(**fields)

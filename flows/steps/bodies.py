@@ -1,7 +1,6 @@
-"""What the stages of a run do, each a function of artifacts and plain values to a folder and a result.
+"""The bodies of a run's stages, each a function of artifacts and plain values to a folder and a result.
 
-A run's own process names these functions and never runs them: that is for a child, and only there are the tensor
-libraries imported.
+A run's main process only refers to these functions; a child process runs them and imports the tensor libraries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,7 @@ from numprune.target import Target
 def make_calibration(
     out: Path, *, model: Artifact, text: Text, samples: int, sequence_length: int, seed: int, reading: Reading
 ) -> CalibrationRows:
-    """Draw the rows that pruning is calibrated on."""
+    """Draw the calibration rows."""
     from numprune.export.checkpoint import load_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.text import calibration_rows, save_calibration
@@ -53,7 +52,7 @@ def make_calibration(
 
 
 def make_heldout(out: Path, *, model: Artifact, text: Text, sequence_length: int, reading: Reading) -> HeldoutRows:
-    """Make the rows that quality is measured on."""
+    """Prepare the held-out rows."""
     from numprune.export.checkpoint import load_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.text import save_heldout, text_rows, warn_of_windows
@@ -67,7 +66,7 @@ def make_heldout(out: Path, *, model: Artifact, text: Text, sequence_length: int
 def make_baseline(
     out: Path, *, model: Artifact, rows: Artifact, rows_digest: str, prompts: str | list[str], device: str
 ) -> BaselineScores:
-    """Score the base on the held-out rows and the prompts: the same for every ratio and method."""
+    """Score the base on the held-out rows and the prompts: shared by all ratios and methods."""
     from numprune.export.checkpoint import load
     from numprune.export.tasks import load_task
     from numprune.flows.steps.baseline import prompts_of, score
@@ -81,7 +80,7 @@ def make_baseline(
 def make_pruned(
     out: Path, *, base: Artifact, rows: Artifact, asked: Prune, target: Target, scheme: str, device: str
 ) -> PrunedCheckpoint:
-    """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one walk.
+    """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one pass.
 
     `scheme`: that a budget counts with.
     """
@@ -154,7 +153,7 @@ def make_quantized(
 
 
 def make_vllm(out: Path, *, source: Artifact, shard_size: str, dtype: str | None) -> Exported:
-    """Export for vLLM, into the folder that a release has for it; so do the others. No `dtype`: as it is stored."""
+    """Export for vLLM, into the release's folder name, like the other exports. `dtype` None: as stored."""
     return _exported(out, source, "vllm", shard_size=shard_size, dtype=dtype)
 
 
@@ -169,7 +168,7 @@ def make_onnxruntime(out: Path, *, source: Artifact, dtype: str) -> Exported:
 def make_tensorrt(
     out: Path, *, source: Artifact, max_batch: int, max_length: int, dtype: str, machine: dict[str, str]
 ) -> Exported:
-    """Build an engine; `machine` is where: an engine is for one kind of GPU."""
+    """Build an engine; `machine` is part of the key because an engine fits one kind of GPU."""
     return _exported(out, source, "tensorrt", max_batch=max_batch, max_length=max_length, dtype=dtype)
 
 
@@ -182,14 +181,14 @@ def _exported(out: Path, source: Artifact, export_format: str, **options: Any) -
 
 
 def make_parity(out: Path, *, reference: Artifact, candidate: Artifact, runtime: str, device: str) -> Parity:
-    """Prove that `candidate` in `runtime` on `device` computes what `reference` does. Raises ParityError."""
+    """Verify that `candidate` in `runtime` on `device` computes what `reference` does. Raises ParityError."""
     from numprune.flows.steps.export import prove
 
     return prove(reference.path, candidate.path, runtime, device)
 
 
 def make_reference_answers(out: Path, *, checkpoint: Artifact, unquantized: Artifact | None, device: str) -> Answers:
-    """Write reference-answers.json: what a server of the checkpoint must answer.
+    """Write reference-answers.json: the answers expected from a server of the checkpoint.
 
     A quantized checkpoint is held to the noise floor of the `unquantized` one.
     """
@@ -217,9 +216,10 @@ def make_quality(
     prompts: str | list[str],
     device: str,
 ) -> Quality:
-    """Compare the candidate with the baseline; `scores` is the stage that scored it on the same rows and prompts.
+    """Compare the candidate with the baseline; `scores` is the stage that scored the baseline on the same rows and
+    prompts.
 
-    A quantized candidate is compared with the `unquantized` one, too.
+    A quantized candidate is also compared with the `unquantized` one.
     """
     import torch
 
@@ -254,9 +254,9 @@ def make_benchmark(
     machine: dict[str, str],
     look: int,
 ) -> Timings:
-    """Time both, which compute in `dtype`, against each other.
+    """Benchmark both, in `dtype`.
 
-    `machine` is where: timings of another one are another stage. So is another `look`: the same, measured once more.
+    `machine` and `look` are part of the key: another machine, or another look at the same load, is another stage.
     """
     from numprune.flows.steps.benchmark import time_both
 
@@ -284,8 +284,8 @@ def make_report(
     """Write report.json, report.md, report.html and junit.xml, with the verdict.
 
     Args:
-        base, candidate: checkpoints: what was pruned, and what is released.
-        pruned, recovered, quantized, quality, benchmarks: stages; the last by runtime, every look.
+        base, candidate: the pruned base, and the released checkpoint.
+        pruned, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every look.
         asked, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """

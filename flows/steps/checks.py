@@ -1,4 +1,4 @@
-"""Whether files, model and runtimes can do what a recipe asks for: all that can be known before the work begins."""
+"""Checks of a recipe against files, model and runtimes: everything that can be known before any work."""
 
 import importlib
 import platform
@@ -59,7 +59,7 @@ _INSTALL = {
 
 
 def prepare(recipe: Recipe, workspace: Path) -> Run:
-    """Return the run of a recipe, its inputs identified. Raises InputError as `check` does."""
+    """Return the run of a recipe with its inputs identified. Raises InputError as `check` does."""
     check(recipe, workspace)
     base, data = model_folder(recipe.model.path), recipe.data
     available = torch.cuda.is_available()
@@ -83,9 +83,9 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
 
 
 def check(recipe: Recipe, workspace: Path) -> None:
-    """Refuse a recipe that cannot be done here.
+    """Refuse a recipe that cannot run here.
 
-    Raises InputError with every problem: its field, the value, what is allowed.
+    Raises InputError with every problem: field, value, allowed values.
     """
     problems: list[str] = []
 
@@ -146,7 +146,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         if recipe.recover.method != "none" and all(read.get(name) for name in ("calibration", "heldout")):
             collect("data.heldout", require_others, read["calibration"], read["heldout"])
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
-        problems.append(f"data.split = {data.split!r}: there is no plain text file to split; leave it out")
+        problems.append(f"data.split = {data.split!r}: there is no plain text file to split; omit it")
     problems += _combinations(recipe)
     problems += _metrics(recipe, anatomy.task if anatomy else None)
     for field, name in _needed(recipe):
@@ -162,11 +162,11 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
         problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
     if problems:
-        raise InputError(listed("the recipe cannot be done here", problems))
+        raise InputError(listed("the recipe cannot run here", problems))
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: int) -> None:
-    """Raises InputError for the first prompt that the model cannot be given."""
+    """Raises InputError for the first prompt that the model cannot take."""
     for prompt in prompts_of(recipe.evaluate.prompts):
         encode(tokenizer, prompt, context)
 
@@ -188,7 +188,7 @@ def model_folder(path: str) -> Path:
 
 
 def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
-    """Runtime -> the precision that it computes in. Raises InputError where it does not in the one asked for."""
+    """Runtime -> its compute precision. Raises InputError if a runtime does not support the requested one."""
     exported = {name if name == "vllm" else RUNTIME_OF_EXPORT[name] for name in recipe.export.targets}
     return {
         runtime: precision_of(base, runtime, recipe.export.dtype, recipe.benchmark.device)
@@ -216,29 +216,29 @@ def _lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:
 
 
 def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
-    """What an encoder has no part in."""
+    """Settings that do not apply to encoders."""
     if anatomy.task == CAUSAL_LM:
         return []
     problems = [
-        f"benchmark.runtimes: {runtime} times generation, and models of {anatomy.task} generate nothing; they are "
-        f"timed in {' and '.join(ENCODER_RUNTIMES)}"
+        f"benchmark.runtimes: {runtime} times generation, which {anatomy.task} models do not have; they are timed in "
+        f"{' and '.join(ENCODER_RUNTIMES)}"
         for runtime in recipe.benchmark.runtimes
         if runtime not in ENCODER_RUNTIMES
     ]
     if "tensorrt" in recipe.export.targets:
-        problems.append("export.targets: engines are built of decoders only; leave tensorrt out")
+        problems.append("export.targets: engines are built only for decoders; omit tensorrt")
     if recipe.benchmark.torch_mode != "auto":
         problems.append(
-            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: only decoding is compiled, and models of "
-            f"{anatomy.task} generate nothing; leave it out"
+            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: only decoding is compiled, and {anatomy.task} "
+            "models do not generate; omit it"
         )
     if recipe.evaluate.prompts not in (BUILT_IN, []):
-        problems.append(f"evaluate.prompts: models of {anatomy.task} generate nothing; leave it out")
+        problems.append(f"evaluate.prompts: {anatomy.task} models do not generate; omit it")
     return problems
 
 
 def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:
-    """What keeps the servers from running the result, whatever its sizes."""
+    """Problems that keep the servers from running the result, regardless of its sizes."""
     if "vllm" not in recipe.export.targets:
         return []
     problems = []
@@ -248,14 +248,14 @@ def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:
         except InputError as error:
             problems.append(f"export.targets: {error}")
     if recipe.target.vllm not in TESTED:
-        problems.append(f"target.vllm = {recipe.target.vllm!r}: tested are {', '.join(TESTED)}")
+        problems.append(f"target.vllm = {recipe.target.vllm!r}: the tested versions are {', '.join(TESTED)}")
     if recipe.target.device == "cpu":
         problems += [f"target.device = 'cpu': {problem}" for problem in _kernels(anatomy)]
     return problems
 
 
 def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -> list[str]:
-    """What keeps the result from being quantized, or from being run then."""
+    """Problems that keep the result from being quantized or run."""
     if recipe.quantize.scheme == "none":
         return []
     asked, problems = recipe.quantize, []
@@ -280,11 +280,9 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
             except InputError as error:
                 problems.append(f"{where}: {error}")
     if recipe.export.dtype != "auto":
-        problems.append(
-            f"export.dtype = {recipe.export.dtype!r}: quantized weights have their own format; leave it out"
-        )
+        problems.append(f"export.dtype = {recipe.export.dtype!r}: quantized weights have their own format; omit it")
     if "tensorrt" in formats:
-        problems.append(f"{where}: engines are built of unquantized checkpoints only; leave tensorrt out")
+        problems.append(f"{where}: engines are built only from unquantized checkpoints; omit tensorrt")
     if any(scheme.rounds_inputs for scheme in schemes) and "onnx" in recipe.export.targets:
         problems.append(
             f"{where}: the graph of the export onnx rounds no activations; choose w4a16, or export onnxruntime instead"
@@ -293,12 +291,12 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
 
 
 def _kernels(anatomy: Anatomy) -> list[str]:
-    """What keeps vLLM from running the result on CPUs."""
+    """Problems that keep vLLM from running the result on CPUs."""
     if anatomy.head_dim in CPU_HEAD_SIZES:
         return []
     return [
-        f"vLLM's CPU kernels know head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, and the model's is "
-        f"{anatomy.head_dim}; serve it on GPUs, or leave vllm out of export.targets and benchmark.runtimes"
+        f"vLLM's CPU kernels support head sizes {', '.join(map(str, CPU_HEAD_SIZES))}, but the model's is "
+        f"{anatomy.head_dim}; serve it on GPUs, or omit vllm from export.targets and benchmark.runtimes"
     ]
 
 
@@ -311,8 +309,7 @@ def _combinations(recipe: Recipe) -> list[str]:
         )
     if recipe.benchmark.torch_mode != "auto" and "torch" not in recipe.benchmark.runtimes:
         problems.append(
-            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: torch is not among benchmark.runtimes; leave it "
-            "out"
+            f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: torch is not among benchmark.runtimes; omit it"
         )
     for runtime in recipe.benchmark.runtimes:
         exports = EXPORTS_OF_RUNTIME.get(runtime)
@@ -325,7 +322,7 @@ def _combinations(recipe: Recipe) -> list[str]:
 
 
 def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
-    """Gates that can only fail, because the report will have no such figure."""
+    """Gates that can only fail, because the report will not have the figure."""
     problems = []
     for index, gate in enumerate(recipe.gates):
         section, name, *rest = path_of(gate.metric).split(".")
@@ -352,7 +349,7 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
         if recipe.recover.method == "none" and section == "recovery":
             problems.append(f"{where}: recover.method = 'none' has no such figure; choose a method or drop the gate")
         if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
-            problems.append(f"{where}: evaluate.prompts = [] generates nothing; give it prompts")
+            problems.append(f"{where}: evaluate.prompts = [] generates nothing; add prompts")
     return problems
 
 
@@ -365,7 +362,7 @@ def _needed(recipe: Recipe) -> list[tuple[str, str]]:
     ]
     names = [(field, name) for field, given in asked for name in given if name in _MODULES]
     if "onnx" in recipe.export.targets:
-        names.append(("export.targets", "onnxruntime"))  # parity runs what was exported
+        names.append(("export.targets", "onnxruntime"))  # parity runs the exports
     return list(dict.fromkeys(names))
 
 
@@ -374,7 +371,7 @@ def _missing(name: str) -> list[str]:
     for module in _MODULES[name]:
         try:
             importlib.import_module(module)
-        except (ImportError, OSError) as error:  # a missing shared library is an OSError here and there
+        except (ImportError, OSError) as error:  # a missing shared library sometimes raises OSError
             problems.append(
                 f"{name} needs the package {module}, which cannot be imported ({error}): {_INSTALL[module]}"
             )

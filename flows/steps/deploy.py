@@ -1,4 +1,4 @@
-"""What deploying asks of the registry, which brings MLflow and the tensor libraries along."""
+"""The registry side of deployment, which imports MLflow and the tensor libraries."""
 
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,30 @@ from numprune.serving.rollout.state import Place
 
 
 def prepare(workspace: Path, uri: str | None, reference: str) -> Deployment:
-    """A release ready to be served: see `deployment.prepare`."""
+    """Prepare a release for serving: see `deployment.prepare`."""
     return deployment.prepare(_open(workspace, uri), reference, workspace)
 
 
 def prepare_previous(workspace: Path, uri: str | None, name: str) -> Deployment:
-    """The version that was in production before, ready to be served."""
+    """Prepare the previous production version for serving."""
     opened = _open(workspace, uri)
     return deployment.prepare(opened, registry.before_production(opened, name).reference, workspace)
 
 
 def move_back(workspace: Path, uri: str | None, reference: str) -> None:
-    """Move `production` back to the version before, which must be `reference`. Raises IntegrityError."""
+    """Move `production` back to the previous version, which must be `reference`. Raises IntegrityError."""
     opened = _open(workspace, uri)
     name = registry.parse(reference).name
     before = registry.before_production(opened, name).reference
     if before != reference:
         raise IntegrityError(
-            f"{name}: production was moved in the meantime: the version before it is {before}, not {reference}"
+            f"{name}: production was moved in the meantime: the previous version is {before}, not {reference}"
         )
     registry.rollback(opened, name)
 
 
 def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
-    """What a person needs to decide on a version, every file of which is verified; a bare name means its candidate.
+    """Verify every file of a version and return what a person needs to decide; a bare name means its candidate.
 
     Raises InputError, IntegrityError.
     """
@@ -55,10 +55,10 @@ def verify(workspace: Path, uri: str | None, reference: str) -> dict[str, Any]:
 
 
 def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_serve: bool) -> str | None:
-    """Put a version of this digest into production; the reference of what was there before.
+    """Put the version with this digest into production; return the previous version's reference.
 
-    `to_serve`: here, too, and `serves` or `take_back` will follow. What a killed run put there and never let serve does
-    not count as what was there before.
+    `to_serve`: it will also be served here, and `serves` or `take_back` will follow. A version that a killed run
+    promoted and never served does not count as the previous one.
 
     Raises InputError, IntegrityError (damaged, another digest, or its verdict is not `pass`).
     """
@@ -76,12 +76,12 @@ def promote(workspace: Path, uri: str | None, reference: str, digest: str, to_se
 
 
 def serves(workspace: Path, reference: str) -> None:
-    """What was promoted serves."""
+    """Confirm that the promoted version serves."""
     promotion.end(Place(workspace, registry.parse(reference).name))
 
 
 def take_back(workspace: Path, uri: str | None, reference: str, previous: str | None) -> None:
-    """Undo `promote`, which returned `previous`: production is that again, whatever killed runs put in between."""
+    """Undo `promote`, which returned `previous`: make that production again, regardless of killed runs in between."""
     opened = _open(workspace, uri)
     current: str | None = reference
     while current is not None and current != previous:
@@ -91,5 +91,5 @@ def take_back(workspace: Path, uri: str | None, reference: str, previous: str | 
 
 
 def _open(workspace: Path, uri: str | None) -> Registry:
-    """The registry that a recipe or a command line names: none, and "workspace", mean the workspace's own."""
+    """The registry of a recipe or command line: None and "workspace" mean the workspace's own."""
     return registry.open_registry(None if uri == "workspace" else uri, workspace)

@@ -1,4 +1,4 @@
-"""Quality on held-out text, in the words of report.json."""
+"""Quality on held-out text, in the format of report.json."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def compare_with_scores(
     device: torch.device,
     unquantized: Path | None = None,
 ) -> dict[str, Any]:
-    """The section `quality`; `scores`: where `score` put the baseline's on the same rows, `generations`: what it found.
+    """The section `quality`; `scores`: where `score` stored the baseline's on the same rows; `generations`: its result.
 
     Of a quantized candidate, `unquantized` is what it was quantized from. Each model reads the rows once.
 
@@ -77,11 +77,11 @@ def compare_checkpoints(
 
 
 def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> dict[str, Any]:
-    """The figures of one model: its NLL. Raises InputError (it has none without a baseline), IntegrityError."""
+    """The figures of one model. Raises InputError (the task has no loss without a baseline), IntegrityError."""
     task = load_task(model)
     if not task.has_loss(rows):
         remedy = "give labelled text or --baseline" if task.name == "classification" else "give --baseline"
-        raise InputError(f"{model}: the model has no loss on this text by itself ({task.name}); {remedy}")
+        raise InputError(f"{model}: the model has no loss of its own on this text ({task.name}); {remedy}")
     loaded, _ = load(model)
     found = evaluate(loaded.to(device), rows, task)
     assert found is not None
@@ -94,7 +94,7 @@ def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> d
 
 
 def _tokens(task: TaskName, rows: TokenRows, scored: np.ndarray) -> int:
-    """The tokens that a task's figures are of: those predicted, or all of the texts."""
+    """The tokens that a task counts: the predicted ones, or all tokens of the texts."""
     return int(scored.sum()) if task in ("causal-lm", "masked-lm") else sum(map(len, rows.rows))
 
 
@@ -133,7 +133,7 @@ def generation(
     prompts: Sequence[str],
     baseline: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The part `generation` of the section; `baseline`: what the baseline generated from the same prompts."""
+    """The part `generation` of the section; `baseline`: the baseline's outputs for the same prompts."""
     candidate = [dataclasses.asdict(one) for one in generate(pruned, tokenizer, prompts)]
     degraded = sum(_failed(ours) and not _failed(theirs) for ours, theirs in zip(candidate, baseline, strict=True))
     return {
@@ -179,7 +179,7 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
 
 
 def _metrics(found: Comparison) -> dict[str, Any]:
-    """Those of a task other than causal-lm; what each model has by itself for both sides."""
+    """The metrics of tasks other than causal-lm; metrics of a single model for both sides."""
     metrics: dict[str, Any] = dict(found.metrics)
     sides = {"baseline": found.baseline, "candidate": found.candidate}
     of_each = {name: quality for name, quality in sides.items() if quality is not None}
@@ -191,7 +191,7 @@ def _metrics(found: Comparison) -> dict[str, Any]:
 
 
 def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
-    """Each document's difference in nats per token, or the quantiles of many; and those that lost most, by name."""
+    """Each document's difference in nats per token, or quantiles if there are many; and the worst documents by name."""
     sums = np.bincount(rows.document, found.difference)
     tokens = np.bincount(rows.document, found.scored)
     scored = np.flatnonzero(tokens)
@@ -212,7 +212,7 @@ def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every number that JSON lacks (the bounds of a single sample) as null, on which no gate passes."""
+    """`value` with non-finite numbers (the bounds of a single sample) as null, which never passes a gate."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

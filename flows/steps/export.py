@@ -1,4 +1,4 @@
-"""A checkpoint to what other programs run, and the proof that it computes the same."""
+"""Exports a checkpoint, and verifies that the export computes the same."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def export(source: Path, out: Path, export_format: str, **options: Any) -> manif
 def export_and_prove(
     source: Path, out: Path, export_format: str, dtype: str = precision.AUTO
 ) -> tuple[manifest.Manifest, dict[str, Any]]:
-    """Write an export to the new folder `out`, which appears only after its parity is proved.
+    """Write an export to the new folder `out`, which appears only once parity is verified.
 
     Raises InputError, IntegrityError, MissingRuntime, ParityError.
     """
@@ -52,20 +52,20 @@ def export_and_prove(
 
 
 def precision_of(source: Path, runtime: str, asked: str, device: str = "auto") -> str:
-    """The precision in which `runtime` is to compute the checkpoint `source`. Raises InputError, MissingRuntime."""
+    """The compute precision of the checkpoint `source` in `runtime`. Raises InputError, MissingRuntime."""
     return precision.choose(asked, precision.stored(source), runtime, device_of(runtime, device))
 
 
 def cast_to(export_format: str, chosen: str, asked: str) -> str | None:
-    """The precision to export in; None for a checkpoint that stays as it is, tensor by tensor."""
+    """The precision to export in; None to keep every tensor's own."""
     return None if export_format == "vllm" and asked == precision.AUTO else chosen
 
 
 def prove(reference: Path, candidate: Path, runtime: str, device: str = "auto") -> dict[str, Any]:
-    """`candidate` in `runtime` on `device` computes what `reference` does: what was compared. Raises ParityError."""
+    """Verify that `candidate` in `runtime` on `device` matches `reference`. Raises ParityError."""
     kind = parity if load_task(reference).name == "causal-lm" else parity_encoder
     before, after = precision.stored(reference), precision.stored(candidate)
-    # What is stored alike must compute alike to the last digits; a cast to half precision loses some.
+    # Equal weights must agree to the last digits; a cast to half precision loses some.
     dtype = after if after != before and after in precision.DTYPES else precision.FLOAT32
     found = dict(kind.check(reference, candidate, runtime, device=device, dtype=dtype))
     quantized = runtime == "torch" and compressed_tensors.quantization_in(reference)

@@ -1,4 +1,4 @@
-"""A dense checkpoint to a pruned one."""
+"""Prunes a checkpoint."""
 
 import hashlib
 import logging
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def device_of(device: str) -> torch.device:
-    """The device that "auto" means here, or the one asked for."""
+    """The device that "auto" means here, or the requested one."""
     available = torch.cuda.is_available()
     return torch.device("cuda" if device == "cuda" or (device == "auto" and available) else "cpu")
 
@@ -94,8 +94,8 @@ def prune_checkpoint(
 ) -> PrunedCheckpoint:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
-    `draw`: where the rows are from, for the plan. `stream`: neither model is ever in memory, only one layer at a time;
-    hidden states are in files on `out`'s disk. The result is the same. `plan`: to be followed, `options` are its own.
+    `draw`: the source of the rows, for the plan. `stream`: only one layer is in memory at a time, with hidden states in
+    files on `out`'s disk; the result is the same. `plan`: the plan to follow, with its own `options`.
 
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
@@ -118,7 +118,7 @@ def prune_checkpoint(
                 f"the pruned weights take {after_bytes:,} bytes, and the budget is {made.budget.limit:,}; prune again, "
                 "or remove the budget from an edited plan"
             )
-    # From the files, not from what was in memory, in float32: the bytes of the cache depend on it.
+    # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
         digest=manifest.read(out).digest,
@@ -164,13 +164,13 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def describe(folder: Path, base: Path, plan: Plan) -> None:
-    """Say in the checkpoint how it came about."""
+    """Record the provenance in the checkpoint."""
     plan.write(folder / PLAN_FILE)
     card.write(folder, base, plan)
 
 
 def _kept_units(plan: Plan) -> dict[str, list[int]]:
-    """Return [kept, of] by block name; where members went by themselves `NAME.query_heads`, `NAME.channels` besides."""
+    """Return [kept, of] by block name; also `NAME.query_heads`, `NAME.channels` if members were removed."""
     found = {name: [len(block.kept), block.units] for name, block in plan.blocks.items()}
     if any(block.kept_members for block in plan.blocks.values()):
         for name, block in plan.blocks.items():
@@ -217,9 +217,9 @@ def plan_checkpoint(
     draw: Draw | None = None,
     stream: bool = False,
 ) -> Plan:
-    """Return the plan by which `base` would be pruned; nothing of it stays on the disk.
+    """Return the plan by which `base` would be pruned, leaving nothing on disk.
 
-    `scratch`: a folder with room for the hidden states of `stream`; the other arguments are `prune_checkpoint`'s.
+    `scratch`: a folder with space for the hidden states of `stream`; the other arguments are `prune_checkpoint`'s.
 
     Raises InputError, IntegrityError.
     """

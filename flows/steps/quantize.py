@@ -1,4 +1,4 @@
-"""A checkpoint to a quantized one."""
+"""Quantizes a checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,13 +49,13 @@ def quantize_checkpoint(
 
     Args:
         schemes: that the blocks are quantized to, by their names in `source`.
-        rows: (N, S) int64 calibration tokens for GPTQ; None: each weight is rounded by itself.
-        draw: where the rows are from.
-        dense: the model that `source` was pruned from, whose residual stream is to be kept to; None: its own.
+        rows: (N, S) int64 calibration tokens for GPTQ; None rounds each weight separately.
+        draw: the source of the rows.
+        dense: the model that `source` was pruned from, whose residual stream is the target; None: its own.
 
     Raises:
         InputError: `out` exists, or the model, rows or dense model cannot be used.
-        IntegrityError: a file is not what it should be.
+        IntegrityError: a file is damaged.
     """
     check_request(source, schemes, dense)
     config, plan = checkpoint.read_config(source), _plan(source)
@@ -156,7 +156,7 @@ def schemes_of(asked: str, group_size: int | None, source: Path) -> BlockSchemes
 
 
 def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None, tensor_parallel: int = 1) -> None:
-    """Refuse what `quantize_checkpoint` could not do, or what GPUs that share each layer could not run.
+    """Refuse what `quantize_checkpoint` cannot do, or what the given number of GPUs cannot share.
 
     Raises InputError.
     """

@@ -1,4 +1,4 @@
-"""What a server of a release must answer, computed with transformers: in float32, or in float64 for encoders."""
+"""Computes a release's reference answers with transformers: in float32, or in float64 for encoders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -69,11 +69,11 @@ def _errors_in_half(
 def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
     model, tokenizer = load(checkpoint)
     model.to(device)
-    room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # a server takes no prompt that fills its context
+    room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # servers refuse prompts that fill the context
     if room < 1:
         raise InputError(
-            f"{checkpoint}: its context of {model.config.max_position_embeddings} tokens cannot hold the "
-            f"{MINIMUM_STEPS} greedy tokens that a server is compared by"
+            f"{checkpoint}: its context of {model.config.max_position_embeddings} tokens has no room for the "
+            f"{MINIMUM_STEPS} greedy tokens of the server check"
         )
     prompts = [
         _prompt(model, tokenizer.encode(text)[: min(length, room)])
@@ -91,9 +91,9 @@ def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
 
 
 def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers:
-    """Embeddings at length 1, or class probabilities; of all texts one by one. Raises InputError for other tasks."""
+    """Embeddings at length 1, or class probabilities; text by text. Raises InputError for other tasks."""
     if task.name not in ("embedding", "classification"):
-        raise InputError(f"{checkpoint}: no server runs models of {task.name}")
+        raise InputError(f"{checkpoint}: {task.name} models cannot be served")
     model, tokenizer = load(checkpoint)
     context = context_of(model.config)
     texts = [
@@ -137,7 +137,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
 
 
 def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
-    """How far the answers are from another precision, whose `logits` are (S,) -> (S, V); None where that overflows."""
+    """The error of another precision, with `logits` (S,) -> (S, V); None if it overflows."""
     expected = [value for prompt in prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
     error = (_logprobs_of(prompts, logits) - torch.tensor(expected, dtype=torch.float64)).abs()
     return Rounding(worst=float(error.max()), mean=float(error.mean())) if error.isfinite().all() else None
@@ -162,7 +162,7 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def _prompt(model: PreTrainedModel, tokens: Sequence[int]) -> Prompt:
     sequence = torch.tensor([tokens], device=model.device)  # (1, S)
     for _ in range(MINIMUM_STEPS):
-        # Without a cache: what is compared by it must not depend on one.
+        # Without a cache, on which the reference must not depend.
         following = model(input_ids=sequence, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
         sequence = torch.cat([sequence, following[:, None]], 1)
     logprobs = model(input_ids=sequence, use_cache=False).logits[0].float().log_softmax(-1)  # (S, V)

@@ -1,4 +1,4 @@
-"""Everything measured, in one report, judged."""
+"""Assembles and judges the report."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,13 +36,13 @@ def assemble(
     benchmarks: Mapping[str, Mapping[str, Any]],
     price_per_hour: float | None = None,
 ) -> Report:
-    """One report, not judged yet.
+    """Assemble a report, not judged yet.
 
     Args:
-        name: what the run is called, with the time.
+        name: of the run, with the time.
         identity: digests; versions are added.
-        sections: `pruning`, `sizes`, `quality`, `parity`: those that there are.
-        benchmarks: runtime -> what `run_benchmark` gave; at least one.
+        sections: `pruning`, `sizes`, `quality`, `parity`: those that exist.
+        benchmarks: runtime -> result of `run_benchmark`; at least one.
         price_per_hour: of the machine, in any currency.
     """
     created = datetime.now(UTC)
@@ -60,7 +60,7 @@ def assemble(
 
 
 def pruning_section(asked: Prune, pruned: PrunedCheckpoint) -> dict[str, Any]:
-    """What was asked and what became of it."""
+    """The requested pruning and its result."""
     before, after = pruned.before, pruned.after
     kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
@@ -78,7 +78,7 @@ def pruning_section(asked: Prune, pruned: PrunedCheckpoint) -> dict[str, Any]:
 
 
 def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
-    """The report's section `sizes` of two checkpoints, as they are stored."""
+    """The report's section `sizes` of two stored checkpoints."""
     one, other = (budget_of(read_anatomy(read_config(folder))) for folder in (baseline, candidate))
     return {
         "dtype": {"baseline": precision.stored(baseline), "candidate": precision.stored(candidate)},
@@ -111,7 +111,7 @@ def recovery_section(asked: Recover, recovered: RecoveredCheckpoint) -> dict[str
 
 
 def quantization_section(quantized: QuantizedCheckpoint) -> dict[str, Any]:
-    """What the pruned checkpoint was quantized to."""
+    """The report's section on quantization."""
     return {
         "scheme": quantized.scheme,
         "group_size": quantized.group_size,
@@ -122,7 +122,7 @@ def quantization_section(quantized: QuantizedCheckpoint) -> dict[str, Any]:
 
 
 def judged(report: Report, policy: Sequence[gates.Gate], out: Path) -> Judgement:
-    """Judge a report, and write it into `out` in all of its forms."""
+    """Judge a report, and write it to `out` in all formats."""
     report = report.judged(gates.judge(report, gates.Policy(gates=tuple(policy))))
     write(report, out / JSON)
     (out / TEXT).write_text(markdown(report), encoding="utf-8")
@@ -133,5 +133,5 @@ def judged(report: Report, policy: Sequence[gates.Gate], out: Path) -> Judgement
 
 
 def pooled(runtime: str, looks: Sequence[Timings]) -> dict[str, Any]:
-    """What several looks measured, as one benchmark."""
+    """Several looks pooled into one benchmark."""
     return benchmark_vllm.pool(looks) if runtime == "vllm" else benchmark.pool(looks)

@@ -1,4 +1,4 @@
-"""What the stages of a run find out, as their folders keep it; the report's own words where it says the same."""
+"""Results of the stages, as stored in their folders; field names match the report's where it has the same."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ Parity = dict[str, Any]  # `parity.<runtime>` of the report
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """`digest`: of the tokens; `packed`: rows have pieces of several documents."""
+    """`digest`: of the tokens; `packed`: rows may contain parts of several documents."""
 
     digest: str
     rows: int
@@ -25,7 +25,7 @@ class CalibrationRows:
 
 @dataclass(frozen=True)
 class HeldoutRows:
-    """`digest`: of the rows; `tokens`: those that are scored."""
+    """`digest`: of the rows; `tokens`: the scored ones."""
 
     digest: str
     rows: int
@@ -36,7 +36,7 @@ class HeldoutRows:
 
 @dataclass(frozen=True)
 class BaselineScores:
-    """The baseline's own figures, where its task has them, and what it generates from each prompt."""
+    """The baseline's own figures, if its task has them, and its output for each prompt."""
 
     generations: list[dict[str, Any]]
     nll_nats_per_token: float | None = None
@@ -122,14 +122,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class Answers:
-    """`longest`: tokens of the longest sequence that a server is asked for."""
+    """`longest`: tokens of the longest sequence in a request."""
 
     prompts: int
     longest: int
 
 
 class Timings(TypedDict):
-    """What a benchmark measured: sections of the report for its runtime, and the samples behind them."""
+    """The result of a benchmark: the report's sections for its runtime, and the samples behind them."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
@@ -141,7 +141,7 @@ class Timings(TypedDict):
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict; `next_look`: runtimes of which another look may settle what is open."""
+    """The verdict; `next_look`: runtimes that another look may settle."""
 
     outcome: Outcome
     run_id: str

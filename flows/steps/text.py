@@ -1,4 +1,4 @@
-"""The recipe's text as token rows, and token rows on the disk."""
+"""The recipe's text as token rows, and token rows on disk."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from numprune.anatomy import context_of
 from numprune.chat import renderer
 from numprune.corpus import TokenRows, rows_digest, sample_rows
+from numprune.counted import counted
 from numprune.documents import Document, Reading, content_of, read_documents
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer, read_config
@@ -34,16 +35,16 @@ Text = str | Sequence[str | Path]  # "embedded", or files
 
 _FILE = "rows.safetensors"
 _HELDOUT = "heldout.safetensors"
-# Of the embedded text no more is read than is needed: about four times the tokens that are drawn.
+# Only as much of the embedded text is read as needed: about four times the tokens drawn.
 _CHARACTERS_PER_TOKEN = 12
 
 
 def text_digest(text: Text, part: corpus.Split) -> str:
-    """The identity of a recipe's text: its files', or that of the interpreter that carries it and of our reader."""
+    """The identity of a recipe's text: its files, or interpreter and reader of the embedded text."""
     if text == EMBEDDED:
         parts = [sys.version, part, sha256_file(Path(corpus.__file__))]
     else:
-        # The names count: they name the documents, and a suffix decides how a file is read.
+        # File names are included: they name the documents, and the suffix decides how a file is read.
         parts = [word for file in map(Path, text) for word in (file.name, *map(sha256_file, content_of(file)))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -51,7 +52,7 @@ def text_digest(text: Text, part: corpus.Split) -> str:
 def read_text(
     text: Text, part: corpus.Split, tokenizer: PreTrainedTokenizerBase, reading: Reading, tokens: int | None = None
 ) -> list[Document]:
-    """The documents of a recipe's text; of the embedded one enough for `tokens`, or all. Raises InputError."""
+    """The documents of a recipe's text; for the embedded text, enough for `tokens`, or all. Raises InputError."""
     if text == EMBEDDED:
         return _embedded(part, tokens)
     return read_documents(text, reading.split, renderer(tokenizer) if reading.chat else None)
@@ -72,8 +73,8 @@ def text_rows(
     logger.info(
         "%s text: %s, %s of %d tokens%s",
         "calibration" if part == "train" else "held-out",
-        _counted(len(rows.names), "document"),
-        _counted(len(rows.rows), "packed row" if rows.packed else "row"),
+        counted(len(rows.names), "document"),
+        counted(len(rows.rows), "packed row" if rows.packed else "row"),
         length,
         "" if rows.packed else " or less",
     )
@@ -91,12 +92,8 @@ def _embedded(part: corpus.Split, tokens: int | None) -> list[Document]:
     return documents
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def row_length(asked: int | None, limit: int) -> int:
-    """The sequence length that a command is asked for, or by default `SEQUENCE_LENGTH`, and at most `limit`."""
+    """The requested sequence length, by default `SEQUENCE_LENGTH` but at most `limit`."""
     if asked is not None and asked > limit:
         raise InputError(f"--sequence-length {asked}: the model takes at most {limit} tokens")
     return asked or min(SEQUENCE_LENGTH, limit)
@@ -105,12 +102,12 @@ def row_length(asked: int | None, limit: int) -> int:
 def heldout_rows(
     files: Sequence[Path], length: int | None, models: Sequence[Path], reading: Reading, baseline: Path | None = None
 ) -> TokenRows:
-    """The text as rows for models and, where there is one, for the baseline that they are compared with.
+    """The text as rows for models and, if given, their baseline.
 
     Args:
         length: see `row_length`.
 
-    Raises InputError: as `read_documents` and `token_rows` do, and when their tokenizers differ on the text.
+    Raises InputError: as `read_documents` and `token_rows` do, and if their tokenizers differ on the text.
     """
     model, *others = models
     length = row_length(length, context_of(read_config(model)))
@@ -119,13 +116,11 @@ def heldout_rows(
     rows = task.heldout_rows(documents, tokenizer, length, reading.pack)
     for other in (*others, *([baseline] if baseline else [])):
         if load_task(other) != task:
-            raise InputError(
-                f"{model} and {other}: they are for different tasks or pool differently, so there is nothing to compare"
-            )
+            raise InputError(f"{model} and {other}: they have different tasks or pooling, so they cannot be compared")
         if task.heldout_rows(documents, load_tokenizer(other), length, reading.pack).digest != rows.digest:
             raise InputError(
-                f"{model} and {other}: their tokenizers make different tokens of the text, so there is nothing to "
-                "compare; the baseline must be the model that the other one was made from"
+                f"{model} and {other}: their tokenizers give different tokens for the text, so they cannot be "
+                "compared; the baseline must be the model that the other was made from"
             )
     if baseline is not None:
         warn_of_windows(rows, "--split")
@@ -133,13 +128,13 @@ def heldout_rows(
 
 
 def warn_of_windows(rows: TokenRows, option: str) -> None:
-    """Say so where the text has too few documents for an interval over documents."""
+    """Warn if the text has too few documents for an interval over documents."""
     if rows.documents < MINIMUM_DOCUMENTS:
         logger.warning(
-            "the held-out text has %s, so intervals are over its %s: they are alike, and say little of other text; "
-            "separate its documents (%s: blank-line, or a regular expression) or give %d and more",
-            _counted(rows.documents, "document"),
-            _counted(len(rows.rows), "window"),
+            "the held-out text has %s, so intervals are over its %s: they are similar and say little about other text; "
+            "separate its documents (%s: blank-line, or a regular expression) or give at least %d",
+            counted(rows.documents, "document"),
+            counted(len(rows.rows), "window"),
             option,
             MINIMUM_DOCUMENTS,
         )
@@ -155,9 +150,9 @@ def calibration_rows(
     option: str = "--samples",
     task: Task = CAUSAL,
 ) -> tuple[Tensor, Draw]:
-    """(samples, length) token rows drawn from a recipe's text, and what a plan says of them.
+    """(samples, length) token rows drawn from a recipe's text, and their description for a plan.
 
-    `option` is what the user knows `samples` by. Raises InputError.
+    `option` is the user's name for `samples`. Raises InputError.
     """
     rows = text_rows(text, "train", tokenizer, length, reading, samples * length, task)
     return draw_rows(rows, samples, length, seed, option), draw_of(text, seed, reading, packed=rows.packed)
@@ -206,7 +201,7 @@ def save_heldout(stage: Path, rows: TokenRows, task: Task = CAUSAL) -> HeldoutRo
 
 
 def load_heldout(stage: Path, digest: str) -> TokenRows:
-    """What `save_heldout` wrote; `digest` is from what it found."""
+    """Read what `save_heldout` wrote; `digest` is from its result."""
     found = load_file(stage / _HELDOUT)
     spans = None
     if "spans" in found:

@@ -104,12 +104,12 @@ def check_quantizable(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: 
     """
     if anatomy.of_kind("experts"):
         raise InputError(
-            f"quantization: {anatomy.family} has experts, which are no Linear layers; leave it unquantized"
+            f"quantization: {anatomy.family} has experts, which are not Linear layers; leave it unquantized"
         )
     if FAMILIES[anatomy.family].transposed:
         raise InputError(
-            f"quantization: the projections of {anatomy.family} are stored transposed and are no Linear layers; "
-            "leave it unquantized"
+            f"quantization: the projections of {anatomy.family} are stored transposed and are not Linear layers; leave "
+            "it unquantized"
         )
     if problem := ungrouped(anatomy, schemes, tensor_parallel):
         raise InputError(problem)

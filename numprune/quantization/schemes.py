@@ -36,7 +36,7 @@ class Scheme:
         if self.group_size is None:
             return
         if self.name != "w4a16":
-            raise InputError(f"group_size is {self.group_size}, but {self.name} has a scale for each row; leave it out")
+            raise InputError(f"group_size is {self.group_size}, but {self.name} has one scale per row; omit it")
         if self.group_size not in GROUP_SIZES:
             raise InputError(f"group_size is {self.group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}")
 

@@ -58,7 +58,7 @@ class Classification:
             return self.classes[label]
         known = ", ".join(list(self.classes)[:12])
         raise InputError(
-            f"{document.name}: label {str(label)[:80]!r} is no class of the model; its classes are {known}"
+            f"{document.name}: label {str(label)[:80]!r} is not a class of the model; its classes are {known}"
         )
 
     def predictions_in(self, length: int) -> int:

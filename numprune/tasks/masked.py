@@ -129,5 +129,5 @@ class Masked:
 def masked_lm(tokenizer: PreTrainedTokenizerBase) -> Masked:
     """Return the task of a masked language model with this tokenizer. Raises InputError when it has no mask token."""
     if tokenizer.mask_token_id is None:
-        raise InputError('the tokenizer has no mask token; name it in tokenizer_config.json ("mask_token")')
+        raise InputError('the tokenizer has no mask token; set it in tokenizer_config.json ("mask_token")')
     return Masked(tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)))

@@ -38,5 +38,5 @@ def text_rows(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase,
     Raises InputError: the text is too short, or `pack` asks for texts to be joined.
     """
     if pack is True:
-        raise InputError("pack: a prediction is of one text, so texts cannot be joined; leave it out")
+        raise InputError("pack: predictions are per text, so texts cannot be joined; omit it")
     return token_rows(documents, tokenizer, length, False, frame_of(tokenizer))

@@ -1,9 +1,10 @@
 """How fast a candidate is, and how much memory it takes, against its baseline.
 
-`run` drives two workers, one process each, over the same prompts in turn; `worker` is what such a process runs,
-`session` and `generation` what it does, `client` the parent's end. `load` is what they are asked to do; `samples`,
-`estimators` and `sections` make the report's sections of what came out; `memory`, `scheduler` and `contention` look at
-process and machine. Of encoders, `shapes` is the load, `encoding` the work and `passes` what came out.
+`run` drives two workers, one process each, over the same prompts in turn. `worker` is that process's entry point,
+`session` and `generation` do its work, and `client` is the parent's side. `load` describes the work; `samples`,
+`estimators` and `sections` turn results into sections of the report; `memory`, `scheduler` and `contention` observe the
+process and the machine. For encoders, `shapes` describes the load, `encoding` does the work and `passes` holds the
+results.
 """
 
 from numprune.serving.benchmark.client import WorkerError

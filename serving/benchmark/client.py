@@ -1,4 +1,4 @@
-"""The parent's end of a worker process: start it, ask it, learn how it died, and never leave it behind."""
+"""The parent's side of a worker process: start it, send requests, report how it died, and never leave it running."""
 
 import json
 import os
@@ -18,20 +18,20 @@ from numprune.errors import NumpruneError
 
 _STDERR_LINES = 8
 _STDERR_BYTES = 8192
-_CLOSING_S = 30.0  # it takes milliseconds, but a busy machine may not give it those soon
+_CLOSING_S = 30.0  # takes milliseconds, but a busy machine may delay them
 _ERRORS = {name: kind for name, kind in vars(numprune.errors).items() if isinstance(kind, type)}
 
 
 class WorkerError(NumpruneError):
-    """A worker ended, hung or answered nonsense; the message has its last lines of stderr."""
+    """A worker ended, hung or sent an invalid response; the message has its last lines of stderr."""
 
 
 class Worker:
-    """A running worker. `name` says in messages which one it is; `timeout_s` bounds each answer."""
+    """A running worker. `name` identifies it in messages; `timeout_s` limits each response."""
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", stderr: IO[bytes], timeout_s: float) -> None:
         if process.stdin is None or process.stdout is None:
-            raise ValueError("a worker is spoken to over its stdin and stdout: both must be pipes")
+            raise ValueError("a worker communicates over stdin and stdout: both must be pipes")
         self.name = name
         self.pid = process.pid
         self._process = process
@@ -40,15 +40,15 @@ class Worker:
         self._stderr = stderr
         self._timeout_s = timeout_s
         self._received = b""
-        self._pending = ""  # the operation that has not been answered
+        self._pending = ""  # the operation awaiting a response
 
     def ask(self, operation: str, **arguments: Any) -> Any:
-        """Send a request and wait for its answer. Raises what the worker raised, or WorkerError."""
+        """Send a request and wait for the response. Raises what the worker raised, or WorkerError."""
         self.send(operation, **arguments)
         return self.receive()
 
     def send(self, operation: str, **arguments: Any) -> None:
-        """Send a request; its answer must be received before the next one is sent."""
+        """Send a request; its response must be received before the next request."""
         if self._pending:
             raise RuntimeError(f"{self.name}: {self._pending!r} has not been answered yet")
         self._pending = operation
@@ -59,7 +59,7 @@ class Worker:
             raise self._failure() from None
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The answer to the last request, within `timeout_s`, or the worker's own limit. Raises as `ask`."""
+        """The response to the last request, within `timeout_s` or the worker's own limit. Raises as `ask`."""
         line = self._read_line(self._timeout_s if timeout_s is None else timeout_s)
         try:
             answer = json.loads(line)
@@ -71,16 +71,16 @@ class Worker:
         return answer["ok"]
 
     def close(self) -> None:
-        """End the process: by closing its stdin when it is idle, by force when it works or does not listen."""
+        """End the process: by closing its stdin if idle, by force if busy or unresponsive."""
         if self._pending:
             self._process.kill()
-        with suppress(BrokenPipeError):  # it died with a request unread: the pipe is closed all the same
+        with suppress(BrokenPipeError):  # it died with an unread request: the pipe is closed anyway
             self._stdin.close()
         self._wait()
         self._stdout.close()
 
     def _wait(self) -> int:
-        """The exit status of a process that should be ending by itself."""
+        """The exit status of a process that should end by itself."""
         try:
             return self._process.wait(_CLOSING_S)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Worker:
         while b"\n" not in self._received:
             ready, _, _ = select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise self._failure(f"did not answer within {timeout_s:g} s")
+                raise self._failure(f"did not respond within {timeout_s:g} s")
             chunk = os.read(self._stdout.fileno(), 1 << 16)
             if not chunk:
                 raise self._failure()
@@ -101,8 +101,8 @@ class Worker:
         return line
 
     def _failure(self, what: str = "") -> WorkerError:
-        """Kills the process, if it still lives, and says what happened to it."""
-        if not what:  # its stdout has ended: so will it
+        """Kill the process if it is still alive, and describe what happened."""
+        if not what:  # its stdout has closed: it is about to end
             status = self._wait()
             what = f"ended with exit status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
         self._process.kill()
@@ -117,12 +117,12 @@ class Worker:
 def start_worker(
     name: str, timeout_s: float, command: Sequence[str | Path] = (), env: Mapping[str, str] | None = None
 ) -> Iterator[Worker]:
-    """Start a worker process; it has ended when the block is left, whichever way.
+    """Start a worker process; it has ended when the block exits, for whatever reason.
 
     Without a `command`, it is `numprune.serving.benchmark.worker`; `env` is its whole environment. A `command` gets a
-    session of its own, as servers have: Linux shares the CPUs out among sessions, and in ours it might get less.
+    session of its own, as servers do: Linux divides CPU time among sessions, and it might get less in ours.
     """
-    # Its stderr goes to a file, because a pipe that is not read fills up.
+    # Its stderr goes to a file, because an unread pipe fills up.
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             # -P: no file in the current folder may stand in for a module.
@@ -142,4 +142,4 @@ def start_worker(
 
 def _signal_name(number: int) -> str:
     name = signal.Signals(number).name
-    return f"{name} (usually: out of memory, or killed by hand)" if name == "SIGKILL" else name
+    return f"{name} (usually out of memory, or killed manually)" if name == "SIGKILL" else name

@@ -1,8 +1,8 @@
-"""Whether something else than the two models decided what was measured.
+"""Whether something other than the two models determined what was measured.
 
-Other load on the machine is no reason by itself: both sides meet it in turn, it widens the interval, and too wide an
-interval ends as inconclusive. A reason is what the interval cannot show, or what leaves so little of the machine that
-the figures describe its scheduler. Hence the limits are far above what a desktop or a CI runner shows.
+Other load on the machine is not a reason by itself: both sides are exposed to it in turn, it widens the interval, and
+an interval that is too wide is inconclusive. A reason is what the interval cannot show, or what leaves so little CPU
+time that the figures describe the scheduler. The limits are therefore far above what a desktop or a CI runner shows.
 """
 
 from collections.abc import Iterable
@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 
 from numprune.serving.benchmark.scheduler import ThreadTimes, stolen_seconds
 
-# A side that waited four times as long as it ran had a fifth of the CPUs it asked for. A program with as many busy
-# threads as there are CPUs leaves it half; ten of them on two CPUs were seen to leave it a third.
+# A side that waited four times as long as it ran got a fifth of the CPU time it requested. A program with as many busy
+# threads as CPUs leaves it half; ten of them on two CPUs left it a third.
 WAITED_SHARE = 0.8
-# Steal time, as a share of busy time: the hypervisor ran other guests, which interleaving cannot even out.
+# Steal time as a share of busy time: the hypervisor ran other guests, which interleaving cannot average out.
 STOLEN_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Contention:
-    """What was seen while measuring; `reasons` is empty when it does not put the measurement in doubt.
+    """CPU contention during a measurement; `reasons` is empty if it does not invalidate the measurement.
 
-    A side's waited share is of the time that it ran or was ready to run, over all its measured repeats; None where the
-    kernel does not tell.
+    A side's waited share refers to the time that it ran or was ready to run, over all its measured repeats; None where
+    the kernel does not report it.
     """
 
     baseline_waited_share: float | None
@@ -36,7 +36,7 @@ class Contention:
             if share is not None and share > WAITED_SHARE:
                 found.append(
                     f"the {name} waited for a free CPU {share:.0%} of its time (limit {WAITED_SHARE:.0%}): "
-                    "end other programs, or ask for fewer threads"
+                    "stop other programs, or use fewer threads"
                 )
         if self.stolen_share > STOLEN_SHARE:
             found.append(
@@ -51,14 +51,14 @@ class Contention:
 
 
 def waited_share(times: Iterable[ThreadTimes]) -> float | None:
-    """The share of this time; None if it is zero, as where the kernel does not report it."""
+    """The waited share of the total time; None if the total is zero, as on kernels that do not report it."""
     found = list(times)
     ran_s, waited_s = sum(one.ran_s for one in found), sum(one.waited_s for one in found)
     return waited_s / (ran_s + waited_s) if ran_s + waited_s > 0 else None
 
 
 class StolenTime:
-    """The share of CPU time that the hypervisor took since this was made."""
+    """The share of CPU time that the hypervisor took since this object was created."""
 
     def __init__(self) -> None:
         self._stolen, self._busy = stolen_seconds()

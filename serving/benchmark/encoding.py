@@ -1,4 +1,4 @@
-"""The measuring loop of encoders: batches through a runtime, each pass timed where it happens."""
+"""The measuring loop for encoders: batches through a runtime, each pass timed in process."""
 
 from collections.abc import Iterable
 from time import perf_counter_ns
@@ -13,8 +13,7 @@ from numprune.serving.benchmark.passes import Pass
 def encode(encoder: Encoder, batches: Iterable[Tensor], passes: int) -> list[Pass]:
     """`passes` forward passes of each batch (B, S).
 
-    The time of one runs from the call until what the task puts out is on the host. Looking for NaN and infinite numbers
-    is outside of it.
+    A pass is timed from the call until its output is on the host. The check for NaN and infinity is not timed.
     """
     found = []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What repeated timings support: percentiles, the ratio of two sides, the noise below which a ratio says nothing."""
+"""Statistics of repeated timings: percentiles, the ratio of two sides, and the noise floor of a ratio."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ def samples_needed(percentile: int) -> int:
 
     The rule: with 95 % confidence the true percentile must lie between the smallest and the largest sample. Of n
     independent samples all lie below the quantile q with probability q^n, all above it with (1-q)^n; their sum must be
-    at most 0.05. That asks for 6 samples for p50, 29 for p90, 59 for p95 and 299 for p99. With fewer, the percentile
-    would be a polite name for the maximum.
+    at most 0.05. That requires 6 samples for p50, 29 for p90, 59 for p95 and 299 for p99. With fewer samples, the
+    percentile would just be the maximum.
     """
     q = percentile / 100
     n = 1
@@ -37,12 +37,12 @@ def paired_ratio(candidate: Sequence[float], baseline: Sequence[float]) -> dict[
     """The ratio candidate/baseline, one pair per repeat, with its 95 % bounds, as an estimate of the report.
 
     The value is the geometric mean of the pairs' ratios; the bounds are Student's, on the mean of their logarithms.
-    Student's t and not the bootstrap, because repeats are few: with 10 of them the percentile bootstrap covers only
-    about 90 % where it promises 95 (it has neither the n-1 nor the t), while Student's interval is exact for normal log
-    ratios and, as the difference within a pair takes the common skew away, close to it for real timings: with drift,
-    stalls of both sides, noise of uneven size, it is wrong 5 % of the time or less (counted by
-    `python -m numprune.flows.studies.error_rates`). What no interval over so few repeats can know of are rare stalls of
-    one side alone: those that no repeat had.
+    Student's t rather than the bootstrap, because there are few repeats: with 10 of them the nominal 95 % percentile
+    bootstrap covers only about 90 % (it has neither the n-1 nor the t). Student's interval is exact for normal log
+    ratios and close to exact for real timings, because the difference within a pair removes common skew: with drift,
+    stalls of both sides and uneven noise it is wrong 5 % of the time or less (counted by `python -m
+    numprune.flows.studies.error_rates`). No interval over so few repeats can account for rare stalls of one side alone
+    that no repeat contained.
 
     Both sequences hold one positive, finite number per repeat; at least two, or ValueError.
     """
@@ -66,17 +66,17 @@ def paired_ratio(candidate: Sequence[float], baseline: Sequence[float]) -> dict[
 def noise_floor(
     neighbours: Sequence[tuple[float, float]], pairs: Sequence[tuple[float, float]]
 ) -> dict[str, float | int]:
-    """How far from 1 the ratio of these pairs could come if both sides were the baseline.
+    """How far from 1 the ratio of these pairs could be if both sides were the baseline.
 
-    `neighbours` are the baseline's values in repeats of which one directly followed the other ("A A" in A B B A A B …):
-    as far apart in time as the two sides of a pair, and nothing but noise. Their log ratios have mean 0 by
-    construction, so the spread is their root mean square about 0, with as many degrees of freedom as there are
-    neighbours; going first or second counts as noise in it, as it does in the pairs. `relative` is the half-width,
-    e^h - 1, of the two-sided 95 % interval: a limit closer to 1 than that cannot be told from noise.
+    `neighbours` are the baseline's values in consecutive repeats ("A A" in A B B A A B …): as far apart in time as the
+    two sides of a pair, and different only by noise. Their log ratios have mean 0 by construction, so the spread is
+    their root mean square about 0, with as many degrees of freedom as neighbours; the order within a pair counts as
+    noise, as it does in the pairs. `relative` is the half-width, e^h - 1, of the two-sided 95 % interval: a limit
+    closer to 1 than that cannot be distinguished from noise.
 
-    There are half as many neighbours as pairs, and what comes now and then can have missed all of them: where the
-    spread of the pairs about their own mean says more, that is the floor. With neighbours alone, stalls and other work
-    on the machine carried a baseline beyond its own floor one time in four.
+    There are half as many neighbours as pairs, and occasional disturbances can miss all of them, so the floor is the
+    spread of the pairs about their own mean if that is larger. With neighbours alone, stalls and other load carried a
+    baseline beyond its own floor one time in four.
     """
     if not neighbours or not pairs:
         raise ValueError("a noise floor needs at least one pair and one of neighbouring baseline repeats")
@@ -89,7 +89,7 @@ def noise_floor(
 
 def _student(probability: float, degrees: int) -> float:
     """The quantile of Student's t distribution."""
-    from scipy import special  # here: the workers import this module, and their memory is measured
+    from scipy import special  # imported here because the workers import this module, and their memory is measured
 
     return float(special.stdtrit(degrees, probability))
 

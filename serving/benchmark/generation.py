@@ -1,4 +1,4 @@
-"""The measuring loop: one batch of prompts through a runtime, token by token, each step timed where it happens."""
+"""The measuring loop: one batch of prompts through a runtime, token by token, each step timed in process."""
 
 from time import perf_counter_ns
 
@@ -12,9 +12,9 @@ from numprune.serving.benchmark.samples import Generation
 def generate(runtime: Runtime, prompts: Tensor, output_length: int) -> Generation:
     """Greedy decoding of exactly `output_length` tokens for each row of `prompts`, (B, S) int64.
 
-    A step's time runs from the call until the next token is chosen, on the host, as a server that streams has it. A
-    runtime returns its logits there, so no device has work left when the clock is read. Looking for NaN and infinite
-    logits happens between the steps, outside every timing.
+    A step is timed from the call until the next token has been chosen on the host, as in a streaming server. Runtimes
+    return logits on the host, so the device is idle when the clock is read. The check for NaN and infinite logits
+    happens between steps and is not timed.
     """
     start = perf_counter_ns()
     logits = runtime.prefill(prompts, last_only=True)[:, -1]  # (B, V)

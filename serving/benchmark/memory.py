@@ -1,4 +1,4 @@
-"""How much memory this process takes: resident or on the GPU, now and at its highest since a moment one chooses."""
+"""Memory of this process, resident or on the GPU: now, and its peak since a chosen moment."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ import torch
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_SAMPLING_INTERVAL_S = 0.02  # short against a load or a prefill, long against the time one sample takes (about 30 µs)
+_SAMPLING_INTERVAL_S = 0.02  # short compared with a load or a prefill, long compared with taking a sample (about 30 µs)
 
 
 def resident_bytes() -> int:
@@ -19,9 +19,9 @@ def resident_bytes() -> int:
 
 
 class Peak(Protocol):
-    """The highest memory of this process since this was made, or since `restart`."""
+    """The peak memory of this process since this object was created, or since `restart`."""
 
-    method: str  # how it is known
+    method: str  # how it is measured
 
     def restart(self) -> None: ...
 
@@ -29,8 +29,8 @@ class Peak(Protocol):
 
 
 class PeakResident:
-    """Resident memory, by the kernel's own high-water mark where that lets itself be reset (Linux, unless a sandbox
-    forbids it), else by a thread that samples.
+    """Resident memory: the kernel's high-water mark if it can be reset (Linux, unless a sandbox forbids it), otherwise
+    sampled by a thread.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class PeakResident:
             self._sampled = resident_bytes()
 
     def bytes(self) -> int:
-        # The mark can lag behind what is resident now: the kernel folds the threads' own counts in late.
+        # The mark can lag behind the current value: the kernel adds per-thread counts late.
         return max(_high_water_bytes() if self._sampled is None else self._sampled, resident_bytes())
 
     def _sample(self) -> None:
@@ -58,7 +58,7 @@ class PeakResident:
 
 
 class PeakCounted:
-    """GPU memory of torch's own tensors, which torch counts."""
+    """GPU memory of torch's tensors, counted by torch."""
 
     def __init__(self) -> None:
         self.method = "torch.cuda.max_memory_allocated"
@@ -72,10 +72,10 @@ class PeakCounted:
 
 
 class PeakMissing:
-    """GPU memory that is missing on the device since this was made, for runtimes with allocators of their own.
+    """GPU memory no longer free since this object was created, for runtimes with their own allocators.
 
-    They keep what they took, so what is missing after the work is the peak of the work, and `restart` has nothing to
-    do. The other worker stands still meanwhile; a GPU that computes for third parties makes the environment invalid.
+    They do not return memory, so what is missing after the work is its peak, and `restart` does nothing. The other
+    worker is suspended meanwhile; a GPU that is used by other processes makes the environment invalid.
     """
 
     def __init__(self) -> None:
@@ -90,12 +90,12 @@ class PeakMissing:
 
 
 def _reset_high_water() -> bool:
-    """Whether the kernel took the mark back to what is resident now."""
+    """Whether the kernel reset the mark to the current value."""
     if not _CLEAR_REFS.exists():
         return False
     try:
         _CLEAR_REFS.write_text("5")
-    except OSError:  # a read-only /proc, or a sandbox without this call: `method` then says that we sampled
+    except OSError:  # a read-only /proc, or a sandbox without this call: `method` then states that memory was sampled
         return False
     return "VmHWM:" in _STATUS.read_text()
 

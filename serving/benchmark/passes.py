@@ -1,4 +1,4 @@
-"""Forward passes of an encoder: what was measured, and the section of the report that it makes."""
+"""Forward passes of an encoder: the measurements, and their section of the report."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ METRICS = ("latency", "samples_per_s")
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a batch. A text failed when any number that it gave was NaN or infinite."""
+    """One forward pass of a batch. A text has failed if any of its outputs is NaN or infinite."""
 
     size: int  # texts
     length: int  # tokens of each
@@ -24,7 +24,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Passes:
-    """The whole load, or one shape of it, done once by one side; and the seconds its threads ran, and waited."""
+    """The whole load, or one shape of it, run once by one side, with the seconds that its threads ran and waited."""
 
     passes: tuple[Pass, ...]
     ran_s: float
@@ -35,7 +35,7 @@ class Passes:
         return cls(tuple(Pass(**found) for found in answer["batches"]), **answer["threads"])
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads, and a worker answers."""
+        """What `from_json` reads and a worker sends."""
         return {
             "batches": [asdict(found) for found in self.passes],
             "threads": {"ran_s": self.ran_s, "waited_s": self.waited_s},
@@ -51,7 +51,7 @@ class Passes:
         return sum(found.failed for found in self.passes)
 
     def metrics(self) -> dict[str, float]:
-        """The median latency of a batch in ms, and all texts over all the time they took."""
+        """The median batch latency in ms, and all texts divided by their total time."""
         seconds = sum(found.latency_ms for found in self.passes) / 1e3
         return {
             "latency": statistics.median(found.latency_ms for found in self.passes),
@@ -60,7 +60,7 @@ class Passes:
 
 
 def passes_section(load: EncoderLoad, looks: Sequence[Look[Passes]], descriptions: Mapping[str, Any]) -> Section:
-    """`speed.<runtime>` of all looks together: every shape under `shapes`, and the first one's figures beside them."""
+    """`speed.<runtime>` over all looks: every shape under `shapes`, and the first shape's figures beside them."""
     shared = {"load": load.describe(), "runtime": dict(descriptions), "warmup": load.warmup}
     shapes = {}
     for shape in load.shapes:
@@ -74,7 +74,7 @@ def passes_section(load: EncoderLoad, looks: Sequence[Look[Passes]], description
 
 
 def _side(repeats: Sequence[Passes]) -> Section:
-    """Of all passes whose texts all succeeded."""
+    """Figures over all passes in which every text succeeded."""
     sound = tuple(found for repeat in repeats for found in repeat.passes if not found.failed)
     return {
         "latency_ms": percentiles([found.latency_ms for found in sound]),

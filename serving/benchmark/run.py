@@ -1,4 +1,4 @@
-"""Baseline and candidate, side by side: the same prompts, in turn, each in a process of its own."""
+"""Benchmark baseline and candidate side by side: the same prompts, in turn, each in its own process."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ TorchMode = Literal["auto", "eager", "compiled"]
 
 logger = logging.getLogger(__name__)
 
-_COMPILING = 6  # times the limit of other answers
+_COMPILING = 6  # times the limit of other responses
 _SIDES = {"A": "baseline", "B": "candidate"}
 
 
@@ -43,24 +43,24 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Measure both, interleaved A B B A …, and return plain JSON:
 
-    - `speed`, `memory`: the report's sections for this runtime;
-    - `environment`: the report's section, before and after put together, with the reasons of what happened meanwhile;
-    - `samples`: every repeat, the warm-up's too, load times, and how much the two sides were disturbed.
+    - `speed`, `memory`: the report's sections for this runtime; - `environment`: the report's section, with reasons
+    from before, during and after the measurement; - `samples`: every repeat, warm-up included, load times, and CPU
+    contention of both sides.
 
-    The interval is that of repeats in one pair of processes. What differs between two processes of one model (where its
-    memory happens to lie) is in neither the interval nor the noise floor: only running the benchmark again shows it.
+    The interval covers repeats in one pair of processes. Differences between two processes of the same model, such as
+    memory layout, are in neither the interval nor the noise floor: only running the benchmark again shows them.
 
     Args:
         candidate: a folder that `runtime` opens.
-        baseline: another one; it may be the same, for a look at the noise.
+        baseline: another one, or the same one to measure the noise.
         runtime: as for `numprune.export.runtimes.open_runtime`, like `device`, `threads` and `dtype`.
-        torch_mode: how torch decodes: "eager", "compiled", or "auto": compiled on a GPU. Both sides decode alike: where
-            one cannot be compiled, both are eager, and their descriptions say why.
-        load: what to do, for decoders or for encoders; `Load()` without it.
-        timeout_s: a single answer of a worker (loading the model, one repeat) may take so long; compiling, six times.
+        torch_mode: how torch decodes: "eager", "compiled", or "auto": compiled on a GPU. Both sides use the same mode:
+            if one cannot be compiled, both decode eagerly, and their descriptions give the reason.
+        load: the work, for decoders or encoders; `Load()` by default.
+        timeout_s: limit for one response of a worker (loading the model, one repeat); six times that for compiling.
 
     Raises:
-        InputError: a folder is missing or the runtime refuses it, or the two do not belong together.
+        InputError: a folder is missing or the runtime refuses it, or the two are not comparable.
         MissingRuntime: its libraries or device are missing.
         WorkerError: a process ended or hung; the message has its last lines.
     """
@@ -71,8 +71,8 @@ def run_benchmark(
             raise InputError(f"{name} {str(folder)!r} is not a folder; give one that {runtime} can open")
         _check_context(folder, load)
     with ExitStack() as stack:
-        # Both start at once, as importing takes most of the time; they load one after the other, so that neither's load
-        # is seen in the other's time or on the GPU.
+        # Both start together, because importing takes most of the time; they load one after the other, so that neither
+        # load affects the other's time or GPU memory.
         workers = {
             name: stack.enter_context(start_worker(f"{name} {folder}", timeout_s)) for name, folder in folders.items()
         }
@@ -100,10 +100,10 @@ def run_benchmark(
 
 
 def _compile(workers: Mapping[str, Worker], load: Load, timeout_s: float) -> dict[str, Any]:
-    """Have both sides decode compiled, or neither: what each is now."""
-    logger.info("compiling both sides, which takes about a minute each; torch_mode = eager does without")
+    """Compile both sides or neither; return the description of each."""
+    logger.info("compiling both sides, about a minute each; torch_mode = eager skips this")
     answers = {}
-    for name, worker in workers.items():  # both, also after a failure: trying takes memory
+    for name, worker in workers.items():  # both, even after a failure: the attempt takes memory
         worker.send("compile", rows=load.batch_size, positions=load.positions)
         answers[name] = worker.receive(timeout_s)
     reasons = [
@@ -119,15 +119,15 @@ def _compile(workers: Mapping[str, Worker], load: Load, timeout_s: float) -> dic
 
 
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several results of `run_benchmark` with the same load as one: speed is of all repeats, the rest the last's.
+    """Pool several results of `run_benchmark` with the same load: speed over all repeats, the rest from the last.
 
-    Raises InputError where torch decoded compiled in some and eagerly in others.
+    Raises InputError if torch decoded compiled in some and eagerly in others.
     """
     modes = {side["mode"] for look in looks for side in look["speed"]["runtime"].values() if "mode" in side}
     if len(modes) > 1:
         raise InputError(
-            f"the looks at torch were taken in different modes ({', '.join(sorted(modes))}) and cannot be put "
-            "together; set benchmark.torch_mode = 'eager', which measures again"
+            f"torch decoded in different modes ({', '.join(sorted(modes))}) so the looks cannot be pooled; set "
+            "benchmark.torch_mode = 'eager', which measures again"
         )
     last = looks[-1]
     load = load_of(last["speed"]["load"])
@@ -141,14 +141,14 @@ def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(load: Load | EncoderLoad) -> tuple[Callable[[Mapping[str, Any]], Any], Callable[..., Section]]:
-    """How repeats of the load are read, and what makes a section of them."""
+    """How repeats of this load are read and turned into a section."""
     if isinstance(load, EncoderLoad):
         return Passes.from_json, passes_section
     return Repeat.from_json, speed_section
 
 
 def load_of(facts: Mapping[str, Any]) -> Load | EncoderLoad:
-    """A load by its fields, as a recipe has them and `describe` gives them. Raises InputError as they do."""
+    """A load from its fields, as in a recipe or from `describe`. Raises InputError like the load classes."""
     if "batch_sizes" not in facts:
         return Load(**facts)
     lists = {name: tuple(facts[name]) for name in ("batch_sizes", "lengths")}
@@ -156,10 +156,10 @@ def load_of(facts: Mapping[str, Any]) -> Load | EncoderLoad:
 
 
 def _check_context(folder: Path, load: Load | EncoderLoad) -> None:
-    """Raises InputError when the load needs more positions than config.json allows."""
+    """Raises InputError if the load needs more positions than config.json allows."""
     config = folder / "config.json"
     if not config.is_file():
-        return  # what a folder must hold is for the runtime to say
+        return  # what a folder must contain is up to the runtime
     try:
         context = json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"]
     except (ValueError, KeyError, TypeError):
@@ -171,17 +171,17 @@ def _check_context(folder: Path, load: Load | EncoderLoad) -> None:
 
 
 def check_match(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> None:
-    """Raises InputError when what the two workers loaded cannot be compared."""
+    """Raises InputError if the two loaded models cannot be compared."""
     if baseline["vocabulary"] != candidate["vocabulary"]:
         raise InputError(
             f"the vocabulary of the baseline has {baseline['vocabulary']} tokens, that of the candidate "
-            f"{candidate['vocabulary']}: the same prompts do not fit both"
+            f"{candidate['vocabulary']}: they cannot run the same prompts"
         )
     if baseline["gpu"] != candidate["gpu"]:
         where = {True: "the GPU", False: "the CPU"}
         raise InputError(
             f"the baseline runs on {where[baseline['gpu']]}, the candidate on {where[candidate['gpu']]}: "
-            "give both the same device"
+            "use the same device for both"
         )
 
 
@@ -229,7 +229,7 @@ def _measure(
 def _interleaved(
     count: int, workers: Mapping[str, Worker], bar: Progress, read: Callable[[Mapping[str, Any]], R]
 ) -> dict[str, list[R]]:
-    """`count` repeats of each side, in turn; the other stands still meanwhile."""
+    """Run `count` repeats of each side in turn, while the other side is suspended."""
     repeats: dict[str, list[R]] = {name: [] for name in workers}
     for letter in interleaving(count):
         name = _SIDES[letter]

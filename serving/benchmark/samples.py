@@ -1,4 +1,4 @@
-"""What was measured, before anything is concluded from it."""
+"""Raw measurements, before any statistics."""
 
 import statistics
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Generation:
-    """One batch. A request is one prompt; it failed when any of the logits it needed was NaN or infinite."""
+    """One batch. A request is one prompt; it has failed if any of its logits is NaN or infinite."""
 
     size: int  # requests
     prompt_length: int  # tokens of each
-    ttft_ms: float  # prefill, until the first token is known
-    itl_ms: list[float]  # (output_length - 1,) each decode step, until its token is known
+    ttft_ms: float  # prefill, until the first token has been chosen
+    itl_ms: list[float]  # (output_length - 1,) each decode step, until its token has been chosen
     failed: int  # requests
 
     @property
@@ -40,7 +40,7 @@ class Repeat:
         return cls(batches, **answer["threads"], joules=answer.get("joules"))  # looks of earlier versions have none
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads, and a worker answers: every step, so that looks can be put together later."""
+        """What `from_json` reads and a worker sends: every step, so that looks can be pooled later."""
         return {
             "batches": [asdict(batch) for batch in self.batches],
             "threads": {"ran_s": self.ran_s, "waited_s": self.waited_s},
@@ -53,9 +53,9 @@ class Repeat:
         return sum(batch.failed for batch in self.batches)
 
     def metrics(self) -> dict[str, float]:
-        """One number per metric: the median of latencies, in ms; all tokens over all the time they took for the rates.
+        """One number per metric: the median for latencies, in ms; total tokens divided by total time for rates.
 
-        So a single stalled step moves the rate and the end-to-end latency, as it does for a user, and not the ITL.
+        So a single stalled step affects the rate and the end-to-end latency, as it does for a user, but not the ITL.
         """
         prefill_s = sum(batch.ttft_ms for batch in self.batches) / 1e3
         decode_s = sum(sum(batch.itl_ms) for batch in self.batches) / 1e3

@@ -1,4 +1,4 @@
-"""The kernel's scheduler: what it says of a process and of the machine, and how to keep a process from running."""
+"""The kernel's scheduler: its figures for a process and the machine, and suspending processes."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +12,7 @@ import psutil
 class ThreadTimes:
     """Seconds, summed over the threads of a process: computing, and ready to compute while no CPU was free.
 
-    Both are 0 where the kernel does not tell (anything but Linux).
+    Both are 0 on kernels that do not report them (anything but Linux).
     """
 
     ran_s: float
@@ -23,7 +23,7 @@ class ThreadTimes:
 
 
 def thread_times(pid: int | None = None) -> ThreadTimes:
-    """Of a process, or of this one, since its threads began."""
+    """Of a process, by default this one, since its threads started."""
     ran_ns = waited_ns = 0
     for file in Path(f"/proc/{pid or 'self'}/task").glob("*/schedstat"):
         try:
@@ -37,9 +37,9 @@ def thread_times(pid: int | None = None) -> ThreadTimes:
 
 @contextmanager
 def standing_still(pids: Iterable[int]) -> Iterator[None]:
-    """Within the block these processes do not run (SIGSTOP, SIGCONT); one that has ended is passed over.
+    """Suspend these processes within the block (SIGSTOP, SIGCONT); ended ones are skipped.
 
-    Models that are not at work must not take CPUs from the one that is: thread pools and engines spin while they wait.
+    Idle models must not take CPU time from the active one: thread pools and engines spin while they wait.
     """
     processes = []
     try:
@@ -56,14 +56,14 @@ def standing_still(pids: Iterable[int]) -> Iterator[None]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it, now."""
+    """A process and all its current descendants."""
     process = psutil.Process(pid)
     return [pid, *(child.pid for child in process.children(recursive=True))]
 
 
 def stolen_seconds() -> tuple[float, float]:
-    """(taken by the hypervisor, all that was not idle, the taken included), of all CPUs since the machine started."""
+    """(stolen by the hypervisor, all non-idle time including that), over all CPUs since boot."""
     times = psutil.cpu_times()._asdict()
     idle = times["idle"] + times.get("iowait", 0.0)
-    counted_twice = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # inside user and nice already
+    counted_twice = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # already counted in user and nice
     return float(times.get("steal", 0.0)), float(sum(times.values()) - idle - counted_twice)

@@ -1,4 +1,4 @@
-"""From samples to the sections of the report."""
+"""Turns samples into sections of the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Measured(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """By name; not a number where the repeat has none."""
+        """By name; NaN for metrics that the repeat lacks."""
         ...
 
 
@@ -37,15 +37,15 @@ class Look(Generic[R]):
 
 
 def repeats_of(looks: Sequence[Look[R]]) -> tuple[list[R], list[R]]:
-    """All of the baseline, and all of the candidate."""
+    """All repeats of the baseline, and all of the candidate."""
     return [one for look in looks for one in look.baseline], [one for look in looks for one in look.candidate]
 
 
 def speed_section(load: Load, looks: Sequence[Look[Repeat]], descriptions: Mapping[str, Any]) -> Section:
-    """`speed.<runtime>`, of all looks together. A pair in which a request failed enters no ratio.
+    """`speed.<runtime>`, over all looks. Pairs with a failed request are excluded from ratios.
 
-    A ratio for which fewer than two pairs are left is absent, and so is a noise floor without two neighbouring repeats
-    of the baseline: a gate on them fails.
+    A ratio with fewer than two remaining pairs is omitted, and so is a noise floor without two consecutive baseline
+    repeats; a gate on either fails.
     """
     return {
         "load": load.describe(),
@@ -56,7 +56,7 @@ def speed_section(load: Load, looks: Sequence[Look[Repeat]], descriptions: Mappi
 
 
 def measured(looks: Sequence[Look[R]], side: Callable[[Sequence[R]], Section], metrics: Sequence[str]) -> Section:
-    """What repeats gave, of all looks together, in the words of `speed.<runtime>`; `side` makes one of one side's."""
+    """The repeats of all looks in the form of `speed.<runtime>`; `side` summarizes one side."""
     baseline, candidate = repeats_of(looks)
     return {
         "looks": len(looks),
@@ -70,9 +70,9 @@ def measured(looks: Sequence[Look[R]], side: Callable[[Sequence[R]], Section], m
 
 
 def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
-    """For each metric `{"ratio": estimate}`, and `noise_floor` by metric, of all looks together.
+    """For each metric `{"ratio": estimate}`, and `noise_floor` by metric, over all looks.
 
-    Left out as in `speed_section`; so is a metric that is zero or not a number in any pair, which has no ratio.
+    Omitted as in `speed_section`; so is a metric that is zero or NaN in any pair, which has no ratio.
     """
     pairs = [
         (first.metrics(), second.metrics())
@@ -80,7 +80,7 @@ def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
         for first, second in zip(look.baseline, look.candidate, strict=True)
         if not (first.failed or second.failed)
     ]
-    # In "ABBAABBA…" the baseline's repeats 1 and 2, 3 and 4, … follow each other directly; those of two looks do not.
+    # In "ABBAABBA…" the baseline's repeats 1 and 2, 3 and 4, … are consecutive; repeats of different looks are not.
     neighbours = [
         (first.metrics(), second.metrics())
         for look in looks
@@ -109,7 +109,7 @@ def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
 
 
 def by_repeat(repeats: Sequence[Measured], metrics: Sequence[str]) -> dict[str, list[float | None]]:
-    """What each repeat gave; None for one in which a request failed, as for what is not a number.
+    """The value of each repeat; None if a request failed or the value is NaN.
 
     Energy is left out where none was measured.
     """
@@ -130,9 +130,9 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def memory_section(baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Section:
-    """`memory.<runtime>`, from what each worker said of itself. `peak_bytes` is the higher peak, of load and of run.
+    """`memory.<runtime>`, from each worker's own report. `peak_bytes` is the higher of the load and run peaks.
 
-    Peaks that a worker could not see are None, and so is their ratio: a gate on them fails.
+    Unknown peaks are None, and so is their ratio; a gate on them fails.
     """
     keys = ("peak_bytes_load", "peak_bytes_run", "weight_bytes", "kv_bytes_per_token")
     before, after = _peak(baseline), _peak(candidate)
@@ -148,7 +148,7 @@ def _peak(side: Mapping[str, Any]) -> int | None:
 
 
 def _side(repeats: Sequence[Repeat]) -> Section:
-    """Percentiles over all batches and steps whose requests all succeeded; rates over all of them together."""
+    """Percentiles and rates over all batches and steps in which every request succeeded."""
     batches = tuple(batch for repeat in repeats for batch in repeat.batches if not batch.failed)
     rates = Repeat(batches, 0.0, 0.0).metrics() if batches else {}
     by_repeats = by_repeat(repeats, (*METRICS, ENERGY))

@@ -1,4 +1,4 @@
-"""What a worker does between requests: it loads one model, and runs the load over it again and again."""
+"""The state of a worker: one loaded model, and the load that it runs repeatedly."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -28,18 +28,18 @@ Answer = dict[str, Any]  # plain JSON
 
 
 class Session:
-    """One side of a benchmark: `load`, perhaps `compile`, `prepare`, `repeat` any number of times, `finish`."""
+    """One side of a benchmark: `load`, optionally `compile`, `prepare`, any number of `repeat`, `finish`."""
 
     def __init__(self) -> None:
         self._runtime: Runtime | Encoder
         self._energy: EnergyMeter | None
         self._facts: Answer  # what the description says besides
-        self._peak: Peak | None  # None: on a GPU that torch, through which its memory is read, does not see
+        self._peak: Peak | None  # None: on a GPU that torch, which reads its memory, does not see
         self._work: Callable[[], Sequence[Generation | Pass]]
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Answer]]:
-        """What can be asked for, by name."""
+        """The available operations by name."""
         return {
             "load": self.load,
             "compile": self.compile,
@@ -84,7 +84,7 @@ class Session:
         return {**self._runtime.describe(), **self._facts}
 
     def compile(self, rows: int, positions: int) -> Answer:
-        """Decode compiled from now on, or say why not: `description`, and `reason` where it stays eager."""
+        """Switch to compiled decoding; returns `description`, and `reason` if decoding stays eager."""
         assert isinstance(self._runtime, TorchRuntime)
         try:
             self._runtime = CompiledRuntime(self._runtime, rows, positions)
@@ -99,18 +99,18 @@ class Session:
         return {"description": {**self._describe(), "not_compiled": reason}}
 
     def prepare(self, token_ids: list[list[int]], batch_size: int, output_length: int) -> Answer:
-        """Take the load of a decoder in; the peak of the run counts from here."""
+        """Accept the load of a decoder; the peak of the run is measured from here."""
         prompts, runtime = torch.tensor(token_ids, dtype=torch.int64).split(batch_size), cast(Runtime, self._runtime)
         return self._begin(lambda: [generate(runtime, batch, output_length) for batch in prompts])
 
     def prepare_passes(self, batches: list[list[list[int]]], passes: int) -> Answer:
-        """Take the load of an encoder in; the peak of the run counts from here."""
+        """Accept the load of an encoder; the peak of the run is measured from here."""
         texts, encoder = [torch.tensor(batch, dtype=torch.int64) for batch in batches], cast(Encoder, self._runtime)
         return self._begin(lambda: encode(encoder, texts, passes))
 
     def _begin(self, work: Callable[[], Sequence[Generation | Pass]]) -> Answer:
         self._work = work
-        # What the imports left behind would be walked by every full garbage collection inside a timing.
+        # Otherwise every full garbage collection during a timing would traverse the imported modules.
         gc.collect()
         gc.freeze()
         if self._peak is not None:
@@ -118,7 +118,7 @@ class Session:
         return {}
 
     def repeat(self) -> Answer:
-        """Do the whole load once: per batch its timings, and what the scheduler did with our threads meanwhile."""
+        """Run the whole load once; returns the timings of each batch and our threads' scheduling times."""
         before, joules = thread_times(), self._energy.joules() if self._energy else 0.0
         batches = [asdict(batch) for batch in self._work()]
         return {
@@ -128,7 +128,7 @@ class Session:
         }
 
     def finish(self) -> Answer:
-        """The highest memory since `prepare`."""
+        """The peak memory since `prepare`."""
         return {"peak_bytes_run": None if self._peak is None else self._peak.bytes()}
 
 

@@ -1,4 +1,4 @@
-"""What encoders are given to do: texts of which lengths, how many at a time, how often."""
+"""The load of encoder benchmarks: text lengths, batch sizes, repeats."""
 
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -14,18 +14,18 @@ _MINIMA = {"passes": 1, "warmup": 1, "seed": 0}
 
 @dataclass(frozen=True)
 class EncoderLoad:
-    """A fixed amount of work: forward passes at every batch size and every length, none of which is padded.
+    """A fixed amount of work: unpadded forward passes at every batch size and every length.
 
     Raises InputError naming every field that is out of range.
     """
 
-    prepares: ClassVar[str] = "prepare_passes"  # the worker's operation that takes it in
+    prepares: ClassVar[str] = "prepare_passes"  # the worker's operation that accepts it
 
     batch_sizes: tuple[int, ...] = (1, 8)  # texts in a batch
     lengths: tuple[int, ...] = (32, 128)  # tokens of each text
     passes: int = 4  # of each shape in one repeat
     repeats: int = 10  # measured, per side
-    warmup: int = 1  # repeats per side that come before, and are left out of every result
+    warmup: int = 1  # repeats per side that run first and are excluded from all results
     seed: int = 0  # of the texts' token ids
 
     def __post_init__(self) -> None:
@@ -34,29 +34,29 @@ class EncoderLoad:
             sizes = getattr(self, name)
             whole = isinstance(sizes, tuple) and bool(sizes) and all(type(size) is int and size > 0 for size in sizes)
             if not whole or len(set(sizes)) != len(sizes):
-                problems.append(f"load.{name} = {sizes!r}: must be different whole numbers above zero")
+                problems.append(f"load.{name} = {sizes!r}: must be distinct positive integers")
         if problems:
             raise InputError("; ".join(problems))
 
     @property
     def positions(self) -> int:
-        """Of the longest text."""
+        """Positions of the longest text."""
         return max(self.lengths)
 
     @property
     def asked(self) -> str:
-        """What it is that needs them."""
+        """The field that determines `positions`, for messages."""
         return f"load.lengths = {list(self.lengths)}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(texts in a batch, tokens of each); those of one length together."""
+        """(texts per batch, tokens per text), grouped by length."""
         return [(size, length) for length, size in product(self.lengths, self.batch_sizes)]
 
     def work(self, vocabulary: int) -> dict[str, Any]:
-        """What a worker is given: for each shape a batch of ids, drawn evenly from the whole vocabulary.
+        """The request that a worker receives: for each shape a batch of ids, drawn uniformly from the whole vocabulary.
 
-        Which tokens they are does not change the work: what matters is that both sides get the same ones.
+        The choice of tokens does not change the work; what matters is that both sides get the same ones.
         """
         generator = np.random.default_rng(self.seed)
         batches = [generator.integers(vocabulary, size=shape).tolist() for shape in self.shapes]

@@ -1,7 +1,7 @@
-"""The process in which one side of a benchmark lives: `python -m numprune.serving.benchmark.worker PARENT_PID`.
+"""The process that runs one side of a benchmark: `python -m numprune.serving.benchmark.worker PARENT_PID`.
 
-One JSON object a line: requests on stdin, answers on what was stdout when it started. It ends when stdin does, and, on
-Linux, at once when its parent dies. Heavy imports come after all of that is arranged.
+One JSON object per line: requests on stdin, responses on the original stdout. It ends when stdin closes and, on Linux,
+immediately when its parent dies. Heavy imports come after that is set up.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Answer requests until stdin ends. Whatever is no NumpruneError ends the process with its traceback on stderr."""
+    """Handle requests until stdin closes. Exceptions other than NumpruneError end the process with a traceback."""
     faulthandler.enable()  # a crash in native code leaves a trace on stderr, whose last lines the parent shows
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; ending us is the parent's task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     die_with(int(sys.argv[1]))
     answers = reserve_stdout()
 
@@ -40,14 +40,14 @@ def main() -> None:
 
 
 def reserve_stdout() -> TextIO:
-    """A stream on the present stdout. All else that is printed from now on, by native code too, goes to stderr."""
+    """Return a stream on the current stdout; from now on all other output, including native code's, goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
 def die_with(parent: int) -> None:
-    """End this process when `parent` ends, even by kill -9 and while we compute. Without Linux, stdin's end does it."""
+    """End this process with `parent`, even after kill -9. On other systems than Linux, the end of stdin does that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died before the call
@@ -55,7 +55,7 @@ def die_with(parent: int) -> None:
 
 
 def run() -> NoReturn:
-    """`main`, and out at once: nothing is left to save, and taking the libraries down in order takes seconds."""
+    """Run `main` and exit immediately: an orderly shutdown of the libraries takes seconds."""
     status = 0
     try:
         main()

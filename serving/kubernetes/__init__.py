@@ -3,9 +3,9 @@
     release = read_release(registry, "my-model@production")
     text = to_yaml(deployment(release, Placement(image="…:1.0", registry_uri="https://mlflow…")))
 
-`release` is what is served, `placement` where and how, `values` what the cluster asks of the pod, `pod` what both kinds
-of manifest have in common, `manifests` the documents. A manifest names the version by number and digest, never by
-alias: applying it again gives the same model, and `kubectl rollout undo` the one before.
+`release` describes what is served, `placement` where and how, `values` the cluster's requirements for the pod, `pod`
+what both kinds of manifest share, and `manifests` the documents. A manifest names the version by number and digest,
+never by alias: applying it again gives the same model, and `kubectl rollout undo` the previous one.
 """
 
 from numprune.serving.kubernetes.manifests import deployment, inference_service, to_yaml

@@ -1,4 +1,4 @@
-"""The documents, and their YAML."""
+"""The manifests, and their YAML."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from numprune.serving.kubernetes.release import ServedRelease
 Json = dict[str, Any]
 
 _COMPONENT = "inference-server"
-# YAML reads these as numbers in one version or implementation and as text in another.
+# Some YAML versions and implementations read these as numbers, others as text.
 _NUMBER_LIKE = re.compile(r"[-+.0-9]")
 
 
 def deployment(release: ServedRelease, placement: Placement) -> list[Json]:
-    """A Deployment that never has less than its replicas ready while it changes, and its Service, on port 80.
+    """A Deployment that keeps all its replicas ready during an update, and its Service on port 80.
 
-    Raises InputError when the release cannot run like this.
+    Raises InputError if the release cannot run in this way.
     """
     placement.require_fit(release)
     name = placement.name_for(release)
@@ -40,7 +40,7 @@ def deployment(release: ServedRelease, placement: Placement) -> list[Json]:
                 "replicas": placement.replicas,
                 "selector": {"matchLabels": selector},
                 "strategy": _rolling(),
-                "progressDeadlineSeconds": STARTUP_S + 1800,  # the images and the release take their time, too
+                "progressDeadlineSeconds": STARTUP_S + 1800,  # time to pull the images and fetch the release
                 "template": {
                     "metadata": {"labels": _labels(name, release), "annotations": _annotations(release)},
                     "spec": pod_spec(release, placement, "vllm"),
@@ -61,9 +61,9 @@ def deployment(release: ServedRelease, placement: Placement) -> list[Json]:
 
 
 def inference_service(release: ServedRelease, placement: Placement) -> list[Json]:
-    """A KServe InferenceService, in its mode of plain Deployments: Knative, as it comes, allows no init containers.
+    """A KServe InferenceService in raw deployment mode: Knative by default allows no init containers.
 
-    Raises InputError when the release cannot run like this.
+    Raises InputError if the release cannot run in this way.
     """
     placement.require_fit(release)
     name = placement.name_for(release)
@@ -75,7 +75,7 @@ def inference_service(release: ServedRelease, placement: Placement) -> list[Json
                 "name": name,
                 "namespace": placement.namespace,
                 "labels": _labels(name, release),
-                # KServe calls this mode Standard since 0.16, and still knows it by this name.
+                # Since 0.16 KServe calls this mode Standard but still accepts this name.
                 "annotations": {"serving.kserve.io/deploymentMode": "RawDeployment", **_annotations(release)},
             },
             "spec": {
@@ -100,12 +100,12 @@ def to_yaml(documents: Sequence[Json]) -> str:
 
 
 def _rolling() -> Json:
-    """First a new pod that is ready, then an old one less."""
+    """Start a new pod, and remove an old one only once the new one is ready."""
     return {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
 
 
 def _labels(name: str, release: ServedRelease) -> dict[str, str]:
-    """Labels are at most 63 characters, so the whole digest is an annotation."""
+    """Labels are limited to 63 characters, so the full digest is an annotation."""
     return {
         "app.kubernetes.io/name": name,
         "app.kubernetes.io/component": _COMPONENT,
@@ -124,7 +124,7 @@ def _annotations(release: ServedRelease) -> dict[str, str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Each document stands on its own: no anchors. Text that a parser might read as a number is quoted."""
+    """No anchors; text that a parser might read as a number is quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,6 +1,7 @@
 """The pod: an init container fetches and verifies the release, vLLM serves it, and a container checks its answers.
 
-A pod is ready when all of its containers are, so one whose server does not compute what was released takes no traffic.
+A pod is ready when all of its containers are, so a pod whose server does not compute what was released takes no
+traffic.
 """
 
 from typing import Any
@@ -14,15 +15,15 @@ from numprune.serving.vllm.options import split_names
 Json = dict[str, Any]
 
 PORT = 8080  # KServe's own default
-_RELEASE = "/release"  # a volume; the release is a folder in it, which appears there whole or not at all
+_RELEASE = "/release"  # a volume; the release is a folder in it, which appears atomically
 _TMP = "/tmp"  # noqa: S108 - in a container of its own
 _PASSED = f"{_TMP}/server-checked"
 _GIB = 1 << 30
 _MIB = 1 << 20
 _CPU_KV_GIB = 4
-_STARTUP_PROBES, _STARTUP_PERIOD_S = 180, 10  # half an hour: loading and compiling a large model
+_STARTUP_PROBES, _STARTUP_PERIOD_S = 180, 10  # half an hour, for loading and compiling a large model
 STARTUP_S = _STARTUP_PROBES * _STARTUP_PERIOD_S
-_DRAIN_S = 15  # until the endpoints have forgotten a pod that ends
+_DRAIN_S = 15  # until a terminating pod has left the endpoints
 _GRACE_S = 120
 
 _CONFINED = {
@@ -33,14 +34,14 @@ _CONFINED = {
 
 
 def pod_spec(release: ServedRelease, placement: Placement, container: str) -> Json:
-    """The spec of a pod whose main container is called `container`."""
+    """The pod spec; the main container is named `container`."""
     claim = placement.values.release_claim
     return {
         "automountServiceAccountToken": False,
-        # With them, a Service called `vllm` sets VLLM_PORT, which vLLM takes for its own.
+        # Otherwise a Service named `vllm` sets VLLM_PORT, which vLLM takes for its own setting.
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _GRACE_S,
-        # No user of ours: OpenShift gives each namespace its own, and admits no other.
+        # No user is set: OpenShift assigns one per namespace and rejects any other.
         "securityContext": {
             "runAsNonRoot": True,
             "seccompProfile": {"type": "RuntimeDefault"},
@@ -54,7 +55,7 @@ def pod_spec(release: ServedRelease, placement: Placement, container: str) -> Js
             if claim
             else {"name": "release", "emptyDir": {"sizeLimit": _mebibytes(release.size_bytes * 1.05 + 64 * _MIB)}},
             {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},  # numprune's
-            {"name": "vllm", "emptyDir": {"sizeLimit": "16Gi"}},  # what it compiles
+            {"name": "vllm", "emptyDir": {"sizeLimit": "16Gi"}},  # compiled code
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
     }
@@ -85,7 +86,7 @@ def _fetch(release: ServedRelease, placement: Placement) -> Json:
 
 
 def _check_server(release: ServedRelease, placement: Placement) -> Json:
-    """It stays, idle, once the server has passed; else it ends, and is started again, ever more seldom."""
+    """It idles once the server has passed; otherwise it exits and is restarted with back-off."""
     return {
         "name": "check-server",
         "image": placement.image,
@@ -108,14 +109,14 @@ def _vllm(release: ServedRelease, placement: Placement, container: str) -> Json:
     split = ("--tensor-parallel-size", str(placement.gpus)) if placement.gpus > 1 else ()
     environment = {
         "HOME": _TMP,
-        "USER": "vllm",  # the image's /etc/passwd has no name for our user, and torch asks for one
+        "USER": "vllm",  # torch needs a user name, and the image's /etc/passwd has none for this user
         "VLLM_CACHE_ROOT": f"{_TMP}/vllm",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
     if release.plugin:
-        environment["VLLM_PLUGINS"] = "numprune"  # ours and no other of the image
+        environment["VLLM_PLUGINS"] = "numprune"  # numprune's, regardless of others in the image
     if placement.gpus == 0:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_CPU_KV_GIB)
     memory = placement.memory or _memory(release, placement)
@@ -127,7 +128,7 @@ def _vllm(release: ServedRelease, placement: Placement, container: str) -> Json:
         "args": _literal(
             *("--model", f"{_content(release)}/checkpoint", "--served-model-name", *names),
             *("--host", "0.0.0.0", "--port", str(PORT)),  # noqa: S104 - inside the pod
-            *("--dtype", release.dtype),  # vLLM's own choice would halve float32
+            *("--dtype", release.dtype),  # by default vLLM would convert float32 to half precision
             *split,
             *release.options,
             *options,
@@ -152,12 +153,12 @@ def _vllm(release: ServedRelease, placement: Placement, container: str) -> Json:
 
 
 def _content(release: ServedRelease) -> str:
-    """The folder of the release. Its name has the digest: a claim holds several releases."""
+    """The folder of the release, named by digest because a claim can hold several releases."""
     return f"{_RELEASE}/{release.digest[:16]}"
 
 
 def _api_key(placement: Placement) -> list[Json]:
-    """The variable with the API key, by reference."""
+    """The environment variable with the API key, by reference."""
     if placement.api_key_secret is None:
         return []
     reference = {"name": placement.api_key_secret, "key": api_key.VARIABLE}
@@ -174,7 +175,7 @@ def _probe(*, period_s: int, failures: int) -> Json:
 
 
 def _memory(release: ServedRelease, placement: Placement) -> str:
-    """Libraries and CUDA contexts take some GiB whatever the model; the weights pass through, or stay, once."""
+    """Libraries and CUDA contexts take a few GiB for any model; the weights pass through memory once, or stay."""
     kv_gib = _CPU_KV_GIB if placement.gpus == 0 else 0
     gib = 8 + 2 * max(1, placement.gpus) + kv_gib + -(-release.weight_bytes // _GIB)
     return f"{gib}Gi"
@@ -185,5 +186,5 @@ def _mebibytes(size: float) -> str:
 
 
 def _literal(*words: str) -> list[str]:
-    """Words that Kubernetes passes on as they are: it would put variables in the place of `$(NAME)`."""
+    """Escape words so that Kubernetes passes them on unchanged: it would expand `$(NAME)`."""
     return [word.replace("$(", "$$(") for word in words]

@@ -1,4 +1,4 @@
-"""What a manifest has to know of a release; its weights stay where they are."""
+"""What a manifest needs to know of a release; no weights are read."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from numprune.serving.registry import Registry
 from numprune.serving.registry.releases import CHECKPOINT, reading
 from numprune.serving.vllm import needs
 
-_KIND = "vllm"  # of a checkpoint that was exported for vLLM
+_KIND = "vllm"  # kind of a checkpoint exported for vLLM
 _MANIFEST = f"{CHECKPOINT}/{manifest.FILE_NAME}"
 _CONFIG = f"{CHECKPOINT}/config.json"
 _MAXIMUM_CONFIG_BYTES = 16 << 20
@@ -21,7 +21,7 @@ _Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Facts(BaseModel):
-    """What the exporter found out."""
+    """Facts recorded by the exporter."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -42,14 +42,14 @@ class ServedRelease:
     """A version in the registry.
 
     Attributes:
-        name, version, digest: which one; the digest is its manifest's, and so of every byte in it.
-        run: of the report that it passed with.
+        name, version, digest: which one; the digest is its manifest's and so covers every byte.
+        run: of the report with its passing verdict.
         size_bytes, weight_bytes: of all its files, and of the tensors that vLLM loads.
-        dtype: of the weights as they are stored, and so in which the release was measured.
-        options: of vLLM, without which it does not load the checkpoint.
-        plugin: vLLM needs our plug-in, because its layers differ in size.
-        tensor_parallel: numbers of GPUs that its heads and widths can be split over.
-        cpu: vLLM's CPU kernels know its head size.
+        dtype: of the stored weights, in which the release was measured.
+        options: that vLLM needs to load the checkpoint.
+        plugin: vLLM needs the plug-in, because the layers differ in size.
+        tensor_parallel: numbers of GPUs over which its heads and widths can be split.
+        cpu: whether vLLM's CPU kernels support its head size.
     """
 
     name: str
@@ -70,7 +70,7 @@ class ServedRelease:
 
 
 def read_release(registry: Registry, reference: str) -> ServedRelease:
-    """The release that a reference means now; a bare name means production. What is read of it is verified.
+    """The release that a reference currently means; a bare name means production. All files read are verified.
 
     Raises InputError (no such version, one that was not exported for vLLM, one without reference answers),
     IntegrityError.
@@ -78,8 +78,8 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
     with reading(registry, reference, [_MANIFEST, _CONFIG]) as (version, whole, folder):
         if whole.files.keys().isdisjoint(reference_answers.FILE_NAMES):
             raise InputError(
-                f"{version.reference}: made before releases carried reference answers "
-                f"({reference_answers.FILE_NAME}); make it again"
+                f"{version.reference}: has no reference answers ({reference_answers.FILE_NAME}); it was made by an "
+                "earlier version: run `numprune optimize` again"
             )
         exported = manifest.read(folder / CHECKPOINT)
         if whole.files[_CONFIG].size > _MAXIMUM_CONFIG_BYTES:

@@ -1,4 +1,4 @@
-"""What a cluster asks of a pod beyond the release: a file of values, in Kubernetes' own names."""
+"""The cluster's requirements for a pod: a file of values under Kubernetes' own names."""
 
 import re
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ class _Model(BaseModel):
     )
 
     def to_json(self) -> Json:
-        """As a manifest has it."""
+        """In the form of a manifest."""
         return self.model_dump(exclude_none=True)
 
 
 class Toleration(_Model):
-    """Of a taint; `value` goes with `operator: Equal` only, `toleration_seconds` with `effect: NoExecute`."""
+    """A toleration; `value` needs `operator: Equal`, `toleration_seconds` needs `effect: NoExecute`."""
 
     key: LabelName | None = None
     operator: Literal["Equal", "Exists"] | None = None
@@ -54,9 +54,9 @@ class Toleration(_Model):
     @model_validator(mode="after")
     def _goes_together(self) -> "Toleration":
         if self.operator == "Exists" and self.value is not None:
-            raise ValueError("value must be left out with operator Exists")
+            raise ValueError("value must be omitted with operator Exists")
         if self.operator != "Exists" and self.key is None:
-            raise ValueError("operator must be Exists where there is no key")
+            raise ValueError("operator must be Exists if there is no key")
         if self.toleration_seconds is not None and self.effect != "NoExecute":
             raise ValueError("tolerationSeconds needs effect NoExecute")
         return self
@@ -77,7 +77,7 @@ class FieldOf(_Model):
 
 
 class ValueFrom(_Model):
-    """Exactly one."""
+    """Exactly one source."""
 
     secret_key_ref: KeyOf | None = None
     config_map_key_ref: KeyOf | None = None
@@ -91,7 +91,7 @@ class ValueFrom(_Model):
 
 
 class Variable(_Model):
-    """Of the environment: a value, or where it is from. A manifest is no place for a secret."""
+    """An environment variable: a value or its source. Secrets do not belong in a manifest."""
 
     name: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=253)]
     value: str | None = None
@@ -100,7 +100,7 @@ class Variable(_Model):
     @model_validator(mode="after")
     def _one_and_not_secret(self) -> "Variable":
         if self.name == api_key.VARIABLE:
-            raise ValueError("must be given with --api-key-secret: the comparison with the release needs it, too")
+            raise ValueError("must be given with --api-key-secret: the check of the server needs it, too")
         if (self.value is None) == (self.value_from is None):
             raise ValueError("must have either value or valueFrom")
         if self.value is not None and _SECRET.search(self.name):
@@ -109,7 +109,7 @@ class Variable(_Model):
 
 
 class SecurityContext(_Model):
-    """Of the pod. Without it, the cluster or the images choose the user; it may not be root."""
+    """Of the pod. Without it, the cluster or the images choose the user, which must not be root."""
 
     run_as_user: Annotated[Id, Field(ge=1)] | None = None
     run_as_group: Id | None = None
@@ -121,7 +121,7 @@ def _once(variables: list[Variable]) -> list[Variable]:
     names = [variable.name for variable in variables]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"{', '.join(sorted(twice))}: must be there once")
+        raise ValueError(f"{', '.join(sorted(twice))}: must be given only once")
     return variables
 
 
@@ -132,8 +132,9 @@ class Values(_Model):
     """Everything is optional.
 
     Attributes:
-        env, fetch_env: of vLLM's container, and of the one that fetches the release; ours of the same name give way.
-        release_claim: a PersistentVolumeClaim for releases, one folder each; without one, each pod keeps its own copy.
+        env, fetch_env: of vLLM's container and of the one that fetches the release; they override ours of the same
+            name.
+        release_claim: a PersistentVolumeClaim for releases, one folder each; by default each pod keeps its own copy.
     """
 
     node_selector: dict[LabelName, LabelValue] = {}
@@ -145,7 +146,7 @@ class Values(_Model):
     release_claim: Name | None = None
 
     def pod_fields(self) -> Json:
-        """What stands in the pod's spec as it is."""
+        """Fields that go into the pod's spec unchanged."""
         fields: Json = {
             "nodeSelector": self.node_selector,
             "tolerations": [one.to_json() for one in self.tolerations],
@@ -155,7 +156,7 @@ class Values(_Model):
 
 
 def read_values(path: Path) -> Values:
-    """A YAML file of values. Raises InputError naming every problem."""
+    """Read a YAML file of values. Raises InputError naming every problem."""
     try:
         with path.open("rb") as file:
             raw = file.read(_MAXIMUM_BYTES + 1)
@@ -169,7 +170,7 @@ def read_values(path: Path) -> Values:
     except ValidationError as error:
         raise InputError(f"--values {path}: {problems(error, secret=('env', 'fetchEnv'))}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)  # the message quotes the file, which may hold a secret
+        mark = getattr(error, "problem_mark", None)  # the message would quote the file, which may contain a secret
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(
             f"--values {path}{line}: not YAML: {getattr(error, 'problem', type(error).__name__)}"
@@ -177,7 +178,7 @@ def read_values(path: Path) -> Values:
 
 
 def merged(ours: Json, theirs: Sequence[Variable]) -> list[Json]:
-    """Variables as a container has them; theirs replace ours of the same name."""
+    """The variables of a container; given ones replace ours of the same name."""
     given = {variable.name for variable in theirs}
     kept: list[Json] = [{"name": name, "value": value} for name, value in ours.items() if name not in given]
     return [*kept, *(variable.to_json() for variable in theirs)]

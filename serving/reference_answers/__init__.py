@@ -1,8 +1,8 @@
-"""Reference answers: a live server computes what was measured, or takes no traffic.
+"""Reference answers: a server takes traffic only if it computes what was measured.
 
-They are made when the release is made, from the checkpoint with transformers: of a language model fixed
-prompts, the log-probability of each of their tokens, the greedy continuation with its log-probabilities and the margin
-by which each of its tokens won; of an encoder the embeddings or the class probabilities of fixed texts.
+They are computed with transformers from the checkpoint when the release is made. For a language model: fixed prompts,
+the log-probability of each of their tokens, and the greedy continuation with its log-probabilities and the margin of
+each token over the runner-up. For an encoder: the embeddings or class probabilities of fixed texts.
 
 Log-probabilities are natural logarithms.
 """
@@ -51,22 +51,22 @@ __all__ = [
 
 
 def check(url: str, reference: ReferenceAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
-    """Compare the server at `url`: see `completions.check` and `pooled.check`, also for what is raised.
+    """Check the server at `url`: see `completions.check` and `pooled.check`, also for the errors raised.
 
-    Raises InputError where there is no tolerance for `dtype`.
+    Raises InputError if there is no tolerance for `dtype`.
     """
     if dtype not in TOLERANCES:
-        raise InputError(f"dtype is {dtype!r}; servers are checked in {', '.join(TOLERANCES)}")
+        raise InputError(f"dtype is {dtype!r}; servers can be checked in {', '.join(TOLERANCES)}")
     if isinstance(reference, PooledAnswers):
         return pooled.check(url, reference, dtype, api_key)
     return completions.check(url, reference, dtype, api_key)
 
 
 def told(found: dict[str, Any]) -> str:
-    """What `check` found, in words."""
+    """The result of `check` in words."""
     worst, limit, p99 = found["worst"]["error"], found["tolerance"], found["p99_tolerance"]
     also = "" if p99 is None else f", 99th percentile {found['p99_error']:.2g} (limit {p99:.2g})"
     if "greedy_match" in found:
         of_all = f"{found['greedy_match']:.0%} of greedy tokens"
-        return f"worst difference of a log-probability {worst:.2g} nats (limit {limit:g}){also}, {of_all}"
-    return f"worst difference of {found['positions']:,} numbers {worst:.2g} (limit {limit:g}){also}"
+        return f"largest log-probability difference {worst:.2g} nats (limit {limit:g}){also}, {of_all}"
+    return f"largest difference over {found['positions']} numbers {worst:.2g} (limit {limit:g}){also}"

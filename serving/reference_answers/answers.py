@@ -1,4 +1,4 @@
-"""What a server of a release must answer, as it stands in the release."""
+"""The reference answers of a release: what its server must return."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from numprune.errors import IntegrityError
 from numprune.serving.problems import problems
 
 FILE_NAME = "reference-answers.json"  # in a release
-FILE_NAMES = (FILE_NAME, "canary.json")  # the second in earlier releases
+FILE_NAMES = (FILE_NAME, "canary.json")  # the second name is that of earlier releases
 MINIMUM_STEPS = 32  # greedy tokens
 MAXIMUM_BYTES = 16 << 20
 
@@ -26,21 +26,21 @@ class Tolerance:
 
 
 # The least tolerances of log-probabilities, in nats. Measured with the embedded model on vLLM 0.32 for CPUs (worst,
-# mean): float32 1e-5, 2e-6; bfloat16 0.14, 0.015; float16 0.01, 0.002. Weights of another release change the mean by
-# whole nats.
+# mean): float32 1e-5, 2e-6; bfloat16 0.14, 0.015; float16 0.01, 0.002. The weights of another release change the mean
+# by several nats.
 TOLERANCES = {
     "float32": Tolerance(1e-3, 1e-3),
     "bfloat16": Tolerance(0.5, 0.05),
     "float16": Tolerance(0.1, 0.01),
 }
-# Those of the entries of embeddings of length 1, and of class probabilities.
+# For entries of unit-length embeddings, and for class probabilities.
 POOLED_TOLERANCES = {
     "float32": Tolerance(1e-4, 2e-5),
     "bfloat16": Tolerance(0.03, 0.005),
     "float16": Tolerance(0.005, 0.001),
 }
-# Checkpoints with large hidden values round by far more: SmolLM2-135M with half of it removed by 6.7, 0.18 in bfloat16,
-# in transformers itself. The tolerance is at least this multiple of that error, which the reference holds.
+# Checkpoints with large hidden values have far larger rounding errors: SmolLM2-135M at half size 6.7 and 0.18 in
+# bfloat16, in transformers itself. The tolerance is at least this multiple of that error, which the reference records.
 _ROUNDING_FACTOR = 4
 _LEAST_P99 = 0.5  # of the least tolerance of the worst
 
@@ -54,10 +54,10 @@ class _Model(BaseModel):
 
 
 class Prompt(_Model):
-    """One prompt and what must come of it.
+    """One prompt and the expected answer.
 
-    `logprobs[i]` is of `tokens[i + 1]`, given all before it; `greedy_logprobs[i]` of `greedy[i]`; `margins[i]` is how
-    far the second best token was behind, in nats.
+    `logprobs[i]` is of `tokens[i + 1]`, given all before it; `greedy_logprobs[i]` of `greedy[i]`; `margins[i]` is the
+    lead over the second best token, in nats.
     """
 
     tokens: list[Token] = Field(min_length=1)
@@ -71,19 +71,19 @@ class Prompt(_Model):
         if len(self.logprobs) != len(self.tokens) - 1:
             raise ValueError("logprobs must have a value for every token but the first")
         if not len(self.greedy) == len(self.greedy_logprobs) == len(self.margins):
-            raise ValueError("greedy, greedy_logprobs and margins must be of the same length")
+            raise ValueError("greedy, greedy_logprobs and margins must have the same length")
         return self
 
 
 class Encoded(_Model):
-    """A text and the tokens that the model's tokenizer makes of it, without special ones."""
+    """A text and its tokens from the model's tokenizer, without special tokens."""
 
     text: str
     tokens: list[Token]
 
 
 class Rounding(_Model):
-    """Errors of what is compared: the largest and the mean."""
+    """Errors of the compared numbers: largest and mean."""
 
     worst: Annotated[Finite, Field(ge=0)]
     mean: Annotated[Finite, Field(ge=0)]
@@ -100,7 +100,7 @@ class _Answers(_Model):
     """What all reference answers have.
 
     Attributes:
-        rounding: transformers' own error in each precision, without those in which the model overflows.
+        rounding: transformers' own error in each precision, except those in which the model overflows.
         noise_floor: of a quantized release, transformers' own error in half precision on the model before it was
             quantized. Other and older releases have none.
     """
@@ -112,7 +112,7 @@ class _Answers(_Model):
     noise_floor: dict[str, Noise] = Field(default={})
 
     def tolerance(self, dtype: str) -> Tolerance:
-        """For a server that computes in `dtype`, one of `TOLERANCES`."""
+        """The tolerance for a server that computes in `dtype`, one of `TOLERANCES`."""
         least, rounding, floor = self.least[dtype], self.rounding.get(dtype), self.noise_floor.get(dtype)
         worst = max(least.worst, _ROUNDING_FACTOR * rounding.worst) if rounding else least.worst
         if floor is not None:
@@ -139,19 +139,19 @@ class CompletionAnswers(_Answers):
 
     @property
     def length(self) -> int:
-        """Of the longest sequence, prompt and continuation: a server's context must hold one token more."""
+        """The longest sequence, prompt and continuation; a server's context must hold one more token."""
         return max(len(prompt.tokens) + len(prompt.greedy) for prompt in self.prompts)
 
 
 class PooledText(_Model):
-    """The tokens of a text, special ones included, and what must come of them (see PooledAnswers)."""
+    """The tokens of a text, including special ones, and the expected numbers (see PooledAnswers)."""
 
     tokens: list[Token] = Field(min_length=1)
     values: list[Finite] = Field(min_length=1)
 
 
 class PooledAnswers(_Answers):
-    """What a server of an encoder must answer: embeddings, brought to length 1, or the probabilities of classes."""
+    """What a server of an encoder must answer: embeddings normalized to length 1, or class probabilities."""
 
     least = POOLED_TOLERANCES
 
@@ -163,7 +163,7 @@ class PooledAnswers(_Answers):
 
     @property
     def length(self) -> int:
-        """Of the longest text."""
+        """The longest text."""
         return max(len(text.tokens) for text in self.inputs)
 
 
@@ -176,8 +176,8 @@ def read(release: Path) -> ReferenceAnswers:
     path = next((release / name for name in FILE_NAMES if (release / name).is_file()), None)
     if path is None:
         raise IntegrityError(
-            f"{release / FILE_NAME}: missing; no server runs masked language models. Any other release without it was "
-            "made before releases carried reference answers: make it again"
+            f"{release / FILE_NAME}: missing; masked language models cannot be served. Other releases without it were "
+            "made by an earlier version: run `numprune optimize` again"
         )
     if path.stat().st_size > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")

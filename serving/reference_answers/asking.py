@@ -1,4 +1,4 @@
-"""Requests to a server that is compared."""
+"""Requests to a server under check."""
 
 import math
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ TIMEOUT_S = 300.0
 
 
 def ask(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
-    """The JSON that the server answers. Raises ServerError."""
+    """The server's JSON response. Raises ServerError."""
     try:
         answer = client.request(method, path, json=body)
         if answer.is_success:
             return answer.json()
     except httpx.TransportError as error:
-        raise ServerError(f"{client.base_url}: {path} was not answered ({error or type(error).__name__})") from None
+        raise ServerError(f"{client.base_url}: no response to {path} ({error or type(error).__name__})") from None
     except ValueError:
-        raise ServerError(f"{client.base_url}: {path} was answered with something that is not JSON") from None
+        raise ServerError(f"{client.base_url}: the response to {path} is not JSON") from None
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         raise ServerError(f"{client.base_url}: {keys.refused(client.headers.get('Authorization'))}")
-    raise ServerError(f"{client.base_url}: {path} was answered with {answer.status_code}: {short(answer.text)}")
+    raise ServerError(f"{client.base_url}: {path} returned {answer.status_code}: {short(answer.text)}")
 
 
 def check_tokenizer(client: httpx.Client, model: str, texts: Sequence[Encoded]) -> None:
-    """Raises ParityError, naming the text that the server's tokenizer reads differently."""
+    """Raises ParityError naming the first text that the server tokenizes differently."""
     for text in texts:
         body = {"model": model, "prompt": text.text, "add_special_tokens": False}
         tokens = ask(client, "POST", "/tokenize", body).get("tokens")
         if tokens != text.tokens:
             raise ParityError(
-                f"{client.base_url}: the server's tokenizer reads {text.text[:40]!r} as {short(tokens)}, that of the "
-                f"release as {short(text.tokens)}; it is another model's"
+                f"{client.base_url}: the server's tokenizer reads {text.text[:40]!r} as {short(tokens)}, the release's "
+                f"as {short(text.tokens)}; it belongs to another model"
             )
 
 
@@ -47,13 +47,13 @@ def as_number(value: Any) -> float:
 
 
 def distance(server: float, reference: float) -> float:
-    """Infinite, should either be no number: every comparison with NaN is false, and a maximum may pass it over."""
+    """Infinite if either is NaN: comparisons with NaN are false, and a maximum may skip it."""
     difference = abs(server - reference)
     return difference if math.isfinite(difference) else math.inf
 
 
 class Place(Protocol):
-    """A number, here and there; its text says where it is."""
+    """A number from the server and from the reference; its text gives the position."""
 
     @property
     def error(self) -> float: ...
@@ -63,7 +63,7 @@ P = TypeVar("P", bound=Place)
 
 
 def require_near(url: str, found: Sequence[P], tolerance: Tolerance, dtype: str, unit: str = "") -> dict[str, Any]:
-    """What `check` returns of all places that were compared. Raises ParityError, naming the worst."""
+    """Summarize all compared places for `check`. Raises ParityError naming the worst."""
     errors = sorted(place.error for place in found)
     worst = max(found, key=lambda place: place.error)
     mean, p99 = sum(errors) / len(errors), errors[math.ceil(0.99 * len(errors)) - 1]

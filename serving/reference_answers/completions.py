@@ -1,7 +1,7 @@
-"""A language model's server compared with its reference answers: prefill and decode, token by token.
+"""Checks a language model's server against its reference answers: prefill and decode, token by token.
 
-The server is asked for the same twice: all tokens as one prompt (prefill), and the continuation token by token (decode,
-with its cache). A *position* counts tokens of prompt and continuation from 0.
+The same tokens are requested twice: all as one prompt (prefill), and the continuation token by token (decode, with the
+KV cache). A *position* counts tokens of prompt and continuation from 0.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,18 @@ from numprune.serving.vllm.server import ServerError
 
 
 def check(url: str, reference: CompletionAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
-    """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
+    """Compare the server at `url`, which computes in `dtype` and may require an API key, with the reference.
 
-    The greedy tokens must be the reference's; where its second best token was as near as twice the tolerance, either is
-    right, and what follows a different one is not compared any more (the first pass compares it all the same).
+    The greedy tokens must be the reference's; if the second best token is within twice the tolerance, either is
+    accepted, and what follows a different token is not compared (the first pass still compares it).
 
     Returns:
-        dtype, tolerance (of the worst), positions compared, the worst difference and where it is (prompt, position,
-        token, both values), the mean, greedy tokens compared, and the share of equal ones among all.
+        dtype, tolerance (of the worst), positions compared, the largest difference and its place (prompt, position,
+            token, both values), the mean, greedy tokens compared, and the share of equal ones.
 
     Raises:
-        ParityError: names the worst position, or the text that the server's tokenizer reads otherwise.
-        ServerError: the server does not answer, or with an error.
+        ParityError: names the worst position, or the text that the server tokenizes differently.
+        ServerError: the server does not respond, or returns an error.
     """
     tolerance = reference.tolerance(dtype)
     with loopback.client(url, timeout=TIMEOUT_S, headers=keys.headers(api_key)) as client:
@@ -48,7 +48,7 @@ def check(url: str, reference: CompletionAnswers, dtype: str, api_key: str | Non
 
 @dataclass(frozen=True)
 class _Place:
-    """One token's log-probability, here and there."""
+    """One token's log-probability, from the server and the reference."""
 
     stage: str
     prompt: int
@@ -69,13 +69,13 @@ class _Place:
 
 
 def _prefill(client: httpx.Client, model: str, reference: CompletionAnswers) -> Iterator[_Place]:
-    """The log-probability of every token but the first, all tokens given."""
+    """The log-probability of every token but the first, given all tokens."""
     whole = [[*prompt.tokens, *prompt.greedy] for prompt in reference.prompts]
     answers = _complete(client, model, whole, max_tokens=1, prompt_logprobs=0)
     for number, (prompt, tokens, answer) in enumerate(zip(reference.prompts, whole, answers, strict=True)):
         given = answer.get("prompt_logprobs")
         if not isinstance(given, list) or len(given) != len(tokens):
-            raise ServerError(f"{client.base_url}: gives no prompt_logprobs, or not one per token; is it vLLM?")
+            raise ServerError(f"{client.base_url}: no prompt_logprobs, or not one per token; is this vLLM?")
         expected = [*prompt.logprobs, *prompt.greedy_logprobs]
         for position, value in enumerate(expected, start=1):
             token = tokens[position]
@@ -86,7 +86,7 @@ def _prefill(client: httpx.Client, model: str, reference: CompletionAnswers) -> 
 def _decode(
     client: httpx.Client, model: str, reference: CompletionAnswers, tolerance: float
 ) -> tuple[list[_Place], int]:
-    """The greedy continuations: log-probabilities as far as they can be compared, and how many tokens are equal."""
+    """The greedy continuations: comparable log-probabilities, and the number of equal tokens."""
     steps = max(len(prompt.greedy) for prompt in reference.prompts)
     prompts = [prompt.tokens for prompt in reference.prompts]
     answers = _complete(client, model, prompts, max_tokens=steps, logprobs=0, ignore_eos=True, return_token_ids=True)
@@ -96,7 +96,7 @@ def _decode(
         tokens = answer.get("token_ids") or []
         values = (answer.get("logprobs") or {}).get("token_logprobs") or []
         if len(tokens) != steps or len(values) != steps:
-            raise ServerError(f"{client.base_url}: asked for {steps} tokens with their logprobs, got {len(tokens)}")
+            raise ServerError(f"{client.base_url}: requested {steps} tokens with logprobs, got {len(tokens)}")
         for step, (token, value, expected) in enumerate(zip(tokens, values, prompt.greedy, strict=False)):
             place = _Place(
                 "decode", number, len(prompt.tokens) + step, token, as_number(value), prompt.greedy_logprobs[step]
@@ -105,7 +105,7 @@ def _decode(
                 if prompt.margins[step] > 2 * tolerance:
                     raise ParityError(
                         f"{client.base_url}: {place} for token {expected}, which led by {prompt.margins[step]:.3g} "
-                        "nats: the greedy continuation is another one"
+                        "nats: the greedy continuation differs"
                     )
                 break
             places.append(place)
@@ -114,7 +114,7 @@ def _decode(
 
 
 def _complete(client: httpx.Client, model: str, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
-    """One answer per prompt, greedy, with nothing that the model's generation configuration may have switched on."""
+    """One completion per prompt, greedy, with every option of the generation configuration switched off."""
     body = {
         "model": model,
         "prompt": prompts,
@@ -129,5 +129,5 @@ def _complete(client: httpx.Client, model: str, prompts: Sequence[Sequence[int]]
     }
     choices = ask(client, "POST", "/v1/completions", body).get("choices")
     if not isinstance(choices, list) or len(choices) != len(prompts):
-        raise ServerError(f"{client.base_url}: asked with {len(prompts)} prompts, answered otherwise")
+        raise ServerError(f"{client.base_url}: sent {len(prompts)} prompts, got a different number of answers")
     return sorted(choices, key=lambda choice: int(choice["index"]))

@@ -1,4 +1,4 @@
-"""An encoder's server compared with its reference: embeddings or class probabilities, number by number."""
+"""Checks an encoder's server against its reference answers: embeddings or class probabilities, number by number."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from numprune.serving.reference_answers.asking import TIMEOUT_S, as_number, ask,
 from numprune.serving.vllm import api_key as keys
 from numprune.serving.vllm.server import ServerError
 
-# By task: where the server is asked, and what an answer calls its numbers.
+# By task: the endpoint, and the field of the response with the numbers.
 PATHS = {"embedding": ("/v1/embeddings", "embedding"), "classification": ("/classify", "probs")}
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One number, here and there."""
+    """One number, from the server and the reference."""
 
     text: int
     entry: int
@@ -36,17 +36,17 @@ class _Place:
 
 
 def check(url: str, reference: PooledAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
-    """Compare the server at `url`, which computes in `dtype` and may want an API key, with the reference.
+    """Compare the server at `url`, which computes in `dtype` and may require an API key, with the reference.
 
-    All texts are asked for in one request, so that they run in one batch. Embeddings are compared at length 1.
+    All texts go into one request, so that they run in one batch. Embeddings are compared at length 1.
 
     Returns:
-        dtype, tolerance (of the worst), texts and positions (numbers) compared, the worst difference and where it is
-        (text, entry, both values), the mean.
+        dtype, tolerance (of the worst), texts and positions (numbers) compared, the largest difference and its place
+            (text, entry, both values), the mean.
 
     Raises:
-        ParityError: names the worst number, or the text that the server's tokenizer reads otherwise.
-        ServerError: the server does not answer, or with an error.
+        ParityError: names the worst number, or the text that the server tokenizes differently.
+        ServerError: the server does not respond, or returns an error.
     """
     tolerance = reference.tolerance(dtype)
     with loopback.client(url, timeout=TIMEOUT_S, headers=keys.headers(api_key)) as client:
@@ -56,7 +56,7 @@ def check(url: str, reference: PooledAnswers, dtype: str, api_key: str | None = 
         inputs = [text.tokens for text in reference.inputs]
         answers = ask(client, "POST", path, {"model": model, "input": inputs}).get("data")
     if not isinstance(answers, list) or len(answers) != len(inputs):
-        raise ServerError(f"{url}: asked with {len(inputs)} texts at {path}, answered otherwise")
+        raise ServerError(f"{url}: sent {len(inputs)} texts to {path}, got a different number of answers")
     found = []
     for number, (text, answer) in enumerate(zip(reference.inputs, answers, strict=True)):
         values = [as_number(value) for value in answer.get(name) or []]

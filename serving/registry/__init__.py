@@ -1,4 +1,4 @@
-"""Releases under a name, their versions, and which of them is in production, over the MLflow Model Registry.
+"""Released models, their versions, and the one in production, on top of the MLflow Model Registry.
 
     registry = open_registry(None, workspace)                # embedded: SQLite and a folder, no server
     registry = open_registry("https://mlflow…", workspace)   # any MLflow server
@@ -7,8 +7,8 @@
     rollback(registry, "my-model")                           # to the previous production version
     fetch(registry, "my-model@production", out)              # a verified copy
 
-A *reference* is NAME, NAME@ALIAS or NAME/VERSION. MLflow keeps no checksums: the digest of a release's manifest stands
-in the version's tags and is checked on every use.
+A *reference* is NAME, NAME@ALIAS or NAME/VERSION. MLflow keeps no checksums, so the digest of a release's manifest is
+stored in the version's tags and checked on every use.
 """
 
 from numprune.serving.registry.connection import Registry, open_registry

@@ -1,6 +1,6 @@
-"""Where the files of a release lie: in a folder of the workspace, or behind an MLflow server.
+"""Storage of a release's files: a folder of the workspace, or an MLflow server.
 
-MLflow addresses them by the run that wrote them; every run of ours holds one folder, `release`.
+MLflow addresses them by the run that wrote them; each of our runs holds one folder, `release`.
 """
 
 import re
@@ -28,14 +28,14 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Artifacts(Protocol):
-    """The releases of runs. Nothing here is verified but what `put` takes in."""
+    """The releases of runs. Only `put` verifies files."""
 
     def put(self, run_id: str, release: Path) -> str:
-        """Store a release folder under a run that has none; its address."""
+        """Store a release folder under a run that has none; returns its address."""
         ...
 
     def at(self, run_id: str, only: Sequence[str] | None = None) -> AbstractContextManager[Path]:
-        """The stored release as a folder to read in the context; with `only`, at least the files of these names."""
+        """The stored release as a folder within the context; with `only`, at least the files of these names."""
         ...
 
     def copy(self, run_id: str, into: Path) -> None:
@@ -43,13 +43,13 @@ class Artifacts(Protocol):
         ...
 
     def remove(self, run_id: str) -> None:
-        """Remove the release of a run, as far as this store can."""
+        """Remove the release of a run, if the store can."""
         ...
 
 
 class LocalArtifacts:
-    """`<root>/<run id>/artifacts/release`: as MLflow lays it out, but found without the address that MLflow recorded,
-    because the workspace may have moved since.
+    """`<root>/<run id>/artifacts/release`: in MLflow's layout, but located without MLflow's recorded address, because
+    the workspace may have moved.
     """
 
     def __init__(self, root: Path) -> None:
@@ -63,7 +63,7 @@ class LocalArtifacts:
             for name in found.files:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(release / name, partial / name)
-        require_digest(manifest.read(out), found.digest, out)  # the release may have changed under our hands
+        require_digest(manifest.read(out), found.digest, out)  # the release may have changed meanwhile
         return out.as_uri()
 
     @contextmanager
@@ -89,7 +89,7 @@ class LocalArtifacts:
 
 
 class ServerArtifacts:
-    """Behind an MLflow server, through its client."""
+    """Files on an MLflow server, through its client."""
 
     def __init__(self, client: "MlflowClient", uri: str) -> None:
         self._client = client
@@ -122,12 +122,12 @@ class ServerArtifacts:
                 item.rename(into / item.name)
 
     def _download(self, run_id: str, path: str, into: Path) -> Path:
-        """Where below `into` it landed: that depends on the server's kind of store."""
+        """Download below `into`; the returned place depends on the server's store."""
         from mlflow.artifacts import download_artifacts
 
         where = f"registry {self._uri}, MLflow run {run_id}"
         try:
-            # By its address: asked for by run, MLflow keeps to itself what went wrong.
+            # By address: downloading by run, MLflow hides the cause of an error.
             address = f"{self._address(run_id)}/{path}"
             landed = Path(download_artifacts(artifact_uri=address, dst_path=str(into), tracking_uri=self._uri))
         except NumpruneError:
@@ -136,12 +136,12 @@ class ServerArtifacts:
             failed = "; ".join(f"{file}: {reason}" for file, reason in _FAILED.findall(str(error)))
             if failed:
                 raise RegistryError(
-                    f"{where}: cannot be downloaded: {without_secrets(failed)}. Try again; if it fails again, restore "
-                    "the file from the backup of the server's store"
+                    f"{where}: cannot be downloaded: {without_secrets(failed)}. Try again; if it still fails, restore "
+                    "the file from a backup of the server's store"
                 ) from None
             with speaking(f"{where}, {path}"):
                 raise
-        if not landed.exists():  # what is not there is, to MLflow, an empty folder
+        if not landed.exists():  # MLflow represents missing artifacts as an empty folder
             raise IntegrityError(f"{where}: {path} is missing")
         return landed
 
@@ -156,27 +156,26 @@ class ServerArtifacts:
         return address
 
     def remove(self, run_id: str) -> None:
-        """Nothing: a client cannot delete files; `mlflow gc` on the server does, once the run is deleted."""
+        """Do nothing: clients cannot delete files; `mlflow gc` on the server does, once the run is deleted."""
 
 
 def require_shared(location: str, where: str, remedy: str) -> None:
-    """Raises RegistryError when a server's artifact location is a local folder.
+    """Raises RegistryError if a server's artifact location is a local folder.
 
     Args:
         where: whose location it is, for the message.
         remedy: for the message.
     """
     scheme = urlsplit(location).scheme
-    if len(scheme) < 2 or scheme == "file":  # one letter is a drive of Windows
+    if len(scheme) < 2 or scheme == "file":  # a single letter is a Windows drive
         raise RegistryError(
-            f"{where}: keeps artifacts in {location}, a local folder: every client would write to its own disk and "
-            f"read from there; {remedy}"
+            f"{where}: keeps artifacts in {location}, a local folder, so every client would use its own disk; {remedy}"
         )
 
 
 @contextmanager
 def calling(folder: Path, name: str) -> Iterator[Path]:
-    """A temporary folder that errors are to call by a name that means something to the reader."""
+    """A temporary folder that errors refer to by a meaningful name."""
     try:
         yield folder
     except IntegrityError as error:
@@ -184,6 +183,6 @@ def calling(folder: Path, name: str) -> Iterator[Path]:
 
 
 def require_digest(found: Manifest, digest: str, where: Path | str) -> None:
-    """Raises IntegrityError unless the manifest is the one that was published."""
+    """Raises IntegrityError unless the manifest is the published one."""
     if found.digest != digest:
         raise IntegrityError(f"{where}: {manifest.FILE_NAME} has the digest {found.digest}, but {digest} was published")

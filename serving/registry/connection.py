@@ -1,6 +1,6 @@
-"""Opening a registry: the embedded one (a SQLite file and a folder) or an MLflow server.
+"""Opens a registry: the embedded one (a SQLite file and a folder) or an MLflow server.
 
-MLflow is imported here and only when a registry is opened: the import takes a second.
+MLflow is imported only here and only when a registry is opened, because the import takes a second.
 """
 
 import hashlib
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 EXPERIMENT = "numprune"  # the MLflow experiment whose runs hold the artifacts
 _LOCK_TIMEOUT_S = 600.0  # longer than verifying a large release takes
 
-_QUIET = {  # none of these overrules what the user set
+_QUIET = {  # none of these overrides user settings
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # some 12 s, in which a server may restart; MLflow's own 7 take minutes
 }
-_VERSION_TIMEOUT_S = 10  # for this request only: an upload is answered when the server has passed it on
-# MLflow servers: up to 2.20 they answer a newer client's searches with nothing instead of an error.
+_VERSION_TIMEOUT_S = 10  # for this request only: an upload returns only once the server has forwarded it
+# MLflow servers up to 2.20 answer searches of a newer client with empty lists instead of an error.
 _SUPPORTED_FROM, _SUPPORTED_BELOW = (2, 21), (4, 0)
 _SUPPORTED = "2.21 or newer, below 4.0"
 
 
 @dataclass(frozen=True)
 class Registry:
-    """An open registry. Everything that changes it happens inside `exclusive`."""
+    """An open registry. All changes happen inside `exclusive`."""
 
     uri: str
     client: "MlflowClient"
@@ -53,13 +53,13 @@ class Registry:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """One writer at a time: of all on the embedded registry, of those with this workspace on a server."""
+        """One writer at a time: globally on the embedded registry, per workspace on a server."""
         with _locked(self.lock_file), self.speaking():
             yield
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
-        """What MLflow and its store raise comes out as a RegistryError that names the registry."""
+        """Convert errors of MLflow and its store into a RegistryError that names the registry."""
         with speaking(f"registry {self.uri}"):
             yield
 
@@ -68,10 +68,10 @@ def open_registry(uri: str | None, workspace: Path) -> Registry:
     """Open the registry at `uri`, an MLflow server's http(s) address, or, with None, the workspace's own.
 
     The workspace's own is `registry/` in it, made on first use: `mlflow.db` and `artifacts/`. It may be moved. Any
-    number of processes may open it at once.
+    number of processes may open it concurrently.
 
-    Raises RegistryError: not a server's address, no answer, an MLflow version that is not supported, or a server whose
-    artifact location is a local folder.
+    Raises RegistryError: not a server address, no response, an unsupported MLflow version, or a server whose artifact
+    location is a local folder.
     """
     root = workspace.absolute() / "registry"
     if uri is None:
@@ -98,19 +98,19 @@ def _require_address(uri: str) -> None:
             f"{without_secrets(uri)!r}: not an MLflow server's address (http://… or https://…); "
             "without one, the workspace's own registry is used"
         )
-    if "@" in uri:  # it would be seen in process lists, recipes and logs
+    if "@" in uri:  # it would appear in process lists, recipes and logs
         raise RegistryError(
-            f"{without_secrets(uri)}: holds credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            f"{without_secrets(uri)}: contains credentials; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
             "or MLFLOW_TRACKING_TOKEN, instead"
         )
     if "?" in uri or "#" in uri:
-        raise RegistryError(f"{uri.partition('?')[0]}: an MLflow server's address has neither '?' nor '#'")
+        raise RegistryError(f"{uri.partition('?')[0]}: an MLflow server's address cannot contain '?' or '#'")
 
 
 def _require_supported(uri: str) -> None:
-    """Ask the server for its version. Sent first, with a short timeout: other requests retry for minutes.
+    """Check the server's version. Sent first, with a short timeout, because other requests retry for minutes.
 
-    Raises RegistryError: no version in the answer, or one that is not supported.
+    Raises RegistryError: no version in the response, or an unsupported one.
     """
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -122,8 +122,8 @@ def _require_supported(uri: str) -> None:
     found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})[\w.+-]{0,40}", version) if answer.ok else None
     if found is None:
         raise RegistryError(
-            f"registry {uri}: {uri}/version was answered with {answer.status_code} and {short(version)}, not with a "
-            "version of MLflow; check the address, and that no proxy or login page stands before /version"
+            f"registry {uri}: {uri}/version returned {answer.status_code} and {short(version)} instead of an MLflow "
+            "version; check the address, and that no proxy or login page intercepts /version"
         )
     if not _SUPPORTED_FROM <= (int(found[1]), int(found[2])) < _SUPPORTED_BELOW:
         raise RegistryError(f"registry {uri}: MLflow {version} is not supported; update the server to {_SUPPORTED}")
@@ -134,8 +134,8 @@ def _open_embedded(root: Path) -> Registry:
         raise RegistryError(f"{root}: a database's address cannot hold '?', '#' or '%'; choose another workspace")
     database, lock = root / "mlflow.db", root / "lock"
     uri = f"sqlite:///{database}"
-    # Two processes that make MLflow's tables at once crash one of them; and whoever is killed meanwhile must not
-    # leave half of them. So one at a time, under another name first.
+    # Two processes that create MLflow's tables at the same time crash one of them, and a killed one must not leave half
+    # of them. So only one at a time, and under another name first.
     with speaking(f"registry {root}"), _locked(lock):
         for leftover in root.glob("mlflow.db.*.partial*"):
             leftover.unlink()
@@ -163,7 +163,7 @@ def _create_database(database: Path) -> None:
 
 
 def _require_usable(database: Path) -> None:
-    """Let a database that is damaged or read-only fail here: MLflow would try again for half an hour."""
+    """Detect a damaged or read-only database here: MLflow would retry for half an hour."""
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("SELECT version_num FROM alembic_version")
         connection.execute("BEGIN IMMEDIATE")
@@ -176,13 +176,13 @@ def _client(uri: str) -> "MlflowClient":
     with uncollected():
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # they tell of every table they make
+        for name in ("mlflow", "alembic"):  # they log every table they create
             logging.getLogger(name).setLevel(max(logging.getLogger(name).level, logging.WARNING))
         return MlflowClient(tracking_uri=uri, registry_uri=uri)  # imports its store
 
 
 def _experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
-    """Our experiment, made when it is not there."""
+    """Our experiment, created if missing."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         try:
@@ -197,7 +197,7 @@ def _experiment(client: "MlflowClient", artifacts: Path | None) -> "Experiment":
 
 
 def _relocation(uri: str, experiment: "Experiment") -> str:
-    """How to give the experiment an artifact location that all clients reach; it cannot be changed in place."""
+    """How to give the experiment a location that all clients can reach; it cannot be changed in place."""
     number = experiment.experiment_id
     return (
         "restart the server with --serve-artifacts and without --default-artifact-root; as an experiment keeps its "
@@ -208,7 +208,7 @@ def _relocation(uri: str, experiment: "Experiment") -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the file's flock: it ends with the process, however that ends."""
+    """Hold the file's flock, which ends with the process, however it ends."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locks.held(path, timeout_s=_LOCK_TIMEOUT_S))

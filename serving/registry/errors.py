@@ -1,4 +1,4 @@
-"""What goes wrong with a registry, in words."""
+"""Errors of registries."""
 
 import os
 import re
@@ -9,15 +9,22 @@ from numprune.errors import NumpruneError
 from numprune.serving.gates import exit_code
 from numprune.serving.report import Verdict
 
-_STORE = {"mlflow", "sqlalchemy", "sqlite3", "alembic", "requests", "urllib3"}  # packages whose errors are a registry's
+_STORE = {
+    "mlflow",
+    "sqlalchemy",
+    "sqlite3",
+    "alembic",
+    "requests",
+    "urllib3",
+}  # their errors are the registry's
 _HTTP = {"requests", "urllib3"}
 _SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
-_AGAIN = "run the same command again: nothing half-made counts"
+_AGAIN = "run the same command again: incomplete versions are ignored"
 
 
 class RegistryError(NumpruneError):
-    """The registry cannot be reached, written or understood."""
+    """The registry cannot be reached, written or read."""
 
 
 class RefusedReleaseError(NumpruneError):
@@ -31,9 +38,9 @@ class RefusedReleaseError(NumpruneError):
 
 @contextmanager
 def speaking(about: str) -> Iterator[None]:
-    """What MLflow, its database, its HTTP client or the disk raise comes out as a RegistryError about `about`.
+    """Convert errors of MLflow, its database, its HTTP client or the disk into a RegistryError about `about`.
 
-    It says what to do, and holds no password or token. Any other exception is a bug and stays as it is.
+    The message names the remedy and contains no password or token. Any other exception is a bug and passes through.
     """
     try:
         yield
@@ -41,24 +48,24 @@ def speaking(about: str) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, ImportError) and error.name and not error.name.startswith("numprune"):
-            raise RegistryError(f"{about}: its store needs the Python package {error.name} here: install it") from error
+            raise RegistryError(f"{about}: its store needs the Python package {error.name}; install it here") from error
         packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
         if not isinstance(error, OSError) and not packages & _STORE:
             raise
         chain = list(_chain(error))
         message = f"{about}{_explained(chain)}"
-        # A traceback prints the whole chain, so an error that tells a secret is not part of it.
+        # A traceback prints the whole chain, so an error that contains a secret is removed from it.
         silent = any(without_secrets(str(link)) != str(link) for link in chain)
         raise RegistryError(without_secrets(message)) from (None if silent else error)
 
 
 def error_code(error: Exception) -> str:
-    """The name MLflow gives an error, or nothing."""
+    """MLflow's name for an error, or ""."""
     return str(getattr(error, "error_code", ""))
 
 
 def lost_race(error: Exception) -> bool:
-    """Whether another client created the same database entry concurrently: MLflow checks first, then inserts."""
+    """Whether another client concurrently created the same database entry: MLflow checks, then inserts."""
     return error_code(error) == "BAD_REQUEST" and "unique" in str(error).lower()
 
 
@@ -73,7 +80,7 @@ def without_secrets(text: str) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and, one after the other, what it came from."""
+    """The error followed by its causes."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -81,27 +88,27 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _explained(chain: list[BaseException]) -> str:
-    """What happened and what to do about it, to follow the registry's name."""
+    """What happened and the remedy, to follow the registry's name."""
     error = chain[0]
     sent = next((link for link in chain if type(link).__module__.partition(".")[0] in _HTTP), None)
     status = getattr(getattr(sent, "response", None), "status_code", None)
     code = error_code(error) if isinstance(error, Exception) else ""
     if type(sent).__name__ == "InvalidHeader":
-        return ": the token in MLFLOW_TRACKING_TOKEN cannot be sent; it holds a line break or a blank at an end"
+        return ": MLFLOW_TRACKING_TOKEN cannot be sent: it contains a line break, or starts or ends with a blank"
     if status == 401 or code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         return (
-            " does not know who we are (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-            "or MLFLOW_TRACKING_TOKEN, to what it accepts"
+            " rejects the credentials (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN"
         )
     if status == 403 or code == "PERMISSION_DENIED":
-        return f" refuses this user (403): {_first_line(error)}; ask who runs it for the permission to edit"
+        return f" denies this user (403): {_first_line(error)}; ask its administrator for edit permission"
     if (status or 0) >= 500 or type(sent).__name__ == "RetryError":
         return (
-            f" answers with errors ({_reason(sent or error)}): its log says why, mostly that its database or artifact "
-            f"store is down; {_AGAIN}"
+            f" returns errors ({_reason(sent or error)}): see its log; usually its database or artifact store is down; "
+            f"{_AGAIN}"
         )
     if sent is not None and status is None:
-        return f" cannot be reached ({_reason(sent)}): is it running, and is its address right? When it is, {_AGAIN}"
+        return f" cannot be reached ({_reason(sent)}): check that it is running and its address, then {_AGAIN}"
     return f": {_first_line(error)}"
 
 

@@ -1,4 +1,4 @@
-"""How a version is named: NAME, NAME@ALIAS or NAME/VERSION."""
+"""References to versions: NAME, NAME@ALIAS or NAME/VERSION."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True)
 class ModelReference:
-    """Either an alias or a version of a name."""
+    """A model name with an alias or a version."""
 
     name: str
     alias: str | None
@@ -26,7 +26,7 @@ class ModelReference:
 
 
 def parse(text: str, default_alias: str = PRODUCTION) -> ModelReference:
-    """A reference; a bare NAME means `default_alias`. Raises InputError."""
+    """Parse a reference; a bare NAME means `default_alias`. Raises InputError."""
     if "@" in text:
         name, _, alias = text.partition("@")
         if _ALIAS.fullmatch(alias):
@@ -37,11 +37,11 @@ def parse(text: str, default_alias: str = PRODUCTION) -> ModelReference:
             return ModelReference(check_name(name), None, int(version))
     else:
         return ModelReference(check_name(text), default_alias, None)
-    raise InputError(f"{text!r}: not a reference; allowed are NAME, NAME@ALIAS and NAME/VERSION (a whole number)")
+    raise InputError(f"{text!r}: not a reference; it must be NAME, NAME@ALIAS or NAME/VERSION (a whole number)")
 
 
 def check_name(name: str) -> str:
-    """The name itself. Raises InputError for what cannot be the name of a model."""
+    """Return the name. Raises InputError if it is not a valid model name."""
     if not _NAME.fullmatch(name):
-        raise InputError(f"{name!r}: not a model's name; allowed are letters, digits, '_', '-' and '.', at most 200")
+        raise InputError(f"{name!r}: not a valid model name; use at most 200 letters, digits, '_', '-' and '.'")
     return name

@@ -1,8 +1,8 @@
-"""Which version is in production, and which ones were.
+"""The version in production, and the history of earlier ones.
 
-MLflow's aliases have no history and no compare-and-set. The history stands in a tag of the model, as a journal: what
-the history will be is written first, then the alias moves, then the history is. Whoever is killed in between leaves
-enough to tell whether the alias had moved.
+MLflow's aliases have no history and no compare-and-set. The history is a journal in a tag of the model: the intended
+history is written first, then the alias moves, then the history is confirmed. A process killed in between leaves enough
+to tell whether the alias has moved.
 """
 
 import json
@@ -23,7 +23,7 @@ _KEPT = 100  # versions of history: a tag holds 5,000 characters
 
 
 class _Journal(BaseModel):
-    """`history`: versions that were in production, the current one last; `next`: the history after a move under way."""
+    """`history`: versions that were in production, the current one last; `next`: the history after an ongoing move."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -34,7 +34,7 @@ class _Journal(BaseModel):
 def promote(registry: Registry, reference: str) -> Version:
     """Verify a version, then move `production` to it; a bare name means its candidate.
 
-    Raises InputError, IntegrityError (damaged, or its verdict is not `pass`; production stays where it is).
+    Raises InputError, IntegrityError (damaged, or its verdict is not `pass`; production does not move).
     """
     wanted = parse(reference, default_alias=CANDIDATE)
     with registry.exclusive():
@@ -47,25 +47,25 @@ def promote(registry: Registry, reference: str) -> Version:
 
 
 def rollback(registry: Registry, name: str) -> Version:
-    """Move `production` back to the version before; again, and it goes further back.
+    """Move `production` back to the previous version; repeated calls go further back.
 
-    Raises InputError (nothing in production, or nothing before it), IntegrityError (the version before is damaged;
-    production stays where it is).
+    Raises InputError (nothing in production, or no previous version), IntegrityError (the previous version is damaged;
+    production does not move).
     """
     with registry.exclusive():
         return _roll_back(registry, name)
 
 
 def take_back(registry: Registry, reference: str) -> Version | None:
-    """Undo the promotion of a version: `production` stands where it stood before it, or nowhere when that was nowhere.
+    """Undo the promotion of a version: `production` returns to where it was, or is removed if there was none.
 
-    Raises InputError, IntegrityError (production is another version by now, or the version before is damaged).
+    Raises InputError, IntegrityError (production has moved since, or the previous version is damaged).
     """
     with registry.exclusive():
         version = resolve(registry, parse(reference))
         history = _recover(registry, version.name)
         if _current(registry, version.name) != version.version:
-            raise IntegrityError(f"{version.reference}: no longer in production; it was moved in the meantime")
+            raise IntegrityError(f"{version.reference}: no longer in production; the alias was moved in the meantime")
         if len(history) > 1:
             return _roll_back(registry, version.name)
         registry.client.delete_registered_model_alias(version.name, PRODUCTION)
@@ -74,7 +74,7 @@ def take_back(registry: Registry, reference: str) -> Version | None:
 
 
 def before_production(registry: Registry, name: str) -> Version:
-    """The version that `rollback` would put into production; it is not verified here. Raises InputError."""
+    """The version that `rollback` would put into production, not verified here. Raises InputError."""
     with registry.exclusive():
         return resolve(registry, ModelReference(name, None, _history_to_leave(registry, name)[-2]))
 
@@ -88,24 +88,26 @@ def _roll_back(registry: Registry, name: str) -> Version:
 
 
 def _history_to_leave(registry: Registry, name: str) -> list[int]:
-    """The history, of at least two versions, the last of which is in production. Raises InputError."""
+    """The history of at least two versions, the last of which is in production. Raises InputError."""
     history = _recover(registry, check_name(name))
     if _current(registry, name) is None:
         past = ", ".join(str(version) for version in reversed(history)) or "none"
-        raise InputError(f"{name}: nothing is in production; promote {name}/VERSION (versions that were: {past})")
+        raise InputError(
+            f"{name}: nothing is in production; promote {name}/VERSION (earlier production versions: {past})"
+        )
     if len(history) < 2:
         raise InputError(f"{name}: no version was in production before {name}/{history[-1]}")
     return history
 
 
 def _require_passed(registry: Registry, version: Version) -> None:
-    """The tag can be changed by hand, so the report, whose digest is verified, must say it too."""
+    """The tag can be edited manually, so the report, whose digest is verified, must agree."""
     report = verify_version(registry, version)
     outcome = None if report.verdict is None else report.verdict.outcome
     if version.verdict != "pass" or outcome != "pass":
         raise IntegrityError(
             f"{version.reference}: its verdict is {outcome!r} in the report and {version.verdict!r} in the tag "
-            f"{VERDICT}; only a passed release goes into production"
+            f"{VERDICT}; only a passing release can go into production"
         )
 
 
@@ -115,7 +117,7 @@ def _current(registry: Registry, name: str) -> int | None:
 
 def _move(registry: Registry, name: str, history: list[int], following: list[int]) -> None:
     following = following[-_KEPT:]
-    somebody = IntegrityError(f"{name}: somebody else moved {PRODUCTION} at the same time; check it and try again")
+    somebody = IntegrityError(f"{name}: another user moved {PRODUCTION} at the same time; check it and try again")
     try:
         _write(registry, name, _Journal(history=history, next=following))
         registry.client.set_registered_model_alias(name, PRODUCTION, str(following[-1]))
@@ -129,7 +131,7 @@ def _move(registry: Registry, name: str, history: list[int], following: list[int
 
 
 def _recover(registry: Registry, name: str) -> list[int]:
-    """The history as it is: an interrupted move finished or forgotten, a move by other means taken over."""
+    """The actual history: an interrupted move is completed or dropped, a move by other tools is adopted."""
     current = _current(registry, name)
     journal = _read(registry, name)
     history = journal.history

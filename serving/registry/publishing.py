@@ -1,4 +1,4 @@
-"""From a release folder to a version with the alias `candidate`, once, and only after a passed gate."""
+"""Publishes a release folder as a version with the alias `candidate`, once, and only if its gates passed."""
 
 import os
 import socket
@@ -18,18 +18,18 @@ from numprune.serving.registry.releases import CHECKPOINT, KIND, REPORT, verify_
 from numprune.serving.registry.versions import MARK, RELEASE, VERDICT, Version, find_versions, model, resolve
 from numprune.serving.report import Report, Verdict
 
-_PUBLISHER = "numprune.publisher"  # host, process id and start of the process that fills a run
+_PUBLISHER = "numprune.publisher"  # host, process id and start time of the process that writes a run
 
 
 def publish(registry: Registry, release: Path, name: str) -> Version:
     """Publish a release folder as the next version of `name`, and point `candidate` at it.
 
-    The same release publishes once: again it gives the version that is there, and on the embedded registry mends its
-    files if they were damaged. `candidate` never goes back to an older version. What a killed publisher left is not
-    seen by anyone and is removed by the next one.
+    Publishing the same release again returns the existing version and, on the embedded registry, repairs damaged files.
+    `candidate` never moves back to an older version. Leftovers of a killed publisher are invisible and removed by the
+    next one.
 
-    Raises RefusedReleaseError (the verdict is not `pass`), IntegrityError (the folder is not what its manifests and its
-    report say), InputError, RegistryError.
+    Raises RefusedReleaseError (the verdict is not `pass`), IntegrityError (the folder contradicts its manifests or its
+    report), InputError, RegistryError.
     """
     check_name(name)
     whole, report = check_release(release)
@@ -46,12 +46,12 @@ def publish(registry: Registry, release: Path, name: str) -> Version:
 
 
 def check_release(release: Path) -> tuple[Manifest, Report]:
-    """What a release must be before anything of it leaves the workspace. Raises as `publish` does."""
+    """Check a release before any of it leaves the workspace. Raises as `publish` does."""
     whole = manifest.verify(release)
     if whole.kind != KIND:
-        raise InputError(f"{release}: holds a {whole.kind}, not a {KIND}")
+        raise InputError(f"{release}: contains a {whole.kind}, not a {KIND}")
     if REPORT not in whole.files:
-        raise IntegrityError(f"{release / REPORT}: missing; a release carries its report")
+        raise IntegrityError(f"{release / REPORT}: missing; a release must contain its report")
     report = reports.read(release / REPORT)
     if report.verdict is None:
         raise InputError(f"{release / REPORT}: not judged; `numprune gate` gives it a verdict")
@@ -69,7 +69,7 @@ def _refusal(release: Path, verdict: Verdict, report: Report) -> str:
 
 
 def _require_measured(release: Path, whole: Manifest, report: Report) -> None:
-    """Everything that is released was measured: each part with a manifest of its own is one that the report names."""
+    """Check that everything released was measured: the report names each part with its own manifest."""
     measured = {**report.identity.exports, CHECKPOINT: report.identity.candidate}
     parts = {name.partition("/")[0] for name in whole.files if name.count("/") == 1 and name.endswith("/manifest.json")}
     for part in sorted({CHECKPOINT, *parts}):
@@ -78,7 +78,7 @@ def _require_measured(release: Path, whole: Manifest, report: Report) -> None:
         stored = {name: entry for name, entry in whole.files.items() if name.startswith(f"{part}/")}
         stored.pop(f"{part}/{manifest.FILE_NAME}", None)
         if inside != stored:
-            raise IntegrityError(f"{release / part}: its files are not those of its manifest")
+            raise IntegrityError(f"{release / part}: its files differ from its manifest")
         if measured.get(part) != found.digest:
             raise IntegrityError(
                 f"{release / part}: its digest is {found.digest}, but the report is about "
@@ -90,13 +90,13 @@ def _require_measured(release: Path, whole: Manifest, report: Report) -> None:
 
 
 def _published(registry: Registry, name: str, digest: str) -> Version | None:
-    """The version that holds this release: the first, should several publishers on several machines have raced."""
+    """The version of this release; the first one if publishers on several machines raced."""
     found = find_versions(registry, name, f"tags.`{RELEASE}` = '{digest}'")
     return found[0] if found else None
 
 
 def _create(registry: Registry, release: Path, name: str, whole: Manifest, report: Report) -> Version:
-    """Files first, then the version that points at them: a version is whole from its first moment."""
+    """Store files first, then the version that points at them, so that a version is complete from the start."""
     client = registry.client
     run = client.create_run(registry.experiment, run_name=report.run_id, tags={_PUBLISHER: _this_process()})
     run_id = run.info.run_id
@@ -105,8 +105,8 @@ def _create(registry: Registry, release: Path, name: str, whole: Manifest, repor
     client.set_terminated(run_id)
     first = _published(registry, name, whole.digest)
     assert first is not None  # ours is there
-    # One release, one version: a publisher on another machine may have been faster, and where an answer of the server
-    # was lost, MLflow asked a second time.
+    # One version per release: a publisher on another machine may have been faster, and after a lost response MLflow
+    # repeats the request.
     for version in find_versions(registry, name, f"run_id = '{run_id}'"):
         if version.version != first.version:
             client.delete_model_version(name, str(version.version))
@@ -116,7 +116,7 @@ def _create(registry: Registry, release: Path, name: str, whole: Manifest, repor
 
 
 def _point_candidate(registry: Registry, version: Version) -> None:
-    """At the newest version, never back: one on another machine may be pointing at an older one at this moment."""
+    """Point at the newest version, never back: another machine may be pointing at an older one at this moment."""
     while model(registry, version.name).aliases.get(CANDIDATE, 0) < version.version:
         try:
             registry.client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
@@ -124,7 +124,7 @@ def _point_candidate(registry: Registry, version: Version) -> None:
             if not lost_race(error):
                 raise
         first_of = {found.digest: found for found in reversed(find_versions(registry, version.name, ""))}
-        version = max(first_of.values(), key=lambda found: found.version)  # a second one of a release is about to go
+        version = max(first_of.values(), key=lambda found: found.version)  # a duplicate version is about to be removed
 
 
 def _tags(whole: Manifest, report: Report) -> dict[str, str]:
@@ -156,9 +156,9 @@ def _ensure_model(registry: Registry, name: str) -> None:
 
 
 def _mend(registry: Registry, release: Path, version: Version) -> None:
-    """Put the files of a damaged version back: they are those of this release, byte for byte."""
+    """Restore the files of a damaged version, which are those of this release byte for byte."""
     if not registry.embedded:
-        return  # that would be a download; promotion and fetching verify, and a server has its own backups
+        return  # that would need a download; promotion and fetching verify, and servers have their own backups
     try:
         verify_version(registry, version)
     except IntegrityError:
@@ -170,12 +170,12 @@ def _mend(registry: Registry, release: Path, version: Version) -> None:
 
 
 def _remove_orphans(registry: Registry) -> None:
-    """Runs that no version points at, and whose publisher is dead."""
+    """Remove runs that no version points at and whose publisher is dead."""
     client = registry.client
     for run in client.search_runs([registry.experiment], "attributes.status = 'RUNNING'"):
         run_id = run.info.run_id
         if client.search_model_versions(f"run_id = '{run_id}'"):
-            client.set_terminated(run_id)  # killed between the last two steps: the version is whole
+            client.set_terminated(run_id)  # killed between the last two steps: the version is complete
         elif registry.embedded or _is_dead(run.data.tags.get(_PUBLISHER, "")):
             registry.artifacts.remove(run_id)
             client.delete_run(run_id)
@@ -186,7 +186,7 @@ def _this_process() -> str:
 
 
 def _is_dead(publisher: str) -> bool:
-    """Whether it ran on this machine and does no more; one elsewhere may be at work."""
+    """Whether it ran on this machine and has ended; a process elsewhere may still be alive."""
     match publisher.split(" "):
         case [host, pid, started] if host == socket.gethostname() and pid.isdecimal():
             try:
@@ -197,13 +197,13 @@ def _is_dead(publisher: str) -> bool:
 
 
 def _start(pid: int) -> str:
-    """When the process started, in words that stay the same when the clock is set. Raises psutil.NoSuchProcess."""
+    """When the process started, independent of clock changes. Raises psutil.NoSuchProcess."""
     started = psutil.Process(pid).create_time()
     if not psutil.LINUX:
         return f"{started:.2f}"
-    # psutil adds the time of the boot, which the kernel reckons back from the clock as it is now.
+    # psutil adds the boot time, which the kernel derives from the current clock.
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         raise psutil.NoSuchProcess(pid) from None
-    return stat.rpartition(")")[2].split()[19]  # starttime, in ticks since the boot
+    return stat.rpartition(")")[2].split()[19]  # starttime, in ticks since boot

@@ -1,4 +1,4 @@
-"""What is in a release, and taking one out of the registry: never without checking it."""
+"""Shows, verifies and fetches releases from the registry."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint"
 
 @dataclass(frozen=True)
 class Shown:
-    """A version, its report and what it consists of."""
+    """A version, its report and its files."""
 
     version: Version
     report: Report
@@ -30,7 +30,7 @@ class Shown:
 
 
 def show(registry: Registry, reference: str) -> Shown:
-    """Look at a version; a bare name means production. Only its manifest and its report are verified.
+    """Show a version; a bare name means production. Only its manifest and report are verified.
 
     Raises InputError, IntegrityError.
     """
@@ -41,7 +41,7 @@ def show(registry: Registry, reference: str) -> Shown:
 
 @contextmanager
 def reading(registry: Registry, reference: str, names: Sequence[str]) -> Iterator[tuple[Version, Manifest, Path]]:
-    """A version, its manifest, and a folder with at least these of its files, which are verified.
+    """A version, its manifest, and a folder with at least these files, verified.
 
     Raises InputError, IntegrityError.
     """
@@ -68,7 +68,7 @@ def verify(registry: Registry, reference: str) -> Version:
 
 
 def verify_version(registry: Registry, version: Version) -> Report:
-    """`verify` of a version that is resolved already; its report."""
+    """`verify` for a resolved version; returns its report."""
     with registry.artifacts.at(version.run_id) as folder:
         require_digest(manifest.read(folder), version.digest, version.reference)
         manifest.verify(folder)
@@ -76,19 +76,19 @@ def verify_version(registry: Registry, version: Version) -> Report:
 
 
 def fetch(registry: Registry, reference: str, out: Path, *, digest: str | None = None) -> Version:
-    """Copy a version to `out`, verified, at once or not at all; a bare name means production.
+    """Copy a verified version to `out`, atomically; a bare name means production.
 
     Args:
-        digest: of the release that is wanted. When `out` holds exactly that one already, it stays: whoever is started
-            again and again, as an init container is, gets the same.
+        digest: of the expected release. If `out` already holds exactly that release, it is kept, so that a restarted
+            init container succeeds.
 
-    Raises InputError (`out` exists, or there is no such version), IntegrityError (a file, or the whole, is not what was
-    published, or not what `digest` asks for).
+    Raises InputError (`out` exists, or there is no such version), IntegrityError (a file or the release differs from
+        what was published or from `digest`).
     """
     with registry.speaking():
         version = resolve(registry, parse(reference))
         if digest is not None and version.digest != digest:
-            raise IntegrityError(f"{version.reference}: its digest is {version.digest}, but {digest} was asked for")
+            raise IntegrityError(f"{version.reference}: its digest is {version.digest}, but {digest} was requested")
         if digest is not None and out.exists():
             require_digest(manifest.verify(out), digest, out)
             return version
@@ -102,6 +102,6 @@ def fetch(registry: Registry, reference: str, out: Path, *, digest: str | None =
         ):
             registry.artifacts.copy(version.run_id, partial)
             require_digest(manifest.verify(partial), version.digest, version.reference)
-            (partial / manifest.FILE_NAME).unlink()  # the same one is written again when the folder is finished
+            (partial / manifest.FILE_NAME).unlink()  # it is written again once the folder is complete
         require_digest(manifest.read(out), version.digest, out)
         return version

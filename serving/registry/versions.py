@@ -1,4 +1,4 @@
-"""Models and their versions as MLflow knows them."""
+"""Models and their versions in MLflow."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from numprune.serving.registry.model_reference import ModelReference, check_name
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-MARK = "numprune"  # the tag of models that we published to
+MARK = "numprune"  # the tag of models published by numprune
 RELEASE = "numprune.release"  # digest of the release's manifest
 VERDICT = "numprune.verdict"
 
@@ -39,7 +39,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Model:
-    """A name, and which versions its aliases point at."""
+    """A model name, and the versions of its aliases."""
 
     name: str
     aliases: Mapping[str, int]
@@ -60,17 +60,17 @@ def list_versions(registry: Registry, name: str) -> list[Version]:
 
 
 def published_digests(registry: Registry, name: str) -> frozenset[str]:
-    """Digests of all published releases, whatever their model; for decisions that a missing one would make wrong.
+    """Digests of all published releases of all models, for decisions that depend on completeness.
 
-    A search that finds nothing is not proof: servers before MLflow 2.21, and those that hide models from a user, answer
-    it with an empty list. So `name`, and what the aliases of each model point at, are looked up one by one, too.
+    An empty search result is not proof: servers before MLflow 2.21, and those that hide models from a user, return an
+    empty list. So `name`, and the targets of each model's aliases, are also looked up individually.
 
-    Raises RegistryError when the search misses one of them.
+    Raises RegistryError if the search misses one of them.
     """
     with registry.speaking():
         names = [listed.name for listed in list_models(registry)]
         if name not in names and MARK in _tags(registry, name):
-            raise RegistryError(f"registry {registry.uri}: has the model {name}, but its list of models lacks it")
+            raise RegistryError(f"registry {registry.uri}: has the model {name}, but does not list it")
         found: set[str] = set()
         for listed in names:
             found |= {version.digest for version in find_versions(registry, listed, "")}
@@ -78,14 +78,13 @@ def published_digests(registry: Registry, name: str) -> frozenset[str]:
                 tags = registry.client.get_model_version(listed, str(number)).tags or {}
                 if tags.get(RELEASE, "") not in {"", *found}:
                     raise RegistryError(
-                        f"registry {registry.uri}: has the version {listed}/{number} ({alias}), but its list of "
-                        "versions lacks it"
+                        f"registry {registry.uri}: has the version {listed}/{number} ({alias}), but does not list it"
                     )
         return frozenset(found)
 
 
 def find_versions(registry: Registry, name: str, condition: str) -> list[Version]:
-    """Versions that fulfil a further condition of MLflow's search language, oldest first."""
+    """Versions that also meet a condition in MLflow's search language, oldest first."""
     aliases = model(registry, name).aliases
     query = f"name = '{check_name(name)}'" + (f" and {condition}" if condition else "")
     pages = _pages(lambda token: registry.client.search_model_versions(query, page_token=token))
@@ -101,12 +100,12 @@ def model(registry: Registry, name: str) -> Model:
         if error_code(error) != "RESOURCE_DOES_NOT_EXIST":
             raise
     near = difflib.get_close_matches(name, [known.name for known in list_models(registry)], n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; `numprune registry list` shows what there is"
+    hint = f"; did you mean {near[0]}?" if near else "; `numprune registry list` shows all models"
     raise InputError(f"{name}: no such model in the registry{hint}")
 
 
 def _tags(registry: Registry, name: str) -> Mapping[str, str]:
-    """Of a model, by its name; none when there is no such model."""
+    """Tags of a model; empty if there is no such model."""
     try:
         return registry.client.get_registered_model(check_name(name)).tags or {}
     except Exception as error:
@@ -116,12 +115,12 @@ def _tags(registry: Registry, name: str) -> Mapping[str, str]:
 
 
 def resolve(registry: Registry, reference: ModelReference) -> Version:
-    """Return the version a reference resolves to. Raises InputError (not found), IntegrityError (not numprune's)."""
+    """Resolve a reference. Raises InputError (not found), IntegrityError (not published by numprune)."""
     aliases = model(registry, reference.name).aliases
     number = reference.version if reference.alias is None else aliases.get(reference.alias)
     if number is None:
         known = ", ".join(f"{alias} ({version})" for alias, version in sorted(aliases.items())) or "none"
-        raise InputError(f"{reference}: {reference.name} has no alias {reference.alias!r}; it has {known}")
+        raise InputError(f"{reference}: {reference.name} has no alias {reference.alias!r}; its aliases: {known}")
     try:
         found = registry.client.get_model_version(reference.name, str(number))
     except Exception as error:
@@ -155,7 +154,7 @@ def _aliases(found: Any) -> dict[str, int]:
 
 
 def _pages(search: Any) -> Iterator[Any]:
-    """Every item of a paged search."""
+    """All items of a paged search."""
     token: str | None = None
     while True:
         page: Iterable[Any] = search(token)

@@ -1,7 +1,7 @@
-"""The report of one run: what was measured, on what, and the verdict.
+"""The report of one run: its measurements, their conditions, and the verdict.
 
-`models` is the schema of report.json, `files` reads and writes it, `environment` looks at the machine, `markdown` is
-the page for a terminal or a pull request.
+`models` is the schema of report.json, `files` reads and writes it, `environment` describes the machine, `markdown` is
+the version for a terminal or a pull request.
 """
 
 from numprune.serving.report.environment import capture, combine, package_versions

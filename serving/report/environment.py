@@ -1,7 +1,7 @@
-"""The machine a run measures on: what it is, and whether its measurements mean anything.
+"""The machine that a run measures on, and whether its measurements are valid.
 
-The GPU is seen through nvidia-smi, which every NVIDIA driver brings. A GPU that lowers its clocks, or that computes for
-other processes, makes the environment invalid; so does one that is used but cannot be read.
+The GPU is read through nvidia-smi, which comes with every NVIDIA driver. A GPU that throttles, or that other processes
+use, makes the environment invalid; so does a GPU that is used but cannot be read.
 """
 
 import csv
@@ -19,7 +19,7 @@ import psutil
 from numprune.export import processors
 from numprune.serving.report.models import Environment, Gpu
 
-# What a measurement depends on; those that are not installed are left out.
+# Packages that affect measurements; missing ones are omitted.
 PACKAGES = (
     "numprune",
     "torch",
@@ -50,8 +50,8 @@ _FIELDS = {  # ours -> nvidia-smi's
     "throttle": "clocks_throttle_reasons.active",
 }
 
-# Bits of the throttle mask. Idle (0x1), clocks that somebody set (0x2), the board's own power cap (0x4), sync boost
-# (0x10) and display clocks (0x100) are how a healthy GPU works.
+# Bits of the throttle mask. Idle (0x1), application clocks (0x2), the software power cap (0x4), sync boost (0x10) and
+# display clocks (0x100) are normal on a healthy GPU.
 _THROTTLE = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -61,16 +61,16 @@ _THROTTLE = {
 
 
 class _UnreadableError(Exception):
-    """nvidia-smi is missing, failed, or printed something else."""
+    """nvidia-smi is missing, failed, or printed unexpected output."""
 
 
 def capture(*, uses_gpu: bool = False, own_processes: Collection[int] = ()) -> Environment:
-    """Look at the machine now.
+    """Describe the machine now.
 
     Args:
-        uses_gpu: the run computes on the GPU (the first of CUDA_VISIBLE_DEVICES), so its state decides validity; else
-            no GPU is looked at.
-        own_processes: ids of the run's processes, beside this one and its children, that may be on the GPU.
+        uses_gpu: the run computes on the GPU (the first of CUDA_VISIBLE_DEVICES), so its state decides validity;
+            otherwise no GPU is read.
+        own_processes: ids of the run's processes, besides this one and its children, that may use the GPU.
     """
     gpu: Gpu | None = None
     reasons: list[str] = []
@@ -78,8 +78,8 @@ def capture(*, uses_gpu: bool = False, own_processes: Collection[int] = ()) -> E
         own = {os.getpid(), *own_processes, *(child.pid for child in psutil.Process().children(recursive=True))}
         try:
             gpu = _gpu(own)
-            reasons += [f"{gpu.name} lowers its clocks: {why}" for why in gpu.throttle]
-            reasons += [f"{gpu.name} computes for another process too: {pid}" for pid in gpu.processes]
+            reasons += [f"{gpu.name} is throttled: {why}" for why in gpu.throttle]
+            reasons += [f"{gpu.name} is used by another process, too: {pid}" for pid in gpu.processes]
         except _UnreadableError as problem:
             reasons.append(f"the GPU's state cannot be read: {problem}")
     return Environment(
@@ -95,13 +95,13 @@ def capture(*, uses_gpu: bool = False, own_processes: Collection[int] = ()) -> E
 
 
 def combine(before: Environment, after: Environment) -> Environment:
-    """One environment for a run that was looked at twice: the machine as it was before, the reasons of both."""
+    """Combine two looks at the machine: the state before the run, with the reasons of both."""
     reasons = tuple(dict.fromkeys([*before.reasons, *after.reasons]))
     return before.model_copy(update={"valid": not reasons, "reasons": reasons})
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Versions of the installed packages."""
     versions = {}
     for name in names:
         try:
@@ -112,7 +112,7 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The model name the kernel gives, or the architecture where it gives none (Arm)."""
+    """The model name from the kernel, or the architecture if there is none (Arm)."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8", errors="replace").splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -120,7 +120,7 @@ def _cpu() -> str:
 
 
 def _gpu(own: Collection[int]) -> Gpu:
-    """The GPU the run computes on; `own` are process ids that may be there."""
+    """The GPU that the run computes on; `own` are process ids that may use it."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     rows = _query("gpu", list(_FIELDS.values()), first)
     if len(rows) != 1 or len(rows[0]) != len(_FIELDS):
@@ -146,7 +146,7 @@ def _throttle(mask: str) -> tuple[str, ...]:
     try:
         bits = int(mask, 16)
     except ValueError:
-        raise _UnreadableError(f"nvidia-smi gives {mask!r} for the reasons of lowered clocks") from None
+        raise _UnreadableError(f"nvidia-smi reports {mask!r} as throttle reasons") from None
     return tuple(name for bit, name in _THROTTLE.items() if bits & bit)
 
 

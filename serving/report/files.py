@@ -1,4 +1,4 @@
-"""report.json on the disk."""
+"""Reads and writes report.json."""
 
 import json
 import os
@@ -21,10 +21,10 @@ def write(report: Report, path: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write `path` whole or not at all; an existing file is replaced. Raises OSError, and then nothing has changed."""
+    """Write `path` atomically; an existing file is replaced. Raises OSError, and then nothing has changed."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        # Half a surrogate pair, which JSON can hold and UTF-8 cannot, is written as its escape.
+        # A lone surrogate, which JSON allows and UTF-8 does not, is written as its escape.
         with beside.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
@@ -35,12 +35,12 @@ def replace(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> Report:
-    """A report; one of schema 1 as one of this schema. Raises InputError (no such file), IntegrityError (no report)."""
+    """Read a report; schema 1 is upgraded. Raises InputError (no such file), IntegrityError (not a report)."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAXIMUM_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such report; it is the report.json that `numprune optimize` writes") from None
+        raise InputError(f"{path}: no such report; give the report.json that `numprune optimize` writes") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(raw) > MAXIMUM_BYTES:
@@ -61,7 +61,7 @@ def read(path: Path) -> Report:
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has a duplicate key")
     return dict(pairs)
 
 
@@ -70,8 +70,8 @@ def _no_constant(name: str) -> float:
 
 
 def _sized(digits: str) -> int:
-    if len(digits) > 20:  # beyond 64 bits: nothing is as large, and arithmetic with it raises
-        raise ValueError(f"{digits[:20]}… is too large a number")
+    if len(digits) > 20:  # beyond 64 bits: no real figure is as large, and arithmetic with it raises
+        raise ValueError(f"{digits[:20]}… is too large")
     return int(digits)
 
 

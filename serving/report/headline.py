@@ -1,4 +1,4 @@
-"""A report in one sentence, and the commands to run next."""
+"""The report's headline, and the commands to run next."""
 
 from collections.abc import Iterator
 
@@ -12,19 +12,19 @@ _SPEEDS = {"decode_tokens_per_s": "decode", "output_tokens_per_s": "output", "la
 def headline(report: Report) -> str:
     """`24 % smaller, decode 1.15× faster (ONNX Runtime), perplexity +8.1 %: within your limits.`"""
     if not report.environment.valid:
-        return f"The machine was not fit to measure on, so nothing is decided: {report.environment.reasons[0]}."
+        return f"The machine was not fit for measurements, so there is no verdict: {report.environment.reasons[0]}."
     figures = [figure for figure in (_size(report), _speed(report), _quality(report)) if figure]
     sentence = ": ".join(part for part in (", ".join(figures), _conclusion(report)) if part)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def next_commands(report: Report) -> Iterator[str]:
-    """Yield the commands to run after a pass; none for other reports, and for those without a name."""
+    """Yield the commands to run after a pass; none for other reports, or without a model name."""
     name = report.identity.name
     if name is None or report.verdict is None or report.verdict.outcome != "pass":
         return
     yield f"numprune registry promote {name}@candidate"
-    if report.quality is None or report.quality.task != "masked-lm":  # which no server runs
+    if report.quality is None or report.quality.task != "masked-lm":  # which cannot be served
         yield f"numprune serve {name}@production"
 
 
@@ -89,6 +89,6 @@ def _conclusion(report: Report) -> str:
 
 
 def _with_others(gates: list[GateResult], told: str) -> str:
-    """The first gate, with its details, and how many others there are."""
+    """The first gate, with its details, and the number of others."""
     others = f", and {len(gates) - 1} more" if len(gates) > 1 else ""
     return f"{words.metric(gates[0].metric, gates[0].unit)} ({told}){others}"

@@ -1,4 +1,4 @@
-"""What each layer keeps, by kind of block."""
+"""The units that each layer keeps, by kind of block."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -28,23 +28,23 @@ def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
 
 
 def without(units: Units, layers: Collection[int]) -> Units:
-    """Those of the layers that are left where some are dropped."""
+    """Only the remaining layers, if some are dropped."""
     return {layer: found for layer, found in units.items() if layer not in layers}
 
 
 def listed(layers: Collection[int]) -> str:
-    """Their numbers, ascending; of many the first ones."""
+    """Layer numbers in ascending order; only the first ones if there are many."""
     numbers = ", ".join(map(str, sorted(layers)[:_SHOWN]))
     return f"{numbers} and {len(layers) - _SHOWN} more" if len(layers) > _SHOWN else numbers
 
 
 def others(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The blocks that `by_kind` leaves out."""
+    """The blocks that `by_kind` omits."""
     return {name: units for name, units in kept_units.items() if not _BLOCK.fullmatch(name)}
 
 
 def ranges(units: Units) -> Iterator[tuple[int, int, tuple[int, int]]]:
-    """Yield (first layer, last layer, (kept, of)) of consecutive layers that keep the same."""
+    """Yield (first layer, last layer, (kept, of)) for runs of layers that keep the same."""
     first = last = None
     for layer, kept in units.items():
         if first is not None and last is not None:

@@ -1,8 +1,9 @@
-"""The report as plain Markdown: the verdict first, identity and machine last."""
+"""The report as Markdown: the verdict first, identity and machine last."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from numprune.counted import counted
 from numprune.serving.report import names, precision, ratios, training, words
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
@@ -24,11 +25,11 @@ from numprune.serving.report.models import (
 )
 
 _ABSENT = "-"
-_CHARACTERS = 200  # of a prompt or output; report.json has it whole
+_CHARACTERS = 200  # of a prompt or output; report.json has all of it
 
 
 def markdown(report: Report) -> str:
-    """A page that reads well as text and renders everywhere. Sections that the report lacks are left out."""
+    """A page that reads well as text and renders everywhere. Missing sections are omitted."""
     sections = [
         _verdict(report),
         _pruning(report.pruning) if report.pruning else [],
@@ -46,7 +47,7 @@ def markdown(report: Report) -> str:
 
 
 def quality_section(report: Report) -> str:
-    """The section on quality alone; empty where none was measured."""
+    """The quality section alone; empty if quality was not measured."""
     return "\n".join(_quality(report.quality)) if report.quality else ""
 
 
@@ -87,7 +88,7 @@ def _limit(gate: GateResult) -> str:
 def _pruning(pruning: Pruning) -> list[str]:
     removed = pruning.ratio_removed
     kept = [*_kept(pruning)]
-    asked, them = f"Asked to remove {_share(pruning.ratio_asked)} of the prunable parameters", "them"
+    asked, them = f"Requested: {_share(pruning.ratio_asked)} of the prunable parameters", "them"
     if pruning.budget_asked is not None:
         asked, them = f"Asked for weights of at most {words.size(pruning.budget_asked)}", "the prunable parameters"
     return [
@@ -170,8 +171,8 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
 
 
 def _units(estimate: ReportedEstimate) -> str:
-    few = ": the documents are too few, so they speak for this text alone" if estimate.sampling_unit == "window" else ""
-    return f"{_count(estimate.samples, estimate.sampling_unit)}{few}"
+    few = ": there are too few documents, so they hold for this text only" if estimate.sampling_unit == "window" else ""
+    return f"{counted(estimate.samples, estimate.sampling_unit)}{few}"
 
 
 def _generation(found: Generation) -> list[str]:
@@ -182,7 +183,7 @@ def _generation(found: Generation) -> list[str]:
     ]
     outputs = [[_shown(pair.prompt), _output(pair.baseline), _output(pair.candidate)] for pair in found.outputs]
     return [
-        f"Greedy generation from {_count(found.prompts, 'prompt')}, {through}, up to {found.maximum_tokens} tokens "
+        f"Greedy generation from {counted(found.prompts, 'prompt')}, {through}, up to {found.maximum_tokens} tokens "
         f"each. {found.degraded} degraded: the candidate's output is empty or repeating and the baseline's is neither.",
         "",
         *_table(["outputs", "baseline", "candidate"], counts),
@@ -208,9 +209,9 @@ def _speed(report: Report) -> list[str]:
             lines += [
                 f"## Speed, {name}",
                 "",
-                f"{found.repeats} repeats after {found.warmup} of warm-up, in the order {_cell(found.order)}; "
-                f"{found.failed_requests} failed requests. Ratios are candidate / baseline with a two-sided 95 % "
-                f"interval. {_cell(precision.computed(report, runtime))}".rstrip(),
+                f"{counted(found.repeats, 'repeat')} after {found.warmup} of warm-up, in the order "
+                f"{_cell(found.order)}; {counted(found.failed_requests, 'failed request')}. Ratios are candidate / "
+                f"baseline with a two-sided 95 % interval. {_cell(precision.computed(report, runtime))}".rstrip(),
                 "",
                 *_table(
                     ["", "baseline", "candidate", "ratio", "noise floor"],
@@ -300,7 +301,7 @@ def _parity(report: Report) -> list[str]:
 
 def _environment(environment: Environment) -> list[str]:
     rows = [
-        ["CPU", f"{environment.cpu}, {environment.cores} cores"],
+        ["CPU", f"{environment.cpu}, {counted(environment.cores, 'core')}"],
         ["memory", f"{_amount(environment.memory_bytes)} bytes"],
         ["platform", environment.platform],
     ]
@@ -354,7 +355,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text from a report stays text: no markup, no second line, no other cell."""
+    """Escape text from a report: no markup, no line break, no cell separator."""
     escaped = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`|*":
         escaped = escaped.replace(mark, f"\\{mark}")
@@ -366,10 +367,6 @@ def _figure(value: float | None) -> str:
     if value is None:
         return _ABSENT
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _count(amount: int, noun: str) -> str:
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def _amount(value: float | None) -> str:
@@ -386,7 +383,7 @@ def _estimate(estimate: ReportedEstimate) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A fact of a bag: numbers short, the rest as it is."""
+    """A free-form fact: numbers shortened, the rest unchanged."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list):

@@ -1,7 +1,8 @@
-"""What the figures of a task are called."""
+"""Names of each task's figures."""
 
 from collections.abc import Iterator, Mapping
 
+from numprune.counted import counted
 from numprune.serving.report.models import Quality, Sides
 
 METRICS: Mapping[str, str] = {
@@ -16,23 +17,23 @@ METRICS: Mapping[str, str] = {
 _SHARES = {"accuracy", "top1_agreement"}
 _MAXIMUM_METRICS = 50
 
-_COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # what the loss of other tasks is counted in: texts
+_COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # the unit of other tasks' losses: texts
 
 
 def is_difference(found: Quality) -> bool:
-    """Whether the loss is one that each model has by itself, and not a distance between them."""
+    """Whether each model has this loss on its own, rather than a distance between the two."""
     return found.task in _COUNTED or "nll_nats_per_text" in found.metrics
 
 
 def loss(found: Quality) -> str:
-    """`NLL difference`: what `loss_delta` is."""
+    """The name of `loss_delta`, like `NLL difference`."""
     if found.task == "embedding":
         return "Distance from baseline"
-    return "NLL difference" if is_difference(found) else "KL from baseline"  # a classifier's, without labels
+    return "NLL difference" if is_difference(found) else "KL from baseline"  # of a classifier, without labels
 
 
 def metrics(found: Quality) -> Iterator[tuple[str, bool, Sides]]:
-    """The name of each of `metrics`, whether it is a share, and its values; one that is of both has no baseline's."""
+    """For each metric: name, whether it is a share, values; one of both models together has no baseline value."""
     for name, value in list(found.metrics.items())[:_MAXIMUM_METRICS]:
         sides = value if isinstance(value, Sides) else Sides(baseline=None, candidate=value)
         yield METRICS.get(name, name), name in _SHARES, sides
@@ -41,12 +42,12 @@ def metrics(found: Quality) -> Iterator[tuple[str, bool, Sides]]:
 def measured_on(found: Quality) -> str:
     """`5,000 tokens of 40 held-out documents`, or `40 held-out texts (5,000 tokens)`."""
     if found.task in _COUNTED:
-        return f"{_count(found.tokens, _COUNTED[found.task])} of {_count(found.documents, 'held-out document')}"
-    return f"{_count(found.documents, 'held-out text')} ({_count(found.tokens, 'token')})"
+        return f"{counted(found.tokens, _COUNTED[found.task])} of {counted(found.documents, 'held-out document')}"
+    return f"{counted(found.documents, 'held-out text')} ({counted(found.tokens, 'token')})"
 
 
 def paired_by(found: Quality) -> str:
-    """`token`: what the two models' losses are paired by."""
+    """The unit by which the two models' losses are paired, like `token`."""
     return _COUNTED.get(found.task, "text")
 
 
@@ -54,7 +55,3 @@ def shape(key: str) -> str:
     """`8x128` -> `8 x 128 tokens`, with a multiplication sign."""
     size, length = key.split("x")
     return f"{size} \N{MULTIPLICATION SIGN} {length} tokens"
-
-
-def _count(amount: int, noun: str) -> str:
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"

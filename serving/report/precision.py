@@ -1,4 +1,4 @@
-"""The precision that a runtime computed in, beside the one that the weights are stored in, and how torch decoded."""
+"""Sentences on the compute precision, the stored precision, and torch's decoding mode."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from numprune.serving.report.models import Dtypes, Quantization, Report, Runtime
 
 
 def computed(report: Report, runtime: str) -> str:
-    """One sentence, or none where the report does not say it."""
+    """One sentence, or "" if the report does not state it."""
     found = report.speed[runtime].dtype if runtime in report.speed else None
     if found is None:
         return ""
@@ -18,13 +18,13 @@ def computed(report: Report, runtime: str) -> str:
     if stored is None or stored == found:
         return f"{runtime} computes in {named(found)}.{mode}"
     return (
-        f"{runtime} computes in {named(found)}, while the weights are stored in {named(stored)}: sizes are of the "
-        f"stored weights, speed and memory are not.{mode}"
+        f"{runtime} computes in {named(found)}, while the weights are stored in {named(stored)}: sizes refer to the "
+        f"stored weights; speed and memory do not.{mode}"
     )
 
 
 def _mode(speed: RuntimeSpeed) -> str:
-    """A sentence about a runtime with several ways to decode; both sides decode alike."""
+    """A sentence on the decoding mode, which is the same on both sides."""
     described = speed.runtime.get("candidate")
     if not isinstance(described, Mapping) or "mode" not in described:
         return ""
@@ -35,7 +35,7 @@ def _mode(speed: RuntimeSpeed) -> str:
 
 
 def quantized(found: Quantization) -> str:
-    """One sentence on what the weights are stored as."""
+    """One sentence on quantization."""
     groups = f", {found.group_size} channels per scale" if found.group_size else ""
     sizes = found.weight_bytes
     each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))

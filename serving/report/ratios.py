@@ -1,4 +1,4 @@
-"""What the ratios of a runtime say, and what its tokens cost."""
+"""How to read a runtime's ratios, and the cost of its tokens."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ _COUNTED = {"output_tokens_per_s": "output tokens", "decode_tokens_per_s": "deco
 
 
 class Cost(NamedTuple):
-    """Of a million tokens, in the currency of the price; None where the throughput was not measured."""
+    """The cost of a million tokens, in the currency of the price; None if throughput was not measured."""
 
     tokens: str
     baseline: float | None
@@ -44,18 +44,17 @@ class Cost(NamedTuple):
 
 
 def cost(report: Report, found: RuntimeSpeed, shape: str = "") -> Cost | None:
-    """None where the recipe gave no price, or this runtime has no throughput.
+    """None if the recipe gives no price, or this runtime has no throughput.
 
-    Output tokens are counted over the whole time of a load where that was measured (a server), and over decoding alone
-    otherwise.
+    For a server, output tokens are counted over the whole load; otherwise over decoding alone.
 
     Args:
-        shape: of an encoder, whose throughput is in texts: `8x128`.
+        shape: of an encoder, like `8x128`, whose throughput is in texts.
     """
     price, one, other = report.price_per_hour, found.baseline, found.candidate
     name = next((name for name in _COUNTED if getattr(one, name) is not None), None)
     if price is None or name is None or (name == "samples_per_s" and not shape):
         return None
-    count = int(shape.split("x")[1]) if name == "samples_per_s" else 1  # tokens of a text
+    count = int(shape.split("x")[1]) if name == "samples_per_s" else 1  # tokens per text
     rates = [getattr(side, name) for side in (one, other)]
     return Cost(_COUNTED[name], *(price / 3600 * 1e6 / (rate * count) if rate else None for rate in rates))

@@ -1,4 +1,4 @@
-"""What a gate asks, and what it saw, in words."""
+"""A gate's rule and result in words."""
 
 from numprune.serving.report import words
 from numprune.serving.report.models import GateResult
@@ -16,7 +16,7 @@ def limit(gate: GateResult) -> str:
 
 
 def judged(gate: GateResult) -> float | None:
-    """The figure that is compared with the limit."""
+    """The figure compared with the limit."""
     if gate.bound == "point" or gate.interval is None:
         return gate.value
     return gate.interval[gate.bound == "ci95_upper"]

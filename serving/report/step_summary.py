@@ -1,4 +1,4 @@
-"""The summary of a step on GitHub: every command of the step appends to one file, of which GitHub takes 1 MiB."""
+"""GitHub's step summary: every command of the step appends to one file, limited to 1 MiB."""
 
 import logging
 import os
@@ -11,30 +11,30 @@ VARIABLE = "GITHUB_STEP_SUMMARY"
 LIMIT_BYTES = 1 << 20
 
 _NOTE_BYTES = 2000
-_NAMED, _NAME_CHARACTERS = 10, 40  # of what is left out
+_NAMED, _NAME_CHARACTERS = 10, 40  # names of omitted sections
 
 
 def is_summary(path: Path) -> bool:
-    """Whether this is the summary of the step that runs this process."""
+    """Whether the path is the summary file of the current step."""
     named = os.environ.get(VARIABLE)
     return bool(named) and path.resolve() == Path(str(named)).resolve()
 
 
 def append(path: Path, page: str) -> None:
-    """Append a page, as far as the limit allows. Raises OSError."""
+    """Append a page within the limit. Raises OSError."""
     with path.open("ab") as file:
         before = b"\n\n" if file.tell() else b""
         added = shortened(page, LIMIT_BYTES - file.tell() - len(before))
         if added:
             file.write(before + added)
         else:
-            logger.warning("%s: is full, of GitHub's 1 MiB; the report is not appended", path)
+            logger.warning("%s: GitHub's limit of 1 MiB is reached; the report is not appended", path)
 
 
 def shortened(page: str, limit: int) -> bytes:
-    """The page in UTF-8, within `limit` bytes: sections that do not fit are left out, and a line names them.
+    """The page in UTF-8, within `limit` bytes: sections that do not fit are omitted and named in one line.
 
-    The text before the first table, the verdict, is always kept; nothing at all when there is no room for that.
+    The text before the first table, with the verdict, is always kept; the result is empty if even that does not fit.
     """
     whole = _encoded(page)
     if len(whole) <= limit:
@@ -54,8 +54,8 @@ def shortened(page: str, limit: int) -> bytes:
             kept += section
             room -= size
     names = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
-    return _encoded(f"{kept}\n\nLeft out, to stay within the 1 MiB of a summary: {names}. The report has it all.\n")
+    return _encoded(f"{kept}\n\nOmitted to stay within GitHub's 1 MiB limit: {names}. The report is complete.\n")
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", errors="backslashreplace")  # JSON can hold half a surrogate pair
+    return text.encode("utf-8", errors="backslashreplace")  # JSON allows lone surrogates

@@ -1,4 +1,4 @@
-"""Figures as text: few digits, units, and a word for what is not known."""
+"""Formatting of figures: few digits, units, and words for unknown values."""
 
 import math
 import re
@@ -29,7 +29,7 @@ _METRICS = {
     "sizes.flops_per_token.ratio": "FLOPs per token, ratio",
 }
 
-_LOSSES = {  # by unit; a classifier's, in nats/text, is either of two
+_LOSSES = {  # by unit; a classifier's nats/text can be either of two losses
     "nats/token": "NLL difference",
     "nats/masked token": "NLL difference",
     "1 - cosine": "Distance from baseline",
@@ -88,7 +88,7 @@ def named(name: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """With so many significant digits; integers and thousands whole."""
+    """A number with the given significant digits; integers and values from 1,000 are shown in full."""
     if value is None or not math.isfinite(value):
         return ABSENT
     if isinstance(value, int) or value == 0:
@@ -100,7 +100,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def plain(value: float | None) -> str:
-    """As it was written: 0.25, and not 0.2500."""
+    """A number without trailing zeros: 0.25, not 0.2500."""
     return ABSENT if value is None else _minus(f"{value:,.4g}" if 1e-4 < abs(value) < 1e4 else number(value))
 
 
@@ -119,12 +119,12 @@ def times(value: float | None) -> str:
 
 
 def change(ratio: float | None) -> str:
-    """What a ratio is in percent: −24.2 %."""
+    """A ratio as a percentage change: −24.2 %."""
     return ABSENT if ratio is None else f"{signed(100 * (ratio - 1))}{NARROW}%"
 
 
 def size(value: float | None) -> str:
-    """Bytes, in the largest unit that leaves a whole number before the point."""
+    """Bytes in the largest unit that gives at least 1."""
     if value is None:
         return ABSENT
     power = min(int(math.log2(abs(value)) / 10), len(_UNITS) - 1) if abs(value) >= 1 else 0
@@ -139,12 +139,8 @@ def interval(estimate: ReportedEstimate, digits: int = 3) -> str:
     return span(*estimate.interval95, digits)
 
 
-def count(amount: int, noun: str) -> str:
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
-
-
 def printable(text: str) -> str:
-    """Without what HTML cannot hold, and what would reorder the text around it."""
+    """Remove characters that HTML cannot contain or that would reorder the text around them."""
     return "".join(map(_printable, text))
 
 

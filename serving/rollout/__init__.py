@@ -1,12 +1,12 @@
-"""Blue/green on one host: a new version takes over behind a router without a request lost, or it does not take over.
+"""Blue/green on one host: a new version takes over behind a router without losing requests, or not at all.
 
     roll_out("my-model", prepare, workspace, settings)   # green is started, compared, loaded, switched to; blue drained
     status("my-model", workspace)
     stop("my-model", workspace)
 
-The router (vLLM's own) keeps the public port; the servers behind it have free local ones. Router and servers outlive
-the command. What runs stands in a state file; everything that was started carries a tag in its environment, so that
-what a killed rollout left behind is found. Nothing restarts a server that dies later: that is a supervisor's work.
+The router (vLLM's own) keeps the public port; the servers behind it use free local ports. Router and servers outlive
+the command. A state file records what runs; every process carries a tag in its environment, so that leftovers of a
+killed rollout can be found. Nothing restarts a server that dies later; use a supervisor for that.
 """
 
 from numprune.serving.rollout.settings import Settings

@@ -1,4 +1,4 @@
-"""One server behind the router: started and proved, asked how it is, drained."""
+"""One server behind the router: started, checked, monitored and drained."""
 
 import logging
 import os
@@ -21,22 +21,22 @@ from numprune.serving.vllm.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
 
-# By itself vLLM pins a server to cores by their numbers: green to those of blue, which is at work there.
+# By default vLLM pins a server to cores by number: green to those that blue is using.
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _LOAD_REQUESTS = 16
 _LOAD_CONCURRENCY = 4
 _LOAD_TOKENS = 16
 _POLL_S = 0.3
-_QUIET_POLLS = 4  # a request that the router had taken already may still be on its way
+_QUIET_POLLS = 4  # a request that the router has accepted may still be on its way
 _PENDING = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
 
 
 def start(
     place: Place, settings: Settings, release: Deployment, dtype: str, options: list[str]
 ) -> tuple[Backend, dict[str, Any]]:
-    """Start a server of the release on a free local port; when it is fit for traffic, it and what its check found.
+    """Start a server of the release on a free local port; return it and its check result once it is ready for traffic.
 
-    Whatever goes wrong, nothing stays behind. Raises what `server.start` and `prove` raise, ServerError.
+    On any error nothing is left behind. Raises what `server.start` and `prove` raise, ServerError.
     """
     precision = choose_dtype(release, dtype)
     running = server.start(
@@ -72,7 +72,7 @@ def start(
 
 
 def _request(answers: reference_answers.ReferenceAnswers, number: int) -> tuple[str, dict[str, Any]]:
-    """Where a request for one of the answers goes, and what it asks."""
+    """Endpoint and body of a request for one of the reference answers."""
     if isinstance(answers, reference_answers.PooledAnswers):
         tokens = answers.inputs[number % len(answers.inputs)].tokens
         return reference_answers.PATHS[answers.task][0], {"input": [tokens]}
@@ -87,7 +87,7 @@ def _is_whole(answer: dict[str, Any], answers: reference_answers.ReferenceAnswer
 
 
 def _load(running: Server, answers: reference_answers.ReferenceAnswers) -> None:
-    """A few requests at once. Raises ServerError when any of them fails."""
+    """Send a few concurrent requests. Raises ServerError if any of them fails."""
 
     def complete(number: int) -> None:
         path, body = _request(answers, number)
@@ -110,12 +110,12 @@ def _load(running: Server, answers: reference_answers.ReferenceAnswers) -> None:
 
 
 def serves_as(backend: Backend, name: str) -> str:
-    """The name of the model in its answers; `name` unless its options say otherwise."""
+    """The model name in its responses; `name` unless its options set another."""
     return split_names(backend.options, name)[0][0]
 
 
 def takes_key(backend: Backend, key: str | None) -> bool:
-    """Whether it asks for exactly this key, or, with None, for none."""
+    """Whether it requires exactly this key or, for None, no key."""
     codes = [_status(f"{backend.url}/v1/models", api_key.headers(sent)) for sent in {key, None}]
     return sorted(codes) == ([httpx.codes.OK] if key is None else [httpx.codes.OK, httpx.codes.UNAUTHORIZED])
 
@@ -125,12 +125,12 @@ def is_alive(backend: Backend | None) -> bool:
 
 
 def is_healthy(backend: Backend | None) -> bool:
-    """Alive, and /health says so."""
+    """Alive and healthy according to /health."""
     return backend is not None and is_alive(backend) and _status(f"{backend.url}/health", {}) == httpx.codes.OK
 
 
 def retire(backend: Backend, timeout_s: float) -> int:
-    """Stop a server that gets no new requests, once it has answered those it has; how many were cut off after all."""
+    """Stop a server that gets no new requests once its requests are done; return how many were cut off."""
     left = _drain(backend, timeout_s)
     if left:
         logger.warning("%s: %d requests were cut off after %g s", backend.reference, left, timeout_s)
@@ -140,7 +140,7 @@ def retire(backend: Backend, timeout_s: float) -> int:
 
 
 def _status(url: str, headers: Mapping[str, str]) -> int:
-    """Of the answer; 0 without one."""
+    """HTTP status; 0 without a response."""
     try:
         return loopback.get(url, headers=headers, timeout=10.0).status_code
     except httpx.TransportError:
@@ -148,7 +148,7 @@ def _status(url: str, headers: Mapping[str, str]) -> int:
 
 
 def _drain(backend: Backend, timeout_s: float) -> int:
-    """Wait until a server has no requests; how many it still has after `timeout_s`."""
+    """Wait until a server has no requests; return how many it still has after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     quiet = 0
     while is_alive(backend):
@@ -163,7 +163,7 @@ def _drain(backend: Backend, timeout_s: float) -> int:
 
 
 def _pending(backend: Backend) -> int:
-    """Requests that run or wait; one, when the server is too busy to say."""
+    """Running and waiting requests; 1 if the server is too busy to respond."""
     try:
         answer: Any = loopback.get(f"{backend.url}/metrics", timeout=10.0)
     except httpx.TransportError:

@@ -1,4 +1,4 @@
-"""What an interrupted rollout left: finished, or removed; and what died since: noticed."""
+"""Recovery from an interrupted rollout: finish or remove what it left, and detect dead processes."""
 
 import logging
 
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 def recover(place: Place, settings: Settings) -> State:
-    """The state as it really is, after which the router sends everything to `current` and nothing else is running.
+    """Restore a consistent state: the router sends everything to `current`, and nothing else is running.
 
-    A server stands in the state only once it has proved itself, so a switch that was begun is finished. What is not in
-    the state was on its way to it, and is ended. Raises RouterError, IntegrityError.
+    A server is in the state only once it has passed its check, so a started switch is finished. Anything not in the
+    state was being started, and is stopped. Raises RouterError, IntegrityError.
     """
     state = place.read()
     remove_orphans(place, state)
@@ -37,10 +37,10 @@ def recover(place: Place, settings: Settings) -> State:
 
 
 def remove_orphans(place: Place, state: State) -> None:
-    """End what was started for this name and does not stand in its state."""
+    """Stop processes that were started for this name and are not in its state."""
     known = state.tags()
     for tag in {tag for _, tag in tagged(place.tag_prefix)} - known:
         logger.info(
-            "%s: stopping what an interrupted rollout left behind (%s)", place.name, tag.removeprefix(place.tag_prefix)
+            "%s: stopping leftovers of an interrupted rollout (%s)", place.name, tag.removeprefix(place.tag_prefix)
         )
         kill_tagged(tag)

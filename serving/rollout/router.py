@@ -1,4 +1,4 @@
-"""vLLM's router: the stable address. Which servers it sends requests to can be changed while it runs."""
+"""vLLM's router, the stable address; its servers can be changed while it runs."""
 
 import logging
 import secrets
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 _STARTUP_S = 120.0
 _POLL_S = 0.3
-_WORKER_S = 30  # the router waits so long for a server that is added; ours has answered already
+_WORKER_S = 30  # the router's wait for an added server; ours has responded already
 _TIMEOUT_S = 2 * _WORKER_S
 
 
 class RouterError(NumpruneError):
-    """The router did not start, died, or does not do what it was asked."""
+    """The router did not start, died, or did not follow a request."""
 
 
 def require_installed(environment: Environment) -> None:
@@ -46,7 +46,7 @@ def start(place: Place, settings: Settings, host: str, port: int, worker: str) -
         *("--worker-urls", worker),
         *("--policy", "round_robin"),
         *("--worker-startup-timeout-secs", str(_WORKER_S), "--worker-startup-check-interval", "1"),
-        *("--prometheus-port", str(server.free_port())),  # its fixed default would allow one router per machine
+        *("--prometheus-port", str(server.free_port())),  # its fixed default would allow only one router per machine
     ]
     running = process.start(
         command,
@@ -74,9 +74,9 @@ def start(place: Place, settings: Settings, host: str, port: int, worker: str) -
 
 
 def ensure(place: Place, settings: Settings, router: Router, worker: str) -> Router:
-    """A router at the same address that sends everything to `worker`: this one, or, should it be dead, a new one.
+    """A router at the same address that sends everything to `worker`: this one, or a new one if it is dead.
 
-    Raises RouterError, InputError (something else took the port).
+    Raises RouterError, InputError (the port is in use).
     """
     if router.started.process.is_alive() and workers(router) is not None:
         serve_only(router, worker)
@@ -87,7 +87,7 @@ def ensure(place: Place, settings: Settings, router: Router, worker: str) -> Rou
 
 
 def workers(router: Router) -> set[str] | None:
-    """The servers that it sends requests to; None when it does not answer."""
+    """Its servers; None if it does not respond."""
     try:
         answer = loopback.get(f"{router.url}/list_workers", timeout=10.0)
         return set(answer.json()["urls"]) if answer.is_success else None
@@ -96,26 +96,26 @@ def workers(router: Router) -> set[str] | None:
 
 
 def serve_only(router: Router, worker: str) -> None:
-    """Send all new requests to `worker`: it is added before any other is taken away. Raises RouterError."""
+    """Send all new requests to `worker`, which is added before others are removed. Raises RouterError."""
     before = _require_workers(router)
     if worker not in before:
         _ask(router, "add_worker", worker)
         if worker not in _require_workers(router):
-            raise RouterError(f"{router.url}: does not list {worker}, which was added")
+            raise RouterError(f"{router.url}: does not list {worker} although it was added")
     for other in sorted(before - {worker}):
         _ask(router, "remove_worker", other)
     after = _require_workers(router)
     if after != {worker}:
-        raise RouterError(f"{router.url}: sends requests to {sorted(after)}, not to {worker} alone")
+        raise RouterError(f"{router.url}: sends requests to {sorted(after)}, not only to {worker}")
 
 
 def require_answer(router: Router, model: str, api_key: str | None) -> None:
-    """Raises RouterError unless a request through it is answered by a server of `model`."""
+    """Raises RouterError unless a server of `model` responds through it."""
     try:
         answer = loopback.get(f"{router.url}/v1/models", headers=keys.headers(api_key), timeout=_TIMEOUT_S)
         served = [item["id"] for item in answer.json()["data"]] if answer.is_success else []
     except (httpx.TransportError, ValueError, KeyError, TypeError) as error:
-        raise RouterError(f"{router.url}: /v1/models was not answered ({error or type(error).__name__})") from None
+        raise RouterError(f"{router.url}: no response to /v1/models ({error or type(error).__name__})") from None
     if model not in served:
         raise RouterError(f"{router.url}: serves {served}, not {model} (status {answer.status_code})")
 
@@ -123,7 +123,7 @@ def require_answer(router: Router, model: str, api_key: str | None) -> None:
 def _require_workers(router: Router) -> set[str]:
     found = workers(router)
     if found is None:
-        raise RouterError(f"{router.url}: the router does not answer; {router.started.process.last_words()}")
+        raise RouterError(f"{router.url}: the router does not respond; {router.started.process.last_words()}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""How servers are to be started."""
+"""Settings for servers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,15 +11,16 @@ PORT = 8000
 
 @dataclass(frozen=True)
 class Settings:
-    """None means: as it is now, or, when nothing runs yet, 127.0.0.1, port 8000, the weights' precision, no options.
+    """None keeps the current value or, if nothing runs yet, means 127.0.0.1, port 8000, the weights' precision, no
+    options.
 
     Attributes:
         host, port: of the router, the address that clients use.
         dtype: "auto" or a precision of `reference_answers.TOLERANCES`.
         options: for vLLM. Two servers run side by side during a switch: on a GPU they share its memory.
-        api_key: that clients must send. It is not stored: None means none, and is refused where the model was served
-            with one before.
-        drain_timeout_s: how long requests that the old server still works on may take.
+        api_key: that clients must send. It is not stored: None means no key, and is refused if the model was served
+            with one.
+        drain_timeout_s: limit for requests still running on the old server.
     """
 
     environment: Environment

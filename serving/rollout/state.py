@@ -1,4 +1,4 @@
-"""What runs for a name, as a file that is written at once or not at all, and the lock that goes with it."""
+"""What runs for a name, as an atomically written file, and its lock."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from numprune.serving.vllm.process import Process
 
 
 class RolloutFailed(NumpruneError):
-    """The new version does not serve; what served before does."""
+    """The new version does not serve; the previous one still does."""
 
     exit_code = 2
 
 
 class RolloutBusy(NumpruneError):
-    """Another rollout of the same name is under way."""
+    """Another rollout of the same name is in progress."""
 
 
 class _Model(BaseModel):
@@ -32,7 +32,7 @@ class _Model(BaseModel):
 
 
 class Started(_Model):
-    """A process, in plain values: see `Process`."""
+    """A process as plain values: see `Process`."""
 
     pid: int
     tag: str
@@ -48,9 +48,9 @@ class Started(_Model):
 
 
 class Backend(_Model):
-    """A server that has proved itself.
+    """A server that has passed its check.
 
-    `dtype` and `options` are those that were asked for: a rollback asks for the same.
+    `dtype` and `options` are the requested ones, which a rollback requests again.
     """
 
     reference: str
@@ -71,7 +71,7 @@ class Router(_Model):
 
 
 class State(_Model):
-    """`current` serves, or a switch under way leads to it; `retiring` is what it replaces, until that is gone.
+    """`current` serves, or an ongoing switch leads to it; `retiring` is what it replaces, until that is gone.
 
     `guarded`: by an API key, which is not stored.
     """
@@ -84,13 +84,13 @@ class State(_Model):
     guarded: bool = False
 
     def tags(self) -> set[str]:
-        """Of everything that is known to run."""
+        """Tags of all known processes."""
         parts = (self.router, self.current, self.retiring)
         return {part.started.tag for part in parts if part is not None}
 
 
 class Place:
-    """Where the state of a name is kept, and how its processes are tagged."""
+    """Where the state of a name is stored, and the tags of its processes."""
 
     def __init__(self, workspace: Path, name: str) -> None:
         self.name = check_name(name)
@@ -101,15 +101,15 @@ class Place:
         self.tag_prefix = f"rollout:{where}:"
 
     def read(self) -> State:
-        """The state; an empty one when nothing was ever rolled out. Raises IntegrityError."""
+        """The state; empty if nothing was ever rolled out. Raises IntegrityError."""
         try:
             return State.model_validate_json(self._file.read_bytes())
         except FileNotFoundError:
             return State(name=self.name)
         except ValidationError as error:
             raise IntegrityError(
-                f"{self._file}: {problems(error)}; `numprune rollout {self.name} --stop` stops what "
-                "runs and removes the file"
+                f"{self._file}: {problems(error)}; `numprune rollout {self.name} --stop` stops all servers and removes "
+                "the file"
             ) from None
 
     def write(self, state: State) -> State:
@@ -127,7 +127,7 @@ class Place:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Be the only one who changes what runs; the kernel ends it with this process. Raises RolloutBusy."""
+        """Hold the lock on changes; the kernel releases it with this process. Raises RolloutBusy."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "lock"
         handle = locks.open_file(path)
@@ -139,7 +139,7 @@ class Place:
                 raise RolloutBusy(
                     f"{self.name}: another rollout is in progress (process {holder}); wait until it ends"
                 ) from None
-            with suppress(OSError):  # another user's file, which we can lock, but not write to
+            with suppress(OSError):  # another user's file, which can be locked but not written
                 os.truncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
             yield

@@ -1,4 +1,4 @@
-"""What runs for a name, and the end of all of it."""
+"""Status and shutdown of everything that runs for a name."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def status(name: str, workspace: Path) -> dict[str, Any]:
 
 
 def serving(name: str, workspace: Path) -> str | None:
-    """The reference of the version whose server runs; None where none does, or the state file cannot be read."""
+    """The version whose server runs; None if there is none or the state file cannot be read."""
     try:
         current = Place(workspace, name).read().current
     except IntegrityError:
@@ -34,9 +34,9 @@ def serving(name: str, workspace: Path) -> str | None:
 
 
 def stop(name: str, workspace: Path) -> dict[str, Any]:
-    """End router and servers of a name; requests under way are cut off. Raises RolloutBusy.
+    """Stop the router and servers of a name; ongoing requests are cut off. Raises RolloutBusy.
 
-    The references that ran; a state file that cannot be read is removed with everything that carries our tag.
+    Returns the references that ran. An unreadable state file is removed, and every process with our tag is stopped.
     """
     place = Place(workspace, name)
     with place.exclusive():

@@ -1,4 +1,4 @@
-"""From one version to the next, with no request lost."""
+"""Switches from one version to the next without losing requests."""
 
 import logging
 import time
@@ -24,24 +24,24 @@ def roll_out(
     settings: Settings,
     then: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Let the release that `prepare` gives serve `name`; what served before is drained and stopped.
+    """Make the release from `prepare` serve `name`; the previous server is drained and stopped.
 
-    What an earlier, interrupted rollout left is put in order first. A release that serves already, with the same
-    settings, stays as it is.
+    Leftovers of an interrupted rollout are cleaned up first. A release that already serves with the same settings is
+    left alone.
 
     Args:
-        prepare: called once the lock is held and before anything is started.
-        then: called when the release serves, still under the lock.
+        prepare: called with the lock held, before anything is started.
+        then: called once the release serves, still under the lock.
 
     Returns:
         Plain JSON: reference, digest, url (of the router), changed, previous (reference or null), cut_off (requests of
-        the previous server that outlasted the drain), server_check (what
-        `reference_answers.check` found; null when nothing changed),
+            the previous server that outlasted the drain), server_check (the result of `reference_answers.check`; null
+            if nothing changed),
         the server's address, process and log, seconds.
 
     Raises:
-        RolloutBusy: another rollout of the name is under way; nothing was done.
-        RolloutFailed: whatever went wrong; what served before still does, and nothing of the new one runs.
+        RolloutBusy: another rollout of the name is in progress; nothing was done.
+        RolloutFailed: any other error; the previous version still serves, and nothing of the new one runs.
     """
     started = time.monotonic()
     place = Place(workspace, name)
@@ -83,7 +83,7 @@ def _deploy(place: Place, settings: Settings, state: State, release: Deployment)
 
 
 def _switch(place: Place, settings: Settings, state: State, green: Backend) -> State:
-    """Let the router send everything to `green`; when it does not, everything is as it was before."""
+    """Switch the router to `green`; on failure everything is restored."""
     changes = {"current": green, "retiring": state.current, "guarded": settings.api_key is not None}
     if state.router is None:
         first = router.start(place, settings, settings.host or "127.0.0.1", settings.port or PORT, green.url)
@@ -93,7 +93,7 @@ def _switch(place: Place, settings: Settings, state: State, green: Backend) -> S
         except BaseException:
             first.started.process.stop()
             raise
-    # Whoever is killed from here on leaves a state that leads to green: it has proved itself.
+    # If killed from here on, the state leads to green, which has passed its check.
     switched = place.write(state.model_copy(update=changes))
     try:
         router.serve_only(state.router, green.url)
@@ -106,12 +106,12 @@ def _switch(place: Place, settings: Settings, state: State, green: Backend) -> S
 
 
 def _back(place: Place, settings: Settings, state: State) -> State:
-    """The state before a switch that failed, with the router as it was."""
+    """Restore the state and the router from before a failed switch."""
     if state.router is None or state.current is None:
         return state
     try:
         return state.model_copy(update={"router": router.ensure(place, settings, state.router, state.current.url)})
-    except NumpruneError as error:  # what made the switch fail is what is reported
+    except NumpruneError as error:  # the cause of the failed switch is what is reported
         logger.error("%s: the router cannot be restored: %s", place.name, error)
         return state
 
@@ -120,8 +120,8 @@ def _who_serves(place: Place) -> str:
     try:
         current = place.read().current
     except IntegrityError:
-        return "what serves is not known"
-    return f"{current.reference} goes on serving" if current and backend.is_alive(current) else "nothing serves"
+        return "it is unknown which version serves"
+    return f"{current.reference} keeps serving" if current and backend.is_alive(current) else "nothing serves"
 
 
 def _require_same_address(state: State, settings: Settings) -> None:
@@ -139,7 +139,7 @@ def _require_same_address(state: State, settings: Settings) -> None:
 
 
 def _require_key(state: State, settings: Settings) -> None:
-    """A key is not dropped because somebody forgot it, not even when the server has died meanwhile."""
+    """A forgotten key is not dropped, even if the server has died meanwhile."""
     if state.guarded and settings.api_key is None:
         raise InputError(
             f"{state.name} is served with an API key; give one with ${api_key.VARIABLE} or {api_key.OPTION}, or stop "

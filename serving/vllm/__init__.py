@@ -1,5 +1,5 @@
-"""vLLM servers, each a process of vLLM's own environment: found, started, watched and stopped.
+"""vLLM servers, each a process in vLLM's own environment: found, started, watched and stopped.
 
-`environment` finds the interpreter that has vLLM; `server` starts a server for a checkpoint; `process` is what servers
-and the router have in common as processes. Nothing here imports vLLM or a tensor library.
+`environment` finds the interpreter that has vLLM; `server` starts a server for a checkpoint; `process` is the common
+part of servers and router. Nothing here imports vLLM or a tensor library.
 """

@@ -1,4 +1,4 @@
-"""The environment that has vLLM: its own, because vLLM pins much of what it needs."""
+"""vLLM's own environment, which it needs because it pins many of its dependencies."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from numprune.errors import MissingRuntime
 
 TESTED = ("0.32.0",)
 VARIABLE = "NUMPRUNE_VLLM"
-FOLDER = ".venv-vllm"  # in the current folder: where `make env-vllm` puts it
+FOLDER = ".venv-vllm"  # in the current folder, created by `make env-vllm`
 
 INSTALL = (
     f"install one with `make env-vllm`, or: python -m venv {FOLDER} && {FOLDER}/bin/pip install torch==2.13.0 && "
@@ -35,14 +35,14 @@ _PROBE_S = 60.0
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter that has vLLM.
+    """An interpreter with vLLM.
 
     Attributes:
-        python: the interpreter; not resolved, because the link is what makes it the environment's.
+        python: the interpreter; the symlink is not resolved, because it selects the environment.
         version: of vLLM.
-        cpu: it is the build for CPUs.
-        plugin: version of our plug-in for per-layer shapes, None when it is not installed.
-        router: version of vLLM's router, None when it is not installed.
+        cpu: whether it is the CPU build.
+        plugin: version of our plug-in for per-layer shapes, None if not installed.
+        router: version of vLLM's router, None if not installed.
     """
 
     python: Path
@@ -57,8 +57,8 @@ def find(path: str | Path | None = None, *, untested: bool = False) -> Environme
 
     Without one: $NUMPRUNE_VLLM, else `.venv-vllm` in the current folder, else the running interpreter's.
 
-    Raises MissingRuntime, with the line that installs it: no such environment, no vLLM in it, or a version that we have
-    not tested (taken with `untested`).
+    Raises MissingRuntime, with the line that installs it: no such environment, no vLLM in it, or an untested version
+    (accepted with `untested`).
     """
     python, where = _interpreter(path)
     versions = _versions(python, where)
@@ -67,8 +67,8 @@ def find(path: str | Path | None = None, *, untested: bool = False) -> Environme
         raise MissingRuntime(f"{where}: vLLM is not installed there; {INSTALL}")
     if version.partition("+")[0] not in TESTED and not untested:
         raise MissingRuntime(
-            f"{where}: has vLLM {version}, but numprune was tested with {', '.join(TESTED)}; {INSTALL}; or take "
-            "this one on your own responsibility with --untested-vllm"
+            f"{where}: has vLLM {version}, but numprune was tested with {', '.join(TESTED)}; {INSTALL}; or use this "
+            "one at your own risk with --untested-vllm"
         )
     return Environment(
         python=python,
@@ -80,7 +80,7 @@ def find(path: str | Path | None = None, *, untested: bool = False) -> Environme
 
 
 def _interpreter(path: str | Path | None) -> tuple[Path, str]:
-    """The interpreter to ask, and what to call its environment in messages."""
+    """The interpreter, and its environment's name in messages."""
     asked = path or os.environ.get(VARIABLE)
     if not asked and not Path(FOLDER).is_dir():
         return Path(sys.executable), f"{sys.prefix} (no {FOLDER} here, no --vllm, no ${VARIABLE})"
@@ -93,7 +93,7 @@ def _interpreter(path: str | Path | None) -> tuple[Path, str]:
 
 
 def _versions(python: Path, where: str) -> dict[str, str | None]:
-    """Versions of what we ask for, by name of the distribution; None where it is not installed."""
+    """Versions by distribution name; None if not installed."""
     command: list[str | Path] = [python, "-I", "-c", _PROBE, *_DISTRIBUTIONS.values()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_S)

@@ -1,6 +1,6 @@
 """The default memory of a server on CPUs.
 
-vLLM's own default is 0.92 of the machine's memory, and it refuses to start where more than 8 % is in use.
+vLLM's own default is 0.92 of the machine's memory, and it refuses to start if more than 8 % is in use.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-OPTION = "--gpu-memory-utilization"  # on CPUs, too: a share of the machine's memory
+OPTION = "--gpu-memory-utilization"  # on CPUs, a share of the machine's memory
 _OPTIONS = {OPTION, "--device-memory-utilization", "--kv-cache-memory-bytes"}
 _VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _CGROUP = Path("/sys/fs/cgroup")
@@ -18,14 +18,14 @@ _LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "m
 
 @dataclass(frozen=True)
 class Memory:
-    """Of this machine, in bytes."""
+    """Memory of this machine, in bytes."""
 
     total: int
     available: int
 
 
 def of_machine(cgroup: Path = _CGROUP) -> Memory:
-    """The machine's memory, or the container's limit. Read where vLLM reads it: the share is one of vLLM's total."""
+    """The machine's memory or the container's limit, from the same source as vLLM, whose total the share refers to."""
     machine = psutil.virtual_memory()
     for limit, usage in _LIMITS:
         allowed = _number(cgroup / limit)
@@ -36,18 +36,18 @@ def of_machine(cgroup: Path = _CGROUP) -> Memory:
 
 
 def share(memory: Memory, weight_bytes: int) -> float:
-    """Of the total: the weights and half of what is available besides, so that a server that takes over finds room."""
+    """The share for the weights and half of the remaining free memory, which leaves room for a second server."""
     return int(500 * (memory.available + weight_bytes) / memory.total) / 1000
 
 
 def is_set(options: Iterable[str], variables: Mapping[str, str]) -> bool:
-    """Whether options for vLLM or environment variables say how much memory it takes."""
+    """Whether vLLM options or environment variables set its memory."""
     given = {option.partition("=")[0].replace("_", "-") for option in options}
     return bool(variables.get(_VARIABLE)) or not given.isdisjoint(_OPTIONS)
 
 
 def _number(path: Path) -> int | None:
-    """What a file of the kernel says; None for `max` and where there is no such file."""
+    """The number in a kernel file; None for `max` or a missing file."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

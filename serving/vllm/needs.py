@@ -1,7 +1,7 @@
-"""The options that an artifact may ask of vLLM.
+"""vLLM options that an artifact may request.
 
-They are in its manifest, and whoever can write an artifact can write that. Among vLLM's options are some that run the
-artifact's code or read pickles, so only what our exporter writes is passed on.
+They are in its manifest, which anyone who can write an artifact can write. Some vLLM options run the artifact's code or
+read pickles, so only those that our exporter writes are passed on.
 """
 
 import json
@@ -19,8 +19,8 @@ _KNOWN: tuple[tuple[str, ...], ...] = ((), _TRANSFORMERS, *_POOLERS)
 
 
 def checked(needs: object, where: Path | str) -> tuple[str, ...]:
-    """The options themselves. Raises IntegrityError for others than our exporter writes."""
+    """Return the options. Raises IntegrityError for options that our exporter does not write."""
     for known in _KNOWN:
         if needs == list(known):
             return known
-    raise IntegrityError(f"{where}: asks for options of vLLM that no export of numprune needs: {str(needs)[:200]}")
+    raise IntegrityError(f"{where}: requests vLLM options that no numprune export needs: {str(needs)[:200]}")

@@ -1,4 +1,4 @@
-"""Options for vLLM that a user adds, as far as they concern us."""
+"""vLLM options given by the user that affect numprune."""
 
 import argparse
 import re
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from numprune.errors import InputError
 
 _NAMES = "--served-model-name"
-_SPELLINGS = re.compile(r"^--served[\w-]*")  # vLLM takes underscores, too, and a beginning that is unambiguous
+_SPELLINGS = re.compile(r"^--served[\w-]*")  # vLLM also accepts underscores and unambiguous abbreviations
 
 
 def split_names(options: Sequence[str], default: str) -> tuple[list[str], list[str]]:
-    """The names by which requests may ask for the model, and the other options.
+    """The served model names, and the other options.
 
     The names are those of `--served-model-name`, or `default`. vLLM puts the first one into its answers.
 
@@ -27,6 +27,6 @@ def split_names(options: Sequence[str], default: str) -> tuple[list[str], list[s
 
 
 def taken(option: str, reserved: Iterable[str]) -> str | None:
-    """Which of the reserved options a word is, in any spelling that vLLM takes."""
+    """The reserved option that a word is, in any spelling that vLLM accepts."""
     name = option.partition("=")[0].replace("_", "-")
     return next((one for one in reserved if name.startswith("-") and one.startswith(name)), None)

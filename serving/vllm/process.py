@@ -1,8 +1,8 @@
-"""A long-lived process with children of its own, a log file and a tag: started, watched, found again, stopped.
+"""A long-lived process with children, a log file and a tag: started, watched, found again, stopped.
 
-The tag stands in the environment of the process, and so in that of all its children: it finds them when they were left
-behind, even by a process that is gone. It also names the folder of their temporary files, which is removed with them:
-vLLM leaves a socket in it for each of its engines.
+The tag is in the environment of the process and of all its children, so that leftovers are found even if their parent
+is gone. It also names the folder of their temporary files, which is removed with them: vLLM leaves a socket in it for
+each of its engines.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ TAG = "NUMPRUNE_TAG"  # in the environment
 
 _POLL_S = 0.1
 GRACE_S = 30.0
-_CHILDREN_S = 3.0  # Python's resource tracker is one of them: it removes the shared memory that a crash left
+_CHILDREN_S = 3.0  # they include Python's resource tracker, which removes shared memory after a crash
 _TAIL_BYTES = 1 << 16
 _TAIL_LINES = 6
 _NOISE = re.compile(r"^(\([^)]*pid=\d+\) )*([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d( \[[^]]*\])? ?)?|\x1b\[[0-9;]*m")
@@ -36,10 +36,10 @@ _INHERITED_NOT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER_
 
 @dataclass(frozen=True)
 class Process:
-    """A process that we started, in this process or an earlier one; plain values, so that they can be written down.
+    """A process started by this process or an earlier one; plain values that can be stored.
 
     Attributes:
-        tag: in its environment and its children's. It says whether a process of this number is still the same one.
+        tag: in the environment of it and its children; tells whether a process with this id is still the same one.
         log: its stdout and stderr.
     """
 
@@ -55,18 +55,18 @@ class Process:
         try:
             found = psutil.Process(self.pid)
             return found.status() != psutil.STATUS_ZOMBIE and found.environ().get(TAG) == self.tag
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # another user's has our number now
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # the id now belongs to another user's process
             return False
 
     def how_it_ended(self) -> str:
-        """In words; only for a process that is not alive."""
+        """How it ended, in words; only for an ended process."""
         status = self._child.poll() if self._child is not None else None
         if status is None:
             return "ended"
         return f"ended with exit status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
 
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """SIGTERM to the process; after `grace_s`, or when it has ended, SIGKILL to what is left of its children."""
+        """Send SIGTERM to the process and, after `grace_s` or once it has ended, SIGKILL to its remaining children."""
         if self.is_alive():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
@@ -81,7 +81,7 @@ class Process:
             self._watcher.wait()
 
     def last_words(self) -> str:
-        """What the log ends with, in one line: the causes that it names, else its last lines."""
+        """The end of the log in one line: the causes that it names, or its last lines."""
         if not self.log.exists():
             return "its log has been removed"
         with self.log.open("rb") as file:
@@ -99,11 +99,11 @@ def start(
     """Start `command` in a session of its own, with a temporary folder of its own. Raises DiskError.
 
     Args:
-        detached: it outlives this process; else it ends with this process, however that ends.
-        env: on top of this process's environment.
+        detached: it outlives this process; otherwise it ends with this process, however that ends.
+        env: added to this process's environment.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}
-    watcher = None if detached else _watch(tag)  # first: from its start on, the command is watched
+    watcher = None if detached else _watch(tag)  # first, so that the command is watched from its start
     log.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(tag)
     scratch.mkdir(mode=0o700, exist_ok=True)
@@ -113,8 +113,9 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal is for us; we stop it in order
-            # SPT_NOENV: vLLM names its processes with setproctitle, which else overwrites the environment in /proc.
+            start_new_session=True,  # Ctrl-C in the terminal must reach only us; we stop it in an orderly way
+            # SPT_NOENV: vLLM names its processes with setproctitle, which otherwise overwrites the environment in
+            # /proc.
             env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), "TMPDIR": str(scratch), TAG: tag},
         )
     return Process(child.pid, tag, log, child, watcher)
@@ -131,7 +132,7 @@ def _watch(tag: str) -> "subprocess.Popen[bytes]":
 
 
 def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
-    """All living processes of ours whose tag begins with `prefix`, each with its tag."""
+    """All live processes whose tag starts with `prefix`, with their tags."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             tag = process.environ().get(TAG)
@@ -140,7 +141,7 @@ def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:
 
 
 def end_tagged(tag: str, grace_s: float) -> None:
-    """SIGTERM to all processes of exactly this tag, and `grace_s` later SIGKILL to those that are left."""
+    """Send SIGTERM to all processes with exactly this tag, and SIGKILL to the rest after `grace_s`."""
     for process, other in tagged(tag):
         if other == tag:
             with suppress(psutil.NoSuchProcess):
@@ -149,7 +150,7 @@ def end_tagged(tag: str, grace_s: float) -> None:
 
 
 def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
-    """End all processes of exactly this tag, after `grace_s` to end by themselves, and wait until they are gone.
+    """Kill all processes with exactly this tag that do not end within `grace_s`, and wait until they are gone.
 
     Their temporary folder goes with them.
     """

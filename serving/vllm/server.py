@@ -1,4 +1,4 @@
-"""A vLLM server for one checkpoint: a process, an address, and what it says when it dies."""
+"""A vLLM server for one checkpoint: its process, its address, and its last words if it dies."""
 
 import getpass
 import json
@@ -33,24 +33,24 @@ SETTLE_S = 5.0
 _POLL_S = 0.5
 _ABANDON_S = 3.0
 _REPORT_S = 10.0
-_MAXIMUM_CONFIG_BYTES = 16 << 20  # what is longer is cut, and then no JSON
-_PER_LAYER = "numprune_"  # model types that need our plug-in
+_MAXIMUM_CONFIG_BYTES = 16 << 20  # longer content would be truncated, and then not valid JSON
+_PER_LAYER = "numprune_"  # model types that need the plug-in
 _SERVES = "NUMPRUNE_SERVES"  # in the environment of a server and its children: the checkpoint
 
-# None of these overrules what the user set.
+# None of these overrides user settings.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",  # a release is a local folder with all that is needed
+    "HF_HUB_OFFLINE": "1",  # a release is a complete local folder
 }
-# vLLM compiles the function behind `logprobs` even then: the first request that asks for them, ours, would wait for it.
+# vLLM still compiles the function behind `logprobs`, and our check, the first request that needs it, would wait.
 _EAGER = {"TORCH_COMPILE_DISABLE": "1"}
-# Of our plug-in: the loader that compares weights with the configuration, those that are reloaded later on, too.
+# The plug-in's loader, which compares weights with the configuration, also when they are reloaded.
 _AUDITED = ("--load-format", "numprune")
 
 
 class ServerError(NumpruneError):
-    """A server that did not start, died or does not answer; the message has vLLM's own last lines."""
+    """A server did not start, died or does not respond; the message has vLLM's last lines."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Server:
     """A server, starting or ready.
 
     Attributes:
-        url: of its root, without a slash at the end; the API is at `/v1`.
-        name: of the model it serves, as requests name it.
-        api_key: that its clients must send.
+        url: of its root, without a trailing slash; the API is at `/v1`.
+        name: of the model it serves, as used in requests.
+        api_key: that clients must send.
     """
 
     url: str
@@ -70,7 +70,7 @@ class Server:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of requests to it."""
+        """Headers of requests to it."""
         return keys.headers(self.api_key)
 
     @property
@@ -78,7 +78,7 @@ class Server:
         return self.process.pid
 
     def wait_until_ready(self, timeout_s: float = STARTUP_S) -> None:
-        """Wait for /health, telling the log how it goes. Raises ServerError: it died, or is not ready in time."""
+        """Wait for /health and log progress. Raises ServerError if it dies or is not ready in time."""
         started = time.monotonic()
         told = started
         while not self._is_healthy():
@@ -94,9 +94,9 @@ class Server:
         logger.info("%s: vLLM answers at %s after %.0f s", self.name, self.url, time.monotonic() - started)
 
     def require_alive(self, settle_s: float = 0.0) -> None:
-        """Raises ServerError, with vLLM's last lines, when the process has ended.
+        """Raises ServerError, with vLLM's last lines, if the process has ended.
 
-        `settle_s`: how long it may take to end, for whoever lost his connection to it: that is cut before.
+        `settle_s`: time that it may take to end, for callers that lost their connection, which breaks first.
         """
         deadline = time.monotonic() + settle_s
         while self.process.is_alive() and time.monotonic() < deadline:
@@ -105,11 +105,11 @@ class Server:
             raise ServerError(f"{self.name}: vLLM {self.process.how_it_ended()}; {self.process.last_words()}")
 
     def stop(self, grace_s: float = GRACE_S) -> None:
-        """End the server and all of its processes, by force after `grace_s`; one that has ended already is no error."""
+        """Stop the server and all of its processes, by force after `grace_s`; not an error if it has already ended."""
         self.process.stop(grace_s)
 
     def abandon(self) -> None:
-        """`stop` for one that takes no requests yet: a vLLM that is starting may miss its SIGTERM."""
+        """Like `stop`, for a server that is still starting and may miss its SIGTERM."""
         self.stop(grace_s=_ABANDON_S)
 
     def _is_healthy(self) -> bool:
@@ -119,14 +119,14 @@ class Server:
             return False
 
     def _require_ours(self) -> None:
-        """What answers must be the model we started: another server may have taken the port meanwhile."""
+        """Check that the response is from our model: another server may have taken the port meanwhile."""
         self.require_alive()
         answer = loopback.get(f"{self.url}/v1/models", headers=self.headers, timeout=30.0)
         if answer.status_code == httpx.codes.UNAUTHORIZED:
-            raise ServerError(f"{self.url}: {keys.refused(self.api_key)}; another server has this port")
+            raise ServerError(f"{self.url}: {keys.refused(self.api_key)}; another server uses this port")
         served = [model.get("id") for model in answer.json().get("data", [])] if answer.is_success else []
         if self.name not in served:
-            raise ServerError(f"{self.url}: serves {served}, not {self.name}; another server has this port")
+            raise ServerError(f"{self.url}: serves {served}, not {self.name}; another server uses this port")
 
 
 @contextmanager
@@ -144,19 +144,19 @@ def serving(
     log: Path | None = None,
     startup_timeout_s: float = STARTUP_S,
 ) -> Iterator[Server]:
-    """A server that is ready, and is stopped when the block is left or when this process ends, however that happens.
+    """A ready server, which is stopped when the block exits or when this process ends for whatever reason.
 
     Args:
-        name: of the model, for requests, unless `options` has --served-model-name.
-        port: 0 is any free one.
-        options: of vLLM, behind those that the checkpoint needs.
-        api_key: that clients must send; None asks for none, whatever the environment has for vLLM.
+        name: of the model in requests, unless `options` has --served-model-name.
+        port: 0 picks a free one.
+        options: for vLLM, after those that the checkpoint needs.
+        api_key: that clients must send; None requires none, whatever is set in the environment.
         env: environment variables for it.
-        log: where its output goes; without one, to a temporary file that is removed with the server.
+        log: for its output; by default a temporary file that is removed with the server.
 
     Raises:
-        InputError: the port is taken.
-        MissingRuntime: the checkpoint needs our plug-in, and the environment lacks it.
+        InputError: the port is in use.
+        MissingRuntime: the checkpoint needs the plug-in, which is not installed.
         ServerError: vLLM did not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="numprune-vllm-") as scratch:
@@ -205,8 +205,8 @@ def start(
     _require_plugin(environment, checkpoint, str(config.get("model_type")))
     if api_key and not _is_decoder(config):
         logger.warning(
-            "%s: vLLM asks for the API key under /v1 only: /classify and /pooling answer without it; keep them behind "
-            "a gateway",
+            "%s: vLLM requires the API key only under /v1; /classify and /pooling respond without it, so keep them "
+            "behind a gateway",
             name,
         )
     names, others = split_names(options, name)
@@ -216,7 +216,7 @@ def start(
     command: list[str | Path] = [
         environment.python,
         "-m",
-        "vllm.entrypoints.openai.api_server",  # `vllm serve` wants a distribution called vllm; the CPU's is not
+        "vllm.entrypoints.openai.api_server",  # `vllm serve` requires a distribution named vllm, unlike the CPU build's
         *("--model", str(checkpoint.absolute())),
         *("--served-model-name", *names),
         *("--host", host, "--port", str(port)),
@@ -253,7 +253,7 @@ def _compiled() -> str:
 
 
 def served_checkpoints() -> set[Path]:
-    """Those of all servers of ours that run on this machine."""
+    """Checkpoints of all our servers on this machine."""
     found = set()
     for running, _ in process.tagged(""):
         with suppress(psutil.Error):
@@ -262,10 +262,10 @@ def served_checkpoints() -> set[Path]:
 
 
 def require_free(host: str, port: int) -> None:
-    """Raises InputError when something listens there; vLLM itself would find out after its imports only."""
+    """Raises InputError if the port is in use; vLLM itself would notice only after its imports."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore closed connections
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -281,7 +281,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def _needs(checkpoint: Path) -> tuple[str, ...]:
-    """Options without which vLLM does not load it: the exporter found them out."""
+    """Options that vLLM needs to load it, recorded by the exporter."""
     if not (checkpoint / manifest.FILE_NAME).is_file():
         return ()
     return needs.checked(manifest.read(checkpoint).facts.get("needs", []), checkpoint / manifest.FILE_NAME)
@@ -293,7 +293,7 @@ def _memory(checkpoint: Path, name: str) -> tuple[str, ...]:
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     share = memory.share(found, weights)
     logger.info(
-        "%s: vLLM gets %.1f %% of the memory, %.1f GiB, which leaves half of what is free; change it with -- %s",
+        "%s: vLLM gets %.1f %% of the memory, %.1f GiB, leaving half of the free memory; change it with -- %s",
         name,
         100 * share,
         share * found.total / (1 << 30),
@@ -308,11 +308,11 @@ def _config(checkpoint: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return dict(json.loads(file.read(_MAXIMUM_CONFIG_BYTES)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); a model is a folder with config.json") from None
+        raise InputError(f"{path}: cannot be read ({error}); a model must be a folder with config.json") from None
 
 
 def _is_decoder(config: dict[str, Any]) -> bool:
-    """Whether the plug-in's loader knows the tensors: encoders were audited when they were fetched."""
+    """Whether the plug-in's loader applies: encoders are audited when they are fetched."""
     named = config.get("architectures")
     return not isinstance(named, list) or str((named or [""])[0]).endswith(("CausalLM", "LMHeadModel"))
 
@@ -326,6 +326,6 @@ def _require_plugin(environment: Environment, checkpoint: Path, model_type: str)
 
 
 def reachable(host: str) -> str:
-    """The address at which this machine reaches a server that listens on `host`."""
+    """The address from which this machine reaches a server listening on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared with, not listened on
     return f"[{host}]" if ":" in host else host

@@ -1,7 +1,7 @@
-"""Run as `python -m numprune.serving.vllm.watch PARENT_PID TAG`: ends everything of this tag when the parent ends.
+"""Run as `python -m numprune.serving.vllm.watch PARENT_PID TAG`: ends all processes with this tag when the parent ends.
 
-However the parent ends, by kill -9 too. A signal from the kernel at that moment (PR_SET_PDEATHSIG) is not enough: a
-vLLM that is starting may lose its SIGTERM, and its children would not get one at all.
+It works however the parent ends, even by kill -9. A kernel signal (PR_SET_PDEATHSIG) is not enough: a starting vLLM may
+lose its SIGTERM, and its children would not get one at all.
 """
 
 import os

@@ -134,5 +134,5 @@ def test_the_hub_id_is_recovered_from_the_hub_cache(folder: str, name: str | Non
 def test_quality_replaces_the_not_measured_section() -> None:
     text = "# A\n\n## Quality\n\nNot measured yet.\n\n## Use\n\nB\n"
     assert card.with_quality(text, "## Quality\n\n| 1 |\n") == "# A\n\n## Quality\n\n| 1 |\n\n## Use\n\nB\n"
-    with pytest.raises(IntegrityError, match=r"README\.md: not a card that numprune wrote"):
+    with pytest.raises(IntegrityError, match=r"README\.md: not a card written by numprune"):
         card.with_quality("# Another", "## Quality\n")

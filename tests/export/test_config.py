@@ -93,7 +93,7 @@ def test_a_llama_with_biases_that_mistral_lacks(tiny_checkpoint: Checkpoint) -> 
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_sliding_window_of_zero_is_refused(tiny_checkpoint: Checkpoint, window: int) -> None:
     folder = change(tiny_checkpoint("mistral"), sliding_window=window)
-    with pytest.raises(InputError, match=rf"config\.json: sliding_window={window}; give null for no window"):
+    with pytest.raises(InputError, match=rf"config\.json: sliding_window={window}; use null for no window"):
         read_config(folder)
 
 

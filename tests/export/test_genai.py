@@ -279,7 +279,7 @@ def test_unsupported_networks_are_refused_by_name(
 
 
 def test_float32_on_a_gpu_is_refused_because_its_attention_lacks_it() -> None:
-    with pytest.raises(InputError, match=r"float16 and bfloat16 only, not float32; .* use onnx \(--to onnx\)"):
+    with pytest.raises(InputError, match=r"only supports float16 and bfloat16; .* use onnx \(--to onnx\)"):
         genai.check_precision("float32", "cuda")
     genai.check_precision("float16", "cuda")
     genai.check_precision("float32", "cpu")
@@ -287,6 +287,6 @@ def test_float32_on_a_gpu_is_refused_because_its_attention_lacks_it() -> None:
 
 def test_unsupported_head_sizes_are_refused(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(num_hidden_layers=1, head_dim=24)
-    with pytest.raises(InputError, match=r"head_dim=24: its GroupQueryAttention computes .*\(--to onnx\)"):
+    with pytest.raises(InputError, match=r"head_dim=24: its GroupQueryAttention only supports .*\(--to onnx\)"):
         genai.export(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()

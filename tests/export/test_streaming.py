@@ -116,7 +116,7 @@ def test_hidden_states_are_in_an_unlinked_file(tiny_checkpoint, tmp_path) -> Non
 
 def test_a_full_disk_is_named(tiny_checkpoint, tmp_path) -> None:
     layers = CheckpointLayers(tiny_checkpoint(), scratch=tmp_path)
-    with pytest.raises(InputError, match=r"no room for 8,796,093,022,208 bytes of hidden states"):
+    with pytest.raises(InputError, match=r"no space for 8,796,093,022,208 bytes of hidden states"):
         layers.allocate(1 << 41)
 
 
@@ -139,12 +139,14 @@ def test_wrong_shapes_and_truncated_shards_are_refused(tiny_checkpoint, tmp_path
     last = max(folder.glob("model-*.safetensors"))
     whole = last.read_bytes()
     last.write_bytes(whole[:-2])
-    with pytest.raises(IntegrityError, match=rf"{last.name}: not a whole safetensors file"):
+    with pytest.raises(IntegrityError, match=rf"{last.name}: not a complete safetensors file"):
         CheckpointLayers(folder, scratch=tmp_path)
     last.write_bytes(whole)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 104'))
-    with pytest.raises(IntegrityError, match=r"mlp\.down_proj\.weight has shape \[64, 96\], but .* means \[64, 104\]"):
+    with pytest.raises(
+        IntegrityError, match=r"mlp\.down_proj\.weight has shape \[64, 96\], but .* implies \[64, 104\]"
+    ):
         CheckpointLayers(folder, scratch=tmp_path)
 
 

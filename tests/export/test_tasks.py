@@ -77,7 +77,7 @@ def test_pooling_follows_sentence_transformers(pooling, expected, copied):
 @pytest.mark.parametrize(
     ("pooling", "modules", "message"),
     [
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, KNOWN, "supported is one of mean, cls"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, KNOWN, "it must be one of mean, cls"),
         ({"pooling_mode_weightedmean_tokens": True}, KNOWN, "pooling_mode_weightedmean_tokens"),
         ({"pooling_mode": "weightedmean"}, KNOWN, "pooling weightedmean"),
         ({"pooling_mode": "mean"}, (*KNOWN, "Dense"), "module 'Dense' is not supported"),
@@ -152,5 +152,5 @@ def test_roberta_reserves_its_first_positions():
         for length in (context - 2, context - 1)
     )
     assert evaluate(model, fitting, task).count == round(0.15 * context)
-    with pytest.raises(InputError, match=f"sequence length {context + 1} is over the model's context of {context}"):
+    with pytest.raises(InputError, match=f"sequence length {context + 1} exceeds the model's context of {context}"):
         evaluate(model, longer, task)

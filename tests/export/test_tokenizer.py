@@ -66,10 +66,10 @@ def test_a_tokenizer_class_chosen_by_the_model_type(
     """transformers gives every Qwen2 that class's normaliser, whatever the files say."""
     folder = tiny_checkpoint("qwen2")
     assert other_reading(folder) is None
-    assert "decomposed ones get other tokens" in caplog.text
+    assert "decomposed accents get other tokens" in caplog.text
     reads_as_written(folder)
     alter(folder, lambda tokenizer: setattr(tokenizer, "normalizer", Lowercase()))
-    assert "it takes Qwen2Tokenizer for this model type" in str(other_reading(folder))
+    assert "it uses Qwen2Tokenizer for this model type" in str(other_reading(folder))
     reads_as_written(folder)
 
 
@@ -94,7 +94,7 @@ def test_special_tokens_outside_the_vocabulary_add_no_token(tiny_checkpoint: Che
 def test_an_empty_unknown_token_that_vllm_fails_on_is_refused(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
     settings(folder, unk_token="")
-    with pytest.raises(InputError, match=r'tokenizer_config\.json: "unk_token": "" is no token; remove that line'):
+    with pytest.raises(InputError, match=r'tokenizer_config\.json: "unk_token": "" is not a token; remove that line'):
         vllm.export(folder, folder.with_name("out"))
     settings(folder, unk_token=None)
     assert other_reading(folder) is None
@@ -162,7 +162,7 @@ def test_a_sentencepiece_model_alone(sentencepiece: Callable[..., Path]) -> None
     checkpoint.save(model, folder, folder.with_name("out"))
     assert not folder.with_name("out").joinpath("tokenizer.json").exists()
     settings(folder.with_name("out"), unk_token="")
-    with pytest.raises(InputError, match=r'"unk_token": "" is no token; remove that line'):
+    with pytest.raises(InputError, match=r'"unk_token": "" is not a token; remove that line'):
         load_tokenizer(folder.with_name("out"))
     vllm.export(folder, folder.with_name("vllm"))
     for name in ("out", "vllm"):
@@ -175,7 +175,7 @@ def test_a_sentencepiece_model_that_transformers_reads_differently_is_refused(
     """The Llama class knows nothing of this one's normalisation."""
     folder = sentencepiece(**LLAMA | {"normalization_rule_name": "nmt_nfkc_cf"})
     with pytest.raises(
-        InputError, match=r"tokenizer\.model: transformers takes it for LlamaTokenizer .*sentencepiece; put"
+        InputError, match=r"tokenizer\.model: transformers reads it as LlamaTokenizer .*sentencepiece; put"
     ):
         load_tokenizer(folder)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")  # tiktoken's format, under the same name

@@ -12,6 +12,7 @@ import numprune
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows.steps.quantize import quantize_checkpoint
+from tests.flows.test_readme import PYTHON as README_LINES
 
 OPTIONS = numprune.PruneOptions(ratio=0.25)
 
@@ -158,7 +159,9 @@ def test_the_documented_lines_pass_mypy_strict(tmp_path: Path) -> None:
     lines = [line.removeprefix("    ") for line in api.__doc__.splitlines() if line.startswith("    ")]
     assert lines[0] == "import numprune"
     (tmp_path / "script.py").write_text("\n".join([*lines, "reveal_type(plan)", "reveal_type(pruned)", ""]))
-    check = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(tmp_path / "script.py")]
+    (tmp_path / "readme.py").write_text(README_LINES)
+    scripts = [str(tmp_path / name) for name in ("script.py", "readme.py")]
+    check = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *scripts]
     root = Path(numprune.__file__).parent.parent
     done = subprocess.run(check, cwd=root, capture_output=True, text=True)
     revealed = [line.split("Revealed type is ")[1] for line in done.stdout.splitlines() if "Revealed type" in line]

@@ -39,7 +39,7 @@ def test_a_head_size_without_cpu_kernel_is_refused_before_any_work(tiny: Path, t
                 said = ""
             except InputError as error:
                 said = str(error)
-        assert ("benchmark.runtimes: vLLM's CPU kernels know head sizes 32, " in said) == refused
+        assert ("benchmark.runtimes: vLLM's CPU kernels support head sizes 32, " in said) == refused
 
 
 def test_unsupported_exports_are_refused_before_any_work(
@@ -75,8 +75,8 @@ def test_a_recipe_sets_the_concurrencies(tiny: Path, value: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["torch", "--concurrency", "2"], "--runtime torch: the options of runtime vllm"),
-        (["torch", "--untested-vllm"], "--runtime torch: the options of runtime vllm"),
+        (["torch", "--concurrency", "2"], "--runtime torch: the options for runtime vllm"),
+        (["torch", "--untested-vllm"], "--runtime torch: the options for runtime vllm"),
         (["vllm", "--vllm", "/nowhere"], "/nowhere: no virtual environment there"),
     ],
 )

@@ -78,7 +78,7 @@ def test_only_unused_data_is_removed_and_only_with_yes(numprune: Command, tmp_pa
     assert (done["removed"], done["freed_bytes"]) == ([str(unused)], told["bytes"])
     assert not unused.exists()
     assert {("stages", name) for name in stages(tmp_path) - {"notes.txt"}} == runs.uses(run)
-    assert numprune("runs", "clean", "--workspace", tmp_path).out == "nothing can go\n"
+    assert numprune("runs", "clean", "--workspace", tmp_path).out == "nothing to remove\n"
 
 
 def test_runs_are_forgotten_by_number_and_age(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_published_releases_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [item.path for item in found.goes] == [unpublished]
     whys = {item.path: item.why for item in found.stays}
     assert whys[published] == "published"
-    assert "cannot be told: registry http://127.0.0.1:9" in whys[unknown]
-    assert "cannot be told" in whys[damaged]
+    assert "cannot tell whether it was published: registry http://127.0.0.1:9" in whys[unknown]
+    assert "cannot tell whether it was published" in whys[damaged]
     before = sorted((tmp_path / "registry").rglob("*"))
     assert [item.path for item in clean.remove(tmp_path, found)[0]] == [unpublished]
     assert sorted((tmp_path / "registry").rglob("*")) == before
@@ -187,8 +187,8 @@ def test_a_published_release_is_kept_even_if_the_registry_lists_are_incomplete(
 
     assert stays() == "published"
     for search, lacks in (
-        ("search_registered_models", f"has the model {name}, but its list of models lacks it"),
-        ("search_model_versions", f"has the version {name}/1 (candidate), but its list of versions lacks it"),
+        ("search_registered_models", f"has the model {name}, but does not list it"),
+        ("search_model_versions", f"has the version {name}/1 (candidate), but does not list it"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(opened.client), search, lambda *_, **__: [])
@@ -196,7 +196,7 @@ def test_a_published_release_is_kept_even_if_the_registry_lists_are_incomplete(
     with answering({"/version": (200, "2.20.4")}) as old:
         unknown = release(tmp_path, "b", uri=old)
         why = next(item.why for item in clean.look(tmp_path).stays if item.path == unknown)
-        assert f"cannot be told: registry {old}: MLflow 2.20.4 is not supported" in why
+        assert f"cannot tell whether it was published: registry {old}: MLflow 2.20.4 is not supported" in why
 
 
 def test_a_clean_killed_during_a_removal(tmp_path: Path) -> None:

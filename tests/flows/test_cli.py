@@ -143,7 +143,7 @@ def test_version(numprune: Command, capfd: pytest.CaptureFixture[str], option: s
         (["benchmark", "c", "--baseline", "b", "--runtime", "tgi"], "invalid choice: 'tgi'"),
         (
             ["benchmark", "c", "--baseline", "b", "--runtime", "torch", "--no-pack"],
-            "--split, --chat and --pack say how --text is read, and none is given",
+            "--split, --chat and --pack need --text",
         ),
         (["serve", "m", "--vllm", "./none"], "none: no virtual environment there"),
         (["optimize", "none.toml"], "recipe none.toml: no such file"),
@@ -213,7 +213,7 @@ def test_inspect(numprune: Command, tiny: Path) -> None:
     [
         (["--keep", "layers.0", "layers.9.mlp"], "keep: 'layers.9.mlp' is unknown; the model has layers.0 to layers.1"),
         (["--keep", "layers.0"], "keep: uniform allocation gives every layer the same size"),
-        (["--floor", "attention=0.5", "--floor", "mlp=2"], "floors: mlp is 2.0; it must be a share from 0 to 1"),
+        (["--floor", "attention=0.5", "--floor", "mlp=2"], "floors: mlp is 2.0; it must be between 0 and 1"),
         (["--floor", "mlp=0.9", "--floor", "attention=1"], "at most 0.0"),
         (["--axes", "query-heads", "--allocation", "global"], "axes: allocation global sorts whole units"),
     ],
@@ -252,7 +252,7 @@ def test_prune(pruned: tuple[Path, Answered], numprune: Command, tiny: Path) -> 
     text = numprune("inspect", out).out
     for number, split in enumerate(after["plan"]["splits"]):
         heads = f" of {split['query_heads']} query heads" if split["query_heads"] > 1 else ""
-        sizes = f"{split['kv_groups']} KV groups{heads} and {split['mlp_channels']} channels per layer"
+        sizes = f"{split['kv_groups']} KV groups?{heads} and {split['mlp_channels']} channels per layer"
         assert re.search(rf"{'other' if number else 'chosen'} split +{sizes}, priced at \d", text)
     (attention, mlp), chosen = after["blocks"][:2], after["plan"]["splits"][0]
     assert (attention["units"], attention["members"]) == (chosen["kv_groups"], chosen["query_heads"])
@@ -291,7 +291,7 @@ def test_compensation_with_a_bias(numprune: Command, tiny: Path, tmp_path: Path)
     refused = numprune("prune", tmp_path / "mistral", tmp_path / "none", *command)
     assert (refused.code, refused.err) == (
         1,
-        "numprune: error: compensation bias: the projections of mistral cannot hold a bias; use another compensation\n",
+        "numprune: error: compensation bias: the projections of mistral cannot have a bias; use another compensation\n",
     )
 
 
@@ -330,7 +330,7 @@ def test_evaluate_honours_the_text_options(numprune: Command, tiny: Path, tmp_pa
     assert {**split, "model": ""} == {**records, "model": ""}
     assert split["documents"] == 24
     dead = numprune(*command, tiny / "heldout.jsonl", "--split", "blank-line")
-    assert dead.err == "numprune: error: --split blank-line: there is no plain text file to split; leave it out\n"
+    assert dead.err == "numprune: error: --split blank-line: there is no plain text file to split; omit it\n"
     found = numprune(*command, tmp_path / "one.txt", "--baseline", tmp_path / "base")
     assert found.json["nll_delta_nats_per_token"]["sampling_unit"] == "window"
     assert "the held-out text has 1 document, so intervals are over its" in found.err

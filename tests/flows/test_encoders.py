@@ -104,12 +104,12 @@ def test_options_that_do_not_apply_to_encoders_are_refused_before_any_work(encod
     with pytest.raises(InputError) as caught:
         checks.check(asked, tmp_path / "w")
     for problem in (
-        "benchmark.runtimes: vllm times generation, and models of embedding generate nothing; they are timed in torch",
-        "export.targets: engines are built of decoders only; leave tensorrt out",
-        "evaluate.prompts: models of embedding generate nothing; leave it out",
-        "benchmark.torch_mode = 'compiled': only decoding is compiled, and models of embedding generate nothing; leave",
+        "benchmark.runtimes: vllm times generation, which embedding models do not have; they are timed in torch",
+        "export.targets: engines are built only for decoders; omit tensorrt",
+        "evaluate.prompts: embedding models do not generate; omit it",
+        "benchmark.torch_mode = 'compiled': only decoding is compiled, and embedding models do not generate; omit",
         "benchmark.lengths = [8, 1000]: the model takes at most 256 tokens",
-        "gates.0.metric = 'quality.perplexity_ratio': only models of causal-lm have it, and this one's task is embed",
+        "gates.0.metric = 'quality.perplexity_ratio': only causal-lm models have it, and this model's task is embed",
     ):
         assert problem in str(caught.value)
 
@@ -135,8 +135,8 @@ def test_encoder_options_are_refused_for_decoders(numprune: Command, tiny: Path,
     base = tiny / "base"
     found = numprune("benchmark", base, "--baseline", base, "--runtime", "torch", "--lengths", "8")
     assert found.code == 1
-    assert "--batch-sizes, --lengths and --passes are for encoders, and it is a decoder" in found.err
+    assert "--batch-sizes, --lengths and --passes are for encoders, but it is a decoder" in found.err
     base = encoder / "base"
     found = numprune("benchmark", base, "--baseline", base, "--runtime", "tensorrt")
     assert found.code == 1
-    assert "tensorrt times generation, and models of embedding generate nothing" in found.err
+    assert "tensorrt times generation, which embedding models do not have" in found.err

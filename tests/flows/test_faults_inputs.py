@@ -46,7 +46,7 @@ def remove(model: Path) -> str:
 
 def truncate(model: Path) -> str:
     os.truncate(model / WEIGHTS, (model / WEIGHTS).stat().st_size // 2)
-    return f"{WEIGHTS}: not a whole safetensors file"
+    return f"{WEIGHTS}: not a complete safetensors file"
 
 
 def nan(model: Path) -> str:
@@ -59,7 +59,7 @@ def nan(model: Path) -> str:
 def adapter(model: Path) -> str:
     """Ignored without peft; with it, applied by some commands and not by others."""
     (model / "adapter_config.json").write_text("{}")
-    return "adapter_config.json: the folder holds an adapter, which would be ignored; merge the adapter first"
+    return "adapter_config.json: the folder contains an adapter, which would be ignored; merge the adapter first"
 
 
 PRUNE = ["prune", "MODEL", "OUT", "--ratio", "0.2", "--samples", "4", "--sequence-length", "64", "--text", "TEXT"]
@@ -172,7 +172,7 @@ def test_candidate_and_baseline_with_different_tokenizers(numprune: Command, tin
             ["evaluate", one, "--baseline", other, "--text", tiny / "train.txt"],
             ["benchmark", one, "--baseline", other, "--runtime", "torch", "--text", tiny / "train.txt"],
         ):
-            refused(numprune(*arguments), f"{one} and {other}: their tokenizers make different tokens of the text")
+            refused(numprune(*arguments), f"{one} and {other}: their tokenizers give different tokens for the text")
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_texts_in_other_formats_are_refused_by_name(numprune: Command, tiny: Pat
     texts = [tmp_path / "table.csv", tmp_path / "records.txt", tmp_path / "folder"]
     said = [
         f"text file '{texts[0]}' is a table, not text; write its text column as .jsonl, a line",
-        f"text file '{texts[1]}' holds JSON; give it the suffix .jsonl (a record per line) or .json",
+        f"text file '{texts[1]}' contains JSON; rename it to .jsonl (a record per line) or .json",
         f"{texts[2]}: is a folder, but not one that `Dataset.save_to_disk` wrote; give the text files in it",
     ]
     prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.2", "--text", *texts]
@@ -223,7 +223,7 @@ def test_texts_in_other_formats_are_refused_by_name(numprune: Command, tiny: Pat
     answered = numprune(
         *command(tiny / "recipe.toml", tmp_path / "w", "data.calibration=embedded", "data.split=blank-line")
     )
-    refused(answered, "data.split = 'blank-line': there is no plain text file to split; leave it out")
+    refused(answered, "data.split = 'blank-line': there is no plain text file to split; omit it")
     assert not (tmp_path / "w").exists()
 
 
@@ -237,9 +237,9 @@ def test_empty_documents_change_nothing(numprune: Command, tiny: Path, tmp_path:
 
 def test_a_ratio_below_the_floor(numprune: Command, tiny: Path, tmp_path: Path) -> None:
     prune = ["prune", tiny / "base", tmp_path / "out", "--ratio", "0.99", "--text", tiny / "train.txt"]
-    refused(numprune(*prune), "ratio is 0.99, but with the least that every block must keep")
+    refused(numprune(*prune), "ratio is 0.99, but with the minimum that every block must keep")
     answered = numprune(*command(tiny / "recipe.toml", tmp_path / "w", "prune.ratio=0.99"))
-    refused(answered, "prune: ratio is 0.99, but with the least that every block must keep")
+    refused(answered, "prune: ratio is 0.99, but with the minimum that every block must keep")
     assert not (tmp_path / "w").exists()
 
 

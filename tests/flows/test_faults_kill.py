@@ -67,7 +67,7 @@ def test_concurrent_runs_of_one_recipe(driver: Driver, workspace: Path, tiny: Pa
     with driving(tmp_path / "control") as other:
         driver.run_until("prune", "rename", argv)
         other.begin(argv)
-        wait_until(lambda: "another run is making it; waiting" in other.said())
+        wait_until(lambda: "another run is computing it; waiting" in other.said())
         driver.let_go()
         found = [one.answer() for one in (driver, other)]
     if [code for code, _ in found] == [4, 4]:

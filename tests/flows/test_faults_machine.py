@@ -285,7 +285,7 @@ def test_a_deleted_current_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, cwd=gone, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "numprune: error: the current folder was deleted; change to one that exists\n"
+    assert done.stderr == "numprune: error: the current folder was deleted; change to an existing one\n"
 
 
 def test_a_user_without_a_home(tmp_path: Path) -> None:
@@ -316,12 +316,12 @@ def test_a_machine_without_any_temporary_folder(tmp_path: Path, monkeypatch: pyt
     """As a container is whose file systems are all read-only."""
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
-    with pytest.raises(DiskError, match=r"^No usable temporary directory found in .*; set TMPDIR to a folder"):
+    with pytest.raises(DiskError, match=r"^No usable temporary directory found in .*; set TMPDIR to a writable folder"):
         disk.folder_for_sockets()
 
 
 def test_no_folder_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
     monkeypatch.setattr(disk, "_SHORT", (str(tmp_path / "none"),))
-    with pytest.raises(DiskError, match=r"^TMPDIR .*long: too long for the sockets of our processes"):
+    with pytest.raises(DiskError, match=r"^TMPDIR .*long: too long for Unix sockets"):
         disk.folder_for_sockets()

@@ -46,7 +46,7 @@ def test_plan_writes_nothing_and_matches_dry_run(numprune: Command, tiny: Path, 
     assert dry.json == found
     told = numprune("plan", tiny / "recipe.toml", "--workspace", tmp_path / "w").out
     assert "calibration: 12 of" in told
-    assert "to be made" in told
+    assert "to be computed" in told
 
 
 def test_finished_stages_would_be_reused_unless_the_recipe_changes(tiny: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_forecast_for_layers_of_different_sizes_is_the_target(
         ("data.samples=100000", "data.samples: the calibration text gives"),
         ("prune.ratio=0.999", "prune: "),
         ("export.dtype=bfloat16", "export.dtype: dtype=bfloat16: ONNX Runtime has no bfloat16 kernels for a CPU"),
-        ("prune.drop_layers=2", "prune: drop_layers is 2; the model has 2 layers, and one must stay"),
+        ("prune.drop_layers=2", "prune: drop_layers is 2; the model has 2 layers, and at least one must stay"),
     ],
 )
 def test_impossible_recipes_are_reported(numprune: Command, tiny: Path, tmp_path: Path, change: str, said: str) -> None:

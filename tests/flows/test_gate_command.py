@@ -199,7 +199,7 @@ def test_a_verdict_that_contradicts_its_measurements_is_refused(numprune: Any, r
     path.write_text(json.dumps(data))
     refused = numprune("gate", path, "--policy", rules)
     assert refused.code == 1
-    assert f"its verdict says pass for {NLL}, but its measurements come to fail" in refused.err
+    assert f"its verdict says pass for {NLL}, but its measurements give fail" in refused.err
 
 
 # --- what a policy may ask, and what a report may lack ----------------------------------------------
@@ -225,7 +225,7 @@ def _nll(**fields: Any) -> Json:
         (_nll(value=None), (NLL, "ci95_upper", "max = 9.0"), 2, "was not measured (null, NaN or infinite)"),
         (_nll(ci95_upper=None), (NLL, "ci95_upper", "max = 9.0"), 2, "a bound of"),
         (_nll(samples=0), (NLL, "ci95_upper", "max = 9.0"), 2, "has no samples"),
-        (_nll(samples=1), (NLL, "ci95_upper", "max = 9.0"), 2, "one sample, which has no interval"),
+        (_nll(samples=1), (NLL, "ci95_upper", "max = 9.0"), 2, "only one sample, so no interval"),
         (_speed(noise_floor={}), (DECODE, "ci95_lower", "min = 0.5"), 2, "noise_floor.decode_tokens_per_s was not"),
         (_speed(failed_requests=3), (DECODE, "ci95_lower", "min = 0.5"), 2, "failed_requests is 3"),
         (

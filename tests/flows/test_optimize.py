@@ -241,7 +241,7 @@ def test_all_problems_of_a_recipe_are_reported_before_any_work(tiny: Path, tmp_p
     answered = shell("optimize", tiny / "recipe.toml", "--workspace", tmp_path / "w", *arguments)
     assert (answered.code, answered.out) == (1, "")
     for expected in [
-        "prune: ratio is 0.999, but with the least that every block must keep",
+        "prune: ratio is 0.999, but with the minimum that every block must keep",
         "data.calibration: text file ",
         "data.sequence_length = 1000: the model takes at most 256 tokens",
         "benchmark.prompt_length + output_length = 332",
@@ -250,7 +250,7 @@ def test_all_problems_of_a_recipe_are_reported_before_any_work(tiny: Path, tmp_p
         "gates.1.metric = 'quality.los_delta': the report has no such figure; did you mean 'loss_delta'?",
         "gates.2.metric = 'qualty.tokens': the report has no section 'qualty'; did you mean 'quality'?",
         "target.vllm = '0.1.0': tested are 0.32.0",
-        "target.device = 'cpu': vLLM's CPU kernels know head sizes 32, 64",
+        "target.device = 'cpu': vLLM's CPU kernels support head sizes 32, 64",
         "registry.uri: 'ftp://nowhere': not an MLflow server's address",
     ]:
         assert expected in answered.err

@@ -33,7 +33,7 @@ def test_a_release_in_float16(tiny: Path, tmp_path: Path) -> None:
     for part in ("checkpoint", "onnx"):
         assert manifest.read(judged.parts[part]).facts["dtype"] == "float16"
     page = (judged.report.path / "report.html").read_text(encoding="utf-8")
-    assert "In half precision no error is bounded" in page
+    assert "In half precision there is no fixed tolerance" in page
     assert "onnxruntime computes in float16" in page
 
 
@@ -44,7 +44,7 @@ def test_an_unsupported_benchmark_is_refused_once(tiny: Path, tmp_path: Path) ->
         checks.check(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
     said = str(caught.value)
     assert said.count("no bfloat16 kernels for a CPU") == 1
-    assert "benchmark.torch_mode = 'eager': torch is not among benchmark.runtimes; leave it out" in said
+    assert "benchmark.torch_mode = 'eager': torch is not among benchmark.runtimes; omit it" in said
 
 
 def test_a_network_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
@@ -60,7 +60,7 @@ def test_float32_on_cuda_is_refused_before_anything_is_written(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "device_of", lambda *_: "cuda")
-    with pytest.raises(InputError, match="float16 and bfloat16 only, not float32"):
+    with pytest.raises(InputError, match="only supports float16 and bfloat16"):
         export.export_and_prove(tiny_checkpoint(), tmp_path / "out", "onnxruntime")
     assert list(tmp_path.glob("out*")) == []
 

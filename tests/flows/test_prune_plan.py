@@ -113,13 +113,13 @@ def drop_all(plan: dict[str, Any]) -> None:
             lambda plan: plan["blocks"]["layers.1.mlp"].update(units=999),
             "layers.1.mlp: the plan is for 999 units, the model has 96",
         ),
-        (lambda plan: plan["blocks"].pop("layers.0.mlp"), "layers.0.mlp: the plan says nothing of it"),
+        (lambda plan: plan["blocks"].pop("layers.0.mlp"), "layers.0.mlp: the plan does not cover it"),
         (
             lambda plan: plan["blocks"].update({"layers.9.mlp": plan["blocks"]["layers.1.mlp"]}),
             "layers.9.mlp: the model has no such block",
         ),
-        (lambda plan: plan.update(family="qwen2"), "it is of qwen2, the model of llama"),
-        (lambda plan: plan.update(allocation="uniform"), 'allocation is "uniform", and layers keep different sizes'),
+        (lambda plan: plan.update(family="qwen2"), "it is for qwen2, the model is llama"),
+        (lambda plan: plan.update(allocation="uniform"), 'allocation is "uniform", but layers keep different sizes'),
         (lambda plan: plan.update(criterion="magic"), "criterion is 'magic'"),
         (lambda plan: plan.update(base="0" * 64), "the plan was made for a model with digest 000"),
         (drop_all, "no attention block keeps a unit"),
@@ -166,8 +166,8 @@ def test_a_plan_without_digest_applies_to_other_weights_of_the_same_sizes(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--plan", "p.json", "--ratio", "0.3", "--skips"), "leave out --ratio, --skips, or edit the plan"),
-        (("--plan", "p.json", "--plan-only"), "--plan-only makes a plan, and --plan gives one"),
+        (("--plan", "p.json", "--ratio", "0.3", "--skips"), "omit --ratio, --skips, or edit the plan"),
+        (("--plan", "p.json", "--plan-only"), "--plan-only and --plan exclude each other"),
         (("--plan", "p.json"), "plan 'p.json' does not exist"),
     ],
 )

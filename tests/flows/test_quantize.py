@@ -89,8 +89,8 @@ def test_a_pruned_model_is_quantized_against_the_dense_model(
     ("words", "says"),
     [
         (("--scheme", "w8a8"), "required: --text, or --method rtn"),
-        (("--scheme", "w8a8", "--method", "rtn", "--text", "t"), "leave out --text"),
-        (("--scheme", "w8a8", "--method", "rtn", "--group-size", "64"), "w8a8 has a scale for each row"),
+        (("--scheme", "w8a8", "--method", "rtn", "--text", "t"), "omit --text"),
+        (("--scheme", "w8a8", "--method", "rtn", "--group-size", "64"), "w8a8 has one scale per row"),
         (("--scheme", "w4a16", "--method", "rtn"), "choose a group size of 32, or choose another scheme"),
         (
             ("--scheme", "w8a8", "--method", "rtn", "--tensor-parallel", 64),

@@ -165,7 +165,7 @@ def test_a_damaged_quantized_checkpoint_is_blocked(published: Path, tmp_path: Pa
             r"quantize\.scheme: onnxruntime: .* no FP8 weights",
         ),
         ([*QUANTIZED, "target.tensor_parallel=4"], r"prune: layers\.0\.attention: none of its sizes"),
-        ([*QUANTIZED, "export.targets=['tensorrt']"], r"'w4a16': engines are built of unquantized checkpoints only"),
+        ([*QUANTIZED, "export.targets=['tensorrt']"], r"'w4a16': engines are built only from unquantized checkpoints"),
         ([*QUANTIZED], r"stored in float32, and vLLM's kernels for w4a16 on a GPU compute in bfloat16 or float16"),
     ],
 )

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from numprune.flows import summary
 from numprune.flows.cli import COMMANDS as MODULES
+from numprune.flows.cli import serve
 from numprune.flows.cli.parser import build, parse
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import Answered
+from tests.flows.test_summary import summarized
 
 Command = Callable[..., Answered]
 
@@ -21,7 +24,10 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 (RECIPE,) = [text for language, text in BLOCKS if language == "toml"]
 (PYTHON,) = [text for language, text in BLOCKS if language == "python"]
 LINES = [line.partition("#")[0] for _, text in BLOCKS for line in text.splitlines()]
-(PLANNED,) = [text for language, text in BLOCKS if language == "text"]
+(OUTPUTS,) = [text for language, text in BLOCKS if language == "text"]
+# The command of each output, and its lines, which end in "…" where they are shortened.
+_, *SHOWN = OUTPUTS.split("$ numprune ")
+PLANNED, SUMMARY, READY = ([line.rstrip("…").rstrip(", ") for line in text.splitlines()[1:]] for text in SHOWN)
 COMMANDS = [line.split()[1:] for line in LINES if line.startswith("numprune ")]
 
 
@@ -48,9 +54,28 @@ def test_every_shown_command_parses() -> None:
 def test_plan_prints_what_the_readme_shows(numprune: Command, tmp_path: Path) -> None:
     planned = numprune("plan", "--workspace", str(tmp_path))
     assert planned.code == 0, planned.err
-    shown = [line.removesuffix("…") for line in PLANNED.splitlines() if not line.startswith("  calibration")]
+    shown = [line for line in PLANNED if not line.startswith("  calibration")]
     assert len(shown) == 5
     assert [line for line in shown if line not in planned.out] == []  # texts are of the interpreter's version
+
+
+def form(text: str) -> str:
+    """The text without what differs between models: figures with signs and units, names, runtimes."""
+    text = re.sub(
+        r"[+-]?\d[\d.,]*(?<![.,])", "0", text.replace("numprune-embedded", "NAME").replace("my-model", "NAME")
+    )
+    text = re.sub(r"ONNX Runtime|vLLM", "RUNTIME", re.sub(r"(onnxruntime|torch|vllm):", "RUNTIME:", text))
+    return re.sub(r"0 [KMG]?i?B\b", "0 B", text)
+
+
+def test_the_summary_of_a_run_says_what_is_shown(tmp_path: Path) -> None:
+    text = form(summary.text(summarized(tmp_path, 0.25)))
+    assert len(SUMMARY) == 6
+    assert [line for line in SUMMARY if form(line) not in text] == []
+
+
+def test_serve_says_what_is_shown() -> None:
+    assert [serve.ready("numprune-embedded/1", "http://127.0.0.1:8000", "numprune-embedded")] == READY
 
 
 @pytest.mark.slow
@@ -65,7 +90,9 @@ def test_the_commands_release_a_model(numprune: Command, project: Path, monkeypa
             break
     else:
         pytest.skip(f"nothing can be measured on this machine now: {answered.json['reasons']}")
-    assert answered.code in (0, 2, 3), answered.err  # how a model of random weights fares is no concern of the page
+    assert answered.code in (0, 2, 3), answered.err  # the verdict on random weights is not the README's concern
+    measured = form(summary.text(answered.json))
+    assert [line for line in SUMMARY if line.split()[0] in ("sizes", "speed") and form(line) not in measured] == []
     if answered.code == 0:
         assert numprune(*promote).code == 0
 

@@ -52,7 +52,7 @@ def test_the_embedded_recipe_shows_every_key_with_its_default() -> None:
                 differing.add(f"{name}.{key}")
     assert required == {"model.path", "data.calibration", "data.heldout", "registry.name"}
     assert differing == {"data.samples"}
-    assert f"yours; left out: {recipe.Data.model_fields['samples'].default}" in EMBEDDED_RECIPE.read_text()
+    assert f"yours; default {recipe.Data.model_fields['samples'].default}" in EMBEDDED_RECIPE.read_text()
     for line in EMBEDDED_RECIPE.read_text(encoding="utf-8").splitlines():
         if any(line.startswith(f"{key.partition('.')[2]} = ") and "embedded" in line for key in required):
             assert "yours" in line
@@ -163,7 +163,8 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
         "prune.ratio = 1.4: must be less than 1",
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
         "'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
-        "prune.rato: unknown; known are ratio, criterion, allocation, compensation, axes, keep, floors, skips, "
+        "prune.rato: unknown; the valid ones are ratio, criterion, allocation, compensation, axes, keep, floors, "
+        "skips, "
         "budget, drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
@@ -172,11 +173,11 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
         "data.sequence_length = 1: must be greater than or equal to 2",
         "foo: unknown",
         "gates.0.bound: missing",
-        "gates.0.bund: unknown; known are metric, bound, min, max; did you mean 'bound'?",
-        "benchmark.runtimes = ['torch', 'torch']: must not name one thing twice",
+        "gates.0.bund: unknown; the valid ones are metric, bound, min, max; did you mean 'bound'?",
+        "benchmark.runtimes = ['torch', 'torch']: must not contain duplicates",
         "benchmark.repeats = 5: must be an even number, at least 4",
         "registry.name = 'a b'",
-        "evaluate.prompts = ['Hello', ' ']: must be \"built-in\" or a list of texts, none of them empty",
+        "evaluate.prompts = ['Hello', ' ']: must be \"built-in\" or a list of texts that are not empty",
         "--set nonsense: must be section.key=value",
     ]
     for line in expected:

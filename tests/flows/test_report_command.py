@@ -67,7 +67,7 @@ def test_several_reports_are_compared_and_a_failed_gate_does_not_fail_the_comman
     answered = numprune("report", stage, "other ümlaut.json", "--out", "both.html")
     assert answered.code == 0, answered.err
     assert answered.out.splitlines()[1] == "other ümlaut.json: fail"
-    assert "  Held-out text: its figures are of other text, so quality does not compare" in answered.out
+    assert "  Held-out text: quality was measured on different text and is not comparable" in answered.out
     assert "2 reports side by side" in (tmp_path / "both.html").read_text()
     assert sorted(os.listdir(tmp_path)) == ["both.html", "other ümlaut.json", "report-12"]
 
@@ -102,7 +102,7 @@ def damaged(stage: Path, kind: str) -> str:
             with manifest.creating(stage.with_name("empty"), kind="stage"):
                 pass
             shutil.copy(stage.with_name("empty") / "manifest.json", unwrapped)
-            said = "the manifest beside it knows no such file"
+            said = "not listed in the manifest beside it"
     file.write_bytes(raw)
     return said
 
@@ -132,12 +132,12 @@ def test_an_oversized_report_is_refused(numprune: Command, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere: no such file or folder; a report is in the folder of a stage"),
-        (["."], ".: no report.json is in this folder"),
-        (["r.json", "--out", "r.json"], "--out r.json: the page is HTML; give a name that ends in .html"),
+        (["nowhere"], "nowhere: no such file or folder; reports are in the folders of stages"),
+        (["."], ".: this folder has no report.json"),
+        (["r.json", "--out", "r.json"], "--out r.json: the page is HTML; give a name ending in .html"),
         (["r.json", "--out", "no/where.html"], "--out no/where.html: there is no folder no"),
         (["r.json", "--out", "folder.html"], "--out folder.html: a folder"),
-        (["r.json"] * 27, "27 reports; one page compares 26 at most"),
+        (["r.json"] * 27, "27 reports; a page compares at most 26"),
     ],
 )
 def test_arguments_are_checked_first(

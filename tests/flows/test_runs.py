@@ -111,7 +111,7 @@ def test_a_killed_run_is_listed_as_interrupted_with_what_it_used(tmp_path: Path)
 def test_a_full_disk_at_the_end_does_not_change_the_outcome(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with runs.recording(tmp_path, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         (recording.folder / ".record.json.partial").mkdir()  # nothing can be written there
-    assert "could not be finished" in caplog.text
+    assert "could not be completed" in caplog.text
     assert runs.find(tmp_path, None).state == "interrupted"
 
 
@@ -124,7 +124,7 @@ def test_runs_are_found_by_prefix_newest_first(tmp_path: Path) -> None:
     assert runs.find(tmp_path, None).run == max(names)
     with pytest.raises(InputError, match="ambiguous, 2 runs begin with it"):
         runs.find(tmp_path, "20")
-    with pytest.raises(InputError, match="not one of the 2"):
+    with pytest.raises(InputError, match="not found among the 2 runs"):
         runs.find(tmp_path, "1999")
 
 

@@ -17,13 +17,13 @@ from tests.serving.test_vllm_environment import make as make_environment
     [
         (
             "--api-key=hunter2",
-            "-- --api-key: other users would see it; set $VLLM_API_KEY or give --api-key-file before",
+            "-- --api-key: other users could see it; set $VLLM_API_KEY or give --api-key-file before",
         ),
-        ("--api_key", "-- --api_key: other users would see it"),
+        ("--api_key", "-- --api_key: other users could see it"),
         ("--port=1", "-- --port: give --port before the --"),
         ("--host", "-- --host: give --host before the --"),
-        ("--model=x", "-- --model: the release is the model"),
-        ("--uds=/x", "-- --uds: a server must listen on --host and --port"),
+        ("--model=x", "-- --model: the release determines the model"),
+        ("--uds=/x", "-- --uds: the server must listen on --host and --port"),
     ],
 )
 def test_options_that_numprune_sets_itself_are_refused(
@@ -55,5 +55,5 @@ def test_serve_help_shows_precisions_and_api_key(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "to compute in: auto, float32, bfloat16, float16 (default: auto, that of the weights)" in text
-    assert "(default: $VLLM_API_KEY, where it is set)" in text
+    assert "compute precision: auto, float32, bfloat16, float16 (default: auto, the weights' precision)" in text
+    assert "(default: $VLLM_API_KEY, if set)" in text

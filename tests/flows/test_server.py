@@ -67,7 +67,7 @@ def test_an_unreachable_configured_server_is_named(tmp_path: Path, where: str) -
         named, remedy = "from prefect.toml, pyproject.toml or .env in the current folder", "remove it there"
     assert start(environment, tmp_path) == (
         f"the Prefect server at {url} ({named}) cannot be used: [Errno 111] Connection refused; start it or correct "
-        f"its address, or {remedy} to do without"
+        f"its address, or {remedy} to run without it"
     )
 
 

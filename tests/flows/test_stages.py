@@ -102,7 +102,9 @@ def test_the_location_of_an_artifact_does_not_affect_the_key(tmp_path: Path) -> 
 
 
 def test_arguments_without_an_identity_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="a: a stage cannot be known by a PosixPath; give an Artifact, a Text or plain"):
+    with pytest.raises(
+        TypeError, match="a: a PosixPath cannot be part of a stage's key; give an Artifact, a Text or plain"
+    ):
         run(tmp_path, a=tmp_path)
     with pytest.raises(TypeError, match="unexpected keyword argument 'b'"):
         run(tmp_path, b=1)

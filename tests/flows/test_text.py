@@ -79,8 +79,8 @@ def test_few_documents_give_intervals_over_windows_and_a_warning(tiny, caplog):
     assert not caplog.messages
     heldout_rows([long], 32, [base], Reading(), baseline=base)
     assert caplog.messages == [
-        "the held-out text has 1 document, so intervals are over its 141 windows: they are alike, and say little of "
-        "other text; separate its documents (--split: blank-line, or a regular expression) or give 5 and more"
+        "the held-out text has 1 document, so intervals are over its 141 windows: they are similar and say little "
+        "about other text; separate its documents (--split: blank-line, or a regular expression) or give at least 5"
     ]
 
 

@@ -83,7 +83,7 @@ def test_an_unsupported_variant_of_a_family_is_refused(family, fields, message):
 def test_an_unknown_data_type_is_refused(tiny_model, name):
     config = tiny_model().config
     config.dtype = name
-    with pytest.raises(InputError, match=f"dtype={name}; it must be the name of a data type of torch"):
+    with pytest.raises(InputError, match=f"dtype={name}; it must be the name of a torch data type"):
         read_anatomy(config)
 
 
@@ -95,5 +95,5 @@ def test_a_quantized_model_cannot_be_pruned(tiny_model):
 
 
 def test_heads_that_are_not_a_multiple_of_the_kv_heads_are_refused():
-    with pytest.raises(InputError, match="num_attention_heads=8 is no multiple of num_key_value_heads=3"):
+    with pytest.raises(InputError, match="num_attention_heads=8 is not a multiple of num_key_value_heads=3"):
         read_anatomy(AutoConfig.for_model("mistral", num_attention_heads=8, num_key_value_heads=3))

@@ -100,14 +100,14 @@ def test_a_ratio_made_unreachable_by_protection_is_refused_with_the_reachable_on
         ({"keep": ["layers.0.norm"]}, r"keep: 'layers.0.norm' is unknown; the blocks of a layer are attention or mlp"),
         ({"keep": ["lm_head"]}, r"keep: 'lm_head' is unknown; it must be a layer \(layers.0\), a block"),
         ({"floors": {"heads": 0.5}}, "floors: 'heads' is unknown; the model's blocks are attention and mlp"),
-        ({"floors": {"mlp": 1.5}}, "floors: mlp is 1.5; it must be a share from 0 to 1"),
+        ({"floors": {"mlp": 1.5}}, "floors: mlp is 1.5; it must be between 0 and 1"),
         ({"floors": {"mlp": float("nan")}}, "floors: mlp is nan"),
         (
             {"keep": ["layers.0"]},
             "keep: uniform allocation gives every layer the same size, and layers.0.attention is protected while "
             r"layers.1.attention is not; use allocation error, or keep attention everywhere \('attention'\)",
         ),
-        ({"axes": list(AXES), "allocation": "global"}, "axes: allocation global sorts whole units; leave out query-he"),
+        ({"axes": list(AXES), "allocation": "global"}, "axes: allocation global sorts whole units; omit query-he"),
     ],
 )
 def test_invalid_names_and_shares_are_refused_with_valid_ones(limits, message):

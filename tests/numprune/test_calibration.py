@@ -44,7 +44,7 @@ def test_walks_leave_the_layer_unchanged(tiny_model):
     ("tokens", "message"),
     [
         (torch.full((1, 4), 259), "token 259 is outside the model's vocabulary of 259"),
-        (torch.zeros(1, 300, dtype=torch.long), "sequence length 300 is over the model's 256"),
+        (torch.zeros(1, 300, dtype=torch.long), "sequence length 300 exceeds the model's 256"),
     ],
 )
 def test_rows_with_unknown_tokens_are_refused(tiny_model, tokens, message):

@@ -41,7 +41,7 @@ def test_samples_are_seeded_full_windows_without_replacement():
 
 def test_too_little_text_reports_the_amount():
     rows = token_rows([Document("a", "x" * 50)], byte_tokenizer(), 16)
-    with pytest.raises(InputError, match=r"gives 3 windows of 16 tokens, but 4 samples were asked for"):
+    with pytest.raises(InputError, match=r"gives 3 windows of 16 tokens, but 4 samples were requested"):
         sample_rows(rows, 4, 16, 0)
 
 

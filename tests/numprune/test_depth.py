@@ -199,15 +199,15 @@ def test_protected_layers_stay_and_protection_follows_renumbering():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PruneOptions(0.9, drop_layers=4), "drop_layers is 4; the model has 4 layers, and one must stay"),
+        (PruneOptions(0.9, drop_layers=4), "drop_layers is 4; the model has 4 layers, and at least one must stay"),
         (PruneOptions(0.9, drop_layers=-1), "drop_layers is -1"),
         (
             PruneOptions(0.3, drop_layers=1, keep=["mlp"]),
-            "drop_layers is 1; keep protects blocks of all layers but 0",
+            "drop_layers is 1; keep protects blocks of all layers except 0",
         ),
         (
             PruneOptions(0.4, drop_layers=2),
-            "drop_layers is 2: that many layers hold 0.5000 of the prunable parameters, which exceeds the ratio 0.4; "
+            "drop_layers is 2: these layers have 0.5000 of the prunable parameters, which exceeds the ratio 0.4; "
             "drop fewer, or choose a ratio of at least 0.5",
         ),
         (
@@ -222,9 +222,7 @@ def test_impossible_drops_are_refused_before_any_work(options, message):
 
 
 def test_layers_that_use_their_index_cannot_be_dropped():
-    with pytest.raises(
-        InputError, match="with scale_attn_by_inverse_layer_idx each layer computes with its own number"
-    ):
+    with pytest.raises(InputError, match="with scale_attn_by_inverse_layer_idx each layer uses its index"):
         prune(build("gpt2", scale_attn_by_inverse_layer_idx=True), ROWS, PruneOptions(0.3, drop_layers=1))
 
 

@@ -81,12 +81,12 @@ def test_records_in_parquet_and_in_a_saved_dataset(tmp_path):
     [
         ("a.txt", b"", "is empty"),
         ("a.txt", b"a\xff", "cannot be read as UTF-8 text"),
-        ("a.txt", b"a\0b", "holds NUL bytes, so it is no text"),
+        ("a.txt", b"a\0b", "contains NUL bytes, so it is not text"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16 text, not text; convert it: iconv -f UTF-16 -t UTF-8"),
-        ("a.txt", b'{"text": "a"}\n{"text": "b"}', "holds JSON; give it the suffix .jsonl"),
-        ("a.txt", b'{\n "text": "a"\n}', "holds JSON"),
-        ("a", b'[\n {"text": "a"}\n]', "holds JSON"),
-        ("a.txt", b"PAR1", "is Parquet, not text; give it the suffix .parquet"),
+        ("a.txt", b'{"text": "a"}\n{"text": "b"}', "contains JSON; rename it to .jsonl"),
+        ("a.txt", b'{\n "text": "a"\n}', "contains JSON"),
+        ("a", b'[\n {"text": "a"}\n]', "contains JSON"),
+        ("a.txt", b"PAR1", "is Parquet, not text; rename it to .parquet"),
         ("a.jsonl.gz", b"\x1f\x8b", "is compressed, not text; unpack it first"),
         ("a.txt.zst", b"text", "is compressed"),
         ("a.txt", b"\x28\xb5\x2f\xfd", "is compressed"),
@@ -102,14 +102,14 @@ def test_records_in_parquet_and_in_a_saved_dataset(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n[1]', 'line 2 must be an object with a string field "text"'),
         ("a.jsonl", b"{", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a", "name": 1}', 'line 1: its field "name" must be a string'),
-        ("a.jsonl", b'{"text": "half \\ud800"}', "line 1 has half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "half \\ud800"}', "line 1 contains a lone surrogate"),
         (
             "a.json",
             b'{\n "text": "a"\n}',
             "line 1 is not JSON .*; a .json file must be an array of records or a record per",
         ),
         ("a.json", b'["a"]', "item 1 must be an object"),
-        ("a.json", b"[]", "holds no documents"),
+        ("a.json", b"[]", "contains no documents"),
         ("a.json", b'[{"text": "a"}', "the file is not JSON"),
         (
             "a.jsonl",
@@ -145,22 +145,20 @@ def test_folders_that_are_not_datasets_are_refused(tmp_path):
         with pytest.raises(InputError, match="is a folder, but not one"):
             read_documents([tmp_path / "train"])
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(InputError, match="holds the splits train; give the folder of one of them"):
+    with pytest.raises(InputError, match="contains the splits train; give the folder of one of them"):
         read_documents([tmp_path])
 
 
 def test_a_table_without_text_names_its_columns(tmp_path):
     parquet.write_table(pyarrow.table({"prompt": ["x"], "answer": ["y"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"no column is called \"text\" or \"messages\"; .* 'prompt', 'answer'"):
+    with pytest.raises(InputError, match=r"no column named \"text\" or \"messages\"; .* 'prompt', 'answer'"):
         read_documents([tmp_path / "a.parquet"])
 
 
 def test_a_missing_pyarrow_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(
-        InputError, match=r'a\.parquet: reading it needs the package pyarrow: pip install "numprune\[par'
-    ):
+    with pytest.raises(InputError, match=r'a\.parquet: needs the package pyarrow: pip install "numprune\[par'):
         list(arrow.rows(tmp_path / "a.parquet", ["text"]))
 
 
@@ -197,8 +195,8 @@ def test_records_are_not_split(tmp_path):
     [
         ("(", 'must be "file", "blank-line" or a regular expression'),
         ("x*", "must not match an empty string"),
-        (r"[\s\S]+", "a' holds no documents"),
-        ("blank-lines", r"split 'blank-lines' separates nothing in .*a; correct it, or leave it out"),
+        (r"[\s\S]+", "a' contains no documents"),
+        ("blank-lines", r"split 'blank-lines' separates nothing in .*a; correct it, or omit it"),
     ],
 )
 def test_useless_separators_are_refused(tmp_path, split, message):

@@ -100,7 +100,7 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_refused(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(
-        InputError, match=r"prompt 'Hello': the model's chat template does not accept .*; mend the template"
+        InputError, match=r"prompt 'Hello': the model's chat template does not accept .*; fix the template"
     ):
         encode(tokenizer, "Hello", 256)
 

@@ -10,9 +10,9 @@ from tests.conftest import TINY
 SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True}
 REFUSED = {
     "unknown block": ({1: {"skip": ["norm"]}}, {}, "known are attention, mlp"),
-    "groups": ({1: {"num_key_value_heads": 3}}, {}, "is no multiple of num_key_value_heads=3"),
+    "groups": ({1: {"num_key_value_heads": 3}}, {}, "is not a multiple of num_key_value_heads=3"),
     "no attention": ({index: {"skip": ["attention"]} for index in range(2)}, {}, "at least one must have it"),
-    "layer types": ({1: {"skip": ["attention"]}}, SLIDING, "while layer_types differ"),
+    "layer types": ({1: {"skip": ["attention"]}}, SLIDING, "with different layer_types"),
 }
 
 

@@ -218,7 +218,7 @@ def test_unscorable_input_is_refused():
     model = build_tiny()
     with pytest.raises(InputError, match="token 400 is outside the model's vocabulary of 259"):
         evaluate(model, TokenRows([torch.tensor([1, 400])], [0], ["a"], ""))
-    with pytest.raises(InputError, match="sequence length 300 is over the model's context of 256"):
+    with pytest.raises(InputError, match="sequence length 300 exceeds the model's context of 256"):
         evaluate(model, TokenRows([torch.zeros(300, dtype=torch.long)], [0], ["a"], ""))
     with pytest.raises(InputError, match="vocabularies differ"):
         compare(model, build_tiny(vocab_size=300), text_rows(2))

@@ -96,7 +96,7 @@ def test_the_nearest_ratios_are_named_if_none_meets_it():
     allowed = allowed_sizes(base, Target(), Limits())
     message = (
         "uniform allocation cannot remove 0.3 of the prunable parameters: one KV group of every layer is 0.385 of "
-        "them, more than the MLPs can make up for; choose ratio 0.202 or 0.385, or allocation error"
+        "them, more than the MLPs can offset; choose ratio 0.202 or 0.385, or allocation error"
     )
     with pytest.raises(InputError, match=re.escape(message)):
         uniform(base, 0.3, allowed)

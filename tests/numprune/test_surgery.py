@@ -183,7 +183,7 @@ def test_bias_compensation_adds_the_flap_bias(tiny_model):
 
 
 def test_bias_compensation_is_refused_without_bias_support(tiny_model):
-    with pytest.raises(InputError, match="projections of mistral cannot hold a bias"):
+    with pytest.raises(InputError, match="projections of mistral cannot have a bias"):
         prune(tiny_model("mistral"), ROWS, PruneOptions(0.3, compensation="bias", target=Target(align=1)))
 
 

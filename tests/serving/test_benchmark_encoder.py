@@ -21,7 +21,7 @@ LOAD = EncoderLoad(batch_sizes=(1, 3), lengths=(4, 9), passes=2, repeats=4)
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"batch_sizes": ()}, r"load\.batch_sizes = \(\): must be different whole numbers above zero"),
+        ({"batch_sizes": ()}, r"load\.batch_sizes = \(\): must be distinct positive integers"),
         ({"lengths": (8, 8)}, r"load\.lengths = \(8, 8\)"),
         ({"lengths": (0,)}, r"load\.lengths"),
         ({"passes": 0, "repeats": 3}, r"load\.passes = 0: .*load\.repeats = 3"),

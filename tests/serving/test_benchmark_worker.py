@@ -67,7 +67,7 @@ def test_a_crash_reports_its_last_lines():
 
 def test_an_unresponsive_worker_is_killed():
     with start_worker("candidate", timeout_s=0.01) as worker:
-        with pytest.raises(WorkerError, match=r"did not answer within 0.01 s in 'finish'"):
+        with pytest.raises(WorkerError, match=r"did not respond within 0.01 s in 'finish'"):
             worker.ask("finish")
         assert wait_until_gone(worker.pid, seconds=10)
 

@@ -144,7 +144,7 @@ def test_oversized_weights_are_refused_despite_valid_digests(tmp_path: Path, wor
     spoiled = make_release(write_checkpoint(tmp_path / "model"), tmp_path / "release", change)
     publish(spoiled, workspace, NAME)
     with pytest.raises(
-        IntegrityError, match=r"model\.layers\.0\.mlp\.\w+\.weight has shape \[.*\], but config.json means"
+        IntegrityError, match=r"model\.layers\.0\.mlp\.\w+\.weight has shape \[.*\], but config.json implies"
     ):
         get(workspace)
 

@@ -82,7 +82,7 @@ def test_hub_refusals_are_reported_with_the_remedy(
     release: Path, stand_in: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(HubError, match=r"team/tiny: .*401.*give a token that may write there: \$HF_TOKEN"):
+    with pytest.raises(HubError, match=r"team/tiny: .*401.*give a token with write access: set \$HF_TOKEN"):
         hub.push(release, "team/tiny")
     with pytest.raises(HubError, match=r"a/b/c: .*check the name, the network and \$HF_ENDPOINT"):
         hub.push(release, "a/b/c")

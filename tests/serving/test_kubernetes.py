@@ -307,7 +307,7 @@ WRONG_VALUES = {
     "a number for text": ("nodeSelector: {a: 1}", r"nodeSelector\.a: Input should be a valid string \(given: 1\)"),
     "a label": ("nodeSelector: {a: 'b c'}", r"nodeSelector\.a: String should match"),
     "an effect": ("tolerations: [{key: a, effect: Never}]", r"tolerations\.0\.effect"),
-    "a value that is not compared": ("tolerations: [{key: a, operator: Exists, value: b}]", "value must be left out"),
+    "a value that is not compared": ("tolerations: [{key: a, operator: Exists, value: b}]", "value must be omitted"),
     "no key": ("tolerations: [{value: b}]", "operator must be Exists"),
     "seconds": ("tolerations: [{key: a, tolerationSeconds: 3}]", "tolerationSeconds needs effect NoExecute"),
     "a pull secret": ("imagePullSecrets: [registry]", r"imagePullSecrets\.0"),
@@ -316,7 +316,7 @@ WRONG_VALUES = {
     "the API key": (f"env: [{{name: VLLM_API_KEY, value: {SECRET}}}]", "--api-key-secret"),
     "both": (f"fetchEnv: [{{name: A, value: {SECRET}, valueFrom: {{}}}}]", r"fetchEnv\.0"),
     "neither": ("env: [{name: A}]", "either value or valueFrom"),
-    "twice": (f"env: [{{name: A, value: {SECRET}}}, {{name: A, value: b}}]", "env: A: must be there once"),
+    "twice": (f"env: [{{name: A, value: {SECRET}}}, {{name: A, value: b}}]", "env: A: must be given only once"),
     "a misspelling": (f"env: [{{name: A, valeu: {SECRET}}}]", r"env\.0\.valeu"),
     "two origins": (
         "env: [{name: A, valueFrom: {fieldRef: {fieldPath: a}, secretKeyRef: {name: a, key: b}}}]",
@@ -375,17 +375,17 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ({"registry_secret": "../x"}, "--registry-secret"),
         ({"api_key_secret": "a/b"}, "--api-key-secret"),
         ({"options": ("--served-model-name",)}, "--option --served-model-name: expected at least one"),
-        ({"image": "numprune"}, "moves"),
-        ({"image": "numprune:latest"}, "moves"),
-        ({"image": "numprune:1.0\n  privileged: true"}, "not the name of an image"),
-        ({"image": "numprune:1.0 --privileged"}, "not the name of an image"),
+        ({"image": "numprune"}, "not pinned"),
+        ({"image": "numprune:latest"}, "not pinned"),
+        ({"image": "numprune:1.0\n  privileged: true"}, "not a valid image name"),
+        ({"image": "numprune:1.0 --privileged"}, "not a valid image name"),
         ({"vllm_image": "vllm/vllm-openai"}, "--vllm-image"),
-        ({"image": "numprune@sha256:12"}, "not the name of an image"),
+        ({"image": "numprune@sha256:12"}, "not a valid image name"),
         ({"registry_uri": "sqlite:///mlflow.db"}, "http"),
         ({"registry_uri": "https://"}, "--uri"),
         ({"registry_uri": "https://mlflow.example:port"}, "--uri"),
         ({"registry_uri": "https://user:secret@mlflow.example"}, "credentials"),
-        ({"registry_uri": "https://mlflow.example/?token=secret"}, "neither"),
+        ({"registry_uri": "https://mlflow.example/?token=secret"}, "cannot contain"),
         ({"registry_uri": "https://mlflow.example/ x"}, "--uri"),
         ({"replicas": 0}, "--replicas 0"),
         ({"gpus": -1}, "--gpus -1"),
@@ -394,9 +394,12 @@ def test_text_that_looks_like_a_number_stays_text() -> None:
         ({"options": ("--model=/other",)}, "--model"),
         ({"options": ("--trust_remote_code",)}, "--trust-remote-code"),
         ({"options": ("--trust",)}, "--trust-remote-code"),
-        ({"options": ("--api-key", "secret")}, "--api-key is not for a manifest; name a Secret with --api-key-secret"),
+        (
+            {"options": ("--api-key", "secret")},
+            "a manifest must not contain --api-key; name a Secret with --api-key-secret",
+        ),
         ({"options": ("--port=1",)}, "--port"),
-        ({"options": ("a\x00b",)}, "not a word"),
+        ({"options": ("a\x00b",)}, "not a valid command-line word"),
     ],
 )
 def test_hostile_and_invalid_input_is_refused(fields: Json, said: str) -> None:
@@ -415,7 +418,7 @@ def test_all_problems_are_reported_without_repeating_secrets() -> None:
     ("release", "placement", "said"),
     [
         ({"name": "My_Model"}, {}, "--name my-model"),
-        ({"name": "模型"}, {}, "give one"),
+        ({"name": "模型"}, {}, "give a valid one"),
         ({}, {"gpus": 4}, "split over 1, 2"),
         ({}, {"gpus": 0}, "build for CPUs"),
         ({"plugin": True}, {}, "numprune-vllm"),
@@ -498,7 +501,7 @@ def test_a_release_that_needs_its_own_code_is_refused(
     with manifest.creating(tmp_path / "bad", kind="vllm", facts=facts) as folder:
         shutil.copytree(good, folder, dirs_exist_ok=True)
         (folder / manifest.FILE_NAME).unlink()
-    with pytest.raises(IntegrityError, match=r"asks for options of vLLM .*--trust-remote-code"):
+    with pytest.raises(IntegrityError, match=r"requests vLLM options .*--trust-remote-code"):
         read_release(publish(tmp_path / "bad"), "served@candidate")
 
 
@@ -517,7 +520,7 @@ def test_fetching_by_digest_is_repeatable_and_exact(
     registry = publish(tmp_path / "checkpoint")
     digest = manifest.read(tmp_path / "release").digest
     out = tmp_path / "fetched"
-    with pytest.raises(IntegrityError, match="was asked for"):
+    with pytest.raises(IntegrityError, match="was requested"):
         registries.fetch(registry, "served/1", out, digest="0" * 64)
     assert not out.exists()
     for _ in range(2):

@@ -130,7 +130,7 @@ def test_the_same_report_gives_the_same_page(page: str) -> None:
             POLICY,
             {"valid": False, "reasons": ["the GPU is hot"]},
             "invalid-environment",
-            "The machine was not fit to measure on, so nothing is decided: the GPU is hot.",
+            "The machine was not fit for measurements, so there is no verdict: the GPU is hot.",
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_older_reports_without_samples_have_a_page() -> None:
     for side in ("baseline", "candidate"):
         data["speed"]["onnxruntime"][side]["by_repeat"] = {}
     page = html(Report.model_validate(data))
-    assert "does not tell the documents apart" in page
+    assert "has no figures by document" in page
     assert "speed-onnxruntime-ratios-title" in page
     assert "speed-onnxruntime-repeats" not in page
 
@@ -171,7 +171,7 @@ def test_few_documents_are_not_drawn_as_a_distribution(documents: int) -> None:
     few_documents(data, documents)
     page = html(Report.model_validate(data))
     text = Parsed(page).text
-    assert "bootstrap over 40 windows: the documents are too few to resample" in text
+    assert "bootstrap over 40 windows: there are too few documents to resample" in text
     assert "Documents that lost" not in text
     assert "Median document" not in text
     assert "quality-documents-title" not in page  # the histogram
@@ -187,7 +187,9 @@ def test_generations_are_shown_side_by_side(page: str) -> None:
 
 def test_the_precision_of_measurements_is_shown_if_known(page: str) -> None:
     text = Parsed(page).text
-    said = "onnxruntime computes in float32, while the weights are stored in bfloat16: sizes are of the stored weights"
+    said = (
+        "onnxruntime computes in float32, while the weights are stored in bfloat16: sizes refer to the stored weights"
+    )
     assert text.count(said) == 2  # with speed, and with memory
     assert "Weights stored in bfloat16" in text
 
@@ -336,7 +338,7 @@ def test_incomparable_reports_are_marked() -> None:
     assert named == ["Base weights", "Held-out text", "Machine", "Load of onnxruntime", "Packages"]
     assert differences(reports[:2]) == []
     text = Parsed(comparison([("a.json", reports[0]), ("b.json", reports[1]), ("c.json", reports[2])])).text
-    assert "Held-out text (A, B against C): its figures are of other text, so quality does not compare." in text
+    assert "Held-out text (A, B against C): quality was measured on different text and is not comparable." in text
     assert "2.13.0" in text
 
 
@@ -352,7 +354,7 @@ def test_verdicts_figures_and_intervals_are_shown_side_by_side() -> None:
     title = re.search(r'<title id="all-quality-0-title">([^<]*)', page)
     assert title is not None
     assert "A 0.0500 (0.0380 to 0.0620); B 0.0510" in title[1]
-    assert "No report says which held-out text" in found.text
+    assert "No report identifies its held-out text" in found.text
     assert page.count('role="img"') == 6
 
 

@@ -157,7 +157,7 @@ def test_a_short_context_gives_short_prompts_and_one_without_room_is_refused(
 ) -> None:
     made = making.answers_of(tiny_checkpoint(name="short", max_position_embeddings=48))
     assert made.length == 47  # vLLM takes one token more than it is given
-    with pytest.raises(InputError, match="its context of 33 tokens cannot hold the 32 greedy tokens"):
+    with pytest.raises(InputError, match="its context of 33 tokens has no room for the 32 greedy tokens"):
         making.answers_of(tiny_checkpoint(name="none", max_position_embeddings=33))
 
 
@@ -191,7 +191,7 @@ def test_a_damaged_reference_is_refused(tmp_path: Path, reference: CompletionAns
 
 
 def test_a_release_without_reference_answers_is_distinguished(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match=r"reference-answers\.json: missing; .*make it again"):
+    with pytest.raises(IntegrityError, match=r"reference-answers\.json: missing; .*run `numprune optimize` again"):
         reference_answers.read(tmp_path)
 
 

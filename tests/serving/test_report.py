@@ -112,7 +112,7 @@ def test_per_document_figures_cover_all_documents(report_json: Any, put: Any, pa
 )
 def test_generation_counts_must_match_the_outputs(report_json: Any, put: Any, path: str, value: Any) -> None:
     Report.model_validate(put(report_json, "quality.generation", generation()))
-    with pytest.raises(ValidationError, match=r"counts of generation|at least 1 item"):
+    with pytest.raises(ValidationError, match=r"generation counts|at least 1 item"):
         Report.model_validate(put(report_json, f"quality.generation.{path}", value))
 
 
@@ -294,7 +294,7 @@ def test_the_markdown_says_when_intervals_are_over_windows(report_json: Any, doc
     few_documents(report_json, documents)
     page = reports.markdown(Report.model_validate(report_json))
     assert told in page
-    assert "over 40 windows: the documents are too few, so they speak for this text alone." in page
+    assert "over 40 windows: there are too few documents, so they hold for this text only." in page
 
 
 # --- the machine -----------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_a_healthy_gpu_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("mask", "processes", "reason"),
     [
         ("0x0000000000000060", "", "software thermal slowdown"),
-        ("0x0000000000000001", "1\\n", "another process too: 1"),
+        ("0x0000000000000001", "1\\n", "is used by another process, too: 1"),
         ("[N/A]", "", "cannot be read"),
     ],
 )

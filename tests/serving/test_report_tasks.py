@@ -123,7 +123,10 @@ def test_a_gate_on_causal_figures_of_an_encoder_is_a_policy_error(metric: str) -
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"loss_delta": {**encoder()["quality"]["loss_delta"], "unit": "nats/token"}}, "the loss of embedding is in"),
+        (
+            {"loss_delta": {**encoder()["quality"]["loss_delta"], "unit": "nats/token"}},
+            "the loss of embedding must be in",
+        ),
         ({"kl_nats_per_token": 0.1}, "only causal-lm has these"),
         ({"task": "regression"}, "task"),
         ({"metrics": {"similarity_spearman": "high"}}, "metrics"),
@@ -138,7 +141,7 @@ def test_quality_figures_of_another_task_are_refused(change: dict[str, Any], sai
 
 def test_reports_of_different_tasks_are_not_comparable() -> None:
     found = page.differences([Report.model_validate(encoder(task)) for task in ("embedding", "masked-lm")])
-    assert ("Task", "their losses are different quantities, so quality does not compare") in found
+    assert ("Task", "their losses are different quantities, so quality is not comparable") in found
     text = Parsed(page.comparison([(task, judged(encoder(task))) for task in METRICS])).text
     assert "Distance from baseline, 1 - cosine" in text
     assert "NLL difference, nats/masked token" in text

@@ -216,7 +216,7 @@ def test_a_router_that_dies_during_a_switch_is_restored_with_blue(place: Place, 
     state = serve(place, settings, blue)
     assert state.router is not None
     os.kill(state.router.started.pid, signal.SIGKILL)
-    with pytest.raises(router.RouterError, match="the router does not answer"):
+    with pytest.raises(router.RouterError, match="the router does not respond"):
         swap._switch(place, settings, state, green)
     after = place.read()
     assert after.current == blue
@@ -257,7 +257,7 @@ def test_another_address_is_refused_while_it_runs(place: Place, settings: Settin
     blue = start(place, "tiny/1")
     state = serve(place, settings, blue)
     moved = Settings(settings.environment, port=1)
-    with pytest.raises(RolloutFailed, match=r"--port 1: tiny is served at http.*--stop.*; tiny/1 goes on serving"):
+    with pytest.raises(RolloutFailed, match=r"--port 1: tiny is served at http.*--stop.*; tiny/1 keeps serving"):
         rollout.roll_out(NAME, never, tmp_path, moved)
     assert ask(state) == blue.url
 
@@ -344,7 +344,7 @@ def test_a_damaged_state_is_refused(place: Place, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"state\.json: current\..*--stop"):
         place.read()
     installed = Environment(Path(sys.executable), "0.32.0", True, None, "0.1.17")
-    with pytest.raises(RolloutFailed, match=r"state\.json: current.*; what serves is not known"):
+    with pytest.raises(RolloutFailed, match=r"state\.json: current.*; it is unknown which version serves"):
         rollout.roll_out(NAME, never, tmp_path, Settings(installed))
     rollout.stop(NAME, tmp_path)
     assert place.read() == State(name=NAME)

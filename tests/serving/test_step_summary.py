@@ -22,8 +22,8 @@ def test_whole_sections_are_omitted_and_named() -> None:
     limit = len(PAGE.encode()) - 1
     text = shortened(PAGE, limit).decode()
     assert text == (
-        HEAD + GATES + SIZES + MACHINE + "\n\nLeft out, to stay within the 1 MiB of a summary: Speed, onnxruntime. "
-        "The report has it all.\n"
+        HEAD + GATES + SIZES + MACHINE + "\n\nOmitted to stay within GitHub's 1 MiB limit: Speed, onnxruntime. "
+        "The report is complete.\n"
     )
 
 
@@ -32,7 +32,7 @@ def test_an_oversized_gate_table_leaves_the_verdict() -> None:
     text = shortened(page, 10_000).decode()
     assert text.startswith(HEAD)
     assert SIZES in text
-    assert "Left out, to stay within the 1 MiB of a summary: Gates." in text
+    assert "Omitted to stay within GitHub's 1 MiB limit: Gates." in text
 
 
 @pytest.mark.parametrize("limit", [0, 100, 2_100, 5_000, 50_000])
@@ -54,7 +54,7 @@ def test_pages_are_appended_until_the_summary_is_full(tmp_path: Path) -> None:
         append(summary, HEAD + "## Filling\n\n" + "a" * 1000)
     append(summary, PAGE)
     assert summary.stat().st_size <= LIMIT_BYTES
-    assert "Left out" in summary.read_text()
+    assert "Omitted to stay" in summary.read_text()
     for _ in range(10):
         append(summary, PAGE)
     assert summary.stat().st_size <= LIMIT_BYTES

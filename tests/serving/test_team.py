@@ -149,7 +149,7 @@ def test_the_commands_are_the_same(team: Team, numprune: Callable[..., Answered]
 def test_a_wrong_password_or_token_is_refused_and_not_repeated(ann: Person) -> None:
     ended = ann.run("list_versions", "any", MLFLOW_TRACKING_PASSWORD="a-wr0ng-one")
     assert ended.code == 1
-    assert "does not know who we are (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in ended.said
+    assert "rejects the credentials (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in ended.said
     assert "wr0ng" not in ended.said
     tokens = {**dict.fromkeys(CREDENTIALS, ""), "MLFLOW_TRACKING_TOKEN": "a-wr0ng-one"}  # this server knows none
     ended = ann.run("list_versions", "any", **tokens)
@@ -217,7 +217,7 @@ def test_concurrent_promotion_and_rollback_end_in_one_of_them(
         ended: list[Ended] = [actor.wait() for actor in at_work]
         team.relay.reset()
         for one in ended:
-            assert one.code == 0 or "somebody else moved production at the same time" in one.said, ended
+            assert one.code == 0 or "another user moved production at the same time" in one.said, ended
         return ended
 
     at_once(("promote", "moving/1"), ("promote", "moving/2"))  # none was: both insert
@@ -276,7 +276,7 @@ def test_postgresql_killed_before_the_version_is_made(
     team.relay.at(CREATE_VERSION, team.database.kill)
     ended = ann.run("publish", release, "broken")
     assert ended.code == 1
-    assert f"registry {team.uri} answers with errors" in ended.said
+    assert f"registry {team.uri} returns errors" in ended.said
     assert "database" in ended.said
     team.relay.reset()
     team.restart_database()

@@ -47,7 +47,7 @@ def test_the_server_returns_the_checkpoint_s_embeddings(running: Server, referen
     found = reference_answers.check(running.url, reference, "float32")
     assert found["worst"]["error"] < found["tolerance"]
     assert (found["texts"], found["positions"]) == (4, 4 * 64)
-    assert reference_answers.told(found).startswith("worst difference of 256 numbers ")
+    assert reference_answers.told(found).startswith("largest difference over 256 numbers ")
 
 
 def first_entry(data: Json) -> str:

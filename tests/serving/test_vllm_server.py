@@ -79,8 +79,8 @@ def test_served_names_are_configurable(running: Server) -> None:
 
 def test_the_api_key_is_required_and_never_revealed(running: Server, reference: CompletionAnswers) -> None:
     for key, message in (
-        (None, "wants an API key: set .VLLM_API_KEY or give --api-key-file"),
-        ("x", "refuses the API"),
+        (None, "requires an API key: set .VLLM_API_KEY or give --api-key-file"),
+        ("x", "rejects the API"),
     ):
         with pytest.raises(ServerError, match=message):
             reference_answers.check(running.url, reference, "float32", key)
@@ -112,7 +112,7 @@ def a_greedy_token(data: Json) -> str:
 
 def the_tokenizer(data: Json) -> str:
     data["texts"][3]["tokens"][2] += 1
-    return r"tokenizer reads 'Zażółć.* it is another model's"
+    return r"tokenizer reads 'Zażółć.* it belongs to another model"
 
 
 @pytest.mark.parametrize("spoil", [a_logprob, a_greedy_logprob, a_greedy_token, the_tokenizer])
@@ -153,7 +153,7 @@ def test_server_refusals_are_reported(running: Server, reference: CompletionAnsw
     data = reference.model_dump(by_alias=True)
     data["prompts"][0]["tokens"] *= 3  # beyond --max-model-len
     data["prompts"][0]["logprobs"] = [-1.0] * (len(data["prompts"][0]["tokens"]) - 1)
-    with pytest.raises(ServerError, match=r"/v1/completions was answered with 400: .*context length"):
+    with pytest.raises(ServerError, match=r"/v1/completions returned 400: .*context length"):
         reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
 
 
@@ -162,7 +162,9 @@ def test_mismatched_weights_are_not_reloaded(running: Server, release: Deploymen
     wider = write_checkpoint(tmp_path / "wider", intermediate_size=128)
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(wider)}}
     assert httpx.post(f"{running.url}/collective_rpc", json=body, timeout=120).status_code == 500
-    assert re.search(r"mlp\.\w+\.weight: stored with shape .*128.* config\.json means", running.process.log.read_text())
+    assert re.search(
+        r"mlp\.\w+\.weight: stored with shape .*128.* config\.json implies", running.process.log.read_text()
+    )
     assert prove(running, release, "float32")["greedy_match"] == 1.0
 
 

@@ -1,8 +1,8 @@
-"""Baseline and candidates as they are served: each on a vLLM server of its own, under `vllm bench serve`.
+"""Benchmarks of served models: baseline and candidates, each on its own vLLM server, under `vllm bench serve`.
 
-`run` starts the servers and drives them in turn; `load` is what they are asked for; `bench` runs in vLLM's environment
-and is the benchmark itself, `requests` what it gives; `metrics` is what a server says of its KV cache; `sections` makes
-the report's sections.
+`run` starts the servers and drives them in turn; `load` describes the work; `bench` runs in vLLM's environment and is
+the benchmark itself, `requests` its results; `metrics` reads the size of a server's KV cache; `sections` builds the
+report's sections.
 """
 
 from numprune.serving.benchmark.vllm.load import ServedLoad

@@ -1,8 +1,9 @@
-"""Run as a script, by the interpreter of vLLM's environment: `vllm bench serve`, again and again in one process.
+"""Runs `vllm bench serve` repeatedly in one process; a script for the interpreter of vLLM's environment.
 
-Each request, a line of JSON on stdin, is a command line of `vllm bench serve`; the answer, on what was stdout, says
-that its result file is written. Importing vLLM takes longer than most runs, and this does it once. It imports nothing
-of ours. It ends when stdin does, and by any mistake in a command line, with vLLM's own message as the last on stderr.
+Each request, a line of JSON on stdin, is a command line of `vllm bench serve`; the response, on the original stdout,
+confirms that its result file has been written. Importing vLLM takes longer than most runs, and this does it only once.
+It imports nothing from numprune. It ends when stdin closes, or on an invalid command line, with vLLM's own message last
+on stderr.
 """
 
 import json
@@ -12,11 +13,13 @@ import sys
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; ending us is the parent's task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is no answer
+    os.dup2(2, 1)  # what vLLM prints is not a response
 
-    from vllm.benchmarks.serve import add_cli_args  # what `vllm bench serve` is, which wants a distribution called vllm
+    from vllm.benchmarks.serve import (
+        add_cli_args,
+    )  # the command itself needs a distribution named vllm
     from vllm.benchmarks.serve import main as bench_serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -1,4 +1,4 @@
-"""The parent's end of `bench`: `vllm bench serve`, ready to be run at any side with any concurrency of the load."""
+"""The parent's side of `bench`: runs `vllm bench serve` against any side at any concurrency of the load."""
 
 import os
 import tempfile
@@ -43,7 +43,7 @@ class Bench:
         return [
             *("--backend", "openai", "--endpoint", "/v1/completions", "--base-url", side.server.url),
             *("--model", side.name, "--tokenizer", str(self.tokenizer.absolute())),
-            # Of vLLM's kinds of data the one that sends token ids: every prompt is exactly as long as it should be.
+            # The only vLLM dataset that sends token ids, so that prompts have exactly the requested length.
             *("--dataset-name", "timed_trace", "--dataset-path", str(self.scratch / "trace.jsonl")),
             *("--no-self-timed", "--timed-trace-chunk-hash-size", str(load.prompt_length)),
             *("--num-prompts", str(load.requests(concurrency)), "--max-concurrency", str(concurrency)),
@@ -59,9 +59,9 @@ class Bench:
 def start_bench(
     environment: Environment, tokenizer: Path, load: ServedLoad, energy: EnergyMeter | None = None
 ) -> Iterator[Bench]:
-    """Begin to start it: importing vLLM takes as long as starting a server. Whoever runs it first waits for that."""
+    """Start it in the background: importing vLLM takes as long as starting a server. The first run waits for it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    # The trace's prompts are drawn by Python's hash of a text, which differs from process to process without the first.
+    # The trace's prompts depend on Python's string hash, which without PYTHONHASHSEED differs between processes.
     variables |= {"PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryDirectory(prefix="numprune-bench-") as scratch:
         trace = Path(scratch) / "trace.jsonl"

@@ -1,4 +1,4 @@
-"""What the servers are given to do: which prompts, how long, how many at a time, how often."""
+"""The load of server benchmarks: which prompts, how long, how many at a time, how often."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -27,14 +27,14 @@ class ServedLoad:
     Raises InputError naming every field that is out of range.
     """
 
-    prompts: int = 4  # one after the other, in each of as many streams as the concurrency says
+    prompts: int = 4  # sequential, in each of `concurrency` parallel streams
     prompt_length: int = 128  # tokens
-    output_length: int = 32  # tokens, always all of them
-    concurrency: tuple[int, ...] = (1, 4)  # requests in flight; each is measured by itself
+    output_length: int = 32  # tokens, never fewer
+    concurrency: tuple[int, ...] = (1, 4)  # requests in flight; each value is measured separately
     repeats: int = 10  # measured, per side and concurrency
-    warmup: int = 1  # repeats per side and concurrency that come before, and are left out of every result
+    warmup: int = 1  # repeats per side and concurrency that run first and are excluded from all results
     seed: int = 0  # of the prompts
-    goodput_ttft_ms: int = 200  # a request is good when neither is exceeded
+    goodput_ttft_ms: int = 200  # a request is good if it exceeds neither
     goodput_tpot_ms: int = 50
     kv_cache_mib: int = 256  # memory for the KV cache, the same on every server
     maximum_failed: int = 0  # failed requests, of all sides together; more end the benchmark
@@ -44,13 +44,13 @@ class ServedLoad:
         levels = self.concurrency
         whole = isinstance(levels, tuple) and bool(levels) and all(type(n) is int and n > 0 for n in levels)
         if not whole or len(set(levels)) != len(levels):
-            problems.append(f"load.concurrency = {levels!r}: must be different whole numbers above zero")
+            problems.append(f"load.concurrency = {levels!r}: must be distinct positive integers")
         if problems:
             raise InputError("; ".join(problems))
 
     @property
     def positions(self) -> int:
-        """Of one request, in the KV cache."""
+        """Positions of one request in the KV cache."""
         return self.prompt_length + self.output_length
 
     @property
@@ -58,14 +58,14 @@ class ServedLoad:
         return self.kv_cache_mib << 20
 
     def requests(self, concurrency: int) -> int:
-        """In one repeat."""
+        """Requests in one repeat."""
         return self.prompts * concurrency
 
     def trace(self) -> str:
-        """The requests as vLLM's benchmark reads a trace, one a line: those of the highest concurrency.
+        """The requests as a trace for vLLM's benchmark, one per line: those of the highest concurrency.
 
-        It makes a prompt of token ids from each number in `hash_ids`, and the same one whenever it meets the number
-        again (given the same tokenizer and PYTHONHASHSEED); no two prompts here share one.
+        It turns each number in `hash_ids` into a prompt of token ids, always the same one for the same number (given
+        the same tokenizer and PYTHONHASHSEED); no two prompts here share a number.
         """
         count = self.requests(max(self.concurrency))
         lines = [

@@ -1,4 +1,4 @@
-"""What one run of `vllm bench serve` gave."""
+"""Results of one run of `vllm bench serve`."""
 
 import math
 import statistics
@@ -20,13 +20,13 @@ METRICS = (
     *("decode_tokens_per_s", "prefill_tokens_per_s", "output_tokens_per_s", "goodput_requests_per_s"),
 )
 
-_TOGETHER_MS = 0.05  # two tokens in less were read at once: no model makes one so soon after another
+_TOGETHER_MS = 0.05  # two tokens closer than this were read together: no model generates them so fast
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _File(BaseModel):
-    """What we read of its JSON; one item of each list for each request, in seconds."""
+    """The part of its JSON that is used; each list has one item per request, in seconds."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -43,8 +43,8 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class Request:
-    """One that succeeded, in ms from when it was sent. `itl_ms`: between the pieces of the answer, a token each unless
-    the server had more to send at once.
+    """A successful request, in ms since it was sent. `itl_ms`: gaps between chunks of the response, one token each
+    unless the server sent several at once.
     """
 
     prompt_tokens: int
@@ -58,20 +58,20 @@ class Request:
 
     @property
     def tpot_ms(self) -> float:
-        """Time per output token after the first: all of them count, however they were packed."""
+        """Time per output token after the first, however the tokens were grouped into chunks."""
         return sum(self.itl_ms) / (self.output_tokens - 1)
 
 
 @dataclass(frozen=True)
 class Requests:
-    """The load once, at one concurrency; and the seconds that the server's threads ran, and waited for a CPU.
+    """One run of the load at one concurrency, with the seconds that the server's threads ran and waited for a CPU.
 
     `joules`: that the GPU took meanwhile, while the server had nothing to do too; None where that was not measured.
     """
 
     concurrency: int
     succeeded: tuple[Request, ...]
-    errors: tuple[str, ...]  # one for each request that failed
+    errors: tuple[str, ...]  # one per failed request
     duration_s: float
     goodput_requests_per_s: float
     threads: ThreadTimes
@@ -83,10 +83,10 @@ class Requests:
         return len(self.errors)
 
     def metrics(self) -> dict[str, float]:
-        """One number per metric, not a number where there is none: the median of latencies, in ms.
+        """One number per metric, NaN if missing; medians for latencies, in ms.
 
-        `decode_tokens_per_s` is what the streams decode together while none of them waits for its first token, at
-        concurrency 1 the same as in other runtimes; `output_tokens_per_s` is all tokens over the whole duration.
+        `decode_tokens_per_s` is the combined rate of all streams while none waits for its first token, at concurrency 1
+        the same as in other runtimes; `output_tokens_per_s` is all tokens divided by the whole duration.
         """
         requests, generated = self.succeeded, sum(request.output_tokens for request in self.succeeded)
         decode_s = sum(request.e2e_ms - request.ttft_ms for request in requests) / 1e3
@@ -108,21 +108,21 @@ class Requests:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON of every request, so that looks can be put together later."""
+        """Every request as plain JSON, so that looks can be pooled later."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Requests":
-        """What `to_json` gave."""
+        """The inverse of `to_json`."""
         succeeded = (Request(**{**request, "itl_ms": tuple(request["itl_ms"])}) for request in data["succeeded"])
         threads = ThreadTimes(**data["threads"])
         return cls(**{**data, "succeeded": tuple(succeeded), "errors": tuple(data["errors"]), "threads": threads})
 
 
 def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: ThreadTimes) -> Requests:
-    """What the file says of a run. A request that gave other than was asked for has failed.
+    """Read a result file. A request with other token counts than requested has failed.
 
-    Raises IntegrityError for a file that does not tell of every request.
+    Raises IntegrityError if the file does not cover every request.
     """
     try:
         found = _File.model_validate_json(file.read_bytes())
@@ -131,7 +131,7 @@ def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: Threa
     count = load.requests(concurrency)
     told = {len(part) for part in (found.input_lens, found.output_lens, found.ttfts, found.itls, found.errors)}
     if told != {count} or found.completed + found.failed != count:
-        raise IntegrityError(f"{file.name} of vllm bench serve: does not tell of {count} requests, each once")
+        raise IntegrityError(f"{file.name} of vllm bench serve: does not contain each of {count} requests once")
     succeeded, errors = [], []
     rows = zip(found.input_lens, found.output_lens, found.ttfts, found.itls, found.errors, strict=True)
     for prompt, output, ttft, itls, reason in rows:
@@ -139,10 +139,10 @@ def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: Threa
             itl_ms = tuple(step * 1e3 for step in itls)
             succeeded.append(Request(prompt, output, ttft * 1e3, itl_ms))
         else:
-            last = reason.strip().splitlines()[-1] if reason.strip() else "no error was told"
+            last = reason.strip().splitlines()[-1] if reason.strip() else "no error was reported"
             errors.append(f"{output} of {load.output_length} tokens for {prompt} of {load.prompt_length}: {last}")
     if len(errors) < found.failed:
-        raise IntegrityError(f"{file.name} of vllm bench serve: {found.failed} failed, but not which")
+        raise IntegrityError(f"{file.name} of vllm bench serve: {found.failed} failed, but does not say which")
     return Requests(
         concurrency=concurrency,
         succeeded=tuple(succeeded),
@@ -154,9 +154,10 @@ def read_requests(file: Path, load: ServedLoad, concurrency: int, threads: Threa
 
 
 def packed_share(repeats: Iterable[Requests]) -> float:
-    """Of the tokens after each request's first, those that came with the one before: their times are whoever read them.
+    """The share of tokens, excluding each request's first, that arrived with the previous one: their timing is the
+    reader's.
 
-    0 when there are none.
+    0 if there are none.
     """
     requests = [request for repeat in repeats for request in repeat.succeeded]
     apart = sum(step >= _TOGETHER_MS for request in requests for step in request.itl_ms)

@@ -1,4 +1,4 @@
-"""The measuring loop: every model on a server of its own, all started, one of them running at a time."""
+"""The measuring loop: every model on its own server, all started, one of them running at a time."""
 
 import itertools
 import os
@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from numprune.counted import counted
 from numprune.errors import InputError, NumpruneError
 from numprune.export import manifest, precision, processors, vllm
 from numprune.export.checkpoint import audit, read_config
@@ -26,9 +27,9 @@ from numprune.serving.vllm.environment import Environment
 from numprune.serving.vllm.server import STARTUP_S, serving
 
 BASELINE = "baseline"
-_PACKED_SHARE = 0.25  # a server that is asked for much sends some tokens in pairs; more, and TPOT is the client's
+_PACKED_SHARE = 0.25  # a busy server sends some tokens in pairs; beyond this share, TPOT measures the client
 _FEW_CPUS = 3
-_GPU_SHARE = 0.9  # of the GPU's memory, for all servers together
+_GPU_SHARE = 0.9  # share of the GPU's memory for all servers together
 
 
 class BenchmarkFailed(NumpruneError):
@@ -45,35 +46,35 @@ def run_served(
     options: Sequence[str] = (),
     startup_timeout_s: float = STARTUP_S,
 ) -> dict[str, dict[str, Any]]:
-    """Measure them all, interleaved A B B A … (with two candidates A B C C B A …), at each concurrency by itself.
+    """Measure all of them, interleaved A B B A … (with two candidates A B C C B A …), separately at each concurrency.
 
-    Servers keep no prompts from one repeat to the next (no prefix caching), and each has the same memory for its KV
-    cache. On CPUs they run eagerly: compiling takes minutes, and all sides go without.
+    Prefix caching is off, and every server gets the same memory for its KV cache. On CPUs all of them run eagerly,
+    because compiling takes minutes.
 
     Args:
         candidates: by name, checkpoints that vLLM loads; not empty.
         baseline: a checkpoint with the same vocabulary.
-        environment: that has vLLM.
-        dtype: that all sides compute in; None: each in that of its stored weights.
+        environment: the environment with vLLM.
+        dtype: precision of all sides; None: each in that of its stored weights.
         options: of vLLM, for every server.
-        startup_timeout_s: a server may take so long to become ready.
+        startup_timeout_s: limit for a server to become ready.
 
     Returns:
         By candidate, what `run_benchmark` gives of other runtimes: `speed`, `memory`, `environment`, `samples`.
 
     Raises:
-        InputError: a folder that vLLM cannot serve, or that the load or the baseline does not fit.
+        InputError: a folder that vLLM cannot serve, or that does not match the load or the baseline.
         IntegrityError: a checkpoint's tensors are not what its configuration says.
-        MissingRuntime: a checkpoint needs the plug-in, and it is not there.
+        MissingRuntime: a checkpoint needs the plug-in, which is not installed.
         ServerError: a server did not start, or died.
         BenchmarkFailed: too many requests failed.
     """
     load = load or ServedLoad()
     folders = {BASELINE: baseline, **candidates}
     if BASELINE in candidates or not candidates:
-        raise ValueError(f"candidates need names of their own, got {list(candidates)}")
+        raise ValueError(f"candidates need distinct names, got {list(candidates)}")
     configs = _check(folders, load)
-    # Said to vLLM in any case: left to itself, it would halve float32.
+    # Always passed to vLLM: by default it would convert float32 to half precision.
     dtypes = {name: dtype or precision.name_of(config.dtype) for name, config in configs.items()}
     common = [*_common_options(environment, load, len(folders)), *options]
     variables = _threads(environment)
@@ -105,7 +106,7 @@ def run_served(
 
 
 def pool(looks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As `numprune.serving.benchmark.run.pool`, of what `run_served` gave of one candidate."""
+    """Like `numprune.serving.benchmark.run.pool`, for the results of `run_served` for one candidate."""
     last = looks[-1]
     fields = last["speed"]["load"]
     load = ServedLoad(**{**fields, "concurrency": tuple(fields["concurrency"])})
@@ -126,7 +127,7 @@ def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, Any]:
     for name, folder in folders.items():
         if not folder.is_dir():
             raise InputError(f"{name} {str(folder)!r} is not a folder; give a checkpoint")
-        audit(folder)  # vLLM would cut what is larger than the configuration says
+        audit(folder)  # vLLM would truncate tensors larger than the configuration says
         configs[name] = read_config(folder)
         context = configs[name].max_position_embeddings
         if load.positions > context:
@@ -137,13 +138,13 @@ def _check(folders: Mapping[str, Path], load: ServedLoad) -> dict[str, Any]:
         if configs[name].vocab_size != configs[BASELINE].vocab_size:
             raise InputError(
                 f"the vocabulary of the baseline has {configs[BASELINE].vocab_size} tokens, that of {name} "
-                f"{configs[name].vocab_size}: the same prompts do not fit both"
+                f"{configs[name].vocab_size}: they cannot run the same prompts"
             )
     return configs
 
 
 def _needs(folder: Path, config: Any) -> list[str]:
-    """Options without which vLLM does not load it; the server finds them itself where there is a manifest."""
+    """Options that vLLM needs to load it; with a manifest the server finds them itself."""
     if (folder / manifest.FILE_NAME).is_file():
         return []
     needs = vllm.preflight(config)["needs"]
@@ -156,16 +157,16 @@ def _common_options(environment: Environment, load: ServedLoad, servers: int) ->
         *("--max-model-len", str(load.positions)),
         *("--kv-cache-memory-bytes", str(load.kv_cache_bytes)),
         "--no-enable-prefix-caching",
-        # A GPU's memory is checked against this share, although what it is used for is fixed above.
+        # vLLM checks GPU memory against this share, although the KV cache size is fixed above.
         *(["--enforce-eager"] if environment.cpu else ["--gpu-memory-utilization", f"{_GPU_SHARE / servers:.3f}"]),
     ]
 
 
 def _threads(environment: Environment) -> dict[str, str]:
-    """How a server uses few CPUs. What the user has set stays.
+    """Environment for servers on few CPUs. User settings take precedence.
 
-    With its worker bound to one of two CPUs, vLLM's engine was seen to spin on the other for as long as a request took:
-    nobody was left to send the tokens, or to time them.
+    With its worker bound to one of two CPUs, vLLM's engine spun on the other for the whole request, which left no CPU
+    to send or time the tokens.
     """
     cpus = processors.count()
     if not environment.cpu or cpus > _FEW_CPUS:
@@ -186,7 +187,7 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
     with Progress(total, "benchmark (vllm)", "run", leave=True) as bar:
         for concurrency in load.concurrency:
             for index in range(load.warmup + load.repeats):
-                # A B, then B A; the count begins again with the first repeat.
+                # A B, then B A; counting restarts with the first repeat.
                 warm, turn = index >= load.warmup, (index if index < load.warmup else index - load.warmup)
                 for side in sides if turn % 2 == 0 else sides[::-1]:
                     found = run_once(bench, side, sides, concurrency, failed)
@@ -213,10 +214,10 @@ def _measure(bench: Bench, sides: Sequence[Side], description: Mapping[str, Any]
 
 
 def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, failed: list[str]) -> Requests:
-    """Run one side while the others stand still.
+    """Run one side while the others are suspended.
 
     Args:
-        failed: of earlier runs, a line for each request; this run's are added.
+        failed: failed requests of earlier runs, one line each; this run's are appended.
 
     Raises BenchmarkFailed, and what `Bench.run` does.
     """
@@ -225,8 +226,8 @@ def run_once(bench: Bench, side: Side, sides: Sequence[Side], concurrency: int, 
     failed += [f"{side.name}: {error}" for error in found.errors]
     if len(failed) > bench.load.maximum_failed:
         raise BenchmarkFailed(
-            f"{len(failed)} requests failed (limit {bench.load.maximum_failed}), the last {len(found.errors)} of "
-            f"{bench.load.requests(concurrency)} at concurrency {concurrency}; {failed[-1]}"
+            f"{counted(len(failed), 'request')} failed (limit {bench.load.maximum_failed}), the last "
+            f"{len(found.errors)} of {bench.load.requests(concurrency)} at concurrency {concurrency}; {failed[-1]}"
         )
     return found
 
@@ -238,8 +239,8 @@ def _circumstances(baseline: Side, candidate: Side, machine: Machine, stolen_sha
         for name, side in ((BASELINE, baseline), ("candidate", candidate))
     }
     late = [
-        f"{share:.0%} of the {name}'s tokens came together with the one before (limit {_PACKED_SHARE:.0%}): whoever "
-        "timed them got no CPU meanwhile; end other programs"
+        f"{share:.0%} of the {name}'s tokens arrived together with the previous one (limit {_PACKED_SHARE:.0%}): "
+        "the client got too little CPU time; stop other programs"
         for name, share in packed.items()
         if share > _PACKED_SHARE
     ]

@@ -1,4 +1,4 @@
-"""From requests to the sections of the report."""
+"""Turns requests into sections of the report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Levels = Mapping[int, Sequence[Look[Requests]]]  # by concurrency
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one side. Peaks are resident memory, summed over the server's processes; None on a GPU."""
+    """Memory of one side. Peaks are resident memory summed over the server's processes; None on a GPU."""
 
     weight_bytes: int
     kv_cache: KvCache
@@ -31,7 +31,7 @@ class Footprint:
 def speed_section(load: ServedLoad, looks: Levels, descriptions: Mapping[str, Any]) -> Section:
     """`speed.vllm`: the figures of the first concurrency, and under `concurrency` those of each.
 
-    `failed_requests` is of them all, so that no gate passes on the requests that happened to succeed.
+    `failed_requests` counts all of them, so that no gate passes on only the successful requests.
     """
     levels = {str(level): _level(load, level, looks[level]) for level in load.concurrency}
     first = levels[str(load.concurrency[0])]
@@ -60,7 +60,7 @@ def _level(load: ServedLoad, level: int, looks: Sequence[Look[Requests]]) -> Sec
 
 
 def _side(repeats: Sequence[Requests]) -> Section:
-    """Percentiles over all requests that succeeded; rates over all repeats together."""
+    """Percentiles over all successful requests; rates over all repeats together."""
     requests = [request for repeat in repeats for request in repeat.succeeded]
     whole = Requests(
         concurrency=repeats[0].concurrency,
@@ -85,7 +85,7 @@ def _side(repeats: Sequence[Requests]) -> Section:
 
 
 def memory_section(baseline: Footprint, candidate: Footprint) -> Section:
-    """`memory.vllm`. KV-cache bytes per token are as served: the memory asked for over the tokens that it holds."""
+    """`memory.vllm`. KV-cache bytes per token are as served: memory divided by the tokens that fit."""
     before, after = _peak(baseline), _peak(candidate)
     return {
         "baseline": _memory(baseline),

@@ -1,4 +1,4 @@
-"""One model on its server, and what the machine says of the server's processes."""
+"""One model on its server, with memory and scheduling times of the server's processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from numprune.serving.vllm.server import Server
 
 @dataclass
 class Side:
-    """`processes` are the server's, which starts no more once it is ready; repeats are by concurrency."""
+    """`processes` are the server's, all started once it is ready; `repeats` are by concurrency."""
 
     name: str
     folder: Path
@@ -47,13 +47,13 @@ class Side:
 
 
 def side_of(name: str, folder: Path, server: Server, *, on_gpu: bool) -> Side:
-    """Of a server that is ready."""
+    """The side of a server that is ready."""
     processes = family(server.pid)
     return Side(name, folder, server, processes, None if on_gpu else _peak_bytes(processes))
 
 
 def _peak_bytes(processes: Sequence[int]) -> int:
-    """The kernel's high-water marks of resident memory, summed: what the processes share counts in each of them."""
+    """The sum of the kernel's high-water marks of resident memory; shared memory counts once per process."""
     total = 0
     for pid in processes:
         marks = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]

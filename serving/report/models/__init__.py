@@ -1,9 +1,9 @@
 """The schema of report.json.
 
-Units stand in the names, or beside the value. A *metric* of a policy is a dotted path into this JSON that ends at a
-number or an estimate. A number that was measured as NaN or infinite is kept as null, so that every gate on it fails; a
-number that is missing is null too. Unknown fields are refused everywhere but in the bags of facts (a load's parameters,
-a runtime's description, the result of a parity check), whose content belongs to whoever writes it.
+Units are in the names or beside the value. A *metric* of a policy is a dotted path into this JSON that ends at a number
+or an estimate. NaN, infinite and missing numbers are null, so that every gate on them fails. Unknown fields are refused
+except in free-form facts (a load's parameters, a runtime's description, the result of a parity check), which their
+writers define.
 """
 
 from numprune.serving.report.models.fields import ModelName, ReportedEstimate

@@ -1,4 +1,4 @@
-"""What every part of a report is made of: numbers, digests, names, and a value with its uncertainty."""
+"""Field types of the report: numbers, digests, names, and estimates with their uncertainty."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 
 
 def number(value: Any) -> int | float | None:
-    """A finite number as it is; NaN, infinities and what no measurement reaches as None; others are not numbers."""
+    """A finite number unchanged; NaN, infinities and impossibly large values as None; anything else is an error."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -21,7 +21,7 @@ def number(value: Any) -> int | float | None:
 
 
 def _facts(value: Any) -> Any:
-    """Plain JSON, with every NaN and infinity in it as null."""
+    """Plain JSON, with NaN and infinity replaced by null."""
     if isinstance(value, Mapping):
         return {key: _facts(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -42,13 +42,13 @@ Shape = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}x[1-9][0-9]{0,8}$")]  # t
 
 
 class Model(BaseModel):
-    """What every part of a report has in common: frozen, and nothing that the schema does not name."""
+    """The base of all report models: frozen, without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ReportedEstimate(Model):
-    """A value with its uncertainty: one-sided 95 % bounds, the two-sided 95 % interval, and what was resampled."""
+    """A value with its uncertainty: one-sided 95 % bounds, the two-sided 95 % interval, and the sampling unit."""
 
     value: Number
     ci95_lower: Number
@@ -63,5 +63,5 @@ class ReportedEstimate(Model):
         known = [bound for bound in bounds if bound is not None]
         slack = 1e-9 * max([abs(bound) for bound in known], default=0.0)
         if any(first > second + slack for first, second in pairwise(known)):
-            raise ValueError(f"the bounds of an estimate ascend; these do not: {bounds}")
+            raise ValueError(f"the bounds of an estimate must ascend, but are {bounds}")
         return self

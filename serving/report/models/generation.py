@@ -1,4 +1,4 @@
-"""What both models generated from the same prompts."""
+"""Outputs that both models generated from the same prompts."""
 
 import math
 from typing import Final, Self
@@ -11,10 +11,10 @@ MAXIMUM_PROMPTS: Final = 100
 
 
 class Output(Model):
-    """What a model generated, greedily.
+    """The greedy output of a model.
 
-    `empty`: white space at most. `repeating`: its end repeats a sequence of up to 20 tokens three times or more, over
-    at least 16 tokens.
+    `empty`: nothing but white space. `repeating`: its end repeats a sequence of up to 20 tokens three times or more,
+    over at least 16 tokens.
     """
 
     text: str
@@ -34,7 +34,7 @@ class SideBySide(Model):
 
 
 class OutputCounts(Model):
-    """Of one side: how many outputs are empty or repeating, and as shares of all."""
+    """One side: numbers and shares of empty and repeating outputs."""
 
     empty: Count
     repeating: Count
@@ -43,7 +43,7 @@ class OutputCounts(Model):
 
 
 class Generation(Model):
-    """Both models on the same prompts. Greedy generation has no chance in it, so these counts have no interval.
+    """Both models on the same prompts. Greedy generation is deterministic, so these counts have no interval.
 
     `degraded`: prompts on which the candidate's output is empty or repeating, and the baseline's is neither.
     """
@@ -71,5 +71,5 @@ class Generation(Model):
             claimed += [side.empty, side.repeating, side.empty_share, side.repeating_share]
             expected += [empty, repeating, empty / len(pairs), repeating / len(pairs)]
         if any(one is None or not math.isclose(one, other) for one, other in zip(claimed, expected, strict=True)):
-            raise ValueError(f"the counts of generation are not those of its outputs, which are {expected}")
+            raise ValueError(f"the generation counts do not match the outputs, which give {expected}")
         return self

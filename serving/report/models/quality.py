@@ -15,7 +15,7 @@ MAXIMUM_WORST: Final = 10
 Task = Literal["causal-lm", "masked-lm", "classification", "embedding"]
 Unit = Literal["nats/token", "nats/masked token", "nats/text", "1 - cosine"]
 
-# What the loss of a task is measured in.
+# Unit of each task's loss.
 UNITS: Mapping[Task, Unit] = MappingProxyType(
     {
         "causal-lm": "nats/token",
@@ -25,12 +25,12 @@ UNITS: Mapping[Task, Unit] = MappingProxyType(
     }
 )
 
-# Fields of Quality that only causal-lm has.
+# Fields of Quality for causal-lm only.
 CAUSAL: Final = ("baseline", "candidate", "perplexity_ratio", "kl_nats_per_token", "top1_agreement", "generation")
 
 
 class LossDelta(ReportedEstimate):
-    """What the candidate loses: its loss minus the baseline's, or its distance from the baseline."""
+    """The candidate's loss minus the baseline's, or its distance from the baseline."""
 
     unit: Unit
 
@@ -47,10 +47,10 @@ class DocumentDelta(Model):
 
 
 class DocumentDeltas(Model):
-    """Documents apart: how the mean difference comes about.
+    """Differences by document, behind the mean difference.
 
-    `values` ascend. They are every document's difference or, of more than MAXIMUM_DOCUMENTS, so many of their quantiles
-    at equal steps, from the least to the largest. `worst` are those that lost most, the worst first.
+    `values` are in ascending order: every document's difference or, for more than MAXIMUM_DOCUMENTS, that many equally
+    spaced quantiles from minimum to maximum. `worst` are the documents that lost most, the worst first.
     """
 
     values: tuple[Finite, ...] = Field(min_length=1, max_length=MAXIMUM_DOCUMENTS)
@@ -60,24 +60,24 @@ class DocumentDeltas(Model):
     def _ordered(self) -> Self:
         descending = [worst.loss_delta for worst in self.worst]
         if list(self.values) != sorted(self.values) or descending != sorted(descending, reverse=True):
-            raise ValueError("the differences of documents ascend, and the worst come first")
+            raise ValueError("differences by document must ascend, with the worst documents first in `worst`")
         return self
 
 
 class Sides(Model):
-    """A metric that each model has by itself."""
+    """A metric that each model has on its own."""
 
     baseline: Number
     candidate: Number
 
 
 class Quality(Model):
-    """On held-out text; differences are candidate - baseline, paired by what the loss is counted in.
+    """Quality on held-out text; differences are candidate - baseline, paired by the unit of the loss.
 
-    `loss_delta` is against the dense base, `quantization_loss_delta` of a quantized candidate against the pruned one
-    before it was quantized. `tokens`: scored ones (causal-lm, masked-lm), or all that the texts have. `packed`:
-    documents were joined by EOS and scored as one text; without it, each was scored by itself. `metrics`: those of
-    tasks other than causal-lm, which has fields of its own for them.
+    `loss_delta` is against the dense base; `quantization_loss_delta`, for a quantized candidate, against the pruned
+    model before quantization. `tokens`: scored ones (causal-lm, masked-lm), or all tokens of the texts. `packed`:
+    documents were joined by EOS and scored as one text; otherwise each was scored separately. `metrics`: those of tasks
+    other than causal-lm, which has its own fields.
     """
 
     task: Task
@@ -98,17 +98,17 @@ class Quality(Model):
     @model_validator(mode="after")
     def _of_the_task(self) -> Self:
         if self.loss_delta.unit != UNITS[self.task]:
-            raise ValueError(f"the loss of {self.task} is in {UNITS[self.task]}, not in {self.loss_delta.unit}")
+            raise ValueError(f"the loss of {self.task} must be in {UNITS[self.task]}, not in {self.loss_delta.unit}")
         present = {name for name in CAUSAL if getattr(self, name) is not None}
         if self.task != "causal-lm" and present:
-            raise ValueError(f"{', '.join(sorted(present))}: only causal-lm has these, and the task is {self.task}")
+            raise ValueError(f"{', '.join(sorted(present))}: only causal-lm has these, but the task is {self.task}")
         if self.task == "causal-lm" and (self.metrics or not {"baseline", "candidate", "perplexity_ratio"} <= present):
-            raise ValueError("causal-lm has baseline, candidate and perplexity_ratio, and no metrics beside its fields")
+            raise ValueError("causal-lm must have baseline, candidate and perplexity_ratio, and no metrics")
         return self
 
     @model_validator(mode="after")
     def _all_documents(self) -> Self:
-        expected = min(self.documents, MAXIMUM_DOCUMENTS)  # none at all is for the gates to refuse
+        expected = min(self.documents, MAXIMUM_DOCUMENTS)  # zero is left for the gates to reject
         if expected and self.document_deltas is not None and len(self.document_deltas.values) != expected:
-            raise ValueError(f"document_deltas.values has {expected} values for {self.documents} documents")
+            raise ValueError(f"document_deltas.values must have {expected} values for {self.documents} documents")
         return self

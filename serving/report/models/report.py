@@ -16,10 +16,10 @@ SCHEMA: Final = "numprune/report/2"
 
 
 class AnyReport(Model):
-    """What the schemas of reports have in common: everything but the version and the section `quality`.
+    """The part common to all report schemas: everything but the version and the section `quality`.
 
-    Sections that a run did not measure are absent, and every gate on them fails. `price_per_hour`: of the machine that
-    serves, in the currency of whoever gave it.
+    Sections that a run did not measure are absent, and every gate on them fails. `price_per_hour`: of the serving
+    machine, in the user's currency.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
@@ -50,17 +50,17 @@ class AnyReport(Model):
     @model_validator(mode="after")
     def _as_judged(self) -> Self:
         if self.verdict is not None and self.verdict.judged not in (None, self.digest):
-            raise ValueError("the report was altered after its verdict: measure and judge again")
+            raise ValueError("the report was altered after its verdict; measure and judge again")
         return self
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything but the verdict; what has its default does not count, so that fields can be added."""
+        """SHA-256 of everything but the verdict; default values are excluded, so that fields can be added."""
         facts = self.model_dump(mode="json", exclude={"verdict"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(facts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, by the names of the file."""
+        """Plain JSON, with the file's field names."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -71,5 +71,5 @@ class Report(AnyReport):
     quality: Quality | None = None
 
     def judged(self, verdict: Verdict) -> "Report":
-        """This report with its verdict, checked again as a whole."""
+        """This report with its verdict, validated again."""
         return Report.model_validate({**self.to_json(), "verdict": verdict.model_dump(mode="json")})

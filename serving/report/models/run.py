@@ -1,4 +1,4 @@
-"""What was pruned, on which machine, and what became of it."""
+"""What was pruned, on which machine, and the result."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from numprune.serving.report.models.fields import Count, Model, ModelName, Numbe
 
 
 class Identity(Model):
-    """SHA-256 digests of what went in and what came out; None for what this run did not have.
+    """SHA-256 digests of inputs and outputs; None for those that this run does not have.
 
     `name`: of the model that a release becomes a version of. `pruned`: of the checkpoint that was trained or quantized,
     `recovered`: of the one that training made; `recovery_rows`: what it was trained on and chosen by.
@@ -31,7 +31,7 @@ class Identity(Model):
 
 
 class Gpu(Model):
-    """One GPU as nvidia-smi shows it; None where it shows nothing."""
+    """One GPU as reported by nvidia-smi; None for missing values."""
 
     name: str
     uuid: str
@@ -41,12 +41,12 @@ class Gpu(Model):
     max_sm_clock_mhz: Number = None
     power_limit_watts: Number = None
     temperature_celsius: Number = None
-    throttle: tuple[str, ...] = ()  # why its clocks are lowered at this moment
-    processes: tuple[int, ...] = ()  # other processes that compute on it
+    throttle: tuple[str, ...] = ()  # current throttle reasons
+    processes: tuple[int, ...] = ()  # other processes that use it
 
 
 class Environment(Model):
-    """The machine. `valid` is false when a reason says why its measurements mean nothing."""
+    """The machine. `valid` is false if there is a reason to distrust its measurements."""
 
     cpu: str
     cores: Count
@@ -60,7 +60,7 @@ class Environment(Model):
     @model_validator(mode="after")
     def _explained(self) -> Self:
         if self.valid == bool(self.reasons):
-            raise ValueError("an environment is valid exactly when there is no reason against it")
+            raise ValueError("valid must be true if and only if there are no reasons")
         return self
 
 
@@ -80,11 +80,11 @@ class Pruning(Model):
     budget_asked: Number = None  # bytes of weights, in the place of a ratio
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
-    dropped_layers: list[Count] = Field(default=[])  # by their numbers in the baseline; their blocks keep nothing
+    dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
 
 
 class SizePair(Model):
-    """`ratio` is candidate / baseline; left out, it is computed; given, it must be that."""
+    """`ratio` is candidate / baseline; it is computed if omitted and checked if given."""
 
     baseline: Number
     candidate: Number
@@ -149,7 +149,7 @@ def _quotient(numerator: int | float | None, denominator: int | float | None) ->
 
 
 class Dtypes(Model):
-    """Names of data types, as torch has them: "float32", "bfloat16"."""
+    """Names of torch data types, like "float32" and "bfloat16"."""
 
     baseline: str
     candidate: str

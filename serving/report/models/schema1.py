@@ -1,4 +1,4 @@
-"""Reports of schema 1, which published releases have: only causal language models, and their own name for the loss."""
+"""Reports of schema 1, found in published releases: causal language models only, with another name for the loss."""
 
 from typing import Any, Final, Literal
 
@@ -16,7 +16,7 @@ _NAMED_NOW = {"quality.nll_delta_nats_per_token": "quality.loss_delta"}
 
 
 def path_of(metric: str) -> str:
-    """Where a report has what a policy calls `metric`."""
+    """The path in a report of the metric that a policy calls `metric`."""
     return _NAMED_NOW.get(metric, metric)
 
 
@@ -51,9 +51,9 @@ class _Report(AnyReport):
 
 
 def upgraded(data: dict[str, Any]) -> Report:
-    """A report of schema 1 as one of this schema, its verdict with it.
+    """Upgrade a report of schema 1, including its verdict.
 
-    The verdict's digest is compared with what was judged before anything is renamed. Raises ValidationError.
+    The verdict's digest is checked before anything is renamed. Raises ValidationError.
     """
     old = _Report.model_validate(data).to_json()
     verdict = old.pop("verdict")

@@ -18,7 +18,7 @@ from numprune.serving.report.models.run import Dtypes, SizePair
 
 
 class Percentiles(Model):
-    """None for a percentile that so many samples do not support."""
+    """None for percentiles without enough samples."""
 
     p50: Number = None
     p90: Number = None
@@ -28,13 +28,13 @@ class Percentiles(Model):
 
 
 class SpeedSide(Model):
-    """What a runtime does not have is None.
+    """Figures that a runtime does not have are None.
 
-    TPOT, output tokens over the whole time and good requests are a server's; `latency_ms` (of one forward pass) and
-    `samples_per_s` are an encoder's, which has nothing else. `joules_per_token` is energy of the GPU over the tokens
-    that were put out, prefill included.
+    TPOT, output tokens over the whole duration and good requests are for servers; `latency_ms` (of one forward pass)
+    and `samples_per_s` are the only figures of encoders. `joules_per_token` is energy of the GPU over the tokens that
+    were put out, prefill included.
 
-    `by_repeat` has, for each ratio's name, what each repeat gave (latencies in ms), None for one with a failed request.
+    `by_repeat` has the value of each repeat by ratio name (latencies in ms), None for repeats with a failed request.
     """
 
     ttft_ms: Percentiles | None = None
@@ -58,17 +58,17 @@ class Ratio(Model):
 
 
 class NoiseFloor(Model):
-    """Baseline against itself: the half-width around 1 of the ratio's 95 % interval, and what it rests on."""
+    """The baseline against itself: the half-width around 1 of the ratio's 95 % interval, and its number of samples."""
 
     relative: Number
     neighbours: Count
 
 
 class RuntimeSpeed(Model):
-    """One runtime; `noise_floor` has the names of the ratios, and `looks` counts the benchmarks that were pooled.
+    """One runtime; `noise_floor` is keyed by ratio name, and `looks` counts the pooled benchmarks.
 
-    `dtype`: what is computed in. A server is measured at several concurrencies: `concurrency` has them all, by number,
-    and the fields beside it are those of the first. So has `shapes` those of an encoder: batch size x tokens.
+    `dtype`: the compute precision. A server is measured at several concurrencies: `concurrency` has all of them, and
+    the fields beside it are those of the first. Likewise `shapes` for encoders: batch size x tokens.
     """
 
     load: Facts
@@ -76,7 +76,7 @@ class RuntimeSpeed(Model):
     dtype: Dtypes | None = None
     looks: Count = 1
     warmup: Count
-    repeats: Count  # of all looks
+    repeats: Count  # over all looks
     order: str
     failed_requests: Count
     baseline: SpeedSide
@@ -100,12 +100,12 @@ class RuntimeSpeed(Model):
     def _every_repeat(self) -> Self:
         lists = [*self.baseline.by_repeat.values(), *self.candidate.by_repeat.values()]
         if self.repeats and any(len(values) != self.repeats for values in lists):  # as above
-            raise ValueError(f"by_repeat has a value for each of the {self.repeats} repeats")
+            raise ValueError(f"by_repeat must have a value for each of the {self.repeats} repeats")
         return self
 
 
 class MemorySide(Model):
-    """Peaks are device memory on a GPU and resident memory on a CPU; `kv_tokens` is what a server's KV cache holds."""
+    """Peaks are device memory on a GPU and resident memory on a CPU; `kv_tokens`: capacity of the KV cache."""
 
     peak_bytes_load: Number = None
     peak_bytes_run: Number = None

@@ -1,4 +1,4 @@
-"""The gates and what they come to."""
+"""Gate results and the verdict."""
 
 from collections.abc import Iterable
 from typing import Literal, Self
@@ -11,11 +11,11 @@ Outcome = Literal["pass", "fail", "inconclusive", "invalid environment"]
 
 
 class GateResult(Model):
-    """One gate: its rule, what it saw, and how it ended.
+    """One gate: its rule, the evidence, and the outcome.
 
-    `interval` holds the one-sided bounds that are judged (95 %; 97.5 % from a benchmark's second look on), `power` the
-    chance that a candidate equal to the baseline passes with so many samples and this spread: None where it should not
-    pass, and where there is no interval. `unit`: of the value, where it has one.
+    `interval` holds the one-sided bounds used (95 %; 97.5 % from a benchmark's second look on). `power` is the chance
+    that a candidate equal to the baseline passes with this many samples and this spread; None if it should not pass, or
+    if there is no interval. `unit`: of the value, if any.
     """
 
     metric: str
@@ -34,9 +34,9 @@ class GateResult(Model):
 
 
 class Verdict(Model):
-    """The gates and what they come to. A verdict that contradicts its gates cannot be made or read.
+    """The gates and their combined outcome. A verdict that contradicts its gates cannot be created or read.
 
-    `judged` is the digest of the report that it was given on: one that was altered afterwards cannot be read.
+    `judged` is the digest of the judged report: a report altered afterwards cannot be read.
     """
 
     outcome: Outcome
@@ -47,12 +47,12 @@ class Verdict(Model):
     def _follows(self) -> Self:
         expected = overall(gate.outcome for gate in self.gates)
         if self.outcome not in (expected, "invalid environment"):
-            raise ValueError(f"outcome {self.outcome!r} does not follow from the gates, which come to {expected!r}")
+            raise ValueError(f"outcome {self.outcome!r} does not follow from the gates, which give {expected!r}")
         return self
 
 
 def overall(outcomes: Iterable[Literal["pass", "fail", "inconclusive"]]) -> Outcome:
-    """One failure fails; else one inconclusive gate leaves it open; no gate at all is no pass."""
+    """One failure fails; otherwise one inconclusive gate makes it inconclusive; without gates there is no pass."""
     seen = set(outcomes)
     if "fail" in seen or not seen:
         return "fail"

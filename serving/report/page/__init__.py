@@ -1,7 +1,7 @@
-"""The report as one HTML file: for a browser, a phone, or paper; without scripts, and without a single request.
+"""The report as one HTML file for browsers, phones and print, without scripts or network requests.
 
-A report may be untrusted. Its text is escaped wherever it appears, what is drawn of it is bounded, and the page
-forbids itself everything but its own style: no script, no font, no picture from elsewhere could load.
+Reports may be untrusted. Text is escaped everywhere, the amount that is drawn is bounded, and the page's policy allows
+only its own style: no external script, font or image can load.
 """
 
 import base64
@@ -41,15 +41,15 @@ def html(report: Report) -> str:
 
 
 def comparison(reports: Sequence[tuple[str, Report]]) -> str:
-    """The page of several reports, each with where it is from; MAXIMUM_REPORTS at most."""
+    """The page of several reports, each with its source; at most MAXIMUM_REPORTS."""
     if not 2 <= len(reports) <= MAXIMUM_REPORTS:
-        raise ValueError(f"{len(reports)} reports are not from 2 to {MAXIMUM_REPORTS}")
+        raise ValueError(f"{len(reports)} reports; the number must be from 2 to {MAXIMUM_REPORTS}")
     entries = side_by_side.entries(reports)
     return _render("comparison.html", entries=entries, sections=side_by_side.sections(entries))
 
 
 def differences(reports: Sequence[Report]) -> list[tuple[str, str]]:
-    """What differs between reports though it should not, and what that means for their figures."""
+    """Unexpected differences between reports, and their consequences for the figures."""
     return [(item.name, item.consequence) for item, _ in side_by_side.differences(reports)]
 
 
@@ -60,7 +60,7 @@ def _render(template: str, **values: Any) -> str:
 
 @cache
 def _environment() -> tuple[Environment, Markup, str]:
-    """Templates, the style sheet, and the policy under which only this style sheet counts."""
+    """Templates, the style sheet, and the policy that allows only this style sheet."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""What a page is made of. All text is plain; escaping it is the templates' work."""
+"""Building blocks of a page. All text is plain; the templates escape it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ Tone = str  # "" or a class of page.css: "pass", "fail", "inconclusive", "code"
 
 @dataclass(frozen=True)
 class Cell:
-    """`note` stands small below `text`, each of its lines on one of its own."""
+    """`note` is shown in small print below `text`, line by line."""
 
     text: str
     note: str = ""
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture and a line below it. The svg's title tells what can be seen; a table beside it has the figures."""
+    """A chart with a caption. The SVG's title describes it; a table beside it has the figures."""
 
     svg: Markup
     caption: str = ""
@@ -74,7 +74,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Charts, as many beside each other as there is room for."""
+    """Charts, side by side as space allows."""
 
     charts: Sequence[Chart]
 
@@ -99,5 +99,5 @@ class Section:
 
 
 def kind(block: Block) -> str:
-    """For the templates: which macro shows it."""
+    """The template macro that renders it."""
     return type(block).__name__.lower()

@@ -1,6 +1,6 @@
-"""The pictures. Each function gives None for what cannot be drawn; the tables beside them have every figure.
+"""The charts. Each function returns None for data that cannot be drawn; the tables beside them have every figure.
 
-Baseline and candidate differ in shape and filling as well as in colour; what a limit forbids is hatched.
+Baseline and candidate differ in shape and fill as well as in colour; the range that a limit forbids is hatched.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ MAXIMUM_DOTS: Final = 200
 
 @dataclass(frozen=True)
 class Interval:
-    """One row: a value within its interval; `floor` is what noise alone could make of a ratio, ± around 1."""
+    """One row: a value with its interval; `floor` is the noise floor of a ratio, ± around 1."""
 
     label: str
     value: float | None
@@ -47,7 +47,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Limit:
-    """What must not be exceeded (`is_maximum`) or fallen short of."""
+    """A maximum (`is_maximum`) or a minimum."""
 
     value: float
     is_maximum: bool
@@ -62,11 +62,11 @@ def intervals(
     reference: float | None = None,
     limit: Limit | None = None,
 ) -> Markup | None:
-    """Rows of intervals over one axis, with the limit they are judged by.
+    """Rows of intervals over one axis, with their limit.
 
     Args:
-        axis: what the figures are.
-        reference: where there is no difference.
+        axis: axis label.
+        reference: the value for no difference.
     """
     ends = finite(end for row in rows for end in (row.value, row.low, row.high))
     bounds = [*ends, *([] if limit is None else [limit.value]), *([] if reference is None else [reference])]
@@ -74,7 +74,7 @@ def intervals(
     if not ends or len(rows) > MAXIMUM_ROWS or not drawable(bounds, floors):
         return None
     left, right = padded(min(bounds), max(bounds))
-    # A floor is drawn as far as it helps to see: a wide one would press everything else together.
+    # The floor is clipped: a wide one would squeeze everything else.
     around = [edge for edge in floors if abs(edge - 1) < 2 * (right - left)]
     left, right = min([left, *around]), max([right, *around])
     labelled = any(row.label for row in rows)
@@ -110,7 +110,7 @@ def _row(axes: Axes, index: int, row: Interval) -> None:
 
 
 def _limit(axes: Axes, limit: Limit, left: float, right: float) -> None:
-    """The line, hatching on the side that it forbids, and its figure above."""
+    """The line, hatching on the forbidden side, and the value above."""
     beyond = (limit.value, right) if limit.is_maximum else (left, limit.value)
     axes.axvspan(*beyond, facecolor="none", edgecolor=BAD, hatch="//////", linewidth=0, alpha=0.55)
     axes.axvline(limit.value, color=BAD, linewidth=2)
@@ -121,7 +121,7 @@ def _limit(axes: Axes, limit: Limit, left: float, right: float) -> None:
 
 
 def _ticks(axis: Axis, most: int = 5, *, whole: bool = False) -> None:
-    """At most so many, with as many digits as tell them apart, and commas between thousands."""
+    """A limited number of ticks, with enough digits to distinguish them, and thousands separators."""
     locator = MaxNLocator(most, integer=whole, min_n_ticks=1)
     steps = np.diff(locator.tick_values(*axis.get_view_interval()))
     digits = next((n for n in range(12) if not len(steps) or abs(round(steps[0], n) / steps[0] - 1) < 1e-6), 12)
@@ -134,7 +134,7 @@ def _ticks(axis: Axis, most: int = 5, *, whole: bool = False) -> None:
 
 
 def histogram(key: str, title: str, values: Sequence[float], mean: float | None, axis: str) -> Markup | None:
-    """How many of the documents lost, or won, how much; bins meet at zero."""
+    """Histogram of the documents' losses; a bin edge is at zero."""
     if not drawable(values, [mean]):
         return None
     bins = MaxNLocator(nbins=24, steps=[1, 2, 2.5, 5, 10])
@@ -231,7 +231,7 @@ class Layers:
 
 
 def layers(key: str, title: str, kinds: Sequence[Layers]) -> Markup | None:
-    """What each layer keeps, first to last: filled bars in the outline of what it had; a cross where none is left."""
+    """The units that each layer keeps: filled bars in the outline of the original; a cross if none is left."""
     if not kinds or not all(0 < len(kind.kept) <= MAXIMUM_LAYERS for kind in kinds):
         return None
     if not drawable(of for kind in kinds for _, _, of in kind.kept) or any(

@@ -1,4 +1,4 @@
-"""Several reports side by side, and whether their figures compare at all."""
+"""Several reports side by side, and whether their figures are comparable."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _SPEEDS = ("output_tokens_per_s", "decode_tokens_per_s", "prefill_tokens_per_s",
 
 @dataclass(frozen=True)
 class Entry:
-    """One report: the letter it goes by, and where it is from."""
+    """One report: its letter and its source."""
 
     letter: str
     source: str
@@ -59,29 +59,29 @@ def sections(found: Sequence[Entry]) -> list[Section]:
     return [_comparable(found), _figures(found), _pictures(found), _gates(found), _identities(found)]
 
 
-# --- whether they compare -------------------------------------------------------------------------
+# --- comparability -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that should be the same, and what does not compare where it is not."""
+    """Something that should be equal, and the consequence if it is not."""
 
     name: str
     consequence: str
-    blocking: bool  # figures do not compare
+    blocking: bool  # figures are not comparable
 
 
-_BASE = Difference("Base weights", "different models were pruned, so no figure compares", True)
-_TASK = Difference("Task", "their losses are different quantities, so quality does not compare", True)
-_HELDOUT = Difference("Held-out text", "its figures are of other text, so quality does not compare", True)
-_CALIBRATION = Difference("Calibration text", "part of what differs may come from it", False)
-_MACHINE = Difference("Machine", "times and memory do not compare, and ratios only with care", True)
-_LOAD = Difference("Load", "the benchmarks did different work, so speed does not compare", True)
+_BASE = Difference("Base weights", "different models were pruned, so no figures are comparable", True)
+_TASK = Difference("Task", "their losses are different quantities, so quality is not comparable", True)
+_HELDOUT = Difference("Held-out text", "quality was measured on different text and is not comparable", True)
+_CALIBRATION = Difference("Calibration text", "part of the differences may come from it", False)
+_MACHINE = Difference("Machine", "times and memory are not comparable, and ratios only with care", True)
+_LOAD = Difference("Load", "the benchmarks did different work, so speed is not comparable", True)
 _PACKAGES = Difference("Packages", "other versions can change speed and memory", False)
 
 
 def differences(reports: Sequence[Report]) -> list[tuple[Difference, list[Any]]]:
-    """What differs between the reports, with each one's own."""
+    """The differences between the reports, with each report's value."""
     of: list[tuple[Difference, list[Any]]] = [
         (_BASE, [report.identity.base for report in reports]),
         (_TASK, _where_known([report.quality.task if report.quality else None for report in reports])),
@@ -89,7 +89,7 @@ def differences(reports: Sequence[Report]) -> list[tuple[Difference, list[Any]]]
         (_CALIBRATION, [report.identity.calibration_rows for report in reports]),
         (_MACHINE, [identity.machine(report.environment) for report in reports]),
     ]
-    for runtime in _runtimes(reports, "speed"):  # where a report lacks a runtime, there is nothing to mistake
+    for runtime in _runtimes(reports, "speed"):  # a runtime missing from a report cannot mislead
         loads = [found.load if (found := report.speed.get(runtime)) else None for report in reports]
         of.append((Difference(f"Load of {runtime}", _LOAD.consequence, _LOAD.blocking), _where_known(loads)))
     of.append((_PACKAGES, [report.identity.packages for report in reports]))
@@ -97,7 +97,7 @@ def differences(reports: Sequence[Report]) -> list[tuple[Difference, list[Any]]]
 
 
 def _where_known(values: Sequence[Any]) -> list[Any]:
-    """With the first known value in the place of those that a report does not have."""
+    """Replace missing values with the first known one."""
     known = next((value for value in values if value), None)
     return [known if value is None else value for value in values]
 
@@ -109,15 +109,15 @@ def _comparable(found: Sequence[Entry]) -> Section:
         blocks.append(Text(f"{item.name} ({who}): {item.consequence}.", "warn" if item.blocking else "note"))
     if not any(entry.report.identity.heldout_rows for entry in found):
         blocks.append(
-            Text("No report says which held-out text it is of; whether quality compares is not known.", "warn")
+            Text("No report identifies its held-out text, so it is unknown whether quality is comparable.", "warn")
         )
     if not blocks:
-        blocks.append(Text("Base, held-out and calibration text, machine, load and packages are the same: they do."))
-    return Section("comparable", "Do they compare?", blocks)
+        blocks.append(Text("Yes: base, held-out and calibration text, machine, load and packages are the same."))
+    return Section("comparable", "Are they comparable?", blocks)
 
 
 def _parties(letters: Sequence[str], values: Sequence[Any]) -> str:
-    """`A, C against B`: those with equal values together."""
+    """Group reports with equal values: `A, C against B`."""
     parties: list[tuple[Any, list[str]]] = []
     for letter, value in zip(letters, values, strict=True):
         party = next((members for same, members in parties if same == value), None)
@@ -163,7 +163,7 @@ def _pair(found: SizePair | None, show: Callable[[float | None], str]) -> Cell:
 
 
 def _losses(reports: Sequence[Report]) -> dict[str, list[LossDelta | None]]:
-    """Label -> each report's loss, where it is that one."""
+    """Label -> each report's loss, if it has that one."""
     found = [report.quality for report in reports]
     labels = [f"{names.loss(one)}, {one.loss_delta.unit}" if one else None for one in found]
     return {
@@ -215,7 +215,7 @@ def _pictures(found: Sequence[Entry]) -> Section:
         label = f"{words.named(name)}, {runtime}: candidate / baseline; {better}"
         blocks.append(_forest(f"speed-{runtime}-{name}", label, estimates, 1.0))
     drawn = [block for block in blocks if block]
-    text = Text("Values with two-sided 95 % intervals; a row for each report.")
+    text = Text("Values with two-sided 95 % intervals, one row per report.")
     absent = Text("No report has an interval to draw.", "absent")
     return Section("intervals", "Intervals", [text, Gallery(drawn)] if drawn else [absent])
 
@@ -233,7 +233,7 @@ def _forest(key: str, label: str, estimates: Mapping[str, ReportedEstimate], ref
 
 
 def _gates(found: Sequence[Entry]) -> Section:
-    """A row for each rule; a report that was not judged by it has a dash."""
+    """One row per rule; a dash for reports that were not judged by it."""
     rules: dict[tuple[str, str], dict[str, Cell]] = {}
     for entry in found:
         for gate in entry.report.verdict.gates if entry.report.verdict else ():

@@ -1,4 +1,4 @@
-"""A bag of facts, whatever is in it, as a list of names and values."""
+"""Free-form facts as a list of names and values."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -13,14 +13,14 @@ _DEEPEST = 8
 
 
 def block(facts: Mapping[str, Any]) -> Facts:
-    """Every leaf under its dotted path."""
+    """Every leaf by its dotted path."""
     items = list(islice(_leaves(facts, "", 0), _MAXIMUM + 1))
     shown = [(name, Cell(shorten(value))) for name, value in items[:_MAXIMUM]]
     return Facts([*shown, ("more", "the rest is in report.json")] if len(items) > _MAXIMUM else shown)
 
 
 def sides(caption: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any]) -> Table:
-    """Two bags beside each other, a row for each leaf of either."""
+    """Two sets of facts side by side, one row per leaf of either."""
     one, other = (dict(islice(_leaves(side, "", 0), _MAXIMUM)) for side in (baseline, candidate))
     rows = [
         [name, *(shorten(side.get(name, words.ABSENT)) for side in (one, other))]

@@ -1,4 +1,4 @@
-"""Section: each gate's limit, drawn on the interval that it judges."""
+"""Section: each gate's limit on its interval."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ def section(report: Report) -> Section:
         return Section("gates", "Gates", [Text("No policy was applied.", "absent")])
     gates = report.verdict.gates
     blocks: list[Block] = [
-        Text("Hatched: what the limit forbids. The bar is between the one-sided 95 % bounds; grey is the noise floor.")
+        Text("Hatched: the forbidden range. The bar spans the one-sided 95 % bounds; grey is the noise floor.")
     ]
     for index, gate in enumerate(gates[:_MAXIMUM]):
         blocks += _gate(index, gate)
@@ -34,7 +34,7 @@ def _gate(index: int, gate: GateResult) -> Iterator[Block]:
         ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
         *([("One-sided 95 % bounds", words.span(*gate.interval))] if gate.interval else []),
         *([("Samples", f"{gate.samples:,}")] if gate.samples is not None else []),
-        *([("Samples that would settle it", f"{gate.samples_needed:,}")] if gate.samples_needed is not None else []),
+        *([("Samples needed for a verdict", f"{gate.samples_needed:,}")] if gate.samples_needed is not None else []),
         *(
             [("Power", Cell(words.share(gate.power), "chance that an equal model passes"))]
             if gate.power is not None

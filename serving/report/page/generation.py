@@ -1,19 +1,20 @@
-"""Part of the section on quality: what both models generate from the same prompts."""
+"""Part of the quality section: outputs of both models from the same prompts."""
 
 from collections.abc import Iterator
 
+from numprune.counted import counted
 from numprune.serving.report import words
 from numprune.serving.report.models import Generation, Output
 from numprune.serving.report.page.blocks import Block, Cell, Folded, Heading, Table, Text
 
-_CHARACTERS = 1000  # of each text; report.json has it whole
+_CHARACTERS = 1000  # of each text; report.json has all of it
 
 
 def blocks(found: Generation) -> Iterator[Block]:
     through = "through the chat template" if found.chat_template else "as plain text"
     yield Heading("Generation")
     yield Text(
-        f"Greedy, from {words.count(found.prompts, 'prompt')} {through}, up to {found.maximum_tokens} tokens each. "
+        f"Greedy, from {counted(found.prompts, 'prompt')} {through}, up to {found.maximum_tokens} tokens each. "
         "Repeating: the output ends in a loop. Degraded: the candidate's output is empty or repeating, and the "
         "baseline's is neither."
     )
@@ -31,7 +32,7 @@ def blocks(found: Generation) -> Iterator[Block]:
 
 def _output(output: Output) -> Cell:
     failures = [name for name in ("empty", "repeating") if getattr(output, name)]
-    note = ", ".join([words.count(output.tokens, "token"), *failures])
+    note = ", ".join([counted(output.tokens, "token"), *failures])
     return Cell(_shown(output.text), note, "fail" if failures else "")
 
 

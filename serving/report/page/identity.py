@@ -1,5 +1,6 @@
-"""Sections, folded away: what exactly was measured, and on what."""
+"""Folded sections: what was measured, and on which machine."""
 
+from numprune.counted import counted
 from numprune.serving.report import words
 from numprune.serving.report.models import Environment, Gpu, Identity, Report
 from numprune.serving.report.page.blocks import Block, Cell, Facts, Folded, Section, Text
@@ -10,18 +11,18 @@ _MAXIMUM = 300
 def section(report: Report) -> Section:
     environment = report.environment
     blocks: list[Block] = [
-        Text(f"Not fit to measure on: {reason}", "fail") for reason in environment.reasons[:_MAXIMUM]
+        Text(f"Not fit for measurements: {reason}", "fail") for reason in environment.reasons[:_MAXIMUM]
     ]
     blocks += [
-        Folded("Identity: digests of what went in and came out", [_identity(report)]),
+        Folded("Identity: digests of inputs and outputs", [_identity(report)]),
         Folded("Environment: the machine", [_machine(environment)]),
-        Folded(f"Packages: {len(report.identity.packages)} versions", [_packages(report.identity)]),
+        Folded(f"Packages: {counted(len(report.identity.packages), 'version')}", [_packages(report.identity)]),
     ]
     return Section("origin", "Identity and environment", blocks)
 
 
 def digests(identity: Identity) -> dict[str, str | None]:
-    """Everything that has a digest, by a name for people."""
+    """All digests, by readable name."""
     return {
         "Base weights": identity.base,
         "Candidate": identity.candidate,
@@ -37,9 +38,9 @@ def digests(identity: Identity) -> dict[str, str | None]:
 
 
 def machine(environment: Environment) -> str:
-    """In one line, without what changes from hour to hour."""
+    """The machine in one line, without transient values."""
     gpu = f", {environment.gpu.name}" if environment.gpu else ""
-    return f"{environment.cpu}, {words.count(environment.cores, 'core')}{gpu}"
+    return f"{environment.cpu}, {counted(environment.cores, 'core')}{gpu}"
 
 
 def _identity(report: Report) -> Facts:
@@ -57,7 +58,7 @@ def _machine(environment: Environment) -> Facts:
             ("Platform", environment.platform),
             ("GPU", _gpu(environment.gpu)),
             ("Load average", words.ABSENT if load is None else ", ".join(words.number(one, 3) for one in load)),
-            ("Fit to measure on", "yes" if environment.valid else "no"),
+            ("Fit for measurements", "yes" if environment.valid else "no"),
         ]
     )
 

@@ -1,8 +1,8 @@
-"""Matplotlib's figures as SVG inside of a page: its font, its colours (dark ones too), no style that a policy forbids.
+"""Matplotlib figures as inline SVG: with the page's font and colours (dark mode too), and without inline styles.
 
-Figures are drawn in placeholder colours, which become the page's CSS variables. What matplotlib writes into `style`
-becomes attributes, so that the page's Content-Security-Policy need not allow inline styles. Text stays text: it is
-smaller, sharp in the reader's own font, and can be searched. The same figure gives the same SVG.
+Figures are drawn in placeholder colours, which become the page's CSS variables. Inline styles become attributes, so
+that the page's Content-Security-Policy need not allow them. Text stays text: it is smaller, sharp in the reader's own
+font, and searchable. The same figure gives the same SVG.
 """
 
 import io
@@ -27,12 +27,12 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", BASELINE: "baseline", CA
     BAD: "bad",
     BAND: "band",
 }
-_LARGEST, _SMALLEST = 1e12, 1e-12  # beyond, axes lose their digits
+_LARGEST, _SMALLEST = 1e12, 1e-12  # beyond this, tick labels lose their digits
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign is one
-    "font.family": ["DejaVu Sans"],  # measured with; wider than what pages are shown in
+    "text.parse_math": False,  # matplotlib treats a dollar sign as math
+    "font.family": ["DejaVu Sans"],  # used for measuring; wider than the fonts that pages are shown in
     "font.size": FONT - 1.5,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -59,13 +59,13 @@ _STYLE: dict[str, Any] = {
 
 
 def drawable(*groups: Iterable[float | None]) -> bool:
-    """Whether there is anything to draw, and axes that it fits on."""
+    """Whether there is something to draw within the range of an axis."""
     values = [value for group in groups for value in group if value is not None]
     return bool(values) and all(value == 0 or _SMALLEST < abs(value) < _LARGEST for value in values)
 
 
 def picture(key: str, title: str, height: float, draw: Callable[[Figure], None]) -> Markup:
-    """An `<svg>` that says `title` to those who do not see it.
+    """An `<svg>` with `title` for screen readers.
 
     Args:
         key: of letters, digits and dashes; its ids begin with it.
@@ -89,7 +89,7 @@ def picture(key: str, title: str, height: float, draw: Callable[[Figure], None])
 
 
 def _tidy(root: ET.Element, key: str) -> None:
-    """Only what is seen, in attributes that a page may have, with ids that are this picture's own."""
+    """Keep only visible elements, with allowed attributes and ids unique to this chart."""
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": f"{key}-title"} | {
         "stroke-linejoin": "round",
         "focusable": "false",
@@ -116,7 +116,7 @@ def _attributes(element: ET.Element, key: str) -> dict[str, str]:
     for name, value in element.attrib.items():
         match _local(name):
             case "id":
-                if element.tag in ("path", "clipPath", "pattern"):  # others are referred to by nothing
+                if element.tag in ("path", "clipPath", "pattern"):  # other ids are not referenced
                     found["id"] = f"{key}-{value}"
             case "href":
                 found["href"] = f"#{key}-{value[1:]}"
@@ -157,7 +157,7 @@ def _local(name: str) -> str:
 
 
 def padded(low: float, high: float, share: float = 0.08) -> tuple[float, float]:
-    """Limits of an axis with some air; never of no width."""
+    """Limits of an axis with a margin; never of zero width."""
     width = high - low
     air = share * width if width > 1e-9 * max(abs(low), abs(high)) else max(abs(low), abs(high)) * 0.1
     air = air or 1.0

@@ -1,4 +1,4 @@
-"""Section: sizes, and memory while it runs."""
+"""Section: sizes and runtime memory."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -49,7 +49,7 @@ def section(report: Report) -> Section:
 
 
 def served_rows(found: RuntimeMemory) -> Iterator[list[Cell | str]]:
-    """What a server is sized by."""
+    """Figures for sizing a server."""
     one, other = found.baseline, found.candidate
     if found.kv_tokens is not None:
         pair = found.kv_tokens

@@ -1,4 +1,4 @@
-"""Section: every export computes what the checkpoint computes."""
+"""Section: parity of every export with the checkpoint."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -22,15 +22,15 @@ _PROMPTS = (
 )
 _TEXTS = (
     "The same texts through the checkpoint and through each export, alone and in a padded batch. An export beyond its "
-    "tolerance ends the run before it is timed. Errors are of what the task puts out."
+    "tolerance ends the run before it is timed. Errors are of the task's output."
 )
 _FLOAT64 = (
-    "Where float32 rounds more than the usual tolerance, it is a multiple of the checkpoint's own float32 error there, "
-    "measured in float64."
+    "Where float32 rounding exceeds the usual tolerance, the tolerance is a multiple of the checkpoint's own float32 "
+    "error, measured against float64."
 )
 _NOISE = (
-    "In half precision no error is bounded to a fixed number of digits: the mean and the 99th percentile may be a "
-    "multiple of PyTorch's own in that precision, and the tolerance shown is that of the percentile. The same holds "
+    "In half precision there is no fixed tolerance: the mean and the 99th percentile may be a multiple of PyTorch's "
+    "own errors in that precision; the tolerance shown is for the percentile. The same holds "
     "where activations are rounded to 8 bits; the multiple is of PyTorch's errors in bfloat16."
 )
 _MAXIMUM_RUNTIMES = 16
@@ -49,7 +49,7 @@ def section(report: Report) -> Section:
         Text(f"{_TEXTS if is_encoder else _PROMPTS} {_FLOAT64}"),
         *([Text(_NOISE)] if any("noise" in found for found in shown.values()) else []),
         Table("Parity with the checkpoint", ("Runtime", *columns.values()), rows),
-        *(Folded(f"All of it, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
+        *(Folded(f"All details, {runtime}", [facts.block(found)]) for runtime, found in shown.items()),
     ]
     return Section("parity", "Parity", blocks)
 

@@ -1,8 +1,9 @@
-"""Section: what pruning costs on held-out text, in the loss of the task."""
+"""Section: the loss of quality on held-out text."""
 
 import statistics
 from collections.abc import Iterator
 
+from numprune.counted import counted
 from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
 from numprune.serving.report.page import charts, generation
@@ -10,7 +11,7 @@ from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folde
 from numprune.serving.report.page.charts import Interval, Limit
 
 _METRIC = "quality.loss_delta"
-_TOO_FEW = ": the documents are too few to resample, so they speak for this text alone"
+_TOO_FEW = ": there are too few documents to resample, so they hold for this text only"
 
 
 def section(report: Report) -> Section:
@@ -25,7 +26,7 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
     yield Text(
         f"On {names.measured_on(found)}{', packed' if found.packed else ''}, {against}, paired by "
         f"{names.paired_by(found)}. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
-        f"{words.count(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
+        f"{counted(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
     )
     table = Table("Quality on held-out text", ("", "Baseline", "Candidate", "Difference"), list(_rows(found)))
     documents, told = _documents(found)
@@ -39,7 +40,7 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
 
 
 def _few(found: Quality) -> bool:
-    """Whether the documents are too few to resample, and to make a distribution."""
+    """Whether there are too few documents to resample and to draw a distribution."""
     return found.loss_delta.sampling_unit == "window"
 
 
@@ -54,7 +55,7 @@ def _difference(found: Quality, limit: Limit | None) -> Chart | None:
         reference=0.0,
         limit=limit,
     )
-    forbidden = " Hatched: what the gate forbids." if limit else ""
+    forbidden = " Hatched: the range that the gate forbids." if limit else ""
     return Chart(drawn, f"Difference with its interval; 0 is no loss.{forbidden}") if drawn else None
 
 
@@ -81,10 +82,10 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
 
 
 def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
-    """The distribution, and its figures."""
+    """The distribution and its figures."""
     apart = found.document_deltas
     if apart is None:
-        return None, [Text("This report does not tell the documents apart.", "absent")]
+        return None, [Text("This report has no figures by document.", "absent")]
     rows: list[list[Cell | str]] = [
         [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.loss_delta)] for one in apart.worst
     ]
@@ -95,7 +96,7 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
     values = apart.values
     worse = words.share(sum(value > 0 for value in values) / len(values))
     ten, half, ninety = (words.signed(_quantile(values, percent)) for percent in (10, 50, 90))
-    lost = [("Documents that lost", worse)] if names.is_difference(found) else []  # nothing gains by a distance
+    lost = [("Documents that lost", worse)] if names.is_difference(found) else []  # a distance cannot improve
     facts = Facts(
         [
             *lost,
@@ -120,7 +121,7 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
 
 
 def _limit(report: Report) -> Limit | None:
-    """Of the gate on the difference, where there is one."""
+    """The limit of the gate on the difference, if any."""
     for gate in report.verdict.gates if report.verdict else ():
         if path_of(gate.metric) == _METRIC and gate.max is not None:
             return Limit(gate.max, is_maximum=True)

@@ -1,9 +1,10 @@
-"""Sections: baseline and candidate side by side, in one process and behind a server."""
+"""Sections: speed of baseline and candidate, in process and on servers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from numprune.counted import counted
 from numprune.serving.report import names, precision, ratios, words
 from numprune.serving.report.models import Percentiles, Report, RuntimeSpeed
 from numprune.serving.report.page import charts, facts
@@ -35,7 +36,7 @@ def section(report: Report) -> Section:
 
 
 def served(report: Report) -> Section | None:
-    """None where nothing was measured behind a server."""
+    """None if no server was measured."""
     blocks: list[Block] = []
     servers = {name: found for name, found in report.speed.items() if is_served(name, found)}
     for name, found in islice(servers.items(), _MAXIMUM_RUNTIMES):
@@ -47,14 +48,14 @@ def served(report: Report) -> Section | None:
         for level, measured in islice(levels.items(), _MAXIMUM_RUNTIMES):
             at = f", {level} at a time" if level else ""
             if level:
-                blocks.append(Heading(f"{name}, {words.count(int(level), 'request')} at a time"))
+                blocks.append(Heading(f"{name}, {counted(int(level), 'request')} at a time"))
             said, cost = precision.computed(report, name), ratios.cost(report, measured)
             blocks += _measured(f"speed-{name}-{level or 'all'}", f"{name}{at}", measured, said, cost)
     return Section("served", "Behind a server", blocks) if blocks else None
 
 
 def _by_shape(report: Report, name: str, found: RuntimeSpeed, said: str) -> Iterator[Block]:
-    """An encoder: all shapes in one table, and each by itself on demand."""
+    """An encoder: all shapes in one table, with details on demand."""
     shapes = dict(islice(found.shapes.items(), _MAXIMUM_SHAPES))
     rows: list[list[Cell | str]] = []
     for shape, measured in shapes.items():
@@ -76,11 +77,11 @@ def is_served(name: str, found: RuntimeSpeed) -> bool:
 
 
 def _measured(key: str, name: str, found: RuntimeSpeed, said: str, cost: ratios.Cost | None) -> Iterator[Block]:
-    """`said`: of its precision."""
-    failed = f"{words.count(found.failed_requests, 'request')} failed" if found.failed_requests else "no request failed"
+    """`said`: the sentence on precision."""
+    failed = f"{counted(found.failed_requests, 'request')} failed" if found.failed_requests else "no request failed"
     order = found.order[:8] + ("…" if len(found.order) > 8 else "")
     yield Text(
-        f"{words.count(found.repeats, 'repeat')} of each side after {found.warmup} of warm-up, in turns ({order}); "
+        f"{counted(found.repeats, 'repeat')} of each side after {found.warmup} of warm-up, in turns ({order}); "
         f"{failed}. {said}".rstrip(),
         "fail" if found.failed_requests else "",
     )
@@ -101,7 +102,7 @@ def _measured(key: str, name: str, found: RuntimeSpeed, said: str, cost: ratios.
 
 
 def _runtime(name: str, described: Mapping[str, Any]) -> Iterator[Block]:
-    """Side by side where each side described itself."""
+    """Side by side if each side has its own description."""
     baseline, candidate = described.get("baseline"), described.get("candidate")
     if isinstance(baseline, Mapping) and isinstance(candidate, Mapping):
         yield facts.sides(f"Runtime, {name}", baseline, candidate)
@@ -164,7 +165,7 @@ def _ratios(key: str, name: str, found: RuntimeSpeed) -> Chart | None:
         axis="candidate / baseline",
         reference=1.0,
     )
-    caption = "Ratios with 95 % intervals; grey: what noise alone makes of the baseline. Rates are better above 1, "
+    caption = "Ratios with 95 % intervals; grey: the noise floor. Rates are better above 1, "
     return Chart(drawn, f"{caption}latencies and energy below.") if drawn else None
 
 
@@ -172,8 +173,7 @@ def _strips(key: str, name: str, found: RuntimeSpeed, metrics: Sequence[str]) ->
     one, other = found.baseline.by_repeat, found.candidate.by_repeat
     drawn = charts.strips(
         f"{key}-repeats",
-        f"What each repeat gave, {name}: baseline and candidate on one axis for each metric. The table of every repeat "
-        "has the figures.",
+        f"Every repeat, {name}: baseline and candidate on one axis per metric. The table of repeats has the figures.",
         [Samples(_titled(metric), one[metric], other[metric]) for metric in metrics],
     )
     caption = "A mark for each repeat (circles: baseline, diamonds: candidate); bars: medians."
@@ -190,7 +190,7 @@ def _repeats(name: str, found: RuntimeSpeed, metrics: Sequence[str]) -> Table:
         for repeat in range(min(found.repeats, _MAXIMUM_REPEATS))
     ]
     header = ("Repeat", *(_titled(metric) for metric in metrics))
-    return Table(f"Every repeat, {name}: baseline, and below it the candidate", header, rows)
+    return Table(f"Every repeat, {name}: baseline, with the candidate below", header, rows)
 
 
 def _short(metric: str) -> str:

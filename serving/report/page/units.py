@@ -1,4 +1,4 @@
-"""Section: what was removed where."""
+"""Section: what was removed from each layer."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ _MAXIMUM_ROWS = 1000
 
 def section(report: Report) -> Section:
     found = report.pruning
-    blocks: list[Block] = _blocks(found) if found else [Text("This report is not of a pruning run.", "absent")]
+    blocks: list[Block] = _blocks(found) if found else [Text("This report is not from a pruning run.", "absent")]
     if report.recovery:
         blocks.append(Text(training.described(report.recovery)))
     if report.quantization:
@@ -32,7 +32,7 @@ def _blocks(found: Pruning) -> list[Block]:
             ("Allocation", found.allocation),
             ("Compensation", found.compensation),
             (
-                ("Asked to remove", f"{words.share(found.ratio_asked)} of prunable parameters")
+                ("Requested", f"{words.share(found.ratio_asked)} of prunable parameters")
                 if found.budget_asked is None
                 else ("Asked for", f"weights of at most {words.size(found.budget_asked)}")
             ),
@@ -54,11 +54,11 @@ def _blocks(found: Pruning) -> list[Block]:
             for kind, units in kinds.items()
         ],
     )
-    told_all = " ".join(told) or "The report does not say which units were kept."
+    told_all = " ".join(told) or "The report does not list the kept units."
     tables = [Folded("Kept units, layer by layer", _tables(found, kinds))] if found.kept_units else []
     right: list[Block] = [facts, Text(told_all), *tables]
     caption = (
-        "Filled: kept. Outlined: what the layer had. A cross: the whole block is gone. A KV group is a KV head with "
+        "Filled: kept. Outlined: original. Cross: the whole block was removed. A KV group is a KV head with "
         "its query heads."
     )
     return [Pair([Chart(drawn, caption)], right)] if drawn else right

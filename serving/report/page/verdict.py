@@ -1,4 +1,4 @@
-"""What a reader has to know in two seconds: the outcome, why, each gate in one line, the main figures."""
+"""The summary at a glance: the outcome, the reason, one line per gate, the main figures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ HEADLINES = {
     "not judged": "Not judged yet",
 }
 _MAXIMUM_LINES = 50
-_RATES = ("output_tokens_per_s", "decode_tokens_per_s", "samples_per_s")  # the first that a runtime has is shown
+_RATES = ("output_tokens_per_s", "decode_tokens_per_s", "samples_per_s")  # the first available one is shown
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verdict:
     why: str
     commands: list[str]
     lines: list[Line]
-    more: int  # gates without a line
+    more: int  # number of gates without a line
     tiles: list[Tile]
 
     @property

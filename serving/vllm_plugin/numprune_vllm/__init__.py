@@ -10,7 +10,7 @@ def register() -> None:
     """Tell transformers and vLLM of numprune's model types and of the loader (`--load-format numprune`).
 
     vLLM calls this in each of its processes, perhaps repeatedly. The model classes are named, not imported: vLLM
-    imports them where it needs them, after it has chosen its device.
+    imports them when needed, after choosing its device.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -21,7 +21,9 @@ def register() -> None:
     except ModuleNotFoundError as error:
         if error.name != "numprune":
             raise
-        raise ImportError("numprune-vllm needs numprune beside it: pip install --no-deps numprune") from None
+        raise ImportError(
+            "numprune-vllm needs numprune in the same environment: pip install --no-deps numprune"
+        ) from None
     from numprune_vllm.loader import AuditingLoader
     from numprune_vllm.preflight import Preflight
 

@@ -1,4 +1,4 @@
-"""The model classes that vLLM does not know: numprune's per-layer ones, by the name that config.json gives."""
+"""numprune's per-layer model classes, which vLLM does not know, by their names in config.json."""
 
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING

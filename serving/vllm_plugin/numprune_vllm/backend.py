@@ -1,4 +1,4 @@
-"""numprune's own per-layer models, run by vLLM's transformers backend with its attention and its linear layers."""
+"""numprune's per-layer models on vLLM's transformers backend, with vLLM's attention and linear layers."""
 
 from collections.abc import Iterable
 
@@ -17,10 +17,10 @@ from numprune_vllm.weights import checked
 
 
 class PerLayerBackend(TransformersForCausalLM):
-    """For every family: `AutoModel` finds the class of ours, vLLM replaces what is in it."""
+    """For every family: `AutoModel` finds our class, and vLLM replaces its modules."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        Preflight.verify_and_update_config(vllm_config)  # again, so that nothing rests on who calls it
+        Preflight.verify_and_update_config(vllm_config)  # again, so that it does not depend on the caller
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _create_hf_to_vllm_mapper(self) -> None:

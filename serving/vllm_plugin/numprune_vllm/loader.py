@@ -1,7 +1,7 @@
-"""vLLM's loader of safetensors, which first compares the files with the configuration that is served.
+"""vLLM's safetensors loader, which first compares the files with the served configuration.
 
-vLLM asks its loader for the weights when it starts and again when weights are reloaded into it. What does not fit is
-refused before anything is touched, so a server goes on with the weights that it has.
+vLLM calls its loader at startup and whenever weights are reloaded. Mismatches are refused before anything changes, so a
+server keeps the weights that it has.
 """
 
 from collections.abc import Generator
@@ -24,6 +24,6 @@ class AuditingLoader(DefaultModelLoader):
         super().__init__(replace(load_config, load_format="safetensors"))
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
-        """Raises ValueError, naming the tensor; at once, and not when the first one is drawn."""
+        """Raises ValueError naming the tensor, immediately rather than on the first item."""
         audit(Path(model_config.model), expected_tensors(model_config.hf_config))
         return super().get_all_weights(model_config, model)

@@ -1,4 +1,4 @@
-"""Models whose layers differ, by the names that config.json gives. vLLM imports this, never `register`."""
+"""Models whose layers differ, by their names in config.json. vLLM imports this; `register` never does."""
 
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ from numprune_vllm.native import native_class
 
 @cache
 def __getattr__(name: str) -> Any:
-    """Make a family's class when vLLM asks for it, so that of vLLM's models only this one's module is imported."""
+    """Create a family's class on demand, so that only this one of vLLM's model modules is imported."""
     if name not in ARCHITECTURES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     family = ARCHITECTURES[name]

@@ -1,7 +1,7 @@
 """vLLM's own models with each layer built from its own configuration.
 
-A layer's modules have transformers' names in vLLM, but for projections that it fuses. So the family's description tells
-which modules to silence where a layer goes without a block.
+A layer's modules have transformers' names in vLLM, but for projections that it fuses. So the family's description
+determines which modules to silence if a layer lacks a block.
 """
 
 import copy
@@ -38,7 +38,7 @@ class _PerLayer:
     family: Family
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        """Return a model of the transformers backend where vLLM's own class does not do what config.json says."""
+        """Return a model of the transformers backend if vLLM's own class ignores settings in config.json."""
         if cls.family.vllm.refused(vllm_config.model_config.hf_config):
             return PerLayerBackend(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
@@ -49,7 +49,7 @@ class _PerLayer:
             raise ValueError("vLLM cannot offload weights of models whose layers differ; serve without offloading")
         config = vllm_config.model_config.hf_config
         layers = [_layer_config(self.family, config, index) for index in range(config.num_hidden_layers)]
-        # The stock constructor makes all layers alike. They are replaced one by one, so let them be small.
+        # The stock constructor makes all layers alike. They are replaced one by one, so they are created small.
         with _configured(vllm_config, min(layers, key=lambda layer: getattr(layer, self.family.width))):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.config = config
@@ -71,11 +71,13 @@ class _PerLayer:
 
 
 class _Silent(nn.Module):
-    """Stands for attention, an MLP or one of its projections that is not there."""
+    """Stands in for attention, an MLP or one of its projections that the layer lacks."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._with_bias = isinstance(module, LinearBase)  # vLLM's return a bias, too, which they did not add
+        self._with_bias = isinstance(
+            module, LinearBase
+        )  # vLLM's linear layers also return a bias that they did not add
 
     def forward(self, hidden_states: Tensor, positions: Tensor | None = None) -> Tensor | tuple[Tensor, None]:
         zeros = torch.zeros_like(hidden_states)
@@ -83,14 +85,14 @@ class _Silent(nn.Module):
 
 
 class _NoNorm(nn.Module):
-    """Stands for the norm of a block that is not there; vLLM's norms also add to the residual stream."""
+    """Stands in for the norm of a missing block; vLLM's norms also add to the residual stream."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         return hidden_states if residual is None else (hidden_states, hidden_states + residual)
 
 
 def native_class(name: str, family: Family) -> type[nn.Module]:
-    """Return the class `name` of the family's per-layer models, made of vLLM's own."""
+    """Return the class `name` of the family's per-layer models, derived from vLLM's own."""
     model_type, _ = family.vllm.layers_as or (family.name, {})
     stock = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]].__name__
     native = ModelRegistry.models[stock].load_model_cls()
@@ -111,7 +113,7 @@ def _layer_config(family: Family, config: PreTrainedConfig, index: int) -> PreTr
 
 @contextmanager
 def _configured(vllm_config: VllmConfig, config: PreTrainedConfig) -> Iterator[None]:
-    """While it lasts, `config` is the model's."""
+    """Make `config` the model's within the context."""
     model_config = vllm_config.model_config
     whole, model_config.hf_config = model_config.hf_config, config
     try:
@@ -121,7 +123,7 @@ def _configured(vllm_config: VllmConfig, config: PreTrainedConfig) -> Iterator[N
 
 
 def _layer(stock: type[nn.Module], sizes: PreTrainedConfig, vllm_config: VllmConfig, name: str) -> nn.Module:
-    """Return a layer built from a configuration of its own, in place of the one that vLLM built under that name."""
+    """Return a layer built from its own configuration, replacing the one that vLLM built under that name."""
     forget_attention(vllm_config, name)
     known = {
         "config": sizes,
@@ -146,7 +148,7 @@ def _skip(layer: nn.Module, block: Block, vllm_config: VllmConfig, name: str) ->
 
 
 def _set_heads(attention: nn.Module, block: Block, vllm_config: VllmConfig, name: str) -> None:
-    """Give attention as many heads as the block has; its class took as many as the hidden size has room for."""
+    """Set the block's number of heads; the class derived it from the hidden size."""
     forget_attention(vllm_config, name)
     heads, ranks = block.units * block.members, vllm_config.parallel_config.tensor_parallel_size
     made: Any
@@ -155,7 +157,7 @@ def _set_heads(attention: nn.Module, block: Block, vllm_config: VllmConfig, name
         if isinstance(module, QKVParallelLinear):
             sizes = (module.hidden_size, module.head_size, heads, block.units)
             made = QKVParallelLinear(*sizes, bias=module.bias is not None, **common)
-            # Some classes split its output by these.
+            # some classes split its output by these
             attention.q_size, attention.kv_size = made.num_heads * made.head_size, made.num_kv_heads * made.head_size
         elif isinstance(module, RowParallelLinear):
             made = RowParallelLinear(block.channels, module.output_size, bias=module.bias is not None, **common)
@@ -163,7 +165,7 @@ def _set_heads(attention: nn.Module, block: Block, vllm_config: VllmConfig, name
             common |= {"num_kv_heads": max(1, block.units // ranks), "cache_config": vllm_config.cache_config}
             made = Attention(heads // ranks, module.head_size, module.impl.scale, **common)
         elif isinstance(module, RotaryEmbedding):
-            continue  # knows the size of a head only
+            continue  # depends only on the head size
         else:
             raise TypeError(f"{name}.{child}: {type(module).__name__} cannot be given another number of heads")
         setattr(attention, child, made)

@@ -1,4 +1,4 @@
-"""What vLLM asks, in the process that was started, before it starts its workers and loads anything."""
+"""Checks that vLLM calls in the main process before it starts workers and loads anything."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from numprune_vllm.sizes import check_layers, check_parallel, check_quantization
 
 
 class Preflight:
-    """Registered beside vLLM's own; it calls both methods of the class itself."""
+    """Registered beside vLLM's own checks; vLLM calls both methods on the class."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raises ValueError when the model cannot be served in this way; vLLM would answer with a bare assertion."""
+        """Raises ValueError if the model cannot be served in this way; vLLM would fail with a bare assertion."""
         config = vllm_config.model_config.hf_config
         check_settings(config)
         check_layers(config)
@@ -20,4 +20,4 @@ class Preflight:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing to say that early: how the model is split is not known yet."""
+        """Nothing to check yet: the parallel configuration is not known."""

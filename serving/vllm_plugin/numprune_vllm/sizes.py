@@ -34,10 +34,10 @@ class Expected:
     """The tensors of a checkpoint.
 
     Attributes:
-        shapes: of every tensor by name; of tied ones, too.
+        shapes: of every tensor by name, including tied ones.
         dtypes: name -> those that a tensor may have; of every other tensor `FLOATS`.
-        tied: name of a tensor that need not be stored -> of the one that it equals.
-        computed: ends of the names of tensors that may be stored and are not read.
+        tied: name of a tensor that need not be stored -> the one that it equals.
+        computed: name suffixes of tensors that may be stored but are not read.
     """
 
     shapes: Shapes
@@ -46,12 +46,12 @@ class Expected:
     dtypes: Mapping[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor is one that older versions of transformers stored and newer ones compute."""
+        """Whether older versions of transformers stored this tensor and newer ones compute it."""
         return name not in self.shapes and name.endswith(self.computed)
 
 
 def check_settings(config: Any) -> None:
-    """Raises ValueError: the model asks for what neither vLLM's own class nor its transformers backend does."""
+    """Raises ValueError for settings that neither vLLM's own class nor its transformers backend supports."""
     vllm = family_of(config).vllm
     refused = vllm.refused(config)
     if refused and not vllm.backend:
@@ -59,7 +59,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_layers(config: Any) -> None:
-    """Raises ValueError: layers of a per-layer model differ in what must be the same in all of them."""
+    """Raises ValueError if the layers of a per-layer model differ in settings that must be equal."""
     family = family_of(config)
     may_differ = {family.heads, family.kv_heads, family.width}
     strange = set(config.per_layer_attributes or ()) - may_differ
@@ -69,14 +69,14 @@ def check_layers(config: Any) -> None:
             f"{', '.join(sorted(filter(None, may_differ)))} and skip may differ between layers"
         )
     if getattr(config, "head_dim", None) is None:
-        raise ValueError("config.json: head_dim is missing, and the layers' heads do not tell it")
+        raise ValueError("config.json: head_dim is missing and cannot be derived from the layers' heads")
 
 
 def check_parallel(config: Any, size: int) -> None:
     """Raises ValueError, naming every layer and value at fault, unless each layer splits over `size` ranks.
 
-    Query heads and widths must divide. KV heads must too, or where there are fewer than ranks, the ranks must divide
-    by them: each is then held by several.
+    Query heads and widths must divide. KV heads must divide too or, if there are fewer than ranks, the number of ranks
+    must be a multiple of them: each is then replicated.
     """
     if faults := not_split(read_anatomy(config), size):
         raise ValueError(
@@ -86,7 +86,7 @@ def check_parallel(config: Any, size: int) -> None:
 
 
 def check_quantization(config: Any, size: int) -> None:
-    """Raises ValueError: the checkpoint is quantized in a way that is not ours, or groups do not split over `size`."""
+    """Raises ValueError if the quantization is not supported, or groups do not split over `size`."""
     try:
         if quantized := _quantization(config):
             anatomy = read_anatomy(config)
@@ -101,10 +101,11 @@ def _quantization(config: Any) -> QuantizationConfig | None:
 
 
 def expected_tensors(config: Any) -> Expected:
-    """What the checkpoint of a model must hold: what transformers' own model, or numprune's of its layers, does.
+    """The tensors that the checkpoint of a model must contain: those of transformers' model or of numprune's per-layer
+    one.
 
-    Of quantized weights, their values and scales. Raises InputError: it is quantized in a way that is not ours, or its
-    family cannot be.
+    For quantized weights, their values and scales. Raises InputError if the quantization is not supported, or the
+    family cannot be quantized.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

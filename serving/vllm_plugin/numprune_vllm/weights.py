@@ -1,4 +1,4 @@
-"""Weights on their way into vLLM, each compared with the configuration first.
+"""Weights passed to vLLM, each compared with the configuration first.
 
 vLLM's loaders narrow what is too large to the size they expect, cast what has another data type (integers of a grid to
 floating point), leave what is missing of a fused matrix uninitialised and drop biases they have no place for, all
@@ -31,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class _Count:
-    """Which of the expected tensors were there so far."""
+    """The expected tensors seen so far."""
 
     def __init__(self, expected: Expected) -> None:
         self._shapes, self._tied, self._dtypes = expected.shapes, expected.tied, expected.dtypes
@@ -43,15 +43,15 @@ class _Count:
         Raises ValueError: it is unexpected, of another shape or data type, or there twice.
         """
         if name not in self._shapes:
-            raise ValueError(f"{name}: stored, but it has no place in the model that config.json describes")
+            raise ValueError(f"{name}: stored, but the model that config.json describes has no such tensor")
         if shape != self._shapes[name]:
             raise ValueError(
-                f"{name}: stored with shape {list(shape)}, but config.json means {list(self._shapes[name])}"
+                f"{name}: stored with shape {list(shape)}, but config.json implies {list(self._shapes[name])}"
             )
         allowed = [_DTYPES[one] for one in self._dtypes.get(name, FLOATS)]
         if dtype not in allowed:
             raise ValueError(
-                f"{name}: stored as {dtype}, but config.json means {' or '.join(allowed)}; the two are of different "
+                f"{name}: stored as {dtype}, but config.json implies {' or '.join(allowed)}; the two are of different "
                 "checkpoints: export again with `numprune export --to vllm`"
             )
         if name in self._seen:
@@ -59,8 +59,8 @@ class _Count:
         self._seen.add(name)
 
     def finish(self) -> None:
-        """Raises ValueError: one is missing."""
-        # Of two that are tied, one is enough.
+        """Raises ValueError if one is missing."""
+        # One of two tied tensors is enough.
         tied = {name for name, other in self._tied.items() if other in self._seen}
         missing = sorted(self._shapes.keys() - self._seen - tied)
         if missing:
@@ -71,9 +71,9 @@ class _Count:
 
 
 def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterator[tuple[str, Tensor]]:
-    """Pass on `weights`, which must be exactly those that are `expected`, each once, in any order.
+    """Pass on `weights`, which must be exactly the `expected` ones, each once, in any order.
 
-    A tied output matrix may be absent; when present it must equal the embedding, and is not passed on.
+    A tied output matrix may be absent; if present, it must equal the embedding and is not passed on.
 
     Raises:
         ValueError: names the tensor that is unexpected, of another shape or data type, there twice or missing.
@@ -95,10 +95,10 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterat
 
 
 def audit(folder: Path, expected: Expected) -> None:
-    """Compare the headers of a checkpoint's safetensors files with what is `expected`; nothing is loaded.
+    """Compare the headers of a checkpoint's safetensors files with the `expected` tensors; nothing is loaded.
 
     Raises:
-        ValueError: as `checked` does, or there are no such files.
+        ValueError: as `checked`, or there are no such files.
     """
     count = _Count(expected)
     for file in _files(folder):
@@ -111,15 +111,15 @@ def audit(folder: Path, expected: Expected) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that vLLM reads: the index names them where there is one."""
+    """The files that vLLM reads: those in the index if there is one."""
     index = folder / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
-            raise ValueError(f"{index}: {outside[0]!r} is not the name of a file in this folder")
+            raise ValueError(f"{index}: {outside[0]!r} is not a file name in this folder")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no safetensors files there")
+        raise ValueError(f"{folder}: no safetensors files in this folder")
     return files

@@ -118,7 +118,7 @@ def test_tables_report_what_is_missing() -> None:
     record = {
         "device": "A GPU",
         "miniature": False,
-        "environment": {"valid": False, "reasons": ["A GPU lowers its clocks"]},
+        "environment": {"valid": False, "reasons": ["A GPU is throttled"]},
         "versions": {"numprune": "0", "torch": "2.11", "transformers": "5", "cuda": "13"},
         "seconds": 90.0,
         "parts": dict.fromkeys(PARTS, part) | {"checks": {**part, "rows": [failed], "problem": None}},
@@ -126,7 +126,7 @@ def test_tables_report_what_is_missing() -> None:
     text = tables.as_markdown(record)
     assert text.count("No results.\n\n**Incomplete: stopped after 45 s**") == len(PARTS) - 1
     assert "| greedy_order | **failed**: AssertionError: a \\| b | 1.0 |" in text
-    assert "**Not a valid measurement: A GPU lowers its clocks.**" in text
+    assert "**Not a valid measurement: A GPU is throttled.**" in text
 
 
 def test_energy_is_measured_over_at_least_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_fewer_experts_than_top_k_are_refused():
 def test_a_sparse_step_of_zero_is_refused():
     config = build_tiny("qwen3_moe").config
     config.decoder_sparse_step = 0
-    with pytest.raises(InputError, match="decoder_sparse_step=0; it must be a whole number above zero"):
+    with pytest.raises(InputError, match="decoder_sparse_step=0; it must be a positive integer"):
         read_anatomy(config)
 
 

@@ -59,7 +59,7 @@ def test_every_token_has_its_own_scale(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "group_size", "says"),
-    [("w4a16", 48, "32, 64, 128"), ("fp8", 64, "a scale for each row"), ("int3", None, "fp8, w8a8, w4a16")],
+    [("w4a16", 48, "32, 64, 128"), ("fp8", 64, "one scale per row"), ("int3", None, "fp8, w8a8, w4a16")],
 )
 def test_unknown_schemes_are_refused(name: str, group_size: int | None, says: str) -> None:
     with pytest.raises(InputError, match=says):

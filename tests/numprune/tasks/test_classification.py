@@ -61,10 +61,10 @@ def test_with_labels_the_loss_is_their_nll():
     ("labels", "message"),
     [
         (["good"] * 11 + [None], "11: has no label, but other texts do"),
-        (["good"] * 11 + ["fair"], "11: label 'fair' is no class of the model; its classes are bad, good"),
-        ([0] * 11 + [2], "label '2' is no class"),
-        ([0] * 11 + [True], "label 'True' is no class"),
-        ([0] * 11 + [0.5], "label '0.5' is no class"),
+        (["good"] * 11 + ["fair"], "11: label 'fair' is not a class of the model; its classes are bad, good"),
+        ([0] * 11 + [2], "label '2' is not a class"),
+        ([0] * 11 + [True], "label 'True' is not a class"),
+        ([0] * 11 + [0.5], "label '0.5' is not a class"),
     ],
 )
 def test_unknown_labels_are_refused(labels, message):

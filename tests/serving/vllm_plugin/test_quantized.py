@@ -94,7 +94,7 @@ def test_quantized_tensors_that_contradict_the_configuration_are_refused(engine:
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
     path.write_text(json.dumps(config))
     save_file(load_file(tmp_path / "base" / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EngineError, match=r"_proj\.weight: stored, but it has no place in the model"):
+    with pytest.raises(EngineError, match=r"_proj\.weight: stored, but .* has no such tensor"):
         engine.run(folder, dtype="bfloat16")
 
 

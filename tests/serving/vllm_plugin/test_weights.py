@@ -37,10 +37,10 @@ def test_a_tied_output_matrix_that_differs_is_refused(order):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.norm.weight": torch.ones(5)}, r"model\.norm\.weight: stored with shape \[5\], .* means \[4\]"),
-        ({"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight: stored with shape \[3\], .* means \[4\]"),
-        ({EMBEDDING: torch.ones(4, 7)}, r"stored with shape \[4, 7\], .* means \[7, 4\]"),
-        ({"model.norm.bias": torch.ones(4)}, r"model\.norm\.bias: stored, but it has no place"),
+        ({"model.norm.weight": torch.ones(5)}, r"model\.norm\.weight: stored with shape \[5\], .* implies \[4\]"),
+        ({"model.norm.weight": torch.ones(3)}, r"model\.norm\.weight: stored with shape \[3\], .* implies \[4\]"),
+        ({EMBEDDING: torch.ones(4, 7)}, r"stored with shape \[4, 7\], .* implies \[7, 4\]"),
+        ({"model.norm.bias": torch.ones(4)}, r"model\.norm\.bias: stored, but .* has no such tensor"),
         (
             {"model.norm.weight": torch.ones(4).char()},
             r"norm\.weight: stored as I8, .* F32 or BF16 or F16 or F64; .*export",
@@ -81,7 +81,7 @@ def test_files_are_audited_by_their_headers(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))  # says which files vLLM reads
     audit(tmp_path, UNTIED)
 
-    with pytest.raises(ValueError, match=r"model\.norm\.weight: stored with shape \[4\], .* means \[3\]"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: stored with shape \[4\], .* implies \[3\]"):
         audit(tmp_path, Expected(SHAPES | {"model.norm.weight": (3,)}, {}))
     with pytest.raises(ValueError, match=r"model\.norm\.bias \[4\]: not stored"):
         audit(tmp_path, Expected(SHAPES | {"model.norm.bias": (4,)}, {}))
@@ -118,5 +118,5 @@ def test_no_file_outside_the_folder_is_read(tmp_path, name):
     for place in (tmp_path, folder):
         save_file(WEIGHTS, place / "model.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, name)}))
-    with pytest.raises(ValueError, match="is not the name of a file in this folder"):
+    with pytest.raises(ValueError, match="is not a file name in this folder"):
         audit(folder, UNTIED)

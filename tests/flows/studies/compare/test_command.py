@@ -153,7 +153,7 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_on
     [
         (["--methods", "obs/uniform"], "'obs/uniform' is no method"),
         (["--methods", "obs/uniform/bias", "--ratios", "0.99"], "--methods: obs/uniform/bias: ratio is 0.99"),
-        (["--samples", "100000"], "100000 samples were asked for"),
+        (["--samples", "100000"], "100000 samples were requested"),
         (["--samples", "0"], "argument --samples: '0': each must be a whole number, at least 1"),
         (["--sequence-length", "1"], "argument --sequence-length: 1 must be at least 2"),
         (["--sequence-length", "300"], "--sequence-length 300: the model takes at most 256 tokens"),

@@ -41,7 +41,7 @@ def test_skips_are_part_of_the_allocation_name():
 
 def test_an_inapplicable_method_named_in_full_is_refused():
     with pytest.raises(
-        InputError, match=r"flap/global/bias: compensation bias: the projections of .* cannot hold a bias"
+        InputError, match=r"flap/global/bias: compensation bias: the projections of .* cannot have a bias"
     ):
         chosen(["flap/global/bias"], checked("qwen2"))
 
