@@ -178,7 +178,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.planned import check_plan
 
     started = time.perf_counter()
-    _check_out(args)
+    _check_arguments(args)
     base = checkpoint.resolve(args.model)
     compressed_tensors.refuse_quantized(base, "pruning")
     options, plan = _asked(args, base)
@@ -228,12 +228,16 @@ def prune(args: argparse.Namespace) -> Answer:
     return Answer(data, text)
 
 
-def _check_out(args: argparse.Namespace) -> None:
-    """Raises InputError where OUT is missing or exists; removes what a killed run left beside it."""
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError if an argument is missing or OUT exists; removes what a killed run left beside OUT."""
     from numprune.export import manifest
 
     if args.out is None and not args.plan_only:
         raise InputError("the following arguments are required: OUT (see numprune prune --help)")
+    if args.plan is None and args.ratio is None and args.budget is None:
+        raise InputError(
+            "the following arguments are required: --ratio, --budget or --plan (see numprune prune --help)"
+        )
     if args.out is not None:
         must_not_exist(args.out)
         manifest.sweep(args.out.parent)  # what was left can be large
@@ -249,10 +253,6 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     asked = ("ratio", "budget", "scheme", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
-        if not given.keys() & {"ratio", "budget"}:
-            raise InputError(
-                "the following arguments are required: --ratio, --budget or --plan (see numprune prune --help)"
-            )
         if "scheme" in given and "budget" not in given:
             raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
         budget, scheme = given.pop("budget", None), given.pop("scheme", "none")

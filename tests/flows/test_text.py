@@ -40,7 +40,13 @@ def test_a_plan_records_text_and_seed_to_redraw_its_rows(tiny_checkpoint, tmp_pa
     asked = {"text": Text(names, ""), "samples": 20, "sequence_length": 32, "reading": reading}
     facts = make_calibration(rows.path, model=model, **asked, seed=5)
     make_pruned(
-        tmp_path / "pruned", base=model, rows=rows, asked=Prune(ratio=0.3), target=Target(align=8), device="cpu"
+        tmp_path / "pruned",
+        base=model,
+        rows=rows,
+        asked=Prune(ratio=0.3),
+        target=Target(align=8),
+        scheme="none",
+        device="cpu",
     )
 
     calibration = read_plan(tmp_path / "pruned" / CHECKPOINT / PLAN_FILE).calibration
