@@ -76,7 +76,7 @@ def set_precision(folder: Path) -> None:
     text = path.read_text(encoding="utf-8")
     text = re.sub(rf"^\| {_PRECISION} \| .* \|$", _row(_PRECISION, name_of(config.dtype)), text, flags=re.M)
     text = re.sub(rf"^(\| {_KV} \| .* →) [\d,]+ bytes \|$", rf"\1 {kv_bytes:,} bytes |", text, flags=re.M)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(_unmeasured(text), encoding="utf-8")
 
 
 def set_quantization(folder: Path, found: QuantizationConfig) -> None:
@@ -86,7 +86,8 @@ def set_quantization(folder: Path, found: QuantizationConfig) -> None:
         return
     row = _row("quantization", f"weights of the layers: {found}, in the format compressed-tensors")
     text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M), encoding="utf-8")
+    text = re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M)
+    path.write_text(_unmeasured(text), encoding="utf-8")
 
 
 def set_training(folder: Path, training: str) -> None:
@@ -95,9 +96,13 @@ def set_training(folder: Path, training: str) -> None:
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    path.write_text(
-        re.sub(rf"^\| {_TRAINING} \| .* \|$", _row(_TRAINING, training), text, flags=re.M), encoding="utf-8"
-    )
+    text = re.sub(rf"^\| {_TRAINING} \| .* \|$", _row(_TRAINING, training), text, flags=re.M)
+    path.write_text(_unmeasured(text), encoding="utf-8")
+
+
+def _unmeasured(card: str) -> str:
+    """The card of other weights than those that its section on quality is about: they have not been measured."""
+    return re.sub(rf"^{_QUALITY}.*?(?=^## |\Z)", f"{_QUALITY}\n{_UNMEASURED}\n", card, flags=re.M | re.S)
 
 
 def hub_id(folder: Path) -> str | None:

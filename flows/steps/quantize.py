@@ -175,7 +175,6 @@ def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None
 
 def dropped_layers(source: Path) -> list[int]:
     """Return the layers that a checkpoint lacks of the model that it was pruned from."""
-    """Return the layers that the model lacks of the one that it was pruned from."""
     plan = _plan(source)
     return plan.dropped_layers() if plan else []
 
