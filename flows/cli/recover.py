@@ -99,6 +99,7 @@ def recover(args: argparse.Namespace) -> Answer:
         recover_checkpoint,
         shared_by,
         training_rows,
+        training_text,
     )
     from numprune.flows.steps.text import heldout_rows, row_length
     from numprune.recovery import RecoveryOptions, require_packages
@@ -113,12 +114,13 @@ def recover(args: argparse.Namespace) -> Answer:
     manifest.sweep(args.out.parent)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
     how = reading(args, [*args.text, *(args.heldout or [])])
-    rows = training_rows(args.text, source, length, options, how, "--text")
+    windows = training_text(args.text, source, length, options, how)
+    rows = training_rows(windows, length, options, "--text")
     heldout = None
     if args.heldout:
         check_documents(args.text, args.heldout, source, how, "--heldout")
         heldout = heldout_rows(args.heldout, length, [source], how, dense)
-        check_windows(rows, heldout, "--heldout")
+        check_windows(windows, heldout, "--heldout")
     device = device_of("auto")
     processes = shared_by(device)
     found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)

@@ -107,12 +107,13 @@ def make_recovery_rows(
     reading: Reading,
 ) -> RecoveryText:
     """Draw the rows of training and selection. Raises InputError where the model is judged on some of them."""
-    from numprune.flows.steps.recover import check_windows, options_of, save_rows, training_rows
+    from numprune.flows.steps.recover import check_windows, options_of, save_rows, training_rows, training_text
     from numprune.flows.steps.text import load_heldout
 
-    rows = training_rows(text.source, model.path, sequence_length, options_of(asked), reading, "recover.selection_rows")
-    check_windows(rows, load_heldout(heldout.path, heldout_digest), "data.heldout")
-    return save_rows(out, rows)
+    options = options_of(asked)
+    windows = training_text(text.source, model.path, sequence_length, options, reading)
+    check_windows(windows, load_heldout(heldout.path, heldout_digest), "data.heldout")
+    return save_rows(out, training_rows(windows, sequence_length, options, "recover.selection_rows"))
 
 
 def make_recovered(

@@ -49,14 +49,16 @@ def check_request(source: Path, dense: Path) -> None:
         raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
 
 
-def training_rows(
-    text: texts.Text, model: Path, length: int, options: RecoveryOptions, reading: Reading, option: str
-) -> RecoveryRows:
-    """Return the rows of a text; `option` is what the user knows the number of selection rows by. Raises InputError."""
+def training_text(text: texts.Text, model: Path, length: int, options: RecoveryOptions, reading: Reading) -> TokenRows:
+    """Return the windows of a text, in its order, that rows are drawn from. Raises InputError."""
     tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
-    rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
+    return texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
+
+
+def training_rows(windows: TokenRows, length: int, options: RecoveryOptions, option: str) -> RecoveryRows:
+    """Draw rows; `option` is what the user knows the number of selection rows by. Raises InputError."""
     with _named(option):
-        return draw_rows(rows, length, options)
+        return draw_rows(windows, length, options)
 
 
 def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
@@ -66,10 +68,10 @@ def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: 
         require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
 
 
-def check_windows(rows: RecoveryRows, judged: TokenRows, option: str) -> None:
-    """Raises InputError that names `option`, where `judged` is from, and the documents whose windows `rows` have."""
+def check_windows(trained: TokenRows, judged: TokenRows, option: str) -> None:
+    """Raises InputError that names `option`, where `judged` is from, and its documents that are in `trained`."""
     with _named(option):
-        require_unseen(rows, judged)
+        require_unseen(trained, judged)
 
 
 @contextmanager

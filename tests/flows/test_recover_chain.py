@@ -91,7 +91,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(published: Path, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.heldout=['train.txt']"], r"data\.heldout: 1 of its documents are in the training text \(train\.txt\)"),
+        (["data.heldout=['train.txt']"], r"data\.heldout: 1 of its documents is in the training text \(train\.txt\)"),
         (["recover.batch_size=0"], r"recover\.batch_size"),
         (
             ["recover.method=none", "gates=[{metric='recovery.tokens', bound='point', max=1.0}]"],

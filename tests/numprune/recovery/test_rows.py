@@ -1,11 +1,14 @@
 """Rows of training, selection and judgement have nothing in common, or are refused."""
 
+import random
+
 import pytest
 import torch
 
 from numprune.corpus import token_rows
 from numprune.documents import Document
 from numprune.errors import InputError
+from numprune.recovery import rows
 from numprune.recovery.options import RecoveryOptions
 from numprune.recovery.rows import RecoveryRows, draw_rows, require_others, require_unseen, window_digests
 from tests.conftest import byte_tokenizer
@@ -40,18 +43,53 @@ def test_a_text_without_rows_to_train_on_is_refused() -> None:
         draw_rows(rows, 15, OPTIONS)
 
 
-def test_a_judged_window_that_is_trained_on_is_refused_by_its_document() -> None:
-    tokenizer = byte_tokenizer()
-    rows = draw_rows(token_rows(documents(0, 3), tokenizer, 16), 16, RecoveryOptions(tokens=10_000, selection_rows=3))
-    require_unseen(rows, token_rows(documents(3, 6), tokenizer, 16))
-    for seen in (rows.training, rows.selection):
-        text = tokenizer.decode(seen[0])
-        judged = token_rows([*documents(3, 6), Document("leaked", text)], tokenizer, 16, pack=False)
-        with pytest.raises(InputError, match=r"1 of its \d+ windows are in the training text \(leaked\)"):
-            require_unseen(rows, judged)
+def prose(seed: int, words: int = 400) -> str:
+    """Letters drawn at random: no two texts share more than a few in a row."""
+    return "".join(random.Random(seed).choices("abcdefgh ", k=6 * words))
+
+
+@pytest.mark.parametrize("length", [16, 64, 256])
+@pytest.mark.parametrize("offset", [0, 1, 31, 100])
+def test_an_excerpt_of_the_training_text_is_refused_wherever_windows_cut_it(length: int, offset: int) -> None:
+    tokenizer, text = byte_tokenizer(), prose(0)
+    trained = token_rows([Document("a", text)], tokenizer, length)
+    judged = token_rows([Document("b", prose(1))], tokenizer, length)
+    require_unseen(trained, judged)
+    excerpt = Document("leaked", text[offset : offset + 3 * length])
+    for documents in ([excerpt], [Document("b", prose(1)), excerpt]):
+        judged = token_rows(documents, tokenizer, length, pack=False)
+        with pytest.raises(
+            InputError, match=r"more than half of 3 of its \d+ windows is in the training .* \(leaked\)"
+        ):
+            require_unseen(trained, judged)
+
+
+def test_a_header_that_documents_share_is_no_excerpt() -> None:
+    tokenizer, licence = byte_tokenizer(), prose(2)
+    trained, short, long = (
+        token_rows([Document(name, licence[:shared] + prose(seed, 50))], tokenizer, 256)
+        for name, shared, seed in (("a", 200, 3), ("short", 120, 4), ("long", 200, 5))
+    )
+    require_unseen(trained, short)
+    with pytest.raises(InputError, match=r"more than half of 1 of its 2 windows is in the training text \(long\)"):
+        require_unseen(trained, long)
+
+
+def test_excerpts_are_found_across_the_parts_that_are_digested_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, text = byte_tokenizer(), prose(0)
+    trained, judged = (token_rows([Document("a", part)], tokenizer, 64) for part in (text, text[1:]))
+    windows = [row for row in judged.rows if len(row) == 64]
+    expected = rows._shared_runs(trained.rows, windows, 32)
+    assert expected == [1.0] * len(windows)
+    monkeypatch.setattr(rows, "_CHUNK", 7)
+    assert rows._shared_runs(trained.rows, windows, 32) == expected
 
 
 def test_a_judged_document_that_is_trained_on_is_refused_wherever_windows_cut_it() -> None:
     require_others(documents(0, 3), documents(3, 5))
-    with pytest.raises(InputError, match=r"1 of its documents are in the training text \(page 2\)"):
+    with pytest.raises(InputError, match=r"1 of its documents is in the training text \(page 2\)"):
         require_others(documents(0, 3), documents(2, 5))
+
+
+def test_blank_documents_are_in_neither_text() -> None:
+    require_others([*documents(0, 3), Document("empty", "")], [*documents(3, 5), Document("blank", " \n")])
