@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from numprune.anatomy import context_of
 from numprune.documents import Reading
 from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import checkpoint, processors
@@ -109,7 +110,15 @@ def _study(args: argparse.Namespace) -> str:
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise MissingRuntime("onnxruntime-genai is not installed; run: pip install 'numprune[genai]'")
     base = model_folder(args.model)
-    check_config(checkpoint.read_config(base))
+    config = checkpoint.read_config(base)
+    check_config(config)
+    context = context_of(config)
+    if args.prompt_length + args.steps > context:
+        raise InputError(
+            f"--prompt-length + --steps is {args.prompt_length + args.steps}; the model takes at most {context} tokens"
+        )
+    if args.sequence_length > context:
+        raise InputError(f"--sequence-length is {args.sequence_length}; the model takes at most {context} tokens")
     for scheme in SCHEMES.values():
         check_request(base, scheme)
     tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
@@ -127,7 +136,6 @@ def _study(args: argparse.Namespace) -> str:
         for precision, scheme in SCHEMES.items():
             if any(one.precision == precision and one.maker != BUILDER for one in contenders):
                 print(f"genai: quantizing to {scheme}", file=sys.stderr)
-                checkpoints[precision] = Path(scratch) / precision
                 out = checkpoints[precision] = Path(scratch) / precision
                 children.call(quantize_checkpoint, base, scheme, out, device_of("cpu"), rows=rows, draw=draw)
         folders = {}

@@ -69,6 +69,11 @@ def test_a_miniature(tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsy
     [
         (["--repeats", "1"], "--repeats is 1"),
         (["--steps", "0"], "--steps"),
+        (
+            ["--prompt-length", "100", "--steps", "925"],
+            "--prompt-length + --steps is 1025; the model takes at most 1024",
+        ),
+        (["--sequence-length", "1025"], "--sequence-length is 1025; the model takes at most 1024"),
         (["/nowhere/model"], "/nowhere/model"),
         (["--contenders", "llama.cpp"], "'llama.cpp' is in no name"),
     ],
