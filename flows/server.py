@@ -2,10 +2,13 @@
 
 import os
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from io import StringIO
 from typing import IO
 
 import psutil
+from pydantic import ValidationError
 
 from numprune.errors import NumpruneError
 from numprune.serving import loopback
@@ -19,11 +22,21 @@ class ServerError(NumpruneError):
 
 
 def configured() -> str:
-    """The address of the server that a variable, a profile or a file in the current folder names; empty without one."""
-    with loopback.direct():  # Prefect creates HTTP clients on import
-        from prefect.settings import PREFECT_API_URL
+    """The address of the server that a variable, a profile or a file in the current folder names; empty without one.
 
-        return PREFECT_API_URL.value() or ""
+    Raises ServerError for settings that Prefect cannot read.
+    """
+    said = StringIO()
+    try:
+        # Prefect creates HTTP clients and reads its settings on import, and prints some of the errors.
+        with redirect_stderr(said), loopback.direct():
+            from prefect.settings import PREFECT_API_URL
+
+            url = PREFECT_API_URL.value() or ""
+    except ValueError as error:  # pydantic's errors, and those of TOML
+        raise ServerError(f"Prefect's settings cannot be read: {_unreadable(error)}") from error
+    sys.stderr.write(said.getvalue())
+    return url
 
 
 def reaching(url: str) -> AbstractContextManager[None]:
@@ -73,6 +86,19 @@ def _end_with_us(server: int) -> None:
     )
     assert watcher.stdin is not None  # a pipe
     _held.append(watcher.stdin)
+
+
+def _unreadable(error: ValueError) -> str:
+    """What is wrong with Prefect's settings, where, and what to do. Values are not repeated: some are secret."""
+    place = "prefect.toml, pyproject.toml or .env in the current folder, or Prefect's profiles.toml"
+    if not isinstance(error, ValidationError):
+        return f"{error}; correct {place}"
+    problem = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, problem["loc"]))
+    variables = [name for name in os.environ if name.startswith("PREFECT_") and name.endswith(f"_{field.upper()}")]
+    if variables:
+        return f"${variables[0]}: {problem['msg']}; correct or unset {' or '.join(variables)}"
+    return f"{field}: {problem['msg']}; correct or remove it in {place}"
 
 
 def _configured_by() -> tuple[str, str]:

@@ -16,8 +16,8 @@ PROGRAM = """
 import json
 from numprune.flows import server
 
-url = server.configured()
 try:
+    url = server.configured()
     if url:
         with server.reaching(url):
             server.check(url)
@@ -69,6 +69,39 @@ def test_an_unreachable_configured_server_is_named(tmp_path: Path, where: str) -
         f"the Prefect server at {url} ({named}) cannot be used: [Errno 111] Connection refused; start it or correct "
         f"its address, or {remedy} to run without it"
     )
+
+
+PLACE = "prefect.toml, pyproject.toml or .env in the current folder, or Prefect's profiles.toml"
+NUMBER = "Input should be a valid number, unable to parse string as a number"
+
+
+@pytest.mark.parametrize(
+    ("where", "content", "said"),
+    [
+        (None, "", f"$PREFECT_API_REQUEST_TIMEOUT: {NUMBER}; correct or unset PREFECT_API_REQUEST_TIMEOUT"),
+        (".env", "PREFECT_API_REQUEST_TIMEOUT=abc", f"request_timeout: {NUMBER}; correct or remove it in {PLACE}"),
+        (
+            "prefect.toml",
+            "[api\n",
+            "Failed to load Prefect settings from prefect.toml: invalid TOML (Expected ']' at the end of a table "
+            f"declaration (at line 1, column 5)); correct {PLACE}",
+        ),
+        (
+            "profiles.toml",
+            "[profiles\n",
+            f"Expected ']' at the end of a table declaration (at line 1, column 10); correct {PLACE}",
+        ),
+    ],
+)
+def test_settings_that_prefect_cannot_read_are_named(
+    tmp_path: Path, where: str | None, content: str, said: str
+) -> None:
+    environment = {"PREFECT_HOME": str(tmp_path)}
+    if where is None:
+        environment["PREFECT_API_REQUEST_TIMEOUT"] = "abc"
+    else:
+        (tmp_path / where).write_text(content)
+    assert start(environment, tmp_path) == f"Prefect's settings cannot be read: {said}"
 
 
 @pytest.mark.slow
