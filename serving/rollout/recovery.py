@@ -18,7 +18,10 @@ def recover(place: Place, settings: Settings) -> State:
     """
     state = place.read()
     remove_orphans(place, state)
-    candidates = [found for found in (state.current, state.retiring) if found and backend.is_alive(found)]
+    servers = [found for found in (state.current, state.retiring) if found]
+    candidates = [found for found in servers if backend.is_alive(found)]
+    for dead in (found for found in servers if found not in candidates):
+        dead.started.process.stop()  # what is left of it: children and its temporary folder
     candidates.sort(key=lambda found: not backend.is_healthy(found))  # stable: the current one first
     current = candidates[0] if candidates else None
     if state.current is not None and current is None:

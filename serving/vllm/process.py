@@ -76,9 +76,7 @@ class Process:
         kill_tagged(self.tag, grace_s=_CHILDREN_S)
         if self._child is not None:
             self._child.wait()
-        if self._watcher is not None:
-            self._watcher.kill()
-            self._watcher.wait()
+        _unwatch(self._watcher)
 
     def last_words(self) -> str:
         """The end of the log in one line: the causes that it names, or its last lines."""
@@ -96,28 +94,35 @@ class Process:
 def start(
     command: Sequence[str | Path], *, tag: str, log: Path, detached: bool, env: Mapping[str, str] | None = None
 ) -> Process:
-    """Start `command` in a session of its own, with a temporary folder of its own. Raises DiskError.
+    """Start `command` in a session of its own, with a temporary folder of its own.
+
+    Raises DiskError; OSError if `command` cannot be run. Nothing of it is then left behind.
 
     Args:
         detached: it outlives this process; otherwise it ends with this process, however that ends.
         env: added to this process's environment.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _INHERITED_NOT}
-    watcher = None if detached else _watch(tag)  # first, so that the command is watched from its start
-    log.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch(tag)
-    scratch.mkdir(mode=0o700, exist_ok=True)
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal must reach only us; we stop it in an orderly way
-            # SPT_NOENV: vLLM names its processes with setproctitle, which otherwise overwrites the environment in
-            # /proc.
-            env={**inherited, "PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), "TMPDIR": str(scratch), TAG: tag},
-        )
+    # SPT_NOENV: vLLM names its processes with setproctitle, which otherwise overwrites the environment in /proc.
+    ours = {"PYTHONSAFEPATH": "1", "SPT_NOENV": "1", **(env or {}), "TMPDIR": str(scratch), TAG: tag}
+    watcher = None if detached else _watch(tag)  # first, so that the command is watched from its start
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(mode=0o700, exist_ok=True)
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal must reach only us; we stop it in an orderly way
+                env={**inherited, **ours},
+            )
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _unwatch(watcher)
+        raise
     return Process(child.pid, tag, log, child, watcher)
 
 
@@ -129,6 +134,12 @@ def _watch(tag: str) -> "subprocess.Popen[bytes]":
         stderr=subprocess.DEVNULL,  # it outlives this process, and readers of our output must not wait for it
         start_new_session=True,
     )
+
+
+def _unwatch(watcher: "subprocess.Popen[bytes] | None") -> None:
+    if watcher is not None:
+        watcher.kill()
+        watcher.wait()
 
 
 def tagged(prefix: str) -> Iterator[tuple[psutil.Process, str]]:

@@ -297,6 +297,19 @@ def test_the_key_of_a_server_is_recognized(place: Place) -> None:
     assert [backends.takes_key(open_to_all, key) for key in keys] == [False, False, True]
 
 
+@pytest.mark.parametrize("part", ["current", "retiring"])
+def test_the_temporary_folder_of_a_server_that_died_is_removed(place: Place, part: str) -> None:
+    dead = start(place, "tiny/1")
+    scratch = process._scratch(dead.started.tag)
+    place.write(State(name=NAME).model_copy(update={part: dead}))
+    os.kill(dead.started.pid, signal.SIGKILL)
+    wait(lambda: not backends.is_alive(dead), "it ends")
+    assert scratch.exists()
+    after = recover(place, Settings(NO_ROUTER))
+    assert (after.current, after.retiring) == (None, None)
+    assert not scratch.exists()
+
+
 # --- without a server ------------------------------------------------------------------------------
 
 

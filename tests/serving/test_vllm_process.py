@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from numprune.serving.vllm import process
@@ -112,6 +113,15 @@ def test_what_it_leaves_in_its_temporary_folder_goes_with_it(tmp_path: Path) -> 
     assert left.exists()
     running.stop()
     assert not left.parent.exists()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_command_that_cannot_be_run_leaves_nothing(tmp_path: Path, detached: bool) -> None:
+    before = psutil.Process().children()
+    with pytest.raises(FileNotFoundError, match="/no/such/python"):
+        process.start(["/no/such/python"], tag=TAG + "a", log=tmp_path / "log", detached=detached)
+    assert not process._scratch(TAG + "a").exists()
+    assert psutil.Process().children() == before
 
 
 def test_a_recorded_process_is_found_again_and_not_confused(tmp_path: Path) -> None:
