@@ -58,6 +58,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
         "quantization": " or ".join(map(str, schemes)) or None,
+        "bits_are_chosen": len(schemes) > 1,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
         or [_aim(anatomy, options, cast, saved(anatomy))],
         "text": text,
@@ -207,7 +208,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     before, text, memory = found["before"], found["text"], found["memory"]
     several = len(found["after"]) > 1
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
-    then = f", then quantized to {found['quantization']}" if found["quantization"] else ""
+    how = "each block kept or quantized to" if found["bits_are_chosen"] else "then quantized to"
+    then = f", {how} {found['quantization']}" if found["quantization"] else ""
     asked = f"ratio {found['ratio']:g}" if found["budget_bytes"] is None else f"budget {found['budget_bytes']:,} bytes"
     yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:

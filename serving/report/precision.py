@@ -39,8 +39,9 @@ def quantized(found: Quantization) -> str:
     groups = f", {found.group_size} channels per scale" if found.group_size else ""
     sizes = found.weight_bytes
     each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))
+    to = "the bits chosen for each block" if found.scheme == "mixed" else found.scheme
     return (
-        f"After pruning, the weights of the layers were quantized to {found.scheme}{groups}, by {found.method}: "
+        f"After pruning, the weights of the layers were quantized to {to}{groups}, by {found.method}: "
         f"{f'{each}; ' if each else ''}{words.size(sizes.baseline)} → {words.size(sizes.candidate)}."
     )
 

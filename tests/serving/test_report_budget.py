@@ -18,7 +18,7 @@ def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
     assert "Asked for weights of at most 6" in text
     assert "- Attention: layers 0 to 1: 4 bits\n- MLPs: layer 0: 8 bits; layer 1: 16 bits\n" in text
     for shown in (text, page.html(report)):
-        assert "quantized to mixed, 32 channels per scale, by gptq: " in shown
+        assert "quantized to the bits chosen for each block, 32 channels per scale, by gptq: " in shown
         assert "1 block in 16 bits, 1 block in 8 bits, 2 blocks in 4 bits" in shown
         assert "layer 0: 8 bits; layer 1: 16 bits" in shown
         assert "eights of at most" in shown
