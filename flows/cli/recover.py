@@ -46,7 +46,7 @@ def add(commands: Subcommands) -> None:
         action="extend",
         type=Path,
         metavar="FILE",
-        help="text to compare the models on before and after: refused where it is trained on (default: none)",
+        help="text to compare the models on before and after; it is not trained on (default: none)",
     )
     parser.add_argument(
         "--tokens",
@@ -95,11 +95,9 @@ def recover(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.recover import (
         check_documents,
         check_request,
-        check_windows,
         recover_checkpoint,
         shared_by,
         training_rows,
-        training_text,
     )
     from numprune.flows.steps.text import heldout_rows, row_length
     from numprune.recovery import RecoveryOptions, require_packages
@@ -114,13 +112,11 @@ def recover(args: argparse.Namespace) -> Answer:
     manifest.sweep(args.out.parent)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
     how = reading(args, [*args.text, *(args.heldout or [])])
-    windows = training_text(args.text, source, length, options, how)
-    rows = training_rows(windows, length, options, "--text")
     heldout = None
     if args.heldout:
         check_documents(args.text, args.heldout, source, how, "--heldout")
         heldout = heldout_rows(args.heldout, length, [source], how, dense)
-        check_windows(windows, heldout, "--heldout")
+    rows = training_rows(args.text, source, length, options, how, "--text", heldout)
     device = device_of("auto")
     processes = shared_by(device)
     found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)

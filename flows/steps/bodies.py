@@ -106,14 +106,13 @@ def make_recovery_rows(
     sequence_length: int,
     reading: Reading,
 ) -> RecoveryText:
-    """Draw the rows of training and selection. Raises InputError where the model is judged on some of them."""
-    from numprune.flows.steps.recover import check_windows, options_of, save_rows, training_rows, training_text
+    """Draw the rows of training and selection, none of those that the model is judged on."""
+    from numprune.flows.steps.recover import options_of, save_rows, training_rows
     from numprune.flows.steps.text import load_heldout
 
-    options = options_of(asked)
-    windows = training_text(text.source, model.path, sequence_length, options, reading)
-    check_windows(windows, load_heldout(heldout.path, heldout_digest), "data.heldout")
-    return save_rows(out, training_rows(windows, sequence_length, options, "recover.selection_rows"))
+    judged, options = load_heldout(heldout.path, heldout_digest), options_of(asked)
+    option = "recover.selection_rows"
+    return save_rows(out, training_rows(text.source, model.path, sequence_length, options, reading, option, judged))
 
 
 def make_recovered(

@@ -73,7 +73,7 @@ def training_rows(text: Text, source: Path, length: int, tokens: int, seed: int,
     task, tokenizer = load_task(source), checkpoint.load_tokenizer(source)
     wanted = -(-tokens // length) + SELECTION_ROWS
     rows = text_rows(text, "train", tokenizer, length, reading, wanted * length, task)
-    windows = shuffled_windows(rows, length, seed)[:wanted]
+    windows = shuffled_windows(rows.rows, length, seed)[:wanted]
     if len(windows) <= SELECTION_ROWS:
         raise InputError(
             f"--text: it has {len(windows)} different windows of {length} tokens, and {SELECTION_ROWS} to judge by "

@@ -25,7 +25,7 @@ from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint, RecoveryText
-from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows, require_unseen
+from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows
 from numprune.recovery.rows import require_others
 from numprune.recovery.state import TrainingState
 
@@ -49,16 +49,23 @@ def check_request(source: Path, dense: Path) -> None:
         raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
 
 
-def training_text(text: texts.Text, model: Path, length: int, options: RecoveryOptions, reading: Reading) -> TokenRows:
-    """Return the windows of a text, in its order, that rows are drawn from. Raises InputError."""
+def training_rows(
+    text: texts.Text,
+    model: Path,
+    length: int,
+    options: RecoveryOptions,
+    reading: Reading,
+    option: str,
+    judged: TokenRows | None = None,
+) -> RecoveryRows:
+    """Return the rows of a text, none of those that the result is judged on.
+
+    `option`: what the user knows the number of selection rows by. Raises InputError.
+    """
     tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
-    return texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
-
-
-def training_rows(windows: TokenRows, length: int, options: RecoveryOptions, option: str) -> RecoveryRows:
-    """Draw rows; `option` is what the user knows the number of selection rows by. Raises InputError."""
+    rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
     with _named(option):
-        return draw_rows(windows, length, options)
+        return draw_rows(rows, length, options, judged)
 
 
 def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
@@ -66,12 +73,6 @@ def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: 
     tokenizer = checkpoint.load_tokenizer(model)
     with _named(option):
         require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
-
-
-def check_windows(trained: TokenRows, judged: TokenRows, option: str) -> None:
-    """Raises InputError that names `option`, where `judged` is from, and its documents that are in `trained`."""
-    with _named(option):
-        require_unseen(trained, judged)
 
 
 @contextmanager

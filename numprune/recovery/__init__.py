@@ -7,7 +7,7 @@ one's. The loss is KL(p || q) in nats per token.
 """
 
 from numprune.recovery.options import RecoveryOptions
-from numprune.recovery.rows import RecoveryRows, draw_rows, require_unseen
+from numprune.recovery.rows import RecoveryRows, draw_rows
 from numprune.recovery.training import Recovered, distill, require_packages
 
-__all__ = ["Recovered", "RecoveryOptions", "RecoveryRows", "distill", "draw_rows", "require_packages", "require_unseen"]
+__all__ = ["Recovered", "RecoveryOptions", "RecoveryRows", "distill", "draw_rows", "require_packages"]

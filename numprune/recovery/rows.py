@@ -1,6 +1,7 @@
 """The rows of training and of selection, which no text that the result is judged on may share."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.recovery.options import RecoveryOptions
 
-_SHOWN = 3  # names in an error
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3  # names in a message
 _RUN = 32  # tokens: longer than what different texts usually share by chance
 _MOST_SHARED = 0.5  # of a window's runs
 _CHUNK = 1 << 20  # tokens digested at a time
@@ -45,67 +48,68 @@ class RecoveryRows:
         return hashlib.sha256(f"{rows_digest(self.training)} {rows_digest(self.selection)}".encode()).hexdigest()
 
 
-def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions) -> RecoveryRows:
+def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions, judged: TokenRows | None = None) -> RecoveryRows:
     """Draw training and selection rows from the full windows of a text, each different window once.
 
     Where the text has fewer windows than `options.tokens` need, training goes over them several times.
 
+    Args:
+        judged: rows that the result is judged on. A window is not drawn if they have more than half of its runs of 32
+            consecutive tokens, at whatever offset: an excerpt has nearly all of them, a window that only shares a
+            licence header has few.
+
     Raises InputError where there is not even one to train on.
     """
-    drawn, wanted = shuffled_windows(rows, length, options.seed), options.selection_rows
+    windows = rows.rows if judged is None else _unseen(rows, judged)
+    drawn, wanted = shuffled_windows(windows, length, options.seed), options.selection_rows
     if len(drawn) <= wanted:
+        outside = "" if len(windows) == len(rows.rows) else " that the held-out text does not have"
         raise InputError(
-            f"the text has {len(drawn)} different windows of {length} tokens, and {wanted} selection rows leave none "
-            "to train on; give more text, fewer selection rows or a shorter sequence length"
+            f"the text has {counted(len(drawn), f'different window of {length} tokens')}{outside}, and {wanted} "
+            "selection rows leave none to train on; give more text, fewer selection rows or a shorter sequence length"
         )
     needed = options.steps(length) * options.batch_size
     return RecoveryRows(torch.stack(drawn[wanted : wanted + needed]), torch.stack(drawn[:wanted]))
 
 
-def shuffled_windows(rows: TokenRows, length: int, seed: int) -> list[Tensor]:
-    """Return the full windows of a text, (length,) each, in an order drawn with `seed`; of like ones the last."""
-    windows = list({_digest(row): row for row in rows.rows if len(row) == length}.values())
+def shuffled_windows(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
+    """Return the full windows among rows, (length,) each, in an order drawn with `seed`; of like ones the last."""
+    windows = list({_digest(row): row for row in rows if len(row) == length}.values())
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return [windows[index] for index in order.tolist()]
 
 
-def require_unseen(trained: TokenRows, judged: TokenRows) -> None:
-    """Raises InputError where more than half of a window to judge on is in the text to train on; names documents.
-
-    That is more than half of the window's runs of 32 consecutive tokens, at whatever offset the training text has them:
-    a verbatim excerpt has nearly all of its runs, a window that only shares a licence header has few. Digests of the
-    runs are compared. Shorter windows are not.
-    """
-    length = min(_RUN, max(map(len, trained.rows)))
-    shared = _shared_runs(trained.rows, judged.rows, length)
-    leaked = {row for row, share in enumerate(shared) if share > _MOST_SHARED}
-    if leaked:
-        owners = zip(judged.row.tolist(), judged.document, strict=True)
-        names = dict.fromkeys(judged.names[document] for row, document in owners if row in leaked)
-        raise InputError(
-            f"more than half of {len(leaked)} of its {counted(len(judged.rows), 'window')} is in the training text "
-            f"({_listed(names)}); remove it from one of the two texts"
+def _unseen(rows: TokenRows, judged: TokenRows) -> list[Tensor]:
+    """Return the rows that are not in the text to judge on for more than half; a warning names what is left out."""
+    shares = shared_runs(rows.rows, judged.rows, min(_RUN, max(map(len, rows.rows))))
+    seen = {row for row, share in enumerate(shares) if share > _MOST_SHARED}
+    if seen:
+        owners = zip(rows.row.tolist(), rows.document, strict=True)
+        names = dict.fromkeys(rows.names[document] for row, document in owners if row in seen)
+        logger.warning(
+            "left out %s of the training text, more than half of which the held-out text has (%s)",
+            counted(len(seen), "window"),
+            _listed(names),
         )
+    return [row for index, row in enumerate(rows.rows) if index not in seen]
 
 
-def _shared_runs(trained: Sequence[Tensor], judged: Sequence[Tensor], length: int) -> list[float]:
-    """Return the share of each judged row's runs of `length` tokens that the trained rows, joined, have as well."""
-    lengths = np.array([len(row) for row in judged])
-    wanted, places = np.unique(_run_digests(torch.cat(list(judged)), length), return_inverse=True)
-    seen = np.zeros(len(wanted), dtype=bool)
-    if len(wanted):
-        text = torch.cat(list(trained))
-        for start in range(0, len(text), _CHUNK):
-            digests = _run_digests(text[start : start + _CHUNK + length - 1], length)
-            found = np.searchsorted(wanted, digests).clip(max=len(wanted) - 1)
-            seen[found[wanted[found] == digests]] = True
-    counts = np.concatenate([[0], np.cumsum(seen[places])])  # of shared runs before each place
-    first = np.cumsum(lengths) - lengths
-    runs = lengths - length + 1  # of each row: none that ends in the next one
-    return [
-        float(counts[start + own] - counts[start]) / own if own > 0 else 0.0
-        for start, own in zip(first, runs, strict=True)
-    ]
+def shared_runs(rows: Sequence[Tensor], others: Sequence[Tensor], length: int) -> list[float]:
+    """Return the share of each row's runs of `length` tokens that the others, joined, have; 0 of shorter rows."""
+    wanted = np.unique(_run_digests(torch.cat(list(others)), length))
+    text = torch.cat(list(rows))
+    found = np.zeros(len(text) + 1, dtype=bool)  # at i + 1: whether the run at i is shared
+    for start in range(0, len(text) if len(wanted) else 0, _CHUNK):
+        digests = _run_digests(text[start : start + _CHUNK + length - 1], length)
+        nearest = wanted[np.searchsorted(wanted, digests).clip(max=len(wanted) - 1)]
+        found[start + 1 : start + 1 + len(digests)] = nearest == digests
+    before = np.cumsum(found)  # shared runs before each place
+    shares, start = [], 0
+    for row in rows:
+        runs = len(row) - length + 1  # none that ends in the next row
+        shares.append(int(before[start + runs] - before[start]) / runs if runs > 0 else 0.0)
+        start += len(row)
+    return shares
 
 
 def _run_digests(tokens: Tensor, length: int) -> NDArray[np.uint64]:

@@ -89,7 +89,7 @@ def test_uniform_masks_give_a_stock_architecture(
     ("more", "said"),
     [
         (("--learning-rate", 1e-3), "--learning-rate is that of the weights, which faster does not train"),
-        (("--ratio", 0.99), "ratio is 0.99, but with the least"),
+        (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
         (("--sequence-length", 250), "to judge by leave none to train on; give more text"),
         (("--axes", "query-heads"), "invalid choice: 'query-heads'"),

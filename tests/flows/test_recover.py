@@ -86,20 +86,28 @@ def test_a_learning_rate_of_zero_writes_the_same_weights(numprune: Command, inpu
     assert "no step improved on the pruned weights, which were kept" in (out / "README.md").read_text()
 
 
-def test_held_out_text_in_the_training_text_is_refused(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+def test_held_out_text_is_not_trained_on(numprune: Command, inputs: Path, tmp_path: Path) -> None:
     text = (inputs / "train.txt").read_text()
-    (tmp_path / "copied.txt").write_text(text)
-    (tmp_path / "part.txt").write_text(text[1:4000])  # at another offset, and of other windows
-    for name, problem in (("copied", "1 of its documents is"), ("part", "more than half of")):
-        heldout = tmp_path / f"{name}.txt"
+    for name, part, problem in (
+        ("copied", text, "--heldout: 1 of its documents is in the training text (copied.txt)"),
+        (
+            "shifted",
+            text[1:],
+            "--text: the text has 1 different window of 32 tokens that the held-out text does not have",
+        ),
+        ("part", text[1:4000], ""),
+    ):
+        heldout, out = tmp_path / f"{name}.txt", tmp_path / name
+        heldout.write_text(part)
         answered = numprune(
-            *("recover", inputs / "pruned", tmp_path / "out", "--dense", inputs / "dense"),
-            *("--text", inputs / "train.txt", "--heldout", heldout, *SHORT),
+            *("recover", inputs / "pruned", out, "--dense", inputs / "dense", "--text", inputs / "train.txt"),
+            *("--heldout", heldout, *SHORT),
         )
-        assert answered.is_error
-        assert "--heldout: " in answered.err
-        assert problem in answered.err
-    assert not (tmp_path / "out").exists()
+        assert answered.is_error == bool(problem), answered.err
+        assert (
+            problem or "windows of the training text, more than half of which the held-out text has"
+        ) in answered.err
+        assert out.exists() == (not problem)
 
 
 def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inputs: Path, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import torch
 from numprune.corpus import token_rows
 from numprune.documents import Document
 from numprune.errors import InputError
-from numprune.recovery import rows
 from numprune.recovery.options import RecoveryOptions
-from numprune.recovery.rows import RecoveryRows, draw_rows, require_others, require_unseen, window_digests
+from numprune.recovery.rows import RecoveryRows, draw_rows, require_others, shared_runs, window_digests
 from tests.conftest import byte_tokenizer
 
 OPTIONS = RecoveryOptions(tokens=64, batch_size=2, selection_rows=3)
@@ -39,7 +38,7 @@ def test_rows_that_are_trained_on_and_chosen_by_are_refused() -> None:
 
 def test_a_text_without_rows_to_train_on_is_refused() -> None:
     rows = token_rows([Document("a", "the same text. " * 100)], byte_tokenizer(), 15)
-    with pytest.raises(InputError, match="1 different windows of 15 tokens, and 3 selection rows leave none"):
+    with pytest.raises(InputError, match="1 different window of 15 tokens, and 3 selection rows leave none"):
         draw_rows(rows, 15, OPTIONS)
 
 
@@ -50,39 +49,49 @@ def prose(seed: int, words: int = 400) -> str:
 
 @pytest.mark.parametrize("length", [16, 64, 256])
 @pytest.mark.parametrize("offset", [0, 1, 31, 100])
-def test_an_excerpt_of_the_training_text_is_refused_wherever_windows_cut_it(length: int, offset: int) -> None:
+def test_windows_of_the_judged_text_are_not_drawn_at_any_offset(
+    length: int, offset: int, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer, text = byte_tokenizer(), prose(0)
-    trained = token_rows([Document("a", text)], tokenizer, length)
-    judged = token_rows([Document("b", prose(1))], tokenizer, length)
-    require_unseen(trained, judged)
-    excerpt = Document("leaked", text[offset : offset + 3 * length])
-    for documents in ([excerpt], [Document("b", prose(1)), excerpt]):
-        judged = token_rows(documents, tokenizer, length, pack=False)
-        with pytest.raises(
-            InputError, match=r"more than half of 3 of its \d+ windows is in the training .* \(leaked\)"
-        ):
-            require_unseen(trained, judged)
+    trained, other = (token_rows([Document("a", part)], tokenizer, length) for part in (text, prose(1)))
+    options = RecoveryOptions(tokens=10_000, selection_rows=2)
+    everything = draw_rows(trained, length, options)
+    assert draw_rows(trained, length, options, other).digest == everything.digest
+    assert not caplog.messages
+    excerpt = token_rows(
+        [Document("b", prose(1)), Document("c", text[offset : offset + 3 * length])], tokenizer, length
+    )
+    left = window_digests([*(found := draw_rows(trained, length, options, excerpt)).training, *found.selection])
+    inside = range(-(-offset // length), (offset + 3 * length) // length)  # windows that are whole in the excerpt
+    assert not window_digests(trained.rows[index] for index in inside) & left
+    assert len(left) in (len(everything.training) + 2 - len(inside) - more for more in (0, 1))  # or most of another
+    assert f"left out {len(everything.training) + 2 - len(left)} windows of the training text" in caplog.text
+    assert "(a)" in caplog.text
+
+
+def test_a_judged_text_that_is_all_of_the_training_text_leaves_nothing() -> None:
+    trained = token_rows([Document("a", prose(0))], byte_tokenizer(), 64)
+    judged = token_rows([Document("b", prose(0)[1:])], byte_tokenizer(), 64)
+    with pytest.raises(InputError, match=r"\d different windows? of 64 tokens that the held-out text does not have"):
+        draw_rows(trained, 64, OPTIONS, judged)
 
 
 def test_a_header_that_documents_share_is_no_excerpt() -> None:
     tokenizer, licence = byte_tokenizer(), prose(2)
-    trained, short, long = (
-        token_rows([Document(name, licence[:shared] + prose(seed, 50))], tokenizer, 256)
-        for name, shared, seed in (("a", 200, 3), ("short", 120, 4), ("long", 200, 5))
+    judged, short, long = (
+        token_rows([Document("a", licence[:shared] + prose(seed, 50))], tokenizer, 256).rows
+        for shared, seed in ((200, 3), (120, 4), (200, 5))
     )
-    require_unseen(trained, short)
-    with pytest.raises(InputError, match=r"more than half of 1 of its 2 windows is in the training text \(long\)"):
-        require_unseen(trained, long)
+    assert 0 < shared_runs(short, judged, 32)[0] < 0.5 < shared_runs(long, judged, 32)[0]
 
 
-def test_excerpts_are_found_across_the_parts_that_are_digested_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, text = byte_tokenizer(), prose(0)
-    trained, judged = (token_rows([Document("a", part)], tokenizer, 64) for part in (text, text[1:]))
-    windows = [row for row in judged.rows if len(row) == 64]
-    expected = rows._shared_runs(trained.rows, windows, 32)
-    assert expected == [1.0] * len(windows)
-    monkeypatch.setattr(rows, "_CHUNK", 7)
-    assert rows._shared_runs(trained.rows, windows, 32) == expected
+def test_runs_are_found_across_the_parts_that_are_digested_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = prose(0)
+    one, other = (token_rows([Document("a", part)], byte_tokenizer(), 64).rows for part in (text, text[1:]))
+    expected = shared_runs(other, one, 32)
+    assert expected == [1.0 if len(row) == 64 else 0.0 for row in other]
+    monkeypatch.setattr("numprune.recovery.rows._CHUNK", 7)
+    assert shared_runs(other, one, 32) == expected
 
 
 def test_a_judged_document_that_is_trained_on_is_refused_wherever_windows_cut_it() -> None:
