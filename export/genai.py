@@ -67,7 +67,7 @@ def check_scheme(scheme: Scheme, dtype: str) -> None:
     if dtype != FLOAT32:
         raise InputError(
             f"onnxruntime: quantized weights ({scheme}) are for CPUs, where the rest is computed in float32, not "
-            f"{dtype}; on a GPU use vLLM (--to vllm)"
+            f"{dtype}; leave dtype out or use float32; on a GPU use vLLM (--to vllm)"
         )
 
 

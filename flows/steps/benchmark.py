@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,6 +87,7 @@ def benchmark_report(
     chosen = precision_of(sides["candidate"], runtime, dtype)
     for folder in sides.values():
         check_finite(audit(folder))  # NaN takes a runtime as long as any number
+    export_format = _export_of(runtime, [*sides.values()], chosen)
     rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
@@ -97,7 +98,6 @@ def benchmark_report(
             [sides["candidate"]], sides["baseline"], rows, device_of("auto"), PROMPTS
         )
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        export_format = export_of(runtime, _formats(sides.values(), chosen))
         if export_format is not None:
             for name, folder in sides.items():
                 logger.info("%s runs %s: exporting the %s to a temporary folder", runtime, export_format, name)
@@ -115,18 +115,35 @@ def benchmark_report(
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
 
 
-def _formats(sides: Iterable[Path], dtype: str) -> list[str]:
-    """Return the exports that all these checkpoints support in a precision."""
+def _export_of(runtime: str, sides: Sequence[Path], dtype: str) -> str | None:
+    """The export that `runtime` runs of all these checkpoints in a precision; None if it runs the checkpoints.
+
+    Raises InputError for quantized weights that only the standard ONNX graph supports: it would dequantize them.
+    """
+    formats = dict.fromkeys(RUNTIME_OF_EXPORT)
+    if runtime == RUNTIME_OF_EXPORT[genai.KIND] and not _runs_fused(sides, dtype):
+        del formats[genai.KIND]
+    return export_of(runtime, formats)
+
+
+def _runs_fused(sides: Sequence[Path], dtype: str) -> bool:
+    """Whether ONNX Runtime's own operators know these networks, in this precision. Raises as `_export_of`."""
+    quantized = [found for side in sides if (found := compressed_tensors.quantization_in(side))]
     try:
-        genai.check_precision(dtype, runtime_device("onnxruntime"))
         for side in sides:
             genai.check_config(read_config(side))
-            if found := compressed_tensors.quantization_in(side):
-                for scheme in found.schemes:
-                    genai.check_scheme(scheme, dtype)
     except InputError:
-        return [name for name in RUNTIME_OF_EXPORT if name != genai.KIND]
-    return list(RUNTIME_OF_EXPORT)
+        return False
+    for found in quantized:
+        for scheme in found.schemes:
+            genai.check_scheme(scheme, dtype)
+    try:
+        genai.check_precision(dtype, runtime_device(genai.KIND))
+    except InputError:
+        if quantized:
+            raise
+        return False
+    return True
 
 
 def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:

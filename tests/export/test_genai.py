@@ -247,7 +247,11 @@ def test_quantized_weights_that_it_cannot_compute_with_are_refused(tiny_checkpoi
     base = tiny_checkpoint(num_hidden_layers=1)
     for scheme, dtype, message in (
         (Scheme("fp8"), "float32", r"no FP8 weights, .*; quantize to w8a8 or w4a16, or use vLLM \(--to vllm\)"),
-        (INT8, "float16", r"quantized weights \(w8a8\) are for CPUs, .*, not float16; .* \(--to vllm\)"),
+        (
+            INT8,
+            "float16",
+            r"quantized weights \(w8a8\) are for CPUs, .*, not float16; leave dtype out or .* \(--to vllm\)",
+        ),
     ):
         folder = quantized(base, scheme)
         with pytest.raises(InputError, match=message):

@@ -59,25 +59,28 @@ def test_a_quantized_candidate_is_run_once(
     """It is compared with the base and with what it was quantized from; each figure is that of both side by side."""
     pruned, quantized = written(tmp_path / "pruned", build_tiny(seed=1)), tmp_path / "quantized"
     quantize_checkpoint(pruned, Scheme("w8a8"), quantized, CPU)
-    [to_base] = compare_checkpoints([quantized], tiny / "base", rows, CPU)
+    [to_base] = compare_checkpoints([quantized], tiny / "base", rows, CPU, PROMPTS[:1])
     [to_pruned] = compare_checkpoints([quantized], pruned, rows, CPU)
     scores = tmp_path / "scores"
     scores.mkdir()
-    baseline.score(scores, *load(tiny / "base"), rows)
+    generations = baseline.score(scores, *load(tiny / "base"), rows, PROMPTS[:1]).generations
     batches: dict[str, int] = {}
 
     def counting(folder: Path) -> Any:
         model, tokenizer = load(folder)
         batches[folder.name] = 0
 
-        def count(*_: Any) -> None:
-            batches[folder.name] += 1
+        def count(_module: Any, _inputs: Any, options: dict[str, Any], _output: Any) -> None:
+            batches[folder.name] += not options.get("use_cache")  # what is generated is not counted
 
-        model.base_model.register_forward_hook(count)
+        model.base_model.register_forward_hook(count, with_kwargs=True)
         return model, tokenizer
 
     monkeypatch.setattr(evaluate, "load", counting)
-    found = evaluate.compare_with_scores(quantized, tiny / "base", scores, [], rows, [], CPU, unquantized=pruned)
+    found = evaluate.compare_with_scores(
+        quantized, tiny / "base", scores, generations, rows, PROMPTS[:1], CPU, unquantized=pruned
+    )
+    assert "generation" in found
     assert found == {**to_base, "quantization_loss_delta": to_pruned["loss_delta"]}
     assert batches["base"] == 0
     assert batches["quantized"] == batches["pruned"] > 0

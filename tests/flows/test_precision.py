@@ -4,12 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
 from numprune.flows import chain, recipe
 from numprune.flows.steps import benchmark, checks, export
+from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization import Scheme
 from numprune.serving import report
 
 
@@ -51,9 +55,34 @@ def test_a_network_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     sides = [tiny_checkpoint(name="a"), tiny_checkpoint(name="b", head_dim=24)]
-    assert "onnxruntime" in benchmark._formats(sides[:1], "float32")
-    assert "onnxruntime" not in benchmark._formats(sides, "float32")
-    assert "onnx" in benchmark._formats(sides, "float32")
+    assert benchmark._export_of("onnxruntime", sides[:1], "float32") == "onnxruntime"
+    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnx"
+
+
+def test_a_precision_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "runtime_device", lambda _: "cuda")
+    sides = [tiny_checkpoint()]
+    assert benchmark._export_of("onnxruntime", sides, "float16") == "onnxruntime"
+    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnx"
+
+
+def test_quantized_weights_are_not_timed_dequantized(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, quantized = tiny_checkpoint(num_hidden_layers=1), tmp_path / "quantized"
+    quantize_checkpoint(base, Scheme("w4a16", 32), quantized, torch.device("cpu"))
+    with pytest.raises(
+        InputError, match=r"\(w4a16, .*\) are for CPUs, .*, not float16; leave dtype out or use float32"
+    ):
+        benchmark.benchmark_report(str(quantized), str(base), "onnxruntime", None, None, Reading(), dtype="float16")
+    sides = [base, quantized]
+    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnxruntime"
+    assert benchmark._export_of("torch", sides, "float16") is None
+    monkeypatch.setattr(benchmark, "runtime_device", lambda _: "cuda")
+    with pytest.raises(InputError, match="on CUDA its GroupQueryAttention only supports float16 and bfloat16"):
+        benchmark._export_of("onnxruntime", sides, "float32")
 
 
 def test_float32_on_cuda_is_refused_before_anything_is_written(
