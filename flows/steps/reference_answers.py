@@ -1,6 +1,6 @@
 """Computes a release's reference answers with transformers: in float32, or in float64 for encoders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,12 @@ def answers_of(checkpoint: Path, device: torch.device = _CPU, *, unquantized: Pa
     Raises InputError (its context is too short), IntegrityError.
     """
     task = load_task(checkpoint)
-    made = _completions(checkpoint, device) if task.name == "causal-lm" else _pooled(checkpoint, task, device)
+    quantized = unquantized is not None
+    made = (
+        _completions(checkpoint, device, quantized)
+        if task.name == "causal-lm"
+        else _pooled(checkpoint, task, device, quantized)
+    )
     if unquantized is None:
         return made
     errors = (
@@ -66,7 +71,7 @@ def _errors_in_half(
     return {name: found - exact for name, found in zip(_HALF, half, strict=True)}
 
 
-def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
+def _completions(checkpoint: Path, device: torch.device, quantized: bool) -> CompletionAnswers:
     model, tokenizer = load(checkpoint)
     model.to(device)
     room = model.config.max_position_embeddings - MINIMUM_STEPS - 1  # servers refuse prompts that fill the context
@@ -80,17 +85,19 @@ def _completions(checkpoint: Path, device: torch.device) -> CompletionAnswers:
         for text, length in zip(TEXTS.values(), _LENGTHS, strict=True)
     ]
     float64.in_float64(model)
-    found = {"float32": _rounding(prompts, partial(float64.logits, model))}
+    found = {"float32": _logprobs_of(prompts, partial(float64.logits, model))}
     del model
     for name, dtype in _HALF.items():
         half = load(checkpoint, dtype)[0].to(device)
-        found[name] = _rounding(prompts, partial(_logits, half))
+        found[name] = _logprobs_of(prompts, partial(_logits, half))
+    expected = [value for prompt in prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
+    exact = torch.tensor(expected, dtype=torch.float64)
     return CompletionAnswers(
-        texts=_encoded(tokenizer), prompts=prompts, rounding={name: one for name, one in found.items() if one}
+        texts=_encoded(tokenizer), prompts=prompts, rounding=_rounding(found, exact, percentile=quantized)
     )
 
 
-def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers:
+def _pooled(checkpoint: Path, task: Task, device: torch.device, quantized: bool) -> PooledAnswers:
     """Embeddings at length 1, or class probabilities; text by text. Raises InputError for other tasks."""
     if task.name not in ("embedding", "classification"):
         raise InputError(f"{checkpoint}: {task.name} models cannot be served")
@@ -106,18 +113,13 @@ def _pooled(checkpoint: Path, task: Task, device: torch.device) -> PooledAnswers
         rounded[name] = _values(load(checkpoint, dtype)[0].to(device), texts, task).double()
     float64.in_float64(model.to(device))
     exact = float64.run(lambda: _values(model, texts, task))
-    errors = {name: (found - exact).abs() for name, found in rounded.items()}
     return PooledAnswers(
         task=task.name,
         texts=_encoded(tokenizer),
         inputs=[
             PooledText(tokens=tokens, values=_plain(of_text)) for tokens, of_text in zip(texts, exact, strict=True)
         ],
-        rounding={
-            name: Rounding(worst=float(error.max()), mean=float(error.mean()))
-            for name, error in errors.items()
-            if error.isfinite().all()
-        },
+        rounding=_rounding(rounded, exact, percentile=quantized),
     )
 
 
@@ -136,15 +138,25 @@ def _encoded(tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     return [Encoded(text=text, tokens=tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS.values()]
 
 
-def _rounding(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Rounding | None:
-    """The error of another precision, with `logits` (S,) -> (S, V); None if it overflows."""
-    expected = [value for prompt in prompts for value in (*prompt.logprobs, *prompt.greedy_logprobs)]
-    error = (_logprobs_of(prompts, logits) - torch.tensor(expected, dtype=torch.float64)).abs()
-    return Rounding(worst=float(error.max()), mean=float(error.mean())) if error.isfinite().all() else None
+def _rounding(found: Mapping[str, Tensor], exact: Tensor, *, percentile: bool) -> dict[str, Rounding]:
+    """The error of each precision, by its values (any shape) and the exact ones; nothing for one that overflows."""
+    errors = {name: (values - exact).abs() for name, values in found.items()}
+    return {
+        name: Rounding(
+            worst=float(error.max()),
+            mean=float(error.mean()),
+            p99=noise.of_errors(error).p99 if percentile else None,
+        )
+        for name, error in errors.items()
+        if error.isfinite().all()
+    }
 
 
 def _logprobs_of(prompts: Sequence[Prompt], logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """The log-probability of every token but the first of each prompt and its continuation, (positions,) float64."""
+    """The log-probability of every token but the first of each prompt and its continuation, (positions,) float64.
+
+    `logits`: (S,) -> (S, V).
+    """
     found = []
     for prompt in prompts:
         tokens = torch.tensor([*prompt.tokens, *prompt.greedy])

@@ -1,10 +1,10 @@
-"""Small HTTP servers: one that gives fixed answers, and one that keeps MLflow's artifacts in a folder."""
+"""Small HTTP servers: of fixed answers, of computed ones, and one that keeps MLflow's artifacts in a folder."""
 
 import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -45,6 +45,21 @@ def answering(answers: Mapping[str, tuple[int, str]]) -> Iterator[str]:
             self.content()
             status, text = answers.get(urlsplit(self.path).path, (404, "Not Found"))
             self.answer(status, text.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+    with _listening(Handler) as address:
+        yield address
+
+
+@contextmanager
+def computing(answer: Callable[[str, Any], Any]) -> Iterator[str]:
+    """A server that answers with the JSON of `answer(path, body)`; its address."""
+
+    class Handler(_Handler):
+        def do_GET(self) -> None:
+            body = json.loads(self.content() or "null")
+            self.answer(200, json.dumps(answer(self.path, body)).encode())
 
         do_POST = do_GET  # noqa: N815
 

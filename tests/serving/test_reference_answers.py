@@ -97,19 +97,29 @@ def test_a_quantized_release_records_the_noise_floor_of_the_unquantized_model(
     assert floor.mean == pytest.approx(float(torch.cat(errors).mean()))
     assert floor.p99 == pytest.approx(float(torch.cat(errors).quantile(0.99)))
     assert made.noise_floor.keys() == {"bfloat16", "float16"}
+    own = made.rounding["bfloat16"]
+    assert own.p99 is not None
+    assert own.mean < own.p99 < own.worst
     made.write(tmp_path)
     assert reference_answers.read(tmp_path) == made
 
 
-def test_the_tolerance_of_a_quantized_release_is_a_multiple_of_its_noise_floor(reference: CompletionAnswers) -> None:
+def test_the_tolerance_of_a_quantized_release_is_a_multiple_of_noise_floor_or_rounding(
+    reference: CompletionAnswers,
+) -> None:
     rounding, least = {"bfloat16": Rounding(worst=6.0, mean=0.2)}, TOLERANCES["bfloat16"]
     rough = reference.model_copy(
         update={"rounding": rounding, "noise_floor": {"bfloat16": reference_answers.Noise(mean=0.1, p99=0.5)}}
     )
-    assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.4, 2.0)
+    assert rough.tolerance("bfloat16") == Tolerance(24.0, 0.4, 2.0)  # recorded by earlier versions, without p99
     assert rough.tolerance("float32").p99 is None
-    calm = rough.model_copy(update={"noise_floor": {"bfloat16": reference_answers.Noise(mean=1e-6, p99=1e-6)}})
-    assert calm.tolerance("bfloat16") == Tolerance(24.0, least.mean, least.worst / 2)
+    rounded = {"bfloat16": Rounding(worst=6.0, mean=0.25, p99=1.25)}
+    inputs = rough.model_copy(update={"rounding": rounded})
+    assert inputs.tolerance("bfloat16") == Tolerance(24.0, 0.5, 2.5)
+    calm = {"bfloat16": reference_answers.Noise(mean=1e-6, p99=1e-6)}
+    exact = {"bfloat16": Rounding(worst=6.0, mean=1e-6, p99=1e-6)}
+    quiet = rough.model_copy(update={"noise_floor": calm, "rounding": exact})
+    assert quiet.tolerance("bfloat16") == Tolerance(24.0, least.mean, least.worst / 2)
 
 
 @dataclass(frozen=True)
@@ -138,9 +148,10 @@ def test_reference_answers_of_earlier_releases_are_read(tmp_path: Path, referenc
     assert reference_answers.read(tmp_path).tolerance("bfloat16") == TOLERANCES["bfloat16"]
 
 
-def test_a_precision_that_overflows_has_no_recorded_rounding(reference: CompletionAnswers) -> None:
-    infinite = torch.full((200, 259), torch.inf)
-    assert making._rounding(reference.prompts, lambda tokens: infinite[: len(tokens)]) is None
+def test_a_precision_that_overflows_has_no_recorded_rounding() -> None:
+    overflowing = {"float16": torch.tensor([torch.inf, 0.0]), "bfloat16": torch.tensor([-1.0, 3.0])}
+    found = making._rounding(overflowing, torch.zeros(2), percentile=False)
+    assert found == {"bfloat16": Rounding(worst=3.0, mean=2.0)}
 
 
 def test_recorded_token_ids_detect_another_tokenizer(reference: CompletionAnswers) -> None:
@@ -166,6 +177,7 @@ def test_reference_answers_round_trip(tmp_path: Path, reference: CompletionAnswe
     assert reference_answers.read(tmp_path) == reference
     written = json.loads((tmp_path / "reference-answers.json").read_text())
     assert "noise_floor" not in written  # earlier versions refuse it
+    assert all(set(one) == {"worst", "mean"} for one in written["rounding"].values())
 
 
 Change = Callable[[dict[str, Any]], object]

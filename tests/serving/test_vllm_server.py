@@ -137,16 +137,19 @@ def test_near_ties_are_tolerated(running: Server, reference: CompletionAnswers) 
     prompt = data["prompts"][3]
     start = len(prompt["tokens"])
     prompt["greedy"][30] = (prompt["greedy"][30] + 1) % 256
-    prompt["margins"][30] = 0.0005
-    # What the first pass sees of the other token is taken from the server itself.
-    body = {"model": "tiny", "prompt": [*prompt["tokens"], *prompt["greedy"]], "max_tokens": 1, "prompt_logprobs": 0}
+    data["rounding"]["float32"] = {"worst": 1.0, "mean": 0.1}  # so that another token counts as a near tie
+    prompt["margins"][30] = 0.5
+    # What follows the other token is taken from the server itself.
+    body = {"model": "tiny", "prompt": [*prompt["tokens"], *prompt["greedy"][:31]], "max_tokens": 1, "temperature": 0}
+    body |= {"prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True}
     answer = httpx.post(f"{running.url}/v1/completions", json=body, headers=running.headers, timeout=60)
-    given = answer.json()["choices"][0]["prompt_logprobs"]
-    for step in (30, 31):
-        prompt["greedy_logprobs"][step] = given[start + step][str(prompt["greedy"][step])]["logprob"]
+    [given] = answer.json()["choices"]
+    prompt["greedy_logprobs"][30] = given["prompt_logprobs"][start + 30][str(prompt["greedy"][30])]["logprob"]
+    [prompt["greedy"][31]], [prompt["greedy_logprobs"][31]] = given["token_ids"], given["logprobs"]["token_logprobs"]
     found = reference_answers.check(running.url, CompletionAnswers.model_validate(data), "float32", KEY)
-    assert found["greedy_compared"] == 3 * 32 + 30
-    assert found["greedy_match"] == found["greedy_compared"] / (4 * 32)
+    assert found["greedy_compared"] == 4 * 32
+    assert found["greedy_match"] == 127 / 128
+    assert found["worst"]["position"] == start + 30
 
 
 def test_server_refusals_are_reported(running: Server, reference: CompletionAnswers) -> None:
