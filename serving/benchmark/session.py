@@ -22,7 +22,7 @@ from numprune.serving.benchmark.memory import Peak, PeakCounted, PeakMissing, Pe
 from numprune.serving.benchmark.passes import Pass
 from numprune.serving.benchmark.samples import Generation
 from numprune.serving.benchmark.scheduler import thread_times
-from numprune.serving.energy import EnergyMeter, open_meter
+from numprune.serving.energy import EnergyMeter, open_meter, start_counting
 
 Answer = dict[str, Any]  # plain JSON
 
@@ -119,12 +119,12 @@ class Session:
 
     def repeat(self) -> Answer:
         """Run the whole load once; returns the timings of each batch and our threads' scheduling times."""
-        before, joules = thread_times(), self._energy.joules() if self._energy else 0.0
+        before, joules = thread_times(), start_counting(self._energy)
         batches = [asdict(batch) for batch in self._work()]
         return {
             "batches": batches,
             "threads": asdict(thread_times() - before),
-            "joules": self._energy.joules() - joules if self._energy else None,
+            "joules": joules(),
         }
 
     def finish(self) -> Answer:

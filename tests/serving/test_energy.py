@@ -1,16 +1,18 @@
 """Energy of a GPU, counted by a stand-in for NVML: this machine need not have one."""
 
 import sys
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from numprune.serving import energy
 from numprune.serving.benchmark.load import Load
 from numprune.serving.benchmark.samples import ENERGY, Generation, Repeat
 from numprune.serving.benchmark.sections import Look, speed_section
 from numprune.serving.benchmark.session import Session
-from numprune.serving.energy import open_meter
+from numprune.serving.energy import open_meter, start_counting
 from numprune.serving.report import Report, markdown, page
 from tests.serving.pages import Parsed, full
 
@@ -29,42 +31,74 @@ class Nvml(SimpleNamespace):
         if self.problem:
             raise self.NVMLError(self.problem)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        self.opened.append(index)
-        return index
-
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
         self.opened.append(uuid)
         return uuid
 
     def nvmlDeviceGetTotalEnergyConsumption(self, _: Any) -> int:  # noqa: N802
+        if self.problem:
+            raise self.NVMLError(self.problem)
         self.count += 250
         return self.count
 
 
-@pytest.mark.parametrize(("visible", "opened"), [(None, 0), ("3,1", 3), ("GPU-5f", "GPU-5f")])
-def test_the_counter_is_that_of_the_gpu_in_use(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, opened: Any
-) -> None:
+class Driver:
+    """What is used of CUDA's driver; its second device is NVML's first."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status = status
+
+    def cuInit(self, _: int) -> int:  # noqa: N802 - CUDA's names
+        return self.status
+
+    def cuDeviceGet(self, _: Any, ordinal: int) -> int:  # noqa: N802
+        assert ordinal == 0
+        return self.status
+
+    def cuDeviceGetUuid_v2(self, uuid: Any, _: Any) -> int:  # noqa: N802
+        uuid.raw = UUID.bytes
+        return self.status
+
+
+UUID = uuid.UUID("5f3c0e6a-0102-0304-0506-0708090a0b0c")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setattr(energy, "_open_driver", lambda: found)
+    return found
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_counter_is_that_of_the_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA and NVML count boards in different orders: only the UUID is the same."""
     nvml = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     meter, said = open_meter(on_gpu=True)
     assert meter is not None
-    assert (nvml.opened, said) == ([opened], "NVML, the whole board")
-    assert meter.joules() - meter.joules() == -0.25
+    assert (nvml.opened, said) == ([f"GPU-{UUID}"], "NVML, the whole board")
+    taken = start_counting(meter)
+    assert taken() == 0.25
+    nvml.problem = "GPU is lost"  # from now on
+    assert taken() is None
+    nvml.problem = ""
+    assert taken() == 0.5
+    assert start_counting(None)() is None
 
 
-def test_an_unmeasured_energy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unmeasured_energy_is_explained(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     assert open_meter(on_gpu=False) == (None, "not measured on a CPU")
     monkeypatch.setitem(sys.modules, "pynvml", Nvml("Not Supported"))
     assert open_meter(on_gpu=True) == (None, "not measured: NVML: Not Supported")
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    driver.status = 100
+    assert open_meter(on_gpu=True) == (None, "not measured: CUDA's driver: error 100")
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert open_meter(on_gpu=True) == (None, 'not measured: nvidia-ml-py is not installed: pip install "numprune[gpu]"')
 
 
+@pytest.mark.usefixtures("driver")
 def test_a_worker_counts_the_energy_of_each_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     session = Session()

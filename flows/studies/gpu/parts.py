@@ -15,7 +15,7 @@ from numprune.flows.studies.gpu.sizes import BATCHES, Sizes, Width, widths
 from numprune.flows.studies.speed.clock import now, seconds
 from numprune.flows.studies.speed.layer import PARTS as WORKS
 from numprune.flows.studies.speed.layer import measure_layer
-from numprune.serving.energy import EnergyMeter, open_meter
+from numprune.serving.energy import EnergyMeter, open_meter, start_counting
 
 _ENERGY_S = 1.0  # against the tenths of a second in which the counter is updated
 
@@ -145,13 +145,14 @@ def _joules(
     if meter is None:
         return None
     step = captured(generation.step, device)
-    start, before, steps = now(device), meter.joules(), 0
+    start, joules, steps = now(device), start_counting(meter), 0
     while now(device) - start < _ENERGY_S:
         generation.restart()
         for _ in range(sizes.new):
             step()
         steps += sizes.new
-    return (meter.joules() - before) / (steps * batch)
+    taken = joules()
+    return None if taken is None else taken / (steps * batch)
 
 
 def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:

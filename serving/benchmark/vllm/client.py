@@ -11,7 +11,7 @@ from numprune.serving.benchmark.client import Worker, start_worker
 from numprune.serving.benchmark.vllm.load import ServedLoad
 from numprune.serving.benchmark.vllm.requests import Requests, read_requests
 from numprune.serving.benchmark.vllm.side import Side
-from numprune.serving.energy import EnergyMeter
+from numprune.serving.energy import EnergyMeter, start_counting
 from numprune.serving.vllm.environment import Environment
 
 _SCRIPT = Path(__file__).with_name("bench.py")
@@ -32,9 +32,9 @@ class Bench:
         """The load once. Raises IntegrityError, ServerError, WorkerError."""
         result = self.scratch / "result.json"
         result.unlink(missing_ok=True)
-        before, joules = side.threads(), self.energy.joules() if self.energy else 0.0
+        before, joules = side.threads(), start_counting(self.energy)
         self.worker.ask("bench", arguments=self._arguments(side, concurrency, result))
-        taken = self.energy.joules() - joules if self.energy else None
+        taken = joules()
         side.server.require_alive()
         return replace(read_requests(result, self.load, concurrency, side.threads() - before), joules=taken)
 
