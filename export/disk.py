@@ -124,13 +124,19 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raises DiskError when a folder that shall be made or written in cannot be."""
+    """Raises DiskError when a folder that shall be made or written in cannot be.
+
+    It is tried: root's permissions say nothing about /proc.
+    """
     there = _existing(folder)
     if not there.is_dir():
         raise DiskError(f"{there}: not a folder; {_REMEDIES[errno.ENOTDIR]}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        reason = "read-only file system" if os.statvfs(there).f_flag & os.ST_RDONLY else "no permission to write there"
-        raise DiskError(f"{there}: {reason}; {_REMEDIES[errno.EROFS]}")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".numprune-", dir=there))
+    except OSError as error:
+        code = code_of(error)
+        reason = os.strerror(code) if code else "nothing can be created there"
+        raise DiskError(f"{there}: {reason}; {_REMEDIES[code or errno.EROFS]}") from None
 
 
 def free_bytes(folder: Path) -> int:

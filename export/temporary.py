@@ -25,6 +25,7 @@ def beside(folder: Path) -> Iterator[Path]:
     Around it stands a folder with a lock file that this process holds: `sweep` leaves alone what is still alive.
     Raises DiskError when the disk is full, or refuses to be written to.
     """
+    disk.require_writable(folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
     outer, lock = _lock_new_folder(folder)
     try:

@@ -221,6 +221,7 @@ class Plan(BaseModel):
         return {name: block.scheme for name, block in self.blocks.items() if block.scheme is not None}
 
     def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

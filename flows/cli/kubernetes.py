@@ -82,10 +82,12 @@ def add(commands: Subcommands) -> None:
 
 
 def kubernetes(args: argparse.Namespace) -> Answer:
+    from numprune.export.disk import require_writable
     from numprune.flows.stages import workspace_folder
     from numprune.serving import kubernetes as manifests
     from numprune.serving.registry import open_registry
 
+    require_writable(args.out.parent)
     placement = manifests.Placement(
         image=args.image,
         registry_uri=args.uri,
@@ -105,6 +107,7 @@ def kubernetes(args: argparse.Namespace) -> Answer:
     release = manifests.read_release(open_registry(uri, workspace_folder(args.workspace)), args.reference)
     render = {"deployment": manifests.deployment, "kserve": manifests.inference_service}[args.format]
     documents = render(release, placement)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(manifests.to_yaml(documents), encoding="utf-8")
     kinds = " and ".join(document["kind"] for document in documents)
     text = f"{args.out}: {kinds} for {release.reference}, digest {release.digest}"

@@ -16,8 +16,8 @@ from numprune.flows.cli.parser import (
     add_choice,
     add_text,
     at_least,
+    check_out,
     command,
-    must_not_exist,
     reading,
 )
 from numprune.flows.cli.prune import add_limits, options_of_arguments
@@ -111,7 +111,7 @@ def learn(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.text import row_length
 
     started = time.perf_counter()
-    must_not_exist(args.out)
+    check_out(args.out)
     if args.learning_rate is not None and args.variant == "faster":
         raise InputError("--learning-rate is that of the weights, which faster does not train; leave it out")
     given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}

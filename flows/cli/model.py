@@ -9,7 +9,7 @@ from numprune.counted import counted
 from numprune.export.imports import uncollected
 from numprune.flows import names
 from numprune.flows.amounts import size
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_text, command, must_not_exist, reading
+from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_text, check_out, command, reading
 from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def export(args: argparse.Namespace) -> Answer:
     from numprune.export import checkpoint, manifest
     from numprune.flows.steps.export import export_and_prove
 
-    must_not_exist(args.out)
+    check_out(args.out)
     manifest.sweep(args.out.parent)
     source = checkpoint.resolve(args.checkpoint)
     made, proof = export_and_prove(source, args.out, args.to, args.dtype)

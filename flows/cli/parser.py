@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Protocol
 
 from numprune.documents import BLANK_LINE, WHOLE_FILE, Reading, is_plain, separator
 from numprune.errors import InputError
+from numprune.export.disk import require_writable
 from numprune.flows import logs, names
 from numprune.flows.cli.arguments import is_option, ordered
 
@@ -206,10 +207,11 @@ def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool 
     )
 
 
-def must_not_exist(out: Path) -> None:
-    """Raises InputError if the path exists."""
+def check_out(out: Path) -> None:
+    """Raises InputError if the path exists, DiskError if it cannot be created."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: already exists; choose another folder or remove it")
+    require_writable(out.parent)
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.arguments import NeededUnless
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_least, command, must_not_exist, reading
+from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_least, check_out, command, reading
 
 if TYPE_CHECKING:
     from numprune.blocks import Anatomy
@@ -239,7 +239,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "the following arguments are required: --ratio, --budget or --plan (see numprune prune --help)"
         )
     if args.out is not None:
-        must_not_exist(args.out)
+        check_out(args.out)
         manifest.sweep(args.out.parent)  # what was left can be large
 
 

@@ -15,8 +15,8 @@ from numprune.flows.cli.parser import (
     add_choice,
     add_text,
     at_least,
+    check_out,
     command,
-    must_not_exist,
     reading,
 )
 
@@ -91,7 +91,7 @@ def quantize(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.text import calibration_rows, row_length
 
     started = time.perf_counter()
-    must_not_exist(args.out)
+    check_out(args.out)
     _check_method(args)
     source = checkpoint.resolve(args.checkpoint)
     group = args.group_size or (_GROUP_SIZE if args.scheme == "w4a16" else None)

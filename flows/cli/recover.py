@@ -15,8 +15,8 @@ from numprune.flows.cli.parser import (
     add_choice,
     add_text,
     at_least,
+    check_out,
     command,
-    must_not_exist,
     reading,
 )
 
@@ -103,7 +103,7 @@ def recover(args: argparse.Namespace) -> Answer:
     from numprune.recovery import RecoveryOptions, require_packages
 
     started = time.perf_counter()
-    must_not_exist(args.out)
+    check_out(args.out)
     asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
     options = RecoveryOptions(**asked)
     require_packages(options)

@@ -149,7 +149,7 @@ def test_a_read_only_workspace(numprune: Command, disk: Path, finished: Path, ti
     for asked in (workspace, disk / "new" / "w"):
         answered = numprune(*command(tiny / "recipe.toml", asked))
         assert answered.is_error
-        assert "read-only file system; choose a writable folder" in answered.err
+        assert "Read-only file system; choose a writable folder" in answered.err
         assert "Traceback" not in answered.err
     for arguments in (
         ["registry", "publish", release, "tiny", "--workspace", workspace],

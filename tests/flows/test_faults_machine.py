@@ -3,6 +3,7 @@
 import _strptime  # noqa: F401 - imported late by datetime, when another user may not read the interpreter's folder
 import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from numprune.errors import DiskError
 from numprune.export import disk, locks, temporary
 from numprune.flows import clean, runs, stages
+from numprune.flows.cli import main
 from tests.flows.conftest import Answered, work
 from tests.flows.test_clean import make, record
 
@@ -102,6 +104,24 @@ def test_a_folder_without_fsync_is_written_nevertheless(refusing: Path, tmp_path
         assert subprocess.run(command, env=environment, capture_output=True).returncode == code
         assert (tmp_path / "out").exists() == (code == 0)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prune model OUT --ratio 0.25 --text text",
+        "prune model OUT --ratio 0.25 --text text --plan-only",
+        "quantize model OUT --scheme w8a8 --text text",
+        "export model OUT --to onnx",
+        "recover model OUT --dense dense --text text",
+        "learn model OUT --ratio 0.25 --text text",
+        "kubernetes tiny/1 --format deployment --image image --uri http://registry --out OUT",
+    ],
+)
+def test_a_place_where_nothing_can_be_created(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything else is looked at. Even root, which may write everywhere, cannot create a folder in /proc."""
+    assert main([{"OUT": "/proc/numprune/out"}.get(word, word) for word in words.split()]) == 1
+    assert re.search(r"/proc: nothing can be created there; choose a writable folder$", capsys.readouterr().err.strip())
 
 
 def test_clean_on_an_overlay(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ def plan():
 
 
 def test_plan_round_trips(plan, tmp_path):
-    plan.write(tmp_path / "plan.json")
-    assert read_plan(tmp_path / "plan.json") == plan
+    plan.write(tmp_path / "new" / "plan.json")
+    assert read_plan(tmp_path / "new" / "plan.json") == plan
 
 
 def test_the_source_of_the_calibration_rows_is_recorded(plan, tmp_path):
