@@ -167,7 +167,8 @@ def _least_price(
         [math.fsum(price(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    chosen = knapsack(savings, prices, ratio * budget_of(anatomy).prunable_parameters)
+    wanted = math.ceil(round(ratio * budget_of(anatomy).prunable_parameters, 3))  # of whole parameters
+    chosen = knapsack(savings, prices, wanted)
     return {
         block.name: sizes[option]
         for group, sizes, option in zip(groups, options, chosen, strict=True)
@@ -175,25 +176,26 @@ def _least_price(
     }
 
 
-def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: float) -> list[int]:
+def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: int) -> list[int]:
     """Return one option of each item, such that at least `wanted` is saved at the least price.
 
     By dynamic programming. Savings are counted in the largest share that divides them all, or, where that is under a
-    20,000th of `wanted`, rounded to such a share. Where all together save too little, it is as much as they can.
+    20,000th of `wanted`, in such shares, rounded down: what counts as enough is enough. Where all together are too few
+    shares, every item saves as much as it can.
 
     Args:
         savings: of every option of every item.
         prices: of the same; they add up.
     """
-    share = max(math.gcd(*(saving for item in savings for saving in item)), wanted / _SHARES)
-    last = math.ceil(round(wanted / share, 6)) if share else 0  # the place of everything that saves as much or more
+    share = max(math.gcd(*(saving for item in savings for saving in item)), -(-wanted // _SHARES), 1)
+    last = -(-wanted // share)  # the place of everything that saves as much or more
     total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least price by shares saved so far
     total[0] = 0
     steps = []
     for saved, priced_at in zip(savings, prices, strict=True):
         best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
         for option, (saving, price) in enumerate(zip(saved, priced_at, strict=True)):
-            shift = min(round(saving / share), last) if share else 0
+            shift = min(saving // share, last)
             reached = torch.full_like(total, torch.inf)
             reached[shift:] = total[: last + 1 - shift]
             reached[last] = total[last - shift :].min()
@@ -202,11 +204,16 @@ def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]]
             best[better], choice[better] = reached[better], option
         steps.append((saved, choice, total))
         total = best
+    if total[last].isinf():
+        return [
+            max(range(len(saved)), key=lambda option: (saved[option], -priced_at[option]))
+            for saved, priced_at in zip(savings, prices, strict=True)
+        ]
     chosen = []
-    place = int(torch.isfinite(total).nonzero().max())  # short of `last` only by rounded savings
+    place = last
     for saved, choice, before in reversed(steps):
         chosen.append(int(choice[place]))
-        shift = min(round(saved[chosen[-1]] / share), last) if share else 0
+        shift = min(saved[chosen[-1]] // share, last)
         place = last - shift + int(before[last - shift :].argmin()) if place == last else place - shift
     return chosen[::-1]
 

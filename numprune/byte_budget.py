@@ -5,11 +5,15 @@ No tensor library is needed.
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from numprune.errors import InputError
 
 SchemeName = Literal["fp8", "w8a8", "w4a16"]
+ValueBytes = Literal[2, 4, 8]
 MIXED = "mixed"  # a scheme for each block
 # What a budget may choose from for each block, by what is asked for; None: the precision that the checkpoint stores.
 LEVELS: dict[str, tuple[SchemeName | None, ...]] = {
@@ -24,7 +28,7 @@ _UNITS = {"B": 1} | {
     for base, ending in ((1000, "B"), (1024, "iB"))
     for power, prefix in enumerate("KMGT")
 }
-_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)")
+_BYTES = re.compile(r"(\d{1,15}(?:\.\d{1,12})?)\s*([KMGT]?i?B)")
 _OTHERS = (
     (re.compile(r"\d+(\.\d+)?\s*(ms|us|s)\b.*"), "a time"),
     (re.compile(r"\d+(\.\d+)?\s*tok/s.*"), "a throughput"),
@@ -44,10 +48,10 @@ class ByteBudget:
         levels: what a block may be stored as; None: not quantized.
     """
 
-    limit: int
-    around: int
-    value: int
-    levels: tuple[SchemeName | None, ...] = (None,)
+    limit: Annotated[int, Field(gt=0)]
+    around: Annotated[int, Field(ge=0)]
+    value: ValueBytes
+    levels: Annotated[tuple[SchemeName | None, ...], Field(min_length=1)] = (None,)
 
 
 def parse(text: str) -> int:
@@ -57,7 +61,7 @@ def parse(text: str) -> int:
         InputError: it is no number of bytes, or one of another kind; says which.
     """
     if found := _BYTES.fullmatch(text.strip()):
-        amount = round(float(found[1]) * _UNITS[found[2]])
+        amount = round(Decimal(found[1]) * _UNITS[found[2]])
         if amount > 0:
             return amount
     kind = next((f", which is {what}" for pattern, what in _OTHERS if pattern.fullmatch(text.strip())), "")

@@ -6,6 +6,7 @@ from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.options import check_options, options_of
 from numprune.plans import Plan
+from numprune.quantization.allocation import Form, levels_of, model_bytes
 from numprune.slices import Size
 from numprune.target import allowed_sizes
 
@@ -16,13 +17,13 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """Refuse a plan that cannot be followed on this model.
 
     Raises:
-        InputError: every problem with its block: another model's sizes, or some that the plan's own target or limits do
-            not allow.
+        InputError: every problem with its block: another model's sizes, or sizes or schemes that the plan's own target,
+            limits or budget do not allow.
     """
     problems = [*_other_model(anatomy, plan)]
     if not problems:
         check_options(anatomy, options_of(plan), planned=True)
-        problems = [*_sizes(anatomy, plan)]
+        problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [*_bytes(anatomy, plan)]
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise InputError(f"the plan does not fit the model: {'; '.join(shown)}")
@@ -67,6 +68,31 @@ def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
                 f"{block.name} keeps {_told(size)}, which the plan's target or limits do not allow; the nearest "
                 f"allowed: {', '.join(map(_told, nearest))}"
             )
+
+
+def _schemes(plan: Plan) -> Iterator[str]:
+    levels = plan.budget.levels if plan.budget else (None,)
+    names = ", ".join(level or "none" for level in levels)
+    for name, block in plan.blocks.items():
+        if block.scheme and not plan.budget:
+            yield f"{name} has scheme {block.scheme}, and the plan has no budget; remove the scheme"
+        elif block.scheme and not block.kept:
+            yield f"{name} has scheme {block.scheme}, and keeps no unit; remove the scheme"
+        elif block.kept and block.scheme not in levels:
+            yield f"{name} has scheme {block.scheme or 'none'}, which is not among the budget's levels: {names}"
+
+
+def _bytes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    if plan.budget is None:
+        return
+    levels = {level and level.name: level for level in levels_of(plan.budget, plan.target)}
+    forms = {name: Form(size, levels.get(plan.blocks[name].scheme)) for name, size in plan.sizes().items()}
+    total = model_bytes(anatomy, forms, plan.budget)
+    if total > plan.budget.limit:
+        yield (
+            f"its sizes and schemes take {total:,} bytes, and its budget is {plan.budget.limit:,}; keep less, or "
+            "remove the budget and the schemes"
+        )
 
 
 def _told(size: Size) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from numprune import pruning
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
-from numprune.byte_budget import LEVELS, ByteBudget
+from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
@@ -76,7 +76,7 @@ def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
             f"budget: the layers of {base} are stored in {' and '.join(sorted(map(name_of, dtypes)))}; store them in "
             "one precision, or prune by a ratio"
         )
-    value = dtypes.pop().itemsize
+    value = cast(ValueBytes, dtypes.pop().itemsize)
     blocks = sum(block_bytes(block, Form(block.size, None), value) for block in anatomy.blocks)
     return ByteBudget(limit, sum(header.bytes for header in stored.values()) - blocks, value, LEVELS[scheme])
 

@@ -24,7 +24,7 @@ from numprune.quantization.compressed_tensors import bytes_of
 from numprune.quantization.linears import projections
 from numprune.quantization.schemes import GROUP_SIZES, Scheme
 from numprune.slices import Size
-from numprune.target import Sizes, Target
+from numprune.target import HEAD_SHAPES, Sizes, Target
 
 Level = Scheme | None  # None: not quantized
 Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> nats per token that rounding the whole block costs
@@ -85,17 +85,31 @@ def model_bytes(anatomy: Anatomy, forms: Mapping[str, Form], budget: ByteBudget)
 
 def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> None:
     """Refuse a budget that no choice meets. Raises InputError: says the least bytes that there can be."""
-    options = [list(_forms(allowed[block.name], levels)) for block in anatomy.blocks]
-    least = budget.around + sum(
-        min(block_bytes(block, form, budget.value) for form in choice)
-        for block, choice in zip(anatomy.blocks, options, strict=True)
+    least = _least_bytes(anatomy, budget, levels, allowed)
+    if least <= budget.limit:
+        return
+    *others, last = (_named(level) for level in levels)
+    names = f"{', '.join(others)} or {last}" if others else last
+    fewest = any(level is not None and level.bits == 4 for level in levels)
+    remedy = "lower floors, a shorter keep or a smaller align" if fewest else "or fewer bits"
+    raise InputError(
+        f"the budget is {budget.limit:,} bytes, but embeddings, norms and the least that every block may be left with "
+        f"in {names} take {least:,}; allow more bytes, {remedy}"
     )
-    if least > budget.limit:
-        names = " or ".join("the stored precision" if level is None else str(level) for level in levels)
-        raise InputError(
-            f"the budget is {budget.limit:,} bytes, but embeddings, norms and the least that every block may be left "
-            f"with in {names} take {least:,}; allow more bytes, or fewer bits"
-        )
+
+
+def _least_bytes(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> int:
+    """Return the least bytes that the whole model's weights can take. A block of each kind stays."""
+    least = budget.around
+    for kind in anatomy.kinds:
+        staying = []  # how many bytes more it takes to keep a unit of the block
+        for block in anatomy.of_kind(kind):
+            forms = list(_forms(allowed[block.name], levels))
+            found = [block_bytes(block, form, budget.value) for form in forms]
+            least += min(found)
+            staying += [taken - min(found) for form, taken in zip(forms, found, strict=True) if form.size.units]
+        least += min(staying, default=0)
+    return least
 
 
 def by_bytes(
@@ -112,22 +126,23 @@ def by_bytes(
     Raises:
         InputError: the budget cannot be met.
     """
+    check_reachable(anatomy, budget, levels, allowed)
     forms: dict[str, Form] = {}
 
     def solve(sizes: Sizes) -> dict[str, Size]:
-        check_reachable(anatomy, budget, levels, sizes)
+        least = _least_bytes(anatomy, budget, levels, sizes)
+        if least > budget.limit:  # only once `servable` has narrowed the sizes
+            raise InputError(
+                f"the budget is {budget.limit:,} bytes, and of what fits in it nothing can be served well: attention "
+                f"has more than {HEAD_SHAPES} sizes, or a kind of block is gone; allow {least:,} bytes"
+            )
         choices = [_worth_it(block, sizes[block.name], levels, budget, errors, rounding) for block in anatomy.blocks]
         most = budget.around + sum(choice[-1].bytes for choice in choices)
         savings = [[choice[-1].bytes - option.bytes for option in choice] for choice in choices]
         prices = [[option.price for option in choice] for choice in choices]
-        wanted = max(most - budget.limit, 0)
-        while True:
-            chosen = [choice[option] for choice, option in zip(choices, knapsack(savings, prices, wanted), strict=True)]
-            excess = budget.around + sum(option.bytes for option in chosen) - budget.limit
-            if excess <= 0:
-                break
-            wanted += excess  # savings are counted in shares, and these are rounded
-        forms.update((block.name, option.form) for block, option in zip(anatomy.blocks, chosen, strict=True))
+        chosen = knapsack(savings, prices, max(most - budget.limit, 0))
+        for block, choice, option in zip(anatomy.blocks, choices, chosen, strict=True):
+            forms[block.name] = choice[option].form
         return {name: form.size for name, form in forms.items()}
 
     servable(anatomy, allowed, errors, solve)
@@ -165,6 +180,13 @@ def _forms(sizes: Sequence[Size], levels: Sequence[Level]) -> Iterator[Form]:
     for size in sizes:
         for level in levels if size.units else (None,):
             yield Form(size, level)
+
+
+def _named(level: Level) -> str:
+    """Return the level in words, for a list."""
+    if level is None:
+        return "the stored precision"
+    return level.name if level.group_size is None else f"{level.name} (groups of {level.group_size})"
 
 
 def _price(block: Block, form: Form, errors: Errors, rounding: Rounding) -> float:

@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from numprune import sensitivity
+from numprune import allocation, sensitivity
 from numprune.allocation import by_error, knapsack
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
@@ -19,7 +22,7 @@ from numprune.errors import InputError
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options
 from numprune.planned import check_plan
-from numprune.plans import Plan
+from numprune.plans import Plan, read_plan
 from numprune.pruning import plan_layers, prune
 from numprune.quantization import Scheme, compressed_tensors, round_to_nearest
 from numprune.quantization.allocation import (
@@ -126,6 +129,45 @@ def test_by_bytes_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(shar
     assert price_of(anatomy, found, errors, rounding) == pytest.approx(least, abs=1e-12)
 
 
+def unlike():
+    """Return an anatomy whose layers are of different widths."""
+    whole = read_anatomy(config(intermediate_size=640, num_hidden_layers=3))
+    widths = {"layers.0.mlp": Size(96), "layers.1.mlp": Size(224), "layers.2.mlp": Size(640)}
+    return whole.keeping({block.name: widths.get(block.name, block.size) for block in whole.blocks})
+
+
+def least_bytes(anatomy, levels, skips=False):
+    """The least bytes that can be chosen, as the refusal of one byte says them."""
+    options = replace(OPTIONS, budget=budget(1, levels), skips=skips)
+    with pytest.raises(InputError) as refused:
+        check_options(anatomy, options)
+    return int(re.search(r"take ([\d,]+);", str(refused.value))[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("levels", [MIXED, "none"])
+@pytest.mark.parametrize("above", [1, 1.01, 1.3, 2])
+def test_with_few_shares_by_bytes_ends_within_the_budget_and_near_the_cheapest(monkeypatch, above, levels, skips):
+    """At the least bytes, and above them. Rounded down, each block's savings lose less than a share."""
+    anatomy = unlike()
+    errors, rounding = random_prices(anatomy, 0)
+    allowed = allowed_sizes(anatomy, OPTIONS.target, Limits(skips=skips))
+    of_budget = levels_of(budget(levels=levels), OPTIONS.target)
+    least = least_bytes(anatomy, levels, skips)
+    limit = int(above * least)
+
+    def choose(limit):
+        forms = by_bytes(anatomy, budget(limit, levels), of_budget, allowed, errors, rounding)
+        assert model_bytes(anatomy, forms, budget()) <= limit
+        return price(anatomy, errors, rounding, forms)
+
+    whole = model_bytes(anatomy, {block.name: Form(block.size, None) for block in anatomy.blocks}, budget())
+    stricter = max(limit - len(anatomy.blocks) * math.ceil((whole - limit) / 50), least)
+    cheapest = choose(stricter)
+    monkeypatch.setattr(allocation, "_SHARES", 50)
+    assert choose(limit) <= cheapest + 1e-9
+
+
 @pytest.mark.parametrize("levels", ["none", "w8a8"])
 @pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
 def test_with_the_same_bits_everywhere_sizes_are_those_of_the_ratio(levels, ratio):
@@ -216,6 +258,42 @@ def test_a_plan_within_a_budget_says_sizes_and_schemes_and_is_followed(model, tm
     assert (chosen.sizes(), chosen.schemes()) == (plan.sizes(), plan.schemes())
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scheme": "fp8"}, "layers.0.mlp has scheme fp8, which is not among the budget's levels: none, w8a8, w4a16"),
+        ({"kept": [], "scheme": "w8a8"}, "layers.0.mlp has scheme w8a8, and keeps no unit"),
+        (
+            {"kept": [*range(96)], "scheme": None},
+            r"its sizes and schemes take \d\d,\d+ bytes, and its budget is 20,000",
+        ),
+    ],
+)
+def test_edited_schemes_must_fit_the_budget(model, change, says):
+    layers = ModelLayers(model)
+    plan = plan_layers(layers, ROWS, replace(OPTIONS, skips=True, budget=budget(20_000)))
+    check_plan(layers.anatomy, plan)
+    edited = plan.blocks | {"layers.0.mlp": plan.blocks["layers.0.mlp"].model_copy(update=change)}
+    with pytest.raises(InputError, match=says):
+        check_plan(layers.anatomy, plan.model_copy(update={"blocks": edited}))
+
+
+def test_edited_schemes_need_a_budget(model):
+    layers = ModelLayers(model)
+    plan = plan_layers(layers, ROWS, OPTIONS)
+    with pytest.raises(InputError, match=r"has scheme w.a.*, and the plan has no budget"):
+        check_plan(layers.anatomy, plan.model_copy(update={"budget": None}))
+
+
+@pytest.mark.parametrize("change", [{"value": 3}, {"around": -5}, {"limit": 0}, {"levels": []}])
+def test_edited_budgets_are_refused_by_field(model, tmp_path, change):
+    data = plan_layers(ModelLayers(model), ROWS, OPTIONS).model_dump(mode="json")
+    data["budget"] |= change
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=rf"is not valid: budget\.{next(iter(change))}"):
+        read_plan(tmp_path / "plan.json")
+
+
 def test_a_plan_without_a_budget_has_no_word_of_it(model):
     plan = plan_layers(ModelLayers(model), ROWS, replace(OPTIONS, ratio=0.3, budget=None))
     assert not {"budget", "scheme"} & {*plan.model_dump(), *plan.model_dump()["blocks"]["layers.0.mlp"]}
@@ -231,7 +309,12 @@ def test_a_plan_without_a_budget_has_no_word_of_it(model):
         ({"compensation": "bias"}, "compensation bias adds tensors that a budget does not count"),
         ({"target": Target(align=32)}, "quantization_group is 1; for blocks in w4a16 it must be one of 32, 64, 128"),
         ({"target": Target(quantization_group=128)}, "128, which does not divide the model's hidden_size 64"),
-        ({"budget": budget(9000)}, r"budget is 9,000 bytes, but .* stored precision or w8a8 or w4a16.* take 2\d,\d+"),
+        (
+            {"budget": budget(9000)},
+            r"budget is 9,000 .* precision, w8a8 or w4a16 \(groups of 32\) take 2\d,\d+; .* or a smaller align",
+        ),
+        ({"budget": budget(9000, "w8a8")}, r"with in w8a8 take 4\d,\d+; allow more bytes, or fewer bits"),
+        ({"budget": budget(9000), "skips": True}, r"take 1\d,\d+"),
         ({"budget": budget(10**6)}, r"the model takes \d+,\d+ as it is: nothing has to go"),
     ],
 )
@@ -260,6 +343,7 @@ def test_budgets_are_bytes(text, expected):
         ("6", "is a ratio"),
         ("6 gigabytes", "a number with B, KB, MB"),
         ("", "a number with"),
+        (f"{10**400}TB", "bytes of weights over 0"),
     ],
 )
 def test_other_budgets_are_refused_by_their_kind(text, kind):
