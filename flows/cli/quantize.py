@@ -113,9 +113,10 @@ def quantize(args: argparse.Namespace) -> Answer:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    schemes_told = compressed_tensors.quantization_in(args.out)
+    found = compressed_tensors.quantization_in(args.out)
+    told = f"{found}, {args.method}" if found else "a copy, since the plan quantizes no block"
     text = (
-        f"{args.out}: {schemes_told}, {args.method}; weights {size(data['weight_bytes_before'])} -> "
+        f"{args.out}: {told}; weights {size(data['weight_bytes_before'])} -> "
         f"{size(data['weight_bytes_after'])}; in {data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}"
     )
     return Answer(data, text)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from numprune.anatomy import layers_path, read_anatomy
 from numprune.blocks import Anatomy
-from numprune.byte_budget import MIXED, SchemeName
+from numprune.byte_budget import LEVELS, MIXED, SchemeName
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, checkpoint, compressed_tensors, files, manifest
 from numprune.export.config import write_config
@@ -48,7 +48,7 @@ def quantize_checkpoint(
     """Write the quantized `source` to the new folder `out`; return the figures. One layer is in memory at a time.
 
     Args:
-        schemes: that the blocks are quantized to, by their names in `source`.
+        schemes: that the blocks are quantized to, by their names in `source`; of none, `out` is a copy.
         rows: (N, S) int64 calibration tokens for GPTQ; None rounds each weight separately.
         draw: the source of the rows.
         dense: the model that `source` was pruned from, whose residual stream is the target; None: its own.
@@ -65,10 +65,12 @@ def quantize_checkpoint(
     with manifest.creating(out, kind="checkpoint", parents=parents, facts={"quantization": facts}) as folder:
         layers = CheckpointLayers(source, scratch=folder, device=device)
         target = CheckpointLayers(dense, scratch=folder, device=device) if dense else None
-        fit = None if rows is None else Fit(rows, target, dropped_layers(source))
+        matrices = schemes_by_tensor(anatomy, schemes)
+        fit = Fit(rows, target, dropped_layers(source)) if matrices and rows is not None else None
         _write(layers, schemes, folder, fit)
         checkpoint.copy_around_weights(config, source, folder)
-        card.set_quantization(folder, _set_config(config, schemes_by_tensor(anatomy, schemes), folder))
+        if matrices:
+            card.set_quantization(folder, _set_config(config, matrices, folder))
         checkpoint.audit(folder)
         _check_budget(anatomy, plan, schemes, checkpoint.weight_bytes(folder))
     return {
@@ -137,15 +139,15 @@ def schemes_of(asked: str, group_size: int | None, source: Path) -> BlockSchemes
         group_size: channels that share a scale, of w4a16; None: whole rows do. A plan's groups are its own.
 
     Raises:
-        InputError: "mixed", and there is no plan, or it has no schemes.
+        InputError: "mixed", and there is no plan, or its budget did not choose a scheme for each block.
     """
     if asked != MIXED:
         return Scheme(cast(SchemeName, asked), group_size)
     plan = _plan(source)
-    if plan is None or not plan.schemes():
+    if plan is None or plan.budget is None or plan.budget.levels != LEVELS[MIXED]:
         raise InputError(
-            f"{source}: has no plan that quantizes a block; prune with a budget and the scheme {MIXED}, or choose one "
-            "scheme for all blocks"
+            f"{source}: has no plan with a scheme for each block; prune with a budget and the scheme {MIXED}, or "
+            "choose one scheme for all blocks"
         )
     if group_size not in (None, plan.target.quantization_group):
         raise InputError(

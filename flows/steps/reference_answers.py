@@ -14,6 +14,7 @@ from numprune.anatomy import context_of
 from numprune.errors import InputError
 from numprune.export import float64, noise
 from numprune.export.checkpoint import load
+from numprune.export.compressed_tensors import quantization_in
 from numprune.export.prompts import TEXTS
 from numprune.export.tasks import load_task
 from numprune.serving.reference_answers import (
@@ -42,6 +43,8 @@ def answers_of(checkpoint: Path, device: torch.device = _CPU, *, unquantized: Pa
     Raises InputError (its context is too short), IntegrityError.
     """
     task = load_task(checkpoint)
+    if quantization_in(checkpoint) is None:  # a mixed plan may quantize no block
+        unquantized = None
     quantized = unquantized is not None
     made = (
         _completions(checkpoint, device, quantized)

@@ -38,6 +38,8 @@ def quantized(found: Quantization) -> str:
     """One sentence on quantization."""
     groups = f", {found.group_size} channels per scale" if found.group_size else ""
     sizes = found.weight_bytes
+    if sizes.baseline == sizes.candidate:
+        return "The budget leaves every block in the precision that it is stored in: no weight was quantized."
     each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))
     to = "the bits chosen for each block" if found.scheme == "mixed" else found.scheme
     return (

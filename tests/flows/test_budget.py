@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from numprune.byte_budget import LEVELS
 from numprune.errors import InputError
-from numprune.export import checkpoint
+from numprune.export import checkpoint, manifest
 from numprune.flows.recipe import load
 from numprune.flows.steps.prune import byte_budget
+from numprune.flows.steps.reference_answers import answers_of
 from numprune.plans import PLAN_FILE, read_plan
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, recast
@@ -82,7 +85,33 @@ def test_units_alone_meet_a_budget(numprune: Command, inputs: Path, tmp_path: Pa
     assert 0.9 * allowed < pruned.json["weight_bytes_after"] <= allowed
     refused = numprune("quantize", tmp_path / "pruned", tmp_path / "out", "--scheme", "mixed", "--method", "rtn")
     assert refused.code == 1
-    assert "has no plan that quantizes a block; prune with a budget and the scheme mixed" in refused.err
+    assert "has no plan with a scheme for each block; prune with a budget and the scheme mixed" in refused.err
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_plan_that_quantizes_no_block_is_followed(
+    numprune: Command, inputs: Path, tmp_path: Path, method: str
+) -> None:
+    base, text = inputs / "base", ("--text", inputs / "train.txt")
+    asked = ("--budget", f"{limit(inputs, 0.7)}B", "--quantization-group", 32, "--align", 32, *SAMPLED)
+    assert numprune("prune", base, tmp_path / "plan.json", *asked, *text, "--plan-only").code == 0
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.budget is not None
+    plan.model_copy(update={"budget": replace(plan.budget, levels=LEVELS["mixed"])}).write(tmp_path / "mixed.json")
+    pruned = numprune("prune", base, tmp_path / "pruned", "--plan", tmp_path / "mixed.json", *text)
+    assert pruned.code == 0, pruned.err
+    fitted = (*text, *SAMPLED) if method == "gptq" else ()
+    made = numprune(
+        *("quantize", tmp_path / "pruned", tmp_path / "out", "--scheme", "mixed", "--method", method, *fitted)
+    )
+    assert made.code == 0, made.err
+    assert "a copy, since the plan quantizes no block" in made.out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    assert set(manifest.read(tmp_path / "out").facts["quantization"]["bits"].values()) == {16}
+    assert answers_of(tmp_path / "out", unquantized=tmp_path / "pruned") == answers_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

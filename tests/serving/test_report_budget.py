@@ -22,3 +22,8 @@ def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
         assert "1 block in 16 bits, 1 block in 8 bits, 2 blocks in 4 bits" in shown
         assert "layer 0: 8 bits; layer 1: 16 bits" in shown
         assert "eights of at most" in shown
+    data["quantization"] |= {"weight_bytes": {"baseline": 40, "candidate": 40}, "bits": dict.fromkeys(BITS, 16)}
+    report = Report.model_validate(data)
+    for shown in (markdown(report), page.html(report)):
+        assert "no weight was quantized" in shown
+        assert "quantized to" not in shown
