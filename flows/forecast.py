@@ -117,7 +117,8 @@ def _text(run: Run) -> dict[str, Any]:
 def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     """The minimum memory for pruning: weights in float32, and the hidden states kept for every token.
 
-    And what training needs beside activations: the dense model, and weights, gradients and moments of the pruned one.
+    And what training needs beside activations: the dense model, and the pruned one's weights and, if all are trained,
+    gradients and moments.
 
     The states are the dense model's stream and, if the compensation reads the pruned prefix, the pruned model's stream
     and the input of its widest block's consumer.
@@ -135,7 +136,8 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
     if run.recipe.recover.method != "none":
         pruned = budget.parameters - round(prune.ratio * budget.prunable_parameters)
-        needed["training"] = (budget.parameters + _OF_TRAINING * pruned) * _FLOAT32
+        copies = _OF_TRAINING if run.recipe.recover.train == "all" else 1  # lora and blocks train few of them
+        needed["training"] = (budget.parameters + copies * pruned) * _FLOAT32
     return needed
 
 

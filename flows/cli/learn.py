@@ -18,6 +18,7 @@ from numprune.flows.cli.parser import (
     at_least,
     check_out,
     command,
+    rate,
     reading,
 )
 from numprune.flows.cli.prune import add_limits, options_of_arguments
@@ -94,7 +95,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--learning-rate",
-        type=float,
+        type=rate,
         metavar="R",
         help=f"of the weights with full and fast, at its highest (default: {names.LEARNING_RATE:g})",
     )

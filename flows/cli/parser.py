@@ -1,6 +1,7 @@
 """Common parts of all commands: option types and results."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
     parse.__name__ = "int"  # argparse's "invalid int value"
     return parse
+
+
+def rate(text: str) -> float:
+    """Argument type for learning rates."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")
+    return value
+
+
+rate.__name__ = "float"  # argparse's "invalid float value"
 
 
 def add_choice(

@@ -5,8 +5,9 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.cli.parser import (
     MODEL,
@@ -17,10 +18,15 @@ from numprune.flows.cli.parser import (
     at_least,
     check_out,
     command,
+    rate,
     reading,
 )
 
-_TOKENS, _LEARNING_RATE, _RANK, _BLOCKS = 1_000_000, 1e-4, 16, 4
+if TYPE_CHECKING:
+    from numprune.recovery import RecoveryOptions
+
+_TOKENS, _LEARNING_RATE = 1_000_000, 1e-4
+_OF_TRAINED = (("rank", 16, "of the adapters of lora"), ("blocks", 4, "how many to train with blocks"))
 _ROWS = (
     ("--batch-size", 8, "rows of a step"),
     ("--micro-batch-size", 8, "rows at a time: memory against speed"),
@@ -57,7 +63,7 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--learning-rate",
-        type=_rate,
+        type=rate,
         default=_LEARNING_RATE,
         metavar="R",
         help=f"at its highest (default: {_LEARNING_RATE:g})",
@@ -71,12 +77,8 @@ def add(commands: Subcommands) -> None:
         "all",
         "weights to train (lora: adapters, merged at the end; blocks: those that pruning cost most)",
     )
-    parser.add_argument(
-        "--rank", type=at_least(1), default=_RANK, metavar="N", help=f"of the adapters of lora (default: {_RANK})"
-    )
-    parser.add_argument(
-        "--blocks", type=at_least(1), default=_BLOCKS, metavar="N", help=f"how many to train (default: {_BLOCKS})"
-    )
+    for name, default, what in _OF_TRAINED:
+        parser.add_argument(f"--{name}", type=at_least(1), metavar="N", help=f"{what} (default: {default})")
     parser.add_argument(
         "--no-gradient-checkpointing",
         dest="gradient_checkpointing",
@@ -100,12 +102,11 @@ def recover(args: argparse.Namespace) -> Answer:
         training_rows,
     )
     from numprune.flows.steps.text import heldout_rows, row_length
-    from numprune.recovery import RecoveryOptions, require_packages
+    from numprune.recovery import require_packages
 
     started = time.perf_counter()
     check_out(args.out)
-    asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
-    options = RecoveryOptions(**asked)
+    options = options_of_arguments(args)
     require_packages(options)
     source, dense = checkpoint.resolve(args.checkpoint), checkpoint.resolve(args.dense)
     check_request(source, dense)
@@ -141,6 +142,17 @@ def recover(args: argparse.Namespace) -> Answer:
     return Answer(data, text, quiet=not processes.is_main_process)
 
 
+def options_of_arguments(args: argparse.Namespace) -> "RecoveryOptions":
+    """Return the options that the arguments ask for. Raises InputError for one without effect."""
+    from numprune.recovery import RecoveryOptions
+
+    for option, train in (("rank", "lora"), ("blocks", "blocks")):
+        if getattr(args, option) is not None and args.train != train:
+            raise InputError(f"--{option} has an effect only with --train {train}; leave it out")
+    asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
+    return RecoveryOptions(**{name: value for name, value in asked.items() if value is not None})
+
+
 def _count(text: str) -> int:
     value = float(text)
     if not math.isfinite(value) or value < 1 or value != int(value):
@@ -148,11 +160,4 @@ def _count(text: str) -> int:
     return int(value)
 
 
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")
-    return value
-
-
-_count.__name__, _rate.__name__ = "int", "float"  # argparse's "invalid int value"
+_count.__name__ = "int"  # argparse's "invalid int value"

@@ -47,6 +47,11 @@ def check_request(source: Path, dense: Path) -> None:
     ours, theirs = (checkpoint.load_tokenizer(folder).get_vocab() for folder in (source, dense))
     if ours != theirs:
         raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
+    sizes = [int(checkpoint.read_config(folder).vocab_size) for folder in (source, dense)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{source} and {dense}: vocab_size is {sizes[0]} and {sizes[1]}; --dense is the model that was pruned"
+        )
 
 
 def training_rows(

@@ -18,6 +18,7 @@ before those that rounding alone makes to.
 
 import copy
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -138,10 +139,13 @@ def learn(
         learning_rate: of the weights, at first.
 
     Raises:
-        InputError: as `check_learning`, rows that are not this model's, or the training diverges.
+        InputError: as `check_learning`, a learning rate that is negative or not finite, rows that are not this model's,
+            or the training diverges.
     """
     anatomy = read_anatomy(model.config)
     check_learning(anatomy, options)
+    if not 0 <= learning_rate < math.inf:
+        raise InputError(f"learning_rate is {learning_rate:g}; it must be at least 0, and finite")
     for some in (rows, selection):
         check_rows(anatomy, some)
     student = model if variant == "faster" else copy.deepcopy(model)

@@ -17,7 +17,11 @@ from numprune.tasks import CAUSAL
 
 @torch.no_grad()
 def block_prices(
-    model: PreTrainedModel, dense: PreTrainedModel, rows: Tensor, dropped: Sequence[int] = ()
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    rows: Tensor,
+    dropped: Sequence[int] = (),
+    micro_batch_size: int | None = None,
 ) -> dict[str, float]:
     """Return the price of each block of `model` by its name, in nats per token, the highest first.
 
@@ -25,6 +29,7 @@ def block_prices(
         model: pruned from `dense`.
         rows: (n, S) int64.
         dropped: layers of `dense` that `model` does not have.
+        micro_batch_size: rows at a time; None: all. It changes memory, not the result beyond rounding.
 
     Raises InputError where the models' layers do not correspond.
     """
@@ -33,16 +38,19 @@ def block_prices(
     by_place = {(block.layer, block.kind): block for block in whole.blocks}
     left = [layer for layer in range(whole.layers) if layer not in dropped]
     predictions = CAUSAL.predictions(dense)
-    unchanged = predictions.states([], rows)
+    parts = [part.to(model.device) for part in rows.split(micro_batch_size or len(rows))]
+    unchanged = [predictions.states([], part) for part in parts]
     prices = {}
     for block in progress(blocks, "price", "block"):
         counterpart = by_place.get((left[block.layer], block.kind)) if block.layer < len(left) else None
         if counterpart is None:
             raise InputError(f"{block.name}: the dense model has no such block; it is not the one that was pruned")
-        with _swapped(dense, counterpart, model, block):
-            changed = predictions.states([], rows)
-        loss = divergence(predictions, changed, predictions, unchanged)
-        prices[block.name] = float(loss) / (len(rows) * (rows.shape[1] - 1))
+        loss = 0.0
+        for part, states in zip(parts, unchanged, strict=True):
+            with _swapped(dense, counterpart, model, block):
+                changed = predictions.states([], part)
+            loss += float(divergence(predictions, changed, predictions, states))
+        prices[block.name] = loss / (len(rows) * (rows.shape[1] - 1))
     return dict(sorted(prices.items(), key=lambda item: -item[1]))
 
 

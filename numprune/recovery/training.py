@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.95)
 _CLIP = 1.0  # of the gradient's norm
+_PRICED_ROWS = 8  # that blocks are chosen by
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class _Training:
         if options.train == "lora":
             self._trained = Adapters(model, options.rank, options.seed)
         elif options.train == "blocks":
-            prices = block_prices(model, dense, rows.training[: options.micro_batch_size].to(model.device), dropped)
+            prices = block_prices(model, dense, rows.training[:_PRICED_ROWS], dropped, options.micro_batch_size)
             self._blocks = dict(islice(prices.items(), options.blocks))
             self._trained = Weights(model, self._blocks)
         else:
@@ -216,7 +217,8 @@ class _Training:
     def _divergence(self) -> float:
         selection, size = self._rows.selection, self._options.micro_batch_size
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
-        for part in selection[self._processes.process_index :: self._processes.num_processes].split(size):
+        mine = selection[self._processes.process_index :: self._processes.num_processes]
+        for part in mine.split(size) if len(mine) else ():  # of fewer rows than processes some have none
             total += self._loss(part.to(self._model.device))
         return float(self._processes.reduce(total, "sum")) / (len(selection) * (self._length - 1))
 

@@ -89,6 +89,8 @@ def test_uniform_masks_give_a_stock_architecture(
     ("more", "said"),
     [
         (("--learning-rate", 1e-3), "--learning-rate is that of the weights, which faster does not train"),
+        (("--variant", "fast", "--learning-rate", -1), "--learning-rate: -1 must be at least 0, and finite"),
+        (("--variant", "fast", "--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),
         (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
         (("--sequence-length", 250), "to judge by leave none to train on; give more text"),

@@ -11,6 +11,7 @@ from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows.cli import COMMANDS
 from numprune.flows.cli.parser import build, parse
+from numprune.flows.cli.recover import _OF_TRAINED, options_of_arguments
 from numprune.flows.recipe import Recover
 from numprune.flows.steps.recover import options_of
 from numprune.recovery import RecoveryOptions
@@ -40,7 +41,9 @@ def test_the_defaults_are_those_of_recipes_and_of_the_core() -> None:
     parsed = parse(build(COMMANDS), ["recover", "pruned", "out", "--dense", "dense", "--text", "a.txt"])
     defaults = RecoveryOptions()
     assert options_of(Recover()) == defaults
-    assert {name: getattr(parsed, name) for name in vars(defaults)} == vars(defaults)
+    assert options_of_arguments(parsed) == defaults
+    shown = {name: value for name, value, _ in _OF_TRAINED}
+    assert shown == {"rank": defaults.rank, "blocks": defaults.blocks}
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "blocks"])
@@ -119,12 +122,15 @@ def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inp
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    pruned = inputs / "pruned"
+    pruned, padded = inputs / "pruned", write_checkpoint(build_tiny(vocab_size=320), tmp_path / "padded")
     for source, teacher, more, problem in (
         (tmp_path / "bert", dense, (), "task masked-lm; only causal language models can be trained after pruning"),
         (quantized, dense, (), "quantized"),
         (pruned, quantized, (), "quantized"),
         (pruned, other, (), "their tokenizers differ; --dense is the model that was pruned"),
+        (pruned, padded, (), "vocab_size is 259 and 320; --dense is the model that was pruned"),
+        (pruned, dense, ("--rank", 3), "--rank has an effect only with --train lora; leave it out"),
+        (pruned, dense, ("--train", "lora", "--blocks", 3), "--blocks has an effect only with --train blocks"),
         (pruned, dense, ("--selection-rows", 10_000), "--text: the text has"),
         (pruned, dense, ("--tokens", "1.5"), "--tokens: 1.5 must be a whole number"),
         (pruned, dense, ("--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),

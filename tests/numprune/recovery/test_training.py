@@ -201,6 +201,23 @@ def test_memory_options_do_not_change_the_result(rows: RecoveryRows) -> None:
         torch.testing.assert_close(found[2][name], weight, rtol=0, atol=1e-4)
 
 
+def test_the_micro_batch_size_does_not_decide_which_blocks_are_trained(rows: RecoveryRows) -> None:
+    dense = build_tiny(num_hidden_layers=4)
+    found = [
+        distill(
+            disturbed(dense),
+            dense,
+            rows,
+            replace(OPTIONS, tokens=128, train="blocks", blocks=2, micro_batch_size=size),
+            CPU,
+        ).blocks
+        for size in (1, 3, 8)
+    ]
+    for other in found[1:]:
+        assert [*other] == [*found[0]]
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
 def test_each_step_is_judged_as_it_will_be_stored(rows: RecoveryRows) -> None:
     dense = build_tiny()
     model = disturbed(dense)
