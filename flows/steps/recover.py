@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from numprune.anatomy import task_name
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError, IntegrityError, NumpruneError
 from numprune.export import card, checkpoint, compressed_tensors, locks, manifest
 from numprune.export.weights import DTYPES
 from numprune.flows.names import CAUSAL_LM, TRAINING, TRAINING_LOCK
@@ -131,8 +131,10 @@ def recover_checkpoint(
             processes.wait_for_everyone()
             try:
                 model, found = _trained(source, dense, rows, options, device, state)
-            except NumpruneError:  # it would fail again from there
-                if processes.is_main_process:
+            except NumpruneError as error:
+                # A training that diverged would do so again from its state.
+                useless = isinstance(error, IntegrityError) or state.load() is None
+                if processes.is_main_process and useless:
                     shutil.rmtree(state.folder)
                 raise
             if processes.is_main_process:

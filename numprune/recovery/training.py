@@ -240,6 +240,13 @@ class _Training:
     def _resume(self, state: TrainingState | None) -> None:
         """Resume from what was saved, where something was."""
         saved = state.load() if state is not None else None
+        done = torch.tensor([saved[0].step if saved else 0], device=self._model.device)
+        steps = sorted({*self._processes.gather(done).tolist()})
+        if len(steps) > 1:
+            raise InputError(
+                f"the processes would resume after different steps: {', '.join(map(str, steps))}; they need a file "
+                "system that all of them share"
+            )
         if saved is None:
             return
         self._position, tensors = saved

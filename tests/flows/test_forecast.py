@@ -170,3 +170,14 @@ def test_earlier_runs_give_the_stage_times(tiny: Path, tmp_path: Path) -> None:
     assert stages["prune"]["last_seconds"] == 7.5
     assert "last_seconds" not in stages["quality"]
     assert "last took 7.5 s, peak 1,024 MiB" in forecast.text(found)
+
+
+def test_only_trained_weights_have_gradients_and_moments(tiny: Path, tmp_path: Path) -> None:
+    needed = {}
+    for train in ("all", "lora", "blocks"):
+        asked = recipe.load(tiny / "recipe.toml", ["recover.method=distill", f"recover.train={train}"])
+        found = forecast.forecast(asked, tmp_path / "w")
+        needed[train] = found["memory"]["training"]
+    dense = 4 * found["before"]["parameters"]
+    assert needed["lora"] == needed["blocks"]
+    assert needed["all"] - dense == 4 * (needed["lora"] - dense) > 0
