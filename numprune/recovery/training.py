@@ -164,7 +164,7 @@ class _Training:
                         spent = self._position.seconds + time.perf_counter() - before
                         state.save(replace(self._position, seconds=spent), self._tensors())
                 bar.update(note=f"loss {loss:.4f}, {speed:,.0f} tokens/s")
-        self._trained.finish(self._best, self._rows.selection[: self._options.micro_batch_size].to(self._model.device))
+        self._trained.finish(self._best)
         curve = self._position.curve
         return Recovered(
             steps=self._steps,
@@ -211,6 +211,8 @@ class _Training:
         lowest = min((value for _, value in position.curve), default=math.inf)
         position.curve.append((position.step, divergence))
         if divergence < lowest:  # never of a divergence that is NaN
+            if position.step:  # before the first step adapters change nothing
+                self._trained.check(self._rows.selection[: self._options.micro_batch_size].to(self._model.device))
             position.best_step, self._best = position.step, rounded
 
     @torch.no_grad()

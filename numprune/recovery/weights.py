@@ -20,11 +20,11 @@ class Trained(Protocol):
     def replaced(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Have the model compute with these weights instead, for a while."""
 
-    def finish(self, weights: Mapping[str, Tensor], rows: Tensor) -> None:
-        """Leave the model with these weights.
+    def check(self, rows: Tensor) -> None:
+        """Raises IntegrityError unless the model computes the same on rows (n, S) with the weights of `merged`."""
 
-        Raises IntegrityError where it would not compute the same on rows (n, S) with the weights that `merged` gives.
-        """
+    def finish(self, weights: Mapping[str, Tensor]) -> None:
+        """Leave the model with these weights."""
 
 
 class Weights:
@@ -52,7 +52,10 @@ class Weights:
         finally:
             self._assign(own)
 
-    def finish(self, weights: Mapping[str, Tensor], rows: Tensor) -> None:
+    def check(self, rows: Tensor) -> None:
+        """They are the model's own."""
+
+    def finish(self, weights: Mapping[str, Tensor]) -> None:
         self._assign(weights)
 
     @torch.no_grad()

@@ -171,12 +171,21 @@ def test_merging_that_changes_the_model_is_an_error(rows: RecoveryRows, monkeypa
     dense = build_tiny()
     adapters = Adapters(disturbed(dense), 4, 0)
     weights = adapters.merged()
-    adapters.finish(weights, rows.selection)
-    adapters = Adapters(disturbed(dense), 4, 0)
+    adapters.check(rows.selection)
     wrong = {name: 1.001 * weight for name, weight in weights.items()}
     monkeypatch.setattr(Adapters, "merged", lambda self: wrong)
-    with pytest.raises(IntegrityError, match=r"merging the adapters changes logits by .* more than 1e-05"):
-        adapters.finish(weights, rows.selection)
+    with pytest.raises(IntegrityError, match=r"merging the adapters changes logits by .* more than [12]\.\de-05"):
+        adapters.check(rows.selection)
+
+
+def test_only_adapters_of_a_best_step_are_checked(rows: RecoveryRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, checked = build_tiny(), []
+    monkeypatch.setattr(Adapters, "check", lambda self, rows: checked.append(len(rows)))
+    options = replace(OPTIONS, train="lora", rank=4)
+    found = distill(disturbed(dense), dense, rows, replace(options, learning_rate=30.0), CPU)
+    assert (found.best_step, checked) == (0, [])
+    assert distill(disturbed(dense), dense, rows, options, CPU).best_step > 0
+    assert checked
 
 
 def test_the_result_is_never_worse_on_selection_rows(rows: RecoveryRows) -> None:
