@@ -28,8 +28,7 @@ def add(commands: Subcommands) -> None:
     ) -> Parser:
         parser = command(verbs, verb, run, text, f"numprune registry {example}")
         for argument, help_text in arguments.items():
-            nargs = "?" if help_text.startswith("optional") else None
-            parser.add_argument(argument, metavar=argument.upper(), help=help_text, nargs=nargs)
+            parser.add_argument(argument, metavar=argument.upper(), help=help_text)
         add_registry(parser)
         return parser
 
@@ -41,7 +40,8 @@ def add(commands: Subcommands) -> None:
         release="a release folder, as written by optimize",
         name="the model's name in the registry",
     )
-    add_one("list", list_all, "list models, or one model's versions", "list my-model", name="a model (optional)")
+    listing = add_one("list", list_all, "list models, or one model's versions", "list my-model")
+    listing.add_argument("name", metavar="NAME", nargs="?", help="a model (default: all models)")
     add_one(
         "show", show, "show a version, its verdict and its files", "show my-model@candidate", reference=MODEL_REFERENCE
     )
