@@ -249,7 +249,7 @@ def test_all_problems_of_a_recipe_are_reported_before_any_work(tiny: Path, tmp_p
         "gates.0.metric = 'speed.torch.ttft.ratio': 'torch' is not benchmarked",
         "gates.1.metric = 'quality.los_delta': the report has no such figure; did you mean 'loss_delta'?",
         "gates.2.metric = 'qualty.tokens': the report has no section 'qualty'; did you mean 'quality'?",
-        "target.vllm = '0.1.0': tested are 0.32.0",
+        "target.vllm = '0.1.0': the tested versions are 0.32.0",
         "target.device = 'cpu': vLLM's CPU kernels support head sizes 32, 64",
         "registry.uri: 'ftp://nowhere': not an MLflow server's address",
     ]:
