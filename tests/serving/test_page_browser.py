@@ -131,9 +131,9 @@ def test_an_encoder_page_starts_with_its_loss_and_has_every_shape(browser: Any, 
     table = tab.get_by_role("table", name="A forward pass, onnxruntime")
     shapes = [f"{size} \N{MULTIPLICATION SIGN} 128 tokens" for size in (1, 8)]
     assert table.get_by_role("rowheader").all_inner_texts() == shapes
-    assert not tab.get_by_text("Every repeat").first.is_visible()
+    assert not tab.locator("summary").get_by_text("Every repeat").first.is_visible()
     tab.get_by_text(f"onnxruntime, {shapes[1]}").first.click()
-    assert tab.get_by_text(f"Every repeat, onnxruntime, {shapes[1]}").first.is_visible()
+    assert tab.locator("summary").get_by_text(f"Every repeat, onnxruntime, {shapes[1]}").first.is_visible()
 
 
 def test_the_content_security_policy_blocks_injected_markup(

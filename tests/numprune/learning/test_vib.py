@@ -157,7 +157,7 @@ def test_the_budget_is_met_once_masks_are_rounded(family, more):
         ({"axes": ("kv-groups", "query-heads")}, "masks are on whole units; leave out query-heads"),
         ({"drop_layers": 1}, "drop_layers: masks learn units, not layers"),
         ({"allocation": "global"}, "allocation is 'global'; masks are rounded by one of error, uniform"),
-        ({"ratio": 0.99}, "ratio is 0.99, but with the least"),
+        ({"ratio": 0.99}, "ratio is 0.99, but with the minimum"),
         ({"ratio": 0.0, "keep": ["attention", "mlp"]}, "leave every block a single size"),
         ({"criterion": "vibes"}, "criterion is 'vibes'"),
     ],
