@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no garbage in the body, which imports: there is none, and looking for it takes a fifth of the time."""
+    """Disable garbage collection in the body. Large imports leave no garbage, and looking for it is slow."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -58,6 +58,6 @@ def export_of(runtime: str, formats: Collection[str]) -> str | None:
 
 
 def runtime_of(export_format: str, formats: Collection[str]) -> str | None:
-    """Return the runtime in which an export is timed; None if there is none, or if another of `formats` runs there."""
+    """Return the runtime that times an export; None if no runtime does, or if it times another of `formats`."""
     runtime = RUNTIME_OF_EXPORT[export_format]
     return runtime if export_of(runtime, formats) == export_format else None

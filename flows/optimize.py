@@ -34,7 +34,7 @@ GPU_LIMIT = "gpu"  # Prefect's global concurrency limit: one GPU job at a time
 def optimize(
     recipe_path: str | None = None, overrides: list[str] | None = None, workspace: str | None = None
 ) -> State[dict[str, Any]]:
-    """Run a recipe to a gated, published release, or the reason why there is none.
+    """Run a recipe to a published release, or to the reason why a gate blocks it.
 
     Args:
         recipe_path: a TOML recipe; by default the embedded one.

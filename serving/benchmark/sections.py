@@ -124,7 +124,7 @@ def by_repeat(repeats: Sequence[Measured], metrics: Sequence[str]) -> dict[str, 
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Of those that there are; every repeat does the same work. None where there are none."""
+    """Return the mean over the repeats that have a value; all do the same work. None if no repeat has one."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -25,7 +25,7 @@ def status(name: str, workspace: Path) -> dict[str, Any]:
 
 
 def serving(name: str, workspace: Path) -> str | None:
-    """The version whose server runs; None if there is none or the state file cannot be read."""
+    """The version whose server runs; None if no server runs, or the state file cannot be read."""
     try:
         current = Place(workspace, name).read().current
     except IntegrityError:
