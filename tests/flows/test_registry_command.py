@@ -30,7 +30,7 @@ def test_a_name_alone_means_production(workspace: Path, numprune: Command) -> No
     assert numprune("registry", "show", "tiny", "--json", *where).json["reference"] == "tiny/2"
     promoted = numprune("registry", "promote", "tiny", "--json", *where)
     assert promoted.json["aliases"] == ["candidate", "production"]
-    warning = "promoting tiny@candidate: write it out, because NAME alone means the production version elsewhere\n"
+    warning = "promoting tiny@candidate; write it out, because NAME alone means the production version elsewhere\n"
     assert warning in promoted.err
     assert warning not in numprune("registry", "promote", "tiny@candidate", *where).err
     assert warning not in numprune("registry", "promote", "tiny/2", *where).err
