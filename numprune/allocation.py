@@ -116,18 +116,23 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> 
 
 
 def servable(
-    anatomy: Anatomy, allowed: Sizes, errors: Errors, solve: Callable[[Sizes], dict[str, Size]]
+    anatomy: Anatomy,
+    allowed: Sizes,
+    errors: Errors,
+    solve: Callable[[Sizes], dict[str, Size]],
+    solvable: Callable[[Sizes], bool] = lambda _: True,
 ) -> dict[str, Size]:
     """Return what `solve` gives of the allowed sizes, once they are such that a server runs every result.
 
-    Every kind keeps a block, the dearest, and attention has at most `HEAD_SHAPES` sizes.
+    Every kind keeps a block, the dearest with which `solve` can succeed, and attention has at most `HEAD_SHAPES` sizes.
     """
     kept = solve(allowed)
     for kind in anatomy.kinds:
         blocks = [block for block in anatomy.of_kind(kind) if block.units]
         if blocks and not any(kept[block.name].units for block in blocks):  # keep at least one block of each kind
-            dearest = max(blocks, key=lambda block: error_at(errors, block, GONE)).name
-            allowed = {**allowed, dearest: [size for size in allowed[dearest] if size.units]}
+            blocks.sort(key=lambda block: -error_at(errors, block, GONE))
+            staying = ({**allowed, one.name: [size for size in allowed[one.name] if size.units]} for one in blocks)
+            allowed = next(sizes for sizes in staying if solvable(sizes))
             kept = solve(allowed)
     levels = _head_levels(anatomy, kept, allowed)
     return kept if levels is None else solve({**allowed, **levels})

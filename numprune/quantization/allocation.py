@@ -131,10 +131,10 @@ def by_bytes(
 
     def solve(sizes: Sizes) -> dict[str, Size]:
         least = _least_bytes(anatomy, budget, levels, sizes)
-        if least > budget.limit:  # only once `servable` has narrowed the sizes
+        if least > budget.limit:  # only once `servable` has narrowed the sizes of attention
             raise InputError(
                 f"the budget is {budget.limit:,} bytes, and of what fits in it nothing can be served well: attention "
-                f"has more than {HEAD_SHAPES} sizes, or a kind of block is gone; allow {least:,} bytes"
+                f"has more than {HEAD_SHAPES} sizes; allow {least:,} bytes"
             )
         choices = [_worth_it(block, sizes[block.name], levels, budget, errors, rounding) for block in anatomy.blocks]
         most = budget.around + sum(choice[-1].bytes for choice in choices)
@@ -145,7 +145,9 @@ def by_bytes(
             forms[block.name] = choice[option].form
         return {name: form.size for name, form in forms.items()}
 
-    servable(anatomy, allowed, errors, solve)
+    servable(
+        anatomy, allowed, errors, solve, lambda sizes: _least_bytes(anatomy, budget, levels, sizes) <= budget.limit
+    )
     return forms
 
 

@@ -136,9 +136,9 @@ def unlike():
     return whole.keeping({block.name: widths.get(block.name, block.size) for block in whole.blocks})
 
 
-def least_bytes(anatomy, levels, skips=False):
+def least_bytes(anatomy, levels, **changes):
     """The least bytes that can be chosen, as the refusal of one byte says them."""
-    options = replace(OPTIONS, budget=budget(1, levels), skips=skips)
+    options = replace(OPTIONS, budget=budget(1, levels), **changes)
     with pytest.raises(InputError) as refused:
         check_options(anatomy, options)
     return int(re.search(r"take ([\d,]+);", str(refused.value))[1].replace(",", ""))
@@ -153,7 +153,7 @@ def test_with_few_shares_by_bytes_ends_within_the_budget_and_near_the_cheapest(m
     errors, rounding = random_prices(anatomy, 0)
     allowed = allowed_sizes(anatomy, OPTIONS.target, Limits(skips=skips))
     of_budget = levels_of(budget(levels=levels), OPTIONS.target)
-    least = least_bytes(anatomy, levels, skips)
+    least = least_bytes(anatomy, levels, skips=skips)
     limit = int(above * least)
 
     def choose(limit):
@@ -166,6 +166,20 @@ def test_with_few_shares_by_bytes_ends_within_the_budget_and_near_the_cheapest(m
     cheapest = choose(stricter)
     monkeypatch.setattr(allocation, "_SHARES", 50)
     assert choose(limit) <= cheapest + 1e-9
+
+
+def test_at_the_least_bytes_the_block_that_stays_is_one_that_fits():
+    """The dearest MLP, which stays where the bytes allow it, cannot be as small as the first."""
+    anatomy, target = unlike(), Target(align=256, quantization_group=32)
+    allowed = allowed_sizes(anatomy, target, Limits(skips=True))
+    errors = {block.name: torch.arange(block.units + 1).double()[:, None] for block in anatomy.blocks}
+    rounding = {block.name: {INT8: 0.1, INT4: 0.2} for block in anatomy.blocks}
+    least = least_bytes(anatomy, MIXED, skips=True, target=target)
+    forms = by_bytes(anatomy, budget(least), LEVELS_OF, allowed, errors, rounding)
+    assert model_bytes(anatomy, forms, budget()) == least
+    kept = [block.name for block in anatomy.blocks if forms[block.name].size.units]
+    assert [name for name in kept if name.endswith("mlp")] == ["layers.0.mlp"]
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("levels", ["none", "w8a8"])
