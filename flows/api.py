@@ -12,6 +12,13 @@
     numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
 
+    # 2 GiB of weights: how many units each block keeps, and whether it is stored in 4, 8 or 16 bits
+    budget = numprune.weight_budget(model, "2GiB", scheme="mixed")
+    target = numprune.Target(quantization_group=64)
+    options = numprune.PruneOptions(ratio=0, allocation="error", target=target, budget=budget)
+    mixed = numprune.quantize(numprune.prune(model, rows, options), "mixed", rows, dense=model)
+    numprune.save(mixed, "mixed")
+
 No function modifies its argument. The command line does the same from folder to folder and can stream models larger
 than memory; `numprune optimize` runs the whole pipeline with benchmark, gates and registry.
 """
@@ -19,7 +26,7 @@ than memory; `numprune optimize` runs the whole pipeline with benchmark, gates a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,11 +35,12 @@ from numprune import pruning, quality
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import Budget, budget_of
+from numprune.byte_budget import MIXED, ByteBudget, parse
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
-from numprune.flows.names import Dtype, ExportFormat
+from numprune.flows.names import Dtype, ExportFormat, QuantizedTo
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import quantize as quantizing
@@ -40,12 +48,15 @@ from numprune.flows.steps import text as texts
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, options_of
 from numprune.plans import Draw, Plan, read_plan
-from numprune.quantization import Quantized, Scheme, check_quantizable
+from numprune.quantization import BlockSchemes, Quantized, Scheme, check_quantizable, schemes_by_tensor
+from numprune.quantization.allocation import planned_schemes
+from numprune.quantization.schemes import listed
 from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality, Task
 
 __all__ = [
+    "ByteBudget",
     "CalibrationRows",
     "Comparison",
     "Model",
@@ -65,6 +76,7 @@ __all__ = [
     "quantize",
     "read_plan",
     "save",
+    "weight_budget",
 ]
 
 Text = str | Path | Sequence[str | Path]
@@ -88,14 +100,17 @@ class Quantization:
     """How a model was quantized.
 
     Attributes:
-        scheme: of all its weights.
+        schemes: one for all blocks, or that of each quantized block by its name.
         matrices: name -> the quantized weight.
         rows: that GPTQ was calibrated on; None: each weight was rounded by itself.
     """
 
-    scheme: Scheme
+    schemes: BlockSchemes
     matrices: Mapping[str, Quantized]
     rows: CalibrationRows | None
+
+    def __str__(self) -> str:
+        return listed([self.schemes] if isinstance(self.schemes, Scheme) else self.schemes.values())
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,24 @@ def calibration_rows(
     return CalibrationRows(tokens, draw)
 
 
+def weight_budget(model: Model, limit: str, *, scheme: QuantizedTo = "none") -> ByteBudget:
+    """Return a budget for the stored weights of what `model` becomes, for `PruneOptions.budget`.
+
+    Args:
+        model: to be pruned.
+        limit: bytes of all weights, once they are quantized: "6GiB", "500 MB".
+        scheme: what the pruned model will be quantized to: "fp8", "w8a8", "w4a16", or "none". With "mixed" the plan
+            chooses for each block: as it is stored, w8a8, or w4a16 in groups of the target's `quantization_group`.
+
+    Raises:
+        InputError: `limit` is no number of bytes, or the model was pruned or quantized already.
+    """
+    _refuse_quantized(model, "pruning")
+    if model.plan is not None:
+        raise InputError("the model is pruned already: save it, and load it from its folder")
+    return steps.byte_budget(model.folder, parse(limit), scheme)
+
+
 def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     """Choose what to keep, without pruning.
 
@@ -219,12 +252,19 @@ def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Pl
     return Model(model.folder, found.model, model.tokenizer, model.task, made)
 
 
-def quantize(model: Model, scheme: Scheme, rows: CalibrationRows | None = None, *, dense: Model | None = None) -> Model:
+def quantize(
+    model: Model,
+    scheme: Scheme | Literal["mixed"],
+    rows: CalibrationRows | None = None,
+    *,
+    dense: Model | None = None,
+) -> Model:
     """Return `model` with the weights of its layers in 8 or 4 bits; `model` and `dense` stay as they are.
 
     Args:
         model: pruned or not.
-        scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`.
+        scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`; "mixed": for each block as in the
+            plan that `model` was pruned by, within a budget for "mixed".
         rows: for GPTQ, which makes up for errors; None: each weight is rounded by itself.
         dense: the model that `model` was pruned from: GPTQ fits to its outputs. None: to those of `model`.
 
@@ -232,19 +272,24 @@ def quantize(model: Model, scheme: Scheme, rows: CalibrationRows | None = None, 
         InputError: the model cannot be quantized, or not by this scheme; or it was not pruned from `dense`.
     """
     _refuse_quantized(model, "quantization")
-    parts = model.plan.target.tensor_parallel if model.plan else 1
-    check_quantizable(model.anatomy, scheme, parts)
-    dropped = model.plan.dropped_layers() if model.plan else quantizing.dropped_layers(model.folder)
+    plan = model.plan or quantizing.plan_of(model.folder)
+    if isinstance(scheme, str) and scheme != MIXED:
+        raise InputError(f"scheme is {scheme!r}; it must be a Scheme, or {MIXED!r}")
+    schemes: BlockSchemes = (
+        scheme if isinstance(scheme, Scheme) else planned_schemes(quantizing.with_schemes(plan, model.folder))
+    )
+    check_quantizable(model.anatomy, schemes, plan.target.tensor_parallel if plan else 1)
+    dropped = plan.dropped_layers() if plan else []
     if dense is not None:
         _refuse_quantized(dense, "dense")
         if rows is None:
             raise InputError("without rows each weight is rounded by itself: leave out `dense`, or give rows")
         check_target(model.anatomy, dense.anatomy, dropped)
     target = ModelLayers(dense.network, dense.task) if dense else None
-    fit = Fit(rows.tokens, target, dropped) if rows else None
+    fit = Fit(rows.tokens, target, dropped) if rows and schemes_by_tensor(model.anatomy, schemes) else None
     scale_dtype = checkpoint.read_config(model.folder).dtype
-    network, matrices = quantize_model(model.network, scheme, fit, scale_dtype, model.task)
-    return replace(model, network=network, quantization=Quantization(scheme, matrices, rows))
+    network, matrices = quantize_model(model.network, schemes, fit, scale_dtype, model.task)
+    return replace(model, network=network, quantization=Quantization(schemes, matrices, rows))
 
 
 def save(model: Model, out: str | Path) -> Path:
@@ -263,7 +308,7 @@ def save(model: Model, out: str | Path) -> Path:
     if quantized is not None:
         tokens, draw = (quantized.rows.tokens, quantized.rows.draw) if quantized.rows else (None, None)
         quantizing.write_quantized(
-            model.network, quantized.matrices, quantized.scheme, model.folder, plan, folder, rows=tokens, draw=draw
+            model.network, quantized.matrices, quantized.schemes, model.folder, plan, folder, rows=tokens, draw=draw
         )
     elif plan is not None:
         steps.write_pruned(model.network, plan, model.folder, folder)
@@ -274,7 +319,7 @@ def save(model: Model, out: str | Path) -> Path:
 
 def _refuse_quantized(model: Model, use: str) -> None:
     if model.quantization is not None:
-        raise InputError(f"the model is quantized ({model.quantization.scheme}); {use} needs the unquantized one")
+        raise InputError(f"the model is quantized ({model.quantization}); {use} needs the unquantized one")
     compressed_tensors.refuse_quantized(model.folder, use)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numprune.flows.api import (
+        ByteBudget,
         CalibrationRows,
         Comparison,
         Model,
@@ -41,11 +42,13 @@ if TYPE_CHECKING:
         quantize,
         read_plan,
         save,
+        weight_budget,
     )
 
 __version__ = "0.3.0"
 
 __all__ = [
+    "ByteBudget",
     "CalibrationRows",
     "Comparison",
     "Model",
@@ -66,6 +69,7 @@ __all__ = [
     "quantize",
     "read_plan",
     "save",
+    "weight_budget",
 ]
 
 

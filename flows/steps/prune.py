@@ -112,12 +112,7 @@ def prune_checkpoint(
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
         describe(folder, base, made)
-        after_bytes = weight_bytes(folder)
-        if made.budget is not None and not made.schemes() and after_bytes > made.budget.limit:
-            raise IntegrityError(
-                f"the pruned weights take {after_bytes:,} bytes, and the budget is {made.budget.limit:,}; prune again, "
-                "or remove the budget from an edited plan"
-            )
+        _check_budget(made, folder)
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
@@ -126,7 +121,7 @@ def prune_checkpoint(
         after=after,
         prunable_ratio_removed=1 - after.prunable_parameters / before.prunable_parameters,
         weight_bytes_before=weight_bytes(base),
-        weight_bytes_after=after_bytes,
+        weight_bytes_after=weight_bytes(out),
         plan=hashlib.sha256((out / PLAN_FILE).read_bytes()).hexdigest(),
         dropped_layers=list(made.dropped),
         schemes=dict(made.schemes()),
@@ -152,6 +147,17 @@ def write_pruned(model: PreTrainedModel, plan: Plan, base: Path, out: Path) -> N
     with _checkpoint(out, manifest.folder_digest(base), plan) as folder:
         save(model, base, folder, dropped=plan.dropped_layers())
         describe(folder, base, plan)
+        _check_budget(plan, folder)
+
+
+def _check_budget(plan: Plan, folder: Path) -> None:
+    """Refuse weights of more bytes than the plan's budget, unless they will be quantized. Raises IntegrityError."""
+    found = weight_bytes(folder)
+    if plan.budget is not None and not plan.schemes() and found > plan.budget.limit:
+        raise IntegrityError(
+            f"the pruned weights take {found:,} bytes, and the budget is {plan.budget.limit:,}; prune again, or remove "
+            "the budget from an edited plan"
+        )
 
 
 def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManager[Path]:

@@ -58,7 +58,7 @@ def quantize_checkpoint(
         IntegrityError: a file is damaged.
     """
     check_request(source, schemes, dense)
-    config, plan = checkpoint.read_config(source), _plan(source)
+    config, plan = checkpoint.read_config(source), plan_of(source)
     anatomy = read_anatomy(config)
     parents = {"base": manifest.folder_digest(source)} | ({"dense": manifest.folder_digest(dense)} if dense else {})
     facts = _facts(anatomy, schemes, rows, draw)
@@ -84,7 +84,7 @@ def quantize_checkpoint(
 def write_quantized(
     model: PreTrainedModel,
     matrices: Mapping[str, Quantized],
-    scheme: Scheme,
+    schemes: BlockSchemes,
     base: Path,
     plan: Plan | None,
     out: Path,
@@ -96,25 +96,27 @@ def write_quantized(
 
     Args:
         model: as `quantize_model` returned it, with its quantized `matrices`.
+        schemes: that its blocks were quantized to.
         base: the checkpoint that it was made from.
         plan: by which it was pruned before; None: it was not.
         rows, draw: as of `quantize_checkpoint`.
 
     Raises:
         InputError: `out` exists.
-        IntegrityError: a value does not fit in the data type that it is stored in.
+        IntegrityError: a value does not fit in the data type that it is stored in, or the weights in the plan's budget.
     """
+    anatomy = read_anatomy(model.config)
     parents = {"base": manifest.folder_digest(base)}
-    facts: dict[str, Any] = {"quantization": _facts(read_anatomy(model.config), scheme, rows, draw)}
+    facts: dict[str, Any] = {"quantization": _facts(anatomy, schemes, rows, draw)}
     if plan is not None:
         facts |= plan_facts(plan)
     stored = checkpoint.audit(base)
     scale_dtype = main_dtype(stored)
-    schemes = {name: matrix.scheme for name, matrix in matrices.items()}
+    by_name = {name: matrix.scheme for name, matrix in matrices.items()}
     full = renumber_tensors(dtypes_of(stored), layers_path(model.config), plan.dropped_layers() if plan else ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
-        with writing(folder, _quantized_dtypes(full, schemes, scale_dtype)) as writer:
+        with writing(folder, _quantized_dtypes(full, by_name, scale_dtype)) as writer:
             for name, tensor in checkpoint.stored_tensors(model, state).items():
                 whole = name not in matrices
                 writer.add({name: tensor} if whole else tensors_of(name, matrices[name], scale_dtype))
@@ -124,11 +126,13 @@ def write_quantized(
             model.config.architectures, model.config.dtype = [type(model).__name__], scale_dtype
             write_config(model.config, base, folder)
             files.carry(base, folder)
-        quantized = _set_config(model.config, schemes, folder)
+        quantized = _set_config(model.config, by_name, folder) if matrices else None
         if plan is not None:
             describe(folder, base, plan)
-        card.set_quantization(folder, quantized)
+        if quantized is not None:
+            card.set_quantization(folder, quantized)
         checkpoint.audit(folder)
+        _check_budget(anatomy, plan or plan_of(base), schemes, checkpoint.weight_bytes(folder))
 
 
 def schemes_of(asked: str, group_size: int | None, source: Path) -> BlockSchemes:
@@ -143,18 +147,26 @@ def schemes_of(asked: str, group_size: int | None, source: Path) -> BlockSchemes
     """
     if asked != MIXED:
         return Scheme(cast(SchemeName, asked), group_size)
-    plan = _plan(source)
-    if plan is None or plan.budget is None or plan.budget.levels != LEVELS[MIXED]:
-        raise InputError(
-            f"{source}: has no plan with a scheme for each block; prune with a budget and the scheme {MIXED}, or "
-            "choose one scheme for all blocks"
-        )
+    plan = with_schemes(plan_of(source), source)
     if group_size not in (None, plan.target.quantization_group):
         raise InputError(
             f"group_size is {group_size}, and the plan of {source} has groups of {plan.target.quantization_group}; "
             "leave the group size out"
         )
     return planned_schemes(plan)
+
+
+def with_schemes(plan: Plan | None, source: Path) -> Plan:
+    """Return the plan, whose budget has chosen a scheme for each block; `source` is named in the error.
+
+    Raises InputError: there is no such plan.
+    """
+    if plan is None or plan.budget is None or plan.budget.levels != LEVELS[MIXED]:
+        raise InputError(
+            f"{source}: has no plan with a scheme for each block; prune with a budget and the scheme {MIXED}, or "
+            "choose one scheme for all blocks"
+        )
+    return plan
 
 
 def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None, tensor_parallel: int = 1) -> None:
@@ -177,11 +189,11 @@ def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None
 
 def dropped_layers(source: Path) -> list[int]:
     """Return the layers that a checkpoint lacks of the model that it was pruned from."""
-    plan = _plan(source)
+    plan = plan_of(source)
     return plan.dropped_layers() if plan else []
 
 
-def _plan(source: Path) -> Plan | None:
+def plan_of(source: Path) -> Plan | None:
     """Return the plan that the checkpoint `source` was pruned by, where there is one."""
     path = source / PLAN_FILE
     return read_plan(path) if path.exists() else None

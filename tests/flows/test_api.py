@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import numprune
-from numprune.errors import InputError
+from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
+from numprune.export.checkpoint import weight_bytes
 from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization.allocation import planned_schemes
 from tests.flows.test_readme import PYTHON as README_LINES
 
 OPTIONS = numprune.PruneOptions(ratio=0.25)
@@ -105,6 +108,56 @@ def test_a_model_that_was_not_pruned_is_quantized_without_text(tiny: Path, tmp_p
     quantize_checkpoint(tiny / "base", numprune.Scheme("fp8"), tmp_path / "commanded", torch.device("cpu"))
     assert (out / "config.json").read_bytes() == (tmp_path / "commanded" / "config.json").read_bytes()
     require_equal_tensors(out, tmp_path / "commanded")
+
+
+def test_units_and_bits_are_chosen_within_a_budget_as_the_commands_do(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
+    whole = numprune.weight_budget(model, "1GB")
+    stored = weight_bytes(tiny / "base")
+    assert whole.limit == 10**9
+    assert whole.levels == (None,)
+    limit = whole.around + int(0.25 * (stored - whole.around))
+    budget = numprune.weight_budget(model, f"{limit}B", scheme="mixed")
+    target = numprune.Target(32, quantization_group=32)
+    options = numprune.PruneOptions(0, allocation="error", compensation="residual", target=target, budget=budget)
+    planned = numprune.plan(model, rows, options)
+    pruned = numprune.prune(model, rows, options)
+    assert pruned.plan is not None
+    assert pruned.plan.schemes() == planned.schemes() != {}
+
+    out = numprune.save(numprune.quantize(pruned, "mixed", rows, dense=model), tmp_path / "mixed")
+    manifest.verify(out)
+    assert 0.8 * limit < weight_bytes(out) <= limit
+    source, commanded = numprune.save(pruned, tmp_path / "pruned"), tmp_path / "commanded"
+    schemes = planned_schemes(pruned.plan)
+    quantize_checkpoint(source, schemes, commanded, torch.device("cpu"), rows=rows.tokens, dense=tiny / "base")
+    for name in ("config.json", "README.md"):
+        assert (out / name).read_bytes() == (commanded / name).read_bytes()
+    require_equal_tensors(out, commanded)
+    reread = numprune.quantize(numprune.load(source), "mixed", rows, dense=model)  # by the plan in the folder
+    assert reread.quantization is not None
+    assert reread.quantization.schemes == schemes
+
+    with pytest.raises(InputError, match="the model is pruned already"):
+        numprune.weight_budget(pruned, "1GB")
+    with pytest.raises(InputError, match="has no plan with a scheme for each block"):
+        numprune.quantize(model, "mixed", rows)
+    with pytest.raises(InputError, match="scheme is 'w8a8'; it must be a Scheme, or 'mixed'"):
+        numprune.quantize(model, "w8a8")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"budget is '0\.5', which is a ratio"):
+        numprune.weight_budget(model, "0.5")
+
+
+def test_weights_larger_than_their_budget_are_not_saved(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=4, sequence_length=64)
+    pruned = numprune.prune(model, rows, OPTIONS)
+    assert pruned.plan is not None
+    plan = pruned.plan.model_copy(update={"budget": numprune.weight_budget(model, "1KB")})
+    with pytest.raises(IntegrityError, match=r"the pruned weights take .* bytes, and the budget is 1,000"):
+        numprune.save(replace(pruned, plan=plan), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_quantized_is_refused(tiny: Path, tmp_path: Path) -> None:
