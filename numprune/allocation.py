@@ -184,31 +184,43 @@ def _least_price(
 def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: int) -> list[int]:
     """Return one option of each item, such that at least `wanted` is saved at the least price.
 
-    By dynamic programming. Savings are counted in the largest share that divides them all, or, where that is under a
-    20,000th of `wanted`, in such shares, rounded down: what counts as enough is enough. Where all together are too few
-    shares, every item saves as much as it can.
+    By dynamic programming over what is still to be saved, in shares rounded up: the largest share that divides all
+    savings or, where that is under a 20,000th of `wanted`, such a share. Of the choices that leave the same number of
+    shares only the cheapest is followed, with exactly what it saves. Where none of those saves enough, every item saves
+    as much as it can.
 
     Args:
         savings: of every option of every item.
         prices: of the same; they add up.
     """
     share = max(math.gcd(*(saving for item in savings for saving in item)), -(-wanted // _SHARES), 1)
-    last = -(-wanted // share)  # the place of everything that saves as much or more
+    last = -(-wanted // share)  # the place of everything that saves enough
+    places = torch.arange(last + 1)
     total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least price by shares saved so far
     total[0] = 0
+    beyond = torch.full((last + 1,), last * share - wanted)  # what that choice saves beyond its shares
     steps = []
     for saved, priced_at in zip(savings, prices, strict=True):
+        shares, rests = torch.tensor(saved) // share, torch.tensor(saved) % share
         best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
-        for option, (saving, price) in enumerate(zip(saved, priced_at, strict=True)):
-            shift = min(saving // share, last)
-            reached = torch.full_like(total, torch.inf)
-            reached[shift:] = total[: last + 1 - shift]
-            reached[last] = total[last - shift :].min()
-            reached += price
-            better = reached < best
-            best[better], choice[better] = reached[better], option
-        steps.append((saved, choice, total))
-        total = best
+        end = 0  # from where the last place is reached
+        for option, price in enumerate(priced_at):
+            priced, fills = total + price, beyond + rests[option] >= share  # the rests make up another share
+            for more, these in enumerate((~fills, fills)):
+                if not these.any():
+                    continue
+                shift, reached = min(int(shares[option]) + more, last), priced.where(these, torch.inf)
+                short, code = reached[: last - shift], 2 * option + more
+                choice[shift:last].masked_fill_(short < best[shift:last], code)
+                torch.minimum(short, best[shift:last], out=best[shift:last])
+                nearest = last - shift + int(reached[last - shift :].argmin())
+                if reached[nearest] < best[last]:
+                    best[last], choice[last], end = reached[nearest], code, nearest
+        options, filled = choice // 2, choice % 2
+        origin = (places - shares[options] - filled).clamp_min(0)  # of places that are not reached nothing is asked
+        origin[last] = end
+        steps.append((options, origin))
+        total, beyond = best, beyond[origin] + rests[options] - share * filled
     if total[last].isinf():
         return [
             max(range(len(saved)), key=lambda option: (saved[option], -priced_at[option]))
@@ -216,10 +228,9 @@ def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]]
         ]
     chosen = []
     place = last
-    for saved, choice, before in reversed(steps):
-        chosen.append(int(choice[place]))
-        shift = min(saved[chosen[-1]] // share, last)
-        place = last - shift + int(before[last - shift :].argmin()) if place == last else place - shift
+    for options, origin in reversed(steps):
+        chosen.append(int(options[place]))
+        place = int(origin[place])
     return chosen[::-1]
 
 

@@ -107,6 +107,24 @@ def test_the_knapsack_is_the_cheapest_of_all_choices_that_save_enough(wanted, se
         assert total(savings, chosen) == max(total(savings, other) for other in every)
 
 
+def test_what_is_left_of_a_share_is_not_lost(monkeypatch):
+    """What a choice saves exactly is wanted; were the rests of four items lost, dearer choices would be needed."""
+    monkeypatch.setattr(allocation, "_SHARES", 100)
+    generator = torch.Generator().manual_seed(0)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    excess = []
+    for _ in range(30):
+        savings = (1000 * torch.rand(4, 4, generator=generator).cumsum(1)).long()
+        prices = torch.rand(4, 4, generator=generator, dtype=torch.float64).cumsum(1)
+        saved, price = (table[torch.arange(4), every].sum(1) for table in (savings, prices))
+        wanted = int(saved[torch.randint(len(every), (1,), generator=generator)])
+        found = torch.tensor(knapsack(savings.tolist(), prices.tolist(), wanted))
+        assert savings[torch.arange(4), found].sum() >= wanted
+        excess.append(prices[torch.arange(4), found].sum() / price[saved >= wanted].min() - 1)
+    assert min(excess) > -1e-12
+    assert torch.stack(excess).mean() < 0.01
+
+
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_by_bytes_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(share, seed):
