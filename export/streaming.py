@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from numprune.anatomy import family_of, read_anatomy
-from numprune.errors import InputError
-from numprune.export import checkpoint
+from numprune.errors import DiskError
+from numprune.export import checkpoint, disk
 from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
 from numprune.export.weights import TensorHeader, read_rows, slabs
@@ -168,13 +168,16 @@ class CheckpointLayers:
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Room for a tensor in a file without a name: the kernel writes it out when it needs the memory for something else.
 
-    Raises InputError when the disk is full.
+    Raises DiskError when the disk is full.
     """
     size = shape.numel() * dtype.itemsize
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise InputError(f"{folder}: no space for {size:,} bytes of hidden states: {error.strerror}") from None
-        content = mmap.mmap(file.fileno(), size)
+            content = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        free, reason = disk.free_bytes(folder), disk.refusal(error) or error
+        raise DiskError(
+            f"{folder}: no space for {size:,} bytes of hidden states, {free:,} are free: {reason}"
+        ) from None
     return torch.frombuffer(content, dtype=dtype).view(shape)

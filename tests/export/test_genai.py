@@ -17,7 +17,7 @@ from numprune.export import checkpoint, genai, manifest, onnx, onnx_fused, onnx_
 from numprune.export.runtimes import open_runtime
 from numprune.export.runtimes.ort_fused import ROOM
 from numprune.flows.steps.quantize import quantize_checkpoint
-from numprune.quantization import Scheme
+from numprune.quantization import BlockSchemes, Scheme
 from tests.conftest import TINY, recast
 from tests.export.networks import NETWORKS, SIZES, error, per_layer
 
@@ -160,9 +160,13 @@ def test_half_precision(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
 INT4, INT8 = Scheme("w4a16", 32), Scheme("w8a8")
 
 
-def quantized(base: Path, scheme: Scheme) -> Path:
-    out = base.with_name(f"{base.name}-{scheme.name}")
-    quantize_checkpoint(base, scheme, out, torch.device("cpu"))
+MIXED = {"layers.0.attention": INT4, "layers.0.mlp": INT8, "layers.1.mlp": INT4, "layers.3.attention": INT8}
+
+
+def quantized(base: Path, schemes: BlockSchemes) -> Path:
+    name = schemes.name if isinstance(schemes, Scheme) else "mixed"
+    out = base.with_name(f"{base.name}-{name}")
+    quantize_checkpoint(base, schemes, out, torch.device("cpu"))
     return out
 
 
@@ -189,9 +193,9 @@ def test_quantized_networks(
     assert found["noise"]["p99"] > 1e-4  # of rounded activations; the weights alone would leave float32 errors
 
 
-@pytest.mark.parametrize("scheme", [INT4, INT8], ids=str)
+@pytest.mark.parametrize("schemes", [INT4, INT8, MIXED], ids=["4 bits", "8 bits", "bits of each block"])
 def test_genai_generates_what_our_runtime_does_of_quantized_layers_that_differ(
-    tiny_checkpoint: Checkpoint, tmp_path: Path, scheme: Scheme
+    tiny_checkpoint: Checkpoint, tmp_path: Path, schemes: BlockSchemes
 ) -> None:
     sizes: dict[int, dict[str, Any]] = {
         0: {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
@@ -200,14 +204,28 @@ def test_genai_generates_what_our_runtime_does_of_quantized_layers_that_differ(
         3: {},
     }
     dense = per_layer(tiny_checkpoint(num_hidden_layers=4, intermediate_size=96), "llama", sizes)
-    base = quantized(dense, scheme)
+    base = quantized(dense, schemes)
     genai.export(base, tmp_path / "out")
     parity.check(base, tmp_path / "out", "onnxruntime", device="cpu", threads=1)
+    if schemes is MIXED:
+        assert bits_of_products(tmp_path / "out") == [4, 4, 8, 8, 16, 16, 4, 4, 16, 16, 8, 8, 16, 16, 8]
     runtime, steps, prompt = open_runtime("onnxruntime", tmp_path / "out", device="cpu", threads=1), 16, text(base, 24)
     found = [runtime.prefill(prompt[None], last_only=True)[0, -1].argmax()]
     while len(found) < steps:
         found.append(runtime.decode(found[-1].reshape(1, 1))[0].argmax())
     assert generated(tmp_path / "out", [prompt], steps) == [[int(token) for token in found]]
+
+
+def bits_of_products(folder: Path) -> list[int]:
+    """Bits of the weights of each product, in the order of the network; 16: not quantized."""
+    nodes = onnx_format.load(folder / onnx.MODEL_FILE, load_external_data=False).graph.node
+    found = []
+    for node in nodes:
+        if node.op_type == "MatMul":
+            found.append(16)
+        elif node.op_type == "MatMulNBits":
+            found.append(next(one.i for one in node.attribute if one.name == "bits"))
+    return found
 
 
 def test_a_wrong_value_is_blocked(tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

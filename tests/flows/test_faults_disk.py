@@ -105,12 +105,18 @@ def test_the_disk_fills_up_while_the_registry_is_created(numprune: Command, disk
 
 
 @pytest.mark.parametrize("free", [64 << 10, 450 << 10])
-def test_streamed_pruning_without_disk_space(numprune: Command, disk: Path, tiny: Path, free: int) -> None:
+@pytest.mark.parametrize("name", ["prune", "quantize"])
+def test_working_layer_by_layer_without_disk_space(
+    numprune: Command, disk: Path, tiny: Path, name: str, free: int
+) -> None:
     """For hidden states; and for the weights, when there is room for those."""
-    arguments = ["prune", tiny / "base", disk / "out", "--ratio", "0.25", "--text", tiny / "train.txt", "--stream"]
+    how = {"prune": ["--ratio", "0.25", "--stream"], "quantize": ["--scheme", "w8a8"]}[name]
+    arguments = [name, tiny / "base", disk / "out", *how, "--text", tiny / "train.txt"]
     arguments += ["--samples", "12", "--sequence-length", "64"]
     ballast = fill(disk, free)
-    refused(numprune(*arguments), str(disk), "bytes", "space")
+    answered = numprune(*arguments)
+    refused(answered, f"{disk / 'out'}: ", " bytes ", " are free", "No space left on device", "free some space there")
+    assert ".partial" not in answered.err
     assert sorted(path.name for path in disk.iterdir()) == ["ballast"]
     ballast.unlink()
     assert numprune(*arguments).code == 0

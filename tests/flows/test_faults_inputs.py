@@ -62,11 +62,15 @@ def adapter(model: Path) -> str:
     return "adapter_config.json: the folder contains an adapter, which would be ignored; merge the adapter first"
 
 
-PRUNE = ["prune", "MODEL", "OUT", "--ratio", "0.2", "--samples", "4", "--sequence-length", "64", "--text", "TEXT"]
+SAMPLED = ["--samples", "4", "--sequence-length", "64", "--text", "TEXT"]
+PRUNE = ["prune", "MODEL", "OUT", "--ratio", "0.2", *SAMPLED]
 READERS: dict[str, list[str]] = {
     "inspect": ["inspect", "MODEL"],
     "prune": PRUNE,
     "stream": [*PRUNE, "--stream"],
+    "rtn": ["quantize", "MODEL", "OUT", "--scheme", "w8a8", "--method", "rtn"],
+    "gptq": ["quantize", "MODEL", "OUT", "--scheme", "w8a8", *SAMPLED],
+    "dense": ["quantize", "GOOD", "OUT", "--scheme", "w8a8", "--dense", "MODEL", *SAMPLED],
     "evaluate": ["evaluate", "MODEL", "--text", "TEXT"],
     "baseline": ["evaluate", "GOOD", "--baseline", "MODEL", "--text", "TEXT"],
     "vllm": ["export", "MODEL", "OUT", "--to", "vllm"],

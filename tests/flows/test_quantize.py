@@ -1,6 +1,11 @@
 """numprune quantize, and what the other commands make of a quantized checkpoint."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -10,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from numprune.byte_budget import LEVELS
-from numprune.export import manifest
+from numprune.export import checkpoint, manifest
 from numprune.flows import names
 from numprune.flows.cli import main
 from numprune.quantization import GROUP_SIZES, SCHEMES, Method, Scheme, SchemeName
+from tests.flows.faults import wait_until
 
 Checkpoint = Callable[..., Path]
 
@@ -136,3 +142,59 @@ def test_four_bit_weights_are_exported_to_onnx_dequantized(
     code, found = run(capsys, "export", out, tmp_path / "onnx", "--to", "onnx")
     assert code == 0, found
     assert found["parity"]["logit_error_max"] < 1e-3
+
+
+# The command, which is stopped when all is written and about to get its name.
+_STOPPING = """
+    import os, signal, sys, time
+    from numprune.flows.cli import main
+
+    def stop(event, args):
+        if event == "os.rename" and os.path.basename(str(args[1])) == "out":
+            if "killed" in sys.argv:
+                os.kill(os.getpid(), signal.SIGKILL)
+            open(sys.argv[1] + "/waiting", "w").close()
+            while not os.path.exists(sys.argv[1] + "/go"):
+                time.sleep(0.01)
+
+    sys.addaudithook(stop)
+    sys.exit(main(["quantize", *sys.argv[3:]]))
+"""
+
+
+def stopping(folder: Path, how: str, words: list[str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", textwrap.dedent(_STOPPING), str(folder), how, *words]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_killed_command_leaves_no_checkpoint_and_is_repeated(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base, folder = tiny_checkpoint(), tmp_path / "folder"
+    words = [str(base), str(folder / "out"), "--scheme", "w8a8", "--method", "rtn"]
+    with stopping(tmp_path, "killed", words) as process:
+        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+    assert [path.name.startswith(".out.") for path in folder.iterdir()] == [True]
+    code, made = run(capsys, "quantize", *words)
+    assert code == 0
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    assert manifest.verify(folder / "out").digest == made["digest"]
+
+
+def test_of_two_commands_with_one_target_the_slower_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base, out = tiny_checkpoint(), tmp_path / "folder" / "out"
+    words = [str(base), str(out), "--method", "rtn", "--scheme"]
+    with stopping(tmp_path, "waits", [*words, "fp8"]) as slower:
+        wait_until((tmp_path / "waiting").exists)
+        code, made = run(capsys, "quantize", *words, "w8a8")
+        assert code == 0
+        (tmp_path / "go").touch()
+        _, said = slower.communicate()
+    assert slower.returncode == 1
+    assert said.strip().endswith(f"{out}: another process created it in the meantime")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert manifest.verify(out).digest == made["digest"]
+    assert str(checkpoint.quantized(checkpoint.audit(out))["model.layers.0.mlp.up_proj.weight"]) == "w8a8"
