@@ -187,6 +187,11 @@ def model_folder(path: str) -> Path:
     return EMBEDDED_FOLDER / "model" if path == EMBEDDED else resolve(path)
 
 
+def model_name(path: str) -> str:
+    """The last part of a folder's path; a hub id, or EMBEDDED, as it is."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
+
+
 def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
     """Runtime -> its compute precision. Raises InputError if a runtime does not support the requested one."""
     exported = {name if name == "vllm" else RUNTIME_OF_EXPORT[name] for name in recipe.export.targets}

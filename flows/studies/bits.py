@@ -30,12 +30,14 @@ from numprune.byte_budget import MIXED, ByteBudget, SchemeName
 from numprune.calibration import Walker
 from numprune.choosing import Known, dense_inputs, error_curves, least_units
 from numprune.corpus import TokenRows
+from numprune.counted import counted
 from numprune.curves import Errors
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
-from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
+from numprune.flows.recipe import EMBEDDED
 from numprune.flows.steps import text as texts
+from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, sizes_allowed
@@ -57,19 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         rivals = _rivals(args.rivals)
-        rows = list(_Study.of(args).rows(rivals))
+        study = _Study.of(args)
+        rows = list(study.rows(rivals))
     except NumpruneError as error:
         print(f"bits: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(rows, indent=1) if args.json else as_markdown(rows))
+    conditions = study.conditions()
+    print(
+        json.dumps({"conditions": conditions, "rows": rows}, indent=1) if args.json else as_markdown(rows, conditions)
+    )
     return 0
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[Row], conditions: str) -> str:
     """Return the table."""
     lines = [
-        "| budget: bytes of | what | weights | parameters of the blocks | blocks at 16, 8, 4 bits | price, nats | "
-        "increase of NLL, nats/token |",
+        "| budget: bytes of | what | weights | parameters of the blocks | blocks as stored, at 8, at 4 bits | "
+        "price, nats/token | increase of NLL, nats/token |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -81,13 +87,14 @@ def as_markdown(rows: Sequence[Row]) -> str:
                 f"{row['nll_delta']:+.4f} [{row['interval95'][0]:+.4f}, {row['interval95'][1]:+.4f}] |"
             )
         lines.append(f"| {row['budget_of']} | {row['what']} | {result}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", conditions])
 
 
 @dataclass(frozen=True)
 class _Study:
     """A model, what its blocks may become, and what that is taken to cost."""
 
+    name: str
     model: PreTrainedModel
     anatomy: Anatomy
     rows_: Tensor
@@ -102,7 +109,7 @@ class _Study:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "_Study":
         torch.manual_seed(0)
-        folder = checkpoint.resolve(args.model)
+        folder = model_folder(args.model)
         target = Target(align=args.align, quantization_group=args.group_size)
         budget = byte_budget(folder, 0, MIXED)
         options = PruneOptions(0.0, allocation="error", compensation=args.compensation, target=target)
@@ -119,7 +126,19 @@ class _Study:
         errors = error_curves(layers, dense_inputs(walker, rows, None), options, gradients, least_units(allowed))
         rounding = rounding_prices(walker, rows, gradients.output, levels)
         known = Known(None, gradients)
-        return cls(model, layers.anatomy, rows, heldout, options, budget, allowed, errors, rounding, known)
+        return cls(
+            model_name(args.model),
+            model,
+            layers.anatomy,
+            rows,
+            heldout,
+            options,
+            budget,
+            allowed,
+            errors,
+            rounding,
+            known,
+        )
 
     def rows(self, rivals: Sequence[tuple[SchemeName, float]]) -> Iterator[Row]:
         """Measure every rival, and what can be made of its bytes."""
@@ -144,6 +163,22 @@ class _Study:
                     yield {"budget_of": name, "what": what, "problem": str(error)}
                     continue
                 yield self._measured(name, what, chosen)
+
+    def conditions(self) -> str:
+        """Return what all rows have in common, and the dense model's figures."""
+        whole = model_bytes(
+            self.anatomy, {block.name: Form(block.size, None) for block in self.anatomy.blocks}, self.budget
+        )
+        dense = quality.evaluate(self.model, self.heldout)
+        assert dense is not None
+        count, length = self.rows_.shape
+        target, documents = self.options.target, counted(self.heldout.documents, "document")
+        return (
+            f"{self.name}, dense: {whole / 1e6:.2f} MB, NLL {dense.mean_nll:.4f} on {dense.count:,} tokens of "
+            f"{documents} held out. {self.options.compensation}, then gptq, on {count} rows of {length} tokens; "
+            f"intermediate sizes in steps of {target.align}, w4a16 in groups of {target.quantization_group}. In "
+            "brackets: 95 % intervals, paired."
+        )
 
     def _level(self, scheme: SchemeName) -> Scheme:
         (level,) = levels_of(replace(self.budget, levels=(scheme,)), self.options.target)
@@ -213,8 +248,9 @@ def _parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = EMBEDDED_FOLDER / "model"
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=model, help="a checkpoint (default: the embedded)")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=EMBEDDED, help="a checkpoint (default: the embedded)"
+    )
     for option, what in (("--text", "calibrate"), ("--heldout", "measure")):
         parser.add_argument(option, type=Path, nargs="+", metavar="FILE", help=f"to {what} on (default: the embedded)")
     parser.add_argument("--rivals", default=_RIVALS, help="whose bytes are the budgets (default: %(default)s)")

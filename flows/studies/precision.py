@@ -1,4 +1,4 @@
-"""What quantization adds to pruning: bytes, quality and speed of a model dense, pruned, and quantized after pruning.
+"""What quantization adds to pruning: bytes, quality and speed of a model dense and pruned, each in every scheme.
 
     python -m numprune.flows.studies.precision [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratio 0.3]
         [--schemes w8a8,w4a16:64] [--runtimes torch,onnxruntime,vllm] [--out DIR]
@@ -14,18 +14,20 @@ import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from numprune.corpus import TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint, genai, onnx, vllm
 from numprune.export.precision import FLOAT32
 from numprune.flows import children
+from numprune.flows.cli.parser import at_least
 from numprune.flows.names import Runtime
 from numprune.flows.recipe import EMBEDDED
-from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of, prune_checkpoint
@@ -34,7 +36,7 @@ from numprune.flows.steps.text import calibration_rows, text_rows
 from numprune.options import PruneOptions
 from numprune.quantization import SCHEMES, Scheme
 from numprune.serving.benchmark import run_benchmark
-from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.load import REPEATS_RULE, Load, are_repeats
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import ReportedEstimate, RuntimeSpeed
 from numprune.serving.vllm import environment
@@ -46,31 +48,52 @@ _METRIC = {"vllm": "output_tokens_per_s"}  # of the others: decode_tokens_per_s
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A model in a folder.
+
+    Attributes:
+        base: what it is without quantization: DENSE or PRUNED.
+        scheme: that it is quantized to; None: it is not.
+    """
+
+    base: str
+    scheme: Scheme | None
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.base if self.scheme is None else f"{self.base}, {self.scheme}"
+
+
+@dataclass(frozen=True)
 class Row:
     """One model.
 
     Attributes:
         weight_bytes: as stored.
         quality: the report's section, against the dense model; of that, one of any other model.
+        quantization: the difference from the model before it was quantized, as in that section; None: it was not.
         speed: runtime -> the report's section, of this model beside the dense one.
     """
 
     name: str
     weight_bytes: int
     quality: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None = None
     speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def markdown(rows: Sequence[Row], runtimes: Sequence[str], conditions: str) -> str:
     """The table; the first of `rows` is the dense model, and "-" is what was not measured."""
-    header = ["model", "MB of weights", "NLL", "more than dense (95 % interval)"]
-    header += [f"{runtime}, tokens/s (of dense, 95 % interval)" for runtime in runtimes]
+    header = ["model", "weights, MB", "NLL, nats/token", "increase over dense", "increase by quantization"]
+    header += [f"{runtime}, tokens/s (times dense)" for runtime in runtimes]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in rows:
         dense = row is rows[0]
         side = row.quality["baseline" if dense else "candidate"]
         delta = "-" if dense else _interval(row.quality["loss_delta"], "+.4f")
-        cells = [row.name, f"{row.weight_bytes / 1e6:,.1f}", f"{side['nll_nats_per_token']:.4f}", delta]
+        cost = "-" if row.quantization is None else _interval(row.quantization, "+.4f")
+        cells = [row.name, f"{row.weight_bytes / 1e6:,.1f}", f"{side['nll_nats_per_token']:.4f}", delta, cost]
         cells += [_rate(runtime, row.speed.get(runtime), dense=dense) for runtime in runtimes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", conditions, ""])
@@ -116,9 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--runtimes", default="torch,onnxruntime", help="of torch,onnxruntime,vllm (default %(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=32, help="calibration rows (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens per row (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=64, help="held-out rows at most (default %(default)s)")
+    for option, value, what in (
+        ("--samples", 32, "calibration rows"),
+        ("--sequence-length", 256, "tokens per row"),
+        ("--windows", 64, "held-out rows at most"),
+    ):
+        parser.add_argument(option, type=at_least(1), default=value, help=f"{what} (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=6, help="of each timing, even (default %(default)s)")
     parser.add_argument("--vllm", metavar="ENV", help="virtual environment with vLLM (default: .venv-vllm)")
     parser.add_argument("--out", type=Path, help="folder for precision.md and precision.json")
@@ -137,119 +163,139 @@ def _study(args: argparse.Namespace) -> str:
     runtimes = args.runtimes.split(",")
     if unknown := [name for name in runtimes if name not in RUNTIMES]:
         raise InputError(f"runtime is {unknown[0]!r}; it must be one of {', '.join(RUNTIMES)}")
-    schemes = {str(scheme): scheme for scheme in map(scheme_of, args.schemes.split(","))}
+    schemes = [scheme_of(text) for text in args.schemes.split(",")]
+    if not are_repeats(args.repeats):
+        raise InputError(f"--repeats is {args.repeats}; it {REPEATS_RULE}")
     base = model_folder(args.model)
     served = environment.find(args.vllm) if "vllm" in runtimes else None  # before the work
-    for scheme in schemes.values():
+    for scheme in schemes:
         check_request(base, scheme)
     load = Load(repeats=args.repeats)
-    groups = [scheme.group_size or 1 for scheme in schemes.values()]
+    groups = [scheme.group_size or 1 for scheme in schemes]
     target = Target(align=32, quantization_group=max(groups))
     options = PruneOptions(args.ratio, compensation=args.compensation, target=target)
     tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
     rows, draw = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, length, 0, Reading())
     heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
     with tempfile.TemporaryDirectory(prefix="numprune-precision-") as scratch:
-        folders = {DENSE: base, PRUNED: Path(scratch) / PRUNED}
-        children.call(prune_checkpoint, base, rows, options, folders[PRUNED], device_of("auto"))
-        for number, (name, scheme) in enumerate(schemes.items()):
-            folders[name] = Path(scratch) / f"quantized-{number}"
-            children.call(
-                quantize_checkpoint,
-                folders[PRUNED],
-                scheme,
-                folders[name],
-                device_of("auto"),
-                rows=rows,
-                draw=draw,
-                dense=base,
-            )
-        others = [name for name in folders if name != DENSE]
-        compared = compare_checkpoints([folders[name] for name in others], base, heldout, device_of("auto"))
-        quality = {DENSE: compared[0], **dict(zip(others, compared, strict=True))}
-        speed: dict[str, dict[str, Any]] = {name: {} for name in folders}
+        pruned = Path(scratch) / PRUNED
+        children.call(prune_checkpoint, base, rows, options, pruned, device_of("auto"))
+        variants = []
+        for name, folder, dense in ((DENSE, base, None), (PRUNED, pruned, base)):
+            variants.append(Variant(name, None, folder))
+            for scheme in schemes:
+                made = Variant(name, scheme, Path(scratch) / f"quantized-{len(variants)}")
+                device = device_of("auto")
+                children.call(
+                    quantize_checkpoint, folder, scheme, made.folder, device, rows=rows, draw=draw, dense=dense
+                )
+                variants.append(made)
+        quality, quantization = _quality(variants, heldout)
+        speed: dict[str, dict[str, Any]] = {one.name: {} for one in variants}
         for runtime in runtimes:
-            for name, found in _timed(runtime, folders, schemes, load, served, Path(scratch)).items():
+            for name, found in _timed(runtime, variants, load, served, Path(scratch)).items():
                 speed[name][runtime] = found["speed"]
                 speed[DENSE].setdefault(runtime, found["speed"])
         table = [
-            Row(name, checkpoint.weight_bytes(folder), quality[name], speed[name]) for name, folder in folders.items()
+            Row(
+                one.name,
+                checkpoint.weight_bytes(one.folder),
+                quality[one.name],
+                quantization.get(one.name),
+                speed[one.name],
+            )
+            for one in variants
         ]
     conditions = (
-        f"{base.name}, {args.ratio:.0%} removed (obs, uniform, {args.compensation}), then gptq towards the "
-        f"dense model; {args.samples} calibration rows of {length} tokens; quality on {quality[DENSE]['tokens']:,} "
-        f"tokens of {quality[DENSE]['documents']} held-out documents; {args.repeats} repeats of each timing, in turn."
+        f"{model_name(args.model)}, {args.ratio:.0%} removed (obs, uniform, {args.compensation}); quantized by gptq, "
+        f"the pruned model towards the outputs of the dense one; {args.samples} calibration rows of {length} tokens. "
+        f"NLL on {quality[DENSE]['tokens']:,} tokens of {quality[DENSE]['documents']} held-out documents, in PyTorch. "
+        f"Decoding at batch 1, {args.repeats} repeats of each timing, in turn. In brackets: 95 % intervals, paired."
     )
     text = markdown(table, runtimes, conditions)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "precision.md").write_text(text, encoding="utf-8")
-        data = [
-            {"model": row.name, "weight_bytes": row.weight_bytes, "quality": row.quality, "speed": row.speed}
-            for row in table
-        ]
+        data = [asdict(row) for row in table]
         (args.out / "precision.json").write_text(json.dumps(data, indent=2, allow_nan=False), encoding="utf-8")
     return text
 
 
+def _quality(
+    variants: Sequence[Variant], heldout: TokenRows
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """By name: the section against the dense model, and the difference that quantization makes."""
+    dense, *others = variants
+    device = device_of("auto")
+    (pruned,) = (one for one in others if one.name == PRUNED)
+
+    def compared(these: Sequence[Variant], baseline: Path) -> dict[str, dict[str, Any]]:
+        found = compare_checkpoints([one.folder for one in these], baseline, heldout, device)
+        return {one.name: section for one, section in zip(these, found, strict=True)}
+
+    quality = compared(others, dense.folder)
+    of_pruned = compared([one for one in others if one.base == PRUNED and one is not pruned], pruned.folder)
+    beside = {one.name: quality[one.name] for one in others if one.base == DENSE} | of_pruned
+    return {DENSE: quality[PRUNED], **quality}, {name: section["loss_delta"] for name, section in beside.items()}
+
+
 def _timed(
-    runtime: str,
-    folders: Mapping[str, Path],
-    schemes: Mapping[str, Scheme],
-    load: Load,
-    served: environment.Environment | None,
-    scratch: Path,
+    runtime: str, variants: Sequence[Variant], load: Load, served: environment.Environment | None, scratch: Path
 ) -> dict[str, dict[str, Any]]:
     """What `run_benchmark` or `run_served` found of each model that the runtime computes with as it is stored."""
     if served is not None and runtime == "vllm":
-        sides = _served(folders, schemes, served, scratch)
+        sides = _served(variants, served, scratch)
         dense = sides.pop(DENSE)
-        return run_served(sides, dense, served, ServedLoad(repeats=load.repeats, concurrency=(1,)))
+        found: dict[str, dict[str, Any]] = {}
+        for base in (PRUNED, DENSE):  # all servers at once may not fit into memory
+            beside = {one.name: sides[one.name] for one in variants if one.base == base and one.name in sides}
+            if beside:
+                found |= run_served(beside, dense, served, ServedLoad(repeats=load.repeats, concurrency=(1,)))
+        return found
     if runtime == "onnxruntime":
-        sides = _exported(folders, schemes, scratch)
+        sides = _exported(variants, scratch)
     else:
-        sides = {name: folders[name] for name in (DENSE, PRUNED)}
+        sides = {one.name: one.folder for one in variants if one.scheme is None}
     dense = sides.pop(DENSE)
     return {name: run_benchmark(side, dense, runtime, load) for name, side in sides.items()}
 
 
-def _exported(folders: Mapping[str, Path], schemes: Mapping[str, Scheme], scratch: Path) -> dict[str, Path]:
+def _exported(variants: Sequence[Variant], scratch: Path) -> dict[str, Path]:
     """The models for ONNX Runtime, with its own operators where the dense and the pruned model can be exported so."""
     sides, kind = {}, genai.KIND
     try:
-        for name in (DENSE, PRUNED):
-            genai.check_config(checkpoint.read_config(folders[name]))
+        for one in variants:
+            if one.scheme is None:
+                genai.check_config(checkpoint.read_config(one.folder))
     except InputError as error:
         print(f"standard operators: {error}", file=sys.stderr)
         kind = onnx.KIND
-    for name, folder in folders.items():
+    for number, one in enumerate(variants):
         try:
-            if name in schemes:
-                genai.check_config(checkpoint.read_config(folder))
-                genai.check_scheme(schemes[name], FLOAT32)
+            if one.scheme is not None:
+                genai.check_config(checkpoint.read_config(one.folder))
+                genai.check_scheme(one.scheme, FLOAT32)
         except InputError as error:
-            print(f"{name} is not run in ONNX Runtime: {error}", file=sys.stderr)
+            print(f"{one.name}: not run in ONNX Runtime: {error}", file=sys.stderr)
             continue
-        sides[name] = scratch / f"onnx-{name}"
-        export(folder, sides[name], kind)
+        sides[one.name] = scratch / f"onnx-{number}"
+        export(one.folder, sides[one.name], kind)
     return sides
 
 
-def _served(
-    folders: Mapping[str, Path], schemes: Mapping[str, Scheme], served: environment.Environment, scratch: Path
-) -> dict[str, Path]:
+def _served(variants: Sequence[Variant], served: environment.Environment, scratch: Path) -> dict[str, Path]:
     """The models that vLLM serves on this machine."""
     device = "cpu" if served.cpu else "gpu"
     sides = {}
-    for name, folder in folders.items():
+    for number, one in enumerate(variants):
         try:
-            if name in schemes:
-                vllm.check_quantized(schemes[name], checkpoint.read_config(folder).dtype, device)
+            if one.scheme is not None:
+                vllm.check_quantized(one.scheme, checkpoint.read_config(one.folder).dtype, device)
         except InputError as error:
-            print(f"{name} is not served: {error}", file=sys.stderr)
+            print(f"{one.name}: not served: {error}", file=sys.stderr)
             continue
-        sides[name] = scratch / f"vllm-{name}"
-        vllm.export(folder, sides[name])
+        sides[one.name] = scratch / f"vllm-{number}"
+        vllm.export(one.folder, sides[one.name])
     return sides
 
 

@@ -10,11 +10,12 @@ from typing import TypeVar, get_args
 
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError, NumpruneError
-from numprune.export.checkpoint import read_config, resolve
+from numprune.export.checkpoint import read_config
 from numprune.flows import children
 from numprune.flows.cli.parser import Parser, add_choice, add_reading, at_least, reading
 from numprune.flows.names import Device
-from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER
+from numprune.flows.recipe import EMBEDDED
+from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.text import row_length
 from numprune.flows.studies.compare.methods import METHODS, check, chosen, defaults
@@ -103,7 +104,7 @@ def _parser() -> Parser:
 
 
 def _request(args: argparse.Namespace) -> Request:
-    folder = EMBEDDED_FOLDER / "model" if args.model == EMBEDDED else resolve(args.model)
+    folder = model_folder(args.model)
     config = read_config(folder)
     anatomy = read_anatomy(config)
     if anatomy.task != "causal-lm":
@@ -123,7 +124,7 @@ def _request(args: argparse.Namespace) -> Request:
         raise InputError("--methods: none of them can work on this model at every one of --ratios")
     return Request(
         model=folder,
-        name=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model,
+        name=model_name(args.model),
         text=args.text or EMBEDDED,
         heldout=args.heldout or (None if args.text else EMBEDDED),
         reading=reading(args, [*(args.text or []), *(args.heldout or [])]),

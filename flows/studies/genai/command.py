@@ -15,13 +15,14 @@ from statistics import median
 from typing import Any
 
 from numprune.anatomy import context_of
+from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError, MissingRuntime, NumpruneError
 from numprune.export import checkpoint, processors
 from numprune.export.genai import check_config
 from numprune.flows import children
 from numprune.flows.recipe import EMBEDDED
-from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows
@@ -63,10 +64,11 @@ class Result:
 
 
 def markdown(results: Sequence[Result], conditions: str) -> str:
-    """The table. Ratios are paired by turn; "of genai's best" is of the fastest that the builder made as precise."""
+    """The table. Ratios are paired by turn; the builder's best is the fastest that it made in the same precision."""
     eager = next(one for one in results if one.contender.maker == TORCH)
     lines = [
-        "| model | MB | tokens/s | of PyTorch, eager (95 % interval) | of the builder's best (95 % interval) | NLL |",
+        "| model | weights, MB | tokens/s | times PyTorch, eager (95 % interval) | times the builder's best "
+        "(95 % interval) | NLL, nats/token |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for one in results:
@@ -146,10 +148,10 @@ def _study(args: argparse.Namespace) -> str:
         results = [Result(one, rates[one], nlls[one], _megabytes(folder)) for one, folder in folders.items()]
     machine = capture(uses_gpu=False, own_processes=[])
     conditions = (
-        f"{base.name} on {threads} threads of {machine.cpu}; a prompt of {len(prompt)} tokens, then {args.steps} "
-        f"decoded one by one; medians of {args.repeats} turns in random order; NLL of "
-        f"{sum(len(row) - 1 for row in scored):,} held-out tokens; numprune's int8 and int4 are w8a8 and w4a16 (groups "
-        f"of 64) by GPTQ on {args.samples} rows of {length} tokens."
+        f"{model_name(args.model)} on {counted(threads, 'thread')} of {machine.cpu}; a prompt of "
+        f"{counted(len(prompt), 'token')}, then {args.steps} decoded one by one; medians of {args.repeats} turns in "
+        f"random order; NLL of {sum(len(row) - 1 for row in scored):,} held-out tokens; numprune's int8 and int4 are "
+        f"w8a8 and w4a16 (groups of 64) by GPTQ on {counted(args.samples, 'row')} of {length} tokens."
     )
     text = markdown(results, conditions)
     if args.out:

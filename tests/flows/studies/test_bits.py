@@ -17,7 +17,8 @@ def test_every_way_keeps_to_the_rivals_bytes_and_choosing_both_costs_least(tiny_
     rivals = {"w8a8": "w8a8 of the dense model", "w4a16@0.3": "30% pruned, then w4a16"}
     options = ["--samples", "8", "--sequence-length", "32", "--rivals", ",".join(rivals), "--json"]
     assert bits.main([str(base), "--text", str(text), "--heldout", str(text), *options]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    rows, conditions = found["rows"], found["conditions"]
     assert [row["what"] for row in rows] == [what for name in rivals.values() for what in (name, *WAYS)]
     for name in rivals.values():
         rival, *others = (row for row in rows if row["budget_of"] == name)
@@ -28,7 +29,9 @@ def test_every_way_keeps_to_the_rivals_bytes_and_choosing_both_costs_least(tiny_
         assert rival["interval95"][0] <= rival["nll_delta"] <= rival["interval95"][1]
     dense = rows[0]
     assert (dense["parameters"], dense["blocks"]) == (1, {"16": 0, "8": 4, "4": 0})
-    table = bits.as_markdown(rows).splitlines()
+    *table, empty, last = bits.as_markdown(rows, conditions).splitlines()
+    assert (empty, last) == ("", conditions)
+    assert " on 8 rows of 32 tokens; " in conditions
     assert {line.count("|") for line in table} == {table[0].count("|")}
 
 
