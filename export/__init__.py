@@ -1,14 +1,14 @@
-"""From a checkpoint to artifacts that other programs run, and the proof that they compute the same.
+"""Export checkpoints to vLLM, ONNX and TensorRT, and prove that each export computes what the checkpoint computes.
 
 `manifest` creates and verifies artifact folders; `checkpoint` reads, writes and audits Hugging Face folders; `vllm`,
-`onnx`, `genai` and `tensorrt` each write one format; `runtimes` runs what they wrote; `parity` compares a runtime with
-the checkpoint and blocks. This package imports `numprune` (the core) and nothing else of ours.
+`onnx`, `genai` and `tensorrt` each write one format; `runtimes` runs the exports; `parity` compares a runtime with the
+checkpoint and blocks on a difference. Of this project, the package imports only `numprune` (the core).
 
 Notation used for tensor shapes:
-    B   batch: rows that run together
+    B   batch size
     S   new tokens per row in this call (the prompt's length at prefill, 1 at decode)
     P   past: positions already in the KV cache
-    T   total = P + S: what attention_mask spans
+    T   total = P + S: the length of attention_mask
     V   vocabulary
     N_l KV heads of layer l (layers may differ)
     D   head dimension

@@ -1,7 +1,7 @@
-"""The model card of a pruned checkpoint: README.md, as the Hugging Face hub reads it.
+"""The model card of a pruned checkpoint: README.md in the format of the Hugging Face hub.
 
-It takes the place of the base's own card, whose figures are those of the dense model, and carries over what holds for
-both: licence, language and the base's name on the hub.
+It replaces the base model's card, whose figures are those of the dense model. Licence, language and the base model's
+name on the hub are carried over.
 """
 
 import re
@@ -39,7 +39,7 @@ _PLUGIN = """\
 vLLM needs numprune's plug-in for it. In a numprune checkout, with the environment of vLLM 0.32 active, install both:
 `pip install --no-deps . ./serving/vllm_plugin`."""
 
-# Our name of a task -> the hub's.
+# Task name -> the hub's pipeline tag.
 _PIPELINES = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
@@ -49,15 +49,15 @@ _PIPELINES = {
 
 
 def write(folder: Path, base: Path, plan: Plan) -> None:
-    """Write the card of the checkpoint in `folder`, which `plan` made of that in `base`. Raises InputError."""
+    """Write the card of the checkpoint in `folder`, which was pruned from `base` by `plan`. Raises InputError."""
     metadata = _metadata(base / CARD)
     (folder / CARD).write_text(_text(folder, base, plan, metadata), encoding="utf-8")
 
 
 def with_quality(card: str, quality: str) -> str:
-    """The card with its section on quality replaced by `quality`, Markdown that begins with the same heading.
+    """Return the card with its quality section replaced by `quality`, Markdown that begins with the same heading.
 
-    Raises IntegrityError where the card has no such section.
+    Raises IntegrityError if the card has no such section.
     """
     before, found, after = card.partition(_QUALITY)
     _, following, rest = after.partition("\n## ")
@@ -67,7 +67,7 @@ def with_quality(card: str, quality: str) -> str:
 
 
 def set_precision(folder: Path) -> None:
-    """Have the card of a checkpoint of ours, where there is one, say in which precision its weights are stored now."""
+    """Update the stored precision in a numprune card, if the checkpoint has one."""
     path = folder / CARD
     if not (folder / PLAN_FILE).is_file() or not path.is_file():
         return
@@ -80,7 +80,7 @@ def set_precision(folder: Path) -> None:
 
 
 def set_quantization(folder: Path, found: QuantizationConfig) -> None:
-    """Have the card of a checkpoint of ours, where there is one, say how its weights were quantized."""
+    """State in a numprune card, if the checkpoint has one, how the weights were quantized."""
     path = folder / CARD
     if not path.is_file():
         return
@@ -91,7 +91,7 @@ def set_quantization(folder: Path, found: QuantizationConfig) -> None:
 
 
 def set_training(folder: Path, training: str) -> None:
-    """Have the card of a checkpoint of ours, where there is one, say how it was trained after pruning."""
+    """State in a numprune card, if the checkpoint has one, how the model was trained after pruning."""
     path = folder / CARD
     if not path.is_file():
         return
@@ -101,12 +101,12 @@ def set_training(folder: Path, training: str) -> None:
 
 
 def _unmeasured(card: str) -> str:
-    """The card of other weights than those that its section on quality is about: they have not been measured."""
+    """Reset the card's quality section: it describes other weights than the present ones."""
     return re.sub(rf"^{_QUALITY}.*?(?=^## |\Z)", f"{_QUALITY}\n{_UNMEASURED}\n", card, flags=re.M | re.S)
 
 
 def hub_id(folder: Path) -> str | None:
-    """The name on the hub of a model in the hub's local cache (models--OWNER--NAME/snapshots/REVISION)."""
+    """Return the hub id of a model in the hub's local cache (models--OWNER--NAME/snapshots/REVISION)."""
     resolved = folder.absolute()
     if resolved.parent.name != "snapshots":
         return None
@@ -196,14 +196,14 @@ def _serve(folder: Path) -> str:
 def _metadata(card: Path) -> dict[str, Any]:
     """Return the metadata of the base's card that also holds for the pruned model; empty without a card.
 
-    A card is text that anybody wrote: values that are not plain are left out.
+    A card is untrusted text: only plain values are carried over.
     """
     if not card.exists():
         return {}
     require_size(card, MAXIMUM_CONFIG_BYTES)
     try:
         found = metadata_load(card) or {}
-    except (ValueError, RecursionError, yaml.YAMLError):  # no UTF-8, no YAML, or no mapping
+    except (ValueError, RecursionError, yaml.YAMLError):  # not UTF-8, not YAML, or not a mapping
         return {}
     return {key: found[key] for key in _CARRIED if _is_plain(found.get(key))}
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's folder is quantized; the format is numprune.quantization.compressed_tensors."""
+"""How a checkpoint folder is quantized; the format itself is in numprune.quantization.compressed_tensors."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from numprune.quantization.compressed_tensors import QuantizationConfig, read_qu
 
 
 def quantization_in(folder: Path) -> QuantizationConfig | None:
-    """Return how the checkpoint in `folder` is quantized; None: it is not. Raises InputError as `read_quantization`."""
+    """Return how the checkpoint in `folder` is quantized, or None. Raises InputError like `read_quantization`."""
     return read_quantization(files.read_object(folder / files.CONFIG))
 
 
 def refuse_quantized(folder: Path, use: str) -> None:
-    """Refuse a checkpoint that is quantized, for a `use` that needs full weights. Raises InputError."""
+    """Refuse a quantized checkpoint for a `use` that needs the full weights. Raises InputError."""
     if found := quantization_in(folder):
         raise InputError(f"{folder}: the checkpoint is quantized ({found}); {use} needs the unquantized one")

@@ -1,4 +1,4 @@
-"""config.json: read with every mistake named, and written so that older readers compute the same model."""
+"""Read config.json with precise errors, and write it so that older readers compute the same model."""
 
 import json
 from pathlib import Path
@@ -18,13 +18,13 @@ _ADAPTER = "adapter_config.json"
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a supported architecture. Its dtype is that of the stored weights, where there are any.
+    """Return the configuration of a supported architecture. Its dtype is that of the stored weights, if there are any.
 
-    What it says of quantization is left out: how weights are stored is the folder's business (compressed_tensors.py),
-    and what is read from it is a model in floating point.
+    The quantization config is left out: compressed_tensors.py handles it, and weights are read into a floating-point
+    model.
 
-    A Llama whose heads do not divide the hidden size is read as the same network's Mistral configuration, which
-    transformers does not refuse.
+    A Llama whose head count does not divide the hidden size is read as a Mistral configuration of the same network,
+    which transformers accepts.
 
     Raises:
         InputError: config.json is missing or malformed, or the architecture is not supported.
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> Any:
         config = _parse(folder, content)
     except InputError:
         raise
-    except Exception as error:  # whatever a malformed file makes transformers raise, it is the file that is at fault
+    except Exception as error:  # a malformed file can make transformers raise anything
         raise InputError(f"{path}: transformers cannot read it: {reason(error)}") from error
     if hasattr(config, compressed_tensors.CONFIG_FIELD):
         delattr(config, compressed_tensors.CONFIG_FIELD)
@@ -61,14 +61,14 @@ def _parse(folder: Path, content: dict[str, Any]) -> Any:
     if content.get("model_type") == "llama" and content.get("head_dim"):
         hidden, heads = content.get("hidden_size"), content.get("num_attention_heads")
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads:
-            # transformers insists that they divide, though head_dim says what the quotient would. Ours does not.
+            # transformers requires this to divide evenly, even where head_dim is given. numprune does not.
             config = AutoConfig.for_model(**{**content, "model_type": f"{PER_LAYER_PREFIX}llama"})
             return pruned_config(config, read_anatomy(config))
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def reason(error: BaseException) -> str:
-    """The last line of an error of transformers, which says most."""
+    """Return the last line of a transformers error, the most informative one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__
 
@@ -77,12 +77,12 @@ def write_config(config: Any, source: Path, folder: Path) -> None:
     """Write config.json into `folder`.
 
     Args:
-        config: its architectures and dtype are those of the model beside it.
-        source: the folder of the model that this one was made from. What it says about generation is carried along:
+        config: with the architectures and dtype of the model in `folder`.
+        source: the folder of the base model. Its generation settings are carried along:
             transformers reads it from config.json where there is no generation_config.json, and does not write it.
     """
     fields = json.loads(config.to_json_string())
-    fields.pop("auto_map", None)  # names code that is not carried
+    fields.pop("auto_map", None)  # names code that is not copied
     before = files.read_object(source / files.CONFIG)
     generation = GenerationConfig().to_dict().keys() & before.keys()
     fields |= {name: before[name] for name in generation - fields.keys()}
@@ -90,7 +90,7 @@ def write_config(config: Any, source: Path, folder: Path) -> None:
 
 
 def copy_config(config: Any, source: Path, folder: Path) -> None:
-    """Copy config.json, byte for byte where other readers take it for what `read_config` did: `config`."""
+    """Copy config.json, byte for byte if other readers understand it as `read_config` did (`config`)."""
     if files.read_object(source / files.CONFIG).get("model_type") == config.model_type:
         files.copy_without_code(source / files.CONFIG, folder / files.CONFIG)
     else:
@@ -98,13 +98,14 @@ def copy_config(config: Any, source: Path, folder: Path) -> None:
 
 
 def _for_older_readers(fields: dict[str, Any]) -> dict[str, Any]:
-    """What transformers before 5, and vLLM of that time, read instead of `dtype` and `rope_parameters`.
+    """Return the fields that transformers before version 5 (and vLLM of that time) reads in place of `dtype` and
+    `rope_parameters`.
 
-    Without it they compute in float32 with a theta of 10,000 and no scaling, and say nothing.
+    Without these fields, they silently compute in float32 with a theta of 10,000 and no scaling.
     """
     older = {"torch_dtype": fields["dtype"]}
     rotary = fields.get("rope_parameters") or {}
-    if "rope_theta" in rotary:  # else there are none, or several, one for each kind of layer
+    if "rope_theta" in rotary:  # otherwise none, or one for each kind of layer
         older |= {name: rotary[name] for name in ("rope_theta", "partial_rotary_factor") if name in rotary}
         scaling = {name: value for name, value in rotary.items() if name not in older}
         older["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling

@@ -1,4 +1,4 @@
-"""What file systems refuse, in words: which path, why, how many bytes were needed and are free, and what to do."""
+"""File-system errors explained: the path, the reason, the bytes needed and free, and the remedy."""
 
 import errno
 import os
@@ -29,14 +29,14 @@ _REMEDIES = {
     errno.ENFILE: "the system has run out of open files",
 }
 _SOCKET_BYTES = 107  # of a Unix socket's path, on Linux
-_BELOW_BYTES = 60  # of what is put below it: "/pymp-…/listener-…", or a server's "/numprune-…" with vLLM's UUID in it
+_BELOW_BYTES = 60  # length of the names below it: "/pymp-…/listener-…", or a server's "/numprune-…" with vLLM's UUID
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - where Python itself looks, too
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RUST = re.compile(r"\(os error (\d+)\)")  # as safetensors, which is written in it, ends its messages
+_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors is written in Rust; its messages end like this
 
 
 def refusal(error: BaseException) -> DiskError | None:
-    """The error in the user's words, when it is a file system that refused; None when it is anything else."""
+    """Return the error in plain words if it came from a file system, otherwise None."""
     code = code_of(error)
     if code is None:
         return None
@@ -46,7 +46,7 @@ def refusal(error: BaseException) -> DiskError | None:
 
 
 def code_of(error: BaseException) -> int | None:
-    """The error number with which a file system refused, if it did."""
+    """Return the errno of a file-system error, or None."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _REMEDIES else None
     found = _RUST.search(str(error)) if isinstance(error, SafetensorError) else None
@@ -55,9 +55,9 @@ def code_of(error: BaseException) -> int | None:
 
 @contextmanager
 def writing(folder: Path, content: Path) -> Iterator[None]:
-    """Say what went wrong of `folder`, which is written as `content`: its real place, its size so far, what is free.
+    """Turn errors while writing `folder` (as `content`) into messages with its final path, size so far and free space.
 
-    Raises DiskError for what a file system refuses; other errors stay as they are.
+    Raises DiskError for file-system errors; other errors pass through.
     """
     try:
         yield
@@ -85,12 +85,12 @@ def _full(code: int, folder: Path, content: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Network and FUSE file systems refuse it for folders; they keep the order of renames in their own way.
+        # Network and FUSE file systems refuse it for folders; they order renames in their own way.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP) or not path.is_dir():
             raise
     finally:
@@ -106,7 +106,7 @@ def temporary_folder() -> str:
 
 
 def folder_for_sockets() -> str:
-    """The temporary folder or, where that is too long for a Unix socket below it, another. Raises DiskError."""
+    """Return the temporary folder, or another if its path is too long for Unix sockets. Raises DiskError."""
     asked = temporary_folder()
     for folder in (asked, *_SHORT):
         if len(os.fsencode(folder)) + _BELOW_BYTES <= _SOCKET_BYTES and os.access(folder, os.W_OK | os.X_OK):
@@ -117,16 +117,16 @@ def folder_for_sockets() -> str:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raises DiskError when `folder`, which need not exist, cannot take `size` bytes more."""
+    """Raise DiskError if the file system of `folder`, which need not exist, has less than `size` bytes free."""
     free = free_bytes(folder)
     if free < size:
         raise DiskError(f"{folder}: {size:,} bytes are needed, {free:,} are free; {_ROOM}")
 
 
 def require_writable(folder: Path) -> None:
-    """Raises DiskError when a folder that shall be made or written in cannot be.
+    """Raise DiskError if a folder cannot be created or written to.
 
-    It is tried: root's permissions say nothing about /proc.
+    It is tried for real: permission bits say nothing about root in /proc.
     """
     there = _existing(folder)
     if not there.is_dir():
@@ -140,12 +140,12 @@ def require_writable(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free where `folder` is, or will be."""
+    """Return the bytes free on the file system where `folder` is or will be."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def bytes_below(folder: Path) -> int:
-    """The sizes of the files below `folder`, in all."""
+    """Return the total size of the files below `folder`."""
     return sum(os.lstat(os.path.join(where, name)).st_size for where, _, names in os.walk(folder) for name in names)
 
 
@@ -154,5 +154,5 @@ def _is_below(path: str | bytes, folder: Path) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """Return the folder or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if path.exists())

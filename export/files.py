@@ -1,4 +1,4 @@
-"""Files of a model's folder beside its weights: which of them pruning leaves as they are, and how large they may be."""
+"""The files of a model folder other than weights: which ones pruning copies unchanged, and their size limits."""
 
 import json
 import shutil
@@ -14,14 +14,14 @@ CONFIG = "config.json"
 CARD = "README.md"
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-SENTENCE_MODULES = "[0-9]_*/*.json"  # sentence-transformers' settings of pooling and the like
+SENTENCE_MODULES = "[0-9]_*/*.json"  # sentence-transformers' settings, such as pooling
 
 # Checked before a file is parsed or copied.
 MAXIMUM_CONFIG_BYTES = 16 << 20
 MAXIMUM_FILE_BYTES = 512 << 20
 
-# Tokenizer, chat templates, generation settings, licence; matched in lower case. The base's card is left behind: its
-# figures are the dense model's (see card.py). So is code, which nothing here would run.
+# Tokenizer, chat templates, generation settings, licence; matched in lower case. The base model's card is not copied,
+# because its figures are the dense model's (see card.py), and neither is code, because numprune runs none of it.
 _CARRIED = (
     "*.json",
     "*.jinja",
@@ -35,9 +35,9 @@ _CARRIED = (
     "copying*",
     "*policy*",
 )
-_NOT_CARRIED = (CONFIG, PLAN_FILE, "*.index.json", "manifest.json", "params.json")  # these hold sizes, or are made anew
+_NOT_CARRIED = (CONFIG, PLAN_FILE, "*.index.json", "manifest.json", "params.json")  # contain sizes, or written anew
 
-# What a hub is asked for.
+# The files to request from a hub.
 DOWNLOADED = [
     *("*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja"),
     *("LICENSE*", "NOTICE*", "*POLICY*", CARD),
@@ -45,15 +45,15 @@ DOWNLOADED = [
 
 
 def require_size(path: Path, maximum: int) -> None:
-    """Raises InputError unless `path` is a regular file, or a link to one, of at most `maximum` bytes."""
-    if not path.is_file():  # a link to a device has no end
+    """Raise InputError unless `path` is a regular file, or a link to one, of at most `maximum` bytes."""
+    if not path.is_file():  # a device can be read forever
         raise InputError(f"{path}: not a regular file")
     if path.stat().st_size > maximum:
         raise InputError(f"{path}: exceeds the {maximum:,}-byte limit")
 
 
 def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError."""
+    """Return the JSON object in a file. Raises InputError."""
     found = _read_json(path, maximum)
     if not isinstance(found, dict):
         raise InputError(f"{path}: must contain a JSON object")
@@ -61,7 +61,7 @@ def read_object(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> dict[str, An
 
 
 def read_array(path: Path, maximum: int = MAXIMUM_CONFIG_BYTES) -> list[Any]:
-    """The JSON array in a file. Raises InputError."""
+    """Return the JSON array in a file. Raises InputError."""
     found = _read_json(path, maximum)
     if not isinstance(found, list):
         raise InputError(f"{path}: must contain a JSON array")
@@ -81,7 +81,7 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 
 def carried(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that are the same for the pruned model, sorted. Raises InputError."""
+    """Return the files of a model folder that a pruned model keeps unchanged, sorted. Raises InputError."""
     inside = (*(folder / MORE_TEMPLATES).glob("*.jinja"), *folder.glob(SENTENCE_MODULES))
     for path in sorted([*folder.iterdir(), *inside]):
         name = path.name.lower()
@@ -94,9 +94,9 @@ def carried(folder: Path) -> Iterator[Path]:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Copy into `target`, byte for byte, the files of the folder `source` that are the same for the pruned model.
+    """Copy the files of the folder `source` that a pruned model keeps unchanged into `target`, byte for byte.
 
-    The one exception is an `auto_map`, which names code that is not carried: tokenizer_config.json goes without it.
+    The one exception is `auto_map` in tokenizer_config.json, which names code that is not copied: it is left out.
     Raises InputError.
     """
     for path in carried(source):
@@ -109,7 +109,7 @@ def carry(source: Path, target: Path) -> None:
 
 
 def copy_without_code(source: Path, target: Path) -> None:
-    """Copy a JSON file, byte for byte where it names no code (`auto_map`), else without that. Raises InputError."""
+    """Copy a JSON file, without `auto_map` if it names code, otherwise byte for byte. Raises InputError."""
     content = read_object(source)
     if content.pop("auto_map", None) is None:
         shutil.copyfile(source, target)

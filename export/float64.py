@@ -1,4 +1,4 @@
-"""What a checkpoint computes in float64, against which the rounding errors of float32 are measured."""
+"""Run a checkpoint in float64, as the reference for float32 rounding errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 
 class _KeepFloat64(TorchDispatchMode):
-    """Turns casts to float32 into casts to float64: norms and rotary embeddings ask for float32 by name."""
+    """Turns casts to float32 into casts to float64: norms and rotary embeddings request float32 explicitly."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,13 +48,13 @@ def _widen_while_running(module: nn.Module, stored: list[Tensor]) -> None:
     module.register_forward_hook(after)
 
 
-@torch.no_grad()  # and not inference mode, in which casts do not reach the dispatch mode
+@torch.no_grad()  # not inference mode, in which casts do not reach the dispatch mode
 def run(compute: Callable[[], Tensor]) -> Tensor:
-    """What `compute` returns, on the CPU, of a model that `in_float64` has prepared."""
+    """Return the result of `compute` on the CPU, for a model prepared by `in_float64`."""
     with _KeepFloat64():
         return compute().cpu()
 
 
 def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits (S, V) of one sequence (S,), in float64 on the CPU, of a model that `in_float64` has prepared."""
+    """Return the logits (S, V) of one sequence (S,), float64 on the CPU, for a model prepared by `in_float64`."""
     return run(lambda: model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0])

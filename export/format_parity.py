@@ -1,4 +1,4 @@
-"""Proof that a quantized checkpoint was exported value for value: nothing is computed, so nothing may differ."""
+"""Proof that the export of a quantized checkpoint stores identical values."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from numprune.export.weights import slabs, stored_parts
 
 
 def check_format(reference: Path, candidate: Path) -> dict[str, Any]:
-    """Compare what two checkpoints store: grid values, scales and all that is not quantized, bit for bit.
+    """Compare two stored checkpoints bit for bit: grid values, scales and all unquantized tensors.
 
     Returns:
         Plain JSON: `scheme`, how many `matrices` are quantized, how many `tensors` were compared.

@@ -1,10 +1,10 @@
-"""ONNX with ONNX Runtime's own operators, in a folder that onnxruntime-genai loads: as fast as that runtime can.
+"""ONNX with ONNX Runtime's own operators, in a folder that onnxruntime-genai loads: the fastest form for that runtime.
 
-The network is that of `onnx`, the flavour another (see `onnx_fused`). genai_config.json says to onnxruntime-genai what
-the graph does not: the names of its inputs and outputs, special tokens, and the defaults of generation.
+The network is that of `onnx` with other operators (see `onnx_fused`). genai_config.json tells onnxruntime-genai what is
+not in the graph: the names of its inputs and outputs, special tokens, and generation defaults.
 
-A quantized checkpoint keeps its values. What is rounded besides, to be fast, is in the manifest: the inputs of every
-quantized matrix, to 8 bits in blocks, and the output matrix, to 8 bits.
+A quantized checkpoint keeps its values. For speed, the inputs of every quantized matrix are also rounded, to 8 bits in
+blocks, and so is the output matrix, to 8 bits; the manifest states both.
 """
 
 import json
@@ -29,12 +29,12 @@ from numprune.quantization import Scheme
 KIND = "onnxruntime"
 CONFIG_FILE = "genai_config.json"
 OPSET = 23
-_HEAD_DIM = 16  # rotary embeddings of GroupQueryAttention take heads whose size is a multiple of it
+_HEAD_DIM = 16  # GroupQueryAttention's rotary embeddings need a head size that is a multiple of this
 _GENERATION = "generation_config.json"
 
 
 def check_config(config: Any) -> None:
-    """Refuse a network that the flavour does not know. Raises InputError."""
+    """Refuse a network that this export does not support. Raises InputError."""
     onnx.check_config(config)
     if not writes(config):
         raise InputError(
@@ -49,7 +49,7 @@ def check_config(config: Any) -> None:
 
 
 def check_precision(dtype: str, device: str) -> None:
-    """Refuse a precision that the flavour's attention does not compute in on a device. Raises InputError."""
+    """Refuse a precision that GroupQueryAttention does not support on a device. Raises InputError."""
     if device == "cuda" and dtype == FLOAT32:
         raise InputError(
             "onnxruntime: on CUDA its GroupQueryAttention only supports float16 and bfloat16; export in one of them "
@@ -58,7 +58,7 @@ def check_precision(dtype: str, device: str) -> None:
 
 
 def check_scheme(scheme: Scheme, dtype: str) -> None:
-    """Refuse quantized weights that the flavour does not compute with in a precision. Raises InputError."""
+    """Refuse quantized weights that this export cannot run in a precision. Raises InputError."""
     if scheme.is_float:
         raise InputError(
             f"onnxruntime: ONNX Runtime computes with no FP8 weights, and the scheme is {scheme}; quantize to w8a8 or "
@@ -75,7 +75,7 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
     """Write the checkpoint `source` for ONNX Runtime to the new folder `out`.
 
     Args:
-        source: a checkpoint folder, of Llama's kind.
+        source: a checkpoint folder of a Llama-like model.
         out: must not exist.
         dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`. Quantized weights keep their
             values; the rest is then in float32.
@@ -122,7 +122,7 @@ def export(source: Path, out: Path, *, dtype: str = FLOAT32) -> manifest.Manifes
 
 
 def _rounded(config: Any, quantized: Mapping[str, QuantizedHeader]) -> dict[str, JsonValue]:
-    """What is rounded, and to what: the weights by the checkpoint's schemes, the rest by the flavour."""
+    """Return what is rounded, and how: the weights by the checkpoint's schemes, the rest by this export."""
     head = quantized.get(f"{head_of(config)}.weight")
     return {
         "weights": ", ".join(sorted({str(header.scheme) for header in quantized.values()})),
@@ -132,7 +132,7 @@ def _rounded(config: Any, quantized: Mapping[str, QuantizedHeader]) -> dict[str,
 
 
 def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:
-    """genai_config.json. Sizes of single layers are read from the graph; those here are of the first that attends."""
+    """Return genai_config.json, with the sizes of the first layer that has attention; the graph has all others."""
     layers = config.per_layer_config
     sizes = next(layer for layer in layers if "attention" not in getattr(layer, "skip", ()))
     special, search = _generation(folder)
@@ -141,7 +141,7 @@ def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:
         "model": {
             "type": family_of(config).name,
             **special,
-            # Rows are padded with it, and what equals it in a batch of prompts is taken for padding.
+            # Rows are padded with this token, and any equal token in a batch of prompts counts as padding.
             "pad_token_id": padding
             if padding is not None
             else next(iter(ends), 0)
@@ -175,7 +175,7 @@ def _settings(config: Any, padding: int | None, folder: Path) -> dict[str, Any]:
 
 
 def _generation(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Special tokens, and the defaults of sampling, that the checkpoint's files state."""
+    """Return the special tokens and sampling defaults that the checkpoint's files state."""
     said = files.read_object(folder / files.CONFIG)
     if (folder / _GENERATION).is_file():
         said |= files.read_object(folder / _GENERATION)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Disable garbage collection in the body. Large imports leave no garbage, and looking for it is slow."""
+    """Disable garbage collection in the body: large imports create no garbage, and collecting is slow."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""Locks of files (flock): held by a process, and freed by the kernel when it ends, however it ends.
+"""File locks (flock): held by a process, and freed by the kernel however the process ends.
 
-Several users may share a folder: a lock file has the permissions that the umask leaves, and one that another user made
-can be locked by whoever may read it.
+Several users may share a folder: a lock file gets its permissions from the umask, and anybody who can read it can lock
+it.
 """
 
 import errno
@@ -23,18 +23,18 @@ class Held(Exception):
 
 
 def open_file(path: Path, *, create: bool = True) -> int:
-    """The handle of a lock file. Raises OSError, with `create` only for a file that can be neither made nor read."""
+    """Open a lock file. Raises OSError; with `create`, only if the file can be neither created nor read."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         return os.open(path, os.O_RDWR | flags | (os.O_CREAT if create else 0), 0o666)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)  # another user's, and not for the group to write
+        return os.open(path, os.O_RDONLY | flags)  # another user's, not writable by the group
 
 
 def acquire(handle: int, path: Path, *, wait: bool = True, shared: bool = False) -> None:
-    """Lock an open file; it is free again when the last handle of this opening is closed.
+    """Lock an open file until the last handle of this opening is closed.
 
-    Raises Held, when it shall not wait, and DiskError for a file system without locks.
+    Raises Held if it must not wait, and DiskError for a file system without locks.
     """
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -51,10 +51,10 @@ def acquire(handle: int, path: Path, *, wait: bool = True, shared: bool = False)
 
 
 def is_free(path: Path) -> bool:
-    """Whether the lock of an existing file is free. Raises OSError when it cannot be opened, DiskError."""
+    """Return whether the lock of an existing file is free. Raises OSError if it cannot be opened, DiskError."""
     handle = open_file(path, create=False)
     try:
-        acquire(handle, path, wait=False, shared=True)  # who asks is not taken for a holder by others who ask
+        acquire(handle, path, wait=False, shared=True)  # shared: two that ask at once do not see each other
     except Held:
         return False
     finally:
@@ -64,10 +64,10 @@ def is_free(path: Path) -> bool:
 
 @contextmanager
 def held(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
-    """Hold the lock of a file, which is made where it is not there, and its folder too.
+    """Hold the lock of a file; the file and its folder are created if missing.
 
     Args:
-        timeout_s: give up after so long; None waits without end, 0 not at all.
+        timeout_s: give up after this time; None waits forever, 0 does not wait.
 
     Raises Held, DiskError (a file system without locks), OSError.
     """

@@ -1,8 +1,8 @@
-"""Artifact folders: what is in them, what they were made from, and how they come to be at once or not at all.
+"""Artifact folders: their content and origin by digest, created atomically.
 
-A folder is written beside its final place, given a `manifest.json` with the SHA-256 digest and size of every file,
-flushed to the disk and renamed. A folder that exists is therefore complete; what a killed process left behind has a
-name of its own and `sweep` removes it.
+A folder is written beside its final path, given a `manifest.json` with the SHA-256 digest and size of every file,
+flushed to the disk and renamed. A folder that exists is therefore complete. The remains of a killed process have a
+different name, and `sweep` removes them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from numprune.export import temporary
 sweep = temporary.sweep  # of the folders in which `creating` works
 
 FILE_NAME = "manifest.json"
-MAXIMUM_BYTES = 16 << 20  # a manifest is read before anything is verified: it must not be able to fill the memory
+MAXIMUM_BYTES = 16 << 20  # a manifest is read before anything is verified, so it must not be able to exhaust memory
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds. Paths are relative, with `/`; `manifest.json` itself is not among them."""
+    """The content of a folder. Paths are relative, with `/`; `manifest.json` itself is not listed."""
 
     kind: str
     files: Mapping[str, FileEntry]
-    parents: Mapping[str, str] = field(default_factory=dict)  # role -> digest of what it was made from
+    parents: Mapping[str, str] = field(default_factory=dict)  # role -> digest of an input
     facts: Mapping[str, JsonValue] = field(default_factory=dict)  # options, versions
 
     @property
@@ -62,15 +62,15 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """The hexadecimal SHA-256 digest of a file's content."""
+    """Return the hexadecimal SHA-256 digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
-    """The identity of any folder: its manifest's digest when it has one (verified first), else one over its files.
+    """Return the identity of a folder: its manifest's digest, verified first, or one over its files without a manifest.
 
-    Without a manifest, names that start with a dot at the top are left out (`.git`, a downloader's `.cache`), and links
+    Without a manifest, top-level names that start with a dot are left out (`.git`, a downloader's `.cache`), and links
     to files are followed (a hub's snapshot folders consist of them). Raises InputError, IntegrityError.
     """
     if (folder / FILE_NAME).is_file():
@@ -85,10 +85,10 @@ def folder_digest(folder: Path) -> str:
 def creating(
     folder: Path, *, kind: str, parents: Mapping[str, str] | None = None, facts: Mapping[str, JsonValue] | None = None
 ) -> Iterator[Path]:
-    """Yield an empty folder to write into; on a clean exit it becomes `folder`, with a manifest, or nothing does.
+    """Yield an empty folder to write into; on a clean exit it gets a manifest and becomes `folder`.
 
-    Raises InputError when `folder` exists, before the work and again (another process was faster) after it; whatever
-    the body raises, its half-made folder is removed. Facts are taken as they are on entry.
+    Raises InputError if `folder` exists, both before the work and after it (another process was faster). If the body
+    raises, its unfinished folder is removed. Facts are recorded as they are on entry.
     """
     if os.path.lexists(folder):
         raise InputError(f"{folder}: already exists; choose another folder or remove it")
@@ -101,13 +101,13 @@ def creating(
         manifest = Manifest(kind, files, frozen["parents"], frozen["facts"])
         (content / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         mode = stat.S_IMODE((content / FILE_NAME).stat().st_mode)
-        for name in files:  # safetensors closes its files to all but their owner: another user may be the server's
+        for name in files:  # safetensors makes files readable by their owner only
             (content / name).chmod(mode)
         temporary.move(content, folder)
 
 
 def read(folder: Path) -> Manifest:
-    """The folder's manifest, well-formed; the files are not looked at. Raises InputError, IntegrityError."""
+    """Return the folder's manifest; only its form is checked, no file is read. Raises InputError, IntegrityError."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     path = folder / FILE_NAME
@@ -124,7 +124,7 @@ def read(folder: Path) -> Manifest:
         parsed = _Schema.model_validate(json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant))
         files = {name: FileEntry(entry.sha256, entry.size) for name, entry in parsed.files.items()}
         manifest = Manifest(parsed.kind, files, parsed.parents, parsed.facts)
-        digest = manifest.digest  # which 1e999, JSON as it is, has none of
+        digest = manifest.digest  # 1e999 is valid JSON and has no canonical form
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -137,7 +137,10 @@ def read(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """`read`, and every file there, of its size and digest, and nothing else. Raises IntegrityError naming the file."""
+    """Like `read`, and verify that exactly the listed files exist, with their sizes and digests.
+
+    Raises IntegrityError naming the file.
+    """
     manifest = read(folder)
     present = set(_walk(folder)) - {FILE_NAME}
     for name in sorted(manifest.files.keys() | present):
@@ -150,7 +153,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def verify_file(path: Path, expected: FileEntry) -> None:
-    """Raises IntegrityError unless the file has this size and digest."""
+    """Raise IntegrityError unless the file has this size and digest."""
     size = path.stat().st_size
     if size != expected.size:
         raise IntegrityError(f"{path}: {size} bytes, but {expected.size} in the manifest")
@@ -219,7 +222,7 @@ def _digest(value: Any) -> str:
 
 
 def _walk(folder: Path, *, follow_files: bool = False, skip_hidden: bool = False) -> list[str]:
-    """Relative paths of all files below `folder`, sorted. Raises IntegrityError for anything but files and folders."""
+    """Return the relative paths of all files below `folder`, sorted. Raises IntegrityError for links and devices."""
     names = []
     for where, folders, files in _walked(folder):
         if skip_hidden and Path(where) == folder:

@@ -1,7 +1,7 @@
-"""The rounding noise of half precision: errors against float32, measured in those of PyTorch in the same precision.
+"""The rounding noise of half precision: errors against float32, relative to PyTorch's errors in the same precision.
 
-Nothing that computes in bfloat16 or float16 agrees with float32 to a fixed number of digits. How far PyTorch itself is
-off, on the same weights and the same tokens, is the noise floor; a runtime may be off by `FACTOR` times as much.
+No computation in bfloat16 or float16 agrees with float32 to a fixed number of digits. PyTorch's own error, on the same
+weights and tokens, is the noise floor; a runtime may err by `FACTOR` times as much.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ import numpy as np
 from torch import Tensor
 
 FACTOR = 4
-CONTRAST = 5  # how often that must fit into the spread of the logits: a wrong export is off by about their spread
+CONTRAST = 5  # spread of the logits / allowed error, at least: a wrong export errs by about the spread
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Absolute errors: of log-probabilities in nats, or of an encoder's outputs."""
+    """Absolute errors, of log-probabilities in nats or of an encoder's outputs."""
 
     mean: float
     p99: float
 
     def share_of(self, floor: "Noise") -> float:
-        """The larger of the two ratios to `FACTOR` times `floor`: above 1 is refused."""
+        """Return the larger of the two ratios to `FACTOR` times `floor`; above 1 is refused."""
         return max(_ratio(self.mean, FACTOR * floor.mean), _ratio(self.p99, FACTOR * floor.p99))
 
     def worst(self, other: "Noise | None") -> "Noise":
-        """The larger of each."""
+        """Return the larger value of each."""
         return Noise(max(self.mean, other.mean), max(self.p99, other.p99)) if other else self
 
     def __str__(self) -> str:
@@ -33,12 +33,12 @@ class Noise:
 
 
 def of_logits(expected: Tensor, found: Tensor) -> Noise:
-    """Of log-probabilities, over all positions and the whole vocabulary: logits (positions, V) each."""
+    """Return the noise of log-probabilities over all positions and the whole vocabulary; logits are (positions, V)."""
     return of_errors(found.float().log_softmax(-1) - expected.float().log_softmax(-1))
 
 
 def of_errors(errors: Tensor) -> Noise:
-    """Of signed errors, of any shape. An error that is NaN or infinite makes both infinite."""
+    """Return the noise of signed errors of any shape. A NaN or infinite error makes both values infinite."""
     values = errors.abs().flatten().numpy()
     if not np.isfinite(values).all():
         return Noise(np.inf, np.inf)

@@ -1,8 +1,8 @@
-"""ONNX with dynamic batch and lengths, of decoders with their KV cache: standard operators, one file and its weights.
+"""ONNX with dynamic batch size and lengths, including a decoder's KV cache: one graph file and its weights.
 
-There is one flavour, named in the model's metadata: operators of the ONNX standard alone, which ONNX Runtime and
-TensorRT both take and which are exact for left-padded rows. Networks that `onnx_decoder` knows are written directly,
-all others are traced by `onnx_traced`; the graphs have the same inputs and outputs.
+The graph uses standard ONNX operators only, which both ONNX Runtime and TensorRT support and which are exact for
+left-padded rows. Networks that `onnx_decoder` supports are written directly, all others are traced by `onnx_traced`;
+the graphs have the same inputs and outputs.
 """
 
 from importlib.metadata import version
@@ -24,12 +24,12 @@ KIND = "onnx"  # of the folder
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
 
-# Rotary embeddings whose frequencies do not depend on the length of the text: in a graph they are constants.
+# Rotary embeddings whose frequencies do not depend on the sequence length: they are constants of the graph.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def check_config(config: Any) -> None:
-    """Refuse what no ONNX graph of ours computes. Raises InputError."""
+    """Refuse a model that cannot be exported to ONNX. Raises InputError."""
     found = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [value for value in found.values() if isinstance(value, dict)]
     for parameters in by_layer_type or [found]:
@@ -45,16 +45,16 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
     """Write the checkpoint `source` as ONNX to the new folder `out`.
 
     Biases, norms, sliding windows, tied embeddings and layers of different sizes are taken from the checkpoint; the
-    graph keeps logits of the positions that `logits_to_keep` names, all of them for scoring or the last one for the
-    first token. The weights pass through memory one tensor at a time where the network is written directly; to be
-    traced, the whole model is in memory.
+    graph computes logits at the positions in `logits_to_keep`: all of them for scoring, or the last one for the first
+    token. A network that is written directly passes through memory one tensor at a time; a traced one is in memory as a
+    whole.
 
     Args:
         source: a checkpoint folder of a supported architecture.
         out: must not exist.
         opset: 23, or 20 for runtimes that do not know Attention, RMSNormalization and RotaryEmbedding.
-        dtype: of weights, KV cache and hidden states: a name of `precision.DTYPES`. What goes in and comes out
-            otherwise is int64 and float32.
+        dtype: of weights, KV cache and hidden states, one of `precision.DTYPES`. Other inputs and outputs are int64
+            and float32.
 
     A quantized checkpoint is written with its dequantized weights.
 

@@ -1,11 +1,11 @@
 """A Llama-like decoder with its KV cache in ONNX, written from the configuration and the weights.
 
-The network is here; which operators compute its parts is for `onnx_standard` and `onnx_fused`.
+This module defines the network; `onnx_standard` and `onnx_fused` choose the operators for its parts.
 
-Written directly rather than traced, as `onnx_traced` does for every other network: these families are one network with
-or without some biases, norms and windows, and the trace of an 8-layer model costs some 20 s of CPU time and the model
-in memory, this one well under a second and one tensor. That it computes what the checkpoint computes is for `parity` to
-prove.
+It is written directly instead of traced (as `onnx_traced` does for every other network), because these families are one
+network with or without some biases, norms and windows. Tracing an 8-layer model takes about 20 s of CPU time and the
+whole model in memory; this takes well under a second and one tensor. `parity` proves that the graph computes what the
+checkpoint computes.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -23,7 +23,7 @@ from numprune.export.onnx_graph import Graph
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-OPSETS = (20, 23)  # 23 has Attention, RMSNormalization and RotaryEmbedding; 24 and up are not yet written right by all
+OPSETS = (20, 23)  # 23 has Attention, RMSNormalization and RotaryEmbedding; 24 is not handled well everywhere
 
 EMBEDDING = "model.embed_tokens.weight"
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Writer:
-    """What every part of the network is written with and from."""
+    """The inputs shared by the writers of all parts of the network."""
 
     graph: Graph
     opset: int
@@ -52,30 +52,30 @@ class Writer:
 
 
 class Operators(Protocol):
-    """How a flavour of the graph computes the parts of the network; strings are names of the graph's values."""
+    """How the parts of the network are computed with one set of operators; strings are names of graph values."""
 
     @property
     def positions(self) -> int | str:
-        """Of the logits: their number, or the name of the graph's dimension."""
+        """The number of logit positions, or the name of the graph's dimension."""
 
     def norm(self, name: str, states: str, update: str | None) -> tuple[str, str]:
         """Add the last block's output to the residual stream (B, S, H): the norm of the sum, and the sum."""
 
     def attention(self, index: int, layer: Layer, normed: str) -> tuple[str, str, str]:
-        """The block's output (B, S, H), and its keys and values with the past before them (B, N_l, T, D)."""
+        """Return the block's output (B, S, H), and past and new keys and values (B, N_l, T, D)."""
 
     def mlp(self, prefix: str, normed: str) -> str:
-        """The block's output (B, S, H)."""
+        """Return the block's output (B, S, H)."""
 
     def head(self, normed: str) -> str:
-        """Logits of the positions that the flavour puts out."""
+        """Return the logits at the positions that the graph outputs."""
 
 
 Flavour = Callable[[Writer, Sequence[Layer], str, str], Operators]
 
 
 def writes(config: Any) -> bool:
-    """Whether `write_decoder` knows the network of a configuration."""
+    """Return whether `write_decoder` supports the network of a configuration."""
     return family_of(config).name in FAMILIES and config.hidden_act in ACTIVATIONS
 
 
@@ -94,21 +94,21 @@ def write_decoder(
 ) -> None:
     """Add the whole network to `graph`.
 
-    Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), those of the flavour, and
+    Inputs: input_ids (B, S), attention_mask (B, T; 1 = token, 0 = padding), those of the operators, and
     past_key_values.l.key and .value (B, N_l, P, D). Outputs: logits (B, positions, V), present.l.key and .value
-    (B, N_l, T, D), for the layers l that attend. Logits are float32; the rest is in the graph's precision, in which
-    norms, softmax and rotary angles are computed in float32, as in PyTorch.
+    (B, N_l, T, D), for the layers l that have attention. Logits are float32, the rest is in the graph's precision.
+    Norms, softmax and rotary angles are computed in float32, as in PyTorch.
 
     Args:
         graph: an empty one.
-        config: of the checkpoint, one that it `writes`.
+        config: of the checkpoint; `writes` accepts it.
         stored: the names of its tensors.
-        tensor: gives one of them.
+        tensor: returns one of them by name.
         opset: one of OPSETS.
-        flavour: makes the operators, and their own inputs, from the layers and the names of tokens and mask.
+        flavour: creates the operators and their own inputs from the layers and the names of tokens and mask.
 
     Raises:
-        InputError: the configuration asks for something that no operator here computes.
+        InputError: a setting of the configuration is not supported.
     """
     head_dim = head_dim_of(config)
     writer = Writer(graph, opset, config, stored, tensor, head_dim)
@@ -150,11 +150,11 @@ def _layers(config: Any) -> list[Layer]:
     return layers
 
 
-# --- what the flavours share -------------------------------------------------------------------------
+# --- shared by all operators -------------------------------------------------------------------------
 
 
 def rotary_frequencies(writer: Writer) -> tuple[Tensor, float]:
-    """Inverse frequencies (D/2,) of the rotary embedding, and what its cosines and sines are multiplied by."""
+    """Return the inverse frequencies (D/2,) of the rotary embedding and the factor of its cosines and sines."""
     config, head_dim = writer.config, writer.head_dim
     kind = config.rope_parameters["rope_type"]
     if kind == "default":
@@ -163,7 +163,7 @@ def rotary_frequencies(writer: Writer) -> tuple[Tensor, float]:
     else:
         frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     if frequencies.shape != (head_dim // 2,):
-        raise InputError("config.json: rotary embeddings over a part of the head are not supported in ONNX")
+        raise InputError("config.json: rotary embeddings over part of a head are not supported in ONNX")
     return frequencies, scaling
 
 

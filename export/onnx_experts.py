@@ -1,7 +1,8 @@
-"""Routed experts as an ONNX graph computes them: whole matrix products, whose shapes do not depend on the routing.
+"""Routed experts in ONNX: matrix products whose shapes do not depend on the routing.
 
-A few tokens gather the weights of their own experts, so that a decoding step reads no others. Gathered for a prompt,
-those weights would be many times the layer; there every expert computes all tokens, and the routing weighs the results.
+For a few tokens, the weights of their experts are gathered, so a decoding step reads no others. For a prompt, gathered
+weights would be many times as large as the layer; there, every expert computes all tokens, and the routing weights the
+results.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ EXPERTS = "numprune_onnx"  # the name under which transformers finds it
 
 
 def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return what experts make of tokens (T, H), each routed to the `chosen` (T, k) with `weights` (T, k): (T, H)."""
+    """Return the experts' output (T, H) for tokens (T, H), each routed to `chosen` (T, k) with `weights` (T, k)."""
 
     def gathered(*routed: Tensor) -> Tensor:
         found: Tensor = batched_mm_experts_forward(module, *routed)
@@ -24,7 +25,7 @@ def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Te
         return _every_expert(module, *routed)
 
     experts = module.down_proj.shape[0]
-    few = chosen.shape[0] * chosen.shape[1] <= experts  # gathered, they are no more than the layer has
+    few = chosen.shape[0] * chosen.shape[1] <= experts  # the gathered weights are no larger than the layer
     found: Tensor = torch.cond(few, gathered, every, (hidden, chosen, weights))
     return found
 
@@ -38,9 +39,9 @@ def _every_expert(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) 
 
 
 def _linear(module: Any, name: str, states: Tensor) -> Tensor:
-    """All experts' projections (E, T, out) of (T, in) or (E, T, in). Weights stay as they are stored."""
+    """Return all experts' projections (E, T, out) of (T, in) or (E, T, in). Weights keep their stored layout."""
     weight = getattr(module, name)
-    # Not states @ weightᵀ: ONNX Runtime would keep a transposed copy of the weights beside those that are gathered.
+    # Not states @ weightᵀ: ONNX Runtime would keep a transposed copy of the weights in addition to the gathered ones.
     found = states @ weight if module.is_transposed else (weight @ states.transpose(-1, -2)).transpose(-1, -2)
     return found + getattr(module, f"{name}_bias")[:, None] if module.has_bias else found
 

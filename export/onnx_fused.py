@@ -1,11 +1,11 @@
-"""The parts of a Llama-like decoder in operators that only ONNX Runtime has: attention with its cache in place.
+"""The parts of a Llama-like decoder in ONNX Runtime's own operators: attention updates its cache in place.
 
-The graph reads rows that are padded on the right, and puts out the logits of each row's last token alone: what
-generation needs, and what onnxruntime-genai takes. Matrices that read the same are one: each operator less saves more
-than its share of the work when a single token is decoded.
+The graph takes rows padded on the right and outputs the logits of each row's last token only, which is what generation
+needs and onnxruntime-genai expects. Matrices with the same input are merged: when a single token is decoded, each
+operator saved is worth more than its share of the work.
 
-Quantized matrices keep their values. Their inputs are rounded to 8 bits, in blocks, where the products are computed:
-the only way that is fast. With them the output matrix is rounded to 8 bits, too: it would take most of a token's time.
+Quantized matrices keep their values. Their inputs are rounded to 8 bits in blocks for the products, which is the only
+fast way. The output matrix is then rounded to 8 bits, too: otherwise it would take most of a token's time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ from numprune.export.onnx_quantized import blocked
 from numprune.export.weights import QuantizedHeader
 from numprune.quantization import Quantized, Scheme, round_to_nearest
 
-HEAD = Scheme("w8a8")  # of the output matrix, where others are quantized
-_INT8 = 4  # accuracy_level of MatMulNBits: what the inputs are rounded to
+HEAD = Scheme("w8a8")  # of the output matrix, if others are quantized
+_INT8 = 4  # accuracy_level of MatMulNBits: 4 rounds inputs to int8
 
 
 class FusedOperators:
-    """`onnx_decoder.Operators` of ONNX Runtime."""
+    """`onnx_decoder.Operators` with ONNX Runtime's own operators."""
 
-    positions = 1  # a number in the graph: onnxruntime-genai reads from it that only the last logits are put out
+    positions = 1  # a constant: onnxruntime-genai concludes from it that only the last logits are returned
 
     def __init__(
         self, quantized: Mapping[str, QuantizedHeader], writer: Writer, layers: Sequence[Layer], tokens: str, mask: str
     ) -> None:
-        """`quantized`: those among the checkpoint's matrices that are; the rest as of `onnx_decoder.Flavour`."""
+        """`quantized`: the checkpoint's quantized matrices; the other arguments are those of `onnx_decoder.Flavour`."""
         graph = writer.graph
         self._quantized = quantized
         self._writer = writer
@@ -41,8 +41,8 @@ class FusedOperators:
         before_last = graph.op("Sub", graph.op("ReduceSum", mask, graph.integers(1), keepdims=0), one)  # (B,)
         total = graph.op("Gather", graph.op("Shape", mask), one)  # T
         past = graph.op("Sub", total, graph.op("Gather", graph.op("Shape", tokens), one))  # P
-        # Where each row's last token is among the new ones. After a ragged prompt P exceeds what a short row has, and
-        # each row goes on with one token: the one at 0.
+        # Index of each row's last token among the new ones. After a ragged prompt, P exceeds the length of a short row,
+        # and each row continues with one token, at index 0.
         last = graph.op("Max", graph.op("Sub", before_last, past), graph.integer(0))
         self._last = graph.op("Unsqueeze", graph.op("Unsqueeze", last, last_axis), last_axis)  # (B, 1, 1)
         self._before_last = graph.op("Cast", before_last, to=TensorProto.INT32)
@@ -95,7 +95,7 @@ class FusedOperators:
         return self._product_of_blocks(name, round_to_nearest(self._writer.tensor(f"{name}.weight"), HEAD), last)
 
     def _norm_heads(self, prefix: str, layer: Layer, joined: str) -> list[str]:
-        """Queries, keys and values (B, S, heads * D) from the one matrix; the first two with each head normed."""
+        """Return queries, keys and values (B, S, heads * D) from the merged matrix; queries and keys normed by head."""
         graph, head_dim = self._writer.graph, self._writer.head_dim
         counts = (layer.heads, layer.kv_heads, layer.kv_heads)
         sizes = graph.integers(*(count * head_dim for count in counts))
@@ -109,7 +109,7 @@ class FusedOperators:
     def _linear(self, names: Sequence[str], states: str) -> str:
         """x [W; …]ᵀ + [b; …]."""
         writer, graph = self._writer, self._writer.graph
-        alike = [list(group) for _, group in groupby(names, self._scheme)]  # one group, but in others' checkpoints
+        alike = [list(group) for _, group in groupby(names, self._scheme)]  # usually a single group
         products = [self._product(group, states) for group in alike]
         result = products[0] if len(products) == 1 else graph.op("Concat", *products, axis=-1)
         if f"{names[0]}.bias" not in writer.stored:
@@ -118,7 +118,7 @@ class FusedOperators:
         return graph.op("Add", result, graph.weight(f"{'+'.join(names)}.bias", bias))
 
     def _product(self, names: Sequence[str], states: str) -> str:
-        """x [W; …]ᵀ of matrices that are stored alike."""
+        """x [W; …]ᵀ for matrices of one storage format."""
         joined, scheme = "+".join(names), self._scheme(names[0])
         if scheme is None:  # MatMul reads it transposed
             matrix = torch.cat([self._writer.tensor(f"{name}.weight") for name in names])
@@ -142,12 +142,12 @@ class FusedOperators:
 
 
 def head_of(config: Any) -> str:
-    """The module whose matrix gives the logits."""
+    """Return the name of the module whose matrix produces the logits."""
     return "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
 
 
 def _read(header: QuantizedHeader) -> Quantized:
-    """The matrix as it is stored. Raises IntegrityError where a scale is NaN or infinite."""
+    """Return the matrix as stored. Raises IntegrityError if a scale is NaN or infinite."""
     matrix = header.quantized(0, header.rows)
     if not torch.isfinite(matrix.scales).all():
         raise IntegrityError(f"{header.file}: the scales of {header.name} are NaN or infinite")
@@ -155,7 +155,7 @@ def _read(header: QuantizedHeader) -> Quantized:
 
 
 def _rotary_tables(writer: Writer) -> list[str]:
-    """Cosines and sines (positions, D/2) of the rotary embedding."""
+    """Return the cosines and sines (positions, D/2) of the rotary embedding."""
     frequencies, scaling = rotary_frequencies(writer)
     angles = torch.arange(writer.config.max_position_embeddings).double()[:, None] * frequencies.double()
     return [

@@ -1,4 +1,4 @@
-"""An ONNX graph under construction: nodes named as they come, large weights streamed to one external data file."""
+"""Builder of an ONNX graph: nodes are numbered as they come, large weights are streamed to one external data file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from numprune.export.precision import cast
 DATA_FILE = "model.onnx.data"
 DOMAIN = "com.microsoft"  # of the operators that only ONNX Runtime has
 
-INLINE_BYTES = 1024  # what is smaller stays in the graph: shape arithmetic must be readable without the data file
+INLINE_BYTES = 1024  # smaller tensors stay in the graph: shape arithmetic must be readable without the data file
 PAGE_BYTES = 4096  # aligned, so that a runtime can map each weight into memory instead of copying it
 
 
@@ -28,7 +28,7 @@ ELEMENTS = {
 
 @dataclass
 class Graph:
-    """Collects nodes, initializers, inputs and outputs; `op` and the others return the name of what they added."""
+    """Collects nodes, initializers, inputs and outputs; `op` and other methods return the name of the added value."""
 
     data: BinaryIO  # the external data file, open for writing
     dtype: torch.dtype = torch.float32  # of weights and hidden states, one of `ELEMENTS`
@@ -70,17 +70,17 @@ class Graph:
         return self.weight(f"f{value!r}" if dtype == torch.float32 else f"h{value!r}", torch.tensor(value), dtype)
 
     def float32(self, value: str) -> str:
-        """`value`, which is in the graph's `dtype`, in float32: norms and softmax are computed in it."""
+        """Cast `value` from the graph's `dtype` to float32, in which norms and softmax are computed."""
         return value if self.dtype == torch.float32 else self.op("Cast", value, to=TensorProto.FLOAT)
 
     def rounded(self, value: str) -> str:
-        """`value`, which is in float32, in the graph's `dtype`."""
+        """Cast `value` from float32 to the graph's `dtype`."""
         return value if self.dtype == torch.float32 else self.op("Cast", value, to=self.element)
 
     def weight(self, name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-        """An initializer in `dtype`, the graph's by default. One name is stored once: the second call refers to it.
+        """Add an initializer in `dtype`, by default the graph's. A second call with the same name refers to the first.
 
-        Raises IntegrityError where a value is too large for it.
+        Raises IntegrityError if a value is too large for `dtype`.
         """
         if name in self.initializers:
             return name
@@ -104,7 +104,7 @@ class Graph:
         return name
 
     def output(self, value: str, name: str, kind: int, shape: list[int | str]) -> None:
-        """Give `value` a name of its own among the graph's outputs."""
+        """Make `value` an output of the graph under the given name."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output.{name}"))
         self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
@@ -128,11 +128,11 @@ class Graph:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph, whose data file is there already, and check it."""
+    """Write the graph beside its data file, and check it."""
     path.write_bytes(model.SerializeToString())
     check(path)
 
 
 def check(path: Path) -> None:
-    """Check the graph in a file of any size, shapes and types inferred. Raises onnx.checker.ValidationError."""
+    """Check a graph file of any size, with shape and type inference. Raises onnx.checker.ValidationError."""
     onnx.checker.check_model(str(path), full_check=True)

@@ -1,8 +1,8 @@
-"""Quantized matrices as MatMulNBits, an operator that only ONNX Runtime has, reads them.
+"""Quantized matrices in the layout of MatMulNBits, an operator of ONNX Runtime.
 
-Values of B bits are raised by 2^(B-1) to be positive, and a row's are cut into blocks that have a scale each; of 4-bit
-values two share a byte, the first in its lower half. Nothing is rounded: groups of a scheme are its blocks, and a row
-with a single scale repeats it.
+2^(B-1) is added to B-bit values to make them unsigned. A row is divided into blocks with one scale each; two 4-bit
+values share a byte, the first in its lower half. Nothing is rounded: the groups of a scheme become blocks, and a row's
+single scale is repeated.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from numprune.quantization import Quantized
 
-# Of rows with one scale. Inputs are rounded in the same blocks: in larger ones, products are a quarter faster, but the
-# errors of log-probabilities are a third larger (SmolLM2-135M).
+# For rows with one scale. Inputs are rounded in the same blocks: with larger blocks, products are a quarter faster, but
+# the errors of log-probabilities are a third larger (SmolLM2-135M).
 BLOCK_SIZE = 32
 
 
@@ -25,7 +25,7 @@ class Blocked:
 
     Attributes:
         bits: of a value, 4 or 8.
-        columns: D; the last block of a row is filled up with zeros.
+        columns: D; the last block of a row is padded with zeros.
         values: (out, blocks, size * bits / 8) uint8.
         scales: (out, blocks) float32.
     """
@@ -38,12 +38,12 @@ class Blocked:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Those of MatMulNBits."""
+        """The attributes of MatMulNBits."""
         return {"K": self.columns, "N": len(self.values), "bits": self.bits, "block_size": self.size}
 
 
 def blocked(matrix: Quantized) -> Blocked:
-    """Return a matrix whose values are integers as MatMulNBits reads it."""
+    """Return a matrix of integer values in the layout of MatMulNBits."""
     bits, columns = matrix.scheme.bits, matrix.values.shape[1]
     size = matrix.scheme.group_size or BLOCK_SIZE
     blocks = -(-columns // size)

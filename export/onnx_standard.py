@@ -1,4 +1,4 @@
-"""The parts of a Llama-like decoder in ONNX's standard operators alone: portable, and exact for left-padded rows."""
+"""The parts of a Llama-like decoder in standard ONNX operators: portable, and exact for left-padded rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from numprune.export.onnx_graph import Graph
 
 @dataclass(frozen=True)
 class Shared:
-    """Values of the graph that all layers use."""
+    """Graph values that all layers use."""
 
-    masks: Mapping[int | None, str]  # by window: (B, 1, S, T) bool, true where a query may look
+    masks: Mapping[int | None, str]  # by window: (B, 1, S, T) bool, true where a query may attend
     cos: str  # (B, S, D/2)
     sin: str
 
 
 class StandardOperators:
-    """`onnx_decoder.Operators` with one more input: logits_to_keep (kept), the positions in 0 … S-1 that are wanted."""
+    """`onnx_decoder.Operators` with one more input, logits_to_keep (kept,): the positions in 0 … S-1 to output."""
 
     positions = "kept"
 
@@ -48,13 +48,13 @@ class StandardOperators:
         return _head(self._writer, self._writer.graph.op("Gather", normed, self._kept, axis=1))
 
 
-# --- what all layers share ---------------------------------------------------------------------------
+# --- shared by all layers ---------------------------------------------------------------------------
 
 
 def _masks_and_positions(
     graph: Graph, tokens: str, mask: str, windows: set[int | None]
 ) -> tuple[dict[int | None, str], str]:
-    """Attention masks (B, 1, S, T) by window, and rotary positions (B, S), both from attention_mask (B, T)."""
+    """Return attention masks (B, 1, S, T) by window and rotary positions (B, S), both from attention_mask (B, T)."""
     new = graph.op("Gather", graph.op("Shape", tokens), graph.integer(1))  # S
     total = graph.op("Gather", graph.op("Shape", mask), graph.integer(1))  # T
     past = graph.op("Sub", total, new)  # P
@@ -69,7 +69,7 @@ def _masks_and_positions(
         seen = causal
         if window is not None:
             seen = graph.op("And", causal, graph.op("Greater", graph.op("Add", keys, graph.integer(window)), queries))
-        # Padding looks at itself, so that no row is empty: its softmax would be NaN, and 0 * NaN reaches the others.
+        # Padding attends to itself, so that no row is empty: its softmax would be NaN, and 0 * NaN reaches all others.
         masks[window] = graph.op("Or", graph.op("And", valid, seen), itself)
     counted = graph.op("Sub", graph.op("CumSum", mask, one), one)
     counted = graph.op("Max", counted, graph.integer(0))  # (B, T): positions count tokens, not padding
@@ -78,10 +78,10 @@ def _masks_and_positions(
 
 
 def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
-    """Cosines and sines (B, S, D/2) of the rotary embedding."""
+    """Return the cosines and sines (B, S, D/2) of the rotary embedding."""
     graph = writer.graph
     frequencies, scaling = rotary_frequencies(writer)
-    inverse = graph.weight("rotary.frequencies", frequencies, torch.float32)  # angles need it, whatever the rest is in
+    inverse = graph.weight("rotary.frequencies", frequencies, torch.float32)  # angles need float32 in any precision
     angles = graph.op("Mul", graph.op("Unsqueeze", graph.op("Cast", positions, to=FLOAT), graph.integers(-1)), inverse)
     cos, sin = graph.op("Cos", angles), graph.op("Sin", angles)
     if scaling != 1.0:
@@ -93,7 +93,7 @@ def _rotary(writer: Writer, positions: str) -> tuple[str, str]:
 
 
 def _attention(writer: Writer, shared: Shared, index: int, layer: Layer, hidden: str) -> tuple[str, str, str]:
-    """The block's output (B, S, H), and its keys and values with the past before them, (B, N, T, D)."""
+    """Return the block's output (B, S, H), and past and new keys and values (B, N, T, D)."""
     graph, prefix = writer.graph, f"model.layers.{index}.self_attn."
     query, key, value = (
         _heads(writer, _linear(writer, prefix + name, hidden), count)
@@ -126,7 +126,7 @@ def _attend(writer: Writer, shared: Shared, layer: Layer, query: str, key: str, 
     if writer.opset >= 23:
         precision = {} if graph.dtype == torch.float32 else {"softmax_precision": FLOAT}
         return graph.op("Attention", query, key, value, mask, scale=scale, **precision)
-    # The query heads of a group stand one after the other, so a group's queries are rows of one matrix.
+    # The query heads of a group are adjacent, so a group's queries are rows of one matrix.
     group = layer.heads // layer.kv_heads
     rows = graph.op("Reshape", query, graph.integers(0, layer.kv_heads, -1, head_dim))  # (B, N, G*S, D)
     rows = graph.op("Mul", rows, graph.scalar(scale, graph.dtype))
@@ -145,7 +145,7 @@ def _attend(writer: Writer, shared: Shared, layer: Layer, query: str, key: str, 
 
 
 def _rotate(writer: Writer, shared: Shared, states: str) -> str:
-    """The rotary embedding of (B, heads, S, D); the two halves of a head are the real and imaginary parts."""
+    """Apply the rotary embedding to (B, heads, S, D); the two halves of a head are the real and imaginary parts."""
     graph = writer.graph
     if writer.opset >= 23:
         return graph.op("RotaryEmbedding", states, shared.cos, shared.sin)
@@ -169,7 +169,7 @@ def _norm(writer: Writer, name: str, states: str) -> str:
 
 
 def _linear(writer: Writer, name: str, states: str) -> str:
-    """x Wᵀ + b. W is stored transposed: as MatMul reads it."""
+    """x Wᵀ + b. W is stored transposed, as MatMul expects it."""
     graph = writer.graph
     result = graph.op("MatMul", states, graph.weight(name + ".weight.T", writer.tensor(name + ".weight").T))
     if name + ".bias" in writer.stored:
@@ -178,7 +178,7 @@ def _linear(writer: Writer, name: str, states: str) -> str:
 
 
 def _head(writer: Writer, hidden: str) -> str:
-    """Logits (B, kept, V)."""
+    """Return the logits (B, kept, V)."""
     graph, config = writer.graph, writer.config
     if not config.tie_word_embeddings:
         return _linear(writer, "lm_head", hidden)

@@ -1,8 +1,8 @@
-"""Any network in ONNX's standard operators, traced by torch's exporter.
+"""Any network in standard ONNX operators, traced by torch's exporter.
 
-What is traced is the model's own forward pass. A decoder's is in a module that takes and returns the KV cache as plain
-tensors, so the graph has the inputs and outputs of `onnx_decoder.write_decoder`, whatever the network is. That it
-computes what the checkpoint computes, also at lengths other than those of the trace, is for `parity` to prove.
+The model's own forward pass is traced. A decoder is wrapped in a module that takes and returns the KV cache as plain
+tensors, so the graph has the inputs and outputs of `onnx_decoder.write_decoder` for every network. `parity` proves that
+it computes what the checkpoint computes, also at other lengths than the traced ones.
 """
 
 import logging
@@ -28,20 +28,20 @@ from numprune.tasks import Task
 from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
 
-# Attention as plain matrix products: it has soft-capping and sinks, and its mask leaves no row empty, whose softmax
-# would be NaN.
+# Attention as plain matrix products: it supports soft-capping and sinks, and its mask leaves no row empty, whose
+# softmax would be NaN.
 ATTENTION = "eager"
 
-Dims = tuple[str | int, ...]  # of a tensor: a name where any size will do
+Dims = tuple[str | int, ...]  # of a tensor; a dimension of any size has a name
 
-# What is traced: sizes that differ and are above 1, lest torch take one dimension for another or for a constant.
+# Sizes of the traced example: all different and above 1, so that torch does not confuse dimensions or fix one.
 _TRACED = {"batch": 3, "sequence": 5, "past": 7, "total": 12, "kept": 2}
 
 logger = logging.getLogger(__name__)
 
 
 class _FlatDecoder(nn.Module):
-    """A decoder with a cache of plain tensors: of each attending layer the keys and the values of the whole past."""
+    """A decoder whose cache is plain tensors: keys and values of the whole past, for each layer with attention."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class _FlatDecoder(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         tokens, mask, kept, *past = inputs
-        # Made without the configuration, by which a layer with a sliding window would keep no more than the window: the
-        # graph would hold what the window leaves of the past that was traced.
+        # Created without the configuration, with which a layer with a sliding window would keep only the window: the
+        # graph would be fixed to the part of the traced past that lies in the window.
         cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
         output = self.model(
             input_ids=tokens,
@@ -64,7 +64,7 @@ class _FlatDecoder(nn.Module):
 
 
 class _FlatEncoder(nn.Module):
-    """An encoder that returns what its task needs: logits, or the states of all tokens and the embedding."""
+    """An encoder that returns the outputs of its task: logits, or the states of all tokens and the embedding."""
 
     def __init__(self, model: PreTrainedModel, task: Task, inputs: tuple[str, ...]) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
     logits (B, S, V) of a masked language model, logits (B, classes) of a classifier, or last_hidden_state (B, S, H) and
     sentence_embedding (B, H), pooled and normalised as the checkpoint declares.
 
-    The model's attention and experts are implemented in another way afterwards.
+    Afterwards, the model's attention and experts have another implementation.
 
     Raises:
         InputError: torch cannot export the network.
@@ -175,10 +175,10 @@ def _traced(
     model = exported.model
     for node in model.graph.all_nodes():
         node.doc_string = None
-        node.metadata_props.clear()  # where in which file of this machine it comes from
+        node.metadata_props.clear()  # source locations on this machine
         for value in node.outputs:
             if not value.is_graph_output():
-                value.shape = value.type = None  # a runtime infers them
+                value.shape = value.type = None  # runtimes infer them
     for values, all_dims in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, dims in zip(values, all_dims.values(), strict=True):
             value.shape = onnx_ir.Shape(dims)
@@ -187,7 +187,7 @@ def _traced(
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporter's warnings, which are about itself, from the user."""
+    """Suppress the exporter's warnings about itself."""
     chatter = logging.getLogger("torch.onnx")
     level = chatter.level
     chatter.setLevel(logging.ERROR)
@@ -200,7 +200,7 @@ def _silence() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what was raised first."""
+    """Return the first line of the original exception."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -1,15 +1,16 @@
-"""Proof that a runtime computes what the checkpoint computes: prefill and cached decoding, batched, padded; it blocks.
+"""Proof that a runtime computes what the checkpoint computes, in prefill and cached decoding, batched and padded.
 
 The reference runs every row alone and without padding in PyTorch, float32. The candidate runs the same rows in batches,
-also ragged ones padded on the left, and is fed the reference's greedy tokens, so each position has one right answer.
+including ragged ones padded on the left, and is fed the reference's greedy tokens, so each position has one right
+answer. A difference above the tolerance raises ParityError.
 
-Each prompt has its own tolerance: `FLOOR`, which most exports stay far below. Where hidden values are large, rounding
-alone exceeds it. The reference then runs that prompt again in float64, and the tolerance is `FACTOR` times the
+Each prompt has its own tolerance: `FLOOR`, which most exports stay far below. If hidden values are large, rounding
+alone can exceed it. The reference then runs that prompt again in float64, and the tolerance is `FACTOR` times the
 reference's own float32 error.
 
-A candidate in half precision is judged by `noise` instead: on each prompt the mean and the 99th percentile of its
-errors may be `noise.FACTOR` times those of PyTorch in the same precision, in every batch that it ran in. So is one that
-rounds activations to 8 bits in blocks: by the noise of bfloat16, in which quantized models are usually served. Its
+A candidate in half precision is judged by `noise` instead: on each prompt and in every batch, the mean and the 99th
+percentile of its errors may be `noise.FACTOR` times those of PyTorch in the same precision. A candidate that rounds
+activations to 8 bits in blocks is judged by the noise of bfloat16, in which quantized models are usually served; its
 reference does not round them.
 """
 
@@ -37,32 +38,32 @@ LEAST_DECODE_STEPS = 32
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt alone in the reference."""
+    """One prompt, run alone by the reference."""
 
     name: str  # of the prompt
     prompt: Tensor  # (S,)
-    greedy: Tensor  # (steps,): the tokens it goes on with
+    greedy: Tensor  # (steps,): the continuation
     logits: Tensor  # (S + steps, V): at each prompt position, then after each token of `greedy`
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that the candidate runs together."""
+    """Rows that the candidate runs as one batch."""
 
     batch_size: int
     padded: bool
-    rows: tuple[int, ...]  # into the reference's rows
+    rows: tuple[int, ...]  # indices of the reference's rows
 
 
 @dataclass(frozen=True)
 class Position:
-    """One logit, and where it is."""
+    """One logit and its position."""
 
     batch_size: int
     padded: bool
     row: int  # in the batch
     phase: str  # "prefill" or "decode"
-    position: int  # of the row's own tokens (padding not counted) at prefill, step at decode
+    position: int  # in the row's own tokens (without padding) at prefill, step at decode
     token_id: int
     reference: float
     candidate: float
@@ -78,7 +79,7 @@ class Position:
 
 @dataclass
 class _Difference:
-    """Between candidate and reference, over all positions of one row."""
+    """Differences between candidate and reference over all positions of one row."""
 
     logit_max: float = -1.0
     logit_sum: float = 0.0
@@ -88,7 +89,7 @@ class _Difference:
     positions: int = 0
     matches: int = 0
     worst: Position | None = None
-    noise: Noise | None = None  # of the worst batch; only where it is the yardstick
+    noise: Noise | None = None  # of the worst batch; only if judged by noise
 
     @property
     def error(self) -> float:
@@ -113,14 +114,14 @@ def check(
 
     Args:
         reference: a checkpoint folder.
-        candidate: what the runtime runs; its digests are verified first where it has a manifest.
-        runtime: a name that `open_runtime` knows.
-        prompts: (rows, length) int64, at least as many rows as the largest batch; None: text and seeded random tokens
-            in turn.
-        batch_sizes: each is run as it is, and those above 1 also with left-padded rows of different lengths.
-        prompt_length: in tokens, of the prompts that are made here.
+        candidate: the export that the runtime loads; if it has a manifest, its digests are verified first.
+        runtime: a name accepted by `open_runtime`.
+        prompts: (rows, length) int64, at least as many rows as the largest batch; None: alternating text and seeded
+            random tokens.
+        batch_sizes: each is run with rows of one length; sizes above 1 also with left-padded rows of different lengths.
+        prompt_length: tokens per prompt, if `prompts` is None.
         decode_steps: cached steps after the prompt, at least 32.
-        floor: the least tolerance, an absolute difference of logits and of log-probabilities.
+        floor: the smallest tolerance: an absolute difference of logits and of log-probabilities.
         device: as for `open_runtime`.
         threads: as for `open_runtime`.
         dtype: as for `open_runtime`.
@@ -128,21 +129,21 @@ def check(
     Returns:
         Plain JSON: dtype, maximum and mean absolute errors of logits and log-probabilities (nats), greedy_match (the
         share of positions with the same most probable token), positions, the worst position and the tolerance of its
-        prompt, `prompts` (of each its errors, its tolerance, and by which yardstick: "floor", "float32 error" or
-        "bfloat16 noise"), what was run. Where noise is the yardstick, the tolerance is of the 99th percentile, and
-        `noise` and `noise_floor` have the mean, too. `rounded` says what a quantized export rounds.
+        prompt, `prompts` (errors, tolerance and criterion of each: "floor", "float32 error" or "bfloat16 noise") and
+        the settings of the run. If judged by noise, the tolerance refers to the 99th percentile, and `noise` and
+        `noise_floor` contain the mean, too. `rounded` states what a quantized export rounds.
 
     Raises:
-        ParityError: an error above the tolerance, a value that is not finite, a position that is missing, or logits so
-            flat, or float32 so inexact, that nothing would be proved; names the prompt and the worst position.
+        ParityError: an error above the tolerance, a value that is not finite, a missing position, or logits so flat (or
+            float32 so inexact) that nothing would be proved; names the prompt and the worst position.
         InputError: too few or too long prompts, or too few decode steps.
         IntegrityError, MissingRuntime: as `open_runtime`.
     """
     if decode_steps < LEAST_DECODE_STEPS:
         raise InputError(f"decode_steps={decode_steps}: at least {LEAST_DECODE_STEPS} are needed")
     rounded = manifest.verify(candidate).facts.get("rounded") if (candidate / manifest.FILE_NAME).exists() else None
-    # Of two checkpoints, activations are left as they are: the last digit decides to which step some are rounded, and
-    # the scheme is compared by format_parity.py.
+    # Between two checkpoints, activations are not rounded: the last digit can decide the rounding step, and
+    # format_parity.py compares the scheme.
     rounds_inputs = not rounded and runtime != "torch"
     open_reference = partial(TorchRuntime, reference, device=device, rounds_inputs=rounds_inputs)
     cases, rows, described = _run_reference(
@@ -160,7 +161,7 @@ def check(
     found = [_Difference() for _ in rows]
     for case in cases:
         _compare_case(opened, case, rows, found, noisy=judged_in != FLOAT32)
-    del opened  # the reference is loaded again
+    del opened  # the reference is loaded again later
     allowed: Sequence[Limit] = (
         _allowed(open_reference, reference, rows, found, floor)
         if judged_in == FLOAT32
@@ -207,7 +208,7 @@ def check(
     }
 
 
-# --- the yardstick -----------------------------------------------------------------------------------
+# --- tolerances --------------------------------------------------------------------------------------
 
 
 def _allowed(
@@ -217,7 +218,7 @@ def _allowed(
     found: Sequence[_Difference],
     floor: float,
 ) -> list[Allowed]:
-    """The tolerance of each row. float64 runs only the rows that exceed the floor. Raises ParityError."""
+    """Return the tolerance of each row; only rows that exceed the floor run in float64. Raises ParityError."""
     exceeded = [index for index, one in enumerate(found) if one.error > floor]
     allowed = [Allowed(floor, None)] * len(rows)
     if not exceeded:
@@ -238,9 +239,9 @@ def _allowed(
 
 
 def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype: str) -> list[AllowedNoise]:
-    """The noise floor of each row, of the reference in `dtype`.
+    """Return the noise floor of each row: the error of the reference in `dtype`.
 
-    Raises ParityError where it is so high that nothing would be proved.
+    Raises ParityError if it is so high that nothing would be proved.
     """
     allowed = []
     for row in rows:
@@ -248,7 +249,7 @@ def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype
         spread = float(row.logits.std(dim=-1).min())
         if not spread > noise.CONTRAST * noise.FACTOR * floor.mean:
             raise ParityError(
-                f"{reference}: on {row.name} its logits spread by {spread:.2g} only, and PyTorch in {dtype} errs there "
+                f"{reference}: on {row.name} its logits spread by only {spread:.2g}, and PyTorch in {dtype} errs there "
                 f"by {floor}: no runtime computes this checkpoint reliably in {dtype}; use float32"
             )
         allowed.append(AllowedNoise(dtype, floor))
@@ -256,11 +257,11 @@ def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype
 
 
 def _require_contrast(reference: Path, row: Row, allowed: Allowed) -> None:
-    """Raises ParityError where the logits of a row are so alike that wrong ones would be within the tolerance."""
+    """Raise ParityError if the logits of a row are so alike that wrong ones would be within the tolerance."""
     spread = float(row.logits.std(dim=-1).min())
     if spread > 10 * allowed.tolerance:
         return
-    found = f"{reference}: on {row.name} its logits spread by {spread:.2g} only"
+    found = f"{reference}: on {row.name} its logits spread by only {spread:.2g}"
     if allowed.float32_error is None:
         raise ParityError(f"{found}; a tolerance of {allowed.tolerance:g} would prove nothing")
     raise ParityError(
@@ -298,7 +299,7 @@ def _run_reference(
     prompt_length: int,
     decode_steps: int,
 ) -> tuple[list[Case], list[Row], dict[str, Any]]:
-    """What to run in batches, and what each row of it gives alone; `runtime` runs the checkpoint in `folder`."""
+    """Return the batches to run, and each row's result when run alone; `runtime` runs the checkpoint in `folder`."""
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch_sizes={list(batch_sizes)}: at least one, each at least 1")
     names = None
@@ -326,12 +327,12 @@ def _run_reference(
 
 
 def _lengths(size: int, longest: int) -> list[int]:
-    """Lengths of a ragged batch: from the whole prompt down to a single token."""
+    """Return the lengths of a ragged batch, from the whole prompt down to a single token."""
     return [longest - (longest - 1) * index // (size - 1) for index in range(size)]
 
 
 def _prompts(folder: Path, vocabulary: int, rows: int, length: int) -> tuple[list[str], Tensor]:
-    """Names and tokens (rows, length): text as the model was made for, and in turn tokens that text seldom has."""
+    """Return names and tokens (rows, length), alternating between text and tokens that are rare in text."""
     tokenizer = checkpoint.load_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
     texts = cycle(TEXTS.items())
@@ -362,7 +363,7 @@ def _run_alone(runtime: Runtime, name: str, prompt: Tensor, decode_steps: int) -
 def _compare_case(
     runtime: Runtime, case: Case, rows: Sequence[Row], found: Sequence[_Difference], *, noisy: bool
 ) -> None:
-    """Run one batch and compare each of its positions; where noise is the yardstick, also measure each row's."""
+    """Run one batch and compare each position; if judged by noise, also measure each row's noise."""
     batch = [rows[index] for index in case.rows]
     width = max(len(row.prompt) for row in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
@@ -399,10 +400,10 @@ def _require_shape(found: Tensor, expected: tuple[int, ...], case: Case, where: 
 
 
 def _compare(expected: Tensor, found: Tensor, case: Case, row: int, phase: str, first: int, total: _Difference) -> None:
-    """Add positions `first`, `first + 1`, … of one row, (positions, V) each. Raises ParityError for NaN or infinity."""
+    """Add positions `first`, `first + 1`, … of one row, (positions, V) each. Raises ParityError on NaN or infinity."""
     found = found.float()
     difference = (found - expected).abs()
-    # NaN compares as smaller than everything: take it as infinitely wrong, so that it becomes the worst position.
+    # No comparison with NaN holds: count it as infinitely wrong, so that it becomes the worst position.
     ranked = torch.where(difference.isfinite(), difference, torch.inf)
     flat = int(ranked.argmax())
     position, token = divmod(flat, expected.shape[-1])

@@ -1,8 +1,9 @@
-"""Proof that a runtime computes what an encoder's checkpoint computes: alone, batched and padded; it blocks.
+"""Proof that a runtime computes what an encoder's checkpoint computes: single texts, batched and padded.
 
-The reference runs every text alone in PyTorch, float32. The candidate runs each alone, too, and all of them in one
+The reference runs every text alone in PyTorch, float32. The candidate runs each text alone, and all of them in one
 batch, padded on the right. The tolerance of a text is that of `parity`: `FLOOR`, or `FACTOR` times the reference's own
-float32 error on it. In half precision it is that of `noise`, over all texts: one has few numbers.
+float32 error on it. In half precision, `noise` is applied to all texts together, because one text has few outputs. A
+difference above the tolerance raises ParityError.
 """
 
 import math
@@ -23,13 +24,13 @@ from numprune.export.prompts import TEXTS
 from numprune.export.runtimes.encoder import TorchEncoder, open_encoder
 from numprune.export.tolerance import FLOOR, Allowed, AllowedNoise, Limit
 
-_LENGTHS = (24, 9, 2, 16)  # tokens of each text, so that a batch is ragged
-_RANDOM = 16  # tokens that text seldom has
+_LENGTHS = (24, 9, 2, 16)  # tokens of each text; different, so that a batch is ragged
+_RANDOM = 16  # of rare tokens
 
 
 @dataclass(frozen=True)
 class Position:
-    """One number, and where it is: with `padded`, in the batch of all texts."""
+    """One output value and its position; `padded`: in the batch of all texts."""
 
     padded: bool
     text: str
@@ -39,7 +40,7 @@ class Position:
 
     @property
     def error(self) -> float:
-        """Infinite where either is no number."""
+        """The absolute difference; infinite if either value is NaN."""
         difference = abs(self.reference - self.candidate)
         return difference if math.isfinite(difference) else math.inf
 
@@ -57,23 +58,23 @@ def check(
     threads: int | None = None,
     dtype: str = FLOAT32,
 ) -> dict[str, Any]:
-    """Compare `candidate` in `runtime` with the checkpoint `reference`, number by number.
+    """Compare `candidate` in `runtime` with the checkpoint `reference`, value by value.
 
-    What is compared is what the task puts out: logits of a masked language model or of a classifier, embeddings.
+    The outputs of the task are compared: logits of a masked language model or a classifier, or embeddings.
 
     Args:
         reference: a checkpoint folder.
-        candidate: what the runtime runs; its digests are verified first where it has a manifest.
-        runtime: a name that `open_encoder` knows.
+        candidate: the export that the runtime loads; if it has a manifest, its digests are verified first.
+        runtime: a name accepted by `open_encoder`.
         device, threads, dtype: as for `open_encoder`.
 
     Returns:
-        Plain JSON: dtype, the largest and the mean absolute error, positions (numbers), the worst one and the tolerance
-        of its text, `texts` (of each its error, its tolerance, and by which yardstick), what was run.
+        Plain JSON: dtype, the largest and the mean absolute error, positions (output values), the worst one and the
+        tolerance of its text, `texts` (error, tolerance and criterion of each) and the settings of the run.
 
     Raises:
-        ParityError: an error above the tolerance, a number that is not finite, or outputs so alike that nothing would
-            be proved; names the text and the worst number.
+        ParityError: an error above the tolerance, a value that is not finite, or outputs so alike that nothing would be
+            proved; names the text and the worst value.
         InputError, IntegrityError, MissingRuntime: as `open_encoder`.
     """
     if (candidate / manifest.FILE_NAME).exists():
@@ -85,7 +86,7 @@ def check(
     dtype = opened.describe()["dtype"]
     alone = {name: opened.forward(tokens[None])[0] for name, tokens in texts.items()}
     batched = dict(zip(texts, opened.forward(*_batch(list(texts.values()), padding)), strict=True))
-    if encoder.task.name == "masked-lm":  # an output for each token, of padding, too
+    if encoder.task.name == "masked-lm":  # an output for each token, including padding
         batched = {name: output[: len(texts[name])] for name, output in batched.items()}
     found = [_compare(name, expected[name], alone[name], batched[name]) for name in texts]
     _require_contrast(reference, expected)
@@ -128,12 +129,12 @@ def check(
 
 @dataclass(frozen=True)
 class _Difference:
-    """Of one text, alone and in the batch: the worst number, and the sum of errors over so many values."""
+    """Results of one text, alone and in the batch: the worst value, and the sum of errors over `values` values."""
 
     worst: Position
     sum: float
     values: int
-    noise: Noise | None = None  # of all texts; only of a candidate in half precision
+    noise: Noise | None = None  # of all texts; only in half precision
 
     @property
     def error(self) -> float:
@@ -141,7 +142,7 @@ class _Difference:
 
 
 def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], int]:
-    """Name -> tokens (S,), text as the tokenizer frames it, cut to size, and tokens that text seldom has; padding."""
+    """Return name -> tokens (S,), of tokenized text and of rare tokens, and the padding token."""
     tokenizer = checkpoint.load_tokenizer(folder)
     found = {
         name: torch.tensor(tokenizer.encode(text, truncation=True, max_length=length))
@@ -152,7 +153,7 @@ def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], int]:
 
 
 def _batch(texts: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
-    """All texts as tokens and mask (B, S)."""
+    """Return all texts as tokens and mask, (B, S) each."""
     width = max(map(len, texts))
     tokens = torch.full((len(texts), width), padding)
     mask = torch.zeros_like(tokens)
@@ -163,13 +164,13 @@ def _batch(texts: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
 
 
 def _compare(name: str, expected: Tensor, alone: Tensor, batched: Tensor) -> _Difference:
-    """Raises ParityError where the candidate puts out something of another shape."""
+    """Raise ParityError if the candidate's output has another shape."""
     positions, total = [], 0.0
     for padded, found in ((False, alone), (True, batched)):
         if found.shape != expected.shape:
             raise ParityError(f"{name}: the output has shape {list(found.shape)}, not {list(expected.shape)}")
         difference = (found - expected).abs().flatten()
-        # NaN compares as smaller than everything: take it as infinitely wrong, so that it becomes the worst.
+        # No comparison with NaN holds: count it as infinitely wrong, so that it becomes the worst.
         entry = int(torch.where(difference.isfinite(), difference, torch.inf).argmax())
         values = (float(expected.flatten()[entry]), float(found.flatten()[entry]))
         positions.append(Position(padded, name, entry, *values))
@@ -180,7 +181,7 @@ def _compare(name: str, expected: Tensor, alone: Tensor, batched: Tensor) -> _Di
 def _allowed(
     encoder: TorchEncoder, texts: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Sequence[_Difference]
 ) -> list[Allowed]:
-    """The tolerance of each text. float64 runs only those that exceed the floor."""
+    """Return the tolerance of each text; only those that exceed the floor run in float64."""
     exceeded = [difference.worst.error > FLOOR for difference in found]
     if any(exceeded):
         float64.in_float64(encoder.model)
@@ -196,7 +197,7 @@ def _allowed(
 def _allowed_noise(
     reference: Path, texts: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: str, device: str
 ) -> AllowedNoise:
-    """The noise floor of all texts, and at least the rounding of one output."""
+    """Return the noise floor of all texts, at least the rounding of one output."""
     encoder = TorchEncoder(reference, device=device, dtype=dtype)
     errors = torch.cat([(encoder.forward(texts[name][None])[0] - expected[name]).flatten() for name in texts])
     rounding = torch.finfo(DTYPES[dtype]).eps * float(torch.cat([one.flatten() for one in expected.values()]).std())
@@ -204,12 +205,12 @@ def _allowed_noise(
 
 
 def _require_contrast(reference: Path, expected: Mapping[str, Tensor]) -> None:
-    """Raises ParityError where all texts give so nearly the same that a wrong output would be within the tolerance."""
+    """Raise ParityError if the outputs of all texts are so alike that a wrong one would be within the tolerance."""
     first = [output.flatten()[: min(one.numel() for one in expected.values())] for output in expected.values()]
     spread = float(torch.stack(first).std(0).max())
     if not spread > 10 * FLOOR:
         raise ParityError(
-            f"{reference}: its outputs for different texts differ by {spread:.2g} only; a tolerance of {FLOOR:g} would "
+            f"{reference}: its outputs for different texts differ by only {spread:.2g}; a tolerance of {FLOOR:g} would "
             "prove nothing"
         )
 

@@ -1,4 +1,4 @@
-"""The precision that a model is computed in: the one asked for, or what the device computes well."""
+"""The precision that a model is computed in: as requested, or chosen for the device."""
 
 from pathlib import Path
 
@@ -14,28 +14,28 @@ FLOAT32 = "float32"
 
 
 def stored(folder: Path) -> str:
-    """The precision that a checkpoint's weights are stored in. Raises as `read_config`."""
+    """Return the precision that a checkpoint's weights are stored in. Raises like `read_config`."""
     return name_of(read_config(folder).dtype)
 
 
 def name_of(dtype: torch.dtype | str | None) -> str:
-    """`torch.bfloat16` -> "bfloat16"; transformers computes in float32 where a configuration names none."""
+    """`torch.bfloat16` -> "bfloat16"; None -> "float32", which transformers uses if a configuration names none."""
     return str(dtype or FLOAT32).removeprefix("torch.")
 
 
 def choose(asked: str, found: str, runtime: str, device: str) -> str:
-    """The precision that a model is computed in.
+    """Return the precision that a model is computed in.
 
-    "auto" is what is stored, wherever vLLM runs it; in other runtimes float32 on a CPU, and on a GPU the stored half
-    precision, or float32. ONNX Runtime's CPU provider takes float16, but computes it in float32, no faster.
+    For vLLM, "auto" means the stored precision. For other runtimes it means float32 on a CPU; on a GPU, the stored half
+    precision or float32. ONNX Runtime's CPU provider accepts float16, but computes in float32 and is no faster.
 
     Args:
         asked: "auto" or one of `DTYPES`.
-        found: in which the weights are stored, as `stored` gives it.
+        found: the stored precision, as returned by `stored`.
         runtime: a name of `numprune.export.runtimes`, or "vllm".
         device: "cpu" or "cuda".
 
-    Raises InputError where the runtime does not compute in `asked` on that device.
+    Raises InputError if the runtime does not support `asked` on that device.
     """
     if asked != AUTO and asked not in DTYPES:
         raise InputError(f"dtype={asked!r}: choose one of {', '.join((AUTO, *DTYPES))}")
@@ -53,7 +53,7 @@ def choose(asked: str, found: str, runtime: str, device: str) -> str:
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `tensor`, called `name`, in `dtype` on the CPU.
 
-    Raises IntegrityError where a value is NaN or infinite, or too large for `dtype`.
+    Raises IntegrityError if a value is NaN or infinite, or too large for `dtype`.
     """
     found = tensor.to(dtype).cpu()
     if torch.isfinite(found).all():

@@ -1,7 +1,7 @@
-"""How many CPUs this process may use: its affinity mask, and the CPU quota of its control group (version 1 or 2).
+"""The number of CPUs that this process may use: its affinity mask, and the CPU quota of its control group (v1 or v2).
 
-A container with a quota of two CPUs on a machine of 64 sees all 64. As many threads as that use the quota up within the
-first milliseconds of each period, and then all of them stand still.
+A container with a quota of 2 CPUs on a machine with 64 sees all 64. With 64 threads, it uses up its quota within the
+first milliseconds of each period and is then throttled.
 """
 
 import math
@@ -11,19 +11,19 @@ from pathlib import Path
 
 
 def count() -> int:
-    """CPUs that are there for this process, at least one."""
+    """Return the number of CPUs that this process may use, at least one."""
     return quota() or len(os.sched_getaffinity(0))
 
 
 def quota(root: Path = Path("/")) -> int | None:
-    """The quota in CPUs, rounded up; None without one below the affinity mask. `root` is that of /proc."""
+    """Return the quota in CPUs, rounded up, or None if there is none. `root` is that of /proc."""
     found = [math.ceil(share) for share in _shares(root)]
     least = min(found, default=None)
     return least if least is not None and least < len(os.sched_getaffinity(0)) else None
 
 
 def _shares(root: Path) -> Iterator[float]:
-    """Of each control group that this process is in, with those above it, as far as they have a quota."""
+    """Yield the quotas of this process's control groups and their parents, if they have any."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
@@ -52,4 +52,4 @@ def _shares_above(mount: Path, mounted: str, group: str) -> Iterator[float]:
             if allowed != "max" and int(allowed) > 0:
                 yield int(allowed) / int(period)
         except (OSError, ValueError):
-            continue  # the topmost group has no such file
+            continue  # the root group has no such file

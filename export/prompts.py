@@ -1,4 +1,4 @@
-"""Fixed texts that a checkpoint and whatever runs it are compared on."""
+"""Fixed texts for comparing a checkpoint with its exports and servers."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Weights written tensor by tensor into safetensors shards: what is written need not be in memory any more."""
+"""Write weights tensor by tensor into safetensors shards, so that written tensors can leave memory."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,18 +13,18 @@ from numprune.export.precision import cast
 from numprune.export.weights import DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE
 
 _NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
-_METADATA = {"format": "pt"}  # transformers refuses files without it
+_METADATA = {"format": "pt"}  # transformers refuses files without this
 SHARD_BYTES = 5 * 10**9
-_ENTRY_BYTES = 200  # of a tensor's entry in a header, beside its name, at most
+_ENTRY_BYTES = 200  # upper limit of a tensor's header entry, without its name
 
 
 class ShardWriter:
-    """Writes tensors. A file's header, which stands first, gets its room before and its content last.
+    """Writes tensors. Space for a file's header is reserved at its start; the header is written last.
 
     Args:
-        folder: the shards' own while they are written; nothing there may be called model*.safetensors.
-        dtypes: that each tensor is written in, for every one that may come: a header must have room for all.
-        shard_bytes: a shard that would grow larger is closed, unless it holds a single tensor.
+        folder: for the shards alone while they are written; it must not contain model*.safetensors.
+        dtypes: the data type of every tensor that may be written; the header needs room for all.
+        shard_bytes: a shard that would exceed this size is closed, unless it holds a single tensor.
     """
 
     def __init__(self, folder: Path, dtypes: Mapping[str, torch.dtype], shard_bytes: int) -> None:
@@ -38,18 +38,18 @@ class ShardWriter:
         self._filled = 0  # bytes of data in it
         self._weight_map: dict[str, int] = {}  # tensor -> its shard, from 1
         self._shards = 0
-        self._values = 0  # and bytes, in all
+        self._values = 0  # total bytes
         self._bytes = 0
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write each tensor by its name. Raises IntegrityError as `add_slabs` does."""
+        """Write each tensor under its name. Raises IntegrityError like `add_slabs`."""
         for name, tensor in tensors.items():
             self.add_slabs(name, tensor.shape, [tensor])
 
     def add_slabs(self, name: str, shape: Iterable[int], slabs: Iterable[Tensor]) -> None:
-        """Write one tensor, given as its rows, stretch by stretch.
+        """Write one tensor, given in slabs of rows.
 
-        Raises IntegrityError where a value is not finite, or no longer is once it is cast.
+        Raises IntegrityError if a value is not finite, before or after the cast.
         """
         if name in self._weight_map:
             raise ValueError(f"{name} was written already")
@@ -64,7 +64,7 @@ class ShardWriter:
         file = self._file or self._open_shard()
         written = 0
         for slab in slabs:
-            # Values of a grid are written as they are.
+            # Quantized values are written unchanged.
             cast_slab = slab.cpu() if _NAMES[dtype] in QUANTIZED_DTYPES else cast(name, slab, dtype)
             written += file.write(_bytes(cast_slab))
         if written != size:
@@ -77,7 +77,7 @@ class ShardWriter:
         self._weight_map[name] = self._shards
 
     def close(self) -> None:
-        """Write the last header, name the files as loaders expect, and write their index where there are several."""
+        """Write the last header, give the files their standard names, and write an index if there are several."""
         self._close_shard()
         if self._shards == 1:
             self._partial(1).rename(self._folder / SINGLE)
@@ -90,7 +90,7 @@ class ShardWriter:
         (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def abandon(self) -> None:
-        """Close the open file and leave everything as it is."""
+        """Close the open file without finishing it."""
         if self._file is not None:
             self._file.close()
 
@@ -115,7 +115,7 @@ class ShardWriter:
 
 @contextmanager
 def writing(folder: Path, dtypes: Mapping[str, torch.dtype], shard_bytes: int = SHARD_BYTES) -> Iterator[ShardWriter]:
-    """Give a writer that is closed on a clean exit, and abandoned when the body raises."""
+    """Yield a writer that is closed on a clean exit and abandoned if the body raises."""
     writer = ShardWriter(folder, dtypes, shard_bytes)
     try:
         yield writer

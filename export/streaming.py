@@ -1,7 +1,7 @@
-"""A checkpoint as its layers, read from its shards one at a time: for models larger than the memory.
+"""The layers of a checkpoint, read from its shards one at a time: for models larger than memory.
 
-In memory are at any time: the layer that is asked for, in the data type that is computed in; the rows of the embedding
-that a batch of tokens needs; and what the kernel likes to keep of the mapped hidden states.
+At any time, memory holds the requested layer in the compute data type, the embedding rows that a batch of tokens needs,
+and the pages of the mapped hidden states that the kernel caches.
 """
 
 import mmap
@@ -31,12 +31,12 @@ class CheckpointLayers:
     """The layers of a checkpoint folder (numprune.layers.Layers).
 
     Args:
-        folder: a local checkpoint. All of it is read and checked here, as `checkpoint.load` does, and then again layer
-            by layer, whenever one is asked for.
-        scratch: a folder on a disk with room for hidden states. The files there have no names: nothing is left of them
-            when the process ends, however it ends.
-        device: where the modules are, one layer at a time.
-        dtype: that is computed in, whatever is stored.
+        folder: a local checkpoint. It is read and checked as a whole first, as by `checkpoint.load`, and then read
+            again layer by layer.
+        scratch: a folder on a disk with room for hidden states. The files there have no names, so nothing remains when
+            the process ends, however it ends.
+        device: of the modules, one layer at a time.
+        dtype: to compute in, whatever is stored.
 
     Raises:
         InputError: a file is missing or malformed, or the architecture is not supported.
@@ -60,7 +60,7 @@ class CheckpointLayers:
         checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
-        # It is filled with some rows only, and the row of padding has a part in training alone.
+        # Only some rows are filled, and the padding row matters for training only.
         self._embedding: Any = self._skeleton.get_input_embeddings()
         self._embedding.padding_idx = None
         self._scratch = scratch
@@ -89,7 +89,7 @@ class CheckpointLayers:
         def run(tokens: Tensor, hidden: Tensor) -> Tensor:
             return leave(self.task, self._skeleton, self._layers, torch.zeros_like(tokens, device=self.device), hidden)
 
-        # Of the tokens it takes no more than their shape.
+        # Only the shape of the tokens is used.
         with self._around(torch.zeros(1, 1, dtype=torch.long), head=True):
             yield run
 
@@ -97,11 +97,11 @@ class CheckpointLayers:
         return _mapped(self._scratch, torch.Size(shape), self.dtype)
 
     def write(self, tensors: Mapping[str, Tensor], writer: ShardWriter) -> None:
-        """Write tensors of a model of this one's class, by their names in it."""
+        """Write tensors of a model of the same class, by their names in it."""
         writer.add(checkpoint.stored_tensors(self._skeleton, tensors))
 
     def copy_around(self, writer: ShardWriter) -> None:
-        """Write the tensors that stand around the layers as they are: embedding, last norm, output matrix."""
+        """Write the tensors outside the layers unchanged: embedding, last norm, output matrix."""
         tied = self._skeleton.all_tied_weights_keys
         for name, names in self._names.items():
             if name not in tied and not name.startswith(f"{self.anatomy.layers_path}."):
@@ -110,7 +110,7 @@ class CheckpointLayers:
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:
-        """Fill what stands around the layers; of the embedding the rows of `tokens` only, where it looks them up."""
+        """Fill the modules outside the layers; of an embedding, only the rows of `tokens`."""
         modules = {module: name for name, module in self._skeleton.named_modules()}
         embedding, output = f"{modules[self._embedding]}.weight", self._skeleton.get_output_embeddings()
         outputs = [f"{modules[output]}.{name}" for name, _ in output.named_parameters()] if output is not None else []
@@ -133,7 +133,7 @@ class CheckpointLayers:
 
     @contextmanager
     def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:
-        """Give the skeleton's parameters values, by name: those that are stored where it is None."""
+        """Set the skeleton's parameters by name; None: to the stored values."""
         empty = {}
         for name, value in values.items():
             path, _, parameter = name.rpartition(".")
@@ -143,7 +143,7 @@ class CheckpointLayers:
         try:
             yield
         finally:
-            for module, parameter, without_values in empty.values():  # whoever still holds a module keeps no weights
+            for module, parameter, without_values in empty.values():  # a module that is still held keeps no weights
                 setattr(module, parameter, without_values)
 
     def _parameter(self, name: str, value: Tensor | None) -> nn.Parameter:
@@ -151,14 +151,14 @@ class CheckpointLayers:
         return nn.Parameter(found.to(self.device, self.dtype))
 
     def _read(self, name: str) -> Tensor:
-        """Return the model's tensor of this name, in the stored data type."""
+        """Return the model's tensor of this name in its stored data type."""
         if len(self._names[name]) == 1:
             return read_rows(self._header(name))
         parts = {stored: read_rows(self.stored[stored]) for stored in self._names[name]}
         return checkpoint.put_together(self._skeleton, parts)[name]
 
     def _header(self, name: str) -> TensorHeader:
-        """Return the header of a tensor that is stored whole."""
+        """Return the header of a tensor that is stored as one."""
         (stored,) = self._names[name]
         if stored not in self.stored:
             (stored,) = self._names[self._skeleton.all_tied_weights_keys[name]]
@@ -166,9 +166,9 @@ class CheckpointLayers:
 
 
 def _mapped(folder: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Room for a tensor in a file without a name: the kernel writes it out when it needs the memory for something else.
+    """Return a tensor mapped from a nameless file, which the kernel can write out when memory is short.
 
-    Raises DiskError when the disk is full.
+    Raises DiskError if the disk is full.
     """
     size = shape.numel() * dtype.itemsize
     try:

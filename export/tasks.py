@@ -1,4 +1,4 @@
-"""What a checkpoint is for: by its configuration, its tokenizer and the files of sentence-transformers."""
+"""The task of a checkpoint, from its configuration, its tokenizer and the files of sentence-transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numprune.tasks.masked import masked_lm
 
 MODULES = "modules.json"
 
-# sentence-transformers' fields of 1_Pooling/config.json, before it had one field for them all.
+# The older fields of sentence-transformers' 1_Pooling/config.json, since replaced by a single one.
 _MODES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -34,7 +34,7 @@ def load_task(folder: Path) -> Task:
     """Return the task of the checkpoint in `folder`.
 
     Raises:
-        InputError: a file is missing or malformed, or the model is for something else than numprune supports.
+        InputError: a file is missing or malformed, or the task is not supported.
     """
     config = read_config(folder)
     name = task_name(config)
@@ -46,18 +46,18 @@ def load_task(folder: Path) -> Task:
 
 
 def classification(config: Any) -> Classification:
-    """Return the task of a classifier. Raises InputError where it gives something else than one class of several."""
+    """Return the task of a classifier. Raises InputError unless it chooses one of several classes."""
     kind = getattr(config, "problem_type", None)
     if config.num_labels < 2 or kind not in (None, "single_label_classification"):
         raise InputError(
-            f"num_labels={config.num_labels}, problem_type={kind!r}: only classifiers into one class of several are "
-            "supported"
+            f"num_labels={config.num_labels}, problem_type={kind!r}: only classifiers that choose one of "
+            "several classes are supported"
         )
     return Classification({str(label): index for label, index in config.label2id.items()})
 
 
 def embedding(folder: Path) -> Embedding:
-    """Return the task of an embedding model, with the pooling that sentence-transformers' files declare.
+    """Return the task of an embedding model, with the pooling declared in sentence-transformers' files.
 
     Raises:
         InputError: they declare modules that are not supported, or are malformed.

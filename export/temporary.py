@@ -1,4 +1,4 @@
-"""A folder that is written beside its final place and renamed into it; what killed processes leave, and its removal."""
+"""Atomic creation and removal of folders, and removal of what killed processes leave behind."""
 
 import errno
 import logging
@@ -22,8 +22,8 @@ _NAME = re.compile(r"\..+\.[0-9a-f]{16}\.(partial|removed)")
 def beside(folder: Path) -> Iterator[Path]:
     """Yield a new empty folder next to `folder` (same file system). It is removed on exit, unless `move` renamed it.
 
-    Around it stands a folder with a lock file that this process holds: `sweep` leaves alone what is still alive.
-    Raises DiskError when the disk is full, or refuses to be written to.
+    Its parent is a temporary folder with a lock file held by this process, so that `sweep` skips it while the process
+    lives. Raises DiskError if the disk is full or cannot be written to.
     """
     disk.require_writable(folder.parent)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,9 +39,9 @@ def beside(folder: Path) -> Iterator[Path]:
 
 
 def move(content: Path, folder: Path) -> None:
-    """Put everything below `content` on the disk, then rename it to `folder`: a power cut leaves all of it or nothing.
+    """Flush everything below `content` to the disk, then rename it to `folder`: a power failure leaves all or nothing.
 
-    Raises InputError when another process was faster.
+    Raises InputError if another process was faster.
     """
     for where, _, files in os.walk(content, topdown=False):
         for path in [*(Path(where) / name for name in files), Path(where)]:
@@ -56,11 +56,11 @@ def move(content: Path, folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, without room for anything on the disk. It loses its name first, so whoever is killed meanwhile
-    leaves no half of it under that name, only what a sweep removes. Links in it are removed, never followed.
+    """Remove a folder, even if the disk is full. It is renamed first, so that an interrupted removal leaves nothing
+    half removed under its name, only remains for `sweep`. Links in it are removed, never followed.
 
-    On an overlay a folder of an image's layer keeps its name. What stands directly in it then goes first, its manifest
-    or record with it: nobody takes the rest for whole.
+    On an overlay file system, a folder of an image layer cannot be renamed. The files directly in it are then removed
+    first, including its manifest or record, so that the rest does not pass for complete.
     """
     removed = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.removed"
     try:
@@ -77,12 +77,12 @@ def remove(folder: Path) -> None:
 
 
 def abandoned(parent: Path) -> list[Path]:
-    """What `sweep` would remove now."""
+    """Return what `sweep` would remove now."""
     return [path for path in _candidates(parent) if _is_removed(path) or _is_dead(path)]
 
 
 def sweep(parent: Path) -> list[Path]:
-    """Remove what killed processes left of `beside` and `remove` directly in `parent`; that of live processes stays.
+    """Remove what killed processes left of `beside` and `remove` directly in `parent`, but nothing of live processes.
 
     Returns the removed folders.
     """
@@ -95,18 +95,18 @@ def _candidates(parent: Path) -> list[Path]:
 
 
 def _lock_new_folder(folder: Path) -> tuple[Path, int]:
-    """The outer folder and the handle that holds its lock for as long as this process lives."""
+    """Return the outer folder and the handle that holds its lock for the lifetime of this process."""
     while True:
         outer = folder.parent / f".{folder.name}.{secrets.token_hex(8)}.partial"
         outer.mkdir()
         try:
             lock = locks.open_file(outer / "lock")
         except FileNotFoundError:
-            continue  # a sweep met the folder before its lock was in it
+            continue  # a sweep removed the folder before its lock was created
         locks.acquire(lock, outer / "lock")
         if (outer / "lock").exists():
             return outer, lock
-        os.close(lock)  # a sweep was between our open and our lock
+        os.close(lock)  # a sweep came between open and lock
 
 
 def _is_removed(path: Path) -> bool:
@@ -118,7 +118,7 @@ def _discard(removed: Path) -> bool:
         try:
             shutil.rmtree(removed)
         except FileNotFoundError:
-            continue  # another process does the same at this moment
+            continue  # another process is doing the same
         except PermissionError as error:
             logger.warning("%s: belongs to another user; only that user can remove it", error.filename)
             return False
@@ -129,7 +129,7 @@ def _is_dead(outer: Path) -> bool:
     try:
         return locks.is_free(outer / "lock")
     except (FileNotFoundError, PermissionError):
-        return False  # being made or removed at this moment, or empty; another user's
+        return False  # being created or removed right now, or empty; another user's
 
 
 def _remove_if_dead(outer: Path) -> bool:
@@ -138,7 +138,7 @@ def _remove_if_dead(outer: Path) -> bool:
     except FileNotFoundError:
         return _remove_if_empty(outer)
     except PermissionError:
-        return False  # another user's, and nobody can say whether its process lives
+        return False  # another user's; whether its process lives is unknown
     try:
         locks.acquire(lock, outer / "lock", wait=False)
         if not (outer / "lock").exists():
@@ -155,7 +155,7 @@ def _remove_if_dead(outer: Path) -> bool:
 
 
 def _remove(outer: Path) -> None:
-    """The lock goes last: whoever is killed in the middle leaves a folder that a sweep still understands."""
+    """Remove a folder, its lock last: an interrupted removal leaves a folder that `sweep` still recognizes."""
     if (outer / "content").exists():
         shutil.rmtree(outer / "content")
     (outer / "lock").unlink()
@@ -163,7 +163,7 @@ def _remove(outer: Path) -> None:
 
 
 def _remove_if_empty(outer: Path) -> bool:
-    """Without its lock (not yet made, or just removed) a folder is empty, and any sweep may be the one to remove it."""
+    """Remove a folder without a lock file, if it is empty: its lock was not yet created, or just removed."""
     try:
         outer.rmdir()
     except OSError:

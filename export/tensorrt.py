@@ -1,8 +1,8 @@
-"""TensorRT engines, versions 10 and 11: built from the ONNX export on the GPU that will run them.
+"""TensorRT engines, versions 10 and 11, built from the ONNX export on the GPU that will run them.
 
-Networks are strongly typed: the precision is that of the graph, and TF32 is off. Each engine has two profiles,
-one for the prompt (no past) and one for a single token after it; in both, past and new tokens add up to what the
-attention mask spans, at the smallest, the usual and the largest sizes alike.
+Networks are strongly typed: the precision is that of the graph, and TF32 is off. Each engine has two profiles, one for
+the prompt (no past) and one for a single token after it. In both, past and new tokens add up to the length of the
+attention mask, at the min, opt and max shapes.
 """
 
 import importlib
@@ -19,12 +19,12 @@ from numprune.export.precision import FLOAT32
 from numprune.export.tasks import load_task
 
 ENGINE_FILE = "model.engine"
-LAYERS_FILE = "layers.json"  # the inspector's: which kernels the engine consists of
-TIMING_FILE = "timing.cache"  # builds on the same GPU and TensorRT that are given it are faster and choose alike
+LAYERS_FILE = "layers.json"  # written by the engine inspector: the kernels of the engine
+TIMING_FILE = "timing.cache"  # makes later builds with the same GPU and TensorRT faster and reproducible
 
 PREFILL, DECODE = 0, 1  # profile indices
 
-# Opset 20: the parser has open faults with opset 23's Attention, whose causal mask is also wrong after a past.
+# Opset 20: the parser has open bugs with opset 23's Attention, whose causal mask is also wrong with a past.
 OPSET = 20
 
 
@@ -41,15 +41,15 @@ def export(
     """Build an engine of the checkpoint `source` in the new folder `out`.
 
     Args:
-        max_batch: rows that run together, at most.
-        max_length: positions, prompt and generated, at most.
+        max_batch: largest batch size.
+        max_length: largest number of positions, prompt and generated tokens together.
         workspace_gib: GPU memory that kernels may use while they run.
         timing_cache: of an earlier build on the same GPU.
         dtype: as for `onnx.export`.
 
     Raises:
-        MissingRuntime: TensorRT or a CUDA device is not there; says what to install.
-        InputError: `out` exists, the model is an encoder, a size makes no sense, or TensorRT refuses the graph.
+        MissingRuntime: TensorRT or a CUDA device is missing; says what to install.
+        InputError: `out` exists, the model is an encoder, a size is out of range, or TensorRT refuses the graph.
     """
     if max_batch < 1 or max_length < 2 or workspace_gib <= 0:
         raise InputError(
@@ -58,7 +58,7 @@ def export(
         )
     if not load_task(source).generates:
         raise InputError(
-            f"{source}: engines are built of decoders only; export an encoder with --to onnx, which ONNX Runtime runs"
+            f"{source}: engines can only be built for decoders; export an encoder with --to onnx, for ONNX Runtime"
         )
     trt = require()
     facts: dict[str, JsonValue] = {
@@ -84,7 +84,7 @@ def require() -> Any:
     """Return the module `tensorrt`. Raises MissingRuntime where it, its libraries or a CUDA device are missing."""
     try:
         trt = importlib.import_module("tensorrt")
-    except ImportError as error:  # also: the bindings are there and libnvinfer is not
+    except ImportError as error:  # also if the bindings are installed and libnvinfer is not
         raise MissingRuntime(
             f"TensorRT is not installed ({error}); on a machine with an NVIDIA GPU: pip install 'numprune[tensorrt]'"
         ) from None
@@ -124,7 +124,7 @@ def _three(name: str, shape: tuple[int, ...], sizes: list[tuple[int, int, int]])
             return (new,)
         return batch, shape[1], past, shape[3]  # past_key_values.*: (B, KV heads, P, head dimension)
 
-    # The last position alone is what a prompt's first token needs, so one is always the least that is kept.
+    # A prompt's first token needs only the last position, so at least one is kept.
     return tuple(at(*size) if name != "logits_to_keep" or index else (1,) for index, size in enumerate(sizes))
 
 
@@ -146,7 +146,7 @@ def _build(
         raise InputError(f"{graph}: TensorRT {trt.__version__} cannot parse the graph: {reasons}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gib * (1 << 30)))
-    config.clear_flag(trt.BuilderFlag.TF32)  # it would cost three digits against the float32 reference
+    config.clear_flag(trt.BuilderFlag.TF32)  # TF32 would cost three digits against the float32 reference
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache else b"")
     config.set_timing_cache(cache, False)

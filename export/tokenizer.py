@@ -1,8 +1,8 @@
-"""A model's tokenizer as its own files say, and whether other readers take it for the same.
+"""A model's tokenizer, read from its own files, and a check that other readers agree.
 
-transformers picks a class by the names in tokenizer_config.json and config.json, and some classes build a tokenizer of
-their own from the vocabulary in tokenizer.json: a byte-level tokenizer that is labelled LlamaTokenizer, as many are
-published, is then read as a sentencepiece one. Here tokenizer.json alone says which tokens a text has.
+transformers picks a class by the names in tokenizer_config.json and config.json, and some classes rebuild the tokenizer
+from the vocabulary in tokenizer.json: a byte-level tokenizer labelled LlamaTokenizer, as in many published models, is
+then read as a sentencepiece one. Here, tokenizer.json alone defines the tokens of a text.
 """
 
 import logging
@@ -26,7 +26,7 @@ _MODEL = "tokenizer.model"
 _SETTINGS = "tokenizer_config.json"
 _OBJECTS = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 
-# Breaks, digits, case, code, accents, other scripts: where readers differ, it shows.
+# Line breaks, digits, case, code, accents, other scripts: these reveal differences between readers.
 _PLAIN = (
     "The 27 numbers, e.g. 3.14:\n\tdef f(x):  return x**2  # naïve — 数",
     "I'll  see\r\n\n   you,   it's 1,234,567 €\u00a0",
@@ -34,14 +34,14 @@ _PLAIN = (
     "Привет, мир! 你好。 こんにちは 안녕 مرحبا नमस्ते 🙂",
 )
 _SAMPLES = (" a b", *_PLAIN, "<html>&nbsp;</html> ▁ Ġ <0x0A> <s>")
-_DECOMPOSED = "Cafe\u0301"  # rare in text, so a reader that composes it is no reason to refuse a model
+_DECOMPOSED = "Cafe\u0301"  # decomposed; rare in text, so a reader that composes it is no reason to refuse a model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer: where there is a tokenizer.json, its tokens are exactly those that `tokenizers` reads.
+    """Return the folder's tokenizer. With a tokenizer.json, its tokens are exactly those of the `tokenizers` library.
 
-    A tokenizer.model alone is read by transformers, and refused where sentencepiece gives other tokens. Special tokens
-    and the chat template are those of the other files; neither adds a token. Raises InputError.
+    A tokenizer.model alone is read by transformers, and refused if sentencepiece gives other tokens. Special tokens and
+    the chat template come from the other files; neither adds a token. Raises InputError.
     """
     if not any((folder / name).is_file() for name in (_FILE, _MODEL, "vocab.json")):
         raise InputError(f"{folder}: no tokenizer (tokenizer.json) in this folder; copy it from the original model")
@@ -55,10 +55,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def other_reading(folder: Path) -> str | None:
-    """What is wrong, and the remedy, where transformers does not give the tokens that `load_tokenizer` does.
+    """Refuse a tokenizer that transformers reads differently from `load_tokenizer`, with the remedy.
 
-    vLLM reads tokenizers with transformers, and would give such a model tokens that it was not trained on. A difference
-    in decomposed accents alone is only warned of. Raises InputError.
+    vLLM reads tokenizers with transformers, and would feed such a model tokens that it was not trained on. A difference
+    in decomposed accents alone is only a warning. Raises InputError.
     """
     ours = load_tokenizer(folder)
     if not (folder / _FILE).is_file():
@@ -88,12 +88,12 @@ def other_reading(folder: Path) -> str | None:
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
-    """Turn whatever malformed files raise into an InputError."""
+    """Turn any exception about malformed files into an InputError."""
     try:
         yield
     except InputError:
         raise
-    except BaseException as error:  # a panic of the tokenizers' Rust is no Exception
+    except BaseException as error:  # a Rust panic in tokenizers is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{folder}: its tokenizer cannot be read: {reason(error)}") from error
@@ -101,22 +101,22 @@ def _named(folder: Path) -> Iterator[None]:
 
 def _as_written(folder: Path) -> PreTrainedTokenizerBase:
     backend = tokenizers.Tokenizer.from_file(str(folder / _FILE))
-    backend.no_truncation()  # some files keep the settings of a batch that was once encoded
+    backend.no_truncation()  # some files contain the settings of an earlier batch
     backend.no_padding()
     settings = _settings(folder)
-    # Its chat template is text to us: nothing here renders it.
+    # The chat template is kept as text and never rendered here.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=_chat_template(folder, settings))
     for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
         token = settings.get(name)
         if isinstance(token, dict):  # an AddedToken
             token = token.get("content")
         if token and backend.token_to_id(token) is not None:
-            setattr(tokenizer, name, token)  # given to the constructor, it would become an added token
+            setattr(tokenizer, name, token)  # passed to the constructor, it would become an added token
     return tokenizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says, and of special tokens what only special_tokens_map.json does."""
+    """Return the settings of tokenizer_config.json, and special tokens that only special_tokens_map.json has."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", _SETTINGS):
         if (folder / name).is_file():
@@ -125,7 +125,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
-    """As transformers finds it: one template, or several by name, or None."""
+    """Return the chat template as transformers finds it: one template, several by name, or None."""
     if not (folder / files.CHAT_TEMPLATE).is_file():
         return settings.get("chat_template")
     paths = {path.stem: path for path in (folder / files.MORE_TEMPLATES).glob("*.jinja")}
@@ -135,11 +135,11 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
-    """transformers' conversion of a tokenizer.model, where it gives the tokens that sentencepiece itself does.
+    """Return transformers' conversion of a tokenizer.model, if it gives the same tokens as sentencepiece itself.
 
-    On plain text, that is: it is known to drop a space at the beginning, and to read special tokens in a text.
+    Only plain text is compared: the conversion is known to drop a leading space and to parse special tokens in a text.
     """
-    from sentencepiece import SentencePieceProcessor  # needed by few models only
+    from sentencepiece import SentencePieceProcessor  # needed for few models only
 
     path = folder / _MODEL
     try:
@@ -160,7 +160,7 @@ def _as_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
 def _as_transformers_reads(folder: Path) -> PreTrainedTokenizerBase:
     for name in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES:
-        if _settings(folder).get(name) == "":  # transformers looks it up without end
+        if _settings(folder).get(name) == "":  # transformers would look it up endlessly
             raise InputError(f'{folder / _SETTINGS}: "{name}": "" is not a token; remove that line')
-    config = read_config(folder)  # transformers' own reading refuses some that ours does not
+    config = read_config(folder)  # transformers itself refuses some that are accepted here
     return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""How far an export may be from its checkpoint: in float32 by rounding errors, in coarser numbers by noise."""
+"""How far an export may be from its checkpoint: by float32 rounding errors, or by noise in lower precision."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -6,15 +6,15 @@ from typing import Any, Protocol
 from numprune.export import noise
 from numprune.export.noise import Noise
 
-# Measured on a CPU, in ONNX Runtime and PyTorch: right exports differ by up to 3 times the reference's float32 error.
+# Measured on a CPU, in ONNX Runtime and PyTorch: correct exports differ by up to 3 times the reference's float32 error.
 # That is 1e-5 for the embedded model, 6e-5 for SmolLM2-135M, and 1e-3 (on text 2e-4) with 20 or 50 % of it removed.
-# The smallest difference of a wrong export was 3e-3: an epsilon of 1e-5 in place of 1e-6.
+# The smallest difference of a wrong export was 3e-3: an epsilon of 1e-5 instead of 1e-6.
 FLOOR = 1e-3  # of a logit, and of a log-probability in nats
 FACTOR = 8
 
 
 class Found(Protocol):
-    """What was found on one text."""
+    """Errors found on one text."""
 
     @property
     def error(self) -> float:
@@ -22,17 +22,17 @@ class Found(Protocol):
 
     @property
     def noise(self) -> Noise | None:
-        """Only of a candidate that is judged by it."""
+        """Only for a candidate that is judged by noise."""
 
 
 class Limit(Protocol):
-    """What is allowed on one text."""
+    """The limit on one text."""
 
     def share(self, found: Found) -> float:
-        """What was found as a share of what is allowed: above 1, or NaN, is refused."""
+        """Return the errors as a share of the limit; above 1, or NaN, is refused."""
 
     def describe(self, found: Found) -> dict[str, Any]:
-        """Plain JSON: the tolerance and what it rests on."""
+        """Return plain JSON: the tolerance and its criterion."""
 
     @property
     def reason(self) -> str:
@@ -41,10 +41,10 @@ class Limit(Protocol):
 
 @dataclass(frozen=True)
 class Allowed:
-    """In float32: the largest error."""
+    """For float32: a limit on the largest error."""
 
     floor: float
-    float32_error: float | None  # of the reference; None: the text is within the floor, and it was not measured
+    float32_error: float | None  # of the reference; None: not measured, because the text is within the floor
 
     @property
     def tolerance(self) -> float:
@@ -62,7 +62,7 @@ class Allowed:
 
     @property
     def reason(self) -> str:
-        assert self.float32_error is not None  # measured of every text that exceeds the floor
+        assert self.float32_error is not None  # measured for every text that exceeds the floor
         return (
             f"the tolerance is {self.tolerance:.3g} ({FACTOR} times PyTorch's own float32 error there, "
             f"{self.float32_error:.2g}, and at least {self.floor:g})"
@@ -71,7 +71,7 @@ class Allowed:
 
 @dataclass(frozen=True)
 class AllowedNoise:
-    """Of half precision, or rounded activations: mean and 99th percentile, as multiples of PyTorch's own in `dtype`."""
+    """For half precision or rounded activations: limits on mean and 99th percentile, relative to PyTorch in `dtype`."""
 
     dtype: str
     floor: Noise

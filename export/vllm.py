@@ -1,8 +1,8 @@
 """A checkpoint that vLLM loads: sharded safetensors, tokenizer, generation config, manifest.
 
-Stock vLLM where the architecture is a stock one, vLLM with our plug-in numprune-vllm where layers differ in size. Stock
-vLLM truncates weights that are larger than the configuration says, without an error, and answers a shape it cannot
-serve with a bare assertion once it is started. Both are found here instead.
+Stock architectures run in stock vLLM; layers of different sizes need the plug-in numprune-vllm. Stock vLLM silently
+truncates weights that are larger than the configuration says, and fails with a bare assertion at startup on a shape it
+cannot serve. Both are detected here first.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from numprune.quantization import Scheme, schemes_by_block, ungrouped
 from numprune.quantization.compressed_tensors import QuantizationConfig
 from numprune.target import not_split
 
-# Of vLLM 0.32: its CPU attention kernels. On GPUs the list is longer, so a size outside it is a fact, not an error.
+# Head sizes of vLLM 0.32's CPU attention kernels. GPUs support more, so another size is reported, not refused.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -36,13 +36,12 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
 
     Args:
         shard_size: a number with KB, MB or GB.
-        dtype: that every tensor is cast to, a name of `precision.DTYPES`; None: each stays as it is.
+        dtype: to cast every tensor to, one of `precision.DTYPES`; None: no cast.
 
     Raises:
-        InputError: `out` exists, vLLM has no class for the architecture, would read the tokenizer differently, or
-            it is quantized and `dtype` is given.
-        IntegrityError: a tensor is not what the configuration says, before or after, or has a value that is too large
-            for `dtype`.
+        InputError: `out` exists, vLLM has no class for the architecture or would read the tokenizer differently, or the
+            checkpoint is quantized and `dtype` is given.
+        IntegrityError: a tensor contradicts the configuration, before or after, or has a value too large for `dtype`.
     """
     if dtype is not None:
         compressed_tensors.refuse_quantized(source, f"dtype={dtype}")
@@ -74,7 +73,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
 
 
 def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype, shard_size: str) -> None:
-    """Write every tensor in `dtype`, a stretch of rows in memory at a time."""
+    """Write every tensor in `dtype`, with one slab of rows in memory at a time."""
     shard_bytes = int(shard_size[:-2]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[shard_size[-2:]]
     with writing(folder, dict.fromkeys(headers, dtype), shard_bytes) as writer:
         for name, header in headers.items():
@@ -82,7 +81,7 @@ def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype,
 
 
 def serving_facts(folder: Path) -> dict[str, JsonValue]:
-    """Return the `preflight` of the checkpoint in `folder`; `needs` includes what its task needs. Raises InputError."""
+    """Return the `preflight` of the checkpoint in `folder`, with its task's options in `needs`. Raises InputError."""
     config = checkpoint.read_config(folder)
     facts = preflight(config, compressed_tensors.quantization_in(folder))
     if pooling := vllm_pooling.options(read_anatomy(config), load_task(folder)):
@@ -91,7 +90,7 @@ def serving_facts(folder: Path) -> dict[str, JsonValue]:
 
 
 def check_per_layer(anatomy: Anatomy) -> None:
-    """Refuse a family that vLLM runs only where all layers have the same sizes. Raises InputError."""
+    """Refuse a family that vLLM runs only with the same sizes in all layers. Raises InputError."""
     if not FAMILIES[anatomy.family].vllm.per_layer:
         able = ", ".join(name for name, family in FAMILIES.items() if family.vllm.per_layer)
         raise InputError(
@@ -101,7 +100,7 @@ def check_per_layer(anatomy: Anatomy) -> None:
 
 
 def check_settings(config: Any) -> None:
-    """Refuse a model with settings that no class of vLLM's honours. Raises InputError."""
+    """Refuse a model with settings that vLLM's class ignores. Raises InputError."""
     family = family_of(config)
     refused = family.vllm.refused(config)
     if refused and not family.vllm.backend:
@@ -111,7 +110,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_quantized(scheme: Scheme, dtype: torch.dtype | None, device: str) -> None:
-    """Refuse weights of this scheme, in a checkpoint of this data type, that vLLM's kernels do not run on cpu or gpu.
+    """Refuse a scheme that vLLM's kernels do not run on this device (cpu or gpu) with this data type.
 
     Raises InputError.
     """
@@ -136,18 +135,19 @@ def _runs(scheme: Scheme, dtype: torch.dtype | None, device: str) -> bool:
 
 
 def preflight(config: Any, quantized: QuantizationConfig | None = None) -> dict[str, JsonValue]:
-    """Return what decides whether and how vLLM can serve a model of this configuration, `quantized` or not.
+    """Return the facts that decide whether and how vLLM can serve a model of this configuration.
 
     Returns:
         `architecture`, `head_size`.
-        `query_heads`, `kv_heads`, `intermediate_size`: of each layer, 0 where it goes without the block; the last only
-            of layers with an MLP.
+        `query_heads`, `kv_heads`, `intermediate_size`: of each layer, 0 if it has no such block; the last only for
+            layers with an MLP.
         `experts`, `channels_per_expert`: of each layer that has experts.
-        `head_shapes`: pairs of query and KV heads there are; each but the first costs vLLM a metadata build every step.
-        `quantization`: the schemes, None where the weights are not quantized.
+        `head_shapes`: the number of different pairs of query and KV heads; each after the first costs vLLM a metadata
+        build per step.
+        `quantization`: the schemes, or None if the weights are not quantized.
         `tensor_parallel`: the sizes up to 8 that divide every layer's heads, widths and groups of channels.
         `needs`: options that the server must be started with; `plugin`: whether it needs numprune-vllm.
-        `cpu`: whether vLLM's CPU kernels know the head size and the schemes.
+        `cpu`: whether vLLM's CPU kernels support the head size and the schemes.
 
     Raises:
         InputError: vLLM cannot load it.

@@ -1,4 +1,4 @@
-"""How vLLM serves encoders: its pooling runner, which gives embeddings or class probabilities."""
+"""How vLLM serves encoders: its pooling runner returns embeddings or class probabilities."""
 
 import json
 
@@ -7,7 +7,7 @@ from numprune.errors import InputError
 from numprune.tasks import Task
 from numprune.tasks.embedding import Embedding
 
-# The encoders that vLLM 0.32 serves, by family and task, and what its server must be started with.
+# The encoders that vLLM 0.32 serves, by family and task, and the options that the server needs.
 _SERVED: dict[tuple[str, str], tuple[str, ...]] = {
     ("bert", "embedding"): (),
     ("bert", "classification"): (),
@@ -16,17 +16,16 @@ _SERVED: dict[tuple[str, str], tuple[str, ...]] = {
     ("electra", "classification"): ("--model-impl", "transformers"),
 }
 
-# Its names of poolings.
+# vLLM's names of poolings.
 _POOLING = {"mean": "MEAN", "cls": "CLS", "last": "LAST"}
 
 
 def options(anatomy: Anatomy, task: Task) -> tuple[str, ...]:
     """Return the options with which vLLM serves a model for its task; none for decoders.
 
-    The pooling is always among them: where no file declares one, vLLM takes the first token's state, and the rest of
-    numprune the mean.
+    The pooling is always stated: if no file declares one, vLLM takes the first token's state, but numprune the mean.
 
-    Raises InputError where vLLM does not serve it.
+    Raises InputError if vLLM does not serve it.
     """
     if task.name == "causal-lm":
         return ()

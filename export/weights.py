@@ -1,4 +1,4 @@
-"""What the safetensors files of a folder say they hold, read from their headers alone, and their tensors."""
+"""The safetensors files of a folder: their headers, read without the data, and their tensors."""
 
 import json
 from collections import Counter
@@ -19,17 +19,17 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Of what quantized weights are stored as, besides.
+# Further data types, of stored quantized weights.
 QUANTIZED_DTYPES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
-SLAB_BYTES = 64 << 20  # of a tensor that need not be in memory whole
+SLAB_BYTES = 64 << 20  # of a large tensor that is processed in parts
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor: its shape, its data type as safetensors writes it (`F32`, `BF16`, …), and where it is.
+    """One stored tensor: its shape, its data type in safetensors' spelling (`F32`, `BF16`, …) and its location.
 
     `name`: in `file`; `offset`: of its first byte there.
     """
@@ -42,7 +42,7 @@ class TensorHeader:
 
     @property
     def rows(self) -> int:
-        """Of the first dimension; a tensor without dimensions is one."""
+        """Size of the first dimension; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -56,12 +56,12 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class QuantizedHeader(TensorHeader):
-    """A matrix that is stored as values of a grid and their scales; it is read dequantized, in float32.
+    """A quantized matrix, stored as grid values and scales; it is read dequantized, in float32.
 
     Attributes:
-        dtype: of the tensors beside it, in which its products are computed.
+        dtype: of the unquantized tensors, in which its products are computed.
         scheme: of the grid.
-        parts: what is stored, by its name.
+        parts: the stored tensors by name.
     """
 
     scheme: Scheme
@@ -72,7 +72,7 @@ class QuantizedHeader(TensorHeader):
         return sum(part.bytes for part in self.parts.values())
 
     def quantized(self, start: int, stop: int) -> Quantized:
-        """Return rows of the matrix as they are stored."""
+        """Return rows of the matrix as stored."""
         values, scales = (read_rows(part, start, stop) for part in list(self.parts.values())[:2])
         if self.scheme.name == "w4a16":
             values = compressed_tensors.unpack(values, self.shape[1])
@@ -84,7 +84,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Every stored weight by name. The data are not read, but each file must be long enough to hold them.
+    """Return the header of every stored weight by name. The data are not read, but each file must be long enough.
 
     Raises:
         InputError: there are no safetensors weights, or both a single file and shards, or quantized tensors.
@@ -102,7 +102,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """Return one header for all that is stored of a quantized weight. Raises InputError, IntegrityError."""
+    """Merge the stored tensors of each quantized weight into one header. Raises InputError, IntegrityError."""
     path = folder / files.CONFIG
     config = compressed_tensors.read_quantization(files.read_object(path)) if path.exists() else None
     if config is not None:
@@ -167,7 +167,7 @@ def _renamed(stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
 
 
 def current_name(name: str) -> str:
-    """Return a tensor's name as transformers writes it now; BERT's first checkpoints name norms as TensorFlow does."""
+    """Return a tensor's current name in transformers; the first BERT checkpoints name norms as in TensorFlow."""
     for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
         if name.endswith(old):
             return name.removesuffix(old) + new
@@ -175,12 +175,12 @@ def current_name(name: str) -> str:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all stored tensors: what the weights need on disk and, in their own data type, in memory."""
+    """Return the bytes of all stored tensors, on disk and, in their own data type, in memory."""
     return sum(header.bytes for header in read_headers(folder).values())
 
 
 def main_dtype(stored: Mapping[str, TensorHeader]) -> torch.dtype:
-    """The data type that holds most of the bytes; of quantized weights that in which they are computed with."""
+    """Return the data type of most of the bytes; quantized weights count with their compute data type."""
     return DTYPES[_main_name(stored)]
 
 
@@ -193,9 +193,9 @@ def _main_name(stored: Mapping[str, TensorHeader]) -> str:
 
 
 def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
-    """The data types that a model made from this one is stored in, tensor by tensor.
+    """Return the data type of each tensor of a model derived from this one.
 
-    Each keeps its own; a bias that compensation may give to a matrix without one has that of the matrix.
+    Each tensor keeps its own; a bias that compensation may add has that of its matrix.
     """
     dtypes = {name: DTYPES[header.dtype] for name, header in stored.items()}
     matrices = {name: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
@@ -203,7 +203,7 @@ def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
 
 
 def stored_parts(stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """Return what is stored, a quantized weight as its parts."""
+    """Return the stored tensors, a quantized weight as its parts."""
     parts: dict[str, TensorHeader] = {}
     for name, header in stored.items():
         parts |= header.parts if isinstance(header, QuantizedHeader) else {name: header}
@@ -211,7 +211,7 @@ def stored_parts(stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
 
 
 def read_tensor(header: TensorHeader) -> Tensor:
-    """The tensor, mapped: its values are read from the file when they are used. Of a quantized weight, dequantized."""
+    """Return the tensor, mapped: values are read from the file on use. A quantized weight is dequantized."""
     if isinstance(header, QuantizedHeader):
         return read_rows(header)
     with safe_open(header.file, "pt") as file:
@@ -220,7 +220,7 @@ def read_tensor(header: TensorHeader) -> Tensor:
 
 
 def read_finite(header: TensorHeader) -> Tensor:
-    """Return what `read_tensor` does. Raises IntegrityError where it holds NaN or infinity."""
+    """Like `read_tensor`. Raises IntegrityError if the tensor contains NaN or infinity."""
     tensor = read_tensor(header)
     if not torch.isfinite(tensor).all():
         raise IntegrityError(f"{header.file}: {header.name} has values that are NaN or infinite")
@@ -228,15 +228,15 @@ def read_finite(header: TensorHeader) -> Tensor:
 
 
 def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows of the tensor's first dimension (all of them by default), read into memory, in the stored data type.
+    """Return rows of the tensor's first dimension (by default all), read into memory in the stored data type.
 
-    Raises IntegrityError when the file ends before they do.
+    Raises IntegrityError if the file is truncated.
     """
     stop = header.rows if stop is None else stop
     if isinstance(header, QuantizedHeader):
         return header.quantized(start, stop).dequantized()
     row_bytes = header.bytes // max(header.rows, 1)
-    shape = (stop - start, *header.shape[1:]) if header.shape else ()  # of no dimensions: a single value
+    shape = (stop - start, *header.shape[1:]) if header.shape else ()  # a scalar
     result = torch.empty(shape, dtype=header.torch_dtype)
     target = result.flatten().view(torch.uint8).numpy().data
     with header.file.open("rb", buffering=0) as file:
@@ -250,8 +250,8 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
 
 
 def slabs(header: TensorHeader) -> Iterator[Tensor]:
-    """The tensor in stretches of rows, each about `SLAB_BYTES` large. Raises IntegrityError."""
-    # What is quantized is read as float32.
+    """Yield the tensor in slabs of rows, each of about `SLAB_BYTES`. Raises IntegrityError."""
+    # Quantized weights are read as float32.
     size = prod(header.shape) * 4 if isinstance(header, QuantizedHeader) else header.bytes
     step = max(1, SLAB_BYTES * header.rows // max(size, 1))
     for start in range(0, max(header.rows, 1), step):
@@ -261,7 +261,7 @@ def slabs(header: TensorHeader) -> Iterator[Tensor]:
 def _read_file(path: Path) -> dict[str, TensorHeader]:
     headers = {}
     try:
-        # As "pt" the whole file would be mapped for writing, and count as memory where that is limited.
+        # With "pt", the whole file would be mapped writable and count towards a memory limit.
         with safe_open(path, "np") as file:
             offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -278,12 +278,12 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
 
 
 def _is_computed(name: str, dtype: str | None = None) -> bool:
-    """Whether a tensor is the numbers of the positions, which older versions of transformers stored as integers."""
+    """Return whether a tensor is the buffer of position ids that older versions of transformers stored."""
     return name.rpartition(".")[2] == "position_ids" and dtype not in DTYPES
 
 
 def _offsets(path: Path) -> dict[str, int]:
-    """Where each tensor's first byte is, of a file that `safe_open` takes for a whole one."""
+    """Return the offset of each tensor's first byte in a file that `safe_open` has accepted."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))

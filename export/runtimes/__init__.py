@@ -1,7 +1,7 @@
-"""Programs that run a decoder, one per module, behind one Protocol: what `parity` proves is what the benchmark times.
+"""The runtimes of decoders, one per module, behind one Protocol: the benchmark times what `parity` has proved.
 
-A runtime holds one batch at a time: `prefill` starts it, each `decode` extends its KV cache by one position. Logits are
-float32 on the CPU when a call returns, so its wall-clock time is all it cost.
+A runtime holds one batch at a time: `prefill` starts it, each `decode` extends its KV cache by one position. A call
+returns its logits as float32 on the CPU, so its wall-clock time is its full cost.
 """
 
 from pathlib import Path
@@ -29,10 +29,10 @@ class Runtime(Protocol):
         Args:
             tokens: (B, S) int64.
             mask: (B, S), 1 = token, 0 = padding on the left; None: no padding.
-            last_only: compute the logits of the last position alone, which is what the first token needs.
+            last_only: compute the logits of the last position only, enough for the first token.
 
         Returns:
-            Logits (B, S, V), or (B, 1, V) with `last_only`; at padding they mean nothing.
+            Logits (B, S, V), or (B, 1, V) with `last_only`; undefined at padding.
         """
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Runtime(Protocol):
 
 
 def device_of(name: str, device: str = "auto") -> str:
-    """Where a runtime would run: "cpu" or "cuda". Of one that is not installed, `open_runtime` says so."""
+    """Return where a runtime would run, "cpu" or "cuda". If it is not installed, `open_runtime` says so."""
     if name == "tensorrt":
         return "cuda"
     if name != "onnxruntime":
@@ -64,14 +64,14 @@ def open_runtime(
         name: `torch` (a checkpoint folder), `onnxruntime` (of `export.onnx` or `export.genai`) or `tensorrt` (of
             `export.tensorrt`).
         folder: what to load.
-        device: `cpu`, `cuda`, or `auto`: CUDA where the runtime and the machine have it.
-        threads: of the CPU, for one operator; None: the runtime's own default, or the CPU quota.
-        dtype: that a checkpoint is computed in; an export has its own.
+        device: `cpu`, `cuda`, or `auto` (CUDA if the runtime and the machine support it).
+        threads: CPU threads for one operator; None: the runtime's default, or the CPU quota.
+        dtype: the precision to compute a checkpoint in; an export has its own.
 
     Raises:
         InputError: unknown name or device, or a folder of another kind.
-        IntegrityError: the folder is not whole.
-        MissingRuntime: its libraries or the device are not there; says what to install.
+        IntegrityError: the folder is damaged.
+        MissingRuntime: its libraries or the device are missing; says what to install.
     """
     if device not in DEVICES:
         raise InputError(f"device={device!r}: choose one of {', '.join(DEVICES)}")

@@ -1,13 +1,13 @@
-"""What every runtime checks about a batch, and the mask that grows with it."""
+"""Checks of a batch that all runtimes share, and its growing attention mask."""
 
 import torch
 from torch import Tensor
 
 
 def prompt_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """The attention mask (B, S) int64 of a prompt, padded on the left; all ones when none is given.
+    """Return the attention mask (B, S) int64 of a prompt padded on the left; all ones if `mask` is None.
 
-    Raises ValueError: these are mistakes of the caller, and a wrong mask gives wrong logits without a word.
+    Raises ValueError on a bad mask, a mistake of the caller that would silently give wrong logits.
     """
     mask = _mask(tokens, mask, vocabulary)
     if (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
@@ -16,7 +16,7 @@ def prompt_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
 
 
 def encoder_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
-    """The attention mask (B, S) int64 of texts for an encoder, padded on the right; otherwise as `prompt_mask`."""
+    """Return the attention mask (B, S) int64 of right-padded texts for an encoder; otherwise like `prompt_mask`."""
     mask = _mask(tokens, mask, vocabulary)
     if (mask.diff(dim=1) > 0).any() or not mask[:, 0].all():
         raise ValueError("mask must be ones on the left and zeros (padding) on the right, at least one in each row")
@@ -38,14 +38,14 @@ def _mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:
 
 
 def extended_mask(mask: Tensor | None, tokens: Tensor, vocabulary: int) -> Tensor:
-    """The mask (B, T) after one more token per row. Raises ValueError, also when no prefill came before."""
+    """Return the mask (B, T) after one more token per row. Raises ValueError, also if there was no prefill."""
     check_next(tokens, None if mask is None else len(mask), vocabulary)
     assert mask is not None
     return torch.cat([mask, torch.ones_like(tokens)], dim=1)
 
 
 def check_next(tokens: Tensor, rows: int | None, vocabulary: int) -> None:
-    """Raises ValueError unless there is one token for each of the rows of the prefill; None: there was no prefill."""
+    """Raise ValueError unless there is one token for each row of the prefill; None: there was no prefill."""
     if rows is None:
         raise ValueError("call prefill() before decode()")
     if tokens.dtype != torch.int64 or tokens.shape != (rows, 1):
@@ -58,4 +58,4 @@ def check_next(tokens: Tensor, rows: int | None, vocabulary: int) -> None:
 
 def _check_range(tokens: Tensor, vocabulary: int) -> None:
     if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ValueError(f"a token is outside of 0 … {vocabulary - 1}")
+        raise ValueError(f"a token is outside the range 0 … {vocabulary - 1}")

@@ -1,4 +1,4 @@
-"""Programs that run an encoder: one forward pass, no KV cache. What comes out is what the model's task puts out."""
+"""The runtimes of encoders: one forward pass, no KV cache, with the outputs of the model's task."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ class Encoder(Protocol):
 def open_encoder(
     name: str, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32
 ) -> Encoder:
-    """Load `folder` into the runtime `name`; arguments and errors are those of `open_runtime`."""
+    """Load `folder` into the runtime `name`. Arguments and errors are those of `open_runtime`."""
     if device not in DEVICES:
         raise InputError(f"device={device!r}: choose one of {', '.join(DEVICES)}")
     match name:
@@ -57,7 +57,7 @@ def open_encoder(
 
 
 class TorchEncoder:
-    """A checkpoint in `dtype`, PyTorch eager; in float32 it is the reference the others are compared with."""
+    """A checkpoint in `dtype`, in eager PyTorch; in float32, the reference for all other runtimes."""
 
     name = "torch"
 

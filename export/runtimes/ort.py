@@ -1,7 +1,7 @@
 """ONNX Runtime: runs a decoder's folder of `export.onnx` on the CPU or through its CUDA provider.
 
-The KV cache stays where the runtime allocated it: each call's `present` values are bound as the next one's `past`, and
-nothing but tokens, mask and logits crosses between Python and the runtime.
+The KV cache stays where the runtime allocated it: the `present` values of one call are bound as `past` of the next.
+Only tokens, mask and logits pass between Python and the runtime.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
-# What does the work. Shape arithmetic may be on the CPU also beside a GPU; these may not.
+# The heavy operators. On a GPU, shape arithmetic may run on the CPU; these may not.
 _HEAVY = {
     "MatMul",
     "Gemm",
@@ -35,7 +35,7 @@ _HEAVY = {
     "SimplifiedLayerNormalization",
     "SkipSimplifiedLayerNormalization",
 }
-# Where the CUDA provider lacks a kernel: by the kind of export.
+# Remedy for a kernel that the CUDA provider lacks, by kind of export.
 _REMEDIES = {onnx.KIND: "export with opset=20", genai.KIND: "export with --to onnx"}
 
 
@@ -69,7 +69,7 @@ class Opened:
 
 
 def open_export(folder: Path, device: str, threads: int | None) -> Opened:
-    """The graph of a folder of `export.onnx` or `export.genai`. Raises as `open_runtime` does."""
+    """Return the graph of a folder written by `export.onnx` or `export.genai`. Raises like `open_runtime`."""
     found = manifest.read(folder)
     if found.kind not in _REMEDIES:
         raise InputError(
@@ -142,7 +142,7 @@ class OnnxRuntime:
 
 
 def choose_provider(device: str) -> str:
-    """The execution provider for "cpu", "cuda" or "auto". Raises MissingRuntime."""
+    """Return the execution provider for "cpu", "cuda" or "auto". Raises MissingRuntime."""
     available = CUDA in ort.get_available_providers()
     if device == "cuda" and not available:
         raise MissingRuntime(
@@ -155,7 +155,7 @@ def choose_provider(device: str) -> str:
 
 
 def _cuda_device_count() -> int:
-    """Devices the driver sees. Asked of the driver: torch beside it may be built for the CPU only."""
+    """Return the number of devices the driver sees; the installed torch may be built for the CPU only."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -169,7 +169,7 @@ def _cuda_device_count() -> int:
 def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.enable_mem_pattern = False  # a plan per shape: each decode step has a new one
+    options.enable_mem_pattern = False  # it plans for each shape, and each decode step has a new one
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -177,12 +177,12 @@ def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSessio
     providers = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise IntegrityError(f"{path}: ONNX Runtime cannot load it: {error}") from error
 
 
 def _require_cuda(session: ort.InferenceSession, remedy: str) -> None:
-    """Raise MissingRuntime when ONNX Runtime has quietly given the work to the CPU."""
+    """Raise MissingRuntime if ONNX Runtime has silently moved the work to the CPU."""
     if session.get_providers()[0] != CUDA:
         raise MissingRuntime(
             f"ONNX Runtime fell back to {session.get_providers()[0]}: its CUDA provider did not start (see its log for "
@@ -197,6 +197,6 @@ def _require_cuda(session: ort.InferenceSession, remedy: str) -> None:
 
 
 def nodes_elsewhere(session: ort.InferenceSession, provider: str) -> list[str]:
-    """The kinds of heavy operators that the session assigned to another provider than `provider`."""
+    """Return the types of heavy operators that the session assigned to a provider other than `provider`."""
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != provider]
     return sorted({node.op_type for part in parts for node in part.get_nodes()} & _HEAVY)

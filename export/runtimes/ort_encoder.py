@@ -12,7 +12,7 @@ from numprune.export.runtimes.batch import encoder_mask
 
 
 class OnnxEncoder:
-    """An ONNX Runtime session over the exported graph, of which the output of the task is computed."""
+    """An ONNX Runtime session over the exported graph; only the task's output is computed."""
 
     name = "onnxruntime"
 

@@ -1,6 +1,6 @@
-"""ONNX Runtime: runs a decoder's folder of `export.genai`, past and present in one KV buffer.
+"""ONNX Runtime: runs a decoder's folder of `export.genai`, with past and present in one KV buffer.
 
-Each step reads and writes the buffer in place: a cache that is returned anew costs a copy of it with every token.
+Each step updates the buffer in place: returning a new cache would copy it with every token.
 """
 
 from pathlib import Path
@@ -19,11 +19,11 @@ from numprune.export.precision import DTYPES
 from numprune.export.runtimes.batch import check_next, prompt_mask
 from numprune.export.runtimes.ort import open_export
 
-ROOM = 256  # positions of the buffer beyond the prompt; it doubles when they are used up
+ROOM = 256  # spare positions after the prompt; the buffer doubles when they are used up
 
 
 class FusedOnnxRuntime:
-    """A session whose graph takes rows padded on the right, and computes the logits of each row's last token."""
+    """A session whose graph takes rows padded on the right and computes the logits of each row's last token."""
 
     name = "onnxruntime"
 
@@ -49,7 +49,7 @@ class FusedOnnxRuntime:
         tokens = tokens.gather(1, mask.argsort(dim=1, descending=True, stable=True))  # the padding to the right
         if last_only:
             return self._start(tokens, lengths)
-        # The graph puts out one position of a row: each is computed as the last of a prompt that ends there.
+        # The graph outputs one position per row: each position is computed as the last one of a prompt that ends there.
         logits = torch.zeros(len(tokens), width, self.vocabulary)
         for end in range(1, width + 1):
             found = self._start(tokens[:, :end], lengths.clamp(max=end))[:, 0]
@@ -77,7 +77,7 @@ class FusedOnnxRuntime:
         rows, width = tokens.shape
         self._require(width)
         if rows != self._room[0] or width > self._room[1]:
-            # What is in a buffer already is overwritten, or beyond the length of its row.
+            # Old content of a buffer is overwritten, or lies beyond the length of its row.
             positions, element = self._limited(width + ROOM), ELEMENTS[self._dtype]
             self._bind(
                 {
@@ -100,7 +100,7 @@ class FusedOnnxRuntime:
             }
         )
         if self._opened.device == "cuda":
-            torch.cuda.synchronize()  # ONNX Runtime reads the buffers on a stream of its own
+            torch.cuda.synchronize()  # ONNX Runtime reads the buffers on its own stream
 
     def _limited(self, positions: int) -> int:
         return min(positions, self._context)
@@ -110,7 +110,7 @@ class FusedOnnxRuntime:
             raise InputError(f"{positions} positions exceed the model's max_position_embeddings={self._context}")
 
     def _bind(self, buffers: dict[str, ort.OrtValue]) -> None:
-        """Have past and present share these."""
+        """Bind these buffers as both past and present."""
         self._buffers = buffers
         rows, _, positions, _ = next(iter(buffers.values())).shape()
         self._room = (rows, positions)

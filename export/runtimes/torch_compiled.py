@@ -1,9 +1,9 @@
-"""PyTorch as one would deploy it: decoding compiled, over a KV cache of fixed size; on a GPU as one CUDA graph a step.
+"""PyTorch as deployed: compiled decoding over a static KV cache; on a GPU, one CUDA graph per step.
 
-Eager decoding launches each kernel from Python, so on a GPU a small model is timed by its launches. Here a step is one
-compiled function of tensors whose addresses do not change. The prompt is run eagerly, as transformers' `generate` does:
-its length changes, and one pass over it is bound by the device. `TorchRuntime` stays the reference; a compiled step is
-taken only where it computes the same.
+Eager decoding launches each kernel from Python, so on a GPU the timing of a small model is that of its launches. Here,
+a step is one compiled function of tensors at fixed addresses. The prompt is run eagerly, as in transformers'
+`generate`: its length varies, and the device is the bottleneck. `TorchRuntime` stays the reference; the compiled step
+is used only if it computes the same.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from numprune.errors import MissingRuntime
 from numprune.export.runtimes.batch import extended_mask, prompt_mask
 from numprune.export.runtimes.torch_eager import TorchRuntime
 
-_STEPS = 4  # that are compared with eager decoding: compiling, recording a CUDA graph, and replaying it
-_PROMPT = 8  # tokens before them
+_STEPS = 4  # compared with eager decoding: one to compile, one to record a CUDA graph, one to replay it
+_PROMPT = 8  # prompt tokens before them
 # Mean |Δlogp| in nats at the worst position, between two orders of summation. Measured on a CPU, on the embedded Llama:
 # up to 3e-6 in float32, 0.045 in bfloat16, 4e-3 in float16. Positions that are off by one give 0.3 to 1.1 in each.
 _ALIKE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}
@@ -32,8 +32,8 @@ _ALIKE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}
 class CompiledRuntime:
     """The model of a `TorchRuntime`, decoding batches of up to `rows` sequences of up to `positions` tokens.
 
-    Raises MissingRuntime where it cannot be compiled (no compiler, an operation that cannot be traced, or not the same
-    logits): says why.
+    Raises MissingRuntime, with the reason, if it cannot be compiled: no compiler, an operation that cannot be traced,
+    or different logits.
     """
 
     name = "torch"
@@ -45,7 +45,7 @@ class CompiledRuntime:
         self._device = eager.device
         self._cache = self._new_cache()
         self._mask: Tensor | None = None  # (B, T), on the CPU
-        self._seen: Tensor | None = None  # (B, positions), on the device: 0 where there is padding
+        self._seen: Tensor | None = None  # (B, positions), on the device: 0 at padding
         mode = "reduce-overhead" if self._device.type == "cuda" else "default"
         self._step = torch.compile(self._forward, mode=mode, fullgraph=True, dynamic=False)
         try:
@@ -53,7 +53,7 @@ class CompiledRuntime:
                 self._compare(rows)
         except MissingRuntime:
             raise
-        except Exception as error:  # of dynamo, inductor, triton, a C++ compiler: they share no base
+        except Exception as error:  # from dynamo, inductor, triton or a C++ compiler, without a common base class
             raise MissingRuntime(f"torch.compile failed: {_first_line(error)}") from error
 
     def prefill(self, tokens: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> Tensor:
@@ -86,9 +86,9 @@ class CompiledRuntime:
         assert self._seen is not None  # since the prefill
         self._require_room(self._mask.shape[1])
         positions = self._mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
-        with torch.no_grad():  # and not inference mode, whose tensors no CUDA graph may write to
+        with torch.no_grad():  # not inference mode: CUDA graphs cannot write to its tensors
             torch.compiler.cudagraph_mark_step_begin()
-            # Other strides would compile it again, and `contiguous` leaves those of a single row as they are.
+            # Other strides would trigger a recompilation, and `contiguous` does not change those of a single row.
             step = tokens.to(self._device).clone(memory_format=torch.contiguous_format)
             logits: Tensor = self._step(step, positions.to(self._device), self._seen)
             return logits.to("cpu").float()
@@ -109,8 +109,8 @@ class CompiledRuntime:
         return logits[:, -1]
 
     def _new_cache(self) -> Cache:
-        # Whole positions also where a window slides: transformers' static cache of a window counts its steps in Python,
-        # and each would be compiled anew. The mask has the window.
+        # All positions, even with a sliding window: transformers' static sliding-window cache counts its steps in
+        # Python, and each step would be recompiled. The mask applies the window.
         layers = self.eager.model.config.num_hidden_layers
         return Cache(layers=[StaticLayer(max_cache_len=self._positions) for _ in range(layers)])
 
@@ -119,7 +119,7 @@ class CompiledRuntime:
             raise ValueError(f"{length} positions: the KV cache was made for {self._positions}")
 
     def _compare(self, rows: int) -> None:
-        """Compile, and compare a few steps with eager decoding. Raises MissingRuntime where they differ."""
+        """Compile, and compare a few steps with eager decoding. Raises MissingRuntime if they differ."""
         generator = torch.Generator().manual_seed(0)
         length = min(_PROMPT, self._positions - 1)
         steps = min(_STEPS, self._positions - length)
@@ -128,7 +128,7 @@ class CompiledRuntime:
         for runtime in (self.eager, self):
             found = [runtime.prefill(tokens[:, :length], last_only=True)[:, -1]]
             found.append(runtime.decode(tokens[:, length : length + 1]))
-            with torch._dynamo.config.patch(error_on_recompile=True):  # one step must do for all that follow
+            with torch._dynamo.config.patch(error_on_recompile=True):  # the step must not be recompiled later
                 found += [runtime.decode(tokens[:, index : index + 1]) for index in range(length + 1, length + steps)]
             outputs.append(found)
         eager, compiled = (torch.cat(logits).log_softmax(-1) for logits in outputs)
@@ -143,7 +143,7 @@ class CompiledRuntime:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the compiler's warnings and its compiler's output, which are about itself, from the user."""
+    """Suppress the compilers' warnings and output about themselves."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

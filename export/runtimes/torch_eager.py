@@ -1,4 +1,4 @@
-"""PyTorch, eager: runs a checkpoint folder, and is the reference the others are compared with."""
+"""Eager PyTorch: runs a checkpoint folder, and is the reference for all other runtimes."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numprune.export.runtimes.batch import extended_mask, prompt_mask
 
 
 def device_for(device: str, threads: int | None) -> torch.device:
-    """The device asked for, with so many threads of the whole process. Raises MissingRuntime."""
+    """Return the requested device, and set the threads of the whole process. Raises MissingRuntime."""
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingRuntime(
             "device=cuda: this torch sees no CUDA device; install a CUDA build of torch, or use device=cpu"
@@ -27,9 +27,9 @@ def device_for(device: str, threads: int | None) -> torch.device:
 
 
 class TorchRuntime:
-    """A checkpoint in `dtype`, a name of `precision.DTYPES`, with transformers' own cache.
+    """A checkpoint in `dtype`, one of `precision.DTYPES`, with transformers' own cache.
 
-    A quantized one rounds its inputs where its scheme does; without `rounds_inputs`, only its weights are rounded.
+    Quantized layers round their inputs if their scheme does; without `rounds_inputs`, only the weights are rounded.
     """
 
     name = "torch"

@@ -1,4 +1,4 @@
-"""TensorRT: runs a folder of `export.tensorrt`, its buffers CUDA tensors of torch, on a stream of its own."""
+"""TensorRT: runs a folder of `export.tensorrt` on its own stream; its buffers are torch CUDA tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class TensorRTRuntime:
         if self._engine is None:
             raise IntegrityError(f"{engine_file}: TensorRT cannot load it; build it again")
         self._context = self._engine.create_execution_context()
-        self._stream = torch.cuda.Stream()  # on the default one, TensorRT would wait for the device at every call
+        self._stream = torch.cuda.Stream()  # on the default stream, TensorRT would synchronize at every call
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._past = {
             name: tuple(self._engine.get_tensor_shape(name)) for name in names if name.startswith("past_key_values.")
@@ -105,7 +105,7 @@ _EMPTY: list[Tensor] = []
 
 
 def _address(value: Tensor) -> int:
-    """The tensor's address; TensorRT wants one that is not null for an empty tensor too."""
+    """Return the tensor's address; TensorRT needs a non-null one for empty tensors, too."""
     if value.numel():
         return value.data_ptr()
     if not _EMPTY:

@@ -195,7 +195,7 @@ def test_float32_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) ->
     logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
     rows = [parity.Row("prose", torch.arange(4), torch.arange(2), logits)]
     with pytest.raises(
-        ParityError, match=r"on prose its logits spread by .* own float32 error there is .*; prune less"
+        ParityError, match=r"on prose its logits spread by only .* own float32 error there is .*; prune less"
     ):
         parity._allowed(lambda: TorchRuntime(base), base, rows, [parity._Difference(logit_max=1.0)], tolerance.FLOOR)
 

@@ -56,7 +56,7 @@ def test_constant_encodings_prove_nothing(tmp_path: Path) -> None:
     [
         ([[1, 2, 3]], [[0, 1, 1]], "padding.* on the right"),
         ([[1, 2, 3]], [[1, 1]], "mask has shape"),
-        ([[1, 2, 259]], None, "outside of 0 … 258"),
+        ([[1, 2, 259]], None, "outside the range 0 … 258"),
     ],
 )
 def test_an_error_in_a_batch_is_detected(tmp_path: Path, tokens: Any, mask: Any, said: str) -> None:

@@ -111,7 +111,7 @@ def test_unsupported_heads_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}])
 def test_multi_label_and_regression_heads_are_refused(fields, tmp_path):
     model = build_tiny("bert", task="classification", **fields)
-    with pytest.raises(InputError, match="only classifiers into one class of several"):
+    with pytest.raises(InputError, match="only classifiers that choose one of several classes"):
         load_task(write_checkpoint(model, tmp_path / "base"))
 
 

@@ -34,7 +34,7 @@ def test_invalid_sizes_are_refused(tiny_checkpoint, tmp_path, sizes):
 
 
 def test_an_encoder_is_refused(tiny_checkpoint, tmp_path):
-    with pytest.raises(InputError, match="engines are built of decoders only; export an encoder with --to onnx"):
+    with pytest.raises(InputError, match="engines can only be built for decoders; export an encoder with --to onnx"):
         tensorrt.export(tiny_checkpoint("bert"), tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
