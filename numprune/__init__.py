@@ -1,8 +1,8 @@
 """numprune: from a transformer and a recipe to a pruned, exported, benchmarked, gated and published artifact.
 
-This folder is the core: tensors, models and plans in, tensors, models and plans out. It imports nothing of `export`,
-`serving` or `flows`; those stand beside it in the repository and are reached as `numprune.export` and so on through
-symbolic links, so that an installed numprune takes one top-level name only.
+This folder is the core: functions of tensors, models and plans. It imports nothing from `export`, `serving` or `flows`,
+which are siblings in the repository and are imported as `numprune.export` and so on through symbolic links, so that an
+installed numprune has a single top-level name.
 
 Notation used throughout the core:
 
@@ -14,8 +14,8 @@ Notation used throughout the core:
 
 A *consumer* is the projection that reads a block's hidden channels: `o_proj` of attention, `down_proj` of an MLP.
 
-From Python, `import numprune` gives what `__all__` names; see flows/api.py. It is imported when it is first used, so
-that the command line starts without the tensor libraries.
+`import numprune` provides the names in `__all__`, which flows/api.py defines. They are imported on first use, so that
+the command line starts without the tensor libraries.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""How large each block stays. A ratio always means: of the prunable parameters.
+"""The size of each block after pruning. Ratios always refer to the prunable parameters.
 
-Each block is left with one of the sizes that `target.allowed_sizes` gives it. What was reached is what the plan counts,
-not what was asked for.
+Each block gets one of the sizes in `target.allowed_sizes`. The plan records the ratio that was reached, which can
+differ from the requested one.
 """
 
 import math
@@ -20,7 +20,7 @@ from numprune.slices import GONE, Size
 from numprune.splits import priced, require_alike, splits_meeting
 from numprune.target import HEAD_SHAPES, Sizes
 
-Scores = Mapping[str, Tensor]  # block name -> (units,), higher is kept sooner
+Scores = Mapping[str, Tensor]  # block name -> (units,), the highest are kept
 
 _SHARES = 20_000
 
@@ -29,7 +29,7 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
     """Refuse a ratio that no allocation can reach.
 
     Raises:
-        InputError: ratio outside [0, 1), or more than can go with the least size of every block.
+        InputError: the ratio is outside [0, 1), or exceeds what the smallest size of every block allows.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
@@ -48,14 +48,14 @@ def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
 
 
 def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None = None) -> dict[str, Size]:
-    """Return the size of every block: the same in every layer, so that a stock architecture holds the result.
+    """Return the size of every block: the same in every layer, so that a stock architecture can represent the result.
 
-    Of the splits between attention and MLPs that meet the ratio it is the one that takes most nearly the same share of
-    both; by `errors`, the most even of those that cost at most a tenth more than the cheapest. With experts there are
-    too many splits to look at each: it is the one of least error, or the most even one, by the knapsack of `by_error`.
+    Among the splits between attention and MLPs that meet the ratio, choose the most even one; with `errors`, the most
+    even of those that cost at most 10 % more than the cheapest. With experts there are too many splits to try each: the
+    knapsack of `by_error` finds the one of least error, or the most even one.
 
     Args:
-        errors: as of `by_error`.
+        errors: as for `by_error`.
 
     Raises:
         InputError: the layers already differ, or the ratio cannot be reached.
@@ -70,10 +70,10 @@ def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | Non
 
 
 def global_sort(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:
-    """Return the size of every block: all units sorted together, the lowest removed until the parameter *cost* is met.
+    """Return the size of every block: all units are sorted together, and the lowest removed until the ratio is met.
 
-    A block loses its lowest units in steps from one allowed size to the next; a step's score is their mean. Where the
-    result has more than `HEAD_SHAPES` different sizes of attention, they are moved to the nearest of as many levels,
+    A block loses its lowest units in steps from one allowed size to the next; the score of a step is their mean. If the
+    result has more than `HEAD_SHAPES` different attention sizes, these are moved to the nearest of that many levels,
     and the MLPs make up the difference.
 
     Args:
@@ -93,16 +93,17 @@ def global_sort(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) 
 
 
 def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
-    """Return the size of every block such that the errors of all blocks together are least, at least `ratio` removed.
+    """Return the size of every block that minimizes the summed errors with at least `ratio` removed.
 
-    The knapsack is solved by dynamic programming, so that error curves need not be convex; the blocks' errors are taken
-    to add up (ZipLM's SPDY, arXiv 2302.04089, takes them so, too).
+    The knapsack problem is solved by dynamic programming, so error curves need not be convex. The errors of blocks are
+    assumed to add up, as in ZipLM's SPDY (arXiv 2302.04089).
 
-    Where the result has more than `HEAD_SHAPES` different sizes of attention, levels are chosen as in `global_sort`,
-    and all is solved again with only those. Where all attention would go, or all MLPs, the dearest keeps a unit.
+    If the result has more than `HEAD_SHAPES` different attention sizes, levels are chosen as in `global_sort`, and the
+    problem is solved again with only those. If all attention or all MLPs would be removed, the most valuable block
+    keeps a unit.
 
     Args:
-        errors: of every block, never falling with what is removed.
+        errors: of every block, non-decreasing in what is removed.
 
     Raises:
         InputError: the ratio cannot be reached.
@@ -122,9 +123,10 @@ def servable(
     solve: Callable[[Sizes], dict[str, Size]],
     solvable: Callable[[Sizes], bool] = lambda _: True,
 ) -> dict[str, Size]:
-    """Return what `solve` gives of the allowed sizes, once they are such that a server runs every result.
+    """Return the solution of `solve` with allowed sizes restricted until a server can run the result.
 
-    Every kind keeps a block, the dearest with which `solve` can succeed, and attention has at most `HEAD_SHAPES` sizes.
+    Every kind keeps the most valuable block with which `solve` can succeed, and attention has at most `HEAD_SHAPES`
+    sizes.
     """
     kept = solve(allowed)
     for kind in anatomy.kinds:
@@ -162,7 +164,7 @@ def _least_price(
     price: Callable[[Block, Size], float],
     groups: Sequence[Sequence[Block]],
 ) -> dict[str, Size]:
-    """Return the sizes that cost least, at least `ratio` removed, all blocks of a group left with the same."""
+    """Return the cheapest sizes with at least `ratio` removed, equal for all blocks of a group."""
     options = [allowed[group[0].name] for group in groups]
     savings = [
         [sum(block.parameters(block.size) - block.parameters(size) for block in group) for size in sizes]
@@ -182,11 +184,11 @@ def _least_price(
 
 
 def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: int) -> list[int]:
-    """Return one option of each item, such that at least `wanted` is saved at the least price.
+    """Return one option of each item, such that at least `wanted` is saved at the lowest price.
 
-    By dynamic programming over what is still to be saved, in shares rounded up: the largest share that divides all
-    savings or, where that is under a 20,000th of `wanted`, such a share. Of the choices that leave the same number of
-    shares only the cheapest is followed, with exactly what it saves. Where none of those saves enough, every item saves
+    By dynamic programming over the saving that is still missing, in units of the savings' greatest common divisor or,
+    if that is below a 20,000th of `wanted`, in units of that size, rounded up. Of the choices with the same number of
+    missing units, only the cheapest is followed, with its exact saving. If none of them saves enough, every item saves
     as much as it can.
 
     Args:
@@ -194,9 +196,9 @@ def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]]
         prices: of the same; they add up.
     """
     share = max(math.gcd(*(saving for item in savings for saving in item)), -(-wanted // _SHARES), 1)
-    last = -(-wanted // share)  # the place of everything that saves enough
+    last = -(-wanted // share)  # index for every sufficient saving
     places = torch.arange(last + 1)
-    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # least price by shares saved so far
+    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # lowest price by units saved so far
     total[0] = 0
     beyond = torch.full((last + 1,), last * share - wanted)  # what that choice saves beyond its shares
     steps = []
@@ -235,23 +237,21 @@ def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]]
 
 
 def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:
-    # Units above the largest allowed size go in any case.
+    # Units above the largest allowed size are removed in any case.
     kept = {block.name: allowed[block.name][-1] for block in anatomy.blocks}
-    steps: list[tuple[float, Size, Block]] = []  # (score, what is left after it, block), largest first in each block
+    steps: list[tuple[float, Size, Block]] = []  # (score, size after the step, block), largest size first in each block
     for block in anatomy.blocks:
         ascending = scores[block.name].sort().values
         for more, fewer in pairwise(reversed(allowed[block.name])):
             lost = ascending[block.units - more.units : block.units - fewer.units]
             steps.append((float(lost.mean()), fewer, block))
-    steps.sort(
-        key=lambda step: step[0]
-    )  # stable: a block's own steps ascend already, and keep their order where they tie
+    steps.sort(key=lambda step: step[0])  # stable: a block's steps already ascend, and ties keep their order
     whole = budget_of(anatomy).prunable_parameters
     to_remove = ratio * whole - (whole - budget_of(anatomy.keeping(kept)).prunable_parameters)
     left = {kind: sum(kept[block.name].units > 0 for block in anatomy.of_kind(kind)) for kind in anatomy.kinds}
     for _, fewer, block in steps:
         cost = block.parameters(kept[block.name]) - block.parameters(fewer)
-        if to_remove < cost / 2:  # nearest: a step that overshoots by more than it falls short is not taken
+        if to_remove < cost / 2:  # the nearest: a step is skipped if it would overshoot by more than is missing
             break
         if fewer == GONE:
             if left[block.kind] == 1:
@@ -263,11 +263,11 @@ def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Score
 
 
 def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> Sizes | None:
-    """Return the allowed sizes of attention that are among `HEAD_SHAPES` near those kept; a block may still go.
+    """Return the attention sizes restricted to `HEAD_SHAPES` levels near those kept; a block may still be removed.
 
-    None where no more than that are kept, or no block has a choice. Blocks without one keep their size. The least size
-    is one that every other block can have, if they have as many members: the layers of a model that was pruned before
-    may have fewer units than others.
+    None if there are no more sizes than that, or no block has a choice. Blocks without a choice keep their size. The
+    smallest level is one that all other blocks with the same members can have, because layers of an already pruned
+    model may have fewer units than others.
     """
     blocks = [block for block in anatomy.of_kind("attention") if kept[block.name].units]
     given = {kept[block.name] for block in blocks if len(allowed[block.name]) == 1}
@@ -286,22 +286,22 @@ def _head_levels(anatomy: Anatomy, kept: Mapping[str, Size], allowed: Sizes) -> 
 
 
 def _nearest(block: Block, sizes: Sequence[Size], size: Size) -> Size:
-    """Return the one of the sizes that costs most nearly what `size` does, the larger of two; none only for none."""
+    """Return the size whose cost is nearest to that of `size`, the larger of two; zero only for zero."""
     cost = block.parameters
     candidates = [other for other in sizes if (other == GONE) == (size == GONE)]
     return min(candidates, key=lambda other: (abs(cost(other) - cost(size)), -cost(other)))
 
 
 def _levels(sizes: Sequence[Size], number: int, cost: Callable[[Size], int]) -> tuple[Size, ...]:
-    """Return `number` of the sizes, ascending, such that the sum of distances to the nearest is least (k-medians).
+    """Return `number` of the sizes, ascending, that minimize the sum of distances to the nearest (k-medians).
 
-    Distances are those of their costs.
+    Distances are differences of cost.
     """
     ordered = sorted(sizes, key=lambda size: (cost(size), size))
 
     @cache
     def best(end: int, levels: int) -> tuple[float, tuple[Size, ...]]:
-        """The least cost of the first `end` sizes with so many levels, each serving a stretch of them."""
+        """Return the least cost of the first `end` sizes with this number of levels, each covering adjacent sizes."""
         if levels == 0:
             return (0 if end == 0 else math.inf, ())
         found = []

@@ -1,4 +1,4 @@
-"""Records in Parquet files, and in folders that `datasets` saved; both need the optional package pyarrow."""
+"""Records from Parquet files and from folders saved by `datasets`; both need the optional package pyarrow."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,15 +7,15 @@ from typing import Any
 
 from numprune.errors import InputError
 
-STATE = "state.json"  # beside the data in a folder that `Dataset.save_to_disk` wrote
-_SPLITS = "dataset_dict.json"  # what `DatasetDict.save_to_disk` writes instead, with a folder for each split
+STATE = "state.json"  # beside the data in a folder written by `Dataset.save_to_disk`
+_SPLITS = "dataset_dict.json"  # written by `DatasetDict.save_to_disk` instead, with a folder for each split
 
 
 def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield each row of a Parquet file or saved dataset with those of `fields` that it has, nulls left out.
+    """Yield each row of a Parquet file or saved dataset, with those of `fields` that it has, without nulls.
 
     Raises:
-        InputError: pyarrow is missing, the path is missing, or it is not what it should be.
+        InputError: pyarrow or the path is missing, or the file is of another kind.
     """
     try:
         import pyarrow
@@ -43,10 +43,10 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the data files of a folder that `Dataset.save_to_disk` wrote.
+    """Return the data files of a folder written by `Dataset.save_to_disk`.
 
     Raises:
-        InputError: it is another folder; names the folders to give where it is one of several splits.
+        InputError: it is another folder; names the folders to give if it contains several splits.
     """
     if (folder / _SPLITS).is_file():
         splits = sorted(path.parent.name for path in folder.glob(f"*/{STATE}"))
@@ -64,7 +64,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` as JSON would have it: a column has every field in every row, null where it is not used."""
+    """Drop nulls from nested values: a column has every field in every row, null if it is unused."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

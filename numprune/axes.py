@@ -1,4 +1,4 @@
-"""What may be pruned in a model: the axes, and what is protected."""
+"""What may be pruned in a model: the axes, and the protected parts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,13 @@ _LAYER = re.compile(r"layers\.(-?\d{1,6})(?:\.(\w+))?")
 
 @dataclass(frozen=True)
 class Limits:
-    """What pruning may take.
+    """What pruning may remove.
 
     Attributes:
         axes: what may be pruned, names of `AXES`.
-        keep: what loses nothing: layers (`layers.0`, `layers.-1`), blocks (`layers.0.mlp`), or all blocks of a kind.
-        floors: kind of block -> the least share of its units, and of all their members, that each such block keeps.
-        skips: a block may also lose all its units; its layer then passes the residual stream on.
+        keep: what is not pruned: layers (`layers.0`, `layers.-1`), blocks (`layers.0.mlp`), or all blocks of a kind.
+        floors: kind of block -> the smallest share of its units, and of all their members, that each such block keeps.
+        skips: a block may also lose all its units; its layer then passes the residual stream through.
     """
 
     axes: Sequence[str] = DEFAULT_AXES
@@ -47,7 +47,7 @@ class Limits:
     skips: bool = False
 
     def check(self, anatomy: Anatomy) -> None:
-        """Refuse names and shares that mean nothing for this model. Raises InputError, which says what would."""
+        """Refuse names and shares that are not valid for this model. Raises InputError with the valid ones."""
         for name in self.axes:
             if name not in AXES:
                 raise InputError(f"axes: {name!r} is unknown; choose from {', '.join(AXES)}")
@@ -61,7 +61,7 @@ class Limits:
         self.protected(anatomy)
 
     def protected(self, anatomy: Anatomy) -> frozenset[str]:
-        """Return the names of the blocks that lose nothing.
+        """Return the names of the protected blocks.
 
         Raises:
             InputError: `keep` names something that the model does not have.
@@ -69,7 +69,7 @@ class Limits:
         return frozenset(block.name for name in self.keep for block in _named(name, anatomy))
 
     def allows(self, block: Block, size: Size, protected: frozenset[str]) -> bool:
-        """Whether the block may be left with this size; `protected` blocks may not be made smaller."""
+        """Return whether the block may have this size; `protected` blocks must not become smaller."""
         if size == block.size:
             return True
         floor = self.floors.get(block.kind, 0.0)
@@ -82,7 +82,7 @@ class Limits:
         )
 
     def takes(self, block: Block, part: Literal["units", "members"]) -> bool:
-        """Whether an axis is the block's units, or its members."""
+        """Return whether an axis prunes this part of the block, its units or its members."""
         return Axis(block.kind, part) in {AXES[name] for name in self.axes}
 
 

@@ -1,4 +1,4 @@
-"""The prunable blocks of a transformer as data: where their units are, and what surrounds them."""
+"""The prunable blocks of a transformer as data: the location of their units, and the tensors around them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from numprune.slices import GONE, Size, Slice
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts a token goes to, and with what weights: softmax of the router's logits, of which some count.
+    """How tokens are routed to experts: softmax of the router's logits, of which the top k count.
 
     Attributes:
-        router: path of the module in the layer; its logits (T, E) are the first of what it returns.
-        top_k: experts of each token.
-        normalized: the weights of those sum to 1; otherwise those of all experts do.
+        router: path of the module in the layer; its first output is the logits (T, E).
+        top_k: experts per token.
+        normalized: the weights of the top k sum to 1; otherwise those of all experts do.
     """
 
     router: str
@@ -31,27 +31,28 @@ class Routing:
 class Block:
     """One prunable block of one layer.
 
-    A unit of attention is a KV group (one KV head and the query heads that share it, its members; a single head where
-    there is no grouping), a unit of an MLP is one intermediate channel, a unit of experts is one of them, its members
-    are its channels. A block of no units is skipped: its modules are not there.
+    A unit of attention is a KV group: one KV head and the query heads that share it, its members (a single head if
+    there is no grouping). A unit of an MLP is one intermediate channel. A unit of experts is one expert; its members
+    are its channels. A block without units is skipped: its modules do not exist.
 
     Attributes:
         path: of its layer in the model.
         units: how many it has.
-        members: of each unit; 1 where units are not divided, and where there are none.
+        members: of each unit; 1 if units are not divided, or there are none.
         consumer: the module in the layer that reads the units; its output is the block's.
-        reader: the units' place in the consumer's weight.
-        writers: their place in the matrices, and in their biases, that write them.
-        linear: the weight among `writers`, and its part, that the block's output is linear in, the rest given; or None.
-        shared: name -> shape of the tensors that go only with the whole block: norms, the consumer's bias.
-        modules: that silence the block when they put out zeros.
-        separable: units can go without changing what the others compute.
-        norm_behind: a norm, or a factor that depends on the token, stands between the consumer and the residual stream.
-        post_norms: norms after the sum of the block's output and the stream, which go with the block.
-        field: the configuration's for its units. Where a stock architecture holds them, blocks of one field are alike.
-        beside: it reads what the block before it in the layer does, not what that puts out.
+        reader: location of the units in the consumer's weight.
+        writers: their location in the matrices and biases that write them.
+        linear: the weight among `writers`, and its part, in which the block's output is linear, the rest fixed; or
+            None.
+        shared: name -> shape of the tensors that are removed only with the whole block: norms, the consumer's bias.
+        modules: that silence the block when their outputs are zero.
+        separable: units can be removed without changing what the others compute.
+        norm_behind: a norm, or a factor that depends on the token, lies between the consumer and the residual stream.
+        post_norms: norms after the sum of the block's output and the stream, which are removed with the block.
+        field: of the configuration, for its units. In a stock architecture, blocks of one field have equal sizes.
+        beside: parallel: it reads the same input as the preceding block in the layer, not that block's output.
         routing: of experts; None for other blocks.
-        sizes: attribute of the layer's modules -> what it counts, where tensors do not tell all.
+        sizes: attribute of the layer's modules -> what it counts, for sizes that tensors do not determine.
     """
 
     layer: int
@@ -91,7 +92,7 @@ class Block:
 
     @property
     def channels(self) -> int:
-        """Of the consumer's input. Unit `u` owns channels_per_unit of them, from `u * channels_per_unit` on."""
+        """Input channels of the consumer. Unit `u` owns channels_per_unit of them, from `u * channels_per_unit`."""
         return self.units * self.channels_per_unit
 
     @property
@@ -103,12 +104,12 @@ class Block:
         return self.parameters(Size(1, self.members))
 
     def parameters(self, size: Size) -> int:
-        """Return how many parameters the units of a block like this have at another size."""
+        """Return how many parameters the units would have at another size of the block."""
         return size.units * sum(part.parameters_per_unit(size.members) for part in self.slices)
 
     @property
     def idle_parameters(self) -> int:
-        """Of experts that a token does not go to."""
+        """Parameters of the experts that a token is not routed to."""
         if self.routing is None:
             return 0
         used = self.parameters(Size(1, self.members)) - self._router_parameters
@@ -116,7 +117,7 @@ class Block:
 
     @property
     def _router_parameters(self) -> int:
-        """Of one expert."""
+        """Router parameters of one expert."""
         assert self.routing is not None
         of_router = (part for part in self.writers if part.tensor.startswith(f"{self.routing.router}."))
         return sum(part.parameters_per_unit(self.members) for part in of_router)
@@ -162,12 +163,12 @@ class Anatomy:
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP before experts, first layer first: the order of the forward pass
     around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
-    output_parameters: int  # of the matrix that gives each token's logits, tied or not
+    output_parameters: int  # of the output matrix, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
-    attention_differs: bool  # some layers look at a window, others at everything
+    attention_differs: bool  # some layers have a sliding window, others full attention
     residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
-    numbering_field: str | None  # of the configuration, by which layers compute with their numbers: none can be dropped
+    numbering_field: str | None  # of the configuration, if layers compute with their index: none can be dropped
 
     @property
     def layers(self) -> int:
@@ -180,18 +181,18 @@ class Anatomy:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """Of blocks, in the order of the forward pass."""
+        """Kinds of blocks, in the order of the forward pass."""
         return tuple(dict.fromkeys(block.kind for block in self.blocks))
 
     @property
     def is_uniform(self) -> bool:
-        """Every layer has the same sizes, so a stock architecture can hold it."""
+        """Every layer has the same sizes, so a stock architecture can represent it."""
         sizes = [{block.size for block in blocks} for blocks in self.alike]
         return all(len(found) == 1 and GONE not in found for found in sizes)
 
     @property
     def alike(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks that a stock architecture gives one size, together, in the order of the forward pass."""
+        """Groups of blocks that have one size in a stock architecture, in the order of the forward pass."""
         fields = dict.fromkeys(block.field for block in self.blocks)
         return tuple(tuple(block for block in self.blocks if block.field == field) for field in fields)
 
@@ -225,7 +226,7 @@ class Anatomy:
         return replace(self, blocks=tuple(blocks))
 
     def stock_holds(self, block: Block, size: Size) -> bool:
-        """Whether a configuration that is not ours can hold a model whose blocks of that kind all have this size."""
+        """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]
         heads = size.units * size.members
         if block.kind != "attention" or family.stock_heads == "any" or family.stand_in is not None:
@@ -236,11 +237,11 @@ class Anatomy:
 
 
 def beside_what_is_left(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """Return the blocks; one whose parallel neighbour is gone is beside nothing and reads its layer's input."""
+    """Return the blocks; one whose parallel neighbour is removed is no longer `beside` it."""
     alone = {block.name for previous, block in pairwise(blocks) if not previous.units}
     return tuple(replace(block, beside=False) if block.beside and block.name in alone else block for block in blocks)
 
 
 def by_layer(blocks: tuple[Block, ...]) -> tuple[tuple[Block, ...], ...]:
-    """Return a model's blocks, first layer first, by layer."""
+    """Group a model's blocks, first layer first, by layer."""
     return tuple(tuple(found) for _, found in groupby(blocks, key=lambda block: block.layer))

@@ -17,8 +17,8 @@ class Estimate:
         value: the estimate.
         ci95_lower, ci95_upper: one-sided 95 % confidence bounds.
         interval95: the two-sided 95 % interval.
-        samples: how many sampling units it rests on.
-        sampling_unit: "document", or "window" where there are too few documents.
+        samples: how many sampling units it is based on.
+        sampling_unit: "document", or "window" if there are too few documents.
     """
 
     value: float
@@ -30,7 +30,7 @@ class Estimate:
 
     @property
     def exponential(self) -> "Estimate":
-        """exp of it, of its bounds too: exp is monotone."""
+        """Return exp of the mean and of its bounds; exp is monotone."""
         low, high = self.interval95
         return Estimate(
             math.exp(self.value),
@@ -45,32 +45,33 @@ class Estimate:
 def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 0) -> Estimate:
     """Return sum(sums) / sum(counts) with confidence bounds over the sampling units.
 
-    A unit's weight is its length, so a few long documents can decide, and differences of documents are skewed:
-    losses are unbounded above. The percentile bootstrap ignores both: over 20 documents like those of the embedded
-    text its one-sided 95 % bound is below the truth more than one time in ten (counted by
-    `python -m numprune.flows.studies.error_rates`). So the bound is studentized,
+    A unit's weight is its length, so a few long documents can dominate, and differences of documents are skewed because
+    losses are unbounded above. The percentile bootstrap ignores both: for 20 documents like those of the embedded text,
+    its one-sided 95 % bound is below the truth more than one time in ten (measured by
+    `python -m numprune.flows.studies.error_rates`). Therefore the bound is studentized,
 
         value + max(-q, t(n - 1)) * t(f) / t(n - 1) * s
 
-    with s and f as in `_spread` (what few long units are worth), t(f) Student's quantile of f degrees of freedom, and q
-    the opposite quantile of (resampled mean - value) / its own standard error over 10,000 draws of the units, which is
-    how skewed they are (the bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 12.5; to second order
-    correct). The lower bounds mirror it. With many units of about one length it is the percentile interval again.
+    with s and f as in `_spread` (which accounts for few long units), t(f) Student's quantile of f degrees of freedom,
+    and q the opposite quantile of (resampled mean - value) / its own standard error over 10,000 draws of the units,
+    which accounts for the skew (the bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 12.5;
+    second-order correct). The lower bounds mirror it. With many units of similar length, it approaches the percentile
+    interval.
 
     Args:
         sums: (n,) of the quantity in each unit.
         counts: (n,) tokens in each unit, positive.
-        unit: what a unit is, for the record.
+        unit: name of the sampling unit, for the record.
         seed: of the draws.
 
-    With a single unit nothing is known of the spread: the bounds are infinite, and no gate on them can pass.
+    With a single unit, the spread is unknown: the bounds are infinite, and no gate on them can pass.
     """
     n = len(sums)
     value = float(sums.sum() / counts.sum())
     if n < 2:
         return Estimate(value, -math.inf, math.inf, (-math.inf, math.inf), n, unit)
     lengths = counts / counts.mean()
-    residuals = sums / counts.mean() - value * lengths  # (n,) zero in all, and where a unit is like the mean
+    residuals = sums / counts.mean() - value * lengths  # (n,) they sum to zero; zero for a unit equal to the mean
     spread, freedom = _spread(residuals, lengths)
     drawn = _studentized(residuals, lengths, seed)
 
@@ -92,9 +93,9 @@ def bootstrap_mean(sums: np.ndarray, counts: np.ndarray, unit: str, seed: int = 
 def _spread(residuals: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
     """Return the standard error of a mean weighted by length, and its degrees of freedom.
 
-    The sandwich estimator made unbiased, and Satterthwaite's degrees of freedom, where a unit's sum has a variance
-    proportional to its squared length, as when each document differs by an amount of its own (Bell and McCaffrey,
-    Survey Methodology 28, 2002). With equal lengths they are the usual s / sqrt(n) and n - 1.
+    The unbiased sandwich estimator with Satterthwaite's degrees of freedom, for sums with a variance proportional to
+    the squared length, as when each document differs by its own amount (Bell and McCaffrey, Survey Methodology 28,
+    2002). With equal lengths, these are the usual s / sqrt(n) and n - 1.
 
     Args:
         residuals: (n,) sum - mean * length, of each unit.
@@ -115,7 +116,7 @@ def _spread(residuals: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
 
 
 def _studentized(residuals: np.ndarray, lengths: np.ndarray, seed: int) -> np.ndarray:
-    """Return (resampled mean - mean) / its standard error, of each draw that has one."""
+    """Return (resampled mean - mean) / its standard error, for each draw that has one."""
     n = len(lengths)
     generator = np.random.default_rng(seed)
     columns = np.stack([residuals, lengths, residuals**2, residuals * lengths, lengths**2], axis=1)
@@ -128,6 +129,6 @@ def _studentized(residuals: np.ndarray, lengths: np.ndarray, seed: int) -> np.nd
         e, c, ee, ec, cc = (times @ columns).T
         shift = e / c
         squared = (ee - 2 * shift * ec + shift**2 * cc) * n / (n - 1)
-        sound = squared > 1e-12 * ee  # else one unit was drawn over and over
+        sound = squared > 1e-12 * ee  # otherwise the same unit was drawn every time
         drawn.append(shift[sound] * c[sound] / np.sqrt(squared[sound]))
     return np.concatenate(drawn)

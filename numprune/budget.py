@@ -1,4 +1,4 @@
-"""What an anatomy costs: parameters, arithmetic and cache, before and after a plan, without touching a weight."""
+"""The cost of a model from its anatomy alone: parameters, FLOPs and KV cache, before and after a plan."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ class Budget:
     """The cost of a model.
 
     Attributes:
-        parameters: all of them, tied embeddings counted once.
-        prunable_parameters: those that belong to a unit (attention and MLP projections); ratios refer to these.
-        flops_per_token: 2 per weight that a token meets, the output matrix included, attention over the context not; of
-            a layer's experts a token meets those it is routed to.
-        attention_flops_per_context_token: added to it for each token already in the context.
-        kv_bytes_per_token: keys and values of all layers in the configuration's dtype; an encoder keeps none.
+        parameters: total, with tied embeddings counted once.
+        prunable_parameters: those of units (attention and MLP projections); ratios refer to these.
+        flops_per_token: 2 per weight used for a token, including the output matrix, without attention over the context;
+            of a layer's experts, only those that the token is routed to count.
+        attention_flops_per_context_token: additional FLOPs for each token already in the context.
+        kv_bytes_per_token: keys and values of all layers in the configuration's dtype; 0 for an encoder.
     """
 
     parameters: int
@@ -44,13 +44,13 @@ def budget_of(anatomy: Anatomy) -> Budget:
 
 @dataclass(frozen=True)
 class PruningStep:
-    """What the removal of some units of a block, or of members of each of its units, takes from the model.
+    """The parameters that are removed with some units of a block, or with members of each of its units.
 
     Attributes:
-        units: of one block.
-        members: of each unit that is left.
-        every_layer: share of the prunable parameters that goes when every block of the kind loses so many.
-        one_layer: share when one block does, the one where they are largest.
+        units: removed from one block.
+        members: removed from each remaining unit.
+        every_layer: share of the prunable parameters if every block of the kind loses this many.
+        one_layer: share if a single block does, the one where they are largest.
     """
 
     units: int
@@ -60,9 +60,9 @@ class PruningStep:
 
 
 def pruning_step(anatomy: Anatomy, kind: Kind, units: int = 0, members: int = 0) -> PruningStep:
-    """Return what so many units, or members of each unit, of the blocks of this kind take from the model.
+    """Return the step of removing `units` units, or `members` members of each unit, from blocks of this kind.
 
-    Blocks that cannot lose so many are left out; each unit keeps at least one member.
+    Blocks that cannot lose this many are left out; each unit keeps at least one member.
     """
     prunable = budget_of(anatomy).prunable_parameters
     shares = []

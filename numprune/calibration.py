@@ -1,10 +1,10 @@
-"""Runs a model block by block over calibration rows and hands out each block's consumer inputs and outputs.
+"""Run a model block by block over calibration rows, and return each block's consumer inputs and outputs.
 
-Rows are walked layer by layer, not row by row: the hidden states of all rows are kept, the weights of one layer are
-used at a time. The dense and the pruned model can so be carried side by side.
+All rows pass through one layer before the next: the hidden states of all rows are kept, and the weights of one layer
+are used at a time. The dense and the pruned model can thus advance side by side.
 
-A layer is run by its own forward pass, with the arguments that the model calls it with. One block alone is the layer
-with the other block's output put to zero, and the norm behind that block's sum, where there is one, left out.
+A layer is run by its own forward pass, with the arguments that the model calls it with. To run one block alone, the
+output of the layer's other block is set to zero, and a norm after the sum of that block, if any, is bypassed.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from numprune.stand_ins import playing, stand_ins
 
 
 def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
-    """Refuse rows that are not the model's.
+    """Refuse rows that do not fit the model.
 
     Raises:
         InputError: a token outside the vocabulary, or rows longer than the context.
@@ -44,7 +44,7 @@ def consumer_of(layer: nn.Module, block: Block) -> nn.Linear:
 
 
 def consumer_weight(layer: nn.Module, block: Block) -> Tensor:
-    """Return the consumer's weight (out, D), a view where it is stored transposed."""
+    """Return the consumer's weight (out, D), a view if it is stored transposed."""
     weight = consumer_of(layer, block).weight
     return weight if block.reader.dim == 1 else weight.T
 
@@ -54,10 +54,10 @@ class BlockRun:
     """One block over a batch.
 
     Attributes:
-        inputs: (n, S, D), what the consumer reads.
-        output: (n, S, out), what it puts out, bias included.
-        after: (n, S, H), what leaves the layer when its other blocks put out zeros.
-        routed: of experts, the n * S tokens as they are called with.
+        inputs: (n, S, D), of the consumer.
+        output: (n, S, out), of the consumer, bias included.
+        after: (n, S, H), the layer's output when its other blocks output zeros.
+        routed: for experts, the n * S routed tokens.
     """
 
     inputs: Tensor
@@ -81,7 +81,7 @@ def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Argum
 
 
 def consumer_inputs(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor) -> Tensor:
-    """Return what the block's consumer reads on `hidden` (n, S, H), (n, S, D); the consumer itself is not run."""
+    """Return the inputs (n, S, D) of the block's consumer on `hidden` (n, S, H); the consumer itself is not run."""
     seen: list[Tensor] = []
     consumer = consumer_of(layer, block)
     outputs = consumer_weight(layer, block).shape[0]
@@ -98,7 +98,7 @@ def consumer_inputs(layer: nn.Module, anatomy: Anatomy, block: Block, arguments:
 def after_block(
     layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor, output: Tensor
 ) -> Tensor:
-    """Return what leaves the layer when the block's consumer puts out `output` (n, S, out), its other blocks zeros."""
+    """Return the layer's output if the block's consumer outputs `output` (n, S, out), and its other blocks zeros."""
     with _alone(layer, anatomy, block), _standing(layer, playing(block, output)):
         return arguments.call(layer, hidden)
 
@@ -115,7 +115,7 @@ def _alone(layer: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[None]:
 
 @contextmanager
 def _standing(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have these called in the place of the forward passes of the layer's modules, by their paths."""
+    """Replace the forward passes of the layer's modules by these, by path."""
     with ExitStack() as stack:
         for path, forward in forwards.items():
             stack.enter_context(replaced([layer.get_submodule(path)], forward))
@@ -123,15 +123,15 @@ def _standing(layer: nn.Module, forwards: dict[str, Callable[..., Any]]) -> Iter
 
 
 class Stream:
-    """The residual stream of all rows on its way through the blocks.
+    """The residual stream of all rows as it passes through the blocks.
 
     Attributes:
-        hidden: (N, S, H), with all that the blocks so far have added.
+        hidden: (N, S, H), including the outputs of the blocks so far.
     """
 
     def __init__(self, hidden: Tensor, entry: Tensor | None) -> None:
         self.hidden = hidden
-        self._entry = entry  # room for what blocks read that others stand beside; None: they all read `hidden`
+        self._entry = entry  # input shared by parallel blocks; None: all blocks read `hidden`
 
     def enter(self, block: Block) -> None:
         """Say which block comes next."""
@@ -139,11 +139,11 @@ class Stream:
             self._entry.copy_(self.hidden)
 
     def read(self, batch: slice) -> Tensor:
-        """Return what a block reads, (n, S, H)."""
+        """Return a block's input, (n, S, H)."""
         return (self.hidden if self._entry is None else self._entry)[batch]
 
     def write(self, batch: slice, after: Tensor) -> None:
-        """Let `after`, what leaves the layer with one block in it, be what that block has made of the stream."""
+        """Update the stream with `after`, the layer's output with a single block in it."""
         after = after.to(self.hidden.device)
         if self._entry is None:
             self.hidden[batch] = after
@@ -171,54 +171,54 @@ class Walker:
 
     @torch.no_grad()
     def embed(self, rows: Tensor) -> Stream:
-        """Return what enters the first layer."""
+        """Return the stream in front of the first layer."""
         hidden = self.layers.allocate(*rows.shape, self.layers.anatomy.hidden_size)
         for batch in self.batches(len(rows)):
             hidden[batch] = self.layers.enter(rows[batch]).hidden.to(hidden.device)
         return self.stream(hidden)
 
     def stream(self, hidden: Tensor) -> Stream:
-        """Return `hidden` (N, S, H) as a stream, which it is used up by."""
+        """Return a stream that takes over `hidden` (N, S, H)."""
         apart = self.layers.anatomy.has_parallel_blocks
         return Stream(hidden, self.layers.allocate(*hidden.shape).copy_(hidden) if apart else None)
 
     def copy(self, stream: Stream) -> Stream:
-        """Return a copy of a stream that no block has been run on, kept where it is."""
+        """Return a copy of a stream on which no block has been run yet, stored in the same place."""
         return self.stream(self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden))
 
     @torch.no_grad()
     def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, BlockRun]]:
-        """Run the block batch by batch; yield the rows of each and what came of it, on the layer's device."""
+        """Run the block batch by batch; yield the rows and the result of each, on the layer's device."""
         stream.enter(block)
         for batch in self.batches(len(stream)):
             yield batch, self.run_batch(layer, block, stream.read(batch))
 
     def run_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> BlockRun:
-        """Run the block on `hidden` (n, S, H), with gradients where they are enabled."""
+        """Run the block on `hidden` (n, S, H), with gradients if they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
         return run_block(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
 
     @torch.no_grad()
     def inputs(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Tensor]]:
-        """Run the block up to its consumer, batch by batch; yield the rows of each and what the consumer reads."""
+        """Run the block up to its consumer, batch by batch; yield the rows of each and the consumer's inputs."""
         stream.enter(block)
         for batch in self.batches(len(stream)):
             yield batch, self.inputs_batch(layer, block, stream.read(batch))
 
     def inputs_batch(self, layer: nn.Module, block: Block, hidden: Tensor) -> Tensor:
-        """Return what the consumer reads on `hidden` (n, S, H), (n, S, D), with gradients where they are enabled."""
+        """Return the consumer's inputs (n, S, D) on `hidden` (n, S, H), with gradients if they are enabled."""
         arguments = self.arguments(len(hidden))[block.layer]
         return consumer_inputs(layer, self.layers.anatomy, block, arguments, hidden.to(self.layers.device))
 
     @torch.no_grad()
     def give(self, layer: nn.Module, block: Block, stream: Stream, batch: slice, output: Tensor) -> None:
-        """Let the consumer's `output` (n, S, out) be what the block gives to the stream; nothing of it is run."""
+        """Add the consumer's `output` (n, S, out) to the stream without running the block."""
         arguments = self.arguments(batch.stop - batch.start)[block.layer]
         hidden = stream.read(batch).to(self.layers.device)
         stream.write(batch, after_block(layer, self.layers.anatomy, block, arguments, hidden, output))
 
     def arguments(self, rows: int) -> tuple[Arguments, ...]:
-        """Return each layer's arguments for a batch of so many rows: without padding they depend on nothing else."""
+        """Return each layer's arguments for a batch of `rows` rows: without padding they depend on nothing else."""
         if rows not in self._arguments:
             with torch.no_grad():
                 entered = self.layers.enter(torch.zeros(rows, self._length, dtype=torch.long))
@@ -227,18 +227,18 @@ class Walker:
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, block: Block, stream: Stream) -> None:
-        """Add what the block gives to the stream."""
+        """Run the block and add its output to the stream."""
         for batch, run in self.run(layer, block, stream):
             stream.write(batch, run.after)
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int, hidden: Tensor, leaving: Tensor) -> None:
-        """Run a whole layer on `hidden` (N, S, H); write what leaves it into `leaving`, which may be `hidden`."""
+        """Run a whole layer on `hidden` (N, S, H); write its output into `leaving`, which may be `hidden`."""
         for batch in self.batches(len(hidden)):
             arguments = self.arguments(batch.stop - batch.start)[index]
             leaving[batch] = arguments.call(layer, hidden[batch].to(self.layers.device)).to(leaving.device)
 
     def batches(self, rows: int) -> Iterator[slice]:
-        """Yield the slices that `rows` rows are worked through in."""
+        """Yield the batches of `rows` rows as slices."""
         for start in range(0, rows, self._batch_size):
             yield slice(start, min(start + self._batch_size, rows))

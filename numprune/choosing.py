@@ -1,4 +1,4 @@
-"""What is kept: the size of each block by the allocation, its units and members by the criterion, or all by a plan."""
+"""Choose what to keep: sizes by the allocation, units and members by the criterion, or everything by a plan."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,21 +28,20 @@ from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
 from numprune.target import Sizes
 
-# A layer, its block and what the block's consumer reads -> what is kept of the block.
+# A layer, its block and the inputs of the block's consumer -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
 
-_PRICED_ROWS = 4  # every fourth calibration row: gradients for uniform's prices; those of all rows ranked splits alike
+_PRICED_ROWS = 4  # every fourth calibration row for uniform's gradients; all rows ranked splits the same
 
 
 @dataclass(frozen=True)
 class Known:
-    """What has been collected of the dense model on the calibration rows, so that it need not be collected again.
+    """Data already collected from the dense model on the calibration rows.
 
     Attributes:
-        moments: block name -> of every block that has units; None: of none, and always so where layers have experts.
-        sensitivity: where `uses_gradients`, with Taylor scores where they are the criterion.
-        forms: block name -> size and scheme of every block, where they were chosen by something else than the
-            allocation.
+        moments: block name -> moments of every block that has units; None if not collected, always for experts.
+        sensitivity: if `uses_gradients`, with Taylor scores if they are the criterion.
+        forms: block name -> size and scheme of every block, if something other than the allocation chose them.
     """
 
     moments: Mapping[str, Moments] | None
@@ -55,9 +54,9 @@ class Chosen:
     """What is kept of every block.
 
     Attributes:
-        choice: gives what is kept of a block, its size by the allocation, its units and members by the criterion.
+        choice: returns what is kept of a block: its size by the allocation, its units and members by the criterion.
         splits: that `uniform` chose from.
-        schemes: block name -> what it is to be quantized to, of those that a budget has chosen.
+        schemes: block name -> quantization scheme, as chosen by a budget.
     """
 
     choice: Choice
@@ -66,12 +65,12 @@ class Chosen:
 
 
 def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None) -> Chosen:
-    """Return what chooses by the criterion, sizes by the allocation."""
+    """Return a choice of sizes by the allocation and of units by the criterion."""
     layers = walker.layers
     gradients = known.sensitivity if known and uses_gradients(options) else None
     if uses_gradients(options) and gradients is None:
         gradients = sensitivity.measure(layers, rows, options.batch_size, taylor=options.criterion == "taylor")
-    by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by what it loses
+    by_loss = options.criterion == "obs" and "experts" in layers.anatomy.kinds  # experts are ranked by loss
     if gradients is None and by_loss:
         gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     splits: list[PricedSplit] | None = None
@@ -86,7 +85,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
     else:
         sizes, splits = _sizes_to_keep(walker, rows, options, known, gradients)
     if options.criterion != "taylor" and not by_loss:
-        gradients = None  # large, and needed no more
+        gradients = None  # large, and no longer needed
 
     def by_score(layer: nn.Module, block: Block, read: Moments | Seen) -> Kept:
         size = sizes[block.name]
@@ -102,7 +101,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
 
 
 def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
-    """Return what chooses as `plan` says; `names`: of each block -> in the plan."""
+    """Return a choice that follows `plan`; `names`: block name -> its name in the plan."""
     schemes = {name: scheme for name, other in names.items() if (scheme := plan.blocks[other].scheme) is not None}
 
     def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
@@ -112,7 +111,7 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
 
 
 def nothing(block: Block) -> Kept:
-    """Return what is kept of a block that goes."""
+    """Return what is kept of a removed block."""
     return Kept.whole(torch.empty(0, dtype=torch.long), block.members)
 
 
@@ -126,14 +125,14 @@ def blocks_of(layers: Layers) -> Iterator[tuple[nn.Module, Block]]:
 
 
 def dense_inputs(walker: Walker, rows: Tensor, known: Known | None) -> Inputs:
-    """Return what the dense model's blocks read, collected as they are asked for or before."""
+    """Return the inputs of the dense model's blocks, collected now or earlier."""
     if known is None or known.moments is None:
         return PropagatedInputs(walker, rows)
     return PrecomputedInputs(known.moments)
 
 
 def dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | Seen:
-    """Return what the dense model's block reads."""
+    """Return the inputs of the dense model's block."""
     if block.routing is None:
         return inputs.moments(layer, block)
     assert isinstance(inputs, PropagatedInputs)
@@ -150,7 +149,7 @@ def _within(
     known: Known | None,
     gradients: Sensitivity,
 ) -> dict[str, Form]:
-    """Return size and scheme of every block within the budget. The dense model is walked for it."""
+    """Return size and scheme of every block within the budget. This takes a pass over the dense model."""
     layers = walker.layers
     allowed = sizes_allowed(layers.anatomy, options)
     levels = levels_of(budget, options.target)
@@ -167,9 +166,9 @@ def _sizes_to_keep(
     known: Known | None,
     gradients: Sensitivity | None,
 ) -> tuple[dict[str, Size], list[PricedSplit] | None]:
-    """Return the size of what to keep by block name, and what `uniform` chose from.
+    """Return the size to keep by block name, and the splits that `uniform` chose from.
 
-    The dense model is walked for it, unless `uniform` has nothing to choose or no error curve to choose by.
+    This takes a pass over the dense model, unless `uniform` has nothing to choose or no error curve to choose by.
     """
     layers = walker.layers
     anatomy, ratio = layers.anatomy, options.ratio
@@ -197,14 +196,14 @@ def _sizes_to_keep(
             kv_groups=split.attention.units,
             query_heads=split.attention.members,
             mlp_channels=split.mlp_channels,
-            nats_per_token=float(f"{nats:.4g}"),  # further digits depend on the batch size and the machine
+            nats_per_token=float(f"{nats:.4g}"),  # other digits depend on the batch size and the machine
         )
         for split, nats in priced(splits, anatomy, errors).items()
     ]
 
 
 def least_units(allowed: Sizes) -> dict[str, int]:
-    """Return the fewest units that each block may be left with."""
+    """Return the smallest number of units that each block may keep."""
     return {name: min(size.units for size in sizes) for name, sizes in allowed.items()}
 
 
@@ -212,11 +211,11 @@ def least_units(allowed: Sizes) -> dict[str, int]:
 def error_curves(
     layers: Layers, inputs: Inputs, options: PruneOptions, gradients: Sensitivity, fewest: Mapping[str, int]
 ) -> Errors:
-    """Return what each size of each of the dense model's blocks costs.
+    """Return the cost of each size of each block of the dense model.
 
     Args:
-        inputs: that the blocks read.
-        fewest: block name -> units that it keeps at least: smaller sizes are not priced.
+        inputs: of the blocks.
+        fewest: block name -> smallest number of units that it keeps; smaller sizes are not priced.
     """
     errors = dict.fromkeys((block.name for block in layers.anatomy.blocks), torch.zeros(1, 1))
     for layer, block in blocks_of(layers):
@@ -229,7 +228,7 @@ def error_curves(
 def _ranks(
     layer: nn.Module, block: Block, inputs: Inputs, options: PruneOptions, gradients: Sensitivity | None
 ) -> Tensor:
-    """The scores of the dense model's block, (units,)."""
+    """Return the scores of the dense model's block, (units,)."""
     read = dense_reading(layer, block, inputs)
     if isinstance(read, Seen):
         return expert_scores(layer, block, read, _scoring(block, options, gradients))
@@ -240,7 +239,7 @@ def _ranks(
 def _errors(
     layer: nn.Module, block: Block, inputs: Inputs, sensitivity: Tensor, fewest: int, *, members: bool
 ) -> Tensor:
-    """What each size of the dense model's block costs that has at least `fewest` units, (units + 1, members)."""
+    """Return the cost of each size with at least `fewest` units of the dense model's block, (units + 1, members)."""
     read = dense_reading(layer, block, inputs)
     if isinstance(read, Seen):
         return error_table(layer, block, read, sensitivity)
@@ -276,7 +275,7 @@ def _view(
 
 
 def _choose(view: BlockView, size: Size, criterion: str) -> Kept:
-    """Return what scores highest: first the units, then of each of them its members."""
+    """Return the highest scores: first the units, then the members of each of them."""
     units = keep_highest(CRITERIA[criterion](view), size.units)
     if not size.units or size.members == view.members:
         return Kept.whole(units, view.members)

@@ -1,9 +1,9 @@
-"""The address of the comparison command, `python -m numprune.compare`; all of it stands in flows/studies/compare/."""
+"""Entry point of the comparison, `python -m numprune.compare`, which is implemented in flows/studies/compare/."""
 
 import sys
 
 if __name__ == "__main__":
-    # Not before: every process that the command starts imports this module anew.
+    # Imported here because every process that the command starts imports this module again.
     from numprune.flows.studies.compare.command import main
 
     sys.exit(main())

@@ -1,23 +1,23 @@
-"""Closed-form least squares: the kept channels take over what the removed ones did.
+"""Closed-form least squares: the kept channels compensate for the removed ones.
 
-With C = E[y x^T] the cross moments of the outputs to reproduce and G = E[x x^T] those of the inputs the pruned block
-will really see, the kept columns become
+With C = E[y x^T] the cross moments of the outputs to reproduce and G = E[x x^T] the moments of the inputs of the pruned
+block, the kept columns become
 
     W_K <- W_K + (C_K - W_K G_KK) (G_KK + gamma I)^-1,
 
 ridge regression shrunk towards the original weights, by one Cholesky solve. When inputs and targets are the dense
 model's own (y = W x: *oneshot*) this is Theorem 3 of Shen et al. (AAAI 2025, arXiv 2412.12441):
-W_K + W_P G_PK (G_KK + gamma I)^-1. When x comes from the already pruned prefix (*sequential*) the block also allows for
-what earlier blocks got wrong in its inputs. *Residual* has it make up for what they got wrong in the residual stream,
-too: with h the dense and h' the pruned model's stream in front of the block, the targets are y + (h - h'), so that the
-stream behind the block comes as near the dense one as the kept channels can bring it. That costs nothing more.
+W_K + W_P G_PK (G_KK + gamma I)^-1. If x comes from the already pruned prefix (*sequential*), the block also compensates
+for errors of earlier blocks in its inputs. *Residual* additionally compensates for their errors in the residual stream:
+with h the dense and h' the pruned model's stream in front of the block, the targets are y + (h - h'), so that the
+stream after the block is as close to the dense one as the kept channels allow. That costs nothing extra.
 
-With inputs from the pruned prefix the targets are no longer a function of the kept channels, and what few calibration
-tokens say of the difference is partly noise. So gamma is chosen for each block: the one, of five a factor of ten apart,
-that fitted to three rows of four brings the fourth nearest. With little text and the least gamma, `residual` can be
-worse than `oneshot`.
+With inputs from the pruned prefix, the targets are no longer a function of the kept channels, and with few calibration
+tokens the difference is partly noise. Therefore gamma is chosen for each block: of five values a factor of ten apart,
+the one that, fitted to three rows of four, predicts the fourth best. With little text and the smallest gamma,
+`residual` can be worse than `oneshot`.
 
-Where the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
+If the consumer has a bias, all moments are centred and the bias takes the mean: least squares with an intercept.
 """
 
 from torch import Tensor
@@ -39,7 +39,7 @@ def refit(
 
     Args:
         weight: (out, D) the consumer's original weight, float64.
-        bias: (out,) its bias, or None where it has none (then none is added).
+        bias: (out,) its bias, or None (then none is added).
         kept: (K,) indices of the kept channels.
         moments: of the inputs x, with targets y, bias included; without targets these are y = W x + b, the block's own.
         damping: gamma relative to the mean of diag(G_KK).
@@ -66,16 +66,17 @@ def refit(
 
 
 def choose_damping(weight: Tensor, bias: Tensor | None, fitted: Moments, held: Moments, damping: float) -> float:
-    """Return the gamma, of damping * 1, 10, … 10,000, whose refit to `fitted` has the least error on `held`.
+    """Return the gamma among damping * 1, 10, … 10,000 whose refit to `fitted` has the smallest error on `held`.
 
-    They are tried from the heaviest on, until the error rises. In float32, since trace / gamma bounds the condition.
+    They are tried from the largest down, until the error rises. float32 is enough, since trace / gamma bounds the
+    condition number.
 
     Args:
         weight: (out, K) the kept columns of the consumer's original weight, float64.
         bias: (out,) its bias, or None.
         fitted: moments of the kept channels to fit to, with targets.
         held: those of other rows.
-        damping: the least gamma, relative to the mean of diag(G_KK).
+        damping: the smallest gamma, relative to the mean of diag(G_KK).
     """
     about = (fitted.mean, fitted.target_mean) if bias is not None else None
     gram, missing = (value.float() for value in _still_missing(weight, fitted, about))
@@ -92,7 +93,7 @@ def choose_damping(weight: Tensor, bias: Tensor | None, fitted: Moments, held: M
 
 
 def _still_missing(weight: Tensor, moments: Moments, about: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return E[x x^T] and E[(y - W x) x^T], of x and y less the means `about`, where they are given."""
+    """Return E[x x^T] and E[(y - W x) x^T], with x and y centred on the means `about`, if given."""
     gram, cross = moments.gram, moments.cross
     if about is not None:
         mean, target_mean = about
@@ -104,9 +105,9 @@ def _still_missing(weight: Tensor, moments: Moments, about: tuple[Tensor, Tensor
 
 
 def mean_bias(weight: Tensor, bias: Tensor | None, kept: Tensor, moments: Moments) -> Tensor:
-    """Return FLAP's compensation, a bias (out,): what the removed channels gave on average (arXiv 2312.11983, 3.3).
+    """Return FLAP's compensation, a bias (out,): the mean output of the removed channels (arXiv 2312.11983, 3.3).
 
-    sum over removed j of mu_j W[:, j], added to the consumer's own bias where it has one.
+    The sum over removed j of mu_j W[:, j], added to the consumer's own bias if it has one.
     """
     removed = moments.mean.clone()
     removed[kept] = 0

@@ -1,4 +1,4 @@
-"""Documents to rows of tokens: windows of each document, or of all documents joined by a separator."""
+"""Convert documents to rows of tokens: windows of each document, or of all documents joined by a separator."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Frame:
     """The special tokens of an encoder's rows.
 
     Attributes:
-        prefix, suffix: around each row.
+        prefix, suffix: at the ends of each row.
         separator: between the documents of a packed row; None: the tokenizer has no token for it.
     """
 
@@ -38,17 +38,17 @@ class Frame:
 class TokenRows:
     """Consecutive windows of tokens: each of one document, or, *packed*, of all documents joined by a separator.
 
-    What a row holds of one document is a *span*. A causal model is scored at all tokens of a row but the first,
-    whatever document they are from. A separator (EOS, or an encoder's [SEP]) belongs to the document that it ends, an
-    encoder's special tokens at a row's ends to the documents beside them.
+    The part of a row that comes from one document is a *span*. A causal model is scored at all tokens of a row except
+    the first, whichever document they belong to. A separator (EOS, or an encoder's [SEP]) belongs to the document that
+    it ends; an encoder's special tokens at the ends of a row belong to the adjacent documents.
 
     Attributes:
-        rows: (S',) int64 each; S' is the sequence length, less in the last row of a document, or of all of them.
+        rows: (S',) int64 each; S' is the sequence length, or less in the last row of a document (if packed, of all).
         document: index of each span's document, row by row.
         names: of the documents.
-        digest: SHA-256 of the tokens, of where the documents end, and of whether they are packed.
-        spans: each row's spans' tokens; None where the rows are not packed: then a row is one span.
-        labels: class of each document; None where they have none.
+        digest: SHA-256 of the tokens, the document boundaries, and whether they are packed.
+        spans: number of tokens of each span, by row; None if the rows are not packed: each row is then one span.
+        labels: class of each document; None if they have none.
     """
 
     rows: list[Tensor]
@@ -64,17 +64,17 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """How many a causal model is scored at."""
+        """Number of tokens at which a causal model is scored."""
         return int(self.scored.sum())
 
     @property
     def documents(self) -> int:
-        """How many have tokens that are scored."""
+        """Number of documents with scored tokens."""
         return len(np.unique(np.array(self.document)[self.scored > 0]))
 
     @cached_property
     def scored(self) -> np.ndarray:
-        """(spans,) int64: tokens that a causal model is scored at."""
+        """(spans,) int64: tokens at which a causal model is scored."""
         return np.array([part.stop - part.start for parts in self._parts for part in parts], dtype=np.int64)
 
     @cached_property
@@ -97,7 +97,7 @@ class TokenRows:
             np.add.at(sums, self._first_span[index] + np.searchsorted(ends, at, side="right"), of_row)
 
     def first_of_each_document(self) -> "TokenRows":
-        """Return the first row of each document alone; the rows are not packed."""
+        """Return only the first row of each document; the rows must not be packed."""
         first = np.unique(self.document, return_index=True)[1].tolist()
         return replace(
             self,
@@ -107,7 +107,7 @@ class TokenRows:
         )
 
     def part(self, rows: slice) -> "TokenRows":
-        """Return these of the rows alone."""
+        """Return only these rows."""
         first = [*self._first_span, len(self.document)]
         start, stop, _ = rows.indices(len(self.rows))
         return TokenRows(
@@ -141,22 +141,22 @@ def token_rows(
 ) -> TokenRows:
     """Return the documents' tokens in consecutive windows of `length`, no overlap.
 
-    Not packed, each document is cut for itself; its last window may be shorter, and one of a single token scores
-    nothing and is left out. Packed, documents that are not blank are joined by EOS and cut as one text, in their order;
-    attention is over the whole row, so that a document sees the end of the one before it. No other special tokens are
-    added but those of a `frame`.
+    Unpacked, each document is cut separately; its last window may be shorter, and is left out if it has a single token,
+    which cannot be scored. Packed, all documents that are not blank are joined by EOS and cut as one text, in order;
+    attention spans the whole row, so a document sees the end of the preceding one. No special tokens are added except
+    those of a `frame`.
 
     Args:
         documents: in the order in which they are packed.
         tokenizer: the model's.
         length: tokens of a row.
-        pack: "auto" packs where the tokenizer has an EOS and full windows of single documents would hold less than half
-            of the tokens.
+        pack: "auto" packs if the tokenizer has an EOS token and full windows of single documents would contain less
+            than half of the tokens.
         frame: an encoder's special tokens; None: a causal model's rows, which have none.
 
     Raises:
-        InputError: `length` is too short to score a token, no document is long enough for it, or there is no token to
-            join documents by.
+        InputError: `length` is too short to score a token, no document is long enough, or there is no token to join
+            documents with.
     """
     missing = "EOS" if frame is None else "separator"
     frame = frame or Frame((), (), tokenizer.eos_token_id)
@@ -181,7 +181,7 @@ def token_rows(
 
 
 def _are_short(lengths: Sequence[int], length: int) -> bool:
-    """Whether full windows of single documents would hold less than half of the tokens."""
+    """Return whether full windows of single documents would contain less than half of the tokens."""
     return len(lengths) > 1 and 2 * sum(tokens - tokens % length for tokens in lengths) < sum(lengths)
 
 
@@ -205,7 +205,7 @@ def _apart(encoded: Sequence[list[int]], names: list[str], frame: Frame, room: i
 def _packed(
     kept: Sequence[int], encoded: Sequence[list[int]], names: list[str], frame: Frame, separator: int, room: int
 ) -> TokenRows:
-    """Rows of the documents with the indices `kept`."""
+    """Return the rows of the documents with the indices `kept`."""
     # A conversation may end with EOS already.
     joined = [ids if ids[-1:] == [separator] else [*ids, separator] for ids in encoded[:-1]] + list(encoded[-1:])
     tokens = torch.tensor([token for ids in joined for token in ids], dtype=torch.int64)
@@ -232,14 +232,14 @@ def _framed(tokens: Tensor, frame: Frame) -> Tensor:
 
 
 def _finish(digest: Any, frame: Frame, room: int) -> None:
-    """Add to a digest of tokens what makes rows of them."""
+    """Add the row structure to a digest of tokens."""
     digest.update(room.to_bytes(8, "little"))
     if frame.prefix or frame.suffix:
         digest.update(json.dumps([frame.prefix, frame.suffix]).encode())
 
 
 def _required(rows: list[Tensor]) -> list[Tensor]:
-    """`rows`, where there are any. Raises InputError."""
+    """Return `rows`. Raises InputError if there are none."""
     if not rows:
         raise InputError("the text has no document of at least two tokens; give files with more text")
     return rows
@@ -249,7 +249,7 @@ def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor
     """Return (samples, length) int64: full windows drawn without replacement with `seed`.
 
     Raises:
-        InputError: there are fewer full windows than asked for; says how many there are.
+        InputError: there are fewer full windows than requested; says how many there are.
     """
     full = [row for row in rows.rows if len(row) == length]
     if samples < 1:
@@ -265,7 +265,7 @@ def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor
 
 
 def rows_digest(rows: Tensor) -> str:
-    """Return the SHA-256 of a token tensor (shape and values): what the plan and the report record."""
+    """Return the SHA-256 of a token tensor (shape and values), as recorded in the plan and the report."""
     digest = hashlib.sha256(json.dumps(list(rows.shape)).encode())
     digest.update(rows.to(torch.int64).contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

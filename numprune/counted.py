@@ -1,4 +1,4 @@
-"""Amounts with their noun."""
+"""Numbers with their noun."""
 
 import re
 

@@ -1,12 +1,12 @@
-"""What it costs the model to remove a block's units: the error curves that the allocation `error` divides the ratio by.
+"""Error curves: the cost of removing a block's units, which the allocation `error` uses to divide the ratio.
 
 A block's curve is greedy OBS priced in the model's own loss. With S = E[g g^T], g the loss's gradient at the block's
-output (sensitivity.py), the removals that leave an output error dy cost 1/2 tr(S E[dy dy^T]) nats per token: greedy OBS
-with S^(1/2) W in the place of W, each cost halved. The least squares of compensation are the same for every S, so S
-decides prices and not weights.
+output (sensitivity.py), removals that leave an output error dy cost 1/2 tr(S E[dy dy^T]) nats per token: greedy OBS
+with S^(1/2) W in place of W, and each cost halved. The least squares of compensation are the same for every S, so S
+determines prices but not weights.
 
-S stands here in full, not as its trace: on two small models at several ratios that was better by up to a tenth or worse
-by up to a thirtieth, with no clear winner at the higher ratios.
+S is used in full, not reduced to its trace: on two small models at several ratios, this was up to a tenth better or a
+thirtieth worse, with no clear winner at high ratios.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ Errors = Mapping[str, Tensor]  # by block name, as `error_curve` gives them
 
 
 def error_at(errors: Errors, block: Block, size: Size) -> float:
-    """Return the error of a block that is left with this size."""
+    """Return the error of a block at this size."""
     members = block.members - size.members if size.units else 0
     return float(errors[block.name][block.units - size.units, members])
 
@@ -31,19 +31,19 @@ def error_at(errors: Errors, block: Block, size: Size) -> float:
 def error_curve(
     weight: Tensor, gram: Tensor, sensitivity: Tensor, size: Size, *, fewest: int = 0, members: bool = False
 ) -> Tensor:
-    """Return the nats per token that are lost once the n cheapest units are gone, and m members of each one left.
+    """Return the loss in nats per token without the n cheapest units and m members of each remaining unit.
 
     Args:
         weight: (out, D) float64, the consumer's.
         gram: (D, D) float64, E[x x^T] of its inputs.
         sensitivity: (out, out), S.
         size: of the block.
-        fewest: units that may be left; what it costs to leave fewer is not computed, and infinity.
-        members: members may go, too.
+        fewest: smallest number of remaining units; the cost of fewer is not computed but infinity.
+        members: members may be removed, too.
 
     Returns:
-        (units + 1, members), n = 0 … units, m = 0 … members - 1, never falling with either; (units + 1, 1) where
-        members stay.
+        (units + 1, members), n = 0 … units, m = 0 … members - 1, non-decreasing in both; (units + 1, 1) if members
+        are not removed.
     """
     priced = cholesky(sensitivity.to(weight)).T @ weight  # S = L L^T: ||L^T dy||^2 = dy^T S dy
     order, costs = greedy_removal(priced, gram, weight.shape[1] // size.units, stop=size.units - fewest)

@@ -1,12 +1,11 @@
-"""Whole layers that are dropped: which ones, and what is left of the model without them.
+"""Depth pruning: which whole layers to drop, and the model without them.
 
-What a layer is worth depends on which others are still there: sums of what single layers cost choose bad sets. So they
-are dropped one after another, and each time the one is taken that leaves the predictions nearest to the dense model's
-(by KL divergence, or by 1 - cosine of embeddings), measured anew on a few calibration rows.
+The value of a layer depends on which others are present, so summing the costs of single layers selects bad sets. Layers
+are therefore dropped one after another: each time, the one that leaves the predictions closest to the dense model's (by
+KL divergence, or by 1 - cosine of embeddings), measured again on a few calibration rows.
 
-A round reads every layer once. On the way through the model there is a hidden state for each layer passed: the one of
-the model that lacks it, too. That is L^2 / 2 layers run on these rows for L layers, and L hidden states of them, which
-are where `layers` puts them.
+A round reads every layer once. For each candidate already passed, a hidden state of the model without it is carried
+along. For L layers, that is L^2 / 2 layer runs on these rows and L hidden states, stored where `layers` allocates them.
 """
 
 import logging
@@ -27,7 +26,7 @@ from numprune.surgery import pruned_config
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 16  # calibration rows that the choice is measured on, taken evenly from all of them
+_ROWS = 16  # calibration rows for the choice, spread evenly over all rows
 _ROUNDING = 1e-9  # of shares of parameters
 
 
@@ -57,10 +56,10 @@ class Shallower:
 
 
 def ratio_left(anatomy: Anatomy, ratio: float, dropped: Collection[int]) -> float:
-    """Return the share of the other layers' prunable parameters that has to go for `ratio` of all to be removed.
+    """Return the share of the other layers' prunable parameters to remove so that `ratio` of all are removed.
 
     Raises:
-        InputError: the dropped layers are more than `ratio`.
+        InputError: the dropped layers exceed `ratio`.
     """
     parameters = _by_layer(anatomy)
     whole, gone = sum(parameters), sum(parameters[layer] for layer in dropped)
@@ -73,13 +72,13 @@ def ratio_left(anatomy: Anatomy, ratio: float, dropped: Collection[int]) -> floa
 
 
 def smallest_layers(anatomy: Anatomy, count: int, protected: Collection[int] = ()) -> list[int]:
-    """Return the `count` layers of the fewest prunable parameters: the least that can be dropped.
+    """Return the `count` layers with the fewest prunable parameters: the smallest possible drop.
 
     Args:
-        protected: layers that stay.
+        protected: layers that must stay.
 
-    Raises:
-        InputError: no layer would be left, fewer than `count` may go, or layers cannot be renumbered.
+            Raises:
+                InputError: no layer would be left, fewer than `count` may be dropped, or layers cannot be renumbered.
     """
     if not 0 <= count < anatomy.layers:
         raise InputError(f"drop_layers is {count}; the model has {anatomy.layers} layers, and at least one must stay")
@@ -108,12 +107,12 @@ def choose(
         layers: of the dense model.
         rows: (N, S) int64 calibration tokens.
         count: how many to drop.
-        ratio: share of the prunable parameters that they may have together.
+        ratio: largest share of the prunable parameters that they may have together.
         protected: layers that stay.
         batch_size: rows at a time.
 
     Raises:
-        InputError: no choice of so many layers has at most that share, or leaves attention and MLPs in the model.
+        InputError: no choice of this many layers stays within that share and leaves attention and MLPs in the model.
     """
     anatomy = layers.anatomy
     check_rows(anatomy, rows)
@@ -122,7 +121,7 @@ def choose(
     predictions = len(rows) * layers.task.predictions_in(rows.shape[1])
     walker = Walker(layers, rows.shape[1], batch_size)
     parts = rows.split(batch_size if layers.resident else len(rows))
-    dense: list[Tensor] = []  # what leaves the dense model's last layer, by part
+    dense: list[Tensor] = []  # output of the dense model's last layer, by part
     dropped: list[DroppedLayer] = []
     with Progress(count * anatomy.layers * len(parts), "drop", "layer") as bar:
         for more in reversed(range(count)):
@@ -142,7 +141,7 @@ def choose(
 
 
 def _candidates(anatomy: Anatomy, gone: list[int], more: int, ratio: float, protected: Collection[int]) -> list[int]:
-    """Return the layers that can go next, `more` others after them, with at most `ratio` of the prunable parameters."""
+    """Return the layers that can be dropped next such that `more` others can follow within `ratio`."""
     parameters = _by_layer(anatomy)
     room = (ratio + _ROUNDING) * sum(parameters) - sum(parameters[layer] for layer in gone)
     left = sorted(layers_left(anatomy.layers, {*gone, *protected}), key=parameters.__getitem__)
@@ -164,7 +163,7 @@ def _candidates(anatomy: Anatomy, gone: list[int], more: int, ratio: float, prot
 def _leaving(
     walker: Walker, rows: Tensor, gone: Collection[int], candidates: Collection[int], bar: Progress
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return what leaves the last layer, (n, S, H): without the layers `gone`, and without a candidate, too, by it."""
+    """Return the last layer's output (n, S, H) without the layers `gone` and one candidate, by candidate."""
     layers = walker.layers
     full = walker.embed(rows).hidden
     lacking: dict[int, Tensor] = {}

@@ -1,6 +1,6 @@
-"""Text files to documents: plain text, JSON Lines, JSON arrays, Parquet, and folders that `datasets` saved.
+"""Read documents from text files: plain text, JSON Lines, JSON arrays, Parquet, and folders saved by `datasets`.
 
-What cannot be read as text is refused by name; nothing is ever taken for text because its format is not known.
+Formats that are not text are refused by name; a file of unknown format is never read as text.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from numprune import arrow
 from numprune.errors import InputError
 
-# A record's messages and tools to its text: see `chat.renderer`.
+# Renders a record's messages and tools as text: see `chat.renderer`.
 Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
 
 WHOLE_FILE = "file"
@@ -25,7 +25,7 @@ _FIELDS = ("text", "messages", "tools", "name", "label")
 
 @dataclass(frozen=True)
 class _Foreign:
-    """A kind of file that holds no plain text: how it is told by name and by its first bytes, and what to do."""
+    """A kind of file that is not plain text: how it is recognized by name and first bytes, and the remedy."""
 
     what: str
     suffixes: tuple[str, ...]
@@ -60,7 +60,7 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Document:
-    """A text. `label` is what its record says of its class; only a classifier makes anything of it."""
+    """A text. `label` is the class given in its record; only classifiers use it."""
 
     name: str
     text: str
@@ -69,13 +69,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Reading:
-    """How text becomes rows of tokens: the recipe's `data.split`, `data.chat` and `data.pack`.
+    """How text is converted to rows of tokens: the recipe's `data.split`, `data.chat` and `data.pack`.
 
     Attributes:
-        split: what separates the documents of a plain text file: "file" (nothing does, it is one document),
-            "blank-line", or a regular expression (^ and $ match at each line); what it matches is dropped.
-        chat: a record's "messages" are its document, rendered by the model's own chat template.
-        pack: documents are joined by EOS and cut as one text; "auto": where they are short, see `corpus.token_rows`.
+        split: what separates the documents of a plain text file: "file" (the whole file is one document), "blank-line",
+            or a regular expression (^ and $ match at each line); the matched text is dropped.
+        chat: render each record's "messages" with the model's own chat template.
+        pack: join documents by EOS and cut them as one text; "auto": only if they are short, see `corpus.token_rows`.
     """
 
     split: str = WHOLE_FILE
@@ -89,16 +89,16 @@ def read_documents(
     """Return the documents of `files`.
 
     A record is a document: a line of a .jsonl file, an item of a .json array, a row of a .parquet file or of a folder
-    that `datasets` saved. Its text is its field "text", or its "messages" as `render` writes them. Any other file is
+    saved by `datasets`. Its text is its field "text", or its "messages" as rendered by `render`. Any other file is
     plain text.
 
     Args:
         files: to read, in this order.
-        split: what separates the documents of a plain text, see `Reading`.
-        render: None: a record needs a text.
+        split: what separates the documents of a plain text file, see `Reading`.
+        render: renders messages; None: each record needs a "text".
 
     Raises:
-        InputError: a file is missing, empty, or not what it should be; names every such file, and the line or record.
+        InputError: a file is missing, empty or malformed; names every such file, and the line or record.
     """
     between = separator(split)
     documents: list[Document] = []
@@ -127,12 +127,12 @@ def read_documents(
 
 
 def content_of(file: Path) -> list[Path]:
-    """Return the files that `file` is read from: itself, or those of a folder that `datasets` saved."""
+    """Return the files to read: `file` itself, or those of a folder saved by `datasets`."""
     return [file / arrow.STATE, *arrow.files_of(file)] if file.is_dir() else [file]
 
 
 def is_plain(file: Path) -> bool:
-    """Whether `file` would be read as plain text, by its name."""
+    """Return whether `file` would be read as plain text, by its name."""
     return file.suffix.lower() not in (*_LINES, ".json", ".parquet") and not file.is_dir()
 
 
@@ -140,7 +140,7 @@ def is_plain(file: Path) -> bool:
 
 
 def separator(split: str) -> re.Pattern[str] | None:
-    """Return the pattern that a `split` stands for, None for whole files. Raises InputError."""
+    """Return the pattern of a `split`, or None for whole files. Raises InputError."""
     if split == WHOLE_FILE:
         return None
     if split == BLANK_LINE:
@@ -155,7 +155,7 @@ def separator(split: str) -> re.Pattern[str] | None:
 
 
 def _split(file: Path, between: re.Pattern[str] | None) -> Iterator[Document]:
-    """The documents of a plain text, each named after the line that it begins on; blank ones are dropped."""
+    """Yield the documents of a plain text, named after the line on which they begin; blank ones are dropped."""
     text = _text(file)
     if _is_json(text):
         raise InputError(f"text file {str(file)!r} contains JSON; rename it to .jsonl (a record per line) or .json")
@@ -174,7 +174,7 @@ def _split(file: Path, between: re.Pattern[str] | None) -> Iterator[Document]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text that is to be plain is one or more JSON records."""
+    """Return whether a supposedly plain text consists of JSON records."""
     text = text.strip()
     candidates = {"{": (text.partition("\n")[0], text), "[": (text,)}
     for candidate in candidates.get(text[:1], ()):
@@ -188,7 +188,7 @@ def _is_json(text: str) -> bool:
 
 
 def _text(file: Path) -> str:
-    """A file's text, its lines ended by \\n, without a byte order mark. Raises InputError."""
+    """Return a file's text without a byte order mark, its lines ended by \\n. Raises InputError."""
     shown = f"text file {str(file)!r}"
     try:
         content = file.read_bytes()
@@ -214,7 +214,7 @@ def _text(file: Path) -> str:
 
 
 def _records(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each record of a file or folder, and where it is."""
+    """Yield each record of a file or folder, and its location."""
     if file.is_dir() or file.suffix.lower() == ".parquet":
         for number, row in enumerate(arrow.rows(file, _FIELDS), start=1):
             yield f"row {number}", row
@@ -224,7 +224,8 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(_loaded(file, "the file", text), start=1):
             yield f"item {number}", record
         return
-    # Many a .json holds a record per line, too. Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    # Some .json files have a record per line, too. Not splitlines(): JSON strings may contain U+2028 and such
+    # unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", _loaded(file, f"line {number}", line)
@@ -258,7 +259,7 @@ def _document(file: Path, where: str, record: Any, render: Render | None) -> Doc
 
 
 def _instead(record: dict[str, Any]) -> str:
-    """What a record without text has."""
+    """Describe what a record without text has instead."""
     if record.get("messages") is not None:
         return "; it has messages: --chat, or data.chat = true, renders them with the model's chat template"
     names = ", ".join(map(repr, [*record][:8]))

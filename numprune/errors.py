@@ -1,12 +1,12 @@
-"""The errors a user can mend. Each message names the field or file, the value given, and the remedy.
+"""Errors that a user can fix. Each message names the field or file, the value, and the remedy.
 
-The one module that every package may import: the command line turns these into one line and an exit code; anything else
-that is raised is a bug and keeps its traceback.
+Every package may import this module. The command line turns these errors into one line and an exit code; any other
+exception is a bug and keeps its traceback.
 """
 
 
 class NumpruneError(Exception):
-    """Something the user can mend."""
+    """An error that the user can fix."""
 
 
 class InputError(NumpruneError):
@@ -14,7 +14,7 @@ class InputError(NumpruneError):
 
 
 class IntegrityError(NumpruneError):
-    """A file whose digest, size, shape or content is not what its manifest or configuration says."""
+    """A file whose digest, size, shape or content contradicts its manifest or configuration."""
 
 
 class ParityError(NumpruneError):
@@ -22,12 +22,12 @@ class ParityError(NumpruneError):
 
 
 class MissingRuntime(NumpruneError):
-    """A runtime whose libraries or device are not there; the message says what to install."""
+    """A runtime whose libraries or device are missing; the message says what to install."""
 
 
 class EnvironmentInvalid(NumpruneError):
-    """The machine is in a state in which its measurements mean nothing."""
+    """The machine is in a state in which measurements are meaningless."""
 
 
 class DiskError(NumpruneError):
-    """A file system that has no room, is read-only, refuses us, or fails."""
+    """A file system that is full or read-only, denies access, or fails."""

@@ -1,4 +1,4 @@
-"""Greedy generation from fixed prompts, and the two failures it shows that NLL does not: loops, and nothing at all."""
+"""Greedy generation from fixed prompts, and two failures that NLL does not reveal: loops and empty answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from numprune.chat import renderer
 from numprune.errors import InputError, IntegrityError
 
-MAXIMUM_TOKENS = 64  # of each generation; the longest loop that is looked for fits in it three times
+MAXIMUM_TOKENS = 64  # per generation; three times the longest loop that is detected
 _LONGEST_LOOP = 20
 _ROUNDS = 3
 _SHORTEST_TAIL = 16
 
-# Instructions that a chat model answers and a base model continues.
+# Instructions for a chat model to answer and a base model to continue.
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -30,12 +30,12 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model generated from one prompt.
+    """A model's generation from one prompt.
 
     Attributes:
         text: without special tokens.
-        tokens: how many, without the end token.
-        empty: the text is nothing but white space.
+        tokens: number of tokens, without the end token.
+        empty: the text is only white space.
         repeating: see `ends_in_loop`.
     """
 
@@ -48,11 +48,11 @@ class Generation:
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 8
 ) -> list[Generation]:
-    """Return what `model` generates from each prompt: greedily, up to MAXIMUM_TOKENS, to an end token or its context.
+    """Generate greedily from each prompt, up to MAXIMUM_TOKENS, an end token or the model's context.
 
     Raises:
-        InputError: as `encode` does.
-        IntegrityError: the model gives logits that are not finite.
+        InputError: like `encode`.
+        IntegrityError: the model's logits are not finite.
     """
     encoded = [encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
     ends = _end_tokens(model, tokenizer)
@@ -65,10 +65,10 @@ def generate(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> list[int]:
-    """Return a prompt's tokens: as the user's turn of a chat where the model has a template, else as plain text.
+    """Return a prompt's tokens: as a user's turn if the model has a chat template, otherwise as plain text.
 
     Raises:
-        InputError: the template cannot be rendered, or the prompt leaves no room in the context, or is no token.
+        InputError: the template cannot be rendered, or the prompt is empty or leaves no room in the context.
     """
     shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
     if not tokenizer.chat_template:
@@ -87,7 +87,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, context: int) -> lis
 
 
 def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether the end repeats a sequence of up to 20 tokens three times or more, over at least 16 tokens."""
+    """Return whether the end repeats a sequence of up to 20 tokens at least three times, over at least 16 tokens."""
     for period in range(1, _LONGEST_LOOP + 1):
         length = max(_ROUNDS * period, _SHORTEST_TAIL)
         tail = list(tokens[-length:])
@@ -97,7 +97,7 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The generation configuration's, since a chat model ends a turn with a token of its own; and the tokenizer's."""
+    """Return the end tokens of the generation configuration (a chat model has its own) and of the tokenizer."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     several = configured if isinstance(configured, list) else [configured]
     return {end for end in (*several, tokenizer.eos_token_id) if isinstance(end, int)}

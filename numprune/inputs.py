@@ -1,4 +1,4 @@
-"""What the consumers of a model read while it is pruned: collected block by block, or known before."""
+"""The inputs of a model's consumers during pruning: collected block by block, or known beforehand."""
 
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -16,34 +16,34 @@ from numprune.moments import Moments
 from numprune.slices import Kept
 from numprune.surgery import channels_of
 
-FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations that read what the pruned blocks before give
+FROM_PRUNED_PREFIX = ("sequential", "residual", "joint")  # compensations with inputs from the pruned prefix
 _HELD_OUT = 4  # every fourth calibration row, for choosing the damping
 
 
 class Inputs(Protocol):
-    """What the consumers read, block by block in the order of the forward pass."""
+    """The consumers' inputs, block by block in the order of the forward pass."""
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
-        """Return the moments of the block's inputs, and of its targets where they are not its own outputs on them."""
+        """Return the moments of the block's inputs, and of its targets unless they are its own outputs."""
 
     @property
     def held_out(self) -> Moments | None:
-        """Those of every fourth row alone, where `moments` had targets that the inputs do not determine."""
+        """Moments of every fourth row, if the targets of `moments` are not determined by the inputs."""
 
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
-        """The block has been pruned to `kept`: what comes after it reads what it gives now."""
+        """Pass the outputs of the block, now pruned to `kept`, on to the blocks after it."""
 
     def drop(self, walker: Walker, index: int) -> None:
-        """Layer `index` of the model that `walker` runs comes next, and the pruned model does not have it."""
+        """Pass layer `index` of the model of `walker`, which the pruned model does not have."""
 
 
 class PropagatedInputs:
-    """Collected as the model is walked, from the dense model's prefix or from the pruned one's.
+    """Inputs collected during the pass over the model, from the dense or the pruned prefix.
 
-    The targets are the dense block's outputs; for `residual` and `joint`, what takes the pruned model's residual stream
-    to where the dense model's is behind the block (before the norm there, if the sum of both goes through one). Where a
-    norm stands between the consumer and the stream, no output could do that: the targets are the dense block's outputs
-    in any case.
+    The targets are the dense block's outputs. For `residual` and `joint`, they also include what moves the pruned
+    model's residual stream to the dense model's after the block (before the norm there, if the sum of both is normed).
+    If a norm lies between the consumer and the stream, no output could achieve that, and the targets are always the
+    dense block's outputs.
     """
 
     def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
@@ -52,19 +52,19 @@ class PropagatedInputs:
         self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
-        self._targets: Tensor | None = None  # (N, S, out), where the streams behind the block do not tell them
-        self._read: Tensor | None = None  # what the consumers read in the pruned model
+        self._targets: Tensor | None = None  # (N, S, out), if the streams after the block do not determine them
+        self._read: Tensor | None = None  # inputs of the consumers in the pruned model
         self.held_out: Moments | None = None
 
     @property
     def from_pruned_prefix(self) -> bool:
-        """What is fitted has inputs that do not determine its targets."""
+        """Whether inputs come from the pruned prefix, so that they do not determine the targets."""
         return self._pruned is not self._dense
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
         weight = consumer_weight(layer, block)
-        # The dense block's own outputs follow from its inputs: their moments are not collected.
+        # The dense block's own outputs follow from its inputs, so their moments are not collected.
         outputs = 0 if pruned is dense else weight.shape[0]
         moments = Moments(block.channels, outputs, weight.device)
         if pruned is dense:
@@ -85,7 +85,7 @@ class PropagatedInputs:
         return moments
 
     def experts(self, layer: nn.Module, block: Block) -> Seen:
-        """Return what is seen of the layer's experts. The streams stay in front of them, until `pass_experts_on`."""
+        """Return statistics of the layer's experts. The streams stay in front of them until `pass_experts_on`."""
         dense, pruned = self._dense, self._pruned
         outputs = self._room()
         seen = Seen(Experts(layer, block), dense.hidden[..., 0].numel())
@@ -101,7 +101,7 @@ class PropagatedInputs:
         return seen
 
     def to_fit(self, layer: nn.Module, block: Block) -> Iterator[Batch]:
-        """Yield what the experts of a layer that has only those kept read, and what they should put out."""
+        """Yield inputs and desired outputs of the experts of a layer that has only the kept ones."""
         outputs = self._room()
         experts = Experts(layer, block)
         for batch, run in self._walker.run(layer, block, self._pruned):
@@ -115,7 +115,7 @@ class PropagatedInputs:
             )
 
     def pass_experts_on(self, layer: nn.Module, block: Block) -> None:
-        """The layer has only the experts that are kept."""
+        """Pass the outputs of a layer with only the kept experts on to the next."""
         scale = self._walker.layers.anatomy.residual_scale
         self._dense.hidden.add_(self._room(), alpha=scale)
         if self._pruned is not self._dense:
@@ -144,7 +144,7 @@ class PropagatedInputs:
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
 
     def _target(self, block: Block, batch: slice, own: BlockRun) -> Tensor:
-        """What the pruned block should put out: `own` is what the dense one does, whose stream is not yet written."""
+        """Return the desired output of the pruned block; `own` is the dense one, whose stream is not yet written."""
         if not self._residual:
             return own.output
         target = own.output
@@ -156,25 +156,25 @@ class PropagatedInputs:
         return target
 
     def _missing(self, batch: slice) -> Tensor:
-        """What a block would have to put out to take the pruned stream to the dense one."""
+        """Return the output with which a block would move the pruned stream to the dense one."""
         missing = self._dense.hidden[batch] - self._pruned.hidden[batch]
         return missing / self._walker.layers.anatomy.residual_scale
 
     def _room(self) -> Tensor:
-        """Room for outputs of all rows, (N, S, H)."""
+        """Return the buffer for outputs of all rows, (N, S, H)."""
         if self._targets is None:
             self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
         return self._targets
 
     def _consumer_room(self, block: Block) -> Tensor:
-        """Room for what the block's consumer reads of all rows, (N, S, D); blocks take turns in it."""
+        """Return the buffer for the consumer's inputs of all rows, (N, S, D), shared by all blocks in turn."""
         layers, (rows, length, _) = self._walker.layers, self._dense.hidden.shape
         if self._read is None:
             self._read = layers.allocate(rows * length * widest_consumer(layers.anatomy))
         return self._read[: rows * length * block.channels].view(rows, length, -1)
 
     def _aims(self, block: Block) -> Aims:
-        """The targets once more, the dense stream being behind the block."""
+        """Return the targets again, with the dense stream now after the block."""
         if _followed_by_norm(block):
             assert self._targets is not None
             return Aims(self._targets)
@@ -182,17 +182,17 @@ class PropagatedInputs:
 
 
 def widest_consumer(anatomy: Anatomy) -> int:
-    """Return the most channels that a block's consumer reads; not of experts, whose inputs are not kept."""
+    """Return the largest number of input channels of a consumer, except of experts, whose inputs are not stored."""
     return max(block.channels for block in anatomy.blocks if block.routing is None)
 
 
 def _followed_by_norm(block: Block) -> bool:
-    """Whether the stream behind the block does not tell what the block put out."""
+    """Return whether a norm hides the block's output from the stream after it."""
     return block.norm_behind or bool(block.post_norms)
 
 
 def split_rows(batch: slice, inputs: Tensor, targets: Tensor, fitted: Moments, held_out: Moments) -> None:
-    """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments each row belongs to."""
+    """Add the inputs (n, S, D) and targets (n, S, out) of the rows `batch` to the moments of their split."""
     held = _held_out_rows(batch).to(inputs.device)
     fitted.add(inputs[~held], targets[~held])
     held_out.add(inputs[held], targets[held])
@@ -209,7 +209,7 @@ def _routed(run: BlockRun) -> Routed:
 
 
 class PrecomputedInputs:
-    """Those of the dense model, collected before."""
+    """Inputs of the dense model, collected earlier."""
 
     held_out = None
 

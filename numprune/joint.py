@@ -1,19 +1,19 @@
-"""The producer that a block's output is linear in, fitted to the block's targets once the consumer is.
+"""Fit the producer in which a block's output is linear to the block's targets, after the consumer.
 
-A block's output is linear in its consumer, and with the consumer given it is linear in one of its producers, too: in
-the values' projection, since the attention weights do not depend on it, and in the one whose output an MLP's gate
-multiplies. So, once the consumer is fitted, the kept units' rows of that producer can be fitted to the same targets by
-least squares. The values are fitted only where the layer's MLP has no gate: beside a fitted MLP their fit took as long
+A block's output is linear in its consumer. With the consumer fixed, it is also linear in one of its producers: the
+value projection, because the attention weights do not depend on it, or the projection whose output an MLP's gate
+multiplies. So once the consumer is fitted, the kept units' rows of that producer can be fitted to the same targets by
+least squares. The values are fitted only if the layer's MLP has no gate: beside a fitted MLP, their fit took as long
 and gained nothing (embedded model, 20 and 30 %).
 
-The normal equations are too large to be written down, (K H)^2 values, but not to be multiplied with: the block is run
-forward and back with h V^T in the place of the producer's output, where V is the direction and h what the producer
-reads. Two steps of conjugate gradients, preconditioned by the Kronecker product of a diagonal and the input's Gram
-matrix, do most of it. The ridge is towards the original weights, as in compensation.py.
+The normal equations, with (K H)^2 values, are too large to form, but multiplying with them is cheap: the block is run
+forward and backward with h V^T in place of the producer's output, where V is the direction and h the producer's input.
+Two steps of conjugate gradients, preconditioned by the Kronecker product of a diagonal and the input's Gram matrix,
+achieve most of the gain. The ridge penalizes the distance to the original weights, as in compensation.py.
 
-On MLPs of SmolLM2-135M with 6,144 tokens, two steps brought other text as near to the targets as four steps and a
-second fit of the consumer, which overfitted where the ridge was light. The gradient needs every token; the length of
-the last step is a single number, and every fourth row tells it.
+On MLPs of SmolLM2-135M with 6,144 tokens, two steps brought other text as close to the targets as four steps and a
+second fit of the consumer, which overfitted with a small ridge. The gradient needs every token; the length of the last
+step is a single number, for which every fourth row is enough.
 """
 
 from collections.abc import Callable
@@ -33,31 +33,31 @@ from numprune.slices import Kept
 from numprune.surgery import narrowed
 
 STEPS = 2
-_SEARCH = 4  # every fourth row tells the length of the last step,
-_ENOUGH = 32  # but no fewer rows than these: of few, a quarter can tell a third of the curvature
-_HEAVIER = 10.0  # the ridge, than the consumer's: with less, two steps gained less on other text
-_HEAVIEST = 1.0  # more leaves little of what two steps gain
-_LIGHTER = 0.1  # the preconditioner's damping, than the ridge
+_SEARCH = 4  # every fourth row determines the length of the last step,
+_ENOUGH = 32  # but at least this many rows: a quarter of a few can miss two thirds of the curvature
+_HEAVIER = 10.0  # the ridge, relative to the consumer's: with less, two steps gained less on other text
+_HEAVIEST = 1.0  # with more, two steps gain little
+_LIGHTER = 0.1  # the preconditioner's damping, relative to the ridge
 
-Consumed = Callable[[slice], Tensor]  # rows -> what the consumer reads of the kept channels, (n, S, K), on its device
+Consumed = Callable[[slice], Tensor]  # rows -> the consumer's inputs of the kept channels, (n, S, K), on its device
 
 
 @dataclass(frozen=True)
 class Aims:
-    """What a block should put out: (goal - start) / scale, all (N, S, H); without `start`, the goal itself."""
+    """The desired output of a block: (goal - start) / scale, all (N, S, H); without `start`, the goal itself."""
 
     goal: Tensor
     start: Tensor | None = None
     scale: float = 1.0
 
     def of(self, batch: slice, device: torch.device) -> Tensor:
-        """Return that of a batch of rows, (n, S, H)."""
+        """Return the desired output for a batch of rows, (n, S, H)."""
         aim = self.goal[batch] if self.start is None else self.goal[batch] - self.start[batch]
         return aim.to(device) / self.scale
 
 
 def fits_producer(anatomy: Anatomy, block: Block) -> bool:
-    """Whether `joint` fits a producer of the block: an MLP's that its gate multiplies, or else the layer's values."""
+    """Return whether `joint` fits a producer of the block: of a gated MLP, or the values if there is none."""
     gated = any(other.kind == "mlp" and other.linear and other.units for other in anatomy.of_layer(block.layer))
     return block.linear is not None and (block.kind == "mlp" or not gated)
 
@@ -73,16 +73,16 @@ def refit_producer(
     aims: Aims,
     damping: float,
 ) -> nn.Module:
-    """Overwrite what is kept of the linear producer's weight with a fitted one; return the layer narrowed to that.
+    """Overwrite the kept part of the linear producer's weight with a fitted one; return the layer narrowed to it.
 
     Args:
         walker: of the model.
         layer: the block's decoder layer, the consumer fitted already.
-        block: with a producer that it is linear in.
+        block: with a linear producer.
         kept: of the block, at least one unit.
         pruned: the pruned model's residual stream in front of the block.
-        consumed: what the consumer reads there.
-        aims: what the block should put out there.
+        consumed: the consumer's inputs there.
+        aims: the desired outputs of the block there.
         damping: of the consumer's fit.
     """
     small, left = narrowed(layer, block, kept), block.resized(kept.size)
@@ -127,7 +127,7 @@ class _Fit:
 
     Attributes:
         pulls: after `start`, (channels,) float64: the squared norm of the consumer's column times the mean square of
-            what the column reads.
+            its input.
     """
 
     def __init__(self, walker: Walker, layer: nn.Module, block: Block, producer: "_Producer", pruned: Stream) -> None:
@@ -138,7 +138,7 @@ class _Fit:
         self.pulls = torch.zeros(block.channels, dtype=torch.float64, device=self._consumer.device)
 
     def start(self, consumed: Consumed, aims: Aims) -> tuple[Tensor, Moments]:
-        """Return the negative gradient (rows, H) float64 at the weights as they stand, and the moments of h."""
+        """Return the negative gradient (rows, H) float64 at the current weights, and the moments of h."""
         inputs = Moments(self._producer.matrix.shape[1], device=self._consumer.device)
         total = self._producer.zeros()
         for batch in self._walker.batches(len(self._pruned)):
@@ -160,7 +160,7 @@ class _Fit:
         return total / self._pruned.hidden[..., 0].numel()
 
     def curving(self, direction: Tensor) -> Tensor:
-        """Return the product of the direction and the Hessian's product with it, over some rows: see `_SEARCH`."""
+        """Return the curvature along the direction over some rows, see `_SEARCH`."""
         step = min(_SEARCH, max(1, len(self._pruned) // _ENOUGH))
         rows = self._pruned.read(slice(None))[::step]
         total = direction.new_zeros(())
@@ -179,10 +179,10 @@ class _Fit:
         return h.flatten(0, -2), back.flatten(0, -2)
 
     def _through(self, hidden: Tensor, direction: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the block on `hidden` (n, S, H) with v = h V^T, V the direction or zero, as what the producer puts out.
+        """Run the block on `hidden` (n, S, H) with v = h V^T, V the direction or zero, as the producer's output.
 
         Returns:
-            h (..., H), v (..., rows) and what the consumer reads, (n, S, D).
+            h (..., H), v (..., rows) and the consumer's inputs (n, S, D).
         """
         seen: list[tuple[Tensor, Tensor]] = []
         producer = self._producer
@@ -204,14 +204,14 @@ class _Fit:
 
 
 class _Producer:
-    """The rows of a block's producer that its output is linear in: those of the values, or of the gated projection.
+    """The producer's rows in which a block's output is linear: those of the values, or of the gated projection.
 
     Attributes:
         module: the projection.
-        weight: its weight as it is stored.
-        every: all that the block has.
+        weight: its weight as stored.
+        every: all units of the block.
         entries: (rows,) their indices among its outputs, unit by unit.
-        rows_per_unit: how many of them a unit has.
+        rows_per_unit: rows per unit.
         is_whole: the projection has no other rows.
     """
 
@@ -228,13 +228,13 @@ class _Producer:
 
     @property
     def bias(self) -> Tensor | None:
-        """Of the rows, (rows,)."""
+        """Bias of the rows, (rows,)."""
         bias = self.module.bias
         return None if bias is None else cast(Tensor, bias).detach()[self.entries]
 
     @property
     def matrix(self) -> Tensor:
-        """The weight (outputs, H), a view where it is stored transposed."""
+        """Return the weight (outputs, H), a view if it is stored transposed."""
         return self._outputs_first(self.weight)
 
     def get(self) -> Tensor:
@@ -246,7 +246,7 @@ class _Producer:
         return self.matrix.new_zeros(len(self.entries), self.matrix.shape[1], dtype=torch.float64)
 
     def put(self, kept: Kept, rows: Tensor) -> None:
-        """Overwrite those of `kept`, (rows, H)."""
+        """Overwrite the rows of `kept`, (rows, H)."""
         self.matrix[self._entries(kept)] = rows.to(self.weight.dtype)
 
     def _entries(self, kept: Kept) -> Tensor:
@@ -257,16 +257,16 @@ class _Producer:
 
 
 class _Curvature:
-    """D x G in the place of the Hessian: G the Gram matrix of the producer's input, D diagonal, one value for each row.
+    """Approximates the Hessian by D x G: G the Gram matrix of the producer's input, D diagonal, one value per row.
 
-    A row's value is the squared norm of the consumer's columns that read it, times how much of the row's own square
-    comes through to them (the gate's square, or that of the attention weights).
+    A row's value is the squared norm of the consumer's columns that read it, times the share of the row's square that
+    reaches them (the square of the gate, or of the attention weights).
 
     Args:
         producer: before it is fitted.
-        inputs: moments of what it reads.
-        pulls: as of `_Fit`.
-        damping: the ridge's, relative to D x G.
+        inputs: moments of its inputs.
+        pulls: as in `_Fit`.
+        damping: of the ridge, relative to D x G.
     """
 
     def __init__(self, producer: _Producer, inputs: Moments, pulls: Tensor, damping: float) -> None:
@@ -278,16 +278,16 @@ class _Curvature:
             produced += bias * (2 * rows @ inputs.mean + bias)
         # Query heads share the rows of their KV head.
         pulls = pulls.view(len(rows) // producer.rows_per_unit, -1, producer.rows_per_unit).sum(1).flatten()
-        least = torch.finfo(torch.float64).tiny  # of a row that nothing comes from, whose gradient is zero, too
+        least = torch.finfo(torch.float64).tiny  # of a row without effect, whose gradient is zero, too
         values = pulls / produced.clamp_min(least)
         self._damping = damping
         self._rows = (values + _LIGHTER * damping * values.mean()).clamp_min(least)[:, None]
         self._factor = cholesky(damped(self._gram, _LIGHTER * damping))
 
     def solve(self, gradient: Tensor) -> Tensor:
-        """(D x G)^-1 of a gradient (rows, H)."""
+        """Apply (D x G)^-1 to a gradient (rows, H)."""
         return torch.cholesky_solve((gradient / self._rows).T, self._factor).T
 
     def ridge(self, direction: Tensor) -> Tensor:
-        """The ridge's part of the Hessian, times a direction (rows, H)."""
+        """Multiply a direction (rows, H) by the ridge's part of the Hessian."""
         return self._damping * self._rows * (direction @ self._gram)

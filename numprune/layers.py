@@ -1,11 +1,11 @@
-"""A transformer as its layers, one at a time: what pruning and everything else that walks a model needs of it.
+"""A transformer as its layers, one at a time: the interface of pruning and of every other pass over a model.
 
-What surrounds the layers is the model's own forward pass, run with something else in the layers' place: recorders, that
-keep what each layer is called with, or a hidden state that is to leave the last one. So embeddings, positions, masks,
-rotary tables, norms and the head are whatever the architecture has.
+Everything around the layers is the model's own forward pass, run with the layers replaced: by recorders of their
+arguments, or by a hidden state to leave the last layer. So embeddings, positions, masks, rotary tables, norms and the
+head are those of the architecture.
 
-`ModelLayers` is a model in memory; export/streaming.py reads the same from a checkpoint's shards. Whoever walks cannot
-tell which it is, except by what stays in memory.
+`ModelLayers` is a model in memory; export/streaming.py reads the same from a checkpoint's shards. Callers only notice
+the difference in memory use.
 """
 
 import copy
@@ -29,7 +29,7 @@ Head = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the model calls one layer with besides the hidden states: masks, positions, rotary tables."""
+    """A layer's arguments other than the hidden states: masks, positions, rotary tables."""
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
@@ -42,10 +42,10 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Entered:
-    """A batch on the doorstep of the layers.
+    """A batch in front of the first layer.
 
     Attributes:
-        hidden: (n, S, H), what enters the first layer.
+        hidden: (n, S, H), input of the first layer.
         arguments: of each layer.
     """
 
@@ -54,13 +54,13 @@ class Entered:
 
 
 class Layers(Protocol):
-    """A transformer whose layers can be had in any order.
+    """A transformer whose layers can be accessed in any order.
 
     Attributes:
-        task: that the model is for.
-        device: where the modules are, and their inputs must be.
-        dtype: that everything is computed in.
-        resident: all layers are in memory, so that to come back to one costs nothing.
+        task: of the model.
+        device: of the modules, and required of their inputs.
+        dtype: of all computations.
+        resident: all layers are in memory, so returning to one costs nothing.
     """
 
     task: Task
@@ -71,7 +71,7 @@ class Layers(Protocol):
     resident: bool
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
-        """Return what token rows (n, S) bring to the layers, on `device`.
+        """Return the input of the first layer and all layers' arguments for token rows (n, S), on `device`.
 
         Args:
             tokens: (n, S) int64.
@@ -79,26 +79,26 @@ class Layers(Protocol):
         """
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Give the decoder layer for the duration of a `with` block, its parameters leaves that can have gradients.
+        """Yield the decoder layer; its parameters are leaves that can have gradients.
 
-        What is written into it lasts as long as the model does in memory, and no longer than the block where it is
-        read from a checkpoint.
+        Changes to it persist if the model is in memory, and are lost after the `with` block if it is read from a
+        checkpoint.
         """
 
     def head(self) -> AbstractContextManager[Head]:
-        """Give what makes the model's output of the last layer's for the duration of a `with` block."""
+        """Yield the function that turns the last layer's output into the model's."""
 
     def allocate(self, *shape: int) -> Tensor:
-        """Return room for the hidden states of all rows, in `dtype`, its values undefined: on `device`, or in a file.
+        """Return an uninitialized buffer for the hidden states of all rows, in `dtype`, on `device` or in a file.
 
-        Whoever reads a batch of it moves the batch to `device`.
+        The caller moves each batch it reads to `device`.
         """
 
 
 class ModelLayers:
-    """The layers of a model in memory: `layer` gives the model's own modules.
+    """The layers of a model in memory: `layer` yields the model's own modules.
 
-    Raises InputError when it is quantized, ValueError when its attention is not the one that its family is walked with.
+    Raises InputError if it is quantized, ValueError if it does not have the attention implementation of its family.
     """
 
     resident = True
@@ -134,7 +134,7 @@ class ModelLayers:
 
 
 class CopiedLayers(ModelLayers):
-    """The layers of a model in memory that stays as it is: `layer` gives a copy."""
+    """The layers of a model in memory that must not change: `layer` yields a copy."""
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -142,7 +142,7 @@ class CopiedLayers(ModelLayers):
 
 
 def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, mask: Tensor | None) -> Entered:
-    """Run `model`, whose decoder layers are `layers`, up to them; of the layers nothing is used."""
+    """Run `model` up to its decoder layers `layers`; the layers themselves are not run."""
     entering: list[Tensor] = []
     arguments: list[Arguments] = []
 
@@ -172,7 +172,7 @@ def leave(
 
 @contextmanager
 def replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Have `forward` called in the place of each module's own forward pass."""
+    """Replace each module's forward pass by `forward`."""
     for module in modules:
         module.forward = forward
     try:

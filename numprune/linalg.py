@@ -1,4 +1,4 @@
-"""The few dense solves everything here rests on: symmetric, positive after damping, in float64."""
+"""Dense solves for symmetric matrices that are positive definite after damping, in float64."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Return the lower Cholesky factor of a symmetric matrix (..., n, n) that is positive up to rounding.
 
     A rank-deficient Gram matrix (fewer calibration tokens than channels, dead channels) can have eigenvalues of about
-    -1e-16 times the largest one; the diagonal is then raised, tenfold each time from 1e-14, until the factor exists.
+    -1e-16 times the largest one. The diagonal is then raised, starting at 1e-14 and tenfold each time, until the factor
+    exists.
 
     Raises:
         ValueError: the matrix is not finite, or not positive even with 1e-4 of its mean diagonal added.

@@ -1,11 +1,12 @@
-"""Models whose layers differ in heads and MLP width: classes that heed Hugging Face's `per_layer_config`.
+"""Models whose layers differ in heads and MLP width: classes that honour Hugging Face's `per_layer_config`.
 
-transformers reads and writes `per_layer_config` but its modeling code builds every layer from the global sizes. For
-each family a class is made of its stock class, with layers built from their own configuration. Where that takes no
-fewer heads than the hidden size has room for, the layer is built with those and then made smaller. A layer whose `skip`
-names "attention" or "mlp" does without that block, its norms included: modules that put out zeros stand in their place.
-Importing this module registers the classes with `AutoConfig` and their task's auto class, and with `AutoModel`, from
-which vLLM's transformers backend builds its models; nothing is loaded from a checkpoint but data.
+transformers reads and writes `per_layer_config`, but its modeling code builds every layer from the global sizes. Here,
+each family's stock class is subclassed, with layers built from their own configuration. If that configuration does not
+accept fewer heads than fill the hidden size, the layer is built with those and then reduced. A layer whose `skip` lists
+"attention" or "mlp" has no such block and no norms of it: they are replaced by modules that output zeros.
+
+Importing this module registers the classes with `AutoConfig`, with their task's auto class, and with `AutoModel`, from
+which vLLM's transformers backend builds its models. Checkpoints contribute data only, no code.
 """
 
 import copy
@@ -49,7 +50,7 @@ _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_in
 
 
 class _PerLayerConfig:
-    """Replaces the stock checks that relate heads to the hidden size, which pruned layers need not obey."""
+    """Replaces the stock checks that relate heads to the hidden size, which do not apply to pruned layers."""
 
     def validate_rope(self: Any) -> None:
         PreTrainedConfig.validate_rope(self)
@@ -72,7 +73,7 @@ class _PerLayerConfig:
         if attending == 0:
             raise ValueError("every layer skips its attention; at least one must have it")
         if attending < self.num_hidden_layers and len(set(getattr(self, "layer_types", None) or ())) > 1:
-            # The KV cache takes each layer's kind from `layer_types`, by its place among those that attend.
+            # The KV cache takes each layer's kind from `layer_types`, by its index among the layers with attention.
             raise ValueError("layers that skip attention are not supported with different layer_types")
 
 
@@ -89,9 +90,9 @@ class _PerLayerModel:
     layers_path: str
     stock: type[PreTrainedModel]
 
-    # No type for `self`: vLLM's transformers backend takes the annotations of a constructor for those of its arguments.
+    # `self` has no type: vLLM's transformers backend takes all annotations of a constructor for its arguments.
     def __init__(self, config: PreTrainedConfig) -> None:
-        # The stock constructor reads the global sizes, which do not exist here: give it the first layer's.
+        # The stock constructor reads global sizes, which do not exist here: it gets the first layer's.
         super().__init__(_buildable(self.family, config, 0))  # type: ignore[call-arg]
         self._build_layers(config)
 
@@ -111,7 +112,7 @@ class _PerLayerModel:
                     if self.family.stock_heads == "all":
                         zeros = {name: torch.zeros(shape) for name, shape in block.tensors().items()}
                         resize(layer, block, {part.tensor: zeros[part.tensor] for part in block.slices})
-                    # Its place in the KV cache, which takes the length so far from its first layer.
+                    # Its index in the KV cache, which reads the current length from its first layer.
                     layer.get_submodule(block.modules[0]).layer_idx = attending
                     attending += 1
         for module in self.modules():
@@ -128,10 +129,10 @@ class _PerLayerModel:
 
     @classmethod
     def _can_set_experts_implementation(cls: Any) -> bool:
-        return bool(cls.stock._can_set_experts_implementation())  # which looks into the source of the class's module
+        return bool(cls.stock._can_set_experts_implementation())  # which inspects the source of the class's module
 
     def _pass_on_implementations(self: Any) -> None:
-        """Each layer holds a copy of the configuration."""
+        """Give each layer's copy of the configuration the attention implementation."""
         for block in read_blocks(self.config):
             if block.units and block.kind != "mlp":
                 module = self.get_submodule(f"{self.layers_path}.{block.layer}.{block.modules[0]}")
@@ -140,7 +141,7 @@ class _PerLayerModel:
 
 
 class Silent(nn.Module):
-    """Stands where a block is not: a `silent` or `silent_attention` of stand_ins.py."""
+    """Replaces a missing block: runs `silent` or `silent_attention` of stand_ins.py."""
 
     def __init__(self, output: Callable[..., Any]) -> None:
         super().__init__()
@@ -159,7 +160,7 @@ def _skip(layer: nn.Module, block: Block) -> None:
 
 
 def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrainedConfig:
-    """Return a configuration that the stock classes build the layer from, perhaps with more heads than it has."""
+    """Return a configuration from which stock classes build the layer, perhaps with more heads than it has."""
     sizes = copy.copy(config.per_layer_config[index])
     if family.stock_heads == "all":
         setattr(sizes, family.heads, sizes.hidden_size // sizes.head_dim)
@@ -167,7 +168,7 @@ def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrain
 
 
 def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
-    """Give a decoder layer the tensors of a block that was made smaller, by their names in the layer, in place.
+    """Replace the tensors of a block that became smaller in a decoder layer, in place, by their names in the layer.
 
     Args:
         block: at its new size.
@@ -188,7 +189,7 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
 
 def _register(family: Family) -> None:
     stock_config = CONFIG_MAPPING[family.name]
-    # `@strict` binds the checks of the class it decorates, so each subclass needs it again for its own to count.
+    # `@strict` binds the checks of the class it decorates, so each subclass needs it again.
     config: Any = strict(
         type(
             f"Numprune{stock_config.__name__}",
@@ -196,7 +197,7 @@ def _register(family: Family) -> None:
             {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
         )
     )
-    globals()[config.__name__] = config  # where pickle looks for it
+    globals()[config.__name__] = config  # where pickle looks for the class
     AutoConfig.register(config.model_type, config)
     _rename_as(family.name, config.model_type)
     layers_path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
@@ -220,7 +221,7 @@ def _register(family: Family) -> None:
 
 
 def _rename_as(theirs: str, ours: str) -> None:
-    """Names in checkpoints that are not the model's go with the class or with the model type."""
+    """Register checkpoint names that differ from the model's, by class or by model type."""
     renamed = get_checkpoint_conversion_mapping(theirs)
     if renamed:
         register_checkpoint_conversion_mapping(ours, renamed)

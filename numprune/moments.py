@@ -8,10 +8,10 @@ from torch import Tensor
 
 from numprune.errors import InputError
 
-# Columns of the Gram matrix that are taken together, by kind of device: wide enough for the product to run at full
-# speed, narrow enough that little of the other half is computed. On a CPU 128 to 512 made no difference to speak of.
+# Columns of the Gram matrix per strip, by kind of device: wide enough for the product to run at full speed, narrow
+# enough that little of the other half is computed. On a CPU, 128 to 512 performed about the same.
 _STRIP = {"cpu": 256, "cuda": 1024}
-_TOKENS = 4096  # whose products are summed in float32
+_TOKENS = 4096  # their products are summed in float32
 _SUMS = ("gram", "sum", "cross", "target_sum")
 # Some solves are in float32, on sums of products of weights and moments.
 _LARGEST = torch.finfo(torch.float32).max / 1e6
@@ -19,18 +19,18 @@ _LARGEST = torch.finfo(torch.float32).max / 1e6
 
 @dataclass
 class Moments:
-    """Moments of consumer inputs x (D,) and, where asked for, of the outputs y (out,) they should reproduce.
+    """Moments of consumer inputs x (D,) and, if requested, of the outputs y (out,) that they should reproduce.
 
-    Sums are kept in float64: the Gram matrices of trained models are so ill-conditioned that float32 sums decide which
-    directions seem to exist. The products of a few thousand tokens are taken in float32 (float64 takes twice the time
-    on a CPU, up to 64 times on a GPU) and added up in float64; TF32, which drops 13 bits of the factors, must be off.
-    Inputs in float64 stay in it.
+    Sums are kept in float64: the Gram matrices of trained models are so ill-conditioned that float32 sums would lose
+    directions. Products of a few thousand tokens are computed in float32 (float64 takes twice the time on a CPU, up to
+    64 times on a GPU) and added up in float64; TF32, which drops 13 bits of the factors, must be off. Inputs in float64
+    stay in float64.
 
     A Gram matrix is symmetric: only its lower half is summed, strip by strip, in little over half the multiplications.
 
     Attributes:
         channels: D.
-        outputs: rows of y, or 0 when no targets are collected.
+        outputs: rows of y, or 0 if no targets are collected.
     """
 
     channels: int
@@ -60,7 +60,7 @@ class Moments:
             self._add_products(x[tokens], y[tokens] if self.outputs and y is not None else None)
 
     def add_zeros(self, count: int) -> None:
-        """Add so many inputs, and targets, that are zero."""
+        """Add `count` inputs, and targets, that are zero."""
         self.count += count
 
     def _add_products(self, x: Tensor, y: Tensor | None) -> None:
@@ -74,13 +74,13 @@ class Moments:
             self._target_sum += y.sum(0, dtype=torch.float64)
 
     def absorb(self, part: "Moments") -> None:
-        """Add all that was added to `part`."""
+        """Add everything that was added to `part`."""
         self.count += part.count
         for name in _SUMS:
             getattr(self, f"_{name}").add_(getattr(part, f"_{name}"))
 
     def without(self, part: "Moments") -> "Moments":
-        """Return the moments of what was added here and not to `part`, all of which was added here, too."""
+        """Return the moments without `part`, which must be a part of these."""
         rest = Moments(self.channels, self.outputs, self.device, self.count - part.count)
         for name in _SUMS:
             setattr(rest, f"_{name}", getattr(self, f"_{name}") - getattr(part, f"_{name}"))
@@ -89,14 +89,14 @@ class Moments:
     def of(self, channels: Tensor) -> "Moments":
         """Return the moments of only these input channels, (K,) ascending."""
         some = Moments(len(channels), self.outputs, self.device, self.count)
-        some._gram = self._gram[channels[:, None], channels]  # ascending: so the lower half comes from the lower half
+        some._gram = self._gram[channels[:, None], channels]  # ascending, so the lower half comes from the lower half
         some._sum = self._sum[channels]
         some._cross = self._cross[:, channels]
         some._target_sum = self._target_sum.clone()
         return some
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was added so far (of the Gram matrix the lower half means anything), for `restored`."""
+        """Return the sums so far, for `restored`; of the Gram matrix, only the lower half is valid."""
         count = torch.tensor(self.count, dtype=torch.int64)
         return {
             "gram": self._gram,
@@ -108,7 +108,7 @@ class Moments:
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Moments":
-        """Return the moments that gave these `tensors`, on `device`."""
+        """Return the moments with these `tensors`, on `device`."""
         outputs, channels = tensors["cross"].shape
         moments = cls(channels, outputs, device, int(tensors["count"]))
         for name in _SUMS:
@@ -116,7 +116,7 @@ class Moments:
         return moments
 
     def require_finite(self, where: str) -> None:
-        """Raises InputError as `require_in_range`, of what was added to these moments of `where`."""
+        """Raise InputError like `require_in_range` if the moments of the module `where` are too large."""
         sums = (self._gram.diagonal(), self._cross)  # no product of two channels is larger than both squares
         require_in_range(where, "activations", *sums, count=self._positive_count())
 
@@ -125,7 +125,7 @@ class Moments:
         """E[x x^T], (D, D) float64."""
         gram = self._gram / self._positive_count()
         strip = _STRIP[self.device.type]
-        for start in range(0, self.channels, strip):  # in place, since there are other such matrices beside it
+        for start in range(0, self.channels, strip):  # in place, to save memory
             stop = min(start + strip, self.channels)
             square = gram[start:stop, start:stop]
             square.copy_(square.tril() + square.tril(-1).T)
@@ -154,18 +154,18 @@ class Moments:
 
 
 def require_in_range(where: str, what: str, *sums: Tensor, count: int = 1) -> None:
-    """Refuse sums of `count` values that are on average too large for float32, or not finite.
+    """Refuse sums of `count` values whose average is too large for float32, or not finite.
 
     Args:
         where: the module, for the message.
-        what: they are made of, in the plural.
+        what: the values, in the plural, for the message.
 
     Raises:
         InputError: names the place and what to do.
     """
     limit = _LARGEST * count
     extremes = (extreme for values in sums if values.numel() for extreme in values.aminmax())
-    if not all(abs(float(extreme)) <= limit for extreme in extremes):  # which NaN is not, either
+    if not all(abs(float(extreme)) <= limit for extreme in extremes):  # also false for NaN
         raise InputError(
             f"{where}: {what} overflow float32 on the calibration text. Check the model on it with numprune evaluate: "
             "if its NLL is usual, calibrate on other text; if not, its weights are damaged"

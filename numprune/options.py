@@ -1,6 +1,6 @@
-"""What to remove and how: the options, and which of them can work for a model.
+"""The pruning options, and whether they are valid for a model.
 
-Nothing here looks at weights or text.
+Nothing here depends on weights or text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,10 @@ from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes
 
-# `bias` is FLAP's own compensation; it is offered where an architecture can hold a bias. What each is worth stands in
-# compensation.py.
+# `bias` is FLAP's own compensation, for architectures whose projections can have a bias. compensation.py describes all.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
 REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
-LEARNED = ("vib",)  # criteria of plans that numprune.learning made
+LEARNED = ("vib",)  # criteria of plans made by numprune.learning
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,19 @@ class PruneOptions:
     """What to remove and how.
 
     Attributes:
-        ratio: share of the prunable parameters to remove; 0 where a budget says how much must go.
-        criterion: a name of `criteria.CRITERIA`; where a plan says what to keep, one of `LEARNED` too.
-        allocation: a name of `allocation.ALLOCATIONS`.
+        ratio: share of the prunable parameters to remove; 0 with a budget.
+        criterion: a name in `criteria.CRITERIA`; if a plan determines what to keep, also one of `LEARNED`.
+        allocation: a name in `allocation.ALLOCATIONS`.
         compensation: one of `COMPENSATIONS`.
-        target: what the server of the result needs of its sizes.
-        axes, keep, floors, skips: as of `axes.Limits`. The allocation global cannot remove single query heads, and
-            uniform no whole block.
-        budget: bytes that the result may take, of allocation error; it decides the size of each block, and what it will
-            be stored as. None: the ratio decides.
-        drop_layers: how many whole layers go; units make up the rest of the ratio.
-        damping: of the least squares, relative to the mean of diag(G); the least that is tried, where the compensation
-            takes its inputs from the pruned prefix and the damping is chosen on calibration rows held out.
-        seed: of the criteria that draw.
+        target: the server's requirements on the sizes of the result.
+        axes, keep, floors, skips: as in `axes.Limits`. The allocation `global` cannot remove single query heads, and
+            `uniform` cannot remove whole blocks.
+        budget: largest size of the result in bytes, for the allocation `error`; it determines the size of each block
+            and how it will be stored. None: the ratio determines the sizes.
+        drop_layers: number of whole layers to remove; units make up the rest of the ratio.
+        damping: of the least squares, relative to the mean of diag(G). If the inputs come from the pruned prefix, the
+            damping is chosen on held-out calibration rows, and this is the smallest value tried.
+        seed: of random criteria.
         batch_size: calibration rows at a time; changes memory and speed, not the result beyond rounding.
     """
 
@@ -70,12 +69,12 @@ class PruneOptions:
 
 
 def uses_gradients(options: PruneOptions) -> bool:
-    """Whether the loss's gradients are used: whether `Known.sensitivity` helps."""
+    """Return whether the gradients of the loss are used, and thus `Known.sensitivity`."""
     return options.allocation == "error" or options.criterion == "taylor"
 
 
 def options_of(plan: Plan) -> PruneOptions:
-    """Return the options that a plan was made with."""
+    """Return the options with which a plan was made."""
     return PruneOptions(
         ratio=plan.ratio,
         criterion=plan.criterion,
@@ -94,10 +93,10 @@ def options_of(plan: Plan) -> PruneOptions:
 
 
 def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = False) -> None:
-    """Refuse what cannot work before anything is run. `planned`: the units to keep are known, so nothing is scored.
+    """Refuse invalid options before any work. `planned`: the units to keep are known, so nothing is scored.
 
     Raises:
-        InputError: an unknown name, a ratio out of reach, or values that make no sense together.
+        InputError: an unknown name, an unreachable ratio, or values that contradict each other.
     """
     for option, value, known in (
         ("criterion", options.criterion, (*CRITERIA, *LEARNED) if planned else tuple(CRITERIA)),
@@ -169,7 +168,7 @@ def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -
         raise InputError("compensation bias adds tensors that a budget does not count; use another compensation")
     levels = levels_of(budget, options.target)
     for scheme in (level for level in levels if level is not None):
-        check_quantizable(anatomy, replace(scheme, group_size=None))  # sizes that its groups divide are allowed only
+        check_quantizable(anatomy, replace(scheme, group_size=None))  # only sizes that its groups divide are allowed
         if scheme.group_size and anatomy.hidden_size % scheme.group_size:
             raise InputError(
                 f"quantization_group is {scheme.group_size}, which does not divide the model's hidden_size "
@@ -197,14 +196,14 @@ def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
 
 
 def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
-    """Return what may be left of the model, as far as its configuration tells.
+    """Return the possible results as far as the configuration determines them.
 
-    One anatomy where nothing is priced, several where `uniform` prices them and takes one, none where each layer gets a
-    size of its own, or where there are experts and so too many to list. Which layers are dropped does not matter: under
-    `uniform` all are of one size.
+    One anatomy if nothing is priced, several if `uniform` chooses one by price, and none if each layer gets its own
+    size or there are experts (too many to list). It does not matter which layers are dropped: under `uniform`, all have
+    the same size.
 
     Raises:
-        InputError: as `check_options`.
+        InputError: like `check_options`.
     """
     check_options(anatomy, options)
     if options.allocation != "uniform" or (anatomy.of_kind("experts") and options.compensation in REFITTING):
@@ -220,13 +219,13 @@ def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
 
 
 def protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
-    """Return the layers with a block that loses nothing: they are not dropped."""
+    """Return the layers with a protected block: they are not dropped."""
     protected = options.limits.protected(anatomy)
     return {block.layer for block in anatomy.blocks if block.name in protected}
 
 
 def left_of(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> tuple[Anatomy, PruneOptions]:
-    """Return what is left without these layers, and the options for that: its share of the ratio, its blocks' names."""
+    """Return the anatomy without these layers, and the options for it: its share of the ratio, its block names."""
     if not dropped:
         return anatomy, options
     rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
@@ -237,5 +236,5 @@ def left_of(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> 
 
 
 def sizes_allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
-    """Return the sizes that each block may be left with; uniform ones are those that a stock configuration holds."""
+    """Return the sizes allowed for each block; for `uniform`, those that a stock configuration can represent."""
     return allowed_sizes(anatomy, options.target, options.limits, stock=options.allocation == "uniform")

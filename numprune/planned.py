@@ -10,15 +10,15 @@ from numprune.quantization.allocation import Form, levels_of, model_bytes
 from numprune.slices import Size
 from numprune.target import allowed_sizes
 
-_SHOWN = 12  # problems of a plan for another model
+_SHOWN = 12  # problems shown
 
 
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     """Refuse a plan that cannot be followed on this model.
 
     Raises:
-        InputError: every problem with its block: another model's sizes, or sizes or schemes that the plan's own target,
-            limits or budget do not allow.
+        InputError: every problem with its block: sizes of another model, or sizes or schemes that the plan's own
+            target, limits or budget do not allow.
     """
     problems = [*_other_model(anatomy, plan)]
     if not problems:

@@ -1,4 +1,4 @@
-"""The plan: which units every block keeps, and everything that is needed to know how it came about."""
+"""The plan: the units that every block keeps, and how they were chosen."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from numprune.target import Target
 
 PLAN_FILE = "numprune_plan.json"
 _MAXIMUM_BYTES = 256 << 20
-_SHOWN = 12  # problems of a file that is something else
+_SHOWN = 12  # problems shown
 
 Index = Annotated[int, Field(ge=0)]
 
@@ -24,16 +24,16 @@ def _is_none(value: object) -> bool:
 
 
 class BlockPlan(BaseModel):
-    """One block's part of a plan.
+    """The part of a plan for one block.
 
     Attributes:
-        units: it had.
-        members: that each unit had: the query heads of a KV group; 1 where units are not divided.
-        kept: units, ascending; none: the block is skipped.
-        kept_members: of each unit kept, ascending, as many of each; None: all.
-        damping: of the least squares that its consumer was fitted by; None where it was not fitted.
-        scheme: that it is to be quantized to, in groups of the target's size; None where no budget chose one, or the
-            block stays in the stored precision.
+        units: before pruning.
+        members: of each unit before pruning: the query heads of a KV group; 1 if units are not divided.
+        kept: indices of the kept units, ascending; empty: the block is skipped.
+        kept_members: indices of the kept members of each kept unit, ascending, equally many for each; None: all.
+        damping: of the least-squares fit of its consumer; None if it was not fitted.
+        scheme: for later quantization, in groups of the target's size; None if no budget chose one, or the block stays
+            in the stored precision.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +64,7 @@ class BlockPlan(BaseModel):
 
     @classmethod
     def of(cls, block: Block, kept: Kept, damping: float | None, scheme: SchemeName | None = None) -> "BlockPlan":
-        """Return the plan that leaves a block with `kept`."""
+        """Return the plan that keeps `kept` of a block."""
         return cls(
             units=block.units,
             members=block.members,
@@ -75,7 +75,7 @@ class BlockPlan(BaseModel):
         )
 
     def to_kept(self) -> Kept:
-        """Return what the block is left with."""
+        """Return the size of the block after pruning."""
         import torch
 
         units = torch.tensor(self.kept, dtype=torch.long)
@@ -85,13 +85,13 @@ class BlockPlan(BaseModel):
 
 
 class Draw(BaseModel):
-    """How calibration rows came out of a text.
+    """How calibration rows were drawn from a text.
 
     Attributes:
         text: the names of its files, or "embedded:train" for that split of the embedded text.
-        seed: of the draw; with all the rest, the same tokenizer, number and length it gives the same rows.
-        split, chat: as of `documents.Reading`.
-        packed: the rows are of all documents joined by EOS.
+        seed: of the draw; with the same settings, tokenizer, number and length, it gives the same rows.
+        split, chat: as in `documents.Reading`.
+        packed: the rows are cut from all documents joined by EOS.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,13 +104,13 @@ class Draw(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The rows of tokens that the plan was made on.
+    """The calibration rows of a plan.
 
     Attributes:
         digest: of the tokens.
-        rows: how many.
-        sequence_length: tokens of each.
-        draw: where they are from; None where whoever pruned gave rows and did not say.
+        rows: number of rows.
+        sequence_length: tokens per row.
+        draw: their origin; None if the caller did not state it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -122,14 +122,14 @@ class Calibration(BaseModel):
 
 
 class PricedSplit(BaseModel):
-    """One way to split the ratio between attention and MLPs that uniform allocation had to choose from.
+    """One way to split the ratio between attention and MLPs, considered by uniform allocation.
 
     Attributes:
         kv_groups: kept in every layer.
-        query_heads: kept in every KV group; None in plans that know of no such choice.
+        query_heads: kept in every KV group; None in plans without that choice.
         mlp_channels: kept in every layer.
-        nats_per_token: what it costs the model by the blocks' error curves. They add up what the blocks lose, each
-            refitted by itself, on the calibration rows: a price to rank by, not a forecast.
+        nats_per_token: its cost by the blocks' error curves: the summed losses of the blocks on the calibration rows,
+            each refitted by itself. It ranks splits and does not predict the loss.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -141,12 +141,12 @@ class PricedSplit(BaseModel):
 
 
 class DroppedLayer(BaseModel):
-    """A layer that is gone as a whole.
+    """A layer that is removed as a whole.
 
     Attributes:
-        layer: its number in the model before pruning.
-        divergence: of the predictions without it and those dropped before it from the dense model's, on a few
-            calibration rows, before anything is refitted: KL divergence in the unit of the task's loss, or 1 - cosine.
+        layer: its index in the model before pruning.
+        divergence: of the predictions from the dense model's without this layer and those dropped before it, on a few
+            calibration rows and without refitting: KL divergence in the unit of the task's loss, or 1 - cosine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -156,17 +156,17 @@ class DroppedLayer(BaseModel):
 
 
 class Plan(BaseModel):
-    """What is kept of each block of one model, relative to that model before pruning.
+    """What is kept of each block of a model, relative to the model before pruning.
 
     Attributes:
-        version: 1 knows no `splits`, 2 no members, axes and protection, no dropped layers and no `base`.
+        version: version 1 has no `splits`; version 2 has no members, axes, protection, dropped layers or `base`.
         budget: that chose sizes and schemes; None: the ratio chose the sizes, and the plan has no schemes.
-        base: digest of the checkpoint that it was made for; None: not known, or removed to have it applied to another.
-        dropped: the layers that are gone, in the order in which they were chosen; their blocks keep no unit. The others
-            are renumbered in the result, and not here.
-        splits: that uniform allocation chose from: the one that was taken, then the others, the cheapest first. None
-            where nothing was priced: only one split meets the ratio, the consumers are not refitted, or the allocation
-            is another.
+        base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
+        dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
+            are renumbered in the result, but not here.
+        splits: considered by uniform allocation: first the chosen one, then the others, cheapest first. None if nothing
+            was
+            priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -204,20 +204,20 @@ class Plan(BaseModel):
         return self
 
     def drawn(self, draw: Draw | None, base: str | None = None) -> "Plan":
-        """Return this plan with what is known of its calibration rows' origin, and of the model."""
+        """Return this plan with the origin of its calibration rows and the digest of the model."""
         calibration = self.calibration.model_copy(update={"draw": draw})
         return self.model_copy(update={"calibration": calibration, "base": base})
 
     def dropped_layers(self) -> list[int]:
-        """Return the numbers of the layers that are gone, in the order in which they were chosen."""
+        """Return the indices of the dropped layers, in the order in which they were chosen."""
         return [drop.layer for drop in self.dropped]
 
     def sizes(self) -> dict[str, Size]:
-        """Return the size that is left of each block, by its name."""
+        """Return the size of each block after pruning, by name."""
         return {name: block.to_kept().size for name, block in self.blocks.items()}
 
     def schemes(self) -> dict[str, SchemeName]:
-        """Return the scheme of each block that is to be quantized, by its name."""
+        """Return the scheme of each block to be quantized, by name."""
         return {name: block.scheme for name, block in self.blocks.items() if block.scheme is not None}
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far a long loop is: a bar on a terminal, and elsewhere a line in the log every 30 seconds."""
+"""Progress of a long loop: a bar on a terminal, otherwise a log line every 30 seconds."""
 
 import logging
 import threading
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 _EVERY_S = 30.0
 
-# tqdm's own lock is a semaphore of the system, which Python reports as leaked where a child is ended by Ctrl-C. Two
-# processes of ours never draw on one terminal.
+# tqdm's default lock is a system semaphore, which Python reports as leaked if Ctrl-C ends a child. It is not needed:
+# two processes never draw on one terminal here.
 tqdm.set_lock(threading.RLock())
 
 
@@ -27,8 +27,8 @@ class Progress:
         """
         Args:
             unit: what is counted, in the singular.
-            leave: the bar stays on the terminal when the loop is over.
-            done: how many an earlier process has done.
+            leave: keep the bar on the terminal after the loop.
+            done: number done by an earlier process.
         """
         self._bar: tqdm[Any] = tqdm(total=total, desc=title, unit=unit, leave=leave, initial=done, disable=None)
         self._total, self._title, self._unit = total, title, unit
@@ -44,7 +44,7 @@ class Progress:
         self._bar.close()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """So many more are done; `note`: what else there is to say of it."""
+        """Advance by `count`; `note` is shown beside the bar."""
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
@@ -65,7 +65,7 @@ class Progress:
 
 
 def progress(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
-    """Yield the items, and show how many of them are done."""
+    """Yield the items and show the progress."""
     with Progress(len(items), title, unit) as bar:
         for item in items:
             yield item

@@ -1,13 +1,13 @@
-"""The whole of pruning: calibrate, score, allocate, choose, compensate, cut.
+"""The pruning pass: calibrate, score, allocate, choose, compensate, cut.
 
-The model is walked once from its first layer to its last (once more before, where the allocation needs every block's
-scores or error curve). In each block: moments of the consumer's inputs, scores, the choice of units, the refitted
-consumer. With `sequential` and `residual` compensation the inputs come from the already pruned prefix and the targets
-from the dense model, both carried side by side. What is left of a layer is handed on as soon as it is finished, so that
-neither the model nor the result need be in memory.
+There is one pass over the model, from the first layer to the last (and one before it if the allocation needs every
+block's scores or error curve). For each block, it collects moments of the consumer's inputs, scores and chooses units,
+and refits the consumer. With `sequential` and `residual` compensation, the inputs come from the already pruned prefix
+and the targets from the dense model, both carried side by side. Each layer is handed on as soon as it is finished, so
+neither the model nor the result has to fit in memory.
 
-Whole layers that are to go are chosen before (depth.py). Scores, error curves and inputs are then those of the model
-without them; the targets that come from the dense model still have them.
+Whole layers to drop are chosen first (depth.py). Scores, error curves and inputs are then those of the model without
+them; targets from the dense model still include them.
 """
 
 import logging
@@ -39,7 +39,7 @@ from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[Mapping[str, Tensor]], object]  # takes the tensors that are left of a finished layer, by full name
+Sink = Callable[[Mapping[str, Tensor]], object]  # takes the remaining tensors of a finished layer, by full name
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ def prune(
     task: Task = CAUSAL,
     plan: Plan | None = None,
 ) -> Pruned:
-    """Return `model` pruned; the one passed in stays as it is, and shares with the result what is not cut.
+    """Return a pruned copy of `model`, which is not modified and shares uncut tensors with the result.
 
     Args:
-        model: a supported model in float32, with the attention that its family is walked with.
+        model: a supported model in float32, with the attention implementation of its family.
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
-        known: of the model on these rows.
-        task: that the model is for.
-        plan: as of `prune_layers`.
+        known: data already collected from the model on these rows.
+        task: of the model.
+        plan: as for `prune_layers`.
 
-    Raises:
-        InputError: unsupported architecture, options that cannot work, rows that are not this model's.
+        Raises:
+            InputError: unsupported architecture, invalid options, or rows that do not fit the model.
     """
     layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options, planned=plan is not None)
@@ -85,13 +85,13 @@ def prune(
 
 
 def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
-    """Return the layers that `options` drop, as of `depth.choose`."""
+    """Return the layers to drop by these options, as chosen by `depth.choose`."""
     protected = protected_layers(layers.anatomy, options)
     return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
 
 
 def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
-    """Return the configuration of what `plan` leaves of the model."""
+    """Return the configuration of the model after applying `plan`."""
     dropped = plan.dropped_layers()
     kept = layers.anatomy.keeping(plan.sizes()).without(dropped)
     return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias", dropped=dropped)
@@ -107,22 +107,23 @@ def prune_layers(
     dropped: Sequence[DroppedLayer] = (),
     plan: Plan | None = None,
 ) -> Plan:
-    """Return the plan; give `sink` the tensors that are left of each decoder layer, first layer first.
+    """Prune layer by layer: pass the remaining tensors of each decoder layer to `sink`, and return the plan.
 
-    What stands around the layers is not pruned and not given. Tensors have the names of the result, where layers that
-    come after a dropped one have lower numbers.
+    Modules outside the layers are neither pruned nor passed on. Tensors have their names in the result, where layers
+    after a dropped one have lower indices.
 
     Args:
         layers: of a supported model, computing in float32.
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
-        sink: may keep the tensors, or not.
-        known: as of `prune`; of no use where layers are dropped.
-        dropped: the layers that `depth.choose` gave for these options, or `plan` has.
-        plan: says what to keep; nothing is scored then. `check_plan` has passed it, and `options` are `options_of` it.
+        sink: takes the tensors by full name.
+        known: as for `prune`; ignored if layers are dropped.
+        dropped: the layers chosen by `depth.choose` for these options, or those of `plan`.
+        plan: what to keep; nothing is scored then. It must have passed `check_plan`, and `options` must be its
+            `options_of`.
 
-    Raises:
-        InputError: options that cannot work, or rows that are not this model's.
+        Raises:
+            InputError: invalid options, or rows that do not fit the model.
     """
     rest = _rest(layers, rows, options, known, dropped, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
@@ -180,9 +181,9 @@ def plan_layers(
 ) -> Plan:
     """Return a plan without pruning anything, for `prune_layers` to follow.
 
-    Its sizes are those that `prune_layers` comes to by itself. Units are chosen by what the dense model's consumers
-    read; `prune_layers` chooses by what the pruned blocks before them give, where the compensation reads that. So some
-    of its units can be others.
+    It has the same sizes that `prune_layers` would choose. Units are chosen by the inputs of the dense model's
+    consumers; `prune_layers` by itself would use the pruned prefix if the compensation does, so some of the units can
+    differ.
 
     The arguments are those of `prune_layers`.
     """
@@ -198,15 +199,15 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class _Rest:
-    """What is left to prune where layers are dropped; the whole model where none is.
+    """The model without its dropped layers, if any.
 
     Attributes:
         whole: the model with all its layers.
-        layers: without those dropped, renumbered.
-        asked: the options as they were given.
-        options: for `layers`: the ratio is that of their own parameters.
-        known: of `layers`.
-        dropped: the layers that are not there.
+        layers: without the dropped ones, renumbered.
+        asked: the options as given.
+        options: for `layers`, with the ratio of their own parameters.
+        known: data already collected from `layers`.
+        dropped: the missing layers.
     """
 
     whole: Layers
@@ -221,7 +222,7 @@ class _Rest:
         return [drop.layer for drop in self.dropped]
 
     def names(self) -> dict[str, str]:
-        """Return a block's name here -> in the whole model."""
+        """Return block name here -> block name in the whole model."""
         before = [block.name for block in self.whole.anatomy.blocks if block.layer not in self.gone]
         return {block.name: name for block, name in zip(self.layers.anatomy.blocks, before, strict=True)}
 
@@ -232,7 +233,7 @@ class _Rest:
         dampings: Mapping[str, float | None],
         chosen: Chosen,
     ) -> Plan:
-        """Return the plan by the whole model's names; what was kept and fitted is given by those here."""
+        """Return the plan with the block names of the whole model; the arguments use the names here."""
         blocks = {block.name: BlockPlan.of(block, nothing(block), None) for block in self.whole.anatomy.blocks}
         names = self.names()
         blocks |= {
@@ -253,13 +254,13 @@ def _rest(
     *,
     planned: bool = False,
 ) -> _Rest:
-    """Check everything and return what is to be pruned. Raises InputError."""
+    """Check everything and return the part to prune. Raises InputError."""
     if len(dropped) != options.drop_layers:
         raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
     check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
     if known and layers.anatomy.of_kind("experts"):
-        known = replace(known, moments=None)  # whoever refits experts must walk
+        known = replace(known, moments=None)  # refitting experts needs a pass of its own
     if not dropped:
         return _Rest(layers, layers, options, options, known, ())
     gone = [drop.layer for drop in dropped]
@@ -275,7 +276,7 @@ def describe(
     splits: list[PricedSplit] | None = None,
     dropped: Sequence[DroppedLayer] = (),
 ) -> Plan:
-    """Return the plan of these blocks, splits and layers; what else stands in it is known before anything is run."""
+    """Return the plan of these blocks, splits and layers; its other fields are known before the run."""
     return Plan(
         family=anatomy.family,
         criterion=options.criterion,
@@ -314,7 +315,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
-    """Yield block name and moments of every block that has units, in the order of the forward pass; not of experts."""
+    """Yield name and moments of every block that has units, except experts, in the order of the forward pass."""
     walk = PropagatedInputs(Walker(layers, rows.shape[1], batch_size), rows)
     for index in progress(range(layers.anatomy.layers), "calibrate", "layer"):
         with layers.layer(index) as layer:
@@ -335,7 +336,7 @@ def _damping(
     held_out: Moments | None,
     options: PruneOptions,
 ) -> float:
-    """The damping of the block's least squares: chosen on the rows held out, where there are any."""
+    """Return the damping of the block's least squares, chosen on the held-out rows if there are any."""
     if held_out is None or not left.size.units:
         return options.damping
     own = None if consumer.bias is None else consumer.bias.double()
@@ -345,7 +346,7 @@ def _damping(
 
 
 def _is_fitted(block: Block, left: Size, options: PruneOptions) -> bool:
-    """Whether the block's consumer is fitted: it has lost channels, or makes up for what others lost."""
+    """Return whether the block's consumer is fitted: it lost channels, or compensates for other blocks."""
     loses = left != block.size or options.compensation in ("residual", "joint")
     return options.compensation in REFITTING and loses and left.units > 0
 
@@ -359,7 +360,7 @@ def _compensate(
     damping: float,
     options: PruneOptions,
 ) -> Tensor | None:
-    """Overwrite the consumer: zero at the removed channels, refitted at the others where the options ask for it.
+    """Overwrite the consumer: zero at the removed channels, and refitted at the others if the options say so.
 
     Args:
         layer: the block's.
@@ -368,7 +369,7 @@ def _compensate(
         damping: of the refit.
 
     Returns:
-        The bias (out,) that `bias` compensation gives it, with what it had; None for every other compensation.
+        The new bias (out,) of `bias` compensation, including the old one; None for every other compensation.
     """
     consumer, stored = consumer_of(layer, block), consumer_weight(layer, block)
     kept = channels_of(block, left)

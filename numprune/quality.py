@@ -1,7 +1,7 @@
-"""Quality on held-out text: a model's loss, and what pruning changed, with an interval over documents.
+"""Quality on held-out text: a model's loss, and its change by pruning with confidence bounds over documents.
 
-Perplexity: the text's tokens in consecutive windows of the sequence length, no overlap, the first token of a window not
-scored; exp of the mean NLL.
+Perplexity is exp of the mean NLL over consecutive windows of the sequence length, without overlap; the first token of a
+window is not scored.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,15 @@ def evaluate(
     batch_size: int = 8,
     keep: Callable[[list[int], Tensor], None] | None = None,
 ) -> Quality | None:
-    """Return the NLL of `model` on `rows`; None unless it has one without a baseline (`Task.has_loss`).
+    """Return the NLL of `model` on `rows`, or None if the task has none without a baseline (`Task.has_loss`).
 
     Args:
         task: that reads `rows`, and that the model is for.
-        keep: is called with each batch's row indices and states, which `Predictions.states` can give back.
+        keep: called with each batch's row indices and states, for later use as `Predictions.states`.
 
     Raises:
         InputError: a token is outside the vocabulary, or a row longer than the model's context.
-        IntegrityError: the model gives predictions that are not finite.
+        IntegrityError: the model's predictions are not finite.
     """
     check_rows_fit(model, rows)
     return task.evaluate(task.predictions(model), rows, batch_size, keep)
@@ -47,7 +47,7 @@ def compare(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Comparison:
-    """Return how `model` differs from `baseline` on `rows`; raises as `evaluate` does."""
+    """Compare `model` with `baseline` on `rows`. Raises like `evaluate`."""
     check_rows_fit(baseline, rows)
     return compare_with(model, task.predictions(baseline), rows, task, batch_size=batch_size, seed=seed)
 
@@ -62,7 +62,7 @@ def compare_with(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Comparison:
-    """`compare` with a baseline whose states on `rows` are known already."""
+    """Like `compare`, with a baseline whose states on `rows` are already known."""
     check_rows_fit(model, rows)
     return compare_predictions(task.predictions(model), baseline, rows, task, batch_size=batch_size, seed=seed)
 
@@ -77,12 +77,12 @@ def compare_predictions(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Comparison:
-    """`compare` where the states of both on `rows` are known already."""
+    """Like `compare`, with the states of both models on `rows` already known."""
     return task.compare(model, baseline, rows, batch_size, seed)
 
 
 def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
-    """Raises InputError where the tokens cannot be this model's, or a row is longer than its context."""
+    """Raise InputError if a token is outside the vocabulary or a row is longer than the context."""
     largest = max(int(row.max()) for row in rows.rows)
     if largest >= model.config.vocab_size:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The layers that stay get new numbers where others are dropped: in the names of tensors, and in the configuration."""
+"""Renumber the remaining layers after others are dropped, in tensor names and in the configuration."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
@@ -7,17 +7,17 @@ from numprune.families.family import Family, PerLayer
 
 T = TypeVar("T")
 
-# transformers refuses any configuration whose list is not as long as there are layers.
+# transformers refuses a configuration whose list does not have one entry per layer.
 _OF_ANY_FAMILY: Mapping[str, PerLayer] = {"layer_types": "entry"}
 
 
 def layers_left(layers: int, dropped: Collection[int]) -> list[int]:
-    """Return the numbers of the layers that stay, out of `layers`: the n-th of them becomes layer n."""
+    """Return the indices of the remaining layers out of `layers`: the n-th of them becomes layer n."""
     return [layer for layer in range(layers) if layer not in dropped]
 
 
 def renumber_tensors(named: Mapping[str, T], path: str, dropped: Collection[int]) -> dict[str, T]:
-    """Return `named` (full name of a tensor -> anything) by the names after the drop, without the dropped layers'.
+    """Return `named` (full tensor name -> anything) under the new names, without the dropped layers' tensors.
 
     `path`: of the layers in the model.
     """
@@ -33,12 +33,12 @@ def renumber_tensors(named: Mapping[str, T], path: str, dropped: Collection[int]
 
 
 def renumber_fields(family: Family, fields: Mapping[str, Any], dropped: Collection[int]) -> dict[str, Any]:
-    """Return the fields of the configuration that say something of single layers, after the drop.
+    """Return the per-layer fields of the configuration after dropping layers.
 
     Args:
         family: of the model.
-        fields: all that its configuration has; one that is None stays so.
-        dropped: layers; none of them where a layer computes with its own number (`numbering_field`).
+        fields: all fields of the configuration; those that are None stay None.
+        dropped: layers; must be empty if a layer computes with its own index (`numbering_field`).
     """
     renumbered: dict[str, Any] = {}
     for name, says in {**_OF_ANY_FAMILY, **family.per_layer}.items():
@@ -53,7 +53,7 @@ def renumber_fields(family: Family, fields: Mapping[str, Any], dropped: Collecti
 
 
 def numbering_field(family: Family, config: Any) -> str | None:
-    """Return the field by which each layer computes with its own number, so that no layer can be dropped, or None."""
+    """Return the field that makes each layer compute with its own index (no layer can be dropped), or None."""
     for name, says in family.per_layer.items():
         value = getattr(config, name)
         if (says == "index" and value) or (says == "step" and value != 1):

@@ -1,14 +1,14 @@
 """Sensitivity of the loss to block outputs: gradients of the loss, layer by layer from the last to the first.
 
-The task's loss (the text's NLL, for a causal model) is summed over the rows and its gradient g taken with respect to
-every block's output y at every token. To second order, with the empirical Fisher matrix as the Hessian and errors
-independent between tokens, an error dy of the block costs the model 1/2 tr(S E[dy dy^T]) for each loss, S = sum of
-g g^T over all tokens / number of losses (the tokens, for a causal model): what greedy OBS needs to price its removals
-in the model's own loss (Hassibi & Stork 1993 have the loss's Hessian where layer-wise methods put the identity), and
-what makes the prices of different blocks comparable.
+The task's loss (for a causal model, the NLL of the text) is summed over the rows, and its gradient g is taken with
+respect to every block's output y at every token. To second order, with the empirical Fisher matrix as the Hessian and
+errors independent between tokens, an error dy of the block costs 1/2 tr(S E[dy dy^T]) per loss, S = sum of g g^T over
+all tokens / number of losses (for a causal model, the tokens). Greedy OBS uses S to price removals in the model's own
+loss (Hassibi & Stork 1993 use the loss's Hessian where layer-wise methods use the identity), which makes the prices of
+different blocks comparable.
 
-Where a row has one loss, of all its tokens pooled, the gradients at its tokens point the same way, and so may a block's
-errors. There g is summed over a row's tokens first: S then prices an error that is the same at all of them.
+If a row has a single loss, with all its tokens pooled, the gradients at its tokens point in similar directions, and so
+may a block's errors. Then g is summed over a row's tokens first: S prices an error that is the same at all of them.
 """
 
 from collections.abc import Mapping
@@ -27,14 +27,13 @@ from numprune.slices import Kept
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of every block, by its name.
+    """The sensitivities of every block, by name.
 
     Attributes:
-        output: (H, H), S in the unit of the task's loss; where the layers put hidden states, since together they are
-            large.
-        taylor: where it was asked for, (units, members) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
-            2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L
-            the mean loss. What its members share counts for each of them in equal parts.
+        output: (H, H), S in the unit of the task's loss; allocated like hidden states, because together they are large.
+        taylor: if requested, (units, members) float64: LLM-Pruner's first-order score (Ma et al. 2023, arXiv
+            2305.11627, eq. 5, element-wise), the sum over the unit's parameters in all its matrices of |w dL/dw|, L the
+            mean loss. Parameters shared by members are divided equally among them.
     """
 
     output: Mapping[str, Tensor]
@@ -44,8 +43,8 @@ class Sensitivity:
 def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool = False) -> Sensitivity:
     """Return the sensitivities of all blocks over the calibration rows.
 
-    Every layer's input is kept on the way there for the way back. A model in memory is gone through batch by batch.
-    Where layers are read from a checkpoint, each is read twice, and its inputs are kept where `layers` puts them.
+    The forward pass stores every layer's input for the backward pass. A model in memory is processed batch by batch. If
+    layers are read from a checkpoint, each is read twice, and its inputs are stored where `layers` allocates them.
 
     Args:
         layers: of the model.
@@ -80,14 +79,14 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
                 bar.update()
-    for block in reversed(anatomy.blocks):  # as they were met
+    for block in reversed(anatomy.blocks):  # in the order found
         require_in_range(f"{block.path}.{block.consumer}", "gradients", output[block.name].div_(losses))
     return Sensitivity(output, scores)
 
 
 @torch.no_grad()
 def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
-    """Return what enters each layer, and what leaves the last. Raises InputError where that overflows."""
+    """Return the inputs of each layer and the output of the last. Raises InputError if they overflow."""
     layers = walker.layers
     entering = [walker.embed(rows).hidden]
     for index in range(layers.anatomy.layers):
@@ -101,7 +100,7 @@ def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
 
 
 def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor, draw: torch.Generator) -> Tensor:
-    """Return the gradient of the summed loss with respect to what leaves the last layer, written over it."""
+    """Return the gradient of the summed loss with respect to the last layer's output, overwriting it."""
     with layers.head() as head:
         for batch in (slice(row, row + 1) for row in range(len(rows))):  # a batch's logits could be the largest tensor
             leaving = hidden[batch].to(layers.device).requires_grad_()
@@ -123,9 +122,9 @@ def _backward(
     output: dict[str, Tensor],
     gradients: dict[str, dict[str, Tensor]],
 ) -> None:
-    """Take `gradient` (N, S, H), of the loss, from what leaves the layer to what enters it, for one batch of rows.
+    """Propagate `gradient` (N, S, H) of the loss from the layer's output to its input, for one batch of rows.
 
-    The blocks' outputs are their consumers', before any norm that stands between them and the residual stream.
+    The blocks' outputs are their consumers', before any norm between them and the residual stream.
     """
     matrices = {block.name: _matrices(layer, block) if block.name in gradients else {} for block in blocks}
     seen: list[Tensor] = []
@@ -153,11 +152,11 @@ def _backward(
         for name in matrices[block.name]:
             value = next(found)
             sums[name] = sums[name] + value if name in sums else value
-    gradient[batch] = entering.to(gradient.device)  # last: what has passed a sum unchanged is `gradient` itself
+    gradient[batch] = entering.to(gradient.device)  # last: a gradient that passed a sum unchanged is `gradient` itself
 
 
 def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
-    """The parameters that go with the block's units, by name; what is computed of them now has gradients."""
+    """Enable gradients of the parameters of the block's units, and return them by name."""
     return {part.tensor: layer.get_parameter(part.tensor).requires_grad_() for part in block.slices}
 
 

@@ -1,11 +1,11 @@
-"""Where a block's units and members lie in its tensors.
+"""The location of a block's units and members in its tensors.
 
 A block is divided into units, and its units may be divided into members. A unit of attention is a KV group; its members
 are the query heads that share the KV head. A unit of a sparse layer's experts is an expert; its members are its
-channels. Units go one by one. Of the members every unit left keeps as many as the others, each its own choice, so that
-one pair of numbers says how large a block is.
+channels. Units are removed individually. All remaining units keep the same number of members, each its own choice, so
+that a pair of numbers gives the size of a block.
 
-Sizes are read of models that are never loaded: torch is imported only where there are tensors.
+Sizes are also computed for models that are never loaded, so torch is imported only in functions of tensors.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Size(NamedTuple):
-    """How large a block is.
+    """The size of a block.
 
     Attributes:
-        units: how many it has.
-        members: of each unit; 1 where units are not divided.
+        units: number of units.
+        members: per unit; 1 if units are not divided.
     """
 
     units: int
@@ -61,27 +61,27 @@ class Kept:
 
 
 class Extent(NamedTuple):
-    """How many entries of a tensor's dimension belong to each unit or, where they are `divided`, to each member."""
+    """The entries of a tensor's dimension that belong to each unit or, if `divided`, to each member."""
 
     entries: int
     divided: bool = False
 
     def of_unit(self, members: int) -> int:
-        """Entries of a unit that has so many members."""
+        """Return the entries of a unit with this number of members."""
         return self.entries * members if self.divided else self.entries
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the units of a block lie in one stored tensor.
+    """The location of a block's units in one stored tensor.
 
     Attributes:
         tensor: its name in the layer.
         dim: the dimension that the units divide.
-        parts: what a unit owns of `dim` in each part of the tensor.
+        parts: the entries of `dim` that a unit owns in each part of the tensor.
         width: the size of the other dimension; None: there is no other.
-        interleaved: a unit has all its parts, then comes the next; otherwise all units' first parts come first.
-        stacked: the tensor has a first dimension of units, each of which has its own entries of `dim`.
+        interleaved: all parts of a unit are adjacent; otherwise the first parts of all units come first.
+        stacked: the first dimension of the tensor counts units, each with its own entries of `dim`.
     """
 
     tensor: str
@@ -92,7 +92,7 @@ class Slice:
     stacked: bool = False
 
     def entries_per_unit(self, members: int) -> int:
-        """Entries of `dim` that a unit of so many members owns."""
+        """Return the entries of `dim` that a unit with this number of members owns."""
         return sum(part.of_unit(members) for part in self.parts)
 
     def parameters_per_unit(self, members: int) -> int:
@@ -107,11 +107,11 @@ class Slice:
         return (*before, entries, self.width) if self.dim == len(before) else (*before, self.width, entries)
 
     def by_entry(self, tensor: "Tensor") -> "Tensor":
-        """Return a tensor of the block as (entries, …); of a stack, the entries of one unit after the other."""
+        """Return a tensor of the block as (entries, …); for a stack, unit after unit."""
         return tensor.movedim(self.dim, 1).flatten(0, 1) if self.stacked else tensor.movedim(self.dim, 0)
 
     def cut(self, tensor: "Tensor", kept: Kept, of: Size) -> "Tensor":
-        """Return what is kept of the tensor of a block of size `of`."""
+        """Return the kept part of the tensor of a block of size `of`."""
         entries = self.entries(kept.to(tensor.device), of)
         if not self.stacked:
             return tensor.index_select(self.dim, entries)
@@ -119,9 +119,9 @@ class Slice:
         return found.unflatten(0, (len(kept.units), -1)).movedim(1, self.dim).contiguous()
 
     def entries(self, kept: Kept, of: Size, part: int | None = None) -> "Tensor":
-        """Return the indices along `dim`, ascending, of what is kept of a block of size `of`, in one part or in all.
+        """Return the kept indices along `dim`, ascending, of a block of size `of`, in one part or in all.
 
-        Of a stack, as `by_entry` has them.
+        For a stack, the indices refer to `by_entry`.
         """
         import torch
 

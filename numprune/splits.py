@@ -1,8 +1,8 @@
-"""How a ratio is split between attention and MLPs where every layer gets the same sizes: the pairs that meet it.
+"""Splits of a ratio between attention and MLPs with the same sizes in every layer.
 
-KV groups are coarse: one of every layer can be a tenth of the prunable parameters and more. Several pairs of sizes meet
-a ratio equally well, and what they cost the model can differ severalfold, so they are priced by the blocks' error
-curves (curves.py), which are taken to add up.
+KV groups are coarse: one group of every layer can be a tenth of the prunable parameters or more. Several pairs of sizes
+meet a ratio equally well, and their costs can differ severalfold, so they are priced by the blocks' error curves
+(curves.py), which are assumed to add up.
 """
 
 import math
@@ -19,7 +19,7 @@ from numprune.errors import InputError
 from numprune.slices import Size
 from numprune.target import Sizes, nearest
 
-_ALIKE = 1.1  # prices closer than this do not tell two splits apart: one of 4 % less was measured to lose more
+_ALIKE = 1.1  # closer prices do not distinguish two splits: one 4 % cheaper was measured to lose more
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Split:
 
     Attributes:
         attention: an allowed size.
-        mlp_channels: kept, those of an allowed size.
-        exact_channels: that would meet the ratio exactly, within 0 and the channels there are.
+        mlp_channels: kept; an allowed size.
+        exact_channels: the number that would meet the ratio exactly, clipped to the valid range.
     """
 
     attention: Size
@@ -42,10 +42,10 @@ class Split:
         return {block.name: self.attention if block.kind == "attention" else mlp for block in anatomy.blocks}
 
     def price(self, anatomy: Anatomy, errors: Errors) -> float:
-        """Return what the split costs, in the unit of `errors`.
+        """Return the cost of the split, in the unit of `errors`.
 
-        The MLPs are priced at `exact_channels`, between two widths in proportion: else rounding to the alignment would
-        favour the split that removes least.
+        The MLPs are priced at `exact_channels`, interpolated between two widths: otherwise rounding to the alignment
+        would favour the split that removes the least.
         """
         return math.fsum(
             error_at(errors, block, self.attention)
@@ -56,7 +56,7 @@ class Split:
 
 
 def fewest_units(splits: Sequence[Split], block: Block) -> int:
-    """Return how many units some split leaves of a block, the fewest that a price looks at."""
+    """Return the smallest number of units that any split keeps of a block."""
     if block.kind == "attention":
         return min(split.attention.units for split in splits)
     most_gone = block.units - min(split.exact_channels for split in splits)
@@ -64,7 +64,7 @@ def fewest_units(splits: Sequence[Split], block: Block) -> int:
 
 
 def require_alike(anatomy: Anatomy) -> None:
-    """Raises InputError where the layers differ, which uniform allocation cannot do with."""
+    """Raise InputError if the layers differ, which uniform allocation does not support."""
     if not anatomy.is_uniform:
         raise InputError(
             "the model's layers differ already; uniform allocation needs equal ones (use --allocation error or global)"
@@ -74,8 +74,8 @@ def require_alike(anatomy: Anatomy) -> None:
 def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split]:
     """Return the splits that meet `ratio` to within half a step of the MLPs' allowed widths.
 
-    There is at most one for each size of attention. The first takes most nearly the same share of attention as of the
-    MLPs.
+    There is at most one for each attention size. The first is the most even one: it removes the most similar shares of
+    attention and MLPs.
 
     Raises:
         InputError: the layers differ, or no split meets the ratio; names the nearest ratios that some split meets.
@@ -111,9 +111,9 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
 
 
 def priced(splits: Sequence[Split], anatomy: Anatomy, errors: Errors) -> dict[Split, float]:
-    """Return the splits with their prices: first the one to choose, then the others, the cheapest first.
+    """Return the splits with their prices: first the chosen one, then the others, cheapest first.
 
-    It is the earliest of `splits` that costs at most a tenth more than the cheapest.
+    The chosen one is the first of `splits` that costs at most 10 % more than the cheapest.
     """
     prices = {split: split.price(anatomy, errors) for split in splits}
     limit = _ALIKE * min(prices.values())

@@ -1,4 +1,4 @@
-"""What stands where a layer goes without a block, or with one whose output is known."""
+"""Replacements for the modules of a missing block, or of a block whose output is known."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,22 +10,22 @@ from numprune.blocks import Block
 
 
 def silent(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stand for an MLP, one of its projections, or experts that put out zeros."""
+    """Replace an MLP, one of its projections, or experts: output zeros."""
     return torch.zeros_like(hidden_states)
 
 
 def silent_attention(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """Stand for attention, which gives its weights back, too."""
+    """Replace attention, which also returns its weights: output zeros."""
     return torch.zeros_like(hidden_states), None
 
 
 def unchanged(hidden_states: Tensor) -> Tensor:
-    """Stand for a norm that does nothing."""
+    """Replace a norm: return its input."""
     return hidden_states
 
 
 def stand_ins(block: Block) -> dict[str, Callable[..., Any]]:
-    """Return what stands for the modules of a block that is left out, by their paths in the layer."""
+    """Return replacements for the modules of a missing block, by path in the layer."""
     first, *others = block.modules
     return {
         first: silent_attention if block.kind == "attention" else silent,
@@ -35,7 +35,7 @@ def stand_ins(block: Block) -> dict[str, Callable[..., Any]]:
 
 
 def playing(block: Block, output: Tensor) -> dict[str, Callable[..., Any]]:
-    """Return what stands for the modules of a block whose consumer puts out `output` (n, S, out), by their paths."""
+    """Return replacements for the modules of a block whose consumer outputs `output` (n, S, out), by path."""
 
     def given(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return output.view(*hidden_states.shape[:-1], -1)  # some models flatten their rows
@@ -44,6 +44,6 @@ def playing(block: Block, output: Tensor) -> dict[str, Callable[..., Any]]:
         return given(hidden_states), None
 
     first, *others = block.modules
-    if block.consumer in others:  # what comes before the consumer is silent
+    if block.consumer in others:  # everything before the consumer is silent
         return {**dict.fromkeys(others, silent), first: stand_ins(block)[first], block.consumer: given}
     return {first: given_attention if block.kind == "attention" else given}

@@ -1,7 +1,7 @@
-"""Cuts the units out: slices the tensors and writes the configuration so that loaders read the result.
+"""Remove units: slice the tensors, and create a configuration with which loaders read the result.
 
-Uniform shapes give a stock architecture, where its configuration holds the number of heads that is left, or that of a
-family which stands in for it. All else gives the family's per-layer class (modeling.py).
+Uniform sizes give a stock architecture if its configuration, or that of a family that stands in for it, can represent
+the remaining heads. Everything else uses the family's per-layer class (modeling.py).
 """
 
 import copy
@@ -23,12 +23,12 @@ _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers
 
 
 def channels_of(block: Block, kept: Kept) -> Tensor:
-    """Return the indices of the consumer's channels that are kept, (K * M * channels of a member,) ascending."""
+    """Return the kept channels of the consumer, ascending: (K * M * channels of a member,) indices."""
     return block.reader.entries(kept, block.size)
 
 
 def can_hold_bias(family: str) -> bool:
-    """Whether the consumers of the family have biases, or can by its configuration."""
+    """Return whether the consumers of the family have biases, or can have by its configuration."""
     entry = FAMILIES[family]
     return entry.experts is None and all(
         wiring is not None and wiring.reader.bias is not False for wiring in (entry.attention, entry.mlp)
@@ -38,12 +38,12 @@ def can_hold_bias(family: str) -> bool:
 def pruned_config(
     config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool = False, dropped: Collection[int] = ()
 ) -> PreTrainedConfig:
-    """Return the configuration that holds `anatomy`: stock where one can, else per-layer.
+    """Return a configuration for `anatomy`: stock if possible, otherwise per-layer.
 
     Args:
         config: of the model before pruning.
         anatomy: after pruning.
-        with_bias: the consumers got biases that the configuration does not yet declare.
+        with_bias: the consumers have new biases that the configuration does not declare yet.
         dropped: layers of `config` that `anatomy` does not have.
     """
     result = _sized_config(config, anatomy, with_bias, dropped)
@@ -63,7 +63,7 @@ def _sized_config(
         wirings = filter(None, (family.attention, family.mlp))
         fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
-    # The first layer's sizes stand for the model; where it skips a block, those of the first that has it.
+    # The global sizes are the first layer's; for a block that it skips, those of the first layer that has it.
     fields |= {key: value for layer in reversed(sizes) for key, value in layer.items() if key != "skip"}
     per_layer = PER_LAYER_PREFIX + family.name
     if not anatomy.is_uniform:
@@ -85,12 +85,12 @@ def _sized_config(
 def cut_layer(
     layer: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Kept], biases: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what is left of a decoder layer's tensors by full name; those that are not cut are shared with `layer`.
+    """Return the remaining tensors of a decoder layer by full name; uncut ones are shared with `layer`.
 
     Args:
-        layer: its consumer weights already compensated.
+        layer: with consumer weights already compensated.
         blocks: all of its blocks.
-        kept: by block name; no units: the block goes, its norms too.
+        kept: by block name; without units, the block is removed with its norms.
         biases: block name -> (out,) consumer biases for blocks that had none (FLAP's compensation); may be empty.
     """
     state = dict(layer.state_dict())
@@ -98,7 +98,7 @@ def cut_layer(
     for block in blocks:
         if not kept[block.name].size.units:
             for name in (*(part.tensor for part in block.slices), *block.shared):
-                state.pop(name, None)  # where the block was gone already
+                state.pop(name, None)  # missing if the block was removed earlier
             continue
         state |= _cut(state, block, kept[block.name])
         if block.name in biases:
@@ -112,7 +112,7 @@ def cut_layer(
 
 
 def narrowed(layer: nn.Module, block: Block, kept: Kept) -> nn.Module:
-    """Return a decoder layer whose `block` has only `kept`; all parameters but that block's are those of `layer`."""
+    """Return a decoder layer whose `block` has only `kept`; it shares all other parameters with `layer`."""
     shared = {id(parameter): parameter for parameter in layer.parameters()}
     result = copy.deepcopy(layer, shared)
     cut = {name: value.clone() for name, value in _cut(layer.state_dict(), block, kept).items()}
@@ -121,14 +121,14 @@ def narrowed(layer: nn.Module, block: Block, kept: Kept) -> nn.Module:
 
 
 def _cut(state: Mapping[str, Tensor], block: Block, kept: Kept) -> dict[str, Tensor]:
-    """Return what is kept of the block's tensors, by their names in the layer."""
+    """Return the kept parts of the block's tensors, by name in the layer."""
     return {part.tensor: part.cut(state[part.tensor], kept, block.size) for part in block.slices}
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that `config` describes, in evaluation mode, its parameters on the meta device.
 
-    Parameters there have shapes and no values; buffers, which are computed and not stored, have theirs.
+    Parameters have shapes but no values; buffers, which are computed and not stored, have values.
     """
     implementation = family_of(config).attention_implementation
     with _parameters_without_values():
@@ -138,7 +138,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 @contextmanager
 def _parameters_without_values() -> Iterator[None]:
-    """Have every parameter that a module is given be on the meta device."""
+    """Create every parameter on the meta device."""
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -152,7 +152,7 @@ def _parameters_without_values() -> Iterator[None]:
 
 
 def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return a new model of `config` with the tensors `layers` in its decoder layers, and `model`'s own around them."""
+    """Return a new model of `config` with the tensors `layers` in its decoder layers and the rest from `model`."""
     result = skeleton(config)
     inside = f"{layers_path(config)}."
     around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}

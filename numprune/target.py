@@ -1,7 +1,7 @@
-"""What the server that will run the result needs of its sizes. Pruning keeps to it, so nothing is found out afterwards.
+"""The sizes that the target server supports. Pruning respects them, so problems do not show up only when serving.
 
-The rules are vLLM's, for each layer on its own (its kernels and its tensor parallelism split heads and intermediate
-channels evenly), and they hold for the other runtimes as well.
+The rules are vLLM's for a single layer (its kernels and its tensor parallelism divide heads and intermediate channels
+evenly), and they suit the other runtimes as well.
 """
 
 import math
@@ -16,19 +16,19 @@ from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.slices import GONE, Size
 
-HEAD_SHAPES = 4  # distinct (query heads, KV heads) pairs; each more costs vLLM a metadata build in every step
+HEAD_SHAPES = 4  # distinct (query heads, KV heads) pairs; each one costs vLLM a metadata build per step
 
-Sizes = Mapping[str, Sequence[Size]]  # block name -> those it may be left with, ascending
+Sizes = Mapping[str, Sequence[Size]]  # block name -> allowed sizes, ascending
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server's constraints.
+    """The constraints of the target server.
 
     Attributes:
-        align: intermediate sizes are multiples of it on every GPU (a model's own size may stay as it is).
+        align: intermediate sizes per GPU are multiples of this (an unpruned size may stay as it is).
         tensor_parallel: GPUs that share each layer.
-        quantization_group: channels of a projection's input that share a scale; 1 where nothing will be quantized.
+        quantization_group: input channels of a projection that share a scale; 1 without quantization.
     """
 
     align: int = 8
@@ -43,17 +43,17 @@ class Target:
 
 
 def allowed_sizes(anatomy: Anatomy, target: Target, limits: Limits, *, stock: bool = False) -> Sizes:
-    """Return the sizes that each block may be left with.
+    """Return the allowed sizes of each block.
 
     Args:
         anatomy: of the model to prune.
         target: of the result.
         limits: of what may be pruned.
-        stock: only sizes that the architecture's own configuration holds.
+        stock: only sizes that the architecture's own configuration can represent.
 
-    Raises:
-        InputError: a block has no size that the target can run, or not its own, which it must keep; names the block,
-            its size and the rule. Also as `Limits.check`.
+        Raises:
+            InputError: a block has no size that the target supports, or a protected block's size is not supported;
+                names the block, its size and the rule. Also like `Limits.check`.
     """
     limits.check(anatomy)
     protected = limits.protected(anatomy)
@@ -61,7 +61,7 @@ def allowed_sizes(anatomy: Anatomy, target: Target, limits: Limits, *, stock: bo
 
 
 def nearest(counts: Sequence[int], exact: float) -> int:
-    """Return the count nearest to `exact`; the larger one where two are equally near."""
+    """Return the count nearest to `exact`; of two equally near ones, the larger."""
     after = bisect_right(counts, exact)
     around = counts[max(after - 1, 0) : after + 1]
     return min(around, key=lambda count: (abs(count - exact), -count))
@@ -76,7 +76,7 @@ def _sizes(
         sizes = [Size(width) for width in _widths(block.units, target)]
         rule = _rule_of_widths(target)
     elif block.routing is not None:
-        # The kernels that take all experts at once want rows of whole 16 bytes.
+        # The grouped-expert kernels need rows of a multiple of 16 bytes.
         aligned = replace(target, align=math.lcm(target.align, 16 // anatomy.bytes_per_value))
         widths = _widths(block.members, aligned)
         sizes = [Size(*size) for size in product(range(block.routing.top_k, block.units + 1), widths)]
@@ -92,7 +92,7 @@ def _sizes(
             f"heads that split evenly over tensor_parallel={target.tensor_parallel} (KV heads may be replicated "
             f"instead), in groups of quantization_group={target.quantization_group} channels"
         )
-    gone = () if block.routing else (GONE,)  # experts do not go as a whole
+    gone = () if block.routing else (GONE,)  # not all experts can be removed
     allowed = [size for size in (*gone, *sizes) if limits.allows(block, size, protected)]
     if not any(size.units for size in allowed):
         which = "that axes, keep and floors allow" if sizes else f"of up to {block.units} units"
@@ -104,7 +104,7 @@ def _sizes(
 
 
 def _widths(width: int, target: Target) -> list[int]:
-    """Return the numbers of channels that an MLP, or an expert, of this width may be left with."""
+    """Return the allowed numbers of channels of an MLP, or an expert, of this width."""
     step = math.lcm(target.align, target.quantization_group) * target.tensor_parallel
     widths = list(range(step, width + 1, step))
     if width % step and width % (target.quantization_group * target.tensor_parallel) == 0:
@@ -132,12 +132,12 @@ def _splits(size: Size, anatomy: Anatomy, target: Target) -> bool:
 
 
 def _shared(groups: int, parallel: int) -> bool:
-    """Whether GPUs have equally many KV heads each, or where there are fewer heads, each the copy of one."""
+    """Return whether each GPU gets the same number of KV heads or, with fewer heads than GPUs, a copy of one."""
     return groups % parallel == 0 or parallel % groups == 0
 
 
 def not_split(anatomy: Anatomy, tensor_parallel: int) -> list[str]:
-    """Return the sizes that so many GPUs cannot share evenly, each like "layer 3 num_attention_heads=6"."""
+    """Return the sizes that this number of GPUs cannot share evenly, like "layer 3 num_attention_heads=6"."""
     family = FAMILIES[anatomy.family]
     found = []
     for block in anatomy.blocks:

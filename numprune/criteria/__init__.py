@@ -1,6 +1,6 @@
-"""Scores of units, or of members: the higher, the sooner kept. One file per score; all see the same `BlockView`.
+"""Scores of units or members: the highest are kept. One file per score; each takes a `BlockView`.
 
-Scores are only compared inside a block, except by the `global` allocation, which sorts the units of all blocks.
+Scores are only compared within a block, except by the `global` allocation, which sorts the units of all blocks.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ CRITERIA: dict[str, Criterion] = {
     "numerical": numerical,
     "numerical-newton": numerical_newton,
     "obs": obs,
-    "frequency": obs,  # of experts, which experts/choice.py ranks; everything else goes by obs
+    "frequency": obs,  # ranks experts (experts/choice.py); other blocks use obs
 }
 
 
 def member_scores(criterion: str, view: BlockView, units: Tensor) -> Tensor:
-    """Return the score of each member of `units` (K,), which are left: (K, members)."""
+    """Return the score of each member of the kept `units` (K,): (K, members)."""
     if criterion == "obs":
         return obs_members(view, units)
     return CRITERIA[criterion](view.of_members()).view(view.units, view.members)[units]

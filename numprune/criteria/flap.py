@@ -8,8 +8,7 @@ from numprune.criteria.view import BlockView
 def flap(view: BlockView) -> Tensor:
     """Return the mean over a unit's channels of Var(x_j) * ||W[:, j]||_2^2, standardised over the block, (units,).
 
-    The channel scores are standardised before they are averaged, as in the paper: that is what makes blocks comparable
-    for a global sort.
+    Channel scores are standardised before averaging, as in the paper, to make blocks comparable in a global sort.
     """
     variance = (view.gram.diagonal() - view.mean.square()).clamp_min(0)
     scores = variance * view.weight.square().sum(0)

@@ -1,4 +1,4 @@
-"""Greedy optimal brain surgeon on whole units: the strongest simple rival."""
+"""Greedy optimal brain surgeon on whole units."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from numprune.linalg import cholesky, damped, spd_inverse
 from numprune.slices import Size
 
 _PANEL = 128  # channels whose removals are applied together
-_COMPACT = 0.75  # share of the units still there under which the rows and columns of the others are dropped
+_COMPACT = 0.75  # removed rows and columns are dropped once the remaining units fall below this share
 
 
 def obs(view: BlockView) -> Tensor:
-    """Return, for each unit, the share of the block's output energy lost once it is removed in greedy order, (units,).
+    """Return, for each unit, the share of the block's output energy lost after its removal in greedy order, (units,).
 
-    Removing units in ascending order of this score is removing them in greedy order, each time the one whose removal
-    costs least after the other weights were refitted; the score at the n-th is the block's error curve at n. Units that
-    stay after `view.removed` removals score infinity.
+    Ascending order of this score is the greedy order: each time, the unit is removed whose removal costs least after
+    refitting the other weights. The n-th score is the block's error curve at n. Units that stay after `view.removed`
+    removals score infinity.
     """
     order, costs = greedy_removal(view.weight, view.gram, view.channels_per_unit, stop=view.removed)
     energy = torch.einsum("od,de,oe->", view.weight, view.gram, view.weight)
@@ -26,7 +26,7 @@ def obs(view: BlockView) -> Tensor:
 
 
 def obs_members(view: BlockView, units: Tensor) -> Tensor:
-    """Return the round of `greedy_members` in which each member of `units` (K,) goes, the last one's highest."""
+    """Return the round of `greedy_members` in which each member of `units` (K,) is removed: (K, members)."""
     order, _ = greedy_members(view.weight, view.gram, units, Size(view.units, view.members))
     scores = view.weight.new_full((len(units), view.members), len(order))
     rounds = torch.arange(len(order), dtype=scores.dtype, device=scores.device)
@@ -36,20 +36,20 @@ def obs_members(view: BlockView, units: Tensor) -> Tensor:
 def greedy_removal(
     weight: Tensor, gram: Tensor, channels_per_unit: int, damping: float = 1e-4, *, stop: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Remove units, cheapest first, refitting what is left after each removal.
+    """Remove units, cheapest first, and refit the remaining weights after each removal.
 
     With Q = (G + gamma I)^-1, removing unit u with channels g costs s_u = tr(W_g (Q_gg)^-1 W_g^T), after which
     W <- W - W_g Q_gg^-1 Q_g: and Q <- Q - Q_:g Q_gg^-1 Q_g: (Hassibi & Stork 1993 for one channel; Kurtic et al. 2023,
     ZipLM, arXiv 2302.04089, eq. 2-4, for groups).
 
-    Done in panels, like LAPACK's pivoted Cholesky (dpstrf). W is seen only through M = W^T W: s_u = tr(Q_gg^-1 M_gg).
+    Computed in panels, like LAPACK's pivoted Cholesky (dpstrf). Only M = W^T W is needed: s_u = tr(Q_gg^-1 M_gg).
     With Q_gg = R R^T and u = R^-1 Q_g:, a removal is
 
         Q <- Q - u^T u,    M <- M - u^T v - v^T u,    v = R^-1 M_g: - (R^-1 M_gg R^-T) u / 2.
 
-    The next choice needs the diagonal blocks of Q and M, which are kept up to date, and the rows of the unit chosen,
-    which first take what the panel's u and v owe them. All else waits until the panel is full: three matrix products
-    then stand for its removals, where one by one each would pass over the whole of Q and W.
+    The next choice needs the diagonal blocks of Q and M, which are kept up to date, and the rows of the chosen unit, to
+    which the panel's pending u and v are applied first. Everything else waits until the panel is full: three matrix
+    products then apply all its removals, which one by one would each pass over the whole of Q and W.
 
     Args:
         weight: (out, D) float64.
@@ -72,8 +72,8 @@ def greedy_removal(
     Q, M = spd_inverse(moments), weight.T @ weight
     least = moments.diagonal().reciprocal()
     del moments  # D x D, as Q and M are
-    left = torch.arange(units, device=weight.device)  # the units that Q and M hold
-    removed = torch.zeros(units, dtype=torch.bool, device=weight.device)  # which of those mean nothing any more
+    left = torch.arange(units, device=weight.device)  # the units in Q and M
+    removed = torch.zeros(units, dtype=torch.bool, device=weight.device)  # which of those are removed
     order, costs = [left[:0]], [least[:0]]
     for done in range(0, steps, max(1, _PANEL // c)):
         count = min(max(1, _PANEL // c), steps - done)
@@ -98,10 +98,10 @@ def greedy_removal(
 def greedy_members(
     weight: Tensor, gram: Tensor, units: Tensor, size: Size, damping: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """Remove all members but one of the `units` left, in rounds: one of each unit, so that all have the same number.
+    """Remove all members but one of the remaining `units`, one of each unit per round, so that all have equally many.
 
-    The other units are gone already, and what is left was refitted. Inside a round the next to go is the cheapest
-    member of all units that have lost none in it yet; costs and refits are those of `greedy_removal`.
+    The other units have already been removed and the rest refitted. Within a round, the next member to remove is the
+    cheapest one among units that have not lost any in this round; costs and refits are those of `greedy_removal`.
 
     Args:
         weight: (out, D) float64, of the whole block.
@@ -146,13 +146,13 @@ def greedy_members(
 def _choose_panel(
     Q: Tensor, M: Tensor, least: Tensor, removed: Tensor, c: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose `count` units, each the cheapest once those before it are gone; Q and M (D, D) stay as they are.
+    """Choose `count` units, each the cheapest after the removal of those before it; Q and M (D, D) are not modified.
 
-    Nothing in the loop waits for a value where c = 1, so that a GPU is kept busy.
+    For c = 1, the loop never waits for a value, which keeps a GPU busy.
 
     Args:
-        least: (D,) what diag(Q) cannot fall below.
-        removed: (units,) those not to choose.
+        least: (D,) lower bound of diag(Q).
+        removed: (units,) not to be chosen.
 
     Returns:
         chosen (count,), their costs (count,), and the rows u and v (count * c, D) of their removals.
@@ -167,8 +167,8 @@ def _choose_panel(
     q[removed] = identity  # anything that can be factored
     barred = Q.new_zeros(len(q)).masked_fill_(removed, torch.inf)
     for k in range(count):
-        # Q_jj shrinks towards 1 / (G_jj + gamma), its value once j is all that is left: what falls below is rounding,
-        # and so is a cost below zero.
+        # Q_jj shrinks towards 1 / (G_jj + gamma), its value when only j is left. Anything below is rounding error,
+        # and so is a negative cost.
         torch.maximum(q_diagonal, least, out=q_diagonal)
         unit = chosen[k : k + 1]
         torch.min(_costs(q, m).clamp_min_(0).add_(barred), 0, keepdim=True, out=(costs[k : k + 1], unit))

@@ -1,4 +1,4 @@
-"""The floor every other criterion must beat."""
+"""Random scores, the baseline that every other criterion must beat."""
 
 import torch
 from torch import Tensor

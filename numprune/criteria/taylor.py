@@ -8,8 +8,8 @@ from numprune.criteria.view import BlockView
 def taylor(view: BlockView) -> Tensor:
     """Return the sum over a unit's parameters, in all the matrices that share it, of |w dL/dw|, (units,).
 
-    The paper's element-wise importance (section 3.2, first-order term) summed over the group, which its program does,
-    too; L is the mean NLL of the calibration tokens. The gradients are taken in sensitivity.py, by one backward pass.
+    The paper's element-wise importance (section 3.2, first-order term), summed over the group as in its code; L is the
+    mean NLL of the calibration tokens. sensitivity.py computes the gradients in one backward pass.
     """
     if view.taylor is None:
         raise ValueError("the view has no Taylor scores: measure the sensitivity with taylor=True")

@@ -1,4 +1,4 @@
-"""What a criterion sees of a block."""
+"""The input of a criterion: one block."""
 
 from dataclasses import dataclass, replace
 
@@ -14,12 +14,12 @@ class BlockView:
         gram: (D, D) float64, E[x x^T].
         mean: (D,) float64, E[x].
         channels_per_unit: D / units.
-        ratio: the share of the prunable parameters asked to be removed (the raw numerical score depends on it).
-        seed: of this block, for the criteria that draw.
-        taylor: (units, members) float64, sensitivity.py's first-order score, where the criterion needs the loss's
+        ratio: the requested share of the prunable parameters (the raw numerical score depends on it).
+        seed: of this block, for random criteria.
+        taylor: (units, members) float64, sensitivity.py's first-order score, if the criterion needs the loss's
             gradients.
-        members: of each unit.
-        removed: how many units go, where that is known: the scores of all others may be any that are higher.
+        members: per unit.
+        removed: how many units will be removed, if known: all other scores then only need to be higher.
     """
 
     weight: Tensor
@@ -37,7 +37,7 @@ class BlockView:
         return self.weight.shape[1] // self.channels_per_unit
 
     def of_members(self) -> "BlockView":
-        """Return a view whose units are the members of this one's."""
+        """Return a view whose units are this view's members."""
         taylor = None if self.taylor is None else self.taylor.view(-1, 1)
         own = self.channels_per_unit // self.members
         return replace(self, channels_per_unit=own, members=1, taylor=taylor, removed=None)

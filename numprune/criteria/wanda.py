@@ -1,4 +1,7 @@
-"""Wanda's score, summed over a structure's weights (Wanda-sp; Sun et al. 2023, arXiv 2306.11695, in FLAP's form)."""
+"""Wanda's score (Sun et al. 2023, arXiv 2306.11695), taken over a structure's weights in the L2 norm.
+
+The authors of FLAP take the L1 mean over rows instead: see `wanda-sp` in flows/studies/rivals.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Which experts of a layer to keep, which of their channels, and what any size of them costs the model."""
+"""Choose the experts of a layer to keep and their channels, and price every size."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from numprune.linalg import cholesky
 from numprune.moments import Moments
 from numprune.slices import Kept, Size
 
-_TOKENS = 64  # on which all experts are run at once
+_TOKENS = 64  # tokens on which all experts are run at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Scoring:
 
     Attributes:
         criterion: a name of `criteria.CRITERIA`.
-        ratio, seed: as of `criteria.BlockView`.
+        ratio, seed: as in `criteria.BlockView`.
         taylor: (E, I) float64, as there, or None.
         sensitivity: (H, H), S, by which `obs` ranks experts.
     """
@@ -37,12 +37,12 @@ class Scoring:
 
 
 def error_table(layer: nn.Module, block: Block, seen: Seen, sensitivity: Tensor) -> Tensor:
-    """Return the nats per token that are lost with n experts and m channels of every other gone, (E + 1, I).
+    """Return the loss in nats per token without n experts and m channels of every other, (E + 1, I).
 
-    The experts' part is `greedy_experts`'. The channels' part adds up, over the experts that stay, greedy OBS's curves
-    of their weighted inputs, priced as in curves.py; errors of different experts are taken to be independent. Tokens of
-    the experts that are gone go to those that stay, which then cost more by the share of the routing weights they gain.
-    Sizes that leave fewer experts than a token goes to cost infinitely much.
+    The experts' part comes from `greedy_experts`. The channels' part sums, over the remaining experts, greedy OBS
+    curves of their weighted inputs, priced as in curves.py; errors of different experts are assumed to be independent.
+    Tokens of removed experts are routed to the remaining ones, whose cost rises by the share of routing weights they
+    gain. Sizes with fewer experts than a token is routed to have infinite cost.
 
     Args:
         sensitivity: (H, H), S.
@@ -64,11 +64,11 @@ def error_table(layer: nn.Module, block: Block, seen: Seen, sensitivity: Tensor)
 
 
 def expert_scores(layer: nn.Module, block: Block, seen: Seen, scoring: Scoring) -> Tensor:
-    """Return the scores of experts, (E,) float64: the higher, the sooner kept.
+    """Return the scores of experts, (E,) float64; the highest are kept.
 
-    `obs`: the share of what the layer's output is worth to the loss that is lost once an expert is gone, in greedy
-    order: no refit makes up for all of it, so that it matters which of the output's directions suffer. `random`: noise.
-    `frequency`: the mean of its routing weights. All others: the mean of its channels' scores.
+    `obs`: the share of the layer's value to the loss that is lost after removing an expert, in greedy order; a refit
+    cannot recover all of it, so it matters which directions of the output suffer. `random`: noise. `frequency`: the
+    mean routing weight. All others: the mean of the channels' scores.
     """
     if scoring.criterion == "frequency":
         return seen.weight / seen.weight.sum()
@@ -112,7 +112,7 @@ def _removal(
 
 
 def _channel_curve(priced: Tensor, gram: Tensor) -> Tensor:
-    """Return what is lost once the m cheapest channels are gone, (I,), m = 0 … I - 1."""
+    """Return the loss without the m cheapest channels, (I,), m = 0 … I - 1."""
     _, costs = greedy_removal(priced, gram, 1)
     return torch.cat([costs.new_zeros(1), costs.cumsum(0)[:-1] / 2]).cpu()
 

@@ -1,4 +1,4 @@
-"""The last step with a sparse layer's experts, once it is decided what to keep of them."""
+"""The final step for a sparse layer's experts, after it is decided what to keep."""
 
 from torch import nn
 
@@ -13,14 +13,14 @@ from numprune.surgery import narrowed
 def finish_experts(
     layer: nn.Module, block: Block, left: Kept, inputs: PropagatedInputs, damping: float | None
 ) -> float | None:
-    """Refit the down projections of the experts that are kept, and walk on; return the damping of the fit.
+    """Refit the down projections of the kept experts, advance the inputs, and return the damping of the fit.
 
-    The experts that go stay in `layer` as they are, and its router sends tokens to them.
+    The removed experts stay in `layer` unchanged, and its router still sends tokens to them.
 
     Args:
         layer: whose experts were seen by `inputs`; the fitted weights are written into it.
         left: what is kept of `block`.
-        damping: the least that is tried where it is chosen; None: no refit.
+        damping: the smallest one to try if it is chosen; None: no refit.
     """
     small, rest = narrowed(layer, block, left), block.resized(left.size)
     if damping is not None:

@@ -1,4 +1,4 @@
-"""What the down projections of a layer's experts read, expert by expert, and their moments."""
+"""The inputs of the down projections of a layer's experts, and their moments."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from numprune.blocks import Block
 from numprune.moments import Moments
 from numprune.slices import Kept
 
-_SAMPLE = 1024  # tokens by which experts are compared: on each of them every expert is run
+_SAMPLE = 1024  # tokens for comparing experts: every expert is run on each of them
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Tokens on their way into the experts, as the layer's router sends them.
+    """Tokens in front of the experts, as routed by the layer.
 
     Attributes:
         hidden: (T, H).
@@ -36,7 +36,7 @@ class Share:
     Attributes:
         expert: its index.
         tokens: (n,) those that are routed to it.
-        inputs: (n, D) what its down projection reads, weighted: D = I, or I + 1 with the routing weight last.
+        inputs: (n, D), of its down projection, weighted: D = I, or I + 1 with the routing weight last.
     """
 
     expert: int
@@ -73,14 +73,14 @@ class Experts:
         return self.down.clone() if self.bias is None else torch.cat([self.down, self.bias[..., None]], 2)
 
     def put(self, kept: Kept, weights: Tensor) -> None:
-        """Overwrite what is kept of the down projections, and their biases, (K, H, M) or (K, H, M + 1)."""
+        """Overwrite the kept part of the down projections and their biases, (K, H, M) or (K, H, M + 1)."""
         channels = kept.members.shape[1]
         self.down[kept.units[:, None], :, kept.members] = weights[..., :channels].mT.to(self.down)
         if self.bias is not None:
             self.bias[kept.units] = weights[..., channels].to(self.bias)
 
     def shares(self, routed: Routed) -> Iterator[Share]:
-        """Yield the share of each expert that any token goes to."""
+        """Yield the part of the batch of each expert to which tokens are routed."""
         for expert in routed.experts.unique().tolist():
             tokens, place = (routed.experts == expert).nonzero(as_tuple=True)
             weights = routed.weights[tokens, place, None]
@@ -90,20 +90,20 @@ class Experts:
             yield Share(expert, tokens, inputs if self.bias is None else torch.cat([inputs, weights], 1))
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Return what every expert makes of every token with routing weight 1: (T, H) -> (T, E, H)."""
+        """Return every expert's output for every token with routing weight 1: (T, H) -> (T, E, H)."""
         ones = hidden.new_ones(len(hidden), 1)
         every = (torch.full_like(ones, expert, dtype=torch.long) for expert in range(len(self)))
         return torch.stack([self.module(hidden, expert, ones) for expert in every], 1)
 
 
 class Seen:
-    """What was seen of the experts of a layer.
+    """Statistics of the experts of a layer.
 
     Their moments take E * I^2 values in float64.
 
     Attributes:
-        moments: of each expert's weighted inner values p_e a_e, (I,), over all tokens; to those that go elsewhere they
-            are zero.
+        moments: of each expert's weighted inner values p_e a_e, (I,), over all tokens; zero for tokens routed
+            elsewhere.
         weight: (E,) float64, the sums of the routing weights.
     """
 
@@ -133,10 +133,10 @@ class Seen:
 
     @property
     def sample(self) -> Tensor:
-        """What enters the experts of up to 2 * 1024 tokens, evenly spaced: (n, H)."""
+        """Return the inputs (n, H) of the experts for up to 2 * 1024 tokens, evenly spaced."""
         return torch.cat(self._hidden)
 
 
 def _outputs_first(weight: Tensor, is_so: bool) -> Tensor:
-    """Return stacked matrices (E, outputs, inputs), a view where they are stored the other way round."""
+    """Return stacked matrices (E, outputs, inputs), a view if they are stored transposed."""
     return weight if is_so else weight.mT

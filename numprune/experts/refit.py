@@ -1,15 +1,15 @@
-"""Least squares for all of a layer's experts together: those that stay take over what the others did.
+"""Least squares for all experts of a layer together: the remaining experts compensate for the removed ones.
 
-The layer's output is linear in its experts' down projections (see __init__.py), so that they have one least-squares
-problem: bring sum_e W_e x_e as near the targets as possible, by ridge regression towards the original weights. The
-Gram matrix G_e of an expert is small. Those of all pairs of experts are not, and they matter: each of a token's k
-experts can make up for the error of another. So the normal equations are only multiplied with, token by token, and
-solved by a few steps of conjugate gradients preconditioned with (G_e + gamma_e I)^-1. If no token went to two experts,
-one step would be exact.
+The layer's output is linear in its experts' down projections (see __init__.py), which gives one least-squares problem:
+bring sum_e W_e x_e as close to the targets as possible, by ridge regression towards the original weights. The Gram
+matrix G_e of one expert is small. Those of all pairs of experts are not, and they matter: each of a token's k experts
+can compensate for the error of another. The normal equations are therefore never formed, only multiplied with, token by
+token, and solved by a few steps of conjugate gradients preconditioned with (G_e + gamma_e I)^-1. If no token had two
+experts, one step would be exact.
 
-gamma_e is relative to the mean of diag(G_e). As in compensation.py, where rows are held out it is the one, of five a
-factor of ten apart, whose fit to the other rows brings them nearest to their targets. The search ends at the first
-that is no better than the one before.
+gamma_e is relative to the mean of diag(G_e). As in compensation.py, if rows are held out, it is the one of five values
+a factor of ten apart whose fit to the other rows is best on them. The search ends at the first value that is no better
+than the preceding one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +31,8 @@ class Batch:
 
     Attributes:
         shares: of the experts.
-        target: (T, H), what the layer's experts should put out.
-        held_out: (T,) bool, those to choose gamma by.
+        target: (T, H), the desired output of the layer's experts.
+        held_out: (T,) bool, tokens for choosing gamma.
     """
 
     shares: Sequence[Share]
@@ -42,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Weights (E, H, D), and the gamma that they were fitted with."""
+    """Weights (E, H, D), and the gamma of their fit."""
 
     weights: Tensor
     damping: float
@@ -54,13 +54,13 @@ Batches = Callable[[], Iterator[Batch]]
 def refit_experts(weights: Tensor, batches: Batches, damping: float, *, choose: bool = False) -> Fitted:
     """Return the down projections, biases as their last column, that best reproduce the targets.
 
-    In memory are at most eight tensors of the size of `weights`, and three Gram matrices of every expert in float64.
+    Memory holds at most eight tensors of the size of `weights`, and three float64 Gram matrices of every expert.
 
     Args:
         weights: (E, H, D), to start from and to shrink towards.
-        batches: gives all tokens, the same each time.
-        damping: gamma, the least that is tried where it is chosen.
-        choose: gamma by the tokens held out.
+        batches: yields all tokens, the same each time.
+        damping: gamma; the smallest one to try if it is chosen.
+        choose: choose gamma by the held-out tokens.
     """
     fitted, held = (_Sums.of(weights, batches, held_out) for held_out in (False, True))
     gamma, least = damping, float("inf")
@@ -87,7 +87,7 @@ class _Sums:
 
     @classmethod
     def of(cls, weights: Tensor, batches: Batches, held_out: bool) -> "_Sums":
-        """Return those of the tokens held out, or of the others."""
+        """Return the sums of the held-out tokens, or of the others."""
         experts, _, inputs = weights.shape
         gram = weights.new_zeros(experts, inputs, inputs, dtype=torch.float64)
         missing = torch.zeros_like(weights)
@@ -116,7 +116,7 @@ class _Preconditioner:
 
 
 def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tensor:
-    """Return the change of the weights (E, H, D) after some steps."""
+    """Return the change of the weights (E, H, D) after a few steps."""
     preconditioner, residual = _Preconditioner(sums.gram, damping), sums.missing.clone()
     change = torch.zeros_like(residual)
     direction = preconditioned = preconditioner.solve(residual)
@@ -142,7 +142,7 @@ def _conjugate_gradients(sums: _Sums, damping: float, batches: Batches) -> Tenso
 
 
 def _held_out_error(change: Tensor, held_out: _Sums, batches: Batches) -> float:
-    """Return the squared error of the tokens held out after a change of the weights, less what it was."""
+    """Return by how much a change of the weights changes the squared error of the held-out tokens."""
     squares = sum(float(_output(change, batch)[batch.held_out].double().square().sum()) for batch in batches())
     return squares - 2 * _dot(change, held_out.missing)
 
@@ -161,7 +161,7 @@ def _fitted_only(batches: Batches) -> Iterator[Batch]:
 
 
 def _some(batch: Batch, tokens: Tensor) -> Batch:
-    """Return a batch in which only `tokens`, (T,) bool, go to experts."""
+    """Return a batch in which only `tokens`, (T,) bool, are routed to experts."""
     shares = []
     for share in batch.shares:
         stay = tokens[share.tokens]

@@ -1,10 +1,10 @@
-"""Which experts a layer can do without: what its output loses when one goes and its tokens go to the next best.
+"""Greedy removal of experts, priced with the rerouting of their tokens to the next best experts.
 
-Of a token, o_e is what expert e would make of it, w(A) are the routing weights (E,) when only the experts A are there:
-a softmax of the router's logits over A, of which the k largest count. The experts in A put out O w(A), so that without
-the others the loss is 1/2 E[d^T O^T S O d] nats per token, d = w(all) - w(A), S the sensitivity of the loss to the
-output. That is exact to second order in the output, and counts what the router then does; it does not count what the
-refit of those that stay makes up for. Greedy: each time the expert goes after which the loss is least.
+For a token, o_e is the output of expert e, and w(A) are the routing weights (E,) if only the experts A exist: a softmax
+of the router's logits over A, of which the k largest count. The experts in A output O w(A), so the loss from removing
+the others is 1/2 E[d^T O^T S O d] nats per token, with d = w(all) - w(A) and S the sensitivity of the loss to the
+output. This is exact to second order in the output and includes the rerouting, but not the later refit of the remaining
+experts. Each time, the expert is removed that leaves the smallest loss.
 """
 
 import torch
@@ -14,7 +14,7 @@ from numprune.blocks import Routing
 
 
 def routing_weights(logits: Tensor, routing: Routing) -> Tensor:
-    """Return the weights (T, E), zero but for k, from logits (T, E); an expert that is gone has minus infinity."""
+    """Return the weights (T, E), k of them nonzero, from logits (T, E); a removed expert has minus infinity."""
     probabilities = logits.softmax(-1)
     largest, experts = probabilities.topk(routing.top_k, -1)
     if routing.normalized:
@@ -23,22 +23,22 @@ def routing_weights(logits: Tensor, routing: Routing) -> Tensor:
 
 
 def overlaps(outputs: Tensor, sensitivity: Tensor) -> Tensor:
-    """Return O^T S O of each token, (T, E, E), from what the experts make of it, (T, E, H), and S (H, H)."""
+    """Return O^T S O of each token, (T, E, E), from the experts' outputs (T, E, H) and S (H, H)."""
     return (outputs @ sensitivity) @ outputs.mT
 
 
 def greedy_experts(logits: Tensor, overlap: Tensor, routing: Routing, least: int) -> tuple[Tensor, Tensor]:
-    """Remove experts, each time the one after which the loss is least, until `least` of them are there.
+    """Remove experts, each time the one that leaves the smallest loss, until `least` remain.
 
     Args:
         logits: (T, E), the router's.
-        overlap: (T, E, E), of `overlaps`.
-        routing: how they become weights.
+        overlap: (T, E, E), from `overlaps`.
+        routing: how logits become weights.
         least: at least k.
 
     Returns:
         order: (E - least,) experts, first removed first.
-        losses: (E - least,) what is lost once all up to this one are gone.
+        losses: (E - least,) cumulative loss after each removal.
     """
     count = logits.shape[1]
     full, logits = routing_weights(logits, routing), logits.clone()
@@ -48,7 +48,7 @@ def greedy_experts(logits: Tensor, overlap: Tensor, routing: Routing, least: int
     for _ in range(count - least):
         found = {}
         for expert in sorted(there):
-            # Where the weights are normalized, only the tokens that go to it are sent elsewhere.
+            # If the weights are normalized, only the tokens routed to it change.
             moved = (current[:, expert] > 0).nonzero()[:, 0] if routing.normalized else torch.arange(len(logits))
             without = logits[moved].index_fill(1, torch.tensor([expert], device=logits.device), -torch.inf)
             change = _loss(full[moved] - routing_weights(without, routing), overlap[moved]) - error[moved]

@@ -1,4 +1,4 @@
-"""The architectures that numprune knows, a file for each. docs/adding-an-architecture.md shows how to add one."""
+"""The supported architectures, one file each. docs/adding-an-architecture.md explains how to add one."""
 
 from numprune.families.bert import BERT
 from numprune.families.distilbert import DISTILBERT

@@ -1,4 +1,4 @@
-"""BERT, and what RoBERTa and ELECTRA have in common with it."""
+"""BERT, and the parts that RoBERTa and ELECTRA share with it."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ BERT_LAYER: dict[str, Any] = {
     },
     "computed": (
         "embeddings.position_ids",
-        # Heads of the pretraining that a checkpoint for another task may still hold.
+        # Pretraining heads that a checkpoint for another task may still contain.
         *("cls.seq_relationship.weight", "cls.seq_relationship.bias", "pooler.dense.weight", "pooler.dense.bias"),
     ),
 }

@@ -1,4 +1,4 @@
-"""The vocabulary in which an architecture is written down: a `Family` of `Matrix`es, read by anatomy.py.
+"""The schema in which an architecture is described: a `Family` of `Matrix`es, read by anatomy.py.
 
 Paths are those of modules in transformers' modeling code: of a layer's modules inside the layer, of all others inside
 the model. Fields that are strings name fields of the configuration.
@@ -13,13 +13,13 @@ Kind = Literal["attention", "mlp", "experts"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels", "experts", "channels per expert"]
 Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes
-Flag = bool | str  # a string: the configuration's field of that name says
-# What a field of the configuration says of single layers: a list with an `entry` for each, the number of the `first`
-# layers that something holds for, a list of the `layers` that it holds for, that a layer computes with its own `index`,
-# or the `step` from one layer that it holds for to the next.
+Flag = bool | str  # a string: the value of that configuration field
+# The meaning of a per-layer field of the configuration: a list with an `entry` per layer, the number of `first` layers
+# to which something applies, a list of the `layers` to which it applies, that a layer computes with its own `index`, or
+# the `step` between the layers to which it applies.
 PerLayer = Literal["entry", "first", "layers", "index", "step"]
 
-# The parts of a block's writers that its output is linear in, everything else given.
+# The parts of a block's writers in which its output is linear, everything else fixed.
 LINEAR_PARTS: frozenset[Part] = frozenset({"value", "up"})
 
 
@@ -29,8 +29,8 @@ class Matrix:
 
     Attributes:
         path: of its module in the layer.
-        parts: what of a unit stands in it: of a KV group its `query` heads, its `key` and its `value` head; of an MLP's
-            channel its `gate` and its `up` projection, or, without a gate, its `inner` value.
+        parts: the parts of a unit in it: for a KV group, its `query` heads, its `key` and its `value` head; for an MLP
+            channel, its `gate` and its `up` projection or, without a gate, its `inner` value.
         bias: whether it has one.
     """
 
@@ -41,21 +41,23 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Wiring:
-    """One block of a layer: what writes its units, what reads them, and how it stands in the residual stream.
+    """One block of a layer: the projections that write and read its units, and its place in the residual stream.
 
     Attributes:
         writers: the projections whose outputs are the units.
         reader: the projection that reads them; its output is the block's.
-        modules: of the block, of attention the one that has its weights first; while all of them put out zeros (and
-            the norms after it do nothing), the layer is the other block alone.
-        norms: modules that go with the block.
-        head_norms: norms over a head's queries or keys, which all heads share.
-        joint_norms: norms over the queries or the keys of all heads together: no head can go without changing the rest.
-        norm_behind: a norm, or a factor that depends on the token, stands between the reader and the residual stream.
+        modules: of the block, for attention with the weights' module first; if all of them output zeros (and the norms
+            after it do nothing), only the layer's other block remains.
+        norms: modules that are removed with the block.
+        head_norms: norms over a head's queries or keys, shared by all heads.
+        joint_norms: norms over the queries or keys of all heads together: no head can be removed without changing
+            others.
+        norm_behind: a norm, or a factor that depends on the token, lies between the reader and the residual stream.
         post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
         per_head: parameters with a value for each query head.
-        gate: projection to a single number, which that factor is made of.
-        sizes: attributes by which the layer knows how large the block is, besides its matrices -> what they count.
+        gate: projection to a single number, from which that factor is computed.
+        sizes: attributes of the layer's modules, other than matrices, that depend on the block's size -> what they
+            count.
     """
 
     writers: tuple[Matrix, ...]
@@ -73,22 +75,22 @@ class Wiring:
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts of a sparse layer. What the MLP's projections would be are stacks of matrices, one an expert.
+    """The routed experts of a sparse layer. The MLP's projections become stacks of matrices, one per expert.
 
     Attributes:
-        module: the experts; called with tokens (T, H), the experts that each goes to (T, k), and their weights (T, k).
-        router: the module that says these; a row of its weight belongs to an expert.
-        sizes: as of `Wiring`.
-        count, width, top_k: the configuration's fields for the experts of a layer, their channels, and those that a
-            token goes to.
+        module: the experts; called with tokens (T, H), the experts of each token (T, k), and their weights (T, k).
+        router: the module that chooses them; each row of its weight belongs to an expert.
+        sizes: as in `Wiring`.
+        count, width, top_k: the configuration's fields for the number of experts, their channels, and the experts per
+            token.
         normalized: a token's weights sum to 1; otherwise the weights of all experts do.
         bias: the router and both projections have biases.
         transposed: matrices are stored (in, out), and gate and up projection alternate channel by channel; otherwise
             the gates of all channels come first.
         writer, reader: the stacks' names in the module.
         norms: modules that go with the block.
-        step, dense: the configuration's fields by which layers have an MLP instead: all but every so many-th, and those
-            in a list. None: all layers have experts.
+        step, dense: the configuration's fields that give layers an MLP instead: all except every `step`-th layer, and
+        those in the list `dense`. None: all layers have experts.
     """
 
     module: str
@@ -107,7 +109,7 @@ class Experts:
     dense: str | None = None
 
     def are_in(self, layer: int, config: Any) -> bool:
-        """Whether a layer has experts."""
+        """Return whether a layer has experts."""
         if self.dense and layer in getattr(config, self.dense):
             return False
         return not self.step or (layer + 1) % int(getattr(config, self.step)) == 0
@@ -115,12 +117,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class StandIn:
-    """Another family that computes the same and holds head counts that this one's configuration refuses.
+    """Another family with the same computation, whose configuration accepts head counts that this one refuses.
 
     Attributes:
         name: of that family.
         unless: fields that must not be true.
-        dropped: fields that it does not have, besides those.
+        dropped: further fields that it does not have.
         fields: that it needs.
     """
 
@@ -135,12 +137,12 @@ class Vllm:
     """How vLLM runs the family.
 
     Attributes:
-        native: by a class of its own; otherwise by its transformers backend.
+        native: with a class of its own; otherwise with the transformers backend.
         takes_head_dim: that class reads `head_dim`; otherwise fewer heads need the transformers backend.
         native_unless: fields that must not be true, because that class ignores or refuses them.
         backend: the transformers backend runs the family, too.
-        per_layer: the plug-in numprune-vllm runs it where layers differ, in either way.
-        layers_as: another family whose class of vLLM's builds layers of any size, and fields that it then needs.
+        per_layer: the plug-in numprune-vllm runs it with layers of different sizes, in either way.
+        layers_as: another family whose vLLM class builds layers of any size, and the fields that it then needs.
     """
 
     native: bool = True
@@ -162,39 +164,39 @@ class Family:
     Attributes:
         name: its `model_type`.
         attention, mlp: the blocks of a layer, in the order in which they write to the residual stream; no `mlp`: every
-            layer has experts in its place.
+            layer has experts instead.
         experts: of sparse layers, or None.
-        shared: the MLP that all tokens of a sparse layer go through besides, or None.
-        tasks: that its models are for.
-        prefix: of the following paths, in models that are more than the base model (of encoders).
-        layers, embedding, final_norm: paths in the model; no `final_norm`: the last layer's is the last.
+        shared: the MLP that processes all tokens of a sparse layer in addition, or None.
+        tasks: of its models.
+        prefix: of the following paths, in models that contain the base model (encoders).
+        layers, embedding, final_norm: paths in the model; no `final_norm`: there is none after the last layer.
         around: further tensors of the base model -> their shapes.
-        projection: path of the linear map from embeddings to hidden states that there is where `embedding_size` is not
+        projection: path of the linear map from embeddings to hidden states, present if `embedding_size` differs from
             the hidden size, or None.
-        heads_of: task -> tensors of its models' heads, by full name, but for tied ones -> their shapes.
-        untied: tensors of the head that are tied where the configuration ties embeddings.
+        heads_of: task -> tensors of its models' heads, by full name and without tied ones -> their shapes.
+        untied: tensors of the head that are tied if the configuration ties embeddings.
         reserved_positions: learned positions that no token can have: up to that of padding.
-        indexed: a layer is built from its index, too.
-        positions: path of learned positions and how many they are beyond the context, or None.
+        indexed: the constructor of a layer takes its index, too.
+        positions: path of learned positions and their number beyond the context, or None.
         heads, kv_heads, width: the configuration's fields for a layer's sizes; no `kv_heads`: no grouping.
         shared_width: the configuration's field for the width of `shared`.
-        default_width: the MLP's width in hidden sizes where `width` is not set, or None: it must be.
+        default_width: the MLP's width in hidden sizes if `width` is not set; None: it must be set.
         norm_bias: norms have a bias.
         transposed: matrices are stored (in, out).
-        interleaved: in a matrix with several parts a unit has all its parts, then comes the next unit; otherwise all
-            units' first parts come first.
-        parallel: both blocks read what enters the layer.
+        interleaved: in a matrix with several parts, all parts of a unit are adjacent; otherwise the first parts of all
+            units come first.
+        parallel: both blocks read the input of the layer.
         residual_scale: the field of the factor by which a block's output is multiplied, or None.
-        stock_heads: what the stock configuration holds: `any` number of heads of the same size, `divisors` of the
-            hidden size, or `all` that the hidden size has room for.
-        stand_in: holds the rest, or None.
-        requires: field, or "field.key", -> the values that this description is right for.
+        stock_heads: the head counts that the stock configuration accepts: `any`, `divisors` of the hidden size, or only
+            `all` that fill the hidden size.
+        stand_in: the family for other head counts, or None.
+        requires: field, or "field.key" -> the values to which this description applies.
         equal: field -> another that must have the same value.
         attention_implementation: of transformers.
-        per_layer: fields that say something of single layers, besides `layer_types` -> what; they are renumbered where
-            layers are dropped.
-        computed: ends of the names of tensors that a checkpoint may hold and its model does without: older versions of
-            transformers stored what newer ones compute.
+        per_layer: per-layer fields other than `layer_types` -> their meaning; they are renumbered if layers are
+            dropped.
+        computed: suffixes of tensors that a checkpoint may contain although its model computes them: older versions of
+            transformers stored them.
         vllm: how it is served.
     """
 
@@ -235,7 +237,7 @@ class Family:
     vllm: Vllm = field(default_factory=Vllm)
 
     def flag(self, flag: Flag, config: Any) -> bool:
-        """Return what the family or the configuration says."""
+        """Return the value of the family or of the configuration."""
         return flag if isinstance(flag, bool) else bool(getattr(config, flag))
 
 
@@ -249,7 +251,7 @@ def attention(
     sizes: Mapping[str, Counted] | None = None,
     **wiring: Any,
 ) -> Wiring:
-    """Return attention with a projection each for queries, keys and values, by the names that most decoders use."""
+    """Return attention with separate projections of queries, keys and values, by the names that most decoders use."""
     parts: tuple[tuple[str, Part], ...] = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
     return Wiring(
         writers=tuple(Matrix(f"{module}.{name}", (part,), bias) for name, part in parts),

@@ -1,6 +1,6 @@
 from numprune.families.family import Family, Vllm, attention, gated_mlp
 
-# A norm in front of each block and another behind it.
+# A norm before each block and another after it.
 ATTENTION = attention(
     bias="attention_bias",
     reader_bias="attention_bias",

@@ -5,7 +5,7 @@ LLAMA = Family(
     attention=attention(bias="attention_bias", reader_bias="attention_bias"),
     mlp=gated_mlp(bias="mlp_bias"),
     stock_heads="divisors",
-    # Mistral is the same network, and nothing of it checks that heads divide the hidden size.
+    # Mistral is the same network, and does not check that heads divide the hidden size.
     stand_in=StandIn(
         "mistral",
         unless=("attention_bias", "mlp_bias"),

@@ -19,6 +19,6 @@ PHI3 = Family(
         modules=("mlp",),
         norms=("post_attention_layernorm",),
     ),
-    requires={"rope_parameters.rope_type": ("default",)},  # the others have a table of the length of the heads
+    requires={"rope_parameters.rope_type": ("default",)},  # the others have a table as long as half a head
     vllm=Vllm(per_layer=True),
 )

@@ -1,4 +1,4 @@
-"""What models are for, a file for each task: reading text, predictions, losses and metrics."""
+"""The tasks of models, one file each: reading text, predictions, losses and metrics."""
 
 from numprune.tasks.causal import CAUSAL
 from numprune.tasks.task import MINIMUM_DOCUMENTS, Comparison, Predictions, Quality, Task, TaskName

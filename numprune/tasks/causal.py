@@ -1,4 +1,4 @@
-"""Causal language models: each token's NLL given those before it."""
+"""Causal language models: the NLL of each token given the preceding ones."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -15,7 +15,7 @@ from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head
 
 
 class Causal:
-    """A causal language model (numprune.tasks.Task). All tokens of a row are scored but the first."""
+    """A causal language model (numprune.tasks.Task). All tokens of a row except the first are scored."""
 
     name: ClassVar[TaskName] = "causal-lm"
     unit: ClassVar[str] = "nats/token"

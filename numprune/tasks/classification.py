@@ -1,4 +1,4 @@
-"""Sequence classification: how a model's class distributions differ from the dense model's, and from labels."""
+"""Sequence classification: differences of class distributions from the dense model's, and from labels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, batc
 class Classification:
     """A classifier of texts into one class each (numprune.tasks.Task).
 
-    With labels the loss is their NLL, without them the KL divergence from the dense model's distribution.
+    With labels, the loss is their NLL; without labels, it is the KL divergence from the dense model's distribution.
 
     Attributes:
         classes: name of each class -> its index.
@@ -42,7 +42,7 @@ class Classification:
     def heldout_rows(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        """The texts; of labelled ones the first window, which is what a classifier reads of a long text."""
+        """Return the texts; of labelled ones only the first window, because a classifier truncates long texts."""
         rows = text_rows(documents, tokenizer, length, pack)
         if all(document.label is None for document in documents):
             return rows
@@ -137,7 +137,7 @@ def _distributions(
 
 
 def _quality(found: Tensor, rows: TokenRows) -> Quality | None:
-    """The NLL of the labels by log-probabilities (rows, V), where there are labels."""
+    """Return the NLL of the labels by log-probabilities (rows, V), if there are labels."""
     if rows.labels is None:
         return None
     labels = torch.tensor([rows.labels[document] for document in rows.document])

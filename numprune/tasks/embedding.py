@@ -1,4 +1,4 @@
-"""Sentence embeddings: how far a model's are from the dense model's."""
+"""Sentence embeddings: their distance from the dense model's."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from numprune.tasks.task import Comparison, Predictions, TaskName, batches, comp
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "last"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-_COMPARED = 2_000  # texts whose pairs are ranked: two million pairs
+_COMPARED = 2_000  # texts whose pairs are ranked: 2 million pairs
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Embedding:
     """A sentence embedding model (numprune.tasks.Task).
 
     Attributes:
-        pooling: what of a text's token states its embedding is, by the names of sentence-transformers.
-        normalized: it is brought to length 1.
-        declared: the checkpoint says so; otherwise mean pooling is assumed.
+        pooling: how token states become a text's embedding, by the names of sentence-transformers.
+        normalized: embeddings are scaled to length 1.
+        declared: the checkpoint declares the pooling; otherwise mean pooling is assumed.
     """
 
     pooling: Pooling = "mean"
@@ -112,7 +112,7 @@ class Embedding:
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Return the embeddings (n, H) of token states (n, S, H), of which `mask` (n, S) says which are tokens."""
+    """Return the embeddings (n, H) of token states (n, S, H); `mask` (n, S) marks tokens."""
     kept = mask[..., None].to(hidden.dtype)
     if pooling == "cls":
         return hidden[torch.arange(mask.shape[0]), mask.argmax(1)]  # the first token: padding may come before it
@@ -127,7 +127,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Return Spearman's correlation of all pairs' cosines, of unit embeddings (n, V) of the same n > 2 texts.
 
-    Of more than 2,000 texts, that many evenly spread ones count.
+    If there are more than 2,000 texts, 2,000 evenly spread ones are used.
     """
     from scipy import stats  # here: the import takes half a second
 
@@ -138,7 +138,7 @@ def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings (n, V) in float64 and of length 1. Raises IntegrityError when one is not finite."""
+    """Return the embeddings (n, V) in float64, scaled to length 1. Raises IntegrityError if one is not finite."""
     lengths = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(lengths).all() or not (lengths > 0).all():
         raise IntegrityError("the model's embeddings are zero or not finite; its weights are damaged or overflow")

@@ -1,4 +1,4 @@
-"""NLL of tokens, and what two language models' distributions of the same tokens differ in."""
+"""NLL of tokens, and differences between two language models' token distributions."""
 
 from collections.abc import Callable
 from typing import ClassVar, Protocol
@@ -13,7 +13,7 @@ from numprune.tasks.task import Comparison, Predictions, Quality, Task, batches,
 
 
 class LanguageTask(Task, Protocol):
-    """A task whose predictions are distributions of tokens of the text.
+    """A task whose predictions are distributions over tokens of the text.
 
     Attributes:
         kl: name of the metric that is the mean KL divergence, with its unit.
@@ -22,7 +22,7 @@ class LanguageTask(Task, Protocol):
     kl: ClassVar[str]
 
     def targets(self, rows: TokenRows, index: list[int], tokens: Tensor) -> Tensor:
-        """Return the tokens (n, P) that are to be predicted of the rows `index`, whose tokens are (n, S)."""
+        """Return the tokens (n, P) to predict in the rows `index`, whose tokens are (n, S)."""
 
     def add(self, sums: np.ndarray, rows: TokenRows, index: list[int], values: np.ndarray) -> None:
         """Add values (n, P) of the rows `index` to the `sums` (spans,) of their spans."""
@@ -82,8 +82,8 @@ def log_probabilities(model: Predictions, states: Tensor) -> Tensor:
 def token_nll(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     """Return the NLL of each target, (p,) in nats, float64 so that long sums stay exact.
 
-    One logit that is NaN or infinite makes every probability of its position NaN, or the right token's zero; either way
-    its NLL is not finite, and looking at that is cheaper than looking at all logits.
+    A NaN or infinite logit makes every probability of its position NaN, or that of the right token zero. Either way,
+    its NLL is not finite, and checking that is cheaper than checking all logits.
     """
     nll = -log_probabilities.gather(-1, targets[:, None])[:, 0].double()
     if not torch.isfinite(nll).all():
@@ -112,4 +112,4 @@ def draw_labels(log_probabilities: Tensor, draw: torch.Generator) -> Tensor:
     """Return a label (p,) drawn from each of the distributions (p, V), by a generator on the CPU."""
     chances = torch.rand(len(log_probabilities), 1, generator=draw).to(log_probabilities.device)
     drawn = (log_probabilities.detach().exp().cumsum(-1) < chances).sum(-1)
-    return drawn.clamp_max(log_probabilities.shape[-1] - 1)  # a sum may end just below 1
+    return drawn.clamp_max(log_probabilities.shape[-1] - 1)  # the cumulative sum may end just below 1

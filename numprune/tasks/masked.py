@@ -1,4 +1,4 @@
-"""Masked language models: the NLL of tokens that are hidden from the model."""
+"""Masked language models: the NLL of masked tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ _SEED = 0
 class Masked:
     """A masked language model (numprune.tasks.Task): 15 % of a row's tokens are masked and scored.
 
-    Which ones follows from a fixed seed and the row's place in the text, so every model is asked the same. A masked
-    token is always replaced by the mask token: the random and the unchanged ones of BERT's training are no use here.
+    The choice depends on a fixed seed and the row's position in the text, so it is the same for every model. A masked
+    token is always replaced by the mask token; the random and unchanged tokens of BERT's training are not needed here.
 
     Attributes:
         mask_token: its id.
@@ -44,7 +44,7 @@ class Masked:
     def calibration_rows(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        """The rows with their masks: pruning sees what the model is fed with."""
+        """Return the rows with their masks applied, so that pruning sees the model's real input."""
         rows = self.heldout_rows(documents, tokenizer, length, pack)
         return replace(rows, rows=[self.masked(index, row) for index, row in enumerate(rows.rows)])
 
@@ -64,7 +64,7 @@ class Masked:
         return torch.from_numpy(np.sort(first))
 
     def masked(self, index: int, row: Tensor) -> Tensor:
-        """Return the row (S,) with this index as the model is fed with it."""
+        """Return the row (S,) with this index with its masks applied."""
         return row.index_fill(0, self.positions(index, row), self.mask_token)
 
     def scored(self, rows: TokenRows) -> np.ndarray:
@@ -127,7 +127,7 @@ class Masked:
 
 
 def masked_lm(tokenizer: PreTrainedTokenizerBase) -> Masked:
-    """Return the task of a masked language model with this tokenizer. Raises InputError when it has no mask token."""
+    """Return the task of a masked language model with this tokenizer. Raises InputError if it has no mask token."""
     if tokenizer.mask_token_id is None:
         raise InputError('the tokenizer has no mask token; set it in tokenizer_config.json ("mask_token")')
     return Masked(tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)))

@@ -1,4 +1,4 @@
-"""How text becomes the rows of an encoder: windows between the special tokens of its tokenizer."""
+"""Convert text to the rows of an encoder: windows framed by the special tokens of its tokenizer."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ _SAMPLE = "a"
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Return the special tokens that the tokenizer puts around a text, as [CLS] and [SEP].
+    """Return the special tokens that the tokenizer adds around a text, such as [CLS] and [SEP].
 
-    Raises InputError when it does something else to a text than to put tokens around it.
+    Raises InputError if it changes a text in any other way.
     """
     plain = tokenizer.encode(_SAMPLE, add_special_tokens=False)
     whole = tokenizer.encode(_SAMPLE)
