@@ -57,8 +57,8 @@ def prepare(opened: Registry, reference: str, workspace: Path) -> Deployment:
 
     Copies are kept in the workspace, by digest, and verified on every use; a damaged one is fetched again.
 
-    Raises InputError (no such version), IntegrityError (a file is not what was published, or a tensor not what the
-    configuration says), RegistryError.
+    Raises InputError (no such version), IntegrityError (a file differs from what was published, or a tensor contradicts
+    the configuration), RegistryError.
     """
     with opened.speaking():
         version = resolve(opened, registry.parse(reference))

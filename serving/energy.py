@@ -1,7 +1,7 @@
-"""Energy that a GPU takes, as NVML counts it: from boards of the Volta generation on, in millijoules.
+"""Energy of a GPU as counted by NVML, in millijoules, on boards of the Volta generation or newer.
 
-The counter is of the whole board, idle power included, and is updated every few milliseconds to tenths of a second.
-Works shorter than about a second are measured badly.
+The counter covers the whole board, including idle power, and is updated every few milliseconds to tenths of a second.
+Work shorter than about a second is measured inaccurately.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ from uuid import UUID
 
 
 class NotMeasured(Exception):
-    """Why there is no counter."""
+    """The reason why there is no counter."""
 
 
 class EnergyMeter:
-    """The counter of the GPU that a run computes on: CUDA's first.
+    """The counter of the GPU used by a run: CUDA's first device.
 
     Raises:
         NotMeasured: NVML, the device or its counter is missing.
@@ -35,7 +35,7 @@ class EnergyMeter:
             raise NotMeasured(f"NVML: {error}") from None
 
     def joules(self) -> float | None:
-        """Taken since the driver was loaded; None if NVML fails now."""
+        """Joules since the driver was loaded; None if NVML fails now."""
         try:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)) / 1e3
         except self._nvml.NVMLError:
@@ -43,7 +43,7 @@ class EnergyMeter:
 
 
 def open_meter(*, on_gpu: bool) -> tuple[EnergyMeter | None, str]:
-    """Return the meter, or None and why nothing is measured."""
+    """Return the meter, or None and the reason why nothing is measured."""
     if not on_gpu:
         return None, "not measured on a CPU"
     try:
@@ -53,7 +53,7 @@ def open_meter(*, on_gpu: bool) -> tuple[EnergyMeter | None, str]:
 
 
 def start_counting(meter: EnergyMeter | None) -> Callable[[], float | None]:
-    """Return a function that says how many joules were taken since; None where that is not measured."""
+    """Return a function that returns the joules used since this call; None if they are not measured."""
     before = meter.joules() if meter else None
 
     def taken() -> float | None:
@@ -64,10 +64,10 @@ def start_counting(meter: EnergyMeter | None) -> Callable[[], float | None]:
 
 
 def _first_device() -> UUID:
-    """CUDA's first device, by the driver. Raises NotMeasured.
+    """The UUID of CUDA's first device, from the driver. Raises NotMeasured.
 
-    NVML counts boards in the order of their bus, CUDA by default the fastest first, and only those that
-    CUDA_VISIBLE_DEVICES names. A part of a board (MIG) has a UUID of its own, which NVML does not count by.
+    NVML orders boards by bus id. CUDA by default puts the fastest first, and only lists those in CUDA_VISIBLE_DEVICES.
+    A part of a board (MIG) has its own UUID, for which NVML has no energy counter.
     """
     driver = _open_driver()
     device, uuid = ctypes.c_int(), ctypes.create_string_buffer(16)

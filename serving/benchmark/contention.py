@@ -21,8 +21,8 @@ STOLEN_SHARE = 0.25
 class Contention:
     """CPU contention during a measurement; `reasons` is empty if it does not invalidate the measurement.
 
-    A side's waited share refers to the time that it ran or was ready to run, over all its measured repeats; None where
-    the kernel does not report it.
+    A side's waited share refers to the time that it ran or was ready to run, over all its measured repeats; None if the
+    kernel does not report it.
     """
 
     baseline_waited_share: float | None

@@ -26,7 +26,7 @@ class Generation:
 class Repeat:
     """The whole load, done once by one side; the seconds its threads ran, and waited for a CPU.
 
-    `joules`: that the GPU took meanwhile; None where that was not measured.
+    `joules`: energy of the GPU during it; None if it was not measured.
     """
 
     batches: tuple[Generation, ...]
@@ -37,7 +37,7 @@ class Repeat:
     @classmethod
     def from_json(cls, answer: Mapping[str, Any]) -> "Repeat":
         batches = tuple(Generation(**batch) for batch in answer["batches"])
-        return cls(batches, **answer["threads"], joules=answer.get("joules"))  # looks of earlier versions have none
+        return cls(batches, **answer["threads"], joules=answer.get("joules"))  # missing in looks of earlier versions
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads and a worker sends: every step, so that looks can be pooled later."""
@@ -71,4 +71,4 @@ class Repeat:
 
 
 METRICS = ("ttft", "itl", "e2e", "decode_tokens_per_s", "prefill_tokens_per_s")
-ENERGY = "joules_per_token"  # of those put out; a metric where it was measured
+ENERGY = "joules_per_token"  # per output token; only if it was measured

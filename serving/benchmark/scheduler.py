@@ -23,7 +23,7 @@ class ThreadTimes:
 
 
 def thread_times(pid: int | None = None) -> ThreadTimes:
-    """Of a process, by default this one, since its threads started."""
+    """The times of a process, by default this one, since its threads started."""
     ran_ns = waited_ns = 0
     for file in Path(f"/proc/{pid or 'self'}/task").glob("*/schedstat"):
         try:

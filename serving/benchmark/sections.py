@@ -111,7 +111,7 @@ def ratios(looks: Sequence[Look[R]], metrics: Sequence[str]) -> Section:
 def by_repeat(repeats: Sequence[Measured], metrics: Sequence[str]) -> dict[str, list[float | None]]:
     """The value of each repeat; None if a request failed or the value is NaN.
 
-    Energy is left out where none was measured.
+    Energy is left out if it was not measured.
     """
     measured = [{} if repeat.failed else repeat.metrics() for repeat in repeats]
     values = {

@@ -33,8 +33,8 @@ class Session:
     def __init__(self) -> None:
         self._runtime: Runtime | Encoder
         self._energy: EnergyMeter | None
-        self._facts: Answer  # what the description says besides
-        self._peak: Peak | None  # None: on a GPU that torch, which reads its memory, does not see
+        self._facts: Answer  # further facts of the description
+        self._peak: Peak | None  # None: on a GPU that torch does not see, so its memory cannot be read
         self._work: Callable[[], Sequence[Generation | Pass]]
 
     @property

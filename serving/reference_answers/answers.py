@@ -25,7 +25,7 @@ class Tolerance:
     p99: float | None = None
 
 
-# The least tolerances of log-probabilities, in nats. Measured with the embedded model on vLLM 0.32 for CPUs (worst,
+# The smallest tolerances of log-probabilities, in nats. Measured with the embedded model on vLLM 0.32 for CPUs (worst,
 # mean): float32 1e-5, 2e-6; bfloat16 0.14, 0.015; float16 0.01, 0.002. The weights of another release change the mean
 # by several nats.
 TOLERANCES = {
@@ -42,10 +42,11 @@ POOLED_TOLERANCES = {
 # Checkpoints with large hidden values have far larger rounding errors: SmolLM2-135M at half size 6.7 and 0.18 in
 # bfloat16, in transformers itself. The tolerance is at least this multiple of that error, which the reference records.
 _ROUNDING_FACTOR = 4
-# Of a quantized model's own error. Half precision moves some activations to another 8-bit step, so it exceeds that of
-# the unquantized model: 0.061 on average in place of 0.013 for the embedded model in FP8, computed in bfloat16.
+# Multiple of a quantized model's own error. Half precision moves some activations to another 8-bit step, so this error
+# exceeds that of the unquantized model: 0.061 on average instead of 0.013 for the embedded model in FP8, computed in
+# bfloat16.
 _QUANTIZED_FACTOR = 2
-_LEAST_P99 = 0.5  # of the least tolerance of the worst
+_LEAST_P99 = 0.5  # share of the smallest tolerance of the worst
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 LogProbability = Annotated[float, Field(le=1e-6, allow_inf_nan=False)]
@@ -94,19 +95,19 @@ class Rounding(_Model):
 
 
 class Noise(_Model):
-    """Errors of what is compared: their mean and their 99th percentile."""
+    """Mean and 99th percentile of the errors."""
 
     mean: Annotated[Finite, Field(ge=0)]
     p99: Annotated[Finite, Field(ge=0)]
 
 
 class _Answers(_Model):
-    """What all reference answers have.
+    """The fields of all reference answers.
 
     Attributes:
         rounding: transformers' own error in each precision, except those in which the model overflows.
-        noise_floor: of a quantized release, transformers' own error in half precision on the model before it was
-            quantized. Other and older releases have none.
+        noise_floor: for a quantized release, transformers' own error in half precision on the unquantized model. Other
+            and older releases have none.
     """
 
     least: ClassVar[Mapping[str, Tolerance]]
@@ -129,14 +130,14 @@ class _Answers(_Model):
         return Tolerance(worst, max(least.mean, mean), max(_LEAST_P99 * least.worst, p99))
 
     def write(self, release: Path) -> None:
-        # Earlier versions of numprune read what has neither noise floor nor percentiles.
+        # Without noise floor and percentiles, earlier versions of numprune can read it.
         absent = None if self.noise_floor else {"noise_floor"}
         content = self.model_dump_json(by_alias=True, exclude=absent, exclude_none=True)
         (release / FILE_NAME).write_text(f"{content}\n", encoding="utf-8")
 
 
 class CompletionAnswers(_Answers):
-    """What a server of a causal language model must answer. Older releases have no `rounding`."""
+    """The expected answers of a causal language model's server. Older releases have no `rounding`."""
 
     least = TOLERANCES
 
@@ -159,7 +160,7 @@ class PooledText(_Model):
 
 
 class PooledAnswers(_Answers):
-    """What a server of an encoder must answer: embeddings normalized to length 1, or class probabilities."""
+    """The expected answers of an encoder's server: embeddings normalized to length 1, or class probabilities."""
 
     least = POOLED_TOLERANCES
 

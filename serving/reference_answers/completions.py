@@ -23,9 +23,9 @@ _WRONG_SHARE = 0.01  # of the greedy tokens with a clear lead
 def check(url: str, reference: CompletionAnswers, dtype: str, api_key: str | None = None) -> dict[str, Any]:
     """Compare the server at `url`, which computes in `dtype` and may require an API key, with the reference.
 
-    Where the server chooses another greedy token than the reference, it goes on from the reference's. Of the tokens
-    that lead the second best by more than the tolerance (of the 99th percentile, where there is one), 99 % must be
-    equal, and all that lead by more than twice that.
+    If the server chooses another greedy token than the reference, it continues from the reference's. Of the tokens that
+    lead the second best by more than the tolerance (that of the 99th percentile, if there is one), 99 % must be equal,
+    and all that lead by more than twice the tolerance.
 
     Returns:
         dtype, tolerance (of the worst), positions compared, the largest difference and its place (prompt, position,
@@ -98,7 +98,7 @@ def _prefill(client: httpx.Client, model: str, reference: CompletionAnswers) -> 
 
 
 def _decode(client: httpx.Client, model: str, reference: CompletionAnswers) -> Iterator[_Step]:
-    """Every greedy step. After another token than the reference's, the server is asked to go on from the reference's.
+    """Every greedy step. After a different token, the server is asked to continue from the reference's.
 
     Which token has the largest log-probability may differ in a near tie; the value may not.
     """

@@ -112,7 +112,7 @@ def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The model name from the kernel, or the architecture where the kernel has no name (Arm)."""
+    """The model name from the kernel, or the architecture if the kernel has no name (Arm)."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8", errors="replace").splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

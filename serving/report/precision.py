@@ -39,7 +39,7 @@ def quantized(found: Quantization) -> str:
     groups = f", {found.group_size} channels per scale" if found.group_size else ""
     sizes = found.weight_bytes
     if sizes.baseline == sizes.candidate:
-        return "The budget leaves every block in the precision that it is stored in: no weight was quantized."
+        return "The budget leaves every block in its stored precision: no weight was quantized."
     each = ", ".join(f"{count} block{'' if count == 1 else 's'} in {bits} bits" for bits, count in _counts(found))
     to = "the bits chosen for each block" if found.scheme == "mixed" else found.scheme
     return (
@@ -49,12 +49,12 @@ def quantized(found: Quantization) -> str:
 
 
 def _counts(found: Quantization) -> list[tuple[int, int]]:
-    """Bits of weights, the most first, and how many blocks have them."""
+    """Bits of weights, largest first, and the number of blocks with them."""
     return sorted(Counter(found.bits.values()).items(), reverse=True)
 
 
 def bits_by_layer(found: Quantization) -> dict[str, str]:
-    """Kind of block -> the bits of its weights in each layer; empty where all blocks have the same."""
+    """Kind of block -> the bits of its weights in each layer; empty if all blocks have the same."""
     kinds = by_kind({name: (bits, bits) for name, bits in found.bits.items()})
     return {
         BLOCKS[kind]: "; ".join(

@@ -5,7 +5,7 @@ from numprune.serving.report.models import Recovery
 
 
 def described(found: Recovery) -> str:
-    """What was trained on, for how long, and what it brought."""
+    """Return the training in one sentence: data, duration and gain."""
     kl = found.selection_kl_nats_per_token
     kept = (
         f"The weights after step {found.best_step:,} of {found.steps:,} were kept, the best on selection rows"

@@ -244,10 +244,10 @@ def start(
 
 
 def _compiled() -> str:
-    """Where torch keeps what it compiles, for the next server, too: its own default, but not in one that is removed."""
+    """The cache of compiled code, shared with later servers: torch's default, outside the temporary folder."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # as in a container that runs under an arbitrary number
+    except (KeyError, OSError):  # as in a container with an arbitrary user id
         user = f"uid_{os.getuid()}"
     return str(Path(disk.temporary_folder(), f"torchinductor_{user}"))
 

@@ -66,7 +66,7 @@ class Request:
 class Requests:
     """One run of the load at one concurrency, with the seconds that the server's threads ran and waited for a CPU.
 
-    `joules`: that the GPU took meanwhile, while the server had nothing to do too; None where that was not measured.
+    `joules`: energy of the GPU during it, including idle time of the server; None if it was not measured.
     """
 
     concurrency: int

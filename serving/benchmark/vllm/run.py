@@ -60,11 +60,12 @@ def run_served(
         startup_timeout_s: limit for a server to become ready.
 
     Returns:
-        By candidate, what `run_benchmark` gives of other runtimes: `speed`, `memory`, `environment`, `samples`.
+        By candidate, the same keys as `run_benchmark` returns for other runtimes: `speed`, `memory`, `environment`,
+        `samples`.
 
     Raises:
         InputError: a folder that vLLM cannot serve, or that does not match the load or the baseline.
-        IntegrityError: a checkpoint's tensors are not what its configuration says.
+        IntegrityError: a checkpoint's tensors contradict its configuration.
         MissingRuntime: a checkpoint needs the plug-in, which is not installed.
         ServerError: a server did not start, or died.
         BenchmarkFailed: too many requests failed.

@@ -12,8 +12,8 @@ from numprune.serving.report.models.fields import Count, Model, ModelName, Numbe
 class Identity(Model):
     """SHA-256 digests of inputs and outputs; None for those that this run does not have.
 
-    `name`: of the model that a release becomes a version of. `pruned`: of the checkpoint that was trained or quantized,
-    `recovered`: of the one that training made; `recovery_rows`: what it was trained on and chosen by.
+    `name`: the registered model of which a release becomes a version. `pruned`: the checkpoint before training or
+    quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection.
     """
 
     name: ModelName | None = None
@@ -77,7 +77,7 @@ class Pruning(Model):
     allocation: str
     compensation: str
     ratio_asked: Number = None  # of the prunable parameters
-    budget_asked: Number = None  # bytes of weights, in the place of a ratio
+    budget_asked: Number = None  # bytes of weights, instead of a ratio
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
@@ -109,13 +109,12 @@ class Recovery(Model):
     """How the pruned weights were trained (see numprune.recovery).
 
     Attributes:
-        train: which weights: "all", "lora" for adapters, which were merged, or "blocks" for some blocks'.
-        best_step: whose weights were kept; 0: those from before training.
-        parameters: how many were trained.
-        blocks: those blocks: name -> KL from the dense model, nats per token, with that block alone pruned.
+        train: the trained weights: "all", "lora" for adapters, which were merged, or "blocks" for those of some blocks.
+        best_step: the step whose weights were kept; 0: those before training.
+        parameters: number of trained parameters.
+        blocks: the trained blocks: name -> KL from the dense model, nats per token, with only that block pruned.
         seconds: wall time.
-        selection_kl_nats_per_token: divergence from the dense model before training and of what was kept, on rows
-            that were not trained on but chosen by.
+        selection_kl_nats_per_token: KL from the dense model before training and of the kept weights, on held-back rows.
     """
 
     method: str
@@ -132,9 +131,9 @@ class Recovery(Model):
 
 
 class Quantization(Model):
-    """What the pruned weights are stored as (see numprune.quantization).
+    """How the pruned weights are stored (see numprune.quantization).
 
-    `bits`: of the weights of each block, where the scheme is mixed; `weight_bytes`: before and after.
+    `bits`: of the weights of each block, if the scheme is mixed; `weight_bytes`: before and after.
     """
 
     scheme: str

@@ -31,8 +31,8 @@ class SpeedSide(Model):
     """Figures that a runtime does not have are None.
 
     TPOT, output tokens over the whole duration and good requests are for servers; `latency_ms` (of one forward pass)
-    and `samples_per_s` are the only figures of encoders. `joules_per_token` is energy of the GPU over the tokens that
-    were put out, prefill included.
+    and `samples_per_s` are the only figures of encoders. `joules_per_token` is the energy of the GPU, including
+    prefill, per output token.
 
     `by_repeat` has the value of each repeat by ratio name (latencies in ms), None for repeats with a failed request.
     """

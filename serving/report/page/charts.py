@@ -231,7 +231,7 @@ class Layers:
 
 
 def layers(key: str, title: str, kinds: Sequence[Layers]) -> Markup | None:
-    """The units that each layer keeps: filled bars in the outline of the original; a cross if none is left."""
+    """The units kept in each layer: filled bars in the outline of the original; a cross if none is left."""
     if not kinds or not all(0 < len(kind.kept) <= MAXIMUM_LAYERS for kind in kinds):
         return None
     if not drawable(of for kind in kinds for _, _, of in kind.kept) or any(

@@ -24,19 +24,19 @@ class PerLayerBackend(TransformersForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def _create_hf_to_vllm_mapper(self) -> None:
-        """Map every tensor: GPT-2's pattern of those to ignore, "attn.bias", also matches biases of its own."""
+        """Map every tensor: GPT-2's ignore pattern "attn.bias" also matches real biases."""
         self.model._keys_to_ignore_on_load_unexpected = None
         super()._create_hf_to_vllm_mapper()
 
     def recursive_replace(self) -> None:
-        """vLLM knows an attention module by its layer's index, ours by its place in transformers' KV cache."""
+        """vLLM addresses an attention module by its layer's index, ours by its index in transformers' KV cache."""
         for block, path in self._attentions():
             if block.units:
                 self.get_submodule(path).layer_idx = block.layer
         super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = "") -> None:
-        """Create attention for every layer, as vLLM needs; skipped blocks lose theirs again."""
+        """Create attention for every layer, as vLLM requires; that of skipped blocks is removed again."""
         skipped = {block.layer: path for block, path in self._attentions() if not block.units}
         for index, path in skipped.items():
             self.attention_fusers[index] = (path, AttentionFuser(source_cls="numprune"))

@@ -1,7 +1,7 @@
 """vLLM's own models with each layer built from its own configuration.
 
-A layer's modules have transformers' names in vLLM, but for projections that it fuses. So the family's description
-determines which modules to silence if a layer lacks a block.
+A layer's modules have the same names in vLLM as in transformers, except for fused projections. So the family's
+description determines which modules to silence if a layer lacks a block.
 """
 
 import copy
@@ -44,7 +44,7 @@ class _PerLayer:
         return super().__new__(cls)
 
     def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        Preflight.verify_and_update_config(vllm_config)  # again, so that nothing rests on who calls it
+        Preflight.verify_and_update_config(vllm_config)  # again, so that it does not depend on the caller
         if not isinstance(get_offloader(), NoopOffloader):
             raise ValueError("vLLM cannot offload weights of models whose layers differ; serve without offloading")
         config = vllm_config.model_config.hf_config
@@ -100,7 +100,7 @@ def native_class(name: str, family: Family) -> type[nn.Module]:
 
 
 def _layer_config(family: Family, config: PreTrainedConfig, index: int) -> PreTrainedConfig:
-    """Return what vLLM's class builds the layer from, perhaps with more heads than it has (see `_set_heads`)."""
+    """Return the configuration for vLLM's layer class, perhaps with more heads than it has (see `_set_heads`)."""
     sizes = copy.copy(config.per_layer_config[index])
     _, fields = family.vllm.layers_as or (family.name, {})
     for field, value in fields.items():

@@ -1,4 +1,4 @@
-"""What a configuration says of each layer's sizes, of every stored tensor's shape and data type, and of how it splits.
+"""Each layer's sizes, every stored tensor's shape and data type, and valid splits, from the configuration alone.
 
 vLLM is not needed. Shapes are those of the checkpoint.
 """
@@ -26,7 +26,7 @@ from numprune.quantization.compressed_tensors import (
 from numprune.target import not_split
 
 Shapes = dict[str, tuple[int, ...]]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # vLLM casts each of them to what it serves in
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # vLLM casts each to its own precision
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Expected:
 
     Attributes:
         shapes: of every tensor by name, including tied ones.
-        dtypes: name -> those that a tensor may have; of every other tensor `FLOATS`.
+        dtypes: name -> the allowed data types; `FLOATS` for all other tensors.
         tied: name of a tensor that need not be stored -> the one that it equals.
         computed: name suffixes of tensors that may be stored but are not read.
     """

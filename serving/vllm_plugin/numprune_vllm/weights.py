@@ -1,8 +1,8 @@
 """Weights passed to vLLM, each compared with the configuration first.
 
-vLLM's loaders narrow what is too large to the size they expect, cast what has another data type (integers of a grid to
-floating point), leave what is missing of a fused matrix uninitialised and drop biases they have no place for, all
-without an error. Nothing gets that far here.
+vLLM's loaders silently truncate tensors that are too large, cast other data types (quantized integers to floating
+point), leave missing parts of a fused matrix uninitialized, and drop biases that they do not expect. Such tensors are
+refused here first.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from numprune_vllm.sizes import FLOATS, Expected
 
-# As safetensors names them: what `Expected` has.
+# The data types of `Expected`, by safetensors' names.
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,7 +40,7 @@ class _Count:
     def add(self, name: str, shape: tuple[int, ...], dtype: str) -> None:
         """Count a tensor; `dtype` as safetensors names it.
 
-        Raises ValueError: it is unexpected, of another shape or data type, or there twice.
+        Raises ValueError: it is unexpected, duplicate, or has another shape or data type.
         """
         if name not in self._shapes:
             raise ValueError(f"{name}: stored, but the model that config.json describes has no such tensor")
@@ -76,7 +76,7 @@ def checked(weights: Iterable[tuple[str, Tensor]], expected: Expected) -> Iterat
     A tied output matrix may be absent; if present, it must equal the embedding and is not passed on.
 
     Raises:
-        ValueError: names the tensor that is unexpected, of another shape or data type, there twice or missing.
+        ValueError: names the tensor that is unexpected, missing, duplicate, or has another shape or data type.
     """
     count = _Count(expected)
     sources = {source: name for name, source in expected.tied.items()}
@@ -98,7 +98,7 @@ def audit(folder: Path, expected: Expected) -> None:
     """Compare the headers of a checkpoint's safetensors files with the `expected` tensors; nothing is loaded.
 
     Raises:
-        ValueError: as `checked`, or there are no such files.
+        ValueError: like `checked`, or there are no such files.
     """
     count = _Count(expected)
     for file in _files(folder):
