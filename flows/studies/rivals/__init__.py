@@ -1,6 +1,6 @@
-"""Published methods that are no criterion, allocation and compensation: what the comparison has beside those.
+"""Published methods that are not a criterion, an allocation and a compensation.
 
-Each is measured by its authors' definitions; none of them is offered by `numprune prune`.
+The comparison measures each by its authors' definitions. `numprune prune` offers none of them.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,22 @@ from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 from numprune.flows.studies.rivals.shortgpt import check_layers, shortgpt
 from numprune.flows.studies.rivals.slicegpt import check_blocks, slicegpt
+from numprune.flows.studies.rivals.wanda_sp import check_units, wanda_sp
 
 Rival = Callable[[PreTrainedModel, Tensor, float, int], Result]  # model (used up), rows, ratio, batch size
 
-RIVALS: dict[str, Rival] = {"shortgpt": shortgpt, "slicegpt": slicegpt}
-_CHECKS: dict[str, Callable[[Anatomy], None]] = {"shortgpt": check_layers, "slicegpt": check_blocks}
+RIVALS: dict[str, Rival] = {"shortgpt": shortgpt, "slicegpt": slicegpt, "wanda-sp": wanda_sp}
+_CHECKS: dict[str, Callable[[Anatomy], None]] = {
+    "shortgpt": check_layers,
+    "slicegpt": check_blocks,
+    "wanda-sp": check_units,
+}
 
 __all__ = ["RIVALS", "Result", "Rival", "check"]
 
 
 def check(name: str, anatomy: Anatomy, ratio: float) -> None:
-    """Refuse what the rival `name` cannot do before anything is run. Raises InputError."""
+    """Refuse a model or ratio that the rival `name` does not support. Raises InputError."""
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
     _CHECKS[name](anatomy)

@@ -87,6 +87,7 @@ def test_defaults_are_valid_and_flap_drops_its_bias_where_unsupported():
     ("method", "moments", "gradients"),
     [
         ("shortgpt", False, False),
+        ("wanda-sp", False, False),
         ("obs/uniform/joint", True, False),
         ("flap/global/sequential", True, False),
         ("wanda/uniform/none", True, False),
