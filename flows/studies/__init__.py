@@ -1,4 +1,4 @@
-"""Measurements that the documentation reports: methods and rivals side by side, speed, error rates, serving, memory.
+"""The measurements reported in the documentation: methods and rivals side by side, speed, error rates, serving, memory.
 
-No production stage depends on this package, so an edit here invalidates none.
+No production stage depends on this package, so a change here invalidates none.
 """

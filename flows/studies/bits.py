@@ -1,12 +1,12 @@
-"""Units and bits in one budget of bytes, beside pruning and then quantizing every block alike, at equal bytes.
+"""Compare choosing units and bits under a budget of bytes with pruning and uniform quantization of equal size.
 
     python -m numprune.flows.studies.bits
     python -m numprune.flows.studies.bits MODEL --text train.txt --heldout heldout.txt
 
-Each rival prunes by a ratio, sizes divided by error, and stores all blocks in one scheme. Its bytes are the budget of
-the rows below it: `units` removes units only, `bits` chooses a scheme for each block of the dense model, `units and
-bits` chooses both (numprune/quantization/allocation.py). All share one set of prices; weights are compensated, then
-quantized by GPTQ, as numprune prune and quantize do it.
+Each rival prunes by a ratio with the allocation `error` and stores all blocks in one scheme. Its size in bytes is the
+budget of the rows below it: `units` only removes units, `bits` chooses a scheme for each block of the dense model, and
+`units and bits` chooses both (numprune/quantization/allocation.py). All use the same prices. Weights are compensated
+and then quantized by GPTQ, as in numprune prune and quantize.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def as_markdown(rows: Sequence[Row], conditions: str) -> str:
 
 @dataclass(frozen=True)
 class _Study:
-    """A model, what its blocks may become, and what that is taken to cost."""
+    """A model, the possible forms of its blocks, and their prices."""
 
     name: str
     model: PreTrainedModel
@@ -141,7 +141,7 @@ class _Study:
         )
 
     def rows(self, rivals: Sequence[tuple[SchemeName, float]]) -> Iterator[Row]:
-        """Measure every rival, and what can be made of its bytes."""
+        """Measure every rival, and the alternatives with the same number of bytes."""
         for scheme, ratio in rivals:
             name = f"{scheme} of the dense model" if ratio == 0 else f"{ratio:.0%} pruned, then {scheme}"
             sizes = by_error(self.anatomy, ratio, self.allowed, self.errors)
@@ -237,7 +237,8 @@ def _rivals(text: str) -> list[tuple[SchemeName, float]]:
             found.append(("w4a16", share))
         else:
             raise InputError(
-                f"--rivals: {part[:80]!r} is not w8a8 or w4a16, with @ and a ratio from 0 to under 1 where it is pruned"
+                f"--rivals: {part[:80]!r} must be w8a8 or w4a16, optionally followed by @ and a ratio of at "
+                "least 0 and below 1"
             )
     return found
 

@@ -1,14 +1,14 @@
-"""A Llama of any size with random weights, written without ever holding it: to try what larger models need.
+"""Write a Llama of any size with random weights without holding it in memory, to test the needs of larger models.
 
     python -m numprune.flows.studies.large OUT [--gigabytes 6] [--hidden-size 2048] [--vocabulary 128256]
 
-It says nothing about quality. Pruned within 2 GiB, a limit that the shell sets (in KiB):
+It says nothing about quality. To prune it within 2 GiB, a limit set by the shell (in KiB):
 
     python -m numprune.flows.studies.large ./large
     (ulimit -d 2097152; numprune prune ./large ./pruned --ratio 0.3 --stream --text README.md --samples 4 \\
         --sequence-length 64 --criterion wanda --compensation sequential)
 
-The default criterion and compensation take about ten times as long; they were tried on the first layers only.
+The default criterion and compensation take about ten times as long; they were only tried on the first layers.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from numprune.flows.recipe import EMBEDDED_FOLDER
 from numprune.surgery import skeleton
 
 _DTYPE = torch.bfloat16
-_DEVIATION = 0.02  # of the weights, as Llama's are initialised
+_DEVIATION = 0.02  # standard deviation of Llama's initial weights
 
 
 def random_llama(total_bytes: int, hidden_size: int, vocabulary: int) -> LlamaConfig:
-    """Return the configuration of a Llama of at least `total_bytes` in bfloat16, with as many layers as that takes.
+    """Return the configuration of a Llama of at least `total_bytes` in bfloat16, with as many layers as needed.
 
     Heads of 64 channels, four of which share a KV head; the MLP is twice as wide as the hidden states.
 

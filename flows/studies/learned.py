@@ -1,11 +1,11 @@
-"""Learned masks beside training-free pruning: quality at equal sizes, with what each was trained on and how long.
+"""Compare learned masks with training-free pruning: quality at equal sizes, training tokens and time.
 
     python -m numprune.flows.studies.learned [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratios 0.3,0.5]
         [--variants faster,fast] [--tokens N] [--out DIR]
 
-Training-free are obs/uniform/joint and obs/error/joint. The masks of each variant are learned once; their plan is then
-followed without a refit and with the refit `joint` on the same calibration rows. `--out` keeps the table, with
-everything measured as JSON.
+The training-free methods are obs/uniform/joint and obs/error/joint. The masks of each variant are learned once; their
+plan is then applied without a refit and with the refit `joint` on the same calibration rows. `--out` keeps the table,
+and all measurements as JSON.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Row:
 
     Attributes:
         removed: share of the prunable parameters.
-        tokens: trained on; 0 where nothing is trained.
+        tokens: for training; 0 without training.
         seconds: of learning and pruning.
         quality: the report's section, against the dense model.
     """
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class _Made:
-    """A pruned checkpoint, and what it took."""
+    """A pruned checkpoint and its cost."""
 
     method: str
     folder: Path
@@ -175,7 +175,7 @@ def _training_free(base: Path, rows: Tensor, ratio: float, scratch: Path) -> Ite
 def _learned(
     base: Path, rows: Tensor, training: TrainingRows, asked: Request, ratio: float, scratch: Path
 ) -> Iterator[_Made]:
-    """Learn once, and follow the plan with each refit."""
+    """Learn once, and apply the plan with each refit."""
     out = scratch / f"{asked.variant}-{ratio}"
     options, device = replace(_LEARNED, ratio=ratio), device_of("auto")
     learned = learn_checkpoint(base, training, options, asked, out, device)

@@ -1,11 +1,11 @@
-"""What quantization adds to pruning: bytes, quality and speed of a model dense and pruned, each in every scheme.
+"""Compare a dense and a pruned model, each in every scheme, in bytes, quality and speed.
 
     python -m numprune.flows.studies.precision [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratio 0.3]
         [--schemes w8a8,w4a16:64] [--runtimes torch,onnxruntime,vllm] [--out DIR]
 
-Quality is that of each on the held-out text, in PyTorch. Each model is timed beside the dense one, in turns: in ONNX
-Runtime and vLLM as it is stored, quantized weights included; PyTorch computes with dequantized weights, and times only
-the dense and the pruned model. `--out` keeps the table, with everything measured as JSON.
+Quality is measured on the held-out text in PyTorch. Each model is timed in turns with the dense one. ONNX Runtime and
+vLLM run the stored (quantized) weights; PyTorch computes with dequantized weights, so only the dense and the pruned
+model are timed there. `--out` keeps the table, and all measurements as JSON.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from numprune.target import Target
 
 DENSE, PRUNED = "dense", "pruned"
 RUNTIMES: tuple[Runtime, ...] = ("torch", "onnxruntime", "vllm")
-_METRIC = {"vllm": "output_tokens_per_s"}  # of the others: decode_tokens_per_s
+_METRIC = {"vllm": "output_tokens_per_s"}  # other runtimes: decode_tokens_per_s
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Row:
 
     Attributes:
         weight_bytes: as stored.
-        quality: the report's section, against the dense model; of that, one of any other model.
-        quantization: the difference from the model before it was quantized, as in that section; None: it was not.
-        speed: runtime -> the report's section, of this model beside the dense one.
+        quality: the report's section, against the dense model; for the dense model, that of any other.
+        quantization: the difference from the unquantized model, as in that section; None if it is not quantized.
+        speed: runtime -> the report's section, of this model and the dense one.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Row:
 
 
 def markdown(rows: Sequence[Row], runtimes: Sequence[str], conditions: str) -> str:
-    """The table; the first of `rows` is the dense model, and "-" is what was not measured."""
+    """Return the table; the first of `rows` is the dense model, and "-" means not measured."""
     header = ["model", "weights, MB", "NLL, nats/token", "increase over dense", "increase by quantization"]
     header += [f"{runtime}, tokens/s (times dense)" for runtime in runtimes]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
@@ -167,7 +167,7 @@ def _study(args: argparse.Namespace) -> str:
     if not are_repeats(args.repeats):
         raise InputError(f"--repeats is {args.repeats}; it {REPEATS_RULE}")
     base = model_folder(args.model)
-    served = environment.find(args.vllm) if "vllm" in runtimes else None  # before the work
+    served = environment.find(args.vllm) if "vllm" in runtimes else None  # before any work
     for scheme in schemes:
         check_request(base, scheme)
     load = Load(repeats=args.repeats)
@@ -242,7 +242,7 @@ def _quality(
 def _timed(
     runtime: str, variants: Sequence[Variant], load: Load, served: environment.Environment | None, scratch: Path
 ) -> dict[str, dict[str, Any]]:
-    """What `run_benchmark` or `run_served` found of each model that the runtime computes with as it is stored."""
+    """Return results of `run_benchmark` or `run_served` for each model whose stored weights the runtime supports."""
     if served is not None and runtime == "vllm":
         sides = _served(variants, served, scratch)
         dense = sides.pop(DENSE)
@@ -261,7 +261,7 @@ def _timed(
 
 
 def _exported(variants: Sequence[Variant], scratch: Path) -> dict[str, Path]:
-    """The models for ONNX Runtime, with its own operators where the dense and the pruned model can be exported so."""
+    """Return the models for ONNX Runtime, with its own operators if the dense and the pruned model support them."""
     sides, kind = {}, genai.KIND
     try:
         for one in variants:
@@ -284,7 +284,7 @@ def _exported(variants: Sequence[Variant], scratch: Path) -> dict[str, Path]:
 
 
 def _served(variants: Sequence[Variant], served: environment.Environment, scratch: Path) -> dict[str, Path]:
-    """The models that vLLM serves on this machine."""
+    """Return the models that vLLM serves on this machine."""
     device = "cpu" if served.cpu else "gpu"
     sides = {}
     for number, one in enumerate(variants):

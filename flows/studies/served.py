@@ -1,10 +1,10 @@
-"""What pruning is worth on a server: the dense model and its pruned ones, each on a vLLM server, in one run.
+"""Compare the dense model and pruned ones on vLLM servers in one run.
 
     python -m numprune.flows.studies.served [MODEL] [--calibration FILE …] [--ratio 0.3] [--methods M,M] [--out DIR]
 
-A method is criterion/allocation/compensation: without arguments one that keeps all layers alike, and one that gives
-each its own size. Prunes, exports, starts all servers, drives them in turn and prints a Markdown table; `--out` keeps
-it, with everything measured as JSON.
+A method is criterion/allocation/compensation; the defaults are one with equal layers and one with layers of different
+sizes. Prunes, exports, starts all servers, measures them in turn and prints a Markdown table; `--out` keeps it, and all
+measurements as JSON.
 """
 
 import argparse
@@ -38,9 +38,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Row:
-    """One model: what it is called, its parameters, and what `run_served` found; of the dense model, what it found of
-    any of the others.
-    """
+    """A model's name, its parameters, and the result of `run_served`; for the dense model, that of any other model."""
 
     name: str
     parameters: int
@@ -56,7 +54,7 @@ class Row:
 
 
 def markdown(rows: Sequence[Row], load: ServedLoad) -> str:
-    """The table, a line for each model and concurrency, and its conditions; the first of `rows` is the dense model."""
+    """Return the table and its conditions, a line per model and concurrency; the first of `rows` is the dense model."""
     lines = [
         f"| model | parameters | tokens in {load.kv_cache_mib} MiB of KV cache | requests at a time | output tokens/s "
         "| of dense (95 % interval) | TTFT p50, ms | TPOT p50, ms |",

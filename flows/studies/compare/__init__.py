@@ -1,1 +1,1 @@
-"""Pruning methods side by side on one model, one calibration text and one held-out text, in one command."""
+"""Compare pruning methods on one model, one calibration text and one held-out text, with one command."""

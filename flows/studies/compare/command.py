@@ -34,8 +34,8 @@ part: --methods 'obs/*/sequential,flap/global/*,shortgpt'; --methods help lists 
   python -m numprune.compare ./my-model --text train.txt --heldout test.txt --ratios 0.1,0.2,0.3,0.5
   python -m numprune.compare ./my-model --text train.txt --samples 32,128,512 --methods obs/uniform/sequential
 
-Writes compare.csv, compare.md and compare.svg into --out, after each method anew, and prints the Markdown. The same
-command goes on after an interruption, and with more ratios, sizes or methods runs only what is not there yet.
+Writes compare.csv, compare.md and compare.svg into --out, updated after each method, and prints the Markdown. After an
+interruption, the same command resumes; with more ratios, sizes or methods, it runs only what is missing.
 """
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"compare: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("compare: interrupted; the same command goes on", file=sys.stderr)
+        print("compare: interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -74,7 +74,7 @@ def _parser() -> Parser:
         "--heldout",
         nargs="+",
         metavar="FILE",
-        help="text to be judged on (default: the last fifth of --text, which is then not calibrated on)",
+        help="held-out text (default: the last fifth of --text, which is then not used for calibration)",
     )
     add_reading(parser)
     numbers = partial(_list, float, "a number"), partial(_list, at_least(1), "a whole number, at least 1")
@@ -85,7 +85,9 @@ def _parser() -> Parser:
         metavar="R,R",
         help="shares of the prunable parameters to remove (default: 0.3)",
     )
-    parser.add_argument("--methods", type=_names, metavar="M,M", help="see below (default: rivals and ours)")
+    parser.add_argument(
+        "--methods", type=_names, metavar="M,M", help="see below (default: published methods and numprune's)"
+    )
     parser.add_argument(
         "--samples", type=numbers[1], default=[128], metavar="N,N", help="calibration rows (default: 128)"
     )
@@ -93,10 +95,10 @@ def _parser() -> Parser:
         "--sequence-length", type=at_least(2), default=256, metavar="N", help="tokens per row (default: %(default)s)"
     )
     parser.add_argument(
-        "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of it (default: 8)"
+        "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of this (default: 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw (default: 0)")
-    add_choice(parser, "--device", get_args(Device), "auto", "where everything is run")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add_choice(parser, "--device", get_args(Device), "auto", "device to run on")
     parser.add_argument(
         "--out", type=Path, default=Path("numprune-compare"), metavar="DIR", help="default: %(default)s"
     )
@@ -109,7 +111,7 @@ def _request(args: argparse.Namespace) -> Request:
     anatomy = read_anatomy(config)
     if anatomy.task != "causal-lm":
         raise InputError(
-            f"{args.model}: methods are compared on causal language models, and this one is for {anatomy.task}"
+            f"{args.model}: only causal language models can be compared; the task of this one is {anatomy.task}"
         )
     target = Target(args.align)
 
@@ -121,7 +123,7 @@ def _request(args: argparse.Namespace) -> Request:
     for reason in left_out:
         print(f"left out: {reason}", file=sys.stderr)
     if not methods:
-        raise InputError("--methods: none of them can work on this model at every one of --ratios")
+        raise InputError("--methods: none of them is applicable to this model at all --ratios")
     return Request(
         model=folder,
         name=model_name(args.model),

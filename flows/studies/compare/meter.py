@@ -1,4 +1,4 @@
-"""What a piece of work costs: seconds, and the highest memory of the process that does it."""
+"""Measure the seconds and the peak memory of a piece of work in this process."""
 
 import time
 
@@ -8,10 +8,10 @@ from numprune.serving.benchmark import memory
 
 
 class Meter:
-    """Made before the model is loaded; measures what is done between `start` and `stop`.
+    """Created before the model is loaded; measures the work between `start` and `stop`.
 
-    Memory is what this process takes beyond what it took when this was made (interpreter and libraries): the model's
-    weights and all that is made of them. On a GPU it is what torch's tensors take there.
+    Memory is relative to that at creation (interpreter and libraries): the model's weights and everything derived from
+    them. On a GPU, it is the memory of torch's tensors.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""The methods that can be compared, and their names.
+"""The methods of the comparison, and their names.
 
-A method of ours is criterion/allocation/compensation; an allocation that may take whole blocks is called
-`allocation+skips`. A method that is no such triple has a plain name.
+A method of numprune is criterion/allocation/compensation; an allocation that may remove whole blocks is called
+`allocation+skips`. Any other method has a plain name.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ _SKIPS = "+skips"
 _ALLOCATIONS = (*ALLOCATIONS, *(f"{name}{_SKIPS}" for name in ALLOCATIONS if name != "uniform"))
 METHODS = (*("/".join(parts) for parts in product(CRITERIA, _ALLOCATIONS, COMPENSATIONS)), *RIVALS)
 
-# Published rivals as they were published, then what is least squares on top of them, and ours.
+# Published methods as published, then with least squares added, then numprune's own.
 DEFAULT = (
     "random/uniform/none",
     "magnitude/uniform/none",
@@ -40,7 +40,7 @@ DEFAULT = (
 
 
 def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOptions:
-    """The options of a criterion/allocation/compensation."""
+    """Return the options of a criterion/allocation/compensation."""
     criterion, allocation, compensation = method.split("/")
     skips = allocation.endswith(_SKIPS)
     return PruneOptions(
@@ -49,17 +49,17 @@ def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOpt
 
 
 def reads_dense_moments(method: str) -> bool:
-    """Whether the method uses the dense model's moments: for its scores, its error curves or its compensation."""
+    """Return whether the method uses the dense model's moments: for scores, error curves or compensation."""
     return method not in RIVALS
 
 
 def reads_gradients(method: str) -> bool:
-    """Whether the method uses the gradients of the loss."""
+    """Return whether the method uses the gradients of the loss."""
     return method not in RIVALS and uses_gradients(options_of(method, 0, Target(), 0))
 
 
 def check(method: str, anatomy: Anatomy, ratio: float, target: Target) -> None:
-    """Raises InputError where the method cannot work on the model."""
+    """Raise InputError if the method is not applicable to the model."""
     if method in RIVALS:
         check_rival(method, anatomy, ratio)
     else:
@@ -67,16 +67,16 @@ def check(method: str, anatomy: Anatomy, ratio: float, target: Target) -> None:
 
 
 def chosen(patterns: Sequence[str], check: Callable[[str], None], *, asked: bool = True) -> tuple[list[str], list[str]]:
-    """Return the methods that `patterns` name, in their order, and for each that was left out a line that says why.
+    """Return the methods matching `patterns`, in their order, and a line with the reason for each omitted one.
 
     Args:
-        patterns: names, or with wildcards as in file names: `obs/*/sequential`.
-        check: raises InputError for a method that cannot work here; one that was named in full is then refused, one
-            that only a wildcard matched is left out.
-        asked: by whoever runs the command; what stands in `patterns` by default is left out, too.
+        patterns: names, or file-name wildcards: `obs/*/sequential`.
+        check: raises InputError for an inapplicable method, which is refused if named in full, and omitted if it only
+            matched a wildcard.
+        asked: `patterns` come from the user; if they are defaults, inapplicable methods are always omitted.
 
     Raises:
-        InputError: a pattern matches no method, or a method named in full cannot work.
+        InputError: a pattern matches no method, or a method named in full is not applicable.
     """
     methods: dict[str, None] = {}
     left_out: dict[str, str] = {}
@@ -84,8 +84,9 @@ def chosen(patterns: Sequence[str], check: Callable[[str], None], *, asked: bool
         matching = [method for method in METHODS if fnmatchcase(method, pattern)]
         if not matching:
             raise InputError(
-                f"--methods: {pattern!r} is no method: {', '.join(RIVALS)}, or criterion/allocation/compensation with "
-                f"{', '.join(CRITERIA)} / {', '.join(_ALLOCATIONS)} / {', '.join(COMPENSATIONS)}; wildcards may be used"
+                f"--methods: {pattern!r} is not a method; choose {', '.join(RIVALS)}, or "
+                f"criterion/allocation/compensation with "
+                f"{', '.join(CRITERIA)} / {', '.join(_ALLOCATIONS)} / {', '.join(COMPENSATIONS)}; wildcards are allowed"
                 f"{did_you_mean(pattern, METHODS)}"
             )
         for method in matching:
@@ -101,7 +102,7 @@ def chosen(patterns: Sequence[str], check: Callable[[str], None], *, asked: bool
 
 
 def defaults(check: Callable[[str], None]) -> list[str]:
-    """Return the default methods; where no block can hold a bias, FLAP goes without its own."""
+    """Return the default methods; FLAP has no bias compensation if the model's blocks cannot have biases."""
     try:
         check("flap/global/bias")
     except InputError:

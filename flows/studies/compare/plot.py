@@ -1,4 +1,4 @@
-"""The comparison as a picture: NLL increase over the share removed, a line for each method."""
+"""Plot the comparison: NLL increase against the share removed, one line per method."""
 
 import io
 
@@ -11,7 +11,7 @@ _MARKERS = "os^vDPX*<>"
 
 
 def as_svg(table: Table) -> str:
-    """Return an SVG, the same for the same table; the increase is on a logarithmic axis where all are positive."""
+    """Return an SVG, the same for the same table; the axis is logarithmic if all increases are positive."""
     lines: dict[tuple[str, int], list[Row]] = {}
     for row in table.in_order():
         lines.setdefault((row.method, row.samples), []).append(row)
@@ -41,7 +41,7 @@ def as_svg(table: Table) -> str:
     axes.grid(which="both", color="0.9")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     picture = io.StringIO()
-    # Ids are drawn at random and the date is written, unless told otherwise.
+    # By default, ids are random and the date is written.
     with rc_context({"svg.hashsalt": "numprune"}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()

@@ -1,12 +1,11 @@
-"""Runs a comparison: everything that methods share once, each method in a process of its own, what is there not again.
+"""Run a comparison: shared work once, each method in its own process, and existing results reused.
 
-A process of its own gives each method a peak of memory that is its own. What is shared goes through files: token rows,
-the dense model's moments and gradients (read block by block), and its last hidden states on the held-out rows. Methods
-that walk the pruned prefix run the dense model beside it: its outputs of all blocks would be more to read than to
-compute again.
+A separate process gives each method its own peak memory. Shared data go through files: token rows, the dense model's
+moments and gradients (read block by block), and its last hidden states on the held-out rows. Methods that use the
+pruned prefix run the dense model beside it, because recomputing the outputs of all blocks is cheaper than reading them.
 
-Every one of these and every finished method is a stage (see flows/stages.py), so a run that was killed goes on where it
-stopped, and nothing made from other weights, text, options or code is taken for what was asked for.
+All shared data and every finished method are stages (see flows/stages.py), so a killed run resumes where it stopped,
+and results from other weights, text, options or code are never reused.
 """
 
 import os
@@ -54,12 +53,12 @@ class Request:
 
     Attributes:
         model: folder of the dense model.
-        name: what it is called in the table.
+        name: of the model in the table.
         text: calibration text: files, or the embedded one.
-        reading: how both texts become rows.
-        heldout: files, the embedded one, or None: the last fifth of the calibration text, which is then not drawn from.
-        ratios, methods, samples: a row for each of their combinations.
-        out: folder of the results, and of what they are made of.
+        reading: how both texts are converted to rows.
+        heldout: files, the embedded one, or None: the last fifth of the calibration text, excluded from calibration.
+        ratios, methods, samples: one row for each combination.
+        out: folder for the results and the stages.
     """
 
     model: Path
@@ -78,11 +77,11 @@ class Request:
 
 
 def compare(request: Request) -> Table:
-    """Return the table; it stands in `request.out` as CSV, Markdown and SVG, and is written anew after each method.
+    """Return the table; it is also written to `request.out` as CSV, Markdown and SVG after each method.
 
     Raises:
-        InputError: text, model or options that cannot be used; another comparison is at work in `request.out`.
-        NumpruneError: methods that failed, named, after all others were run and written.
+        InputError: invalid text, model or options, or another comparison is running in `request.out`.
+        NumpruneError: names the methods that failed, after all others have run and been written.
     """
     _check_text(request)
     with _alone(request.out):
@@ -99,12 +98,12 @@ def compare(request: Request) -> Table:
                 for name, form in FILES.items():
                     _write(request.out / name, form(Table(run.conditions, rows)))
         if failed:
-            raise NumpruneError("\n".join(["these failed; the others are in the table:", *failed]))
+            raise NumpruneError("\n".join(["these methods failed; all others are in the table:", *failed]))
         return Table(run.conditions, rows)
 
 
 def _in_turn(request: Request, run: "_Run") -> Iterator[Row | str]:
-    """Yield each method's row, or what was wrong with it; say on stderr how far it is."""
+    """Yield each method's row or its error; print progress on stderr."""
     work = list(product(request.ratios, request.samples, request.methods))
     started, made = time.perf_counter(), 0
     with tqdm(work, desc="compare", unit="method", file=sys.stderr, disable=None) as bar:
@@ -119,7 +118,7 @@ def _in_turn(request: Request, run: "_Run") -> Iterator[Row | str]:
             else:
                 yield row
                 made += not reused
-                outcome = f"+{row.nll_increase:.4f} nats/token" + ("" if not reused else ", was there")
+                outcome = f"+{row.nll_increase:.4f} nats/token" + ("" if not reused else ", reused")
             left = (time.perf_counter() - started) / max(made, 1) * (len(work) - count)
             eta = f", about {left / 60:.0f} min left" if made and count < len(work) else ""
             tqdm.write(f"[{count}/{len(work)}] {title}: {outcome}{eta}", file=sys.stderr)
@@ -145,7 +144,7 @@ class _Run:
                 reading=request.reading,
             )
         )
-        # Rows are known by their own digests: text drawn for more sizes leaves what was made of the others valid.
+        # Rows are identified by their own digests, so drawing rows of more sizes keeps the results of the others valid.
         self._heldout = Artifact(self._text.path, self._text.facts.heldout.digest)
         self._reference = self._make(
             Stage.of(
@@ -159,7 +158,7 @@ class _Run:
         )
 
     def method(self, ratio: float, samples: int, method: str) -> tuple[Row, bool]:
-        """One method's row, and whether it was there already."""
+        """Return one method's row, and whether it was reused."""
         request = self._request
         moments = self._moments(samples) if reads_dense_moments(method) else None
         gradients = self._gradients(samples, method) if reads_gradients(method) else None
@@ -240,7 +239,7 @@ class _Run:
 
 
 def _check_text(request: Request) -> None:
-    """Refuse a held-out text that is calibrated on. Raises InputError."""
+    """Refuse a held-out text that is also calibration text. Raises InputError."""
     calibration, heldout = (
         [file for file in text if Path(file).is_file()] if isinstance(text, list) else []
         for text in (request.text, request.heldout)
@@ -253,16 +252,16 @@ def _check_text(request: Request) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the kernel lets it go when the process ends, however it ends."""
+    """Lock `folder` for this process; the kernel releases the lock however the process ends."""
     try:
         with locks.held(folder / ".lock", timeout_s=0):
             yield
     except locks.Held:
-        raise InputError(f"another comparison is at work in {folder}; wait for it, or give another --out") from None
+        raise InputError(f"another comparison is running in {folder}; wait for it, or give another --out") from None
 
 
 def _write(path: Path, text: str) -> None:
-    """Put `text` in place of the file at once, or not at all."""
+    """Replace the file by `text` atomically."""
     beside = path.with_name(f".{path.name}.part")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

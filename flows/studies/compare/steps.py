@@ -1,4 +1,4 @@
-"""What a comparison is made of: its rows, what all methods share, and one method."""
+"""The stages of a comparison: its rows, the work shared by all methods, and one method."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class ComparedText:
 
 @dataclass(frozen=True)
 class SharedPass:
-    """What a pass over the dense model took, which methods share."""
+    """The cost of a shared pass over the dense model."""
 
     seconds: float
     peak_bytes: int
@@ -91,7 +91,7 @@ def make_text(
 
 
 def load_rows(text: Path, samples: int) -> Tensor:
-    """(samples, S) calibration rows of the stage `text`."""
+    """Return (samples, S) calibration rows of the stage `text`."""
     with safe_open(text / _ROWS, "pt") as file:
         return file.get_tensor(str(samples))
 
@@ -103,7 +103,7 @@ def make_reference(out: Path, *, model: Artifact, heldout: Artifact, device: str
 
 
 def make_moments(out: Path, *, model: Artifact, rows: Artifact, samples: int, device: str) -> SharedPass:
-    """Calibrate, which methods share: the moments of every block of the dense model, a file each."""
+    """Run the calibration shared by all methods: write the moments of every block of the dense model, a file each."""
     meter = Meter(torch.device(device))
     loaded = load(model.path)[0].to(device)
     meter.start()
@@ -115,7 +115,7 @@ def make_moments(out: Path, *, model: Artifact, rows: Artifact, samples: int, de
 def make_gradients(
     out: Path, *, model: Artifact, rows: Artifact, samples: int, device: str, taylor: bool
 ) -> SharedPass:
-    """Run the backward pass that methods share: every block's sensitivity, a file each."""
+    """Run the backward pass shared by all methods: write every block's sensitivity, a file each."""
     meter = Meter(torch.device(device))
     loaded = load(model.path)[0].to(device)
     meter.start()
@@ -128,11 +128,11 @@ def make_gradients(
 
 
 class Stored(Mapping[str, T]):
-    """What a stage wrote of every block, a file each, read block by block.
+    """The output of a stage with one file per block, read block by block.
 
     Args:
         folder: of the stage.
-        restore: makes a value of a file's tensors.
+        restore: converts a file's tensors to a value.
     """
 
     def __init__(self, folder: Path, restore: Callable[[dict[str, Tensor]], T]) -> None:
@@ -150,7 +150,7 @@ class Stored(Mapping[str, T]):
 
 
 def _known(moments: Artifact | None, gradients: Artifact | None, device: torch.device) -> Known:
-    """What was collected of the dense model. Raises KeyError where something is read that was not."""
+    """Return the data collected from the dense model. Reading anything else raises KeyError."""
     found: Mapping[str, Moments] = {}
     if moments:
         found = Stored(moments.path, lambda tensors: Moments.restored(tensors, device))
@@ -177,10 +177,10 @@ def make_method(
     seed: int,
     device: str,
 ) -> Row:
-    """Return one method's figures; nothing is kept of the model that it makes.
+    """Return one method's figures; its pruned model is discarded.
 
-    Seconds and memory are those of the method as if it were alone: those of the passes that it shares with others,
-    `moments` and `gradients`, count with it.
+    Seconds and memory are those of the method alone: the passes shared with others, `moments` and `gradients`, are
+    included.
     """
     shared = [read_facts(stage.path, SharedPass) for stage in (moments, gradients) if stage]
     meter = Meter(torch.device(device))
@@ -217,7 +217,7 @@ def make_method(
 
 @torch.no_grad()
 def _forward_seconds(model: PreTrainedModel, rows: Tensor, meter: Meter) -> float:
-    """The seconds of one pass of the model without its head over the rows: the median of three."""
+    """Return the seconds of one pass of the model without its head over the rows, the median of three."""
     taken = []
     for _ in range(3):
         meter.start()
@@ -236,7 +236,7 @@ def _reduce(
     seed: int,
     known: Known,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The smaller model, and how small it is."""
+    """Return the smaller model and its size."""
     if method in RIVALS:
         made = RIVALS[method](model, rows, ratio, BATCH_SIZE)
         return made.model, {"parameters": made.parameters, "prunable_ratio_removed": made.prunable_ratio_removed}

@@ -1,4 +1,4 @@
-"""The comparison's table: a row for each ratio, calibration size and method; as CSV and as Markdown."""
+"""The comparison's table as CSV and Markdown: one row for each ratio, calibration size and method."""
 
 import csv
 import io
@@ -11,12 +11,12 @@ class Row:
     """One method at one ratio.
 
     Attributes:
-        ratio: asked for.
+        ratio: requested.
         samples: calibration rows.
-        nll_increase: over the dense model, held-out nats per token; `ci95_lower` and `ci95_upper` are its one-sided
-            95 % bounds (None: a single sample) over documents or windows, as `sampling_unit` says.
-        seconds: to prune, calibration included, loading and judging not.
-        forward_passes: how often the dense model could run over the calibration rows in that time.
+        nll_increase: over the dense model, in held-out nats per token; `ci95_lower` and `ci95_upper` are its one-sided
+            95 % bounds (None for a single sample) over documents or windows, see `sampling_unit`.
+        seconds: to prune, including calibration, without loading and evaluation.
+        forward_passes: number of passes of the dense model over the calibration rows that take as long.
         peak_bytes: highest memory while pruning, beyond interpreter and libraries.
     """
 
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all rows have in common: what makes two tables comparable."""
+    """The conditions shared by all rows, which must match for two tables to be comparable."""
 
     model: str
     model_digest: str
@@ -64,12 +64,12 @@ class Table:
     rows: Sequence[Row]
 
     def in_order(self) -> list[Row]:
-        """Rows a ratio at a time, fewest calibration rows first, methods in the order they were asked for."""
+        """Sort rows by ratio, then by calibration rows; methods keep their requested order."""
         return sorted(self.rows, key=lambda row: (row.ratio, row.samples))
 
 
 def as_csv(table: Table) -> str:
-    """Return every row with everything that identifies it, so that rows of several tables can be put together."""
+    """Return every row with all its conditions, so that rows of several tables can be merged."""
     common = {
         "model_digest": table.conditions.model_digest,
         "heldout_digest": table.conditions.heldout_digest,
@@ -91,7 +91,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Return the table for people, with its conditions below."""
+    """Return the table for readers, with its conditions below."""
     conditions, rows = table.conditions, table.in_order()
     several = len(conditions.calibration) > 1
     heading = [
@@ -127,12 +127,12 @@ def as_markdown(table: Table) -> str:
     sizes = ", ".join(str(size) for size in conditions.calibration)
     notes = (
         f"{conditions.model}: calibrated on {sizes} rows of {conditions.sequence_length} tokens "
-        f"(seed {conditions.seed}), judged on {conditions.heldout_tokens:,} tokens of "
-        f"{conditions.heldout_documents} held-out documents.{unit} `removed` is what was reached of the attention and "
-        "MLP projections, parameters that a method adds taken off; `KL` is from the dense model's next-token "
-        "distribution, `top-1` how often both put the same token first. Seconds are those of calibrating and pruning; "
-        "`forward passes` is how many passes of the dense model over the calibration rows take as long; "
-        "memory is the process's highest meanwhile, beyond interpreter and libraries "
+        f"(seed {conditions.seed}), evaluated on {conditions.heldout_tokens:,} tokens of "
+        f"{conditions.heldout_documents} held-out documents.{unit} `removed` is the share of the attention and "
+        "MLP projections that was removed, less any parameters that a method adds; `KL` is from the dense model's "
+        "next-token distribution, `top-1` the agreement on the most probable token. Seconds are for calibration and "
+        "pruning; `forward passes` is the number of passes of the dense model over the calibration rows that take as "
+        "long; memory is the peak of the process, without interpreter and libraries "
         f"({conditions.device})."
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"

@@ -1,1 +1,1 @@
-"""How often the gates are wrong: worlds whose truth is known, judged as reports are."""
+"""Error rates of the gates: simulated data with known truth, judged like reports."""

@@ -1,4 +1,4 @@
-"""The address of the command, `python -m numprune.flows.studies.error_rates`."""
+"""Entry point of `python -m numprune.flows.studies.error_rates`."""
 
 import sys
 

@@ -23,7 +23,7 @@ _EPILOG = """\
   python -m numprune.flows.studies.error_rates
   python -m numprune.flows.studies.error_rates --worlds 200 --documents 20,50 --repeats 6
 
-Every world is estimated and judged by the code that judges real reports. With the defaults it takes some minutes.
+Every simulated world is judged by the same code as real reports. With the defaults, it takes a few minutes.
 """
 
 
@@ -31,12 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 error."""
     parser = argparse.ArgumentParser(
         prog="python -m numprune.flows.studies.error_rates",
-        description="How often the gates are wrong, counted over worlds whose truth is known; Markdown.",
+        description="Error rates of the gates, counted over simulated worlds with known truth, as Markdown.",
         epilog=f"Examples:\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--worlds", type=int, default=1000, metavar="N", help="per row (1000); over 100 documents fewer"
+        "--worlds",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="simulated worlds per row (default: 1000; fewer with over 100 documents)",
     )
     parser.add_argument("--documents", default="20,50,100,400", metavar="N,…", help="of the held-out text")
     parser.add_argument("--repeats", default="6,10,20", metavar="N,…", help="of the benchmark")
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         documents, repeats = _numbers("--documents", args.documents, 5), _numbers("--repeats", args.repeats, 4)
         if args.worlds < 10:
-            raise InputError(f"--worlds: {args.worlds} is under 10")
+            raise InputError(f"--worlds is {args.worlds}; it must be at least 10")
     except NumpruneError as error:
         print(f"error_rates: error: {error}", file=sys.stderr)
         return 1
@@ -68,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     again = settled(TEXTS[1], min(documents), max(10, args.worlds // 10), args.seed)
     print(
-        f"Of inconclusive verdicts over {min(documents)} documents as seen, {_cell(again)} % were settled by as many "
-        "documents as they asked for (80 are promised)."
+        f"Of inconclusive verdicts over {min(documents)} documents as seen, {_cell(again)} % were settled by the "
+        "number of documents that they requested (80 are promised)."
     )
     return 0
 
@@ -130,7 +134,7 @@ def _cell(share: Share) -> str:
 
 
 def _fewer(worlds: int, documents: int) -> int:
-    """Resampling takes time in proportion to the documents."""
+    """Return fewer worlds for more documents, because resampling takes time in proportion."""
     return max(10, worlds * 100 // max(documents, 100))
 
 
@@ -138,7 +142,7 @@ def _numbers(option: str, text: str, least: int) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{option}: {text!r}; whole numbers with commas between them") from None
+        raise InputError(f"{option}: {text!r}; it must be whole numbers separated by commas") from None
     if min(found) < least:
-        raise InputError(f"{option}: {min(found)} is under {least}")
+        raise InputError(f"{option}: {min(found)} is below the minimum of {least}")
     return found

@@ -1,4 +1,4 @@
-"""Counting verdicts: every estimate is the project's own, every verdict a gate's on a real report."""
+"""Count verdicts: every estimate comes from the project's own code, and every verdict from a gate on a real report."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +18,12 @@ from numprune.serving.report import GateResult, Report
 
 LOSS = "quality.loss_delta"
 RATIO = f"speed.torch.{METRIC}.ratio"
-_FASTER = 1.5  # so far from 1 that no noise floor has a say
+_FASTER = 1.5  # so far from 1 that the noise floor does not matter
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of how many."""
+    """A count out of a total."""
 
     count: int
     of: int
@@ -34,21 +34,21 @@ class Share:
 
     @property
     def error(self) -> float:
-        """Standard error; that of a count of one where there is none, or no other."""
+        """Standard error; for none or all, that of a count of one."""
         inside = min(max(self.value, 1 / self.of), 1 - 1 / self.of)
         return math.sqrt(inside * (1 - inside) / self.of)
 
 
 @dataclass(frozen=True)
 class QualityRates:
-    """One world of text, so many documents.
+    """One world of text with a number of documents.
 
     Attributes:
-        worse_passes: a candidate exactly as bad as the limit allows passes; one that is worse, less often.
-        better_fails: the same candidate fails; one that is better, less often.
+        worse_passes: a candidate exactly at the limit passes; a worse one passes less often.
+        better_fails: the same candidate fails; a better one fails less often.
         percentile_passes: worse_passes of the plain percentile bootstrap, for comparison.
-        equal_passes: a candidate equal to the baseline passes at a margin that leaves it something to lose.
-        power: the mean of what the gate claims that chance to be.
+        equal_passes: a candidate equal to the baseline passes, with a limit at which this is not certain.
+        power: the mean of that chance as stated by the gate.
     """
 
     world: str
@@ -62,14 +62,14 @@ class QualityRates:
 
 @dataclass(frozen=True)
 class SpeedRates:
-    """One machine, so many repeats.
+    """One machine with a number of repeats.
 
     Attributes:
         slower_passes: a candidate exactly as slow as the minimum allows passes.
         faster_passes: a candidate exactly as fast as a maximum allows passes (for latencies, the wrong end).
         itself_inside: baseline against itself stays within its noise floor.
         itself_passes: baseline against itself passes a minimum of 1, which is inside the floor.
-        equal_passes, power: as of QualityRates, with a minimum under 1.
+        equal_passes, power: as in QualityRates, with a minimum below 1.
     """
 
     world: str
@@ -84,11 +84,10 @@ class SpeedRates:
 
 @dataclass(frozen=True)
 class RerunRates:
-    """One machine, so many repeats a look: what a series of reruns comes to. A share for each look, of those that have
-    passed by then.
+    """One machine with a number of repeats per look, for a series of reruns: the share that has passed by each look.
 
     Attributes:
-        slower_passes, faster_passes, itself_passes, equal_passes: as of SpeedRates.
+        slower_passes, faster_passes, itself_passes, equal_passes: as in SpeedRates.
     """
 
     world: str
@@ -121,7 +120,7 @@ def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> Quality
 
 
 def speed_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> SpeedRates:
-    """Draw `worlds` benchmarks, of an equal candidate and of one 1.5 times as fast, and judge each."""
+    """Draw `worlds` benchmarks of an equal candidate and of one 1.5 times as fast, and judge each."""
     generator = np.random.default_rng([seed, repeats])
     alike = replace(machine, stalls=0.0)
     minimum = _minimum(alike, repeats, generator)
@@ -146,7 +145,7 @@ def speed_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> Speed
 
 
 def rerun_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> RerunRates:
-    """Draw `worlds` series of benchmarks, in which an inconclusive one is measured again as often as is allowed."""
+    """Draw `worlds` series of benchmarks; an inconclusive one is repeated as often as allowed."""
     generator = np.random.default_rng([seed, repeats, gates.LOOKS])
     alike = replace(machine, stalls=0.0)
     minimum = _minimum(alike, repeats, generator)
@@ -163,7 +162,7 @@ def rerun_rates(machine: Machine, repeats: int, worlds: int, seed: int) -> Rerun
 
 
 def _passes_at(looks: Sequence[Look[Repeat]], rule: Gate) -> int | None:
-    """The look at which a series ends with a pass; None where it ends otherwise."""
+    """The look at which a series ends with a pass; None if it does not pass."""
     for number in range(1, len(looks) + 1):
         (gate,) = _judge(speed_report(*looks[:number]), rule)
         if gate.outcome != "inconclusive":
@@ -176,9 +175,9 @@ def _by_look(passes: Sequence[int | None]) -> tuple[Share, ...]:
 
 
 def settled(text: Text, documents: int, worlds: int, seed: int) -> Share:
-    """Of verdicts that are inconclusive, how many are settled by as many documents as they ask for.
+    """Return how many inconclusive verdicts are settled by the number of documents that they request.
 
-    The true differences lie evenly around the limit; a world that is not inconclusive is drawn again.
+    The true differences are spread evenly around the limit; a world that is not inconclusive is drawn again.
     """
     generator = np.random.default_rng([seed, documents])
     reach = 3 * student(documents) * _spread_of(text, documents)
@@ -280,18 +279,18 @@ def _faster(look: Look[Repeat], factor: float) -> Look[Repeat]:
 
 
 def _margin(standard_error: float, n: int) -> float:
-    """At which a candidate equal to the baseline should pass about four times in five, were all normal and alike."""
+    """The limit at which an equal candidate passes about 80 % of the time if everything is normal and equal."""
     return (student(n) + 0.84) * standard_error
 
 
 def _minimum(machine: Machine, repeats: int, generator: np.random.Generator) -> float:
-    """Of the ratio, with the margin of `_margin`."""
+    """The limit of the ratio with the margin of `_margin`."""
     spread = [math.log(_value(machine.draw(generator, repeats))) for _ in range(200)]
     return math.exp(-_margin(float(np.sqrt(np.mean(np.square(spread)))), repeats))
 
 
 def _spread_of(text: Text, documents: int) -> float:
-    """Standard error of the mean difference over so many documents, from 2,000 sets of them."""
+    """Standard error of the mean difference over this number of documents, from 2,000 sets of them."""
     generator = np.random.default_rng(documents)
     draws = (text.draw(generator, documents) for _ in range(2000))
     return float(np.std([sums.sum() / tokens.sum() for sums, tokens in draws]))

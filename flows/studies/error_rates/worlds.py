@@ -1,4 +1,4 @@
-"""Worlds with a known truth: text on which a candidate differs from its baseline, and timings of the two.
+"""Simulated worlds with known truth: text on which a candidate differs from its baseline, and timings of both.
 
 The shape of the text "as seen" is that of a real comparison: the embedded model with 30 % removed against itself,
 dense, on its 69 held-out documents. Logarithms of their lengths in tokens have mean 6.54 and standard deviation 1.25;
@@ -17,16 +17,16 @@ from numprune.serving.benchmark.sections import Look
 METRIC = "decode_tokens_per_s"
 
 _MEDIAN_TOKENS = math.exp(6.54)
-_DOCUMENT_SD = 0.068  # nats per token, from document to document: what its tokens have in common
+_DOCUMENT_SD = 0.068  # nats per token, from document to document: shared by its tokens
 _TOKEN_SD = 0.7  # nats, from token to token within a document
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents on which the candidate is neither better nor worse than the baseline.
+    """Documents on which the candidate is on average neither better nor worse than the baseline.
 
     Attributes:
-        spread: standard deviation of the logarithms of lengths; 0: all alike.
+        spread: standard deviation of the logarithms of lengths; 0: equal lengths.
         shape: of the gamma distribution of the documents' differences, skewed towards worse; infinite: normal.
         longer_worse: correlation of a document's difference with its log length.
     """
@@ -37,14 +37,14 @@ class Text:
     longer_worse: float = 0.0
 
     def draw(self, generator: np.random.Generator, documents: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (sums of NLL differences, tokens), both (documents,); E[sum] is 0 whatever the shape."""
+        """Return (sums of NLL differences, tokens), both (documents,); E[sum] is 0 for every shape."""
         z = generator.normal(size=documents)
         tokens = _MEDIAN_TOKENS * np.exp(self.spread * z)
         if math.isinf(self.shape):
             own = generator.normal(size=documents)
         else:
             own = (generator.gamma(self.shape, size=documents) - self.shape) / math.sqrt(self.shape)
-        # Of the tokens, E[z] is spread: long documents hold more of them.
+        # Over tokens, E[z] is `spread`, because long documents have more of them.
         shared = self.longer_worse * (z - self.spread) + math.sqrt(1 - self.longer_worse**2) * own
         noise = generator.normal(size=documents) / np.sqrt(tokens)
         return tokens * (_DOCUMENT_SD * shared + _TOKEN_SD * noise), tokens
@@ -60,7 +60,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Repeat:
-    """What the benchmark's sections ask of a repeat."""
+    """The part of a repeat that the benchmark's sections use."""
 
     speed: float
     failed: int = 0
@@ -69,7 +69,7 @@ class Repeat:
         return {METRIC: self.speed}
 
 
-Noise = Callable[[np.random.Generator, int], np.ndarray]  # of (times,) log speeds, one after the other
+Noise = Callable[[np.random.Generator, int], np.ndarray]  # adds noise to (times,) log speeds in sequence
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Machine:
 
     Attributes:
         noise: of both sides, in log speed.
-        stalls: chance that a repeat of the candidate, and only of it, is slower by e^-x, x exponential of mean 0.3.
+        stalls: chance that a repeat of the candidate only is slower by e^-x, with x exponential of mean 0.3.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Machine:
 
     @property
     def truth(self) -> float:
-        """Candidate / baseline, of geometric means, for a candidate that is equal but for its stalls."""
+        """Candidate / baseline, of geometric means, for a candidate that is equal except for its stalls."""
         return math.exp(-0.3 * self.stalls)
 
     def draw(self, generator: np.random.Generator, repeats: int) -> Look[Repeat]:
@@ -122,7 +122,7 @@ def _uneven(generator: np.random.Generator, times: int) -> np.ndarray:
 
 
 def _neighbour(generator: np.random.Generator, times: int) -> np.ndarray:
-    """Somebody else computes for some repeats on end."""
+    """Another program uses the machine for several consecutive repeats."""
     start, length = generator.integers(0, times), generator.integers(1, 7)
     during = np.arange(times) - start
     return _steady(generator, times) - 0.3 * ((during >= 0) & (during < length))

@@ -1,1 +1,1 @@
-"""How fast ONNX Runtime decodes a model as numprune exports it, beside onnxruntime-genai's own builder and PyTorch."""
+"""Compare decoding in ONNX Runtime by numprune's export, onnxruntime-genai's own builder, and PyTorch."""

@@ -1,4 +1,4 @@
-"""The address of the command, `python -m numprune.flows.studies.genai`."""
+"""Entry point of `python -m numprune.flows.studies.genai`."""
 
 import sys
 

@@ -38,17 +38,17 @@ _EPILOG = """\
   python -m numprune.flows.studies.genai
   python -m numprune.flows.studies.genai MODEL --calibration train.txt --heldout heldout.txt --out results
 
-Each contender has a process; they take turns in a random order, and the others stand still meanwhile. Needs the extra
+Each contender runs in its own process. They take turns in random order, while the others are suspended. Needs the extra
 `genai`.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender.
+    """The results of one contender.
 
     Attributes:
-        rates: decoded tokens/s, one for each turn.
+        rates: decoded tokens/s, one per turn.
         nll: nats per token of the held-out rows.
         megabytes: of the graph and its weights, or of the checkpoint.
     """
@@ -64,7 +64,7 @@ class Result:
 
 
 def markdown(results: Sequence[Result], conditions: str) -> str:
-    """The table. Ratios are paired by turn; the builder's best is the fastest that it made in the same precision."""
+    """Return the table. Ratios are paired by turn; the builder's best is its fastest model of the same precision."""
     eager = next(one for one in results if one.contender.maker == TORCH)
     lines = [
         "| model | weights, MB | tokens/s | times PyTorch, eager (95 % interval) | times the builder's best "
@@ -162,10 +162,10 @@ def _study(args: argparse.Namespace) -> str:
 
 
 def _chosen(wanted: Sequence[str]) -> Sequence[Contender]:
-    """The contenders whose names hold one of the words, and PyTorch, the yardstick. Raises InputError."""
+    """Return the contenders whose names contain one of the words, and PyTorch as the reference. Raises InputError."""
     if unknown := [word for word in wanted if not any(word in one.name for one in CONTENDERS)]:
         raise InputError(
-            f"--contenders: {unknown[0]!r} is in no name; there are {'; '.join(one.name for one in CONTENDERS)}"
+            f"--contenders: {unknown[0]!r} matches no name; available: {'; '.join(one.name for one in CONTENDERS)}"
         )
     return [one for one in CONTENDERS if one.maker == TORCH or any(word in one.name for word in wanted)]
 
@@ -178,7 +178,7 @@ def _measured(
     repeats: int,
     threads: int,
 ) -> tuple[dict[Contender, list[float]], dict[Contender, float]]:
-    """Tokens/s of each turn, and NLL."""
+    """Return the tokens/s of each turn, and the NLL."""
     order, turns = random.Random(0), list(folders)
     rates: dict[Contender, list[float]] = {one: [] for one in folders}
     nlls = {}
@@ -208,7 +208,7 @@ def _megabytes(folder: Path) -> float:
 
 
 def _record(results: Sequence[Result], machine: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """All that was measured, as plain JSON."""
+    """Return all measurements as plain JSON."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return {
         "settings": settings,

@@ -1,4 +1,4 @@
-"""What is compared: one model in several precisions, made by numprune and by onnxruntime-genai's builder."""
+"""The contenders: one model in several precisions, exported by numprune and by onnxruntime-genai's builder."""
 
 import subprocess
 import sys
@@ -26,9 +26,9 @@ class Contender:
     """A way to run the model.
 
     Attributes:
-        maker: who wrote what is run.
+        maker: the exporter.
         precision: of the weights.
-        program: what runs it.
+        program: the runtime.
         options: of the builder.
     """
 
@@ -44,7 +44,7 @@ class Contender:
         return f"{self.maker}, {self.precision}{suffix}"
 
 
-# Of the builder's settings those that can make decoding on a CPU faster: larger blocks have fewer scales.
+# The builder's settings that can make decoding on a CPU faster: larger blocks have fewer scales.
 _LAST_ONLY = ("prune_lm_head", "true")
 _FASTER = (("block_size", "128"), _LAST_ONLY)
 CONTENDERS = (
@@ -65,12 +65,12 @@ CONTENDERS = (
 
 
 def make(contender: Contender, checkpoints: Mapping[Precision, Path], scratch: Path) -> Path:
-    """Return the folder that the contender runs, made in `scratch` once.
+    """Return the contender's folder, created in `scratch` once.
 
     Args:
-        checkpoints: of each precision: the model, and what numprune quantized it to.
+        checkpoints: by precision: the model and its quantized versions.
 
-    Raises MissingRuntime where the builder fails, with its last lines.
+    Raises MissingRuntime with the builder's last lines if it fails.
     """
     source = checkpoints[contender.precision]
     if contender.program == "torch":

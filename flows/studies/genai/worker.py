@@ -1,6 +1,6 @@
 """The process that runs one contender: `python -m numprune.flows.studies.genai.worker PARENT_PID`.
 
-It is spoken to as `numprune.serving.benchmark.worker` is.
+Its protocol is that of `numprune.serving.benchmark.worker`.
 """
 
 import faulthandler
@@ -17,7 +17,7 @@ from numprune.serving.benchmark.worker import die_with, reserve_stdout
 
 
 class TorchLike:
-    """A model in a runtime of numprune."""
+    """A model in one of numprune's runtimes."""
 
     def __init__(self, program: str, folder: Path, threads: int) -> None:
         from numprune.export.runtimes import open_runtime
@@ -25,7 +25,7 @@ class TorchLike:
         self._runtime = open_runtime(program, folder, device="cpu", threads=threads)
 
     def decode(self, prompt: Sequence[int], steps: int) -> float:
-        """Return the median seconds of a token of `steps` that are generated greedily."""
+        """Return the median seconds per token of `steps` greedily generated tokens."""
         import torch
 
         from numprune.serving.benchmark.generation import generate
@@ -33,7 +33,7 @@ class TorchLike:
         return median(generate(self._runtime, torch.tensor([prompt]), steps + 1).itl_ms) / 1e3
 
     def nll(self, rows: Sequence[Sequence[int]]) -> float:
-        """Return the mean NLL of all tokens but each row's first, which are fed one by one."""
+        """Return the mean NLL of all tokens except each row's first; tokens are fed one by one."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -85,7 +85,7 @@ class Genai:
 
 
 def main() -> None:
-    """Answer requests until stdin ends: load, and then what the contender's class does."""
+    """Handle requests until stdin closes: `load`, then the methods of the contender's class."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The address of the command, `python -m numprune.flows.studies.gpu`."""
+"""Entry point of `python -m numprune.flows.studies.gpu`."""
 
 import sys
 

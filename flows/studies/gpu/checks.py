@@ -1,4 +1,4 @@
-"""Checks of what runs on a GPU, which pytest and this command share. A check raises AssertionError."""
+"""GPU checks shared by pytest and this command. A check raises AssertionError."""
 
 import copy
 import importlib.util
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def sums_to_float32(device: torch.device) -> None:
-    """Gram matrices of float32 inputs are as good as float32, in several strips and slices of tokens."""
+    """Gram matrices of float32 inputs have float32 accuracy, with several strips and slices of tokens."""
     x = torch.randn(3000, 2100, generator=torch.Generator().manual_seed(0))
     moments = Moments(2100, device=device)
     moments.add(x.to(device))
@@ -32,7 +32,7 @@ def sums_to_float32(device: torch.device) -> None:
 
 
 def no_tf32(device: torch.device) -> None:
-    """Sums on a GPU are refused while products may be TF32's."""
+    """Sums on a GPU are refused while products may use TF32."""
     if device.type == "cpu":
         return
     before = torch.get_float32_matmul_precision()
@@ -44,11 +44,11 @@ def no_tf32(device: torch.device) -> None:
         refused = str(error)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert "highest" in refused, "sums in TF32 were taken"
+    assert "highest" in refused, "sums in TF32 were accepted"
 
 
 def greedy_order(device: torch.device) -> None:
-    """Greedy OBS removes the same units in the same order as on a CPU, at the same cost: of channels and of heads."""
+    """Greedy OBS removes the same units in the same order and at the same cost as on a CPU, for channels and heads."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(320, 320, generator=generator, dtype=torch.float64) / 18
     x = torch.randn(900, 320, generator=generator, dtype=torch.float64) @ mixing + 0.3
@@ -62,7 +62,7 @@ def greedy_order(device: torch.device) -> None:
 
 
 def pruned_on_the_device(device: torch.device) -> None:
-    """A model pruned layer by layer from its files is the one pruned in memory, and the one that a CPU makes."""
+    """A model pruned layer by layer from its files equals the one pruned in memory, and the one pruned on a CPU."""
     rows = torch.randint(0, MINIATURE.vocabulary, (80, MINIATURE.prompt), generator=torch.Generator().manual_seed(0))
     options = PruneOptions(
         0.4, criterion="numerical", allocation="uniform", compensation="sequential", target=Target(align=1)
@@ -85,7 +85,7 @@ def pruned_on_the_device(device: torch.device) -> None:
 
 
 def decoded_as_in_one_pass(device: torch.device) -> None:
-    """The static cache, and the CUDA graph on a GPU, put out the tokens of full forward passes without a cache."""
+    """The static cache, and the CUDA graph on a GPU, give the same tokens as full forward passes without a cache."""
     sizes = MINIATURE
     for width in widths(sizes):
         model = random_llama(sizes, width, device, torch.float32)
@@ -99,7 +99,7 @@ def decoded_as_in_one_pass(device: torch.device) -> None:
 
 
 def tensorrt_engine(device: torch.device) -> str | None:
-    """A TensorRT engine computes what the checkpoint does; returns why it could not be tried."""
+    """A TensorRT engine computes what the checkpoint computes; returns the reason if it cannot be tested."""
     missing = [name for name in ("onnx", "onnxscript", "tensorrt") if importlib.util.find_spec(name) is None]
     if missing or device.type != "cuda":
         return f"not installed: {', '.join(missing)}" if missing else "no CUDA device"

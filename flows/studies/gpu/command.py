@@ -1,4 +1,4 @@
-"""python -m numprune.flows.studies.gpu: the command. Every part runs in a process of its own, under a time limit."""
+"""python -m numprune.flows.studies.gpu: the command. Every part runs in its own process with a time limit."""
 
 import argparse
 import json
@@ -25,11 +25,11 @@ _EPILOG = """\
   python -m numprune.flows.studies.gpu --out docs/gpu
   python -m numprune.flows.studies.gpu --out /tmp/gpu --miniature
 
-Writes DEVICE.json and DEVICE.md. Exit code: 0 when every check passed and every part ended, 1 otherwise; what was
-measured until then is written.
+Writes DEVICE.json and DEVICE.md. Exit code: 0 if every check passed and every part finished, otherwise 1; completed
+measurements are written in any case.
 """
-_MINIATURE_LIMIT = 600  # seconds for a part; a busy CPU may be slow
-_ROWS = "rows"  # of a part's result: what it printed
+_MINIATURE_LIMIT = 600  # seconds per part; a busy CPU may be slow
+_ROWS = "rows"  # characters of a part's output in its result
 _PROBLEM = "problem"
 
 
@@ -94,7 +94,7 @@ def _command(part: str, miniature: bool) -> list[str]:
 
 
 def run_limited(command: Sequence[str], limit: float) -> dict[str, Any]:
-    """Run a process that prints rows of JSON; return what it printed until it ended or was killed after `limit` s.
+    """Run a process that prints rows of JSON, at most `limit` s; return its output.
 
     Returns:
         "rows", "seconds", and "problem": None if the process ended well.
@@ -113,14 +113,14 @@ def run_limited(command: Sequence[str], limit: float) -> dict[str, Any]:
             process.kill()
             raise
     lines = printed.splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]  # no half a row
+    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]  # no partial row
     if rows and "error" in rows[-1]:
         problem = rows.pop()["error"]
     return {_ROWS: rows, _PROBLEM: problem, "seconds": time.monotonic() - start}
 
 
 def _run_part(name: str, device: torch.device, miniature: bool) -> int:
-    """Print the rows of a part, one a line."""
+    """Print the rows of a part, one per line."""
     try:
         for row in PARTS[name].rows(device, MINIATURE if miniature else LLAMA_3_8B, _progress):
             print(json.dumps(row), flush=True)
@@ -149,6 +149,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--miniature",
         action="store_true",
-        help="toy sizes, on a CPU where there is no GPU: tries everything, and the figures say nothing",
+        help="toy sizes, on a CPU if there is no GPU: tries everything, but the figures are meaningless",
     )
     return parser

@@ -1,4 +1,4 @@
-"""Prefill and decoding of a Llama with random weights, each as one CUDA graph, so that the device is what is timed."""
+"""Prefill and decoding of a Llama with random weights, each as one CUDA graph, so that only the device is timed."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreT
 
 from numprune.flows.studies.gpu.sizes import Sizes, Width
 
-_WARM_UPS = 3  # before a capture: libraries choose their kernels and allocate what they need
+_WARM_UPS = 3  # before a capture, so that libraries choose their kernels and allocate memory
 
 
 def random_llama(sizes: Sizes, width: Width, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model whose layers all have `width`, made on `device`.
+    """Return a model whose layers all have `width`, created on `device`.
 
     Llama's configuration refuses six KV heads of eight. Without a window, Mistral computes the same.
     """
@@ -39,7 +39,7 @@ class Generation:
     Args:
         model: a causal language model.
         tokens: (B, S) int64, the prompts, on the model's device.
-        new: tokens that `decoded` puts out after the first.
+        new: number of tokens that `decoded` returns after the first.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, new: int) -> None:
@@ -51,20 +51,20 @@ class Generation:
 
     @torch.inference_mode()
     def prefill(self) -> None:
-        """Run the prompts through the model, with a cache of their own."""
+        """Run the prompts through the model with their own cache."""
         cache = DynamicCache(config=self._model.config)
         self._model(self._tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.inference_mode()
     def restart(self) -> None:
-        """Fill the static cache with the prompts; the next token is the first to be put out."""
+        """Fill the static cache with the prompts; the next token is the first output."""
         self._cache.reset()
         self._take(self._model(self._tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits)
         self._position.fill_(self._tokens.shape[1])
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Extend every row by one token. All of its state is in tensors that keep their addresses."""
+        """Extend every row by one token. All state is in tensors at fixed addresses."""
         output = self._model(
             input_ids=self._token,
             position_ids=self._position,
@@ -76,7 +76,7 @@ class Generation:
         self._position.add_(1)
 
     def decoded(self) -> Tensor:
-        """Return the greedy tokens (B, new + 1), decoded as they are timed."""
+        """Return the greedy tokens (B, new + 1), decoded in the timed way."""
         step = captured(self.step, self._tokens.device)
         self.restart()
         tokens = [self._token.clone()]
@@ -90,9 +90,9 @@ class Generation:
 
 
 def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Return `work` as a replay of one CUDA graph, or as it is on a CPU.
+    """Return `work` as a replay of one CUDA graph, or unchanged on a CPU.
 
-    Capturing runs it a few times before. Whatever it reads and writes must stay at its address.
+    Capturing runs it a few times first. Its inputs and outputs must stay at fixed addresses.
     """
     if device.type != "cuda":
         return work

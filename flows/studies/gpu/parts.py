@@ -1,4 +1,4 @@
-"""The parts of the run. Each yields rows of plain JSON as it gets them, so that what stops it loses only the rest."""
+"""The parts of the run. Each yields rows of plain JSON one by one, so an interruption loses only the rest."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from numprune.flows.studies.speed.layer import PARTS as WORKS
 from numprune.flows.studies.speed.layer import measure_layer
 from numprune.serving.energy import EnergyMeter, open_meter, start_counting
 
-_ENERGY_S = 1.0  # against the tenths of a second in which the counter is updated
+_ENERGY_S = 1.0  # because the counter is updated only every tenths of a second
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Part:
-    """`limit`: seconds after which it is stopped, with what a process needs to start."""
+    """`limit`: seconds after which it is stopped, including the start of its process."""
 
     limit: int
     rows: Callable[[torch.device, Sizes, Progress], Iterator[Row]]
@@ -38,16 +38,17 @@ def run_checks(device: torch.device, sizes: Sizes, progress: Progress) -> Iterat
         problem, skipped, start = None, None, now(device)
         try:
             skipped = check(device)
-        except Exception as error:  # whatever it is, the other checks are still wanted
+        except Exception as error:  # the other checks must still run
             traceback.print_exc()
             problem = f"{type(error).__name__}: {error}"
         yield {"check": name, "problem": problem, "skipped": skipped, "seconds": now(device) - start}
 
 
 def measure_rates(device: torch.device, sizes: Sizes, progress: Progress) -> Iterator[Row]:
-    """Yield the rates of square matrix products, in FLOP/s, and of a copy in memory, in bytes read or written a second.
+    """Yield the rates of square matrix products, in FLOP/s, and of a copy in memory, in bytes read or written per
+    second.
 
-    float32 is what pruning computes in; TF32 is what it must not use; the model that generates is in bfloat16.
+    Pruning computes in float32 and must not use TF32; the generating model is in bfloat16.
     """
     n = sizes.matrix
     kinds = {
@@ -72,7 +73,7 @@ def measure_rates(device: torch.device, sizes: Sizes, progress: Progress) -> Ite
 
 
 def measure_pruning(device: torch.device, sizes: Sizes, progress: Progress) -> Iterator[Row]:
-    """Yield the times of pruning one layer, for each number of tokens that are run."""
+    """Yield the times of pruning one layer, for each number of measured tokens."""
     layer = sizes.layer
     group = 2 * (layer.heads // layer.kv_heads + 1) * layer.hidden * sizes.head_dim
     parameters = layer.kv_heads * group + 3 * layer.hidden * layer.intermediate
@@ -82,7 +83,7 @@ def measure_pruning(device: torch.device, sizes: Sizes, progress: Progress) -> I
         yield {
             **asdict(times),
             "whole": {work: times.whole(work) for work in WORKS},
-            "forward_flop_per_s": 2 * parameters * sizes.tokens / times.parts["forward"],  # attention scores left out
+            "forward_flop_per_s": 2 * parameters * sizes.tokens / times.parts["forward"],  # without attention scores
             "peak_memory_bytes": _peak(device),
         }
 
@@ -90,7 +91,7 @@ def measure_pruning(device: torch.device, sizes: Sizes, progress: Progress) -> I
 def measure_generation(device: torch.device, sizes: Sizes, progress: Progress) -> Iterator[Row]:
     """Yield prefill and decoding of every width at every batch size, in bfloat16; the dense one also at the end.
 
-    What the dense width differs by between the two is what the others can differ by through the device alone.
+    The difference between the two dense measurements shows how much others can differ because of the device alone.
     """
     dense, *narrower = widths(sizes)
     meter, energy = open_meter(on_gpu=device.type == "cuda")
@@ -141,7 +142,7 @@ def _times(generation: Generation, sizes: Sizes, device: torch.device) -> tuple[
 def _joules(
     generation: Generation, sizes: Sizes, device: torch.device, meter: EnergyMeter | None, batch: int
 ) -> float | None:
-    """Return the energy of a decoded token, over at least a second; None where it is not measured."""
+    """Return the energy per decoded token, over at least a second; None if it is not measured."""
     if meter is None:
         return None
     step = captured(generation.step, device)
@@ -167,11 +168,11 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int | None:
-    """Bytes that torch had allocated at once on a GPU."""
+    """Peak bytes allocated by torch on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-# All limits together stay under eight minutes.
+# The sum of all limits is under eight minutes.
 PARTS = {
     "checks": Part(100, run_checks),
     "rates": Part(45, measure_rates),

@@ -1,4 +1,4 @@
-"""How large everything is: a Llama-3-8B, or a miniature that any machine runs in seconds."""
+"""The measured sizes: a Llama-3-8B, or a miniature that any machine runs in seconds."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,8 @@ BATCHES = (1, 32)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """The sizes of the measurements.
+
 
     Attributes:
         layer: a decoder layer.
@@ -20,12 +21,12 @@ class Sizes:
         align: an aligned intermediate size is a multiple of this.
         prompt: tokens of a row at prefill.
         new: tokens of a row that are decoded in one measurement.
-        tokens: of the calibration that the times of pruning are given for.
-        measured_tokens: so many are run of them. Every number is a measurement of its own, the quickest first.
+        tokens: of the calibration for which pruning times are stated.
+        measured_tokens: how many of them are run. Every number is a separate measurement, the quickest first.
         sequence_length: tokens of a calibration row.
-        repeats: of every measurement; medians are given.
-        matrix: rows and columns of the matrices that the card's rate is measured with.
-        copied_bytes: of the copy that its memory's rate is measured with.
+        repeats: of every measurement; medians are reported.
+        matrix: rows and columns of the matrices for measuring the compute rate.
+        copied_bytes: of the copy for measuring the memory rate.
     """
 
     layer: Size
@@ -77,9 +78,9 @@ MINIATURE = Sizes(
 
 @dataclass(frozen=True)
 class Width:
-    """A width of every layer: `kv_heads` KV heads, as many query heads per KV head as before, `intermediate` channels.
+    """The width of every layer: `kv_heads` KV heads, unchanged query heads per KV head, `intermediate` channels.
 
-    `removed`: the share of the layer's parameters that are gone.
+    `removed`: the removed share of the layer's parameters.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Width:
 def widths(sizes: Sizes) -> list[Width]:
     """Return the dense width and, for each of RATIOS, an aligned and an odd intermediate size.
 
-    KV heads go first, rounded to whole ones, and channels make up the rest.
+    KV heads are removed first, rounded to whole heads, and channels make up the rest.
     """
     layer = sizes.layer
     group = 2 * (layer.heads // layer.kv_heads + 1) * layer.hidden * sizes.head_dim  # parameters

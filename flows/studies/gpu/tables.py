@@ -16,11 +16,11 @@ def as_markdown(record: Row) -> str:
         f"# {record['device']}",
         "",
         f"`make gpu`, {record['seconds']:.0f} s; numprune {versions['numprune']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, CUDA {versions['cuda'] or 'not there'}. Random weights: nothing "
-        "here is about quality.",
+        f"transformers {versions['transformers']}, CUDA {versions['cuda'] or 'not available'}. Random weights: these "
+        "figures say nothing about quality.",
     ]
     if record["miniature"]:
-        lines += ["", "**A miniature: it shows that everything runs. Its figures mean nothing.**"]
+        lines += ["", "**A miniature that shows that everything runs. Its figures are meaningless.**"]
     if not environment["valid"]:
         lines += ["", f"**Not a valid measurement: {'; '.join(environment['reasons'])}.**"]
     tables = {"checks": _checks, "rates": _rates, "pruning": _pruning, "generation": _generation}
@@ -89,9 +89,9 @@ def _pruning(rows: Sequence[Row], record: Row) -> list[str]:
 
 def _generation(rows: Sequence[Row], record: Row) -> list[str]:
     lines = [
-        "bfloat16, static KV cache, one CUDA graph for the prefill and one for a decoding step. Ratios of speed to the "
-        "dense model; what `dense again` differs from 1 by is drift of the device. J/token is what "
-        "the whole board takes for a decoded token, the prefill before it included.",
+        "bfloat16, static KV cache, one CUDA graph for the prefill and one for a decoding step. Speed ratios are "
+        "relative to the dense model; the distance of `dense again` from 1 is drift of the device. J/token is the "
+        "energy of the whole board per decoded token, including the prefill.",
     ]
     for batch in BATCHES:
         ours = [row for row in rows if row["batch"] == batch]
@@ -134,7 +134,7 @@ def _energy(row: Row) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three digits, and no exponent where there are more."""
+    """Format with three significant digits and without exponent."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 

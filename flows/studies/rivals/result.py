@@ -1,4 +1,4 @@
-"""What a rival makes."""
+"""The result of a rival method."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class Result:
 
     Attributes:
         model: takes `input_ids` (n, S) and gives `.logits` (n, S, V); has `.config` and `.device`.
-        parameters: all of it, tied ones counted once, what was added included.
-        prunable_ratio_removed: of the attention and MLP projections, less what was added.
+        parameters: total, with tied ones counted once and added ones included.
+        prunable_ratio_removed: share of the attention and MLP projections, less added parameters.
     """
 
     model: nn.Module

@@ -18,16 +18,16 @@ from numprune.surgery import assemble, pruned_config
 
 
 def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int) -> Result:
-    """Remove whole decoder layers, those of the least influence first, until the ratio is nearest; nothing is refitted.
+    """Remove the decoder layers of least influence until the ratio is closest; nothing is refitted.
 
     Args:
         model: used up.
         rows: (N, S) int64 calibration tokens.
-        ratio: of the prunable parameters; reached to within half a layer. One layer always stays.
+        ratio: of the prunable parameters, reached to within half a layer. At least one layer stays.
         batch_size: rows at a time.
 
     Raises:
-        InputError: some layers look at a window and others at everything; the cache of such a model needs all of them.
+        InputError: only some layers have a sliding window; the cache of such a model needs all layers.
     """
     anatomy = read_anatomy(model.config)
     check_layers(anatomy)
@@ -42,7 +42,7 @@ def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
 
 
 def check_layers(anatomy: Anatomy) -> None:
-    """Refuse a model that no layer can be taken from. Raises InputError."""
+    """Refuse a model whose layers cannot be removed. Raises InputError."""
     if anatomy.attention_differs:
         raise InputError("shortgpt: a model with sliding windows in some layers only must keep every layer")
     if "experts" in anatomy.kinds:
@@ -50,7 +50,7 @@ def check_layers(anatomy: Anatomy) -> None:
 
 
 def layers_to_drop(anatomy: Anatomy, influence: Tensor, ratio: float) -> set[int]:
-    """Return the layers of the least `influence` (layers,), as many as bring the removed share nearest to `ratio`."""
+    """Return the layers of least `influence` (layers,) whose removed share is closest to `ratio`."""
     sizes = [0] * anatomy.layers
     for block in anatomy.blocks:
         sizes[block.layer] += block.parameters(block.size)

@@ -1,12 +1,12 @@
 """Rotating and slicing the hidden dimension (SliceGPT; Ashkboos et al., ICLR 2024, arXiv 2401.15024).
 
-An RMS norm without a scale does not see a rotation of its input. So the norms' scales are folded into the matrices that
-read them, the residual stream before each block is rotated onto the principal axes Q_l of what the block's norm gives,
-and the last axes are cut off. Blocks have different axes: between two of them the residual stream passes the shortcut
-P_l^T P_{l+1}, P_l the kept columns of Q_l. These shortcuts are new parameters, and no stock architecture has them.
+An RMS norm without a scale is invariant to rotations of its input. So the norms' scales are folded into the matrices
+that read them, the residual stream before each block is rotated onto the principal axes Q_l of the norm's output, and
+the last axes are cut off. Blocks have different axes: between two blocks, the residual stream passes the shortcut P_l^T
+P_{l+1}, with P_l the kept columns of Q_l. These shortcuts are new parameters that no stock architecture has.
 
-As in the authors' program: blocks are sliced one after another, each block's axes come from the already sliced prefix,
-every block has the same width, and the stream that enters the head is rotated but not cut.
+As in the authors' code, blocks are sliced one after another, each block's axes come from the already sliced prefix,
+every block has the same width, and the input of the head is rotated but not cut.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,16 @@ from numprune.calibration import check_rows
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # an RMS norm in front of each block, nothing behind it
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # an RMS norm before each block, none after it
 _MODULES = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
 
 def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int) -> Result:
-    """Slice the hidden dimension such that the prunable parameters, the shortcuts counted among what is left, are
-    fewer by `ratio`.
+    """Slice the hidden dimension so that prunable parameters plus shortcuts are fewer by `ratio`.
 
-    That is another ratio than the paper's, which is the share of the hidden dimension; it makes the method comparable
-    with those that add nothing. Embedding and head become smaller, too, which the ratio does not count; `parameters`
-    counts them, apart from each other: tied ones come untied, since only the head takes up a norm's scale.
+    The paper's ratio refers to the hidden dimension instead; this one makes the method comparable with methods that add
+    no parameters. Embedding and head also become smaller, which only `parameters` counts. Tied ones are untied and
+    counted separately, because only the head absorbs a norm's scale.
 
     Args:
         model: used up.
@@ -43,14 +42,14 @@ def slicegpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
         batch_size: rows at a time.
 
     Raises:
-        InputError: the model skips blocks already, or the rows are not this model's.
+        InputError: the model skips blocks, or the rows do not fit the model.
     """
     anatomy = read_anatomy(model.config)
     check_blocks(anatomy)
     check_rows(anatomy, rows)
     length, window = rows.shape[1], anatomy.sliding_window
     if window is not None and length > window:  # its blocks are run without a mask
-        raise InputError(f"slicegpt: sequence length {length} is over the model's sliding window of {window}")
+        raise InputError(f"slicegpt: sequence length {length} exceeds the model's sliding window of {window}")
     dense = budget_of(anatomy).prunable_parameters
     hidden = anatomy.hidden_size
     width = min(range(1, hidden + 1), key=lambda size: abs(block_parameters(anatomy, size) - (1 - ratio) * dense))
@@ -68,7 +67,7 @@ def check_blocks(anatomy: Anatomy) -> None:
 
 
 def block_parameters(anatomy: Anatomy, width: int) -> int:
-    """Return how many parameters projections and shortcuts have when every block's stream is `width` wide."""
+    """Return the number of parameters of projections and shortcuts if every block's stream is `width` wide."""
     total = 0
     for index, block in enumerate(anatomy.blocks):
         out = anatomy.hidden_size if index == len(anatomy.blocks) - 1 else width
@@ -81,7 +80,7 @@ def block_parameters(anatomy: Anatomy, width: int) -> int:
 
 @torch.no_grad()
 def slice_hidden(model: PreTrainedModel, rows: Tensor, width: int, batch_size: int) -> "Sliced":
-    """Return `model`, which is used up, with `width` of its hidden dimensions before every block."""
+    """Return `model`, which is modified, with `width` of its hidden dimensions before every block."""
     anatomy = read_anatomy(model.config)
     embedding = model.get_input_embeddings().weight
     positions = torch.arange(rows.shape[1], device=embedding.device)[None]
@@ -110,7 +109,7 @@ def principal_axes(norm: nn.Module, hidden: Tensor, batch_size: int) -> Tensor:
     """Return the orthogonal Q (H, H) float64, eigenvectors of sum x x^T, largest eigenvalue first; x = norm(hidden).
 
     Args:
-        norm: without a scale, so that it is the signal which the block's matrices read (section 3.3).
+        norm: without a scale, so its output is the signal that the block's matrices read (section 3.3).
         hidden: (N, S, H).
         batch_size: rows of `hidden` at a time.
     """
@@ -123,7 +122,7 @@ def principal_axes(norm: nn.Module, hidden: Tensor, batch_size: int) -> Tensor:
 
 
 class UnscaledNorm(nn.Module):
-    """x / rms(x), the mean taken over the dense model's width: what was cut off was nearly nothing, not nothing."""
+    """x / rms(x), with the mean over the dense model's width, because the cut part was small but not zero."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -135,7 +134,7 @@ class UnscaledNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention or MLP, its norm's scale folded in, with the shortcut beside it.
+    """Attention or MLP with its norm's scale folded in, and the parallel shortcut.
 
     Before `read_through` and `write_through` it reads and writes the dense model's hidden dimensions.
     """
@@ -155,7 +154,7 @@ class Block(nn.Module):
             producer.weight.data = _cast(producer.weight.double() @ kept, producer.weight)
 
     def write_through(self, before: Tensor, after: Tensor) -> None:
-        """Write to a stream in the coordinates of `after` (H, width'); the stream came in those of `before`."""
+        """Write to a stream in the coordinates of `after` (H, width'); its input has those of `before`."""
         weight, bias = self._consumer.weight, self._consumer.bias
         self._consumer.weight.data = _cast(after.T @ weight.double(), weight)
         if bias is not None:
@@ -172,7 +171,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Such blocks between embedding and last norm. It has no cache and no mask: rows of one length, causal."""
+    """The blocks between embedding and last norm, without cache or mask: causal, for rows of one length."""
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__()
@@ -192,7 +191,7 @@ class Decoder(nn.Module):
 
 
 class Sliced(nn.Module):
-    """The decoder and its head, in two parts by transformers' names, as `quality` needs them."""
+    """The decoder and its head under transformers' names, as `quality` needs them."""
 
     base_model_prefix = "decoder"
 

@@ -1,1 +1,1 @@
-"""How long pruning's own work takes, beside the straightforward way to do it and beside the dense forward pass."""
+"""Time the work of pruning against straightforward implementations and against the dense forward pass."""

@@ -1,4 +1,4 @@
-"""Seconds of work on a CPU or a GPU."""
+"""Time work on a CPU or a GPU."""
 
 import time
 from collections.abc import Callable, Generator
@@ -8,9 +8,9 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Return a time in seconds, once all that was asked of `device` is done.
+    """Return a time in seconds after all pending work of `device` is done.
 
-    With a single thread on a CPU it is processor time, which leaves out what else the machine does.
+    With a single thread on a CPU, it is processor time, which excludes other programs.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -20,7 +20,7 @@ def now(device: torch.device) -> float:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return how long `work` takes."""
+    """Return the seconds that `work` takes."""
     start = now(device)
     work()
     return now(device) - start
@@ -29,10 +29,10 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def seconds_of_steps(
     work: Generator[None, None, Any], steps: int, patience: float, device: torch.device
 ) -> tuple[float, float]:
-    """Return how long `work` takes that yields after each of `steps` equal steps, and the share of it that was run.
+    """Return the seconds of `work`, which yields after each of `steps` equal steps, and the share that was run.
 
-    After `patience` seconds it is left, and the rest is taken to be as fast as what was run after the first step, which
-    may have had something to prepare.
+    After `patience` seconds it is stopped and extrapolated from the steps after the first, which may include
+    preparation.
     """
     start = first = last = now(device)
     done = 0

@@ -21,8 +21,8 @@ _EPILOG = """\
   python -m numprune.flows.studies.speed
   python -m numprune.flows.studies.speed --channels 704,2048 --layer 1024x2816x16x4 --measured-tokens 4096
 
-Runs on a GPU where there is one. On a CPU the default sizes take about half an hour and 12 GB of memory; with
-OMP_NUM_THREADS=1 processor time is taken, which means something on a machine that does other things too.
+Runs on a GPU if there is one. On a CPU, the default sizes take about half an hour and 12 GB of memory. With
+OMP_NUM_THREADS=1 it measures processor time, which is meaningful on a busy machine, too.
 """
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: LayerTimes) -> str:
-    """Return both tables."""
+    """Return both tables as Markdown."""
     machine = environment["device"]
     if not environment["gpu"]:
         threads = environment["threads"]
@@ -80,7 +80,7 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
     if any(part.share_run < 1 for part in parts):
         lines += [
             "",
-            "Where a share is given, that much of it was run; its steps are equal, and the rest is extrapolated.",
+            "If a share is given, only that much was run, and the rest is extrapolated from equal steps.",
         ]
     size = layer.size
     rows = {
@@ -101,19 +101,19 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
     ]
     if layer.measured_tokens < layer.tokens:
         lines += [
-            f"What grows with the tokens was measured over {layer.measured_tokens} and multiplied by "
+            f"Times that grow with the tokens were measured for {layer.measured_tokens} and multiplied by "
             f"{layer.tokens / layer.measured_tokens:g}.",
             "",
         ]
     lines += [
-        "What `joint` adds, forward and backward passes of the kept units, counts as its own work.",
+        "The additional forward and backward passes of `joint` over the kept units count as its own work.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _figure(value: float) -> str:
-    """Three digits, and no exponent where there are more."""
+    """Format with three significant digits and without exponent."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
@@ -130,7 +130,9 @@ def _environment(device: torch.device) -> dict[str, Any]:
 def _size(text: str) -> Size:
     parts = text.split("x")
     if len(parts) != 4:
-        raise InputError(f"--layer is {text!r}; it must be HIDDENxINTERMEDIATExHEADSxKV_HEADS, as 4096x11008x32x32")
+        raise InputError(
+            f"--layer is {text!r}; it must be HIDDENxINTERMEDIATExHEADSxKV_HEADS, for example 4096x11008x32x32"
+        )
     size = Size(*(_positive("--layer", part) for part in parts))
     if size.hidden % (2 * size.heads) or size.heads % size.kv_heads:
         raise InputError(f"--layer is {text!r}: the heads must divide half the hidden size, and the KV heads the heads")
@@ -150,8 +152,7 @@ def _progress(what: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m numprune.flows.studies.speed",
-        description="What pruning itself takes: each part beside the way it is printed, all of a layer beside its "
-        "forward pass.",
+        description="Time of pruning: each part against its published form, a whole layer against its forward pass.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -164,15 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="of the calibration (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default %(default)s)")
     parser.add_argument(
-        "--measured-tokens", type=int, help="of these so many are run (default: 2048 on a CPU, all on a GPU)"
+        "--measured-tokens", type=int, help="calibration tokens that are run (default: 2048 on a CPU, all on a GPU)"
     )
     parser.add_argument("--repeats", type=int, default=3, help="of everything (default %(default)s)")
     parser.add_argument(
         "--patience",
         type=float,
         default=20,
-        help="seconds after which the rest of a printed way is extrapolated (default %(default)s)",
+        help="seconds after which a published form is extrapolated (default %(default)s)",
     )
-    add_choice(parser, "--device", get_args(Device), "auto", "where everything is run")
+    add_choice(parser, "--device", get_args(Device), "auto", "device to run on")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of tables")
     return parser

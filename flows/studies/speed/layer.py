@@ -1,4 +1,4 @@
-"""What pruning one decoder layer costs beside its forward pass, measured with the parts that `prune` is made of."""
+"""The time of pruning one decoder layer, relative to its forward pass, measured with the functions of `prune`."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -26,16 +26,16 @@ from numprune.surgery import channels_of
 CRITERION = "obs"
 PER_TOKEN = ("forward", "to the consumer", "sums", "sums with targets", "consumer")
 FIXED = ("score", "least squares", "damping")
-# What each compensation is made of, by name of its parts, how often. The inputs of the others come from the pruned
-# prefix, so the block is run dense, and on them up to its consumer; the pruned consumer reads what it has read there.
+# The parts of each compensation, and how often they run. Except for `oneshot`, inputs come from the pruned prefix: the
+# block is run dense, and on these inputs up to its consumer, whose stored inputs the pruned consumer reads.
 _FROM_PREFIX = ("forward", "to the consumer", "sums with targets", "score", "least squares", "damping")
 PARTS = {
     "oneshot": dict.fromkeys(("forward", "sums", "score", "least squares"), 1),
     "residual": dict.fromkeys((*_FROM_PREFIX, "consumer"), 1),
     "joint": dict.fromkeys((*_FROM_PREFIX, "producers"), 1),
 }
-# What comes before it where uniform allocation has a choice: moments and error curves of the dense blocks, and the
-# gradients of a quarter of the rows, which take about as long as a forward pass of all of them.
+# The work before it if uniform allocation has a choice: moments and error curves of the dense blocks, and the gradients
+# of a quarter of the rows, which take about as long as a forward pass of all rows.
 PARTS["split"] = {"forward": 2, "sums": 1, "score": 1}
 _RATIO = 0.3
 _DAMPING = 1e-3
@@ -44,7 +44,7 @@ _BATCH = 8  # rows
 
 @dataclass(frozen=True)
 class Size:
-    """A decoder layer's."""
+    """The sizes of a decoder layer."""
 
     hidden: int
     intermediate: int
@@ -57,12 +57,13 @@ class LayerTimes:
     """Seconds for one decoder layer and `tokens` calibration tokens.
 
     Attributes:
-        measured_tokens: those that were run; what grows with the tokens was multiplied by tokens / measured_tokens.
+        measured_tokens: those that were run; times that grow with the tokens were multiplied by tokens /
+            measured_tokens.
         parts: of both blocks together: "forward", a dense forward pass; "to the consumer", the same without the
-            consumers; "sums", the moments of what the consumers read; "sums with targets", with those of targets, a
-            quarter of the rows by themselves; "score", by greedy OBS; "least squares"; "damping", its choice;
-            "consumer", the pruned consumers alone; "producers", `joint`'s fit of the producer and the pruned
-            blocks, with all passes over the kept units.
+            consumers; "sums", the moments of the consumers' inputs; "sums with targets", including moments of targets,
+            with a quarter of the rows separate; "score", by greedy OBS; "least squares"; "damping", its choice;
+            "consumer", the pruned consumers alone; "producers", `joint`'s fit of the producer and the pruned blocks,
+            including all passes over the kept units.
     """
 
     size: Size
@@ -75,7 +76,7 @@ class LayerTimes:
         return sum(times * self.parts[name] for name, times in PARTS[work].items())
 
     def besides(self, work: str) -> float:
-        """Return those of all that is not a forward pass of the dense layer, or a part of one."""
+        """Return the seconds of all work other than forward passes of the dense layer, or parts of one."""
         passes = ("forward", "to the consumer", "consumer")
         return sum(times * self.parts[name] for name, times in PARTS[work].items() if name not in passes)
 
@@ -93,12 +94,12 @@ def measure_layer(
 
     Args:
         size: of the layer.
-        tokens: calibration tokens that the times are given for.
-        measured_tokens: at most so many are run, in whole rows, but two rows at least.
-        sequence_length: tokens of a row.
-        repeats: how often everything is run.
+        tokens: calibration tokens for which the times are stated.
+        measured_tokens: at most this many are run, in whole rows, at least two.
+        sequence_length: tokens per row.
+        repeats: number of runs.
         device: to run on.
-        progress: told what comes next.
+        progress: called with the next step.
     """
     layers = ModelLayers(_one_layer(size, sequence_length).to(device))
     walker = Walker(layers, sequence_length, _BATCH)
@@ -108,7 +109,7 @@ def measure_layer(
     runs: list[Counter[str]] = []
     with layers.layer(0) as layer, torch.no_grad():
         blocks = layers.anatomy.of_layer(0)
-        for block in blocks:  # libraries are loaded when they are first called
+        for block in blocks:  # libraries are loaded on first use
             _block_times(walker, layer, block, hidden[:1], "numerical-newton", device)
         for repeat in range(repeats):
             runs.append(Counter())
@@ -118,7 +119,7 @@ def measure_layer(
     times = {name: median(run[name] for run in runs) for name in runs[0]}
     scale = tokens / (rows * sequence_length)
     parts = {name: times[name] * scale for name in PER_TOKEN} | {name: times[name] for name in FIXED}
-    # Of this fit the solves do not grow with the tokens: what each further row takes is the difference from one row.
+    # The solves of this fit do not grow with the tokens: the time of each further row is the difference from one row.
     one = times["producers, one row"]
     parts["producers"] = one + (times["producers"] - one) * (tokens / sequence_length - 1) / (rows - 1)
     return LayerTimes(size, tokens, rows * sequence_length, parts)

@@ -1,4 +1,4 @@
-"""Each part of pruning's own work that is done otherwise than printed, beside the printed way."""
+"""The parts of pruning that are not implemented as published, timed against the published form."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ _BATCHES, _BATCH = 4, 2048  # tokens of the Gram matrix
 
 @dataclass(frozen=True)
 class Part:
-    """Medians of both ways, taken in turns.
+    """Medians of both implementations, run in turns.
+
 
     Attributes:
         name: what is computed.
         channels: D.
-        straightforward_seconds: of the printed way.
-        share_run: of the printed way; the rest was extrapolated from equal steps.
+        straightforward_seconds: of the published form.
+        share_run: of the published form; the rest was extrapolated from equal steps.
         seconds: numprune's.
     """
 
@@ -57,12 +58,12 @@ def measure_parts(
 
     Args:
         channels: D of each size.
-        repeats: times that both ways are run, one after the other.
-        patience: seconds after which the printed way is left and its time extrapolated.
+        repeats: runs of both, in turns.
+        patience: seconds after which the published form is stopped and its time extrapolated.
         device: to run on.
         progress: told what comes next.
     """
-    for pair in _pairs(64, device):  # libraries are loaded when they are first called
+    for pair in _pairs(64, device):  # libraries are loaded on first use
         seconds_of_steps(pair.printed(), pair.steps, 0, device)
         pair.ours()
     parts = []
@@ -79,7 +80,7 @@ def measure_parts(
 
 
 def _pairs(D: int, device: torch.device) -> list[_Pair]:
-    """The parts at D channels and 3/8 D outputs, as the MLP of a Llama has them."""
+    """The parts at D channels and 3/8 D outputs, as in a Llama's MLP."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,7 +1,7 @@
-"""What numprune's linear algebra computes, done as the papers print it: to be timed beside it.
+"""numprune's linear algebra implemented as published, for comparison.
 
-Generators that yield after each of their equal steps, so that a long one need not be run to its end to be timed, and
-return the result.
+These are generators that yield after each of their equal steps, so that a long one can be timed without finishing it,
+and return the result.
 """
 
 from collections.abc import Generator, Sequence
@@ -33,9 +33,9 @@ def newton(A: Tensor, ratio: float, penalty: float = 10.0, iterations: int = 50)
 
 
 def removal(weight: Tensor, gram: Tensor, damping: float = 1e-4) -> Generator[None, None, tuple[Tensor, Tensor]]:
-    """Greedy OBS on channels, the whole inverse (D, D) and weight (out, D) brought up to date after each removal.
+    """Greedy OBS on channels, updating the whole inverse (D, D) and weight (out, D) after each removal.
 
-    Returns order and costs as `numprune.criteria.obs.greedy_removal` does.
+    Returns order and costs like `numprune.criteria.obs.greedy_removal`.
     """
     weight = weight.clone()
     inverse = torch.linalg.inv(damped(gram, damping))

@@ -132,9 +132,9 @@ def test_the_command_prints_every_table(capsys):
     ("words", "message"),
     [
         (["--documents", "20,x"], "--documents: '20,x'"),
-        (["--documents", "4"], "--documents: 4 is under 5"),
-        (["--repeats", "2"], "--repeats: 2 is under 4"),
-        (["--worlds", "1"], "--worlds: 1 is under 10"),
+        (["--documents", "4"], "--documents: 4 is below the minimum of 5"),
+        (["--repeats", "2"], "--repeats: 2 is below the minimum of 4"),
+        (["--worlds", "1"], "--worlds is 1; it must be at least 10"),
     ],
 )
 def test_invalid_counts_are_refused(capsys, words, message):

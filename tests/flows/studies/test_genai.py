@@ -37,7 +37,7 @@ def test_no_two_contenders_have_one_name() -> None:
 def test_contenders_are_chosen_by_a_part_of_the_name_and_pytorch_is_always_there() -> None:
     chosen = command._chosen(["in onnxruntime-genai"])
     assert {one.maker for one in chosen} == {TORCH, "numprune"}
-    with pytest.raises(InputError, match=r"'int3' is in no name; there are PyTorch, eager, float32; "):
+    with pytest.raises(InputError, match=r"'int3' matches no name; available: PyTorch, eager, float32; "):
         command._chosen(["int4", "int3"])
 
 
@@ -75,7 +75,7 @@ def test_a_miniature(tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsy
         ),
         (["--sequence-length", "1025"], "--sequence-length is 1025; the model takes at most 1024"),
         (["/nowhere/model"], "/nowhere/model"),
-        (["--contenders", "llama.cpp"], "'llama.cpp' is in no name"),
+        (["--contenders", "llama.cpp"], "'llama.cpp' matches no name"),
     ],
 )
 def test_errors_are_reported_before_any_work(

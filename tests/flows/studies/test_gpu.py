@@ -95,7 +95,7 @@ def test_in_miniature_on_a_bare_image(tmp_path: Path) -> None:
         assert {row["decode_joules_per_token"] for row in rows["generation"]} == {None}
     text = written.with_suffix(".md").read_text(encoding="utf-8")
     assert text == tables.as_markdown(record)
-    assert "Its figures mean nothing" in text
+    assert "Its figures are meaningless" in text
     assert "Incomplete" not in text
 
 

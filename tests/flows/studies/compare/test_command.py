@@ -68,7 +68,7 @@ def test_figures_match_pruning_and_evaluating_by_hand(command, tiny, tmp_path, c
     assert int(row["parameters"]) == pruned.after.parameters
     assert float(row["prunable_ratio_removed"]) == pruned.prunable_ratio_removed
     # Counted as `evaluate` counts: tokens that are scored, documents that have some.
-    assert f"judged on {expected.candidate.count:,} tokens of {expected.documents} held-out documents" in printed
+    assert f"evaluated on {expected.candidate.count:,} tokens of {expected.documents} held-out documents" in printed
     assert float(row["seconds"]) > 0
     assert float(row["forward_passes"]) > 0
     assert int(row["peak_bytes"]) > sum(parameter.numel() * 4 for parameter in dense.parameters())
@@ -81,12 +81,12 @@ def test_a_second_run_computes_only_what_is_missing(command, tmp_path, capsys):
 
     main(command("--methods", "magnitude/uniform/none,wanda/uniform/none", "--ratios", "0.2"))
     said = capsys.readouterr().err.splitlines()
-    assert ", was there" in next(line for line in said if line.startswith("[1/2]"))
-    assert "was there" not in next(line for line in said if "wanda" in line)
+    assert ", reused" in next(line for line in said if line.startswith("[1/2]"))
+    assert "reused" not in next(line for line in said if "wanda" in line)
     assert rows_of(tmp_path / "out")[0] == before[0]  # its seconds too: not measured again
 
     main(command("--methods", "magnitude/uniform/none", "--ratios", "0.2", "--seed", "1"))
-    assert "was there" not in capsys.readouterr().err  # other calibration rows
+    assert "reused" not in capsys.readouterr().err  # other calibration rows
 
 
 def test_a_killed_run_resumes_where_it_stopped(command, tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_where_it_stopped(command, tmp_path, capsys):
 
     assert main(arguments) == 0
     said = capsys.readouterr().err
-    assert said.count("was there") == finished
+    assert said.count("reused") == finished
     assert [row["method"] for row in rows_of(tmp_path / "out")] == methods
     assert not list((tmp_path / "out" / "stages").glob(".*partial"))
 
@@ -115,7 +115,7 @@ def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with locks.held(tmp_path / "out" / ".lock"):
         assert main(command("--methods", "magnitude/uniform/none")) == 1
-    assert f"another comparison is at work in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert f"another comparison is running in {tmp_path / 'out'}" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
@@ -151,7 +151,7 @@ def test_without_heldout_text_the_end_of_the_calibration_text_is_held_out_and_on
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "obs/uniform"], "'obs/uniform' is no method"),
+        (["--methods", "obs/uniform"], "'obs/uniform' is not a method"),
         (["--methods", "obs/uniform/bias", "--ratios", "0.99"], "--methods: obs/uniform/bias: ratio is 0.99"),
         (["--samples", "100000"], "100000 samples were requested"),
         (["--samples", "0"], "argument --samples: '0': each must be a whole number, at least 1"),

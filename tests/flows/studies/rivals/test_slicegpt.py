@@ -74,7 +74,7 @@ def test_without_slicing_the_shortcuts_add_parameters():
 
 
 def test_rows_longer_than_the_window_are_refused():
-    with pytest.raises(InputError, match="sequence length 24 is over the model's sliding window of 16"):
+    with pytest.raises(InputError, match="sequence length 24 exceeds the model's sliding window of 16"):
         slicegpt(build_tiny("mistral", sliding_window=16), ROWS, 0.3, 8)
 
 
