@@ -12,15 +12,15 @@
     numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
 
-    # 2 GiB of weights: how many units each block keeps, and whether it is stored in 4, 8 or 16 bits
+    # a budget of 2 GiB chooses the size and the bits (4, 8 or 16) of each block
     budget = numprune.weight_budget(model, "2GiB", scheme="mixed")
     target = numprune.Target(quantization_group=64)
     options = numprune.PruneOptions(ratio=0, allocation="error", target=target, budget=budget)
     mixed = numprune.quantize(numprune.prune(model, rows, options), "mixed", rows, dense=model)
     numprune.save(mixed, "mixed")
 
-No function modifies its argument. The command line does the same from folder to folder and can stream models larger
-than memory; `numprune optimize` runs the whole pipeline with benchmark, gates and registry.
+No function modifies its arguments. The command line does the same with folders and can stream models larger than
+memory; `numprune optimize` runs the whole pipeline with benchmark, gates and registry.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,11 +84,11 @@ Text = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Token rows to calibrate on.
+    """Token rows for calibration.
 
     Attributes:
         tokens: (N, S) int64.
-        draw: the text that they come from, and how they were drawn; None for your own rows.
+        draw: their source text and how they were drawn; None for your own rows.
     """
 
     tokens: Tensor
@@ -102,7 +102,7 @@ class Quantization:
     Attributes:
         schemes: one for all blocks, or that of each quantized block by its name.
         matrices: name -> the quantized weight.
-        rows: that GPTQ was calibrated on; None: each weight was rounded by itself.
+        rows: for the calibration of GPTQ; None: each weight was rounded to the nearest value.
     """
 
     schemes: BlockSchemes
@@ -118,13 +118,13 @@ class Model:
     """A model in memory, in float32.
 
     Attributes:
-        folder: the checkpoint that it, or the model it was pruned from, was read from.
+        folder: the checkpoint from which it, or its unpruned model, was read.
         network: transformers' model.
         tokenizer: its tokenizer.
         task: causal or masked language model, classifier, or embedding model.
-        plan: the plan it was pruned by; None for an unpruned model.
-        quantization: how it was quantized in memory: `network` computes with the rounded weights and, where the scheme
-            rounds them, rounded activations. None for a model that was not.
+        plan: the applied plan; None for an unpruned model.
+        quantization: how it was quantized in memory; `network` then computes with rounded weights and, if the scheme
+            does so, rounded activations. None for an unquantized model.
     """
 
     folder: Path
@@ -149,8 +149,8 @@ def load(model: str | Path, device: str = "auto") -> Model:
     """Read a checkpoint into memory, in float32.
 
     Args:
-        model: a Hugging Face folder, or a hub id where a hub can be reached. No code from it is run.
-        device: "cpu", "cuda", or "auto": CUDA where there is a GPU.
+        model: a Hugging Face folder, or a hub id if a hub can be reached. No code from it is run.
+        device: "cpu", "cuda", or "auto" (CUDA if there is a GPU).
 
     Raises:
         InputError: no such model, an unsupported architecture, or a malformed file.
@@ -170,7 +170,7 @@ def calibration_rows(
     seed: int = 0,
     reading: Reading | None = None,
 ) -> CalibrationRows:
-    """Draw rows of tokens to calibrate on.
+    """Draw rows of tokens for calibration.
 
     Args:
         text: one or more files; .jsonl, .json and .parquet files hold a document per record.
@@ -211,11 +211,11 @@ def weight_budget(model: Model, limit: str, *, scheme: QuantizedTo = "none") -> 
 def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     """Choose what to keep, without pruning.
 
-    The plan can be written, read again with `read_plan`, edited, and applied. Units are chosen on the dense model;
+    The plan can be written, read with `read_plan`, edited and applied. Units are chosen on the dense model, whereas
     `prune` chooses each block's units after pruning the blocks before it.
 
     Raises:
-        InputError: options that cannot work for this model.
+        InputError: the options are not valid for this model.
     """
     _refuse_quantized(model, "pruning")
     layers = ModelLayers(model.network, model.task)
@@ -229,7 +229,7 @@ def apply(plan: Plan, model: Model, rows: CalibrationRows) -> Model:
     """Return `model` pruned by `plan`, compensated on `rows`; `model` is not modified.
 
     Raises:
-        InputError: the plan is for another model, or names sizes that its target cannot run.
+        InputError: the plan is for another model, or has sizes that its target does not support.
     """
     steps.check_applies(plan, model.anatomy, model.folder, manifest.folder_digest(model.folder))
     return _pruned(model, rows, options_of(plan), plan)
@@ -239,7 +239,7 @@ def prune(model: Model, rows: CalibrationRows, options: PruneOptions) -> Model:
     """Return `model` pruned and compensated; `model` is not modified.
 
     Raises:
-        InputError: options that cannot work for this model.
+        InputError: the options are not valid for this model.
     """
     check_options(model.anatomy, options)
     return _pruned(model, rows, options, None)
@@ -259,17 +259,17 @@ def quantize(
     *,
     dense: Model | None = None,
 ) -> Model:
-    """Return `model` with the weights of its layers in 8 or 4 bits; `model` and `dense` stay as they are.
+    """Return `model` with the weights of its layers in 8 or 4 bits; `model` and `dense` are not modified.
 
     Args:
         model: pruned or not.
-        scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`; "mixed": for each block as in the
-            plan that `model` was pruned by, within a budget for "mixed".
-        rows: for GPTQ, which makes up for errors; None: each weight is rounded by itself.
-        dense: the model that `model` was pruned from: GPTQ fits to its outputs. None: to those of `model`.
+        scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`; "mixed": as chosen for each block
+        by the plan of `model`, made with a budget for "mixed".
+        rows: for GPTQ, which compensates rounding errors; None: each weight is rounded to the nearest value.
+        dense: the unpruned model, to whose outputs GPTQ fits; None: to those of `model`.
 
     Raises:
-        InputError: the model cannot be quantized, or not by this scheme; or it was not pruned from `dense`.
+        InputError: the model or this scheme is not supported, or `model` was not pruned from `dense`.
     """
     _refuse_quantized(model, "quantization")
     plan = model.plan or quantizing.plan_of(model.folder)
@@ -283,7 +283,7 @@ def quantize(
     if dense is not None:
         _refuse_quantized(dense, "dense")
         if rows is None:
-            raise InputError("without rows each weight is rounded by itself: leave out `dense`, or give rows")
+            raise InputError("without rows each weight is rounded to the nearest value: omit `dense`, or give rows")
         check_target(model.anatomy, dense.anatomy, dropped)
     target = ModelLayers(dense.network, dense.task) if dense else None
     fit = Fit(rows.tokens, target, dropped) if rows and schemes_by_tensor(model.anatomy, schemes) else None
@@ -295,10 +295,10 @@ def quantize(
 def save(model: Model, out: str | Path) -> Path:
     """Write a model as a checkpoint, with plan, model card and manifest.
 
-    Weights are stored in the precision of the base, those that are quantized in the format compressed-tensors.
+    Weights are stored in the base model's precision; quantized weights in the compressed-tensors format.
 
     Args:
-        model: what `apply`, `prune` or `quantize` returned.
+        model: returned by `apply`, `prune` or `quantize`.
         out: a folder that does not exist yet.
 
     Raises:
@@ -337,9 +337,9 @@ def evaluate(
     """Return the model's NLL on a text or, with a baseline, the difference with an interval over documents.
 
     Args:
-        model: to measure.
-        text: one or more files of text that no choice was based on.
-        baseline: compared token by token; usually the model that `model` was pruned from.
+        model: to evaluate.
+        text: one or more files of held-out text, not used for any choice.
+        baseline: compared token by token; usually the unpruned model.
         sequence_length: tokens per window; None: 512, or the model's context if shorter.
 
     Raises:
@@ -362,8 +362,8 @@ def export_checkpoint(
     """Export a checkpoint and verify that the export computes the same.
 
     Args:
-        source: a checkpoint folder, for example one that `save` wrote.
-        out: a folder that does not exist yet; it appears once parity is verified.
+        source: a checkpoint folder, for example from `save`.
+        out: a folder that does not exist yet; it is created after parity is verified.
         to: "vllm", "onnx", "onnxruntime" or "tensorrt".
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 for runtimes on a CPU.
 
@@ -371,7 +371,7 @@ def export_checkpoint(
         The figures of the parity check.
 
     Raises:
-        InputError: `out` exists, or the target cannot hold the model.
+        InputError: `out` exists, or the target does not support the model.
         MissingRuntime: the target's libraries are not installed.
         ParityError: the export does not compute the same.
     """

@@ -77,8 +77,8 @@ def smallest_layers(anatomy: Anatomy, count: int, protected: Collection[int] = (
     Args:
         protected: layers that must stay.
 
-            Raises:
-                InputError: no layer would be left, fewer than `count` may be dropped, or layers cannot be renumbered.
+    Raises:
+        InputError: no layer would be left, fewer than `count` may be dropped, or layers cannot be renumbered.
     """
     if not 0 <= count < anatomy.layers:
         raise InputError(f"drop_layers is {count}; the model has {anatomy.layers} layers, and at least one must stay")

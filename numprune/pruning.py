@@ -72,8 +72,8 @@ def prune(
         task: of the model.
         plan: as for `prune_layers`.
 
-        Raises:
-            InputError: unsupported architecture, invalid options, or rows that do not fit the model.
+    Raises:
+        InputError: unsupported architecture, invalid options, or rows that do not fit the model.
     """
     layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options, planned=plan is not None)
@@ -122,8 +122,8 @@ def prune_layers(
         plan: what to keep; nothing is scored then. It must have passed `check_plan`, and `options` must be its
             `options_of`.
 
-        Raises:
-            InputError: invalid options, or rows that do not fit the model.
+    Raises:
+        InputError: invalid options, or rows that do not fit the model.
     """
     rest = _rest(layers, rows, options, known, dropped, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options

@@ -51,9 +51,9 @@ def allowed_sizes(anatomy: Anatomy, target: Target, limits: Limits, *, stock: bo
         limits: of what may be pruned.
         stock: only sizes that the architecture's own configuration can represent.
 
-        Raises:
-            InputError: a block has no size that the target supports, or a protected block's size is not supported;
-                names the block, its size and the rule. Also like `Limits.check`.
+    Raises:
+        InputError: a block has no size that the target supports, or a protected block's size is not supported;
+            names the block, its size and the rule. Also like `Limits.check`.
     """
     limits.check(anatomy)
     protected = limits.protected(anatomy)

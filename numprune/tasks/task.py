@@ -1,8 +1,8 @@
-"""What a model is for: how its text becomes rows, what it predicts, and how its loss is counted.
+"""The interface of tasks: reading text as rows, predictions, and losses.
 
 A row's *predictions* are its next-token distributions (causal LM), those of its masked tokens (masked LM), its class
-distribution (classification) or its sentence embedding. P is how many a row has, V the size of each, and F that of the
-*state* which the model's head makes a prediction of.
+distribution (classification) or its sentence embedding. P is their number per row, V the size of each, and F the size
+of the *state* from which the model's head computes a prediction.
 """
 
 import copy
@@ -23,18 +23,18 @@ from numprune.documents import Document
 from numprune.families.family import TaskName
 from numprune.progress import Progress
 
-# Fewer documents bound nothing that is of use. Windows take their place, which say something of this text alone: those
-# of one document are alike.
+# Fewer documents give no useful bounds. Windows are resampled instead, whose bounds only apply to this text, because
+# the windows of one document are similar.
 MINIMUM_DOCUMENTS = 5
 
 # Predictions are computed for a few positions at a time, so that memory depends neither on the batch nor on the
-# vocabulary: 2^23 values are 32 MiB. A batch of 8 rows of 512 tokens has 805 MB of them where there are 49,152 words.
+# vocabulary: 2^23 values are 32 MiB. A batch of 8 rows of 512 tokens has 805 MB of them with a vocabulary of 49,152.
 MAXIMUM_VALUES = 1 << 23
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's predictions of token rows, as what they are computed from.
+    """A model's predictions of token rows, as the functions that compute them.
 
     Attributes:
         states: row indices (n,) and their tokens (n, S) to states (n, P, F).
@@ -49,12 +49,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Quality:
-    """NLL of one model, by span: what a row has of one document (a whole row, where rows are not packed).
+    """NLL of one model, by span: the part of a row from one document (if rows are not packed, the whole row).
 
     Attributes:
         nll: (spans,) summed NLL in nats, float64.
-        scored: (spans,) how many predictions were scored: tokens, masked tokens or texts.
-        accuracy: share of texts whose most probable class is their label; None where the task has no labels.
+        scored: (spans,) number of scored predictions: tokens, masked tokens or texts.
+        accuracy: share of texts whose most probable class is their label; None if the task has no labels.
     """
 
     nll: np.ndarray
@@ -81,11 +81,11 @@ class Comparison:
 
     Attributes:
         task: its name.
-        unit: of the loss, as in "nats/token".
-        documents: how many the text has.
-        candidate, baseline: their NLL; None where the task has none without the other model.
+        unit: of the loss, like "nats/token".
+        documents: number of documents.
+        candidate, baseline: their NLL; None if the task has no NLL of a single model.
         difference: (spans,) the candidate's loss minus the baseline's, summed, float64.
-        scored: (spans,) how many predictions the sums are of.
+        scored: (spans,) number of predictions in each sum.
         loss_delta: mean difference, paired by prediction.
         metrics: further figures of the task by name.
     """
@@ -102,7 +102,8 @@ class Comparison:
 
 
 class Task(Protocol):
-    """What the rest of the code asks of a task.
+    """The interface of a task.
+
 
     Attributes:
         name: of the task.
@@ -119,7 +120,7 @@ class Task(Protocol):
     def calibration_rows(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        """Return the text as windows of at most `length` tokens, as the model is fed with them. Raises InputError."""
+        """Return the text as windows of at most `length` tokens, ready as model input. Raises InputError."""
 
     def heldout_rows(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
@@ -127,16 +128,16 @@ class Task(Protocol):
         """Return the text as rows of at most `length` tokens for `evaluate` and `compare`. Raises InputError."""
 
     def predictions_in(self, length: int) -> int:
-        """Return P of a row of so many tokens."""
+        """Return P for a row of `length` tokens."""
 
     def scored(self, rows: TokenRows) -> np.ndarray:
         """Return how many predictions each span has, (spans,) int64."""
 
     def has_loss(self, rows: TokenRows) -> bool:
-        """Whether a model has an NLL on these rows by itself, and not only a difference from a baseline."""
+        """Return whether a single model has an NLL on these rows, not only a difference from a baseline."""
 
     def predictions(self, model: PreTrainedModel) -> Predictions:
-        """Return those of a model in memory."""
+        """Return the predictions of a model in memory."""
 
     def evaluate(
         self,
@@ -145,15 +146,15 @@ class Task(Protocol):
         batch_size: int,
         keep: Callable[[list[int], Tensor], None] | None = None,
     ) -> Quality | None:
-        """Return the NLL of `model`, None unless it `has_loss`. `keep`: as of quality.evaluate.
+        """Return the NLL of `model`, or None without `has_loss`. `keep`: as in quality.evaluate.
 
-        Raises IntegrityError when the predictions are not finite.
+        Raises IntegrityError if predictions are not finite.
         """
 
     def compare(
         self, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
     ) -> Comparison:
-        """Return how `model` differs from `baseline`. Raises IntegrityError when predictions are not finite."""
+        """Compare `model` with `baseline`. Raises IntegrityError if predictions are not finite."""
 
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
         """Run `model` on token rows (n, S): logits (n, S, V) or (n, V), or embeddings (n, V)."""
@@ -162,23 +163,23 @@ class Task(Protocol):
         """Return how far each prediction is from the dense model's, (p,) float64, in the task's unit.
 
         Args:
-            output, dense: what `output` returned of a model and of the dense one.
+            output, dense: returned by `output` for a model and for the dense one.
             rows: (n, S) calibration rows.
         """
 
     def losses_in(self, rows: Tensor) -> int:
-        """Return how many losses `loss` sums over calibration rows (n, S): a price is in nats for each.
+        """Return the number of losses that `loss` sums over calibration rows (n, S); prices are per loss.
 
-        Raises InputError where there are none.
+        Raises InputError if there are none.
         """
 
     def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
         """Return the summed loss whose gradient prices removals.
 
         Args:
-            output: what `output` returned.
+            output: returned by `output`.
             rows: (n, S) calibration rows.
-            draw: on the CPU; of labels that are drawn.
+            draw: on the CPU, for drawing labels.
         """
 
 
@@ -191,7 +192,7 @@ def compared(
     candidate: Quality | None = None,
     baseline: Quality | None = None,
 ) -> Comparison:
-    """Return the comparison with its interval: over documents, or over windows where there are too few of them."""
+    """Return the comparison with its interval: over documents, or over windows if there are too few documents."""
     scored = task.scored(rows)
     unit = "document" if rows.documents >= MINIMUM_DOCUMENTS else "window"
     units = rows.document if unit == "document" else rows.row
@@ -230,7 +231,7 @@ def parts(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def of_texts(task: Task, model: PreTrainedModel, size: int) -> Predictions:
-    """Return the predictions of a task that has one for each row: states are the predictions themselves."""
+    """Return the predictions of a task with one prediction per row: the states are the predictions themselves."""
 
     def states(_: list[int], tokens: Tensor) -> Tensor:
         fed = tokens.to(model.device)
@@ -240,12 +241,12 @@ def of_texts(task: Task, model: PreTrainedModel, size: int) -> Predictions:
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What `model` does with its last hidden states, without the rest of it: (p, H) to logits (p, V).
+    """Return the function from the last hidden states of `model`, (p, H), to logits (p, V).
 
-    It is the model's own forward with a base model that passes on what it is given. So whatever a family does beside
-    the product with the output matrix (scale the logits, cap them, transform) is done, too.
+    It is the model's own forward pass with a base model that returns its input, so everything that a family does
+    besides the product with the output matrix (scaling, capping or transforming logits) is included.
     """
-    head = copy.copy(model)  # of the module alone: its parts are shared
+    head = copy.copy(model)  # a shallow copy: its parts are shared
     head._modules = {**model._modules, model.base_model_prefix: _Passing()}
 
     def logits(hidden: Tensor) -> Tensor:
@@ -257,11 +258,11 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class _Passed(BaseModelOutputWithPastAndCrossAttentions):
-    router_logits: tuple[Tensor, ...] | None = None  # which heads of models with experts ask for
+    router_logits: tuple[Tensor, ...] | None = None  # read by the heads of models with experts
 
 
 class _Passing(nn.Module):
-    """Stands for a base model whose last hidden states are known."""
+    """Replaces a base model whose last hidden states are known."""
 
     @property
     def decoder(self) -> nn.Module:

@@ -86,7 +86,7 @@ def compare(request: Request) -> Table:
     _check_text(request)
     with _alone(request.out):
         stages.sweep(request.out)
-        run = _Run(request)
+        run = _Comparison(request)
         rows: list[Row] = []
         failed: list[str] = []
         for finished in _in_turn(request, run):
@@ -102,7 +102,7 @@ def compare(request: Request) -> Table:
         return Table(run.conditions, rows)
 
 
-def _in_turn(request: Request, run: "_Run") -> Iterator[Row | str]:
+def _in_turn(request: Request, run: "_Comparison") -> Iterator[Row | str]:
     """Yield each method's row or its error; print progress on stderr."""
     work = list(product(request.ratios, request.samples, request.methods))
     started, made = time.perf_counter(), 0
@@ -124,7 +124,7 @@ def _in_turn(request: Request, run: "_Run") -> Iterator[Row | str]:
             tqdm.write(f"[{count}/{len(work)}] {title}: {outcome}{eta}", file=sys.stderr)
 
 
-class _Run:
+class _Comparison:
     """The stages of one comparison."""
 
     def __init__(self, request: Request) -> None:
