@@ -34,13 +34,13 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "candidate",
         metavar="CANDIDATE",
-        help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
+        help="a checkpoint: a Hugging Face folder, or a hub id if a hub can be reached",
     )
     parser.add_argument(
         "--baseline",
         required=True,
         metavar="BASELINE",
-        help="a checkpoint: a Hugging Face folder, or a hub id where a hub can be reached",
+        help="a checkpoint: a Hugging Face folder, or a hub id if a hub can be reached",
     )
     add_choice(parser, "--runtime", get_args(names.Runtime), None, "runtime for both")
     add_choice(
@@ -69,7 +69,7 @@ def add(commands: Subcommands) -> None:
         "--sequence-length",
         type=at_least(2),
         metavar="L",
-        help="tokens per window of the text (default: 512, or the model's context where that is shorter)",
+        help="tokens per window of the text (default: 512, or the model's context if shorter)",
     )
     add_reading(parser)
     served = parser.add_argument_group("runtime vllm", "each side on its own server, under `vllm bench serve`")

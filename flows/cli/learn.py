@@ -1,4 +1,4 @@
-"""numprune learn: masks that are trained choose what a model can do without."""
+"""numprune learn: trained masks choose the units to keep."""
 
 import argparse
 import dataclasses
@@ -44,7 +44,7 @@ def add(commands: Subcommands) -> None:
         commands,
         "learn",
         learn,
-        "train masks that choose what a model can do without, and write their plan for numprune prune --plan",
+        "train masks that choose the units to keep, and write their plan for numprune prune --plan",
         "numprune learn ./my-model ./learned --ratio 0.3 --variant faster --text train.txt",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
@@ -68,39 +68,40 @@ def add(commands: Subcommands) -> None:
         "--variant",
         get_args(names.LearningVariant),
         "faster",
-        "what is trained: full and fast train the weights with the masks, faster the masks only; fast and faster on "
-        "3 %% of the tokens",
+        "full and fast train masks and weights, faster only the masks; fast and faster use 3 %% of the tokens",
     )
     add_choice(
         parser,
         "--allocation",
         ("error", "uniform"),
         "error",
-        "how masks become sizes: by what each layer's masks say, or the same in every layer",
+        "how masks become sizes: individually for each layer (error), or the same in every layer (uniform)",
     )
     add_choice(
         parser,
         "--compensation",
         get_args(names.Compensation),
         "joint",
-        "by which prune --plan has the kept channels take over from the removed ones",
+        "how kept channels compensate for removed ones in prune --plan",
     )
-    add_text(parser, "text to train on, and to judge the masks by")
+    add_text(parser, "text for training and for evaluating the masks")
     parser.add_argument(
         "--tokens",
         type=at_least(1),
         metavar="N",
-        help="to train on; the text is repeated where it has fewer "
+        help="training tokens; a shorter text is repeated "
         f"(default: {', '.join(f'{tokens:,} with {variant}' for variant, tokens in names.LEARNING_TOKENS.items())})",
     )
     parser.add_argument(
         "--learning-rate",
         type=rate,
         metavar="R",
-        help=f"of the weights with full and fast, at its highest (default: {names.LEARNING_RATE:g})",
+        help=f"peak learning rate of the weights, with full and fast (default: {names.LEARNING_RATE:g})",
     )
     add_limits(parser, _AXES, _AXES)
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
+    )
 
 
 def learn(args: argparse.Namespace) -> Answer:

@@ -18,7 +18,7 @@ from numprune.flows.cli.arguments import is_option, ordered
 
 Subcommands = Any  # argparse's own type is private
 
-MODEL = "a Hugging Face folder, or a hub id where a hub can be reached"
+MODEL = "a Hugging Face folder, or a hub id if a hub can be reached"
 MODEL_REFERENCE = "NAME (its version in production), NAME@ALIAS or NAME/VERSION"
 
 _PASSING_ON = ("serve", "rollout", "rollback")  # commands with options for vLLM
@@ -126,7 +126,7 @@ def command(
     parser.add_argument(
         "--log-format",
         choices=logs.FORMATS,
-        help=f"format format of log lines on stderr: {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
+        help=f"format of log lines on stderr; one of {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
         metavar="FORMAT",
     )
     parser.set_defaults(run=run)
@@ -172,7 +172,7 @@ def add_choice(
     parser: argparse.ArgumentParser, option: str, choices: Sequence[str], default: str | None, help_text: str
 ) -> None:
     """Add an option with `choices`, all listed in its help with the default."""
-    listed = f"{help_text}: {', '.join(choices)}"
+    listed = f"{help_text}; one of {', '.join(choices)}"
     parser.add_argument(
         option,
         choices=choices,
@@ -215,7 +215,7 @@ def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool 
         "--sequence-length",
         type=at_least(2),
         metavar="L",
-        help=f"tokens per window (default: {names.SEQUENCE_LENGTH}, or the model's context where that is shorter)",
+        help=f"tokens per window (default: {names.SEQUENCE_LENGTH}, or the model's context if shorter)",
     )
 
 

@@ -62,18 +62,18 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--budget",
         metavar="BYTES",
-        help="bytes that all weights may take once they are quantized to --scheme, like 6GiB; in the place of --ratio, "
-        "and divided by allocation error (default: the ratio decides)",
+        help="size limit of all weights after quantization to --scheme, like 6GiB; replaces --ratio, and is divided by "
+        "allocation error (default: none)",
     )
     parser.add_argument(
         "--scheme",
         choices=get_args(names.QuantizedTo),
         metavar="SCHEME",
-        help="with --budget: what numprune quantize will make of the result. mixed chooses for each block: as it is "
-        f"stored, w8a8 or w4a16. One of {', '.join(get_args(names.QuantizedTo))} (default: none)",
+        help="with --budget: the scheme for numprune quantize afterwards; mixed chooses none, w8a8 or w4a16 for each "
+        f"block; one of {', '.join(get_args(names.QuantizedTo))} (default: none)",
     )
     for option, choices, help_text in (
-        ("criterion", names.Criterion, "what scores the units"),
+        ("criterion", names.Criterion, "score of the units"),
         ("allocation", names.Allocation, "how removals are divided among layers"),
         ("compensation", names.Compensation, "how kept channels compensate for removed ones"),
     ):
@@ -81,7 +81,7 @@ def add(commands: Subcommands) -> None:
             f"--{option}",
             choices=get_args(choices),
             metavar=option.upper(),
-            help=f"{help_text}: {', '.join(get_args(choices))} (default: {_DEFAULTS[option]})",
+            help=f"{help_text}; one of {', '.join(get_args(choices))} (default: {_DEFAULTS[option]})",
         )
     parser.add_argument(
         "--plan-only",
@@ -92,7 +92,7 @@ def add(commands: Subcommands) -> None:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="follow this plan and its options; kept weights are fitted to the text (default: make a new plan)",
+        help="apply this plan with its options; kept weights are fitted to the text (default: make a new plan)",
     )
     add_text(parser, "text to calibrate on")
     parser.add_argument(
@@ -140,8 +140,8 @@ def add_limits(parser: argparse.ArgumentParser, axes: Sequence[str], default: Se
         type=_floor,
         action="append",
         metavar="KIND=SHARE",
-        help="the least share that each block of a kind keeps: attention=0.5; may be repeated, for each kind (default: "
-        "none)",
+        help="minimum share that each block of a kind keeps, like attention=0.5; may be repeated, for each kind "
+        "(default: none)",
     )
     parser.add_argument(
         "--skips",

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from numprune.recovery import RecoveryOptions
 
 _TOKENS, _LEARNING_RATE = 1_000_000, 1e-4
-_OF_TRAINED = (("rank", 16, "of the adapters of lora"), ("blocks", 4, "how many to train with blocks"))
+_OF_TRAINED = (
+    ("rank", 16, "rank of the adapters, with --train lora"),
+    ("blocks", 4, "number of blocks to train, with --train blocks"),
+)
 _ROWS = (
-    ("--batch-size", 8, "rows of a step"),
-    ("--micro-batch-size", 8, "rows at a time: memory against speed"),
-    ("--selection-rows", 64, "rows that the best step is chosen on, and that are not trained on"),
+    ("--batch-size", 8, "rows per step"),
+    ("--micro-batch-size", 8, "rows at a time; fewer need less memory and more time"),
+    ("--selection-rows", 64, "held-back rows, not trained on, for choosing the best step"),
 )
 
 
@@ -45,28 +48,28 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
     parser.add_argument("--dense", required=True, metavar="MODEL", help="the model that CHECKPOINT was pruned from")
-    add_text(parser, "text to train on, and to choose the best step on")
+    add_text(parser, "text for training and for choosing the best step")
     parser.add_argument(
         "--heldout",
         nargs="+",
         action="extend",
         type=Path,
         metavar="FILE",
-        help="text to compare the models on before and after; it is not trained on (default: none)",
+        help="held-out text for comparing the models before and after; not trained on (default: none)",
     )
     parser.add_argument(
         "--tokens",
         type=_count,
         default=_TOKENS,
         metavar="N",
-        help=f"to train on, as in 1e6; the text is repeated where it has fewer (default: {_TOKENS:,})",
+        help=f"training tokens, like 1e6; a shorter text is repeated (default: {_TOKENS:,})",
     )
     parser.add_argument(
         "--learning-rate",
         type=rate,
         default=_LEARNING_RATE,
         metavar="R",
-        help=f"at its highest (default: {_LEARNING_RATE:g})",
+        help=f"peak learning rate (default: {_LEARNING_RATE:g})",
     )
     for name, default, what in _ROWS:
         parser.add_argument(name, type=at_least(1), default=default, metavar="N", help=f"{what} (default: {default})")
@@ -75,7 +78,7 @@ def add(commands: Subcommands) -> None:
         "--train",
         get_args(names.TrainedWeights),
         "all",
-        "weights to train (lora: adapters, merged at the end; blocks: those that pruning cost most)",
+        "weights to train (lora: adapters, merged at the end; blocks: the blocks with the largest loss from pruning)",
     )
     for name, default, what in _OF_TRAINED:
         parser.add_argument(f"--{name}", type=at_least(1), metavar="N", help=f"{what} (default: {default})")
@@ -83,9 +86,11 @@ def add(commands: Subcommands) -> None:
         "--no-gradient-checkpointing",
         dest="gradient_checkpointing",
         action="store_false",
-        help="keep activations for the gradient: faster, with more memory (default: compute them twice)",
+        help="keep all activations: faster, but needs more memory (default: recompute them)",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of every random draw (default: 0)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
+    )
 
 
 def recover(args: argparse.Namespace) -> Answer:
