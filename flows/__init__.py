@@ -3,7 +3,7 @@
 `recipe` says what is wanted and refuses what cannot work; `stages` makes each step's folder once and only once;
 `children` gives a step a process of its own; `steps` holds their bodies, a few calls each into the other packages;
 `chain` strings them together, `execute` runs them, `optimize` as a Prefect flow; `cli` is the command line; `studies`
-holds the measurements that the documentation reports, and the rivals. Nothing else of ours imports this package.
+holds the measurements reported in the documentation, and rival methods. No other package of this project imports it.
 """
 
 import os

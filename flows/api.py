@@ -264,7 +264,7 @@ def quantize(
     Args:
         model: pruned or not.
         scheme: `Scheme("fp8")`, `Scheme("w8a8")`, or `Scheme("w4a16", group_size)`; "mixed": as chosen for each block
-        by the plan of `model`, made with a budget for "mixed".
+            by the plan of `model`, made with a budget for "mixed".
         rows: for GPTQ, which compensates rounding errors; None: each weight is rounded to the nearest value.
         dense: the unpruned model, to whose outputs GPTQ fits; None: to those of `model`.
 

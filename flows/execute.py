@@ -92,7 +92,7 @@ def _location(run: Run) -> list[str]:
 
 
 def _discard_disturbed(benchmarks: Iterable[Sequence[StageResult[Timings]]]) -> None:
-    """Forget what was measured in an invalid environment: it counts as no look, and the next run takes it again."""
+    """Discard a measurement from an invalid environment: it does not count as a look, and the next run repeats it."""
     for *_, last in benchmarks:
         if not last.facts["environment"]["valid"]:
             stages.discard(last)

@@ -82,7 +82,7 @@ def _after(result: Anatomy, before: Anatomy, weights: int, saved: int) -> dict[s
 
 
 def _aim(anatomy: Anatomy, options: PruneOptions, weights: int, saved: int) -> dict[str, Any]:
-    """What ratio or budget aim at where each layer gets a size of its own; `saved` as of the whole model."""
+    """The target of a ratio or budget if each layer gets its own size; `saved` refers to the whole model."""
     if options.budget is not None:
         return {"weight_bytes": options.budget.limit}
     before = budget_of(anatomy)

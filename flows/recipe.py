@@ -144,7 +144,7 @@ class Prune(Section):
     """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
 
     `budget`: bytes that the released weights may take, as "6GiB", in the place of `ratio`, which is 0 then;
-    `quantize.scheme` says what the blocks may be stored as. It is divided by allocation "error".
+    `quantize.scheme` determines how blocks may be stored. The allocation "error" divides it.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -352,7 +352,7 @@ class Recipe(Section):
 
 
 def source_of(asked: str | None) -> Path:
-    """Return the file of the recipe that is asked for: the embedded one where none is."""
+    """Return the file of the requested recipe, by default the embedded one."""
     return Path(asked) if asked else EMBEDDED_RECIPE
 
 

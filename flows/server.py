@@ -64,7 +64,7 @@ def check(url: str) -> None:
 def bind_to_this_process() -> None:
     """See that a temporary server of a flow ends with this process, by kill -9 too.
 
-    Prefect starts one where a flow is called from Python and no server is configured, and sees to a clean exit only.
+    Prefect starts one if a flow is called from Python without a configured server, and stops it only on a clean exit.
     """
     if _held:
         return

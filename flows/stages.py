@@ -249,7 +249,7 @@ def discard(result: StageResult[Any]) -> None:
 
 
 def kept_beside(content: Path) -> Path:
-    """Return the folder in which the body that writes into `content` may leave what it resumes from if it is killed."""
+    """Return the folder in which the body that writes into `content` may save state to resume from if it is killed."""
     return content.parents[1]
 
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def _scheduled(url: str, args: argparse.Namespace, workspace: Path) -> dict[str, Any]:
-    """What `execute` gives, where the team sees the run: on the Prefect server that is configured."""
+    """Like `execute`, but as a flow on the configured Prefect server, where the team sees the run."""
     from numprune.flows import server
 
     with server.reaching(url):

@@ -240,11 +240,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         )
     if args.out is not None:
         check_out(args.out)
-        manifest.sweep(args.out.parent)  # what was left can be large
+        manifest.sweep(args.out.parent)  # its remains can be large
 
 
 def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | None]":
-    """Return the options for the model in `base`, and the plan where they are one's. Raises InputError."""
+    """Return the options for the model in `base`, and the plan if they come from one. Raises InputError."""
     from numprune.byte_budget import parse
     from numprune.flows.steps.prune import byte_budget
     from numprune.options import options_of
@@ -322,7 +322,7 @@ def dropped_lines(plan: "Plan", unit: str) -> list[str]:
 
 
 def schemes_lines(plan: "Plan") -> list[str]:
-    """What the blocks are to be quantized to, a line for each kind of block; none where no budget chose it."""
+    """Return the planned schemes, a line for each kind of block; none if no budget chose them."""
     kinds: dict[str, list[str]] = {}
     for name, block in plan.blocks.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(block.scheme or ("as stored" if block.kept else "-"))

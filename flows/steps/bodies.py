@@ -118,7 +118,7 @@ def make_recovery_rows(
 def make_recovered(
     out: Path, *, source: Artifact, dense: Artifact, rows: Artifact, asked: Recover, device: str
 ) -> RecoveredCheckpoint:
-    """Train towards the dense model, into the folder `checkpoint`. A killed training goes on from its last state."""
+    """Train towards the dense model, into the folder `checkpoint`. A killed training resumes from its last state."""
     import torch
 
     from numprune.flows.bundle import CHECKPOINT

@@ -36,7 +36,7 @@ def compare_with_scores(
 ) -> dict[str, Any]:
     """The section `quality`; `scores`: where `score` stored the baseline's on the same rows; `generations`: its result.
 
-    Of a quantized candidate, `unquantized` is what it was quantized from. Each model reads the rows once.
+    For a quantized candidate, `unquantized` is the model before quantization. Each model reads the rows once.
 
     Raises InputError, IntegrityError.
     """

@@ -1,4 +1,4 @@
-"""A checkpoint to a plan by trained masks and, where the weights are trained with them, to a checkpoint of those."""
+"""Derive a plan from a checkpoint by trained masks and, if the weights are trained, too, a new checkpoint."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class TrainingRows:
     Attributes:
         training: (N, S) int64.
         selection: (SELECTION_ROWS, S): the masks are judged by them.
-        draw: where they are from.
+        draw: their origin.
     """
 
     training: Tensor
@@ -40,7 +40,7 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class Request:
-    """How to train, as of `numprune.learning.learn`."""
+    """How to train, as for `numprune.learning.learn`."""
 
     variant: Variant
     tokens: int

@@ -53,17 +53,17 @@ def device_of(device: str) -> torch.device:
 
 
 def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOptions:
-    """Return the options that a recipe asks for of the model in `base`; `scheme` as of `byte_budget`."""
+    """Return the options of a recipe for the model in `base`; `scheme` as in `byte_budget`."""
     budget = None if asked.bytes_allowed is None else byte_budget(base, asked.bytes_allowed, scheme)
     return PruneOptions(**asked.model_dump(exclude={"stream", "budget"}), target=target, budget=budget)
 
 
 def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
-    """Return a budget for what the model in `base` becomes.
+    """Return a budget for the pruned model of `base`.
 
     Args:
         limit: bytes that its weights may take.
-        scheme: what it will be quantized to, a key of `LEVELS`.
+        scheme: of its later quantization, a key of `LEVELS`.
 
     Raises:
         InputError: the matrices of the blocks are stored in different precisions.
@@ -165,7 +165,7 @@ def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManag
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
-    """Return what a manifest says of the plan."""
+    """Return the manifest's facts about the plan."""
     return {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
 
 

@@ -99,7 +99,7 @@ def write_quantized(
         schemes: that its blocks were quantized to.
         base: the checkpoint that it was made from.
         plan: by which it was pruned before; None: it was not.
-        rows, draw: as of `quantize_checkpoint`.
+        rows, draw: as for `quantize_checkpoint`.
 
     Raises:
         InputError: `out` exists.
@@ -170,7 +170,7 @@ def with_schemes(plan: Plan | None, source: Path) -> Plan:
 
 
 def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None, tensor_parallel: int = 1) -> None:
-    """Refuse what `quantize_checkpoint` cannot do, or what the given number of GPUs cannot share.
+    """Refuse a quantization that is not supported, or that the given number of GPUs cannot share.
 
     Raises InputError.
     """
@@ -194,7 +194,7 @@ def dropped_layers(source: Path) -> list[int]:
 
 
 def plan_of(source: Path) -> Plan | None:
-    """Return the plan that the checkpoint `source` was pruned by, where there is one."""
+    """Return the plan of the pruned checkpoint `source`, or None."""
     path = source / PLAN_FILE
     return read_plan(path) if path.exists() else None
 
@@ -213,7 +213,7 @@ def _named(anatomy: Anatomy, schemes: BlockSchemes) -> dict[str, Any]:
 
 
 def _facts(anatomy: Anatomy, schemes: BlockSchemes, rows: Tensor | None, draw: Draw | None) -> dict[str, Any]:
-    """What the manifest says of the quantization."""
+    """Return the manifest's facts about the quantization."""
     facts = {**_named(anatomy, schemes), "method": "rtn" if rows is None else "gptq"}
     if rows is not None:
         facts |= {"rows": rows.shape[0], "sequence_length": rows.shape[1]}

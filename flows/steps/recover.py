@@ -65,7 +65,7 @@ def training_rows(
 ) -> RecoveryRows:
     """Return the rows of a text, none of those that the result is judged on.
 
-    `option`: what the user knows the number of selection rows by. Raises InputError.
+    `option`: the user's name of the number of selection rows. Raises InputError.
     """
     tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
     rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
@@ -186,7 +186,7 @@ def _lasting(found: Recovered) -> dict[str, Any]:
 
 
 def training_of(found: Recovered) -> str:
-    """What a model card says of it."""
+    """Return the sentence for the model card."""
     kept = f"the weights after step {found.best_step} of {found.steps}"
     if not found.best_step:
         kept = "no step improved on the pruned weights, which were kept"

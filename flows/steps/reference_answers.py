@@ -38,7 +38,7 @@ _CPU = torch.device("cpu")
 def answers_of(checkpoint: Path, device: torch.device = _CPU, *, unquantized: Path | None = None) -> ReferenceAnswers:
     """Compute the reference answers of a checkpoint.
 
-    Of a quantized checkpoint, `unquantized` is what it was quantized from, whose rounding errors bound a server's.
+    For a quantized checkpoint, `unquantized` is the model before quantization, whose rounding errors limit a server's.
 
     Raises InputError (its context is too short), IntegrityError.
     """

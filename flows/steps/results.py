@@ -100,7 +100,7 @@ class QuantizedCheckpoint:
     Attributes:
         digest: of its manifest.
         scheme: of all blocks, or "mixed".
-        bits: of the weights of each block, by its name, where they differ.
+        bits: of the weights of each block, by its name, if they differ.
     """
 
     digest: str

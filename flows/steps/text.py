@@ -159,13 +159,13 @@ def calibration_rows(
 
 
 def draw_of(text: Text, seed: int, reading: Reading, *, packed: bool) -> Draw:
-    """Return what a plan says of rows that were drawn from the calibration text."""
+    """Return a plan's record of rows drawn from the calibration text."""
     names = [f"{EMBEDDED}:train"] if text == EMBEDDED else [Path(file).name for file in text]
     return Draw(text=names, seed=seed, split=reading.split, chat=reading.chat, packed=packed)
 
 
 def draw_rows(rows: TokenRows, samples: int, length: int, seed: int, option: str) -> Tensor:
-    """As `sample_rows`. Raises InputError that names `option`, what the user knows `samples` by."""
+    """Like `sample_rows`. Raises InputError naming `option`, the user's name of `samples`."""
     try:
         return sample_rows(rows, samples, length, seed)
     except InputError as error:
