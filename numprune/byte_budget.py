@@ -1,4 +1,4 @@
-"""A budget of bytes: what the stored weights of the result may take, and what its blocks may be stored as.
+"""A budget of bytes: the size limit of the stored weights, and the storage formats of blocks.
 
 No tensor library is needed.
 """
@@ -15,7 +15,7 @@ from numprune.errors import InputError
 SchemeName = Literal["fp8", "w8a8", "w4a16"]
 ValueBytes = Literal[2, 4, 8]
 MIXED = "mixed"  # a scheme for each block
-# What a budget may choose from for each block, by what is asked for; None: the precision that the checkpoint stores.
+# The choices of a budget for each block, by the requested scheme; None: the stored precision.
 LEVELS: dict[str, tuple[SchemeName | None, ...]] = {
     "none": (None,),
     "fp8": ("fp8",),
@@ -39,13 +39,13 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """What the stored weights may take.
+    """The size limit of the stored weights.
 
     Attributes:
-        limit: bytes of all of them.
-        around: bytes of those that belong to no block.
-        value: bytes of a value that is not quantized.
-        levels: what a block may be stored as; None: not quantized.
+        limit: bytes of all weights.
+        around: bytes of weights outside the blocks.
+        value: bytes of an unquantized value.
+        levels: the storage formats of blocks; None: not quantized.
     """
 
     limit: Annotated[int, Field(gt=0)]
@@ -58,7 +58,7 @@ def parse(text: str) -> int:
     """Return the bytes that a budget like "6GiB" or "1.5 GB" allows.
 
     Raises:
-        InputError: it is no number of bytes, or one of another kind; says which.
+        InputError: it is not a number of bytes; names what it is instead, if known.
     """
     if found := _BYTES.fullmatch(text.strip()):
         amount = round(Decimal(found[1]) * _UNITS[found[2]])

@@ -1,7 +1,7 @@
-"""Quantization of a model's Linear layers: schemes, rounding, GPTQ, and the walk that applies them front to back.
+"""Quantization of a model's Linear layers: schemes, rounding, GPTQ, and the pass that applies them front to back.
 
-Only tensors: compressed_tensors.py is how they are stored, export writes and reads the files. The walk is imported by
-itself: it needs SciPy, which vLLM's environment has not. Notation as in the core, and
+This package handles tensors: compressed_tensors.py defines the storage format, and `export` writes and reads the files.
+walk.py is imported separately, because it needs SciPy, which vLLM's environment lacks. Notation as in the core, and
 
     Q   grid values (out, D): integers, or FP8 numbers        s   scales (out, D / group size)
 """

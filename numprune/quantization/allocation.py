@@ -1,11 +1,11 @@
-"""Units and bits in one budget of bytes: which blocks are narrowed, and what each is stored as.
+"""Units and bits in one budget of bytes: choose the size and the scheme of each block.
 
-Removing units and rounding what is left cost the model nats by the same second-order price, 1/2 tr(S E[dy dy^T]) for an
-error dy at a block's output (curves.py, pricing.py). Both are what is left after the block's last projection has been
-fitted. The two are taken to add up, as the blocks are, and rounding a narrowed block to cost in proportion to the
-parameters that it keeps.
+Removing units and rounding the rest have the same second-order price in nats, 1/2 tr(S E[dy dy^T]) for an error dy at a
+block's output (curves.py, pricing.py). Both errors are those remaining after the fit of the block's last projection.
+The two prices are assumed to add up, as are those of different blocks, and the rounding price of a pruned block to be
+proportional to its remaining parameters.
 
-A block's projections share a scheme: servers fuse those of attention, and those of an MLP.
+A block's projections share a scheme, because servers fuse those of attention and those of an MLP.
 """
 
 import math
@@ -27,21 +27,21 @@ from numprune.slices import Size
 from numprune.target import HEAD_SHAPES, Sizes, Target
 
 Level = Scheme | None  # None: not quantized
-Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> nats per token that rounding the whole block costs
+Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> cost of rounding the whole block, in nats per token
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by the bytes of a value
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is left of a block, and what it is stored as."""
+    """The size and the scheme of a block."""
 
     size: Size
     level: Level
 
 
 def levels_of(budget: ByteBudget, target: Target) -> tuple[Level, ...]:
-    """Return what a block may be stored as; groups are those of the target. Raises InputError."""
+    """Return the allowed schemes of a block, with the target's group size. Raises InputError."""
     group = target.quantization_group
     if "w4a16" in budget.levels and group not in GROUP_SIZES:
         raise InputError(
@@ -51,7 +51,7 @@ def levels_of(budget: ByteBudget, target: Target) -> tuple[Level, ...]:
 
 
 def planned_schemes(plan: Plan) -> dict[str, Scheme]:
-    """Return the scheme of each block that a plan quantizes, by its name in the pruned model."""
+    """Return the scheme of each block quantized by a plan, by name in the pruned model."""
     gone, group = set(plan.dropped_layers()), plan.target.quantization_group
     found: dict[str, Scheme] = {}
     for name, scheme in plan.schemes().items():
@@ -62,7 +62,7 @@ def planned_schemes(plan: Plan) -> dict[str, Scheme]:
 
 
 def block_bytes(block: Block, form: Form, value: int) -> int:
-    """Return the bytes of a block's tensors as a checkpoint stores them: values, scales, shapes.
+    """Return the bytes of a block's tensors in a checkpoint: values, scales, shapes.
 
     Args:
         value: bytes of a value that is not quantized.
@@ -84,7 +84,7 @@ def model_bytes(anatomy: Anatomy, forms: Mapping[str, Form], budget: ByteBudget)
 
 
 def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> None:
-    """Refuse a budget that no choice meets. Raises InputError: says the least bytes that there can be."""
+    """Refuse a budget that no choice meets. Raises InputError with the smallest possible size."""
     least = _least_bytes(anatomy, budget, levels, allowed)
     if least <= budget.limit:
         return
@@ -93,16 +93,16 @@ def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level
     fewest = any(level is not None and level.bits == 4 for level in levels)
     remedy = "lower floors, a shorter keep or a smaller align" if fewest else "or fewer bits"
     raise InputError(
-        f"the budget is {budget.limit:,} bytes, but embeddings, norms and the least that every block may be left with "
+        f"the budget is {budget.limit:,} bytes, but embeddings, norms and the smallest allowed size of every block "
         f"in {names} take {least:,}; allow more bytes, {remedy}"
     )
 
 
 def _least_bytes(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> int:
-    """Return the least bytes that the whole model's weights can take. A block of each kind stays."""
+    """Return the smallest possible size of the whole model's weights in bytes. A block of each kind stays."""
     least = budget.around
     for kind in anatomy.kinds:
-        staying = []  # how many bytes more it takes to keep a unit of the block
+        staying = []  # additional bytes for keeping a unit of the block
         for block in anatomy.of_kind(kind):
             forms = list(_forms(allowed[block.name], levels))
             found = [block_bytes(block, form, budget.value) for form in forms]
@@ -115,11 +115,11 @@ def _least_bytes(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], 
 def by_bytes(
     anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes, errors: Errors, rounding: Rounding
 ) -> dict[str, Form]:
-    """Return size and level of every block such that all cost least, within the budget.
+    """Return the cheapest size and level of every block within the budget.
 
     Args:
-        levels: what a block may be stored as.
-        allowed: sizes of every block, which the groups of every level divide.
+        levels: the allowed schemes of a block.
+        allowed: sizes of every block, divisible by the groups of every level.
         errors: of removals, by block.
         rounding: of every block, for every scheme among the levels.
 
@@ -131,7 +131,7 @@ def by_bytes(
 
     def solve(sizes: Sizes) -> dict[str, Size]:
         least = _least_bytes(anatomy, budget, levels, sizes)
-        if least > budget.limit:  # only once `servable` has narrowed the sizes of attention
+        if least > budget.limit:  # only after `servable` has restricted the sizes of attention
             raise InputError(
                 f"the budget is {budget.limit:,} bytes, and of what fits in it nothing can be served well: attention "
                 f"has more than {HEAD_SHAPES} sizes; allow {least:,} bytes"
@@ -152,7 +152,7 @@ def by_bytes(
 
 
 def price_of(anatomy: Anatomy, forms: Mapping[str, Form], errors: Errors, rounding: Rounding) -> float:
-    """Return what these forms are taken to cost, in nats per token: a price to choose by, not a forecast."""
+    """Return the price of these forms in nats per token: for choosing, not a prediction of the loss."""
     return math.fsum(_price(block, forms[block.name], errors, rounding) for block in anatomy.blocks)
 
 
@@ -166,7 +166,7 @@ class _Option:
 def _worth_it(
     block: Block, sizes: Sequence[Size], levels: Sequence[Level], budget: ByteBudget, errors: Errors, rounding: Rounding
 ) -> list[_Option]:
-    """Return the options of a block of which none is both larger and dearer than another, the smallest first."""
+    """Return the Pareto-optimal options of a block in size and price, smallest first."""
     options = [
         _Option(form, block_bytes(block, form, budget.value), _price(block, form, errors, rounding))
         for form in _forms(sizes, levels)

@@ -1,4 +1,4 @@
-"""One block quantized by GPTQ, where what it reads and what it should put out are known."""
+"""Quantize one block by GPTQ, given its inputs and desired outputs."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,14 @@ from numprune.quantization.schemes import Scheme
 
 @dataclass(frozen=True)
 class BlockFit:
-    """What the blocks of a model are quantized on, in the order of the forward pass.
+    """The inputs and desired outputs of a model's blocks, in the order of the forward pass.
+
 
     Attributes:
         walker: over the model.
         stream: its hidden states before the block.
-        aims: (N, S, H), what the block should put out.
-        dtype: that the scales of groups will be stored in.
+        aims: (N, S, H), the desired output of the block.
+        dtype: stored data type of group scales.
     """
 
     walker: Walker
@@ -55,7 +56,7 @@ class BlockFit:
             pass
         hook.remove()
         moments.require_finite(f"{writers.block.path}.{writers.paths[0]}")
-        # Rows are rounded independently of each other: those of all matrices together need one factor of the Hessian.
+        # Rows are rounded independently of each other, so all matrices share one factor of the Hessian.
         weight = torch.cat([linear.weight.double() for linear in linears])
         own = [linear.bias.double() for linear in linears if linear.bias is not None]
         matrix, bias = self._rounded(weight, torch.cat(own) if own else None, moments, scheme)
@@ -94,7 +95,7 @@ class BlockFit:
     def _rounded(
         self, weight: Tensor, bias: Tensor | None, moments: Moments, scheme: Scheme
     ) -> tuple[Quantized, Tensor | None]:
-        """Return the weight on the grid, and the bias, where there is one, that takes the mean of the error."""
+        """Return the weight on the grid, and the bias, if any, which takes the mean of the error."""
         gram = moments.gram
         if bias is None:
             return gptq(weight, gram, scheme, self.dtype), None

@@ -1,14 +1,14 @@
-"""Quantized weights as the format compressed-tensors stores them, which vLLM and transformers read.
+"""Quantized weights in the compressed-tensors format, which vLLM and transformers read.
 
-In the place of `X.weight` (out, D) stand
+`X.weight` (out, D) is replaced by
 
     float-quantized, int-quantized   X.weight (out, D) float8_e4m3fn or int8; X.weight_scale (out, 1) float32
     pack-quantized                   X.weight_packed (out, ceil(D / 8)) int32, eight 4-bit values each, the first in the
                                      lowest bits, raised by 8 to be positive; X.weight_scale (out, groups);
                                      X.weight_shape (2,) int64
 
-and config.json says so in `quantization_config`: one group for all Linear layers, or one for each scheme that names its
-layers. Of the format's variants those are read that these schemes write, whoever wrote them; every other one is refused
+and config.json declares it in `quantization_config`: one group for all Linear layers, or one for each scheme with the
+names of its layers. The variants of the format that these schemes use are read from any writer; all others are refused
 by name.
 """
 
@@ -28,10 +28,10 @@ from numprune.quantization.schemes import SCHEMES, Scheme, listed
 CONFIG_FIELD = "quantization_config"
 _METHOD = "compressed-tensors"
 _FORMATS = {"fp8": "float-quantized", "w8a8": "int-quantized", "w4a16": "pack-quantized"}
-_MIXED = "mixed-precision"  # each group has a format of its own
+_MIXED = "mixed-precision"  # each group has its own format
 _LINEAR = "Linear"
 _PER_WORD = 8  # 4-bit values in an int32
-_OFFSET = 8  # added to each, to be positive
+_OFFSET = 8  # added to make values unsigned
 _SIMPLE = re.compile(r"\^?(?:(?:[\w.-]|\\[.d])[*+]?)*\$?")
 _REPEATED = re.compile(r"[*+]")
 _MAXIMUM_REPEATED = 3
@@ -47,18 +47,18 @@ def pack(values: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, channels: int) -> Tensor:
-    """Return the values (out, channels) int8 of what `pack` returned."""
+    """Return the values (out, channels) int8 packed by `pack`."""
     shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=packed.device)
     return ((packed[..., None] >> shifts & 0xF) - _OFFSET).flatten(1)[:, :channels].to(torch.int8)
 
 
 def endings(scheme: Scheme) -> tuple[str, ...]:
-    """Return the last parts of the names that stand in the place of a weight."""
+    """Return the suffixes of the names that replace a weight."""
     return _ENDINGS[scheme.name == "w4a16"]
 
 
 def tensors_of(name: str, matrix: Quantized, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what is stored in the place of the weight `name`; `scale_dtype`: of the scales of groups."""
+    """Return the tensors that replace the weight `name`; `scale_dtype`: of group scales."""
     path = name.removesuffix("weight")
     if matrix.scheme.name != "w4a16":
         return {name: matrix.values, f"{path}weight_scale": matrix.scales}
@@ -105,8 +105,8 @@ def config_of(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[s
     """Return `quantization_config`.
 
     Args:
-        schemes: path -> scheme of every Linear layer that is quantized, at least one.
-        ignored: paths of those that are not.
+        schemes: path -> scheme of every quantized Linear layer, at least one.
+        ignored: paths of the unquantized ones.
     """
     paths: dict[Scheme, list[str]] = {}
     for path, scheme in schemes.items():
@@ -130,7 +130,7 @@ def config_of(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[s
 
 
 def _arguments(scheme: Scheme) -> dict[str, Any]:
-    """Return what a group says of the layers of this scheme."""
+    """Return the group's entries for the layers of this scheme."""
     group = scheme.group_size
     weights = {
         "num_bits": scheme.bits,
@@ -150,11 +150,11 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What config.json says of each Linear layer.
+    """The quantization of each Linear layer by config.json.
 
     Attributes:
-        groups: a scheme and the layers that have it.
-        ignored: the layers that are not quantized.
+        groups: a scheme and its layers.
+        ignored: the unquantized layers.
     """
 
     groups: Sequence[tuple[Scheme, "Layers"]]
@@ -164,7 +164,7 @@ class QuantizationConfig:
         """Return the scheme of the Linear layer at `path`; None: it is not quantized."""
         if self.ignored.name(path):
             return None
-        for named in (Layers.name, Layers.is_linear):  # a name goes before the type
+        for named in (Layers.name, Layers.is_linear):  # names take precedence over types
             for scheme, layers in self.groups:
                 if named(layers, path):
                     return scheme
@@ -180,14 +180,14 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class Layers:
-    """Linear layers, as `targets` and `ignore` have them: by their names, by patterns of names, or all of them."""
+    """Linear layers as in `targets` and `ignore`: by name, by pattern, or all of them."""
 
     names: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
 
     @classmethod
     def of(cls, entries: Any, where: str) -> "Layers":
-        """Raises InputError: no list of names and simple patterns. Others could take exponential time."""
+        """Raise InputError unless the entries are names or simple patterns; others could take exponential time."""
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise InputError(f"{where} is {str(entries)[:80]!r}; it must be a list of strings")
         patterns = []
@@ -203,7 +203,7 @@ class Layers:
         return cls(frozenset(entry for entry in entries if not entry.startswith("re:")), tuple(patterns))
 
     def name(self, path: str) -> bool:
-        """Whether the layer at `path` is among them by its name."""
+        """Return whether the layer at `path` is among them by name."""
         return path in self.names or any(pattern.match(path) for pattern in self.patterns)
 
     def is_linear(self, _path: str) -> bool:
@@ -212,7 +212,7 @@ class Layers:
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
-    """Return what the content of a config.json says of quantization; None: the model is not quantized.
+    """Return the quantization declared in the content of a config.json; None: the model is not quantized.
 
     Raises:
         InputError: it is quantized in another way; names the field.
@@ -264,9 +264,9 @@ REMEDY = "quantize the unquantized checkpoint with numprune quantize"
 
 
 def _like(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises InputError unless all that these arguments of the format mean is as in `wanted`."""
+    """Raise InputError unless these arguments of the format have the same meaning as `wanted`."""
     for field, value in wanted.items():
-        if field != "group_size" or value is not None:  # which says nothing of rows and tokens
+        if field != "group_size" or value is not None:  # does not distinguish rows and tokens
             _only(found.get(field), (value,), f"{where}.{field}")
     _only(found.get("actorder") or None, (None, "static", "weight"), f"{where}.actorder")
 

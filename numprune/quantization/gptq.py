@@ -1,8 +1,8 @@
-"""GPTQ: columns are rounded one after the other, and those not yet rounded make up for the error.
+"""GPTQ: columns are rounded one after another, and the remaining ones compensate for the error.
 
 Frantar et al., GPTQ (ICLR 2023, arXiv 2210.17323), Algorithm 1: with U the upper Cholesky factor of H^-1 (H^-1 = U'U),
-rounding column j by e_j = (w_j - q_j) / U_jj changes every later column by -e_j U_jk. It is Optimal Brain Surgeon's
-update for one column after the other; with the grid {0} for the first P columns it is OBS's for removing those.
+rounding column j by e_j = (w_j - q_j) / U_jj changes every later column by -e_j U_jk. This is Optimal Brain Surgeon's
+update column by column; with the grid {0} for the first P columns, it is OBS's update for removing them.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from numprune.linalg import cholesky, damped, spd_inverse
 from numprune.quantization.rounding import Quantized, on_grid, per_channel, scales_of, stored
 from numprune.quantization.schemes import Scheme
 
-_BLOCK = 128  # columns whose errors are passed on to the later ones together
+_BLOCK = 128  # columns per block, whose errors are passed on together
 _DAMPING = 0.01  # relative to the mean of diag(H)
 
 
 def gptq(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Quantized:
-    """Return a weight (out, D) on the grid, its outputs on inputs with these second moments nearly as they were.
+    """Return a weight (out, D) on the grid that nearly preserves the outputs for inputs with these second moments.
 
-    Columns are taken by descending diagonal of H. Scales are those of the weight as it is given, group by group in the
-    stored order, so that no permutation needs to be stored.
+    Columns are processed by descending diagonal of H. Scales are those of the given weight, by group in the stored
+    order, so that no permutation has to be stored.
 
     Args:
         weight: float64.
-        gram: (D, D) float64, E[x x^T] of the inputs; centred where a bias takes the mean.
-        dtype: that the scales will be stored in.
+        gram: (D, D) float64, E[x x^T] of the inputs; centred if a bias takes the mean.
+        dtype: stored data type of the scales.
     """
     hessian = damped(gram, _DAMPING)
     scales = scales_of(weight, scheme, dtype)
@@ -41,13 +41,13 @@ def gptq(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype = torc
 
 
 def error_feedback(weight: Tensor, hessian: Tensor, order: Tensor, rounded: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Return the weight (out, D) with every column rounded, each after the errors of those before it.
+    """Return the weight (out, D) with every column rounded after the errors of the preceding ones are passed on.
 
     Args:
         weight: float64.
         hessian: (D, D) float64, positive definite.
         order: (D,) columns, first to last.
-        rounded: of a column (out,) and its index gives what is to stand there.
+        rounded: maps a column (out,) and its index to its rounded value.
     """
     factor = cholesky(spd_inverse(hessian[order[:, None], order])).T
     columns = weight.T[order].contiguous()  # (D, out): a column is contiguous

@@ -17,16 +17,16 @@ from numprune.quantization.schemes import GROUP_SIZES, BlockSchemes, Scheme, lis
 
 @dataclass(frozen=True)
 class Projections:
-    """Linear layers of a block that read the same, by their paths in the layer."""
+    """Linear layers of a block with the same inputs, by path in the layer."""
 
     block: Block
     paths: tuple[str, ...]
     inputs: int
-    read_units: bool  # they read the block's units, not the residual stream: tensor parallelism splits their inputs
+    read_units: bool  # they read the block's units, not the stream: tensor parallelism splits their inputs
 
 
 def projections(block: Block) -> tuple[Projections, ...]:
-    """Return those that write the block's units, then that which reads them; none of experts, which are no layers."""
+    """Return the layers that write the block's units, then the one that reads them; none for experts."""
     if not block.units or block.routing is not None:
         return ()
     writers = tuple(part for part in block.writers if part.width is not None)
@@ -43,13 +43,13 @@ def linear_of(layer: nn.Module, path: str) -> nn.Linear:
 
 
 def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
-    """Yield the names of the matrices that can be quantized, in the whole model."""
+    """Yield the names of all quantizable matrices of the model."""
     for block in anatomy.blocks:
         yield from tensors_of_block(block)
 
 
 def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
-    """Return how many bytes fewer a checkpoint stored in `dtype` has once its matrices are quantized."""
+    """Return the bytes saved by quantizing the matrices of a checkpoint stored in `dtype`."""
     saved = 0
     for block in anatomy.blocks:
         shapes = block.tensors()
@@ -60,13 +60,13 @@ def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
 
 
 def tensors_of_block(block: Block) -> Iterator[str]:
-    """Yield the names of the block's matrices that can be quantized, in the whole model."""
+    """Yield the full names of the block's quantizable matrices."""
     for found in projections(block):
         yield from (f"{block.path}.{path}.weight" for path in found.paths)
 
 
 def schemes_by_tensor(anatomy: Anatomy, schemes: BlockSchemes) -> dict[str, Scheme]:
-    """Return name -> scheme of every matrix that is quantized."""
+    """Return name -> scheme of every quantized matrix."""
     chosen = ((block, of_block(schemes, block.name)) for block in anatomy.blocks)
     return {name: scheme for block, scheme in chosen if scheme is not None for name in tensors_of_block(block)}
 
@@ -92,15 +92,16 @@ def schemes_by_block(anatomy: Anatomy, found: QuantizationConfig) -> dict[str, S
 
 
 def check_quantizable(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: int = 1) -> None:
-    """Refuse what cannot be quantized.
+    """Refuse a model that cannot be quantized.
+
 
     Args:
-        schemes: that the blocks will be quantized to.
-        tensor_parallel: GPUs that will share each layer: groups may not reach from one to the next.
+        schemes: of the blocks.
+        tensor_parallel: GPUs that will share each layer; groups must not span two of them.
 
     Raises:
-        InputError: a family whose projections are no Linear layers, or groups that do not divide a projection's inputs;
-            names the projection and the group sizes that do.
+        InputError: the family's projections are not Linear layers, or groups do not divide a projection's inputs; names
+            the projection and the group sizes that do.
     """
     if anatomy.of_kind("experts"):
         raise InputError(
@@ -116,7 +117,7 @@ def check_quantizable(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: 
 
 
 def ungrouped(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: int = 1) -> str:
-    """Say which projection its scheme's groups do not divide, and what would; empty where they divide all of them."""
+    """Name a projection that its scheme's groups do not divide, and the remedy; empty if they divide all of them."""
     found = [
         (one, scheme.group_size)
         for block in anatomy.blocks

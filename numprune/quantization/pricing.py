@@ -1,8 +1,8 @@
-"""What it costs the model to round a block, in nats per token: the same price as that of removals (curves.py).
+"""The cost of rounding a block in nats per token, comparable with that of removals (curves.py).
 
-An error dy at a block's output costs 1/2 tr(S E[dy dy^T]), S the sensitivity of the loss to it (sensitivity.py). dy is
-measured: each block is quantized by GPTQ on what it reads in the dense model, its inputs rounded where the scheme
-rounds them, and run beside the block as it was.
+An error dy at a block's output costs 1/2 tr(S E[dy dy^T]), with S the sensitivity of the loss to it (sensitivity.py).
+It is measured: each block is quantized by GPTQ on its inputs in the dense model, with inputs rounded if the scheme does
+so, and compared with the unquantized block.
 """
 
 import copy
@@ -20,13 +20,13 @@ from numprune.quantization.schemes import Scheme
 
 @torch.no_grad()
 def rounding_prices(walker: Walker, rows: Tensor, output: Mapping[str, Tensor], schemes: Sequence[Scheme]) -> Rounding:
-    """Return what each block of the dense model costs in each scheme.
+    """Return the cost of each block of the dense model in each scheme.
 
     Args:
         walker: over the dense model, computing in float32.
         rows: (N, S) int64 calibration tokens.
         output: S of every block.
-        schemes: that `check_quantizable` has passed.
+        schemes: accepted by `check_quantizable`.
     """
     layers, stream = walker.layers, walker.embed(rows)
     aims = layers.allocate(*stream.hidden.shape)

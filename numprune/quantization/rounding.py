@@ -1,7 +1,8 @@
 """Rounding to a scheme's grid: weights with a scale for each row or group, inputs with a scale for each token.
 
-Scales span the largest magnitude: s = max|w| / 448 for FP8, max|w| / 127.5 for 8-bit and max|w| / 7.5 for 4-bit
-integers, whose grids have one number more below zero than above; the largest positive value may be cut by half a step.
+Scales are set by the largest magnitude: s = max|w| / 448 for FP8, max|w| / 127.5 for 8-bit and max|w| / 7.5 for 4-bit
+integers, whose grids have one more negative than positive value; the largest positive value may be clipped by half a
+step.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numprune.quantization.schemes import Scheme
 
 _FP8 = torch.float8_e4m3fn
 _FP8_LARGEST = torch.finfo(_FP8).max  # 448
-_FLOAT16_SMALLEST = 2.0**-24  # subnormal: scales of ordinary weights are below the least normal number, 2^-14
+_FLOAT16_SMALLEST = 2.0**-24  # subnormal: scales of ordinary weights are below the smallest normal number, 2^-14
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Quantized:
     scales: Tensor
 
     def dequantized(self) -> Tensor:
-        """Return the matrix (out, D) in float32. No product is rounded but those of 8-bit values with full scales."""
+        """Return the matrix (out, D) in float32. Only products of 8-bit values with float32 scales are rounded."""
         scales = self.scales[..., None]
         return (self.values.float().unflatten(-1, (scales.shape[1], -1)) * scales).flatten(-2)
 
@@ -40,7 +41,7 @@ def scales_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32
     """Return the scales (out, groups), float32, that span a weight (out, D).
 
     Args:
-        dtype: that they will be stored in: their values are of it, so that nobody computes with others.
+        dtype: their stored data type, to which they are rounded, so that all readers compute with the same scales.
     """
     size = scheme.group_size or weight.shape[1]
     largest = weight.unflatten(1, (-1, size)).abs().amax(-1).float()
@@ -58,12 +59,12 @@ def on_grid(scaled: Tensor, scheme: Scheme) -> Tensor:
 
 
 def stored(grid: Tensor, scales: Tensor, scheme: Scheme) -> Quantized:
-    """Return values of the grid (out, D) as they are stored."""
+    """Return values of the grid (out, D) as stored."""
     return Quantized(scheme, grid.to(_FP8 if scheme.is_float else torch.int8), scales)
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Quantized:
-    """Return a weight (out, D), each value rounded by itself; `dtype` as of `scales_of`."""
+    """Return a weight (out, D) with each value rounded to nearest; `dtype` as for `scales_of`."""
     scales = scales_of(weight, scheme, dtype)
     return stored(on_grid(weight.double() / per_channel(scales, weight.shape[1]), scheme), scales, scheme)
 
@@ -74,9 +75,9 @@ def per_channel(scales: Tensor, channels: int) -> Tensor:
 
 
 def round_tokens(inputs: Tensor, scheme: Scheme) -> Tensor:
-    """Return inputs (…, D), each token rounded to the grid with a scale of its own: what a kernel computes with.
+    """Return inputs (…, D) with each token rounded to the grid with its own scale, as in a kernel.
 
-    vLLM's kernels span a token with 127 steps of an 8-bit integer, not 127.5 as weights are.
+    vLLM's kernels scale a token to 127 steps of an 8-bit integer, whereas weights use 127.5.
     """
     limit = _FP8_LARGEST if scheme.is_float else 127.0
     scales = inputs.abs().amax(-1, keepdim=True).float() / limit
@@ -85,7 +86,7 @@ def round_tokens(inputs: Tensor, scheme: Scheme) -> Tensor:
 
 
 def round_inputs_of(linear: nn.Module, scheme: Scheme) -> None:
-    """Have a Linear layer round its inputs from now on, where the scheme does."""
+    """Make a Linear layer round its inputs, if the scheme does so."""
     if scheme.rounds_inputs:
         linear.register_forward_pre_hook(lambda _, args: (round_tokens(args[0], scheme), *args[1:]))
 

@@ -1,4 +1,4 @@
-"""What a quantized matrix is stored as."""
+"""Number formats of quantized matrices."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from numprune.errors import InputError
 
 Method = Literal["gptq", "rtn"]
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
-GROUP_SIZES = (32, 64, 128)  # those that the kernels of vLLM know
+GROUP_SIZES = (32, 64, 128)  # supported by vLLM's kernels
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A number format for the weights of Linear layers, and for their inputs where these are rounded, too.
+    """A number format for the weights of Linear layers and, for some schemes, for their inputs.
 
-    Everything is symmetric: there are no zero points.
+    All formats are symmetric, without zero points.
 
     Attributes:
         name: `fp8`: weights and inputs in FP8 (e4m3); `w8a8`: both in 8-bit integers; `w4a16`: weights in 4-bit
-            integers, inputs as they are.
-        group_size: channels of a row that share a scale, of `w4a16`; None: the whole row does.
+            integers, inputs unquantized.
+        group_size: channels of a row that share a scale, for `w4a16`; None: the whole row.
 
     Raises:
-        InputError: a group size that the scheme does not have.
+        InputError: the scheme does not support this group size.
     """
 
     name: SchemeName
@@ -42,32 +42,32 @@ class Scheme:
 
     @property
     def bits(self) -> int:
-        """Of a weight."""
+        """Bits per weight."""
         return 4 if self.name == "w4a16" else 8
 
     @property
     def is_float(self) -> bool:
-        """The grid is that of FP8 numbers, not of integers."""
+        """Whether the grid consists of FP8 numbers, not integers."""
         return self.name == "fp8"
 
     @property
     def rounds_inputs(self) -> bool:
-        """The inputs of every quantized layer are rounded, too, with a scale for each token."""
+        """Whether the inputs of quantized layers are rounded, too, with a scale for each token."""
         return self.name != "w4a16"
 
     def __str__(self) -> str:
         return self.name if self.group_size is None else f"{self.name}, groups of {self.group_size}"
 
 
-# One scheme for every block, or that of each block by its name; blocks that are not named are not quantized.
+# One scheme for all blocks, or block name -> scheme; other blocks are not quantized.
 BlockSchemes = Scheme | Mapping[str, Scheme]
 
 
 def of_block(schemes: BlockSchemes, name: str) -> Scheme | None:
-    """Return the scheme of the block of this name; None: it is not quantized."""
+    """Return the scheme of the block of this name, or None if it is not quantized."""
     return schemes if isinstance(schemes, Scheme) else schemes.get(name)
 
 
 def listed(schemes: Iterable[Scheme]) -> str:
-    """Return the names of the schemes, each once, in words."""
+    """Return the distinct names of the schemes, in words."""
     return " and ".join(sorted({str(scheme) for scheme in schemes}))

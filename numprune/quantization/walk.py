@@ -1,4 +1,4 @@
-"""A model's projections quantized front to back: what each reads comes from those quantized before it."""
+"""Quantize a model's projections from front to back: the inputs of each come from the quantized ones before it."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -21,18 +21,19 @@ from numprune.quantization.schemes import BlockSchemes, of_block
 from numprune.renumber import layers_left
 from numprune.tasks import CAUSAL, Task
 
-# Takes what is left of a finished layer by full name: quantized weights, and all its other tensors.
+# Takes the tensors of a finished layer by full name: quantized weights, and all other tensors.
 Sink = Callable[[Mapping[str, Quantized], Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What GPTQ fits to.
+    """The data and target of GPTQ.
+
 
     Attributes:
         rows: (N, S) int64 calibration tokens.
-        target: the model whose residual stream is to be kept to, usually the dense one that the model to quantize was
-            pruned from; None: the model itself, before it is quantized.
+        target: the model whose residual stream is the target, usually the unpruned one; None: the model itself, before
+            quantization.
         dropped: layers of the target that the model does not have.
         batch_size: rows at a time.
     """
@@ -44,8 +45,8 @@ class Fit:
 
 
 def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> None:
-    """Refuse a target that the model cannot have been pruned from. Raises InputError."""
-    stand_in = FAMILIES[target.family].stand_in  # as which what was pruned may be written
+    """Refuse a target from which the model cannot have been pruned. Raises InputError."""
+    stand_in = FAMILIES[target.family].stand_in  # the family under which the pruned model may be stored
     for name in ("family", "hidden_size", "head_dim", "vocabulary"):
         ours, theirs = getattr(anatomy, name), getattr(target, name)
         if ours != theirs and not (name == "family" and stand_in and ours == stand_in.name):
@@ -71,19 +72,19 @@ def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> N
 def quantize_layers(
     layers: Layers, schemes: BlockSchemes, sink: Sink, fit: Fit | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Quantize the blocks' projections; give `sink` the tensors of each decoder layer, first layer first.
+    """Quantize the blocks' projections; pass the tensors of each decoder layer to `sink`, first layer first.
 
-    With `fit` by GPTQ: inputs are those that the quantized layers before give, and each block's last projection is
-    first fitted to bring the residual stream to that of the target (compensation.py, *residual*), then rounded with the
-    same second moments. A block that is not quantized is only fitted. Without `fit`, each weight is rounded by itself.
+    With `fit`, by GPTQ: inputs come from the quantized layers before, and each block's last projection is first fitted
+    to bring the residual stream to that of the target (compensation.py, *residual*), then rounded with the same second
+    moments. An unquantized block is only fitted. Without `fit`, each weight is rounded to nearest.
 
     Args:
-        layers: of a model that `check_quantizable` has passed, computing in float32. What they give is written over.
-        schemes: that the blocks are quantized to.
-        dtype: that the scales of groups will be stored in.
+        layers: of a model accepted by `check_quantizable`, computing in float32; they are overwritten.
+        schemes: of the blocks.
+        dtype: stored data type of group scales.
 
     Raises:
-        InputError: rows that are not this model's.
+        InputError: the rows do not fit the model.
     """
     steps = None if fit is None else _Fitting(layers, schemes, fit, dtype)
     for index in progress(range(layers.anatomy.layers), "quantize", "layer"):
@@ -112,9 +113,9 @@ def quantize_model(
     dtype: torch.dtype = torch.float32,
     task: Task = CAUSAL,
 ) -> tuple[PreTrainedModel, dict[str, Quantized]]:
-    """Return a copy of `model` that computes what it does quantized, and the quantized weights by name.
+    """Return a copy of `model` with quantized computation, and the quantized weights by name.
 
-    The arguments are those of `quantize_layers`, which also says what is raised.
+    Arguments and errors are those of `quantize_layers`.
     """
     result = copy.deepcopy(model)
     matrices: dict[str, Quantized] = {}
@@ -144,10 +145,10 @@ class _Fitting:
         else:
             self._target = Walker(fit.target, length, fit.batch_size)
             self._target_stream = self._target.embed(fit.rows)
-        self._aims = layers.allocate(*self._stream.hidden.shape)  # what a block should put out, (N, S, H)
+        self._aims = layers.allocate(*self._stream.hidden.shape)  # the desired output of a block, (N, S, H)
         self._blocks = BlockFit(self._walker, self._stream, self._aims, dtype)
         left = layers_left(self._target.layers.anatomy.layers, fit.dropped)
-        self._numbers = dict(enumerate(left))  # layer -> its number in the target
+        self._numbers = dict(enumerate(left))  # layer -> its index in the target
         self._next = 0  # of the target's layers
 
     def layer(self, layer: nn.Module, index: int) -> dict[str, Quantized]:
@@ -172,13 +173,13 @@ class _Fitting:
                 self._aim(dense, dense_block)
             if not block.units:
                 continue
-            # Only now: the target may be this very layer.
+            # Only now, because the target may be this very layer.
             quantized |= self._blocks.quantize(layer, block, of_block(self._schemes, block.name))
             self._walker.advance(layer, block, self._stream)
         return quantized
 
     def _aim(self, dense: nn.Module, block: Block) -> None:
-        """Run the target's block; note what the quantized one should put out."""
+        """Run the target's block, and store the desired output of the quantized one."""
         scale = self._walker.layers.anatomy.residual_scale
         for batch, run in self._target.run(dense, block, self._target_stream):
             aim = run.output.to(self._aims.device)
