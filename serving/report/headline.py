@@ -29,7 +29,11 @@ def next_commands(report: Report) -> Iterator[str]:
 
 
 def _size(report: Report) -> str:
-    ratio = report.sizes.parameters.ratio if report.sizes and report.sizes.parameters else None
+    """The parameters or, where fewer bits store them, the bytes of the weights."""
+    if report.sizes is None:
+        return ""
+    pair = report.sizes.weight_bytes if report.quantization else report.sizes.parameters
+    ratio = pair.ratio if pair else None
     if ratio is None:
         return ""
     percent = 100 * abs(1 - ratio)
