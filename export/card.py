@@ -28,6 +28,7 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
 _PER_LAYER = "per-layer-sizes"
 _QUALITY = "## Quality\n"
+_USE = "## Use\n\n"
 _PRECISION = "stored in"
 _TRAINING = "training after pruning"
 _KV = "KV cache per token"
@@ -86,7 +87,11 @@ def set_quantization(folder: Path, found: QuantizationConfig) -> None:
         return
     row = _row("quantization", f"weights of the layers: {found}, in the format compressed-tensors")
     text = path.read_text(encoding="utf-8")
-    text = re.sub(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M)
+    text, rows = re.subn(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M)
+    if rows:  # another tool's card has none
+        text = text.replace(
+            _USE, f"{_USE}For the quantized weights, transformers needs `pip install compressed-tensors`. ", 1
+        )
     path.write_text(_unmeasured(text), encoding="utf-8")
 
 
@@ -174,7 +179,7 @@ def _use(auto_class: str, per_layer: bool) -> str:
     )
     imports = "import numprune.modeling\n" if per_layer else ""
     return (
-        f"## Use\n\n{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"{_USE}{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
         f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
     )

@@ -88,7 +88,12 @@ def test_a_pruned_model_is_quantized_against_the_dense_model(
     assert manifest.verify(out).parents.keys() == {"base", "dense"}
     row = "| quantization | weights of the layers: w4a16, groups of 32, in the format compressed-tensors |"
     assert (out / "README.md").read_text().count(row) == 1
-    assert "| quantization |" not in (pruned / "README.md").read_text()
+    needed = (
+        "\n## Use\n\nFor the quantized weights, transformers needs `pip install compressed-tensors`. This is a stock"
+    )
+    assert needed in (out / "README.md").read_text()
+    for told in ("| quantization |", "pip install compressed-tensors"):
+        assert told not in (pruned / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
