@@ -168,7 +168,7 @@ def test_what_cannot_be_quantized_is_refused(tiny: Path, tmp_path: Path) -> None
         numprune.prune(quantized, rows, OPTIONS)
     with pytest.raises(InputError, match="quantization needs the unquantized one"):
         numprune.quantize(quantized, numprune.Scheme("fp8"))
-    with pytest.raises(InputError, match="leave out `dense`, or give rows"):
+    with pytest.raises(InputError, match="omit `dense`, or give rows"):
         numprune.quantize(model, numprune.Scheme("fp8"), dense=model)
     with pytest.raises(InputError, match="dense needs the unquantized one"):
         numprune.quantize(model, numprune.Scheme("fp8"), rows, dense=quantized)
