@@ -25,26 +25,37 @@ Scores = Mapping[str, Tensor]  # block name -> (units,), the highest are kept
 _SHARES = 20_000
 
 
-def check_ratio(anatomy: Anatomy, ratio: float, allowed: Sizes) -> None:
+# What a block costs at a size: what ratios are shares of.
+Cost = Callable[[Block, Size], int]
+
+
+def check_ratio(
+    anatomy: Anatomy, ratio: float, allowed: Sizes, cost: Cost = Block.parameters, counted: str = "prunable parameters"
+) -> None:
     """Refuse a ratio that no allocation can reach.
+
+    Args:
+        cost: what the ratio is a share of; `counted`: its name.
 
     Raises:
         InputError: the ratio is outside [0, 1), or exceeds what the smallest size of every block allows.
     """
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
-    least = {
-        block.name: min((size for size in allowed[block.name] if size.units), key=block.parameters, default=GONE)
-        for block in anatomy.blocks
-    }
-    reachable = 1 - budget_of(anatomy.keeping(least)).prunable_parameters / budget_of(anatomy).prunable_parameters
+    least = sum(
+        min((cost(block, size) for size in allowed[block.name] if size.units), default=0) for block in anatomy.blocks
+    )
+    reachable = 1 - least / _whole(anatomy, cost)
     if ratio > reachable:
         raise InputError(
             f"ratio is {ratio}, but with the minimum that every block must keep (at least one unit, aligned and split "
             f"for the target, and everything that axes, keep and floors protect) at most {reachable:.3f} of the "
-            "prunable "
-            "parameters can be removed"
+            f"{counted} can be removed"
         )
+
+
+def _whole(anatomy: Anatomy, cost: Cost) -> int:
+    return sum(cost(block, block.size) for block in anatomy.blocks)
 
 
 def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None = None) -> dict[str, Size]:
@@ -92,7 +103,9 @@ def global_sort(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) 
     return _remove_lowest(anatomy, ratio, {**allowed, **fixed}, scores)
 
 
-def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
+def by_error(
+    anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors, cost: Cost = Block.parameters
+) -> dict[str, Size]:
     """Return the size of every block that minimizes the summed errors with at least `ratio` removed.
 
     The knapsack problem is solved by dynamic programming, so error curves need not be convex. The errors of blocks are
@@ -104,14 +117,16 @@ def by_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> 
 
     Args:
         errors: of every block, non-decreasing in what is removed.
+        cost: what the ratio is a share of.
 
     Raises:
         InputError: the ratio cannot be reached.
     """
 
     def solve(allowed: Sizes) -> dict[str, Size]:
-        check_ratio(anatomy, ratio, allowed)
-        return _least_error(anatomy, ratio, allowed, errors)
+        check_ratio(anatomy, ratio, allowed, cost)
+        groups = [(block,) for block in anatomy.blocks]
+        return _least_price(anatomy, ratio, allowed, lambda block, size: error_at(errors, block, size), groups, cost)
 
     return servable(anatomy, allowed, errors, solve)
 
@@ -152,29 +167,25 @@ def _uniform_with_experts(anatomy: Anatomy, ratio: float, allowed: Sizes, errors
     return _least_price(anatomy, ratio, allowed, price, anatomy.alike)
 
 
-def _least_error(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors) -> dict[str, Size]:
-    groups = [(block,) for block in anatomy.blocks]
-    return _least_price(anatomy, ratio, allowed, lambda block, size: error_at(errors, block, size), groups)
-
-
 def _least_price(
     anatomy: Anatomy,
     ratio: float,
     allowed: Sizes,
     price: Callable[[Block, Size], float],
     groups: Sequence[Sequence[Block]],
+    cost: Cost = Block.parameters,
 ) -> dict[str, Size]:
     """Return the cheapest sizes with at least `ratio` removed, equal for all blocks of a group."""
     options = [allowed[group[0].name] for group in groups]
     savings = [
-        [sum(block.parameters(block.size) - block.parameters(size) for block in group) for size in sizes]
+        [sum(cost(block, block.size) - cost(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
     prices = [
         [math.fsum(price(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    wanted = math.ceil(round(ratio * budget_of(anatomy).prunable_parameters, 3))  # of whole parameters
+    wanted = math.ceil(round(ratio * _whole(anatomy, cost), 3))  # whole ones
     chosen = knapsack(savings, prices, wanted)
     return {
         block.name: sizes[option]

@@ -1,14 +1,19 @@
 """Gaussian masks on the units of a model's blocks: z = mu + sigma * eps, a number for each KV group, channel or expert.
 
+Query heads may have masks too, and whole blocks. What reaches a block's consumer is then multiplied by the mask of the
+query head, that of its KV group and that of the block.
+
 A mask multiplies what its unit hands to the block's consumer; an expert's multiplies its routing weight, so that what
 it puts out is scaled and nothing is routed anew. With every z = 1 the model is the dense one, with z = 0 it is the
 model without the unit (but for the routing of experts).
 
-Notation: U units of all masked blocks together, n rows, S tokens of a row.
+Notation: K masks of all blocks together; L leaves of the tree that they are: query heads where these have masks, else
+units; n rows, S tokens of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,64 +28,159 @@ _MEAN, _LOG_VARIANCE, _SPREAD = 1.0, -6.0, 0.01
 _TINY = 1e-8  # mu^2 has no logarithm at 0
 
 
+@dataclass(frozen=True)
+class Masked:
+    """A block whose units have masks.
+
+    Attributes:
+        unit: what a unit with all its members costs.
+        member: what each of them does.
+        by_members: the members have masks of their own.
+        as_a_whole: the block has one.
+    """
+
+    block: Block
+    unit: float
+    member: float = 0.0
+    by_members: bool = False
+    as_a_whole: bool = False
+
+
 class Masks(nn.Module):
     """The masks of some blocks.
 
     Attributes:
         blocks: that are masked, first layer first.
-        mean: (U,), mu.
-        log_variance: (U,), log sigma^2.
-        weights: (U,), what a unit costs in parameters relative to the cheapest one.
+        mean: (K,), mu.
+        log_variance: (K,), log sigma^2.
+        costs: (K,), what goes with a mask alone: of a unit whose members have masks, what they share.
+        weights: (K,), `costs` relative to the lowest.
     """
 
     mean: nn.Parameter
     log_variance: nn.Parameter
+    costs: Tensor
     weights: Tensor
+    _above: Tensor  # (2, K), the masks above each, K where there is none
+    _leaves: Tensor  # (L,)
 
-    def __init__(self, blocks: Sequence[Block], seed: int) -> None:
+    def __init__(self, blocks: Sequence[Masked], seed: int) -> None:
         super().__init__()
-        self.blocks = tuple(blocks)
-        costs = [torch.full((block.units,), float(block.parameters_per_unit)) for block in self.blocks]
-        weights = torch.cat(costs)
+        self.blocks = tuple(masked.block for masked in blocks)
+        trees = [_Tree(masked) for masked in blocks]
+        count = sum(tree.size for tree in trees)
+        firsts = [sum(tree.size for tree in trees[:index]) for index in range(len(trees))]
+        self._places = {tree.block.name: (first, tree) for first, tree in zip(firsts, trees, strict=True)}
+        above = [
+            torch.where(tree.above < 0, count, tree.above + first) for first, tree in zip(firsts, trees, strict=True)
+        ]
+        leaves = [tree.leaves + first for first, tree in zip(firsts, trees, strict=True)]
+        costs = torch.cat([tree.costs for tree in trees])
+        self._counts = [len(found) for found in leaves]
         draw = torch.Generator().manual_seed(seed)
-        mean, log_variance = _SPREAD * torch.randn(2, len(weights), generator=draw)
+        mean, log_variance = _SPREAD * torch.randn(2, count, generator=draw)
         self.mean = nn.Parameter(mean + _MEAN)
         self.log_variance = nn.Parameter(log_variance + _LOG_VARIANCE)
-        self.register_buffer("weights", weights / weights.min())
+        self.register_buffer("costs", costs)
+        self.register_buffer("weights", costs / costs[costs > 0].min())
+        self.register_buffer("_above", torch.cat(above, 1))
+        self.register_buffer("_leaves", torch.cat(leaves))
+
+    @property
+    def leaves(self) -> int:
+        """Return L."""
+        return len(self._leaves)
 
     @property
     def log_alpha(self) -> Tensor:
-        """Return log(sigma^2 / mu^2), (U,): a unit below 0 carries more signal than noise."""
+        """Return log(sigma^2 / mu^2), (K,): a mask below 0 carries more signal than noise."""
         return self.log_variance - (self.mean.square() + _TINY).log()
 
     @property
     def information(self) -> Tensor:
-        """Return 1/2 log(1 + mu^2 / sigma^2), (U,): nats, the KL term of the variational information bottleneck.
+        """Return 1/2 log(1 + mu^2 / sigma^2), (K,): nats, the KL term of the variational information bottleneck.
 
         It is KL(N(mu, sigma^2) || N(0, v)) at the prior variance v = mu^2 + sigma^2 that makes it least (Dai et al.,
         ICML 2018, eq. 9).
         """
         return nn.functional.softplus(-self.log_alpha) / 2
 
+    def along(self, values: Tensor) -> Tensor:
+        """Return the product of the values (…, K) of each mask and of those above it."""
+        padded = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+        return values * padded[..., self._above[0]] * padded[..., self._above[1]]
+
+    def at_leaves(self, values: Tensor) -> Tensor:
+        """Return what masks of values (…, K) multiply the leaves by, (…, L)."""
+        return self.along(values)[..., self._leaves]
+
     def sample(self, rows: int, draw: torch.Generator) -> Tensor:
-        """Return masks (n, U), of each row its own; `draw`: on the CPU."""
+        """Return what masks multiply the leaves by, (n, L), those of each row drawn for it; `draw`: on the CPU."""
         noise = torch.randn(rows, len(self.mean), generator=draw).to(self.mean)
-        return self.mean + (self.log_variance / 2).exp() * noise
+        return self.at_leaves(self.mean + (self.log_variance / 2).exp() * noise)
+
+    def prices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what the units of each block carry, by its name: they alone (units,), and their members.
+
+        The latter (units, members) are 0 where members have no masks. A mask carries `weights` times its information,
+        or times that of a mask above it, if that has less: what it lets through is all that comes through.
+        """
+        padded = torch.cat([self.information, self.information.new_full((1,), torch.inf)])
+        price = self.weights * torch.minimum(self.information, padded[self._above].amin(0))
+        found = {}
+        for name, (first, tree) in self._places.items():
+            block, own = tree.block, price[first : first + tree.block.units]
+            of_members = own.new_zeros(block.units, block.members)
+            if tree.by_members:
+                of_members = price[first + block.units :][: block.units * block.members].view_as(of_members)
+            found[name] = own, of_members
+        return found
 
     def indicator(self, kept: Mapping[str, Kept]) -> Tensor:
-        """Return (U,): 1 for the units that are kept of their blocks, by their names, and 0 for the others."""
-        parts = [torch.zeros(block.units).index_fill(0, kept[block.name].units, 1.0) for block in self.blocks]
+        """Return (L,): 1 for the leaves that are kept of their blocks, by their names, and 0 for the others."""
+        parts = []
+        for block, count in zip(self.blocks, self._counts, strict=True):
+            left = kept[block.name]
+            members = torch.zeros(block.units, block.members)
+            members[left.units[:, None], left.members] = 1
+            parts.append(members.flatten() if count > block.units else members.amax(1))
         return torch.cat(parts).to(self.mean.device)
 
     def by_block(self, values: Tensor) -> dict[str, Tensor]:
-        """Return values (…, U) by the name of their block, (…, units) each."""
-        parts = values.split([block.units for block in self.blocks], -1)
+        """Return values (…, L) by the name of their block, (…, leaves) each."""
+        parts = values.split(self._counts, -1)
         return {block.name: part for block, part in zip(self.blocks, parts, strict=True)}
+
+
+class _Tree:
+    """The masks of a block: of its units, of their members, and of the block, in this order.
+
+    Attributes:
+        above: (2, size), of each mask the two above it; -1: none.
+        leaves: those that nothing is below.
+        costs: (size,), as of `Masks`.
+    """
+
+    def __init__(self, masked: Masked) -> None:
+        block = self.block = masked.block
+        self.by_members = masked.by_members
+        units, members = block.units, block.units * block.members if masked.by_members else 0
+        self.size = units + members + masked.as_a_whole
+        top = units + members if masked.as_a_whole else -1
+        self.above = torch.full((2, self.size), -1)
+        self.above[0, :units] = top
+        self.above[0, units : units + members] = torch.arange(units).repeat_interleave(block.members)[:members]
+        self.above[1, units : units + members] = top
+        self.leaves = torch.arange(units, units + members) if masked.by_members else torch.arange(units)
+        own = masked.unit - (block.members * masked.member if masked.by_members else 0.0)
+        self.costs = torch.zeros(self.size)
+        self.costs[:units] = own
+        self.costs[units : units + members] = masked.member
 
 
 @contextmanager
 def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterator[None]:
-    """Have the model whose decoder layers these are run with masks of `values` (n, U), or (1, U): of all rows."""
+    """Have the model whose decoder layers these are run with its leaves multiplied by (n, L), or (1, L): all rows."""
     parts = masks.by_block(values)
     hooks = [
         consumer_of(layers[block.layer], block).register_forward_pre_hook(_multiply(block, parts[block.name]))
@@ -94,7 +194,7 @@ def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterato
 
 
 def _multiply(block: Block, values: Tensor) -> Any:
-    """Return what multiplies the inputs of the block's consumer by its masks (n, units)."""
+    """Return what multiplies the inputs of the block's consumer by (n, leaves)."""
     if block.routing is not None:
 
         def route(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +203,7 @@ def _multiply(block: Block, values: Tensor) -> Any:
             return hidden, experts, weights * of_token.gather(1, experts).to(weights)
 
         return route
-    channels = values.repeat_interleave(block.channels_per_unit, -1)
+    channels = values.repeat_interleave(block.channels // values.shape[-1], -1)
 
     def scale(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         by_row = args[0].reshape(len(channels), -1, channels.shape[1])  # some models flatten rows
@@ -114,12 +214,12 @@ def _multiply(block: Block, values: Tensor) -> Any:
 
 @torch.no_grad()
 def fold(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> None:
-    """Multiply masks (U,) into the consumers' weights: the model then computes without them what it did with them."""
+    """Multiply (L,) into the consumers' weights: the model then computes without masks what it did with them."""
     parts = masks.by_block(values)
     for block in masks.blocks:
         layer, part = layers[block.layer], parts[block.name]
         if block.routing is None:
-            consumer_weight(layer, block).mul_(part.repeat_interleave(block.channels_per_unit))
+            consumer_weight(layer, block).mul_(part.repeat_interleave(block.channels // len(part)))
             continue
         bias = f"{block.reader.tensor}_bias"
         for name in (block.reader.tensor, *(writer.tensor for writer in block.writers if writer.tensor == bias)):

@@ -1,43 +1,82 @@
 """From masks to units: the sizes that keep most of their information inside the budget, and in each block the best."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from numprune.allocation import by_error, keep_highest, uniform
-from numprune.blocks import Anatomy
-from numprune.curves import Errors
+from numprune.blocks import Block
+from numprune.learning.constraint import Constraint
 from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
-from numprune.slices import Kept
+from numprune.slices import GONE, Kept, Size
+from numprune.target import Sizes
 
-ALLOCATIONS = {"error": by_error, "uniform": uniform}
+ALLOCATIONS = ("error", "uniform")
+
+
+def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
+    """Return the sizes that each block may be left with. It keeps what costs nothing that is counted."""
+
+    def left(block: Block, sizes: Sequence[Size]) -> Sequence[Size]:
+        if not constraint.of_unit(block):
+            return sizes[-1:]
+        if not constraint.of_member(block):
+            return [size for size in sizes if size in (GONE, (size.units, block.members))]
+        return sizes
+
+    allowed = sizes_allowed(constraint.anatomy, options)
+    return {block.name: left(block, allowed[block.name]) for block in constraint.anatomy.blocks}
 
 
 @torch.no_grad()
-def rounded(anatomy: Anatomy, masks: Masks, options: PruneOptions) -> dict[str, Kept]:
+def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> dict[str, Kept]:
     """Return what is kept of each block, by its name: at least `options.ratio` removed, in sizes the target can run.
 
-    A unit's price is its term of the objective, `Masks.weights` times `Masks.information`. The knapsack of the
-    allocation takes the sizes whose removed units cost least together. As units are weighted by what they cost in
-    parameters, that is a ranking by log alpha over all blocks, corrected for alignment, floors and whole steps.
+    The price of a unit is what it carries, as of `Masks.prices`. The knapsack of the allocation takes the sizes whose
+    removed units cost least together. As units are weighted by what the constraint counts, that is a ranking by log
+    alpha over all blocks, corrected for alignment, floors and whole steps.
 
     Raises:
         InputError: as the allocations do.
     """
-    prices = masks.by_block(masks.weights * masks.information)
-    allowed = sizes_allowed(anatomy, options)
-    sizes = ALLOCATIONS[options.allocation](anatomy, options.ratio, allowed, _errors(anatomy, prices))
-    kept = {}
-    for block in anatomy.blocks:
-        size = sizes[block.name]
-        units = keep_highest(prices[block.name], size.units) if block.name in prices else torch.arange(size.units)
-        kept[block.name] = Kept.whole(units.cpu(), block.members)
-    return kept
+    anatomy = constraint.anatomy
+    prices = {name: (own.double().cpu(), members.double().cpu()) for name, (own, members) in masks.prices().items()}
+    errors = {block.name: torch.zeros(block.units + 1, block.members, dtype=torch.float64) for block in anatomy.blocks}
+    errors |= {name: _curve(*of_block) for name, of_block in prices.items()}
+    allowed = sizes_under(constraint, options)
+    if options.allocation == "uniform":
+        sizes = uniform(anatomy, options.ratio, allowed, errors)
+    else:
+        sizes = by_error(anatomy, options.ratio, allowed, errors, constraint.cost)
+    return {
+        block.name: _best(*prices[block.name], sizes[block.name])
+        if block.name in prices
+        else Kept.whole(torch.arange(sizes[block.name].units), block.members)
+        for block in anatomy.blocks
+    }
 
 
-def _errors(anatomy: Anatomy, prices: dict[str, Tensor]) -> Errors:
-    """Return the price of the n cheapest units of each block, (units + 1, 1); of blocks that are not masked 0."""
-    errors = {block.name: torch.zeros(block.units + 1, 1, dtype=torch.float64) for block in anatomy.blocks}
-    for name, price in prices.items():
-        errors[name][1:, 0] = price.double().cpu().sort().values.cumsum(0)
-    return errors
+def _curve(own: Tensor, members: Tensor) -> Tensor:
+    """Return the price of the n cheapest units and of the m cheapest members of each other unit, (units + 1, members).
+
+    Args:
+        own: (units,), what goes with a unit beside its members.
+        members: (units, members).
+    """
+    totals = own + members.sum(1)
+    order = totals.argsort()
+    fewer = members.sort(1).values.cumsum(1).roll(1, 1)  # of each unit's m cheapest members
+    fewer[:, 0] = 0
+    nothing = torch.zeros(1, members.shape[1], dtype=members.dtype)
+    gone = torch.cat([nothing[:, :1], totals[order].cumsum(0)[:, None]])
+    return gone + fewer.sum(0) - torch.cat([nothing, fewer[order].cumsum(0)])
+
+
+def _best(own: Tensor, members: Tensor, size: Size) -> Kept:
+    """Return the dearest units, and of each the dearest members."""
+    units = keep_highest(own + members.sum(1), size.units)
+    if size.members == members.shape[1] or not size.units:
+        return Kept.whole(units, members.shape[1])
+    return Kept(units, torch.stack([keep_highest(of_unit, size.members) for of_unit in members[units]]))

@@ -49,11 +49,20 @@ class RecoveryRows:
 
 
 def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions, judged: TokenRows | None = None) -> RecoveryRows:
+    """Draw as many training and selection rows as the options need; see `draw_windows`."""
+    needed = options.steps(length) * options.batch_size
+    return draw_windows(rows, length, needed, options.selection_rows, options.seed, judged)
+
+
+def draw_windows(
+    rows: TokenRows, length: int, training: int, selection: int, seed: int, judged: TokenRows | None = None
+) -> RecoveryRows:
     """Draw training and selection rows from the full windows of a text, each different window once.
 
-    Where the text has fewer windows than `options.tokens` need, training goes over them several times.
+    Where the text has fewer windows than that, there are fewer training rows, which are gone over several times.
 
     Args:
+        training, selection: how many.
         judged: rows that the result is judged on. A window is not drawn if they have more than half of its runs of 32
             consecutive tokens, at whatever offset: an excerpt has nearly all of them, a window that only shares a
             licence header has few.
@@ -61,18 +70,17 @@ def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions, judged: To
     Raises InputError where there is not even one to train on.
     """
     windows = rows.rows if judged is None else _unseen(rows, judged)
-    drawn, wanted = shuffled_windows(windows, length, options.seed), options.selection_rows
-    if len(drawn) <= wanted:
+    drawn = _shuffled(windows, length, seed)
+    if len(drawn) <= selection:
         outside = "" if len(windows) == len(rows.rows) else " that the held-out text does not have"
         raise InputError(
-            f"the text has {counted(len(drawn), f'different window of {length} tokens')}{outside}, and {wanted} "
-            "selection rows leave none to train on; give more text, fewer selection rows or a shorter sequence length"
+            f"the text has {counted(len(drawn), f'different window of {length} tokens')}{outside}, and {selection} "
+            "selection rows leave none to train on; give more text or a shorter sequence length"
         )
-    needed = options.steps(length) * options.batch_size
-    return RecoveryRows(torch.stack(drawn[wanted : wanted + needed]), torch.stack(drawn[:wanted]))
+    return RecoveryRows(torch.stack(drawn[selection : selection + training]), torch.stack(drawn[:selection]))
 
 
-def shuffled_windows(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
+def _shuffled(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
     """Return the full windows among rows, (length,) each, in an order drawn with `seed`; of like ones the last."""
     windows = list({_digest(row): row for row in rows if len(row) == length}.values())
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))

@@ -5,13 +5,14 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
 from numprune.families import FAMILIES
-from numprune.learning.constraint import Lagrangian, cost_of
-from numprune.learning.masks import Masks, fold, masked
+from numprune.learning.constraint import Constraint, Lagrangian, share_of
+from numprune.learning.masks import Masked, Masks, fold, masked
 from numprune.options import PruneOptions
 from numprune.plans import BlockPlan
 from numprune.pruning import describe, prune
-from numprune.slices import Kept
+from numprune.slices import Kept, Size
 from numprune.target import Target
 from tests.conftest import build_tiny
 from tests.test_families import ROWS, TASKS, output
@@ -25,8 +26,12 @@ def build(family="llama", task=None):
     """Return a tiny model, its anatomy, its layers and masks on all units that can go by themselves."""
     model = build_tiny(family, task=task)
     anatomy = read_anatomy(model.config)
-    masks = Masks([block for block in anatomy.blocks if block.separable], seed=0)
+    masks = masks_on([block for block in anatomy.blocks if block.separable])
     return model, anatomy, model.get_submodule(anatomy.layers_path), masks
+
+
+def masks_on(blocks):
+    return Masks([Masked(block, block.parameters_per_unit) for block in blocks], seed=0)
 
 
 def draw(*shape, seed=0):
@@ -73,6 +78,47 @@ def test_masks_of_zero_are_the_cut(family):
     blocks = {block.name: BlockPlan.of(block, kept[block.name], None) for block in anatomy.blocks}
     pruned = prune(model, ROWS, options, task=TASKS[task], plan=plan.model_copy(update={"blocks": blocks}))
     assert torch.allclose(output(pruned.model, task), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_masks_of_zero_on_query_heads_are_the_cut(family):
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    layers, attention = model.get_submodule(anatomy.layers_path), anatomy.of_kind("attention")
+    masks = Masks([Masked(block, 9.0, 2.0, by_members=True) for block in attention], seed=0)
+    kept = {block.name: Kept.whole(torch.arange(block.units), block.members) for block in anatomy.blocks}
+    kept |= {block.name: Kept(torch.arange(block.units), torch.arange(block.units)[:, None] % 2) for block in attention}
+    values = draw(masks.leaves) * masks.indicator(kept)
+    with masked(layers, masks, values[None]):
+        wanted = output(model)
+    fold(layers, masks, values)
+    axes = ("kv-groups", "query-heads", "channels")
+    options = PruneOptions(0.1, allocation="error", compensation="none", axes=axes, target=Target(align=1))
+    blocks = {block.name: BlockPlan.of(block, kept[block.name], None) for block in anatomy.blocks}
+    pruned = prune(model, ROWS, options, plan=describe(anatomy, ROWS, options, blocks))
+    assert torch.allclose(output(pruned.model), wanted, rtol=0, atol=1e-5)
+
+
+def test_masks_of_query_heads_and_blocks_multiply_those_of_units():
+    attention, mlp = read_anatomy(build_tiny().config).blocks[:2]
+    masks = Masks(
+        [Masked(attention, 100.0, 30.0, by_members=True, as_a_whole=True), Masked(mlp, 10.0, as_a_whole=True)], seed=0
+    )
+    units, heads = attention.units, attention.units * attention.members
+    values = draw(len(masks.mean))
+    groups, of_heads, block = values[:units], values[units : units + heads], values[units + heads]
+    leaves = masks.by_block(masks.at_leaves(values))
+    assert torch.allclose(leaves[attention.name], groups.repeat_interleave(attention.members) * of_heads * block)
+    assert torch.allclose(leaves[mlp.name], values[units + heads + 1 : -1] * values[-1])
+    costs = masks.costs.tolist()
+    assert costs[: units + 1] == [100 - 30 * attention.members] * units + [30]
+    assert sum(costs) == 100 * units + 10 * mlp.units
+    with torch.no_grad():
+        masks.log_variance[-1] = 30.0  # of the whole MLP: nothing comes through its units
+    own, members = masks.prices()[mlp.name]
+    assert own.max() < 1e-6
+    assert members.shape == (mlp.units, mlp.members)
+    assert masks.prices()[attention.name][0].min() > 1
 
 
 def test_each_row_has_masks_of_its_own_also_where_a_model_flattens_its_rows():
@@ -128,17 +174,41 @@ def test_the_gradients_of_masks_are_those_of_finite_differences(family):
 
 def test_the_share_that_masks_keep_is_that_of_parameters():
     _, anatomy, _, masks = build()
-    cost = cost_of(anatomy, masks)
+    constraint = Constraint("parameters", anatomy, ROWS.shape[1])
+    share = share_of(constraint, masks)
     with torch.no_grad():
         masks.mean.fill_(1)
         masks.log_variance.fill_(-30.0)
-        assert float(cost.kept(masks)) == pytest.approx(1)
+        assert float(share.kept(masks)) == pytest.approx(1)
         gone = anatomy.blocks[1]
         masks.by_block(masks.log_variance)[gone.name].fill_(30.0)
         whole = sum(block.parameters(block.size) for block in anatomy.blocks)
-        assert float(cost.kept(masks)) == pytest.approx(1 - gone.parameters(gone.size) / whole, abs=1e-6)
-        some = Masks(anatomy.blocks[:1], seed=0)  # the other blocks stay
-        assert float(cost_of(anatomy, some).kept(some)) == pytest.approx(1, abs=1e-3)
+        assert float(share.kept(masks)) == pytest.approx(1 - gone.parameters(gone.size) / whole, abs=1e-6)
+        some = masks_on(anatomy.blocks[:1])  # the other blocks stay
+        assert float(share_of(constraint, some).kept(some)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
+def test_a_constraint_counts_what_the_budget_does(family):
+    anatomy, length = read_anatomy(build_tiny(family).config), 16
+    sizes = {block.name: Size(max(block.units // 2, 2), block.members) for block in anatomy.blocks}
+
+    def wanted(found):
+        budget = budget_of(found)
+        looked_at = length if family == "bert" else length // 2
+        flops = budget.flops_per_token - 2 * found.output_parameters
+        return {
+            "parameters": budget.prunable_parameters,
+            "flops": flops + looked_at * budget.attention_flops_per_context_token,
+            "kv-bytes": budget.kv_bytes_per_token,
+        }
+
+    before, after = wanted(anatomy), wanted(anatomy.keeping(sizes))
+    for counted, whole in before.items():
+        constraint = Constraint(counted, anatomy, length)
+        assert constraint.whole == whole
+        if whole:
+            assert constraint.removed(sizes) == pytest.approx(1 - after[counted] / whole)
 
 
 def test_the_penalty_grows_while_the_constraint_is_missed():

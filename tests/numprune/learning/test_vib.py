@@ -10,12 +10,13 @@ from numprune.budget import budget_of
 from numprune.calibration import consumer_weight
 from numprune.errors import InputError
 from numprune.families import FAMILIES
-from numprune.learning import check_learning, learn
+from numprune.learning import check_learning, learn, vib
+from numprune.learning.constraint import Constraint
 from numprune.learning.masks import Masks
 from numprune.learning.rounding import rounded
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.pruning import prune
-from numprune.slices import Kept
+from numprune.slices import GONE, Kept, Size
 from numprune.target import Target
 from tests.conftest import build_tiny
 from tests.test_families import TASKS, output
@@ -79,6 +80,28 @@ def test_so_they_do_in_other_families_and_for_other_tasks(family, task):
     assert found.record.kept == pytest.approx(0.5, abs=0.05)
 
 
+def test_query_heads_and_blocks_that_do_nothing_go():
+    model = build_tiny(num_hidden_layers=3)
+    anatomy, layers = read_anatomy(model.config), model.model.layers
+    dead = anatomy.of_kind("mlp")[1]
+    with torch.no_grad():
+        consumer_weight(layers[dead.layer], dead).zero_()
+        for block in anatomy.of_kind("attention"):
+            weight = consumer_weight(layers[block.layer], block)
+            weight.view(len(weight), block.units, block.members, -1)[:, :, 0] = 0
+    left = {block.name: block.size for block in anatomy.blocks} | {dead.name: GONE}
+    left |= {block.name: Size(block.units, block.members - 1) for block in anatomy.of_kind("attention")}
+    options = dataclasses.replace(
+        OPTIONS, ratio=removed(anatomy, left) - 1e-6, axes=(*WHOLE_UNITS, "query-heads"), skips=True
+    )
+    found = learn(model, ROWS, SELECTION, options, "faster", TOKENS)
+    assert found.plan.sizes() == left
+    assert all(
+        found.plan.blocks[block.name].kept_members == [[1]] * block.units for block in anatomy.of_kind("attention")
+    )
+    assert found.record.divergence < 1e-5
+
+
 def test_only_masks_are_trained_by_faster():
     model = build_tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -121,6 +144,7 @@ def test_the_same_seed_gives_the_same_plan_and_another_seed_other_masks():
         {"ratio": 0.3, "keep": ["layers.0"]},
         {"ratio": 0.3, "allocation": "uniform"},
         {"ratio": 0.5, "skips": True, "target": Target(align=32)},
+        {"ratio": 0.3, "axes": (*WHOLE_UNITS, "query-heads")},
     ],
     ids=lambda more: " ".join(more),
 )
@@ -133,10 +157,11 @@ def test_the_budget_is_met_once_masks_are_rounded(family, more):
         options = dataclasses.replace(options, ratio=0.2)
     check_learning(anatomy, options)
     allowed = sizes_allowed(anatomy, options)
-    masks = Masks([block for block in anatomy.blocks if len(allowed[block.name]) > 1], seed=0)
+    constraint = Constraint("parameters", anatomy, LENGTH)
+    masks = Masks(vib._masked(constraint, options), seed=0)
     with torch.no_grad():
         masks.log_variance.add_(6 * torch.randn(len(masks.weights), generator=torch.Generator().manual_seed(0)) + 6)
-    kept = rounded(anatomy, masks, options)
+    kept = rounded(constraint, masks, options)
     sizes = {name: left.size for name, left in kept.items()}
     assert all(size in allowed[name] for name, size in sizes.items())
     found = removed(anatomy, sizes)
@@ -145,16 +170,47 @@ def test_the_budget_is_met_once_masks_are_rounded(family, more):
         assert options.ratio - 0.05 < found < options.ratio + 0.1
     else:
         assert options.ratio - 1e-9 < found < options.ratio + 0.1
-    for name, information in masks.by_block(masks.information).items():
-        gone = torch.ones(len(information), dtype=torch.bool).index_fill(0, kept[name].units, False)
+    for name, (own, members) in masks.prices().items():
+        carried = own + members.sum(1)
+        gone = torch.ones(len(carried), dtype=torch.bool).index_fill(0, kept[name].units, False)
         if gone.any() and not gone.all():
-            assert information[gone].max() <= information[~gone].min()
+            assert carried[gone].max() <= carried[~gone].min()
+
+
+@pytest.mark.parametrize("counted", ["flops", "kv-bytes"])
+def test_other_constraints_are_met_and_their_plans_can_be_followed(counted):
+    model = build_tiny(num_key_value_heads=4, num_hidden_layers=3)
+    options = dataclasses.replace(OPTIONS, ratio=0.5)
+    found = learn(model, ROWS, SELECTION, options, "faster", TOKENS // 4, counted=counted)
+    anatomy, sizes = read_anatomy(model.config), found.plan.sizes()
+    assert found.record.constraint == counted
+    assert 0.5 <= found.record.removed < 0.6
+    assert found.record.removed == Constraint(counted, anatomy, LENGTH).removed(sizes)
+    if counted == "kv-bytes":
+        assert all(sizes[block.name] == block.size for block in anatomy.of_kind("mlp"))
+    assert found.plan.ratio == pytest.approx(removed(anatomy, sizes))
+    pruned = prune(model, ROWS[:8], dataclasses.replace(options, ratio=found.plan.ratio), plan=found.plan)
+    assert pruned.prunable_ratio_removed == pytest.approx(found.plan.ratio)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "said"),
+    [
+        ("bert", {}, "constraint kv-bytes: the model has none; use another constraint"),
+        ("llama", {"allocation": "uniform"}, "allocation is 'uniform', which splits parameters; use error"),
+        ("llama", {"ratio": 0.9}, r"ratio is 0\.9, but with the minimum .* of the KV-cache bytes can be removed"),
+        ("llama", {"axes": ("channels",), "ratio": 0.0}, "leave every block a single size"),
+    ],
+)
+def test_constraints_that_cannot_be_met_are_refused(family, more, said):
+    anatomy = read_anatomy(build_tiny(family).config)
+    with pytest.raises(InputError, match=said):
+        check_learning(anatomy, dataclasses.replace(OPTIONS, **more), "kv-bytes", LENGTH)
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"axes": ("kv-groups", "query-heads")}, "masks are on whole units; leave out query-heads"),
         ({"drop_layers": 1}, "drop_layers: masks learn units, not layers"),
         ({"allocation": "global"}, "allocation is 'global'; masks are rounded by one of error, uniform"),
         ({"ratio": 0.99}, "ratio is 0.99, but with the minimum"),
