@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from numprune.flows.bundle import CHECKPOINT, folder_name
-from numprune.flows.names import RUNTIME_OF_EXPORT, export_of, runtime_of
+from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, RUNTIME_OF_EXPORT, export_of, runtime_of
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult, find
 from numprune.flows.steps import bodies
@@ -19,6 +19,8 @@ from numprune.flows.steps.results import (
     Exported,
     HeldoutRows,
     Judgement,
+    LearnedMasks,
+    LearningText,
     Parity,
     PrunedCheckpoint,
     QuantizedCheckpoint,
@@ -58,10 +60,13 @@ def judge(run: Run, make: Make) -> Judged:
     """Run every stage up to the verdict through `make`."""
     calibration = make(sample_calibration(run))
     heldout = make(read_heldout(run))
+    masks = run.recipe.learn.method != "none"
+    learning_rows = make(sample_learning(run, heldout)) if masks else None
     trains = run.recipe.recover.method != "none"
     rows = make(sample_recovery(run, heldout)) if trains else None
     scores = make(score_baseline(run, heldout))
-    pruned = make(prune(run, calibration))
+    learned = make(learn(run, learning_rows)) if learning_rows else None
+    pruned = make(prune(run, calibration, learned))
 
     candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
     recovered = make(recover(run, candidate, rows)) if rows else None
@@ -104,13 +109,15 @@ def judge(run: Run, make: Make) -> Judged:
         "recipe": run.recipe.digest,
         "calibration_rows": calibration.facts.digest,
         "heldout_rows": heldout.facts.digest,
+        **({"learning_rows": learning_rows.facts.digest} if learning_rows else {}),
+        **({"learned": learned.facts.model} if learned and learned.facts.model else {}),
         "plan": pruned.facts.plan,
         **({"recovery_rows": rows.facts.digest} if rows else {}),
         **({"pruned": pruned.facts.digest} if recovered or quantized else {}),
         **({"recovered": recovered.facts.digest} if recovered else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
-    report = partial(report_on, run, identity, candidate, pruned, recovered, quantized, parity, quality)
+    report = partial(report_on, run, identity, candidate, learned, pruned, recovered, quantized, parity, quality)
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run with the same figures was inconclusive
         for runtime in judged.facts.next_look:
@@ -164,13 +171,51 @@ def score_baseline(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[Baselin
     ).on_gpu()
 
 
-def prune(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[PrunedCheckpoint]:
+def sample_learning(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[LearningText]:
+    data = run.recipe.data
+    return Stage.of(
+        "learning-rows",
+        "numprune",
+        bodies.make_learning_rows,
+        model=run.base,
+        text=run.calibration,
+        heldout=heldout.artifact,
+        heldout_digest=heldout.facts.digest,
+        asked=run.recipe.learn,
+        sequence_length=data.sequence_length,
+        reading=data.reading(),
+    )
+
+
+def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
+    return Stage.of(
+        "learn",
+        "export",
+        bodies.make_learned,
+        base=run.base,
+        rows=rows.artifact,
+        asked=run.recipe.learn,
+        limits=run.recipe.prune.model_dump(include={*LEARNED_LIMITS}),
+        target=run.recipe.sizes(),
+        device=run.device,
+    ).on_gpu()
+
+
+def prune(
+    run: Run, calibration: StageResult[CalibrationRows], learned: StageResult[LearnedMasks] | None
+) -> Stage[PrunedCheckpoint]:
+    base, plan = run.base, None
+    if learned:
+        plan = Artifact(learned.path / LEARNED, learned.facts.digest)
+        if learned.facts.model:  # the plan is for the weights that were trained with the masks
+            base = Artifact(plan.path / LEARNED_MODEL, learned.facts.model)
     return Stage.of(
         "prune",
         "export",
         bodies.make_pruned,
-        base=run.base,
+        base=base,
         rows=calibration.artifact,
+        learned=plan,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
         scheme=run.recipe.quantize.scheme if run.recipe.prune.bytes_allowed else "none",  # only a budget counts it
@@ -316,6 +361,7 @@ def report_on(
     run: Run,
     identity: Mapping[str, Any],
     candidate: Artifact,
+    learned: StageResult[LearnedMasks] | None,
     pruned: StageResult[PrunedCheckpoint],
     recovered: StageResult[RecoveredCheckpoint] | None,
     quantized: StageResult[QuantizedCheckpoint] | None,
@@ -329,6 +375,7 @@ def report_on(
         bodies.make_report,
         base=run.base,
         candidate=candidate,
+        learned=learned.artifact if learned else None,
         pruned=pruned.artifact,
         recovered=recovered.artifact if recovered else None,
         quantized=quantized.artifact if quantized else None,
@@ -338,6 +385,7 @@ def report_on(
         identity=identity,
         price_per_hour=run.recipe.benchmark.price_per_hour or None,
         asked=run.recipe.prune,
+        asked_to_learn=run.recipe.learn,
         asked_to_recover=run.recipe.recover,
         parity=parity,
         policy=run.recipe.gates,

@@ -38,7 +38,9 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     anatomy, stored = read_anatomy(config), config.dtype
     text = _text(run)
     options = pruning_options(recipe, run.base.path)
-    results = known_results(anatomy, options)
+    # Masks price the splits of uniform whether or not anything is refitted.
+    masks = recipe.learn.method != "none"
+    results = known_results(anatomy, dataclasses.replace(options, compensation="joint") if masks else options)
     weights = cast = checkpoint.weight_bytes(run.base.path)
     schemes = schemes_asked(recipe.quantize)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
@@ -134,6 +136,9 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
         per_token += anatomy.hidden_size + widest_consumer(anatomy)
     states = data.samples * data.sequence_length * per_token
     needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
+    if run.recipe.learn.method != "none":
+        copies = 0 if run.recipe.learn.variant == "faster" else _OF_TRAINING
+        needed["learning"] = (1 + copies) * budget.parameters * _FLOAT32
     if run.recipe.recover.method != "none":
         pruned = budget.parameters - round(prune.ratio * budget.prunable_parameters)
         copies = _OF_TRAINING if run.recipe.recover.train == "all" else 1  # lora and blocks train few of them
@@ -225,6 +230,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
         f"{_mib(memory['hidden_states'])} for hidden states"
     )
+    if "learning" in memory:
+        yield f"learning masks needs at least {_mib(memory['learning'])} for weights, gradients and moments in float32"
     if "training" in memory:
         yield f"training needs at least {_mib(memory['training'])} for weights, gradients and moments in float32"
     if serving := found["serving"]:

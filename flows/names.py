@@ -16,12 +16,17 @@ Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joi
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 Recovery = Literal["distill"]
 TrainedWeights = Literal["all", "lora", "blocks"]
-LearnedAxis = Literal["kv-groups", "channels", "experts"]  # masks are on whole units
+LearnedAxis = Literal["kv-groups", "query-heads", "channels", "experts"]
+LEARNED_AXES: tuple[LearnedAxis, ...] = ("kv-groups", "channels", "experts")  # by default
 LearningMethod = Literal["vib"]
 LearningVariant = Literal["full", "fast", "faster"]
 # What each variant trains on by default: 5,000 rows of 512 tokens, or 3 % of that.
 LEARNING_TOKENS: dict[LearningVariant, int] = {"full": 2_560_000, "fast": 76_800, "faster": 76_800}
 LEARNING_RATE = 1e-4  # of the weights
+LEARNED_LIMITS = ("ratio", "allocation", "axes", "keep", "floors", "skips")  # of [prune]: what masks may remove
+LearningConstraint = Literal["parameters", "flops", "kv-bytes"]
+# The folder of a run's learned masks; in it, and in that of `numprune learn`: the plan, and the trained weights.
+LEARNED, LEARNED_PLAN, LEARNED_MODEL = "learned", "plan.json", "model"
 Scheme = Literal["fp8", "w8a8", "w4a16"]
 QuantizedTo = Literal["none", "mixed", "fp8", "w8a8", "w4a16"]  # mixed: a scheme for each block
 GROUP_SIZES = (32, 64, 128)

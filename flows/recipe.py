@@ -22,6 +22,8 @@ from numprune.flows.names import (
     BUILT_IN,
     CAUSAL_LM,
     DEFAULT_AXES,
+    LEARNING_RATE,
+    LEARNING_TOKENS,
     SEQUENCE_LENGTH,
     Allocation,
     Axis,
@@ -30,6 +32,8 @@ from numprune.flows.names import (
     Device,
     Dtype,
     ExportFormat,
+    LearningMethod,
+    LearningVariant,
     QuantizationMethod,
     QuantizedTo,
     Recovery,
@@ -175,6 +179,24 @@ class Prune(Section):
         return None if self.budget == NO_BUDGET else parse(self.budget)
 
 
+class Learn(Section):
+    """Masks that choose what pruning keeps: with `method` "none", `prune.criterion` does.
+
+    They are trained on text of `data.calibration`, in rows of `data.sequence_length` tokens, for `tokens`; 0: as many
+    as the variant asks for. `learning_rate`: of the weights, which "faster" does not train. See numprune.learning.
+    """
+
+    method: Literal["none"] | LearningMethod = "none"
+    variant: LearningVariant = "faster"
+    tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = LEARNING_RATE
+    seed: Seed = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.tokens or LEARNING_TOKENS[self.variant]
+
+
 class Recover(Section):
     """Training after pruning: `method` "none" does none; the rest are fields of numprune.recovery.RecoveryOptions.
 
@@ -300,6 +322,7 @@ class Recipe(Section):
 
     model: Model
     data: Data
+    learn: Learn = Learn()
     prune: Prune = Prune()
     recover: Recover = Recover()
     quantize: Quantize = Quantize()

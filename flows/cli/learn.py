@@ -23,7 +23,7 @@ from numprune.flows.cli.parser import (
 )
 from numprune.flows.cli.prune import add_limits, options_of_arguments
 
-_AXES = get_args(names.LearnedAxis)
+_COUNTED = {"parameters": "prunable parameters", "flops": "FLOPs of the blocks", "kv-bytes": "KV-cache bytes"}
 _GIVEN = (  # arguments that are options of pruning
     "ratio",
     "allocation",
@@ -54,7 +54,15 @@ def add(commands: Subcommands) -> None:
         type=float,
         required=True,
         metavar="R",
-        help="share of the prunable parameters to remove, from 0 to under 1",
+        help="share of what --constraint counts to remove, from 0 to under 1",
+    )
+    add_choice(
+        parser,
+        "--constraint",
+        get_args(names.LearningConstraint),
+        "parameters",
+        "what is counted (parameters: those of the blocks; flops: theirs for a token, with attention to the others of "
+        "a row; kv-bytes: of the KV cache, so that only KV groups go)",
     )
     add_choice(
         parser,
@@ -98,7 +106,7 @@ def add(commands: Subcommands) -> None:
         metavar="R",
         help=f"peak learning rate of the weights, with full and fast (default: {names.LEARNING_RATE:g})",
     )
-    add_limits(parser, _AXES, _AXES)
+    add_limits(parser, get_args(names.LearnedAxis), names.LEARNED_AXES)
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
     )
@@ -108,7 +116,7 @@ def learn(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
-    from numprune.flows.steps.learn import PLAN, Request, check_request, learn_checkpoint, training_rows
+    from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import row_length
 
@@ -117,35 +125,35 @@ def learn(args: argparse.Namespace) -> Answer:
     if args.learning_rate is not None and args.variant == "faster":
         raise InputError("--learning-rate is that of the weights, which faster does not train; leave it out")
     given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
-    options = options_of_arguments({"criterion": args.method, "axes": _AXES, **given})
+    options = options_of_arguments({"criterion": args.method, "axes": names.LEARNED_AXES, **given})
     source = checkpoint.resolve(args.checkpoint)
-    check_request(source, options)
-    manifest.sweep(args.out.parent)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+    check_request(source, options, args.constraint, length)
+    manifest.sweep(args.out.parent)
     asked = Request(
         args.variant,
         args.tokens or names.LEARNING_TOKENS[args.variant],
         names.LEARNING_RATE if args.learning_rate is None else args.learning_rate,
+        args.constraint,
     )
-    rows = training_rows(args.text, source, length, asked.tokens, args.seed, reading(args, args.text))
-    made = learn_checkpoint(source, rows, options, asked, args.out, device_of("auto"))
-    record, plan = made.record, args.out / PLAN
+    rows, draw = training_rows(args.text, source, length, asked.tokens, args.seed, reading(args, args.text), "--text")
+    made = learn_checkpoint(source, rows, draw, options, asked, args.out, device_of("auto"), args.out.parent)
+    plan, model = args.out / names.LEARNED_PLAN, args.out / names.LEARNED_MODEL if made.model else source
     data = {
+        **dataclasses.asdict(made),
         "out": str(args.out),
-        "digest": made.digest,
-        "model": str(made.model),
+        "model": str(model),
         "plan": str(plan),
         "method": args.method,
-        "removed": made.removed,
-        **dataclasses.asdict(record),
+        "training_seconds": made.seconds,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     text = (
-        f"{plan}: {made.removed:.1%} of the prunable parameters to remove; {args.method} {record.variant}, "
-        f"{record.tokens:,} tokens in {record.steps:,} steps, the best after step {record.best_step:,}: "
-        f"{record.divergence:.4f} {record.unit} from the dense model before any refit; in "
+        f"{plan}: {made.removed:.1%} of the {_COUNTED[args.constraint]} to remove; {args.method} {made.variant}, "
+        f"{made.tokens:,} tokens in {made.steps:,} steps, the best after step {made.best_step:,}: "
+        f"{made.divergence:.4f} {made.unit} from the dense model before any refit; in "
         f"{data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}\n"
-        f"follow it with numprune prune {made.model} OUT --plan {plan} --text FILE"
+        f"follow it with numprune prune {model} OUT --plan {plan} --text FILE"
     )
     return Answer(data, text)

@@ -99,14 +99,9 @@ def recover(args: argparse.Namespace) -> Answer:
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.evaluate import compare_checkpoints
     from numprune.flows.steps.prune import device_of
-    from numprune.flows.steps.recover import (
-        check_documents,
-        check_request,
-        recover_checkpoint,
-        shared_by,
-        training_rows,
-    )
+    from numprune.flows.steps.recover import check_request, recover_checkpoint, shared_by, training_rows
     from numprune.flows.steps.text import heldout_rows, row_length
+    from numprune.flows.steps.training import check_documents
     from numprune.recovery import require_packages
 
     started = time.perf_counter()

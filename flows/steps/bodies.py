@@ -4,12 +4,13 @@ A run's main process only refers to these functions; a child process runs them a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from numprune.documents import Reading
-from numprune.flows.names import TorchMode
-from numprune.flows.recipe import Prune, Quantize, Recover
+from numprune.flows.names import LEARNED, LEARNED_PLAN, TorchMode
+from numprune.flows.recipe import Learn, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
@@ -18,6 +19,8 @@ from numprune.flows.steps.results import (
     Exported,
     HeldoutRows,
     Judgement,
+    LearnedMasks,
+    LearningText,
     Parity,
     PrunedCheckpoint,
     QuantizedCheckpoint,
@@ -77,22 +80,94 @@ def make_baseline(
     return score(out, loaded.to(device), tokenizer, held_out, prompts_of(prompts), load_task(model.path))
 
 
+def make_learning_rows(
+    out: Path,
+    *,
+    model: Artifact,
+    text: Text,
+    heldout: Artifact,
+    heldout_digest: str,
+    asked: Learn,
+    sequence_length: int,
+    reading: Reading,
+) -> LearningText:
+    """Draw the rows that masks are trained on and chosen by, none of those that the model is judged on."""
+    from numprune.flows.steps.learn import training_rows
+    from numprune.flows.steps.text import load_heldout
+    from numprune.flows.steps.training import save_rows
+
+    judged, tokens = load_heldout(heldout.path, heldout_digest), asked.trained_tokens
+    rows, draw = training_rows(
+        text.source, model.path, sequence_length, tokens, asked.seed, reading, "data.calibration", judged
+    )
+    return LearningText(**asdict(save_rows(out, rows)), draw=draw)
+
+
+def make_learned(
+    out: Path,
+    *,
+    base: Artifact,
+    rows: Artifact,
+    asked: Learn,
+    limits: Mapping[str, Any],
+    target: Target,
+    device: str,
+) -> LearnedMasks:
+    """Train masks, into the folder `learned`. A killed training goes on from its last state.
+
+    `limits`: the fields `names.LEARNED_LIMITS` of the recipe's section on pruning.
+    """
+    import torch
+
+    from numprune.flows.stages import kept_beside
+    from numprune.flows.steps.learn import learn_checkpoint, options_of, request_of
+    from numprune.flows.steps.training import load_rows
+
+    options, where = options_of(asked, limits, target), torch.device(device)
+    draw = read_facts(rows.path, LearningText).draw
+    return learn_checkpoint(
+        base.path, load_rows(rows.path), draw, options, request_of(asked), out / LEARNED, where, kept_beside(out)
+    )
+
+
 def make_pruned(
-    out: Path, *, base: Artifact, rows: Artifact, asked: Prune, target: Target, scheme: str, device: str
+    out: Path,
+    *,
+    base: Artifact,
+    rows: Artifact,
+    learned: Artifact | None,
+    asked: Prune,
+    target: Target,
+    scheme: str,
+    device: str,
 ) -> PrunedCheckpoint:
     """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one pass.
 
-    `scheme`: that a budget counts with.
+    Args:
+        learned: with the plan to follow; None: criterion and allocation choose.
+        scheme: that a budget counts with.
     """
     import torch
 
     from numprune.flows.bundle import CHECKPOINT
-    from numprune.flows.steps.prune import options_of, prune_checkpoint
+    from numprune.flows.steps.prune import options_of, planned, prune_checkpoint
     from numprune.flows.steps.text import load_calibration
 
     tokens, draw = load_calibration(rows.path)
-    options, where = options_of(asked, target, base.path, scheme), torch.device(device)
-    return prune_checkpoint(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
+    if learned:
+        plan, options = planned(learned.path / LEARNED_PLAN, asked)
+    else:
+        plan, options = None, options_of(asked, target, base.path, scheme)
+    return prune_checkpoint(
+        base.path,
+        tokens,
+        options,
+        out / CHECKPOINT,
+        torch.device(device),
+        draw=draw,
+        stream=asked.stream,
+        plan=plan,
+    )
 
 
 def make_recovery_rows(
@@ -107,8 +182,9 @@ def make_recovery_rows(
     reading: Reading,
 ) -> RecoveryText:
     """Draw the rows of training and selection, none of those that the model is judged on."""
-    from numprune.flows.steps.recover import options_of, save_rows, training_rows
+    from numprune.flows.steps.recover import options_of, training_rows
     from numprune.flows.steps.text import load_heldout
+    from numprune.flows.steps.training import save_rows
 
     judged, options = load_heldout(heldout.path, heldout_digest), options_of(asked)
     option = "recover.selection_rows"
@@ -123,7 +199,8 @@ def make_recovered(
 
     from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.stages import kept_beside
-    from numprune.flows.steps.recover import load_rows, options_of, recover_checkpoint
+    from numprune.flows.steps.recover import options_of, recover_checkpoint
+    from numprune.flows.steps.training import load_rows
 
     options, where = options_of(asked), torch.device(device)
     return recover_checkpoint(
@@ -268,6 +345,7 @@ def make_report(
     *,
     base: Artifact,
     candidate: Artifact,
+    learned: Artifact | None,
     pruned: Artifact,
     recovered: Artifact | None,
     quantized: Artifact | None,
@@ -277,6 +355,7 @@ def make_report(
     identity: Mapping[str, Any],
     price_per_hour: float | None,
     asked: Prune,
+    asked_to_learn: Learn,
     asked_to_recover: Recover,
     parity: Mapping[str, Parity],
     policy: Sequence[Gate],
@@ -285,13 +364,14 @@ def make_report(
 
     Args:
         base, candidate: the pruned base, and the released checkpoint.
-        pruned, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every look.
-        asked, asked_to_recover: how the candidate was to be pruned, and trained.
+        learned, pruned, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every look.
+        asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """
     from numprune.flows.steps.report import (
         assemble,
         judged,
+        learning_section,
         pooled,
         pruning_section,
         quantization_section,
@@ -299,8 +379,10 @@ def make_report(
         sizes,
     )
 
+    criterion = asked_to_learn.method if learned else asked.criterion
     sections = {
-        "pruning": pruning_section(asked, read_facts(pruned.path, PrunedCheckpoint)),
+        "pruning": pruning_section(asked, criterion, read_facts(pruned.path, PrunedCheckpoint)),
+        "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,
         "recovery": recovery_section(asked_to_recover, read_facts(recovered.path, RecoveredCheckpoint))
         if recovered
         else None,

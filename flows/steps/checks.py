@@ -34,6 +34,7 @@ from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
+from numprune.learning import check_learning
 from numprune.options import PruneOptions, check_options
 from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
 from numprune.recovery.rows import require_others
@@ -111,7 +112,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
         if tokenizer is not None and task is not None and task.generates:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
-        collect("prune", lambda: check_options(anatomy, pruning_options(recipe, base)))
+        collect("prune", lambda: _check_pruning(recipe, anatomy, base))
         problems += _servers(recipe, anatomy, task)
         if recipe.recover.method != "none" and anatomy.task != CAUSAL_LM:
             problems.append(
@@ -143,7 +144,8 @@ def check(recipe: Recipe, workspace: Path) -> None:
         read = {
             name: collect(f"data.{name}", read_documents, files, data.split, render) for name, files in texts.items()
         }
-        if recipe.recover.method != "none" and all(read.get(name) for name in ("calibration", "heldout")):
+        trained_on = {recipe.learn.method, recipe.recover.method} != {"none"}
+        if trained_on and all(read.get(name) for name in ("calibration", "heldout")):
             collect("data.heldout", require_others, read["calibration"], read["heldout"])
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; omit it")
@@ -174,6 +176,14 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
     """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it."""
     return options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
+
+
+def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
+    """Raises InputError where what is asked for cannot work, or masks cannot learn it."""
+    if recipe.learn.method == "none":
+        check_options(anatomy, pruning_options(recipe, base))
+    else:
+        check_learning(anatomy, replace(pruning_options(recipe, base), criterion=recipe.learn.method))
 
 
 def schemes_asked(asked: Quantize) -> list[Scheme]:
@@ -351,8 +361,11 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
         if recipe.quantize.scheme == "none" and "quantization" in (section, name.partition("_")[0]):
             problems.append(f"{where}: quantize.scheme = 'none' has no such figure; choose a scheme or drop the gate")
-        if recipe.recover.method == "none" and section == "recovery":
-            problems.append(f"{where}: recover.method = 'none' has no such figure; choose a method or drop the gate")
+        for training, figures in (("learn", "learning"), ("recover", "recovery")):
+            if getattr(recipe, training).method == "none" and section == figures:
+                problems.append(
+                    f"{where}: {training}.method = 'none' has no such figure; choose a method or drop the gate"
+                )
         if (section, name) == ("quality", "generation") and not recipe.evaluate.prompts:
             problems.append(f"{where}: evaluate.prompts = [] generates nothing; add prompts")
     return problems

@@ -1,41 +1,30 @@
 """Derive a plan from a checkpoint by trained masks and, if the weights are trained, too, a new checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from numprune.anatomy import read_anatomy
-from numprune.budget import budget_of
+from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.errors import InputError
 from numprune.export import card, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
+from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
+from numprune.flows.recipe import Learn
+from numprune.flows.stages import code_version
+from numprune.flows.steps.results import LearnedMasks
 from numprune.flows.steps.text import Text, draw_of, text_rows
-from numprune.learning import SELECTION_ROWS, Record, Variant, check_learning, learn
+from numprune.flows.steps.training import named, resumable
+from numprune.learning import SELECTION_ROWS, Counted, Learned, Variant, check_learning, learn
 from numprune.options import PruneOptions
 from numprune.plans import Draw
-from numprune.recovery.rows import shuffled_windows
-
-PLAN = "plan.json"
-MODEL = "model"  # the checkpoint with the trained weights
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """Windows of a text, no two alike.
-
-    Attributes:
-        training: (N, S) int64.
-        selection: (SELECTION_ROWS, S): the masks are judged by them.
-        draw: their origin.
-    """
-
-    training: Tensor
-    selection: Tensor
-    draw: Draw
+from numprune.recovery import RecoveryRows
+from numprune.recovery.rows import draw_windows
+from numprune.recovery.state import TrainingState
+from numprune.target import Target
 
 
 @dataclass(frozen=True)
@@ -45,91 +34,108 @@ class Request:
     variant: Variant
     tokens: int
     learning_rate: float
+    constraint: Counted = "parameters"
 
 
-@dataclass(frozen=True)
-class LearnedCheckpoint:
-    """What `learn_checkpoint` wrote.
-
-    Attributes:
-        digest: of the folder.
-        model: the checkpoint that the plan is for.
-        removed: share of its prunable parameters that the plan removes.
-        record: of the training.
-    """
-
-    digest: str
-    model: Path
-    removed: float
-    record: Record
+def request_of(asked: Learn) -> Request:
+    """Return how a recipe asks to train."""
+    return Request(asked.variant, asked.trained_tokens, asked.learning_rate)
 
 
-def training_rows(text: Text, source: Path, length: int, tokens: int, seed: int, reading: Reading) -> TrainingRows:
-    """Return as many windows of the text as `tokens` need, or as it has.
+def options_of(asked: Learn, limits: Mapping[str, Any], target: Target) -> PruneOptions:
+    """Return what a recipe's masks may remove; `limits`: the fields `names.LEARNED_LIMITS` of its section prune."""
+    return PruneOptions(criterion=asked.method, target=target, seed=asked.seed, **limits)
+
+
+def training_rows(
+    text: Text,
+    source: Path,
+    length: int,
+    tokens: int,
+    seed: int,
+    reading: Reading,
+    option: str,
+    judged: TokenRows | None = None,
+) -> tuple[RecoveryRows, Draw]:
+    """Return as many windows of the text as `tokens` need, or as it has, and where they are from.
+
+    Args:
+        option: the user's name for the text.
+        judged: as of `draw_windows`.
 
     Raises:
         InputError: as `text_rows`, or the text has too few windows.
     """
-    task, tokenizer = load_task(source), checkpoint.load_tokenizer(source)
-    wanted = -(-tokens // length) + SELECTION_ROWS
-    rows = text_rows(text, "train", tokenizer, length, reading, wanted * length, task)
-    windows = shuffled_windows(rows.rows, length, seed)[:wanted]
-    if len(windows) <= SELECTION_ROWS:
-        raise InputError(
-            f"--text: it has {len(windows)} different windows of {length} tokens, and {SELECTION_ROWS} to judge by "
-            "leave none to train on; give more text or a shorter --sequence-length"
-        )
-    drawn = torch.stack(windows)
-    draw = draw_of(text, seed, reading, packed=rows.packed)
-    return TrainingRows(drawn[SELECTION_ROWS:], drawn[:SELECTION_ROWS], draw)
+    task, tokenizer, wanted = load_task(source), checkpoint.load_tokenizer(source), -(-tokens // length)
+    rows = text_rows(text, "train", tokenizer, length, reading, (wanted + SELECTION_ROWS) * length, task)
+    with named(option):
+        drawn = draw_windows(rows, length, wanted, SELECTION_ROWS, seed, judged)
+    return drawn, draw_of(text, seed, reading, packed=rows.packed)
 
 
-def check_request(source: Path, options: PruneOptions) -> None:
-    """Refuse what `learn_checkpoint` could not do. Raises InputError."""
+def check_request(source: Path, options: PruneOptions, constraint: Counted, length: int) -> None:
+    """Refuse what `learn_checkpoint` could not do with rows of `length` tokens. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "learning")
-    check_learning(read_anatomy(checkpoint.read_config(source)), options)
+    check_learning(read_anatomy(checkpoint.read_config(source)), options, constraint, length)
 
 
 def learn_checkpoint(
     source: Path,
-    rows: TrainingRows,
+    rows: RecoveryRows,
+    draw: Draw,
     options: PruneOptions,
     asked: Request,
     out: Path,
     device: torch.device,
-) -> LearnedCheckpoint:
+    scratch: Path,
+) -> LearnedMasks:
     """Write the plan for `source` to the new folder `out`; with trained weights, these and the plan for them.
 
+    Args:
+        rows, draw: from `training_rows`.
+        scratch: a folder in which a killed training leaves its state; the same request resumes there.
+
     Raises:
-        InputError: `out` exists, or the model, rows or options cannot be used.
-        IntegrityError: a file is not what it should be.
+        InputError: `out` exists, the model, rows or options cannot be used, or another process is running the same
+            training.
+        IntegrityError: a file is not what it should be, or the training diverged.
     """
-    check_request(source, options)
-    digest = manifest.folder_digest(source)
-    facts: dict[str, Any] = {"method": options.criterion, **asdict(asked), "seed": options.seed}
-    with manifest.creating(out, kind="learned", parents={"base": digest}, facts={"learning": facts}) as folder:
-        model, task = checkpoint.load(source)[0].to(device), load_task(source)
-        found = learn(
-            model,
-            rows.training,
-            rows.selection,
-            options,
-            asked.variant,
-            asked.tokens,
-            task,
-            learning_rate=asked.learning_rate,
-        )
-        if found.model is not None:
-            (folder / MODEL).mkdir()
-            checkpoint.save_trained(found.model, source, folder / MODEL)
-            card.set_training(folder / MODEL, f"with masks ({options.criterion}), on {found.record.tokens:,} tokens")
-            digest = manifest.folder_digest(folder / MODEL)
-        found.plan.drawn(rows.draw, digest).write(folder / PLAN)
-    anatomy = read_anatomy(checkpoint.read_config(source))
-    before, after = (budget_of(one).prunable_parameters for one in (anatomy, anatomy.keeping(found.plan.sizes())))
-    return LearnedCheckpoint(
-        digest=manifest.read(out).digest,
-        model=source if found.model is None else out / MODEL,
-        removed=1 - after / before,
-        record=found.record,
+    check_request(source, options, asked.constraint, rows.training.shape[1])
+    model = None
+    base = manifest.folder_digest(source)
+    facts: dict[str, Any] = {"method": options.criterion, **asdict(asked), "seed": options.seed, "rows": rows.digest}
+    where = {"device": device.type, "code": {**code_version("export")}}
+    with resumable(scratch, {"base": base, "options": asdict(options), **facts, **where}) as state:
+        found = _learned(source, rows, options, asked, device, state)
+        with manifest.creating(out, kind="learned", parents={"base": base}, facts={"learning": facts}) as folder:
+            if found.model is not None:
+                trained = folder / LEARNED_MODEL
+                trained.mkdir()
+                checkpoint.save_trained(found.model, source, trained)
+                card.set_training(trained, f"with masks ({options.criterion}), on {found.record.tokens:,} tokens")
+                model = manifest.folder_digest(trained)
+            found.plan.drawn(draw, model or base).write(folder / LEARNED_PLAN)
+    return LearnedMasks(digest=manifest.read(out).digest, model=model, **asdict(found.record))
+
+
+def _learned(
+    source: Path,
+    rows: RecoveryRows,
+    options: PruneOptions,
+    asked: Request,
+    device: torch.device,
+    state: TrainingState,
+) -> Learned:
+    model, task = checkpoint.load(source)[0].to(device), load_task(source)
+    return learn(
+        model,
+        rows.training,
+        rows.selection,
+        options,
+        asked.variant,
+        asked.tokens,
+        task,
+        counted=asked.constraint,
+        learning_rate=asked.learning_rate,
+        state=state,
     )

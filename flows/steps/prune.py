@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +37,9 @@ from numprune.flows.recipe import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options
+from numprune.options import options_of as options_of_plan
 from numprune.planned import check_plan
-from numprune.plans import PLAN_FILE, Draw, Plan
+from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
@@ -56,6 +58,12 @@ def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOp
     """Return the options of a recipe for the model in `base`; `scheme` as in `byte_budget`."""
     budget = None if asked.bytes_allowed is None else byte_budget(base, asked.bytes_allowed, scheme)
     return PruneOptions(**asked.model_dump(exclude={"stream", "budget"}), target=target, budget=budget)
+
+
+def planned(path: Path, asked: Prune) -> tuple[Plan, PruneOptions]:
+    """Return the plan in a file and the options to follow it with: the recipe's for what it does not decide."""
+    plan = read_plan(path).model_copy(update={"compensation": asked.compensation, "damping": asked.damping})
+    return plan, replace(options_of_plan(plan), batch_size=asked.batch_size)
 
 
 def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:

@@ -1,35 +1,27 @@
 """A pruned checkpoint to one that was trained towards the dense model."""
 
 import dataclasses
-import hashlib
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from numprune.anatomy import task_name
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.errors import InputError, IntegrityError, NumpruneError
-from numprune.export import card, checkpoint, compressed_tensors, locks, manifest
+from numprune.errors import InputError
+from numprune.export import card, checkpoint, compressed_tensors, manifest
 from numprune.export.weights import DTYPES
-from numprune.flows.names import CAUSAL_LM, TRAINING, TRAINING_LOCK
+from numprune.flows.names import CAUSAL_LM
 from numprune.flows.recipe import Recover
 from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.quantize import dropped_layers
-from numprune.flows.steps.results import RecoveredCheckpoint, RecoveryText
+from numprune.flows.steps.results import RecoveredCheckpoint
+from numprune.flows.steps.training import named, resumable
 from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows
-from numprune.recovery.rows import require_others
 from numprune.recovery.state import TrainingState
-
-_FILE = "rows.safetensors"
 
 
 def options_of(asked: Recover) -> RecoveryOptions:
@@ -69,33 +61,8 @@ def training_rows(
     """
     tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
     rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
-    with _named(option):
+    with named(option):
         return draw_rows(rows, length, options, judged)
-
-
-def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
-    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have."""
-    tokenizer = checkpoint.load_tokenizer(model)
-    with _named(option):
-        require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{option}: {error}") from None
-
-
-def save_rows(stage: Path, rows: RecoveryRows) -> RecoveryText:
-    """Write rows for `load_rows`."""
-    save_file({"training": rows.training, "selection": rows.selection}, stage / _FILE)
-    return RecoveryText(rows.digest, len(rows.training), len(rows.selection), rows.training.numel())
-
-
-def load_rows(stage: Path) -> RecoveryRows:
-    return RecoveryRows(**load_file(stage / _FILE))
 
 
 def recover_checkpoint(
@@ -123,30 +90,15 @@ def recover_checkpoint(
     asked = {"method": "distill", **dataclasses.asdict(options), "rows": rows.digest}
     processes = shared_by(device)
     where = {"device": device.type, "processes": processes.num_processes, "code": {**code_version("export")}}
-    identity = _digest({**parents, **asked, **where})
-    state = TrainingState(scratch / f"{TRAINING}{identity[:16]}", identity)
-    try:
-        # One process saves and writes for all.
-        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0) if processes.is_main_process else nullcontext():
-            processes.wait_for_everyone()
-            try:
-                model, found = _trained(source, dense, rows, options, device, state)
-            except NumpruneError as error:
-                # A training that diverged would do so again from its state.
-                useless = isinstance(error, IntegrityError) or state.load() is None
-                if processes.is_main_process and useless:
-                    shutil.rmtree(state.folder)
-                raise
-            if processes.is_main_process:
-                facts = {"recovery": {**asked, **_lasting(found)}}
-                with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
-                    checkpoint.save_trained(model, source, folder)
-                    card.set_training(folder, training_of(found))
-                shutil.rmtree(state.folder)
-    except locks.Held:
-        raise InputError(
-            f"{state.folder}: another process is running the same training; wait for it or stop it"
-        ) from None
+    # One process saves and writes for all.
+    with resumable(scratch, {**parents, **asked, **where}, writes=processes.is_main_process) as state:
+        processes.wait_for_everyone()
+        model, found = _trained(source, dense, rows, options, device, state)
+        if processes.is_main_process:
+            facts = {"recovery": {**asked, **_lasting(found)}}
+            with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
+                checkpoint.save_trained(model, source, folder)
+                card.set_training(folder, training_of(found))
     processes.wait_for_everyone()
     return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
 
@@ -191,7 +143,3 @@ def training_of(found: Recovered) -> str:
     if not found.best_step:
         kept = "no step improved on the pruned weights, which were kept"
     return f"distillation from the base model on {found.tokens:,} tokens; {kept}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

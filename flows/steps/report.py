@@ -10,8 +10,15 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.recipe import Prune, Recover
-from numprune.flows.steps.results import Judgement, PrunedCheckpoint, QuantizedCheckpoint, RecoveredCheckpoint, Timings
+from numprune.flows.recipe import Learn, Prune, Recover
+from numprune.flows.steps.results import (
+    Judgement,
+    LearnedMasks,
+    PrunedCheckpoint,
+    QuantizedCheckpoint,
+    RecoveredCheckpoint,
+    Timings,
+)
 from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
@@ -59,12 +66,13 @@ def assemble(
     )
 
 
-def pruning_section(asked: Prune, pruned: PrunedCheckpoint) -> dict[str, Any]:
-    """The requested pruning and its result."""
+def pruning_section(asked: Prune, criterion: str, pruned: PrunedCheckpoint) -> dict[str, Any]:
+    """The requested pruning and its result; `criterion`: by which the units were chosen."""
     before, after = pruned.before, pruned.after
     kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
-        **asked.model_dump(include={"criterion", "allocation", "compensation"}),
+        "criterion": criterion,
+        **asked.model_dump(include={"allocation", "compensation"}),
         "ratio_asked": asked.ratio if asked.bytes_allowed is None else None,
         "budget_asked": asked.bytes_allowed,
         "ratio_removed": {
@@ -90,6 +98,23 @@ def sizes(baseline: Path, candidate: Path) -> dict[str, Any]:
             else {}
         ),
         "flops_per_token": {"baseline": one.flops_per_token, "candidate": other.flops_per_token},
+    }
+
+
+def learning_section(asked: Learn, learned: LearnedMasks) -> dict[str, Any]:
+    """How the masks were trained that chose the units."""
+    return {
+        "method": asked.method,
+        "variant": learned.variant,
+        "seed": asked.seed,
+        "learning_rate": asked.learning_rate if learned.model else None,
+        "tokens": learned.tokens,
+        "steps": learned.steps,
+        "best_step": learned.best_step,
+        "seconds": learned.seconds,
+        "kept_by_masks": learned.kept,
+        "selection_divergence": learned.divergence,
+        "unit": learned.unit,
     }
 
 

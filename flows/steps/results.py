@@ -7,7 +7,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from numprune.budget import Budget
-from numprune.plans import DroppedLayer
+from numprune.plans import Draw, DroppedLayer
 from numprune.serving.report import Outcome
 
 Parity = dict[str, Any]  # `parity.<runtime>` of the report
@@ -73,6 +73,36 @@ class RecoveryText:
     training: int
     selection: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class LearningText(RecoveryText):
+    """`draw`: where the rows are from."""
+
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """What masks learned to keep: the fields of numprune.learning.Record.
+
+    Attributes:
+        digest: of the manifest of the folder with the plan.
+        model: of the checkpoint beside the plan, with the trained weights; None: only masks were trained.
+    """
+
+    digest: str
+    model: str | None
+    variant: str
+    steps: int
+    tokens: int
+    seconds: float
+    best_step: int
+    constraint: str
+    removed: float
+    kept: float
+    divergence: float
+    unit: str
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from numprune.serving.report.models import (
     Environment,
     GateResult,
     Generation,
+    Learning,
     Output,
     Percentiles,
     Pruning,
@@ -33,6 +34,7 @@ def markdown(report: Report) -> str:
     sections = [
         _verdict(report),
         _pruning(report.pruning) if report.pruning else [],
+        _learning(report.learning) if report.learning else [],
         _recovery(report.recovery) if report.recovery else [],
         _quantization(report.quantization) if report.quantization else [],
         _sizes(report.sizes) if report.sizes else [],
@@ -101,6 +103,10 @@ def _pruning(pruning: Pruning) -> list[str]:
         "",
         *([*kept, ""] if kept else []),
     ]
+
+
+def _learning(found: Learning) -> list[str]:
+    return ["## Learned masks", "", _cell(training.of_masks(found)), ""]
 
 
 def _recovery(found: Recovery) -> list[str]:
@@ -325,6 +331,8 @@ def _identity(report: Report) -> list[str]:
         "held-out rows": identity.heldout_rows,
         "plan": identity.plan,
         "pruned checkpoint": identity.pruned,
+        "rows of mask training": identity.learning_rows,
+        "checkpoint trained with masks": identity.learned,
         "rows of training": identity.recovery_rows,
         "trained checkpoint": identity.recovered,
         **{f"export {name}": digest for name, digest in identity.exports.items()},

@@ -1,7 +1,22 @@
-"""How the pruned model was trained, in words."""
+"""How the model was trained, in words."""
 
 from numprune.serving.report import words
-from numprune.serving.report.models import Recovery
+from numprune.serving.report.models import Learning, Recovery
+
+
+def of_masks(found: Learning) -> str:
+    """What masks were trained on, for how long, and what they left."""
+    weights = (
+        ""
+        if found.learning_rate is None
+        else f" The weights were trained with them, at learning rate {words.number(found.learning_rate)}."
+    )
+    return (
+        f"Masks chose the units ({found.method}, {found.variant}): trained on {found.tokens:,} tokens, seed "
+        f"{found.seed}, {words.number(found.seconds)} s.{weights} The masks after step {found.best_step:,} of "
+        f"{found.steps:,} were taken: on selection rows what they leave is {words.number(found.selection_divergence)} "
+        f"{found.unit} from the dense model before any refit."
+    )
 
 
 def described(found: Recovery) -> str:

@@ -35,6 +35,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, dict[str
 
 def test_names_and_defaults_are_those_of_the_core() -> None:
     assert names.LearningVariant == learning.Variant
+    assert names.LearningConstraint == learning.Counted
     assert names.LEARNING_RATE == learning.LEARNING_RATE
     assert tuple(names.LEARNING_TOKENS) == get_args(names.LearningVariant)
 
@@ -93,8 +94,8 @@ def test_uniform_masks_give_a_stock_architecture(
         (("--variant", "fast", "--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),
         (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
-        (("--sequence-length", 250), "to judge by leave none to train on; give more text"),
-        (("--axes", "query-heads"), "invalid choice: 'query-heads'"),
+        (("--sequence-length", 250), "16 selection rows leave none to train on; give more text"),
+        (("--axes", "expert-channels"), "invalid choice: 'expert-channels'"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -116,7 +117,7 @@ def test_a_training_that_diverges_ends_with_its_remedy(
     how = ("--ratio", 0.3, "--variant", "fast", "--learning-rate", 1e30, "--text", text, *TRAINING)
     code, refused = run("learn", tiny_checkpoint(), tmp_path / "out", *how)
     assert code == 1
-    assert "the training diverged; choose a smaller learning rate" in refused["error"]
+    assert "the loss is not finite; choose a learning rate below 1e+30" in refused["error"]
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 

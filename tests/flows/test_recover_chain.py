@@ -10,8 +10,9 @@ from numprune.export import checkpoint, manifest
 from numprune.flows.recipe import load
 from numprune.flows.stages import read_facts
 from numprune.flows.steps.checks import check
-from numprune.flows.steps.recover import load_rows, options_of, recover_checkpoint
+from numprune.flows.steps.recover import options_of, recover_checkpoint
 from numprune.flows.steps.results import RecoveredCheckpoint
+from numprune.flows.steps.training import load_rows
 from numprune.serving import report as reports
 from tests.conftest import build_tiny
 from tests.flows.conftest import RECIPE, write_inputs

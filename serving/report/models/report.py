@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
 from numprune.serving.report.models.fields import Facts, Model, Runtime
 from numprune.serving.report.models.quality import Quality
-from numprune.serving.report.models.run import Environment, Identity, Pruning, Quantization, Recovery, Sizes
+from numprune.serving.report.models.run import Environment, Identity, Learning, Pruning, Quantization, Recovery, Sizes
 from numprune.serving.report.models.speed import RuntimeMemory, RuntimeSpeed
 from numprune.serving.report.models.verdict import Verdict
 
@@ -30,6 +30,7 @@ class AnyReport(Model):
     identity: Identity
     environment: Environment
     pruning: Pruning | None = None
+    learning: Learning | None = None
     recovery: Recovery | None = None
     quantization: Quantization | None = None
     sizes: Sizes | None = None

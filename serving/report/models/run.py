@@ -12,8 +12,9 @@ from numprune.serving.report.models.fields import Count, Model, ModelName, Numbe
 class Identity(Model):
     """SHA-256 digests of inputs and outputs; None for those that this run does not have.
 
-    `name`: the registered model of which a release becomes a version. `pruned`: the checkpoint before training or
-    quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection.
+    `name`: the registered model of which a release becomes a version. `learning_rows`: the rows for training and
+    selecting masks; `learned`: the checkpoint with the weights trained with them. `pruned`: the checkpoint before
+    training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection.
     """
 
     name: ModelName | None = None
@@ -22,6 +23,8 @@ class Identity(Model):
     recipe: Sha256 | None = None
     calibration_rows: Sha256 | None = None
     heldout_rows: Sha256 | None = None
+    learning_rows: Sha256 | None = None
+    learned: Sha256 | None = None
     plan: Sha256 | None = None
     pruned: Sha256 | None = None
     recovery_rows: Sha256 | None = None
@@ -103,6 +106,32 @@ class SizePair(Model):
         if self.ratio is not None and (expected is None or not math.isclose(self.ratio, expected, rel_tol=1e-6)):
             raise ValueError(f"ratio {self.ratio} is not candidate / baseline")
         return self
+
+
+class Learning(Model):
+    """How the masks were trained that chose the units to keep (see numprune.learning).
+
+    Attributes:
+        learning_rate: of the weights, where they were trained with the masks.
+        best_step: whose masks chose.
+        seconds: wall time.
+        kept_by_masks: share of the prunable parameters that those masks kept by themselves, before rounding.
+        selection_divergence: from the dense model of what the plan keeps, before any refit, on rows that were not
+            trained on but chosen by.
+        unit: of the divergence.
+    """
+
+    method: str
+    variant: str
+    seed: Count
+    learning_rate: Number = None
+    tokens: Count
+    steps: Count
+    best_step: Count
+    seconds: Number
+    kept_by_masks: Number
+    selection_divergence: Number
+    unit: str
 
 
 class Recovery(Model):

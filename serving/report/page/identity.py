@@ -31,6 +31,8 @@ def digests(identity: Identity) -> dict[str, str | None]:
         "Held-out rows": identity.heldout_rows,
         "Plan": identity.plan,
         "Pruned checkpoint": identity.pruned,
+        "Rows of mask training": identity.learning_rows,
+        "Checkpoint trained with masks": identity.learned,
         "Rows of training": identity.recovery_rows,
         "Trained checkpoint": identity.recovered,
         **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},

@@ -15,6 +15,8 @@ _MAXIMUM_ROWS = 1000
 def section(report: Report) -> Section:
     found = report.pruning
     blocks: list[Block] = _blocks(found) if found else [Text("This report is not from a pruning run.", "absent")]
+    if report.learning:
+        blocks.append(Text(training.of_masks(report.learning)))
     if report.recovery:
         blocks.append(Text(training.described(report.recovery)))
     if report.quantization:

@@ -1,0 +1,81 @@
+"""What stages that train share: rows on disk, disjoint texts, and state that outlives a killed process."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from numprune.documents import Reading
+from numprune.errors import InputError, IntegrityError, NumpruneError
+from numprune.export import checkpoint, locks
+from numprune.flows.names import TRAINING, TRAINING_LOCK
+from numprune.flows.steps import text as texts
+from numprune.flows.steps.results import RecoveryText
+from numprune.recovery import RecoveryRows
+from numprune.recovery.rows import require_others
+from numprune.recovery.state import TrainingState
+
+_FILE = "rows.safetensors"
+
+
+def save_rows(stage: Path, rows: RecoveryRows) -> RecoveryText:
+    """Write rows for `load_rows`."""
+    save_file({"training": rows.training, "selection": rows.selection}, stage / _FILE)
+    return RecoveryText(rows.digest, len(rows.training), len(rows.selection), rows.training.numel())
+
+
+def load_rows(stage: Path) -> RecoveryRows:
+    return RecoveryRows(**load_file(stage / _FILE))
+
+
+def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
+    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have."""
+    tokenizer = checkpoint.load_tokenizer(model)
+    with named(option):
+        require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Have an InputError name the option that it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from None
+
+
+@contextmanager
+def resumable(scratch: Path, asked: Mapping[str, Any], *, writes: bool = True) -> Iterator[TrainingState]:
+    """Give the state of the training that `asked` describes: a folder in `scratch`, which goes when it is over.
+
+    It stays if the process is killed or fails, unless the training would only fail again from it.
+
+    Args:
+        asked: all that decides the result, as JSON.
+        writes: this process saves the state; only one of those that share a training does.
+
+    Raises:
+        InputError: another process is running the same training.
+    """
+    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    state = TrainingState(scratch / f"{TRAINING}{identity[:16]}", identity)
+    try:
+        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0) if writes else nullcontext():
+            try:
+                yield state
+            except NumpruneError as error:
+                # A training that diverged would do so again from its state.
+                if writes and (isinstance(error, IntegrityError) or state.load() is None):
+                    shutil.rmtree(state.folder)
+                raise
+            if writes:
+                shutil.rmtree(state.folder)
+    except locks.Held:
+        raise InputError(
+            f"{state.folder}: another process is running the same training; wait for it or stop it"
+        ) from None
