@@ -1,11 +1,13 @@
 """Compare learned masks with training-free pruning: quality at equal sizes, training tokens and time.
 
     python -m numprune.flows.studies.learned [MODEL] [--calibration FILE …] [--heldout FILE …] [--ratios 0.3,0.5]
-        [--variants faster,fast] [--tokens N] [--out DIR]
+        [--variants faster,fast,full=500000] [--distill TOKENS] [--out DIR]
 
 The training-free methods are obs/uniform/joint and obs/error/joint. The masks of each variant are learned once; their
-plan is then applied without a refit and with the refit `joint` on the same calibration rows. `--out` keeps the table,
-and all measurements as JSON.
+plan is then applied without a refit and with the refit `joint` on the same calibration rows. `--distill` trains the
+best result of each ratio, and the best training-free one, towards the dense model. KL on calibration text outside the
+distillation's training rows decides which is best; the held-out text decides nothing. `--out` keeps the table, and all
+measurements as JSON.
 """
 
 import argparse
@@ -19,25 +21,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
+from numprune.corpus import TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
 from numprune.flows import names
 from numprune.flows.recipe import EMBEDDED
+from numprune.flows.steps import recover
 from numprune.flows.steps.checks import model_folder
 from numprune.flows.steps.evaluate import compare_checkpoints
-from numprune.flows.steps.learn import PLAN, Request, TrainingRows, check_request, learn_checkpoint, training_rows
+from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.results import PrunedCheckpoint
-from numprune.flows.steps.text import calibration_rows, text_rows
+from numprune.flows.steps.text import Text, calibration_rows, text_rows
 from numprune.options import PruneOptions, options_of
 from numprune.plans import read_plan
+from numprune.recovery import RecoveryOptions, RecoveryRows, require_packages
+from numprune.recovery.loss import Distillation
 from numprune.serving.report import ReportedEstimate
 
 _REFITS = ("none", "joint")
-_LEARNED = PruneOptions(0.0, "vib", "error", axes=get_args(names.LearnedAxis))
+_LEARNED = PruneOptions(0.0, "vib", "error", axes=names.LEARNED_AXES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Row:
     Attributes:
         removed: share of the prunable parameters.
         tokens: for training; 0 without training.
-        seconds: of learning and pruning.
+        seconds: of learning, pruning and distillation.
         quality: the report's section, against the dense model.
     """
 
@@ -60,7 +67,7 @@ class Row:
     quality: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Made:
     """A pruned checkpoint and its cost."""
 
@@ -107,8 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", nargs="+", metavar="FILE", help="text to learn and fit on (default: embedded)")
     parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
     parser.add_argument("--ratios", default="0.3,0.5", help="shares to remove (default %(default)s)")
-    parser.add_argument("--variants", default="faster,fast", help="of full,fast,faster (default %(default)s)")
-    parser.add_argument("--tokens", type=int, help="to train on (default: the variant's own)")
+    parser.add_argument(
+        "--variants",
+        default="faster,fast",
+        help="of full,fast,faster, each with =TOKENS for another number than its own (default %(default)s)",
+    )
+    parser.add_argument("--distill", type=int, default=0, metavar="TOKENS", help="to distil on (default: not at all)")
     parser.add_argument("--samples", type=int, default=64, help="calibration rows of pruning (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens per row (default %(default)s)")
     parser.add_argument("--windows", type=int, default=64, help="held-out rows at most (default %(default)s)")
@@ -124,30 +135,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Study:
+    """What all rows of the table share.
+
+    Attributes:
+        rows: of calibration.
+        heldout: text to judge by.
+        distilled: rows to distil on; None: nothing is distilled.
+    """
+
+    base: Path
+    text: Text
+    length: int
+    rows: Tensor
+    heldout: TokenRows
+    distilled: RecoveryRows | None
+    options: RecoveryOptions
+    device: torch.device
+    scratch: Path
+
+
 def _study(args: argparse.Namespace) -> str:
-    variants = args.variants.split(",")
-    if unknown := [name for name in variants if name not in get_args(names.LearningVariant)]:
-        raise InputError(f"variant is {unknown[0]!r}; it must be one of {', '.join(names.LEARNING_TOKENS)}")
+    requests = [_request(asked) for asked in args.variants.split(",")]
     try:
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
     except ValueError:
         raise InputError(f"ratios are {args.ratios!r}; each must be a number") from None
     base = model_folder(args.model)
     for ratio in ratios:
-        check_request(base, replace(_LEARNED, ratio=ratio))
-    text, length, device = args.calibration or EMBEDDED, args.sequence_length, device_of("auto")
+        check_request(base, replace(_LEARNED, ratio=ratio), "parameters", args.sequence_length)
+    text, length, options = args.calibration or EMBEDDED, args.sequence_length, RecoveryOptions(tokens=args.distill)
+    if args.distill:
+        require_packages(options)
+        recover.check_request(base, base)
     tokenizer = checkpoint.load_tokenizer(base)
     rows, _ = calibration_rows(text, tokenizer, args.samples, length, 0, Reading())
     heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    distilled = None
+    if args.distill:
+        distilled = recover.training_rows(text, base, length, options, Reading(), "--calibration", heldout)
     table: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="numprune-learned-") as scratch:
+        study = _Study(base, text, length, rows, heldout, distilled, options, device_of("auto"), Path(scratch))
         for ratio in ratios:
-            made = [*_training_free(base, rows, ratio, Path(scratch))]
-            for variant in variants:
-                asked = Request(variant, args.tokens or names.LEARNING_TOKENS[variant], names.LEARNING_RATE)
-                training = training_rows(text, base, length, asked.tokens, 0, Reading())
-                made += _learned(base, rows, training, asked, ratio, Path(scratch))
-            qualities = compare_checkpoints([one.folder for one in made], base, heldout, device)
+            made = [*_training_free(study, ratio)]
+            for asked in requests:
+                made += _learned(study, asked, ratio)
+            made += _distilled(study, made)
+            qualities = compare_checkpoints([one.folder for one in made], base, heldout, study.device)
             table += [_row(one, ratio, quality) for one, quality in zip(made, qualities, strict=True)]
     judged = table[0].quality
     conditions = (
@@ -163,29 +199,62 @@ def _study(args: argparse.Namespace) -> str:
     return result
 
 
-def _training_free(base: Path, rows: Tensor, ratio: float, scratch: Path) -> Iterator[_Made]:
+def _request(asked: str) -> Request:
+    """Return what `--variants` asks for in one of its parts. Raises InputError."""
+    name, _, tokens = asked.partition("=")
+    known = {variant: variant for variant in get_args(names.LearningVariant)}
+    if name not in known:
+        raise InputError(f"variant is {name!r}; it must be one of {', '.join(known)}")
+    if tokens and not (tokens.isdecimal() and int(tokens)):
+        raise InputError(f"tokens of {name} are {tokens!r}; give a whole number of at least 1")
+    return Request(known[name], int(tokens or names.LEARNING_TOKENS[known[name]]), names.LEARNING_RATE)
+
+
+def _training_free(study: _Study, ratio: float) -> Iterator[_Made]:
     for allocation in ("uniform", "error"):
-        folder = scratch / f"{allocation}-{ratio}"
+        folder = study.scratch / f"{allocation}-{ratio}"
         started = time.perf_counter()
         options = PruneOptions(ratio, allocation=allocation)
-        found = prune_checkpoint(base, rows, options, folder, device_of("auto"))
+        found = prune_checkpoint(study.base, study.rows, options, folder, study.device)
         yield _Made(f"obs/{allocation}/joint", folder, found, 0, time.perf_counter() - started)
 
 
-def _learned(
-    base: Path, rows: Tensor, training: TrainingRows, asked: Request, ratio: float, scratch: Path
-) -> Iterator[_Made]:
-    """Learn once, and apply the plan with each refit."""
-    out = scratch / f"{asked.variant}-{ratio}"
-    options, device = replace(_LEARNED, ratio=ratio), device_of("auto")
-    learned = learn_checkpoint(base, training, options, asked, out, device)
+def _learned(study: _Study, asked: Request, ratio: float) -> Iterator[_Made]:
+    """Learn once, and follow the plan with each refit."""
+    out, base = study.scratch / f"{asked.variant}-{asked.tokens}-{ratio}", study.base
+    rows, draw = training_rows(
+        study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", study.heldout
+    )
+    options = replace(_LEARNED, ratio=ratio)
+    learned = learn_checkpoint(base, rows, draw, options, asked, out, study.device, study.scratch)
     for refit in _REFITS:
-        folder = scratch / f"{asked.variant}-{ratio}-{refit}"
+        folder = out.with_name(f"{out.name}-{refit}")
         started = time.perf_counter()
-        plan = read_plan(out / PLAN).model_copy(update={"compensation": refit})
-        found = prune_checkpoint(learned.model, rows, options_of(plan), folder, device, plan=plan)
-        seconds = learned.record.seconds + time.perf_counter() - started
-        yield _Made(f"vib {asked.variant}/{refit}", folder, found, learned.record.tokens, seconds)
+        plan = read_plan(out / names.LEARNED_PLAN).model_copy(update={"compensation": refit})
+        model = out / names.LEARNED_MODEL if learned.model else base
+        found = prune_checkpoint(model, study.rows, options_of(plan), folder, study.device, plan=plan)
+        seconds = learned.seconds + time.perf_counter() - started
+        yield _Made(f"vib {asked.variant}/{refit}", folder, found, learned.tokens, seconds)
+
+
+def _distilled(study: _Study, made: Sequence[_Made]) -> Iterator[_Made]:
+    """Distil the best of them, and the best that is training-free, which may be the same."""
+    if study.distilled is None:
+        return
+    dense, selection = checkpoint.load(study.base)[0].to(study.device), study.distilled.selection.to(study.device)
+
+    @torch.no_grad()
+    def divergence(one: _Made) -> float:
+        return float(Distillation(checkpoint.load(one.folder)[0].to(study.device), dense)(selection))
+
+    found = {one: divergence(one) for one in made}
+    for source in dict.fromkeys(min(some, key=lambda one: found[one]) for some in (made, made[:2])):
+        folder = source.folder.with_name(f"{source.folder.name}-distilled")
+        trained = recover.recover_checkpoint(
+            source.folder, study.base, study.distilled, study.options, folder, study.device, study.scratch
+        )
+        method, seconds = f"{source.method} + distillation", source.seconds + trained.seconds
+        yield _Made(method, folder, source.found, source.tokens + trained.tokens, seconds)
 
 
 def _row(made: _Made, ratio: float, quality: Mapping[str, Any]) -> Row:

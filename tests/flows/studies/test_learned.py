@@ -12,14 +12,22 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(300)))
     base, out = write_checkpoint(build_tiny(), tmp_path / "base"), tmp_path / "out"
-    how = ("--ratios", "0.3", "--variants", "faster", "--tokens", "500", "--samples", "8", "--sequence-length", "32")
-    files = ("--calibration", text, "--heldout", text, "--windows", "8", "--out", out)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{number} cubed is {number**3}.\n" for number in range(60)))
+    how = ("--ratios", "0.3", "--variants", "faster=500", "--samples", "8", "--sequence-length", "32")
+    files = ("--calibration", text, "--heldout", other, "--windows", "8", "--distill", 1000, "--out", out)
     assert learned.main([str(word) for word in (base, *how, *files)]) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "learned.md").read_text()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:6]]
-    assert [row[1] for row in cells] == ["obs/uniform/joint", "obs/error/joint", "vib faster/none", "vib faster/joint"]
-    assert [row[4] for row in cells] == ["0", "0", "512", "512"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:-2]]
+    methods = ["obs/uniform/joint", "obs/error/joint", "vib faster/none", "vib faster/joint"]
+    assert [row[1] for row in cells[:4]] == methods
+    assert [row[4] for row in cells[:4]] == ["0", "0", "512", "512"]
+    assert 1 <= len(cells[4:]) <= 2
+    for row in cells[4:]:
+        before = cells[methods.index(row[1].removesuffix(" + distillation"))]
+        assert int(row[4].replace(",", "")) == int(before[4]) + 1024
+        assert float(row[7]) < float(before[7])
     assert all(float(row[2].rstrip("%")) == pytest.approx(30, abs=3) for row in cells)
 
 
@@ -27,6 +35,7 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
     ("arguments", "said"),
     [
         (["--variants", "slow"], "variant is 'slow'"),
+        (["--variants", "faster=many"], "tokens of faster are 'many'"),
         (["--ratios", "half"], "ratios are 'half'"),
         (["--ratios", "0.99"], "ratio is 0.99"),
         (["/nowhere/model"], "/nowhere/model"),
