@@ -47,7 +47,6 @@ from numprune.quantization.pricing import rounding_prices
 from numprune.quantization.walk import Fit, quantize_layers
 from numprune.target import Sizes, Target
 
-_HELDOUT_TOKENS = 40_000  # of the embedded text; files are read whole
 _RIVALS = "w8a8,w8a8@0.2,w8a8@0.3,w4a16,w4a16@0.2,w4a16@0.3"
 
 Row = dict[str, Any]
@@ -216,10 +215,9 @@ class _Study:
 
 def _texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, TokenRows]:
     rows, _ = texts.calibration_rows(args.text or EMBEDDED, tokenizer, args.samples, args.sequence_length, 0, Reading())
-    heldout = texts.text_rows(
-        args.heldout or EMBEDDED, "heldout", tokenizer, args.sequence_length, Reading(), _HELDOUT_TOKENS
-    )
-    return rows, heldout
+    tokens = args.windows * args.sequence_length
+    heldout = texts.text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, args.sequence_length, Reading(), tokens)
+    return rows, heldout.part(slice(args.windows))
 
 
 def _rivals(text: str) -> list[tuple[SchemeName, float]]:
@@ -257,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rivals", default=_RIVALS, help="whose bytes are the budgets (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=64, help="rows to calibrate on (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--windows", type=int, default=160, help="held-out rows at most (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=32, help="of w4a16 (default %(default)s)")
     parser.add_argument("--align", type=int, default=32, help="of intermediate sizes (default %(default)s)")
     parser.add_argument("--compensation", default="residual", help="of pruning (default %(default)s)")

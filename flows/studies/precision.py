@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.corpus import TokenRows
+from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint, genai, onnx, vllm
@@ -176,7 +177,8 @@ def _study(args: argparse.Namespace) -> str:
     options = PruneOptions(args.ratio, compensation=args.compensation, target=target)
     tokenizer, length = checkpoint.load_tokenizer(base), args.sequence_length
     rows, draw = calibration_rows(args.calibration or EMBEDDED, tokenizer, args.samples, length, 0, Reading())
-    heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    read = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    heldout = read.part(slice(args.windows))
     with tempfile.TemporaryDirectory(prefix="numprune-precision-") as scratch:
         pruned = Path(scratch) / PRUNED
         children.call(prune_checkpoint, base, rows, options, pruned, device_of("auto"))
@@ -209,7 +211,7 @@ def _study(args: argparse.Namespace) -> str:
     conditions = (
         f"{model_name(args.model)}, {args.ratio:.0%} removed (obs, uniform, {args.compensation}); quantized by gptq, "
         f"the pruned model towards the outputs of the dense one; {args.samples} calibration rows of {length} tokens. "
-        f"NLL on {quality[DENSE]['tokens']:,} tokens of {quality[DENSE]['documents']} held-out documents, in PyTorch. "
+        f"NLL on {quality[DENSE]['tokens']:,} held-out tokens of {counted(heldout.documents, 'document')}, in PyTorch. "
         f"Decoding at batch 1, {args.repeats} repeats of each timing, in turn. In brackets: 95 % intervals, paired."
     )
     text = markdown(table, runtimes, conditions)

@@ -15,7 +15,7 @@ def test_every_way_keeps_to_the_rivals_bytes_and_choosing_both_costs_least(tiny_
     text.write_text(TEXT, encoding="utf-8")
     base = tiny_checkpoint(hidden_size=64, intermediate_size=96, head_dim=32)
     rivals = {"w8a8": "w8a8 of the dense model", "w4a16@0.3": "30% pruned, then w4a16"}
-    options = ["--samples", "8", "--sequence-length", "32", "--rivals", ",".join(rivals), "--json"]
+    options = ["--samples", "8", "--sequence-length", "32", "--windows", "40", "--rivals", ",".join(rivals), "--json"]
     assert bits.main([str(base), "--text", str(text), "--heldout", str(text), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     rows, conditions = found["rows"], found["conditions"]
@@ -32,10 +32,11 @@ def test_every_way_keeps_to_the_rivals_bytes_and_choosing_both_costs_least(tiny_
     *table, empty, last = bits.as_markdown(rows, conditions).splitlines()
     assert (empty, last) == ("", conditions)
     assert " on 8 rows of 32 tokens; " in conditions
+    assert f" on {40 * 31:,} tokens of 1 document held out. " in conditions
     assert {line.count("|") for line in table} == {table[0].count("|")}
 
 
 @pytest.mark.parametrize("rivals", ["fp8", "w8a8@1", "w4a16@x"])
 def test_other_rivals_are_refused(rivals: str, capsys) -> None:
     assert bits.main(["--rivals", f"w8a8,{rivals}"]) == 1
-    assert f"--rivals: {rivals!r} is not w8a8 or w4a16" in capsys.readouterr().err
+    assert f"--rivals: {rivals!r} must be w8a8 or w4a16" in capsys.readouterr().err
