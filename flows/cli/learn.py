@@ -61,8 +61,8 @@ def add(commands: Subcommands) -> None:
         "--constraint",
         get_args(names.LearningConstraint),
         "parameters",
-        "what is counted (parameters: those of the blocks; flops: theirs for a token, with attention to the others of "
-        "a row; kv-bytes: of the KV cache, so that only KV groups go)",
+        "counted cost (parameters: of the blocks; flops: of the blocks per token, including attention within a row; "
+        "kv-bytes: of the KV cache, which only removes KV groups)",
     )
     add_choice(
         parser,

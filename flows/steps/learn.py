@@ -38,12 +38,12 @@ class Request:
 
 
 def request_of(asked: Learn) -> Request:
-    """Return how a recipe asks to train."""
+    """Return the training options of a recipe."""
     return Request(asked.variant, asked.trained_tokens, asked.learning_rate)
 
 
 def options_of(asked: Learn, limits: Mapping[str, Any], target: Target) -> PruneOptions:
-    """Return what a recipe's masks may remove; `limits`: the fields `names.LEARNED_LIMITS` of its section prune."""
+    """Return the pruning options of a recipe's masks; `limits`: the fields `names.LEARNED_LIMITS` of section prune."""
     return PruneOptions(criterion=asked.method, target=target, seed=asked.seed, **limits)
 
 
@@ -57,14 +57,14 @@ def training_rows(
     option: str,
     judged: TokenRows | None = None,
 ) -> tuple[RecoveryRows, Draw]:
-    """Return as many windows of the text as `tokens` need, or as it has, and where they are from.
+    """Return the windows of the text for `tokens` tokens, or all it has, and their origin.
 
     Args:
         option: the user's name for the text.
-        judged: as of `draw_windows`.
+        judged: as for `draw_windows`.
 
     Raises:
-        InputError: as `text_rows`, or the text has too few windows.
+        InputError: like `text_rows`, or the text has too few windows.
     """
     task, tokenizer, wanted = load_task(source), checkpoint.load_tokenizer(source), -(-tokens // length)
     rows = text_rows(text, "train", tokenizer, length, reading, (wanted + SELECTION_ROWS) * length, task)
@@ -74,7 +74,7 @@ def training_rows(
 
 
 def check_request(source: Path, options: PruneOptions, constraint: Counted, length: int) -> None:
-    """Refuse what `learn_checkpoint` could not do with rows of `length` tokens. Raises InputError."""
+    """Refuse a request that `learn_checkpoint` does not support with rows of `length` tokens. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "learning")
     check_learning(read_anatomy(checkpoint.read_config(source)), options, constraint, length)
 
@@ -93,12 +93,12 @@ def learn_checkpoint(
 
     Args:
         rows, draw: from `training_rows`.
-        scratch: a folder in which a killed training leaves its state; the same request resumes there.
+        scratch: a folder for the state of a killed training; the same request resumes there.
 
     Raises:
         InputError: `out` exists, the model, rows or options cannot be used, or another process is running the same
             training.
-        IntegrityError: a file is not what it should be, or the training diverged.
+        IntegrityError: a file is damaged, or the training diverged.
     """
     check_request(source, options, asked.constraint, rows.training.shape[1])
     model = None

@@ -137,12 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Study:
-    """What all rows of the table share.
+    """The conditions shared by all rows of the table.
 
     Attributes:
         rows: of calibration.
-        heldout: text to judge by.
-        distilled: rows to distil on; None: nothing is distilled.
+        heldout: text for evaluation.
+        distilled: rows for distillation; None: no distillation.
     """
 
     base: Path
@@ -200,7 +200,7 @@ def _study(args: argparse.Namespace) -> str:
 
 
 def _request(asked: str) -> Request:
-    """Return what `--variants` asks for in one of its parts. Raises InputError."""
+    """Return the variant and tokens of one part of `--variants`. Raises InputError."""
     name, _, tokens = asked.partition("=")
     known = {variant: variant for variant in get_args(names.LearningVariant)}
     if name not in known:
@@ -220,7 +220,7 @@ def _training_free(study: _Study, ratio: float) -> Iterator[_Made]:
 
 
 def _learned(study: _Study, asked: Request, ratio: float) -> Iterator[_Made]:
-    """Learn once, and follow the plan with each refit."""
+    """Learn once, and apply the plan with each refit."""
     out, base = study.scratch / f"{asked.variant}-{asked.tokens}-{ratio}", study.base
     rows, draw = training_rows(
         study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", study.heldout
@@ -238,7 +238,7 @@ def _learned(study: _Study, asked: Request, ratio: float) -> Iterator[_Made]:
 
 
 def _distilled(study: _Study, made: Sequence[_Made]) -> Iterator[_Made]:
-    """Distil the best of them, and the best that is training-free, which may be the same."""
+    """Distil the best model, and the best training-free one, which may be the same."""
     if study.distilled is None:
         return
     dense, selection = checkpoint.load(study.base)[0].to(study.device), study.distilled.selection.to(study.device)

@@ -1,4 +1,4 @@
-"""Learned pruning: masks that are trained choose what a model can do without."""
+"""Learned pruning: trained masks choose the units to keep."""
 
 from numprune.learning.constraint import Counted
 from numprune.learning.vib import LEARNING_RATE, SELECTION_ROWS, Learned, Record, Variant, check_learning, learn

@@ -1,14 +1,14 @@
 """Gaussian masks on the units of a model's blocks: z = mu + sigma * eps, a number for each KV group, channel or expert.
 
-Query heads may have masks too, and whole blocks. What reaches a block's consumer is then multiplied by the mask of the
-query head, that of its KV group and that of the block.
+Query heads and whole blocks may have masks, too. The input of a block's consumer is then multiplied by the masks of the
+query head, of its KV group and of the block.
 
-A mask multiplies what its unit hands to the block's consumer; an expert's multiplies its routing weight, so that what
-it puts out is scaled and nothing is routed anew. With every z = 1 the model is the dense one, with z = 0 it is the
-model without the unit (but for the routing of experts).
+A mask multiplies its unit's input to the block's consumer. An expert's mask multiplies its routing weight, so that its
+output is scaled and tokens are not rerouted. With all z = 1, the model is the dense one; with z = 0, it is the model
+without the unit (except for the routing of experts).
 
-Notation: K masks of all blocks together; L leaves of the tree that they are: query heads where these have masks, else
-units; n rows, S tokens of a row.
+Notation: K masks of all blocks together; L leaves of their tree (query heads if these have masks, otherwise units); n
+rows, S tokens of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from numprune.blocks import Block
 from numprune.calibration import consumer_of, consumer_weight
 from numprune.slices import Kept
 
-# TVA-Prune starts at a log variance of -9; from there 150 steps get too few units across the threshold.
+# TVA-Prune starts at a log variance of -9, from which too few units cross the threshold within 150 steps.
 _MEAN, _LOG_VARIANCE, _SPREAD = 1.0, -6.0, 0.01
 _TINY = 1e-8  # mu^2 has no logarithm at 0
 
@@ -33,9 +33,9 @@ class Masked:
     """A block whose units have masks.
 
     Attributes:
-        unit: what a unit with all its members costs.
-        member: what each of them does.
-        by_members: the members have masks of their own.
+        unit: cost of a unit with all its members.
+        member: cost of each member.
+        by_members: the members have their own masks.
         as_a_whole: the block has one.
     """
 
@@ -50,10 +50,10 @@ class Masks(nn.Module):
     """The masks of some blocks.
 
     Attributes:
-        blocks: that are masked, first layer first.
+        blocks: masked blocks, first layer first.
         mean: (K,), mu.
         log_variance: (K,), log sigma^2.
-        costs: (K,), what goes with a mask alone: of a unit whose members have masks, what they share.
+        costs: (K,), cost of a mask alone; for a unit whose members have masks, the cost that they share.
         weights: (K,), `costs` relative to the lowest.
     """
 
@@ -100,8 +100,8 @@ class Masks(nn.Module):
     def information(self) -> Tensor:
         """Return 1/2 log(1 + mu^2 / sigma^2), (K,): nats, the KL term of the variational information bottleneck.
 
-        It is KL(N(mu, sigma^2) || N(0, v)) at the prior variance v = mu^2 + sigma^2 that makes it least (Dai et al.,
-        ICML 2018, eq. 9).
+        It is KL(N(mu, sigma^2) || N(0, v)) at the prior variance v = mu^2 + sigma^2 that minimizes it (Dai et al., ICML
+        2018, eq. 9).
         """
         return nn.functional.softplus(-self.log_alpha) / 2
 
@@ -111,19 +111,19 @@ class Masks(nn.Module):
         return values * padded[..., self._above[0]] * padded[..., self._above[1]]
 
     def at_leaves(self, values: Tensor) -> Tensor:
-        """Return what masks of values (…, K) multiply the leaves by, (…, L)."""
+        """Return the factors (…, L) of the leaves for mask values (…, K)."""
         return self.along(values)[..., self._leaves]
 
     def sample(self, rows: int, draw: torch.Generator) -> Tensor:
-        """Return what masks multiply the leaves by, (n, L), those of each row drawn for it; `draw`: on the CPU."""
+        """Return the factors (n, L) of the leaves, drawn separately for each row; `draw`: on the CPU."""
         noise = torch.randn(rows, len(self.mean), generator=draw).to(self.mean)
         return self.at_leaves(self.mean + (self.log_variance / 2).exp() * noise)
 
     def prices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return what the units of each block carry, by its name: they alone (units,), and their members.
+        """Return the information of each block's units, by block name: of units alone (units,), and of their members.
 
-        The latter (units, members) are 0 where members have no masks. A mask carries `weights` times its information,
-        or times that of a mask above it, if that has less: what it lets through is all that comes through.
+        The latter (units, members) are 0 if members have no masks. A mask counts `weights` times its information, or
+        that of a mask above it if smaller, because that limits what passes.
         """
         padded = torch.cat([self.information, self.information.new_full((1,), torch.inf)])
         price = self.weights * torch.minimum(self.information, padded[self._above].amin(0))
@@ -137,7 +137,7 @@ class Masks(nn.Module):
         return found
 
     def indicator(self, kept: Mapping[str, Kept]) -> Tensor:
-        """Return (L,): 1 for the leaves that are kept of their blocks, by their names, and 0 for the others."""
+        """Return (L,): 1 for kept leaves (by block name), 0 for all others."""
         parts = []
         for block, count in zip(self.blocks, self._counts, strict=True):
             left = kept[block.name]
@@ -147,7 +147,7 @@ class Masks(nn.Module):
         return torch.cat(parts).to(self.mean.device)
 
     def by_block(self, values: Tensor) -> dict[str, Tensor]:
-        """Return values (…, L) by the name of their block, (…, leaves) each."""
+        """Return values (…, L) by block name, (…, leaves) each."""
         parts = values.split(self._counts, -1)
         return {block.name: part for block, part in zip(self.blocks, parts, strict=True)}
 
@@ -156,9 +156,9 @@ class _Tree:
     """The masks of a block: of its units, of their members, and of the block, in this order.
 
     Attributes:
-        above: (2, size), of each mask the two above it; -1: none.
-        leaves: those that nothing is below.
-        costs: (size,), as of `Masks`.
+        above: (2, size), the two masks above each mask; -1: none.
+        leaves: masks with nothing below.
+        costs: (size,), as in `Masks`.
     """
 
     def __init__(self, masked: Masked) -> None:
@@ -180,7 +180,7 @@ class _Tree:
 
 @contextmanager
 def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterator[None]:
-    """Have the model whose decoder layers these are run with its leaves multiplied by (n, L), or (1, L): all rows."""
+    """Run the model of these decoder layers with its leaves multiplied by (n, L), or (1, L) for all rows."""
     parts = masks.by_block(values)
     hooks = [
         consumer_of(layers[block.layer], block).register_forward_pre_hook(_multiply(block, parts[block.name]))
@@ -194,7 +194,7 @@ def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterato
 
 
 def _multiply(block: Block, values: Tensor) -> Any:
-    """Return what multiplies the inputs of the block's consumer by (n, leaves)."""
+    """Return a hook that multiplies the inputs of the block's consumer by (n, leaves)."""
     if block.routing is not None:
 
         def route(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +214,7 @@ def _multiply(block: Block, values: Tensor) -> Any:
 
 @torch.no_grad()
 def fold(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> None:
-    """Multiply (L,) into the consumers' weights: the model then computes without masks what it did with them."""
+    """Fold (L,) into the consumers' weights: the model then computes the same without masks."""
     parts = masks.by_block(values)
     for block in masks.blocks:
         layer, part = layers[block.layer], parts[block.name]

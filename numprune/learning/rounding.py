@@ -1,4 +1,4 @@
-"""From masks to units: the sizes that keep most of their information inside the budget, and in each block the best."""
+"""From masks to units: the sizes that keep the most information within the budget, and the best units of each block."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ ALLOCATIONS = ("error", "uniform")
 
 
 def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
-    """Return the sizes that each block may be left with. It keeps what costs nothing that is counted."""
+    """Return the allowed sizes of each block. Blocks without counted cost are kept."""
 
     def left(block: Block, sizes: Sequence[Size]) -> Sequence[Size]:
         if not constraint.of_unit(block):
@@ -32,14 +32,14 @@ def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
 
 @torch.no_grad()
 def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> dict[str, Kept]:
-    """Return what is kept of each block, by its name: at least `options.ratio` removed, in sizes the target can run.
+    """Return what is kept of each block, by name: at least `options.ratio` removed, in sizes the target supports.
 
-    The price of a unit is what it carries, as of `Masks.prices`. The knapsack of the allocation takes the sizes whose
-    removed units cost least together. As units are weighted by what the constraint counts, that is a ranking by log
-    alpha over all blocks, corrected for alignment, floors and whole steps.
+    The price of a unit is its information, see `Masks.prices`. The knapsack of the allocation chooses the sizes whose
+    removed units cost least in total. Because prices are weighted by the counted cost, this ranks units by log alpha
+    over all blocks, corrected for alignment, floors and whole steps.
 
     Raises:
-        InputError: as the allocations do.
+        InputError: like the allocations.
     """
     anatomy = constraint.anatomy
     prices = {name: (own.double().cpu(), members.double().cpu()) for name, (own, members) in masks.prices().items()}
@@ -62,7 +62,7 @@ def _curve(own: Tensor, members: Tensor) -> Tensor:
     """Return the price of the n cheapest units and of the m cheapest members of each other unit, (units + 1, members).
 
     Args:
-        own: (units,), what goes with a unit beside its members.
+        own: (units,), price of a unit without its members.
         members: (units, members).
     """
     totals = own + members.sum(1)
@@ -75,7 +75,7 @@ def _curve(own: Tensor, members: Tensor) -> Tensor:
 
 
 def _best(own: Tensor, members: Tensor, size: Size) -> Kept:
-    """Return the dearest units, and of each the dearest members."""
+    """Return the units with the highest prices, and the members with the highest prices of each."""
     units = keep_highest(own + members.sum(1), size.units)
     if size.members == members.shape[1] or not size.units:
         return Kept.whole(units, members.shape[1])

@@ -1,4 +1,4 @@
-"""The training of masks, and of the weights where they are trained too."""
+"""The training of masks, and of the weights if they are trained, too."""
 
 import logging
 import time
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 _TOKENS_PER_STEP = 512
 _WARM_UP = 0.4  # share of the steps in which the target falls
 _BETA = 1e-6
-_MASK_RATE = 0.05  # AdamW's; it falls linearly to `FINAL` of it, as that of the weights does
+_MASK_RATE = 0.05  # of AdamW; falls linearly to the share `FINAL`, like that of the weights
 _ASCENT_RATE, _QUADRATIC = 0.1, 10.0  # of the multipliers
 _CLIP = 1.0  # norm of the weights' gradient
-_BAND = 0.01  # by which the share that masks keep may miss the target
+_BAND = 0.01  # tolerance of the share kept by the masks around the target
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Masks of one step, rounded.
+    """The rounded masks of one step.
 
     Attributes:
-        kept: of each block, by its name.
-        share: of what the constraint counts that the masks keep by themselves.
-        in_band: that share meets the budget, within a hundredth.
-        divergence: of what is left from the dense model, on the selection rows.
-        trained: all that is trained, as of `Training.trained`, at that step.
+        kept: what is kept of each block, by name.
+        share: of the counted cost that the masks keep by themselves.
+        in_band: that share meets the budget, within 1 %.
+        divergence: of the result from the dense model, on the selection rows.
+        trained: everything that is trained, as in `Training.trained`, at that step.
     """
 
     step: int
@@ -52,20 +52,20 @@ class Rounded:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """Return what is lowest of the best masks: they meet the budget by themselves, and diverge least."""
+        """Return the sort key, lowest for the best masks: they meet the budget by themselves, and diverge least."""
         return not self.in_band, self.divergence
 
 
 class Training:
-    """One training of masks on `student`, whose weights are trained too where it is not `dense` itself.
+    """One training of masks on `student`, whose weights are also trained unless it is `dense` itself.
 
     Args:
-        constraint: of which `options.ratio` is to go.
+        constraint: of whose cost `options.ratio` is removed.
         masks: on blocks of `student`; they are trained in place.
-        rows: (N, S) to train on, in this order, over and over again.
-        selection: (n, S) others.
-        tokens: to train on, rounded up to whole steps.
-        learning_rate: of the weights, at first.
+        rows: (N, S) for training, in this order and repeatedly.
+        selection: (n, S) other rows, for evaluation.
+        tokens: of the training, rounded up to whole steps.
+        learning_rate: initial one of the weights.
     """
 
     def __init__(
@@ -103,24 +103,24 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """What `steps` train on."""
+        """The tokens of `steps`."""
         return self.steps * self._batch * self._rows.shape[1]
 
     @property
     def seconds(self) -> float:
-        """What the steps took, those of killed processes included."""
+        """The seconds of all steps, including those of killed processes."""
         return self._position.seconds
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """Return all that is trained, by name."""
+        """Return everything that is trained, by name."""
         found: dict[str, Tensor] = {f"masks.{name}": value for name, value in self._masks.named_parameters()}
         if self._weights:
             found |= {f"model.{name}": value for name, value in self._student.named_parameters()}
         return found
 
     def run(self, state: TrainingState | None) -> Rounded:
-        """Train, from `state` on where it holds something, and return the best masks; they are `masks` now.
+        """Train, resuming from `state` if it is not empty, and return the best masks, which are then in `masks`.
 
         Raises:
             IntegrityError: the loss is not finite.
@@ -152,7 +152,7 @@ class Training:
         return self._best
 
     def _step(self, step: int) -> float:
-        """Make a step on the next rows; return the loss before it."""
+        """Run a step on the next rows; return the loss before it."""
         count = self._batch
         batch = self._rows[torch.arange(step * count, (step + 1) * count) % len(self._rows)].to(self._dense.device)
         for group in self._optimizer.param_groups:
@@ -182,7 +182,7 @@ class Training:
 
     @torch.no_grad()
     def _judge(self) -> None:
-        """Round the masks and judge what is left; trained weights are left with their masks, others without."""
+        """Round the masks and evaluate the result, with masks for trained weights and without for others."""
         masks = self._masks
         kept = rounded(self._constraint, masks, self._options)
         divergence = self._divergence(masks.indicator(kept) * (masks.at_leaves(masks.mean) if self._weights else 1))
@@ -206,7 +206,7 @@ class Training:
         return Rounded(step, kept, share, abs(share - 1 + self._options.ratio) <= _BAND, divergence, trained)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on, and the best masks and weights."""
+        """Return everything that the next step depends on, and the best masks and weights."""
         found = {f"now/{name}": value.detach() for name, value in self.trained.items()}
         for name, parameter in self.trained.items():
             found |= {f"{key}/{name}": value for key, value in self._optimizer.state[parameter].items()}
@@ -217,7 +217,7 @@ class Training:
         return {name: value.cpu().contiguous() for name, value in found.items()}
 
     def _resume(self, state: TrainingState | None) -> None:
-        """Resume from what was saved, where something was."""
+        """Resume from the saved state, if there is one."""
         saved = state.load() if state is not None else None
         if saved is None:
             return
@@ -248,14 +248,14 @@ class Training:
             parameter.copy_(trained[name])
 
     def _at_random(self) -> Tensor:
-        """Return (L,) that leaves every leaf with the same chance, `ratio` of them none."""
+        """Return (L,) of 0 and 1 that remove random leaves, the share `ratio` of them."""
         draw = torch.Generator().manual_seed(self._options.seed)
         chances = torch.rand(self._masks.leaves, generator=draw).to(self._masks.weights)
         return (chances >= self._options.ratio).to(chances)
 
     @torch.no_grad()
     def _divergence(self, values: Tensor) -> float:
-        """Return how far the student is from the dense model on the selection rows, its leaves multiplied by (L,)."""
+        """Return the student's divergence from the dense model on the selection rows, with leaf factors (L,)."""
         found = []
         for batch in self._selection.split(self._batch):
             with masked(self._layers, self._masks, values[None]):

@@ -1,20 +1,19 @@
-"""Masks that learn which units a model can do without: the variational information bottleneck at a given size.
+"""Learn masks that choose the units to keep: the variational information bottleneck at a given size.
 
-Minimized over the masks and, where they are trained, the weights (VTrans, arXiv 2406.05276; TVA-Prune, whose code is
+Minimized over the masks and, if they are trained, the weights (VTrans, arXiv 2406.05276; TVA-Prune, whose code is
 github.com/oshindutta/TVAprune):
 
     D + beta * sum_k w_k * 1/2 log(1 + mu_k^2 / sigma_k^2) + l1 (s - t) + l2 (s - t)^2
 
-D is the task's divergence of the masked model from the dense one (for language models the KL divergence of their
-distributions). The papers have the loss on labels there; D needs none, so it serves every task, and it is 0 where every
-mask is 1. s is the share that the masks keep of what the constraint counts (the prunable parameters, FLOPs or bytes of
-the KV cache), w_k what the unit costs of it relative to the cheapest unit, and t the share that may be kept: it falls
-linearly from 1 over the first steps. l1 and l2 are found by gradient ascent, in units of what it costs to remove units
-at random: so they suit every task's loss.
+D is the task's divergence of the masked model from the dense one (for language models, the KL divergence of their
+distributions). The papers use the loss on labels instead; D needs no labels, so it suits every task, and it is 0 if
+every mask is 1. s is the kept share of the counted cost (prunable parameters, FLOPs or bytes of the KV cache), w_k the
+unit's cost relative to the cheapest unit, and t the target of s, which falls linearly from 1 over the first steps. l1
+and l2 are updated by gradient ascent, in units of the cost of removing random units, so they suit every task's loss.
 
-Once t has fallen, the masks are rounded several times to sizes that meet the budget, and what is then left is judged by
-D on rows that nothing was trained on. The best of these is the result; masks that meet the budget by themselves come
-before those that rounding alone makes to.
+After t has fallen, the masks are rounded several times to sizes that meet the budget, and the result is evaluated by D
+on rows not used for training. The best result is kept; masks that meet the budget by themselves take precedence over
+those that only meet it by rounding.
 """
 
 import copy
@@ -54,11 +53,11 @@ class Record:
     Attributes:
         variant: of the method.
         steps, tokens, seconds: of the training.
-        best_step: whose masks were taken.
-        constraint: what was counted.
+        best_step: the step whose masks were kept.
+        constraint: the counted cost.
         removed: share of it that the plan removes.
-        kept: share of it that the masks kept by themselves, before they were rounded.
-        divergence: of what is left from the dense model on the selection rows, before anything is refitted.
+        kept: share of it that the masks kept by themselves, before rounding.
+        divergence: of the result from the dense model on the selection rows, before refitting.
         unit: of the divergence.
     """
 
@@ -76,11 +75,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned.
+    """The result of learning.
+
 
     Attributes:
-        plan: says what to keep of `model` or, where that is None, of the model that was given.
-        model: with its trained weights, the masks folded into them; None where only masks were trained.
+        plan: for `model` or, if that is None, for the given model.
+        model: with trained weights and the masks folded into them; None if only masks were trained.
         record: of the training.
     """
 
@@ -90,10 +90,10 @@ class Learned:
 
 
 def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "parameters", length: int = 1) -> None:
-    """Refuse what cannot work before anything is run; `counted` and `length` as of `Constraint`.
+    """Refuse invalid options before any work; `counted` and `length` as in `Constraint`.
 
     Raises:
-        InputError: as `check_options`, or the options ask for something that masks do not learn.
+        InputError: like `check_options`, or masks cannot learn what the options request.
     """
     if options.budget is not None:
         raise InputError("budget: masks are trained for a ratio; give a ratio instead")
@@ -130,24 +130,24 @@ def learn(
     learning_rate: float = LEARNING_RATE,
     state: TrainingState | None = None,
 ) -> Learned:
-    """Return what masks on `model` learn at `options.ratio`. The model passed in stays as it is.
+    """Train masks on `model` at `options.ratio`. The model passed in is not modified.
 
     Args:
-        model: a supported one in float32, with the attention that its family is walked with.
-        rows: (N, S) int64 to train on, in this order, over and over again; from `Task.calibration_rows`.
-        selection: (n, S) others, to judge by.
+        model: a supported one in float32, with the attention implementation of its family.
+        rows: (N, S) int64 for training, in this order and repeatedly; from `Task.calibration_rows`.
+        selection: (n, S) other rows, for evaluation.
         options: what to remove, by the criterion "vib".
-        variant: "faster" trains masks only, "full" and "fast" the weights too; these differ in the tokens only.
+        variant: "faster" trains only masks, "full" and "fast" also the weights; these two differ only in the tokens.
         tokens: to train on, rounded up to whole steps.
-        task: that the model is for.
-        counted: what `options.ratio` is a share of. The plan's own ratio is that of the parameters in any case.
-        learning_rate: of the weights, at first.
-        state: where to resume from, and to save to ten times on the way. On a CPU the result is the same bit for bit
-            whether or not a process was killed and resumed.
+        task: of the model.
+        counted: the cost of which `options.ratio` is a share. The plan's own ratio always refers to parameters.
+        learning_rate: initial one of the weights.
+        state: for resuming, saved ten times during training. On a CPU, the result is bit-identical whether or not a
+            process was killed and resumed.
 
     Raises:
-        InputError: as `check_learning`, a learning rate that is negative or not finite, or rows that are not this
-            model's.
+        InputError: like `check_learning`, a learning rate that is negative or not finite, or rows that do not fit the
+            model.
         IntegrityError: the training diverges.
     """
     anatomy = read_anatomy(model.config)
@@ -185,7 +185,7 @@ def learn(
 
 
 def _masked(constraint: Constraint, options: PruneOptions) -> list[Masked]:
-    """Return the blocks that have a choice, with masks on all that may go."""
+    """Return the blocks that have a choice, with masks on everything removable."""
     allowed = sizes_under(constraint, options)
     return [
         Masked(

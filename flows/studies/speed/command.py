@@ -68,7 +68,7 @@ def as_markdown(environment: dict[str, Any], parts: Sequence[Part], layer: Layer
     lines = [
         f"Medians, both ways in turns, on {machine}, torch {environment['torch']}.",
         "",
-        "| part | channels | as printed, s | numprune, s | times faster |",
+        "| part | channels | as published, s | numprune, s | times faster |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [

@@ -102,7 +102,7 @@ def _pairs(D: int, device: torch.device) -> list[_Pair]:
         return moments.gram
 
     return [
-        _Pair("numerical score as printed", newton, _ITERATIONS, lambda: relaxed_mask(A, _RATIO)),
+        _Pair("numerical score as published", newton, _ITERATIONS, lambda: relaxed_mask(A, _RATIO)),
         _Pair("numerical score, mask held in [0, 1]", newton, _ITERATIONS, lambda: boxed_mask(A, _RATIO)),
         _Pair("greedy OBS", lambda: straightforward.removal(weight, gram), D, lambda: greedy_removal(weight, gram, 1)),
         _Pair(

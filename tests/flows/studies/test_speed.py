@@ -57,7 +57,7 @@ def test_slow_work_is_stopped_and_extrapolated(monkeypatch, patience, seconds, s
 def test_tables_cover_every_part_at_every_size_and_a_layer(capsys):
     assert main([*TINY, "--measured-tokens", "100", "--repeats", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    head = lines.index("| part | channels | as printed, s | numprune, s | times faster |")
+    head = lines.index("| part | channels | as published, s | numprune, s | times faster |")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[head + 2 : head + 10]]
     assert [int(row[1]) for row in rows] == [12] * 4 + [20] * 4
     assert [row[0] for row in rows[:4]] == [row[0] for row in rows[4:]]
@@ -84,7 +84,7 @@ def test_tables_cover_every_part_at_every_size_and_a_layer(capsys):
             assert total == pytest.approx(expected, rel=0.03)
             assert ratio == pytest.approx(total / forward[0], rel=0.03)
     # 6 rows of 16 tokens were run of 256 tokens.
-    assert any("measured over 96 and multiplied by 2.66667" in line for line in lines)
+    assert any("measured for 96 and multiplied by 2.66667" in line for line in lines)
 
 
 def test_json_matches_the_tables_and_records_the_conditions(capsys):
