@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from numprune.flows.bundle import CHECKPOINT, folder_name
 from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, RUNTIME_OF_EXPORT, export_of, runtime_of
+from numprune.flows.recipe import Learn, Recover
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Stage, StageResult, find
 from numprune.flows.steps import bodies
@@ -172,19 +173,7 @@ def score_baseline(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[Baselin
 
 
 def sample_learning(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[LearningText]:
-    data = run.recipe.data
-    return Stage.of(
-        "learning-rows",
-        "numprune",
-        bodies.make_learning_rows,
-        model=run.base,
-        text=run.calibration,
-        heldout=heldout.artifact,
-        heldout_digest=heldout.facts.digest,
-        asked=run.recipe.learn,
-        sequence_length=data.sequence_length,
-        reading=data.reading(),
-    )
+    return _training_rows(run, heldout, "learning-rows", bodies.make_learning_rows, run.recipe.learn)
 
 
 def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
@@ -214,6 +203,7 @@ def prune(
         "export",
         bodies.make_pruned,
         base=base,
+        origin=run.base,
         rows=calibration.artifact,
         learned=plan,
         asked=run.recipe.prune,
@@ -224,16 +214,22 @@ def prune(
 
 
 def sample_recovery(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[RecoveryText]:
+    return _training_rows(run, heldout, "recovery-rows", bodies.make_recovery_rows, run.recipe.recover)
+
+
+def _training_rows(
+    run: Run, heldout: StageResult[HeldoutRows], name: str, body: Callable[..., R], asked: Learn | Recover
+) -> Stage[R]:
     data = run.recipe.data
     return Stage.of(
-        "recovery-rows",
+        name,
         "numprune",
-        bodies.make_recovery_rows,
+        body,
         model=run.base,
         text=run.calibration,
         heldout=heldout.artifact,
         heldout_digest=heldout.facts.digest,
-        asked=run.recipe.recover,
+        asked=asked,
         sequence_length=data.sequence_length,
         reading=data.reading(),
     )

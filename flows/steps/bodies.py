@@ -134,6 +134,7 @@ def make_pruned(
     out: Path,
     *,
     base: Artifact,
+    origin: Artifact,
     rows: Artifact,
     learned: Artifact | None,
     asked: Prune,
@@ -144,6 +145,7 @@ def make_pruned(
     """Prune into the folder `checkpoint`: scores, allocation, compensation and surgery in one pass.
 
     Args:
+        base: the recipe's model, `origin`, or what training made of it together with masks.
         learned: with the plan to follow; None: criterion and allocation choose.
         scheme: that a budget counts with.
     """
@@ -167,6 +169,7 @@ def make_pruned(
         draw=draw,
         stream=asked.stream,
         plan=plan,
+        origin=origin.path,
     )
 
 

@@ -99,11 +99,13 @@ def prune_checkpoint(
     draw: Draw | None = None,
     stream: bool = False,
     plan: Plan | None = None,
+    origin: Path | None = None,
 ) -> PrunedCheckpoint:
     """Write the pruned `base` to the new folder `out`, in the base's precision, with its plan; return the figures.
 
     `draw`: the source of the rows, for the plan. `stream`: only one layer is in memory at a time, with hidden states in
     files on `out`'s disk; the result is the same. `plan`: the plan to follow, with its own `options`.
+    `origin`: the model that `base` was trained from, for the model card; None: `base` is the user's own.
 
     Raises InputError (`out` exists, or the model, rows, options or plan cannot be used), IntegrityError.
     """
@@ -119,7 +121,7 @@ def prune_checkpoint(
     make = _prune_streamed if stream else _prune_in_memory
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
-        describe(folder, base, made)
+        describe(folder, origin or base, made)
         _check_budget(made, folder)
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))

@@ -14,8 +14,8 @@ def of_masks(found: Learning) -> str:
     return (
         f"Masks chose the units ({found.method}, {found.variant}): trained on {found.tokens:,} tokens, seed "
         f"{found.seed}, {words.number(found.seconds)} s.{weights} The masks after step {found.best_step:,} of "
-        f"{found.steps:,} were taken: on selection rows what they leave is {words.number(found.selection_divergence)} "
-        f"{found.unit} from the dense model before any refit."
+        f"{found.steps:,} were kept: on selection rows, before any refit, the result diverges from the dense model by "
+        f"{words.number(found.selection_divergence)} {found.unit}."
     )
 
 

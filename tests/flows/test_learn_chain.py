@@ -69,6 +69,7 @@ def test_the_release_keeps_what_the_masks_chose_and_says_so(published: Path) -> 
     assert asked.base == followed.base == report.identity.learned
     card = (published / "checkpoint" / "README.md").read_text()
     assert "criterion vib, allocation uniform, compensation joint" in card
+    assert "| base model | `base` |" in card
     for page in ("report.md", "report.html"):
         assert "Masks chose the units (vib, fast): trained on 10,240 tokens, seed 1" in (published / page).read_text()
 
