@@ -27,6 +27,7 @@ from numprune.flows.steps.results import (
     QuantizedCheckpoint,
     RecoveredCheckpoint,
     RecoveryText,
+    TaskAnswers,
     Timings,
 )
 from numprune.serving.report import Quality
@@ -96,6 +97,8 @@ def judge(run: Run, make: Make) -> Judged:
     before = unquantized if quantized else None
     answers = make(compute_answers(run, candidate, before)) if run.task != "masked-lm" else None
     quality = make(evaluate(run, candidate, before, heldout, scores))
+    sides = {"baseline": run.base, "candidate": candidate} if run.tasks else {}
+    given = {side: make(answer_tasks(run, model, side)).artifact for side, model in sides.items()}
     timed: dict[str, Callable[[int], Stage[Timings]]] = {
         runtime: partial(benchmark, run, runtime, exports.get(name, candidate), baselines.get(name, run.base))
         for runtime in run.recipe.benchmark.runtimes
@@ -116,9 +119,10 @@ def judge(run: Run, make: Make) -> Judged:
         **({"recovery_rows": rows.facts.digest} if rows else {}),
         **({"pruned": pruned.facts.digest} if recovered or quantized else {}),
         **({"recovered": recovered.facts.digest} if recovered else {}),
+        **({"tasks": run.tasks.digest} if run.tasks else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
-    report = partial(report_on, run, identity, candidate, learned, pruned, recovered, quantized, parity, quality)
+    report = partial(report_on, run, identity, candidate, learned, pruned, recovered, quantized, parity, quality, given)
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run with the same figures was inconclusive
         for runtime in judged.facts.next_look:
@@ -334,6 +338,24 @@ def evaluate(
     ).on_gpu()
 
 
+def answer_tasks(run: Run, model: Artifact, side: str) -> Stage[TaskAnswers]:
+    assert run.tasks is not None
+    asked = run.recipe.evaluate
+    stage = Stage.of(
+        "tasks",
+        "serving",
+        bodies.make_task_answers,
+        model=model,
+        tasks=run.tasks,
+        num_fewshot=asked.num_fewshot,
+        limit=asked.limit,
+        runtime=asked.task_runtime,
+        server=run.machine["vllm"] if asked.task_runtime == "vllm" else None,
+        device=run.device,
+    )
+    return stage.labelled(f"tasks {side}").on_gpu()
+
+
 def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, look: int) -> Stage[Timings]:
     asked = run.recipe.benchmark
     stage = Stage.of(
@@ -363,6 +385,7 @@ def report_on(
     quantized: StageResult[QuantizedCheckpoint] | None,
     parity: Mapping[str, Parity],
     quality: StageResult[Quality],
+    answers: Mapping[str, Artifact],
     looks: Mapping[str, Sequence[StageResult[Timings]]],
 ) -> Stage[Judgement]:
     return Stage.of(
@@ -376,6 +399,7 @@ def report_on(
         recovered=recovered.artifact if recovered else None,
         quantized=quantized.artifact if quantized else None,
         quality=quality.artifact,
+        answers=answers,
         benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
         name=run.recipe.registry.name,
         identity=identity,

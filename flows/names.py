@@ -35,6 +35,9 @@ ExportFormat = Literal["vllm", "onnx", "onnxruntime", "tensorrt"]
 Runtime = Literal["torch", "onnxruntime", "tensorrt", "vllm"]
 Device = Literal["auto", "cpu", "cuda"]
 TorchMode = Literal["auto", "eager", "compiled"]
+TaskRuntime = Literal["torch", "vllm"]
+TASKS_OWN: Literal["task"] = "task"  # number of examples before an item
+ALL_ITEMS: Literal["all"] = "all"  # of a task
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # The runtime in which an export is verified.

@@ -19,12 +19,14 @@ from numprune.byte_budget import parse
 from numprune.documents import WHOLE_FILE, Reading, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
+    ALL_ITEMS,
     BUILT_IN,
     CAUSAL_LM,
     DEFAULT_AXES,
     LEARNING_RATE,
     LEARNING_TOKENS,
     SEQUENCE_LENGTH,
+    TASKS_OWN,
     Allocation,
     Axis,
     Compensation,
@@ -38,6 +40,7 @@ from numprune.flows.names import (
     QuantizedTo,
     Recovery,
     Runtime,
+    TaskRuntime,
     TorchMode,
     TrainedWeights,
 )
@@ -51,6 +54,7 @@ EMBEDDED = "embedded"  # the model or text that comes with numprune
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 EMBEDDED_RECIPE = EMBEDDED_FOLDER / "recipe.toml"
 NO_BUDGET = "none"
+_MOST_EXAMPLES = 100
 _MAXIMUM_BYTES = 1 << 20
 
 
@@ -108,8 +112,22 @@ def _pack(value: Any) -> Any:
     return value
 
 
+def _few_shot(value: Any) -> Any:
+    if value != TASKS_OWN and not (type(value) is int and 0 <= value <= _MOST_EXAMPLES):
+        raise ValueError(f'must be "{TASKS_OWN}" or a number from 0 to {_MOST_EXAMPLES}')
+    return value
+
+
+def _limit(value: Any) -> Any:
+    if value != ALL_ITEMS and not (type(value) is int and 1 <= value < 2**31):
+        raise ValueError(f'must be "{ALL_ITEMS}" or a number of items, at least 1')
+    return value
+
+
 Text = Annotated[str | list[str], PlainValidator(_text)]
 Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
+FewShot = Annotated[int | Literal["task"], PlainValidator(_few_shot)]
+Limit = Annotated[int | Literal["all"], PlainValidator(_limit)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -259,9 +277,17 @@ class Export(Section):
 
 
 class Evaluate(Section):
-    """`prompts` for greedy generation with both models: "built-in", or a list of texts; [] for none."""
+    """`prompts` for greedy generation with both models: "built-in", or a list of texts; [] for none.
+
+    `tasks` of the lm-evaluation-harness, by name or as a YAML file, are answered by both models in `task_runtime`.
+    `num_fewshot`: examples per item, or "task" for the task's own number. `limit`: items of each task, or "all".
+    """
 
     prompts: Prompts = BUILT_IN
+    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_distinct)] = []
+    num_fewshot: FewShot = TASKS_OWN
+    limit: Limit = ALL_ITEMS
+    task_runtime: TaskRuntime = "torch"
 
 
 class Benchmark(Section):
@@ -447,7 +473,8 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-_PATHS = {("model", "path"), ("data", "calibration"), ("data", "heldout")}
+_PATHS = {("model", "path"), ("data", "calibration"), ("data", "heldout"), ("evaluate", "tasks")}
+TASK_FILES = (".yaml", ".yml")
 
 
 def _make_absolute(data: dict[str, Any], base: Path) -> None:
@@ -458,10 +485,12 @@ def _make_absolute(data: dict[str, Any], base: Path) -> None:
 
 
 def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
-    """`value` relative to `base` if it is a path; "embedded", hub ids and invalid values are unchanged."""
+    """`value` relative to `base` if it is a path; "embedded", hub ids, names and invalid values are unchanged."""
     if isinstance(value, list):
         return [_anchored(item, base, key) for item in value]
     if not isinstance(value, str) or value in ("", EMBEDDED):
+        return value
+    if key == ("evaluate", "tasks") and not value.endswith(TASK_FILES):
         return value
     try:
         path = (base / Path(value).expanduser()).absolute()

@@ -28,6 +28,7 @@ class Run:
     Attributes:
         base: the model; `task`: its task.
         calibration, heldout: the recipe's text.
+        tasks: the recipe's tasks, if any; their digest is that of every request to a model.
         device: for calibration and evaluation, cpu or cuda.
         uses_gpu: whether anything runs on a GPU.
         precision: compute precision by runtime, for exports and both sides of benchmarks.
@@ -45,6 +46,7 @@ class Run:
     uses_gpu: bool
     precision: dict[str, str]
     machine: dict[str, str]
+    tasks: Text | None = None
     record: Path | None = None
 
     def make(self, stage: Stage[R]) -> StageResult[R]:

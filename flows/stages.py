@@ -61,6 +61,7 @@ _PACKAGES = (
     "tensorrt",
     "accelerate",
     "peft",
+    "lm_eval",
 )
 
 
@@ -74,7 +75,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Text:
-    """A recipe's text: its files or "embedded"; its content digest represents it in a stage's key."""
+    """A recipe's text or tasks: files, names or "embedded"; their content digest represents them in a stage's key."""
 
     source: str | list[str]
     digest: str

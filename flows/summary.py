@@ -47,6 +47,7 @@ def summarize(
         "dropped_layers": report["pruning"]["dropped_layers"] if report["pruning"] else [],
         "sizes": report["sizes"],
         "quality": report["quality"],
+        "tasks": report["tasks"],
         "speed": {runtime: _ratios(speed) for runtime, speed in verdict.speed.items()},
         "cost_per_million_tokens": _costs(verdict),
         "report": str((release or judged) / "report.json"),
@@ -152,6 +153,9 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
                 f"empty {before['empty']} → {after['empty']}, repeating {before['repeating']} → {after['repeating']}, "
                 f"degraded {outputs['degraded']}, of {counted(outputs['prompts'], 'prompt')}",
             )
+    for name, of_task in found["tasks"].items():
+        for metric, accuracy in of_task.items():
+            yield "task", of_accuracy(name, metric, accuracy)
     for runtime, measured in found["speed"].items():
         parts = [_ratio(label, ratio) for label, ratio in measured.items()]
         yield "speed", f"{runtime}: {', '.join(parts)}"
@@ -175,6 +179,16 @@ def of_quality(section: Mapping[str, Any]) -> str:
         parts.append(f"{name} {before}{_figure(sides.candidate, is_share)}")
     units = f"{delta.samples:,} {delta.sampling_unit}s"
     return f"{', '.join(parts)}, on {names.measured_on(found)} ({units})"
+
+
+def of_accuracy(task: str, metric: str, found: Mapping[str, Any]) -> str:
+    """One accuracy of the section `tasks` in one line."""
+    before, after = (_figure(found[side], True) for side in ("baseline", "candidate"))
+    change = f"change {found['accuracy_delta']['value']:+.4f}{_interval(found['accuracy_delta'], '+.4f')}"
+    return (
+        f"{task} {metric} {before} → {after}, {change}; of {counted(found['items'], 'item')}, "
+        f"{found['right_to_wrong']:,} right to wrong and {found['wrong_to_right']:,} wrong to right"
+    )
 
 
 def _figure(value: float | None, is_share: bool) -> str:
@@ -222,9 +236,9 @@ def _ratio(label: str, ratio: Mapping[str, Any]) -> str:
     return f"{label} {value}{_interval(ratio)}{told}"
 
 
-def _interval(estimate: Mapping[str, Any]) -> str:
+def _interval(estimate: Mapping[str, Any], form: str = ".3f") -> str:
     lower, upper = estimate["interval95"]
-    return "" if lower is None or upper is None else f" [{lower:.3f}, {upper:.3f}]"
+    return "" if lower is None or upper is None else f" [{lower:{form}}, {upper:{form}}]"
 
 
 def _amount(value: float) -> str:
@@ -238,7 +252,7 @@ def of_report(report: Report) -> Iterator[str]:
     for reason in report.environment.reasons:
         yield f"  invalid   {reason}"
     costs = _costs(report)
-    shown = {"sizes": data["sizes"], "quality": data["quality"], "speed": speed, "cost_per_million_tokens": costs}
+    shown = {**{name: data[name] for name in ("sizes", "quality", "tasks")}, "speed": speed}
     dropped = report.pruning.dropped_layers if report.pruning else []
-    for name, value in _lines({**shown, "dropped_layers": dropped}):
+    for name, value in _lines({**shown, "cost_per_million_tokens": costs, "dropped_layers": dropped}):
         yield f"  {name:<9} {value}"

@@ -39,6 +39,7 @@ from numprune.flows.cli import (
     rollout,
     runs,
     serve,
+    tasks,
 )
 from numprune.flows.cli.parser import Answer, build, parse
 from numprune.serving import loopback
@@ -50,6 +51,7 @@ COMMANDS = (
     recover,
     quantize,
     model,
+    tasks,
     benchmark,
     report,
     registry,

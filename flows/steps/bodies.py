@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from numprune.documents import Reading
-from numprune.flows.names import LEARNED, LEARNED_PLAN, TorchMode
-from numprune.flows.recipe import Learn, Prune, Quantize, Recover
+from numprune.errors import InputError
+from numprune.flows.names import LEARNED, LEARNED_PLAN, TaskRuntime, TorchMode
+from numprune.flows.recipe import FewShot, Learn, Limit, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
@@ -26,6 +27,7 @@ from numprune.flows.steps.results import (
     QuantizedCheckpoint,
     RecoveredCheckpoint,
     RecoveryText,
+    TaskAnswers,
     Timings,
 )
 from numprune.serving.gates import Gate
@@ -321,6 +323,32 @@ def make_quality(
     return Quality.model_validate(found)
 
 
+def make_task_answers(
+    out: Path,
+    *,
+    model: Artifact,
+    tasks: Text,
+    num_fewshot: FewShot,
+    limit: Limit,
+    runtime: TaskRuntime,
+    server: str | None,
+    device: str,
+) -> TaskAnswers:
+    """Have a model answer the tasks; the base's answers are shared by all ratios and methods.
+
+    `server` is part of the key: what vLLM's environment holds.
+    """
+    import torch
+
+    from numprune.flows.steps.answers import answer
+    from numprune.flows.steps.harness import load_tasks
+
+    loaded = load_tasks(list(tasks.source), num_fewshot, limit)
+    if loaded.digest() != tasks.digest:
+        raise InputError("evaluate.tasks: their items changed after the run began; run the command again")
+    return answer(out, loaded, model.path, runtime, torch.device(device))
+
+
 def make_benchmark(
     out: Path,
     *,
@@ -353,6 +381,7 @@ def make_report(
     recovered: Artifact | None,
     quantized: Artifact | None,
     quality: Artifact,
+    answers: Mapping[str, Artifact],
     benchmarks: Mapping[str, Sequence[Artifact]],
     name: str,
     identity: Mapping[str, Any],
@@ -368,9 +397,11 @@ def make_report(
     Args:
         base, candidate: the pruned base, and the released checkpoint.
         learned, pruned, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every look.
+        answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """
+    from numprune.flows.steps.answers import compare_answers
     from numprune.flows.steps.report import (
         assemble,
         judged,
@@ -394,6 +425,9 @@ def make_report(
         "quality": read_facts(quality.path, Quality),
         "parity": parity,
     }
+    if answers:
+        sides = {side: stage.path for side, stage in answers.items()}
+        sections["tasks"] = compare_answers(**sides, found=read_facts(sides["candidate"], TaskAnswers))
     timings = {
         runtime: pooled(runtime, [read_facts(look.path, Timings) for look in looks])
         for runtime, looks in benchmarks.items()

@@ -2,7 +2,7 @@
 
 import importlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIM
 from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Quantize, Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Artifact, Text
+from numprune.flows.steps import harness
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
+from numprune.flows.steps.harness import Tasks
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
@@ -41,7 +43,7 @@ from numprune.recovery.rows import require_others
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
-from numprune.serving.report import Report, path_of
+from numprune.serving.report import Report, TaskAccuracy, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
@@ -49,11 +51,13 @@ from numprune.tasks import Task, TaskName
 _MODULES = {
     "distill": ("accelerate",),
     "lora": ("peft",),
+    "tasks": ("lm_eval",),
     "onnx": ("onnx", "onnxscript"),
     "onnxruntime": ("onnxruntime",),
 }
 _INSTALL = {
     **dict.fromkeys(("distill", "lora"), 'pip install "numprune[learn]"'),
+    "tasks": harness.INSTALL,
     "onnx": "pip install onnx onnxscript",
     "onnxruntime": 'pip install "numprune[cpu]" or, for a GPU, "numprune[gpu]"',
 }
@@ -71,6 +75,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         task=task_name(read_config(base)),
         calibration=Text(data.calibration, text_digest(data.calibration, "train")),
         heldout=Text(data.heldout, text_digest(data.heldout, "heldout")),
+        tasks=Text(recipe.evaluate.tasks, load_tasks_of(recipe).digest()) if recipe.evaluate.tasks else None,
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         precision=precisions(recipe, base),
@@ -78,7 +83,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "node": platform.node(),
             "cores": str(processors.count()),
             "gpu": torch.cuda.get_device_name() if available else "",
-            **({"vllm": str(environment.find())} if "vllm" in recipe.benchmark.runtimes else {}),
+            **({"vllm": str(environment.find())} if [*_served_in(recipe)] else {}),
         },
     )
 
@@ -119,6 +124,10 @@ def check(recipe: Recipe, workspace: Path) -> None:
                 f"recover.method = {recipe.recover.method!r}: only causal language models are trained after pruning, "
                 f"and the model is for {anatomy.task}; leave it out"
             )
+        if recipe.evaluate.tasks and anatomy.task != CAUSAL_LM:
+            problems.append(
+                f"evaluate.tasks: only causal language models answer tasks; the model is for {anatomy.task}; omit it"
+            )
         problems += _quantization(recipe, anatomy, config.dtype)
         problems += _encoders(recipe, anatomy)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
@@ -137,6 +146,9 @@ def check(recipe: Recipe, workspace: Path) -> None:
             for scheme in schemes_asked(recipe.quantize):
                 collect("quantize.scheme", genai.check_scheme, scheme, chosen["onnxruntime"])
         problems += _lengths(recipe, anatomy.context, anatomy.task)
+    tasks = None
+    if recipe.evaluate.tasks and not _missing("tasks"):
+        tasks = collect("evaluate.tasks", load_tasks_of, recipe)
     data = recipe.data
     texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
     if tokenizer is not None or not data.chat:
@@ -150,15 +162,15 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; omit it")
     problems += _combinations(recipe)
-    problems += _metrics(recipe, anatomy.task if anatomy else None)
+    problems += _metrics(recipe, anatomy.task if anatomy else None, tasks)
     for field, name in _needed(recipe):
         problems += [f"{field}: {problem}" for problem in _missing(name)]
     if "tensorrt" in recipe.export.targets:
         collect("export.targets", tensorrt.require)
-    if "vllm" in recipe.benchmark.runtimes:
-        vllm = collect("benchmark.runtimes", environment.find)
+    for field in _served_in(recipe):
+        vllm = collect(field, environment.find)
         if vllm and vllm.cpu and anatomy is not None:
-            problems += [f"benchmark.runtimes: {problem}" for problem in _kernels(anatomy)]
+            problems += [f"{field}: {problem}" for problem in _kernels(anatomy)]
     if recipe.registry.uri != "workspace":
         collect("registry.uri", open_registry, recipe.registry.uri, workspace)
     if "cuda" in (recipe.model.device, recipe.benchmark.device) and not torch.cuda.is_available():
@@ -184,6 +196,12 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         check_options(anatomy, pruning_options(recipe, base))
     else:
         check_learning(anatomy, replace(pruning_options(recipe, base), criterion=recipe.learn.method))
+
+
+def load_tasks_of(recipe: Recipe) -> Tasks:
+    """The recipe's tasks, with their data. Raises as `harness.load_tasks`."""
+    asked = recipe.evaluate
+    return harness.load_tasks(asked.tasks, asked.num_fewshot, asked.limit)
 
 
 def schemes_asked(asked: Quantize) -> list[Scheme]:
@@ -305,6 +323,14 @@ def _quantization(recipe: Recipe, anatomy: Anatomy, dtype: torch.dtype | None) -
     return problems
 
 
+def _served_in(recipe: Recipe) -> Iterator[str]:
+    """Fields that ask for a vLLM server."""
+    if "vllm" in recipe.benchmark.runtimes:
+        yield "benchmark.runtimes"
+    if recipe.evaluate.tasks and recipe.evaluate.task_runtime == "vllm":
+        yield "evaluate.task_runtime"
+
+
 def _kernels(anatomy: Anatomy) -> list[str]:
     """Problems that keep vLLM from running the result on CPUs."""
     if anatomy.head_dim in CPU_HEAD_SIZES:
@@ -322,6 +348,10 @@ def _combinations(recipe: Recipe) -> list[str]:
             f"benchmark.prompts = {recipe.benchmark.prompts}: must be a multiple of benchmark.batch_size = "
             f"{recipe.benchmark.batch_size}"
         )
+    if recipe.evaluate.task_runtime == "vllm" and "vllm" not in recipe.export.targets:
+        problems.append(
+            "evaluate.task_runtime = 'vllm': serves the export 'vllm'; add it to export.targets, or choose torch"
+        )
     if recipe.benchmark.torch_mode != "auto" and "torch" not in recipe.benchmark.runtimes:
         problems.append(
             f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: torch is not among benchmark.runtimes; omit it"
@@ -336,14 +366,20 @@ def _combinations(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
-    """Gates that can only fail, because the report will not have the figure."""
+def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list[str]:
+    """Gates that can only fail, because the report will not have the figure.
+
+    `tasks`: None if there are none, or if they could not be loaded.
+    """
     problems = []
     for index, gate in enumerate(recipe.gates):
         section, name, *rest = path_of(gate.metric).split(".")
         where = f"gates.{index}.metric = {gate.metric!r}"
         if task and (why := other_task(gate.metric, task)):
             problems.append(f"{where}: {why}")
+            continue
+        if section == "tasks":
+            problems += [f"{where}: {problem}" for problem in _task_metric(recipe, name, rest, tasks)]
             continue
         field = Report.model_fields.get(section)
         if field is None:
@@ -371,10 +407,24 @@ def _metrics(recipe: Recipe, task: TaskName | None) -> list[str]:
     return problems
 
 
+def _task_metric(recipe: Recipe, name: str, rest: Sequence[str], tasks: Tasks | None) -> Iterator[str]:
+    """Why the report's section `tasks` will not have the figure."""
+    if not recipe.evaluate.tasks:
+        yield "evaluate.tasks = [] answers none; add the task"
+    elif tasks is None:  # said already
+        return
+    elif name not in tasks.members:
+        yield f"{name!r} is not among evaluate.tasks, which are {', '.join(tasks.members)}"
+    elif len(rest) < 2 or rest[0] not in tasks.metrics(name) or rest[1] not in TaskAccuracy.model_fields:
+        metrics = " or ".join(tasks.metrics(name))
+        yield f"the report has no such figure; use tasks.{name}.METRIC.accuracy_delta with METRIC {metrics}"
+
+
 def _needed(recipe: Recipe) -> list[tuple[str, str]]:
     asked: list[tuple[str, Sequence[str]]] = [
         ("recover.method", [recipe.recover.method]),
         ("recover.train", [recipe.recover.train] if recipe.recover.method != "none" else []),
+        ("evaluate.tasks", ["tasks"] if recipe.evaluate.tasks else []),
         ("export.targets", recipe.export.targets),
         ("benchmark.runtimes", recipe.benchmark.runtimes),
     ]

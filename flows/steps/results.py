@@ -7,6 +7,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from numprune.budget import Budget
+from numprune.flows.names import TaskRuntime
 from numprune.plans import Draw, DroppedLayer
 from numprune.serving.report import Outcome
 
@@ -148,6 +149,23 @@ class Exported:
 
     digest: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class AnsweredTask:
+    """`items`: answered; `num_fewshot`: examples before each; `accuracy`: by metric, in [0, 1]."""
+
+    items: int
+    num_fewshot: int
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """One model's answers to all tasks, by name; the items are in its folder."""
+
+    runtime: TaskRuntime
+    tasks: dict[str, AnsweredTask]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def markdown(report: Report) -> str:
         _quantization(report.quantization) if report.quantization else [],
         _sizes(report.sizes) if report.sizes else [],
         _quality(report.quality) if report.quality else [],
+        _tasks(report),
         _speed(report),
         _memory(report),
         _parity(report),
@@ -49,8 +50,8 @@ def markdown(report: Report) -> str:
 
 
 def quality_section(report: Report) -> str:
-    """The quality section alone; empty if quality was not measured."""
-    return "\n".join(_quality(report.quality)) if report.quality else ""
+    """The quality section alone, with the tasks; empty if quality was not measured."""
+    return "\n".join([*_quality(report.quality), *_tasks(report)]) if report.quality else ""
 
 
 def not_judged(message: str) -> str:
@@ -174,6 +175,26 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
     yield ["perplexity", _figure(one.perplexity), _figure(other.perplexity), f"ratio {_estimate(ratio)}"]
     yield ["KL from the baseline, nats per token", "", _figure(quality.kl_nats_per_token), ""]
     yield ["top-1 agreement with the baseline", "", _share(quality.top1_agreement), ""]
+
+
+def _tasks(report: Report) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{found.items:,}",
+            _share(found.baseline),
+            _share(found.candidate),
+            _estimate(found.accuracy_delta),
+            f"{found.right_to_wrong:,}",
+            f"{found.wrong_to_right:,}",
+            _figure(found.mcnemar_p),
+        ]
+        for name, found in names.accuracies(report.tasks)
+    ]
+    if not rows:
+        return []
+    header = ["task", "items", "baseline", "candidate", "difference", "right to wrong", "wrong to right", "McNemar's p"]
+    return ["### Tasks", "", _cell(names.answered(report.tasks)), "", *_table(header, rows)]
 
 
 def _units(estimate: ReportedEstimate) -> str:
@@ -335,6 +356,7 @@ def _identity(report: Report) -> list[str]:
         "checkpoint trained with masks": identity.learned,
         "rows of training": identity.recovery_rows,
         "trained checkpoint": identity.recovered,
+        "task items": identity.tasks,
         **{f"export {name}": digest for name, digest in identity.exports.items()},
     }
     rows = [[name, digest] for name, digest in digests.items() if digest is not None]

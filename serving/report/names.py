@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from numprune.counted import counted
-from numprune.serving.report.models import Quality, Sides
+from numprune.serving.report.models import Quality, Sides, TaskAccuracy
 
 METRICS: Mapping[str, str] = {
     "nll_nats_per_masked_token": "NLL, nats/masked token",
@@ -18,6 +18,20 @@ _SHARES = {"accuracy", "top1_agreement"}
 _MAXIMUM_METRICS = 50
 
 _COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # the unit of other tasks' losses: texts
+
+
+def accuracies(tasks: Mapping[str, Mapping[str, TaskAccuracy]]) -> list[tuple[str, TaskAccuracy]]:
+    """Each accuracy with its name, as "arc_easy, acc_norm"."""
+    return [(f"{task}, {metric}", found) for task, of_task in tasks.items() for metric, found in of_task.items()]
+
+
+def answered(tasks: Mapping[str, Mapping[str, TaskAccuracy]]) -> str:
+    """Where both models answered, and after how many examples."""
+    found = [one for _, one in accuracies(tasks)]
+    runtimes = " and ".join(sorted({one.runtime for one in found}))
+    least, most = (pick(one.num_fewshot for one in found) for pick in (min, max))
+    examples = counted(most, "example") if least == most else f"{least} to {most} examples"
+    return f"Answered by both models in {runtimes}, with {examples if most else 'no examples'} before each item."
 
 
 def is_difference(found: Quality) -> bool:

@@ -59,6 +59,7 @@ _SPEED = re.compile(
 )
 _QUALITY = re.compile(r"quality\.metrics\.(?P<name>[a-z0-9_]+)(?P<side>\.candidate|\.baseline)?")
 _PEAK = re.compile(r"memory\.(?P<runtime>[a-z0-9_-]+)\.(?P<name>peak_bytes|kv_tokens)\.ratio")
+_TASK = re.compile(r"tasks\.(?P<task>[A-Za-z0-9_-]+)\.(?P<metric>[A-Za-z0-9_-]+)\.accuracy_delta")
 _MEMORY = {"peak_bytes": "Peak memory, ratio", "kv_tokens": "Tokens in the KV cache, ratio"}
 
 
@@ -77,6 +78,8 @@ def metric(path: str, unit: str | None = None) -> str:
         return f"{named(found['name'])}, ratio ({found['runtime']}{level})"
     if found := _PEAK.fullmatch(path):
         return f"{_MEMORY[found['name']]} ({found['runtime']})"
+    if found := _TASK.fullmatch(path):
+        return f"Accuracy difference ({found['task']}, {found['metric']})"
     return path
 
 

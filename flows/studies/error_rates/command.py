@@ -10,12 +10,14 @@ from numprune.flows.studies.error_rates.count import (
     RerunRates,
     Share,
     SpeedRates,
+    TaskRates,
     quality_rates,
     rerun_rates,
     settled,
     speed_rates,
+    task_rates,
 )
-from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+from numprune.flows.studies.error_rates.worlds import MACHINES, TASKS, TEXTS
 from numprune.progress import progress
 from numprune.serving.gates import LOOKS
 
@@ -43,22 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="simulated worlds per row (default: 1000; fewer with over 100 documents)",
     )
     parser.add_argument("--documents", default="20,50,100,400", metavar="N,…", help="of the held-out text")
+    parser.add_argument("--items", default="100,500,2000", metavar="N,…", help="of the task")
     parser.add_argument("--repeats", default="6,10,20", metavar="N,…", help="of the benchmark")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     args = parser.parse_args(argv)
     try:
         documents, repeats = _numbers("--documents", args.documents, 5), _numbers("--repeats", args.repeats, 4)
+        items = _numbers("--items", args.items, 20)
         if args.worlds < 10:
             raise InputError(f"--worlds is {args.worlds}; it must be at least 10")
     except NumpruneError as error:
         print(f"error_rates: error: {error}", file=sys.stderr)
         return 1
     texts = [(text, n) for n in documents for text in TEXTS]
+    tasks = [(task, n) for n in items for task in TASKS]
     machines = [(machine, n) for n in repeats for machine in MACHINES]
     sys.stdout.write(
         quality_table(
             quality_rates(text, n, _fewer(args.worlds, n), args.seed) for text, n in progress(texts, "quality", "text")
         )
+    )
+    sys.stdout.write(
+        task_table(task_rates(task, n, args.worlds, args.seed) for task, n in progress(tasks, "tasks", "task"))
     )
     sys.stdout.write(
         speed_table(
@@ -89,6 +97,16 @@ def quality_table(rates: Iterable[QualityRates]) -> str:
         for r in rates
     ]
     return _table("NLL difference, candidate's upper bound against a maximum", header, rows)
+
+
+def task_table(rates: Iterable[TaskRates]) -> str:
+    header = "items | world | exactly at the limit: passes | fails | equal to the baseline: passes | power claimed"
+    rows = [
+        f"{r.items} | {r.world} | {_cell(r.worse_passes)} | {_cell(r.better_fails)} | {_cell(r.equal_passes)} | "
+        f"{100 * r.power:.0f}"
+        for r in rates
+    ]
+    return _table("Accuracy difference, candidate's lower bound against a minimum", header, rows)
 
 
 def speed_table(rates: Iterable[SpeedRates]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from numprune import bootstrap
-from numprune.flows.studies.error_rates.worlds import METRIC, Machine, Repeat, Text
+from numprune import bootstrap, paired
+from numprune.flows.studies.error_rates.worlds import METRIC, Items, Machine, Repeat, Text
 from numprune.serving import gates
 from numprune.serving.benchmark.sections import Look, ratios
 from numprune.serving.gates import Gate, Policy
@@ -17,6 +17,7 @@ from numprune.serving.power import student
 from numprune.serving.report import GateResult, Report
 
 LOSS = "quality.loss_delta"
+ACCURACY = "tasks.task.acc.accuracy_delta"
 RATIO = f"speed.torch.{METRIC}.ratio"
 _FASTER = 1.5  # so far from 1 that the noise floor does not matter
 
@@ -56,6 +57,18 @@ class QualityRates:
     worse_passes: Share
     better_fails: Share
     percentile_passes: Share
+    equal_passes: Share
+    power: float
+
+
+@dataclass(frozen=True)
+class TaskRates:
+    """One world of a task's items, so many of them; the attributes are as of QualityRates."""
+
+    world: str
+    items: int
+    worse_passes: Share
+    better_fails: Share
     equal_passes: Share
     power: float
 
@@ -114,6 +127,26 @@ def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> Quality
         _share(gate.outcome == "pass" for gate in at_limit),
         _share(gate.outcome == "fail" for gate in at_limit),
         _share(percentiles),
+        _share(gate.outcome == "pass" for gate in equal),
+        float(np.mean([gate.power for gate in equal])),
+    )
+
+
+def task_rates(world: Items, items: int, worlds: int, seed: int) -> TaskRates:
+    """Draw `worlds` sets of answers, of a candidate at the limit and of one that is equal, and judge each."""
+    generator = np.random.default_rng([seed, items])
+    margin = _margin(math.sqrt(world.flips / items), items)
+    rule = Gate(metric=ACCURACY, bound="ci95_lower", min=-margin)
+    results = [
+        [_judge(task_report(*world.draw(generator, items, change), items), rule)[0] for change in (-margin, 0.0)]
+        for _ in range(worlds)
+    ]
+    at_limit, equal = zip(*results, strict=True)
+    return TaskRates(
+        world.name,
+        items,
+        _share(gate.outcome == "pass" for gate in at_limit),
+        _share(gate.outcome == "fail" for gate in at_limit),
         _share(gate.outcome == "pass" for gate in equal),
         float(np.mean([gate.power for gate in equal])),
     )
@@ -212,6 +245,16 @@ def quality_report(sums: np.ndarray, tokens: np.ndarray) -> Report:
         "perplexity_ratio": delta | {"interval95": (0.0, 9.0), "ci95_lower": 0.0, "ci95_upper": 9.0},
     }
     return _report({"quality": section})
+
+
+def task_report(lost: int, gained: int, items: int) -> Report:
+    """The report of a comparison with these flips."""
+    baseline = np.arange(items) < max(lost, (items - gained) // 2)
+    candidate = baseline.copy()
+    candidate[:lost] = False
+    candidate[items - gained :] = True
+    found = asdict(paired.paired_accuracy(baseline, candidate))
+    return _report({"tasks": {"task": {"acc": {"runtime": "torch", "num_fewshot": 0, **found}}}})
 
 
 def speed_report(*looks: Look[Repeat]) -> Report:

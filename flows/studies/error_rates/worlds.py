@@ -50,6 +50,33 @@ class Text:
         return tokens * (_DOCUMENT_SD * shared + _TOKEN_SD * noise), tokens
 
 
+@dataclass(frozen=True)
+class Items:
+    """Items of a task, some of which only one of two models answers right: the flips.
+
+    Attributes:
+        flips: their share with equal accuracies, both kinds alike; a change of accuracy adds flips of one kind.
+        together: items that flip together, as those about one passage may.
+    """
+
+    name: str
+    flips: float
+    together: int = 1
+
+    def draw(self, generator: np.random.Generator, items: int, change: float = 0.0) -> tuple[int, int]:
+        """Return the flips from right to wrong and from wrong to right; E[second - first] is `change` of the items."""
+        lost, gained = self.flips / 2 + max(-change, 0), self.flips / 2 + max(change, 0)
+        found = generator.multinomial(items // self.together, [lost, gained, 1 - lost - gained]) * self.together
+        return int(found[0]), int(found[1])
+
+
+TASKS = (
+    Items("2 % flips", 0.02),
+    Items("10 % flips", 0.1),
+    Items("30 % flips", 0.3),
+    Items("10 % flips, five items at a time", 0.1, 5),
+)
+
 TEXTS = (
     Text("documents of one length, normal differences", 0.0),
     Text("as seen: lengths and differences skewed", 1.25, 2.0, 0.12),

@@ -45,6 +45,7 @@ from numprune.serving.report.models.speed import (
     RuntimeSpeed,
     SpeedSide,
 )
+from numprune.serving.report.models.tasks import TaskAccuracy
 from numprune.serving.report.models.verdict import GateResult, Outcome, Verdict, overall
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "Sizes",
     "SpeedSide",
     "Task",
+    "TaskAccuracy",
     "Verdict",
     "overall",
     "path_of",

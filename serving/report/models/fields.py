@@ -55,7 +55,7 @@ class ReportedEstimate(Model):
     ci95_upper: Number
     interval95: tuple[Number, Number]
     samples: Count
-    sampling_unit: Literal["document", "window", "repeat"]
+    sampling_unit: Literal["document", "window", "repeat", "item"]
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

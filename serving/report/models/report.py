@@ -10,6 +10,7 @@ from numprune.serving.report.models.fields import Facts, Model, Runtime
 from numprune.serving.report.models.quality import Quality
 from numprune.serving.report.models.run import Environment, Identity, Learning, Pruning, Quantization, Recovery, Sizes
 from numprune.serving.report.models.speed import RuntimeMemory, RuntimeSpeed
+from numprune.serving.report.models.tasks import AccuracyMetric, TaskAccuracy, TaskId
 from numprune.serving.report.models.verdict import Verdict
 
 SCHEMA: Final = "numprune/report/2"
@@ -36,6 +37,7 @@ class AnyReport(Model):
     sizes: Sizes | None = None
     price_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     quality: Any = None
+    tasks: dict[TaskId, dict[AccuracyMetric, TaskAccuracy]] = Field(default={})
     speed: dict[Runtime, RuntimeSpeed] = Field(default={})
     memory: dict[Runtime, RuntimeMemory] = Field(default={})
     parity: dict[Runtime, Facts] = Field(default={})

@@ -15,6 +15,7 @@ class Identity(Model):
     `name`: the registered model of which a release becomes a version. `learning_rows`: the rows for training and
     selecting masks; `learned`: the checkpoint with the weights trained with them. `pruned`: the checkpoint before
     training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection.
+    `tasks`: all requests of the tasks.
     """
 
     name: ModelName | None = None
@@ -29,6 +30,7 @@ class Identity(Model):
     pruned: Sha256 | None = None
     recovery_rows: Sha256 | None = None
     recovered: Sha256 | None = None
+    tasks: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
     packages: dict[str, str] = Field(default={})
 

@@ -35,6 +35,7 @@ def digests(identity: Identity) -> dict[str, str | None]:
         "Checkpoint trained with masks": identity.learned,
         "Rows of training": identity.recovery_rows,
         "Trained checkpoint": identity.recovered,
+        "Task items": identity.tasks,
         **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from numprune.counted import counted
 from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
-from numprune.serving.report.page import charts, generation
+from numprune.serving.report.page import charts, generation, tasks
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 
@@ -17,7 +17,7 @@ _TOO_FEW = ": there are too few documents to resample, so they hold for this tex
 def section(report: Report) -> Section:
     found = report.quality
     blocks = list(_blocks(found, report)) if found else [Text("Not measured in this run.", "absent")]
-    return Section("quality", "Quality", blocks)
+    return Section("quality", "Quality", [*blocks, *tasks.blocks(report)])
 
 
 def _blocks(found: Quality, report: Report) -> Iterator[Block]:

@@ -12,8 +12,15 @@ from scipy import stats
 from numprune import bootstrap
 from numprune.flows.studies.error_rates import count
 from numprune.flows.studies.error_rates.command import main
-from numprune.flows.studies.error_rates.count import Share, quality_rates, rerun_rates, settled, speed_rates
-from numprune.flows.studies.error_rates.worlds import MACHINES, TEXTS
+from numprune.flows.studies.error_rates.count import (
+    Share,
+    quality_rates,
+    rerun_rates,
+    settled,
+    speed_rates,
+    task_rates,
+)
+from numprune.flows.studies.error_rates.worlds import MACHINES, TASKS, TEXTS
 from numprune.serving import gates
 from numprune.serving.power import CONFIDENCE
 from numprune.serving.report import Report
@@ -60,6 +67,18 @@ def test_the_count_detects_a_wrong_bound(monkeypatch):
 
     monkeypatch.setattr(bootstrap, "bootstrap_mean", plain)
     assert not at_most(quality_rates(TEXTS[1], 20, 300, seed=1).worse_passes, 0.05)
+
+
+@pytest.mark.parametrize("task", TASKS[:3], ids=lambda task: task.name)
+def test_a_difference_of_accuracy_keeps_its_error_rate(task):
+    rates = task_rates(task, 200, 300, seed=1)
+    assert at_most(rates.worse_passes, 0.06), rates  # Tango's bounds are exact to a point
+    assert at_most(rates.better_fails, 0.06), rates
+    assert about(rates.equal_passes, rates.power, 0.08), rates
+
+
+def test_items_that_flip_together_are_counted_as_too_many():
+    assert not at_most(task_rates(TASKS[3], 200, 300, seed=1).worse_passes, 0.06)
 
 
 @pytest.mark.parametrize("machine", MACHINES[:-1], ids=lambda machine: machine.name)
@@ -121,10 +140,11 @@ def test_the_count_detects_that_unguarded_reruns_pass_too_often(monkeypatch):
 
 
 def test_the_command_prints_every_table(capsys):
-    assert main(["--worlds", "10", "--documents", "8", "--repeats", "6"]) == 0
+    assert main(["--worlds", "10", "--documents", "8", "--items", "20", "--repeats", "6"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split("|") for line in lines if line.startswith(("| 8 |", "| 6 |"))]
-    assert [len(row) for row in rows] == [9] * len(TEXTS) + [10] * len(MACHINES) + [12] * len(MACHINES)
+    rows = [line.split("|") for line in lines if line.startswith(("| 8 |", "| 20 |", "| 6 |"))]
+    columns = [9] * len(TEXTS) + [8] * len(TASKS) + [10] * len(MACHINES) + [12] * len(MACHINES)
+    assert [len(row) for row in rows] == columns
     assert "were settled by the number of documents" in lines[-1]
 
 
