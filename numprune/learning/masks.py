@@ -183,7 +183,7 @@ def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterato
     """Run the model of these decoder layers with its leaves multiplied by (n, L), or (1, L) for all rows."""
     parts = masks.by_block(values)
     hooks = [
-        consumer_of(layers[block.layer], block).register_forward_pre_hook(_multiply(block, parts[block.name]))
+        consumer_of(layers[block.layer], block).register_forward_pre_hook(multiplier(block, parts[block.name]))
         for block in masks.blocks
     ]
     try:
@@ -193,8 +193,12 @@ def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterato
             hook.remove()
 
 
-def _multiply(block: Block, values: Tensor) -> Any:
-    """Return a hook that multiplies the inputs of the block's consumer by (n, leaves)."""
+def multiplier(block: Block, values: Tensor) -> Any:
+    """Return a forward pre-hook that multiplies the inputs of the block's consumer by (n, leaves).
+
+    Where n is 1, all rows share the masks. Each forward pass reads `values` anew, so they may be changed in place, and
+    may be a leaf of autograd that collects gradients over many passes.
+    """
     if block.routing is not None:
 
         def route(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,9 +207,9 @@ def _multiply(block: Block, values: Tensor) -> Any:
             return hidden, experts, weights * of_token.gather(1, experts).to(weights)
 
         return route
-    channels = values.repeat_interleave(block.channels // values.shape[-1], -1)
 
     def scale(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        channels = values.repeat_interleave(block.channels // values.shape[-1], -1)
         by_row = args[0].reshape(len(channels), -1, channels.shape[1])  # some models flatten rows
         return ((by_row * channels[:, None].to(by_row)).view_as(args[0]),)
 
@@ -217,11 +221,16 @@ def fold(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> None:
     """Fold (L,) into the consumers' weights: the model then computes the same without masks."""
     parts = masks.by_block(values)
     for block in masks.blocks:
-        layer, part = layers[block.layer], parts[block.name]
-        if block.routing is None:
-            consumer_weight(layer, block).mul_(part.repeat_interleave(block.channels // len(part)))
-            continue
-        bias = f"{block.reader.tensor}_bias"
-        for name in (block.reader.tensor, *(writer.tensor for writer in block.writers if writer.tensor == bias)):
-            weight = layer.get_parameter(name)
-            weight.mul_(part.view(-1, *[1] * (weight.dim() - 1)))
+        fold_block(layers[block.layer], block, parts[block.name])
+
+
+@torch.no_grad()
+def fold_block(layer: nn.Module, block: Block, values: Tensor) -> None:
+    """Multiply (leaves,) of one block into its consumer's weight."""
+    if block.routing is None:
+        consumer_weight(layer, block).mul_(values.repeat_interleave(block.channels // len(values)))
+        return
+    bias = f"{block.reader.tensor}_bias"
+    for name in (block.reader.tensor, *(writer.tensor for writer in block.writers if writer.tensor == bias)):
+        weight = layer.get_parameter(name)
+        weight.mul_(values.view(-1, *[1] * (weight.dim() - 1)))
