@@ -24,7 +24,7 @@ from numprune.target import Sizes, Target, allowed_sizes
 # `bias` is FLAP's own compensation, for architectures whose projections can have a bias. compensation.py describes all.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
 REFITTING = ("oneshot", *FROM_PRUNED_PREFIX)
-LEARNED = ("vib",)  # criteria of plans made by numprune.learning
+LEARNED = ("vib", "movement")  # criteria of plans made by numprune.learning and numprune.schedules
 
 
 @dataclass(frozen=True)

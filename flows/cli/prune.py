@@ -187,9 +187,9 @@ def prune(args: argparse.Namespace) -> Answer:
         check_options(anatomy, options)
     else:
         check_plan(anatomy, plan)
-    # Masks are trained on more rows than weights need to be refitted.
+    # Masks are trained on more rows than weights need to be refitted; plans of schedules are calibrated on none.
     as_before = plan is not None and plan.criterion not in LEARNED
-    samples = args.samples or (plan.calibration.rows if plan and as_before else _SAMPLES)
+    samples = args.samples or (plan.calibration.rows if plan and as_before else 0) or _SAMPLES
     length = args.sequence_length or (plan.calibration.sequence_length if plan else None)
     length = row_length(length, anatomy.context)
     tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
