@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -204,16 +205,22 @@ def test_every_public_name_exists() -> None:
         _ = numprune.nothing  # type: ignore[attr-defined]
 
 
+def example(module: ModuleType) -> list[str]:
+    """The lines of code in a module's docstring."""
+    return [line.removeprefix("    ") for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
+
+
 @pytest.mark.slow
 def test_the_documented_lines_pass_mypy_strict(tmp_path: Path) -> None:
+    from numprune import schedules
     from numprune.flows import api
 
-    assert api.__doc__ is not None
-    lines = [line.removeprefix("    ") for line in api.__doc__.splitlines() if line.startswith("    ")]
+    lines = example(api)
     assert lines[0] == "import numprune"
     (tmp_path / "script.py").write_text("\n".join([*lines, "reveal_type(plan)", "reveal_type(pruned)", ""]))
     (tmp_path / "readme.py").write_text(README_LINES)
-    scripts = [str(tmp_path / name) for name in ("script.py", "readme.py")]
+    (tmp_path / "schedule.py").write_text("\n".join(["from typing import Any", "dataset: Any", *example(schedules)]))
+    scripts = [str(tmp_path / name) for name in ("script.py", "readme.py", "schedule.py")]
     check = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *scripts]
     root = Path(numprune.__file__).parent.parent
     done = subprocess.run(check, cwd=root, capture_output=True, text=True)
@@ -223,9 +230,10 @@ def test_the_documented_lines_pass_mypy_strict(tmp_path: Path) -> None:
 
 
 def test_the_documentation_shows_the_type_checked_lines() -> None:
+    from numprune import schedules
     from numprune.flows import api
 
     page = Path(numprune.__file__).parent.parent / "docs" / "python.md"
-    lines = [line.removeprefix("    ") for line in (api.__doc__ or "").splitlines() if line.startswith("    ")]
-    shown = [line for line in page.read_text(encoding="utf-8").split("```")[1].splitlines()[1:] if line]
-    assert shown == [line for line in lines if line]
+    blocks = page.read_text(encoding="utf-8").split("```")[1::2]
+    shown = [[line for line in block.splitlines()[1:] if line] for block in blocks]
+    assert shown == [example(api), example(schedules)]
