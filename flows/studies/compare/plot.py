@@ -40,6 +40,11 @@ def as_svg(table: Table) -> str:
     axes.set_title(table.conditions.model)
     axes.grid(which="both", color="0.9")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """Return a figure as an SVG, the same for the same figure."""
     picture = io.StringIO()
     # By default, ids are random and the date is written.
     with rc_context({"svg.hashsalt": "numprune"}):

@@ -1,0 +1,179 @@
+"""The trainings of the study, each kept on the disk as soon as it is finished.
+
+A ticket is what magnitude leaves of a trained model, with the weights that it had after step k of its own training
+(Frankle et al., ICML 2020, arXiv 1912.05671). It is trained to the end, pruned again, and so on. Beside it are the same
+shape initialised anew and trained from the first step, and as many units (or weights) chosen at random, rewound alike.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.allocation import uniform
+from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
+from numprune.corpus import rows_digest
+from numprune.counted import counted
+from numprune.errors import InputError
+from numprune.flows.studies.tickets.masks import Masks, Pruning, UnitPruning, WeightPruning, everything, share_left
+from numprune.flows.studies.tickets.training import BATCH_SIZE, LENGTH, Training, build, heldout_nll
+from numprune.options import PruneOptions, sizes_allowed
+from numprune.progress import Progress
+from numprune.recovery.state import Position, TrainingState
+
+Kind = Literal["dense", "ticket", "reinitialised", "random"]
+RIVALS: tuple[Kind, ...] = ("ticket", "reinitialised", "random")
+_APART = 1 << 20  # seeds of the same shape initialised anew, and of draws, are none of the dense models'
+_REWOUND = "rewound/"  # names of a dense model's weights after step k
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a training's result, besides the text.
+
+    Attributes:
+        steps: of a whole training.
+        rewind: k, after how many steps a ticket's weights are taken.
+        fraction: of what is left, removed after each training.
+        structured: whole units are removed; otherwise single weights.
+    """
+
+    steps: int
+    rewind: int
+    fraction: float
+    structured: bool
+
+    def share(self, rounds: int) -> float:
+        """Return the share of the prunable parameters that so many rounds leave."""
+        return float((1 - self.fraction) ** rounds)
+
+    def pruning(self, rounds: int) -> Pruning:
+        """Return what removes units or weights, so many times.
+
+        Raises:
+            InputError: the last round is to leave less than the least.
+        """
+        if not self.structured:
+            return WeightPruning()
+        anatomy = read_anatomy(build(0).config)
+        allowed = sizes_allowed(anatomy, PruneOptions(0.0))
+        try:
+            uniform(anatomy, 1 - self.share(rounds), allowed)
+        except InputError as error:
+            raise InputError(f"{rounds} rounds of {self.fraction:g} are too many: {error}") from None
+        return UnitPruning(anatomy, allowed)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training.
+
+    Attributes:
+        kept: share of the prunable parameters.
+        nll: of the held-out text, nats per byte.
+    """
+
+    kind: Kind
+    seed: int
+    round: int
+    kept: float
+    nll: float
+    seconds: float
+
+
+class Study:
+    """All trainings of some settings. Raises InputError as `Settings.pruning`."""
+
+    def __init__(self, settings: Settings, rounds: int, seeds: Sequence[int], rows: Tensor, heldout: Tensor) -> None:
+        self._settings, self._rounds, self._seeds = settings, rounds, seeds
+        self._rows, self._heldout = rows, heldout
+        self._anatomy = read_anatomy(build(0).config)
+        self._pruning = settings.pruning(rounds)
+
+    @property
+    def conditions(self) -> str:
+        """What the table's figures are of, one sentence."""
+        settings, prunable = self._settings, budget_of(self._anatomy).prunable_parameters
+        what = "KV groups and MLP channels, as many in every layer" if settings.structured else "single weights"
+        return (
+            f"A Llama over bytes with {prunable:,} prunable parameters; {settings.steps} steps of "
+            f"{BATCH_SIZE * LENGTH:,} bytes, tickets rewound to step {settings.rewind}; {what}, "
+            f"{100 * settings.fraction:g} % of what is left a round; {counted(len(self._seeds), 'seed')}; NLL on "
+            f"{self._heldout.numel():,} held-out bytes."
+        )
+
+    def run(self, out: Path) -> list[Result]:
+        """Return the results of all trainings, whose files go to `out`; those that are there are not repeated."""
+        rounds = range(1, self._rounds + 1)
+        kinds: list[tuple[Kind, int]] = [("dense", 0), *((kind, number) for number in rounds for kind in RIVALS)]
+        every = [(kind, seed, number) for seed in self._seeds for kind, number in kinds]
+        missing = [kind for kind, seed, number in every if self._state(out, kind, seed, number).load() is None]
+        with Progress(sum(map(self._steps, missing)), "train", "step") as bar:
+            return [result for seed in self._seeds for result in self._of_seed(out, seed, bar)]
+
+    def _of_seed(self, out: Path, seed: int, bar: Progress) -> Iterator[Result]:
+        masks = everything(self._anatomy)
+        dense, result = self._trained(out, "dense", seed, 0, masks, {}, bar)
+        yield result
+        rewound = {name.removeprefix(_REWOUND): tensor for name, tensor in dense.items() if name.startswith(_REWOUND)}
+        trained = {name: tensor for name, tensor in dense.items() if not name.startswith(_REWOUND)}
+        model = build(seed)
+        for number in range(1, self._rounds + 1):
+            model.load_state_dict(trained, strict=False)  # tied weights are stored once
+            masks = self._pruning.smaller(model, masks, self._settings.share(number))
+            trained, result = self._trained(out, "ticket", seed, number, masks, rewound, bar)
+            yield result
+            yield self._trained(out, "reinitialised", seed, number, masks, {}, bar)[1]
+            drawn = self._pruning.random(masks, torch.Generator().manual_seed(seed * _APART + number))
+            yield self._trained(out, "random", seed, number, drawn, rewound, bar)[1]
+
+    def _trained(
+        self, out: Path, kind: Kind, seed: int, number: int, masks: Masks, start: Mapping[str, Tensor], bar: Progress
+    ) -> tuple[dict[str, Tensor], Result]:
+        """Train from `start`, or as initialised, or read what was trained; return the weights and the result."""
+        state = self._state(out, kind, seed, number)
+        found = state.load()
+        if found is None:
+            found = self._train(kind, seed, number, masks, start, bar)
+            state.save(*found)
+        position, tensors = found
+        return tensors, Result(kind, seed, number, share_left(masks), position.curve[-1][1], position.seconds)
+
+    def _train(
+        self, kind: Kind, seed: int, number: int, masks: Masks, start: Mapping[str, Tensor], bar: Progress
+    ) -> tuple[Position, dict[str, Tensor]]:
+        started = time.perf_counter()
+        model = build(seed if kind != "reinitialised" else (seed + 1) * _APART + number)
+        model.load_state_dict(start, strict=False)
+        steps, rewind = self._settings.steps, self._settings.rewind
+        rewound = _weights(model) if kind == "dense" and rewind == 0 else {}
+
+        def after(step: int) -> None:
+            if kind == "dense" and step == rewind:
+                rewound.update(_weights(model))
+            bar.update(note=f"seed {seed}, round {number}, {kind}")
+
+        Training(self._rows, steps, seed).run(model, masks, steps - self._steps(kind), after)
+        tensors = {f"{_REWOUND}{name}": tensor for name, tensor in rewound.items()} | _weights(model)
+        nll = heldout_nll(model, self._heldout)
+        return Position(steps, time.perf_counter() - started, steps, [(steps, nll)]), tensors
+
+    def _steps(self, kind: Kind) -> int:
+        return self._settings.steps - (self._settings.rewind if kind in ("ticket", "random") else 0)
+
+    def _state(self, out: Path, kind: Kind, seed: int, number: int) -> TrainingState:
+        decides = [asdict(self._settings), rows_digest(self._rows), rows_digest(self._heldout), kind, seed, number]
+        identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+        return TrainingState(out / "trainings" / f"{kind}-{seed}-{number}-{identity[:12]}", identity)
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
