@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ class Run:
         waits_for_loss: it is time to prune, and the loss that decides is not known yet.
     """
 
-    layers: nn.ModuleList
+    layers: Sequence[nn.Module]
     anatomy: Anatomy
     options: PruneOptions
     ramp: Ramp
