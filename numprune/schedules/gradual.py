@@ -38,7 +38,8 @@ class GradualPruning(TrainerCallback, ExportableState):
         criterion: "movement", -w dL/dw added up over the steps (Sanh et al., NeurIPS 2020), or "magnitude", both of the
             weights by which a unit is read.
         allocation: "uniform" leaves every layer with the same sizes, "global" ranks the units of all layers together.
-        begin, end: shares of the training between which units are removed.
+        begin: share of the training after which the first units are removed.
+        end: share of the training after which the ratio is reached.
         every: update steps from one removal to the next.
         tolerance: by which the loss may exceed its lowest value, in its own unit. If it exceeds it by more, nothing is
             removed this time; if by more than twice that, the last removal is undone. Removals that waited are made up
@@ -46,7 +47,8 @@ class GradualPruning(TrainerCallback, ExportableState):
         metric: the loss that `tolerance` refers to: "loss", the mean training loss since the last removal, or a metric
             of `Trainer.evaluate` such as "eval_loss", which is then evaluated before each removal. Lower is better.
         axes: what may be removed, of "kv-groups", "channels" and "experts".
-        keep, floors: as of `PruneOptions`.
+        keep: as of `PruneOptions`.
+        floors: as of `PruneOptions`.
         target: what the server of the result needs of its sizes.
 
     Raises:

@@ -42,11 +42,10 @@ class Units:
 
     def __init__(self, layers: Sequence[nn.Module], blocks: Sequence[Block], *, movement: bool) -> None:
         self._layers, self._blocks = layers, tuple(blocks)
-        devices = [consumer_of(layers[block.layer], block) for block in blocks]
-        self._values = {
-            block.name: torch.ones(1, block.units, device=next(module.parameters()).device, requires_grad=movement)
-            for block, module in zip(blocks, devices, strict=True)
-        }
+        self._values = {}  # block name -> (1, units), the masks
+        for block in blocks:
+            device = layers[block.layer].get_parameter(block.reader.tensor).device
+            self._values[block.name] = torch.ones(1, block.units, device=device, requires_grad=movement)
         self._movement = {block.name: torch.zeros(block.units) for block in blocks} if movement else None
         self._hooks: list[Any] = []
 
