@@ -1,6 +1,6 @@
 """Accuracy of two models on the same items, and the change with its uncertainty.
 
-Only items that one model answers right and the other wrong say anything about the change: the flips. Notation: n items,
+Only items that one model answers right and the other wrong (flips) are informative about the change. Notation: n items,
 b flips from right to wrong, c from wrong to right; the change of accuracy is d = (c - b) / n.
 """
 
@@ -57,8 +57,8 @@ def accuracy_delta(lost: int, gained: int, n: int) -> Estimate:
     """Return the change of accuracy with Tango's score bounds.
 
     A bound is the change at which the score statistic equals the normal quantile (Tango, Statistics in Medicine 17,
-    1998). At a change of zero it is McNemar's statistic. Unlike the bootstrap it has a width without any flip: n equal
-    answers leave changes down to -z^2 / (n + z^2).
+    1998). At a change of zero, it is McNemar's statistic. Unlike the bootstrap, it has a width even without flips: n
+    equal answers are compatible with changes down to -z^2 / (n + z^2).
     """
     low, lower, upper, high = (_bound(lost, gained, n, p) for p in (0.025, 0.05, 0.95, 0.975))
     return Estimate((gained - lost) / n, lower, upper, (low, high), n, "item")

@@ -16,7 +16,7 @@
     pruned = numprune.apply(pruning.plan, trained, numprune.calibration_rows("train.jsonl", trained))
     numprune.save(pruned, "pruned")
 
-`dataset` is your own. The calibration text changes nothing, because the plan asks for no refit.
+`dataset` is your own. The calibration text has no effect, because the plan has no refit.
 """
 
 from numprune.schedules.gradual import GradualPruning

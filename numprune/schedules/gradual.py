@@ -1,4 +1,4 @@
-"""A callback for `transformers.Trainer` that removes units little by little while the model trains."""
+"""A callback for `transformers.Trainer` that removes units gradually during training."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,33 +27,33 @@ WHOLE_UNITS = tuple(name for name, axis in AXES.items() if axis.part == "units")
 class GradualPruning(TrainerCallback, ExportableState):
     """Removes KV groups, MLP channels and experts while `transformers.Trainer` trains.
 
-    The share that is removed rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). Each time all units are
-    ranked anew, so one that was removed can come back. When training ends, zeros are written into the weights of the
-    removed units: `trainer.save_model` stores what was trained in the dense shapes, and `plan` cuts it.
+    The removed share rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). All units are ranked again each
+    time, so a removed unit can come back. When training ends, the weights of the removed units are set to zero:
+    `trainer.save_model` stores the trained model in the dense shapes, and `plan` cuts it.
 
     Its state is part of the Trainer's checkpoints, and `resume_from_checkpoint` continues from there.
 
     Args:
         ratio: share of the prunable parameters to remove.
-        criterion: "movement", -w dL/dw added up over the steps (Sanh et al., NeurIPS 2020), or "magnitude", both of the
-            weights by which a unit is read.
-        allocation: "uniform" leaves every layer with the same sizes, "global" ranks the units of all layers together.
+        criterion: "movement", the sum of -w dL/dw over the steps (Sanh et al., NeurIPS 2020), or "magnitude", both over
+            the weights that read a unit.
+        allocation: "uniform" gives every layer the same sizes, "global" ranks the units of all layers together.
         begin: share of the training after which the first units are removed.
         end: share of the training after which the ratio is reached.
-        every: update steps from one removal to the next.
-        tolerance: by which the loss may exceed its lowest value, in its own unit. If it exceeds it by more, nothing is
-            removed this time; if by more than twice that, the last removal is undone. Removals that waited are made up
-            for until training ends. None: the loss does not matter.
-        metric: the loss that `tolerance` refers to: "loss", the mean training loss since the last removal, or a metric
-            of `Trainer.evaluate` such as "eval_loss", which is then evaluated before each removal. Lower is better.
+        every: update steps between removals.
+        tolerance: how far the loss may exceed its lowest value, in its own unit. Beyond that, nothing is removed this
+            time; beyond twice that, the last removal is undone. Postponed removals are made up until training ends.
+            None: the loss has no influence.
+        metric: the loss of `tolerance`: "loss", the mean training loss since the last removal, or a metric of
+            `Trainer.evaluate` such as "eval_loss", which is then evaluated before each removal. Lower is better.
         axes: what may be removed, of "kv-groups", "channels" and "experts".
-        keep: as of `PruneOptions`.
-        floors: as of `PruneOptions`.
-        target: what the server of the result needs of its sizes.
+        keep: as in `PruneOptions`.
+        floors: as in `PruneOptions`.
+        target: the server's requirements on the sizes of the result.
 
     Raises:
-        InputError: a value that makes no sense. What does not suit the model, the arguments of the Trainer or the
-            checkpoint to resume from is refused when training begins.
+        InputError: a value is invalid. Conflicts with the model, the Trainer's arguments or the checkpoint to resume
+            from are refused when training begins.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class GradualPruning(TrainerCallback, ExportableState):
 
     @property
     def plan(self) -> Plan:
-        """What to cut out of the trained model. Raises InputError until training has ended."""
+        """The plan for pruning the trained model. Raises InputError until training has ended."""
         if self._plan is None:
             raise InputError("there is no plan yet: it is made when training ends")
         return self._plan
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into a checkpoint."""
+        """Return the state that the Trainer writes into a checkpoint."""
         return {"args": {}, "attributes": self._run.state() if self._run else {}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -227,7 +227,7 @@ class GradualPruning(TrainerCallback, ExportableState):
             )
 
     def _stored(self, state: TrainerState) -> Mapping[str, Any]:
-        """Return what the checkpoint that was resumed from has of this callback. Raises InputError if nothing."""
+        """Return this callback's state in the checkpoint to resume from. Raises InputError if there is none."""
         found = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(found, list):
             raise InputError("callbacks: there are several GradualPruning; a Trainer can have one")
@@ -253,7 +253,7 @@ class GradualPruning(TrainerCallback, ExportableState):
             raise InputError(f"metric is {self._metric!r}, and eval_strategy is no; set it, and pass an eval_dataset")
 
     def _log_before_saving(self, control: TrainerControl) -> None:
-        """Have the losses since the last log in the checkpoint: a Trainer that resumes from it begins to count anew."""
+        """Save the losses since the last log in the checkpoint, because a resuming Trainer starts counting again."""
         if control.should_save and self._tolerance is not None and self._metric == "loss":
             control.should_log = True
 

@@ -1,7 +1,7 @@
-"""How much is pruned when: the cubic schedule, and how the loss holds it up.
+"""The cubic schedule of gradual pruning, and how the loss can delay it.
 
 Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), eq. 1: s_i = s_f (1 - (1 - i / n)^3), which prunes fast
-while there is much to spare and slowly at the end.
+at first, while there is much redundancy, and slowly at the end.
 """
 
 import math
@@ -12,7 +12,7 @@ from numprune.errors import InputError
 
 @dataclass(frozen=True)
 class Ramp:
-    """When units go, in update steps: `times` times, every `every` steps, the first time after `first`."""
+    """The steps at which units are removed: `times` times, every `every` update steps, the first time after `first`."""
 
     first: int
     every: int
@@ -34,20 +34,20 @@ class Ramp:
         return cls(first, every, (last - first) // every + 1)
 
     def includes(self, step: int) -> bool:
-        """Whether it is time after so many steps. The ramp has no end: what waited is made up for."""
+        """Return whether units are removed after this step. The ramp has no end, to make up postponed removals."""
         return step >= self.first and (step - self.first) % self.every == 0
 
     def share(self, done: int) -> float:
-        """Return the share of the final ratio that is pruned once it was done so many times."""
+        """Return the share of the final ratio that is pruned after this number of removals."""
         return 1 - (1 - done / self.times) ** 3
 
 
 @dataclass
 class Pace:
-    """How far along the ramp a training is.
+    """The position of a training on the ramp.
 
     Attributes:
-        done: how many of its times.
+        done: number of finished removals.
         lowest: the lowest loss so far.
     """
 
@@ -55,7 +55,7 @@ class Pace:
     lowest: float = math.inf
 
     def next(self, ramp: Ramp, loss: float, tolerance: float) -> None:
-        """Go on where the loss is within the tolerance of the lowest, back where it exceeds twice that, or wait.
+        """Advance if the loss is within the tolerance of the lowest, go back beyond twice that, otherwise wait.
 
         Once the ratio is reached it stays.
         """

@@ -1,4 +1,4 @@
-"""One training that prunes: what is removed at the moment, what comes next, and what a checkpoint keeps of it."""
+"""The state of one training with gradual pruning."""
 
 import base64
 import json
@@ -26,12 +26,12 @@ from numprune.target import nearest
 
 @dataclass
 class Losses:
-    """The training losses that were logged since the last removal.
+    """The training losses logged since the last removal.
 
     Attributes:
         total: their sum over steps.
-        steps: how many.
-        logged: the step that they go to.
+        steps: number of steps.
+        logged: the last step included.
     """
 
     total: float = 0.0
@@ -45,7 +45,7 @@ class Losses:
         self.logged = step
 
     def take(self) -> float:
-        """Return the mean, and begin anew."""
+        """Return the mean, and start again."""
         mean = self.total / self.steps if self.steps else math.nan
         self.total, self.steps = 0.0, 0
         return mean
@@ -57,7 +57,7 @@ class Run:
 
     Attributes:
         options: ratio, allocation, limits and target.
-        settings: all that decides what is removed, for comparison with those of a checkpoint.
+        settings: everything that determines what is removed, for comparison with a checkpoint's.
         waits_for_loss: it is time to prune, and the loss that decides is not known yet.
     """
 
@@ -117,7 +117,7 @@ class Run:
         return 1 - budget_of(left).prunable_parameters / budget_of(self.anatomy).prunable_parameters
 
     def plan(self) -> Plan:
-        """Return the plan of what is left; its ratio is the one that was reached."""
+        """Return the plan of the remaining units, with the ratio that was reached."""
         reached = self.pace.done == self.ramp.times
         options = self.options if reached else replace(self.options, ratio=self.removed())
         kept = self._kept()

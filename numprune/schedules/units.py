@@ -1,7 +1,7 @@
-"""The units that a training still has, and how much each of them matters.
+"""The remaining units of a training, and their scores.
 
-A mask of 0 or 1 multiplies what a unit hands to its block's consumer, as in numprune/learning/masks.py: a unit whose
-mask is 0 is out of the model, and its weights stay for the case that it comes back.
+A mask of 0 or 1 multiplies a unit's input to its block's consumer, as in numprune/learning/masks.py: a unit with mask 0
+is removed from the model, but its weights are kept in case it comes back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from numprune.learning.masks import fold_block, multiplier
 def magnitude(layer: nn.Module, block: Block) -> Tensor:
     """Return the mean over a unit's channels of ||W[:, j]||_2, W the consumer's weight: (units,) float32.
 
-    It is the criterion magnitude, for experts too.
+    This is the criterion `magnitude`, also for experts.
     """
     weight = layer.get_parameter(block.reader.tensor).detach().float()
     norms = block.reader.by_entry(weight).flatten(1).norm(dim=1)
@@ -27,7 +27,7 @@ def magnitude(layer: nn.Module, block: Block) -> Tensor:
 
 
 class Units:
-    """The masks of some blocks, and what their units' movement comes to.
+    """The masks of some blocks, and the movement of their units.
 
     The movement of a unit is the sum of -dL/dz over the steps, z its mask. As z multiplies what the consumer's weights
     w of the unit read, that is the sum of -w dL/dw over them: movement pruning (Sanh et al., NeurIPS 2020, section 4)
@@ -36,8 +36,8 @@ class Units:
 
     Args:
         layers: the decoder layers.
-        blocks: that have masks.
-        movement: add it up.
+        blocks: with masks.
+        movement: whether to sum it up.
     """
 
     def __init__(self, layers: Sequence[nn.Module], blocks: Sequence[Block], *, movement: bool) -> None:
@@ -50,18 +50,18 @@ class Units:
         self._hooks: list[Any] = []
 
     def attach(self) -> None:
-        """Have the model run with the masks."""
+        """Run the model with the masks."""
         for block in self._blocks:
             hook = multiplier(block, self._values[block.name])
             self._hooks.append(consumer_of(self._layers[block.layer], block).register_forward_pre_hook(hook))
 
     def detach(self) -> None:
-        """Have the model run without the masks."""
+        """Run the model without the masks."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def fold(self) -> None:
-        """Write zeros into the consumers' weights of the units that are out: the model needs no masks for it then."""
+        """Set the consumers' weights of removed units to zero, so that the model needs no masks."""
         for block in self._blocks:
             fold_block(self._layers[block.layer], block, self._values[block.name].detach()[0])
 
@@ -84,7 +84,7 @@ class Units:
             self._values[name].grad = None
 
     def scores(self, step: int) -> dict[str, Tensor]:
-        """Return the score of each unit by block, (units,) float32 on the CPU; the higher, the sooner kept.
+        """Return the score of each unit by block, (units,) float32 on the CPU; the highest are kept.
 
         Raises:
             InputError: a score is not finite.
@@ -106,7 +106,7 @@ class Units:
         return {name: value.detach()[0].nonzero()[:, 0].cpu() for name, value in self._values.items()}
 
     def state(self) -> Tensor:
-        """Return all that the next step depends on, (2, U) float32: masks and movement."""
+        """Return everything that the next step depends on, (2, U) float32: masks and movement."""
         masks = torch.cat([value.detach()[0].cpu() for value in self._values.values()])
         movement = torch.cat([*self._movement.values()]) if self._movement else torch.zeros_like(masks)
         return torch.stack([masks, movement])
