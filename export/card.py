@@ -6,6 +6,7 @@ name on the hub are carried over.
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def set_training(folder: Path, training: str) -> None:
     text = path.read_text(encoding="utf-8")
     text = re.sub(rf"^\| {_TRAINING} \| .* \|$", _row(_TRAINING, training), text, flags=re.M)
     path.write_text(_unmeasured(text), encoding="utf-8")
+
+
+def distilled(recovery: Mapping[str, Any]) -> str:
+    """What a card says of a training: `recovery` is what the manifest says of it."""
+    kept = f"the weights after step {recovery['best_step']} of {recovery['steps']}"
+    if not recovery["best_step"]:
+        kept = "no step improved on the pruned weights, which were kept"
+    return f"distillation from the base model on {recovery['tokens']:,} tokens; {kept}"
 
 
 def _unmeasured(card: str) -> str:

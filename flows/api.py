@@ -8,7 +8,9 @@
     pruned = numprune.apply(plan, model, rows)
     print(numprune.evaluate(pruned, "heldout.jsonl", baseline=model).loss_delta)
     numprune.save(pruned, "pruned")
-    small = numprune.quantize(pruned, numprune.Scheme("w8a8"), rows, dense=model)
+    options = numprune.RecoveryOptions(tokens=200_000)
+    trained = numprune.recover(pruned, model, numprune.recovery_rows("train.jsonl", model, options), options)
+    small = numprune.quantize(trained, numprune.Scheme("w8a8"), rows, dense=model)
     numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
 
@@ -23,6 +25,7 @@ No function modifies its arguments. The command line does the same with folders 
 memory; `numprune optimize` runs the whole pipeline with benchmark, gates and registry.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +47,9 @@ from numprune.flows.names import Dtype, ExportFormat, QuantizedTo
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import quantize as quantizing
+from numprune.flows.steps import recover as recovering
 from numprune.flows.steps import text as texts
+from numprune.flows.steps import training
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, options_of
 from numprune.plans import Draw, Plan, read_plan
@@ -52,6 +57,7 @@ from numprune.quantization import BlockSchemes, Quantized, Scheme, check_quantiz
 from numprune.quantization.allocation import planned_schemes
 from numprune.quantization.schemes import listed
 from numprune.quantization.walk import Fit, check_target, quantize_model
+from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill
 from numprune.target import Target
 from numprune.tasks import Comparison, Quality, Task
 
@@ -64,6 +70,8 @@ __all__ = [
     "PruneOptions",
     "Quality",
     "Reading",
+    "RecoveryOptions",
+    "RecoveryRows",
     "Scheme",
     "Target",
     "apply",
@@ -75,6 +83,8 @@ __all__ = [
     "prune",
     "quantize",
     "read_plan",
+    "recover",
+    "recovery_rows",
     "save",
     "weight_budget",
 ]
@@ -114,6 +124,21 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a pruned model was trained.
+
+    Attributes:
+        options: that it was trained with.
+        result: what the training came to.
+        rows_digest: of the rows of training and selection.
+    """
+
+    options: RecoveryOptions
+    result: Recovered
+    rows_digest: str
+
+
+@dataclass(frozen=True)
 class Model:
     """A model in memory, in float32.
 
@@ -123,6 +148,7 @@ class Model:
         tokenizer: its tokenizer.
         task: causal or masked language model, classifier, or embedding model.
         plan: the applied plan; None for an unpruned model.
+        training: how it was trained in memory, after pruning; None: it was not.
         quantization: how it was quantized in memory; `network` then computes with rounded weights and, if the scheme
             does so, rounded activations. None for an unquantized model.
     """
@@ -132,6 +158,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     plan: Plan | None = None
+    training: Training | None = None
     quantization: Quantization | None = None
 
     @property
@@ -252,6 +279,73 @@ def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Pl
     return Model(model.folder, found.model, model.tokenizer, model.task, made)
 
 
+def recovery_rows(
+    text: Text,
+    model: Model,
+    options: RecoveryOptions,
+    *,
+    heldout: Text | None = None,
+    sequence_length: int | None = None,
+    reading: Reading | None = None,
+) -> RecoveryRows:
+    """Draw rows of tokens to train on, and others to choose the best step by.
+
+    Args:
+        text: as of `calibration_rows`.
+        model: the model whose tokenizer and context are used.
+        options: that it will be trained with: they decide how many rows there are.
+        heldout: text that the result will be judged on: rows that it has for more than half are left out.
+        sequence_length: tokens per row; None: 512, or the model's context if shorter.
+        reading: as of `calibration_rows`.
+
+    Raises:
+        InputError: a file cannot be read, a held-out document is in the text, or there is too little text.
+    """
+    length, how = texts.row_length(sequence_length, model.anatomy.context), reading or Reading()
+    judged = []
+    if heldout is not None:
+        training.check_documents(_files(text), _files(heldout), model.tokenizer, how, "heldout")
+        judged = [texts.text_rows(_files(heldout), "heldout", model.tokenizer, length, how, task=model.task)]
+    return recovering.training_rows(
+        _files(text), model.tokenizer, length, options, how, "text", judged, task=model.task
+    )
+
+
+def recover(model: Model, dense: Model, rows: RecoveryRows, options: RecoveryOptions) -> Model:
+    """Return `model` trained towards the predictions of `dense`; neither is modified.
+
+    The result's `training` says which step was kept and what it gained: the best one on `rows.selection`, or the
+    weights as they were if no step was better. Training needs the extra `learn`.
+
+    Args:
+        model: pruned from `dense`, by `apply` or `prune` or read from a checkpoint.
+        dense: the model that it was pruned from.
+        rows: what `recovery_rows` returned, or your own rows (N, S) and (M, S).
+        options: how long and how to train.
+
+    Raises:
+        InputError: a package is missing, or the models, rows or options do not fit together.
+        IntegrityError: the training diverged.
+    """
+    for one in (model, dense):
+        _refuse_quantized(one, "training")
+    ours, theirs = ((one.network.config, one.tokenizer) for one in (model, dense))
+    recovering.check_pair(ours, theirs, ("the model", "dense"))
+    here = model.plan.dropped_layers() if model.plan else None  # since it was read
+    network = copy.deepcopy(model.network)
+    result = distill(
+        network,
+        dense.network,
+        rows,
+        options,
+        network.device,
+        stored=recovering.stored_dtypes(model.folder, network, here or ()),
+        dropped=quantizing.dropped_layers(model.folder) if here is None else here,
+        task=model.task,
+    )
+    return replace(model, network=network, training=Training(options, result, rows.digest))
+
+
 def quantize(
     model: Model,
     scheme: Scheme | Literal["mixed"],
@@ -298,18 +392,30 @@ def save(model: Model, out: str | Path) -> Path:
     Weights are stored in the base model's precision; quantized weights in the compressed-tensors format.
 
     Args:
-        model: returned by `apply`, `prune` or `quantize`.
+        model: returned by `apply`, `prune`, `recover` or `quantize`.
         out: a folder that does not exist yet.
 
     Raises:
-        InputError: `out` exists, or the model is neither pruned nor quantized.
+        InputError: `out` exists, or the model is as it was read.
     """
     folder, plan, quantized = Path(out), model.plan, model.quantization
+    trained = model.training
+    recovery = recovering.facts_of(trained.options, trained.result, trained.rows_digest) if trained else None
     if quantized is not None:
         tokens, draw = (quantized.rows.tokens, quantized.rows.draw) if quantized.rows else (None, None)
         quantizing.write_quantized(
-            model.network, quantized.matrices, quantized.schemes, model.folder, plan, folder, rows=tokens, draw=draw
+            model.network,
+            quantized.matrices,
+            quantized.schemes,
+            model.folder,
+            plan,
+            folder,
+            rows=tokens,
+            draw=draw,
+            recovery=recovery,
         )
+    elif recovery is not None:
+        recovering.write_recovered(model.network, recovery, plan, model.folder, folder)
     elif plan is not None:
         steps.write_pruned(model.network, plan, model.folder, folder)
     else:

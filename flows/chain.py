@@ -1,6 +1,6 @@
 """The stages of a recipe: rows, pruning, exports, parity, quality, benchmarks and the verdict."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -18,6 +18,7 @@ from numprune.flows.steps.results import (
     BaselineScores,
     CalibrationRows,
     Exported,
+    GeneratedText,
     HeldoutRows,
     Judgement,
     LearnedMasks,
@@ -61,12 +62,14 @@ class Judged:
 def judge(run: Run, make: Make) -> Judged:
     """Run every stage up to the verdict through `make`."""
     calibration = make(sample_calibration(run))
-    heldout = make(read_heldout(run))
+    first, *further = run.heldout
+    heldout = {name: make(read_heldout(run, name)) for name in run.heldout}
     masks = run.recipe.learn.method != "none"
-    learning_rows = make(sample_learning(run, heldout)) if masks else None
+    learning_rows = make(sample_learning(run, heldout.values())) if masks else None
     trains = run.recipe.recover.method != "none"
-    rows = make(sample_recovery(run, heldout)) if trains else None
-    scores = make(score_baseline(run, heldout))
+    generated = make(generate(run)) if trains and run.prompts else None
+    rows = make(sample_recovery(run, heldout.values(), generated)) if trains else None
+    scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
     learned = make(learn(run, learning_rows)) if learning_rows else None
     pruned = make(prune(run, calibration, learned))
 
@@ -96,7 +99,11 @@ def judge(run: Run, make: Make) -> Judged:
     # Masked language models cannot be served.
     before = unquantized if quantized else None
     answers = make(compute_answers(run, candidate, before)) if run.task != "masked-lm" else None
-    quality = make(evaluate(run, candidate, before, heldout, scores))
+    untrained = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest) if recovered else None
+    quality = {
+        name: make(evaluate(run, name, candidate, before, untrained, heldout[name], scores[name]))
+        for name in run.heldout
+    }
     sides = {"baseline": run.base, "candidate": candidate} if run.tasks else {}
     given = {side: make(answer_tasks(run, model, side)).artifact for side, model in sides.items()}
     timed: dict[str, Callable[[int], Stage[Timings]]] = {
@@ -112,17 +119,21 @@ def judge(run: Run, make: Make) -> Judged:
         "candidate": candidate.digest,
         "recipe": run.recipe.digest,
         "calibration_rows": calibration.facts.digest,
-        "heldout_rows": heldout.facts.digest,
+        "heldout_rows": heldout[first].facts.digest,
+        "corpora_rows": {name: heldout[name].facts.digest for name in further},
         **({"learning_rows": learning_rows.facts.digest} if learning_rows else {}),
         **({"learned": learned.facts.model} if learned and learned.facts.model else {}),
         "plan": pruned.facts.plan,
         **({"recovery_rows": rows.facts.digest} if rows else {}),
+        **({"generated_rows": generated.facts.digest} if generated else {}),
         **({"pruned": pruned.facts.digest} if recovered or quantized else {}),
         **({"recovered": recovered.facts.digest} if recovered else {}),
         **({"tasks": run.tasks.digest} if run.tasks else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
-    report = partial(report_on, run, identity, candidate, learned, pruned, recovered, quantized, parity, quality, given)
+    report = partial(
+        report_on, run, identity, candidate, learned, pruned, generated, recovered, quantized, parity, quality, given
+    )
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run with the same figures was inconclusive
         for runtime in judged.facts.next_look:
@@ -150,33 +161,35 @@ def sample_calibration(run: Run) -> Stage[CalibrationRows]:
     )
 
 
-def read_heldout(run: Run) -> Stage[HeldoutRows]:
+def read_heldout(run: Run, corpus: str) -> Stage[HeldoutRows]:
     data = run.recipe.data
-    return Stage.of(
+    stage = Stage.of(
         "heldout",
         "numprune",
         bodies.make_heldout,
         model=run.base,
-        text=run.heldout,
+        text=run.heldout[corpus],
         sequence_length=data.sequence_length,
         reading=data.reading(),
     )
+    return stage.labelled(f"heldout {corpus}".rstrip())
 
 
-def score_baseline(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[BaselineScores]:
-    return Stage.of(
+def score_baseline(run: Run, corpus: str, heldout: StageResult[HeldoutRows]) -> Stage[BaselineScores]:
+    stage = Stage.of(
         "baseline",
         "export",
         bodies.make_baseline,
         model=run.base,
         rows=heldout.artifact,
         rows_digest=heldout.facts.digest,
-        prompts=run.recipe.evaluate.prompts,
+        prompts=_prompts(run, corpus),
         device=run.device,
-    ).on_gpu()
+    )
+    return stage.labelled(f"baseline {corpus}".rstrip()).on_gpu()
 
 
-def sample_learning(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[LearningText]:
+def sample_learning(run: Run, heldout: Iterable[StageResult[HeldoutRows]]) -> Stage[LearningText]:
     return _training_rows(run, heldout, "learning-rows", bodies.make_learning_rows, run.recipe.learn)
 
 
@@ -217,12 +230,40 @@ def prune(
     ).on_gpu()
 
 
-def sample_recovery(run: Run, heldout: StageResult[HeldoutRows]) -> Stage[RecoveryText]:
-    return _training_rows(run, heldout, "recovery-rows", bodies.make_recovery_rows, run.recipe.recover)
+def generate(run: Run) -> Stage[GeneratedText]:
+    assert run.prompts is not None  # asked for by whoever has some
+    asked = run.recipe.recover
+    return Stage.of(
+        "generated",
+        "export",
+        bodies.make_generated,
+        model=run.base,
+        prompts=run.prompts,
+        # What else is asked of the training does not change the text.
+        tokens=asked.tokens,
+        batch_size=asked.batch_size,
+        selection_rows=asked.selection_rows,
+        share=asked.generated_share,
+        seed=asked.seed,
+        sequence_length=run.recipe.data.sequence_length,
+        device=run.device,
+    ).on_gpu()
+
+
+def sample_recovery(
+    run: Run, heldout: Iterable[StageResult[HeldoutRows]], generated: StageResult[GeneratedText] | None
+) -> Stage[RecoveryText]:
+    more = Artifact(generated.path, generated.facts.digest) if generated else None
+    return _training_rows(run, heldout, "recovery-rows", bodies.make_recovery_rows, run.recipe.recover, generated=more)
 
 
 def _training_rows(
-    run: Run, heldout: StageResult[HeldoutRows], name: str, body: Callable[..., R], asked: Learn | Recover
+    run: Run,
+    heldout: Iterable[StageResult[HeldoutRows]],
+    name: str,
+    body: Callable[..., R],
+    asked: Learn | Recover,
+    **more: Artifact | None,
 ) -> Stage[R]:
     data = run.recipe.data
     return Stage.of(
@@ -231,11 +272,11 @@ def _training_rows(
         body,
         model=run.base,
         text=run.calibration,
-        heldout=heldout.artifact,
-        heldout_digest=heldout.facts.digest,
+        heldout={read.facts.digest: read.artifact for read in heldout},
         asked=asked,
         sequence_length=data.sequence_length,
         reading=data.reading(),
+        **more,
     )
 
 
@@ -318,24 +359,28 @@ def compute_answers(run: Run, candidate: Artifact, unquantized: Artifact | None)
 
 def evaluate(
     run: Run,
+    corpus: str,
     candidate: Artifact,
     unquantized: Artifact | None,
+    pruned: Artifact | None,
     heldout: StageResult[HeldoutRows],
     scores: StageResult[BaselineScores],
 ) -> Stage[Quality]:
-    return Stage.of(
+    stage = Stage.of(
         "quality",
         "export",
         bodies.make_quality,
         candidate=candidate,
         unquantized=unquantized,
+        pruned=pruned,
         baseline=run.base,
         scores=scores.artifact,
         rows=heldout.artifact,
         rows_digest=heldout.facts.digest,
-        prompts=run.recipe.evaluate.prompts,
+        prompts=_prompts(run, corpus),
         device=run.device,
-    ).on_gpu()
+    )
+    return stage.labelled(f"quality {corpus}".rstrip()).on_gpu()
 
 
 def answer_tasks(run: Run, model: Artifact, side: str) -> Stage[TaskAnswers]:
@@ -381,13 +426,15 @@ def report_on(
     candidate: Artifact,
     learned: StageResult[LearnedMasks] | None,
     pruned: StageResult[PrunedCheckpoint],
+    generated: StageResult[GeneratedText] | None,
     recovered: StageResult[RecoveredCheckpoint] | None,
     quantized: StageResult[QuantizedCheckpoint] | None,
     parity: Mapping[str, Parity],
-    quality: StageResult[Quality],
+    quality: Mapping[str, StageResult[Quality]],
     answers: Mapping[str, Artifact],
     looks: Mapping[str, Sequence[StageResult[Timings]]],
 ) -> Stage[Judgement]:
+    first, *others = quality
     return Stage.of(
         "report",
         "serving",
@@ -396,9 +443,12 @@ def report_on(
         candidate=candidate,
         learned=learned.artifact if learned else None,
         pruned=pruned.artifact,
+        generated=generated.artifact if generated else None,
         recovered=recovered.artifact if recovered else None,
         quantized=quantized.artifact if quantized else None,
-        quality=quality.artifact,
+        quality=quality[first].artifact,
+        corpus=first,
+        corpora={name: quality[name].artifact for name in others},
         answers=answers,
         benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
         name=run.recipe.registry.name,
@@ -410,6 +460,11 @@ def report_on(
         parity=parity,
         policy=run.recipe.gates,
     )
+
+
+def _prompts(run: Run, corpus: str) -> str | list[str]:
+    """Of the first corpus's stages: both models generate once."""
+    return run.recipe.evaluate.prompts if corpus == next(iter(run.heldout)) else []
 
 
 def _artifact(made: StageResult[Exported], export_format: str) -> Artifact:

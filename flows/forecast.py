@@ -106,13 +106,13 @@ def _text(run: Run) -> dict[str, Any]:
     length, tokens = data.sequence_length, data.samples * data.sequence_length
     calibration = text_rows(data.calibration, "train", tokenizer, length, reading, tokens, task)
     draw_rows(calibration, data.samples, length, data.seed, "data.samples")
-    heldout = text_rows(data.heldout, "heldout", tokenizer, length, reading, task=task)
+    heldout = [text_rows(text, "heldout", tokenizer, length, reading, task=task) for text in data.corpora.values()]
     return {
         "samples": data.samples,
         "sequence_length": length,
         "calibration_windows": sum(len(row) == length for row in calibration.rows),
-        "heldout_documents": heldout.documents,
-        "heldout_windows": len(heldout.rows),
+        "heldout_documents": sum(rows.documents for rows in heldout),
+        "heldout_windows": sum(len(rows.rows) for rows in heldout),
     }
 
 

@@ -47,7 +47,7 @@ from numprune.flows.names import (
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.gates import Gate
 from numprune.serving.problems import described, listed
-from numprune.serving.report import MAXIMUM_PROMPTS, ModelName
+from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
 from numprune.target import Target as SizeTarget
 
 EMBEDDED = "embedded"  # the model or text that comes with numprune
@@ -59,12 +59,28 @@ _MAXIMUM_BYTES = 1 << 20
 
 
 def _text(value: Any) -> Any:
-    if value == EMBEDDED:
-        return value
+    return value if value == EMBEDDED else _files(value, 'must be "embedded" or a list of text files')
+
+
+def _files(value: Any, rule: str = "must be a list of text files") -> Any:
     files = [value] if isinstance(value, str) else value
     if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
-        raise ValueError('must be "embedded" or a list of text files')
+        raise ValueError(rule)
     return files
+
+
+def _heldout(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return _text(value)
+    if not value:
+        raise ValueError("must name at least one corpus")
+    if unusable := [name for name in value if not re.fullmatch(CORPUS_NAME, name)]:
+        raise ValueError(f"{unusable[0]!r} cannot name a corpus; use lower-case letters, digits, - and _")
+    return {name: _text(text) for name, text in value.items()}
+
+
+def _prompt_files(value: Any) -> Any:
+    return [] if value == [] else _files(value)
 
 
 def _prompts(value: Any) -> Any:
@@ -125,6 +141,8 @@ def _limit(value: Any) -> Any:
 
 
 Text = Annotated[str | list[str], PlainValidator(_text)]
+Heldout = Annotated[str | list[str] | dict[str, str | list[str]], PlainValidator(_heldout)]
+PromptFiles = Annotated[list[str], PlainValidator(_prompt_files)]
 Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
 FewShot = Annotated[int | Literal["task"], PlainValidator(_few_shot)]
 Limit = Annotated[int | Literal["all"], PlainValidator(_limit)]
@@ -146,17 +164,24 @@ class Model(Section):
 class Data(Section):
     """Text files, or "embedded"; `samples` calibration rows of `sequence_length` tokens are drawn with `seed`.
 
+    `heldout` may also be several corpora by name. The first is what `quality` in the report is of.
+
     `split`, `chat` and `pack` are the fields of numprune.documents.Reading.
     """
 
     calibration: Text
-    heldout: Text
+    heldout: Heldout
     samples: Count = 128
     sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = SEQUENCE_LENGTH
     seed: Seed = 0
     split: Annotated[str, AfterValidator(_separator)] = WHOLE_FILE
     chat: bool = False
     pack: Annotated[bool | Literal["auto"], PlainValidator(_pack)] = "auto"
+
+    @property
+    def corpora(self) -> dict[str, str | list[str]]:
+        """The held-out text by name, the first one first; "" is the name of text that has none."""
+        return self.heldout if isinstance(self.heldout, dict) else {"": self.heldout}
 
     def reading(self) -> Reading:
         return Reading(self.split, self.chat, self.pack)
@@ -218,12 +243,13 @@ class Learn(Section):
 class Recover(Section):
     """Training after pruning: `method` "none" does none; the rest are fields of numprune.recovery.RecoveryOptions.
 
-    It is trained on text of `data.calibration`, in rows of `data.sequence_length` tokens.
+    It is trained on text of `data.calibration`, in rows of `data.sequence_length` tokens. With `prompts`, files with a
+    prompt in each record or line, `generated_share` of the rows are the dense model's answers to them.
     """
 
     method: Literal["none"] | Recovery = "none"
     tokens: Count = 1_000_000
-    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    learning_rate: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     batch_size: Count = 8
     micro_batch_size: Count = 8
     selection_rows: Count = 64
@@ -231,6 +257,8 @@ class Recover(Section):
     train: TrainedWeights = "all"
     rank: Count = 16
     blocks: Count = 4
+    prompts: PromptFiles = []
+    generated_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     seed: Seed = 0
 
 
@@ -473,7 +501,13 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-_PATHS = {("model", "path"), ("data", "calibration"), ("data", "heldout"), ("evaluate", "tasks")}
+_PATHS = {
+    ("model", "path"),
+    ("data", "calibration"),
+    ("data", "heldout"),
+    ("recover", "prompts"),
+    ("evaluate", "tasks"),
+}
 TASK_FILES = (".yaml", ".yml")
 
 
@@ -488,6 +522,8 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
     """`value` relative to `base` if it is a path; "embedded", hub ids, names and invalid values are unchanged."""
     if isinstance(value, list):
         return [_anchored(item, base, key) for item in value]
+    if isinstance(value, dict):
+        return {name: _anchored(item, base, key) for name, item in value.items()}
     if not isinstance(value, str) or value in ("", EMBEDDED):
         return value
     if key == ("evaluate", "tasks") and not value.endswith(TASK_FILES):
@@ -502,8 +538,11 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
 
 
 def _lines(section: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml(value)}" for key, value in section.items()]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(key)} = {_toml(item)}' for key, item in value.items())}}}"
     # JSON's strings, numbers, booleans and arrays are valid TOML, except that TOML requires DEL to be escaped.
-    return [
-        f"{key} = {json.dumps(value, ensure_ascii=False).replace(chr(127), chr(92) + 'u007f')}"
-        for key, value in section.items()
-    ]
+    return json.dumps(value, ensure_ascii=False).replace(chr(127), chr(92) + "u007f")

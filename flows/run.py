@@ -1,6 +1,7 @@
 """One run of a recipe: the context shared by its stages."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,8 @@ class Run:
 
     Attributes:
         base: the model; `task`: its task.
-        calibration, heldout: the recipe's text.
+        calibration: the recipe's text; `heldout`: of each corpus, by its name, the first one first.
+        prompts: files that the dense model answers for the training; None: it does not.
         tasks: the recipe's tasks, if any; their digest is that of every request to a model.
         device: for calibration and evaluation, cpu or cuda.
         uses_gpu: whether anything runs on a GPU.
@@ -41,7 +43,8 @@ class Run:
     base: Artifact
     task: str
     calibration: Text
-    heldout: Text
+    heldout: Mapping[str, Text]
+    prompts: Text | None
     device: str
     uses_gpu: bool
     precision: dict[str, str]

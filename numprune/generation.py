@@ -1,6 +1,6 @@
-"""Greedy generation from fixed prompts, and two failures that NLL does not reveal: loops and empty answers."""
+"""Generation from prompts: sampled, or greedy to reveal what NLL does not: loops and empty answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +55,12 @@ def generate(
         IntegrityError: the model's logits are not finite.
     """
     encoded = [encode(tokenizer, prompt, model.config.max_position_embeddings) for prompt in prompts]
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     found: list[Generation] = []
     for start in range(0, len(encoded), batch_size):
-        for tokens in _greedy(model, encoded[start : start + batch_size], ends):
+        context = model.config.max_position_embeddings
+        batch = encoded[start : start + batch_size]
+        for tokens in continuations(model, batch, ends, _most_probable, maximum=MAXIMUM_TOKENS, length=context):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             found.append(Generation(text, len(tokens), not text.strip(), ends_in_loop(tokens)))
     return found
@@ -96,16 +98,39 @@ def ends_in_loop(tokens: Sequence[int]) -> bool:
     return False
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the end tokens of the generation configuration (a chat model has its own) and of the tokenizer."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     several = configured if isinstance(configured, list) else [configured]
     return {end for end in (*several, tokenizer.eos_token_id) if isinstance(end, int)}
 
 
+def _most_probable(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 @torch.inference_mode()
-def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], ends: set[int]) -> list[list[int]]:
-    """Return the most probable continuation of each prompt, without its end token."""
+def continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    ends: Collection[int],
+    choose: Callable[[Tensor], Tensor],
+    *,
+    maximum: int,
+    length: int,
+) -> list[list[int]]:
+    """Return a continuation of each prompt, without its end token, computed with a KV cache.
+
+    Args:
+        model: of the prompts' vocabulary.
+        prompts: their tokens, at least one each.
+        ends: tokens that end a continuation.
+        choose: logits of the next tokens (n, V) to the tokens (n,).
+        maximum: tokens of a continuation.
+        length: tokens of a prompt together with its continuation, at most the model's context.
+
+    Raises IntegrityError where logits are not finite.
+    """
     context = model.config.max_position_embeddings
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # (n, width), padded left
@@ -114,7 +139,7 @@ def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], ends: set[
     cache = DynamicCache(config=model.config)
     found: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    for _ in range(MAXIMUM_TOKENS):
+    for _ in range(maximum):
         positions = (mask.cumsum(1) - 1).clamp(0, context - 1)[:, -tokens.shape[1] :]
         logits: Tensor = model(
             input_ids=tokens,
@@ -126,10 +151,10 @@ def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]], ends: set[
         ).logits[:, -1]
         if not torch.isfinite(logits).all():
             raise IntegrityError("the model's logits are not finite; its weights are damaged or overflow")
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = choose(logits)[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         for row, token in enumerate(tokens[:, 0].tolist()):
-            ended[row] = ended[row] or token in ends or len(prompts[row]) + len(found[row]) >= context
+            ended[row] = ended[row] or token in ends or len(prompts[row]) + len(found[row]) >= length
             if not ended[row]:
                 found[row].append(token)
         if all(ended):

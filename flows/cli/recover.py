@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -23,9 +24,12 @@ from numprune.flows.cli.parser import (
 )
 
 if TYPE_CHECKING:
-    from numprune.recovery import RecoveryOptions
+    import torch
 
-_TOKENS, _LEARNING_RATE = 1_000_000, 1e-4
+    from numprune.recovery import RecoveryOptions
+    from numprune.recovery.generated import GeneratedRows
+
+_TOKENS, _GENERATED_SHARE = 1_000_000, 0.5
 _OF_TRAINED = (
     ("rank", 16, "rank of the adapters, with --train lora"),
     ("blocks", 4, "number of blocks to train, with --train blocks"),
@@ -58,6 +62,21 @@ def add(commands: Subcommands) -> None:
         help="held-out text for comparing the models before and after; not trained on (default: none)",
     )
     parser.add_argument(
+        "--generate-from",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="prompts, one in each record or line, that the dense model answers for the training (default: none)",
+    )
+    parser.add_argument(
+        "--generated-share",
+        type=_share,
+        metavar="R",
+        help=f"of the rows that come from these answers, the rest from --text (default: {_GENERATED_SHARE:g})",
+    )
+    parser.add_argument(
         "--tokens",
         type=_count,
         default=_TOKENS,
@@ -67,9 +86,8 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--learning-rate",
         type=rate,
-        default=_LEARNING_RATE,
         metavar="R",
-        help=f"peak learning rate (default: {_LEARNING_RATE:g})",
+        help="peak learning rate (default: 0.128 divided by the model's hidden size)",
     )
     for name, default, what in _ROWS:
         parser.add_argument(name, type=at_least(1), default=default, metavar="N", help=f"{what} (default: {default})")
@@ -96,8 +114,10 @@ def add(commands: Subcommands) -> None:
 def recover(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
     from numprune.export import checkpoint, manifest
+    from numprune.export.tasks import load_task
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.evaluate import compare_checkpoints
+    from numprune.flows.steps.generate import read_prompts
     from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.recover import check_request, recover_checkpoint, shared_by, training_rows
     from numprune.flows.steps.text import heldout_rows, row_length
@@ -107,39 +127,50 @@ def recover(args: argparse.Namespace) -> Answer:
     started = time.perf_counter()
     check_out(args.out)
     options = options_of_arguments(args)
+    if args.generated_share and not args.generate_from:
+        raise InputError("--generated-share has an effect only with --generate-from; leave it out")
     require_packages(options)
     source, dense = checkpoint.resolve(args.checkpoint), checkpoint.resolve(args.dense)
     check_request(source, dense)
     manifest.sweep(args.out.parent)
+    tokenizer = checkpoint.load_tokenizer(source)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
     how = reading(args, [*args.text, *(args.heldout or [])])
     heldout = None
     if args.heldout:
-        check_documents(args.text, args.heldout, source, how, "--heldout")
+        check_documents(args.text, args.heldout, tokenizer, how, "--heldout", read_prompts(args.generate_from))
         heldout = heldout_rows(args.heldout, length, [source], how, dense)
-    rows = training_rows(args.text, source, length, options, how, "--text", heldout)
-    device = device_of("auto")
+    task, device = load_task(source), device_of("auto")
+    if args.generate_from and not task.generates:
+        raise InputError(f"--generate-from: {task.name} models do not generate; leave it out")
     processes = shared_by(device)
-    found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)
+    judged = [heldout] if heldout else []
+    with _generated(args, dense, length, options, device) as made:
+        text = None if made and args.generated_share == 1 else args.text
+        rows = training_rows(text, tokenizer, length, options, how, "--text", judged, made.rows if made else None, task)
+        found = recover_checkpoint(source, dense, rows, options, args.out, device, args.out.parent)
     data = {
         "out": str(args.out),
         "method": "distill",
         "train": options.train,
         **vars(found),
+        "generated": made and {"answers": made.answers, "tokens": made.tokens},
         "training_seconds": found.seconds,
     }
-    text = (
+    measure = "distance" if task.name == "embedding" else "KL"
+    told = (
         f"{args.out}: trained on {found.tokens:,} tokens in {found.steps:,} steps, the best after step "
-        f"{found.best_step:,}; KL from the dense model on selection rows {found.kl_before:.4f} -> "
-        f"{found.kl_after:.4f} nats/token"
+        f"{found.best_step:,}; {measure} from the dense model on selection rows {found.kl_before:.4f} -> "
+        f"{found.kl_after:.4f} {task.unit}"
     )
     if heldout is not None and processes.is_main_process:
         before, after = compare_checkpoints([source, args.out], dense, heldout, device)
         data["heldout"] = {"before": before, "after": after}
         losses = [side["loss_delta"]["value"] for side in (before, after)]
-        text += f"\nheld-out text: NLL above the dense model's {losses[0]:.4f} -> {losses[1]:.4f} nats/token"
+        what = "NLL above the dense model's" if task.name == names.CAUSAL_LM else "loss against the dense model"
+        told += f"\nheld-out text: {what} {losses[0]:.4f} -> {losses[1]:.4f} {task.unit}"
     data |= {"seconds": time.perf_counter() - started, "peak_memory_bytes": peak_memory_bytes()}
-    return Answer(data, text, quiet=not processes.is_main_process)
+    return Answer(data, told, quiet=not processes.is_main_process)
 
 
 def options_of_arguments(args: argparse.Namespace) -> "RecoveryOptions":
@@ -151,6 +182,28 @@ def options_of_arguments(args: argparse.Namespace) -> "RecoveryOptions":
             raise InputError(f"--{option} has an effect only with --train {train}; leave it out")
     asked = {option.name: getattr(args, option.name) for option in dataclasses.fields(RecoveryOptions)}
     return RecoveryOptions(**{name: value for name, value in asked.items() if value is not None})
+
+
+def _generated(
+    args: argparse.Namespace, dense: Path, length: int, options: "RecoveryOptions", device: "torch.device"
+) -> "AbstractContextManager[GeneratedRows | None]":
+    """The rows that the dense model generates, if any are asked for."""
+    from numprune.flows.steps.generate import generated_text, generated_windows
+
+    if not args.generate_from:
+        return nullcontext()
+    windows = generated_windows(options, length, args.generated_share or _GENERATED_SHARE)
+    return generated_text(dense, args.generate_from, windows, length, args.seed, device, args.out.parent)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be more than 0 and at most 1")
+    return value
+
+
+_share.__name__ = "float"  # argparse's "invalid float value"
 
 
 def _count(text: str) -> int:

@@ -18,6 +18,7 @@ from numprune.flows.steps.results import (
     BaselineScores,
     CalibrationRows,
     Exported,
+    GeneratedText,
     HeldoutRows,
     Judgement,
     LearnedMasks,
@@ -87,18 +88,20 @@ def make_learning_rows(
     *,
     model: Artifact,
     text: Text,
-    heldout: Artifact,
-    heldout_digest: str,
+    heldout: Mapping[str, Artifact],
     asked: Learn,
     sequence_length: int,
     reading: Reading,
 ) -> LearningText:
-    """Draw the rows that masks are trained on and chosen by, none of those that the model is judged on."""
+    """Draw the rows that masks are trained on and chosen by, none of those that the model is judged on.
+
+    `heldout`: stages of `make_heldout` by the digests of their rows.
+    """
     from numprune.flows.steps.learn import training_rows
     from numprune.flows.steps.text import load_heldout
     from numprune.flows.steps.training import save_rows
 
-    judged, tokens = load_heldout(heldout.path, heldout_digest), asked.trained_tokens
+    judged, tokens = [load_heldout(one.path, digest) for digest, one in heldout.items()], asked.trained_tokens
     rows, draw = training_rows(
         text.source, model.path, sequence_length, tokens, asked.seed, reading, "data.calibration", judged
     )
@@ -175,25 +178,65 @@ def make_pruned(
     )
 
 
+def make_generated(
+    out: Path,
+    *,
+    model: Artifact,
+    prompts: Text,
+    tokens: int,
+    batch_size: int,
+    selection_rows: int,
+    share: float,
+    seed: int,
+    sequence_length: int,
+    device: str,
+) -> GeneratedText:
+    """Have the dense model generate that share of the rows to train on. Killed, it goes on after the last answers."""
+    import torch
+
+    from numprune.flows.stages import kept_beside
+    from numprune.flows.steps.generate import generated_text, generated_windows, save_generated
+    from numprune.recovery import RecoveryOptions
+
+    options = RecoveryOptions(tokens=tokens, batch_size=batch_size, selection_rows=selection_rows)
+    windows, where = generated_windows(options, sequence_length, share), torch.device(device)
+    asked = (model.path, list(prompts.source), windows, sequence_length, seed, where, kept_beside(out))
+    with generated_text(*asked) as made:
+        return save_generated(out, made)
+
+
 def make_recovery_rows(
     out: Path,
     *,
     model: Artifact,
     text: Text,
-    heldout: Artifact,
-    heldout_digest: str,
+    heldout: Mapping[str, Artifact],
+    generated: Artifact | None,
     asked: Recover,
     sequence_length: int,
     reading: Reading,
 ) -> RecoveryText:
-    """Draw the rows of training and selection, none of those that the model is judged on."""
+    """Draw the rows of training and selection, none of those that the model is judged on.
+
+    `heldout`: stages of `make_heldout` by the digests of their rows; `generated`: that of `make_generated`, with the
+    digest of its rows.
+    """
+    from numprune.export.checkpoint import load_tokenizer
+    from numprune.export.tasks import load_task
+    from numprune.flows.steps.generate import load_generated
     from numprune.flows.steps.recover import options_of, training_rows
     from numprune.flows.steps.text import load_heldout
     from numprune.flows.steps.training import save_rows
 
-    judged, options = load_heldout(heldout.path, heldout_digest), options_of(asked)
-    option = "recover.selection_rows"
-    return save_rows(out, training_rows(text.source, model.path, sequence_length, options, reading, option, judged))
+    judged, options = [load_heldout(one.path, digest) for digest, one in heldout.items()], options_of(asked)
+    option, more = "recover.selection_rows", None
+    if generated:
+        more = load_generated(generated.path, generated.digest)
+    tokenizer = load_tokenizer(model.path)
+    source = text.source if asked.generated_share < 1 or more is None else None
+    task = load_task(model.path)
+    rows = training_rows(source, tokenizer, sequence_length, options, reading, option, judged, more, task)
+    return save_rows(out, rows)
 
 
 def make_recovered(
@@ -291,6 +334,7 @@ def make_quality(
     *,
     candidate: Artifact,
     unquantized: Artifact | None,
+    pruned: Artifact | None,
     baseline: Artifact,
     scores: Artifact,
     rows: Artifact,
@@ -301,7 +345,7 @@ def make_quality(
     """Compare the candidate with the baseline; `scores` is the stage that scored the baseline on the same rows and
     prompts.
 
-    A quantized candidate is also compared with the `unquantized` one.
+    A quantized candidate is also compared with the `unquantized` one, and a trained one with the `pruned` one.
     """
     import torch
 
@@ -319,6 +363,7 @@ def make_quality(
         prompts_of(prompts),
         where,
         unquantized=unquantized.path if unquantized else None,
+        pruned=pruned.path if pruned else None,
     )
     return Quality.model_validate(found)
 
@@ -378,9 +423,12 @@ def make_report(
     candidate: Artifact,
     learned: Artifact | None,
     pruned: Artifact,
+    generated: Artifact | None,
     recovered: Artifact | None,
     quantized: Artifact | None,
     quality: Artifact,
+    corpus: str,
+    corpora: Mapping[str, Artifact],
     answers: Mapping[str, Artifact],
     benchmarks: Mapping[str, Sequence[Artifact]],
     name: str,
@@ -396,8 +444,10 @@ def make_report(
 
     Args:
         base, candidate: the pruned base, and the released checkpoint.
-        learned, pruned, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every look.
+        learned, pruned, generated, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every
+            look.
         answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
+        corpus: the name of the text that `quality` is of, where it has one; `corpora`: quality on the others, by name.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """
@@ -413,16 +463,23 @@ def make_report(
         sizes,
     )
 
+    named: dict[str, Any] = {"corpus": corpus} if corpus else {}
+    if corpora:
+        named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
     criterion = asked_to_learn.method if learned else asked.criterion
     sections = {
         "pruning": pruning_section(asked, criterion, read_facts(pruned.path, PrunedCheckpoint)),
         "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,
-        "recovery": recovery_section(asked_to_recover, read_facts(recovered.path, RecoveredCheckpoint))
+        "recovery": recovery_section(
+            asked_to_recover,
+            read_facts(recovered.path, RecoveredCheckpoint),
+            read_facts(generated.path, GeneratedText) if generated else None,
+        )
         if recovered
         else None,
         "quantization": quantization_section(read_facts(quantized.path, QuantizedCheckpoint)) if quantized else None,
         "sizes": sizes(base.path, candidate.path),
-        "quality": read_facts(quality.path, Quality),
+        "quality": read_facts(quality.path, Quality).model_copy(update=named),
         "parity": parity,
     }
     if answers:

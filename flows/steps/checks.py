@@ -14,7 +14,7 @@ from numprune.anatomy import read_anatomy, task_name
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS
 from numprune.chat import renderer
-from numprune.documents import WHOLE_FILE, is_plain, read_documents
+from numprune.documents import WHOLE_FILE, Document, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
 from numprune.export import compressed_tensors, genai, onnx, processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
@@ -32,6 +32,7 @@ from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import harness
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
+from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
@@ -43,7 +44,7 @@ from numprune.recovery.rows import require_others
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
-from numprune.serving.report import Report, TaskAccuracy, path_of
+from numprune.serving.report import ONCE, Report, TaskAccuracy, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
@@ -63,6 +64,9 @@ _INSTALL = {
 }
 
 
+Collect = Callable[..., Any]  # a field, a function and its arguments: the result, or None where it is a problem
+
+
 def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe with its inputs identified. Raises InputError as `check` does."""
     check(recipe, workspace)
@@ -74,7 +78,10 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         base=Artifact(base, folder_digest(base)),
         task=task_name(read_config(base)),
         calibration=Text(data.calibration, text_digest(data.calibration, "train")),
-        heldout=Text(data.heldout, text_digest(data.heldout, "heldout")),
+        heldout={name: Text(text, text_digest(text, "heldout")) for name, text in data.corpora.items()},
+        prompts=Text(recipe.recover.prompts, text_digest(recipe.recover.prompts, "train"))
+        if recipe.recover.prompts
+        else None,
         tasks=Text(recipe.evaluate.tasks, load_tasks_of(recipe).digest()) if recipe.evaluate.tasks else None,
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
@@ -119,11 +126,6 @@ def check(recipe: Recipe, workspace: Path) -> None:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: _check_pruning(recipe, anatomy, base))
         problems += _servers(recipe, anatomy, task)
-        if recipe.recover.method != "none" and anatomy.task != CAUSAL_LM:
-            problems.append(
-                f"recover.method = {recipe.recover.method!r}: only causal language models are trained after pruning, "
-                f"and the model is for {anatomy.task}; leave it out"
-            )
         if recipe.evaluate.tasks and anatomy.task != CAUSAL_LM:
             problems.append(
                 f"evaluate.tasks: only causal language models answer tasks; the model is for {anatomy.task}; omit it"
@@ -150,15 +152,17 @@ def check(recipe: Recipe, workspace: Path) -> None:
     if recipe.evaluate.tasks and not _missing("tasks"):
         tasks = collect("evaluate.tasks", load_tasks_of, recipe)
     data = recipe.data
-    texts = {name: text for name in ("calibration", "heldout") if isinstance(text := getattr(data, name), list)}
+    fields = {"data.calibration": data.calibration, **heldout_fields(recipe)}
+    texts = {field: text for field, text in fields.items() if isinstance(text, list)}
     if tokenizer is not None or not data.chat:
         render = renderer(tokenizer) if data.chat else None
-        read = {
-            name: collect(f"data.{name}", read_documents, files, data.split, render) for name, files in texts.items()
-        }
-        trained_on = {recipe.learn.method, recipe.recover.method} != {"none"}
-        if trained_on and all(read.get(name) for name in ("calibration", "heldout")):
-            collect("data.heldout", require_others, read["calibration"], read["heldout"])
+        read = {field: collect(field, read_documents, files, data.split, render) for field, files in texts.items()}
+        trained = read.pop("data.calibration", None) or []
+        if recipe.recover.method != "none":
+            trained = [*trained, *_prompts(recipe, tokenizer, collect)]
+        if {recipe.learn.method, recipe.recover.method} != {"none"}:
+            for field, judged in read.items():
+                collect(field, require_others, trained, judged or [])
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; omit it")
     problems += _combinations(recipe)
@@ -177,6 +181,15 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
     if problems:
         raise InputError(listed("the recipe cannot run here", problems))
+
+
+def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, collect: Collect) -> list[Document]:
+    """The prompts that the dense model is to answer."""
+    files, length = recipe.recover.prompts, recipe.data.sequence_length
+    found: list[Document] = collect("recover.prompts", read_prompts, files) if files else []
+    if found and tokenizer is not None:
+        collect("recover.prompts", encoded, found, tokenizer, length)
+    return found or []
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: int) -> None:
@@ -202,6 +215,11 @@ def load_tasks_of(recipe: Recipe) -> Tasks:
     """The recipe's tasks, with their data. Raises as `harness.load_tasks`."""
     asked = recipe.evaluate
     return harness.load_tasks(asked.tasks, asked.num_fewshot, asked.limit)
+
+
+def heldout_fields(recipe: Recipe) -> dict[str, str | list[str]]:
+    """The text of each corpus, by what the recipe calls it."""
+    return {f"data.heldout.{name}".rstrip("."): text for name, text in recipe.data.corpora.items()}
 
 
 def schemes_asked(asked: Quantize) -> list[Scheme]:
@@ -265,6 +283,8 @@ def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
             f"benchmark.torch_mode = {recipe.benchmark.torch_mode!r}: only decoding is compiled, and {anatomy.task} "
             "models do not generate; omit it"
         )
+    if recipe.recover.prompts:
+        problems.append(f"recover.prompts: {anatomy.task} models do not generate; omit it")
     if recipe.evaluate.prompts not in (BUILT_IN, []):
         problems.append(f"evaluate.prompts: {anatomy.task} models do not generate; omit it")
     return problems
@@ -375,7 +395,13 @@ def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list
     for index, gate in enumerate(recipe.gates):
         section, name, *rest = path_of(gate.metric).split(".")
         where = f"gates.{index}.metric = {gate.metric!r}"
-        if task and (why := other_task(gate.metric, task)):
+        of_corpus = (section, name) == ("quality", "corpora")
+        if of_corpus:
+            if unknown := _corpus(recipe, rest):
+                problems.append(f"{where}: {unknown}")
+                continue
+            _, name, *rest = [*rest, ""]
+        if task and (why := other_task(".".join([section, name, *rest]), task)):
             problems.append(f"{where}: {why}")
             continue
         if section == "tasks":
@@ -393,12 +419,14 @@ def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list
                 problems.append(f"{where}: {name!r} is not benchmarked; benchmark.runtimes are {runtimes}")
             name = rest[0] if rest else ""
         known = [key for model in models_in(field.annotation) for key in model.model_fields]
+        known = [key for key in known if not (of_corpus and key in ONCE)]
         if known and name not in known:
             problems.append(f"{where}: the report has no such figure{did_you_mean(name, known)}")
         if recipe.quantize.scheme == "none" and "quantization" in (section, name.partition("_")[0]):
             problems.append(f"{where}: quantize.scheme = 'none' has no such figure; choose a scheme or drop the gate")
+        kind = "recovery" if (section, name) == ("quality", "pruned") else name.partition("_")[0]
         for training, figures in (("learn", "learning"), ("recover", "recovery")):
-            if getattr(recipe, training).method == "none" and section == figures:
+            if getattr(recipe, training).method == "none" and figures in (section, kind):
                 problems.append(
                     f"{where}: {training}.method = 'none' has no such figure; choose a method or drop the gate"
                 )
@@ -418,6 +446,19 @@ def _task_metric(recipe: Recipe, name: str, rest: Sequence[str], tasks: Tasks | 
     elif len(rest) < 2 or rest[0] not in tasks.metrics(name) or rest[1] not in TaskAccuracy.model_fields:
         metrics = " or ".join(tasks.metrics(name))
         yield f"the report has no such figure; use tasks.{name}.METRIC.accuracy_delta with METRIC {metrics}"
+
+
+def _corpus(recipe: Recipe, path: Sequence[str]) -> str:
+    """Why the report has no such corpus, where it has none; `path`: its name and the figure."""
+    first, *others = recipe.data.corpora
+    asked, figure = path[0] if path else "", ".".join(path[1:])
+    if not first:
+        return "data.heldout is one text without a name; name several, or use quality.loss_delta"
+    if asked == first:
+        return f"{first!r} is the first corpus, which quality itself is of; use quality.{figure}"
+    if asked in others:
+        return ""
+    return f"data.heldout has no such corpus; beside the first, {first!r}, there are: {', '.join(others) or 'none'}"
 
 
 def _needed(recipe: Recipe) -> list[tuple[str, str]]:

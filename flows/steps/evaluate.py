@@ -15,11 +15,13 @@ from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.export.checkpoint import load, read_config
 from numprune.export.tasks import load_task
+from numprune.flows.names import CAUSAL_LM
 from numprune.flows.steps.baseline import keep_states, score, scored, side
 from numprune.generation import MAXIMUM_TOKENS, generate
 from numprune.quality import compare_predictions, compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
 from numprune.tasks import Comparison, Predictions, Task, TaskName
+from numprune.tasks.task import compared
 
 _NLL = {"masked-lm": "nll_nats_per_masked_token", "classification": "nll_nats_per_text"}
 
@@ -33,24 +35,44 @@ def compare_with_scores(
     prompts: Sequence[str],
     device: torch.device,
     unquantized: Path | None = None,
+    pruned: Path | None = None,
 ) -> dict[str, Any]:
     """The section `quality`; `scores`: where `score` stored the baseline's on the same rows; `generations`: its result.
 
-    For a quantized candidate, `unquantized` is the model before quantization. Each model reads the rows once.
+    For a quantized candidate, `unquantized` is the model before quantization; for a trained one, `pruned` is the model
+    before training. Each model reads the rows once.
 
     Raises InputError, IntegrityError.
     """
     task = load_task(baseline)
     known = _scored(scores, rows, load(baseline)[0].to(device), task)
-    if unquantized is None:
+    if unquantized is None and pruned is None:
         return _compare(candidate, known, generations, rows, prompts, device, task)
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        before = _run_once(Path(scratch, "unquantized"), load(unquantized)[0].to(device), rows, task)
+        earlier = {
+            name: _run_once(Path(scratch, name), load(folder)[0].to(device), rows, task)
+            for name, folder in (("pruned", pruned), ("unquantized", unquantized))
+            if folder is not None
+        }
         model, tokenizer = load(candidate)
         ours = _run_once(Path(scratch, "candidate"), model.to(device), rows, task)
-        found = section(compare_predictions(ours, known, rows, task), rows)
-        beside = section(compare_predictions(ours, before, rows, task), rows)
-    found["quantization_loss_delta"] = beside["loss_delta"]
+
+        to_base = compare_predictions(ours, known, rows, task)
+        found = section(to_base, rows)
+        if unquantized is not None:
+            beside = compare_predictions(ours, earlier["unquantized"], rows, task)
+            found["quantization_loss_delta"] = _loss_delta(beside)
+        if pruned is not None:
+            before = compare_predictions(earlier["pruned"], known, rows, task)
+            trained = to_base
+            if unquantized is not None:
+                trained = compare_predictions(earlier["unquantized"], known, rows, task)
+            # Of losses against the base, because some tasks have no other.
+            gained = compared(task, rows, trained.difference - before.difference, {}, seed=0)
+            found["recovery_loss_delta"] = _loss_delta(gained)
+            found["pruned"] = {"loss_delta": _loss_delta(before)}
+            if task.name == CAUSAL_LM:
+                found["pruned"] |= side(before.candidate)
     if prompts and task.generates:
         found["generation"] = generation(model, tokenizer, prompts, generations)
     return found
@@ -167,7 +189,7 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
         "tokens": _tokens(found.task, rows, found.scored),
         "documents": found.documents,
         "packed": rows.packed,
-        "loss_delta": {**dataclasses.asdict(found.loss_delta), "unit": found.unit},
+        "loss_delta": _loss_delta(found),
         "document_deltas": document_deltas(found, rows),
     }
     if found.task == "causal-lm":
@@ -176,6 +198,10 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
     else:
         facts["metrics"] = _metrics(found)
     return finite(facts)
+
+
+def _loss_delta(found: Comparison) -> dict[str, Any]:
+    return {**finite(dataclasses.asdict(found.loss_delta)), "unit": found.unit}
 
 
 def _metrics(found: Comparison) -> dict[str, Any]:

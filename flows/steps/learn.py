@@ -1,6 +1,6 @@
 """Derive a plan from a checkpoint by trained masks and, if the weights are trained, too, a new checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def training_rows(
     seed: int,
     reading: Reading,
     option: str,
-    judged: TokenRows | None = None,
+    judged: Sequence[TokenRows] = (),
 ) -> tuple[RecoveryRows, Draw]:
     """Return the windows of the text for `tokens` tokens, or all it has, and their origin.
 
@@ -69,7 +69,7 @@ def training_rows(
     task, tokenizer, wanted = load_task(source), checkpoint.load_tokenizer(source), -(-tokens // length)
     rows = text_rows(text, "train", tokenizer, length, reading, (wanted + SELECTION_ROWS) * length, task)
     with named(option):
-        drawn = draw_windows(rows, length, wanted, SELECTION_ROWS, seed, judged)
+        drawn = draw_windows([rows], length, wanted, SELECTION_ROWS, seed, judged)
     return drawn, draw_of(text, seed, reading, packed=rows.packed)
 
 

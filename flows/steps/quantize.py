@@ -91,6 +91,7 @@ def write_quantized(
     *,
     rows: Tensor | None = None,
     draw: Draw | None = None,
+    recovery: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model that was quantized in memory to the new folder `out`, as `quantize_checkpoint` does.
 
@@ -100,6 +101,7 @@ def write_quantized(
         base: the checkpoint that it was made from.
         plan: by which it was pruned before; None: it was not.
         rows, draw: as for `quantize_checkpoint`.
+        recovery: how it was trained in memory before, for the manifest; None: it was not.
 
     Raises:
         InputError: `out` exists.
@@ -110,6 +112,8 @@ def write_quantized(
     facts: dict[str, Any] = {"quantization": _facts(anatomy, schemes, rows, draw)}
     if plan is not None:
         facts |= plan_facts(plan)
+    if recovery is not None:
+        facts["recovery"] = recovery
     stored = checkpoint.audit(base)
     scale_dtype = main_dtype(stored)
     by_name = {name: matrix.scheme for name, matrix in matrices.items()}
@@ -129,6 +133,8 @@ def write_quantized(
         quantized = _set_config(model.config, by_name, folder) if matrices else None
         if plan is not None:
             describe(folder, base, plan)
+        if recovery is not None:
+            card.set_training(folder, card.distilled(recovery))
         if quantized is not None:
             card.set_quantization(folder, quantized)
         checkpoint.audit(folder)

@@ -1,68 +1,88 @@
 """A pruned checkpoint to one that was trained towards the dense model."""
 
 import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.anatomy import task_name
-from numprune.corpus import TokenRows
+from numprune.anatomy import layers_path, task_name
+from numprune.corpus import TokenRows, token_rows
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import card, checkpoint, compressed_tensors, manifest
-from numprune.export.weights import DTYPES
-from numprune.flows.names import CAUSAL_LM
+from numprune.export.tasks import load_task
+from numprune.export.weights import dtypes_of
 from numprune.flows.recipe import Recover
 from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
+from numprune.flows.steps.prune import describe, plan_facts
 from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint
 from numprune.flows.steps.training import named, resumable
+from numprune.plans import Plan
 from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows
 from numprune.recovery.state import TrainingState
+from numprune.renumber import renumber_tensors
+from numprune.tasks import CAUSAL, Task
+from numprune.tasks.reading import frame_of
 
 
 def options_of(asked: Recover) -> RecoveryOptions:
     """Return the options that a recipe asks for."""
-    return RecoveryOptions(**asked.model_dump(exclude={"method"}))
+    given = asked.model_dump(exclude={"method", "prompts", "generated_share"})
+    return RecoveryOptions(**given | {"learning_rate": None if asked.learning_rate == "auto" else asked.learning_rate})
 
 
 def check_request(source: Path, dense: Path) -> None:
     """Refuse what `recover_checkpoint` could not do. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "training")
     compressed_tensors.refuse_quantized(dense, "--dense")
-    for folder in (source, dense):
-        if (task := task_name(checkpoint.read_config(folder))) != CAUSAL_LM:
-            raise InputError(f"{folder}: task {task}; only causal language models can be trained after pruning")
-    ours, theirs = (checkpoint.load_tokenizer(folder).get_vocab() for folder in (source, dense))
-    if ours != theirs:
-        raise InputError(f"{source} and {dense}: their tokenizers differ; --dense is the model that was pruned")
-    sizes = [int(checkpoint.read_config(folder).vocab_size) for folder in (source, dense)]
+    ours, theirs = ((checkpoint.read_config(folder), checkpoint.load_tokenizer(folder)) for folder in (source, dense))
+    check_pair(ours, theirs, (str(source), str(dense)))
+
+
+Side = tuple[Any, PreTrainedTokenizerBase]  # a configuration and a tokenizer
+
+
+def check_pair(model: Side, dense: Side, names: tuple[str, str]) -> None:
+    """Raises InputError that names two models where one cannot be trained towards the other."""
+    both, remedy = " and ".join(names), "the dense model must be the one that was pruned"
+    if model[1].get_vocab() != dense[1].get_vocab():
+        raise InputError(f"{both}: their tokenizers differ; {remedy}")
+    tasks = [task_name(config) for config, _ in (model, dense)]
+    if tasks[0] != tasks[1]:
+        raise InputError(f"{both}: their tasks are {tasks[0]} and {tasks[1]}; {remedy}")
+    sizes = [int(config.vocab_size) for config, _ in (model, dense)]
     if sizes[0] != sizes[1]:
-        raise InputError(
-            f"{source} and {dense}: vocab_size is {sizes[0]} and {sizes[1]}; --dense is the model that was pruned"
-        )
+        raise InputError(f"{both}: vocab_size is {sizes[0]} and {sizes[1]}; {remedy}")
 
 
 def training_rows(
-    text: texts.Text,
-    model: Path,
+    text: texts.Text | None,
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     options: RecoveryOptions,
     reading: Reading,
     option: str,
-    judged: TokenRows | None = None,
+    judged: Sequence[TokenRows] = (),
+    generated: TokenRows | None = None,
+    task: Task = CAUSAL,
 ) -> RecoveryRows:
-    """Return the rows of a text, none of those that the result is judged on.
+    """Return the rows of a text (None: of the generated one alone), none of those that the result is judged on.
 
     `option`: the user's name of the number of selection rows. Raises InputError.
     """
-    tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
-    rows = texts.text_rows(text, "train", checkpoint.load_tokenizer(model), length, reading, tokens)
+    sources = [] if generated is None else [generated]
+    if text is not None:
+        tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
+        documents = texts.read_text(text, "train", tokenizer, reading, tokens)
+        frame = None if task == CAUSAL else frame_of(tokenizer)
+        sources.append(token_rows(documents, tokenizer, length, reading.pack, frame))
     with named(option):
-        return draw_rows(rows, length, options, judged)
+        return draw_rows(sources, length, options, judged, task)
 
 
 def recover_checkpoint(
@@ -87,7 +107,7 @@ def recover_checkpoint(
     """
     check_request(source, dense)
     parents = {"base": manifest.folder_digest(source), "dense": manifest.folder_digest(dense)}
-    asked = {"method": "distill", **dataclasses.asdict(options), "rows": rows.digest}
+    asked = _asked(options, rows.digest)
     processes = shared_by(device)
     where = {"device": device.type, "processes": processes.num_processes, "code": {**code_version("export")}}
     # One process saves and writes for all.
@@ -95,10 +115,7 @@ def recover_checkpoint(
         processes.wait_for_everyone()
         model, found = _trained(source, dense, rows, options, device, state)
         if processes.is_main_process:
-            facts = {"recovery": {**asked, **_lasting(found)}}
-            with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
-                checkpoint.save_trained(model, source, folder)
-                card.set_training(folder, training_of(found))
+            write_recovered(model, facts_of(options, found, rows.digest), None, source, out, parents)
     processes.wait_for_everyone()
     return RecoveredCheckpoint(digest=manifest.read(out).digest, **dataclasses.asdict(found))
 
@@ -113,9 +130,11 @@ def _trained(
 ) -> tuple[PreTrainedModel, Recovered]:
     """Return the model in `source`, trained, and how. Raises InputError, IntegrityError."""
     model, _ = checkpoint.load(source)
-    stored, dropped = _stored(source, model), dropped_layers(source)
+    stored, dropped = stored_dtypes(source, model), dropped_layers(source)
     teacher, _ = checkpoint.load(dense)
-    return model, distill(model, teacher, rows, options, device, stored=stored, dropped=dropped, state=state)
+    return model, distill(
+        model, teacher, rows, options, device, stored=stored, dropped=dropped, state=state, task=load_task(source)
+    )
 
 
 def shared_by(device: torch.device) -> Any:
@@ -125,21 +144,49 @@ def shared_by(device: torch.device) -> Any:
     return PartialState(cpu=device.type == "cpu")
 
 
-def _stored(source: Path, model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Return the data types that the model's weights are stored in, by their names in the model."""
-    headers = checkpoint.audit(source)
-    found = {name: headers.get(parts[0]) for name, parts in checkpoint.stored_names(model).items()}
-    return {name: DTYPES[header.dtype] for name, header in found.items() if header is not None}
+def stored_dtypes(source: Path, model: PreTrainedModel, dropped: Collection[int] = ()) -> dict[str, torch.dtype]:
+    """Return the data types that the model's weights are stored in, by their names in the model.
+
+    `dropped`: layers of the checkpoint `source` that the model does not have.
+    """
+    dtypes = renumber_tensors(dtypes_of(checkpoint.audit(source)), layers_path(model.config), dropped)
+    names = {name: parts[0] for name, parts in checkpoint.stored_names(model).items()}
+    return {name: dtypes[stored] for name, stored in names.items() if stored in dtypes}
 
 
-def _lasting(found: Recovered) -> dict[str, Any]:
-    """What of a training is the same each time."""
-    return {name: value for name, value in dataclasses.asdict(found).items() if name != "seconds"}
+def facts_of(options: RecoveryOptions, found: Recovered, rows_digest: str) -> dict[str, Any]:
+    """Return what a manifest says of a training: what is the same each time."""
+    lasting = {name: value for name, value in dataclasses.asdict(found).items() if name != "seconds"}
+    return {**_asked(options, rows_digest), **lasting}
 
 
-def training_of(found: Recovered) -> str:
-    """Return the sentence for the model card."""
-    kept = f"the weights after step {found.best_step} of {found.steps}"
-    if not found.best_step:
-        kept = "no step improved on the pruned weights, which were kept"
-    return f"distillation from the base model on {found.tokens:,} tokens; {kept}"
+def _asked(options: RecoveryOptions, rows_digest: str) -> dict[str, Any]:
+    return {"method": "distill", **dataclasses.asdict(options), "rows": rows_digest}
+
+
+def write_recovered(
+    model: PreTrainedModel,
+    recovery: Mapping[str, Any],
+    plan: Plan | None,
+    base: Path,
+    out: Path,
+    parents: Mapping[str, str] | None = None,
+) -> None:
+    """Write a trained model to the new folder `out`.
+
+    Args:
+        recovery: what `facts_of` returned.
+        plan: by which the model was pruned from that in `base`; None: `base` holds the pruned one.
+        parents: digests of what it was made from; None: of `base`.
+
+    Raises InputError, IntegrityError.
+    """
+    facts = {"recovery": recovery, **(plan_facts(plan) if plan else {})}
+    parents = parents or {"base": manifest.folder_digest(base)}
+    with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
+        if plan is None:
+            checkpoint.save_trained(model, base, folder)
+        else:
+            checkpoint.save(model, base, folder, dropped=plan.dropped_layers())
+            describe(folder, base, plan)
+        card.set_training(folder, card.distilled(recovery))

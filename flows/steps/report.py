@@ -12,6 +12,7 @@ from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
 from numprune.flows.recipe import Learn, Prune, Recover
 from numprune.flows.steps.results import (
+    GeneratedText,
     Judgement,
     LearnedMasks,
     PrunedCheckpoint,
@@ -23,6 +24,7 @@ from numprune.serving import benchmark, gates
 from numprune.serving.benchmark import vllm as benchmark_vllm
 from numprune.serving.junit import junit
 from numprune.serving.report import (
+    UNITS,
     Environment,
     Identity,
     Report,
@@ -118,20 +120,26 @@ def learning_section(asked: Learn, learned: LearnedMasks) -> dict[str, Any]:
     }
 
 
-def recovery_section(asked: Recover, recovered: RecoveredCheckpoint) -> dict[str, Any]:
+def recovery_section(
+    asked: Recover, recovered: RecoveredCheckpoint, generated: GeneratedText | None = None
+) -> dict[str, Any]:
     """How the pruned checkpoint was trained."""
     return {
         "method": asked.method,
         "train": asked.train,
         "seed": asked.seed,
-        "learning_rate": asked.learning_rate,
+        "learning_rate": recovered.learning_rate,
         "tokens": recovered.tokens,
         "steps": recovered.steps,
         "best_step": recovered.best_step,
         "parameters": recovered.parameters,
         "blocks": recovered.blocks,
         "seconds": recovered.seconds,
-        "selection_kl_nats_per_token": {"baseline": recovered.kl_before, "candidate": recovered.kl_after},
+        "generated": None if generated is None else {"answers": generated.answers, "tokens": generated.tokens},
+        "selection_kl_nats_per_token" if recovered.unit == UNITS["causal-lm"] else "selection_divergence": {
+            "baseline": recovered.kl_before,
+            "candidate": recovered.kl_after,
+        },
     }
 
 

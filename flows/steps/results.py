@@ -67,6 +67,16 @@ class PrunedCheckpoint:
 
 
 @dataclass(frozen=True)
+class GeneratedText:
+    """`digest`: of the rows; `answers`: that were sampled, and `tokens`: of those, prompts not counted."""
+
+    digest: str
+    rows: int
+    answers: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class RecoveryText:
     """`digest`: of all rows; `tokens`: of those to train on, once over."""
 
@@ -116,9 +126,11 @@ class RecoveredCheckpoint:
     digest: str
     steps: int
     tokens: int
+    learning_rate: float
     best_step: int
     kl_before: float
     kl_after: float
+    unit: str
     seconds: float
     parameters: int
     blocks: dict[str, float]

@@ -3,16 +3,17 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
-from numprune.documents import Reading
+from numprune.documents import Document, Reading
 from numprune.errors import InputError, IntegrityError, NumpruneError
-from numprune.export import checkpoint, locks
+from numprune.export import locks
 from numprune.flows.names import TRAINING, TRAINING_LOCK
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.results import RecoveryText
@@ -33,11 +34,21 @@ def load_rows(stage: Path) -> RecoveryRows:
     return RecoveryRows(**load_file(stage / _FILE))
 
 
-def check_documents(text: texts.Text, judged: texts.Text, model: Path, reading: Reading, option: str) -> None:
-    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have."""
-    tokenizer = checkpoint.load_tokenizer(model)
+def check_documents(
+    text: texts.Text,
+    judged: texts.Text,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading,
+    option: str,
+    prompts: Sequence[Document] = (),
+) -> None:
+    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have.
+
+    `prompts`: documents that are also trained on.
+    """
+    trained, others = (texts.read_text(one, "train", tokenizer, reading) for one in (text, judged))
     with named(option):
-        require_others(*(texts.read_text(one, "train", tokenizer, reading) for one in (text, judged)))
+        require_others([*trained, *prompts], others)
 
 
 @contextmanager

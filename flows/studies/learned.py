@@ -174,7 +174,7 @@ def _study(args: argparse.Namespace) -> str:
     heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
     distilled = None
     if args.distill:
-        distilled = recover.training_rows(text, base, length, options, Reading(), "--calibration", heldout)
+        distilled = recover.training_rows(text, tokenizer, length, options, Reading(), "--calibration", [heldout])
     table: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="numprune-learned-") as scratch:
         study = _Study(base, text, length, rows, heldout, distilled, options, device_of("auto"), Path(scratch))
@@ -223,7 +223,7 @@ def _learned(study: _Study, asked: Request, ratio: float) -> Iterator[_Made]:
     """Learn once, and apply the plan with each refit."""
     out, base = study.scratch / f"{asked.variant}-{asked.tokens}-{ratio}", study.base
     rows, draw = training_rows(
-        study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", study.heldout
+        study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", [study.heldout]
     )
     options = replace(_LEARNED, ratio=ratio)
     learned = learn_checkpoint(base, rows, draw, options, asked, out, study.device, study.scratch)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from numprune.anatomy import layers_path
 from numprune.errors import IntegrityError
+from numprune.tasks import CAUSAL, Task
 
 _ADAPTER = "default"
 _SCALE = 2  # of the update B A: peft's alpha divided by the rank
@@ -23,7 +24,7 @@ class Adapters:
     Routed experts, which are no Linear layers, have none. The adapters are part of `model` until `finish`.
     """
 
-    def __init__(self, model: PreTrainedModel, rank: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, rank: int, seed: int, task: Task = CAUSAL) -> None:
         from peft import LoraConfig, LoraModel
 
         path = layers_path(model.config)
@@ -37,7 +38,7 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._tuner = LoraModel(model, config, _ADAPTER)
-        self._model = model
+        self._model, self._task = model, task
         self._layers = {f"{name}.weight": model.get_submodule(name) for name in names}
 
     @torch.no_grad()
@@ -62,7 +63,7 @@ class Adapters:
     @torch.no_grad()
     def check(self, rows: Tensor) -> None:
         merged = self.merged()
-        apart = self._model(input_ids=rows, use_cache=False).logits
+        apart = self._output(rows)
         together = self._merged_logits(merged, rows)
         # Merging rounds each weight once: what logits move by when each is rounded once more is the yardstick.
         rounded = {
@@ -80,7 +81,10 @@ class Adapters:
 
     def _merged_logits(self, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         with self.replaced(weights):
-            return self._model(input_ids=rows, use_cache=False).logits
+            return self._output(rows)
+
+    def _output(self, rows: Tensor) -> Tensor:
+        return self._task.output(self._model, rows, torch.ones_like(rows))
 
     @torch.no_grad()
     def _assign(self, weights: Mapping[str, Tensor], *, adapted: bool) -> None:

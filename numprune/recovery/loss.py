@@ -1,43 +1,69 @@
-"""The loss: how far a model's distributions of the next token are from the dense one's."""
+"""The loss: how far a model's predictions are from the dense one's."""
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from numprune.tasks import CAUSAL, Predictions
+from numprune.tasks import CAUSAL, Predictions, Task
 from numprune.tasks.language import kl_divergence, log_probabilities
 from numprune.tasks.task import parts
 
+# Up to so many logits are kept for the gradient, in a few tensors of 128 MiB; more are computed twice.
+KEPT_VALUES = 1 << 25
+
 
 class Distillation(nn.Module):
-    """A model with the dense one that it is to follow: rows (n, S) to the sum of KL(p || q) over all n (S - 1) tokens.
+    """A model with the dense one that it is to follow: rows (n, S) to the sum of their divergence over all predictions.
 
-    The full vocabulary counts, a few positions at a time: their logits are computed again for the gradient, so that
-    memory does not grow with V.
+    For a causal language model that is KL(p || q) of n (S - 1) tokens over the full vocabulary, a few positions at a
+    time: many logits are computed again for the gradient, so that memory does not grow with V.
     """
 
-    def __init__(self, model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, dense: PreTrainedModel, task: Task = CAUSAL) -> None:
         super().__init__()
         self.model = model
-        self._dense = CAUSAL.predictions(dense)  # no part of this module: it is not trained
+        self._task, self._dense = task, [dense]  # a list: it is no part of this module, and not trained
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Return the sum, a scalar in nats, float64."""
-        ours, theirs = CAUSAL.predictions(self.model), self._dense
-        states = ours.states([], rows)
+        """Return the sum, a scalar in the unit of the task's loss, float64."""
+        (dense,) = self._dense
+        ours = outputs(self._task, self.model, rows)
         with torch.no_grad():
-            wanted = theirs.states([], rows)
-        return divergence(ours, states, theirs, wanted)
+            theirs = outputs(self._task, dense, rows)
+        return divergence(self._task, (self.model, ours), (dense, theirs), rows)
 
 
-def divergence(ours: Predictions, states: Tensor, theirs: Predictions, wanted: Tensor) -> Tensor:
-    """Return the sum of KL(p || q) over states (n, P, H) of two models, a scalar in nats, float64; p is not trained."""
+def outputs(task: Task, model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Return what `divergence` compares: of a causal language model the last hidden states of rows (n, S)."""
+    if task.name == CAUSAL.name:
+        return task.predictions(model).states([], rows)
+    return task.output(model, rows, torch.ones_like(rows))
+
+
+def divergence(
+    task: Task, model: tuple[PreTrainedModel, Tensor], dense: tuple[PreTrainedModel, Tensor], rows: Tensor
+) -> Tensor:
+    """Return the sum of the divergence of two models, each with its `outputs` of rows (n, S), a scalar, float64.
+
+    The dense one is not trained.
+    """
+    if task.name != CAUSAL.name:
+        return task.divergence(model[1], dense[1], rows).sum()
+    ours, theirs = (task.predictions(one) for one, _ in (model, dense))
+    return _of_states(ours, model[1], theirs, dense[1])
+
+
+def _of_states(ours: Predictions, states: Tensor, theirs: Predictions, wanted: Tensor) -> Tensor:
+    """Return the sum of KL(p || q) over states (n, P, H) of two models, in nats."""
 
     def of_part(some: Tensor, same: Tensor) -> Tensor:
         with torch.no_grad():
             target = log_probabilities(theirs, same)
         return kl_divergence(log_probabilities(ours, some), target).sum()
 
-    sums = [checkpoint(of_part, *part, use_reentrant=False) for part in parts(ours.size, states, wanted)]
-    return torch.stack(sums).sum()
+    kept = states.shape[:2].numel() * ours.size <= KEPT_VALUES
+    of_each = of_part if kept else partial(checkpoint, of_part, use_reentrant=False)
+    return torch.stack([of_each(*part) for part in parts(ours.size, states, wanted)]).sum()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises
+RATE_TIMES_WIDTH = 0.128  # 5e-4 for a hidden size of 256
 FINAL = 0.1  # of the learning rate, at the last step
 MEASUREMENTS = 10  # of the selection rows, spread over the steps, beside the one before the first step
 
@@ -18,7 +19,8 @@ class RecoveryOptions:
 
     Attributes:
         tokens: to train on, rounded to whole steps.
-        learning_rate: AdamW's, at its highest.
+        learning_rate: AdamW's, at its highest; None: `RATE_TIMES_WIDTH` / H, with H the hidden size: Adam's best rate
+            for hidden weights falls with the width (Yang et al., arXiv 2203.03466).
         batch_size: rows of a step.
         micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
         selection_rows: on which the best step is chosen; they are not trained on.
@@ -29,7 +31,7 @@ class RecoveryOptions:
     """
 
     tokens: int = 1_000_000
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     batch_size: int = 8
     micro_batch_size: int = 8
     selection_rows: int = 64
@@ -38,6 +40,10 @@ class RecoveryOptions:
     rank: int = 16
     blocks: int = 4
     seed: int = 0
+
+    def rate(self, hidden_size: int) -> float:
+        """Return the learning rate at its highest, of a model of this width."""
+        return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
     def steps(self, length: int) -> int:
         """Return how many steps rows of `length` tokens make."""

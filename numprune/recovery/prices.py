@@ -11,8 +11,8 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Block
 from numprune.errors import InputError
 from numprune.progress import progress
-from numprune.recovery.loss import divergence
-from numprune.tasks import CAUSAL
+from numprune.recovery.loss import divergence, outputs
+from numprune.tasks import CAUSAL, Task
 
 
 @torch.no_grad()
@@ -22,14 +22,16 @@ def block_prices(
     rows: Tensor,
     dropped: Sequence[int] = (),
     micro_batch_size: int | None = None,
+    task: Task = CAUSAL,
 ) -> dict[str, float]:
-    """Return the price of each block of `model` by its name, in nats per token, the highest first.
+    """Return the price of each block of `model` by its name, the highest first: divergence for each prediction.
 
     Args:
         model: pruned from `dense`.
         rows: (n, S) int64.
         dropped: layers of `dense` that `model` does not have.
         micro_batch_size: rows at a time; None: all. It changes memory, not the result beyond rounding.
+        task: that the models are for.
 
     Raises InputError where the models' layers do not correspond.
     """
@@ -37,20 +39,19 @@ def block_prices(
     whole = read_anatomy(dense.config)
     by_place = {(block.layer, block.kind): block for block in whole.blocks}
     left = [layer for layer in range(whole.layers) if layer not in dropped]
-    predictions = CAUSAL.predictions(dense)
     parts = [part.to(model.device) for part in rows.split(micro_batch_size or len(rows))]
-    unchanged = [predictions.states([], part) for part in parts]
+    unchanged = [outputs(task, dense, part) for part in parts]
     prices = {}
     for block in progress(blocks, "price", "block"):
         counterpart = by_place.get((left[block.layer], block.kind)) if block.layer < len(left) else None
         if counterpart is None:
             raise InputError(f"{block.name}: the dense model has no such block; it is not the one that was pruned")
         loss = 0.0
-        for part, states in zip(parts, unchanged, strict=True):
+        for part, before in zip(parts, unchanged, strict=True):
             with _swapped(dense, counterpart, model, block):
-                changed = predictions.states([], part)
-            loss += float(divergence(predictions, changed, predictions, states))
-        prices[block.name] = loss / (len(rows) * (rows.shape[1] - 1))
+                after = outputs(task, dense, part)
+            loss += float(divergence(task, (dense, after), (dense, before), part))
+        prices[block.name] = loss / (len(rows) * task.predictions_in(rows.shape[1]))
     return dict(sorted(prices.items(), key=lambda item: -item[1]))
 
 

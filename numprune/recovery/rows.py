@@ -15,6 +15,8 @@ from numprune.counted import counted
 from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.recovery.options import RecoveryOptions
+from numprune.tasks import CAUSAL, Task
+from numprune.tasks.masked import Masked
 
 logger = logging.getLogger(__name__)
 
@@ -48,36 +50,59 @@ class RecoveryRows:
         return hashlib.sha256(f"{rows_digest(self.training)} {rows_digest(self.selection)}".encode()).hexdigest()
 
 
-def draw_rows(rows: TokenRows, length: int, options: RecoveryOptions, judged: TokenRows | None = None) -> RecoveryRows:
+def draw_rows(
+    texts: Sequence[TokenRows],
+    length: int,
+    options: RecoveryOptions,
+    judged: Sequence[TokenRows] = (),
+    task: Task = CAUSAL,
+) -> RecoveryRows:
     """Draw as many training and selection rows as the options need; see `draw_windows`."""
     needed = options.steps(length) * options.batch_size
-    return draw_windows(rows, length, needed, options.selection_rows, options.seed, judged)
+    return draw_windows(texts, length, needed, options.selection_rows, options.seed, judged, task)
 
 
 def draw_windows(
-    rows: TokenRows, length: int, training: int, selection: int, seed: int, judged: TokenRows | None = None
+    texts: Sequence[TokenRows],
+    length: int,
+    training: int,
+    selection: int,
+    seed: int,
+    judged: Sequence[TokenRows] = (),
+    task: Task = CAUSAL,
 ) -> RecoveryRows:
-    """Draw training and selection rows from the full windows of a text, each different window once.
+    """Draw training and selection rows from the full windows of texts, each different window once.
 
-    Where the text has fewer windows than that, there are fewer training rows, which are gone over several times.
+    All windows of a text come before any of the next one, which makes up the rest: a small text is used in full beside
+    a large one. Where there are fewer windows than that, there are fewer training rows, which are gone over several
+    times.
 
     Args:
         training, selection: how many.
-        judged: rows that the result is judged on. A window is not drawn if they have more than half of its runs of 32
-            consecutive tokens, at whatever offset: an excerpt has nearly all of them, a window that only shares a
+        judged: texts that the result is judged on. A window is not drawn if one of them has more than half of its runs
+            of 32 consecutive tokens, at whatever offset: an excerpt has nearly all of them, a window that only shares a
             licence header has few.
+        task: that the rows are for: those of a masked language model are masked once they are drawn.
 
     Raises InputError where there is not even one to train on.
     """
-    windows = rows.rows if judged is None else _unseen(rows, judged)
-    drawn = _shuffled(windows, length, seed)
+    unseen = [_unseen(text, judged) for text in texts]
+    drawn: list[Tensor] = []
+    for windows in unseen:
+        drawn += _shuffled(windows, length, seed)[: training + selection - len(drawn)]
+    if len(texts) > 1:
+        drawn = _shuffled(drawn, length, seed)
     if len(drawn) <= selection:
-        outside = "" if len(windows) == len(rows.rows) else " that the held-out text does not have"
+        every = sum(len(text.rows) for text in texts)
+        outside = "" if sum(map(len, unseen)) == every else " that the held-out text does not have"
         raise InputError(
             f"the text has {counted(len(drawn), f'different window of {length} tokens')}{outside}, and {selection} "
             "selection rows leave none to train on; give more text or a shorter sequence length"
         )
-    return RecoveryRows(torch.stack(drawn[selection : selection + training]), torch.stack(drawn[:selection]))
+    parts = [drawn[selection:], drawn[:selection]]
+    if isinstance(task, Masked):  # not before, because masks hide what the judged text has
+        parts = [[task.masked(index, row) for index, row in enumerate(part)] for part in parts]
+    return RecoveryRows(*map(torch.stack, parts))
 
 
 def _shuffled(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
@@ -87,10 +112,12 @@ def _shuffled(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
     return [windows[index] for index in order.tolist()]
 
 
-def _unseen(rows: TokenRows, judged: TokenRows) -> list[Tensor]:
-    """Return the rows that are not in the text to judge on for more than half; a warning names what is left out."""
-    shares = shared_runs(rows.rows, judged.rows, min(_RUN, max(map(len, rows.rows))))
-    seen = {row for row, share in enumerate(shares) if share > _MOST_SHARED}
+def _unseen(rows: TokenRows, judged: Sequence[TokenRows]) -> list[Tensor]:
+    """Return the rows that no text to judge on has for more than half; a warning names what is left out."""
+    seen: set[int] = set()
+    for text in judged:
+        shares = shared_runs(rows.rows, text.rows, min(_RUN, max(map(len, rows.rows))))
+        seen |= {row for row, share in enumerate(shares) if share > _MOST_SHARED}
     if seen:
         owners = zip(rows.row.tolist(), rows.document, strict=True)
         names = dict.fromkeys(rows.names[document] for row, document in owners if row in seen)

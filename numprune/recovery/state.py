@@ -48,11 +48,11 @@ class TrainingState:
         """Put position and tensors on the disk; what was there before goes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{position.step}.safetensors"
-        _replace(self.folder / name, lambda path: save_file(dict(tensors), path))
+        replace_file(self.folder / name, lambda path: save_file(dict(tensors), path))
         with (self.folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         index = {"identity": self.identity, "file": name, "sha256": digest, "position": asdict(position)}
-        _replace(self.folder / _INDEX, lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
+        replace_file(self.folder / _INDEX, lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
         for path in self.folder.glob("step-*"):
             if path.name != name:
                 path.unlink()
@@ -77,7 +77,7 @@ class TrainingState:
             return None
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file beside `path`, put it on the disk, and give it that name."""
     beside = path.with_name(f"{path.name}.partial")
     write(beside)

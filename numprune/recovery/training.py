@@ -26,6 +26,7 @@ from numprune.recovery.prices import block_prices
 from numprune.recovery.rows import RecoveryRows
 from numprune.recovery.state import Position, TrainingState
 from numprune.recovery.weights import Trained, Weights
+from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +41,22 @@ class Recovered:
 
     Attributes:
         steps, tokens: that it was trained for.
+        learning_rate: at its highest.
         best_step: whose weights the model has now; 0: those from before, because no step was better.
-        kl_before, kl_after: divergence from the dense model on the selection rows, nats per token.
+        kl_before, kl_after: divergence from the dense model on the selection rows: KL or, of embeddings, 1 - cosine.
+        unit: of that divergence: of the task's loss.
         seconds: that the steps and measurements took, those of killed processes included.
         parameters: how many were trained.
-        blocks: those that were trained, where only some were: name -> what pruning cost them, nats per token.
+        blocks: those that were trained, where only some were: name -> what pruning cost them, in that unit.
     """
 
     steps: int
     tokens: int
+    learning_rate: float
     best_step: int
     kl_before: float
     kl_after: float
+    unit: str
     seconds: float
     parameters: int
     blocks: dict[str, float]
@@ -74,6 +79,7 @@ def distill(
     stored: Mapping[str, torch.dtype] | None = None,
     dropped: Sequence[int] = (),
     state: TrainingState | None = None,
+    task: Task = CAUSAL,
 ) -> Recovered:
     """Train `model`, which was pruned from `dense`, towards it, in place. Both are in evaluation mode: no dropout.
 
@@ -89,13 +95,14 @@ def distill(
             weights as they will be stored, and a GPU computes in bfloat16.
         dropped: layers of `dense` that `model` does not have.
         state: where to resume from, and to save to after each measurement.
+        task: that the models are for; rows of a masked language model are masked.
 
     Raises:
         InputError: a package is missing, or the options do not fit together.
         IntegrityError: the loss is not finite, or adapters cannot be merged without changing the model.
     """
     require_packages(options)
-    return _Training(model, dense, rows, options, device, stored or {}, dropped).run(state)
+    return _Training(model, dense, rows, options, device, stored or {}, dropped, task).run(state)
 
 
 class _Training:
@@ -110,6 +117,7 @@ class _Training:
         device: torch.device,
         stored: Mapping[str, torch.dtype],
         dropped: Sequence[int],
+        task: Task,
     ) -> None:
         from accelerate import Accelerator
 
@@ -126,18 +134,22 @@ class _Training:
         self._blocks: dict[str, float] = {}
         self._trained: Trained
         if options.train == "lora":
-            self._trained = Adapters(model, options.rank, options.seed)
+            self._trained = Adapters(model, options.rank, options.seed, task)
         elif options.train == "blocks":
-            prices = block_prices(model, dense, rows.training[:_PRICED_ROWS], dropped, options.micro_batch_size)
+            priced = rows.training[:_PRICED_ROWS]
+            prices = block_prices(model, dense, priced, dropped, options.micro_batch_size, task)
             self._blocks = dict(islice(prices.items(), options.blocks))
             self._trained = Weights(model, self._blocks)
         else:
             self._trained = Weights(model)
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._weights.values(), options.learning_rate, _BETAS, weight_decay=0.0)
-        self._loss = Distillation(model, dense)
+        self._rate = options.rate(model.config.hidden_size)
+        self._optimizer = torch.optim.AdamW(self._weights.values(), self._rate, _BETAS, weight_decay=0.0)
+        self._loss = Distillation(model, dense, task)
         self._shared: nn.Module = self._processes.prepare_model(self._loss)
         self._length = rows.training.shape[1]
+        self._predictions = task.predictions_in(self._length)  # of a row
+        self._unit = task.unit
         self._steps = options.steps(self._length)
         self._position = Position()
         self._best = self._rounded()
@@ -169,18 +181,20 @@ class _Training:
         return Recovered(
             steps=self._steps,
             tokens=self._steps * self._options.batch_size * self._length,
+            learning_rate=self._rate,
             best_step=self._position.best_step,
             kl_before=curve[0][1],
             kl_after=dict(curve)[self._position.best_step],
+            unit=self._unit,
             seconds=self._position.seconds + time.perf_counter() - before,
             parameters=sum(weight.numel() for weight in self._weights.values()),
             blocks=self._blocks,
         )
 
     def _step(self, step: int, batch: list[int]) -> float:
-        """Train on these rows; return the mean loss before the step, nats per token."""
+        """Train on these rows; return the mean loss before the step, for each prediction."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * learning_rate_factor(step, self._steps)
+            group["lr"] = self._rate * learning_rate_factor(step, self._steps)
         mine = batch[self._processes.process_index :: self._processes.num_processes]
         starts = range(0, len(mine), self._options.micro_batch_size)
         loss = torch.zeros((), dtype=torch.float64, device=self._model.device)
@@ -189,7 +203,7 @@ class _Training:
             last = start == starts[-1]
             # Processes exchange gradients once a step, and each has the mean over all of them.
             with nullcontext() if last else self._processes.no_sync(self._shared):
-                found = self._shared(part.to(self._model.device)) / (len(mine) * (self._length - 1))
+                found = self._shared(part.to(self._model.device)) / (len(mine) * self._predictions)
                 self._processes.backward(found)
             loss += found.detach()
         norm = nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
@@ -197,7 +211,7 @@ class _Training:
         if not (math.isfinite(mean) and math.isfinite(float(norm))):
             raise IntegrityError(
                 f"training diverged at step {step + 1} of {self._steps}: the loss is {mean:g}, its gradient's norm "
-                f"{float(norm):g}; choose a learning rate below {self._options.learning_rate:g}"
+                f"{float(norm):g}; choose a learning rate below {self._rate:g}"
             )
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -222,7 +236,7 @@ class _Training:
         mine = selection[self._processes.process_index :: self._processes.num_processes]
         for part in mine.split(size) if len(mine) else ():  # of fewer rows than processes some have none
             total += self._loss(part.to(self._model.device))
-        return float(self._processes.reduce(total, "sum")) / (len(selection) * (self._length - 1))
+        return float(self._processes.reduce(total, "sum")) / (len(selection) * self._predictions)
 
     def _rounded(self) -> dict[str, Tensor]:
         """Return copies of the weights in the data types that they will be stored in, on the CPU."""

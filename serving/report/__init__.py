@@ -9,9 +9,11 @@ from numprune.serving.report.files import read, replace, write
 from numprune.serving.report.markdown import markdown, not_judged, quality_section
 from numprune.serving.report.models import (
     CAUSAL,
+    CORPUS_NAME,
     MAXIMUM_DOCUMENTS,
     MAXIMUM_PROMPTS,
     MAXIMUM_WORST,
+    ONCE,
     SCHEMA,
     UNITS,
     DocumentDelta,
@@ -48,9 +50,11 @@ from numprune.serving.report.models import (
 
 __all__ = [
     "CAUSAL",
+    "CORPUS_NAME",
     "MAXIMUM_DOCUMENTS",
     "MAXIMUM_PROMPTS",
     "MAXIMUM_WORST",
+    "ONCE",
     "SCHEMA",
     "UNITS",
     "DocumentDelta",

@@ -156,20 +156,29 @@ def _quality(quality: Quality) -> list[str]:
         f"intervals are two-sided, 95 %, over {_units(quality.loss_delta)}.",
         "",
         *_table(["", "baseline", "candidate", "difference"], _quality_rows(quality)),
+        *(_corpora(quality) if quality.corpora else []),
         *(_generation(quality.generation) if quality.generation else []),
     ]
+
+
+def _corpora(quality: Quality) -> list[str]:
+    """The other corpora; their names show where the first is."""
+    header, *rows = names.corpora(quality)
+    return [f"Other held-out text, beside {quality.corpus} above:", "", *_table(header, rows)]
 
 
 def _quality_rows(quality: Quality) -> Iterable[list[str]]:
     one, other, ratio = quality.baseline, quality.candidate, quality.perplexity_ratio
     if one is None or other is None or ratio is None:  # not of causal-lm
         yield [f"{names.loss(quality)}, {quality.loss_delta.unit}", "", "", _estimate(quality.loss_delta)]
+        yield from _recovery_rows(quality)
         for name, is_share, sides in names.metrics(quality):
             show = _share if is_share else _figure
             yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
         return
     before, after = one.nll_nats_per_token, other.nll_nats_per_token
     yield ["NLL, nats per token", _figure(before), _figure(after), _estimate(quality.loss_delta)]
+    yield from _recovery_rows(quality)
     if quality.quantization_loss_delta:
         yield ["of which by quantization", "", "", _estimate(quality.quantization_loss_delta)]
     yield ["perplexity", _figure(one.perplexity), _figure(other.perplexity), f"ratio {_estimate(ratio)}"]
@@ -195,6 +204,13 @@ def _tasks(report: Report) -> list[str]:
         return []
     header = ["task", "items", "baseline", "candidate", "difference", "right to wrong", "wrong to right", "McNemar's p"]
     return ["### Tasks", "", _cell(names.answered(report.tasks)), "", *_table(header, rows)]
+
+
+def _recovery_rows(quality: Quality) -> Iterable[list[str]]:
+    if quality.pruned and quality.recovery_loss_delta:
+        loss = _figure(quality.pruned.nll_nats_per_token) if quality.candidate else ""
+        yield ["before training", "", loss, _estimate(quality.pruned.loss_delta)]
+        yield ["of which by training", "", "", _estimate(quality.recovery_loss_delta)]
 
 
 def _units(estimate: ReportedEstimate) -> str:
@@ -350,11 +366,13 @@ def _identity(report: Report) -> list[str]:
         "recipe": identity.recipe,
         "calibration rows": identity.calibration_rows,
         "held-out rows": identity.heldout_rows,
+        **{f"held-out rows, {name}": digest for name, digest in identity.corpora_rows.items()},
         "plan": identity.plan,
         "pruned checkpoint": identity.pruned,
         "rows of mask training": identity.learning_rows,
         "checkpoint trained with masks": identity.learned,
         "rows of training": identity.recovery_rows,
+        "generated rows": identity.generated_rows,
         "trained checkpoint": identity.recovered,
         "task items": identity.tasks,
         **{f"export {name}": digest for name, digest in identity.exports.items()},

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from numprune.counted import counted
+from numprune.serving.report import words
 from numprune.serving.report.models import Quality, Sides, TaskAccuracy
 
 METRICS: Mapping[str, str] = {
@@ -15,7 +16,7 @@ METRICS: Mapping[str, str] = {
     "similarity_spearman": "Spearman correlation of pairwise similarities",
 }
 _SHARES = {"accuracy", "top1_agreement"}
-_MAXIMUM_METRICS = 50
+_MAXIMUM_METRICS = _MAXIMUM_CORPORA = 50
 
 _COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # the unit of other tasks' losses: texts
 
@@ -51,6 +52,14 @@ def metrics(found: Quality) -> Iterator[tuple[str, bool, Sides]]:
     for name, value in list(found.metrics.items())[:_MAXIMUM_METRICS]:
         sides = value if isinstance(value, Sides) else Sides(baseline=None, candidate=value)
         yield METRICS.get(name, name), name in _SHARES, sides
+
+
+def corpora(found: Quality) -> Iterator[list[str]]:
+    """A header, and for each other corpus its name, extent, and what the models lose there."""
+    yield ["corpus", "text", f"{loss(found)}, {found.loss_delta.unit}", "two-sided 95 %"]
+    for name, other in list(found.corpora.items())[:_MAXIMUM_CORPORA]:
+        delta = other.loss_delta
+        yield [name, measured_on(other), words.signed(delta.value), words.interval(delta)]
 
 
 def measured_on(found: Quality) -> str:

@@ -1,7 +1,7 @@
 """How the model was trained, in words."""
 
 from numprune.serving.report import words
-from numprune.serving.report.models import Learning, Recovery
+from numprune.serving.report.models import Learning, Recovery, SizePair
 
 
 def of_masks(found: Learning) -> str:
@@ -21,7 +21,10 @@ def of_masks(found: Learning) -> str:
 
 def described(found: Recovery) -> str:
     """Return the training in one sentence: data, duration and gain."""
-    kl = found.selection_kl_nats_per_token
+    of_tokens, of_others = found.selection_kl_nats_per_token, found.selection_divergence
+    told = f"KL from the dense model there {_change(of_tokens)} nats per token" if of_tokens else ""
+    if of_others:
+        told = f"divergence from the dense model there {_change(of_others)}"
     kept = (
         f"The weights after step {found.best_step:,} of {found.steps:,} were kept, the best on selection rows"
         if found.best_step
@@ -30,9 +33,15 @@ def described(found: Recovery) -> str:
     what = {"lora": "parameters of adapters", "blocks": f"parameters of {', '.join(found.blocks)}"}.get(
         found.train, "parameters"
     )
+    generated = ""
+    if found.generated:
+        generated = f" (in part its own {found.generated.answers:,} answers of {found.generated.tokens:,} tokens)"
     return (
         f"After pruning, {found.parameters:,} {what} were trained towards the dense model ({found.method}) on "
-        f"{found.tokens:,} tokens: learning rate {words.number(found.learning_rate)}, seed {found.seed}, "
-        f"{words.number(found.seconds)} s. {kept}: KL from the dense model there {words.number(kl.baseline)} → "
-        f"{words.number(kl.candidate)} nats per token."
+        f"{found.tokens:,} tokens{generated}: learning rate {words.number(found.learning_rate)}, seed {found.seed}, "
+        f"{words.number(found.seconds)} s. {kept}: {told}."
     )
+
+
+def _change(pair: SizePair) -> str:
+    return f"{words.number(pair.baseline)} → {words.number(pair.candidate)}"

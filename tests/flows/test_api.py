@@ -15,7 +15,9 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
 from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.flows.steps.recover import recover_checkpoint
 from numprune.quantization.allocation import planned_schemes
+from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.test_readme import PYTHON as README_LINES
 
 OPTIONS = numprune.PruneOptions(ratio=0.25)
@@ -101,6 +103,49 @@ def test_a_pruned_model_is_quantized_and_saved_as_the_command_does(tiny: Path, t
     for name in ("config.json", "README.md"):
         assert (out / name).read_bytes() == (commanded / name).read_bytes()
     require_equal_tensors(out, commanded)
+
+
+def test_a_pruned_model_is_trained_and_saved_as_the_command_does(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base", "cpu")
+    rows = numprune.calibration_rows(tiny / "train.txt", model, samples=12, sequence_length=64)
+    pruned = numprune.prune(model, rows, numprune.PruneOptions(0.5, allocation="error", compensation="none"))
+    options = numprune.RecoveryOptions(tokens=2048, learning_rate=1e-3, batch_size=4, selection_rows=4)
+    texts = {"heldout": tiny / "heldout.jsonl", "sequence_length": 64}
+    drawn = numprune.recovery_rows(tiny / "train.txt", model, options, **texts)
+    before = [{name: value.clone() for name, value in one.network.state_dict().items()} for one in (pruned, model)]
+    trained = numprune.recover(pruned, model, drawn, options)
+    for one, values in zip((pruned, model), before, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in one.network.state_dict().items())
+    assert trained.training is not None
+    assert trained.training.result.kl_after < trained.training.result.kl_before
+    out = numprune.save(trained, tmp_path / "trained")
+    made = manifest.verify(out)
+    assert made.facts.keys() == {"plan", "recovery"}
+    assert "| training after pruning | distillation from the base model" in (out / "README.md").read_text()
+
+    source = numprune.save(pruned, tmp_path / "pruned")
+    options_of = (drawn, options, tmp_path / "commanded", torch.device("cpu"), tmp_path)
+    recover_checkpoint(source, tiny / "base", *options_of)
+    require_equal_tensors(out, tmp_path / "commanded")
+    again = numprune.recover(numprune.load(source, "cpu"), model, drawn, options)
+    require_equal_tensors(numprune.save(again, tmp_path / "again"), out)
+    small = numprune.save(numprune.quantize(trained, numprune.Scheme("fp8")), tmp_path / "small")
+    assert manifest.verify(small).facts.keys() == {"plan", "recovery", "quantization"}
+    assert "| training after pruning | distillation from the base model" in (small / "README.md").read_text()
+
+
+def test_what_cannot_be_trained_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = numprune.load(tiny / "base", "cpu")
+    options = numprune.RecoveryOptions(tokens=256, batch_size=4, selection_rows=4)
+    drawn = numprune.recovery_rows(tiny / "train.txt", model, options, sequence_length=64)
+    quantized = numprune.quantize(model, numprune.Scheme("fp8"))
+    with pytest.raises(InputError, match=r"^the model is quantized \(fp8\); training needs the unquantized one"):
+        numprune.recover(quantized, model, drawn, options)
+    with pytest.raises(InputError, match="heldout: 1 of its documents is in the training text"):
+        numprune.recovery_rows(tiny / "train.txt", model, options, heldout=tiny / "train.txt")
+    padded = write_checkpoint(build_tiny(vocab_size=320), tmp_path / "padded")
+    with pytest.raises(InputError, match="the model and dense: vocab_size is 259 and 320"):
+        numprune.recover(model, numprune.load(padded, "cpu"), drawn, options)
 
 
 def test_a_model_that_was_not_pruned_is_quantized_without_text(tiny: Path, tmp_path: Path) -> None:

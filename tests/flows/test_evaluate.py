@@ -21,7 +21,7 @@ from numprune.generation import PROMPTS
 from numprune.quality import compare
 from numprune.quantization import Scheme
 from numprune.serving import gates
-from numprune.serving.report import Report
+from numprune.serving.report import Quality, Report
 from tests.conftest import build_tiny, byte_tokenizer
 from tests.serving.conftest import COMPLETE
 
@@ -86,6 +86,25 @@ def test_a_quantized_candidate_is_run_once(
     assert batches["quantized"] == batches["pruned"] > 0
 
 
+def test_a_trained_candidate_is_also_compared_with_what_training_began_with(
+    tiny: Path, rows: TokenRows, tmp_path: Path
+) -> None:
+    pruned, trained = (written(tmp_path / name, build_tiny(seed=seed)) for name, seed in (("p", 1), ("t", 2)))
+    quantize_checkpoint(trained, Scheme("w8a8"), tmp_path / "q", CPU)
+    of_pruned, _ = compare_checkpoints([pruned, trained], tiny / "base", rows, CPU)
+    [gained] = compare_checkpoints([trained], pruned, rows, CPU)
+    baseline.score(tmp_path, *load(tiny / "base"), rows)
+    for candidate, unquantized in ((trained, None), (tmp_path / "q", trained)):
+        found = evaluate.compare_with_scores(
+            candidate, tiny / "base", tmp_path, [], rows, [], CPU, unquantized=unquantized, pruned=pruned
+        )
+        assert found["pruned"] == {"loss_delta": of_pruned["loss_delta"], **of_pruned["candidate"]}
+        for name in ("value", "ci95_lower", "ci95_upper", "samples"):
+            assert found["recovery_loss_delta"][name] == pytest.approx(gained["loss_delta"][name], rel=1e-6)
+        assert ("quantization_loss_delta" in found) == (unquantized is not None)
+        assert Quality.model_validate(found).recovery_loss_delta is not None
+
+
 def test_several_candidates_share_one_scoring_of_the_baseline(
     tiny: Path, others: list[Path], numprune: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +144,7 @@ def test_the_baseline_is_scored_again_for_other_prompts_but_not_for_another_rati
     found = []
     for changes in ([], ["prune.ratio=0.4"], ["evaluate.prompts=['Say something.']"]):
         run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
-        found.append(run.make(chain.score_baseline(run, run.make(chain.read_heldout(run)))))
+        found.append(run.make(chain.score_baseline(run, "", run.make(chain.read_heldout(run, "")))))
     assert [stage.reused for stage in found] == [False, True, False]
     assert found[0].digest == found[1].digest
     assert [len(stage.facts.generations) for stage in found] == [len(PROMPTS), len(PROMPTS), 1]

@@ -95,9 +95,9 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path) -> None:
     source, workspace = published.parents[2] / "recipe.toml", published.parents[1]
 
     run = prepare(load(source), workspace)
-    heldout = find(workspace, read_heldout(run))
+    heldout = find(workspace, read_heldout(run, ""))
     assert heldout is not None
-    rows = find(workspace, sample_learning(run, heldout))
+    rows = find(workspace, sample_learning(run, [heldout]))
     assert rows is not None
 
     def place(*overrides: str) -> Path:

@@ -205,9 +205,24 @@ def test_gates_have_no_default(minimal: Path) -> None:
         load(minimal)
 
 
+def test_held_out_text_may_be_several_corpora_by_name(minimal: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = load(minimal, ['data.heldout={prose=["a.txt"], code="embedded"}']).data
+    assert [*data.corpora.items()] == [("prose", [str(tmp_path / "a.txt")]), ("code", "embedded")]
+    assert load(minimal).data.corpora == {"": load(minimal).data.heldout}
+    for given, said in (
+        ("{}", "at least one corpus"),
+        ("{A=['x']}", "'A' cannot name"),
+        ("{a=[]}", "a list of text files"),
+    ):
+        with pytest.raises(InputError, match=rf"data\.heldout = .*: .*{said}"):
+            load(minimal, [f"data.heldout={given}"])
+
+
 def test_the_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
     odd = 'data.calibration=["a \\" b.txt", "ü\\u007f\\n.txt"]'
-    loaded = load(minimal, [odd, "prune.damping=1e-7", "data.pack=true", r"data.split='\n(?=\w+)'"])
+    tables = ["prune.floors={attention=0.5, mlp=0.25}", 'data.heldout={a=["\u007f.txt"], b="embedded"}']
+    loaded = load(minimal, [odd, *tables, "prune.damping=1e-7", "data.pack=true", r"data.split='\n(?=\w+)'"])
     again = Recipe.model_validate(tomllib.loads(loaded.to_toml()))
     assert again == loaded
     assert again.digest == loaded.digest

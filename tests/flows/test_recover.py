@@ -1,20 +1,24 @@
 """numprune recover: what it writes and says, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows.cli import COMMANDS
 from numprune.flows.cli.parser import build, parse
 from numprune.flows.cli.recover import _OF_TRAINED, options_of_arguments
 from numprune.flows.recipe import Recover
+from numprune.flows.steps import recover
 from numprune.flows.steps.recover import options_of
-from numprune.recovery import RecoveryOptions
+from numprune.recovery import RecoveryOptions, RecoveryRows, draw_rows
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.conftest import Answered
 
@@ -44,6 +48,85 @@ def test_the_defaults_are_those_of_recipes_and_of_the_core() -> None:
     assert options_of_arguments(parsed) == defaults
     shown = {name: value for name, value, _ in _OF_TRAINED}
     assert shown == {"rank": defaults.rank, "blocks": defaults.blocks}
+
+
+def test_the_dense_model_answers_prompts_to_train_on(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("7 squared is\n\n8 halved\n")
+    words = ("recover", inputs / "pruned", tmp_path / "out", "--dense", inputs / "dense", *SHORT, "--json")
+    asked = (*words, "--text", inputs / "train.txt", "--generate-from", prompts, "--generated-share")
+    drawn: list[TokenRows] = []
+
+    def drawing(texts: list[TokenRows], *args: Any) -> RecoveryRows:
+        drawn[:] = texts
+        return draw_rows(texts, *args)
+
+    def broken(*_: object, **__: object) -> None:
+        raise InputError("killed")
+
+    monkeypatch.setattr(recover, "draw_rows", drawing)
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "distill", broken)
+        assert numprune(*asked, 0.5).code == 1
+    [kept] = tmp_path.glob(".training-*")  # the answers of the interrupted training
+    assert [path.name for path in kept.iterdir()][:1]
+    answered = numprune(*asked, 0.5)
+    assert answered.code == 0, answered.err
+    assert answered.json["generated"]["answers"] == 32
+    assert (len(drawn), len(drawn[0].rows)) == (2, 18)  # half of 32 to train on and 4 to choose by
+    assert not list(tmp_path.glob(".training-*"))
+    found = numprune(*words[:2], tmp_path / "alone", *words[3:], *asked[-5:], 1)
+    assert found.code == 0, found.err
+    assert [len(text.rows) for text in drawn] == [36]
+    assert found.json["kl_after"] < found.json["kl_before"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "arguments", "message"),
+    [
+        ("\n", (), r"'prompts\.txt' is empty"),
+        ("x" * 40, (), r"prompts\.txt:1: prompt 'x+': 40 tokens; .* context of 32"),
+        (None, ("--generated-share", 0.5), "--generated-share has an effect only with --generate-from"),
+        ("heldout", ("--heldout", "p"), r"--heldout: 1 of its documents is in the training text \(p\)"),
+    ],
+)
+def test_unusable_prompts_are_refused_before_any_work(
+    numprune: Command,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prompts: str | None,
+    arguments: tuple[object, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p").write_text("heldout")
+    given: tuple[object, ...] = ()
+    if prompts is not None:
+        Path("prompts.txt").write_text(prompts)
+        given = ("--generate-from", "prompts.txt")
+    asked = ("recover", inputs / "pruned", "out", "--dense", inputs / "dense", "--text", inputs / "train.txt", *SHORT)
+    answered = numprune(*asked, *given, *arguments)
+    assert answered.code == 1
+    assert re.search(message, answered.err), answered.err
+
+
+def test_an_encoder_is_trained_on_its_own_task(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    write_checkpoint(build_tiny("bert"), tmp_path / "dense")
+    texts = ("--text", inputs / "train.txt")
+    pruning = ("--ratio", 0.3, "--compensation", "none", "--samples", 8, "--sequence-length", 32)
+    assert numprune("prune", tmp_path / "dense", tmp_path / "pruned", *pruning, *texts).code == 0
+    words = ("recover", tmp_path / "pruned", tmp_path / "out", "--dense", tmp_path / "dense", *texts, *SHORT)
+    answered = numprune(*words, "--heldout", inputs / "heldout.txt", "--json")
+    assert answered.code == 0, answered.err
+    assert answered.json["unit"] == "nats/masked token"
+    assert answered.json["kl_after"] < answered.json["kl_before"]
+    before, after = (answered.json["heldout"][side]["metrics"] for side in ("before", "after"))
+    assert after["kl_nats_per_masked_token"] < before["kl_nats_per_masked_token"]
+    refused = numprune(*words[:2], tmp_path / "again", *words[3:], "--generate-from", inputs / "train.txt")
+    assert "--generate-from: masked-lm models do not generate" in refused.err
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "blocks"])
@@ -124,11 +207,11 @@ def test_impossible_trainings_are_refused_before_any_work(numprune: Command, inp
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     pruned, padded = inputs / "pruned", write_checkpoint(build_tiny(vocab_size=320), tmp_path / "padded")
     for source, teacher, more, problem in (
-        (tmp_path / "bert", dense, (), "task masked-lm; only causal language models can be trained after pruning"),
+        (tmp_path / "bert", dense, (), "their tokenizers differ"),
         (quantized, dense, (), "quantized"),
         (pruned, quantized, (), "quantized"),
-        (pruned, other, (), "their tokenizers differ; --dense is the model that was pruned"),
-        (pruned, padded, (), "vocab_size is 259 and 320; --dense is the model that was pruned"),
+        (pruned, other, (), "their tokenizers differ; the dense model must be the one that was pruned"),
+        (pruned, padded, (), "vocab_size is 259 and 320; the dense model must be the one that was pruned"),
         (pruned, dense, ("--rank", 3), "--rank has an effect only with --train lora; leave it out"),
         (pruned, dense, ("--train", "lora", "--blocks", 3), "--blocks has an effect only with --train blocks"),
         (pruned, dense, ("--selection-rows", 10_000), "--text: the text has"),

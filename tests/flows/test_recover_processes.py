@@ -41,9 +41,8 @@ def train(state, **changed):  # returns what it was refused for
     rows = token_rows([Document("a", (inputs / "train.txt").read_text())], tokenizer, 32)
     asked = replace(options, **changed)
     try:
-        distill(
-            model, dense, draw_rows(rows, 32, asked), asked, torch.device("cpu"), state=TrainingState(out / state, "x")
-        )
+        drawn, kept = draw_rows([rows], 32, asked), TrainingState(out / state, "x")
+        distill(model, dense, drawn, asked, torch.device("cpu"), state=kept)
     except InputError as error:
         return str(error)
     return ""

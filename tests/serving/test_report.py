@@ -116,6 +116,23 @@ def test_generation_counts_must_match_the_outputs(report_json: Any, put: Any, pa
         Report.model_validate(put(report_json, f"quality.generation.{path}", value))
 
 
+def test_named_corpora_have_figures_of_their_own_and_a_first_one(report_json: Any) -> None:
+    first = report_json["quality"]
+    other = {key: value for key, value in first.items() if key != "generation"}
+    whole = {**report_json, "quality": {**first, "corpus": "prose", "corpora": {"code": other}}}
+    text = reports.markdown(Report.model_validate(whole))
+    assert "Other held-out text, beside prose above:" in text
+    assert "| code | " in text
+    for quality in (
+        {**first, "corpora": {"code": other}},
+        {**first, "corpus": "code", "corpora": {"code": other}},
+        {**first, "corpus": "prose", "corpora": {"code": {**other, "corpus": "x"}}},
+        {**first, "corpus": "prose", "corpora": {"a.b": other}},
+    ):
+        with pytest.raises(ValidationError, match="corpor"):
+            Report.model_validate({**report_json, "quality": quality})
+
+
 def test_a_ratio_follows_from_its_sizes() -> None:
     assert SizePair(baseline=4, candidate=3).ratio == 0.75
     assert SizePair(baseline=0, candidate=3).ratio is None

@@ -6,12 +6,13 @@ except in free-form facts (a load's parameters, a runtime's description, the res
 writers define.
 """
 
-from numprune.serving.report.models.fields import ModelName, ReportedEstimate
+from numprune.serving.report.models.fields import CORPUS_NAME, ModelName, ReportedEstimate
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
 from numprune.serving.report.models.quality import (
     CAUSAL,
     MAXIMUM_DOCUMENTS,
     MAXIMUM_WORST,
+    ONCE,
     UNITS,
     DocumentDelta,
     DocumentDeltas,
@@ -50,9 +51,11 @@ from numprune.serving.report.models.verdict import GateResult, Outcome, Verdict,
 
 __all__ = [
     "CAUSAL",
+    "CORPUS_NAME",
     "MAXIMUM_DOCUMENTS",
     "MAXIMUM_PROMPTS",
     "MAXIMUM_WORST",
+    "ONCE",
     "SCHEMA",
     "SCHEMA_1",
     "UNITS",

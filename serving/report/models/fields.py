@@ -37,6 +37,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]  # in a registry
 Runtime = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]  # a segment of a metric's path
 Metric = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+CORPUS_NAME = r"^[a-z0-9_-]{1,64}$"
+Corpus = Annotated[str, Field(pattern=CORPUS_NAME)]  # of held-out text
 Concurrency = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]  # requests in flight
 Shape = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}x[1-9][0-9]{0,8}$")]  # texts in a batch x tokens of each
 

@@ -6,7 +6,7 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Count, Finite, Metric, Model, Number, ReportedEstimate
+from numprune.serving.report.models.fields import Corpus, Count, Finite, Metric, Model, Number, ReportedEstimate
 from numprune.serving.report.models.generation import Generation
 
 MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
@@ -27,6 +27,10 @@ UNITS: Mapping[Task, Unit] = MappingProxyType(
 
 # Fields of Quality for causal-lm only.
 CAUSAL: Final = ("baseline", "candidate", "perplexity_ratio", "kl_nats_per_token", "top1_agreement", "generation")
+
+
+# Fields of Quality that only the first of several corpora has.
+ONCE: Final = ("generation", "corpus", "corpora")
 
 
 class LossDelta(ReportedEstimate):
@@ -71,13 +75,25 @@ class Sides(Model):
     candidate: Number
 
 
+class BeforeRecovery(Model):
+    """The pruned model before it was trained: its loss minus the baseline's and, for causal-lm, its own."""
+
+    loss_delta: LossDelta
+    nll_nats_per_token: Number = None
+    perplexity: Number = None
+
+
 class Quality(Model):
     """Quality on held-out text; differences are candidate - baseline, paired by the unit of the loss.
 
-    `loss_delta` is against the dense base; `quantization_loss_delta`, for a quantized candidate, against the pruned
-    model before quantization. `tokens`: scored ones (causal-lm, masked-lm), or all tokens of the texts. `packed`:
-    documents were joined by EOS and scored as one text; otherwise each was scored separately. `metrics`: those of tasks
-    other than causal-lm, which has its own fields.
+    `loss_delta` is against the dense base; `quantization_loss_delta`, for a quantized candidate, against the model
+    before quantization; `recovery_loss_delta`, for one that was trained after pruning, is what training changed: the
+    trained model against the `pruned` one, both unquantized. `tokens`: scored ones (causal-lm, masked-lm), or all
+    tokens of the texts. `packed`: documents were joined by EOS and scored as one text; otherwise each was scored
+    separately. `metrics`: those of tasks other than causal-lm, which has its own fields.
+
+    Where the held-out text is several named corpora, `corpus` is the first, which the figures are of, and `corpora` has
+    those of the others.
     """
 
     task: Task
@@ -86,6 +102,8 @@ class Quality(Model):
     packed: bool = Field(default=False, strict=True)
     loss_delta: LossDelta
     quantization_loss_delta: LossDelta | None = None
+    recovery_loss_delta: LossDelta | None = None
+    pruned: BeforeRecovery | None = None
     document_deltas: DocumentDeltas | None = None
     baseline: QualitySide | None = None
     candidate: QualitySide | None = None
@@ -94,6 +112,17 @@ class Quality(Model):
     top1_agreement: Number = None
     generation: Generation | None = None
     metrics: dict[Metric, Sides | Number] = Field(default={})
+    corpus: Corpus | None = None
+    corpora: "dict[Corpus, Quality]" = Field(default={})
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.corpora and self.corpus in (None, *self.corpora):
+            raise ValueError("corpora need a first one, of another name than theirs: `corpus`")
+        for name, found in self.corpora.items():
+            if present := [field for field in ONCE if getattr(found, field)]:
+                raise ValueError(f"corpora.{name}: only the first corpus has {', '.join(present)}")
+        return self
 
     @model_validator(mode="after")
     def _of_the_task(self) -> Self:

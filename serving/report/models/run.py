@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Count, Model, ModelName, Number, Runtime, Sha256, number
+from numprune.serving.report.models.fields import Corpus, Count, Model, ModelName, Number, Runtime, Sha256, number
 
 
 class Identity(Model):
@@ -14,7 +14,8 @@ class Identity(Model):
 
     `name`: the registered model of which a release becomes a version. `learning_rows`: the rows for training and
     selecting masks; `learned`: the checkpoint with the weights trained with them. `pruned`: the checkpoint before
-    training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection.
+    training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection,
+    of which the base generated `generated_rows`. `corpora_rows`: held-out rows of each named corpus except the first.
     `tasks`: all requests of the tasks.
     """
 
@@ -24,11 +25,13 @@ class Identity(Model):
     recipe: Sha256 | None = None
     calibration_rows: Sha256 | None = None
     heldout_rows: Sha256 | None = None
+    corpora_rows: dict[Corpus, Sha256] = Field(default={})
     learning_rows: Sha256 | None = None
     learned: Sha256 | None = None
     plan: Sha256 | None = None
     pruned: Sha256 | None = None
     recovery_rows: Sha256 | None = None
+    generated_rows: Sha256 | None = None
     recovered: Sha256 | None = None
     tasks: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
@@ -136,6 +139,18 @@ class Learning(Model):
     unit: str
 
 
+class Generated(Model):
+    """Text that the dense model generated for the training.
+
+    Attributes:
+        answers: to the user's prompts.
+        tokens: of the answers, without the prompts.
+    """
+
+    answers: Count
+    tokens: Count
+
+
 class Recovery(Model):
     """How the pruned weights were trained (see numprune.recovery).
 
@@ -143,9 +158,10 @@ class Recovery(Model):
         train: the trained weights: "all", "lora" for adapters, which were merged, or "blocks" for those of some blocks.
         best_step: the step whose weights were kept; 0: those before training.
         parameters: number of trained parameters.
-        blocks: the trained blocks: name -> KL from the dense model, nats per token, with only that block pruned.
+        blocks: the trained blocks: name -> divergence from the dense model with only that block pruned.
         seconds: wall time.
-        selection_kl_nats_per_token: KL from the dense model before training and of the kept weights, on held-back rows.
+        selection_kl_nats_per_token: KL from the dense model before training and of the kept weights, on held-back rows;
+            `selection_divergence`: the same for other tasks, in the unit of their loss.
     """
 
     method: str
@@ -158,7 +174,15 @@ class Recovery(Model):
     parameters: Count
     blocks: dict[str, Number] = Field(default={})
     seconds: Number
-    selection_kl_nats_per_token: SizePair
+    generated: Generated | None = None
+    selection_kl_nats_per_token: SizePair | None = None
+    selection_divergence: SizePair | None = None
+
+    @model_validator(mode="after")
+    def _of_one_task(self) -> Self:
+        if (self.selection_kl_nats_per_token is None) == (self.selection_divergence is None):
+            raise ValueError("a training has either selection_kl_nats_per_token or selection_divergence")
+        return self
 
 
 class Quantization(Model):

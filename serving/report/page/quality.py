@@ -35,6 +35,9 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
         yield Pair(drawn, [table, *told])
     else:
         yield from [table, *told]
+    if found.corpora:
+        header, *rows = names.corpora(found)
+        yield Table(f"Other held-out text, beside {found.corpus} above", tuple(header), [[*row] for row in rows])
     if found.generation is not None:
         yield from generation.blocks(found.generation)
 
@@ -64,11 +67,13 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
     delta = Cell(words.signed(found.loss_delta.value), words.interval(found.loss_delta))
     if one is None or other is None or ratio is None:  # not of causal-lm
         yield [f"{names.loss(found)}, {found.loss_delta.unit}", "", "", delta]
+        yield from _recovery_rows(found)
         for name, is_share, sides in names.metrics(found):
             show = words.share if is_share else words.number
             yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
         return
     yield ["NLL, nats/token", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
+    yield from _recovery_rows(found)
     if quantized := found.quantization_loss_delta:
         yield ["of which by quantization", "", "", Cell(words.signed(quantized.value), words.interval(quantized))]
     yield [
@@ -79,6 +84,15 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
     ]
     yield ["KL from baseline, nats/token", "", words.number(found.kl_nats_per_token, 3), ""]
     yield ["Top-1 agreement", "", words.share(found.top1_agreement), ""]
+
+
+def _recovery_rows(found: Quality) -> Iterator[list[Cell | str]]:
+    """The model before training, and what training changed."""
+    if found.pruned and found.recovery_loss_delta:
+        before, gained = found.pruned.loss_delta, found.recovery_loss_delta
+        loss = words.number(found.pruned.nll_nats_per_token) if found.candidate else ""
+        yield ["before training", "", loss, Cell(words.signed(before.value), words.interval(before))]
+        yield ["of which by training", "", "", Cell(words.signed(gained.value), words.interval(gained))]
 
 
 def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:

@@ -12,6 +12,11 @@ def test_tokens_are_whole_steps() -> None:
     assert RecoveryOptions(tokens=1).steps(512) == 1
 
 
+def test_the_default_learning_rate_follows_from_the_width() -> None:
+    assert [RecoveryOptions().rate(width) for width in (256, 4096)] == pytest.approx([5e-4, 3.125e-5])
+    assert RecoveryOptions(learning_rate=0.0).rate(256) == 0.0
+
+
 def test_the_learning_rate_rises_for_a_twentieth_and_falls_to_a_tenth() -> None:
     factors = [learning_rate_factor(step, 200) for step in range(200)]
     assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])

@@ -21,12 +21,12 @@ def documents(first: int, last: int) -> list[Document]:
 
 def test_training_and_selection_are_disjoint_and_each_window_comes_once() -> None:
     rows = token_rows([*documents(0, 9), *documents(0, 9)], byte_tokenizer(), 16)  # every window twice
-    found = draw_rows(rows, 16, OPTIONS)
+    found = draw_rows([rows], 16, OPTIONS)
     assert (found.training.shape, found.selection.shape) == ((4, 16), (3, 16))
     assert len(window_digests([*found.training, *found.selection])) == 7
-    assert draw_rows(rows, 16, OPTIONS).digest == found.digest
+    assert draw_rows([rows], 16, OPTIONS).digest == found.digest
     assert (
-        draw_rows(rows, 16, RecoveryOptions(tokens=64, batch_size=2, selection_rows=3, seed=1)).digest != found.digest
+        draw_rows([rows], 16, RecoveryOptions(tokens=64, batch_size=2, selection_rows=3, seed=1)).digest != found.digest
     )
 
 
@@ -39,7 +39,7 @@ def test_rows_that_are_trained_on_and_chosen_by_are_refused() -> None:
 def test_a_text_without_rows_to_train_on_is_refused() -> None:
     rows = token_rows([Document("a", "the same text. " * 100)], byte_tokenizer(), 15)
     with pytest.raises(InputError, match="1 different window of 15 tokens, and 3 selection rows leave none"):
-        draw_rows(rows, 15, OPTIONS)
+        draw_rows([rows], 15, OPTIONS)
 
 
 def prose(seed: int, words: int = 400) -> str:
@@ -55,13 +55,13 @@ def test_windows_of_the_judged_text_are_not_drawn_at_any_offset(
     tokenizer, text = byte_tokenizer(), prose(0)
     trained, other = (token_rows([Document("a", part)], tokenizer, length) for part in (text, prose(1)))
     options = RecoveryOptions(tokens=10_000, selection_rows=2)
-    everything = draw_rows(trained, length, options)
-    assert draw_rows(trained, length, options, other).digest == everything.digest
+    everything = draw_rows([trained], length, options)
+    assert draw_rows([trained], length, options, [other]).digest == everything.digest
     assert not caplog.messages
     excerpt = token_rows(
         [Document("b", prose(1)), Document("c", text[offset : offset + 3 * length])], tokenizer, length
     )
-    left = window_digests([*(found := draw_rows(trained, length, options, excerpt)).training, *found.selection])
+    left = window_digests([*(found := draw_rows([trained], length, options, [excerpt])).training, *found.selection])
     inside = range(-(-offset // length), (offset + 3 * length) // length)  # windows that are whole in the excerpt
     assert not window_digests(trained.rows[index] for index in inside) & left
     assert len(left) in (len(everything.training) + 2 - len(inside) - more for more in (0, 1))  # or most of another
@@ -73,7 +73,7 @@ def test_a_judged_text_that_is_all_of_the_training_text_leaves_nothing() -> None
     trained = token_rows([Document("a", prose(0))], byte_tokenizer(), 64)
     judged = token_rows([Document("b", prose(0)[1:])], byte_tokenizer(), 64)
     with pytest.raises(InputError, match=r"\d different windows? of 64 tokens that the held-out text does not have"):
-        draw_rows(trained, 64, OPTIONS, judged)
+        draw_rows([trained], 64, OPTIONS, [judged])
 
 
 def test_a_header_that_documents_share_is_no_excerpt() -> None:

@@ -13,24 +13,30 @@ from transformers import PreTrainedModel
 from numprune.corpus import token_rows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
-from numprune.recovery import RecoveryOptions, RecoveryRows, distill, draw_rows, training
+from numprune.recovery import RecoveryOptions, RecoveryRows, distill, draw_rows, loss, training
 from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
 from numprune.recovery.prices import block_prices
 from numprune.recovery.state import TrainingState
-from tests.conftest import build_tiny, byte_tokenizer
+from numprune.tasks import Task
+from numprune.tasks.classification import Classification
+from numprune.tasks.embedding import Embedding
+from numprune.tasks.masked import masked_lm
+from numprune.tasks.reading import encoder_rows
+from tests.conftest import build_tiny, byte_tokenizer, encoder_tokenizer
 from tests.numprune.trained import divergence
 
 OPTIONS = RecoveryOptions(
     tokens=1280, learning_rate=1e-3, batch_size=4, micro_batch_size=4, selection_rows=6, gradient_checkpointing=False
 )
 CPU = torch.device("cpu")
+ENCODERS: list[Task] = [masked_lm(encoder_tokenizer()), Classification({"a": 0, "b": 1}), Embedding()]
 
 
 @pytest.fixture(scope="module")
 def rows() -> RecoveryRows:
     text = "".join(f"{i} squared is {i * i}, halved {i / 2}.\n" for i in range(300))
-    return draw_rows(token_rows([Document("a", text)], byte_tokenizer(), 32), 32, OPTIONS)
+    return draw_rows([token_rows([Document("a", text)], byte_tokenizer(), 32)], 32, OPTIONS)
 
 
 def disturbed(model: PreTrainedModel) -> PreTrainedModel:
@@ -68,15 +74,20 @@ def test_the_loss_is_the_divergence_over_the_whole_vocabulary(
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr("numprune.tasks.task.MAXIMUM_VALUES", 7 * 259)  # seven positions at a time
-    assert float(Distillation(model, dense)(rows.selection).detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+    for kept in (loss.KEPT_VALUES, 0):  # logits are kept for the gradient, or computed again
+        monkeypatch.setattr(loss, "KEPT_VALUES", kept)
+        in_parts = Distillation(model, dense)(rows.selection)
+        assert float(in_parts.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+        gradient = torch.autograd.grad(in_parts, list(model.parameters()))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_dense_model_itself_has_no_loss_and_no_gradient(rows: RecoveryRows) -> None:
     dense = build_tiny()
     model = copy.deepcopy(dense)
-    loss = Distillation(model, dense)(rows.selection) / rows.selection.numel()
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-7)
+    mean = Distillation(model, dense)(rows.selection) / rows.selection.numel()
+    mean.backward()
+    assert float(mean.detach()) == pytest.approx(0, abs=1e-7)
     assert max(float(weight.grad.abs().max()) for weight in model.parameters()) < 1e-6
     assert all(weight.grad is None for weight in dense.parameters())
 
@@ -124,6 +135,42 @@ def test_adapters_are_merged_into_the_projections_alone(rows: RecoveryRows, fami
         update = weights(model)[name] - before[name]
         assert int(torch.linalg.matrix_rank(update, rtol=1e-3)) <= 4
     assert found.parameters < 0.5 * sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("train", ["all", "lora", "blocks"])
+@pytest.mark.parametrize("task", ENCODERS, ids=[task.name for task in ENCODERS])
+def test_encoders_follow_the_dense_ones_predictions(task: Task, train: Literal["all", "lora", "blocks"]) -> None:
+    text = "".join(f"{i} squared is {i * i}, halved {i / 2}.\n" for i in range(300))
+    options = replace(OPTIONS, train=train, rank=4, blocks=2, learning_rate=3e-3)
+    read = encoder_rows([Document("a", text)], encoder_tokenizer(), 32, True)
+    rows = draw_rows([read], 32, options, task=task)
+    dense = build_tiny("bert", task=task.name)
+    model = disturbed(dense)
+    tokens = rows.selection
+
+    def distance() -> float:
+        with torch.no_grad():
+            ours, theirs = (task.output(one, tokens, torch.ones_like(tokens)) for one in (model, dense))
+        return float(task.divergence(ours, theirs, tokens).mean())
+
+    before = distance()
+    found = distill(model, dense, rows, options, CPU, task=task)
+    assert found.unit == task.unit
+    assert found.kl_before == pytest.approx(before, rel=1e-4)
+    assert found.kl_after == pytest.approx(distance(), rel=1e-4)
+    assert found.kl_after < 0.9 * before
+    assert len(found.blocks) == (2 if train == "blocks" else 0)
+
+
+def test_rows_of_a_masked_language_model_are_masked_after_they_are_drawn() -> None:
+    task = masked_lm(encoder_tokenizer())
+    text = "".join(f"{i} squared is {i * i}, halved {i / 2}.\n" for i in range(300))
+    read = encoder_rows([Document("a", text)], encoder_tokenizer(), 64, True)
+    found = draw_rows([read], 64, OPTIONS, task=task)
+    for part in (found.training, found.selection):
+        assert {int((row == task.mask_token).sum()) for row in part} == {task.predictions_in(64)}
+    with pytest.raises(InputError, match="that the held-out text does not have"):
+        draw_rows([read], 64, OPTIONS, [read], task)
 
 
 def test_only_the_blocks_that_cost_most_are_trained(rows: RecoveryRows) -> None:
