@@ -128,9 +128,9 @@ class Training:
     """How a pruned model was trained.
 
     Attributes:
-        options: that it was trained with.
-        result: what the training came to.
-        rows_digest: of the rows of training and selection.
+        options: of the training.
+        result: of the training.
+        rows_digest: of the training and selection rows.
     """
 
     options: RecoveryOptions
@@ -148,7 +148,7 @@ class Model:
         tokenizer: its tokenizer.
         task: causal or masked language model, classifier, or embedding model.
         plan: the applied plan; None for an unpruned model.
-        training: how it was trained in memory, after pruning; None: it was not.
+        training: how it was trained in memory after pruning; None for an untrained model.
         quantization: how it was quantized in memory; `network` then computes with rounded weights and, if the scheme
             does so, rounded activations. None for an unquantized model.
     """
@@ -288,15 +288,15 @@ def recovery_rows(
     sequence_length: int | None = None,
     reading: Reading | None = None,
 ) -> RecoveryRows:
-    """Draw rows of tokens to train on, and others to choose the best step by.
+    """Draw rows of tokens for training, and others for choosing the best step.
 
     Args:
-        text: as of `calibration_rows`.
+        text: as for `calibration_rows`.
         model: the model whose tokenizer and context are used.
-        options: that it will be trained with: they decide how many rows there are.
-        heldout: text that the result will be judged on: rows that it has for more than half are left out.
+        options: of the training; they determine the number of rows.
+        heldout: held-out text: rows of which it contains more than half are left out.
         sequence_length: tokens per row; None: 512, or the model's context if shorter.
-        reading: as of `calibration_rows`.
+        reading: as for `calibration_rows`.
 
     Raises:
         InputError: a file cannot be read, a held-out document is in the text, or there is too little text.
@@ -314,14 +314,14 @@ def recovery_rows(
 def recover(model: Model, dense: Model, rows: RecoveryRows, options: RecoveryOptions) -> Model:
     """Return `model` trained towards the predictions of `dense`; neither is modified.
 
-    The result's `training` says which step was kept and what it gained: the best one on `rows.selection`, or the
-    weights as they were if no step was better. Training needs the extra `learn`.
+    The result's `training` states the kept step and its gain: the best step on `rows.selection`, or the initial weights
+    if no step was better. Training needs the extra `learn`.
 
     Args:
-        model: pruned from `dense`, by `apply` or `prune` or read from a checkpoint.
-        dense: the model that it was pruned from.
-        rows: what `recovery_rows` returned, or your own rows (N, S) and (M, S).
-        options: how long and how to train.
+        model: pruned from `dense`, by `apply` or `prune`, or read from a checkpoint.
+        dense: the unpruned model.
+        rows: from `recovery_rows`, or your own rows (N, S) and (M, S).
+        options: of the training.
 
     Raises:
         InputError: a package is missing, or the models, rows or options do not fit together.
@@ -396,7 +396,7 @@ def save(model: Model, out: str | Path) -> Path:
         out: a folder that does not exist yet.
 
     Raises:
-        InputError: `out` exists, or the model is as it was read.
+        InputError: `out` exists, or the model is unchanged.
     """
     folder, plan, quantized = Path(out), model.plan, model.quantization
     trained = model.training

@@ -1,4 +1,4 @@
-"""numprune recover: a pruned checkpoint in, one trained towards the dense model out."""
+"""numprune recover: train a pruned checkpoint towards the dense model."""
 
 import argparse
 import dataclasses
@@ -68,13 +68,13 @@ def add(commands: Subcommands) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="prompts, one in each record or line, that the dense model answers for the training (default: none)",
+        help="prompts, one per record or line, whose answers by the dense model are training text (default: none)",
     )
     parser.add_argument(
         "--generated-share",
         type=_share,
         metavar="R",
-        help=f"of the rows that come from these answers, the rest from --text (default: {_GENERATED_SHARE:g})",
+        help=f"share of the rows from these answers, the rest from --text (default: {_GENERATED_SHARE:g})",
     )
     parser.add_argument(
         "--tokens",

@@ -1,4 +1,4 @@
-"""A pruned checkpoint to one that was trained towards the dense model."""
+"""Train a pruned checkpoint towards the dense model."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -31,13 +31,13 @@ from numprune.tasks.reading import frame_of
 
 
 def options_of(asked: Recover) -> RecoveryOptions:
-    """Return the options that a recipe asks for."""
+    """Return the options of a recipe."""
     given = asked.model_dump(exclude={"method", "prompts", "generated_share"})
     return RecoveryOptions(**given | {"learning_rate": None if asked.learning_rate == "auto" else asked.learning_rate})
 
 
 def check_request(source: Path, dense: Path) -> None:
-    """Refuse what `recover_checkpoint` could not do. Raises InputError."""
+    """Refuse a request that `recover_checkpoint` does not support. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "training")
     compressed_tensors.refuse_quantized(dense, "--dense")
     ours, theirs = ((checkpoint.read_config(folder), checkpoint.load_tokenizer(folder)) for folder in (source, dense))
@@ -48,7 +48,7 @@ Side = tuple[Any, PreTrainedTokenizerBase]  # a configuration and a tokenizer
 
 
 def check_pair(model: Side, dense: Side, names: tuple[str, str]) -> None:
-    """Raises InputError that names two models where one cannot be trained towards the other."""
+    """Raise InputError, naming both models, if one cannot be trained towards the other."""
     both, remedy = " and ".join(names), "the dense model must be the one that was pruned"
     if model[1].get_vocab() != dense[1].get_vocab():
         raise InputError(f"{both}: their tokenizers differ; {remedy}")
@@ -71,7 +71,7 @@ def training_rows(
     generated: TokenRows | None = None,
     task: Task = CAUSAL,
 ) -> RecoveryRows:
-    """Return the rows of a text (None: of the generated one alone), none of those that the result is judged on.
+    """Return the rows of a text (None: only generated text), without those of the held-out text.
 
     `option`: the user's name of the number of selection rows. Raises InputError.
     """
@@ -99,11 +99,11 @@ def recover_checkpoint(
     It is trained in float32 and stored as `source` is.
 
     Args:
-        scratch: a folder in which a killed training leaves its state; the same request resumes there.
+        scratch: a folder for the state of a killed training; the same request resumes there.
 
     Raises:
         InputError: `out` exists, the models or options cannot be used, or another process is running the same training.
-        IntegrityError: a file is not what it should be, or the training diverged.
+        IntegrityError: a file is damaged, or the training diverged.
     """
     check_request(source, dense)
     parents = {"base": manifest.folder_digest(source), "dense": manifest.folder_digest(dense)}
@@ -128,7 +128,7 @@ def _trained(
     device: torch.device,
     state: TrainingState,
 ) -> tuple[PreTrainedModel, Recovered]:
-    """Return the model in `source`, trained, and how. Raises InputError, IntegrityError."""
+    """Train the model in `source`; return it and the result. Raises InputError, IntegrityError."""
     model, _ = checkpoint.load(source)
     stored, dropped = stored_dtypes(source, model), dropped_layers(source)
     teacher, _ = checkpoint.load(dense)
@@ -145,7 +145,7 @@ def shared_by(device: torch.device) -> Any:
 
 
 def stored_dtypes(source: Path, model: PreTrainedModel, dropped: Collection[int] = ()) -> dict[str, torch.dtype]:
-    """Return the data types that the model's weights are stored in, by their names in the model.
+    """Return the stored data types of the model's weights, by name in the model.
 
     `dropped`: layers of the checkpoint `source` that the model does not have.
     """
@@ -155,7 +155,7 @@ def stored_dtypes(source: Path, model: PreTrainedModel, dropped: Collection[int]
 
 
 def facts_of(options: RecoveryOptions, found: Recovered, rows_digest: str) -> dict[str, Any]:
-    """Return what a manifest says of a training: what is the same each time."""
+    """Return the manifest's facts about a training, those that are reproducible."""
     lasting = {name: value for name, value in dataclasses.asdict(found).items() if name != "seconds"}
     return {**_asked(options, rows_digest), **lasting}
 
@@ -175,9 +175,9 @@ def write_recovered(
     """Write a trained model to the new folder `out`.
 
     Args:
-        recovery: what `facts_of` returned.
-        plan: by which the model was pruned from that in `base`; None: `base` holds the pruned one.
-        parents: digests of what it was made from; None: of `base`.
+        recovery: from `facts_of`.
+        plan: by which the model was pruned from `base`; None: `base` is the pruned model.
+        parents: digests of its inputs; None: of `base`.
 
     Raises InputError, IntegrityError.
     """

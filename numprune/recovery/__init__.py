@@ -1,9 +1,9 @@
-"""Recovery by training: a short distillation that brings a pruned model back towards the dense one.
+"""Training after pruning: a short distillation of a pruned model towards the dense one.
 
 Notation: rows of S tokens, V the vocabulary, p = (p, V) the dense model's distribution of the next token, q the pruned
 one's. The loss is KL(p || q) in nats per token.
 
-`accelerate` places the models, casts and runs several processes. It is imported where it is used, as an extra.
+`accelerate` places the models, casts, and runs several processes. It is an optional package, imported on use.
 """
 
 from numprune.recovery.options import RecoveryOptions

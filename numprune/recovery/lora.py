@@ -14,14 +14,14 @@ from numprune.tasks import CAUSAL, Task
 
 _ADAPTER = "default"
 _SCALE = 2  # of the update B A: peft's alpha divided by the rank
-_FLOOR = 1e-5  # of the largest logit: what merging may change logits by, and
-_FACTOR = 10  # times what rounding the merged weights once more does, which grows with the depth of the model
+_FLOOR = 1e-5  # relative to the largest logit: allowed change by merging, and
+_FACTOR = 10  # times the effect of rounding the merged weights once more, which grows with the depth of the model
 
 
 class Adapters:
-    """Adapters of every projection in the layers of a model (`weights.Trained`); all else is frozen.
+    """Adapters of every projection in the layers of a model (`weights.Trained`); everything else is frozen.
 
-    Routed experts, which are no Linear layers, have none. The adapters are part of `model` until `finish`.
+    Routed experts have none, because they are not Linear layers. The adapters are part of `model` until `finish`.
     """
 
     def __init__(self, model: PreTrainedModel, rank: int, seed: int, task: Task = CAUSAL) -> None:
@@ -65,7 +65,7 @@ class Adapters:
         merged = self.merged()
         apart = self._output(rows)
         together = self._merged_logits(merged, rows)
-        # Merging rounds each weight once: what logits move by when each is rounded once more is the yardstick.
+        # Merging rounds each weight once, so the limit is relative to the change of logits by rounding each once more.
         rounded = {
             name: weight * (1 + torch.finfo(weight.dtype).eps * _signs(weight)) for name, weight in merged.items()
         }
@@ -94,5 +94,5 @@ class Adapters:
 
 
 def _signs(weight: Tensor) -> Tensor:
-    """Return 1 and -1 in turn, in the shape of a weight."""
+    """Return alternating 1 and -1 in the shape of a weight."""
     return 1 - 2 * (torch.arange(weight.numel(), device=weight.device) % 2).view_as(weight)

@@ -1,4 +1,4 @@
-"""The loss: how far a model's predictions are from the dense one's."""
+"""The loss: the divergence of a model's predictions from the dense model's."""
 
 from functools import partial
 
@@ -11,21 +11,21 @@ from numprune.tasks import CAUSAL, Predictions, Task
 from numprune.tasks.language import kl_divergence, log_probabilities
 from numprune.tasks.task import parts
 
-# Up to so many logits are kept for the gradient, in a few tensors of 128 MiB; more are computed twice.
+# Up to this many logits are kept for the gradient, in a few tensors of 128 MiB; more are recomputed.
 KEPT_VALUES = 1 << 25
 
 
 class Distillation(nn.Module):
-    """A model with the dense one that it is to follow: rows (n, S) to the sum of their divergence over all predictions.
+    """A model and its dense target: maps rows (n, S) to the sum of their divergence over all predictions.
 
-    For a causal language model that is KL(p || q) of n (S - 1) tokens over the full vocabulary, a few positions at a
-    time: many logits are computed again for the gradient, so that memory does not grow with V.
+    For a causal language model, that is KL(p || q) of n (S - 1) tokens over the full vocabulary, a few positions at a
+    time; many logits are recomputed for the gradient, so that memory does not grow with V.
     """
 
     def __init__(self, model: PreTrainedModel, dense: PreTrainedModel, task: Task = CAUSAL) -> None:
         super().__init__()
         self.model = model
-        self._task, self._dense = task, [dense]  # a list: it is no part of this module, and not trained
+        self._task, self._dense = task, [dense]  # in a list, so that it is not a submodule and not trained
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return the sum, a scalar in the unit of the task's loss, float64."""

@@ -1,4 +1,4 @@
-"""How long and how to train, and what follows from it: steps, learning rates, the order of the rows."""
+"""The options of training, and what follows from them: steps, learning rates, the order of the rows."""
 
 import hashlib
 import math
@@ -9,24 +9,24 @@ import torch
 
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 RATE_TIMES_WIDTH = 0.128  # 5e-4 for a hidden size of 256
-FINAL = 0.1  # of the learning rate, at the last step
-MEASUREMENTS = 10  # of the selection rows, spread over the steps, beside the one before the first step
+FINAL = 0.1  # share of the learning rate at the last step
+MEASUREMENTS = 10  # of the selection rows, spread over the steps, besides the one before the first step
 
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """How long and how to train.
+    """The options of training.
 
     Attributes:
-        tokens: to train on, rounded to whole steps.
-        learning_rate: AdamW's, at its highest; None: `RATE_TIMES_WIDTH` / H, with H the hidden size: Adam's best rate
-            for hidden weights falls with the width (Yang et al., arXiv 2203.03466).
-        batch_size: rows of a step.
+        tokens: of the training, rounded to whole steps.
+        learning_rate: peak learning rate of AdamW; None: `RATE_TIMES_WIDTH` / H, with H the hidden size, because Adam's
+            best rate for hidden weights falls with the width (Yang et al., arXiv 2203.03466).
+        batch_size: rows per step.
         micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
-        selection_rows: on which the best step is chosen; they are not trained on.
-        gradient_checkpointing: compute activations twice instead of keeping them; the result stays.
+        selection_rows: held-back rows for choosing the best step.
+        gradient_checkpointing: recompute activations instead of keeping them; same result.
         train: "all" weights; "lora": adapters of `rank` beside the projections of the layers, merged at the end;
-            "blocks": the weights of as many `blocks` as that, those that pruning cost most.
+            "blocks": the weights of the `blocks` blocks with the largest loss from pruning.
         seed: of the draw of the rows and of their order, and of the adapters.
     """
 
@@ -42,11 +42,11 @@ class RecoveryOptions:
     seed: int = 0
 
     def rate(self, hidden_size: int) -> float:
-        """Return the learning rate at its highest, of a model of this width."""
+        """Return the peak learning rate of a model of this width."""
         return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
     def steps(self, length: int) -> int:
-        """Return how many steps rows of `length` tokens make."""
+        """Return the number of steps with rows of `length` tokens."""
         return max(1, round(self.tokens / (self.batch_size * length)))
 
 
@@ -60,26 +60,26 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def measured_after(steps: int) -> list[int]:
-    """Return after how many steps the selection rows are measured, ascending; the last is after all of them."""
+    """Return the steps after which the selection rows are measured, ascending, including the last step."""
     return sorted({max(1, round(steps * part / MEASUREMENTS)) for part in range(1, MEASUREMENTS + 1)})
 
 
 class RowOrder:
-    """Which rows a step trains on. Every row comes once before any comes again, in an order that the seed decides."""
+    """The rows of each step. Every row is used once before any is repeated, in an order given by the seed."""
 
     def __init__(self, rows: int, batch_size: int, seed: int) -> None:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int) -> list[int]:
-        """Return the indices of the rows of a step, (batch_size,). It depends on nothing but the step."""
+        """Return the indices of the rows of a step, (batch_size,); they depend only on the step."""
         first = step * self._batch_size
         return [self._at(position) for position in range(first, first + self._batch_size)]
 
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self._rows)
         if epoch != self._epoch:
-            # torch's generator takes no more than 32 bits of a seed.
+            # torch's generator uses only 32 bits of a seed.
             digest = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
             draw = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
             self._epoch, self._order = epoch, torch.randperm(self._rows, generator=draw)

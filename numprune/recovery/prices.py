@@ -1,4 +1,4 @@
-"""What pruning cost each block: how far the dense model's predictions move with that block alone pruned."""
+"""The price of each block's pruning: the change of the dense model's predictions if only this block is pruned."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,16 +24,16 @@ def block_prices(
     micro_batch_size: int | None = None,
     task: Task = CAUSAL,
 ) -> dict[str, float]:
-    """Return the price of each block of `model` by its name, the highest first: divergence for each prediction.
+    """Return the price of each block of `model` by name, highest first: the divergence per prediction.
 
     Args:
         model: pruned from `dense`.
         rows: (n, S) int64.
         dropped: layers of `dense` that `model` does not have.
         micro_batch_size: rows at a time; None: all. It changes memory, not the result beyond rounding.
-        task: that the models are for.
+        task: of the models.
 
-    Raises InputError where the models' layers do not correspond.
+    Raises InputError if the models' layers do not correspond.
     """
     blocks = [block for block in read_anatomy(model.config).blocks if block.units]
     whole = read_anatomy(dense.config)

@@ -1,4 +1,4 @@
-"""The rows of training and of selection, which no text that the result is judged on may share."""
+"""The rows for training and selection, which must not occur in the held-out text."""
 
 import hashlib
 import logging
@@ -24,16 +24,17 @@ _SHOWN = 3  # names in a message
 _RUN = 32  # tokens: longer than what different texts usually share by chance
 _MOST_SHARED = 0.5  # of a window's runs
 _CHUNK = 1 << 20  # tokens digested at a time
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: a multiplication by it loses nothing
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication by it is invertible
 
 
 @dataclass(frozen=True)
 class RecoveryRows:
-    """Windows of tokens, no two alike.
+    """Distinct windows of tokens.
+
 
     Attributes:
         training: (N, S) int64.
-        selection: (M, S) int64: the best step is chosen on them.
+        selection: (M, S) int64, for choosing the best step.
     """
 
     training: Tensor
@@ -57,7 +58,7 @@ def draw_rows(
     judged: Sequence[TokenRows] = (),
     task: Task = CAUSAL,
 ) -> RecoveryRows:
-    """Draw as many training and selection rows as the options need; see `draw_windows`."""
+    """Draw the training and selection rows that the options need; see `draw_windows`."""
     needed = options.steps(length) * options.batch_size
     return draw_windows(texts, length, needed, options.selection_rows, options.seed, judged, task)
 
@@ -71,20 +72,19 @@ def draw_windows(
     judged: Sequence[TokenRows] = (),
     task: Task = CAUSAL,
 ) -> RecoveryRows:
-    """Draw training and selection rows from the full windows of texts, each different window once.
+    """Draw training and selection rows from the distinct full windows of texts.
 
-    All windows of a text come before any of the next one, which makes up the rest: a small text is used in full beside
-    a large one. Where there are fewer windows than that, there are fewer training rows, which are gone over several
-    times.
+    All windows of a text are used before any of the next one, so a small text is used in full before a large one. If
+    there are not enough windows, there are fewer training rows, which training repeats.
 
     Args:
-        training, selection: how many.
-        judged: texts that the result is judged on. A window is not drawn if one of them has more than half of its runs
-            of 32 consecutive tokens, at whatever offset: an excerpt has nearly all of them, a window that only shares a
-            licence header has few.
-        task: that the rows are for: those of a masked language model are masked once they are drawn.
+        training, selection: number of rows.
+        judged: held-out texts. A window is not drawn if one of them contains more than half of its runs of 32
+        consecutive tokens, at any offset: an excerpt shares nearly all of them, a window with only the same licence
+            header few.
+        task: of the rows; those of a masked language model are masked after drawing.
 
-    Raises InputError where there is not even one to train on.
+    Raises InputError if no training row is left.
     """
     unseen = [_unseen(text, judged) for text in texts]
     drawn: list[Tensor] = []
@@ -106,7 +106,7 @@ def draw_windows(
 
 
 def _shuffled(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
-    """Return the full windows among rows, (length,) each, in an order drawn with `seed`; of like ones the last."""
+    """Return the distinct full windows among rows, (length,) each, in an order drawn with `seed`."""
     windows = list({_digest(row): row for row in rows if len(row) == length}.values())
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return [windows[index] for index in order.tolist()]
@@ -130,7 +130,7 @@ def _unseen(rows: TokenRows, judged: Sequence[TokenRows]) -> list[Tensor]:
 
 
 def shared_runs(rows: Sequence[Tensor], others: Sequence[Tensor], length: int) -> list[float]:
-    """Return the share of each row's runs of `length` tokens that the others, joined, have; 0 of shorter rows."""
+    """Return the share of each row's runs of `length` tokens that occur in the joined others; 0 for shorter rows."""
     wanted = np.unique(_run_digests(torch.cat(list(others)), length))
     text = torch.cat(list(rows))
     found = np.zeros(len(text) + 1, dtype=bool)  # at i + 1: whether the run at i is shared
@@ -158,7 +158,7 @@ def _run_digests(tokens: Tensor, length: int) -> NDArray[np.uint64]:
 
 
 def require_others(trained: Iterable[Document], judged: Iterable[Document]) -> None:
-    """Raises InputError where a document to judge on is one to train on, wherever windows would cut it; names them.
+    """Raise InputError if a held-out document is also a training document, however windows cut it; names them.
 
     Blank ones are in neither text.
     """

@@ -1,4 +1,4 @@
-"""What a killed training resumes from: weights, moments of the optimizer and the best weights so far, on the disk."""
+"""The saved state of a training: weights, optimizer moments and the best weights so far."""
 
 import hashlib
 import json
@@ -13,17 +13,17 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_INDEX = "state.json"  # names the file that is whole
+_INDEX = "state.json"  # names the complete file
 
 
 @dataclass
 class Position:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        step: steps that are done.
-        seconds: that they took.
-        best_step: after how many steps the selection rows' divergence was lowest.
+        step: number of finished steps.
+        seconds: their duration.
+        best_step: the step with the lowest divergence on the selection rows.
         curve: (steps done, nats per token on the selection rows), the first before any step.
     """
 
@@ -35,17 +35,17 @@ class Position:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A folder with the state of the training that `identity` stands for: digest of all that decides its result.
+    """A folder with the state of a training; `identity` is the digest of everything that determines its result.
 
-    A file of tensors is written under a new name before the index names it, with its digest: whoever is killed leaves
-    the state before or the one after. Nothing is drawn while training, so there is no generator to save.
+    A file of tensors is written under a new name before the index names it, with its digest, so an interruption leaves
+    either the old or the new state. Training draws no random numbers, so there is no generator to save.
     """
 
     folder: Path
     identity: str
 
     def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
-        """Put position and tensors on the disk; what was there before goes."""
+        """Save position and tensors, replacing the previous state."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{position.step}.safetensors"
         replace_file(self.folder / name, lambda path: save_file(dict(tensors), path))
@@ -58,7 +58,7 @@ class TrainingState:
                 path.unlink()
 
     def load(self) -> tuple[Position, dict[str, Tensor]] | None:
-        """Return what was saved last; None where there is nothing, or it is damaged or of another training."""
+        """Return the saved state; None if there is none, or it is damaged or belongs to another training."""
         try:
             index = json.loads((self.folder / _INDEX).read_bytes())
             if index["identity"] != self.identity:
@@ -78,7 +78,7 @@ class TrainingState:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, put it on the disk, and give it that name."""
+    """Let `write` create a file beside `path`, flush it to the disk, and rename it to `path`."""
     beside = path.with_name(f"{path.name}.partial")
     write(beside)
     for written in (beside, path.parent):

@@ -1,4 +1,4 @@
-"""Distillation: AdamW on float32 weights, a cosine schedule, and the best step on rows that are not trained on."""
+"""Distillation: AdamW on float32 weights, a cosine schedule, and the best step on held-back rows."""
 
 import importlib.util
 import logging
@@ -37,17 +37,17 @@ _PRICED_ROWS = 8  # that blocks are chosen by
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
-        steps, tokens: that it was trained for.
-        learning_rate: at its highest.
-        best_step: whose weights the model has now; 0: those from before, because no step was better.
-        kl_before, kl_after: divergence from the dense model on the selection rows: KL or, of embeddings, 1 - cosine.
-        unit: of that divergence: of the task's loss.
-        seconds: that the steps and measurements took, those of killed processes included.
-        parameters: how many were trained.
-        blocks: those that were trained, where only some were: name -> what pruning cost them, in that unit.
+        steps, tokens: of the training.
+        learning_rate: peak learning rate.
+        best_step: the step whose weights the model has now; 0: those before training, because no step was better.
+        kl_before, kl_after: divergence from the dense model on the selection rows: KL or, for embeddings, 1 - cosine.
+        unit: of that divergence, that of the task's loss.
+        seconds: of steps and measurements, including those of killed processes.
+        parameters: number of trained parameters.
+        blocks: if only some were trained: name -> price of their pruning, in that unit.
     """
 
     steps: int
@@ -63,7 +63,7 @@ class Recovered:
 
 
 def require_packages(options: RecoveryOptions) -> None:
-    """Raises InputError where accelerate or, for LoRA, peft is not installed."""
+    """Raise InputError if accelerate or, for LoRA, peft is not installed."""
     for package in ("accelerate", *(["peft"] if options.train == "lora" else [])):
         if importlib.util.find_spec(package) is None:
             raise InputError(f'training needs the package {package}: pip install "numprune[learn]"')
@@ -81,21 +81,21 @@ def distill(
     state: TrainingState | None = None,
     task: Task = CAUSAL,
 ) -> Recovered:
-    """Train `model`, which was pruned from `dense`, towards it, in place. Both are in evaluation mode: no dropout.
+    """Train `model`, which was pruned from `dense`, towards it, in place. Both are in evaluation mode, without dropout.
 
-    The weights are those of the best step on the selection rows, the one before training among them: on those rows the
-    result is never worse. On a CPU, and with as many processes, it is the same bit for bit whether or not a process was
-    killed and resumed from `state`.
+    The weights are those of the best step on the selection rows, including the step before training, so on those rows
+    the result is never worse. On a CPU, and with the same number of processes, it is bit-identical whether or not a
+    process was killed and resumed from `state`.
 
     Args:
         model: in float32.
-        dense: of the same vocabulary; it is not changed.
-        device: where to train. Processes that `accelerate launch` started have a GPU each.
-        stored: data types that weights will be stored in, where these are not float32: each step is judged with the
-            weights as they will be stored, and a GPU computes in bfloat16.
+        dense: with the same vocabulary; it is not modified.
+        device: for training. Processes started by `accelerate launch` have a GPU each.
+        stored: stored data types of weights, if not float32: each step is evaluated with the weights as stored, and a
+            GPU computes in bfloat16.
         dropped: layers of `dense` that `model` does not have.
-        state: where to resume from, and to save to after each measurement.
-        task: that the models are for; rows of a masked language model are masked.
+        state: for resuming, saved after each measurement.
+        task: of the models; rows of a masked language model are masked.
 
     Raises:
         InputError: a package is missing, or the options do not fit together.
@@ -106,7 +106,7 @@ def distill(
 
 
 class _Training:
-    """One training: its models, its optimizer, and how far it is."""
+    """One training: its models, its optimizer and its progress."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Training:
         return mean
 
     def _measure(self) -> None:
-        """Note the selection rows' divergence, and the weights where it is the lowest so far."""
+        """Record the divergence on the selection rows, and the weights if it is the lowest so far."""
         position, rounded = self._position, self._rounded()
         with self._trained.replaced(rounded):
             divergence = self._divergence()
@@ -234,19 +234,19 @@ class _Training:
         selection, size = self._rows.selection, self._options.micro_batch_size
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         mine = selection[self._processes.process_index :: self._processes.num_processes]
-        for part in mine.split(size) if len(mine) else ():  # of fewer rows than processes some have none
+        for part in mine.split(size) if len(mine) else ():  # with fewer rows than processes, some have none
             total += self._loss(part.to(self._model.device))
         return float(self._processes.reduce(total, "sum")) / (len(selection) * self._predictions)
 
     def _rounded(self) -> dict[str, Tensor]:
-        """Return copies of the weights in the data types that they will be stored in, on the CPU."""
+        """Return copies of the weights in their stored data types, on the CPU."""
         return {
             name: weight.to(self._stored.get(name, weight.dtype), copy=True).cpu()
             for name, weight in self._trained.merged().items()
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on, and the best weights."""
+        """Return everything that the next step depends on, and the best weights."""
         found = {f"weights/{name}": weight.detach() for name, weight in self._weights.items()}
         found |= {f"best/{name}": weight for name, weight in self._best.items()}
         for name, weight in self._weights.items():
@@ -254,7 +254,7 @@ class _Training:
         return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
     def _resume(self, state: TrainingState | None) -> None:
-        """Resume from what was saved, where something was."""
+        """Resume from the saved state, if there is one."""
         saved = state.load() if state is not None else None
         done = torch.tensor([saved[0].step if saved else 0], device=self._model.device)
         steps = sorted({*self._processes.gather(done).tolist()})
@@ -283,9 +283,9 @@ class _Training:
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Have each layer compute its activations again for the gradient instead of keeping them.
+    """Make each layer recompute its activations for the gradient instead of keeping them.
 
-    transformers' own way needs training mode, which turns dropout on.
+    transformers' own implementation needs training mode, which enables dropout.
     """
     layers: Any = model.get_submodule(layers_path(model.config))
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What of a model is trained, and what it computes with then: all weights, or adapters beside them."""
+"""The trained weights of a model: all of them, or adapters."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -12,23 +12,23 @@ from numprune.anatomy import read_anatomy
 
 
 class Trained(Protocol):
-    """Weights of a model in training. Names are those that they have in the model itself, without adapters."""
+    """The trained weights of a model. Names are those of the model without adapters."""
 
     def merged(self) -> dict[str, Tensor]:
-        """Return what training has changed, as the model computes with it now; not to be written to."""
+        """Return the trained weights as the model currently uses them; read-only."""
 
     def replaced(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Have the model compute with these weights instead, for a while."""
+        """Temporarily let the model compute with these weights."""
 
     def check(self, rows: Tensor) -> None:
-        """Raises IntegrityError unless the model computes the same on rows (n, S) with the weights of `merged`."""
+        """Raise IntegrityError unless the model computes the same on rows (n, S) with the weights of `merged`."""
 
     def finish(self, weights: Mapping[str, Tensor]) -> None:
         """Leave the model with these weights."""
 
 
 class Weights:
-    """The weights of a model, or of some of its blocks alone; the others are frozen."""
+    """The weights of a model, or of only some of its blocks; all others are frozen."""
 
     def __init__(self, model: PreTrainedModel, blocks: Collection[str] | None = None) -> None:
         """`blocks`: their names; None: everything is trained."""
