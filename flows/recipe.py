@@ -398,6 +398,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _training_options_have_an_effect(self) -> Self:
+        of: dict[str, TrainedWeights] = {"rank": "lora", "blocks": "blocks"}
+        for name, train in of.items():
+            value, default = getattr(self.recover, name), Recover.model_fields[name].default
+            if value != default and self.recover.train != train:
+                raise ValueError(
+                    f'recover.{name} = {value}: it has an effect only with recover.train = "{train}"; leave it out'
+                )
+        return self
+
+    @model_validator(mode="after")
     def _bits_follow_from_a_budget(self) -> Self:
         if self.quantize.scheme == "mixed" and self.prune.bytes_allowed is None:
             raise ValueError(

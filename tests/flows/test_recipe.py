@@ -227,3 +227,21 @@ def test_the_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
     assert again == loaded
     assert again.digest == loaded.digest
     assert load(minimal).digest != loaded.digest
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("rank = 32", 'rank = 32: it has an effect only with recover.train = "lora"'),
+        ('train = "lora"\nblocks = 2', "blocks = 2: it"),
+    ],
+)
+def test_options_of_other_trained_weights_are_refused(minimal: Path, options: str, named: str) -> None:
+    minimal.write_text(f'{MINIMAL}[recover]\nmethod = "distill"\n{options}\n')
+    with pytest.raises(InputError, match=rf"recover\.{named}"):
+        load(minimal)
+
+
+def test_a_recipe_with_every_default_written_out_is_accepted(minimal: Path) -> None:
+    found = load(minimal)
+    assert Recipe.model_validate(found.model_dump()) == found
