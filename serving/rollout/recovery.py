@@ -5,7 +5,7 @@ import logging
 from numprune.serving.rollout import backend, router
 from numprune.serving.rollout.settings import Settings
 from numprune.serving.rollout.state import Place, State
-from numprune.serving.vllm.process import kill_tagged, tagged
+from numprune.serving.vllm.process import kill_tagged, tagged, tags_left
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ def recover(place: Place, settings: Settings) -> State:
 
 
 def remove_orphans(place: Place, state: State) -> None:
-    """Stop processes that were started for this name and are not in its state."""
+    """Stop processes that were started for this name and are not in its state, and remove their temporary folders."""
     known = state.tags()
-    for tag in {tag for _, tag in tagged(place.tag_prefix)} - known:
+    running = {tag for _, tag in tagged(place.tag_prefix)}
+    for tag in (running | set(tags_left(place.tag_prefix))) - known:
         logger.info(
             "%s: stopping leftovers of an interrupted rollout (%s)", place.name, tag.removeprefix(place.tag_prefix)
         )

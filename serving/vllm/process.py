@@ -2,7 +2,7 @@
 
 The tag is in the environment of the process and of all its children, so that leftovers are found even if their parent
 is gone. It also names the folder of their temporary files, which is removed with them: vLLM leaves a socket in it for
-each of its engines.
+each of its engines. The folder holds the tag, so that it is found even if all of them are gone.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ import psutil
 from numprune.export import disk
 
 TAG = "NUMPRUNE_TAG"  # in the environment
+_SCRATCH = "numprune-"  # what the names of temporary folders begin with
+_TAG_FILE = "numprune-tag"  # in each of them
 
 _POLL_S = 0.1
 GRACE_S = 30.0
@@ -110,6 +112,7 @@ def start(
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(mode=0o700, exist_ok=True)
+        (scratch / _TAG_FILE).write_text(tag)
         with log.open("ab") as output:
             child = subprocess.Popen(
                 command,
@@ -175,6 +178,17 @@ def kill_tagged(tag: str, grace_s: float = 0.0) -> None:
     shutil.rmtree(_scratch(tag), ignore_errors=True)
 
 
+def tags_left(prefix: str) -> Iterator[str]:
+    """The tags that start with `prefix` of this user's temporary folders, their processes alive or not.
+
+    Raises DiskError.
+    """
+    for folder in Path(disk.folder_for_sockets()).glob(f"{_SCRATCH}*"):
+        with suppress(OSError, UnicodeDecodeError):
+            if folder.stat().st_uid == os.getuid() and (tag := (folder / _TAG_FILE).read_text()).startswith(prefix):
+                yield tag
+
+
 def _scratch(tag: str) -> Path:
     """The temporary folder of the processes of a tag, short enough for sockets. Raises DiskError."""
-    return Path(disk.folder_for_sockets(), f"numprune-{hashlib.sha256(tag.encode()).hexdigest()[:12]}")
+    return Path(disk.folder_for_sockets(), f"{_SCRATCH}{hashlib.sha256(tag.encode()).hexdigest()[:12]}")

@@ -310,6 +310,19 @@ def test_the_temporary_folder_of_a_server_that_died_is_removed(place: Place, par
     assert not scratch.exists()
 
 
+def test_the_temporary_folder_of_a_server_that_died_while_starting_is_removed(place: Place) -> None:
+    dead = start(place, "tiny/1")
+    scratch = process._scratch(dead.started.tag)
+    other = process._scratch("numprune:another")
+    other.mkdir()
+    (other / process._TAG_FILE).write_text("numprune:another")
+    os.kill(dead.started.pid, signal.SIGKILL)
+    wait(lambda: not backends.is_alive(dead), "it ends")
+    recover(place, Settings(NO_ROUTER))  # the state says nothing of it
+    assert not scratch.exists()
+    assert other.exists()
+
+
 # --- without a server ------------------------------------------------------------------------------
 
 
