@@ -62,12 +62,13 @@ def test_servers_end_with_an_interrupted_run(tmp_path: Path, workers: list[str],
     try:
         wait_until((tmp_path / "server").exists)
         family = [psutil.Process(int((tmp_path / "server").read_text())), *psutil.Process(run.pid).children()]
-        assert len(list((tmp_path / "temporary").glob("numprune-tests-*/*"))) == 1
+        assert list((tmp_path / "temporary").glob("numprune-tests-*/tmp*"))
         run.send_signal(sent)
         run.wait()
-        _, alive = psutil.wait_procs(family, timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=300)
         assert alive == []
-        assert (tmp_path / "left").exists() or sent == signal.SIGKILL
+        # xdist kills a worker some seconds after interrupting it, whether it has left its fixtures by then or not.
+        assert (tmp_path / "left").exists() or workers
         wait_until(lambda: not list((tmp_path / "temporary").iterdir()))
     finally:
         run.kill()
