@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from numprune.errors import InputError, ParityError
-from numprune.export import checkpoint, float64, manifest, noise
+from numprune.export import checkpoint, compressed_tensors, float64, manifest, noise
 from numprune.export.noise import Noise
 from numprune.export.precision import FLOAT32
 from numprune.export.prompts import TEXTS
@@ -248,9 +248,12 @@ def _allowed_noise(runtime: Runtime, reference: Path, rows: Sequence[Row], dtype
         floor = noise.of_logits(row.logits, runtime.prefill(torch.cat([row.prompt, row.greedy])[None])[0])
         spread = float(row.logits.std(dim=-1).min())
         if not spread > noise.CONTRAST * noise.FACTOR * floor.mean:
+            # A quantized checkpoint is computed in its own precision.
+            quantized = compressed_tensors.quantization_in(reference) is not None
+            remedy = "prune less, or leave it unquantized and use float32" if quantized else "use float32"
             raise ParityError(
                 f"{reference}: on {row.name} its logits spread by only {spread:.2g}, and PyTorch in {dtype} errs there "
-                f"by {floor}: no runtime computes this checkpoint reliably in {dtype}; use float32"
+                f"by {floor}: no runtime computes this checkpoint reliably in {dtype}; {remedy}"
             )
         allowed.append(AllowedNoise(dtype, floor))
     return allowed

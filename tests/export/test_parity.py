@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from numprune.errors import InputError, IntegrityError, ParityError
 from numprune.export import manifest, onnx, parity, tolerance
 from numprune.export.runtimes.torch_eager import TorchRuntime
+from numprune.flows.steps.quantize import quantize_checkpoint
+from numprune.quantization import Scheme
 
 Checkpoint = Callable[..., Path]
 Change = Callable[[onnx_format.ModelProto], None]
@@ -198,6 +200,22 @@ def test_float32_far_from_float64_proves_nothing(tiny_checkpoint: Checkpoint) ->
         ParityError, match=r"on prose its logits spread by only .* own float32 error there is .*; prune less"
     ):
         parity._allowed(lambda: TorchRuntime(base), base, rows, [parity._Difference(logit_max=1.0)], tolerance.FLOOR)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "remedy"), [(None, "; use float32$"), (Scheme("fp8"), "; prune less, or leave it unquantized and use")]
+)
+def test_half_precision_far_from_float32_proves_nothing(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, scheme: Scheme | None, remedy: str
+) -> None:
+    base = tiny_checkpoint()
+    if scheme is not None:
+        quantize_checkpoint(base, scheme, tmp_path / "quantized", torch.device("cpu"))
+        base = tmp_path / "quantized"
+    logits = torch.randn(6, 259, generator=torch.Generator().manual_seed(0))
+    rows = [parity.Row("prose", torch.arange(4), torch.arange(2), logits)]
+    with pytest.raises(ParityError, match=rf"on prose its logits spread by .* reliably in bfloat16{remedy}"):
+        parity._allowed_noise(TorchRuntime(base, dtype="bfloat16"), base, rows, "bfloat16")
 
 
 def test_a_different_vocabulary_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
