@@ -4,9 +4,7 @@ It replaces the base model's card, whose figures are those of the dense model. L
 name on the hub are carried over.
 """
 
-import re
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,18 @@ from huggingface_hub.repocard import metadata_load
 
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy, task_name
 from numprune.budget import budget_of
-from numprune.errors import InputError, IntegrityError
+from numprune.dtypes import name_of
+from numprune.errors import InputError
 from numprune.export import vllm
+from numprune.export.card_changes import KV, PRECISION, QUALITY, TRAINING, UNMEASURED, USE, row
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
-from numprune.export.precision import name_of
 from numprune.modeling import AUTO_OF
 from numprune.plans import PLAN_FILE, Plan
-from numprune.quantization.compressed_tensors import QuantizationConfig
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
 _PER_LAYER = "per-layer-sizes"
-_QUALITY = "## Quality\n"
-_USE = "## Use\n\n"
-_PRECISION = "stored in"
-_TRAINING = "training after pruning"
-_KV = "KV cache per token"
-_UNMEASURED = """\
-Not measured yet. `numprune evaluate . --baseline BASE --text FILE` compares it with its base on your own text.
-"""
 
 _PLUGIN = """\
 vLLM needs numprune's plug-in for it. In a numprune checkout, with the environment of vLLM 0.32 active, install both:
@@ -54,69 +44,6 @@ def write(folder: Path, base: Path, plan: Plan) -> None:
     """Write the card of the checkpoint in `folder`, which was pruned from `base` by `plan`. Raises InputError."""
     metadata = _metadata(base / CARD)
     (folder / CARD).write_text(_text(folder, base, plan, metadata), encoding="utf-8")
-
-
-def with_quality(card: str, quality: str) -> str:
-    """Return the card with its quality section replaced by `quality`, Markdown that begins with the same heading.
-
-    Raises IntegrityError if the card has no such section.
-    """
-    before, found, after = card.partition(_QUALITY)
-    _, following, rest = after.partition("\n## ")
-    if not found or not following:
-        raise IntegrityError(f"{CARD}: not a card written by numprune: section {_QUALITY.strip()!r} is missing")
-    return f"{before}{quality.strip()}\n{following}{rest}"
-
-
-def set_precision(folder: Path) -> None:
-    """Update the stored precision in a numprune card, if the checkpoint has one."""
-    path = folder / CARD
-    if not (folder / PLAN_FILE).is_file() or not path.is_file():
-        return
-    config = read_config(folder)
-    kv_bytes = budget_of(read_anatomy(config)).kv_bytes_per_token
-    text = path.read_text(encoding="utf-8")
-    text = re.sub(rf"^\| {_PRECISION} \| .* \|$", _row(_PRECISION, name_of(config.dtype)), text, flags=re.M)
-    text = re.sub(rf"^(\| {_KV} \| .* →) [\d,]+ bytes \|$", rf"\1 {kv_bytes:,} bytes |", text, flags=re.M)
-    path.write_text(_unmeasured(text), encoding="utf-8")
-
-
-def set_quantization(folder: Path, found: QuantizationConfig) -> None:
-    """State in a numprune card, if the checkpoint has one, how the weights were quantized."""
-    path = folder / CARD
-    if not path.is_file():
-        return
-    row = _row("quantization", f"weights of the layers: {found}, in the format compressed-tensors")
-    text = path.read_text(encoding="utf-8")
-    text, rows = re.subn(rf"^\| {_PRECISION} \| .* \|$", rf"\g<0>\n{row}", text, flags=re.M)
-    if rows:  # another tool's card has none
-        text = text.replace(
-            _USE, f"{_USE}For the quantized weights, transformers needs `pip install compressed-tensors`. ", 1
-        )
-    path.write_text(_unmeasured(text), encoding="utf-8")
-
-
-def set_training(folder: Path, training: str) -> None:
-    """State in a numprune card, if the checkpoint has one, how the model was trained after pruning."""
-    path = folder / CARD
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8")
-    text = re.sub(rf"^\| {_TRAINING} \| .* \|$", _row(_TRAINING, training), text, flags=re.M)
-    path.write_text(_unmeasured(text), encoding="utf-8")
-
-
-def distilled(recovery: Mapping[str, Any]) -> str:
-    """What a card says of a training: `recovery` is what the manifest says of it."""
-    kept = f"the weights after step {recovery['best_step']} of {recovery['steps']}"
-    if not recovery["best_step"]:
-        kept = "no step improved on the pruned weights, which were kept"
-    return f"distillation from the base model on {recovery['tokens']:,} tokens; {kept}"
-
-
-def _unmeasured(card: str) -> str:
-    """Reset the card's quality section: it describes other weights than the present ones."""
-    return re.sub(rf"^{_QUALITY}.*?(?=^## |\Z)", f"{_QUALITY}\n{_UNMEASURED}\n", card, flags=re.M | re.S)
 
 
 def hub_id(folder: Path) -> str | None:
@@ -151,20 +78,20 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
-        (_TRAINING, "none"),
+        (TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
-        (_PRECISION, name_of(config.dtype)),
+        (PRECISION, name_of(config.dtype)),
     ]
     if before.kv_bytes_per_token:
-        rows.append((_KV, f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"))
+        rows.append((KV, f"{before.kv_bytes_per_token:,} → {after.kv_bytes_per_token:,} bytes"))
     return "\n".join(
         [
             f"---\n{header.to_yaml()}\n---",
             f"# {shown}, pruned\n",
             f"Made by numprune: structured pruning, so the model is smaller in any runtime; {licence}.\n",
             "| | |\n| --- | --- |",
-            *(_row(key, value) for key, value in rows),
-            f"\n{_QUALITY}\n{_UNMEASURED}",
+            *(row(key, value) for key, value in rows),
+            f"\n{QUALITY}\n{UNMEASURED}",
             _use(AUTO_OF[task].__name__, per_layer) + _serve(folder),
         ]
     )
@@ -176,10 +103,6 @@ def _asked(plan: Plan) -> str:
     return f"to meet a budget of {plan.budget.limit:,} bytes of weights"
 
 
-def _row(key: str, value: str) -> str:
-    return f"| {key} | {value} |"
-
-
 def _use(auto_class: str, per_layer: bool) -> str:
     needs = (
         "Layers differ in size, so transformers needs numprune to load it.\n\n"
@@ -188,7 +111,7 @@ def _use(auto_class: str, per_layer: bool) -> str:
     )
     imports = "import numprune.modeling\n" if per_layer else ""
     return (
-        f"{_USE}{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"{USE}{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
         f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
     )

@@ -1,4 +1,7 @@
-"""Read config.json with precise errors, and write it so that older readers compute the same model."""
+"""Read config.json with precise errors, and write it so that older readers compute the same model.
+
+Reading does not need torch.
+"""
 
 import json
 from pathlib import Path
@@ -6,13 +9,13 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-import numprune.modeling  # noqa: F401 - registers the per-layer classes
+from numprune import dtypes
 from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
-from numprune.errors import InputError
+from numprune.configs import pruned_config
+from numprune.errors import InputError, reason
 from numprune.export import files
-from numprune.export.weights import has_weights, main_dtype, read_headers
+from numprune.export.headers import FLOATS, has_weights, main_dtype, read_headers
 from numprune.quantization import compressed_tensors
-from numprune.surgery import pruned_config
 
 _ADAPTER = "adapter_config.json"
 
@@ -53,7 +56,7 @@ def read_config(folder: Path) -> Any:
     if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < 1:
         raise InputError(f"{path}: sliding_window={window}; use null for no window, or the number of tokens it spans")
     if has_weights(folder):
-        config.dtype = main_dtype(read_headers(folder))
+        config.dtype = dtypes.in_config(FLOATS[main_dtype(read_headers(folder))])
     return config
 
 
@@ -65,12 +68,6 @@ def _parse(folder: Path, content: dict[str, Any]) -> Any:
             config = AutoConfig.for_model(**{**content, "model_type": f"{PER_LAYER_PREFIX}llama"})
             return pruned_config(config, read_anatomy(config))
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def reason(error: BaseException) -> str:
-    """Return the last line of a transformers error, the most informative one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__
 
 
 def write_config(config: Any, source: Path, folder: Path) -> None:

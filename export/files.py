@@ -1,6 +1,7 @@
 """The files of a model folder other than weights: which ones pruning copies unchanged, and their size limits."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -42,6 +43,26 @@ DOWNLOADED = [
     *("*.json", "*.safetensors", "tokenizer*", "*.model", "*.tiktoken", "*.txt", "*.jinja"),
     *("LICENSE*", "NOTICE*", "*POLICY*", CARD),
 ]
+
+
+def resolve(model: str | Path) -> Path:
+    """The local folder of a model: itself, or a hub id's files, downloaded (no code, safetensors only).
+
+    Raises InputError when there is no such folder and the hub does not give it either.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model)):
+        raise InputError(f"{model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{model}: no such folder, and not available from the hub ({first})") from None
 
 
 def require_size(path: Path, maximum: int) -> None:

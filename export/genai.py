@@ -19,11 +19,12 @@ from pydantic import JsonValue
 from numprune.anatomy import family_of
 from numprune.errors import InputError
 from numprune.export import checkpoint, files, manifest, onnx
+from numprune.export.headers import QuantizedHeader
 from numprune.export.onnx_decoder import ACTIVATIONS, FAMILIES, head_dim_of, write_decoder, writes
 from numprune.export.onnx_fused import HEAD, FusedOperators, head_of
 from numprune.export.onnx_graph import DATA_FILE, Graph, save
 from numprune.export.precision import DTYPES, FLOAT32
-from numprune.export.weights import QuantizedHeader, read_finite
+from numprune.export.weights import read_finite
 from numprune.quantization import Scheme
 
 KIND = "onnxruntime"

@@ -1,6 +1,8 @@
 """Imports of large libraries."""
 
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,3 +17,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def leave_out_torch() -> None:
+    """Have every import of torch fail from now on, so that transformers reads configurations without it.
+
+    That is far faster, and transformers supports it, but has no setting for it. For a process of our own that builds no
+    model; where torch is imported already, nothing is left to gain and nothing is done.
+    """
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment] # as the import system defines
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no torch

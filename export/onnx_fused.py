@@ -16,9 +16,10 @@ import torch
 from onnx import TensorProto
 
 from numprune.errors import IntegrityError
+from numprune.export.headers import QuantizedHeader
 from numprune.export.onnx_decoder import Layer, Writer, activate, rotary_frequencies
 from numprune.export.onnx_quantized import blocked
-from numprune.export.weights import QuantizedHeader
+from numprune.export.weights import read_quantized
 from numprune.quantization import Quantized, Scheme, round_to_nearest
 
 HEAD = Scheme("w8a8")  # of the output matrix, if others are quantized
@@ -148,7 +149,7 @@ def head_of(config: Any) -> str:
 
 def _read(header: QuantizedHeader) -> Quantized:
     """Return the matrix as stored. Raises IntegrityError if a scale is NaN or infinite."""
-    matrix = header.quantized(0, header.rows)
+    matrix = read_quantized(header, 0, header.rows)
     if not torch.isfinite(matrix.scales).all():
         raise IntegrityError(f"{header.file}: the scales of {header.name} are NaN or infinite")
     return matrix

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from numprune.dtypes import name_of as name_of  # for `serving`, too
 from numprune.errors import InputError, IntegrityError
 from numprune.export.config import read_config
 
@@ -16,11 +17,6 @@ FLOAT32 = "float32"
 def stored(folder: Path) -> str:
     """Return the precision that a checkpoint's weights are stored in. Raises like `read_config`."""
     return name_of(read_config(folder).dtype)
-
-
-def name_of(dtype: torch.dtype | str | None) -> str:
-    """`torch.bfloat16` -> "bfloat16"; None -> "float32", which transformers uses if a configuration names none."""
-    return str(dtype or FLOAT32).removeprefix("torch.")
 
 
 def choose(asked: str, found: str, runtime: str, device: str) -> str:

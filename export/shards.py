@@ -9,10 +9,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from numprune.export.headers import INDEX, SINGLE
 from numprune.export.precision import cast
-from numprune.export.weights import DTYPES, INDEX, QUANTIZED_DTYPES, SINGLE
+from numprune.export.weights import ALL_DTYPES, DTYPES
 
-_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
+_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 _METADATA = {"format": "pt"}  # transformers refuses files without this
 SHARD_BYTES = 5 * 10**9
 _ENTRY_BYTES = 200  # upper limit of a tensor's header entry, without its name
@@ -65,7 +66,7 @@ class ShardWriter:
         written = 0
         for slab in slabs:
             # Quantized values are written unchanged.
-            cast_slab = slab.cpu() if _NAMES[dtype] in QUANTIZED_DTYPES else cast(name, slab, dtype)
+            cast_slab = cast(name, slab, dtype) if _NAMES[dtype] in DTYPES else slab.cpu()
             written += file.write(_bytes(cast_slab))
         if written != size:
             raise ValueError(f"{name} {shape} has {size} bytes, not {written}")

@@ -19,12 +19,14 @@ from transformers import PreTrainedConfig
 from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import DiskError
 from numprune.export import checkpoint, disk
+from numprune.export.headers import TensorHeader
 from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
-from numprune.export.weights import TensorHeader, read_rows, slabs
+from numprune.export.weights import read_rows, slabs
 from numprune.layers import Entered, Head, enter, leave
 from numprune.surgery import skeleton
 from numprune.tasks import Task
+from numprune.tensors import tensor_table
 
 
 class CheckpointLayers:
@@ -56,7 +58,7 @@ class CheckpointLayers:
         self.stored = checkpoint.audit(folder)
         checkpoint.check_finite(self.stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
-        self._names = checkpoint.stored_names(self._skeleton)
+        self._names = tensor_table(self._skeleton.config).parts
         checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)

@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from numprune.errors import InputError
+from numprune.errors import InputError, reason
 from numprune.export import files
-from numprune.export.config import read_config, reason
+from numprune.export.config import read_config
 
 logger = logging.getLogger(__name__)
 

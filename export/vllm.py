@@ -15,13 +15,15 @@ from pydantic import JsonValue
 
 from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
 from numprune.blocks import Anatomy
+from numprune.dtypes import name_of
 from numprune.errors import InputError
-from numprune.export import checkpoint, compressed_tensors, manifest, precision, vllm_pooling
+from numprune.export import card_changes, checkpoint, compressed_tensors, manifest, precision, vllm_pooling
 from numprune.export.config import write_config
+from numprune.export.headers import TensorHeader
 from numprune.export.shards import writing
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import TensorHeader, read_tensor, slabs, stored_parts
+from numprune.export.weights import read_tensor, slabs, stored_parts
 from numprune.families import FAMILIES
 from numprune.quantization import Scheme, schemes_by_block, ungrouped
 from numprune.quantization.compressed_tensors import QuantizationConfig
@@ -48,7 +50,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
     config = checkpoint.read_config(source)
     facts: dict[str, JsonValue] = {
         "shard_size": shard_size,
-        "dtype": dtype or precision.name_of(config.dtype),
+        "dtype": dtype or name_of(config.dtype),
         **serving_facts(source),
     }
     headers = checkpoint.audit(source)
@@ -65,9 +67,7 @@ def export(source: Path, out: Path, *, shard_size: str = "5GB", dtype: str | Non
         if dtype is not None:
             config.dtype = precision.DTYPES[dtype]
             write_config(config, source, folder)
-            from numprune.export import card  # which imports this module
-
-            card.set_precision(folder)
+            card_changes.set_precision(folder)
         checkpoint.audit(folder)
     return manifest.read(out)
 

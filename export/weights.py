@@ -1,195 +1,26 @@
-"""The safetensors files of a folder: their headers, read without the data, and their tensors."""
+"""The tensors in a folder's safetensors files."""
 
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from numprune.errors import InputError, IntegrityError
-from numprune.export import files
-from numprune.quantization import Quantized, Scheme, compressed_tensors
+from numprune.errors import IntegrityError
+from numprune.export import headers
+from numprune.export.headers import QuantizedHeader, TensorHeader
+from numprune.quantization import Quantized, compressed_tensors
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Further data types, of stored quantized weights.
-QUANTIZED_DTYPES = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32, "I64": torch.int64}
-_NAMES = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
+# By safetensors' names; `DTYPES`: of weights that are not quantized.
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in headers.FLOATS.items()}
+ALL_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in headers.NAMES.items()}
 SLAB_BYTES = 64 << 20  # of a large tensor that is processed in parts
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One stored tensor: its shape, its data type in safetensors' spelling (`F32`, `BF16`, …) and its location.
-
-    `name`: in `file`; `offset`: of its first byte there.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    offset: int
-
-    @property
-    def rows(self) -> int:
-        """Size of the first dimension; 1 for a scalar."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.torch_dtype.itemsize
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return (DTYPES | QUANTIZED_DTYPES)[self.dtype]
-
-
-@dataclass(frozen=True)
-class QuantizedHeader(TensorHeader):
-    """A quantized matrix, stored as grid values and scales; it is read dequantized, in float32.
-
-    Attributes:
-        dtype: of the unquantized tensors, in which its products are computed.
-        scheme: of the grid.
-        parts: the stored tensors by name.
-    """
-
-    scheme: Scheme
-    parts: Mapping[str, TensorHeader]
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts.values())
-
-    def quantized(self, start: int, stop: int) -> Quantized:
-        """Return rows of the matrix as stored."""
-        values, scales = (read_rows(part, start, stop) for part in list(self.parts.values())[:2])
-        if self.scheme.name == "w4a16":
-            values = compressed_tensors.unpack(values, self.shape[1])
-        return Quantized(self.scheme, values, scales.float())
-
-
-def has_weights(folder: Path) -> bool:
-    return (folder / INDEX).exists() or (folder / SINGLE).exists()
-
-
-def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Return the header of every stored weight by name. The data are not read, but each file must be long enough.
-
-    Raises:
-        InputError: there are no safetensors weights, or both a single file and shards, or quantized tensors.
-        IntegrityError: a file is missing or truncated, or the index and the shards contradict each other.
-    """
-    if (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            raise InputError(f"{folder}: has both {SINGLE} and {INDEX}; remove the stale one")
-        return _joined(folder, _renamed(_read_shards(folder)))
-    if not (folder / SINGLE).is_file():
-        other = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)[:3])
-        hint = f"; convert {other} with `save_pretrained`: reading such a file may run code" if other else ""
-        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")
-    return _joined(folder, _renamed(_read_file(folder / SINGLE)))
-
-
-def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """Merge the stored tensors of each quantized weight into one header. Raises InputError, IntegrityError."""
-    path = folder / files.CONFIG
-    config = compressed_tensors.read_quantization(files.read_object(path)) if path.exists() else None
-    if config is not None:
-        stored = dict(stored)
-        dtype = _main_name(stored)
-        for scale in [name for name in stored if name.endswith(".weight_scale")]:
-            linear = scale.removesuffix(".weight_scale")
-            scheme = config.scheme(linear)
-            if scheme is None:
-                raise IntegrityError(
-                    f"{stored[scale].file}: {scale} is stored, but quantization_config in config.json leaves {linear} "
-                    "unquantized; they do not belong together"
-                )
-            matrix = _quantized_header(f"{linear}.weight", stored, scheme, dtype)
-            for part in matrix.parts:
-                del stored[part]
-            stored[matrix.name] = matrix
-    for name, header in stored.items():
-        if header.dtype not in DTYPES:
-            linear, _, ending = name.rpartition(".")
-            scheme = config.scheme(linear) if config else None
-            if scheme is not None and ending in compressed_tensors.endings(scheme):
-                raise IntegrityError(
-                    f"{header.file}: {name} is stored as {header.dtype}, but {linear}.weight_scale is missing"
-                )
-            raise InputError(
-                f"{header.file}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported "
-                f"where config.json has no {compressed_tensors.CONFIG_FIELD} for it (prune the unquantized model)"
-            )
-    return stored
-
-
-def _quantized_header(name: str, stored: Mapping[str, TensorHeader], scheme: Scheme, dtype: str) -> QuantizedHeader:
-    """Return the header of the weight `name`. Raises IntegrityError."""
-    path = name.removesuffix("weight")
-    try:
-        parts = {path + ending: stored[path + ending] for ending in compressed_tensors.endings(scheme)}
-    except KeyError as error:
-        raise IntegrityError(f"{stored[f'{name}_scale'].file}: {error.args[0]} is missing") from None
-    values, scales, *_ = parts.values()
-    shape = values.shape
-    if scheme.name == "w4a16":
-        said = parts[f"{name}_shape"]
-        shape = tuple(read_rows(said).tolist()) if said.shape == (2,) and said.dtype == "I64" else ()
-    if len(shape) != 2 or min(shape) < 1 or shape[1] % (scheme.group_size or 1):
-        raise IntegrityError(f"{values.file}: {name} has shape {list(shape)}, which {scheme} cannot have")
-    wanted = compressed_tensors.shapes_of(name, scheme, shape)
-    dtypes = compressed_tensors.dtypes_of(name, scheme, torch.float32)
-    for part, header in parts.items():
-        fits = header.dtype in DTYPES if header is scales else header.torch_dtype == dtypes[part]
-        if header.shape != wanted[part] or not fits:
-            dtype_wanted = "one of " + ", ".join(DTYPES) if header is scales else _NAMES[dtypes[part]]
-            raise IntegrityError(
-                f"{header.file}: {part} is {header.dtype} {list(header.shape)}, where {scheme} has {dtype_wanted} "
-                f"{list(wanted[part])}"
-            )
-    return QuantizedHeader(name, shape, dtype, values.file, values.offset, scheme, parts)
-
-
-def _renamed(stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
-    return {current_name(name): header for name, header in stored.items()}
-
-
-def current_name(name: str) -> str:
-    """Return a tensor's current name in transformers; the first BERT checkpoints name norms as in TensorFlow."""
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
-
-
-def weight_bytes(folder: Path) -> int:
-    """Return the bytes of all stored tensors, on disk and, in their own data type, in memory."""
-    return sum(header.bytes for header in read_headers(folder).values())
 
 
 def main_dtype(stored: Mapping[str, TensorHeader]) -> torch.dtype:
     """Return the data type of most of the bytes; quantized weights count with their compute data type."""
-    return DTYPES[_main_name(stored)]
-
-
-def _main_name(stored: Mapping[str, TensorHeader]) -> str:
-    sizes = Counter(dict.fromkeys(DTYPES, 0))
-    for header in stored.values():
-        if header.dtype in DTYPES:
-            sizes[header.dtype] += header.bytes
-    return sizes.most_common(1)[0][0]
+    return DTYPES[headers.main_dtype(stored)]
 
 
 def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
@@ -234,10 +65,10 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
     """
     stop = header.rows if stop is None else stop
     if isinstance(header, QuantizedHeader):
-        return header.quantized(start, stop).dequantized()
+        return read_quantized(header, start, stop).dequantized()
     row_bytes = header.bytes // max(header.rows, 1)
     shape = (stop - start, *header.shape[1:]) if header.shape else ()  # a scalar
-    result = torch.empty(shape, dtype=header.torch_dtype)
+    result = torch.empty(shape, dtype=ALL_DTYPES[header.dtype])
     target = result.flatten().view(torch.uint8).numpy().data
     with header.file.open("rb", buffering=0) as file:
         file.seek(header.offset + start * row_bytes)
@@ -249,6 +80,14 @@ def read_rows(header: TensorHeader, start: int = 0, stop: int | None = None) -> 
     return result
 
 
+def read_quantized(header: QuantizedHeader, start: int, stop: int) -> Quantized:
+    """Return rows of a quantized matrix as stored. Raises IntegrityError."""
+    values, scales = (read_rows(part, start, stop) for part in list(header.parts.values())[:2])
+    if header.scheme.name == "w4a16":
+        values = compressed_tensors.unpack(values, header.shape[1])
+    return Quantized(header.scheme, values, scales.float())
+
+
 def slabs(header: TensorHeader) -> Iterator[Tensor]:
     """Yield the tensor in slabs of rows, each of about `SLAB_BYTES`. Raises IntegrityError."""
     # Quantized weights are read as float32.
@@ -256,67 +95,3 @@ def slabs(header: TensorHeader) -> Iterator[Tensor]:
     step = max(1, SLAB_BYTES * header.rows // max(size, 1))
     for start in range(0, max(header.rows, 1), step):
         yield read_rows(header, start, min(start + step, header.rows))
-
-
-def _read_file(path: Path) -> dict[str, TensorHeader]:
-    headers = {}
-    try:
-        # With "pt", the whole file would be mapped writable and count towards a memory limit.
-        with safe_open(path, "np") as file:
-            offsets = _offsets(path)
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(name)
-                if _is_computed(name, part.get_dtype()):
-                    continue
-                headers[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path}: not a complete safetensors file: {error}") from None
-    for name, header in headers.items():
-        if header.dtype not in DTYPES | QUANTIZED_DTYPES:
-            raise InputError(f"{path}: {name} is stored as {header.dtype}; only {', '.join(DTYPES)} are supported")
-    return headers
-
-
-def _is_computed(name: str, dtype: str | None = None) -> bool:
-    """Return whether a tensor is the buffer of position ids that older versions of transformers stored."""
-    return name.rpartition(".")[2] == "position_ids" and dtype not in DTYPES
-
-
-def _offsets(path: Path) -> dict[str, int]:
-    """Return the offset of each tensor's first byte in a file that `safe_open` has accepted."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
-
-
-def _read_shards(folder: Path) -> dict[str, TensorHeader]:
-    weight_map = _read_index(folder / INDEX)
-    headers: dict[str, TensorHeader] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise IntegrityError(f"{folder / shard}: missing, but named in {INDEX}")
-        for name, header in _read_file(folder / shard).items():
-            if weight_map.get(name) != shard:
-                raise IntegrityError(f"{folder / shard}: contains {name}, which {INDEX} does not list")
-            headers[name] = header
-    absent = sorted(name for name in weight_map.keys() - headers.keys() if not _is_computed(name))
-    if absent:
-        raise IntegrityError(f"{folder / weight_map[absent[0]]}: lacks {absent[0]}, which {INDEX} lists")
-    return headers
-
-
-def _read_index(path: Path) -> Mapping[str, str]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAXIMUM_INDEX_BYTES + 1)
-        if len(raw) > _MAXIMUM_INDEX_BYTES:
-            raise IntegrityError(f"{path}: exceeds the {_MAXIMUM_INDEX_BYTES:,}-byte limit")
-        weight_map = json.loads(raw)["weight_map"]
-        names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{path}: not an index of shards: {str(error)[:200]}") from None
-    for name in names:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".safetensors"):
-            raise IntegrityError(f"{path}: {name!r} is not the name of a safetensors file in this folder")
-    return weight_map

@@ -1,23 +1,24 @@
 """Reads a model's anatomy from its configuration: blocks, their units and members, and the tensors that share them.
 
 Everything is read from the configuration, so a model can be planned for before its weights are loaded. What an
-architecture looks like stands in `families`; every other one is refused by name.
+architecture looks like stands in `families`; every other one is refused by name. torch is not needed.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedConfig
-
+from numprune import dtypes
 from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
 from numprune.families.family import LINEAR_PARTS, Experts, Part, Shape, TaskName, Wiring
 from numprune.renumber import numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # A model whose layers differ keeps its family under a model type of ours (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
@@ -32,7 +33,7 @@ _TASK_OF_CLASS: dict[str, TaskName] = {
 HOW_TO_ADD = "docs/adding-an-architecture.md"
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: "PreTrainedConfig") -> Family:
     """Return the family of a configuration.
 
     Raises:
@@ -55,7 +56,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
-def task_name(config: PreTrainedConfig) -> TaskName:
+def task_name(config: "PreTrainedConfig") -> TaskName:
     """Return what a model is for, by the class that its configuration names.
 
     A decoder is a language model also where the class has no head: then it is tied to the embeddings.
@@ -85,24 +86,24 @@ def task_name(config: PreTrainedConfig) -> TaskName:
     )
 
 
-def model_prefix(config: PreTrainedConfig) -> str:
+def model_prefix(config: "PreTrainedConfig") -> str:
     """Return what stands before the names of the base model's parts in the whole model."""
     family = family_of(config)
     return f"{family.prefix}." if family.prefix and task_name(config) != "embedding" else ""
 
 
-def layers_path(config: PreTrainedConfig) -> str:
+def layers_path(config: "PreTrainedConfig") -> str:
     """Return the path of the layers in the whole model."""
     return f"{model_prefix(config)}{family_of(config).layers}"
 
 
-def context_of(config: PreTrainedConfig) -> int:
+def context_of(config: "PreTrainedConfig") -> int:
     """Return how many tokens a row can have."""
     reserved = config.pad_token_id + 1 if family_of(config).reserved_positions else 0
     return int(config.max_position_embeddings - reserved)
 
 
-def read_anatomy(config: PreTrainedConfig) -> Anatomy:
+def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
     Raises:
@@ -116,7 +117,6 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     if len(head_dims) != 1:
         raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
     (head_dim,) = head_dims
-    dtype = _dtype(config.dtype)
     around, embedding = _around(family, config), f"{model_prefix(config)}{family.embedding}"
     return Anatomy(
         family=family.name,
@@ -129,7 +129,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
         blocks=blocks,
         around=around,
         output_parameters=prod(around[f"{embedding}.weight"]) if task in ("causal-lm", "masked-lm") else 0,
-        bytes_per_value=dtype.itemsize if dtype is not None else 4,
+        bytes_per_value=dtypes.bytes_of(config.dtype),
         sliding_window=getattr(config, "sliding_window", None) or None,
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
@@ -137,17 +137,7 @@ def read_anatomy(config: PreTrainedConfig) -> Anatomy:
     )
 
 
-def _dtype(named: object) -> torch.dtype | None:
-    """Return a configuration's data type. `save_pretrained` leaves its name, as config.json has it."""
-    if named is None:
-        return None
-    found = getattr(torch, named.removeprefix("torch."), None) if isinstance(named, str) else named
-    if isinstance(found, torch.dtype):
-        return found
-    raise InputError(f"dtype={str(named)[:80]}; it must be the name of a torch data type")
-
-
-def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
+def read_blocks(config: "PreTrainedConfig") -> tuple[Block, ...]:
     """Return the blocks of a model, attention before MLP before experts, first layer first.
 
     Raises:
@@ -163,7 +153,7 @@ def read_blocks(config: PreTrainedConfig) -> tuple[Block, ...]:
     return beside_what_is_left([block for layer in layers for block in _layer_blocks(family, config, layer)])
 
 
-def _layer_blocks(family: Family, config: PreTrainedConfig, layer: int) -> Iterator[Block]:
+def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: int) -> Iterator[Block]:
     sizes = config.per_layer_config[layer]
     heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
     skipped = getattr(sizes, "skip", [])

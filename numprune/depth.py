@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from numprune.blocks import Anatomy
 from numprune.calibration import Walker, check_rows
+from numprune.configs import pruned_config
 from numprune.errors import InputError
 from numprune.layers import Entered, Head, Layers
 from numprune.plans import DroppedLayer
 from numprune.progress import Progress
 from numprune.renumber import layers_left
-from numprune.surgery import pruned_config
 
 logger = logging.getLogger(__name__)
 

@@ -31,3 +31,9 @@ class EnvironmentInvalid(NumpruneError):
 
 class DiskError(NumpruneError):
     """A file system that is full or read-only, denies access, or fails."""
+
+
+def reason(error: BaseException) -> str:
+    """Return the last line of a transformers error, the most informative one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__

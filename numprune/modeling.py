@@ -1,12 +1,13 @@
 """Models whose layers differ in heads and MLP width: classes that honour Hugging Face's `per_layer_config`.
 
 transformers reads and writes `per_layer_config`, but its modeling code builds every layer from the global sizes. Here,
-each family's stock class is subclassed, with layers built from their own configuration. If that configuration does not
-accept fewer heads than fill the hidden size, the layer is built with those and then reduced. A layer whose `skip` lists
-"attention" or "mlp" has no such block and no norms of it: they are replaced by modules that output zeros.
+each family's stock class is subclassed, with layers built from their own configuration (configs.py). If that
+configuration does not accept fewer heads than fill the hidden size, the layer is built with those and then reduced. A
+layer whose `skip` lists "attention" or "mlp" has no such block and no norms of it: they are replaced by modules that
+output zeros.
 
-Importing this module registers the classes with `AutoConfig`, with their task's auto class, and with `AutoModel`, from
-which vLLM's transformers backend builds its models. Checkpoints contribute data only, no code.
+Importing this module registers the classes with their task's auto class, and with `AutoModel`, from which vLLM's
+transformers backend builds its models. Checkpoints contribute data only, no code.
 """
 
 import copy
@@ -15,10 +16,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -35,11 +34,11 @@ from transformers.pytorch_utils import Conv1D
 
 from numprune.anatomy import PER_LAYER_PREFIX, read_blocks
 from numprune.blocks import Block, by_layer
+from numprune.configs import CLASS_PREFIX
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.stand_ins import stand_ins
 
-KINDS = ("attention", "mlp")
 AUTO_OF: Mapping[TaskName, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
@@ -47,34 +46,6 @@ AUTO_OF: Mapping[TaskName, Any] = {
     "embedding": AutoModel,
 }
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
-
-
-class _PerLayerConfig:
-    """Replaces the stock checks that relate heads to the hidden size, which do not apply to pruned layers."""
-
-    def validate_rope(self: Any) -> None:
-        PreTrainedConfig.validate_rope(self)
-
-    def validate_architecture(self: Any) -> None:
-        family = FAMILIES[self.model_type.removeprefix(PER_LAYER_PREFIX)]
-        attending = 0
-        for index in range(self.num_hidden_layers):
-            layer = self.per_layer_config[index]
-            skipped = getattr(layer, "skip", [])
-            attending += "attention" not in skipped
-            if not set(skipped) <= set(KINDS):
-                raise ValueError(f"layer {index}: skip={skipped}; known are {', '.join(KINDS)}")
-            heads = getattr(layer, family.heads)
-            kv_heads = getattr(layer, family.kv_heads) if family.kv_heads else heads
-            if heads % kv_heads:
-                raise ValueError(
-                    f"layer {index}: {family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}"
-                )
-        if attending == 0:
-            raise ValueError("every layer skips its attention; at least one must have it")
-        if attending < self.num_hidden_layers and len(set(getattr(self, "layer_types", None) or ())) > 1:
-            # The KV cache takes each layer's kind from `layer_types`, by its index among the layers with attention.
-            raise ValueError("layers that skip attention are not supported with different layer_types")
 
 
 class _PerLayerModel:
@@ -188,24 +159,14 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _register(family: Family) -> None:
-    stock_config = CONFIG_MAPPING[family.name]
-    # `@strict` binds the checks of the class it decorates, so each subclass needs it again.
-    config: Any = strict(
-        type(
-            f"Numprune{stock_config.__name__}",
-            (_PerLayerConfig, stock_config),
-            {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
-        )
-    )
-    globals()[config.__name__] = config  # where pickle looks for the class
-    AutoConfig.register(config.model_type, config)
+    config = CONFIG_MAPPING[PER_LAYER_PREFIX + family.name]
     _rename_as(family.name, config.model_type)
     layers_path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
     for auto in dict.fromkeys((*(AUTO_OF[task] for task in family.tasks), AutoModel)):
-        stock_model = auto._model_mapping[stock_config]
+        stock_model = auto._model_mapping[CONFIG_MAPPING[family.name]]
         inside = f"{stock_model.base_model_prefix}." if auto is AutoModel else ""
         model = type(
-            f"Numprune{stock_model.__name__}",
+            CLASS_PREFIX + stock_model.__name__,
             (_PerLayerModel, stock_model),
             {
                 "config_class": config,
@@ -225,11 +186,6 @@ def _rename_as(theirs: str, ours: str) -> None:
     renamed = get_checkpoint_conversion_mapping(theirs)
     if renamed:
         register_checkpoint_conversion_mapping(ours, renamed)
-
-
-def class_of(config: PreTrainedConfig, task: TaskName) -> Any:
-    """Return the class of the models with this configuration for a task."""
-    return AUTO_OF[task]._model_mapping[type(config)]
 
 
 for _family in FAMILIES.values():

@@ -24,6 +24,7 @@ from numprune.budget import Budget, budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
 from numprune.choosing import Chosen, Known, blocks_of, chooser, dense_inputs, dense_reading, nothing, planned
 from numprune.compensation import choose_damping, mean_bias, refit
+from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, choose
 from numprune.experts.finish import finish_experts
@@ -34,7 +35,7 @@ from numprune.options import REFITTING, PruneOptions, check_options, left_of, pr
 from numprune.plans import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.slices import Kept, Size
-from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
+from numprune.surgery import assemble, channels_of, cut_layer
 from numprune.tasks import CAUSAL, Task
 
 logger = logging.getLogger(__name__)

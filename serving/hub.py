@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from numprune.errors import IntegrityError, NumpruneError
-from numprune.export import card, manifest
+from numprune.export import card_changes, manifest
 from numprune.export.files import CARD
 from numprune.serving.registry.publishing import check_release
 from numprune.serving.registry.releases import CHECKPOINT
@@ -84,7 +84,7 @@ def _card(release: Path, quality: str) -> str:
             f"{path}: missing; releases of numprune 0.1 have no model card: run `numprune optimize` again"
         )
     text = path.read_text(encoding="utf-8")
-    return card.with_quality(text, quality) if quality else text
+    return card_changes.with_quality(text, quality) if quality else text
 
 
 def _places(release: Path, whole: manifest.Manifest) -> Iterator[tuple[Path, str]]:

@@ -14,6 +14,7 @@ from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
 from numprune.budget import budget_of
 from numprune.calibration import Walker, consumer_weight
+from numprune.configs import pruned_config
 from numprune.depth import Shallower
 from numprune.errors import InputError
 from numprune.experts.inputs import Experts
@@ -28,7 +29,7 @@ from numprune.options import PruneOptions
 from numprune.plans import DroppedLayer
 from numprune.pruning import config_after, layers_to_drop, prune, prune_layers
 from numprune.slices import Kept, Size
-from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
+from numprune.surgery import assemble, channels_of, cut_layer
 from numprune.target import Target, allowed_sizes
 from numprune.tasks import CAUSAL
 from numprune.tasks.classification import Classification

@@ -13,12 +13,19 @@ from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, ad
 from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
+    from numprune.families.family import TaskName
     from numprune.plans import PricedSplit
-    from numprune.tasks import Task
 
 
 def add(commands: Subcommands) -> None:
-    parser = command(commands, "inspect", inspect, "show what can be pruned in a model", "numprune inspect ./my-model")
+    parser = command(
+        commands,
+        "inspect",
+        inspect,
+        "show what can be pruned in a model",
+        "numprune inspect ./my-model",
+        needs_torch=False,
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL)
 
     parser = command(
@@ -59,15 +66,20 @@ def inspect(args: argparse.Namespace) -> Answer:
     with uncollected():
         from numprune.anatomy import read_anatomy
         from numprune.budget import budget_of, pruning_step
-        from numprune.export import checkpoint, compressed_tensors
-        from numprune.export.tasks import load_task
+        from numprune.dtypes import name_of
+        from numprune.export import compressed_tensors
+        from numprune.export.audit import audit
+        from numprune.export.config import read_config
+        from numprune.export.files import resolve
+        from numprune.export.headers import weight_bytes
         from numprune.plans import PLAN_FILE, read_plan
         from numprune.target import Target
+        from numprune.units import LOSS_UNITS
 
-    folder = checkpoint.resolve(args.model)
-    config = checkpoint.read_config(folder)
+    folder = resolve(args.model)
+    config = read_config(folder)
     quantized = compressed_tensors.quantization_in(folder)
-    checkpoint.audit(folder)
+    audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
     align = Target().align
@@ -83,7 +95,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "architecture": (config.architectures or [config.model_type])[0],
         "family": anatomy.family,
         "task": anatomy.task,
-        **_pooling(load_task(folder)),
+        **_declared(anatomy.task, config, folder),
         "layers": anatomy.layers,
         "hidden_size": anatomy.hidden_size,
         "head_dim": anatomy.head_dim,
@@ -91,9 +103,9 @@ def inspect(args: argparse.Namespace) -> Answer:
         "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
         "quantization": str(quantized) if quantized else None,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": name_of(config.dtype),
         "uniform": anatomy.is_uniform,
-        "weight_bytes": checkpoint.weight_bytes(folder),
+        "weight_bytes": weight_bytes(folder),
         **dataclasses.asdict(budget_of(anatomy)),
         "granularity": {kind: dataclasses.asdict(found) for kind, found in granularity.items()},
         "blocks": [
@@ -135,7 +147,7 @@ def inspect(args: argparse.Namespace) -> Answer:
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, "
             + (f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes")
         )
-        lines += [f"  {line}" for line in dropped_lines(plan, load_task(folder).unit)]
+        lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{counted(split.mlp_channels, 'channel per layer')}, priced at {split.nats_per_token:.4f} nats per token"
@@ -149,13 +161,16 @@ def _groups(split: "PricedSplit") -> str:
     return f"{counted(split.kv_groups, 'KV group')}{heads}"
 
 
-def _pooling(task: "Task") -> dict[str, Any]:
-    """The pooling of an embedding model; empty for other models."""
-    from numprune.tasks.embedding import Embedding
+def _declared(task: "TaskName", config: Any, folder: Path) -> dict[str, Any]:
+    """The pooling of an embedding model; empty for other models. Raises InputError if the classes are not supported."""
+    from numprune.export.declared import classes_of, pooling_in
 
-    if not isinstance(task, Embedding):
+    if task == "classification":
+        classes_of(config)
+    if task != "embedding":
         return {}
-    return {"pooling": task.pooling, "pooling_declared": task.declared, "normalized": task.normalized}
+    found = pooling_in(folder)
+    return {"pooling": found.pooling, "pooling_declared": found.declared, "normalized": found.normalized}
 
 
 def evaluate(args: argparse.Namespace) -> Answer:

@@ -118,9 +118,18 @@ def group(commands: Subcommands, name: str, help_text: str, example: str) -> Sub
 
 
 def command(
-    commands: Subcommands, name: str, run: Callable[[argparse.Namespace], Answer], help_text: str, example: str
+    commands: Subcommands,
+    name: str,
+    run: Callable[[argparse.Namespace], Answer],
+    help_text: str,
+    example: str,
+    *,
+    needs_torch: bool = True,
 ) -> Parser:
-    """Add one command with its example and `--json`; `run` receives the arguments."""
+    """Add one command with its example and `--json`; `run` receives the arguments.
+
+    `needs_torch`: False where it must also run in a process in which torch cannot be imported.
+    """
     parser = _add(commands, name, help_text, example)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, even on failure")
     parser.add_argument(
@@ -129,7 +138,7 @@ def command(
         help=f"format of log lines on stderr; one of {', '.join(logs.FORMATS)} (default: ${logs.VARIABLE}, or human)",
         metavar="FORMAT",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs_torch=needs_torch)
     return parser
 
 

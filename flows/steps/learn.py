@@ -10,7 +10,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.export import card, checkpoint, compressed_tensors, manifest
+from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
 from numprune.flows.recipe import Learn
@@ -112,7 +112,9 @@ def learn_checkpoint(
                 trained = folder / LEARNED_MODEL
                 trained.mkdir()
                 checkpoint.save_trained(found.model, source, trained)
-                card.set_training(trained, f"with masks ({options.criterion}), on {found.record.tokens:,} tokens")
+                card_changes.set_training(
+                    trained, f"with masks ({options.criterion}), on {found.record.tokens:,} tokens"
+                )
                 model = manifest.folder_digest(trained)
             found.plan.drawn(draw, model or base).write(folder / LEARNED_PLAN)
     return LearnedMasks(digest=manifest.read(out).digest, model=model, **asdict(found.record))

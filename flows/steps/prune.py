@@ -16,6 +16,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
+from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
@@ -27,12 +28,12 @@ from numprune.export.checkpoint import (
     save_around_weights,
     weight_bytes,
 )
-from numprune.export.precision import name_of
+from numprune.export.headers import read_headers
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import dtypes_of, main_dtype, read_headers
+from numprune.export.weights import DTYPES, dtypes_of, main_dtype
 from numprune.flows.recipe import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
@@ -78,7 +79,7 @@ def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
     """
     anatomy, stored = read_anatomy(read_config(base)), read_headers(base)
     names = {f"{block.path}.{part.tensor}" for block in anatomy.blocks for part in block.slices}
-    dtypes = {stored[name].torch_dtype for name in names if name in stored} or {main_dtype(stored)}
+    dtypes = {DTYPES[stored[name].dtype] for name in names if name in stored} or {main_dtype(stored)}
     if len(dtypes) > 1:
         raise InputError(
             f"budget: the layers of {base} are stored in {' and '.join(sorted(map(name_of, dtypes)))}; store them in "

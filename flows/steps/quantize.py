@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.anatomy import layers_path, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS, MIXED, SchemeName
+from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
-from numprune.export import card, checkpoint, compressed_tensors, files, manifest
+from numprune.export import card_changes, checkpoint, compressed_tensors, files, manifest
 from numprune.export.config import write_config
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
@@ -28,11 +29,11 @@ from numprune.quantization.compressed_tensors import (
     read_quantization,
     tensors_of,
 )
-from numprune.quantization.compressed_tensors import dtypes_of as parts_of
+from numprune.quantization.compressed_tensors import dtypes_of as dtypes_of_parts
 from numprune.quantization.walk import Fit, check_target, quantize_layers
 from numprune.renumber import renumber_tensors
-from numprune.surgery import skeleton
 from numprune.target import not_split
+from numprune.tensors import tensor_table
 
 
 def quantize_checkpoint(
@@ -70,7 +71,7 @@ def quantize_checkpoint(
         _write(layers, schemes, folder, fit)
         checkpoint.copy_around_weights(config, source, folder)
         if matrices:
-            card.set_quantization(folder, _set_config(config, matrices, folder))
+            card_changes.set_quantization(folder, _set_config(config, matrices, folder))
         checkpoint.audit(folder)
         _check_budget(anatomy, plan, schemes, checkpoint.weight_bytes(folder))
     return {
@@ -134,9 +135,9 @@ def write_quantized(
         if plan is not None:
             describe(folder, base, plan)
         if recovery is not None:
-            card.set_training(folder, card.distilled(recovery))
+            card_changes.set_training(folder, card_changes.distilled(recovery))
         if quantized is not None:
-            card.set_quantization(folder, quantized)
+            card_changes.set_quantization(folder, quantized)
         checkpoint.audit(folder)
         _check_budget(anatomy, plan or plan_of(base), schemes, checkpoint.weight_bytes(folder))
 
@@ -233,7 +234,8 @@ def _quantized_dtypes(
     """Return the data types that tensors are stored in; `full`: those of the unquantized ones."""
     found: dict[str, torch.dtype] = {}
     for name, dtype in full.items():
-        found |= parts_of(name, matrices[name], scale_dtype) if name in matrices else {name: dtype}
+        parts = dtypes_of_parts(name, matrices[name], name_of(scale_dtype)) if name in matrices else {}
+        found |= {part: getattr(torch, of_part) for part, of_part in parts.items()} or {name: dtype}
     return found
 
 
@@ -268,7 +270,7 @@ def _write(layers: CheckpointLayers, schemes: BlockSchemes, folder: Path, fit: F
 def _set_config(config: Any, schemes: Mapping[str, Scheme], folder: Path) -> QuantizationConfig:
     """Have the config.json of a checkpoint say how its weights are quantized; `schemes`: of each by its name."""
     paths = {name.removesuffix(".weight"): scheme for name, scheme in schemes.items()}
-    linears = (name for name, module in skeleton(config).named_modules() if isinstance(module, nn.Linear))
+    linears = (name.removesuffix(".weight") for name in tensor_table(config).linear)
     content = files.read_object(folder / files.CONFIG)
     content[CONFIG_FIELD] = config_of(paths, [name for name in linears if name not in paths])
     files.write_object(folder / files.CONFIG, content)

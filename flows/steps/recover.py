@@ -12,7 +12,7 @@ from numprune.anatomy import layers_path, task_name
 from numprune.corpus import TokenRows, token_rows
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import card, checkpoint, compressed_tensors, manifest
+from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.export.weights import dtypes_of
 from numprune.flows.recipe import Recover
@@ -28,6 +28,7 @@ from numprune.recovery.state import TrainingState
 from numprune.renumber import renumber_tensors
 from numprune.tasks import CAUSAL, Task
 from numprune.tasks.reading import frame_of
+from numprune.tensors import tensor_table
 
 
 def options_of(asked: Recover) -> RecoveryOptions:
@@ -150,7 +151,7 @@ def stored_dtypes(source: Path, model: PreTrainedModel, dropped: Collection[int]
     `dropped`: layers of the checkpoint `source` that the model does not have.
     """
     dtypes = renumber_tensors(dtypes_of(checkpoint.audit(source)), layers_path(model.config), dropped)
-    names = {name: parts[0] for name, parts in checkpoint.stored_names(model).items()}
+    names = {name: parts[0] for name, parts in tensor_table(model.config).parts.items()}
     return {name: dtypes[stored] for name, stored in names.items() if stored in dtypes}
 
 
@@ -189,4 +190,4 @@ def write_recovered(
         else:
             checkpoint.save(model, base, folder, dropped=plan.dropped_layers())
             describe(folder, base, plan)
-        card.set_training(folder, card.distilled(recovery))
+        card_changes.set_training(folder, card_changes.distilled(recovery))

@@ -22,8 +22,9 @@ from transformers import LlamaConfig
 
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint, manifest
+from numprune.export.headers import weight_bytes
 from numprune.export.shards import writing
-from numprune.export.weights import SLAB_BYTES, weight_bytes
+from numprune.export.weights import SLAB_BYTES
 from numprune.flows.recipe import EMBEDDED_FOLDER
 from numprune.surgery import skeleton
 

@@ -89,6 +89,8 @@ class Experts:
             the gates of all channels come first.
         writer, reader: the stacks' names in the module.
         norms: modules that go with the block.
+        stored: names of one expert's gate, up and down projection in a checkpoint, which stores experts one by one;
+            None: it stores the stacks.
         step, dense: the configuration's fields that give layers an MLP instead: all except every `step`-th layer, and
         those in the list `dense`. None: all layers have experts.
     """
@@ -105,6 +107,7 @@ class Experts:
     writer: str = "gate_up_proj"
     reader: str = "down_proj"
     norms: tuple[str, ...] = ("post_attention_layernorm",)
+    stored: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
     step: str | None = None
     dense: str | None = None
 
@@ -195,6 +198,7 @@ class Family:
         attention_implementation: of transformers.
         per_layer: per-layer fields other than `layer_types` -> their meaning; they are renumbered if layers are
             dropped.
+        renamed: part of a tensor's name in the model -> its replacement in a checkpoint.
         computed: suffixes of tensors that a checkpoint may contain although its model computes them: older versions of
             transformers stored them.
         vllm: how it is served.
@@ -233,12 +237,19 @@ class Family:
     equal: Mapping[str, str] = field(default_factory=dict)
     attention_implementation: str = "sdpa"
     per_layer: Mapping[str, PerLayer] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     vllm: Vllm = field(default_factory=Vllm)
 
     def flag(self, flag: Flag, config: Any) -> bool:
         """Return the value of the family or of the configuration."""
         return flag if isinstance(flag, bool) else bool(getattr(config, flag))
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in a checkpoint of a tensor of the model."""
+        for part, stored in self.renamed.items():
+            name = name.replace(part, stored)
+        return name
 
 
 def attention(

@@ -23,6 +23,7 @@ GPT_NEOX = Family(
     interleaved=True,
     parallel="use_parallel_residual",
     stock_heads="all",
+    renamed={"lm_head.": "embed_out."},
     computed=("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq"),
     vllm=Vllm(native=False, per_layer=True),
 )

@@ -10,6 +10,7 @@ GPT_OSS = Family(
         width_attribute="intermediate_size",
         bias=True,
         transposed=True,
+        stored=None,
     ),
     attention_implementation="eager",  # transformers refuses SDPA, which has no sinks
 )

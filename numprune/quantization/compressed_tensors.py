@@ -9,21 +9,24 @@
 
 and config.json declares it in `quantization_config`: one group for all Linear layers, or one for each scheme with the
 names of its layers. The variants of the format that these schemes use are read from any writer; all others are refused
-by name.
+by name. torch is imported only where there are tensors.
 """
 
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from numprune.dtypes import BYTES, name_of
 from numprune.errors import InputError
-from numprune.quantization.rounding import Quantized
 from numprune.quantization.schemes import SCHEMES, Scheme, listed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from numprune.quantization.rounding import Quantized
 
 CONFIG_FIELD = "quantization_config"
 _METHOD = "compressed-tensors"
@@ -38,16 +41,20 @@ _MAXIMUM_REPEATED = 3
 _ENDINGS = {True: ("weight_packed", "weight_scale", "weight_shape"), False: ("weight", "weight_scale")}
 
 
-def pack(values: Tensor) -> Tensor:
+def pack(values: "Tensor") -> "Tensor":
     """Return 4-bit values (out, D) int8 as (out, ceil(D / 8)) int32."""
+    import torch
+
     padding = -values.shape[1] % _PER_WORD
     raised = torch.nn.functional.pad(values.to(torch.int32) + _OFFSET, (0, padding)).unflatten(1, (-1, _PER_WORD))
     shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=values.device)
     return (raised << shifts).sum(-1, dtype=torch.int32)
 
 
-def unpack(packed: Tensor, channels: int) -> Tensor:
+def unpack(packed: "Tensor", channels: int) -> "Tensor":
     """Return the values (out, channels) int8 packed by `pack`."""
+    import torch
+
     shifts = 4 * torch.arange(_PER_WORD, dtype=torch.int32, device=packed.device)
     return ((packed[..., None] >> shifts & 0xF) - _OFFSET).flatten(1)[:, :channels].to(torch.int8)
 
@@ -57,8 +64,10 @@ def endings(scheme: Scheme) -> tuple[str, ...]:
     return _ENDINGS[scheme.name == "w4a16"]
 
 
-def tensors_of(name: str, matrix: Quantized, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(name: str, matrix: "Quantized", scale_dtype: "torch.dtype") -> dict[str, "Tensor"]:
     """Return the tensors that replace the weight `name`; `scale_dtype`: of group scales."""
+    import torch
+
     path = name.removesuffix("weight")
     if matrix.scheme.name != "w4a16":
         return {name: matrix.values, f"{path}weight_scale": matrix.scales}
@@ -83,22 +92,18 @@ def shapes_of(name: str, scheme: Scheme, shape: tuple[int, ...]) -> dict[str, tu
     }
 
 
-def dtypes_of(name: str, scheme: Scheme, scale_dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the data types of `tensors_of`."""
+def dtypes_of(name: str, scheme: Scheme, scale_dtype: str) -> dict[str, str]:
+    """Return the data types of `tensors_of`, by torch's names."""
     path = name.removesuffix("weight")
     if scheme.name != "w4a16":
-        return {name: torch.float8_e4m3fn if scheme.is_float else torch.int8, f"{path}weight_scale": torch.float32}
-    return {
-        f"{path}weight_packed": torch.int32,
-        f"{path}weight_scale": scale_dtype,
-        f"{path}weight_shape": torch.int64,
-    }
+        return {name: "float8_e4m3fn" if scheme.is_float else "int8", f"{path}weight_scale": "float32"}
+    return {f"{path}weight_packed": "int32", f"{path}weight_scale": scale_dtype, f"{path}weight_shape": "int64"}
 
 
-def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: torch.dtype) -> int:
+def bytes_of(scheme: Scheme, shape: tuple[int, ...], scale_dtype: "torch.dtype") -> int:
     """Return the bytes of `tensors_of` for a matrix of this shape (out, D)."""
-    dtypes = dtypes_of("weight", scheme, scale_dtype)
-    return sum(prod(part) * dtypes[name].itemsize for name, part in shapes_of("weight", scheme, shape).items())
+    dtypes = dtypes_of("weight", scheme, name_of(scale_dtype))
+    return sum(prod(part) * BYTES[dtypes[name]] for name, part in shapes_of("weight", scheme, shape).items())
 
 
 def config_of(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import cast
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, cast
 
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, REMEDY, QuantizationConfig, bytes_of
 from numprune.quantization.schemes import GROUP_SIZES, BlockSchemes, Scheme, listed, of_block
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ def projections(block: Block) -> tuple[Projections, ...]:
     )
 
 
-def linear_of(layer: nn.Module, path: str) -> nn.Linear:
+def linear_of(layer: "nn.Module", path: str) -> "nn.Linear":
     """Return a projection in its decoder layer."""
-    return cast(nn.Linear, layer.get_submodule(path))
+    return cast("nn.Linear", layer.get_submodule(path))
 
 
 def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
@@ -48,7 +49,7 @@ def quantized_tensors(anatomy: Anatomy) -> Iterator[str]:
         yield from tensors_of_block(block)
 
 
-def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: torch.dtype) -> int:
+def bytes_saved(anatomy: Anatomy, scheme: Scheme, dtype: "torch.dtype") -> int:
     """Return the bytes saved by quantizing the matrices of a checkpoint stored in `dtype`."""
     saved = 0
     for block in anatomy.blocks:

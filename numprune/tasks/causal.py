@@ -12,13 +12,14 @@ from numprune.corpus import Pack, TokenRows, token_rows
 from numprune.documents import Document
 from numprune.tasks import language
 from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head_of
+from numprune.units import LOSS_UNITS
 
 
 class Causal:
     """A causal language model (numprune.tasks.Task). All tokens of a row except the first are scored."""
 
     name: ClassVar[TaskName] = "causal-lm"
-    unit: ClassVar[str] = "nats/token"
+    unit: ClassVar[str] = LOSS_UNITS["causal-lm"]
     kl: ClassVar[str] = "kl_nats_per_token"
     generates: ClassVar[bool] = True
     pooled: ClassVar[bool] = False

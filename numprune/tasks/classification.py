@@ -15,6 +15,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.tasks import language
 from numprune.tasks.reading import encoder_rows, text_rows
 from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, batches, compared, of_texts
+from numprune.units import LOSS_UNITS
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Classification:
     classes: Mapping[str, int]
 
     name: ClassVar[TaskName] = "classification"
-    unit: ClassVar[str] = "nats/text"
+    unit: ClassVar[str] = LOSS_UNITS["classification"]
     generates: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
+from numprune.pooling import Pooling
 from numprune.tasks.reading import encoder_rows, text_rows
 from numprune.tasks.task import Comparison, Predictions, TaskName, batches, compared, of_texts
-
-Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "last"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+from numprune.units import LOSS_UNITS
 
 _COMPARED = 2_000  # texts whose pairs are ranked: 2 million pairs
 
@@ -36,7 +35,7 @@ class Embedding:
     declared: bool = False
 
     name: ClassVar[TaskName] = "embedding"
-    unit: ClassVar[str] = "1 - cosine"
+    unit: ClassVar[str] = LOSS_UNITS["embedding"]
     generates: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 

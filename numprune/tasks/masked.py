@@ -15,6 +15,7 @@ from numprune.errors import InputError
 from numprune.tasks import language
 from numprune.tasks.reading import encoder_rows
 from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, head_of
+from numprune.units import LOSS_UNITS
 
 _SHARE = 0.15  # of a row's tokens, as in BERT's training
 _SEED = 0
@@ -36,7 +37,7 @@ class Masked:
     special: tuple[int, ...] = ()
 
     name: ClassVar[TaskName] = "masked-lm"
-    unit: ClassVar[str] = "nats/masked token"
+    unit: ClassVar[str] = LOSS_UNITS["masked-lm"]
     kl: ClassVar[str] = "kl_nats_per_masked_token"
     generates: ClassVar[bool] = False
     pooled: ClassVar[bool] = False

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from numprune.errors import IntegrityError
-from numprune.export import card, vllm
+from numprune.export import card, card_changes, vllm
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.options import PruneOptions
 from numprune.quantization import Scheme, compressed_tensors
@@ -134,23 +134,23 @@ def test_the_hub_id_is_recovered_from_the_hub_cache(folder: str, name: str | Non
 
 def test_quality_replaces_the_not_measured_section() -> None:
     text = "# A\n\n## Quality\n\nNot measured yet.\n\n## Use\n\nB\n"
-    assert card.with_quality(text, "## Quality\n\n| 1 |\n") == "# A\n\n## Quality\n\n| 1 |\n\n## Use\n\nB\n"
+    assert card_changes.with_quality(text, "## Quality\n\n| 1 |\n") == "# A\n\n## Quality\n\n| 1 |\n\n## Use\n\nB\n"
     with pytest.raises(IntegrityError, match=r"README\.md: not a card written by numprune"):
-        card.with_quality("# Another", "## Quality\n")
+        card_changes.with_quality("# Another", "## Quality\n")
 
 
 @pytest.mark.parametrize("last", [False, True])
 def test_quality_that_other_weights_had_is_not_kept(tiny_checkpoint: Checkpoint, tmp_path: Path, last: bool) -> None:
     folder = pruned(tiny_checkpoint(vocab_size=259), tmp_path / "out")
     path, unmeasured = folder / "README.md", (folder / "README.md").read_text()
-    measured = card.with_quality(unmeasured, "## Quality\n\nNLL 1.2345\n\n### Speed\n\nfast")
+    measured = card_changes.with_quality(unmeasured, "## Quality\n\nNLL 1.2345\n\n### Speed\n\nfast")
     scheme = compressed_tensors.config_of({"layers.0.mlp": Scheme("w8a8")}, [])
     quantization = compressed_tensors.read_quantization({compressed_tensors.CONFIG_FIELD: scheme})
     assert quantization is not None
     changes: list[Callable[[], None]] = [
-        lambda: card.set_training(folder, "distilled"),
-        lambda: card.set_quantization(folder, quantization),
-        lambda: card.set_precision(folder),
+        lambda: card_changes.set_training(folder, "distilled"),
+        lambda: card_changes.set_quantization(folder, quantization),
+        lambda: card_changes.set_precision(folder),
     ]
     for change in changes:
         path.write_text(measured[: measured.index("## Use")] if last else measured)

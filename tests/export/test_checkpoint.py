@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, weights
+from numprune.export import checkpoint, headers
 from numprune.export.streaming import CheckpointLayers
+from numprune.surgery import skeleton
 from tests.conftest import recast
 
 Checkpoint = Callable[..., Path]
@@ -60,9 +61,9 @@ def test_layers_that_differ_load_and_are_audited_layer_by_layer(tiny_checkpoint:
     folder = per_layer(tiny_checkpoint())
     model, _ = checkpoint.load(folder)
     assert [layer.self_attn.k_proj.out_features for layer in model.model.layers] == [16, 32]
-    tensors = load_file(folder / weights.SINGLE)
+    tensors = load_file(folder / headers.SINGLE)
     tensors["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.1.self_attn.k_proj.weight"].clone()
-    save_file(tensors, folder / weights.SINGLE)
+    save_file(tensors, folder / headers.SINGLE)
     with pytest.raises(IntegrityError, match=r"layers\.0\.self_attn\.k_proj\.weight has shape \[32, 64\]"):
         checkpoint.load(folder)
 
@@ -99,9 +100,9 @@ def test_an_out_of_range_value_is_named(tiny_checkpoint: Checkpoint, value: floa
 
 
 def alter(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / weights.SINGLE)
+    tensors = load_file(folder / headers.SINGLE)
     change(tensors)
-    save_file(tensors, folder / weights.SINGLE)
+    save_file(tensors, folder / headers.SINGLE)
 
 
 def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -151,7 +152,7 @@ def test_rotary_frequencies_stored_by_old_checkpoints_are_accepted(tiny_checkpoi
 
 def test_tied_weights_that_differ_are_refused(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint(tie_word_embeddings=True)
-    embedding = load_file(folder / weights.SINGLE)["model.embed_tokens.weight"]
+    embedding = load_file(folder / headers.SINGLE)["model.embed_tokens.weight"]
     alter(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
     checkpoint.load(folder)
     alter(folder, lambda tensors: tensors["lm_head.weight"][5, 5].add_(1))
@@ -175,7 +176,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: Checkpoint, va
 @pytest.mark.parametrize("keep", [0, 7, 500, -1])
 def test_a_truncated_file_is_named(tiny_checkpoint: Checkpoint, keep: int) -> None:
     folder = tiny_checkpoint()
-    path = folder / weights.SINGLE
+    path = folder / headers.SINGLE
     os.truncate(path, keep % path.stat().st_size)
     with pytest.raises(IntegrityError, match=r"model\.safetensors: not a complete"):
         checkpoint.load(folder)
@@ -183,11 +184,11 @@ def test_a_truncated_file_is_named(tiny_checkpoint: Checkpoint, keep: int) -> No
 
 def test_shards_and_their_index_must_agree(tiny_checkpoint: Checkpoint) -> None:
     folder = shards(tiny_checkpoint())
-    index = json.loads((folder / weights.INDEX).read_text())
+    index = json.loads((folder / headers.INDEX).read_text())
     shard = index["weight_map"][Q]
 
     def write(weight_map: object) -> None:
-        (folder / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        (folder / headers.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
     write({name: file for name, file in index["weight_map"].items() if name != Q})
     with pytest.raises(IntegrityError, match=rf"{shard}: contains {Q}"):
@@ -212,7 +213,7 @@ def test_shards_and_their_index_must_agree(tiny_checkpoint: Checkpoint) -> None:
 
 def test_a_single_file_beside_shards_is_refused(tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint()
-    (shards(folder) / weights.INDEX).rename(folder / weights.INDEX)
+    (shards(folder) / headers.INDEX).rename(folder / headers.INDEX)
     with pytest.raises(InputError, match="stale"):
         checkpoint.audit(folder)
 
@@ -251,7 +252,7 @@ def test_quantized_weights_and_other_formats_are_refused(tiny_checkpoint: Checkp
     alter(folder, lambda tensors: tensors.update({Q: torch.zeros(64, 64, dtype=torch.int8)}))
     with pytest.raises(InputError, match=f"{Q} is stored as I8"):
         checkpoint.load(folder)
-    (folder / weights.SINGLE).rename(folder / "pytorch_model.bin")
+    (folder / headers.SINGLE).rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"convert pytorch_model\.bin"):
         checkpoint.load(folder)
 
@@ -275,9 +276,9 @@ def test_resolve(tmp_path: Path, tiny_checkpoint: Checkpoint) -> None:
 def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint("gpt2")
     model, _ = checkpoint.load(folder)
-    tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / weights.SINGLE).items()}
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / headers.SINGLE).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
-    save_file(tensors, folder / weights.SINGLE, {"format": "pt"})
+    save_file(tensors, folder / headers.SINGLE, {"format": "pt"})
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         expected = model(tokens).logits
@@ -301,3 +302,12 @@ def test_loading_shows_no_library_progress_bar(
     checkpoint.load(folder)
     assert capfd.readouterr().err == ""
     assert transformers_logging.is_progress_bar_enabled()  # those of downloads stay
+
+
+def test_a_setting_that_transformers_does_not_know_is_refused(tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint()
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "nonsense"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for read in (checkpoint.load, lambda folder: skeleton(checkpoint.read_config(folder))):
+        with pytest.raises(InputError, match=r"config\.json: transformers cannot build a model from it: .*nonsense"):
+            read(folder)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, weights
+from numprune.export import checkpoint, headers, weights
 from numprune.export.streaming import CheckpointLayers
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.layers import ModelLayers
@@ -108,7 +108,7 @@ def test_a_quantized_checkpoint_is_read_whole_and_layer_by_layer(
     assert checkpoint.weight_bytes(folder) == sum(
         tensor.numel() * tensor.itemsize for tensor in load_file(folder / "model.safetensors").values()
     )
-    assert weights.main_dtype(weights.read_headers(folder)) == torch.float32
+    assert weights.main_dtype(headers.read_headers(folder)) == torch.float32
 
 
 def test_modules_outside_the_layers_stay_unquantized_and_are_listed_as_ignored(tiny_checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from numprune.errors import IntegrityError
 from numprune.export import weights
+from numprune.export.headers import read_headers
 from numprune.export.shards import writing
 
 TENSORS = {
@@ -34,8 +35,8 @@ def test_tensors_are_read_in_the_requested_dtype(tmp_path: Path, shard_bytes: in
     read = write(tmp_path, shard_bytes, dtype)
     assert read.keys() == TENSORS.keys()
     assert all(torch.equal(read[name], tensor.to(dtype)) for name, tensor in TENSORS.items())
-    headers = weights.read_headers(tmp_path)
-    assert {name: torch.Size(header.shape) for name, header in headers.items()} == {
+    stored = read_headers(tmp_path)
+    assert {name: torch.Size(header.shape) for name, header in stored.items()} == {
         name: tensor.shape for name, tensor in TENSORS.items()
     }
 
@@ -56,7 +57,7 @@ def test_one_shard_is_a_single_file_and_several_have_an_index(tmp_path: Path) ->
 def test_each_tensor_has_its_own_data_type(tmp_path: Path) -> None:
     with writing(tmp_path, {**FLOAT32, "c": torch.bfloat16}) as writer:
         writer.add(TENSORS)
-    assert [header.dtype for header in weights.read_headers(tmp_path).values()].count("BF16") == 1
+    assert [header.dtype for header in read_headers(tmp_path).values()].count("BF16") == 1
     read = load_file(tmp_path / "model.safetensors")
     assert read["c"].equal(TENSORS["c"].bfloat16())
     assert all(read[name].equal(TENSORS[name]) for name in ("a", "b.bias", "d"))
@@ -74,7 +75,7 @@ def test_an_out_of_range_value_stops_the_write(tmp_path: Path) -> None:
 def test_a_tensor_may_be_written_in_blocks_of_rows(tmp_path: Path) -> None:
     with writing(tmp_path, {"c": torch.float32}) as writer:
         writer.add_slabs("c", (40, 30), TENSORS["c"].split(7))
-    header = weights.read_headers(tmp_path)["c"]
+    header = read_headers(tmp_path)["c"]
     assert torch.equal(weights.read_rows(header), TENSORS["c"])
     assert torch.equal(weights.read_rows(header, 38, 40), TENSORS["c"][38:])
 

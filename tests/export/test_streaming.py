@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from numprune.errors import InputError, IntegrityError
-from numprune.export import checkpoint, weights
+from numprune.errors import DiskError, IntegrityError
+from numprune.export import checkpoint, headers
 from numprune.export.streaming import CheckpointLayers
 from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions
@@ -116,7 +116,7 @@ def test_hidden_states_are_in_an_unlinked_file(tiny_checkpoint, tmp_path) -> Non
 
 def test_a_full_disk_is_named(tiny_checkpoint, tmp_path) -> None:
     layers = CheckpointLayers(tiny_checkpoint(), scratch=tmp_path)
-    with pytest.raises(InputError, match=r"no space for 8,796,093,022,208 bytes of hidden states"):
+    with pytest.raises(DiskError, match=r"no space for 8,796,093,022,208 bytes of hidden states"):
         layers.allocate(1 << 41)
 
 
@@ -127,9 +127,9 @@ def test_a_full_disk_is_named(tiny_checkpoint, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_values_that_are_not_finite_are_refused_by_name(tiny_checkpoint, tmp_path, name, value) -> None:
     folder = tiny_checkpoint()
-    tensors = load_file(folder / weights.SINGLE)
+    tensors = load_file(folder / headers.SINGLE)
     tensors[name].view(-1)[-1] = value
-    save_file(tensors, folder / weights.SINGLE, {"format": "pt"})
+    save_file(tensors, folder / headers.SINGLE, {"format": "pt"})
     with pytest.raises(IntegrityError, match=rf"model\.safetensors: {name} has values that are NaN or infinite"):
         CheckpointLayers(folder, scratch=tmp_path)
 
@@ -153,16 +153,16 @@ def test_wrong_shapes_and_truncated_shards_are_refused(tiny_checkpoint, tmp_path
 def test_a_shard_truncated_later_is_an_error(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
     layers = CheckpointLayers(folder, scratch=tmp_path)
-    os.truncate(folder / weights.SINGLE, 50_000)
+    os.truncate(folder / headers.SINGLE, 50_000)
     with pytest.raises(IntegrityError, match=r"model\.safetensors: ends in the middle of a tensor"), layers.layer(1):
         pass
 
 
 def test_rotary_frequencies_stored_by_older_versions_are_not_layer_weights(tiny_checkpoint, tmp_path) -> None:
     folder = tiny_checkpoint()
-    tensors = load_file(folder / weights.SINGLE)
+    tensors = load_file(folder / headers.SINGLE)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
-    save_file(tensors, folder / weights.SINGLE, {"format": "pt"})
+    save_file(tensors, folder / headers.SINGLE, {"format": "pt"})
     layers = CheckpointLayers(folder, scratch=tmp_path)
     with layers.layer(0) as layer:
         assert "self_attn.rotary_emb.inv_freq" not in layer.state_dict()

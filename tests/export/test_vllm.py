@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import checkpoint, manifest, vllm
-from numprune.export.weights import read_headers, read_tensor
+from numprune.export.headers import read_headers
+from numprune.export.weights import read_tensor
 from numprune.plans import PLAN_FILE
 from numprune.quantization import Scheme
 from numprune.quantization.compressed_tensors import CONFIG_FIELD, QuantizationConfig, config_of, read_quantization

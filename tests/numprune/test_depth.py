@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from numprune.anatomy import read_anatomy
+from numprune.configs import pruned_config
 from numprune.depth import choose, ratio_left
 from numprune.errors import InputError
 from numprune.layers import ModelLayers, replaced
 from numprune.options import PruneOptions
 from numprune.pruning import prune
 from numprune.slices import Size
-from numprune.surgery import pruned_config
 from numprune.target import Target
 from tests.conftest import build_tiny
 

@@ -5,9 +5,10 @@ import torch
 from transformers import AutoConfig
 
 from numprune.anatomy import read_anatomy
+from numprune.configs import pruned_config
 from numprune.layers import replaced
 from numprune.renumber import renumber_tensors
-from numprune.surgery import assemble, pruned_config
+from numprune.surgery import assemble
 from tests.conftest import build_tiny
 
 ROWS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -8,12 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
+from numprune.configs import pruned_config
 from numprune.errors import InputError
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions
 from numprune.pruning import Pruned, config_after, prune_layers
 from numprune.slices import Kept, Size
-from numprune.surgery import assemble, cut_layer, pruned_config
+from numprune.surgery import assemble, cut_layer
 from numprune.target import Target
 from tests.conftest import LLAMA_LIKE
 

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from numprune.anatomy import family_of, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
+from numprune.configs import pruned_config
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 from numprune.slices import GONE
-from numprune.surgery import assemble, pruned_config
+from numprune.surgery import assemble
 
 
 def shortgpt(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int) -> Result:

@@ -20,11 +20,12 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy, Block
 from numprune.budget import budget_of
 from numprune.calibration import Walker, check_rows, consumer_of, consumer_weight
+from numprune.configs import pruned_config
 from numprune.errors import InputError
 from numprune.flows.studies.rivals.result import Result
 from numprune.layers import ModelLayers
 from numprune.slices import Kept
-from numprune.surgery import assemble, channels_of, cut_layer, pruned_config
+from numprune.surgery import assemble, channels_of, cut_layer
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def expected_tensors(config: Any) -> Expected:
         for name in quantized_tensors(anatomy):
             if scheme := quantized.scheme(name.removesuffix(".weight")):
                 shapes |= shapes_of(name, scheme, shapes.pop(name))
-                parts = dtypes_of(name, scheme, torch.float32)
+                parts = {part: getattr(torch, dtype) for part, dtype in dtypes_of(name, scheme, "float32").items()}
                 dtypes |= {part: (dtype,) for part, dtype in parts.items() if dtype not in FLOATS}
     tied = dict(model.all_tied_weights_keys)
     family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from numprune.errors import IntegrityError, NumpruneError
-from numprune.export import weights
+from numprune.export import headers, weights
 from numprune.export.checkpoint import check_finite
 from tests.fuzz.strangers import NAMES, changed, documents, fuzz, named, written
 
@@ -46,8 +46,8 @@ def test_a_header_is_read_or_refused(
     folder = tmp_path_factory.mktemp("weights")
     for data in (DATA, b""):
         content = (len(header) if length is None else length).to_bytes(8, "little") + header + data
-        (folder / weights.SINGLE).write_bytes(content)
-        found = named(weights.read_headers, folder)
+        (folder / headers.SINGLE).write_bytes(content)
+        found = named(headers.read_headers, folder)
         if isinstance(found, NumpruneError):
             continue
         for stored in found.values():  # what is said to be there, is
@@ -56,7 +56,7 @@ def test_a_header_is_read_or_refused(
             assert read.numel() * read.element_size() == stored.bytes
             assert weights.read_tensor(stored).shape == stored.shape
         check_finite(found)
-        weights.weight_bytes(folder)
+        headers.weight_bytes(folder)
 
 
 @pytest.fixture(scope="module")
@@ -79,26 +79,26 @@ ESCAPES = ["../x.safetensors", "/x.safetensors", "a/one.safetensors", "d.safeten
 @example(b'{"weight_map": ' + b"[" * 100_000)
 @example(b'{"weight_map": {"a": ' + b"1" * 5000 + b"}}")
 def test_an_index_is_read_or_refused(shards: Path, content: bytes) -> None:
-    (shards / weights.INDEX).write_bytes(content)
-    found = named(weights.read_headers, shards)
+    (shards / headers.INDEX).write_bytes(content)
+    found = named(headers.read_headers, shards)
     assert isinstance(found, NumpruneError) or set(found) <= {"a", "b"}
 
 
 @fuzz
 @given(st.sampled_from(ESCAPES))
 def test_a_shard_outside_the_folder_is_never_read(shards: Path, name: str) -> None:
-    (shards / weights.INDEX).write_bytes(written({"weight_map": {"a": name, "b": "two.safetensors"}}))
-    assert isinstance(named(weights.read_headers, shards), IntegrityError)
+    (shards / headers.INDEX).write_bytes(written({"weight_map": {"a": name, "b": "two.safetensors"}}))
+    assert isinstance(named(headers.read_headers, shards), IntegrityError)
 
 
 def test_an_oversized_index_is_not_read(shards: Path) -> None:
-    with (shards / weights.INDEX).open("wb") as file:
+    with (shards / headers.INDEX).open("wb") as file:
         file.truncate(1 << 40)
-    assert "exceeds the" in str(named(weights.read_headers, shards))
+    assert "exceeds the" in str(named(headers.read_headers, shards))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.ckpt"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pickled'\ntR.")
-    assert name in str(named(weights.read_headers, tmp_path))
+    assert name in str(named(headers.read_headers, tmp_path))
     assert not (tmp_path / "pickled").exists()

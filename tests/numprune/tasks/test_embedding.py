@@ -9,8 +9,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
+from numprune.pooling import POOLINGS
 from numprune.quality import compare, evaluate
-from numprune.tasks.embedding import POOLINGS, Embedding, pool
+from numprune.tasks.embedding import Embedding, pool
 from tests.conftest import build_tiny, encoder_tokenizer
 
 TASK = Embedding(normalized=True)

@@ -1,0 +1,96 @@
+"""Audits a checkpoint: it holds exactly the tensors that its configuration describes. torch is not needed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numprune.anatomy import family_of, read_anatomy
+from numprune.errors import IntegrityError
+from numprune.export import files
+from numprune.export.config import read_config
+from numprune.export.headers import QuantizedHeader, TensorHeader, equal, read_headers
+from numprune.quantization import Scheme, compressed_tensors, quantized_tensors
+from numprune.tensors import TensorTable, tensor_table
+
+
+def audit(folder: Path) -> dict[str, TensorHeader]:
+    """Compare every stored tensor with the configuration: nothing missing, extra, larger or smaller.
+
+    A tensor larger than the configuration says is the dangerous one: vLLM loads it truncated, without an error. Tied
+    weights may be stored once, or twice and equal.
+
+    Returns:
+        The headers of the stored tensors, by name.
+
+    Raises:
+        InputError: config.json or the weights are not there, or the architecture is not supported.
+        IntegrityError: names the tensor or the file.
+    """
+    config = read_config(folder)
+    table = tensor_table(config)
+    expected, tied = table.shapes, table.tied
+    stored = _with_base(read_headers(folder), table)
+    computed = family_of(config).computed
+    for name in sorted(expected.keys() | stored.keys()):
+        if name not in expected:
+            if not name.endswith(computed):
+                raise IntegrityError(
+                    f"{stored[name].file}: {name} stored, but the model that config.json describes has no such tensor"
+                )
+            del stored[name]
+        elif name not in stored:
+            if tied.get(name) not in stored:
+                raise IntegrityError(f"{folder}: {name} {list(expected[name])} is missing, but config.json needs it")
+        elif stored[name].shape != expected[name]:
+            raise IntegrityError(
+                f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, but config.json implies "
+                f"{list(expected[name])}"
+            )
+    _require_quantized(folder, config, stored)
+    _require_linear(table, stored)
+    for name, source in tied.items():
+        if name in stored and source in stored and not equal(stored[name], stored[source]):
+            raise IntegrityError(
+                f"{stored[name].file}: {name} differs from {source}, but config.json ties them; "
+                'set "tie_word_embeddings": false there if both are intended, or remove the stale one'
+            )
+    return stored
+
+
+def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:
+    """Raises IntegrityError where config.json says that a weight is quantized, and it is stored in full."""
+    content = files.read_object(folder / files.CONFIG)
+    said = compressed_tensors.read_quantization(content)
+    if said is None:
+        return
+    for name in quantized_tensors(read_anatomy(config)):
+        scheme = said.scheme(name.removesuffix(".weight"))
+        full = name in stored and not isinstance(stored[name], QuantizedHeader)
+        if full and scheme is not None:
+            raise IntegrityError(
+                f"{stored[name].file}: {name} is not quantized, but quantization_config in config.json says {scheme}; "
+                "they do not belong together"
+            )
+
+
+def _require_linear(table: TensorTable, stored: Mapping[str, TensorHeader]) -> None:
+    """Raises IntegrityError where what is stored quantized is not the weight of a Linear layer."""
+    for name in quantized(stored):
+        if name not in table.linear:
+            raise IntegrityError(
+                f"{stored[name].file}: {name} is quantized, but it is not the weight of a Linear layer; "
+                "quantize the unquantized checkpoint with numprune quantize"
+            )
+
+
+def _with_base(stored: dict[str, TensorHeader], table: TensorTable) -> dict[str, TensorHeader]:
+    """Name tensors as a whole model does that were stored without its head."""
+    base, expected = table.base, table.shapes
+    if any(name.startswith(base) for name in stored):
+        return stored
+    return {base + name if base + name in expected else name: header for name, header in stored.items()}
+
+
+def quantized(stored: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
+    """Return the quantized ones among the stored weights, with their scheme."""
+    return {name: header.scheme for name, header in stored.items() if isinstance(header, QuantizedHeader)}

@@ -1,0 +1,92 @@
+"""What the files of a checkpoint declare of its task: a classifier's classes, the pooling of an embedding model.
+
+torch is not needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import InputError
+from numprune.export import files
+from numprune.pooling import POOLINGS, Pooling
+
+MODULES = "modules.json"
+
+# The older fields of sentence-transformers' 1_Pooling/config.json, since replaced by a single one.
+_MODES: dict[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_lasttoken": "last",
+}
+_NAMES: dict[str, Pooling] = {
+    **{name: name for name in POOLINGS},
+    "lasttoken": "last",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+
+
+@dataclass(frozen=True)
+class DeclaredPooling:
+    """How an embedding model makes one vector of a text, as of `numprune.tasks.embedding.Embedding`."""
+
+    pooling: Pooling = "mean"
+    normalized: bool = False
+    declared: bool = False
+
+
+def classes_of(config: Any) -> dict[str, int]:
+    """Return name -> index of each class. Raises InputError unless the model chooses one of several classes."""
+    kind = getattr(config, "problem_type", None)
+    if config.num_labels < 2 or kind not in (None, "single_label_classification"):
+        raise InputError(
+            f"num_labels={config.num_labels}, problem_type={kind!r}: only classifiers that choose one of "
+            "several classes are supported"
+        )
+    return {str(label): index for label, index in config.label2id.items()}
+
+
+def pooling_in(folder: Path) -> DeclaredPooling:
+    """Return the pooling declared in sentence-transformers' files in `folder`; mean pooling without such files.
+
+    Raises:
+        InputError: they declare modules that are not supported, or are malformed.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return DeclaredPooling()
+    pooling: Pooling = "mean"
+    normalized = False
+    for module in files.read_array(path):
+        kind = str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else ""
+        if kind == "Pooling":
+            pooling = _pooling(folder / _inside(path, module) / files.CONFIG)
+        elif kind == "Normalize":
+            normalized = True
+        elif kind != "Transformer":
+            raise InputError(
+                f"{path}: module {kind or module!r} is not supported; supported are Transformer, Pooling and Normalize"
+            )
+    return DeclaredPooling(pooling, normalized, declared=True)
+
+
+def _inside(path: Path, module: dict[str, Any]) -> str:
+    name = module.get("path")
+    if not isinstance(name, str) or name != Path(name).name:
+        raise InputError(f'{path}: "path": {str(name)[:80]!r} is not the name of a folder beside it')
+    return name
+
+
+def _pooling(path: Path) -> Pooling:
+    content = files.read_object(path)
+    if "pooling_mode" in content:
+        named = content["pooling_mode"]
+        found = [_NAMES[named]] if isinstance(named, str) and named in _NAMES else []
+    else:
+        named = sorted(name for name, value in content.items() if name.startswith("pooling_mode_") and value is True)
+        found = [_MODES[name] for name in named if name in _MODES]
+    if len(found) != 1:
+        raise InputError(f"{path}: pooling {named}; it must be one of {', '.join(POOLINGS)}")
+    return found[0]

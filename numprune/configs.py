@@ -1,0 +1,154 @@
+"""Configurations of pruned models.
+
+Uniform sizes give a stock architecture if its configuration, or that of a family that stands in for it, can represent
+the remaining heads. Everything else uses the family's per-layer configuration, with Hugging Face's `per_layer_config`.
+Importing this module registers these with `AutoConfig`; modeling.py has their models. torch is not needed.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from numprune.anatomy import PER_LAYER_PREFIX, family_of
+from numprune.blocks import Anatomy
+from numprune.families import FAMILIES, Family
+from numprune.families.family import TaskName
+from numprune.renumber import renumber_fields
+
+KINDS = ("attention", "mlp")
+_CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "embedding": MODEL_MAPPING_NAMES,
+}
+_NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
+CLASS_PREFIX = "Numprune"
+
+
+class _PerLayerConfig:
+    """Replaces the stock checks that relate heads to the hidden size, which do not apply to pruned layers."""
+
+    def validate_rope(self: Any) -> None:
+        PreTrainedConfig.validate_rope(self)
+
+    def validate_architecture(self: Any) -> None:
+        family = FAMILIES[self.model_type.removeprefix(PER_LAYER_PREFIX)]
+        attending = 0
+        for index in range(self.num_hidden_layers):
+            layer = self.per_layer_config[index]
+            skipped = getattr(layer, "skip", [])
+            attending += "attention" not in skipped
+            if not set(skipped) <= set(KINDS):
+                raise ValueError(f"layer {index}: skip={skipped}; known are {', '.join(KINDS)}")
+            heads = getattr(layer, family.heads)
+            kv_heads = getattr(layer, family.kv_heads) if family.kv_heads else heads
+            if heads % kv_heads:
+                raise ValueError(
+                    f"layer {index}: {family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}"
+                )
+        if attending == 0:
+            raise ValueError("every layer skips its attention; at least one must have it")
+        if attending < self.num_hidden_layers and len(set(getattr(self, "layer_types", None) or ())) > 1:
+            # The KV cache takes each layer's kind from `layer_types`, by its index among the layers with attention.
+            raise ValueError("layers that skip attention are not supported with different layer_types")
+
+
+def class_name(config: PreTrainedConfig, task: TaskName) -> str:
+    """Return the name of the class of the models with this configuration for a task."""
+    stock: str = _CLASSES[task][family_of(config).name]
+    return CLASS_PREFIX + stock if config.model_type.startswith(PER_LAYER_PREFIX) else stock
+
+
+def pruned_config(
+    config: PreTrainedConfig, anatomy: Anatomy, *, with_bias: bool = False, dropped: Collection[int] = ()
+) -> PreTrainedConfig:
+    """Return a configuration for `anatomy`: stock if possible, otherwise per-layer.
+
+    Args:
+        config: of the model before pruning.
+        anatomy: after pruning.
+        with_bias: the consumers have new biases that the configuration does not declare yet.
+        dropped: layers of `config` that `anatomy` does not have.
+    """
+    result = _sized_config(config, anatomy, with_bias, dropped)
+    result.architectures = [class_name(result, anatomy.task)]
+    return result
+
+
+def _sized_config(
+    config: PreTrainedConfig, anatomy: Anatomy, with_bias: bool, dropped: Collection[int]
+) -> PreTrainedConfig:
+    family = FAMILIES[anatomy.family]
+    fields = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+    if dropped:
+        count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        fields |= {count: anatomy.layers, **renumber_fields(family, fields, dropped)}
+    if with_bias:
+        wirings = filter(None, (family.attention, family.mlp))
+        fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}
+    sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
+    # The global sizes are the first layer's; for a block that it skips, those of the first layer that has it.
+    fields |= {key: value for layer in reversed(sizes) for key, value in layer.items() if key != "skip"}
+    per_layer = PER_LAYER_PREFIX + family.name
+    if not anatomy.is_uniform:
+        fields |= {"head_dim": anatomy.head_dim}
+        return AutoConfig.for_model(per_layer, **fields, per_layer_config=dict(enumerate(sizes)))
+    heads = fields[family.heads]
+    if family.stock_heads == "all" and heads * anatomy.head_dim == anatomy.hidden_size:
+        return AutoConfig.for_model(family.name, **fields)
+    fields |= {"head_dim": anatomy.head_dim}
+    if family.stock_heads == "any" or (family.stock_heads == "divisors" and anatomy.hidden_size % heads == 0):
+        return AutoConfig.for_model(family.name, **fields)
+    other = family.stand_in
+    if other is None or any(fields[flag] for flag in other.unless):
+        return AutoConfig.for_model(per_layer, **fields, per_layer_config={})
+    fields = {key: value for key, value in fields.items() if key not in (*other.unless, *other.dropped, *other.fields)}
+    return AutoConfig.for_model(other.name, **fields, **other.fields)
+
+
+def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
+    """The layer's entry of `per_layer_config`."""
+    family = FAMILIES[anatomy.family]
+    blocks = anatomy.of_layer(layer)
+    sizes: dict[str, Any] = {}
+    for block in blocks:
+        if not block.units:
+            continue
+        if block.kind == "mlp":
+            sizes[block.field] = block.units
+        elif family.experts is not None and block.kind == "experts":
+            sizes |= {family.experts.count: block.units, family.experts.width: block.members}
+        else:
+            sizes[family.heads] = block.units * block.members
+            if family.kv_heads:
+                sizes[family.kv_heads] = block.units
+    skipped = [block.kind for block in blocks if not block.units]
+    return sizes | {"skip": skipped} if skipped else sizes
+
+
+def _register(family: Family) -> None:
+    stock = CONFIG_MAPPING[family.name]
+    # `@strict` binds the checks of the class it decorates, so each subclass needs it again.
+    config: Any = strict(
+        type(
+            CLASS_PREFIX + stock.__name__,
+            (_PerLayerConfig, stock),
+            {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
+        )
+    )
+    globals()[config.__name__] = config  # where pickle looks for the class
+    AutoConfig.register(config.model_type, config)
+
+
+for _family in FAMILIES.values():
+    _register(_family)
