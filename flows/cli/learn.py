@@ -3,17 +3,17 @@
 import argparse
 import dataclasses
 import time
-from pathlib import Path
 from typing import get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import (
-    MODEL,
     Answer,
     Subcommands,
+    add_checkpoint_and_out,
     add_choice,
+    add_seed,
     add_text,
     at_least,
     check_out,
@@ -47,8 +47,7 @@ def add(commands: Subcommands) -> None:
         "train masks that choose the units to keep, and write their plan for numprune prune --plan",
         "numprune learn ./my-model ./learned --ratio 0.3 --variant faster --text train.txt",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    add_checkpoint_and_out(parser)
     parser.add_argument(
         "--ratio",
         type=float,
@@ -107,9 +106,7 @@ def add(commands: Subcommands) -> None:
         help=f"peak learning rate of the weights, with full and fast (default: {names.LEARNING_RATE:g})",
     )
     add_limits(parser, get_args(names.LearnedAxis), names.LEARNED_AXES)
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
-    )
+    add_seed(parser)
 
 
 def learn(args: argparse.Namespace) -> Answer:

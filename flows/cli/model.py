@@ -9,7 +9,17 @@ from numprune.counted import counted
 from numprune.export.imports import uncollected
 from numprune.flows import names
 from numprune.flows.amounts import size
-from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_choice, add_text, check_out, command, reading
+from numprune.flows.cli.parser import (
+    MODEL,
+    Answer,
+    Subcommands,
+    add_checkpoint_and_out,
+    add_choice,
+    add_text,
+    check_out,
+    command,
+    reading,
+)
 from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
@@ -50,8 +60,7 @@ def add(commands: Subcommands) -> None:
         "export a checkpoint, and verify that the export computes the same",
         "numprune export ./pruned ./pruned-onnx --to onnx",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    add_checkpoint_and_out(parser)
     add_choice(parser, "--to", get_args(names.ExportFormat), None, "export format")
     add_choice(
         parser,

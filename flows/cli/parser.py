@@ -192,6 +192,19 @@ def add_choice(
     )
 
 
+def add_checkpoint_and_out(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint that something is made of, and the folder to write."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add `--seed`."""
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
+    )
+
+
 def add_workspace(parser: argparse.ArgumentParser) -> None:
     """Add `--workspace`."""
     parser.add_argument(

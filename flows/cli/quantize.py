@@ -2,17 +2,17 @@
 
 import argparse
 import time
-from pathlib import Path
 from typing import get_args
 
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.parser import (
-    MODEL,
     Answer,
     Subcommands,
+    add_checkpoint_and_out,
     add_choice,
+    add_seed,
     add_text,
     at_least,
     check_out,
@@ -32,8 +32,7 @@ def add(commands: Subcommands) -> None:
         "quantize a checkpoint to the compressed-tensors format, which vLLM serves",
         "numprune quantize ./pruned ./pruned-w4a16 --scheme w4a16 --dense ./my-model --text train.txt",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    add_checkpoint_and_out(parser)
     add_choice(
         parser,
         "--scheme",
@@ -76,9 +75,7 @@ def add(commands: Subcommands) -> None:
         metavar="N",
         help="GPUs that will share each layer (default: 1)",
     )
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
-    )
+    add_seed(parser)
 
 
 def quantize(args: argparse.Namespace) -> Answer:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, get_args
 from numprune.errors import InputError
 from numprune.flows import names
 from numprune.flows.cli.parser import (
-    MODEL,
     Answer,
     Subcommands,
+    add_checkpoint_and_out,
     add_choice,
+    add_seed,
     add_text,
     at_least,
     check_out,
@@ -49,8 +50,7 @@ def add(commands: Subcommands) -> None:
         "train a pruned checkpoint towards the predictions of the dense model",
         "numprune recover ./pruned ./recovered --dense ./my-model --text train.txt --heldout heldout.txt --tokens 1e6",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=MODEL)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    add_checkpoint_and_out(parser)
     parser.add_argument("--dense", required=True, metavar="MODEL", help="the model that CHECKPOINT was pruned from")
     add_text(parser, "text for training and for choosing the best step")
     parser.add_argument(
@@ -106,9 +106,7 @@ def add(commands: Subcommands) -> None:
         action="store_false",
         help="keep all activations: faster, but needs more memory (default: recompute them)",
     )
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="seed of every random draw (default: 0)"
-    )
+    add_seed(parser)
 
 
 def recover(args: argparse.Namespace) -> Answer:
