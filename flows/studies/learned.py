@@ -11,8 +11,6 @@ measurements as JSON.
 """
 
 import argparse
-import json
-import logging
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.flows import names
 from numprune.flows.recipe import EMBEDDED
@@ -37,6 +35,7 @@ from numprune.flows.steps.learn import Request, check_request, learn_checkpoint,
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.flows.steps.text import Text, calibration_rows, text_rows
+from numprune.flows.studies.arguments import add_heldout, add_model, out_folder, parser_of, run, write_results
 from numprune.options import PruneOptions, options_of
 from numprune.plans import read_plan
 from numprune.recovery import RecoveryOptions, RecoveryRows, require_packages
@@ -103,16 +102,9 @@ def markdown(rows: Sequence[Row], conditions: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m numprune.flows.studies.learned",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
-    )
-    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="text to learn and fit on (default: embedded)")
-    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    parser = parser_of("learned", __doc__)
+    add_model(parser)
+    add_heldout(parser)
     parser.add_argument("--ratios", default="0.3,0.5", help="shares to remove (default %(default)s)")
     parser.add_argument(
         "--variants",
@@ -123,16 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="calibration rows of pruning (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens per row (default %(default)s)")
     parser.add_argument("--windows", type=int, default=64, help="held-out rows at most (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for learned.md and learned.json")
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("numprune").setLevel(logging.INFO)
-    try:
-        sys.stdout.write(_study(args))
-    except NumpruneError as error:
-        print(f"learned: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--out", type=out_folder, help="folder for learned.md and learned.json")
+    return run("learned", _study, parser.parse_args(argv))
 
 
 @dataclass(frozen=True)
@@ -191,11 +175,7 @@ def _study(args: argparse.Namespace) -> str:
         f"{judged['documents']} held-out documents."
     )
     result = markdown(table, conditions)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "learned.md").write_text(result, encoding="utf-8")
-        data = json.dumps([asdict(row) for row in table], indent=2, allow_nan=False)
-        (args.out / "learned.json").write_text(data, encoding="utf-8")
+    write_results(args.out, "learned", result, [asdict(row) for row in table])
     return result
 
 

@@ -9,8 +9,6 @@ model are timed there. `--out` keeps the table, and all measurements as JSON.
 """
 
 import argparse
-import json
-import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 from numprune.corpus import TokenRows
 from numprune.counted import counted
 from numprune.documents import Reading
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError
 from numprune.export import checkpoint, genai, onnx, vllm
 from numprune.export.precision import FLOAT32
 from numprune.flows import children
@@ -34,6 +32,7 @@ from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows
+from numprune.flows.studies.arguments import add_heldout, add_model, out_folder, parser_of, run, write_results
 from numprune.options import PruneOptions
 from numprune.quantization import SCHEMES, Scheme
 from numprune.serving.benchmark import run_benchmark
@@ -124,16 +123,9 @@ def scheme_of(text: str) -> Scheme:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m numprune.flows.studies.precision",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
-    )
-    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
-    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    parser = parser_of("precision", __doc__)
+    add_model(parser)
+    add_heldout(parser)
     parser.add_argument("--ratio", type=float, default=0.3, help="share to remove (default %(default)s)")
     parser.add_argument("--compensation", default="residual", help="of pruning (default %(default)s)")
     parser.add_argument("--schemes", default="w8a8,w4a16:64", help="comma-separated (default %(default)s)")
@@ -148,16 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(option, type=at_least(1), default=value, help=f"{what} (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=6, help="of each timing, even (default %(default)s)")
     parser.add_argument("--vllm", metavar="ENV", help="virtual environment with vLLM (default: .venv-vllm)")
-    parser.add_argument("--out", type=Path, help="folder for precision.md and precision.json")
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("numprune").setLevel(logging.INFO)
-    try:
-        sys.stdout.write(_study(args))
-    except NumpruneError as error:
-        print(f"precision: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--out", type=out_folder, help="folder for precision.md and precision.json")
+    return run("precision", _study, parser.parse_args(argv))
 
 
 def _study(args: argparse.Namespace) -> str:
@@ -215,11 +199,7 @@ def _study(args: argparse.Namespace) -> str:
         f"Decoding at batch 1, {args.repeats} repeats of each timing, in turn. In brackets: 95 % intervals, paired."
     )
     text = markdown(table, runtimes, conditions)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "precision.md").write_text(text, encoding="utf-8")
-        data = [asdict(row) for row in table]
-        (args.out / "precision.json").write_text(json.dumps(data, indent=2, allow_nan=False), encoding="utf-8")
+    write_results(args.out, "precision", text, [asdict(row) for row in table])
     return text
 
 

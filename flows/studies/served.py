@@ -8,8 +8,6 @@ measurements as JSON.
 """
 
 import argparse
-import json
-import logging
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from numprune.documents import Reading
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import InputError
 from numprune.export import checkpoint, vllm
 from numprune.flows import children
 from numprune.flows.recipe import EMBEDDED
 from numprune.flows.steps.checks import model_folder
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.text import calibration_rows
+from numprune.flows.studies.arguments import add_model, out_folder, parser_of, run, write_results
 from numprune.options import PruneOptions
 from numprune.serving.benchmark.vllm import ServedLoad, run_served
 from numprune.serving.report import Environment as Machine
@@ -110,15 +109,8 @@ def _interval(ratio: ReportedEstimate | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m numprune.flows.studies.served",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
-    )
-    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
+    parser = parser_of("served", __doc__)
+    add_model(parser)
     parser.add_argument("--ratio", type=float, default=0.3, help="share to remove (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated (default %(default)s)")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows (default %(default)s)")
@@ -130,16 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         option = f"--{field.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(load, field), help="default %(default)s")
     parser.add_argument("--vllm", metavar="ENV", help="virtual environment with vLLM (default: .venv-vllm)")
-    parser.add_argument("--out", type=Path, help="folder for served.md and served.json")
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("numprune").setLevel(logging.INFO)
-    try:
-        sys.stdout.write(_served(args))
-    except NumpruneError as error:
-        print(f"served: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--out", type=out_folder, help="folder for served.md and served.json")
+    return run("served", _served, parser.parse_args(argv))
 
 
 def _served(args: argparse.Namespace) -> str:
@@ -176,10 +160,7 @@ def _served(args: argparse.Namespace) -> str:
     table = [Row(DENSE, parameters[DENSE], any_result)]
     table += [Row(method, parameters[method], result) for method, result in results.items()]
     text = markdown(table, load)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "served.md").write_text(text, encoding="utf-8")
-        (args.out / "served.json").write_text(json.dumps(results, indent=2, allow_nan=False), encoding="utf-8")
+    write_results(args.out, "served", text, results)
     return text
 
 

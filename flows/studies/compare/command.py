@@ -11,6 +11,7 @@ from typing import TypeVar, get_args
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config
+from numprune.export.disk import require_writable
 from numprune.flows import children
 from numprune.flows.cli.parser import Parser, add_choice, add_reading, at_least, reading
 from numprune.flows.names import Device
@@ -106,6 +107,7 @@ def _parser() -> Parser:
 
 
 def _request(args: argparse.Namespace) -> Request:
+    require_writable(args.out)
     folder = model_folder(args.model)
     config = read_config(folder)
     anatomy = read_anatomy(config)

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import random
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 from numprune.anatomy import context_of
 from numprune.counted import counted
 from numprune.documents import Reading
-from numprune.errors import InputError, MissingRuntime, NumpruneError
+from numprune.errors import InputError, MissingRuntime
 from numprune.export import checkpoint, processors
 from numprune.export.genai import check_config
 from numprune.flows import children
@@ -26,6 +25,7 @@ from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import device_of
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows
+from numprune.flows.studies.arguments import add_heldout, add_model, out_folder, parser_of, run, write_results
 from numprune.flows.studies.genai.contenders import BUILDER, CONTENDERS, SCHEMES, TORCH, Contender, Precision, make
 from numprune.progress import Progress
 from numprune.serving.benchmark.client import Worker, start_worker
@@ -94,13 +94,7 @@ def _ratio(one: Result, other: Result) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 1 error."""
-    args = _parser().parse_args(argv)
-    try:
-        sys.stdout.write(_study(args))
-    except NumpruneError as error:
-        print(f"genai: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run("genai", _study, _parser().parse_args(argv))
 
 
 def _study(args: argparse.Namespace) -> str:
@@ -154,10 +148,7 @@ def _study(args: argparse.Namespace) -> str:
         f"w8a8 and w4a16 (groups of 64) by GPTQ on {counted(args.samples, 'row')} of {length} tokens."
     )
     text = markdown(results, conditions)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "genai.md").write_text(text, encoding="utf-8")
-        (args.out / "genai.json").write_text(json.dumps(_record(results, machine, args), indent=1), encoding="utf-8")
+    write_results(args.out, "genai", text, _record(results, machine, args))
     return text
 
 
@@ -221,17 +212,9 @@ def _record(results: Sequence[Result], machine: Any, args: argparse.Namespace) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m numprune.flows.studies.genai",
-        description=sys.modules["numprune.flows.studies.genai"].__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
-    )
-    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
-    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    parser = parser_of("genai", sys.modules["numprune.flows.studies.genai"].__doc__, _EPILOG)
+    add_model(parser)
+    add_heldout(parser)
     parser.add_argument("--contenders", nargs="+", default=[""], metavar="PART", help="of their names (default: all)")
     parser.add_argument("--samples", type=int, default=32, help="calibration rows (default %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens per row (default %(default)s)")
@@ -240,5 +223,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=48, help="tokens decoded in a turn (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="turns of each (default %(default)s)")
     parser.add_argument("--threads", type=int, help="of each process (default: the CPUs it may use)")
-    parser.add_argument("--out", type=Path, help="folder for genai.md and genai.json")
+    parser.add_argument("--out", type=out_folder, help="folder for genai.md and genai.json")
     return parser

@@ -8,14 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import numprune
-from numprune.errors import InputError, MissingRuntime, NumpruneError
+from numprune.errors import MissingRuntime, NumpruneError
+from numprune.flows.studies.arguments import out_folder
 from numprune.flows.studies.gpu.parts import PARTS
 from numprune.flows.studies.gpu.sizes import LLAMA_3_8B, MINIATURE
 from numprune.flows.studies.gpu.tables import as_markdown
@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"torch {torch.__version__} sees no CUDA device; run it on a machine with an NVIDIA GPU, or try it on "
                 "a CPU with --miniature"
             )
-        if args.out.exists() and not args.out.is_dir():
-            raise InputError(f"--out {args.out}: not a folder")
         args.out.mkdir(parents=True, exist_ok=True)
     except (NumpruneError, OSError) as error:
         print(f"gpu: error: {error}", file=sys.stderr)
@@ -144,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder for the results")
+    what.add_argument("--out", type=out_folder, help="folder for the results")
     what.add_argument("--part", choices=PARTS, help="run one part in this process and print its rows as JSON")
     parser.add_argument(
         "--miniature",

@@ -1,0 +1,65 @@
+"""What the commands of the studies share: arguments, how they run, and where they write."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numprune.errors import DiskError, NumpruneError
+from numprune.export.disk import require_writable
+from numprune.flows.recipe import EMBEDDED
+
+
+def parser_of(study: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser without arguments; `study`: the module below flows/studies."""
+    return argparse.ArgumentParser(
+        prog=f"python -m numprune.flows.studies.{study}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model, and the text that it is calibrated on."""
+    parser.add_argument(
+        "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
+    )
+    parser.add_argument("--calibration", nargs="+", metavar="FILE", help="calibration text (default: embedded)")
+
+
+def add_heldout(parser: argparse.ArgumentParser) -> None:
+    """Add the text that is judged by."""
+    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+
+
+def out_folder(text: str) -> Path:
+    """Argument type: a folder to write in. It need not exist, but it must be possible to create it."""
+    try:
+        require_writable(Path(text))
+    except DiskError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def run(study: str, body: Callable[[argparse.Namespace], str], args: argparse.Namespace) -> int:
+    """Print what `body` returns and write progress to stderr. Return the exit code: 0 done, 1 error."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("numprune").setLevel(logging.INFO)
+    try:
+        sys.stdout.write(body(args))
+    except NumpruneError as error:
+        print(f"{study}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write_results(out: Path | None, study: str, table: str, data: Any) -> None:
+    """Write the table and all that was measured into `out`, where it is given."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{study}.md").write_text(table, encoding="utf-8")
+        (out / f"{study}.json").write_text(json.dumps(data, indent=2, allow_nan=False), encoding="utf-8")
