@@ -15,6 +15,7 @@ from numprune.flows.stages import Artifact, Stage, StageResult, find
 from numprune.flows.steps import bodies
 from numprune.flows.steps.results import (
     Answers,
+    AttentionProbe,
     BaselineScores,
     CalibrationRows,
     Exported,
@@ -71,6 +72,7 @@ def judge(run: Run, make: Make) -> Judged:
     rows = make(sample_recovery(run, heldout.values(), generated)) if trains else None
     scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
     learned = make(learn(run, learning_rows)) if learning_rows else None
+    attention = make(probe_attention(run, calibration)) if _prunes_heads(run) else None
     pruned = make(prune(run, calibration, learned))
 
     candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
@@ -132,7 +134,19 @@ def judge(run: Run, make: Make) -> Judged:
         "exports": {name: made.digest for name, made in exports.items()},
     }
     report = partial(
-        report_on, run, identity, candidate, learned, pruned, generated, recovered, quantized, parity, quality, given
+        report_on,
+        run,
+        identity,
+        candidate,
+        attention,
+        learned,
+        pruned,
+        generated,
+        recovered,
+        quantized,
+        parity,
+        quality,
+        given,
     )
     judged = make(report(looks))
     if judged.reused and judged.facts.next_look:  # an earlier run with the same figures was inconclusive
@@ -203,6 +217,18 @@ def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
         asked=run.recipe.learn,
         limits=run.recipe.prune.model_dump(include={*LEARNED_LIMITS}),
         target=run.recipe.sizes(),
+        device=run.device,
+    ).on_gpu()
+
+
+def probe_attention(run: Run, calibration: StageResult[CalibrationRows]) -> Stage[AttentionProbe]:
+    return Stage.of(
+        "attention",
+        "export",
+        bodies.make_attention,
+        base=run.base,
+        rows=calibration.artifact,
+        stream=run.recipe.prune.stream,
         device=run.device,
     ).on_gpu()
 
@@ -424,6 +450,7 @@ def report_on(
     run: Run,
     identity: Mapping[str, Any],
     candidate: Artifact,
+    attention: StageResult[AttentionProbe] | None,
     learned: StageResult[LearnedMasks] | None,
     pruned: StageResult[PrunedCheckpoint],
     generated: StageResult[GeneratedText] | None,
@@ -441,6 +468,7 @@ def report_on(
         bodies.make_report,
         base=run.base,
         candidate=candidate,
+        attention=attention.artifact if attention else None,
         learned=learned.artifact if learned else None,
         pruned=pruned.artifact,
         generated=generated.artifact if generated else None,
@@ -465,6 +493,10 @@ def report_on(
 def _prompts(run: Run, corpus: str) -> str | list[str]:
     """Of the first corpus's stages: both models generate once."""
     return run.recipe.evaluate.prompts if corpus == next(iter(run.heldout)) else []
+
+
+def _prunes_heads(run: Run) -> bool:
+    return not {"kv-groups", "query-heads"}.isdisjoint(run.recipe.prune.axes)
 
 
 def _artifact(made: StageResult[Exported], export_format: str) -> Artifact:

@@ -15,6 +15,7 @@ from numprune.flows.recipe import FewShot, Learn, Limit, Prune, Quantize, Recove
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
+    AttentionProbe,
     BaselineScores,
     CalibrationRows,
     Exported,
@@ -133,6 +134,17 @@ def make_learned(
     return learn_checkpoint(
         base.path, load_rows(rows.path), draw, options, request_of(asked), out / LEARNED, where, kept_beside(out)
     )
+
+
+def make_attention(out: Path, *, base: Artifact, rows: Artifact, stream: bool, device: str) -> AttentionProbe:
+    """See what the base's attention heads look at: shared by all ratios and methods."""
+    import torch
+
+    from numprune.flows.steps.attention import probe
+    from numprune.flows.steps.text import load_calibration
+
+    tokens, _ = load_calibration(rows.path)
+    return probe(base.path, tokens, torch.device(device), stream=stream, scratch=out)
 
 
 def make_pruned(
@@ -421,6 +433,7 @@ def make_report(
     *,
     base: Artifact,
     candidate: Artifact,
+    attention: Artifact | None,
     learned: Artifact | None,
     pruned: Artifact,
     generated: Artifact | None,
@@ -444,14 +457,16 @@ def make_report(
 
     Args:
         base, candidate: the pruned base, and the released checkpoint.
-        learned, pruned, generated, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime, with every
-            look.
+        attention, learned, pruned, generated, recovered, quantized, quality, benchmarks: stages; benchmarks by runtime,
+            with every look.
         answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
         corpus: the name of the text that `quality` is of, where it has one; `corpora`: quality on the others, by name.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
         policy: the gates.
     """
+    from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.answers import compare_answers
+    from numprune.flows.steps.attention import attention_section
     from numprune.flows.steps.report import (
         assemble,
         judged,
@@ -462,13 +477,18 @@ def make_report(
         recovery_section,
         sizes,
     )
+    from numprune.plans import PLAN_FILE, read_plan
 
     named: dict[str, Any] = {"corpus": corpus} if corpus else {}
     if corpora:
         named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
     criterion = asked_to_learn.method if learned else asked.criterion
+    heads = read_facts(attention.path, AttentionProbe) if attention else None
     sections = {
-        "pruning": pruning_section(asked, criterion, read_facts(pruned.path, PrunedCheckpoint)),
+        "pruning": {
+            **pruning_section(asked, criterion, read_facts(pruned.path, PrunedCheckpoint)),
+            "attention": attention_section(heads, read_plan(pruned.path / CHECKPOINT / PLAN_FILE)) if heads else None,
+        },
         "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,
         "recovery": recovery_section(
             asked_to_recover,

@@ -45,6 +45,15 @@ class BaselineScores:
 
 
 @dataclass(frozen=True)
+class AttentionProbe:
+    """What attention heads look at, on so many rows: by block, each head's masses (numprune.probing.CATEGORIES)."""
+
+    rows: int
+    sequence_length: int
+    heads: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
 class PrunedCheckpoint:
     """A model before and after pruning.
 

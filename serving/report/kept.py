@@ -27,6 +27,12 @@ def by_kind(kept_units: Mapping[str, tuple[int, int]]) -> dict[str, Units]:
     return {kind: dict(sorted(kinds[kind].items())) for kind in KINDS if kind in kinds}
 
 
+def layer_of(block: str) -> int | None:
+    """The layer's number in a block's name; None for other names."""
+    match = _BLOCK.fullmatch(block)
+    return int(match[1]) if match else None
+
+
 def without(units: Units, layers: Collection[int]) -> Units:
     """Only the remaining layers, if some are dropped."""
     return {layer: found for layer, found in units.items() if layer not in layers}

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numprune.counted import counted
-from numprune.serving.report import names, precision, ratios, training, words
+from numprune.serving.report import heads, names, precision, ratios, training, words
 from numprune.serving.report.headline import headline, next_commands
 from numprune.serving.report.kept import KINDS, by_kind, listed, others, ranges, without
 from numprune.serving.report.models import (
+    Attention,
     Environment,
     GateResult,
     Generation,
@@ -103,7 +104,18 @@ def _pruning(pruning: Pruning) -> list[str]:
         + ("." if removed.kv_bytes is None else f", and {_share(removed.kv_bytes)} of the KV cache."),
         "",
         *([*kept, ""] if kept else []),
+        *(_attention(pruning.attention) if pruning.attention else []),
     ]
+
+
+def _attention(found: Attention) -> list[str]:
+    header = ["attention on", "kept heads", "removed heads", "correlation with being kept"]
+    rows = [
+        [label, _share(kept), _share(removed), _figure(found.spearman.get(key))]
+        for key, label, kept, removed in heads.means(found)
+    ]
+    told = f"Attention of the heads in the dense model, over {counted(found.rows, 'calibration row')}:"
+    return [told, "", *_table(header, rows)]
 
 
 def _learning(found: Learning) -> list[str]:

@@ -25,6 +25,7 @@ STAGES = (  # in the order in which a run of the tests' recipe makes them
     "calibration",
     "heldout",
     "baseline",
+    "attention",
     "prune",
     "export-vllm",
     "parity-vllm",

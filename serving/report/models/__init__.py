@@ -24,6 +24,7 @@ from numprune.serving.report.models.quality import (
 )
 from numprune.serving.report.models.report import SCHEMA, Report
 from numprune.serving.report.models.run import (
+    Attention,
     Dtypes,
     Environment,
     Gpu,
@@ -59,6 +60,7 @@ __all__ = [
     "SCHEMA",
     "SCHEMA_1",
     "UNITS",
+    "Attention",
     "DocumentDelta",
     "DocumentDeltas",
     "Dtypes",

@@ -6,7 +6,17 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from numprune.serving.report.models.fields import Corpus, Count, Model, ModelName, Number, Runtime, Sha256, number
+from numprune.serving.report.models.fields import (
+    Corpus,
+    Count,
+    Metric,
+    Model,
+    ModelName,
+    Number,
+    Runtime,
+    Sha256,
+    number,
+)
 
 
 class Identity(Model):
@@ -80,6 +90,28 @@ class RatioRemoved(Model):
     kv_bytes: Number = None
 
 
+class Attention(Model):
+    """What the dense model's attention heads look at, on some calibration rows (see numprune.probing).
+
+    Attributes:
+        heads: each head's shares of attention by block: on special tokens, on itself, on the token before, on the rest.
+        kept: whether it was kept, in the same order.
+        spearman: rank correlation of each share with being kept, over all heads; None if undefined.
+    """
+
+    rows: Count
+    sequence_length: Count
+    heads: dict[str, tuple[tuple[Number, Number, Number, Number], ...]]
+    kept: dict[str, tuple[bool, ...]]
+    spearman: dict[Metric, Number]
+
+    @model_validator(mode="after")
+    def _of_the_same_heads(self) -> Self:
+        if {name: len(of) for name, of in self.heads.items()} != {name: len(of) for name, of in self.kept.items()}:
+            raise ValueError("heads and kept must be of the same heads")
+        return self
+
+
 class Pruning(Model):
     criterion: str
     allocation: str
@@ -88,6 +120,7 @@ class Pruning(Model):
     budget_asked: Number = None  # bytes of weights, instead of a ratio
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
+    attention: Attention | None = None
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
 
 

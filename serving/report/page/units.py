@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from numprune.serving.report import precision, training, words
 from numprune.serving.report.kept import KINDS, Units, by_kind, listed, others, without
 from numprune.serving.report.models import Pruning, Report
-from numprune.serving.report.page import charts
+from numprune.serving.report.page import attention, charts
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Layers
 
@@ -15,6 +15,7 @@ _MAXIMUM_ROWS = 1000
 def section(report: Report) -> Section:
     found = report.pruning
     blocks: list[Block] = _blocks(found) if found else [Text("This report is not from a pruning run.", "absent")]
+    blocks += attention.blocks(found.attention if found else None)
     if report.learning:
         blocks.append(Text(training.of_masks(report.learning)))
     if report.recovery:

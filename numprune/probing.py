@@ -1,0 +1,129 @@
+"""What attention heads look at: the mean share of their attention on special tokens, itself, the one before, the rest.
+
+The kinds of heads are those of Clark et al., What Does BERT Look At? (BlackboxNLP 2019). Notation: n heads, S tokens.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from numprune.blocks import Block
+from numprune.calibration import check_rows
+from numprune.layers import Layers
+from numprune.plans import BlockPlan
+from numprune.progress import progress
+
+CATEGORIES: Final = ("special", "self", "previous", "rest")
+
+
+@torch.no_grad()
+def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> dict[str, Tensor]:
+    """Return each attention block's masses, (n, 4) in [0, 1] in the order of `CATEGORIES`, by block name.
+
+    A token's attention on special tokens and on the first token of its row, which decoders use as a sink, is "special";
+    what is left of it is on the token itself, on the one before, and on the rest. Means are over the rows' tokens but
+    the first of each, which sees nothing else in a decoder. They add up to less than 1 where a learned sink (GPT-OSS)
+    takes its share. One layer is walked at a time, with one row at a time.
+
+    Args:
+        layers: of a supported model, in memory or streamed.
+        rows: (N, S) int64 tokens, S > 1.
+        special: ids of special tokens.
+
+    Raises InputError for rows that are not the model's.
+    """
+    check_rows(layers.anatomy, rows)
+    found: dict[str, Tensor] = {}
+    marked = torch.isin(rows, torch.tensor(sorted(special), dtype=rows.dtype))
+    marked[:, 0] = True
+    with _eager(layers.config):
+        entered = [layers.enter(row[None]) for row in rows]
+        hidden = [one.hidden for one in entered]
+        for index in progress(range(layers.anatomy.layers), "attention", "layer"):
+            blocks = [block for block in layers.anatomy.of_layer(index) if block.kind == "attention" and block.units]
+            with layers.layer(index) as layer:
+                for number, one in enumerate(entered):
+                    with _watched(layer, blocks) as weights:
+                        hidden[number] = one.arguments[index].call(layer, hidden[number])
+                    for name, seen in weights.items():
+                        share = masses(seen[0], marked[number].to(layers.device)).cpu() / len(rows)
+                        found[name] = found[name] + share if name in found else share
+    return found
+
+
+def masses(weights: Tensor, special: Tensor) -> Tensor:
+    """Return the means over all tokens but the first, (n, 4).
+
+    Args:
+        weights: (n, S, S) attention of each token, in the second dimension, on each, in the last.
+        special: (S,) bool, tokens that count as special.
+    """
+    later = weights[:, 1:].double()
+    on_special = later[..., special].sum(-1)  # (n, S - 1), as all below
+    on_self = later.diagonal(1, 1, 2).masked_fill(special[1:], 0)
+    on_previous = later.diagonal(0, 1, 2).masked_fill(special[:-1], 0)
+    rest = later.sum(-1) - on_special - on_self - on_previous
+    return torch.stack([on_special, on_self, on_previous, rest], -1).mean(1)
+
+
+def kept_heads(block: BlockPlan) -> np.ndarray:
+    """Return which heads an attention block keeps, (n,) bool."""
+    heads, left = np.zeros((block.units, block.members), bool), block.to_kept()
+    for unit, members in zip(left.units.tolist(), left.members.tolist(), strict=True):
+        heads[unit, members] = True
+    return heads.ravel()
+
+
+def correlations(found: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """Return Spearman's rank correlation of each category's mass with being kept, over all heads of the model.
+
+    None where all heads were kept, or none, or all have the same mass.
+
+    Args:
+        found: block name -> (n, 4) masses.
+        kept: block name -> (n,) bool, of the same blocks.
+    """
+    from scipy import stats
+
+    if not kept:
+        return dict.fromkeys(CATEGORIES)
+    table = np.concatenate([found[name] for name in kept])  # (heads, 4)
+    decided = np.concatenate([kept[name] for name in kept]).astype(float)
+    return {
+        category: float(stats.spearmanr(column, decided).statistic) if np.ptp(column) and np.ptp(decided) else None
+        for category, column in zip(CATEGORIES, table.T, strict=True)
+    }
+
+
+@contextmanager
+def _watched(layer: nn.Module, blocks: Sequence[Block]) -> Iterator[dict[str, Tensor]]:
+    """Give each block's weights (1, n, S, S) by its name, once the layer has run.
+
+    What returns them, beside its output, is an attention block's first module in every family.
+    """
+    weights: dict[str, Tensor] = {}
+
+    def watch(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        weights[name] = output[1]
+
+    with ExitStack() as stack:
+        for block in blocks:
+            module = layer.get_submodule(block.modules[0])
+            stack.callback(module.register_forward_hook(partial(watch, block.name)).remove)
+        yield weights
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Have the model compute attention such that its weights are there to be seen."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
