@@ -1,4 +1,4 @@
-"""Audits a checkpoint: it holds exactly the tensors that its configuration describes. torch is not needed."""
+"""Audit a checkpoint: it must contain exactly the tensors that its configuration describes. torch is not needed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ from numprune.tensors import TensorTable, tensor_table
 def audit(folder: Path) -> dict[str, TensorHeader]:
     """Compare every stored tensor with the configuration: nothing missing, extra, larger or smaller.
 
-    A tensor larger than the configuration says is the dangerous one: vLLM loads it truncated, without an error. Tied
-    weights may be stored once, or twice and equal.
+    A tensor larger than the configuration says is the most dangerous case: vLLM silently truncates it. Tied weights may
+    be stored once, or twice and equal.
 
     Returns:
         The headers of the stored tensors, by name.
 
     Raises:
-        InputError: config.json or the weights are not there, or the architecture is not supported.
+        InputError: config.json or the weights are missing, or the architecture is not supported.
         IntegrityError: names the tensor or the file.
     """
     config = read_config(folder)
@@ -58,7 +58,7 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:
-    """Raises IntegrityError where config.json says that a weight is quantized, and it is stored in full."""
+    """Raise IntegrityError if config.json declares a weight as quantized that is stored unquantized."""
     content = files.read_object(folder / files.CONFIG)
     said = compressed_tensors.read_quantization(content)
     if said is None:
@@ -74,7 +74,7 @@ def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHea
 
 
 def _require_linear(table: TensorTable, stored: Mapping[str, TensorHeader]) -> None:
-    """Raises IntegrityError where what is stored quantized is not the weight of a Linear layer."""
+    """Raise IntegrityError if a quantized tensor is not the weight of a Linear layer."""
     for name in quantized(stored):
         if name not in table.linear:
             raise IntegrityError(
@@ -84,7 +84,7 @@ def _require_linear(table: TensorTable, stored: Mapping[str, TensorHeader]) -> N
 
 
 def _with_base(stored: dict[str, TensorHeader], table: TensorTable) -> dict[str, TensorHeader]:
-    """Name tensors as a whole model does that were stored without its head."""
+    """Convert names stored by the model without a head to those of the whole model."""
     base, expected = table.base, table.shapes
     if any(name.startswith(base) for name in stored):
         return stored
@@ -92,5 +92,5 @@ def _with_base(stored: dict[str, TensorHeader], table: TensorTable) -> dict[str,
 
 
 def quantized(stored: Mapping[str, TensorHeader]) -> dict[str, Scheme]:
-    """Return the quantized ones among the stored weights, with their scheme."""
+    """Return the quantized weights among the stored ones, with their schemes."""
     return {name: header.scheme for name, header in stored.items() if isinstance(header, QuantizedHeader)}

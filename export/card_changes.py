@@ -1,4 +1,4 @@
-"""What later steps change in the model card that card.py wrote: precision, quantization, training, quality."""
+"""Changes of later steps to the model card written by card.py: precision, quantization, training, quality."""
 
 import re
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ def set_training(folder: Path, training: str) -> None:
 
 
 def distilled(recovery: Mapping[str, Any]) -> str:
-    """What a card says of a training: `recovery` is what the manifest says of it."""
+    """Return the card's sentence on a training; `recovery` is the manifest's section."""
     kept = f"the weights after step {recovery['best_step']} of {recovery['steps']}"
     if not recovery["best_step"]:
         kept = "no step improved on the pruned weights, which were kept"

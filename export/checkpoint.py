@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face folders, read with every mistake named, written whole and audited."""
+"""Hugging Face checkpoints: read with precise errors, written atomically and audited."""
 
 import copy
 import shutil
@@ -59,14 +59,14 @@ __all__ = [
 def load(
     model: str | Path, dtype: torch.dtype = torch.float32, *, rounds_inputs: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in `dtype`, in evaluation mode, with the attention that its family is walked with, and its tokenizer.
+    """Return a model in `dtype`, in evaluation mode with its family's attention implementation, and its tokenizer.
 
-    No code from the folder is run, and only safetensors are read. Quantized layers round their inputs where their
-    scheme does, unless `rounds_inputs` is False.
+    No code from the folder is run, and only safetensors are read. Quantized layers round their inputs if their scheme
+    does, unless `rounds_inputs` is False.
 
     Raises:
         InputError: a file is missing or malformed, or the architecture is not supported.
-        IntegrityError: what is stored is not what the configuration says (see `audit`), or is not finite.
+        IntegrityError: stored tensors contradict the configuration (see `audit`), or are not finite.
     """
     folder = resolve(model)
     stored = audit(folder)
@@ -86,9 +86,9 @@ def load(
 
 
 def _stock(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Read a model as transformers does."""
+    """Read a model with transformers."""
     task = task_name(config)
-    # The folder's generation settings, which need not even be valid, are not read.
+    # The folder's generation settings are not read; they need not even be valid.
     generation = {"generation_config": GenerationConfig()} if task == "causal-lm" else {}
     try:
         with _without_bars():
@@ -110,14 +110,14 @@ def _stock(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _dequantized(config: Any, stored: Mapping[str, TensorHeader], dtype: torch.dtype) -> PreTrainedModel:
-    """Read a quantized model: the weights that it computes with, in floating point."""
+    """Read a quantized model with dequantized weights."""
     model = skeleton(config)
     tied = model.all_tied_weights_keys
     found = {name: parts for name, parts in tensor_table(config).parts.items() if name not in tied}
     state: dict[str, Tensor] = {}
     for parts in found.values():
         state |= put_together(model, {part: read_rows(stored[part]).to(dtype) for part in parts})
-    model.load_state_dict(state, strict=False, assign=True)  # all are there: `audit` has compared the names
+    model.load_state_dict(state, strict=False, assign=True)  # none is missing: `audit` has compared the names
     model.tie_weights()
     if model.can_generate():
         model.generation_config = GenerationConfig()
@@ -125,14 +125,14 @@ def _dequantized(config: Any, stored: Mapping[str, TensorHeader], dtype: torch.d
 
 
 def round_inputs(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
-    """Have the layers of these weights round their inputs, where their scheme does."""
+    """Make the layers of these weights round their inputs, if their scheme does so."""
     for name, scheme in schemes.items():
         round_inputs_of(model.get_submodule(name.removesuffix(".weight")), scheme)
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Reading a checkpoint takes seconds; a bar of transformers would stand between our own lines."""
+    """Hide transformers' progress bar, which would disturb the output; reading takes only seconds."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -143,8 +143,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Raises InputError when the tokenizer has tokens that the model does not."""
-    if tokenizer.vocab_size > config.vocab_size:  # without added tokens: those need not occur
+    """Raise InputError if the tokenizer has tokens that the model lacks."""
+    if tokenizer.vocab_size > config.vocab_size:  # without added tokens, which need not occur
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json says vocab_size="
             f"{config.vocab_size}; they do not belong together"
@@ -152,7 +152,7 @@ def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: A
 
 
 def check_finite(stored: Mapping[str, TensorHeader]) -> None:
-    """Read every value. Raises IntegrityError naming a tensor that holds NaN or infinity, or a file that is cut off."""
+    """Read every value. Raises IntegrityError naming a tensor with NaN or infinity, or a truncated file."""
     for name, header in stored.items():
         if not all(torch.isfinite(slab.float()).all() for slab in slabs(header)):  # that float64 may exceed
             raise IntegrityError(f"{header.file}: {name} has values that are NaN or infinite")
@@ -166,9 +166,9 @@ def save(
     dropped: Collection[int] = (),
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model`, which was made from that in `source`, as a checkpoint into `folder` and audit what was written.
+    """Write `model`, derived from the checkpoint `source`, as a checkpoint into `folder`, and audit it.
 
-    Every tensor is stored in the data type that it has in `source`, of which `model` has not the layers `dropped`.
+    Every tensor is stored in its data type in `source`; `model` lacks the layers `dropped` of it.
     Raises InputError, IntegrityError.
     """
     folder.mkdir(exist_ok=True)
@@ -177,9 +177,9 @@ def save(
 
 
 def save_trained(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Write `model`, which has other weights than that in `source` and nothing else, into `folder`, and audit it.
+    """Write `model`, which differs from the checkpoint `source` only in its weights, into `folder`, and audit it.
 
-    Every tensor is stored in the data type that it has in `source`. Raises InputError, IntegrityError.
+    Every tensor is stored in its data type in `source`. Raises InputError, IntegrityError.
     """
     _save_weights(model, source, folder)
     copy_around_weights(read_config(source), source, folder)
@@ -201,10 +201,10 @@ def _save_weights(
 
 
 def save_around_weights(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Complete a checkpoint whose weights are in `folder` already, and audit it.
+    """Complete a checkpoint whose weights are already in `folder`, and audit it.
 
-    Of `model` only the configuration is used, so it may be on the meta device. All files but config.json are those of
-    the folder `source`. Raises InputError, IntegrityError.
+    Only the configuration of `model` is used, so it may be on the meta device. All files except config.json are copied
+    from the folder `source`. Raises InputError, IntegrityError.
     """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = main_dtype(read_headers(folder))
@@ -214,22 +214,22 @@ def save_around_weights(model: PreTrainedModel, source: Path, folder: Path) -> N
 
 
 def copy_around_weights(config: Any, source: Path, folder: Path) -> None:
-    """Copy all but the weights of the checkpoint `source`, whose configuration was read as `config`, into `folder`."""
+    """Copy all files except weights of the checkpoint `source`, whose configuration is `config`, into `folder`."""
     copy_config(config, source, folder)
     carry(source, folder)
-    if (source / PLAN_FILE).is_file():  # a checkpoint of ours, whose card is about itself
+    if (source / PLAN_FILE).is_file():  # a numprune checkpoint, whose card describes it
         for name in (PLAN_FILE, CARD):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 
 
 def stored_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of the model by their names in a checkpoint, what is stored in parts as these."""
+    """Return tensors of the model by name in a checkpoint, split into parts where the checkpoint does."""
     return {current_name(name): value for name, value in revert_weight_conversion(model, dict(tensors)).items()}
 
 
 def put_together(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of a checkpoint, all that a tensor of the model is made of at once, as the model has them.
+    """Return tensors of a checkpoint as those of the model, merging all parts of a tensor at once.
 
     The inverse of `stored_tensors`: a model has the experts of a layer in one tensor.
     """

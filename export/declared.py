@@ -1,4 +1,4 @@
-"""What the files of a checkpoint declare of its task: a classifier's classes, the pooling of an embedding model.
+"""The task settings that a checkpoint's files declare: a classifier's classes, an embedding model's pooling.
 
 torch is not needed.
 """
@@ -30,7 +30,7 @@ _NAMES: dict[str, Pooling] = {
 
 @dataclass(frozen=True)
 class DeclaredPooling:
-    """How an embedding model makes one vector of a text, as of `numprune.tasks.embedding.Embedding`."""
+    """How an embedding model pools a text, as in `numprune.tasks.embedding.Embedding`."""
 
     pooling: Pooling = "mean"
     normalized: bool = False

@@ -18,12 +18,12 @@ from numprune.quantization import Scheme, compressed_tensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# Data types: safetensors' name -> torch's. Those that are not floats are of quantized weights.
+# Data types: safetensors' name -> torch's. Integer types are those of quantized weights.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = FLOATS | {"I8": "int8", "F8_E4M3": "float8_e4m3fn", "I32": "int32", "I64": "int64"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
-_CHUNK_BYTES = 16 << 20  # of a tensor that need not be in memory whole
+_CHUNK_BYTES = 16 << 20  # of a large tensor that is processed in parts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TensorHeader:
 
     @property
     def is_float(self) -> bool:
-        """It is stored in floating point, not as values of a grid."""
+        """Whether it is stored in floating point, not as quantized values."""
         return self.dtype in FLOATS
 
 
@@ -182,7 +182,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def equal(one: TensorHeader, other: TensorHeader) -> bool:
-    """Whether two tensors are stored alike, byte for byte. Raises IntegrityError where a file was cut off."""
+    """Return whether two tensors are stored with equal bytes. Raises IntegrityError if a file is truncated."""
     if isinstance(one, QuantizedHeader) and isinstance(other, QuantizedHeader):
         pairs = zip(one.parts.values(), other.parts.values(), strict=False)
         return one.scheme == other.scheme and all(equal(*pair) for pair in pairs)
@@ -203,7 +203,7 @@ def _chunks(header: TensorHeader) -> Iterator[bytes]:
 
 
 def main_dtype(stored: Mapping[str, TensorHeader]) -> str:
-    """The data type that holds most of the bytes, by safetensors' name; of quantized weights that of their products."""
+    """Return the data type of most of the bytes, by safetensors' name; of quantized weights, that of products."""
     sizes = Counter(dict.fromkeys(FLOATS, 0))
     for header in stored.values():
         if header.is_float:

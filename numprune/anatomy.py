@@ -1,7 +1,7 @@
-"""Reads a model's anatomy from its configuration: blocks, their units and members, and the tensors that share them.
+"""Read a model's anatomy from its configuration: blocks, their units and members, and the tensors that share them.
 
-Everything is read from the configuration, so a model can be planned for before its weights are loaded. What an
-architecture looks like stands in `families`; every other one is refused by name. torch is not needed.
+Only the configuration is read, so a model can be planned before its weights are loaded. `families` describes the
+supported architectures; all others are refused by name. torch is not needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,9 @@ from numprune.slices import GONE, Extent, Size, Slice
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# A model whose layers differ keeps its family under a model type of ours (see modeling.py).
+# A model whose layers differ has a model type of numprune, which contains its family (see modeling.py).
 PER_LAYER_PREFIX = "numprune_"
-MAXIMUM_LAYERS = 10_000  # an untrusted configuration may say anything, and every layer is looked at
+MAXIMUM_LAYERS = 10_000  # an untrusted configuration may contain any number, and every layer is read
 _TASK_OF_CLASS: dict[str, TaskName] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -57,9 +57,9 @@ def family_of(config: "PreTrainedConfig") -> Family:
 
 
 def task_name(config: "PreTrainedConfig") -> TaskName:
-    """Return what a model is for, by the class that its configuration names.
+    """Return a model's task, by the class in its configuration.
 
-    A decoder is a language model also where the class has no head: then it is tied to the embeddings.
+    A decoder is a language model even if the class has no head, which is then tied to the embeddings.
 
     Raises:
         InputError: the architecture is not supported, or not for this task.
@@ -87,7 +87,7 @@ def task_name(config: "PreTrainedConfig") -> TaskName:
 
 
 def model_prefix(config: "PreTrainedConfig") -> str:
-    """Return what stands before the names of the base model's parts in the whole model."""
+    """Return the prefix of the base model's names in the whole model."""
     family = family_of(config)
     return f"{family.prefix}." if family.prefix and task_name(config) != "embedding" else ""
 
@@ -98,7 +98,7 @@ def layers_path(config: "PreTrainedConfig") -> str:
 
 
 def context_of(config: "PreTrainedConfig") -> int:
-    """Return how many tokens a row can have."""
+    """Return the maximum number of tokens in a row."""
     reserved = config.pad_token_id + 1 if family_of(config).reserved_positions else 0
     return int(config.max_position_embeddings - reserved)
 
@@ -107,7 +107,7 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
     Raises:
-        InputError: as `read_blocks`, or layers differ in the head size.
+        InputError: like `read_blocks`, or layers differ in the head size.
     """
     family = family_of(config)
     blocks = read_blocks(config)
@@ -170,7 +170,7 @@ def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: int) -> Ite
         assert family.mlp is not None
         yield block("mlp", family.mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
         return
-    # The experts come last, so that their refit makes up for what the shared one lost.
+    # The experts come last, so that their refit compensates for the shared one.
     if family.shared is not None:
         _require_sizes(sizes, family.shared_width, where=f"layer {layer}: ")
         yield block("mlp", family.shared, family.shared_width, Size(getattr(sizes, family.shared_width)))
@@ -255,7 +255,7 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> 
     """Return the block of one layer's configuration.
 
     Raises:
-        InputError: a size is not a whole number, or there are fewer experts than a token goes to.
+        InputError: a size is not a whole number, or there are fewer experts than a token is routed to.
     """
     where = f"layer {layer}: "
     _require_sizes(sizes, experts.count, experts.width, experts.top_k, where=where)
@@ -327,7 +327,7 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:
-    """Raises InputError unless each of these is a whole number above zero, or may be and is not there."""
+    """Raise InputError unless each of these fields is a positive whole number, or optional and missing."""
     for name in names:
         value = getattr(config, name, None)
         if value is None and optional:

@@ -1,4 +1,4 @@
-"""What the commands of the studies share: arguments, how they run, and where they write."""
+"""Helpers shared by the studies' commands: arguments, exit codes and output."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def parser_of(study: str, description: str | None, epilog: str | None = None) ->
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the model, and the text that it is calibrated on."""
+    """Add the model and its calibration text."""
     parser.add_argument(
         "model", nargs="?", default=EMBEDDED, help="a Hugging Face folder (default: the embedded model)"
     )
@@ -32,8 +32,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_heldout(parser: argparse.ArgumentParser) -> None:
-    """Add the text that is judged by."""
-    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="text to judge by (default: embedded)")
+    """Add the held-out text."""
+    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="held-out text (default: embedded)")
 
 
 def out_folder(text: str) -> Path:
@@ -46,7 +46,7 @@ def out_folder(text: str) -> Path:
 
 
 def run(study: str, body: Callable[[argparse.Namespace], str], args: argparse.Namespace) -> int:
-    """Print what `body` returns and write progress to stderr. Return the exit code: 0 done, 1 error."""
+    """Print the result of `body`, with progress on stderr. Return the exit code: 0 done, 1 error."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("numprune").setLevel(logging.INFO)
     try:
@@ -58,7 +58,7 @@ def run(study: str, body: Callable[[argparse.Namespace], str], args: argparse.Na
 
 
 def write_results(out: Path | None, study: str, table: str, data: Any) -> None:
-    """Write the table and all that was measured into `out`, where it is given."""
+    """Write the table and all measurements into `out`, if given."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{study}.md").write_text(table, encoding="utf-8")
