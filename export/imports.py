@@ -28,3 +28,18 @@ def leave_out_torch() -> None:
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment] # as the import system defines
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no torch
+
+
+def leave_out_sklearn() -> None:
+    """Have transformers do without scikit-learn, which it imports, with pandas, for assisted generation alone.
+
+    For a process of our own. The lm-evaluation-harness needs it: call `bring_back_sklearn` before importing that.
+    """
+    if "sklearn" not in sys.modules:
+        sys.modules["sklearn"] = None  # type: ignore[assignment] # as in leave_out_torch
+
+
+def bring_back_sklearn() -> None:
+    """Undo `leave_out_sklearn`; what transformers imported without it stays so."""
+    if sys.modules.get("sklearn", ...) is None:
+        del sys.modules["sklearn"]

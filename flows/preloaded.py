@@ -6,8 +6,9 @@ A module that is missing here is imported again by every process that needs it.
 import gc
 from importlib import import_module
 
-from numprune.export.imports import uncollected
+from numprune.export.imports import leave_out_sklearn, uncollected
 
+leave_out_sklearn()
 with uncollected():
     for _name in (
         "numprune.flows.steps.prune",

@@ -21,7 +21,7 @@ from typing import Any
 
 from numprune.errors import EnvironmentInvalid, NumpruneError
 from numprune.export import disk
-from numprune.export.imports import leave_out_torch
+from numprune.export.imports import leave_out_sklearn, leave_out_torch
 from numprune.flows import children, logs, machine
 from numprune.flows.cli import (
     benchmark,
@@ -84,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine.require_stdout()
         machine.require_current_folder()
         machine.provide_home()
-        if argv is None and not args.needs_torch:  # the process is ours alone
-            leave_out_torch()
+        if argv is None:  # the process is ours alone
+            leave_out_sklearn()
+            if not args.needs_torch:
+                leave_out_torch()
         with logs.to_stream(form), _terminable():
             with _stdout_kept():
                 answer: Answer = args.run(args)

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from numprune.errors import InputError, MissingRuntime
+from numprune.export.imports import bring_back_sklearn
 from numprune.flows.names import ALL_ITEMS, TASKS_OWN
 from numprune.flows.recipe import TASK_FILES, FewShot, Limit
 from numprune.serving.problems import did_you_mean, listed
@@ -137,6 +138,7 @@ def _key(metric: str, filtered_by: str) -> str:
 
 def _harness() -> Any:
     """The harness's TaskManager, with progress bars on terminals only. Raises MissingRuntime."""
+    bring_back_sklearn()
     try:
         import datasets
         from lm_eval.api import model, task
