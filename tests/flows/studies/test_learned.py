@@ -15,7 +15,7 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{number} cubed is {number**3}.\n" for number in range(60)))
     how = ("--ratios", "0.3", "--variants", "faster=500", "--samples", "8", "--sequence-length", "32")
-    files = ("--calibration", text, "--heldout", other, "--windows", "8", "--distill", 1000, "--out", out)
+    files = ("--calibration", text, "--heldout", other, "--windows", "8", "--distill", 4000, "--out", out)
     assert learned.main([str(word) for word in (base, *how, *files)]) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "learned.md").read_text()
@@ -26,7 +26,7 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
     assert 1 <= len(cells[4:]) <= 2
     for row in cells[4:]:
         before = cells[methods.index(row[1].removesuffix(" + distillation"))]
-        assert int(row[4].replace(",", "")) == int(before[4]) + 1024
+        assert int(row[4].replace(",", "")) == int(before[4]) + 4096
         assert float(row[7]) < float(before[7])
     assert all(float(row[2].rstrip("%")) == pytest.approx(30, abs=3) for row in cells)
 
