@@ -20,6 +20,7 @@ from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
+    audit,
     check_vocabulary,
     load,
     load_tokenizer,
@@ -28,12 +29,11 @@ from numprune.export.checkpoint import (
     save_around_weights,
     weight_bytes,
 )
-from numprune.export.headers import read_headers
 from numprune.export.shards import writing
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
-from numprune.export.weights import DTYPES, dtypes_of, main_dtype
+from numprune.export.weights import DTYPES, dtypes_of
 from numprune.flows.recipe import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
@@ -45,6 +45,7 @@ from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.surgery import skeleton
 from numprune.target import Target
+from numprune.tensors import tensor_table
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,15 @@ def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
         scheme: of its later quantization, a key of `LEVELS`.
 
     Raises:
-        InputError: the matrices of the blocks are stored in different precisions.
+        InputError: the matrices of the blocks are stored in different precisions, or as `audit`.
+        IntegrityError: as `audit`.
     """
-    anatomy, stored = read_anatomy(read_config(base)), read_headers(base)
-    names = {f"{block.path}.{part.tensor}" for block in anatomy.blocks for part in block.slices}
-    dtypes = {DTYPES[stored[name].dtype] for name in names if name in stored} or {main_dtype(stored)}
+    config = read_config(base)
+    anatomy, table = read_anatomy(config), tensor_table(config)
+    # Pruning writes neither copies of tied tensors nor buffers, which the audit leaves out.
+    stored = {name: header for name, header in audit(base).items() if name not in table.tied}
+    matrices = (f"{block.path}.{part.tensor}" for block in anatomy.blocks for part in block.slices)
+    dtypes = {DTYPES[stored[part].dtype] for name in matrices for part in table.parts[name]}
     if len(dtypes) > 1:
         raise InputError(
             f"budget: the layers of {base} are stored in {' and '.join(sorted(map(name_of, dtypes)))}; store them in "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from numprune.byte_budget import LEVELS
 from numprune.errors import InputError
@@ -42,6 +42,18 @@ def limit(folder: Path, share: float) -> int:
     """So many bytes as leave this share of the layers'."""
     around = byte_budget(folder / "base", 0, "none").around
     return around + int(share * (checkpoint.weight_bytes(folder / "base") - around))
+
+
+def test_copies_and_buffers_that_pruning_does_not_write_take_nothing_of_a_budget(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    folder = tiny_checkpoint("gpt2", tie_word_embeddings=True)
+    around = byte_budget(folder, 0, "none").around
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert byte_budget(folder, 0, "none").around == around
 
 
 def test_the_quantized_result_is_within_the_budget_and_follows_the_plan(
