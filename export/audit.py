@@ -35,7 +35,8 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
         if name not in expected:
             if not name.endswith(computed):
                 raise IntegrityError(
-                    f"{stored[name].file}: {name} stored, but the model that config.json describes has no such tensor"
+                    f"{stored[name].file}: {name} is stored, but the model that config.json describes has no such "
+                    "tensor"
                 )
             del stored[name]
         elif name not in stored:

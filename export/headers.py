@@ -21,6 +21,9 @@ INDEX = "model.safetensors.index.json"
 # Data types: safetensors' name -> torch's. Integer types are those of quantized weights.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NAMES = FLOATS | {"I8": "int8", "F8_E4M3": "float8_e4m3fn", "I32": "int32", "I64": "int64"}
+# What names of buffers end with that older versions of transformers stored, as whole numbers or booleans: position ids,
+# and causal masks of GPT-2 and GPT-NeoX.
+_BUFFERS = ("position_ids", ".attn.bias", ".attention.bias")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAXIMUM_INDEX_BYTES = 64 << 20  # checked before it is parsed
 _CHUNK_BYTES = 16 << 20  # of a large tensor that is processed in parts
@@ -219,7 +222,7 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
             offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
-                if _is_computed(name, part.get_dtype()):
+                if _is_buffer(name, part.get_dtype()):
                     continue
                 headers[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path, offsets[name])
     except (SafetensorError, OSError) as error:
@@ -230,9 +233,9 @@ def _read_file(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def _is_computed(name: str, dtype: str | None = None) -> bool:
-    """Return whether a tensor is the buffer of position ids that older versions of transformers stored."""
-    return name.rpartition(".")[2] == "position_ids" and dtype not in FLOATS
+def _is_buffer(name: str, dtype: str | None = None) -> bool:
+    """Return whether a tensor, of this data type if it is known, is one of `_BUFFERS`."""
+    return name.endswith(_BUFFERS) and dtype not in FLOATS
 
 
 def _offsets(path: Path) -> dict[str, int]:
@@ -253,7 +256,7 @@ def _read_shards(folder: Path) -> dict[str, TensorHeader]:
             if weight_map.get(name) != shard:
                 raise IntegrityError(f"{folder / shard}: contains {name}, which {INDEX} does not list")
             headers[name] = header
-    absent = sorted(name for name in weight_map.keys() - headers.keys() if not _is_computed(name))
+    absent = sorted(name for name in weight_map.keys() - headers.keys() if not _is_buffer(name))
     if absent:
         raise IntegrityError(f"{folder / weight_map[absent[0]]}: lacks {absent[0]}, which {INDEX} lists")
     return headers

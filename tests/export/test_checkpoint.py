@@ -121,9 +121,9 @@ def put(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], object]:
         (lambda tensors: tensors.pop(Q), rf"{Q} \[64, 64\] is missing"),
         (
             put("model.layers.2.self_attn.q_proj.weight", 64, 64),
-            r"layers\.2\.self_attn\.q_proj\.weight stored, but .* has no such tensor",
+            r"layers\.2\.self_attn\.q_proj\.weight is stored, but .* has no such tensor",
         ),
-        (put("model.layers.1.self_attn.q_proj.bias", 64), r"q_proj\.bias stored, but .* has no such tensor"),
+        (put("model.layers.1.self_attn.q_proj.bias", 64), r"q_proj\.bias is stored, but .* has no such tensor"),
     ],
 )
 def test_audit_names_the_tensor(tiny_checkpoint: Checkpoint, change: Callable, named: str) -> None:
@@ -273,11 +273,14 @@ def test_resolve(tmp_path: Path, tiny_checkpoint: Checkpoint) -> None:
         checkpoint.resolve("numprune-tests/no-such-model")  # offline in the tests: an error, not a download
 
 
-def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
+def test_weights_named_by_the_base_model_are_read(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype
+) -> None:
     folder = tiny_checkpoint("gpt2")
     model, _ = checkpoint.load(folder)
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / headers.SINGLE).items()}
-    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=dtype)
     save_file(tensors, folder / headers.SINGLE, {"format": "pt"})
     tokens = torch.arange(9)[None]
     with torch.no_grad():
@@ -291,6 +294,13 @@ def test_weights_named_by_the_base_model_are_read(tiny_checkpoint: Checkpoint, t
                 hidden = arguments.call(layer, hidden)
         with layers.head() as head:
             torch.testing.assert_close(head(tokens, hidden), expected)
+
+
+def test_a_bias_of_a_missing_layer_is_not_taken_for_a_causal_mask(tiny_checkpoint: Checkpoint) -> None:
+    path = tiny_checkpoint("gpt2") / headers.SINGLE
+    save_file(load_file(path) | {"transformer.h.2.attn.c_attn.bias": torch.ones(192)}, path, {"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"h\.2\.attn\.c_attn\.bias is stored, but .* has no such tensor"):
+        checkpoint.audit(path.parent)
 
 
 def test_loading_shows_no_library_progress_bar(
