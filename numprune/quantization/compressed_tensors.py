@@ -227,8 +227,8 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
         return None
     where = f"config.json: {CONFIG_FIELD}"
     found = _mapping(found, where)
-    groups = _mapping(found.get("config_groups"), f"{where}.config_groups")
     _only(found.get("quant_method"), (_METHOD,), f"{where}.quant_method")
+    groups = _mapping(found.get("config_groups"), f"{where}.config_groups")
     _only(found.get("quantization_status"), ("compressed",), f"{where}.quantization_status")
     for field in ("kv_cache_scheme", "sparsity_config", "transform_config"):
         if found.get(field):

@@ -146,7 +146,7 @@ def test_variants_of_the_format_are_read(tiny_checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda config: config.update(quant_method="gptq"), "quant_method is 'gptq'"),
+        (lambda config: (config.clear(), config.update(quant_method="gptq", bits=4)), "quant_method is 'gptq'"),
         (lambda config: config.update(format="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'"),
         (lambda config: config.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
         (lambda config: config["config_groups"].update(group_1={}), "group_1.targets is 'None'; it must be a list"),
