@@ -35,6 +35,7 @@ from numprune.curves import Errors
 from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
+from numprune.flows.cli.parser import at_least
 from numprune.flows.recipe import EMBEDDED
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.checks import model_folder, model_name
@@ -253,9 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     for option, what in (("--text", "calibrate"), ("--heldout", "measure")):
         parser.add_argument(option, type=Path, nargs="+", metavar="FILE", help=f"to {what} on (default: the embedded)")
     parser.add_argument("--rivals", default=_RIVALS, help="whose bytes are the budgets (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=64, help="rows to calibrate on (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a row (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=160, help="held-out rows at most (default %(default)s)")
+    parser.add_argument("--samples", type=at_least(1), default=64, help="rows to calibrate on (default %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), default=256, help="tokens of a row (default %(default)s)"
+    )
+    parser.add_argument("--windows", type=at_least(1), default=160, help="held-out rows at most (default %(default)s)")
     parser.add_argument("--group-size", type=int, default=32, help="of w4a16 (default %(default)s)")
     parser.add_argument("--align", type=int, default=32, help="of intermediate sizes (default %(default)s)")
     parser.add_argument("--compensation", default="residual", help="of pruning (default %(default)s)")

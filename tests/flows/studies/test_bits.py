@@ -40,3 +40,10 @@ def test_every_way_keeps_to_the_rivals_bytes_and_choosing_both_costs_least(tiny_
 def test_other_rivals_are_refused(rivals: str, capsys) -> None:
     assert bits.main(["--rivals", f"w8a8,{rivals}"]) == 1
     assert f"--rivals: {rivals!r} must be w8a8 or w4a16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--samples", "--sequence-length", "--windows"])
+def test_no_rows_are_refused(option: str, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bits.main([option, "0"])
+    assert f"argument {option}: 0 must be at least 1" in capsys.readouterr().err
