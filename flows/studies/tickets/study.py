@@ -23,6 +23,7 @@ from numprune.budget import budget_of
 from numprune.corpus import rows_digest
 from numprune.counted import counted
 from numprune.errors import InputError
+from numprune.flows.stages import code_version
 from numprune.flows.studies.tickets.masks import Masks, Pruning, UnitPruning, WeightPruning, everything, share_left
 from numprune.flows.studies.tickets.training import BATCH_SIZE, LENGTH, Training, build, heldout_nll
 from numprune.options import PruneOptions, sizes_allowed
@@ -170,7 +171,8 @@ class Study:
         return self._settings.steps - (self._settings.rewind if kind in ("ticket", "random") else 0)
 
     def _state(self, out: Path, kind: Kind, seed: int, number: int) -> TrainingState:
-        decides = [asdict(self._settings), rows_digest(self._rows), rows_digest(self._heldout), kind, seed, number]
+        texts = [rows_digest(self._rows), rows_digest(self._heldout)]
+        decides = [asdict(self._settings), *texts, kind, seed, number, code_version("studies")]
         identity = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
         return TrainingState(out / "trainings" / f"{kind}-{seed}-{number}-{identity[:12]}", identity)
 

@@ -10,7 +10,7 @@ import torch
 from numprune.allocation import keep_highest
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
-from numprune.flows.studies.tickets import command, training
+from numprune.flows.studies.tickets import command, study, training
 from numprune.flows.studies.tickets.masks import UnitPruning, WeightPruning, everything, share_left
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.schedules.units import magnitude
@@ -61,6 +61,14 @@ def test_each_ticket_has_its_rivals_and_finished_trainings_are_kept(
     again = run(text, out)
     assert [result["nll"] for result in again] == [result["nll"] for result in both]  # the same, bit for bit
     assert again[1]["seconds"] != both[1]["seconds"]
+
+
+def test_trainings_of_other_code_are_not_reused(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(text, tmp_path / "out", "--rounds", "1")
+    monkeypatch.setattr(study, "code_version", lambda _: {"sources": "edited"})
+    again = run(text, tmp_path / "out", "--rounds", "1")
+    assert [result["nll"] for result in again] == [result["nll"] for result in first]
+    assert all(one["seconds"] != other["seconds"] for one, other in zip(again, first, strict=True))
 
 
 def test_single_weights_go_too(text: Path, tmp_path: Path) -> None:
