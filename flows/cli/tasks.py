@@ -2,6 +2,8 @@
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,8 @@ def tasks(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.harness import load_tasks
     from numprune.flows.steps.prune import device_of
 
+    if args.api_key_file and not args.url:
+        raise InputError(f"{api_key.OPTION}: has no effect without --url; give both or none")
     if args.out:
         check_out(args.out)
     folders = {"candidate": checkpoint.resolve(args.model)}
@@ -68,10 +72,10 @@ def tasks(args: argparse.Namespace) -> Answer:
     loaded = load_tasks(args.tasks, num_fewshot, args.limit or names.ALL_ITEMS)
     endpoint = find_endpoint(args.url, api_key.read(args.api_key_file)) if args.url else None
     found: dict[str, TaskAnswers] = {}
-    with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        kept = {side: (args.out or Path(scratch)) / side for side in folders}
+    with _kept(args.out) as content:
+        kept = {side: content / side for side in folders}
         for side, folder in folders.items():
-            kept[side].mkdir(parents=True)
+            kept[side].mkdir()
             if endpoint and side == "candidate":
                 found[side] = answer_served(kept[side], loaded, folder, endpoint)
             else:
@@ -88,6 +92,20 @@ def tasks(args: argparse.Namespace) -> Answer:
         for metric, one in of_task.items()
     ]
     return Answer(data, "\n".join(lines))
+
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[Path]:
+    """A folder for the answers, which becomes `out` when all have been given."""
+    from numprune.export import temporary
+
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
+            yield Path(scratch)
+    else:
+        with temporary.beside(out) as content:
+            yield content
+            temporary.move(content, out)
 
 
 def _lines(model: Path, found: "TaskAnswers") -> list[str]:

@@ -224,6 +224,23 @@ def test_values_are_checked(tiny: Path, override: str, said: str) -> None:
         load(tiny / "recipe.toml", [override])
 
 
+def test_a_key_without_a_server_is_refused(tiny: Path, task: Path, numprune: Callable[..., Answered]) -> None:
+    found = numprune("tasks", tiny / "base", "--tasks", task, "--api-key-file", "key")
+    assert found.code == 1
+    assert "--api-key-file: has no effect without --url" in found.err
+
+
+def test_a_command_that_fails_leaves_no_folder(
+    tiny: Path, task: Path, numprune: Callable[..., Answered], tmp_path: Path
+) -> None:
+    (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    (tmp_path / "code.py").write_text("def right(doc, results):\n    return doc['none']\n")
+    (tmp_path / "task.yaml").write_text(YAML + "process_results: !function code.right\n")
+    found = numprune("tasks", tiny / "base", "--tasks", tmp_path / "task.yaml", "--out", tmp_path / "out")
+    assert found.code == 1
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
 def test_the_command_compares_two_checkpoints(
     tiny: Path, task: Path, numprune: Callable[..., Answered], tmp_path: Path
 ) -> None:
