@@ -405,7 +405,7 @@ def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list
             problems.append(f"{where}: {why}")
             continue
         if section == "tasks":
-            problems += [f"{where}: {problem}" for problem in _task_metric(recipe, name, rest, tasks)]
+            problems += [f"{where}: {problem}" for problem in _task_metric(recipe, gate.bound, name, rest, tasks)]
             continue
         field = Report.model_fields.get(section)
         if field is None:
@@ -435,17 +435,23 @@ def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list
     return problems
 
 
-def _task_metric(recipe: Recipe, name: str, rest: Sequence[str], tasks: Tasks | None) -> Iterator[str]:
-    """Why the report's section `tasks` will not have the figure."""
+def _task_metric(recipe: Recipe, bound: str, name: str, rest: Sequence[str], tasks: Tasks | None) -> Iterator[str]:
+    """Why the report's section `tasks` will not have the figure, or not the bound."""
     if not recipe.evaluate.tasks:
         yield "evaluate.tasks = [] answers none; add the task"
     elif tasks is None:  # said already
         return
     elif name not in tasks.members:
         yield f"{name!r} is not among evaluate.tasks, which are {', '.join(tasks.members)}"
-    elif len(rest) < 2 or rest[0] not in tasks.metrics(name) or rest[1] not in TaskAccuracy.model_fields:
+    elif (
+        len(rest) != 2
+        or rest[0] not in tasks.metrics(name)
+        or rest[1] not in {*TaskAccuracy.model_fields} - {"runtime"}
+    ):
         metrics = " or ".join(tasks.metrics(name))
         yield f"the report has no such figure; use tasks.{name}.METRIC.accuracy_delta with METRIC {metrics}"
+    elif rest[1] != "accuracy_delta" and bound != "point":
+        yield 'only accuracy_delta has bounds; use it, or bound = "point"'
 
 
 def _corpus(recipe: Recipe, path: Sequence[str]) -> str:

@@ -178,19 +178,22 @@ def test_unknown_and_missing_tasks_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("metric", "said"),
+    ("metric", "bound", "said"),
     [
-        (f"tasks.{NAME}.acc.accuracy_delta", None),
-        (f"tasks.{NAME}.acc.candidate", None),
-        ("tasks.others.acc.accuracy_delta", "'others' is not among evaluate.tasks, which are letters"),
-        (f"tasks.{NAME}.acc_norm.accuracy_delta", "with METRIC acc"),
-        (f"tasks.{NAME}.accuracy_delta", f"use tasks.{NAME}.METRIC.accuracy_delta"),
+        (f"tasks.{NAME}.acc.accuracy_delta", "ci95_lower", None),
+        (f"tasks.{NAME}.acc.candidate", "point", None),
+        (f"tasks.{NAME}.acc.candidate", "ci95_lower", 'only accuracy_delta has bounds; use it, or bound = "point"'),
+        (f"tasks.{NAME}.acc.accuracy_delta.value", "point", "the report has no such figure"),
+        (f"tasks.{NAME}.acc.runtime", "point", "the report has no such figure"),
+        ("tasks.others.acc.accuracy_delta", "point", "'others' is not among evaluate.tasks, which are letters"),
+        (f"tasks.{NAME}.acc_norm.accuracy_delta", "point", "with METRIC acc"),
+        (f"tasks.{NAME}.accuracy_delta", "point", f"use tasks.{NAME}.METRIC.accuracy_delta"),
     ],
 )
 def test_gates_on_figures_that_no_task_has_are_refused(
-    tiny: Path, task: Path, metric: str, said: str | None, tmp_path: Path
+    tiny: Path, task: Path, metric: str, bound: str, said: str | None, tmp_path: Path
 ) -> None:
-    gate = f'gates=[{{metric = "{metric}", bound = "point", min = 0}}]'
+    gate = f'gates=[{{metric = "{metric}", bound = "{bound}", min = 0}}]'
     recipe = load(tiny / "recipe.toml", [f"evaluate.tasks=['{task}']", gate])
     if said is None:
         check(recipe, tmp_path / "w")
