@@ -19,7 +19,7 @@ from numprune.errors import InputError, IntegrityError, NumpruneError
 from numprune.export import precision
 from numprune.export.checkpoint import load, read_config
 from numprune.flows.names import TaskRuntime
-from numprune.flows.steps.harness import Tasks, metrics_of, show_bars_on_terminals
+from numprune.flows.steps.harness import SEED, Tasks, metrics_of, show_bars_on_terminals
 from numprune.flows.steps.results import AnsweredTask, TaskAnswers
 from numprune.paired import paired_accuracy
 from numprune.serving import loopback
@@ -62,7 +62,7 @@ def answer(out: Path, tasks: Tasks, model: Path, runtime: TaskRuntime, device: t
     """Have the model in a folder answer all items, and write its answers into `out`.
 
     Raises:
-        InputError: a metric is neither 0 nor 1.
+        InputError: a metric is neither 0 nor 1, or an item does not have it.
         TaskFailed: the task's code, or the server, failed.
         MissingRuntime, ServerError: as of a vLLM server.
     """
@@ -122,7 +122,10 @@ def _answered(out: Path, tasks: Tasks, model: Any, runtime: TaskRuntime) -> Task
 
     tasks.start_over()
     try:
-        found = evaluator.evaluate(model, {"tasks": dict(tasks.of)}, limit=tasks.limit, bootstrap_iters=0)["samples"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # of tasks that sample; a server is sent the same seed
+            asked = {"tasks": dict(tasks.of)}
+            found = evaluator.evaluate(model, asked, limit=tasks.limit, bootstrap_iters=0)["samples"]
     except NumpruneError:
         raise
     except Exception as error:  # of a task's code, or of a server
@@ -148,8 +151,10 @@ def _rows(task: str, samples: Sequence[Mapping[str, Any]], metrics: Sequence[str
         right = {metric: value for metric, value in metrics_of(sample) if metric in metrics}
         for metric, value in right.items():
             if value not in (0, 1):
+                given = "missing" if value is None else value
                 raise InputError(
-                    f"task {task}: {metric} of item {sample['doc_id']} is {value}, neither right nor wrong"
+                    f"task {task}: {metric} of item {sample['doc_id']} is {given}, neither right nor wrong; its "
+                    "process_results must give 1 or 0 for every item"
                 )
         yield {
             "task": task,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from numprune.serving.problems import did_you_mean, listed
 ACCURACIES = ("acc", "acc_norm", "exact_match")  # metrics that are right or wrong, item by item
 INSTALL = 'pip install "numprune[tasks]"'
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a segment of a gate's metric
-_SEED = 1234  # of the examples before an item; the harness's own
+SEED = 1234  # of the examples before an item, and of sampled answers; the harness's own
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Tasks:
         of: the harness's tasks, by name.
         members: the tasks of each one that was asked for; several of a group.
         limit: items of each task; None for all.
-        code: digest of the YAML files and the Python code beside them.
+        code: digest of the YAML files, and of the Python files in the folders of their functions.
     """
 
     of: Mapping[str, Any]
@@ -57,17 +58,23 @@ class Tasks:
     def start_over(self) -> None:
         """Have the next requests begin with the same examples: they are drawn one item after the other."""
         for task in self.of.values():
-            task.set_fewshot_seed(seed=_SEED)
+            task.set_fewshot_seed(seed=SEED)
 
     def digest(self) -> str:
         """SHA-256 of every request to a model and of what judges its answers.
 
         The harness's own code is left out: its version is part of a stage's key.
+
+        Raises:
+            InputError: a task's code or template fails on an item.
         """
         found = hashlib.sha256(self.code.encode())
         self.start_over()
         for name, task in self.of.items():
-            task.build_all_requests(limit=self.limit)
+            try:
+                task.build_all_requests(limit=self.limit)
+            except Exception as error:  # of the task's code
+                raise InputError(f"task {name}: its requests cannot be made ({_brief(error)})") from None
             for one in task.instances:
                 facts = [name, one.doc_id, one.request_type, one.arguments, one.doc]
                 found.update(json.dumps(facts, sort_keys=True, default=str).encode() + b"\n")
@@ -104,6 +111,8 @@ def load_tasks(asked: Sequence[str], num_fewshot: FewShot = TASKS_OWN, limit: Li
                 raise InputError(
                     f"task {known!r}: the name is part of a gate's metric; use up to 64 letters, digits, _ and -"
                 )
+            if known in members:
+                raise InputError(f"task {known}: a group of this name is asked for too; rename the task")
             members[known] = list(found)
         except InputError as error:
             problems.append(str(error))
@@ -128,8 +137,8 @@ def is_file(task: str) -> bool:
 
 
 def metrics_of(sample: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The accuracies of one of the harness's samples, by the names of `Tasks.metrics`."""
-    return ((_key(metric, sample["filter"]), sample[metric]) for metric in ACCURACIES if metric in sample["metrics"])
+    """The accuracies of one of the harness's samples, by the names of `Tasks.metrics`; None where there is none."""
+    return ((_key(metric, sample["filter"]), sample.get(metric)) for metric in ACCURACIES)
 
 
 def _key(metric: str, filtered_by: str) -> str:
@@ -197,9 +206,13 @@ def _own(manager: Any, path: Path, code: Any) -> dict[str, Any]:
         raise InputError(f"task {path}: cannot be read ({_brief(error)})") from None
     if not isinstance(config.get("task"), str) or "group" in config:
         raise InputError(f"task {path}: must have its name as `task`; a group's tasks need a file each")
-    code.update(json.dumps(written, sort_keys=True, default=str).replace(str(path.resolve().parent), ".").encode())
-    for module in sorted(path.parent.glob("*.py")):
-        code.update(module.name.encode() + module.read_bytes())
+    text = json.dumps(written, sort_keys=True, default=str)
+    folders = {path.resolve().parent, *_folders_of_functions(config)}
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        text = text.replace(folder, ".")
+    code.update(text.encode())
+    for name, content in sorted((file.name, file.read_bytes()) for folder in folders for file in folder.glob("*.py")):
+        code.update(name.encode() + content)
     arguments = dict(config.get("dataset_kwargs") or {})
     with ExitStack() as stack:
         if "data_files" in arguments:
@@ -212,6 +225,15 @@ def _own(manager: Any, path: Path, code: Any) -> dict[str, Any]:
         except Exception as error:  # as above
             data = f"dataset {config['dataset_path']}" if config.get("dataset_path") else "task"
             raise InputError(f"task {path}: its {data} cannot be loaded ({_brief(error)})") from None
+
+
+def _folders_of_functions(config: Any) -> set[Path]:
+    """Folders with the code of a task's functions: included YAML files, and packages, have theirs elsewhere."""
+    if isinstance(config, Mapping | list):
+        parts = config.values() if isinstance(config, Mapping) else config
+        return {folder for part in parts for folder in _folders_of_functions(part)}
+    file = getattr(sys.modules.get(getattr(config, "__module__", "")), "__file__", None) if callable(config) else None
+    return {Path(file).resolve().parent} if file else set()
 
 
 def _anchored(files: Any, path: Path) -> Any:

@@ -19,7 +19,7 @@ from numprune.flows.steps.answers import (
     find_endpoint,
     read_rows,
 )
-from numprune.flows.steps.checks import check
+from numprune.flows.steps.checks import check, prepare
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.harness import load_tasks
 from numprune.flows.steps.text import heldout_rows
@@ -118,6 +118,37 @@ def test_the_digest_is_that_of_the_requests(task: Path, tmp_path: Path) -> None:
     assert load_tasks([str(moved)], limit=8).digest() != before
 
 
+@pytest.mark.parametrize("module", ["common/judge.py", "mine/of/judge.py"])
+def test_the_digest_covers_code_in_other_folders(module: str, task: Path, tmp_path: Path) -> None:
+    (tmp_path / "common").mkdir()
+    (tmp_path / "mine" / "of").mkdir(parents=True)
+    (tmp_path / "mine" / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    (tmp_path / "common" / "base.yaml").write_text(f"{YAML}process_results: !function judge.right\n")
+    own = "process_results: !function of.judge.right\n" if "of" in module else ""
+    for folder in ("common", "mine/of"):
+        (tmp_path / folder / "judge.py").write_text("def right(doc, results):\n    return {'acc': 1.0}\n")
+    (tmp_path / "mine" / "task.yaml").write_text(f"include: ../common/base.yaml\n{own}")
+    asked = [str(tmp_path / "mine" / "task.yaml")]
+    before = load_tasks(asked, limit=2).digest()
+    (tmp_path / module).write_text("def right(doc, results):\n    return {'acc': 0.0}\n")
+    assert load_tasks(asked, limit=2).digest() != before
+    (tmp_path / module).write_text("def right(doc, results):\n    return {'acc': 1.0}\n")
+    assert load_tasks(asked, limit=2).digest() == before
+    (tmp_path / "moved").mkdir()
+    for folder in ("common", "mine"):
+        (tmp_path / folder).rename(tmp_path / "moved" / folder)
+    assert load_tasks([str(tmp_path / "moved" / "mine" / "task.yaml")], limit=2).digest() == before
+
+
+def test_code_that_fails_on_a_later_item_is_refused_before_any_work(tiny: Path, task: Path, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    (tmp_path / "code.py").write_text("def ask(doc):\n    return {'After 0': 'q'}[doc['question'][:7]]\n")
+    asked = YAML.replace('"{{question}}"', "!function code.ask")
+    (tmp_path / "task.yaml").write_text(asked)
+    with pytest.raises(InputError, match="task letters: its requests cannot be made \\(KeyError: 'After 1'"):
+        prepare(load(tiny / "recipe.toml", [f"evaluate.tasks=['{tmp_path / 'task.yaml'}']"]), tmp_path / "w")
+
+
 def edited(old: str, new: str) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
         assert old in YAML
@@ -160,6 +191,30 @@ def test_a_task_whose_code_fails_is_named(tiny: Path, task: Path, tmp_path: Path
     (tmp_path / "task.yaml").write_text(YAML + "process_results: !function code.right\n")
     with pytest.raises(TaskFailed, match="tasks letters in torch: KeyError: 'none'"):
         answer(tmp_path, load_tasks([str(tmp_path / "task.yaml")], limit=2), tiny / "base", "torch", CPU)
+
+
+def test_an_item_without_its_metric_is_refused(tiny: Path, task: Path, tmp_path: Path) -> None:
+    """Otherwise one model's answer to an item could be compared with the other's to the next item."""
+    (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    (tmp_path / "code.py").write_text(
+        "def right(doc, results):\n    return {'acc': 1.0} if '0' in doc['question'] else {}\n"
+    )
+    (tmp_path / "task.yaml").write_text(YAML + "process_results: !function code.right\n")
+    tasks = load_tasks([str(tmp_path / "task.yaml")], limit=2)
+    with pytest.raises(InputError, match=r"task letters: acc of item 1 is missing.*must give 1 or 0 for every item"):
+        answer(tmp_path, tasks, tiny / "base", "torch", CPU)
+
+
+def test_sampled_answers_are_the_same_every_time(tiny: Path, task: Path, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    sampled = "generate_until\ngeneration_kwargs: {until: [X], do_sample: true, temperature: 1.0, max_gen_toks: 8}"
+    (tmp_path / "task.yaml").write_text(YAML.replace("multiple_choice", sampled).replace("acc,", "exact_match,"))
+    tasks = load_tasks([str(tmp_path / "task.yaml")], limit=2)
+    rows = []
+    for _ in range(2):
+        answer(tmp_path, tasks, tiny / "base", "torch", CPU)
+        rows.append(read_rows(tmp_path, NAME))
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow
