@@ -16,8 +16,8 @@ from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
 from numprune.flows.recipe import Learn
 from numprune.flows.stages import code_version
 from numprune.flows.steps.results import LearnedMasks
-from numprune.flows.steps.text import Text, draw_of, text_rows
-from numprune.flows.steps.training import named, resumable
+from numprune.flows.steps.text import Text, draw_of
+from numprune.flows.steps.training import named, resumable, unmasked_rows
 from numprune.learning import SELECTION_ROWS, Counted, Learned, Variant, check_learning, learn
 from numprune.options import PruneOptions
 from numprune.plans import Draw
@@ -64,12 +64,12 @@ def training_rows(
         judged: as for `draw_windows`.
 
     Raises:
-        InputError: like `text_rows`, or the text has too few windows.
+        InputError: the text cannot be read, or has too few windows.
     """
     task, tokenizer, wanted = load_task(source), checkpoint.load_tokenizer(source), -(-tokens // length)
-    rows = text_rows(text, "train", tokenizer, length, reading, (wanted + SELECTION_ROWS) * length, task)
+    rows, frame = unmasked_rows(text, tokenizer, length, reading, (wanted + SELECTION_ROWS) * length, task)
     with named(option):
-        drawn = draw_windows([rows], length, wanted, SELECTION_ROWS, seed, judged)
+        drawn = draw_windows([rows], length, wanted, SELECTION_ROWS, seed, judged, task, frame)
     return drawn, draw_of(text, seed, reading, packed=rows.packed)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.anatomy import layers_path, task_name
-from numprune.corpus import TokenRows, token_rows
+from numprune.corpus import Frame, TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
@@ -21,13 +21,12 @@ from numprune.flows.steps import text as texts
 from numprune.flows.steps.prune import describe, plan_facts
 from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint
-from numprune.flows.steps.training import named, resumable
+from numprune.flows.steps.training import named, resumable, unmasked_rows
 from numprune.plans import Plan
 from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows
 from numprune.recovery.state import TrainingState
 from numprune.renumber import renumber_tensors
 from numprune.tasks import CAUSAL, Task
-from numprune.tasks.reading import frame_of
 from numprune.tensors import tensor_table
 
 
@@ -77,13 +76,13 @@ def training_rows(
     `option`: the user's name of the number of selection rows. Raises InputError.
     """
     sources = [] if generated is None else [generated]
+    frame: Frame | None = None
     if text is not None:
         tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
-        documents = texts.read_text(text, "train", tokenizer, reading, tokens)
-        frame = None if task == CAUSAL else frame_of(tokenizer)
-        sources.append(token_rows(documents, tokenizer, length, reading.pack, frame))
+        rows, frame = unmasked_rows(text, tokenizer, length, reading, tokens, task)
+        sources.append(rows)
     with named(option):
-        return draw_rows(sources, length, options, judged, task)
+        return draw_rows(sources, length, options, judged, task, frame)
 
 
 def recover_checkpoint(

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from numprune.corpus import Frame, TokenRows, token_rows
 from numprune.documents import Document, Reading
 from numprune.errors import InputError, IntegrityError, NumpruneError
 from numprune.export import locks
@@ -20,8 +21,27 @@ from numprune.flows.steps.results import RecoveryText
 from numprune.recovery import RecoveryRows
 from numprune.recovery.rows import require_others
 from numprune.recovery.state import TrainingState
+from numprune.tasks import CAUSAL, Task
+from numprune.tasks.reading import frame_of
 
 _FILE = "rows.safetensors"
+
+
+def unmasked_rows(
+    text: texts.Text,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    reading: Reading,
+    tokens: int,
+    task: Task,
+) -> tuple[TokenRows, Frame | None]:
+    """Return the rows of a text to draw from, and the special tokens around each.
+
+    Those of a masked language model are not masked yet, because masks would hide copies of held-out text.
+    """
+    frame = None if task == CAUSAL else frame_of(tokenizer)
+    documents = texts.read_text(text, "train", tokenizer, reading, tokens)
+    return token_rows(documents, tokenizer, length, reading.pack, frame), frame
 
 
 def save_rows(stage: Path, rows: RecoveryRows) -> RecoveryText:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from numprune.corpus import TokenRows, rows_digest
+from numprune.corpus import Frame, TokenRows, rows_digest
 from numprune.counted import counted
 from numprune.documents import Document
 from numprune.errors import InputError
@@ -57,10 +57,11 @@ def draw_rows(
     options: RecoveryOptions,
     judged: Sequence[TokenRows] = (),
     task: Task = CAUSAL,
+    frame: Frame | None = None,
 ) -> RecoveryRows:
     """Draw the training and selection rows that the options need; see `draw_windows`."""
     needed = options.steps(length) * options.batch_size
-    return draw_windows(texts, length, needed, options.selection_rows, options.seed, judged, task)
+    return draw_windows(texts, length, needed, options.selection_rows, options.seed, judged, task, frame)
 
 
 def draw_windows(
@@ -71,6 +72,7 @@ def draw_windows(
     seed: int,
     judged: Sequence[TokenRows] = (),
     task: Task = CAUSAL,
+    frame: Frame | None = None,
 ) -> RecoveryRows:
     """Draw training and selection rows from the distinct full windows of texts.
 
@@ -80,13 +82,14 @@ def draw_windows(
     Args:
         training, selection: number of rows.
         judged: held-out texts. A window is not drawn if one of them contains more than half of its runs of 32
-        consecutive tokens, at any offset: an excerpt shares nearly all of them, a window with only the same licence
+            consecutive tokens, at any offset: an excerpt shares nearly all of them, a window with only the same licence
             header few.
         task: of the rows; those of a masked language model are masked after drawing.
+        frame: special tokens around each row of the texts and held-out texts; they are not compared.
 
     Raises InputError if no training row is left.
     """
-    unseen = [_unseen(text, judged) for text in texts]
+    unseen = [_unseen(text, judged, frame or Frame((), (), None)) for text in texts]
     drawn: list[Tensor] = []
     for windows in unseen:
         drawn += _shuffled(windows, length, seed)[: training + selection - len(drawn)]
@@ -112,21 +115,26 @@ def _shuffled(rows: Iterable[Tensor], length: int, seed: int) -> list[Tensor]:
     return [windows[index] for index in order.tolist()]
 
 
-def _unseen(rows: TokenRows, judged: Sequence[TokenRows]) -> list[Tensor]:
+def _unseen(rows: TokenRows, judged: Sequence[TokenRows], frame: Frame) -> list[Tensor]:
     """Return the rows that no text to judge on has for more than half; a warning names what is left out."""
     seen: set[int] = set()
+    plain = _without(frame, rows.rows)  # special tokens would end every run of the text, hiding it in short rows
     for text in judged:
-        shares = shared_runs(rows.rows, text.rows, min(_RUN, max(map(len, rows.rows))))
+        shares = shared_runs(plain, _without(frame, text.rows), min(_RUN, max(map(len, plain))))
         seen |= {row for row, share in enumerate(shares) if share > _MOST_SHARED}
     if seen:
         owners = zip(rows.row.tolist(), rows.document, strict=True)
         names = dict.fromkeys(rows.names[document] for row, document in owners if row in seen)
         logger.warning(
-            "left out %s of the training text, more than half of which the held-out text has (%s)",
+            "left out %s of the training text: the held-out text has more than half of each (%s)",
             counted(len(seen), "window"),
             _listed(names),
         )
     return [row for index, row in enumerate(rows.rows) if index not in seen]
+
+
+def _without(frame: Frame, rows: Sequence[Tensor]) -> list[Tensor]:
+    return [row[len(frame.prefix) : len(row) - len(frame.suffix)] for row in rows]
 
 
 def shared_runs(rows: Sequence[Tensor], others: Sequence[Tensor], length: int) -> list[float]:

@@ -8,10 +8,16 @@ from typing import Any, get_args
 import pytest
 
 from numprune import learning
+from numprune.documents import Reading
+from numprune.errors import InputError
 from numprune.export import manifest
+from numprune.export.tasks import load_task
 from numprune.flows import names
 from numprune.flows.cli import main
+from numprune.flows.steps.learn import training_rows
+from numprune.flows.steps.text import heldout_rows
 from numprune.plans import PLAN_FILE, read_plan
+from numprune.tasks.masked import Masked
 
 Checkpoint = Callable[..., Path]
 TRAINING = ("--tokens", 2_000, "--sequence-length", 32, "--align", 8)
@@ -119,6 +125,19 @@ def test_a_training_that_diverges_ends_with_its_remedy(
     assert code == 1
     assert "the loss is not finite; choose a learning rate below 1e+30" in refused["error"]
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_neither_masks_nor_special_tokens_hide_held_out_text(tiny_checkpoint: Checkpoint, text: Path) -> None:
+    base, reading = tiny_checkpoint("bert", task="masked-lm"), Reading(pack=False)
+    task, copied = load_task(base), text.with_name("copied.txt")
+    copied.write_text(text.read_text()[7:])
+    assert isinstance(task, Masked)
+    rows, _ = training_rows([text], base, 48, 480, 0, reading, "--text")
+    for part in (rows.training, rows.selection):
+        assert {int((row == task.mask_token).sum()) for row in part} == {task.predictions_in(48)}
+    judged = heldout_rows([copied], 48, [base], reading)
+    with pytest.raises(InputError, match=r"--text: the text has .* that the held-out text does not have"):
+        training_rows([text], base, 48, 480, 0, reading, "--text", [judged])
 
 
 def test_a_quantized_checkpoint_is_refused(

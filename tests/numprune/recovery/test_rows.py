@@ -10,7 +10,8 @@ from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.recovery.options import RecoveryOptions
 from numprune.recovery.rows import RecoveryRows, draw_rows, require_others, shared_runs, window_digests
-from tests.conftest import byte_tokenizer
+from numprune.tasks.reading import frame_of
+from tests.conftest import byte_tokenizer, encoder_tokenizer
 
 OPTIONS = RecoveryOptions(tokens=64, batch_size=2, selection_rows=3)
 
@@ -67,6 +68,20 @@ def test_windows_of_the_judged_text_are_not_drawn_at_any_offset(
     assert len(left) in (len(everything.training) + 2 - len(inside) - more for more in (0, 1))  # or most of another
     assert f"left out {len(everything.training) + 2 - len(left)} windows of the training text" in caplog.text
     assert "(a)" in caplog.text
+
+
+@pytest.mark.parametrize("length", [16, 48, 64, 96])
+@pytest.mark.parametrize("offset", [0, 1, 31])
+def test_special_tokens_around_rows_hide_no_copy(length: int, offset: int) -> None:
+    tokenizer, text = encoder_tokenizer(), prose(0)
+    frame = frame_of(tokenizer)
+    trained, judged, other = (
+        token_rows([Document("a", part)], tokenizer, length, False, frame) for part in (text, text[offset:], prose(1))
+    )
+    everything = draw_rows([trained], length, OPTIONS)
+    assert draw_rows([trained], length, OPTIONS, [other], frame=frame).digest == everything.digest
+    with pytest.raises(InputError, match=rf"\d different windows? of {length} tokens that the held-out text does not"):
+        draw_rows([trained], length, OPTIONS, [judged], frame=frame)
 
 
 def test_a_judged_text_that_is_all_of_the_training_text_leaves_nothing() -> None:
