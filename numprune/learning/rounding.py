@@ -1,33 +1,33 @@
 """From masks to units: the sizes that keep the most information within the budget, and the best units of each block."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from numprune.allocation import by_error, keep_highest, uniform
-from numprune.blocks import Block
 from numprune.learning.constraint import Constraint
 from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
-from numprune.slices import GONE, Kept, Size
+from numprune.slices import Kept, Size
 from numprune.target import Sizes
 
 ALLOCATIONS = ("error", "uniform")
 
 
 def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
-    """Return the allowed sizes of each block. Blocks without counted cost are kept."""
+    """Return the allowed sizes of each block. What has no counted cost is kept.
 
-    def left(block: Block, sizes: Sequence[Size]) -> Sequence[Size]:
-        if not constraint.of_unit(block):
-            return sizes[-1:]
-        if not constraint.of_member(block):
-            return [size for size in sizes if size in (GONE, (size.units, block.members))]
-        return sizes
-
+    Raises:
+        InputError: like `sizes_allowed`; so, too, if the target does not support the size of a block that is kept.
+    """
+    if constraint.counted == "kv-bytes":
+        options = replace(options, axes=("kv-groups",))
     allowed = sizes_allowed(constraint.anatomy, options)
-    return {block.name: left(block, allowed[block.name]) for block in constraint.anatomy.blocks}
+    return {
+        block.name: allowed[block.name] if constraint.of_unit(block) else [block.size]
+        for block in constraint.anatomy.blocks
+    }
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> dict
     return {
         block.name: _best(*prices[block.name], sizes[block.name])
         if block.name in prices
-        else Kept.whole(torch.arange(sizes[block.name].units), block.members)
+        else Kept.whole(torch.arange(block.units), block.members)
         for block in anatomy.blocks
     }
 

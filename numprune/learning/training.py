@@ -1,6 +1,7 @@
 """The training of masks, and of the weights if they are trained, too."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class Training:
         """Train, resuming from `state` if it is not empty, and return the best masks, which are then in `masks`.
 
         Raises:
-            IntegrityError: the loss is not finite.
+            IntegrityError: the loss, or the divergence on the selection rows, is not finite.
         """
         self._resume(state)
         before, started = self._position.seconds, time.perf_counter()
@@ -162,10 +163,7 @@ class Training:
         with masked(self._layers, self._masks, self._masks.sample(len(batch), self._noise)):
             loss = self._task.divergence(self._output(self._student, batch), dense, batch).mean()
         if not torch.isfinite(loss):
-            raise IntegrityError(
-                f"training diverged at step {step + 1} of {self.steps}: the loss is not finite; choose a learning rate "
-                f"below {self._rates['weights']:g}"
-            )
+            raise self._diverged(step + 1)
         excess = self._share.kept(self._masks) - (1 - self._options.ratio * min(1.0, (step + 1) / self._warm))
         bottleneck = _BETA * (self._masks.weights @ self._masks.information)
         trained = [*self.trained.values()]
@@ -180,12 +178,20 @@ class Training:
         self._lagrangian.ascend(excess.item())
         return loss.item()
 
+    def _diverged(self, step: int) -> IntegrityError:
+        remedy = f"choose a learning rate below {self._rates['weights']:g}"
+        if not self._weights:
+            remedy = "the model's weights are damaged or overflow"
+        return IntegrityError(f"training diverged at step {step} of {self.steps}: the loss is not finite; {remedy}")
+
     @torch.no_grad()
     def _judge(self) -> None:
         """Round the masks and evaluate the result, with masks for trained weights and without for others."""
         masks = self._masks
         kept = rounded(self._constraint, masks, self._options)
         divergence = self._divergence(masks.indicator(kept) * (masks.at_leaves(masks.mean) if self._weights else 1))
+        if not math.isfinite(divergence):
+            raise self._diverged(self._position.step)
         self._position.curve.append((self._position.step, divergence))
         copies = {name: value.detach().clone() for name, value in self.trained.items()}
         found = self._rounded(self._position.step, divergence, kept, copies)

@@ -104,6 +104,8 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     if options.allocation not in ALLOCATIONS:
         raise InputError(f"allocation is {options.allocation!r}; masks are rounded by one of {', '.join(ALLOCATIONS)}")
     constraint = Constraint(counted, anatomy, length)
+    if counted == "kv-bytes" and "kv-groups" not in options.axes:
+        raise InputError("axes: the constraint kv-bytes only removes KV groups; add kv-groups")
     if counted == "parameters":
         check_options(anatomy, options, planned=True)
     elif options.allocation == "uniform":
@@ -185,7 +187,7 @@ def learn(
 
 
 def _masked(constraint: Constraint, options: PruneOptions) -> list[Masked]:
-    """Return the blocks that have a choice, with masks on everything removable."""
+    """Return the blocks that may or, for the target, must become smaller, with masks on everything removable."""
     allowed = sizes_under(constraint, options)
     return [
         Masked(
@@ -196,5 +198,5 @@ def _masked(constraint: Constraint, options: PruneOptions) -> list[Masked]:
             as_a_whole=GONE in allowed[block.name],
         )
         for block in constraint.anatomy.blocks
-        if len(allowed[block.name]) > 1
+        if block.units and allowed[block.name] != [block.size]
     ]

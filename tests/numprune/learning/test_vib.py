@@ -8,7 +8,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.calibration import consumer_weight
-from numprune.errors import InputError
+from numprune.errors import InputError, IntegrityError
 from numprune.families import FAMILIES
 from numprune.learning import check_learning, learn, vib
 from numprune.learning.constraint import Constraint
@@ -100,6 +100,19 @@ def test_query_heads_and_blocks_that_do_nothing_go():
         found.plan.blocks[block.name].kept_members == [[1]] * block.units for block in anatomy.of_kind("attention")
     )
     assert found.record.divergence < 1e-5
+
+
+def test_where_the_target_leaves_one_size_masks_choose_its_units():
+    model = build_tiny(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+    anatomy, layers = read_anatomy(model.config), model.model.layers
+    attention = anatomy.of_kind("attention")
+    with torch.no_grad():
+        for block in attention:
+            consumer_weight(layers[block.layer], block)[:, : block.channels // 3] = 0
+    options = dataclasses.replace(OPTIONS, ratio=0.3, target=Target(align=1, tensor_parallel=4))
+    assert {len(sizes_allowed(anatomy, options)[block.name]) for block in attention} == {1}
+    found = learn(model, ROWS, SELECTION, options, "faster", TOKENS // 4)
+    assert all(found.plan.blocks[block.name].kept == [1, 2] for block in attention)
 
 
 def test_only_masks_are_trained_by_faster():
@@ -199,7 +212,8 @@ def test_other_constraints_are_met_and_their_plans_can_be_followed(counted):
         ("bert", {}, "constraint kv-bytes: the model has none; use another constraint"),
         ("llama", {"allocation": "uniform"}, "allocation is 'uniform', which splits parameters; use error"),
         ("llama", {"ratio": 0.9}, r"ratio is 0\.9, but with the minimum .* of the KV-cache bytes can be removed"),
-        ("llama", {"axes": ("channels",), "ratio": 0.0}, "leave every block a single size"),
+        ("llama", {"axes": ("channels",)}, "axes: the constraint kv-bytes only removes KV groups; add kv-groups"),
+        ("llama", {"target": Target(quantization_group=64)}, r"layers\.0\.mlp: none of its sizes .* suits the target"),
     ],
 )
 def test_constraints_that_cannot_be_met_are_refused(family, more, said):
@@ -221,6 +235,11 @@ def test_constraints_that_cannot_be_met_are_refused(family, more, said):
 def test_what_cannot_work_is_refused_before_anything_is_run(more, said):
     with pytest.raises(InputError, match=said):
         learn(build_tiny(), ROWS, SELECTION, dataclasses.replace(OPTIONS, **more), "faster", TOKENS)
+
+
+def test_weights_that_diverge_in_the_last_step_are_no_result():
+    with pytest.raises(IntegrityError, match=r"diverged at step 1 of 1: .* choose a learning rate below 1e\+36"):
+        learn(build_tiny(), ROWS, SELECTION, OPTIONS, "fast", 32 * LENGTH, learning_rate=1e36)
 
 
 def test_masks_are_no_criterion_that_pruning_scores_by():
