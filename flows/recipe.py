@@ -406,6 +406,16 @@ class Recipe(Section):
                 raise ValueError(
                     f'recover.{name} = {value}: it has an effect only with recover.train = "{train}"; leave it out'
                 )
+        if self.recover.generated_share != Recover.model_fields["generated_share"].default and not self.recover.prompts:
+            raise ValueError(
+                f"recover.generated_share = {self.recover.generated_share}: it has an effect only with "
+                "recover.prompts; leave it out"
+            )
+        if self.learn.learning_rate != LEARNING_RATE and self.learn.variant == "faster":
+            raise ValueError(
+                f"learn.learning_rate = {self.learn.learning_rate}: it is that of the weights, which "
+                'learn.variant = "faster" does not train; leave it out'
+            )
         return self
 
     @model_validator(mode="after")

@@ -234,12 +234,20 @@ def test_the_resolved_recipe_is_the_same_recipe(minimal: Path) -> None:
     [
         ("rank = 32", 'rank = 32: it has an effect only with recover.train = "lora"'),
         ('train = "lora"\nblocks = 2', "blocks = 2: it"),
+        ("generated_share = 0.9", "generated_share = 0.9: it has an effect only with recover.prompts"),
     ],
 )
 def test_options_of_other_trained_weights_are_refused(minimal: Path, options: str, named: str) -> None:
     minimal.write_text(f'{MINIMAL}[recover]\nmethod = "distill"\n{options}\n')
     with pytest.raises(InputError, match=rf"recover\.{named}"):
         load(minimal)
+
+
+def test_a_learning_rate_of_weights_that_are_not_trained_is_refused(minimal: Path) -> None:
+    asked = ["learn.method=vib", "learn.learning_rate=1e-3"]
+    assert load(minimal, [*asked, "learn.variant=fast"]).learn.learning_rate == 1e-3
+    with pytest.raises(InputError, match=r"learn\.learning_rate = 0\.001: it is that of the weights, which"):
+        load(minimal, asked)
 
 
 def test_a_recipe_with_every_default_written_out_is_accepted(minimal: Path) -> None:
