@@ -280,7 +280,12 @@ def sample_recovery(
     run: Run, heldout: Iterable[StageResult[HeldoutRows]], generated: StageResult[GeneratedText] | None
 ) -> Stage[RecoveryText]:
     more = Artifact(generated.path, generated.facts.digest) if generated else None
-    return _training_rows(run, heldout, "recovery-rows", bodies.make_recovery_rows, run.recipe.recover, generated=more)
+    return _training_rows(run, heldout, "recovery-rows", bodies.make_recovery_rows, _training(run), generated=more)
+
+
+def _training(run: Run) -> Recover:
+    """The options of training without the paths of prompts: what was generated from them is an input of its own."""
+    return run.recipe.recover.model_copy(update={"prompts": []})
 
 
 def _training_rows(
@@ -314,7 +319,7 @@ def recover(run: Run, source: Artifact, rows: StageResult[RecoveryText]) -> Stag
         source=source,
         dense=run.base,
         rows=rows.artifact,
-        asked=run.recipe.recover,
+        asked=_training(run),
         device=run.device,
     ).on_gpu()
 

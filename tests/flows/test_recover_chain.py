@@ -1,5 +1,6 @@
 """The whole chain with a recipe that trains after pruning: through a killed training to a published release."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
+from numprune.flows.chain import generate, read_heldout, recover, sample_recovery
 from numprune.flows.recipe import load
-from numprune.flows.stages import read_facts
+from numprune.flows.run import prepare
+from numprune.flows.stages import Artifact, find, place_of, read_facts
 from numprune.flows.steps.checks import check
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.recover import options_of, recover_checkpoint
-from numprune.flows.steps.results import GeneratedText, RecoveredCheckpoint
+from numprune.flows.steps.results import GeneratedText, PrunedCheckpoint, RecoveredCheckpoint
 from numprune.flows.steps.text import heldout_rows
 from numprune.flows.steps.training import load_rows
 from numprune.serving import report as reports
@@ -138,6 +141,20 @@ def test_a_killed_training_ends_like_an_undisturbed_one(published: Path, tmp_pat
         tmp_path,
     )
     assert found.digest == read_facts(stage(stages, "recover"), RecoveredCheckpoint).digest
+
+
+def test_prompts_in_another_folder_are_the_same_prompts(published: Path, tmp_path: Path) -> None:
+    workspace, inputs = published.parents[1], published.parents[2]
+    moved = shutil.copy(inputs / "prompts.jsonl", tmp_path)
+    run = prepare(load(inputs / "recipe.toml", [f"recover.prompts=['{moved}']"]), workspace)
+    heldout = [find(workspace, read_heldout(run, name)) for name in run.heldout]
+    generated = find(workspace, generate(run))
+    assert generated is not None
+    rows = find(workspace, sample_recovery(run, filter(None, heldout), generated))
+    assert rows is not None
+    pruned = stage(workspace, "prune")
+    source = Artifact(pruned / "checkpoint", read_facts(pruned, PrunedCheckpoint).digest)
+    assert place_of(workspace, recover(run, source, rows)).path == stage(workspace, "recover")
 
 
 @pytest.mark.parametrize(
