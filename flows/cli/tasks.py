@@ -30,7 +30,11 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--tasks", metavar="TASK", nargs="+", required=True, help="names in the harness, or YAML files of your own"
     )
-    parser.add_argument("--baseline", metavar="MODEL", help="compare item by item with this model (default: none)")
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="compare item by item with this model, which answers in PyTorch (default: none)",
+    )
     parser.add_argument(
         "--num-fewshot",
         metavar="N",
@@ -85,12 +89,20 @@ def tasks(args: argparse.Namespace) -> Answer:
             data |= asdict(found["candidate"])
             return Answer(data, "\n".join(_lines(folders["candidate"], found["candidate"])))
         compared = compare_answers(kept["candidate"], kept["baseline"], found["candidate"])
-    data |= {"baseline": str(folders["baseline"]), "tasks": compared}
+    runtimes = {side: one.runtime for side, one in found.items()}
+    data |= {"baseline": str(folders["baseline"]), "runtimes": runtimes, "tasks": compared}
     lines = [
         f"{folders['candidate']}: {summary.of_accuracy(name, metric, one)}"
         for name, of_task in compared.items()
         for metric, one in of_task.items()
     ]
+    for one in (one for of_task in compared.values() for one in of_task.values()):
+        del one["runtime"]  # with a server, each side has its own
+    if endpoint:
+        lines.append(
+            f"the candidate answered in {runtimes['candidate']} and the baseline in {runtimes['baseline']}; the change "
+            "includes their rounding"
+        )
     return Answer(data, "\n".join(lines))
 
 

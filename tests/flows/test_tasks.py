@@ -334,7 +334,9 @@ def test_a_run_answers_tasks_with_both_models_and_shares_the_bases_answers(tmp_p
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_a_vllm_server_answers_as_torch_does(tmp_path: Path) -> None:
+def test_a_vllm_server_answers_as_torch_does(
+    numprune: Callable[..., Answered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = require_vllm()
     base = write_checkpoint(tmp_path / "base")
     tasks = load_tasks([str(write_task(tmp_path / "task", base, 12))])
@@ -345,7 +347,12 @@ def test_a_vllm_server_answers_as_torch_does(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="it requires an API key"):
             find_endpoint(server.url, None)
         found = answer_served(tmp_path / "vllm", tasks, base, find_endpoint(server.url, "secret"))
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        asked = ("--tasks", tmp_path / "task" / "task.yaml", "--limit", 4, "--url", server.url)
+        compared = numprune("tasks", base, "--baseline", base, *asked, "--json").json
     assert (found.runtime, found.tasks[NAME].accuracy) == ("vllm", {"acc": 1.0})
+    assert compared["runtimes"] == {"candidate": "vllm", "baseline": "torch"}
+    assert compared["tasks"][NAME]["acc"]["candidate"] == 1.0
     served, ours = (read_rows(tmp_path / runtime, NAME) for runtime in ("vllm", "torch"))
     for one, other in zip(served, ours, strict=True):
         logprobs = [[answer[0] for answer in row["answers"]] for row in (one, other)]
