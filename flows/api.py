@@ -8,8 +8,8 @@
     pruned = numprune.apply(plan, model, rows)
     print(numprune.evaluate(pruned, "heldout.jsonl", baseline=model).loss_delta)
     numprune.save(pruned, "pruned")
-    options = numprune.RecoveryOptions(tokens=200_000)
-    trained = numprune.recover(pruned, model, numprune.recovery_rows("train.jsonl", model, options), options)
+    recovery = numprune.RecoveryOptions(tokens=200_000)
+    trained = numprune.recover(pruned, model, numprune.recovery_rows("train.jsonl", model, recovery), recovery)
     small = numprune.quantize(trained, numprune.Scheme("w8a8"), rows, dense=model)
     numprune.save(small, "pruned-w8a8")
     numprune.export_checkpoint("pruned", "pruned-onnx", to="onnx")
@@ -397,6 +397,7 @@ def save(model: Model, out: str | Path) -> Path:
 
     Raises:
         InputError: `out` exists, or the model is unchanged.
+        IntegrityError: the weights exceed the plan's budget, or a value does not fit in the stored precision.
     """
     folder, plan, quantized = Path(out), model.plan, model.quantization
     trained = model.training
