@@ -128,7 +128,7 @@ def prune_checkpoint(
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
         describe(folder, origin or base, made)
-        _check_budget(made, folder)
+        check_budget(made, folder)
     # From the files, not from the float32 model in memory: the size of the cache depends on the data type.
     before, after = (budget_of(read_anatomy(read_config(folder))) for folder in (base, out))
     return PrunedCheckpoint(
@@ -163,10 +163,10 @@ def write_pruned(model: PreTrainedModel, plan: Plan, base: Path, out: Path) -> N
     with _checkpoint(out, manifest.folder_digest(base), plan) as folder:
         save(model, base, folder, dropped=plan.dropped_layers())
         describe(folder, base, plan)
-        _check_budget(plan, folder)
+        check_budget(plan, folder)
 
 
-def _check_budget(plan: Plan, folder: Path) -> None:
+def check_budget(plan: Plan, folder: Path) -> None:
     """Refuse weights of more bytes than the plan's budget, unless they will be quantized. Raises IntegrityError."""
     found = weight_bytes(folder)
     if plan.budget is not None and not plan.schemes() and found > plan.budget.limit:

@@ -18,7 +18,7 @@ from numprune.export.weights import dtypes_of
 from numprune.flows.recipe import Recover
 from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
-from numprune.flows.steps.prune import describe, plan_facts
+from numprune.flows.steps.prune import check_budget, describe, plan_facts
 from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint
 from numprune.flows.steps.training import named, resumable, unmasked_rows
@@ -189,4 +189,5 @@ def write_recovered(
         else:
             checkpoint.save(model, base, folder, dropped=plan.dropped_layers())
             describe(folder, base, plan)
+            check_budget(plan, folder)
         card_changes.set_training(folder, card_changes.distilled(recovery))

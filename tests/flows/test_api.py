@@ -15,7 +15,7 @@ from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.export.checkpoint import weight_bytes
 from numprune.flows.steps.quantize import quantize_checkpoint
-from numprune.flows.steps.recover import recover_checkpoint
+from numprune.flows.steps.recover import recover_checkpoint, write_recovered
 from numprune.quantization.allocation import planned_schemes
 from tests.conftest import build_tiny, write_checkpoint
 from tests.flows.test_readme import PYTHON as README_LINES
@@ -203,6 +203,8 @@ def test_weights_larger_than_their_budget_are_not_saved(tiny: Path, tmp_path: Pa
     plan = pruned.plan.model_copy(update={"budget": numprune.weight_budget(model, "1KB")})
     with pytest.raises(IntegrityError, match=r"the pruned weights take .* bytes, and the budget is 1,000"):
         numprune.save(replace(pruned, plan=plan), tmp_path / "out")
+    with pytest.raises(IntegrityError, match=r"the pruned weights take .* bytes, and the budget is 1,000"):
+        write_recovered(pruned.network, {}, plan, model.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
