@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from numprune.corpus import TokenRows
+from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.flows import names
+from numprune.flows.cli.parser import at_least
 from numprune.flows.recipe import EMBEDDED
 from numprune.flows.steps import recover
-from numprune.flows.steps.checks import model_folder
+from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
 from numprune.flows.steps.prune import device_of, prune_checkpoint
@@ -111,10 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="faster,fast",
         help="of full,fast,faster, each with =TOKENS for another number than its own (default %(default)s)",
     )
-    parser.add_argument("--distill", type=int, default=0, metavar="TOKENS", help="to distil on (default: not at all)")
-    parser.add_argument("--samples", type=int, default=64, help="calibration rows of pruning (default %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens per row (default %(default)s)")
-    parser.add_argument("--windows", type=int, default=64, help="held-out rows at most (default %(default)s)")
+    parser.add_argument(
+        "--distill", type=at_least(0), default=0, metavar="TOKENS", help="to distil on (default: not at all)"
+    )
+    parser.add_argument(
+        "--samples", type=at_least(1), default=64, help="calibration rows of pruning (default %(default)s)"
+    )
+    parser.add_argument("--sequence-length", type=at_least(1), default=256, help="tokens per row (default %(default)s)")
+    parser.add_argument("--windows", type=at_least(1), default=64, help="held-out rows at most (default %(default)s)")
     parser.add_argument("--out", type=out_folder, help="folder for learned.md and learned.json")
     return run("learned", _study, parser.parse_args(argv))
 
@@ -155,7 +161,8 @@ def _study(args: argparse.Namespace) -> str:
         recover.check_request(base, base)
     tokenizer = checkpoint.load_tokenizer(base)
     rows, _ = calibration_rows(text, tokenizer, args.samples, length, 0, Reading())
-    heldout = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    read = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)
+    heldout = read.part(slice(args.windows))
     distilled = None
     if args.distill:
         distilled = recover.training_rows(text, tokenizer, length, options, Reading(), "--calibration", [heldout])
@@ -171,8 +178,8 @@ def _study(args: argparse.Namespace) -> str:
             table += [_row(one, ratio, quality) for one, quality in zip(made, qualities, strict=True)]
     judged = table[0].quality
     conditions = (
-        f"{base.name}; {args.samples} calibration rows of {length} tokens; quality on {judged['tokens']:,} tokens of "
-        f"{judged['documents']} held-out documents."
+        f"{model_name(args.model)}; {args.samples} calibration rows of {length} tokens; quality on "
+        f"{judged['tokens']:,} tokens of {counted(judged['documents'], 'held-out document')}."
     )
     result = markdown(table, conditions)
     write_results(args.out, "learned", result, [asdict(row) for row in table])

@@ -15,10 +15,11 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{number} cubed is {number**3}.\n" for number in range(60)))
     how = ("--ratios", "0.3", "--variants", "faster=500", "--samples", "8", "--sequence-length", "32")
-    files = ("--calibration", text, "--heldout", other, "--windows", "8", "--distill", 4000, "--out", out)
+    files = ("--calibration", text, "--heldout", other, "--windows", 30, "--distill", 4000, "--out", out)
     assert learned.main([str(word) for word in (base, *how, *files)]) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "learned.md").read_text()
+    assert f" quality on {30 * 31} tokens of 1 " in printed
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:-2]]
     methods = ["obs/uniform/joint", "obs/error/joint", "vib faster/none", "vib faster/joint"]
     assert [row[1] for row in cells[:4]] == methods
