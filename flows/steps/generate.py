@@ -34,7 +34,10 @@ def read_prompts(files: Sequence[str | Path]) -> list[Document]:
     found = read_documents(records) if records else []
     for whole in read_documents(plain) if plain else []:
         found += [Document(f"{whole.name}:{at}", line) for at, line in enumerate(whole.text.splitlines(), start=1)]
-    return [document for document in found if document.text.strip()]
+    found = [document for document in found if document.text.strip()]
+    if files and not found:
+        raise InputError(f"there is no prompt in {', '.join(map(str, files))}; give at least one")
+    return found
 
 
 def encoded(prompts: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:

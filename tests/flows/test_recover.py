@@ -17,6 +17,7 @@ from numprune.flows.cli.parser import build, parse
 from numprune.flows.cli.recover import _OF_TRAINED, options_of_arguments
 from numprune.flows.recipe import Recover
 from numprune.flows.steps import recover
+from numprune.flows.steps.generate import read_prompts
 from numprune.flows.steps.recover import options_of
 from numprune.recovery import RecoveryOptions, RecoveryRows, draw_rows
 from tests.conftest import build_tiny, write_checkpoint
@@ -111,6 +112,15 @@ def test_unusable_prompts_are_refused_before_any_work(
     answered = numprune(*asked, *given, *arguments)
     assert answered.code == 1
     assert re.search(message, answered.err), answered.err
+
+
+def test_records_without_a_prompt_are_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": " "}\n{"text": "What?"}\n')
+    assert [document.text for document in read_prompts([prompts])] == ["What?"]
+    prompts.write_text('{"text": " "}\n')
+    with pytest.raises(InputError, match=r"there is no prompt in .*prompts\.jsonl; give at least one"):
+        read_prompts([prompts])
 
 
 def test_an_encoder_is_trained_on_its_own_task(numprune: Command, inputs: Path, tmp_path: Path) -> None:
