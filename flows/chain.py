@@ -204,7 +204,12 @@ def score_baseline(run: Run, corpus: str, heldout: StageResult[HeldoutRows]) -> 
 
 
 def sample_learning(run: Run, heldout: Iterable[StageResult[HeldoutRows]]) -> Stage[LearningText]:
-    return _training_rows(run, heldout, "learning-rows", bodies.make_learning_rows, run.recipe.learn)
+    return _training_rows(run, heldout, "learning-rows", bodies.make_learning_rows, _masks(run))
+
+
+def _masks(run: Run) -> Learn:
+    """The options of masks with the number of tokens, because a variant's default is not in the code of a stage."""
+    return run.recipe.learn.model_copy(update={"tokens": run.recipe.learn.trained_tokens})
 
 
 def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
@@ -214,7 +219,7 @@ def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
         bodies.make_learned,
         base=run.base,
         rows=rows.artifact,
-        asked=run.recipe.learn,
+        asked=_masks(run),
         limits=run.recipe.prune.model_dump(include={*LEARNED_LIMITS}),
         target=run.recipe.sizes(),
         device=run.device,

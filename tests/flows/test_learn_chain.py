@@ -9,7 +9,7 @@ import torch
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows.chain import learn, read_heldout, sample_learning
-from numprune.flows.names import LEARNED_LIMITS
+from numprune.flows.names import LEARNED_LIMITS, LEARNING_TOKENS
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
 from numprune.flows.stages import find, place_of, read_facts
@@ -91,7 +91,7 @@ def test_a_killed_learning_ends_like_an_undisturbed_one(published: Path, tmp_pat
     assert replace(found, seconds=0.0) == replace(undisturbed, seconds=0.0)
 
 
-def test_only_what_decides_the_masks_makes_them_others(published: Path) -> None:
+def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, workspace = published.parents[2] / "recipe.toml", published.parents[1]
 
     run = prepare(load(source), workspace)
@@ -108,6 +108,9 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path) -> None:
     assert place("prune.compensation=none", "prune.criterion=magnitude", "prune.stream=true") == place()
     for other in ("prune.ratio=0.3", "prune.allocation=error", "learn.seed=2", "learn.variant=faster"):
         assert place(other) != place()
+    by_default = place("learn.tokens=0")
+    monkeypatch.setitem(LEARNING_TOKENS, "fast", 10240)
+    assert by_default != place("learn.tokens=0") == place()
 
 
 @pytest.mark.parametrize(
