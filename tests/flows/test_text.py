@@ -42,7 +42,9 @@ def test_a_plan_records_text_and_seed_to_redraw_its_rows(tiny_checkpoint, tmp_pa
     make_pruned(
         tmp_path / "pruned",
         base=model,
+        origin=model,
         rows=rows,
+        learned=None,
         asked=Prune(ratio=0.3),
         target=Target(align=8),
         scheme="none",

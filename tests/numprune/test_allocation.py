@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -259,7 +260,9 @@ def test_head_shapes_are_limited_with_query_heads_and_protected_blocks_too():
     for block in base.blocks:
         units, members = (torch.arange(count).double() / block.units for count in (block.units + 1, block.members))
         errors[block.name] = (units[:, None].square() + members.square() / 3) * (block.layer + 1) ** 2
-    assert len(set(attention_of(base, allocation._least_error(base, 0.4, allowed, errors)))) > HEAD_SHAPES
+    groups = [(block,) for block in base.blocks]
+    free = allocation._least_price(base, 0.4, allowed, partial(error_at, errors), groups)
+    assert len(set(attention_of(base, free))) > HEAD_SHAPES
     kept = by_error(base, 0.4, allowed, errors)
     attention = attention_of(base, kept)
     assert attention[4] == Size(4, 4)

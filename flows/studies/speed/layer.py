@@ -121,7 +121,8 @@ def measure_layer(
     parts = {name: times[name] * scale for name in PER_TOKEN} | {name: times[name] for name in FIXED}
     # The solves of this fit do not grow with the tokens: the time of each further row is the difference from one row.
     one = times["producers, one row"]
-    parts["producers"] = one + (times["producers"] - one) * (tokens / sequence_length - 1) / (rows - 1)
+    each = max(times["producers"] - one, 0) / (rows - 1)  # a negative difference is noise
+    parts["producers"] = one + each * (tokens / sequence_length - 1)
     return LayerTimes(size, tokens, rows * sequence_length, parts)
 
 

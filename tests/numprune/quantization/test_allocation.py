@@ -345,7 +345,7 @@ def test_a_plan_without_a_budget_has_no_word_of_it(model):
             {"budget": budget(9000)},
             r"budget is 9,000 .* precision, w8a8 or w4a16 \(groups of 32\) take 2\d,\d+; .* or a smaller align",
         ),
-        ({"budget": budget(9000, "w8a8")}, r"with in w8a8 take 4\d,\d+; allow more bytes, or fewer bits"),
+        ({"budget": budget(9000, "w8a8")}, r"block in w8a8 take 4\d,\d+; allow more bytes, or fewer bits"),
         ({"budget": budget(9000), "skips": True}, r"take 1\d,\d+"),
         ({"budget": budget(10**6)}, r"the model takes \d+,\d+ as it is: nothing has to go"),
     ],
