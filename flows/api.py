@@ -26,40 +26,33 @@ memory; `numprune optimize` runs the whole pipeline with benchmark, gates and re
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from numprune import pruning, quality
-from numprune.anatomy import read_anatomy
-from numprune.blocks import Anatomy
-from numprune.budget import Budget, budget_of
 from numprune.byte_budget import MIXED, ByteBudget, parse
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
+from numprune.flows.in_memory import CalibrationRows, Model, Quantization, Training
 from numprune.flows.names import Dtype, ExportFormat, QuantizedTo
+from numprune.flows.rows import Text, calibration_rows, files, recovery_rows
 from numprune.flows.steps import export as exports
 from numprune.flows.steps import prune as steps
 from numprune.flows.steps import quantize as quantizing
 from numprune.flows.steps import recover as recovering
 from numprune.flows.steps import text as texts
-from numprune.flows.steps import training
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, options_of
-from numprune.plans import Draw, Plan, read_plan
-from numprune.quantization import BlockSchemes, Quantized, Scheme, check_quantizable, schemes_by_tensor
+from numprune.plans import Plan, read_plan
+from numprune.quantization import BlockSchemes, Scheme, check_quantizable, schemes_by_tensor
 from numprune.quantization.allocation import planned_schemes
-from numprune.quantization.schemes import listed
 from numprune.quantization.walk import Fit, check_target, quantize_model
-from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill
+from numprune.recovery import RecoveryOptions, RecoveryRows, distill
 from numprune.target import Target
-from numprune.tasks import Comparison, Quality, Task
+from numprune.tasks import Comparison, Quality
 
 __all__ = [
     "ByteBudget",
@@ -89,88 +82,6 @@ __all__ = [
     "weight_budget",
 ]
 
-Text = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class CalibrationRows:
-    """Token rows for calibration.
-
-    Attributes:
-        tokens: (N, S) int64.
-        draw: their source text and how they were drawn; None for your own rows.
-    """
-
-    tokens: Tensor
-    draw: Draw | None = None
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a model was quantized.
-
-    Attributes:
-        schemes: one for all blocks, or that of each quantized block by its name.
-        matrices: name -> the quantized weight.
-        rows: for the calibration of GPTQ; None: each weight was rounded to the nearest value.
-    """
-
-    schemes: BlockSchemes
-    matrices: Mapping[str, Quantized]
-    rows: CalibrationRows | None
-
-    def __str__(self) -> str:
-        return listed([self.schemes] if isinstance(self.schemes, Scheme) else self.schemes.values())
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a pruned model was trained.
-
-    Attributes:
-        options: of the training.
-        result: of the training.
-        rows_digest: of the training and selection rows.
-    """
-
-    options: RecoveryOptions
-    result: Recovered
-    rows_digest: str
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model in memory, in float32.
-
-    Attributes:
-        folder: the checkpoint from which it, or its unpruned model, was read.
-        network: transformers' model.
-        tokenizer: its tokenizer.
-        task: causal or masked language model, classifier, or embedding model.
-        plan: the applied plan; None for an unpruned model.
-        training: how it was trained in memory after pruning; None for an untrained model.
-        quantization: how it was quantized in memory; `network` then computes with rounded weights and, if the scheme
-            does so, rounded activations. None for an unquantized model.
-    """
-
-    folder: Path
-    network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    plan: Plan | None = None
-    training: Training | None = None
-    quantization: Quantization | None = None
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Its prunable blocks and their sizes."""
-        return read_anatomy(self.network.config)
-
-    @property
-    def budget(self) -> Budget:
-        """Parameters, FLOPs per token and KV-cache bytes per token."""
-        return budget_of(self.anatomy)
-
 
 def load(model: str | Path, device: str = "auto") -> Model:
     """Read a checkpoint into memory, in float32.
@@ -186,35 +97,6 @@ def load(model: str | Path, device: str = "auto") -> Model:
     folder = checkpoint.resolve(model)
     network, tokenizer = checkpoint.load(folder)
     return Model(folder, network.to(steps.device_of(device)), tokenizer, load_task(folder))
-
-
-def calibration_rows(
-    text: Text,
-    model: Model,
-    *,
-    samples: int = 128,
-    sequence_length: int | None = None,
-    seed: int = 0,
-    reading: Reading | None = None,
-) -> CalibrationRows:
-    """Draw rows of tokens for calibration.
-
-    Args:
-        text: one or more files; .jsonl, .json and .parquet files hold a document per record.
-        model: the model whose tokenizer and context are used.
-        samples: N, how many rows.
-        sequence_length: S, tokens per row; None: 512, or the model's context if shorter.
-        seed: of the draw.
-        reading: how documents are split, rendered and packed; None for the defaults.
-
-    Raises:
-        InputError: a file cannot be read, or there is too little text.
-    """
-    length = texts.row_length(sequence_length, model.anatomy.context)
-    tokens, draw = texts.calibration_rows(
-        _files(text), model.tokenizer, samples, length, seed, reading or Reading(), task=model.task
-    )
-    return CalibrationRows(tokens, draw)
 
 
 def weight_budget(model: Model, limit: str, *, scheme: QuantizedTo = "none") -> ByteBudget:
@@ -277,38 +159,6 @@ def _pruned(model: Model, rows: CalibrationRows, options: PruneOptions, plan: Pl
     found = pruning.prune(model.network, rows.tokens, options, task=model.task, plan=plan)
     made = found.plan.drawn(rows.draw, manifest.folder_digest(model.folder))
     return Model(model.folder, found.model, model.tokenizer, model.task, made)
-
-
-def recovery_rows(
-    text: Text,
-    model: Model,
-    options: RecoveryOptions,
-    *,
-    heldout: Text | None = None,
-    sequence_length: int | None = None,
-    reading: Reading | None = None,
-) -> RecoveryRows:
-    """Draw rows of tokens for training, and others for choosing the best step.
-
-    Args:
-        text: as for `calibration_rows`.
-        model: the model whose tokenizer and context are used.
-        options: of the training; they determine the number of rows.
-        heldout: held-out text: rows of which it contains more than half are left out.
-        sequence_length: tokens per row; None: 512, or the model's context if shorter.
-        reading: as for `calibration_rows`.
-
-    Raises:
-        InputError: a file cannot be read, a held-out document is in the text, or there is too little text.
-    """
-    length, how = texts.row_length(sequence_length, model.anatomy.context), reading or Reading()
-    judged = []
-    if heldout is not None:
-        training.check_documents(_files(text), _files(heldout), model.tokenizer, how, "heldout")
-        judged = [texts.text_rows(_files(heldout), "heldout", model.tokenizer, length, how, task=model.task)]
-    return recovering.training_rows(
-        _files(text), model.tokenizer, length, options, how, "text", judged, task=model.task
-    )
 
 
 def recover(model: Model, dense: Model, rows: RecoveryRows, options: RecoveryOptions) -> Model:
@@ -454,7 +304,7 @@ def evaluate(
             baseline: embedding models, and classifiers on unlabelled texts.
     """
     tokens = texts.row_length(sequence_length, model.anatomy.context)
-    rows = texts.text_rows(_files(text), "heldout", model.tokenizer, tokens, Reading(), task=model.task)
+    rows = texts.text_rows(files(text), "heldout", model.tokenizer, tokens, Reading(), task=model.task)
     if baseline is not None:
         return quality.compare(model.network, baseline.network, rows, model.task)
     found = quality.evaluate(model.network, rows, model.task)
@@ -484,7 +334,3 @@ def export_checkpoint(
     """
     _, proof = exports.export_and_prove(checkpoint.resolve(source), Path(out), to, dtype)
     return proof
-
-
-def _files(text: Text) -> list[Path]:
-    return [Path(text)] if isinstance(text, str | Path) else [Path(file) for file in text]

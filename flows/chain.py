@@ -1,22 +1,31 @@
-"""The stages of a recipe: rows, pruning, exports, parity, quality, benchmarks and the verdict."""
+"""The stages of a recipe in their order, and those that lead to the candidate: rows, masks, pruning, training."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from numprune.flows.bundle import CHECKPOINT, folder_name
-from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, RUNTIME_OF_EXPORT, export_of, runtime_of
-from numprune.flows.recipe import Learn, Recover
+from numprune.flows.evaluation import (
+    answer_tasks,
+    benchmark,
+    compute_answers,
+    evaluate,
+    export,
+    prove,
+    report_on,
+    score_baseline,
+)
+from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, export_of, runtime_of
 from numprune.flows.run import Run
+from numprune.flows.sections import Learn, Recover
 from numprune.flows.stages import Artifact, Stage, StageResult, find
 from numprune.flows.steps import bodies
 from numprune.flows.steps.results import (
     Answers,
     AttentionProbe,
-    BaselineScores,
     CalibrationRows,
     Exported,
     GeneratedText,
@@ -29,10 +38,8 @@ from numprune.flows.steps.results import (
     QuantizedCheckpoint,
     RecoveredCheckpoint,
     RecoveryText,
-    TaskAnswers,
     Timings,
 )
-from numprune.serving.report import Quality
 
 R = TypeVar("R")
 
@@ -189,20 +196,6 @@ def read_heldout(run: Run, corpus: str) -> Stage[HeldoutRows]:
     return stage.labelled(f"heldout {corpus}".rstrip())
 
 
-def score_baseline(run: Run, corpus: str, heldout: StageResult[HeldoutRows]) -> Stage[BaselineScores]:
-    stage = Stage.of(
-        "baseline",
-        "export",
-        bodies.make_baseline,
-        model=run.base,
-        rows=heldout.artifact,
-        rows_digest=heldout.facts.digest,
-        prompts=_prompts(run, corpus),
-        device=run.device,
-    )
-    return stage.labelled(f"baseline {corpus}".rstrip()).on_gpu()
-
-
 def sample_learning(run: Run, heldout: Iterable[StageResult[HeldoutRows]]) -> Stage[LearningText]:
     return _training_rows(run, heldout, "learning-rows", bodies.make_learning_rows, _masks(run))
 
@@ -340,169 +333,6 @@ def quantize(run: Run, source: Artifact, calibration: StageResult[CalibrationRow
         asked=run.recipe.quantize,
         device=run.device,
     ).on_gpu()
-
-
-def export(run: Run, export_format: str, source: Artifact, side: str) -> Stage[Exported]:
-    name, asked, load = f"export-{export_format}", run.recipe.export, run.recipe.benchmark
-    if export_format == "vllm":
-        cast_to = None if asked.dtype == "auto" else asked.dtype
-        stage = Stage.of(name, "export", bodies.make_vllm, source=source, shard_size=asked.shard_size, dtype=cast_to)
-    elif export_format == "onnx":
-        dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
-        stage = Stage.of(name, "export", bodies.make_onnx, source=source, opset=asked.opset, dtype=dtype)
-    elif export_format == "onnxruntime":
-        dtype = run.precision[RUNTIME_OF_EXPORT[export_format]]
-        stage = Stage.of(name, "export", bodies.make_onnxruntime, source=source, dtype=dtype)
-    else:
-        stage = Stage.of(
-            name,
-            "export",
-            bodies.make_tensorrt,
-            source=source,
-            # An engine is built for sizes up to these and for one kind of GPU.
-            max_batch=max(8, load.batch_size),
-            max_length=max(1024, load.prompt_length + load.output_length),
-            dtype=run.precision[RUNTIME_OF_EXPORT[export_format]],
-            machine=run.machine,
-        )
-    return stage.labelled(f"export {export_format} {side}")
-
-
-def prove(run: Run, export_format: str, reference: Artifact, exported: Artifact, side: str) -> Stage[Parity]:
-    stage = Stage.of(
-        f"parity-{export_format}",
-        "export",
-        bodies.make_parity,
-        reference=reference,
-        candidate=exported,
-        runtime=RUNTIME_OF_EXPORT[export_format],
-        # Verified on the device where it is timed. Engines run on GPUs only, even if the benchmark uses the CPU.
-        device="auto" if export_format == "tensorrt" else run.recipe.benchmark.device,
-    )
-    return stage.labelled(f"parity {export_format} {side}").on_gpu()
-
-
-def compute_answers(run: Run, candidate: Artifact, unquantized: Artifact | None) -> Stage[Answers]:
-    return Stage.of(
-        "reference-answers",
-        "serving",
-        bodies.make_reference_answers,
-        checkpoint=candidate,
-        unquantized=unquantized,
-        device=run.device,
-    ).on_gpu()
-
-
-def evaluate(
-    run: Run,
-    corpus: str,
-    candidate: Artifact,
-    unquantized: Artifact | None,
-    pruned: Artifact | None,
-    heldout: StageResult[HeldoutRows],
-    scores: StageResult[BaselineScores],
-) -> Stage[Quality]:
-    stage = Stage.of(
-        "quality",
-        "export",
-        bodies.make_quality,
-        candidate=candidate,
-        unquantized=unquantized,
-        pruned=pruned,
-        baseline=run.base,
-        scores=scores.artifact,
-        rows=heldout.artifact,
-        rows_digest=heldout.facts.digest,
-        prompts=_prompts(run, corpus),
-        device=run.device,
-    )
-    return stage.labelled(f"quality {corpus}".rstrip()).on_gpu()
-
-
-def answer_tasks(run: Run, model: Artifact, side: str) -> Stage[TaskAnswers]:
-    assert run.tasks is not None
-    asked = run.recipe.evaluate
-    stage = Stage.of(
-        "tasks",
-        "serving",
-        bodies.make_task_answers,
-        model=model,
-        tasks=run.tasks,
-        num_fewshot=asked.num_fewshot,
-        limit=asked.limit,
-        runtime=asked.task_runtime,
-        server=run.machine["vllm"] if asked.task_runtime == "vllm" else None,
-        device=run.device,
-    )
-    return stage.labelled(f"tasks {side}").on_gpu()
-
-
-def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, look: int) -> Stage[Timings]:
-    asked = run.recipe.benchmark
-    stage = Stage.of(
-        f"benchmark-{runtime}",
-        "serving",
-        bodies.make_benchmark,
-        candidate=candidate,
-        baseline=baseline,
-        runtime=runtime,
-        device=asked.device,
-        dtype=run.precision[runtime],
-        torch_mode=asked.torch_mode if runtime == "torch" else "eager",
-        load=asked.load(runtime, run.task),
-        machine=run.machine,
-        look=look,
-    )
-    return stage.labelled(f"benchmark {runtime}" + (f" look {look}" if look > 1 else "")).on_gpu()
-
-
-def report_on(
-    run: Run,
-    identity: Mapping[str, Any],
-    candidate: Artifact,
-    attention: StageResult[AttentionProbe] | None,
-    learned: StageResult[LearnedMasks] | None,
-    pruned: StageResult[PrunedCheckpoint],
-    generated: StageResult[GeneratedText] | None,
-    recovered: StageResult[RecoveredCheckpoint] | None,
-    quantized: StageResult[QuantizedCheckpoint] | None,
-    parity: Mapping[str, Parity],
-    quality: Mapping[str, StageResult[Quality]],
-    answers: Mapping[str, Artifact],
-    looks: Mapping[str, Sequence[StageResult[Timings]]],
-) -> Stage[Judgement]:
-    first, *others = quality
-    return Stage.of(
-        "report",
-        "serving",
-        bodies.make_report,
-        base=run.base,
-        candidate=candidate,
-        attention=attention.artifact if attention else None,
-        learned=learned.artifact if learned else None,
-        pruned=pruned.artifact,
-        generated=generated.artifact if generated else None,
-        recovered=recovered.artifact if recovered else None,
-        quantized=quantized.artifact if quantized else None,
-        quality=quality[first].artifact,
-        corpus=first,
-        corpora={name: quality[name].artifact for name in others},
-        answers=answers,
-        benchmarks={runtime: [look.artifact for look in of_runtime] for runtime, of_runtime in looks.items()},
-        name=run.recipe.registry.name,
-        identity=identity,
-        price_per_hour=run.recipe.benchmark.price_per_hour or None,
-        asked=run.recipe.prune,
-        asked_to_learn=run.recipe.learn,
-        asked_to_recover=run.recipe.recover,
-        parity=parity,
-        policy=run.recipe.gates,
-    )
-
-
-def _prompts(run: Run, corpus: str) -> str | list[str]:
-    """Of the first corpus's stages: both models generate once."""
-    return run.recipe.evaluate.prompts if corpus == next(iter(run.heldout)) else []
 
 
 def _prunes_heads(run: Run) -> bool:

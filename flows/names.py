@@ -57,6 +57,7 @@ SEQUENCE_LENGTH = 512
 # The folder with the state of a training, before its digest, and the lock file in it.
 TRAINING, TRAINING_LOCK = ".training-", "lock"
 CAUSAL_LM = "causal-lm"  # the task of decoders
+EMBEDDED = "embedded"  # the model or text that comes with numprune
 BUILT_IN = "built-in"  # the prompts of numprune.generation
 
 

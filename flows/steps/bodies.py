@@ -11,7 +11,7 @@ from typing import Any
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.flows.names import LEARNED, LEARNED_PLAN, TaskRuntime, TorchMode
-from numprune.flows.recipe import FewShot, Learn, Limit, Prune, Quantize, Recover
+from numprune.flows.sections import FewShot, Learn, Limit, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,

@@ -25,9 +25,10 @@ from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
-from numprune.flows.names import BUILT_IN, CAUSAL_LM, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
-from numprune.flows.recipe import EMBEDDED, EMBEDDED_FOLDER, Quantize, Recipe
+from numprune.flows.names import BUILT_IN, CAUSAL_LM, EMBEDDED, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
+from numprune.flows.recipe import EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Run
+from numprune.flows.sections import Quantize
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import harness
 from numprune.flows.steps.baseline import prompts_of

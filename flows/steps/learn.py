@@ -13,7 +13,7 @@ from numprune.documents import Reading
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
-from numprune.flows.recipe import Learn
+from numprune.flows.sections import Learn
 from numprune.flows.stages import code_version
 from numprune.flows.steps.results import LearnedMasks
 from numprune.flows.steps.text import Text, draw_of

@@ -34,7 +34,7 @@ from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.weights import DTYPES, dtypes_of
-from numprune.flows.recipe import Prune
+from numprune.flows.sections import Prune
 from numprune.flows.steps.results import PrunedCheckpoint
 from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options

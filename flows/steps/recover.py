@@ -15,7 +15,7 @@ from numprune.errors import InputError
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.export.weights import dtypes_of
-from numprune.flows.recipe import Recover
+from numprune.flows.sections import Recover
 from numprune.flows.stages import code_version
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.prune import check_budget, describe, plan_facts

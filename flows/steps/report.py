@@ -10,7 +10,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.recipe import Learn, Prune, Recover
+from numprune.flows.sections import Learn, Prune, Recover
 from numprune.flows.steps.results import (
     GeneratedText,
     Judgement,

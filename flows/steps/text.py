@@ -23,8 +23,7 @@ from numprune.export.checkpoint import load_tokenizer, read_config
 from numprune.export.manifest import sha256_file
 from numprune.export.tasks import load_task
 from numprune.flows.embedded import corpus
-from numprune.flows.names import SEQUENCE_LENGTH
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED, SEQUENCE_LENGTH
 from numprune.flows.steps.results import CalibrationRows, HeldoutRows
 from numprune.plans import Draw
 from numprune.tasks import CAUSAL, MINIMUM_DOCUMENTS, Task

@@ -10,7 +10,7 @@ from typing import Any
 
 from numprune.errors import DiskError, NumpruneError
 from numprune.export.disk import require_writable
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED
 
 
 def parser_of(study: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:

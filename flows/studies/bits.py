@@ -36,7 +36,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError, NumpruneError
 from numprune.export import checkpoint
 from numprune.flows.cli.parser import at_least
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget

@@ -29,7 +29,7 @@ from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.flows import names
 from numprune.flows.cli.parser import at_least
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED
 from numprune.flows.steps import recover
 from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.evaluate import compare_checkpoints

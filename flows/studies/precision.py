@@ -24,8 +24,7 @@ from numprune.export import checkpoint, genai, onnx, vllm
 from numprune.export.precision import FLOAT32
 from numprune.flows import children
 from numprune.flows.cli.parser import at_least
-from numprune.flows.names import Runtime
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED, Runtime
 from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.export import export

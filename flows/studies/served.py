@@ -19,7 +19,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, vllm
 from numprune.flows import children
-from numprune.flows.recipe import EMBEDDED
+from numprune.flows.names import EMBEDDED
 from numprune.flows.steps.checks import model_folder
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.text import calibration_rows

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from numprune.export import checkpoint, manifest
-from numprune.flows.recipe import Prune
+from numprune.flows.sections import Prune
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.studies import large

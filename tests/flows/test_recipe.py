@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from numprune.errors import InputError
-from numprune.flows import names, recipe
+from numprune.flows import names, sections
 from numprune.flows.recipe import EMBEDDED_RECIPE, Recipe, load
 
 MINIMAL = """
@@ -52,7 +52,7 @@ def test_the_embedded_recipe_shows_every_key_with_its_default() -> None:
                 differing.add(f"{name}.{key}")
     assert required == {"model.path", "data.calibration", "data.heldout", "registry.name"}
     assert differing == {"data.samples"}
-    assert f"yours; default {recipe.Data.model_fields['samples'].default}" in EMBEDDED_RECIPE.read_text()
+    assert f"yours; default {sections.Data.model_fields['samples'].default}" in EMBEDDED_RECIPE.read_text()
     for line in EMBEDDED_RECIPE.read_text(encoding="utf-8").splitlines():
         if any(line.startswith(f"{key.partition('.')[2]} = ") and "embedded" in line for key in required):
             assert "yours" in line
@@ -60,7 +60,8 @@ def test_the_embedded_recipe_shows_every_key_with_its_default() -> None:
 
 def test_omitted_sections_take_their_defaults(minimal: Path) -> None:
     loaded = load(minimal)
-    assert (loaded.prune, loaded.export, loaded.benchmark) == (recipe.Prune(), recipe.Export(), recipe.Benchmark())
+    for section in (sections.Prune, sections.Export, sections.Benchmark):
+        assert getattr(loaded, section.__name__.lower()) == section()
 
 
 def test_names_match_the_implementation() -> None:
@@ -90,11 +91,11 @@ def test_defaults_match_the_implementation() -> None:
     from numprune.serving.benchmark import Load
     from numprune.serving.benchmark.vllm import ServedLoad
 
-    assert options_of(recipe.Prune(), recipe.Target().sizes(), Path(), "none") == PruneOptions(
+    assert options_of(sections.Prune(), sections.Target().sizes(), Path(), "none") == PruneOptions(
         ratio=0.3, axes=list(DEFAULT_AXES), keep=[]
     )
-    assert Load(**recipe.Benchmark().load("torch")) == Load()
-    served = recipe.Benchmark().load("vllm")
+    assert Load(**sections.Benchmark().load("torch")) == Load()
+    served = sections.Benchmark().load("vllm")
     assert ServedLoad(**{**served, "concurrency": tuple(served["concurrency"])}) == ServedLoad()
 
 

@@ -15,7 +15,7 @@ from numprune.export import manifest
 from numprune.flows.cli import COMMANDS
 from numprune.flows.cli.parser import build, parse
 from numprune.flows.cli.recover import _OF_TRAINED, options_of_arguments
-from numprune.flows.recipe import Recover
+from numprune.flows.sections import Recover
 from numprune.flows.steps import recover
 from numprune.flows.steps.generate import read_prompts
 from numprune.flows.steps.recover import options_of

@@ -12,7 +12,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer
 from numprune.flows.bundle import CHECKPOINT
-from numprune.flows.recipe import Prune
+from numprune.flows.sections import Prune
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps.bodies import make_calibration, make_heldout, make_pruned
 from numprune.flows.steps.results import HeldoutRows

@@ -1,0 +1,356 @@
+"""The sections of a recipe, with the values that each key can have."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from numprune.byte_budget import parse
+from numprune.documents import WHOLE_FILE, Reading, separator
+from numprune.errors import InputError
+from numprune.flows.names import (
+    ALL_ITEMS,
+    BUILT_IN,
+    CAUSAL_LM,
+    DEFAULT_AXES,
+    EMBEDDED,
+    LEARNING_RATE,
+    LEARNING_TOKENS,
+    SEQUENCE_LENGTH,
+    TASKS_OWN,
+    Allocation,
+    Axis,
+    Compensation,
+    Criterion,
+    Device,
+    Dtype,
+    ExportFormat,
+    LearningMethod,
+    LearningVariant,
+    QuantizationMethod,
+    QuantizedTo,
+    Recovery,
+    Runtime,
+    TaskRuntime,
+    TorchMode,
+    TrainedWeights,
+)
+from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
+from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
+from numprune.target import Target as SizeTarget
+
+NO_BUDGET = "none"
+_MOST_EXAMPLES = 100
+
+
+def _text(value: Any) -> Any:
+    return value if value == EMBEDDED else _files(value, 'must be "embedded" or a list of text files')
+
+
+def _files(value: Any, rule: str = "must be a list of text files") -> Any:
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise ValueError(rule)
+    return files
+
+
+def _heldout(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return _text(value)
+    if not value:
+        raise ValueError("must name at least one corpus")
+    if unusable := [name for name in value if not re.fullmatch(CORPUS_NAME, name)]:
+        raise ValueError(f"{unusable[0]!r} cannot name a corpus; use lower-case letters, digits, - and _")
+    return {name: _text(text) for name, text in value.items()}
+
+
+def _prompt_files(value: Any) -> Any:
+    return [] if value == [] else _files(value)
+
+
+def _prompts(value: Any) -> Any:
+    if value == BUILT_IN:
+        return value
+    if not isinstance(value, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in value):
+        raise ValueError(f'must be "{BUILT_IN}" or a list of texts that are not empty')
+    if len(value) > MAXIMUM_PROMPTS:
+        raise ValueError(f"must have at most {MAXIMUM_PROMPTS} prompts")
+    return value
+
+
+def _distinct(value: list[Any]) -> list[Any]:
+    if len(set(value)) != len(value):
+        raise ValueError("must not contain duplicates")
+    return value
+
+
+def _separator(value: str) -> str:
+    try:
+        separator(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _budget(value: str) -> str:
+    try:
+        if value != NO_BUDGET:
+            parse(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _repeats(value: int) -> int:
+    if not are_repeats(value):
+        raise ValueError(REPEATS_RULE)
+    return value
+
+
+def _pack(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError('must be "auto", true or false')
+    return value
+
+
+def _few_shot(value: Any) -> Any:
+    if value != TASKS_OWN and not (type(value) is int and 0 <= value <= _MOST_EXAMPLES):
+        raise ValueError(f'must be "{TASKS_OWN}" or a number from 0 to {_MOST_EXAMPLES}')
+    return value
+
+
+def _limit(value: Any) -> Any:
+    if value != ALL_ITEMS and not (type(value) is int and 1 <= value < 2**31):
+        raise ValueError(f'must be "{ALL_ITEMS}" or a number of items, at least 1')
+    return value
+
+
+Text = Annotated[str | list[str], PlainValidator(_text)]
+Heldout = Annotated[str | list[str] | dict[str, str | list[str]], PlainValidator(_heldout)]
+PromptFiles = Annotated[list[str], PlainValidator(_prompt_files)]
+Prompts = Annotated[str | list[str], PlainValidator(_prompts)]
+FewShot = Annotated[int | Literal["task"], PlainValidator(_few_shot)]
+Limit = Annotated[int | Literal["all"], PlainValidator(_limit)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    """`path`: a Hugging Face folder, a hub id, or "embedded"; `device`: where it is calibrated and evaluated."""
+
+    path: Annotated[str, Field(min_length=1)]
+    device: Device = "auto"
+
+
+class Data(Section):
+    """Text files, or "embedded"; `samples` calibration rows of `sequence_length` tokens are drawn with `seed`.
+
+    `heldout` may also be several corpora by name. The first is what `quality` in the report is of.
+
+    `split`, `chat` and `pack` are the fields of numprune.documents.Reading.
+    """
+
+    calibration: Text
+    heldout: Heldout
+    samples: Count = 128
+    sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = SEQUENCE_LENGTH
+    seed: Seed = 0
+    split: Annotated[str, AfterValidator(_separator)] = WHOLE_FILE
+    chat: bool = False
+    pack: Annotated[bool | Literal["auto"], PlainValidator(_pack)] = "auto"
+
+    @property
+    def corpora(self) -> dict[str, str | list[str]]:
+        """The held-out text by name, the first one first; "" is the name of text that has none."""
+        return self.heldout if isinstance(self.heldout, dict) else {"": self.heldout}
+
+    def reading(self) -> Reading:
+        return Reading(self.split, self.chat, self.pack)
+
+
+class Prune(Section):
+    """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
+
+    `budget`: bytes that the released weights may take, as "6GiB", in the place of `ratio`, which is 0 then;
+    `quantize.scheme` determines how blocks may be stored. The allocation "error" divides it.
+    """
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    criterion: Criterion = "obs"
+    allocation: Allocation = "uniform"
+    compensation: Compensation = "joint"
+    axes: Annotated[list[Axis], Field(min_length=1), AfterValidator(_distinct)] = list(DEFAULT_AXES)
+    keep: list[Annotated[str, Field(min_length=1)]] = []
+    floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    skips: bool = False
+    budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
+    drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    seed: Seed = 0
+    batch_size: Count = 8
+    stream: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_budget(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("budget", NO_BUDGET) == NO_BUDGET:
+            return data
+        return {"ratio": 0.0, "allocation": "error", **data}
+
+    @property
+    def bytes_allowed(self) -> int | None:
+        """Of the released weights; None: the ratio decides."""
+        return None if self.budget == NO_BUDGET else parse(self.budget)
+
+
+class Learn(Section):
+    """Masks that choose what pruning keeps: with `method` "none", `prune.criterion` does.
+
+    They are trained on text of `data.calibration`, in rows of `data.sequence_length` tokens, for `tokens`; 0: as many
+    as the variant asks for. `learning_rate`: of the weights, which "faster" does not train. See numprune.learning.
+    """
+
+    method: Literal["none"] | LearningMethod = "none"
+    variant: LearningVariant = "faster"
+    tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = LEARNING_RATE
+    seed: Seed = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.tokens or LEARNING_TOKENS[self.variant]
+
+
+class Recover(Section):
+    """Training after pruning: `method` "none" does none; the rest are fields of numprune.recovery.RecoveryOptions.
+
+    It is trained on text of `data.calibration`, in rows of `data.sequence_length` tokens. With `prompts`, files with a
+    prompt in each record or line, `generated_share` of the rows are the dense model's answers to them.
+    """
+
+    method: Literal["none"] | Recovery = "none"
+    tokens: Count = 1_000_000
+    learning_rate: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    batch_size: Count = 8
+    micro_batch_size: Count = 8
+    selection_rows: Count = 64
+    gradient_checkpointing: bool = True
+    train: TrainedWeights = "all"
+    rank: Count = 16
+    blocks: Count = 4
+    prompts: PromptFiles = []
+    generated_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    seed: Seed = 0
+
+
+class Quantize(Section):
+    """How the pruned weights are stored: `scheme` "none" leaves them unchanged. See numprune.quantization.
+
+    "mixed": each block in the stored precision, in w8a8 or in w4a16, as `prune.budget` decides. `group_size`: channels
+    that share a scale in w4a16; the other schemes have a scale per row.
+    """
+
+    scheme: QuantizedTo = "none"
+    method: QuantizationMethod = "gptq"
+    group_size: Literal[32, 64, 128] = 128
+
+    @property
+    def channels_per_scale(self) -> int | None:
+        """None if a whole row shares a scale, or nothing is quantized."""
+        return self.group_size if self.scheme in ("w4a16", "mixed") else None
+
+
+class Target(Section):
+    """The servers: the fields of numprune.target.Target, and vLLM's device and version."""
+
+    align: Count = 8
+    tensor_parallel: Count = 1
+    quantization_group: Count = 1
+    device: Literal["gpu", "cpu"] = "gpu"
+    vllm: Annotated[str, Field(min_length=1)] = "0.32.0"
+
+    def sizes(self) -> SizeTarget:
+        return SizeTarget(**self.model_dump(exclude={"device", "vllm"}))
+
+
+class Export(Section):
+    """The exports of the pruned checkpoint. Without "vllm", the release holds the checkpoint as pruning wrote it.
+
+    `dtype`: precision of the exports and of both sides of a benchmark; see numprune.export.precision.choose.
+    """
+
+    targets: Annotated[list[ExportFormat], AfterValidator(_distinct)] = ["vllm", "onnx"]
+    shard_size: Annotated[str, Field(pattern=r"^[1-9][0-9]*(MB|GB)$")] = "5GB"
+    opset: Literal[20, 23] = 23
+    dtype: Dtype = "auto"
+
+
+class Evaluate(Section):
+    """`prompts` for greedy generation with both models: "built-in", or a list of texts; [] for none.
+
+    `tasks` of the lm-evaluation-harness, by name or as a YAML file, are answered by both models in `task_runtime`.
+    `num_fewshot`: examples per item, or "task" for the task's own number. `limit`: items of each task, or "all".
+    """
+
+    prompts: Prompts = BUILT_IN
+    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_distinct)] = []
+    num_fewshot: FewShot = TASKS_OWN
+    limit: Limit = ALL_ITEMS
+    task_runtime: TaskRuntime = "torch"
+
+
+class Benchmark(Section):
+    """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
+
+    `torch_mode`: decoding mode of the runtime torch; "auto": compiled on a GPU. `batch_sizes`, `lengths` and `passes`
+    are for encoders, which have no prompts and no output. `price_per_hour` of the machine, in any currency, adds the
+    cost of a million tokens to the report; 0: unknown.
+    """
+
+    runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
+    device: Device = "auto"
+    torch_mode: TorchMode = "auto"
+    prompts: Count = 4
+    prompt_length: Count = 128
+    output_length: Annotated[int, Field(ge=2, lt=2**31)] = 32
+    batch_size: Count = 1
+    repeats: Annotated[int, Field(lt=2**31), AfterValidator(_repeats)] = 10
+    warmup: Count = 1
+    seed: Seed = 0
+    concurrency: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 4]
+    goodput_ttft_ms: Count = 200
+    goodput_tpot_ms: Count = 50
+    kv_cache_mib: Count = 256
+    maximum_failed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [1, 8]
+    lengths: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)] = [32, 128]
+    passes: Count = 4
+    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    def load(self, runtime: str, task: str = CAUSAL_LM) -> dict[str, Any]:
+        """The runtime's load: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
+        encoders = {"batch_sizes", "lengths", "passes"}
+        if task != CAUSAL_LM:
+            return self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
+        served = {"concurrency", "goodput_ttft_ms", "goodput_tpot_ms", "kv_cache_mib", "maximum_failed"}
+        return self.model_dump(
+            exclude={
+                "runtimes",
+                "device",
+                "torch_mode",
+                "price_per_hour",
+                *encoders,
+                *({"batch_size"} if runtime == "vllm" else served),
+            }
+        )
+
+
+class Registry(Section):
+    """`uri`: an MLflow server or database, or "workspace" for SQLite and files inside the workspace."""
+
+    name: ModelName
+    uri: Annotated[str, Field(min_length=1)] = "workspace"
