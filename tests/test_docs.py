@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
+FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+CELL = re.compile(r"(?<!\\)\|")
 
 
 @pytest.mark.slow
@@ -27,6 +30,18 @@ def test_the_readme_is_one_page_and_its_links_resolve() -> None:
     targets = [target for target in LINK.findall(text) if "://" not in target]
     assert len(targets) > 20
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_row_of_a_table_is_one_line_with_as_many_cells_as_its_head() -> None:
+    wrong, rows = [], 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for table in TABLE.findall(text):
+            cells = [len(CELL.findall(row)) for row in table.splitlines()]
+            rows += len(cells)
+            wrong += [(page.name, row) for row, n in zip(table.splitlines(), cells, strict=True) if n != cells[0]]
+    assert rows > 300
+    assert wrong == []
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
