@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from numprune.corpus import TokenRows
@@ -72,7 +73,7 @@ class Row:
         weight_bytes: as stored.
         quality: the report's section, against the dense model; for the dense model, that of any other.
         quantization: the difference from the unquantized model, as in that section; None if it is not quantized.
-        speed: runtime -> the report's section, of this model and the dense one.
+        speed: runtime -> the report's section, of this model and the dense one; empty for the dense model.
     """
 
     name: str
@@ -83,9 +84,13 @@ class Row:
 
 
 def markdown(rows: Sequence[Row], runtimes: Sequence[str], conditions: str) -> str:
-    """Return the table; the first of `rows` is the dense model, and "-" means not measured."""
+    """Return the table; the first of `rows` is the dense model, and "-" means not measured.
+
+    Rates of different comparisons are not comparable where a machine's speed varies, so a model has only its ratio to
+    the dense model of the same comparison, and the dense model the median of its rates.
+    """
     header = ["model", "weights, MB", "NLL, nats/token", "increase over dense", "increase by quantization"]
-    header += [f"{runtime}, tokens/s (times dense)" for runtime in runtimes]
+    header += [f"{runtime}, times dense tokens/s" for runtime in runtimes]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in rows:
         dense = row is rows[0]
@@ -93,18 +98,22 @@ def markdown(rows: Sequence[Row], runtimes: Sequence[str], conditions: str) -> s
         delta = "-" if dense else _interval(row.quality["loss_delta"], "+.4f")
         cost = "-" if row.quantization is None else _interval(row.quantization, "+.4f")
         cells = [row.name, f"{row.weight_bytes / 1e6:,.1f}", f"{side['nll_nats_per_token']:.4f}", delta, cost]
-        cells += [_rate(runtime, row.speed.get(runtime), dense=dense) for runtime in runtimes]
+        cells += [_dense_rate(runtime, rows) if dense else _ratio(runtime, row) for runtime in runtimes]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", conditions, ""])
 
 
-def _rate(runtime: str, found: Mapping[str, Any] | None, *, dense: bool) -> str:
-    if found is None:
+def _dense_rate(runtime: str, rows: Sequence[Row]) -> str:
+    found = [RuntimeSpeed.model_validate(row.speed[runtime]) for row in rows if runtime in row.speed]
+    rates = [getattr(speed.baseline, _METRIC.get(runtime, "decode_tokens_per_s")) for speed in found]
+    return f"{median(rates):,.1f} tokens/s" if rates else "-"
+
+
+def _ratio(runtime: str, row: Row) -> str:
+    if runtime not in row.speed:
         return "-"
-    speed, name = RuntimeSpeed.model_validate(found), _METRIC.get(runtime, "decode_tokens_per_s")
-    side, ratio = (speed.baseline if dense else speed.candidate), getattr(speed, name).ratio
-    rate = f"{getattr(side, name):,.1f}"
-    return rate if dense else f"{rate} ({_interval(ratio.model_dump(), '.2f')})"
+    speed = getattr(RuntimeSpeed.model_validate(row.speed[runtime]), _METRIC.get(runtime, "decode_tokens_per_s"))
+    return _interval(speed.ratio.model_dump(), ".2f")
 
 
 def _interval(estimate: Mapping[str, Any], form: str) -> str:
@@ -180,7 +189,6 @@ def _study(args: argparse.Namespace) -> str:
         for runtime in runtimes:
             for name, found in _timed(runtime, variants, load, served, Path(scratch)).items():
                 speed[name][runtime] = found["speed"]
-                speed[DENSE].setdefault(runtime, found["speed"])
         table = [
             Row(
                 one.name,

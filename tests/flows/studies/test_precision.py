@@ -1,5 +1,6 @@
 """The table of precisions, its comparisons, and mistakes that end the study before its work."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numprune.errors import InputError
 from numprune.flows.steps.quantize import quantize_checkpoint
 from numprune.flows.studies import precision
 from numprune.quantization import Scheme
+from tests.serving.conftest import COMPLETE
 
 
 def delta(value: float) -> dict[str, object]:
@@ -43,6 +45,23 @@ def test_the_table_has_a_line_per_model_and_marks_what_was_not_measured() -> Non
         "| pruned, w4a16 | 3.5 | 3.2500 | +0.2500 [-0.0100, +1.5000] | +0.0500 [-0.0100, +1.5000] | - |"
     )
     assert lines[-1] == "conditions"
+
+
+def test_rates_are_compared_only_within_their_comparison() -> None:
+    speed = COMPLETE["speed"]["onnxruntime"]
+    slower = copy.deepcopy(speed)  # the machine was half as fast for both sides
+    for side in ("baseline", "candidate"):
+        slower[side]["decode_tokens_per_s"] /= 2
+    rows = [
+        precision.Row("dense", 10_000_000, quality(0.2)),
+        precision.Row("pruned", 8_000_000, quality(0.2), speed={"onnxruntime": speed}),
+        precision.Row("pruned, w8a8", 4_000_000, quality(0.2), speed={"onnxruntime": slower}),
+    ]
+    dense, *others = (line.split(" | ")[-1] for line in precision.markdown(rows, ["onnxruntime"], "").splitlines()[2:5])
+    assert dense == f"{0.75 * speed['baseline']['decode_tokens_per_s']:,.1f} tokens/s |"
+    ratio = speed["decode_tokens_per_s"]["ratio"]
+    assert others[0] == others[1]
+    assert others[0].startswith(f"{ratio['value']:.2f} [")
 
 
 def test_scheme_names_include_the_group_size() -> None:
