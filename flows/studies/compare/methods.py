@@ -26,7 +26,7 @@ METHODS = (*("/".join(parts) for parts in product(CRITERIA, _ALLOCATIONS, COMPEN
 DEFAULT = (
     "random/uniform/none",
     "magnitude/uniform/none",
-    "wanda/uniform/none",
+    "wanda-sp",
     "flap/global/bias",
     "taylor/uniform/none",
     "shortgpt",
