@@ -7,7 +7,7 @@ from typing import Any
 from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import IntegrityError
 from numprune.export import files
-from numprune.export.config import read_config
+from numprune.export.config import declared_config, set_dtype
 from numprune.export.headers import QuantizedHeader, TensorHeader, equal, read_headers
 from numprune.quantization import Scheme, compressed_tensors, quantized_tensors
 from numprune.tensors import TensorTable, tensor_table
@@ -26,10 +26,16 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
         InputError: config.json or the weights are missing, or the architecture is not supported.
         IntegrityError: names the tensor or the file.
     """
-    config = read_config(folder)
+    return read_audited(folder)[1]
+
+
+def read_audited(folder: Path) -> tuple[Any, dict[str, TensorHeader]]:
+    """Return the configuration, as `read_config` does, and the headers that `audit` returns. Raises as both do."""
+    config = declared_config(folder)
     table = tensor_table(config)
     expected, tied = table.shapes, table.tied
     stored = _with_base(read_headers(folder), table)
+    set_dtype(config, stored)
     computed = family_of(config).computed
     for name in sorted(expected.keys() | stored.keys()):
         if name not in expected:
@@ -55,7 +61,7 @@ def audit(folder: Path) -> dict[str, TensorHeader]:
                 f"{stored[name].file}: {name} differs from {source}, but config.json ties them; "
                 'set "tie_word_embeddings": false there if both are intended, or remove the stale one'
             )
-    return stored
+    return config, stored
 
 
 def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:

@@ -4,6 +4,7 @@ Reading does not need torch.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.configs import pruned_config
 from numprune.errors import InputError, reason
 from numprune.export import files
-from numprune.export.headers import FLOATS, has_weights, main_dtype, read_headers
+from numprune.export.headers import FLOATS, TensorHeader, has_weights, main_dtype, read_headers
 from numprune.quantization import compressed_tensors
 
 _ADAPTER = "adapter_config.json"
@@ -22,6 +23,24 @@ _ADAPTER = "adapter_config.json"
 
 def read_config(folder: Path) -> Any:
     """Return the configuration of a supported architecture. Its dtype is that of the stored weights, if there are any.
+
+    Raises:
+        InputError: config.json is missing or malformed, or the architecture is not supported.
+        IntegrityError: a file of weights is missing or truncated.
+    """
+    config = declared_config(folder)
+    if has_weights(folder):
+        set_dtype(config, read_headers(folder))
+    return config
+
+
+def set_dtype(config: Any, stored: Mapping[str, TensorHeader]) -> None:
+    """Set the dtype of `config` to that of the stored weights."""
+    config.dtype = dtypes.in_config(FLOATS[main_dtype(stored)])
+
+
+def declared_config(folder: Path) -> Any:
+    """Return the configuration of a supported architecture, with the dtype that config.json declares.
 
     The quantization config is left out: compressed_tensors.py handles it, and weights are read into a floating-point
     model.
@@ -31,7 +50,6 @@ def read_config(folder: Path) -> Any:
 
     Raises:
         InputError: config.json is missing or malformed, or the architecture is not supported.
-        IntegrityError: a file of weights is missing or truncated.
     """
     if (folder / _ADAPTER).exists():
         raise InputError(
@@ -43,20 +61,22 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
     content = files.read_object(path)
     compressed_tensors.read_quantization(content)  # refuses all others
+    for field in ("dtype", "torch_dtype"):
+        declared = content.get(field)
+        if declared not in (None, "auto", *FLOATS.values()):
+            raise InputError(f"{path}: {field}={str(declared)[:80]!r}; it must be one of {', '.join(FLOATS.values())}")
     try:
         config = _parse(folder, content)
-    except InputError:
-        raise
+        read_anatomy(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a malformed file can make transformers raise anything
         raise InputError(f"{path}: transformers cannot read it: {reason(error)}") from error
     if hasattr(config, compressed_tensors.CONFIG_FIELD):
         delattr(config, compressed_tensors.CONFIG_FIELD)
-    read_anatomy(config)
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) and isinstance(window, int) and window < 1:
         raise InputError(f"{path}: sliding_window={window}; use null for no window, or the number of tokens it spans")
-    if has_weights(folder):
-        config.dtype = dtypes.in_config(FLOATS[main_dtype(read_headers(folder))])
     return config
 
 

@@ -77,18 +77,15 @@ def inspect(args: argparse.Namespace) -> Answer:
         from numprune.budget import budget_of, pruning_step
         from numprune.dtypes import name_of
         from numprune.export import compressed_tensors
-        from numprune.export.audit import audit
-        from numprune.export.config import read_config
+        from numprune.export.audit import read_audited
         from numprune.export.files import resolve
-        from numprune.export.headers import weight_bytes
         from numprune.plans import PLAN_FILE, read_plan
         from numprune.target import Target
         from numprune.units import LOSS_UNITS
 
     folder = resolve(args.model)
-    config = read_config(folder)
+    config, stored = read_audited(folder)
     quantized = compressed_tensors.quantization_in(folder)
-    audit(folder)
     anatomy = read_anatomy(config)
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).exists() else None
     align = Target().align
@@ -114,7 +111,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "quantization": str(quantized) if quantized else None,
         "dtype": name_of(config.dtype),
         "uniform": anatomy.is_uniform,
-        "weight_bytes": weight_bytes(folder),
+        "weight_bytes": sum(header.bytes for header in stored.values()),
         **dataclasses.asdict(budget_of(anatomy)),
         "granularity": {kind: dataclasses.asdict(found) for kind, found in granularity.items()},
         "blocks": [

@@ -248,6 +248,8 @@ def _anchored(files: Any, path: Path) -> Any:
         return str(files) if "://" in str(files) else str(found)
     if not found.is_file():
         raise InputError(f"task {path}: dataset_kwargs.data_files: {found}: no such file")
+    if not found.stat().st_size:
+        raise InputError(f"task {path}: dataset_kwargs.data_files: {found} is empty; write an item per line")
     return str(found.absolute())
 
 

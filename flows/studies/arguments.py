@@ -4,13 +4,15 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from numprune.errors import DiskError, NumpruneError
+from numprune.errors import DiskError, InputError, NumpruneError
 from numprune.export.disk import require_writable
 from numprune.flows.names import EMBEDDED
+
+T = TypeVar("T")
 
 
 def parser_of(study: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -34,6 +36,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_heldout(parser: argparse.ArgumentParser) -> None:
     """Add the held-out text."""
     parser.add_argument("--heldout", nargs="+", metavar="FILE", help="held-out text (default: embedded)")
+
+
+def each_once(option: str, values: Sequence[T]) -> Sequence[T]:
+    """Return the values of a comma-separated option. Raises InputError if one is repeated."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise InputError(f"{option}: {value} is given twice")
+    return values
 
 
 def out_folder(text: str) -> Path:

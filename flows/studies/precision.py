@@ -32,7 +32,15 @@ from numprune.flows.steps.export import export
 from numprune.flows.steps.prune import device_of, prune_checkpoint
 from numprune.flows.steps.quantize import check_request, quantize_checkpoint
 from numprune.flows.steps.text import calibration_rows, text_rows
-from numprune.flows.studies.arguments import add_heldout, add_model, out_folder, parser_of, run, write_results
+from numprune.flows.studies.arguments import (
+    add_heldout,
+    add_model,
+    each_once,
+    out_folder,
+    parser_of,
+    run,
+    write_results,
+)
 from numprune.options import PruneOptions
 from numprune.quantization import SCHEMES, Scheme
 from numprune.serving.benchmark import run_benchmark
@@ -156,7 +164,8 @@ def _study(args: argparse.Namespace) -> str:
     runtimes = args.runtimes.split(",")
     if unknown := [name for name in runtimes if name not in RUNTIMES]:
         raise InputError(f"runtime is {unknown[0]!r}; it must be one of {', '.join(RUNTIMES)}")
-    schemes = [scheme_of(text) for text in args.schemes.split(",")]
+    each_once("--runtimes", runtimes)
+    schemes = each_once("--schemes", [scheme_of(text) for text in args.schemes.split(",")])
     if not are_repeats(args.repeats):
         raise InputError(f"--repeats is {args.repeats}; it {REPEATS_RULE}")
     base = model_folder(args.model)

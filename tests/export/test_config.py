@@ -97,6 +97,24 @@ def test_a_sliding_window_of_zero_is_refused(tiny_checkpoint: Checkpoint, window
         read_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("dtype", "nonsense", "dtype='nonsense'; it must be one of float64, float32, float16, bfloat16"),
+        ("torch_dtype", "int8", "torch_dtype='int8'; it must be one of float64"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000; no model has more than"),
+        ("architectures", ["GPT9"], "architectures="),
+    ],
+)
+def test_a_malformed_field_is_refused_with_the_file(
+    tiny_checkpoint: Checkpoint, field: str, value: object, said: str
+) -> None:
+    folder = change(tiny_checkpoint(), **{field: value})
+    with pytest.raises(InputError) as caught:
+        read_config(folder)
+    assert str(caught.value).startswith(f"{folder / 'config.json'}: {said}")
+
+
 def test_an_adapter_beside_the_weights_or_alone(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = tiny_checkpoint()
     for place in (folder, tmp_path):

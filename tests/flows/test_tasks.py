@@ -154,6 +154,7 @@ def edited(old: str, new: str) -> Callable[[Path], str]:
         assert old in YAML
         (folder / "task.yaml").write_text(YAML.replace(old, new))
         (folder / "items.jsonl").write_text('{"question": "a", "answer": 0}\n')
+        (folder / "empty.jsonl").touch()
         return str(folder / "task.yaml")
 
     return write
@@ -164,6 +165,7 @@ def edited(old: str, new: str) -> Callable[[Path], str]:
     [
         (lambda folder: str(folder / "none.yaml"), r"task .*none.yaml: no such file"),
         (edited("items.jsonl", "none.jsonl"), r"dataset_kwargs.data_files: .*none.jsonl: no such file"),
+        (edited("items.jsonl", "empty.jsonl"), r"dataset_kwargs.data_files: .*empty.jsonl is empty; write an item"),
         (edited("task: letters", "tasks: letters"), "must have its name as `task`"),
         (edited("task: letters", "task: my letters"), "'my letters': the name is part of a gate's metric"),
         (edited("metric: acc,", "metric: brier_score,"), r"none of its metrics \(brier_score\) is right or wrong"),

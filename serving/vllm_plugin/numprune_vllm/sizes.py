@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
-import numprune.modeling  # noqa: F401 - registers the per-layer classes with transformers
-from numprune.anatomy import PER_LAYER_PREFIX, family_of, read_anatomy
+from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import InputError
-from numprune.families import FAMILIES
 from numprune.quantization import check_quantizable, quantized_tensors, schemes_by_block
 from numprune.quantization.compressed_tensors import (
     CONFIG_FIELD,
@@ -24,6 +20,7 @@ from numprune.quantization.compressed_tensors import (
     shapes_of,
 )
 from numprune.target import not_split
+from numprune.tensors import tensor_table
 
 Shapes = dict[str, tuple[int, ...]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # vLLM casts each to its own precision
@@ -101,17 +98,13 @@ def _quantization(config: Any) -> QuantizationConfig | None:
 
 
 def expected_tensors(config: Any) -> Expected:
-    """The tensors that the checkpoint of a model must contain: those of transformers' model or of numprune's per-layer
-    one.
+    """The tensors that the checkpoint of a model must contain; for quantized weights, their values and scales.
 
-    For quantized weights, their values and scales. Raises InputError if the quantization is not supported, or the
-    family cannot be quantized.
+    Raises InputError if the architecture or the quantization is not supported, or the family cannot be quantized.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    state = revert_weight_conversion(model, model.state_dict())
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    dtypes = {name: (tensor.dtype,) for name, tensor in state.items() if not tensor.is_floating_point()}
+    table = tensor_table(config)
+    shapes = dict(table.shapes)
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {}
     if quantized := _quantization(config):
         anatomy = read_anatomy(config)
         check_quantizable(anatomy, schemes_by_block(anatomy, quantized))
@@ -120,7 +113,4 @@ def expected_tensors(config: Any) -> Expected:
                 shapes |= shapes_of(name, scheme, shapes.pop(name))
                 parts = {part: getattr(torch, dtype) for part, dtype in dtypes_of(name, scheme, "float32").items()}
                 dtypes |= {part: (dtype,) for part, dtype in parts.items() if dtype not in FLOATS}
-    tied = dict(model.all_tied_weights_keys)
-    family = FAMILIES.get(config.model_type.removeprefix(PER_LAYER_PREFIX))
-    known = {"computed": family.computed} if family else {}
-    return Expected(shapes, tied, dtypes=dtypes, **known)
+    return Expected(shapes, table.tied, family_of(config).computed, dtypes)

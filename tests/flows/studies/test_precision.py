@@ -105,6 +105,8 @@ def test_the_cost_of_quantization_is_the_difference_from_the_same_model_before_i
         (["--runtimes", "tensorrt"], "runtime is 'tensorrt'"),
         (["--schemes", "w2a2"], "scheme is 'w2a2'"),
         (["--schemes", "w4a16:48"], "group_size is 48"),
+        (["--schemes", "w4a16,w8a8,w4a16:128"], "--schemes: w4a16, groups of 128 is given twice"),
+        (["--runtimes", "torch,torch"], "--runtimes: torch is given twice"),
         (["--repeats", "2"], "--repeats is 2; it must be an even number, at least 4"),
         (["--runtimes", "vllm", "--vllm", "/nowhere"], "no virtual environment there"),
         (["/nowhere/model"], "/nowhere/model"),
