@@ -7,8 +7,10 @@ from numprune.serving import report as reports
 from tests.serving.pages import POLICY, full, judged
 
 
-def summarized(tmp_path: Path, limit: float) -> summary.Summary:
+def summarized(tmp_path: Path, limit: float, noise: float = 0.03) -> summary.Summary:
+    """The summary of a run; `noise`: of the decode speed in vLLM, relative."""
     data = full()
+    data["speed"]["vllm"]["noise_floor"]["decode_tokens_per_s"]["relative"] = noise
     data["identity"] = {**data["identity"], "name": "my-model"}
     data["price_per_hour"] = 3.6
     lost = {"value": None, "ci95_lower": None, "ci95_upper": None, "interval95": [None, None]}
