@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 CELL = re.compile(r"(?<!\\)\|")
+ITEM = re.compile(r" *(?:-|\d+\.) ")
+JOINED = re.compile(r"[.;] \d+\. \w")
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """Name and text of each page, without its code."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        yield page.name, FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -34,13 +43,28 @@ def test_the_readme_is_one_page_and_its_links_resolve() -> None:
 
 def test_every_row_of_a_table_is_one_line_with_as_many_cells_as_its_head() -> None:
     wrong, rows = [], 0
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for page, text in pages():
         for table in TABLE.findall(text):
             cells = [len(CELL.findall(row)) for row in table.splitlines()]
             rows += len(cells)
-            wrong += [(page.name, row) for row, n in zip(table.splitlines(), cells, strict=True) if n != cells[0]]
+            wrong += [(page, row) for row, n in zip(table.splitlines(), cells, strict=True) if n != cells[0]]
     assert rows > 300
+    assert wrong == []
+
+
+def test_the_lines_of_a_list_item_are_indented_and_hold_no_other_item() -> None:
+    wrong, items = [], 0
+    for page, text in pages():
+        indent = ""
+        for line in text.splitlines():
+            if start := ITEM.match(line):
+                indent = " " * len(start[0])
+                items += 1
+            elif not line.strip():
+                indent = ""
+            if indent and (JOINED.search(line) or not (start or line.startswith(indent))):
+                wrong.append((page, line))
+    assert items > 100
     assert wrong == []
 
 
