@@ -1,4 +1,4 @@
-"""What the base model's attention heads look at, on a few calibration rows."""
+"""What the base model's attention heads attend to, on a few calibration rows."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -119,7 +119,7 @@ def make_learned(
     target: Target,
     device: str,
 ) -> LearnedMasks:
-    """Train masks, into the folder `learned`. A killed training goes on from its last state.
+    """Train masks, into the folder `learned`. A killed training resumes from its last state.
 
     `limits`: the fields `names.LEARNED_LIMITS` of the recipe's section on pruning.
     """
@@ -137,7 +137,7 @@ def make_learned(
 
 
 def make_attention(out: Path, *, base: Artifact, rows: Artifact, stream: bool, device: str) -> AttentionProbe:
-    """See what the base's attention heads look at: shared by all ratios and methods."""
+    """Measure what the base's attention heads attend to: shared by all ratios and methods."""
     import torch
 
     from numprune.flows.steps.attention import probe
@@ -203,7 +203,7 @@ def make_generated(
     sequence_length: int,
     device: str,
 ) -> GeneratedText:
-    """Have the dense model generate that share of the rows to train on. Killed, it goes on after the last answers."""
+    """Have the dense model generate `share` of the training rows. A killed run resumes after its last answers."""
     import torch
 
     from numprune.flows.stages import kept_beside

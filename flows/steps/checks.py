@@ -205,7 +205,7 @@ def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
 
 
 def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
-    """Raises InputError where what is asked for cannot work, or masks cannot learn it."""
+    """Raises InputError if the request cannot be met, or masks cannot learn it."""
     if recipe.learn.method == "none":
         check_options(anatomy, pruning_options(recipe, base))
     else:
@@ -219,12 +219,12 @@ def load_tasks_of(recipe: Recipe) -> Tasks:
 
 
 def heldout_fields(recipe: Recipe) -> dict[str, str | list[str]]:
-    """The text of each corpus, by what the recipe calls it."""
+    """The text of each corpus, by its field in the recipe."""
     return {f"data.heldout.{name}".rstrip("."): text for name, text in recipe.data.corpora.items()}
 
 
 def schemes_asked(asked: Quantize) -> list[Scheme]:
-    """What blocks of the result may be quantized to."""
+    """The schemes to which blocks may be quantized."""
     groups = asked.channels_per_scale
     return [Scheme(name, groups if name == "w4a16" else None) for name in LEVELS[asked.scheme] if name]
 
@@ -437,7 +437,7 @@ def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list
 
 
 def _task_metric(recipe: Recipe, bound: str, name: str, rest: Sequence[str], tasks: Tasks | None) -> Iterator[str]:
-    """Why the report's section `tasks` will not have the figure, or not the bound."""
+    """Why the report's section `tasks` will not have the figure or its bound; nothing if it will."""
     if not recipe.evaluate.tasks:
         yield "evaluate.tasks = [] answers none; add the task"
     elif tasks is None:  # said already
@@ -456,7 +456,7 @@ def _task_metric(recipe: Recipe, bound: str, name: str, rest: Sequence[str], tas
 
 
 def _corpus(recipe: Recipe, path: Sequence[str]) -> str:
-    """Why the report has no such corpus, where it has none; `path`: its name and the figure."""
+    """Why the report has no such corpus; empty if it has. `path`: the corpus's name and the figure."""
     first, *others = recipe.data.corpora
     asked, figure = path[0] if path else "", ".".join(path[1:])
     if not first:

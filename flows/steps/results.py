@@ -46,7 +46,7 @@ class BaselineScores:
 
 @dataclass(frozen=True)
 class AttentionProbe:
-    """What attention heads look at, on so many rows: by block, each head's masses (numprune.probing.CATEGORIES)."""
+    """What attention heads attend to, on `rows` rows: by block, each head's shares (numprune.probing.CATEGORIES)."""
 
     rows: int
     sequence_length: int

@@ -62,7 +62,7 @@ def check_documents(
     option: str,
     prompts: Sequence[Document] = (),
 ) -> None:
-    """Raises InputError that names `option`, where `judged` is from, and the documents that both texts have.
+    """Raise InputError if both texts have a document; it names `option`, where `judged` is from, and the documents.
 
     `prompts`: documents that are also trained on.
     """
@@ -82,13 +82,13 @@ def named(option: str) -> Iterator[None]:
 
 @contextmanager
 def resumable(scratch: Path, asked: Mapping[str, Any], *, writes: bool = True) -> Iterator[TrainingState]:
-    """Give the state of the training that `asked` describes: a folder in `scratch`, which goes when it is over.
+    """Give the state of the training that `asked` describes: a folder in `scratch`, which is removed at the end.
 
-    It stays if the process is killed or fails, unless the training would only fail again from it.
+    It is kept if the process is killed or fails, unless the training would only fail again from it.
 
     Args:
-        asked: all that decides the result, as JSON.
-        writes: this process saves the state; only one of those that share a training does.
+        asked: everything that determines the result, as JSON.
+        writes: whether this process saves the state; one of those that share a training does.
 
     Raises:
         InputError: another process is running the same training.

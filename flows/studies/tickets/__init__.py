@@ -1,1 +1,1 @@
-"""Lottery tickets: whether what pruning leaves trains better than the same shape with other weights or other units."""
+"""Lottery tickets: do the units that pruning keeps train better than random units, or than new weights?"""

@@ -1,4 +1,4 @@
-"""The address of the command, `python -m numprune.flows.studies.tickets`."""
+"""`python -m numprune.flows.studies.tickets`."""
 
 import sys
 

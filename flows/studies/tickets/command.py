@@ -21,11 +21,11 @@ _EPILOG = """\
   python -m numprune.flows.studies.tickets --unstructured
   python -m numprune.flows.studies.tickets --text train.txt --heldout test.txt --rounds 6 --fraction 0.2 --seeds 3
 
-A small Llama over bytes is trained, pruned by magnitude, rewound to its weights after --rewind steps and trained again,
---rounds times. Beside each ticket stand the same shape initialised anew, and units chosen at random.
+Trains a small Llama over bytes, prunes it by magnitude, rewinds it to its weights after --rewind steps and trains it
+again, --rounds times. Each ticket is compared with the same shape, initialised anew, and with random units.
 
-Writes tickets.md, tickets.json and tickets.svg into --out, and prints the table. Each training is kept there as soon as
-it is finished: the same command goes on after an interruption, and with more rounds or seeds trains only what is new.
+Writes tickets.md, tickets.json and tickets.svg into --out, and prints the table. Finished trainings are kept there: the
+same command resumes after an interruption, and with more rounds or seeds only the new ones are trained.
 """
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tickets: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("tickets: interrupted; the same command goes on", file=sys.stderr)
+        print("tickets: interrupted; run the same command to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -52,17 +52,21 @@ def _parser() -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="to train on (default: the embedded text)")
-    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="to be judged on (default: the embedded text)")
-    parser.add_argument("--steps", type=at_least(1), default=300, metavar="N", help="of a training (default: 300)")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="training text (default: the embedded text)")
+    parser.add_argument("--heldout", nargs="+", metavar="FILE", help="held-out text (default: the embedded text)")
+    parser.add_argument("--steps", type=at_least(1), default=300, metavar="N", help="steps per training (default: 300)")
     parser.add_argument(
-        "--rewind", type=at_least(0), default=30, metavar="K", help="the step that tickets go back to (default: 30)"
+        "--rewind", type=at_least(0), default=30, metavar="K", help="step to which tickets are rewound (default: 30)"
     )
-    parser.add_argument("--rounds", type=at_least(1), default=4, metavar="N", help="of pruning (default: 4)")
+    parser.add_argument("--rounds", type=at_least(1), default=4, metavar="N", help="rounds of pruning (default: 4)")
     parser.add_argument(
-        "--fraction", type=float, default=0.3, metavar="F", help="of what is left, removed a round (default: 0.3)"
+        "--fraction",
+        type=float,
+        default=0.3,
+        metavar="F",
+        help="share of what is left that each round removes (default: 0.3)",
     )
-    parser.add_argument("--seeds", type=at_least(1), default=2, metavar="N", help="models trained (default: 2)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, metavar="N", help="models to train (default: 2)")
     parser.add_argument("--unstructured", action="store_true", help="remove single weights instead of units")
     parser.add_argument(
         "--out", type=Path, default=Path("numprune-tickets"), metavar="DIR", help="default: %(default)s"

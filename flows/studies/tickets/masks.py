@@ -1,4 +1,4 @@
-"""What is left of a model, as masks of its prunable matrices: of whole units, or of single weights."""
+"""Masks of the prunable matrices: what is kept of a model, in whole units or single weights."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -17,20 +17,20 @@ Masks = Mapping[str, Tensor]  # name of a matrix -> (its shape) bool, False wher
 
 
 class Pruning(Protocol):
-    """Removes some of what is left."""
+    """Chooses what to keep."""
 
     def smaller(self, model: PreTrainedModel, masks: Masks, share: float) -> Masks:
-        """Return masks that leave `share` of the prunable parameters: those of `model` with the greatest magnitude.
+        """Return masks that keep `share` of the prunable parameters: those of `model` with the greatest magnitude.
 
-        Nothing comes back that `masks` have removed.
+        What `masks` have removed stays removed.
         """
 
     def random(self, masks: Masks, draw: torch.Generator) -> Masks:
-        """Return masks that leave as much of each block, drawn at random."""
+        """Return masks that keep as much of each block, drawn at random."""
 
 
 def everything(anatomy: Anatomy) -> Masks:
-    """Return the masks of a model that has lost nothing."""
+    """Return the masks of an unpruned model."""
     return {
         f"{block.path}.{part.tensor}": torch.ones(part.shape(block.size), dtype=torch.bool)
         for block in anatomy.blocks
@@ -39,12 +39,12 @@ def everything(anatomy: Anatomy) -> Masks:
 
 
 def share_left(masks: Masks) -> float:
-    """Return the share of the prunable parameters that is left."""
+    """Return the share of the prunable parameters that the masks keep."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 class UnitPruning:
-    """Removes KV groups and MLP channels, as many in every layer; the share is met as nearly as they can."""
+    """Removes KV groups and MLP channels, the same number in every layer: as near to the share as possible."""
 
     def __init__(self, anatomy: Anatomy, allowed: Sizes) -> None:
         self._anatomy, self._allowed = anatomy, allowed
@@ -82,7 +82,7 @@ class UnitPruning:
 
 
 class WeightPruning:
-    """Removes single weights, those of least magnitude among all prunable matrices first."""
+    """Removes single weights: those of least magnitude among all prunable matrices."""
 
     def smaller(self, model: PreTrainedModel, masks: Masks, share: float) -> Masks:
         parts = [
@@ -103,6 +103,6 @@ class WeightPruning:
 
 
 def _units(masks: Masks, block: Block) -> Tensor:
-    """Return which units of a block are left, (units,) bool."""
+    """Return which units of a block are kept, (units,) bool."""
     by_channel = block.reader.by_entry(masks[f"{block.path}.{block.reader.tensor}"]).flatten(1).any(1)
     return by_channel.view(block.units, -1).any(1)

@@ -1,8 +1,9 @@
-"""The trainings of the study, each kept on the disk as soon as it is finished.
+"""The trainings of the study. Each is written to disk as soon as it is finished.
 
-A ticket is what magnitude leaves of a trained model, with the weights that it had after step k of its own training
-(Frankle et al., ICML 2020, arXiv 1912.05671). It is trained to the end, pruned again, and so on. Beside it are the same
-shape initialised anew and trained from the first step, and as many units (or weights) chosen at random, rewound alike.
+A ticket is what magnitude pruning keeps of a trained model, with the model's weights after step k of its training
+(Frankle et al., ICML 2020, arXiv 1912.05671). It is trained to the end, pruned again, and so on. It is compared with
+the same shape, initialised anew and trained from the first step, and with as many random units (or weights), rewound
+to step k, too.
 """
 
 import hashlib
@@ -32,18 +33,18 @@ from numprune.recovery.state import Position, TrainingState
 
 Kind = Literal["dense", "ticket", "reinitialised", "random"]
 RIVALS: tuple[Kind, ...] = ("ticket", "reinitialised", "random")
-_APART = 1 << 20  # seeds of the same shape initialised anew, and of draws, are none of the dense models'
+_APART = 1 << 20  # keeps seeds of new weights and of draws apart from those of the dense models
 _REWOUND = "rewound/"  # names of a dense model's weights after step k
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a training's result, besides the text.
+    """The settings that, with the text, determine the results.
 
     Attributes:
-        steps: of a whole training.
-        rewind: k, after how many steps a ticket's weights are taken.
-        fraction: of what is left, removed after each training.
+        steps: per training.
+        rewind: k, the step to which tickets are rewound.
+        fraction: share of the remaining units (or weights) to remove after each training.
         structured: whole units are removed; otherwise single weights.
     """
 
@@ -53,14 +54,14 @@ class Settings:
     structured: bool
 
     def share(self, rounds: int) -> float:
-        """Return the share of the prunable parameters that so many rounds leave."""
+        """Return the share of the prunable parameters that is left after so many rounds."""
         return float((1 - self.fraction) ** rounds)
 
     def pruning(self, rounds: int) -> Pruning:
-        """Return what removes units or weights, so many times.
+        """Return the pruning of units or weights.
 
         Raises:
-            InputError: the last round is to leave less than the least.
+            InputError: the last round would remove more than can be removed.
         """
         if not self.structured:
             return WeightPruning()
@@ -91,7 +92,7 @@ class Result:
 
 
 class Study:
-    """All trainings of some settings. Raises InputError as `Settings.pruning`."""
+    """All trainings with the same settings. Raises InputError as `Settings.pruning`."""
 
     def __init__(self, settings: Settings, rounds: int, seeds: Sequence[int], rows: Tensor, heldout: Tensor) -> None:
         self._settings, self._rounds, self._seeds = settings, rounds, seeds
@@ -101,7 +102,7 @@ class Study:
 
     @property
     def conditions(self) -> str:
-        """What the table's figures are of, one sentence."""
+        """The conditions of the table's figures, in one sentence."""
         settings, prunable = self._settings, budget_of(self._anatomy).prunable_parameters
         what = "KV groups and MLP channels, as many in every layer" if settings.structured else "single weights"
         return (
@@ -112,7 +113,7 @@ class Study:
         )
 
     def run(self, out: Path) -> list[Result]:
-        """Return the results of all trainings, whose files go to `out`; those that are there are not repeated."""
+        """Return the results of all trainings. Their files are kept in `out`, and finished ones are not repeated."""
         rounds = range(1, self._rounds + 1)
         kinds: list[tuple[Kind, int]] = [("dense", 0), *((kind, number) for number in rounds for kind in RIVALS)]
         every = [(kind, seed, number) for seed in self._seeds for kind, number in kinds]
@@ -139,7 +140,7 @@ class Study:
     def _trained(
         self, out: Path, kind: Kind, seed: int, number: int, masks: Masks, start: Mapping[str, Tensor], bar: Progress
     ) -> tuple[dict[str, Tensor], Result]:
-        """Train from `start`, or as initialised, or read what was trained; return the weights and the result."""
+        """Return weights and result of a training from `start` (empty: as initialised); a finished one is read."""
         state = self._state(out, kind, seed, number)
         found = state.load()
         if found is None:

@@ -17,7 +17,7 @@ _COLOURS: dict[Kind, str] = {"ticket": "tab:blue", "reinitialised": "tab:orange"
 
 
 def as_markdown(results: Sequence[Result], conditions: str) -> str:
-    """Return the table: means over seeds, and of differences the least and the largest."""
+    """Return the table: means over seeds, and the range of differences."""
     header = ["kept", *(f"NLL, {_LABELS[kind]}" for kind in RIVALS)]
     header += [f"{_LABELS[kind]} - ticket" for kind in RIVALS[1:]]
     dense = fmean(result.nll for result in results if result.kind == "dense")
@@ -34,7 +34,7 @@ def as_markdown(results: Sequence[Result], conditions: str) -> str:
 
 
 def as_svg(results: Sequence[Result]) -> str:
-    """Return a picture: NLL over the share that is kept, a point for each seed and a line through their means."""
+    """Return a picture: NLL against the kept share, with a point per seed and a line through the means."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     dense = fmean(result.nll for result in results if result.kind == "dense")

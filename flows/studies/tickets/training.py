@@ -24,7 +24,7 @@ class Training:
 
     Attributes:
         rows: (N, LENGTH) int64.
-        steps: of a whole training.
+        steps: per training.
         seed: of the order of the rows.
     """
 
@@ -33,14 +33,14 @@ class Training:
     seed: int
 
     def run(self, model: PreTrainedModel, masks: Masks, first: int, after: Callable[[int], object]) -> None:
-        """Make the steps from `first` on, in place. The optimizer begins anew; rows and learning rates do not.
+        """Train in place from step `first` on, with a new optimizer; rows and learning rates continue from there.
 
         Args:
-            masks: what they remove is zero from the beginning to the end.
-            after: called with the number of steps that are done, after each.
+            masks: what they remove is zero throughout.
+            after: called after each step with the number of steps done.
 
         Raises:
-            InputError: the loss is not finite any more.
+            InputError: the loss is not finite.
         """
         weights = {name: model.get_parameter(name) for name in masks}
         optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, _BETAS, weight_decay=0.0)
@@ -104,7 +104,7 @@ def byte_rows(documents: Iterable[str], most: int) -> Tensor:
     """Return the first `most` windows of the documents' bytes, or all, (N, LENGTH) int64.
 
     Raises:
-        InputError: there is not one.
+        InputError: the text is shorter than one window.
     """
     content = bytearray()
     for document in documents:
