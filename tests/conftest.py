@@ -1,4 +1,4 @@
-"""Small models with random weights, made afresh for each test: no file of the project is needed to run one."""
+"""Small models with random weights, created for each test."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What tests start ends with them, however they end: `python processes.py PARENT MARK FOLDER` sees to it.
+"""Ends everything that tests started, however they end: `python processes.py PARENT MARK FOLDER`.
 
 Every process that a test starts inherits a mark in its environment, those of xdist's workers and of servers that are
 meant to outlive a command too. What they leave in FOLDER, their temporary one, is removed with them; pytest keeps its

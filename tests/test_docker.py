@@ -1,4 +1,4 @@
-"""The Dockerfile without an engine: linted, and its steps run where its paths are a folder's.
+"""The Dockerfile, linted, and its steps run in a folder, without a container engine.
 
 What differs from an image: nothing is installed with apt, the base is this machine's Python, and pip finds everything
 in this environment, checks it against requirements and constraints, and downloads nothing.

@@ -1,4 +1,4 @@
-"""The documentation: it builds without a warning, links included, and the front page stays one."""
+"""The documentation builds without a warning, links included, and the README stays one page."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The examples: every recipe and policy in them is one, and the notebook runs."""
+"""The examples: all recipes and policies are valid, and the notebook runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every family proves itself here: its file in numprune/families describes the model that transformers makes of it.
+"""Every family's file in numprune/families describes the model that transformers builds.
 
 A family that passes is pruned, saved, read back and streamed right. docs/families.md holds the table of what is proved.
 """

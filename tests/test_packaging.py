@@ -1,4 +1,4 @@
-"""What is built and installed: everything under `numprune`, nothing that takes the name of a user's own `flows/`."""
+"""The built and installed package: everything is below `numprune`, so a user's `flows/` is not shadowed."""
 
 import configparser
 import os

@@ -1,4 +1,4 @@
-"""Networks that the ONNX writers know, and how far their exports are from them."""
+"""Networks that the ONNX writers support, and how far their exports are from the originals."""
 
 from pathlib import Path
 from typing import Any

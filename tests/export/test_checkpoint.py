@@ -1,4 +1,4 @@
-"""Checkpoints: what is whole loads as it was, what is not is refused by the name of the tensor or file."""
+"""Checkpoints: complete ones load unchanged, others are refused with the name of the tensor or file."""
 
 import json
 import os

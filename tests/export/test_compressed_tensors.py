@@ -1,4 +1,4 @@
-"""The format compressed-tensors, against the package of that name."""
+"""The compressed-tensors format, against the package of that name."""
 
 import json
 import shutil

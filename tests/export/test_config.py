@@ -1,4 +1,4 @@
-"""config.json: odd ones are read or refused with the remedy, and what is written says no less than what was read."""
+"""config.json: unusual ones are read, or refused with the remedy, and nothing is lost when they are written."""
 
 import json
 from collections.abc import Callable

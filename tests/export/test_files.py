@@ -1,4 +1,4 @@
-"""What goes into every artifact beside the weights: byte for byte what the model came with, and no more."""
+"""The files in every artifact besides the weights: byte for byte those of the base model, and no others."""
 
 import json
 from collections.abc import Callable

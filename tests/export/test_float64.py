@@ -1,4 +1,4 @@
-"""A float32 model computes in float64, and is the same model afterwards."""
+"""A float32 model computes in float64 and is unchanged afterwards."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The export for ONNX Runtime: every network it is written for, in our runtime and in onnxruntime-genai itself."""
+"""The export for ONNX Runtime: every supported network, in our runtime and in onnxruntime-genai."""
 
 import json
 from collections.abc import Callable, Sequence

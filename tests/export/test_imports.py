@@ -1,4 +1,4 @@
-"""scikit-learn is left out of transformers, and there for the harness."""
+"""scikit-learn is left out of transformers but available to the harness."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Artifact folders: whole or absent, and every alteration found."""
+"""Artifact folders: complete or absent, and every alteration is detected."""
 
 import json
 import os

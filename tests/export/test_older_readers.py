@@ -1,4 +1,4 @@
-"""What is written is read by transformers 4.57 as the same model: the last of those before `rope_parameters`."""
+"""transformers 4.57, the last version before `rope_parameters`, reads the same model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The ONNX export: every supported network, exact also for padded rows, in a file that is complete and standard."""
+"""The ONNX export: every supported network, exact for padded rows too, in a complete and standard file."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Experts as an ONNX graph computes them are the model's own."""
+"""Experts in an ONNX graph compute the same as the model's."""
 
 from typing import Any
 

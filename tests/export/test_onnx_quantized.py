@@ -1,4 +1,4 @@
-"""Quantized matrices in the layout of MatMulNBits: nothing is rounded, and ONNX Runtime reads it so."""
+"""Quantized matrices in the layout of MatMulNBits: exact, and read the same by ONNX Runtime."""
 
 import numpy as np
 import onnxruntime as ort

@@ -1,4 +1,4 @@
-"""Parity holds where it should, and every way in which a runtime can be wrong is found and placed."""
+"""Parity passes correct exports, and every kind of runtime error is found and located."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Parity of encoders: what is right passes, what is wrong does not."""
+"""Parity of encoders passes correct exports and refuses wrong ones."""
 
 from collections.abc import Callable
 from pathlib import Path

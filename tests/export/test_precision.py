@@ -1,4 +1,4 @@
-"""Which precision is computed in, casts that do not lose a value unseen, and exports in half precision."""
+"""The choice of compute precision, casts that never lose a value silently, and exports in half precision."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is written tensor by tensor is what a loader reads."""
+"""Checkpoints written tensor by tensor are read back unchanged."""
 
 import json
 from pathlib import Path

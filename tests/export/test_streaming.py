@@ -1,4 +1,4 @@
-"""A checkpoint read layer by layer is the model that is loaded whole, and what is wrong with it is refused."""
+"""A checkpoint read layer by layer equals the one loaded whole, and a damaged one is refused."""
 
 import os
 from pathlib import Path

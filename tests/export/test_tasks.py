@@ -1,4 +1,4 @@
-"""What a checkpoint is for is read from its files, or refused by name."""
+"""A checkpoint's task is read from its files, or refused by name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Whole or absent, whatever happens to the process that writes: kill -9, two at once, sweeps in between."""
+"""Folders are complete or absent: after kill -9, with two writers, and with concurrent sweeps."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What can be checked of TensorRT without its libraries; building and running an engine needs them and a GPU."""
+"""What can be tested of TensorRT without its libraries; engines need them and a GPU."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""A text's tokens are those of the tokenizer's own file, whatever class the names beside it stand for."""
+"""A text's tokens are those of the tokenizer's own file, whatever class its configuration names."""
 
 import io
 import json

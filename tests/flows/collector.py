@@ -1,4 +1,4 @@
-"""An OTLP/HTTP endpoint that decodes what it is sent by OpenTelemetry's own protocol, and keeps it."""
+"""An OTLP/HTTP endpoint that decodes and keeps what it receives, with OpenTelemetry's own protocol."""
 
 import queue
 import threading

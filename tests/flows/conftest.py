@@ -1,4 +1,4 @@
-"""A tiny model with its text and a recipe for it, and a command line that answers with (exit code, stdout, stderr)."""
+"""A tiny model with its text and a recipe, and a command line that returns (exit code, stdout, stderr)."""
 
 import atexit
 import json

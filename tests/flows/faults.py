@@ -1,4 +1,4 @@
-"""What the tests of faults share: a recipe that is quickly done, a finished workspace, and faults that are real."""
+"""Shared by the tests of faults: a short recipe, a finished workspace, and real faults."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A Prefect server and worker of a test's own, set up by the README's commands from a copy of the deployments."""
+"""A Prefect server and worker for one test, set up by the README's commands from a copy of the deployments."""
 
 import os
 import shutil

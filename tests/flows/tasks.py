@@ -1,4 +1,4 @@
-"""A task of the lm-evaluation-harness that a tiny model answers all right, because its answers define what is right."""
+"""A task of the lm-evaluation-harness whose targets are a tiny model's own answers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `import numprune` gives: the README's lines, no change of the model that is given, types that hold."""
+"""`import numprune`: the README's lines, arguments that are not modified, and types."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Options before, between and after arguments, and what an option with several values leaves to the command."""
+"""Options before, between and after arguments, also options with several values."""
 
 import argparse
 from collections.abc import Sequence

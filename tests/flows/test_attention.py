@@ -1,4 +1,4 @@
-"""The stage that probes attention, its part of the report, and the picture."""
+"""The stage that probes attention, its section of the report, and the picture."""
 
 from pathlib import Path
 

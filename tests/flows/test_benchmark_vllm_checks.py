@@ -1,4 +1,4 @@
-"""The runtime vllm in recipes and on the command line: what is refused before anything is started."""
+"""The runtime vllm in recipes and on the command line: what is refused before anything starts."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The bodies of stages are typed functions, called as such: no name in a string, no dictionary of arguments."""
+"""The bodies of stages are typed functions, called without strings and dictionaries."""
 
 import ast
 import inspect

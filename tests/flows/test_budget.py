@@ -1,4 +1,4 @@
-"""A budget of bytes from the command line and in a recipe: sizes and bits are chosen, written, and within it."""
+"""A budget of bytes on the command line and in a recipe: sizes and bits are chosen, written, and within it."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""numprune check-server: what it says before there is a server; the rest is in the tests with a real one."""
+"""numprune check-server without a server; test_vllm_server.py and others have real ones."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What goes and what stays: with real runs, real registries, and processes that are really killed."""
+"""What is deleted and what is kept: real runs, real registries, and processes that are really killed."""
 
 import json
 import os

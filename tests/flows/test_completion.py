@@ -1,4 +1,4 @@
-"""The scripts for shells: what bash makes of one."""
+"""Shell completion: bash runs one of the scripts."""
 
 import subprocess
 from collections.abc import Callable

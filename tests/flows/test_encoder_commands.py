@@ -1,4 +1,4 @@
-"""numprune inspect, prune and evaluate on encoder checkpoints, a task each."""
+"""numprune inspect, prune and evaluate on an encoder checkpoint of each task."""
 
 import json
 from collections.abc import Callable

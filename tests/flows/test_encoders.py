@@ -1,4 +1,4 @@
-"""An encoder through the commands: the whole chain, its comparison, and what is refused before any work."""
+"""An encoder through the pipeline and the comparison, and refusals before any work."""
 
 from collections.abc import Callable
 from pathlib import Path

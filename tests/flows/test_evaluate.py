@@ -1,4 +1,4 @@
-"""Candidates against one baseline, and what both generate."""
+"""Candidates against one baseline, and the generated text of both."""
 
 import copy
 import json

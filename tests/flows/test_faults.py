@@ -1,4 +1,4 @@
-"""The table of faults names tests that are there."""
+"""The tests named in the table of faults exist."""
 
 import ast
 import re

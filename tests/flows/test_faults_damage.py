@@ -1,4 +1,4 @@
-"""A bit that flips: in each stage, in a release, in the report after the verdict. It is never used, nor a `pass`."""
+"""A flipped bit in any stage, in a release or in a judged report is never used and never a `pass`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Disks that are full, or read-only: real ones, each a small file system in memory."""
+"""Full and read-only disks: real, small file systems in memory."""
 
 import os
 import resource

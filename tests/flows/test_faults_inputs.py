@@ -1,4 +1,4 @@
-"""Models, tokenizers and texts that are not what they should be; paths that are unusual; clocks that go back."""
+"""Damaged models, tokenizers and texts; unusual paths; clocks that go back."""
 
 import json
 import os

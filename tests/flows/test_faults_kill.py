@@ -1,4 +1,4 @@
-"""kill -9 at work, from outside, in every stage; and two runs at once."""
+"""kill -9 from outside in every stage, and two concurrent runs."""
 
 import os
 import shutil

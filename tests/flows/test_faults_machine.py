@@ -1,4 +1,4 @@
-"""Machines as they are: file systems without locks, overlays, two users, closed streams, no home, long paths."""
+"""Unusual machines: file systems without locks, overlays, two users, closed streams, no home, long paths."""
 
 import _strptime  # noqa: F401 - imported late by datetime, when another user may not read the interpreter's folder
 import errno

@@ -1,4 +1,4 @@
-"""What a run would do is what it does."""
+"""The forecast of a run matches the run."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""numprune inspect leaves torch out, which takes most of the time to import, and says the same as with it."""
+"""numprune inspect does not import torch, which takes most of the time, and reports the same as with it."""
 
 import json
 import subprocess

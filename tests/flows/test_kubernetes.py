@@ -1,4 +1,4 @@
-"""numprune kubernetes: from a registry to a file."""
+"""numprune kubernetes, from a registry to a file."""
 
 import json
 import shutil

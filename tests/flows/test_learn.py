@@ -1,4 +1,4 @@
-"""numprune learn: a plan by trained masks, and what prune makes of it."""
+"""numprune learn, and numprune prune with its plan."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The whole chain with a recipe whose masks choose: through a killed training to a published release."""
+"""The whole pipeline with learned masks: a killed training, a published release, and refusals."""
 
 from dataclasses import replace
 from pathlib import Path

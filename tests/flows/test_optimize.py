@@ -1,4 +1,4 @@
-"""The whole chain on a tiny model."""
+"""The whole pipeline on a tiny model."""
 
 import json
 import os

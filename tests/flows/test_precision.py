@@ -1,4 +1,4 @@
-"""A recipe with a precision: what is exported, proved, timed and reported is in it."""
+"""A recipe with a precision: exports, parity, timings and report all use it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chain as a Prefect flow, on a real server: what a team sees of a run is what is done without a server, too."""
+"""The pipeline as a Prefect flow on a real server: the same as without a server, and visible to a team."""
 
 import re
 from collections.abc import Callable, Iterator

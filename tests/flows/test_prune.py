@@ -1,4 +1,4 @@
-"""A pruned checkpoint made layer by layer is the one made in memory, without the memory."""
+"""Pruning layer by layer gives the same checkpoint as in memory, in less memory."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A plan without pruning, and pruning as a plan says: what would be kept, and what was edited."""
+"""Plans without pruning, and pruning by a plan, edited or not."""
 
 import json
 import shutil

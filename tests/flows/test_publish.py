@@ -1,4 +1,4 @@
-"""Before anything is published, and when it is fetched, its tensors are compared with its configuration."""
+"""Tensors are compared with the configuration before publication and when a release is fetched."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""numprune quantize, and what the other commands make of a quantized checkpoint."""
+"""numprune quantize, and other commands on a quantized checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The whole chain with a recipe that quantizes: to a published release, through a killed stage, and what is refused."""
+"""The whole pipeline with quantization: a killed stage, a published release, and refusals."""
 
 import json
 import shutil

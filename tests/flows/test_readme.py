@@ -1,4 +1,4 @@
-"""The front page: its recipe, commands and Python lines, on a small model in the place of a user's."""
+"""The front page: its recipe, commands and Python lines, on a small model instead of a user's."""
 
 import json
 import re

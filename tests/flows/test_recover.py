@@ -1,4 +1,4 @@
-"""numprune recover: what it writes and says, and what it refuses."""
+"""numprune recover: its results, messages and refusals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The whole chain with a recipe that trains after pruning: through a killed training to a published release."""
+"""The whole pipeline with training after pruning: a killed training, a published release, and refusals."""
 
 import shutil
 from collections.abc import Callable

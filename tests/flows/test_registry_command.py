@@ -1,4 +1,4 @@
-"""numprune registry: what a name without an alias means, and what a rollback there does not do."""
+"""numprune registry: names without an alias, and what its rollback leaves alone."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The release flow, run here. How it waits for an approval, on a server: see test_schedule.py."""
+"""The release flow without a server; test_schedule.py tests approvals on a server."""
 
 import signal
 import subprocess

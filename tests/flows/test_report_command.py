@@ -1,4 +1,4 @@
-"""numprune report: pages from files and folders; what is no report ends in one error and writes nothing."""
+"""numprune report: pages from files and folders; anything else is one error, and nothing is written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Schedules, approvals, dead workers and messages on a real Prefect server, from what stands in the repository.
+"""Schedules, approvals, dead workers and notifications on a real Prefect server, with the repository's files.
 
 One server for all; the tests go on from what those before them left, as nights do: a run is killed, and the next one
 takes over and publishes.

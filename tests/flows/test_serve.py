@@ -1,4 +1,4 @@
-"""`numprune serve`, `rollout`, `rollback` and the release flow with real vLLM servers, as scripts and people use them.
+"""`numprune serve`, `rollout`, `rollback` and the release flow with real vLLM servers.
 
 What is served is the embedded model, pruned: version 1 with a uniform shape on stock vLLM, version 2 with a shape per
 layer through the plug-in.

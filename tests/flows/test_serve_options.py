@@ -1,4 +1,4 @@
-"""What `serve` and `rollout` refuse before anything is downloaded or started; vLLM is not needed for it."""
+"""What `serve` and `rollout` refuse before any download or start; vLLM is not needed."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prefect's server: what runs do without one, and how a configured one is named when it is not there."""
+"""Prefect's server: runs without one, and messages if a configured one cannot be reached."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The summary of a run: its first sentence, what is released, and what to do next."""
+"""The summary of a run: its first sentence, the release, and the next commands."""
 
 from pathlib import Path
 

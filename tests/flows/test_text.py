@@ -1,4 +1,4 @@
-"""What is said of calibration rows is what they were drawn from; held-out rows are read back as they were written."""
+"""The description of calibration rows matches the rows; held-out rows are read back unchanged."""
 
 import json
 import logging

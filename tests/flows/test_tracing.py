@@ -1,4 +1,4 @@
-"""Spans, sent to a real OTLP endpoint and decoded by OpenTelemetry's own protocol."""
+"""Spans, sent to a real OTLP endpoint and decoded with OpenTelemetry's own protocol."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Compensation against `torch.linalg.lstsq` on the very data the moments were made of."""
+"""Compensation against `torch.linalg.lstsq` on the data of the moments."""
 
 import pytest
 import torch

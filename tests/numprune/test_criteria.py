@@ -1,4 +1,4 @@
-"""Each score against its formula written out, or against a solver that knows nothing of it."""
+"""Each score against its formula, or against an independent solver."""
 
 import math
 

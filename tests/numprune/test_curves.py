@@ -1,4 +1,4 @@
-"""A curve against the loss that it stands for."""
+"""Error curves against the loss that they estimate."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Which layers are dropped, and what the rest of the model makes of it."""
+"""Which layers are dropped, and how the rest of the model compensates."""
 
 from contextlib import contextmanager
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Greedy generation against one prompt at a time without a cache, and what counts as a loop."""
+"""Greedy generation against one prompt at a time without a cache, and the definition of a loop."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fitted producer against `torch.linalg.lstsq` on its normal equations written out."""
+"""The fitted producer against `torch.linalg.lstsq` on its normal equations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Configurations of per-layer models; what the models compute, tests/test_families.py proves."""
+"""Configurations of per-layer models; tests/test_families.py tests what the models compute."""
 
 import pytest
 from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""Greedy removal in panels against the same updates made one by one, as the docstring's formulas have them."""
+"""Greedy removal in panels against the docstring's formulas, one update at a time."""
 
 import importlib
 import itertools

@@ -1,4 +1,4 @@
-"""What attention heads look at: constructed weights, every family, streamed, and what was kept."""
+"""What attention heads attend to: constructed weights, every family, streamed, and the kept heads."""
 
 from pathlib import Path
 from typing import Any

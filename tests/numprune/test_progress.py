@@ -1,4 +1,4 @@
-"""What is said of a loop's progress where there is no terminal."""
+"""Progress without a terminal."""
 
 import logging
 import subprocess

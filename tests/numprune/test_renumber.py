@@ -1,4 +1,4 @@
-"""What has a layer's number in it gets the new one."""
+"""Everything with a layer's number gets the new one."""
 
 import pytest
 import torch

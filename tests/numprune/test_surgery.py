@@ -1,4 +1,4 @@
-"""What is cut computes what was masked, and stock loaders read it."""
+"""Cutting equals masking, and stock loaders read the result."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The table of a checkpoint's tensors is that of the model which transformers builds, for every family and task."""
+"""The table of a checkpoint's tensors equals that of transformers' model, for every family and task."""
 
 import pytest
 import torch

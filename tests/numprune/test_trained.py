@@ -1,4 +1,4 @@
-"""Trained models of other shapes than Llama's: better methods lose less, as they do there."""
+"""Briefly trained models of other families than Llama: better methods lose less."""
 
 import pytest
 import torch

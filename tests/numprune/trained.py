@@ -1,4 +1,4 @@
-"""Small models trained a little on the embedded text, for tests of what only trained weights show."""
+"""Small models, briefly trained on the embedded text, for tests that need trained weights."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Does things with a registry in processes forked for each, and dies in the middle where it is told to.
+"""Uses a registry in forked processes, which die at the step where they are told to.
 
 python -m tests.serving.actor      # a JSON object a line on stdin; see `Actors`
 """

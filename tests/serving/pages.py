@@ -1,4 +1,4 @@
-"""Reports for the tests of their page: one with everything in it, and ways to alter it."""
+"""Reports for the tests of the page: one with every section, and ways to change it."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Small HTTP servers: of fixed answers, of computed ones, and one that keeps MLflow's artifacts in a folder."""
+"""Small HTTP servers: with fixed answers, with computed ones, and one that stores MLflow's artifacts."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Forward passes of encoders: the load, what is measured, and two real workers."""
+"""Forward passes of encoders: the load, the metrics, and two real workers."""
 
 import json
 from math import inf

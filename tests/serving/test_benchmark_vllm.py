@@ -1,4 +1,4 @@
-"""What `vllm bench serve` gives, and what is made of it: no server is started here."""
+"""The output of `vllm bench serve` and its evaluation, without a server."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Worker processes: what they answer, how they die, and that they do not outlive their parent."""
+"""Worker processes: their answers, how they die, and that they never outlive their parent."""
 
 import json
 import os

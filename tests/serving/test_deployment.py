@@ -1,4 +1,4 @@
-"""From the registry to a folder that may be served: everything that is not what was published stops here."""
+"""From the registry to a folder that may be served: anything but the published release is refused."""
 
 import json
 import os

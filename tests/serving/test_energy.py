@@ -1,4 +1,4 @@
-"""Energy of a GPU, counted by a stand-in for NVML: this machine need not have one."""
+"""Energy of a GPU, with a stand-in for NVML, so that no GPU is needed."""
 
 import sys
 import uuid

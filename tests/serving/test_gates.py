@@ -1,4 +1,4 @@
-"""Gates pass on evidence only: every way in which one could pass wrongly, and the exit codes."""
+"""Gates pass on evidence only: every way to pass wrongly, and the exit codes."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The first sentence of a report, the commands after it, what a ratio says, and what tokens cost."""
+"""The first sentence of a report, the commands after it, readings of ratios, and the cost of tokens."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""JUnit XML of a verdict: what CI systems read must say neither more nor less than the verdict does."""
+"""JUnit XML says exactly what the verdict says."""
 
 from datetime import UTC, datetime
 from typing import Any

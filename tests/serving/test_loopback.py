@@ -1,4 +1,4 @@
-"""Requests to this machine under variables that are made for others."""
+"""Requests to this machine despite proxy variables."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The page of a report, as text: what stands where, whatever the report says, and from whomever it is."""
+"""The text of a report's page, whatever the report contains and wherever it comes from."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing is requested, nothing is wrong, all of it can be read by everybody."""
+"""The page in a real browser: no requests, no errors, and accessible."""
 
 import shutil
 from collections.abc import Iterator

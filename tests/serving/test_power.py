@@ -1,4 +1,4 @@
-"""What samples can tell, against simulation."""
+"""The power of samples, against simulation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The reference answers of a release; what a live server is found to do differently is in test_vllm_server.py."""
+"""The reference answers of a release; test_vllm_server.py compares a live server with them."""
 
 import json
 import math

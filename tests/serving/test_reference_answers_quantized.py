@@ -1,4 +1,4 @@
-"""Which servers of quantized releases pass: transformers serves them, in half precision, rightly and wrongly."""
+"""Which servers of quantized releases pass: transformers in half precision, correct and wrong."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The registry on MLflow's real store: what is published is whole, passed and once; what is fetched is that."""
+"""The registry on MLflow's real store: releases are complete, passed and published once, and fetched unchanged."""
 
 import dataclasses
 import json

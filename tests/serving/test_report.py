@@ -1,4 +1,4 @@
-"""The report: its schema keeps lies and NaN out, reading survives hostile files, its page says what matters first."""
+"""The report: its schema refuses lies and NaN, reading survives hostile files, its page has the main figures first."""
 
 import json
 import math

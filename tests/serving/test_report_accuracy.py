@@ -1,4 +1,4 @@
-"""Accuracy on tasks in a report: its gates, its consistency, and how it is shown."""
+"""Accuracy on tasks in a report: its gates, consistency and presentation."""
 
 from dataclasses import asdict
 from typing import Any

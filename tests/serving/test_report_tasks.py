@@ -1,4 +1,4 @@
-"""Reports by task, and those of schema 1, in which there was one task."""
+"""Reports by task, and those of schema 1, which had one task."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rollouts interrupted at every step, with the real router; the servers behind it are programs of a few lines."""
+"""Rollouts interrupted at every step, with the real router and tiny servers behind it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""GitHub's step summary: what is appended, and what is left out."""
+"""GitHub's step summary: what is appended and what is left out."""
 
 from pathlib import Path
 

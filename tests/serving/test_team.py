@@ -1,5 +1,5 @@
 # ruff: noqa: F811 - fixtures of other files
-"""A team's registry: MLflow's server on PostgreSQL and an S3 store, several people at it, and any of it lost."""
+"""A team's registry: MLflow's server on PostgreSQL and an S3 store, with several users and any part of it lost."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Which environment has vLLM, with real virtual environments and the metadata of distributions."""
+"""Finding the environment with vLLM: real virtual environments and distribution metadata."""
 
 import sys
 import venv

@@ -1,4 +1,4 @@
-"""Options, API key and memory of a server, as they are decided before it starts."""
+"""Options, API key and memory of a server, decided before it starts."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real vLLM server of an embedding model, and what its check finds: nothing, or what was spoiled."""
+"""A real vLLM server of an embedding model, intact and damaged, and its check."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

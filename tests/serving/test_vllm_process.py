@@ -1,4 +1,4 @@
-"""Long-lived processes: nothing of them stays behind, whoever dies how."""
+"""Long-lived processes leave nothing behind, whichever of them dies, and how."""
 
 import os
 import signal

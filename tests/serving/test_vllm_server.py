@@ -1,4 +1,4 @@
-"""One real vLLM server, and what its check finds: nothing, or what was spoiled."""
+"""A real vLLM server, intact and damaged, and its check."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What ONNX Runtime does not say by itself: where the nodes run."""
+"""Where ONNX Runtime runs the nodes of a graph, which it does not report by itself."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The contract of a runtime, kept by each of them: cached = uncached, padded = alone, mistakes of a caller refused."""
+"""The contract of every runtime: cached = uncached, padded = unpadded, wrong calls refused."""
 
 from collections.abc import Callable
 from pathlib import Path

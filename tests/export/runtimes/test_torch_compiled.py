@@ -1,4 +1,4 @@
-"""Compiled decoding computes what eager decoding does, or says why it is not used."""
+"""Compiled decoding computes the same as eager decoding, or the reason for not using it is given."""
 
 import shutil
 from collections.abc import Callable

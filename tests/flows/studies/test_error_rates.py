@@ -1,4 +1,4 @@
-"""The gates' error rates over worlds of known truth; the command counts more worlds than there is time for here.
+"""The gates' error rates over worlds of known truth, with fewer worlds than the command simulates.
 
 Each share is compared with what it should be by the binomial distribution, at one in a thousand.
 """

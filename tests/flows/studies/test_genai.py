@@ -1,4 +1,4 @@
-"""The study beside onnxruntime-genai: its table, a miniature of it, and mistakes that end it before its work."""
+"""The comparison with onnxruntime-genai: its table, a miniature of it, and errors reported before any work."""
 
 import json
 from collections.abc import Callable

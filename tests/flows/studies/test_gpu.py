@@ -1,4 +1,4 @@
-"""The checks on a GPU where there is one; elsewhere everything in miniature, with only what a bare image has."""
+"""The checks on a GPU, if there is one; otherwise all of them in miniature, with a bare image's packages."""
 
 import json
 import os

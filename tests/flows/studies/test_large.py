@@ -1,4 +1,4 @@
-"""The random checkpoint is one that everything else takes."""
+"""All other commands accept the random checkpoint."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The table of learned masks, and mistakes that end the study before its work."""
+"""The table of learned masks, and errors reported before any work."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The table of precisions, its comparisons, and mistakes that end the study before its work."""
+"""The table of precisions, its comparisons, and errors reported before any work."""
 
 import copy
 from collections.abc import Callable

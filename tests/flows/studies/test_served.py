@@ -1,4 +1,4 @@
-"""The table of served models; its figures come from a real run in tests/serving/test_benchmark_served.py."""
+"""The table of served models; tests/serving/test_benchmark_served.py has real runs."""
 
 import pytest
 

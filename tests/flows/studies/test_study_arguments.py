@@ -1,4 +1,4 @@
-"""A study refuses an --out that it could not write in before any work."""
+"""A study refuses an --out that it cannot write to, before any work."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Untrusted configurations and tokenizers: read, or refused with a name; and nothing in them is run."""
+"""Untrusted configurations and tokenizers are read, or refused by name; no code from them is run."""
 
 import builtins
 import json

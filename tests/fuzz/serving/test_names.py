@@ -1,4 +1,4 @@
-"""What may become a part of a path, of a query or of a command line."""
+"""Names that may become part of a path, a query or a command line."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a layer's experts read, what any size of them costs, and which of them are kept."""
+"""The inputs of a layer's experts, the price of their sizes, and which of them are kept."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fit of all experts together against least squares written out for all their inputs at once."""
+"""The joint fit of all experts against least squares over all their inputs at once."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The greedy removal of experts: its losses are those of the model without them."""
+"""Greedy removal of experts: its losses are those of the model without them."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""A mixture of experts trained a little: which experts go matters, and so does the refit of those that stay.
+"""A briefly trained mixture of experts: which experts are removed matters, and so does the refit.
 
 Its router was trained to use all experts alike, as large models' are: how often an expert is used says little.
 """

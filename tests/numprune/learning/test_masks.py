@@ -1,4 +1,4 @@
-"""Masks on units: what they do to every family, and the bottleneck's terms."""
+"""Masks on units: their effect in every family, and the terms of the bottleneck."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A training of masks that is killed ends as an undisturbed one."""
+"""A killed training of masks ends like an undisturbed one."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sizes and bits in one budget of bytes: the choice against brute force, bytes against what is written, prices."""
+"""Sizes and bits in one budget of bytes: against brute force, against written files, and prices."""
 
 import copy
 import itertools

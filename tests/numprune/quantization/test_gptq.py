@@ -1,4 +1,4 @@
-"""GPTQ against what it must equal: rounding to nearest without correlations, and OBS with a grid of zero alone."""
+"""GPTQ equals rounding to nearest without correlations, and OBS if the grid is only zero."""
 
 import pytest
 import torch

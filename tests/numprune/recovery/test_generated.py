@@ -1,4 +1,4 @@
-"""Text that the dense model generates: its own distribution, the same after a kill, never more than is asked for."""
+"""Generated text: the model's own distribution, identical after a kill, and never more than requested."""
 
 from collections import Counter
 from pathlib import Path

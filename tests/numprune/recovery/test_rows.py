@@ -1,4 +1,4 @@
-"""Rows of training, selection and judgement have nothing in common, or are refused."""
+"""Rows for training, selection and evaluation are disjoint, or refused."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Distillation: what it must not change, what it must improve, and that a killed one ends as an undisturbed one."""
+"""Distillation: what must not change, what must improve, and a killed training."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The callback in a real Trainer: what is left, what is resumed, and what is refused."""
+"""The callback in a real Trainer: results, resuming and refusals."""
 
 import logging
 from pathlib import Path

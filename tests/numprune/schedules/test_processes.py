@@ -1,4 +1,4 @@
-"""The callback in two processes: movement is that of all rows, and both processes remove the same units."""
+"""The callback in two processes: movement is that of all rows, and both remove the same units."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The cubic schedule, and how the loss holds it up."""
+"""The cubic schedule, and how the loss delays it."""
 
 import pytest
 

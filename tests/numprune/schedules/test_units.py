@@ -1,4 +1,4 @@
-"""What units' scores are: movement by the weights' own gradients, magnitude as the criterion has it."""
+"""Scores of units: movement by the weights' own gradients, magnitude as in the criterion."""
 
 import pytest
 import torch

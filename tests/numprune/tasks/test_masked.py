@@ -1,4 +1,4 @@
-"""Masked language models: which tokens are masked, and that the figures are the definition's."""
+"""Masked language models: which tokens are masked, and figures by definition."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""vLLM with our plug-in, in its own environment, as one process that takes one checkpoint after another."""
+"""vLLM with the plug-in in its own environment: one process for any number of checkpoints."""
 
 import json
 import select

@@ -1,4 +1,4 @@
-"""Runs in vLLM's environment: one process, one vLLM engine after another, each for one request of `engine.Engine`.
+"""Runs in vLLM's environment: one vLLM engine after another, one for each request of `engine.Engine`.
 
 Started as a script. A request is a line of JSON on stdin, its answer a line of JSON on stdout; vLLM's own output goes
 to stderr. Importing vLLM takes most of a minute, so one process serves all the tests.

@@ -1,4 +1,4 @@
-"""The distribution that is installed beside vLLM: small, alone, and lazy."""
+"""The plug-in's distribution: small, without dependencies, and lazy."""
 
 import configparser
 import os

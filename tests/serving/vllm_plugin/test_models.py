@@ -1,4 +1,4 @@
-"""vLLM against transformers: the same log-probabilities whatever the layers' sizes, and nothing wrong gets loaded."""
+"""vLLM against transformers: equal log-probabilities for any layer sizes, and damaged weights refused."""
 
 import json
 import re

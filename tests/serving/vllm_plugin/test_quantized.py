@@ -1,4 +1,4 @@
-"""vLLM serves quantized checkpoints, with layers of one size and of several, as the quantized reference computes.
+"""vLLM serves quantized checkpoints, with equal and different layers, as the quantized reference computes.
 
 Everything runs in bfloat16, in which vLLM's 4-bit kernels compute. The yardstick is how far vLLM is off there with the
 same model before it was quantized.

@@ -1,4 +1,4 @@
-"""What the plug-in makes of a configuration before vLLM loads anything."""
+"""Configurations, checked by the plug-in before vLLM loads anything."""
 
 import pytest
 import torch

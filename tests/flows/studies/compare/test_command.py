@@ -1,4 +1,4 @@
-"""The command on a tiny model: its figures against pruning and judging by hand, and what a second run does again."""
+"""The command on a tiny model: its figures against pruning and evaluating by hand, and what a second run repeats."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The forms of a table whose figures are made up."""
+"""The layout of a table with made-up figures."""
 
 import csv
 import xml.etree.ElementTree as ElementTree

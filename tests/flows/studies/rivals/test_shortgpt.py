@@ -1,4 +1,4 @@
-"""Depth pruning against the paper's formula written out, and against the dense model without those layers."""
+"""Depth pruning against the paper's formula, and against the dense model without those layers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Slicing against the dense model where nothing is cut, and against projections of the dense model's own stream."""
+"""Slicing against the dense model if nothing is cut, and against projections of the dense model's stream."""
 
 import pytest
 import torch

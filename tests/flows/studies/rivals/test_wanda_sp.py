@@ -1,4 +1,4 @@
-"""Wanda-sp against the authors' formula written out in loops, and against the dense model with those units masked."""
+"""Wanda-sp against the authors' formula in loops, and against the dense model with those units masked."""
 
 import pytest
 import torch

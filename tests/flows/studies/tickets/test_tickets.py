@@ -1,4 +1,4 @@
-"""The study of lottery tickets, in miniature: its files, what it resumes from, and what it refuses."""
+"""The study of lottery tickets in miniature: its files, resuming, and refusals."""
 
 import json
 from pathlib import Path
