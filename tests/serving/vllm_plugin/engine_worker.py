@@ -23,6 +23,7 @@ def answer(request: dict) -> dict:
     import numpy as np
     from vllm import LLM, SamplingParams
 
+    inspect_here()
     llm = LLM(
         model=request["model"],
         enforce_eager=True,
@@ -54,6 +55,16 @@ def answer(request: dict) -> dict:
         return {"tokens": tokens, "kv_tokens": cache.num_gpu_blocks * cache.block_size, "refused": refused}
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def inspect_here() -> None:
+    """Let vLLM inspect a model's class in this process.
+
+    On a machine where it has not done so before, it starts a process for each class, which imports all of vLLM.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _reload(llm, folder: str) -> str:
