@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 _TOKENS_PER_STEP = 512
 _WARM_UP = 0.4  # share of the steps in which the target falls
-_BETA = 1e-6
-_MASK_RATE = 0.05  # of AdamW; falls linearly to the share `FINAL`, like that of the weights
-_ASCENT_RATE, _QUADRATIC = 0.1, 10.0  # of the multipliers
+BETA = 1e-6
+MASK_RATE = 0.05  # of AdamW; falls linearly to the share `FINAL`, like that of the weights
+ASCENT_RATE, QUADRATIC = 0.1, 10.0  # of the multipliers
 _CLIP = 1.0  # norm of the weights' gradient
 _BAND = 0.01  # tolerance of the share kept by the masks around the target
 
@@ -91,14 +91,14 @@ class Training:
         self.steps = -(-tokens // (self._batch * rows.shape[1]))
         self._warm = max(1, round(_WARM_UP * self.steps))
         self._weights = [] if student is dense else list(student.parameters())
-        self._rates = {"masks": _MASK_RATE, "weights": learning_rate}
+        self._rates = {"masks": MASK_RATE, "weights": learning_rate}
         groups = {"masks": [*masks.parameters()], "weights": self._weights}
         self._optimizer = torch.optim.AdamW(
             [{"params": params, "name": name} for name, params in groups.items() if params], weight_decay=0.0
         )
         self._noise = torch.Generator().manual_seed(options.seed)
         scale = self._divergence(self._at_random())
-        self._lagrangian = Lagrangian(_ASCENT_RATE * scale, _QUADRATIC * scale)
+        self._lagrangian = Lagrangian(ASCENT_RATE * scale, QUADRATIC * scale)
         self._position = Position()
         self._best: Rounded | None = None
 
@@ -165,7 +165,7 @@ class Training:
         if not torch.isfinite(loss):
             raise self._diverged(step + 1)
         excess = self._share.kept(self._masks) - (1 - self._options.ratio * min(1.0, (step + 1) / self._warm))
-        bottleneck = _BETA * (self._masks.weights @ self._masks.information)
+        bottleneck = BETA * (self._masks.weights @ self._masks.information)
         trained = [*self.trained.values()]
         gradients = torch.autograd.grad(
             loss + bottleneck + self._lagrangian.penalty(excess), trained, allow_unused=True

@@ -10,6 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import AXES
+from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.options import PruneOptions, check_options
 from numprune.plans import Plan
@@ -19,7 +20,7 @@ from numprune.target import Target
 
 logger = logging.getLogger(__name__)
 
-Criterion = Literal["movement", "magnitude"]
+Criterion = Literal["movement", "magnitude", "vib"]
 Allocation = Literal["uniform", "global"]
 WHOLE_UNITS = tuple(name for name, axis in AXES.items() if axis.part == "units")
 
@@ -28,15 +29,17 @@ class GradualPruning(TrainerCallback, ExportableState):
     """Removes KV groups, MLP channels and experts while `transformers.Trainer` trains.
 
     The removed share rises by the cubic schedule of Zhu and Gupta (arXiv 1710.01878). All units are ranked again each
-    time, so a removed unit can come back. When training ends, the weights of the removed units are set to zero:
-    `trainer.save_model` stores the trained model in the dense shapes, and `plan` cuts it.
+    time, so a removed unit can come back. When training ends, the weights of the removed units are set to zero, and
+    trained masks are multiplied into those of the others: `trainer.save_model` stores the trained model in the dense
+    shapes, and `plan` cuts it.
 
     Its state is part of the Trainer's checkpoints, and `resume_from_checkpoint` continues from there.
 
     Args:
         ratio: share of the prunable parameters to remove.
         criterion: "movement", the sum of -w dL/dw over the steps (Sanh et al., NeurIPS 2020), or "magnitude", both over
-            the weights that read a unit.
+            the weights that read a unit; "vib", masks with noise that are trained beside the weights on the same loss,
+            as by `numprune learn`.
         allocation: "uniform" gives every layer the same sizes, "global" ranks the units of all layers together.
         begin: share of the training after which the first units are removed.
         end: share of the training after which the ratio is reached.
@@ -128,8 +131,8 @@ class GradualPruning(TrainerCallback, ExportableState):
             self._run.units.detach()  # of a training that did not end
         self._run = self._plan = None
         _check_model(model)
-        self._check_arguments(args)
         anatomy = read_anatomy(model.config)
+        self._check_arguments(args, anatomy)
         check_options(anatomy, self._options, planned=True)
         ramp = Ramp.of(state.max_steps, self._begin, self._end, self._every)
         settings = asdict(self._options) | {
@@ -142,9 +145,11 @@ class GradualPruning(TrainerCallback, ExportableState):
             "training seed": args.seed,
             "units": {block.name: block.units for block in anatomy.blocks},
         }
-        run = Run(model.get_submodule(anatomy.layers_path), anatomy, self._options, ramp, settings)
+        layers = model.get_submodule(anatomy.layers_path)
+        run = Run(layers, anatomy, self._options, ramp, settings, state.max_steps, args.seed)
         if state.global_step:
             run.restore(self._stored(state), state.global_step)
+        run.settle()
         run.units.attach()
         self._run = run
 
@@ -152,7 +157,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self._run is not None
-        self._run.units.collect(state.global_step + 1)
+        self._run.collect(state.global_step + 1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,10 +165,12 @@ class GradualPruning(TrainerCallback, ExportableState):
         assert self._run is not None
         if self._run.waits_for_loss:
             raise InputError(f"metric is {self._metric!r}, and the evaluation did not give it")
+        self._run.begin_step(state.global_step + 1)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         run = self._run
         assert run is not None
+        run.settle()
         self._log_before_saving(control)
         if not run.ramp.includes(state.global_step) or run.pace.done == run.ramp.times:
             return
@@ -239,7 +246,7 @@ class GradualPruning(TrainerCallback, ExportableState):
         attributes: Mapping[str, Any] = found["attributes"]
         return attributes
 
-    def _check_arguments(self, args: TrainingArguments) -> None:
+    def _check_arguments(self, args: TrainingArguments, anatomy: Anatomy) -> None:
         if args.load_best_model_at_end:
             raise InputError(
                 "load_best_model_at_end: the best step may come before units are removed; set it to False, and "
@@ -247,8 +254,15 @@ class GradualPruning(TrainerCallback, ExportableState):
             )
         if args.fsdp or args.deepspeed:
             raise InputError("fsdp and deepspeed shard the weights that are pruned; train without them")
-        if args.fp16 and self._options.criterion == "movement":
-            raise InputError("fp16 scales the gradients that movement adds up; use bf16, or criterion magnitude")
+        if args.n_gpu > 1 and anatomy.of_kind("experts"):
+            raise InputError(
+                f"one process would train on {args.n_gpu} GPUs, which copies experts without their masks; start a "
+                "process for each GPU with accelerate launch or torchrun"
+            )
+        if args.fp16 and self._options.criterion != "magnitude":
+            raise InputError(
+                f"fp16 scales the gradients that {self._options.criterion} uses; use bf16, or criterion magnitude"
+            )
         if self._metric != "loss" and args.eval_strategy == "no":
             raise InputError(f"metric is {self._metric!r}, and eval_strategy is no; set it, and pass an eval_dataset")
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from numprune.allocation import global_sort, keep_highest, uniform
@@ -18,7 +18,9 @@ from numprune.errors import InputError
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.plans import BlockPlan, Plan
 from numprune.pruning import describe
+from numprune.schedules.bottleneck import Bottleneck
 from numprune.schedules.ramp import Pace, Ramp
+from numprune.schedules.scores import Magnitude, Movement, Scores
 from numprune.schedules.units import Units
 from numprune.slices import Kept, Size
 from numprune.target import nearest
@@ -58,6 +60,7 @@ class Run:
     Attributes:
         options: ratio, allocation, limits and target.
         settings: everything that determines what is removed, for comparison with a checkpoint's.
+        steps, seed: of the training.
         waits_for_loss: it is time to prune, and the loss that decides is not known yet.
     """
 
@@ -66,6 +69,8 @@ class Run:
     options: PruneOptions
     ramp: Ramp
     settings: Mapping[str, Any]
+    steps: int
+    seed: int
     pace: Pace = field(default_factory=Pace)
     losses: Losses = field(default_factory=Losses)
     waits_for_loss: bool = False
@@ -75,7 +80,26 @@ class Run:
         blocks = [block for block in self.anatomy.blocks if len(self._allowed[block.name]) > 1]
         if not blocks:
             raise InputError("nothing may be pruned: axes, keep, floors and the target leave every block a single size")
-        self.units = Units(self.layers, blocks, movement=self.options.criterion == "movement")
+        criterion = self.options.criterion
+        self.units = Units(self.layers, blocks, gradients=criterion != "magnitude")
+        self.scores: Scores
+        if criterion == "vib":
+            self.scores = Bottleneck(self.units, self.anatomy, self.steps, self.seed)
+        else:
+            self.scores = Movement(self.units) if criterion == "movement" else Magnitude(self.units)
+
+    def begin_step(self, step: int) -> None:
+        """Set the masks for training step `step`, counted from 1."""
+        self.units.multiply(self.scores.factors(step))
+
+    def collect(self, step: int) -> None:
+        """Take in the gradients of a step."""
+        following = min(self.pace.done + 1, self.ramp.times)
+        self.scores.collect(step, 1 - self.ramp.share(following) * self.options.ratio)
+
+    def settle(self) -> None:
+        """Set the masks for evaluation."""
+        self.units.multiply(self.scores.factors(None))
 
     def go_on(self, step: int) -> None:
         """Remove what is due."""
@@ -93,9 +117,10 @@ class Run:
             self._prune(step)
 
     def _prune(self, step: int) -> None:
-        scores = self.units.scores(step)
+        scores = self.units.by_block(self.scores.scores(step))
         sizes = self._sizes(scores)
         self.units.keep({name: keep_highest(score, sizes[name].units) for name, score in scores.items()})
+        self.settle()
 
     def _sizes(self, scores: Mapping[str, Tensor]) -> dict[str, Size]:
         share = self.ramp.share(self.pace.done)
@@ -130,8 +155,8 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return everything that the next step depends on, as JSON."""
-        units = base64.b64encode(self.units.state().numpy().tobytes()).decode()
-        return {"settings": self.settings, "pace": asdict(self.pace), "losses": asdict(self.losses), "units": units}
+        tensors = base64.b64encode(save(self.units.state() | self.scores.state())).decode()
+        return {"settings": self.settings, "pace": asdict(self.pace), "losses": asdict(self.losses), "tensors": tensors}
 
     def restore(self, stored: Mapping[str, Any], step: int) -> None:
         """Resume from what `state` returned, after `step` steps.
@@ -149,8 +174,9 @@ class Run:
                 )
         self.pace = Pace(**stored["pace"])
         self.losses = replace(Losses(**stored["losses"]), logged=step)
-        values = np.frombuffer(base64.b64decode(stored["units"]), dtype=np.float32)
-        self.units.restore(torch.from_numpy(values.copy()).view(2, -1))
+        tensors = load(base64.b64decode(stored["tensors"]))
+        self.units.restore(tensors)
+        self.scores.restore(tensors)
 
 
 def _named(name: str, value: Any) -> str:

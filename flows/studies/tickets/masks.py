@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from numprune.allocation import keep_highest, uniform
 from numprune.blocks import Anatomy, Block
-from numprune.schedules.units import magnitude
+from numprune.schedules.scores import magnitude
 from numprune.slices import Kept
 from numprune.target import Sizes
 

@@ -51,6 +51,8 @@ def logits(model, task="causal-lm"):
         ("llama", "causal-lm", "magnitude", "global"),
         ("gpt2", "causal-lm", "movement", "global"),
         ("bert", "masked-lm", "magnitude", "uniform"),
+        ("llama", "causal-lm", "vib", "uniform"),
+        ("gpt2", "causal-lm", "vib", "global"),
     ],
 )
 def test_the_plan_cuts_what_was_trained(tmp_path, family, task, criterion, allocation):
@@ -63,9 +65,10 @@ def test_the_plan_cuts_what_was_trained(tmp_path, family, task, criterion, alloc
     assert (pruning.plan.criterion, pruning.plan.compensation) == (criterion, "none")
 
 
-def test_experts_are_removed(tmp_path):
+@pytest.mark.parametrize("criterion", ["movement", "vib"])
+def test_experts_are_removed(tmp_path, criterion):
     model = build_tiny("mixtral")
-    pruning = GradualPruning(0.3, every=2, keep=["attention"])
+    pruning = GradualPruning(0.3, criterion, every=2, keep=["attention"])
     trainer(tmp_path, pruning, model).train()
     cut = prune(model, ROWS, options_of(pruning.plan), plan=pruning.plan)
     assert cut.prunable_ratio_removed >= 0.3
@@ -87,14 +90,15 @@ def test_a_saved_model_is_cut_into_a_stock_checkpoint(tmp_path):
     torch.testing.assert_close(logits(read), logits(run.model), rtol=1e-4, atol=1e-4)
 
 
-def test_small_units_go_first_by_magnitude(tmp_path):
+@pytest.mark.parametrize("criterion", ["magnitude", "vib"])
+def test_units_of_little_effect_go_first(tmp_path, criterion):
     model = build_tiny(num_key_value_heads=4)
     anatomy = read_anatomy(model.config)
     layers = model.get_submodule(anatomy.layers_path)
     with torch.no_grad():
         for block in anatomy.blocks:
             consumer_weight(layers[block.layer], block)[:, : block.channels // 2] *= 1e-3
-    pruning = GradualPruning(0.5, "magnitude", every=2)
+    pruning = GradualPruning(0.5, criterion, every=2)
     trainer(tmp_path, pruning, model, learning_rate=1e-5).train()
     for name, block in pruning.plan.blocks.items():
         assert block.kept == [*range(block.units // 2, block.units)], name
@@ -118,11 +122,12 @@ def test_units_go_little_by_little(tmp_path):
     assert removed[17] == removed[-1] == pytest.approx(0.5, abs=0.01)
 
 
-def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path):
+@pytest.mark.parametrize("criterion", ["movement", "vib"])
+def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path, criterion):
     how = {"save_strategy": "steps", "save_steps": 7, "logging_strategy": "steps", "logging_steps": 5}
 
     def pruning():
-        return GradualPruning(0.4, every=3, tolerance=0.05, target=ALIGNED)
+        return GradualPruning(0.4, criterion, every=3, tolerance=0.05, target=ALIGNED)
 
     ended = []
     for checkpoint in (None, str(tmp_path / "checkpoint-14")):
@@ -134,12 +139,21 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path):
     assert other_plan == plan
     assert other_loss == loss
     assert all(torch.equal(other_weights[name], value) for name, value in weights.items())
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 14}
+
+    def pruning(**other):
+        return GradualPruning(**{"ratio": 0.4, "every": 3, "tolerance": 0.05, "target": ALIGNED, **other})
+
+    trainer(tmp_path, pruning(), max_steps=STEPS, **how).train()
     for other, said in (
         ({"ratio": 0.5}, r"was trained with ratio 0\.4, and this training has ratio 0\.5; use the same settings"),
-        ({"criterion": "magnitude"}, "criterion movement, and this training has criterion magnitude"),
+        ({"criterion": "vib"}, "criterion movement, and this training has criterion vib"),
         ({"tolerance": 0.1}, r"tolerance 0\.05, and this training has tolerance 0\.1"),
     ):
-        callback = GradualPruning(**{"ratio": 0.4, "every": 3, "tolerance": 0.05, "target": ALIGNED, **other})
+        callback = pruning(**other)
         with pytest.raises(InputError, match=said):
             trainer(tmp_path, callback, **how).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     with pytest.raises(InputError, match="training seed 42, and this training has training seed 1"):
@@ -176,7 +190,7 @@ def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
         trainer(tmp_path, pruning, eval_strategy="steps", eval_steps=100).train()
 
 
-@pytest.mark.parametrize(("criterion", "tolerance"), [("movement", None), ("magnitude", None)])
+@pytest.mark.parametrize(("criterion", "tolerance"), [("movement", None), ("magnitude", None), ("vib", None)])
 def test_a_training_that_diverges_ends(tmp_path, criterion, tolerance):
     pruning = GradualPruning(0.4, criterion, every=2, tolerance=tolerance)
     with pytest.raises(InputError, match=r"training diverged by step \d+: .*; lower the learning rate"):
@@ -197,7 +211,7 @@ def test_another_training_with_the_same_callback_begins_anew(tmp_path):
     ("given", "said"),
     [
         ({"ratio": 1.0}, r"ratio is 1\.0; it must be over 0 and under 1"),
-        ({"criterion": "obs"}, "criterion is 'obs'; it must be one of movement, magnitude"),
+        ({"criterion": "obs"}, "criterion is 'obs'; it must be one of movement, magnitude, vib"),
         ({"allocation": "error"}, "allocation is 'error'; it must be one of uniform, global"),
         ({"begin": 0.5, "end": 0.5}, r"begin is 0\.5 and end is 0\.5"),
         ({"every": 0}, "every is 0"),
@@ -245,3 +259,11 @@ def test_a_model_with_adapters_is_refused(tmp_path):
     model = peft.get_peft_model(build_tiny(), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="the model is a PeftModelForCausalLM; GradualPruning needs"):
         trainer(tmp_path, GradualPruning(0.3, every=2), model).train()
+
+
+def test_experts_copied_without_masks_are_refused(tmp_path):
+    run = trainer(tmp_path, GradualPruning(0.3, every=2, keep=["attention"]), build_tiny("mixtral"))
+    assert run.args.n_gpu == 0
+    run.args._n_gpu = 2  # where the Trainer uses nn.DataParallel
+    with pytest.raises(InputError, match="one process would train on 2 GPUs, which copies experts without their masks"):
+        run.train()

@@ -1,4 +1,4 @@
-"""The callback in two processes: movement is that of all rows, and both remove the same units."""
+"""The callback in two processes: scores are those of all rows, and both remove the same units."""
 
 import os
 import subprocess
@@ -25,23 +25,29 @@ from tests.conftest import build_tiny
 
 folder, processes = sys.argv[1], int(sys.argv[2])
 rows = torch.randint(0, 256, (32, 12), generator=torch.Generator().manual_seed(0))
-pruning = GradualPruning(0.4, every=2, tolerance=1.0, target=Target(align=1))
+data = [{"input_ids": row, "labels": row} for row in rows]
 found = {}
 
 
 class Watch(TrainerCallback):
+    def __init__(self, pruning):
+        self.pruning = pruning
+
     def on_step_end(self, args, state, control, **kwargs):
-        found[f"step-{state.global_step}"] = pruning._run.units.state()
+        run = self.pruning._run
+        for name, value in (run.units.state() | run.scores.state()).items():
+            found[f"{run.options.criterion} {state.global_step} {name}"] = value.clone()
 
 
 args = TrainingArguments(
     folder, max_steps=10, per_device_train_batch_size=4 // processes, use_cpu=True, save_strategy="no", report_to=[]
 )
 assert args.world_size == processes
-data = [{"input_ids": row, "labels": row} for row in rows]
-trainer = Trainer(build_tiny(num_key_value_heads=4), args, train_dataset=data, callbacks=[pruning, Watch()])
-trainer.train()
-assert pruning.plan.ratio == 0.4
+for criterion in ("movement", "vib"):
+    pruning = GradualPruning(0.4, criterion, every=2, tolerance=1.0, target=Target(align=1))
+    model = build_tiny(num_key_value_heads=4)
+    Trainer(model, args, train_dataset=data, callbacks=[pruning, Watch(pruning)]).train()
+    assert pruning.plan.ratio == 0.4
 save_file(found, f"{folder}/{processes}-{args.process_index}.safetensors")
 """
 # Without --multi_gpu it starts a single process; where there is no GPU, the processes compute on the CPU.
@@ -57,9 +63,12 @@ def test_two_processes_remove_what_one_does(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr
     one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    assert all(torch.equal(first[step], second[step]) for step in first)
-    masks, movement = one["step-3"]
-    torch.testing.assert_close(first["step-3"][1], movement, rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    movement = one["movement 3 movement"]
+    torch.testing.assert_close(first["movement 3 movement"], movement, rtol=1e-3, atol=1e-6)
     assert (movement != 0).all()
-    assert torch.equal(first["step-10"][0], one["step-10"][0])
-    assert not masks.equal(one["step-10"][0])
+    for name in ("mean", "log_variance"):
+        torch.testing.assert_close(first[f"vib 3 {name}"], one[f"vib 3 {name}"], rtol=1e-3, atol=1e-3)
+    for criterion in ("movement", "vib"):
+        assert torch.equal(first[f"{criterion} 10 kept"], one[f"{criterion} 10 kept"])
+        assert not one[f"{criterion} 10 kept"].all()

@@ -7,7 +7,8 @@ from numprune.anatomy import read_anatomy
 from numprune.calibration import consumer_weight
 from numprune.criteria import CRITERIA, BlockView
 from numprune.errors import InputError
-from numprune.schedules.units import Units, magnitude
+from numprune.schedules.scores import Magnitude, Movement, magnitude
+from numprune.schedules.units import Units
 from tests.conftest import build_tiny
 
 ROWS = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -17,7 +18,8 @@ def build(family="llama", *, movement=True, **overrides):
     model = build_tiny(family, **overrides)
     anatomy = read_anatomy(model.config)
     layers = model.get_submodule(anatomy.layers_path)
-    return model, anatomy, layers, Units(layers, anatomy.blocks, movement=movement)
+    units = Units(layers, anatomy.blocks, gradients=movement)
+    return model, anatomy, layers, units, Movement(units) if movement else Magnitude(units)
 
 
 def loss_of(model, rows=ROWS):
@@ -26,12 +28,12 @@ def loss_of(model, rows=ROWS):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_movement_is_minus_the_weights_times_their_gradients(family):
-    model, anatomy, layers, units = build(family)
+    model, anatomy, layers, units, movement = build(family)
     units.attach()
     for rows in ROWS.split(2):  # micro-batches of one step
         loss_of(model, rows).backward()
-    units.collect(step=1)
-    found = units.scores(step=1)
+    movement.collect(step=1, target=0.0)
+    found = units.by_block(movement.scores(step=1))
     for block in anatomy.blocks:
         layer = layers[block.layer]
         gradient = layer.get_parameter(block.reader.tensor).grad
@@ -41,43 +43,46 @@ def test_movement_is_minus_the_weights_times_their_gradients(family):
 
 
 def test_a_unit_that_is_out_still_moves():
-    model, anatomy, _, units = build()
+    model, anatomy, _, units, movement = build()
     units.attach()
     units.keep({block.name: torch.arange(1, block.units) for block in anatomy.blocks})
+    units.multiply(movement.factors(1))
     loss_of(model).backward()
-    units.collect(step=1)
-    assert all(units.scores(step=1)[block.name][0] != 0 for block in anatomy.blocks)
+    movement.collect(step=1, target=0.0)
+    assert all(scores[0] != 0 for scores in units.by_block(movement.scores(step=1)).values())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_magnitude_is_the_criterion(family):
-    _, anatomy, layers, units = build(family, movement=False)
+    _, anatomy, layers, units, scores = build(family, movement=False)
+    found = units.by_block(scores.scores(step=1))
     for block in anatomy.blocks:
         weight = consumer_weight(layers[block.layer], block).detach().double()
         none = weight.new_zeros(0)
         view = BlockView(weight, none, none, block.channels_per_unit, ratio=0.5, seed=0)
         wanted = CRITERIA["magnitude"](view).float()
         torch.testing.assert_close(magnitude(layers[block.layer], block), wanted)
-        torch.testing.assert_close(units.scores(step=1)[block.name], wanted)
+        torch.testing.assert_close(found[block.name], wanted)
 
 
 def test_experts_have_both_scores():
-    model, anatomy, layers, units = build("mixtral")
+    model, anatomy, layers, units, movement = build("mixtral")
     units.attach()
     loss_of(model).backward()
-    units.collect(step=1)
+    movement.collect(step=1, target=0.0)
     experts = anatomy.of_kind("experts")[0]
-    assert (units.scores(step=1)[experts.name] != 0).all()
+    assert (units.by_block(movement.scores(step=1))[experts.name] != 0).all()
     down = layers[0].get_parameter(experts.reader.tensor).detach()[2]  # (H, I)
     assert float(magnitude(layers[0], experts)[2]) == pytest.approx(float(down.norm(dim=0).mean()))
 
 
 @torch.no_grad()
-def test_the_model_with_zeros_computes_what_it_did_with_masks():
-    model, anatomy, _, units = build()
+def test_the_model_without_masks_computes_what_it_did_with_them():
+    model, anatomy, _, units, _ = build()
     dense = model(input_ids=ROWS).logits
     units.attach()
     units.keep({block.name: torch.arange(0, block.units, 2) for block in anatomy.blocks})
+    units.multiply(torch.linspace(0.5, 1.5, units.count))
     masked = model(input_ids=ROWS).logits
     units.detach()
     assert torch.equal(model(input_ids=ROWS).logits, dense)
@@ -88,10 +93,10 @@ def test_the_model_with_zeros_computes_what_it_did_with_masks():
 
 @pytest.mark.parametrize("movement", [True, False])
 def test_scores_that_are_not_finite_are_refused(movement):
-    model, _, layers, units = build(movement=movement)
+    model, _, layers, units, scores = build(movement=movement)
     units.attach()
     with torch.no_grad():
         layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     loss_of(model).backward()
     with pytest.raises(InputError, match="training diverged by step 7: scores of units are not finite; lower the"):
-        _ = (units.collect(step=7), units.scores(step=7))
+        _ = (scores.collect(step=7, target=0.0), scores.scores(step=7))

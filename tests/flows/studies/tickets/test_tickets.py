@@ -13,7 +13,7 @@ from numprune.errors import InputError
 from numprune.flows.studies.tickets import command, study, training
 from numprune.flows.studies.tickets.masks import UnitPruning, WeightPruning, everything, share_left
 from numprune.options import PruneOptions, sizes_allowed
-from numprune.schedules.units import magnitude
+from numprune.schedules.scores import magnitude
 
 ROWS = torch.randint(0, 256, (16, training.LENGTH), generator=torch.Generator().manual_seed(0))
 
