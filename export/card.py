@@ -77,6 +77,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
         ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
+        *([("hidden size", f"{plan.hidden.size:,} → {len(plan.hidden.kept):,}")] if plan.hidden else []),
         ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
         (TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),

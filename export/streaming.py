@@ -23,6 +23,7 @@ from numprune.export.headers import TensorHeader
 from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_rows, slabs
+from numprune.hidden import narrow_around
 from numprune.layers import Entered, Head, enter, leave
 from numprune.surgery import skeleton
 from numprune.tasks import Task
@@ -102,13 +103,20 @@ class CheckpointLayers:
         """Write tensors of a model of the same class, by their names in it."""
         writer.add(checkpoint.stored_tensors(self._skeleton, tensors))
 
-    def copy_around(self, writer: ShardWriter) -> None:
-        """Write the tensors outside the layers unchanged: embedding, last norm, output matrix."""
+    def copy_around(self, writer: ShardWriter, coordinates: Tensor | None = None) -> None:
+        """Write the tensors outside the layers: embedding, last norm, output matrix.
+
+        `coordinates`: of the residual stream that are kept; None: the tensors are unchanged.
+        """
         tied = self._skeleton.all_tied_weights_keys
         for name, names in self._names.items():
             if name not in tied and not name.startswith(f"{self.anatomy.layers_path}."):
                 for stored in names:
-                    writer.add_slabs(stored, self.stored[stored].shape, slabs(self.stored[stored]))
+                    shape, parts = self.stored[stored].shape, slabs(self.stored[stored])
+                    if coordinates is not None:
+                        shape = (*shape[:-1], len(coordinates))
+                        parts = (narrow_around(name, part.float(), self.anatomy, coordinates) for part in parts)
+                    writer.add_slabs(stored, shape, parts)
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:

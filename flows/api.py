@@ -223,14 +223,19 @@ def quantize(
         scheme if isinstance(scheme, Scheme) else planned_schemes(quantizing.with_schemes(plan, model.folder))
     )
     check_quantizable(model.anatomy, schemes, plan.target.tensor_parallel if plan else 1)
-    dropped = plan.dropped_layers() if plan else []
+    dropped, hidden = (plan.dropped_layers(), plan.hidden) if plan else ([], None)
     if dense is not None:
         _refuse_quantized(dense, "dense")
         if rows is None:
             raise InputError("without rows each weight is rounded to the nearest value: omit `dense`, or give rows")
-        check_target(model.anatomy, dense.anatomy, dropped)
+        check_target(model.anatomy, dense.anatomy, dropped, hidden)
     target = ModelLayers(dense.network, dense.task) if dense else None
-    fit = Fit(rows.tokens, target, dropped) if rows and schemes_by_tensor(model.anatomy, schemes) else None
+    coordinates = plan.coordinates() if plan and target else None
+    fit = (
+        Fit(rows.tokens, target, dropped, coordinates=coordinates)
+        if rows and schemes_by_tensor(model.anatomy, schemes)
+        else None
+    )
     scale_dtype = checkpoint.read_config(model.folder).dtype
     network, matrices = quantize_model(model.network, schemes, fit, scale_dtype, model.task)
     return replace(model, network=network, quantization=Quantization(schemes, matrices, rows))

@@ -44,7 +44,7 @@ def summarize(
         "reasons": report["environment"]["reasons"],
         "gates": report["verdict"]["gates"],
         "next_look": gates.next_look(verdict),
-        "dropped_layers": report["pruning"]["dropped_layers"] if report["pruning"] else [],
+        **_removed(report),
         "sizes": report["sizes"],
         "quality": report["quality"],
         "tasks": report["tasks"],
@@ -133,6 +133,8 @@ def _lines(found: Summary) -> Iterator[tuple[str, str]]:
     sizes, quality = found["sizes"], found["quality"]
     if found["dropped_layers"]:
         yield "dropped", f"layers {listed(found['dropped_layers'])}"
+    if found["hidden_size"]:
+        yield "narrowed", "hidden size {1:,} → {0:,}".format(*found["hidden_size"])
     if sizes:
         parts = [
             f"{label} {amount(pair['baseline'])} → {amount(pair['candidate'])} (x{pair['ratio']:.3f})"
@@ -245,6 +247,12 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _removed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was removed of the model as a whole."""
+    pruning = report["pruning"] or {}
+    return {"dropped_layers": pruning.get("dropped_layers", []), "hidden_size": pruning.get("hidden_size")}
+
+
 def of_report(report: Report) -> Iterator[str]:
     """The lines of a standalone report."""
     data = report.to_json()
@@ -253,6 +261,5 @@ def of_report(report: Report) -> Iterator[str]:
         yield f"  invalid   {reason}"
     costs = _costs(report)
     shown = {**{name: data[name] for name in ("sizes", "quality", "tasks")}, "speed": speed}
-    dropped = report.pruning.dropped_layers if report.pruning else []
-    for name, value in _lines({**shown, "cost_per_million_tokens": costs, "dropped_layers": dropped}):
+    for name, value in _lines({**shown, **_removed(data), "cost_per_million_tokens": costs}):
         yield f"  {name:<9} {value}"

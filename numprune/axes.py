@@ -25,6 +25,7 @@ AXES: dict[str, Axis] = {
     "experts": Axis("experts", "units"),
     "expert-channels": Axis("experts", "members"),
 }
+HIDDEN_SIZE = "hidden-size"  # the axis of the whole model: coordinates of the residual stream
 DEFAULT_AXES = ("kv-groups", "channels", "experts", "expert-channels")
 
 _LAYER = re.compile(r"layers\.(-?\d{1,6})(?:\.(\w+))?")
@@ -35,7 +36,7 @@ class Limits:
     """What pruning may remove.
 
     Attributes:
-        axes: what may be pruned, names of `AXES`.
+        axes: what may be pruned, names of `AXES` or HIDDEN_SIZE.
         keep: what is not pruned: layers (`layers.0`, `layers.-1`), blocks (`layers.0.mlp`), or all blocks of a kind.
         floors: kind of block -> the smallest share of its units, and of all their members, that each such block keeps.
         skips: a block may also lose all its units; its layer then passes the residual stream through.
@@ -48,11 +49,12 @@ class Limits:
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuse names and shares that are not valid for this model. Raises InputError with the valid ones."""
+        known = (*AXES, HIDDEN_SIZE)
         for name in self.axes:
-            if name not in AXES:
-                raise InputError(f"axes: {name!r} is unknown; choose from {', '.join(AXES)}")
+            if name not in known:
+                raise InputError(f"axes: {name!r} is unknown; choose from {', '.join(known)}")
         if not self.axes:
-            raise InputError(f"axes: nothing may be pruned; choose from {', '.join(AXES)}")
+            raise InputError(f"axes: nothing may be pruned; choose from {', '.join(known)}")
         for kind, share in self.floors.items():
             if kind not in anatomy.kinds:
                 raise InputError(f"floors: {kind!r} is unknown; the model's blocks are {' and '.join(anatomy.kinds)}")
@@ -83,7 +85,7 @@ class Limits:
 
     def takes(self, block: Block, part: Literal["units", "members"]) -> bool:
         """Return whether an axis prunes this part of the block, its units or its members."""
-        return Axis(block.kind, part) in {AXES[name] for name in self.axes}
+        return Axis(block.kind, part) in {AXES[name] for name in self.axes if name in AXES}
 
 
 def _named(name: str, anatomy: Anatomy) -> tuple[Block, ...]:

@@ -45,6 +45,7 @@ class Block:
         linear: the weight among `writers`, and its part, in which the block's output is linear, the rest fixed; or
             None.
         shared: name -> shape of the tensors that are removed only with the whole block: norms, the consumer's bias.
+        head_norms: those of `shared` that norm queries or keys. The others have the hidden size as last dimension.
         modules: that silence the block when their outputs are zero.
         separable: units can be removed without changing what the others compute.
         norm_behind: a norm, or a factor that depends on the token, lies between the consumer and the residual stream.
@@ -65,6 +66,7 @@ class Block:
     writers: tuple[Slice, ...]
     linear: tuple[Slice, int] | None
     shared: Mapping[str, tuple[int, ...]]
+    head_norms: tuple[str, ...]
     modules: tuple[str, ...]
     separable: bool
     norm_behind: bool
@@ -123,6 +125,12 @@ class Block:
         return sum(part.parameters_per_unit(self.members) for part in of_router)
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the gains and biases of the norms over the hidden size."""
+        others = (*self.head_norms, f"{self.consumer}.bias")
+        return tuple(name for name, shape in self.shared.items() if len(shape) == 1 and name not in others)
+
+    @property
     def shared_parameters(self) -> int:
         return sum(prod(shape) for shape in self.shared.values())
 
@@ -149,6 +157,20 @@ class Block:
         units, members = size if size.units else GONE
         return replace(self, units=units, members=members)
 
+    def narrowed(self, hidden_size: int) -> "Block":
+        """Return the block of a model with another hidden size."""
+
+        def narrow(part: Slice) -> Slice:
+            return part if part.width is None else replace(part, width=hidden_size)
+
+        shared = {
+            name: shape if name in self.head_norms else (*shape[:-1], hidden_size)
+            for name, shape in self.shared.items()
+        }
+        linear = self.linear and (narrow(self.linear[0]), self.linear[1])
+        writers = tuple(map(narrow, self.writers))
+        return replace(self, reader=narrow(self.reader), writers=writers, linear=linear, shared=shared)
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -162,7 +184,8 @@ class Anatomy:
     head_dim: int
     vocabulary: int
     blocks: tuple[Block, ...]  # attention before MLP before experts, first layer first: the order of the forward pass
-    around: Mapping[str, tuple[int, ...]]  # name -> shape of the tensors that no block owns, tied ones once
+    # Name -> shape of the tensors that no block owns, tied ones once; a decoder's have the hidden size last.
+    around: Mapping[str, tuple[int, ...]]
     output_parameters: int  # of the output matrix, tied or not
     bytes_per_value: int  # of the dtype that the configuration names
     sliding_window: int | None
@@ -224,6 +247,16 @@ class Anatomy:
             for block in self.of_layer(old)
         )
         return replace(self, blocks=tuple(blocks))
+
+    def narrowed(self, hidden_size: int) -> "Anatomy":
+        """Return the anatomy of a decoder with another hidden size."""
+        return replace(
+            self,
+            hidden_size=hidden_size,
+            blocks=tuple(block.narrowed(hidden_size) for block in self.blocks),
+            around={name: (*shape[:-1], hidden_size) for name, shape in self.around.items()},
+            output_parameters=self.output_parameters // self.hidden_size * hidden_size,
+        )
 
     def stock_holds(self, block: Block, size: Size) -> bool:
         """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""

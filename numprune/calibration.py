@@ -182,9 +182,15 @@ class Walker:
         apart = self.layers.anatomy.has_parallel_blocks
         return Stream(hidden, self.layers.allocate(*hidden.shape).copy_(hidden) if apart else None)
 
-    def copy(self, stream: Stream) -> Stream:
-        """Return a copy of a stream on which no block has been run yet, stored in the same place."""
-        return self.stream(self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden))
+    def copy(self, stream: Stream, gone: Tensor | None = None) -> Stream:
+        """Return a copy of a stream on which no block has been run yet, stored in the same place.
+
+        `gone`: coordinates that are zero in the copy.
+        """
+        hidden = self.layers.allocate(*stream.hidden.shape).copy_(stream.hidden)
+        if gone is not None:
+            hidden.index_fill_(-1, gone.to(hidden.device), 0)
+        return self.stream(hidden)
 
     @torch.no_grad()
     def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, BlockRun]]:

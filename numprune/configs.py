@@ -22,6 +22,7 @@ from numprune.anatomy import PER_LAYER_PREFIX, family_of
 from numprune.blocks import Anatomy
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
+from numprune.hidden import EPSILON
 from numprune.renumber import renumber_fields
 
 KINDS = ("attention", "mlp")
@@ -76,7 +77,7 @@ def pruned_config(
 
     Args:
         config: of the model before pruning.
-        anatomy: after pruning.
+        anatomy: after pruning. If its hidden size is another, norms get the epsilon of hidden.py.
         with_bias: the consumers have new biases that the configuration does not declare yet.
         dropped: layers of `config` that `anatomy` does not have.
     """
@@ -93,6 +94,9 @@ def _sized_config(
     if dropped:
         count = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         fields |= {count: anatomy.layers, **renumber_fields(family, fields, dropped)}
+    if anatomy.hidden_size != config.hidden_size:
+        epsilon = fields[EPSILON] * config.hidden_size / anatomy.hidden_size
+        fields |= {"hidden_size": anatomy.hidden_size, EPSILON: epsilon}
     if with_bias:
         wirings = filter(None, (family.attention, family.mlp))
         fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}

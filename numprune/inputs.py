@@ -44,12 +44,17 @@ class PropagatedInputs:
     model's residual stream to the dense model's after the block (before the norm there, if the sum of both is normed).
     If a norm lies between the consumer and the stream, no output could achieve that, and the targets are always the
     dense block's outputs.
+
+    Args:
+        gone: coordinates of the residual stream that the pruned model lacks: zero there, and in the targets. None: all
+            are kept.
     """
 
-    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none") -> None:
+    def __init__(self, walker: Walker, rows: Tensor, compensation: str = "none", gone: Tensor | None = None) -> None:
         self._walker = walker
         self._dense = walker.embed(rows)
-        self._pruned = walker.copy(self._dense) if compensation in FROM_PRUNED_PREFIX else self._dense
+        self._pruned = walker.copy(self._dense, gone) if compensation in FROM_PRUNED_PREFIX else self._dense
+        self._gone = gone
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
         self._targets: Tensor | None = None  # (N, S, out), if the streams after the block do not determine them
@@ -108,6 +113,7 @@ class PropagatedInputs:
             target = outputs[batch]
             if self._residual:
                 target = target + self._missing(batch)
+            target = self._kept(target)
             held_out = _held_out_rows(batch)[:, None].expand(target.shape[:2])
             device = run.output.device
             yield Batch(
@@ -146,14 +152,19 @@ class PropagatedInputs:
     def _target(self, block: Block, batch: slice, own: BlockRun) -> Tensor:
         """Return the desired output of the pruned block; `own` is the dense one, whose stream is not yet written."""
         if not self._residual:
-            return own.output
+            return self._kept(own.output)
         target = own.output
         if not block.norm_behind:
             target = target + self._missing(batch).to(target.device)
+        target = self._kept(target)
         if self._both_sides and _followed_by_norm(block):
             room = self._room()
             room[batch] = target.to(room.device)
         return target
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Return (…, H) with zero in the coordinates that the pruned model lacks."""
+        return hidden if self._gone is None else hidden.index_fill(-1, self._gone.to(hidden.device), 0)
 
     def _missing(self, batch: slice) -> Tensor:
         """Return the output with which a block would move the pruned stream to the dense one."""

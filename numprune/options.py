@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from numprune.allocation import ALLOCATIONS, check_ratio, uniform
-from numprune.axes import AXES, DEFAULT_AXES, Limits
+from numprune.axes import AXES, DEFAULT_AXES, HIDDEN_SIZE, Limits
 from numprune.blocks import Anatomy
+from numprune.budget import budget_of
 from numprune.byte_budget import ByteBudget
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_layers
 from numprune.errors import InputError
+from numprune.hidden import check_narrowable, hidden_sizes, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
 from numprune.quantization import check_quantizable
 from numprune.quantization.allocation import Form, check_reachable, levels_of, model_bytes
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
-from numprune.target import Sizes, Target, allowed_sizes
+from numprune.target import Sizes, Target, allowed_sizes, nearest
 
 # `bias` is FLAP's own compensation, for architectures whose projections can have a bias. compensation.py describes all.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
@@ -42,6 +44,7 @@ class PruneOptions:
         budget: largest size of the result in bytes, for the allocation `error`; it determines the size of each block
             and how it will be stored. None: the ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
+        hidden_size: of the result, if a plan determines it; units make up the rest of the ratio. None: it stays.
         damping: of the least squares, relative to the mean of diag(G). If the inputs come from the pruned prefix, the
             damping is chosen on held-out calibration rows, and this is the smallest value tried.
         seed: of random criteria.
@@ -59,6 +62,7 @@ class PruneOptions:
     skips: bool = False
     budget: ByteBudget | None = None
     drop_layers: int = 0
+    hidden_size: int | None = None
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
@@ -87,6 +91,7 @@ def options_of(plan: Plan) -> PruneOptions:
         skips=plan.skips,
         budget=plan.budget,
         drop_layers=plan.drop_layers,
+        hidden_size=len(plan.hidden.kept) if plan.hidden else None,
         damping=plan.damping,
         seed=plan.seed,
     )
@@ -133,7 +138,9 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     if options.budget is not None:
         _check_budget(anatomy, options, options.budget)
     options.limits.check(anatomy)
-    members = [name for name in options.axes if AXES[name].part == "members" and AXES[name].kind in anatomy.kinds]
+    _check_hidden(anatomy, options, planned=planned)
+    part_of = {name: axis for name, axis in AXES.items() if axis.kind in anatomy.kinds}
+    members = [name for name in options.axes if name in part_of and part_of[name].part == "members"]
     if members and options.allocation == "global":
         raise InputError(
             f"axes: allocation global sorts whole units; omit {', '.join(members)}, or use allocation error"
@@ -155,6 +162,24 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         ) from None
 
 
+def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:
+    if HIDDEN_SIZE not in options.axes:
+        if options.hidden_size is not None:
+            raise InputError(f"the hidden size is cut, but axes has no {HIDDEN_SIZE}; add it")
+        return
+    if not planned:
+        raise InputError(
+            f"axes: only trained masks choose the hidden size; use numprune learn, or leave out {HIDDEN_SIZE}"
+        )
+    check_narrowable(anatomy)
+    sizes = hidden_sizes(anatomy, options.target)
+    if options.hidden_size is not None and options.hidden_size not in sizes:
+        raise InputError(
+            f"the hidden size would be {options.hidden_size}, and the target needs "
+            f"{sizes[0]} or a multiple of it; the nearest: {nearest(sizes, options.hidden_size)}"
+        )
+
+
 def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
     if options.ratio:
         raise InputError(
@@ -164,6 +189,10 @@ def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -
         raise InputError(f"a budget is divided by error; allocation is {options.allocation!r}, set it to error")
     if options.drop_layers:
         raise InputError("drop_layers: layers are dropped by the ratio; leave it out, or use a ratio and no budget")
+    if HIDDEN_SIZE in options.axes:
+        raise InputError(
+            f"axes: a budget counts embeddings at their full size; leave out {HIDDEN_SIZE}, or give a ratio"
+        )
     if options.compensation == "bias":
         raise InputError("compensation bias adds tensors that a budget does not count; use another compensation")
     levels = levels_of(budget, options.target)
@@ -225,14 +254,22 @@ def protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
 
 
 def left_of(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> tuple[Anatomy, PruneOptions]:
-    """Return the anatomy without these layers, and the options for it: its share of the ratio, its block names."""
-    if not dropped:
-        return anatomy, options
-    rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
-    before = [block.name for block in anatomy.blocks if block.layer not in dropped]
-    keep = [block.name for block, name in zip(rest.blocks, before, strict=True) if name in protected]
-    ratio = ratio_left(anatomy, options.ratio, dropped)
-    return rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
+    """Return the anatomy without these layers, at the new hidden size, and the options for it.
+
+    These have its share of the ratio, and its block names.
+    """
+    if dropped:
+        rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
+        before = [block.name for block in anatomy.blocks if block.layer not in dropped]
+        keep = [block.name for block, name in zip(rest.blocks, before, strict=True) if name in protected]
+        ratio = ratio_left(anatomy, options.ratio, dropped)
+        anatomy, options = rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
+    if options.hidden_size is not None:
+        narrow = anatomy.narrowed(options.hidden_size)
+        whole, left = (budget_of(one).prunable_parameters for one in (anatomy, narrow))
+        ratio = ratio_beside(options.ratio, whole, left)
+        anatomy, options = narrow, replace(options, ratio=ratio, hidden_size=None)
+    return anatomy, options
 
 
 def sizes_allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:

@@ -45,6 +45,8 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     dropped = plan.dropped_layers()
     if len(set(dropped)) != plan.drop_layers:
         yield f"drop_layers is {plan.drop_layers}, and {len(set(dropped))} layers are dropped"
+    if plan.hidden and plan.hidden.size != anatomy.hidden_size:
+        yield f"it is for hidden size {plan.hidden.size}, the model has {anatomy.hidden_size}"
     for layer in dropped:
         if layer >= anatomy.layers:
             yield f"layer {layer} is dropped, and the model has {anatomy.layers}"
@@ -52,13 +54,14 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
 
 def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     sizes, gone, limits = plan.sizes(), plan.dropped_layers(), options_of(plan).limits
-    after = anatomy.keeping(sizes).without(gone)
+    after = plan.result(anatomy)
     for kind in anatomy.kinds:
         if not any(block.units for block in after.of_kind(kind)):
             yield f"no {kind} block keeps a unit; keep at least one"
     if plan.allocation == "uniform" and not after.is_uniform:
         yield 'allocation is "uniform", but layers keep different sizes; change it to "error"'
-    allowed = allowed_sizes(anatomy, plan.target, limits, stock=plan.allocation == "uniform")
+    of_width = anatomy.narrowed(after.hidden_size) if plan.hidden else anatomy
+    allowed = allowed_sizes(of_width, plan.target, limits, stock=plan.allocation == "uniform")
     for block in anatomy.blocks:
         size, options = sizes[block.name], allowed[block.name]
         if block.layer not in gone and size not in options:

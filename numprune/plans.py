@@ -2,15 +2,18 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from numprune.blocks import Block
+from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.errors import InputError
 from numprune.slices import Kept, Size
 from numprune.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLAN_FILE = "numprune_plan.json"
 _MAXIMUM_BYTES = 256 << 20
@@ -140,6 +143,28 @@ class PricedSplit(BaseModel):
     nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class HiddenPlan(BaseModel):
+    """The coordinates of the residual stream that are kept, in every tensor that reads or writes it.
+
+    Attributes:
+        size: the hidden size before pruning.
+        kept: their indices, ascending.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: Index
+    kept: Annotated[list[Index], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _indices(self) -> "HiddenPlan":
+        if any(a >= b for a, b in pairwise(self.kept)):
+            raise ValueError("kept coordinates must be strictly ascending")
+        if self.kept[-1] >= self.size:
+            raise ValueError(f"coordinate {self.kept[-1]} is kept of only {self.size}")
+        return self
+
+
 class DroppedLayer(BaseModel):
     """A layer that is removed as a whole.
 
@@ -164,6 +189,7 @@ class Plan(BaseModel):
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.
+        hidden: None: the hidden size stays.
         splits: considered by uniform allocation: first the chosen one, then the others, cheapest first. None if nothing
             was
             priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
@@ -189,6 +215,7 @@ class Plan(BaseModel):
     seed: int
     calibration: Calibration
     dropped: list[DroppedLayer] = []
+    hidden: HiddenPlan | None = Field(default=None, exclude_if=_is_none)
     splits: list[PricedSplit] | None = None
     blocks: dict[str, BlockPlan]
 
@@ -211,6 +238,17 @@ class Plan(BaseModel):
     def dropped_layers(self) -> list[int]:
         """Return the indices of the dropped layers, in the order in which they were chosen."""
         return [drop.layer for drop in self.dropped]
+
+    def coordinates(self) -> "Tensor | None":
+        """Return the kept coordinates of the residual stream, or None: all."""
+        import torch
+
+        return None if self.hidden is None else torch.tensor(self.hidden.kept, dtype=torch.long)
+
+    def result(self, anatomy: Anatomy) -> Anatomy:
+        """Return the anatomy after pruning."""
+        left = anatomy.keeping(self.sizes()).without(self.dropped_layers())
+        return left.narrowed(len(self.hidden.kept)) if self.hidden else left
 
     def sizes(self) -> dict[str, Size]:
         """Return the size of each block after pruning, by name."""

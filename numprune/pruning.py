@@ -8,6 +8,9 @@ neither the model nor the result has to fit in memory.
 
 Whole layers to drop are chosen first (depth.py). Scores, error curves and inputs are then those of the model without
 them; targets from the dense model still include them.
+
+Coordinates of the residual stream that a plan removes are zero in the pruned prefix (hidden.py); consumers are fitted
+only to the others, and the tensors are cut last.
 """
 
 import logging
@@ -28,11 +31,12 @@ from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, choose
 from numprune.experts.finish import finish_experts
+from numprune.hidden import removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
-from numprune.plans import BlockPlan, Calibration, DroppedLayer, Plan, PricedSplit
+from numprune.plans import BlockPlan, Calibration, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer
@@ -81,7 +85,7 @@ def prune(
     dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     cut: dict[str, Tensor] = {}
     made = prune_layers(layers, rows, options, cut.update, known, dropped, plan)
-    pruned = assemble(model, config_after(layers, made), cut)
+    pruned = assemble(model, config_after(layers, made), cut, made.coordinates())
     return Pruned(pruned, made, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
@@ -93,9 +97,8 @@ def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple
 
 def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
     """Return the configuration of the model after applying `plan`."""
-    dropped = plan.dropped_layers()
-    kept = layers.anatomy.keeping(plan.sizes()).without(dropped)
-    return pruned_config(layers.config, kept, with_bias=plan.compensation == "bias", dropped=dropped)
+    with_bias, dropped = plan.compensation == "bias", plan.dropped_layers()
+    return pruned_config(layers.config, plan.result(layers.anatomy), with_bias=with_bias, dropped=dropped)
 
 
 @torch.no_grad()
@@ -126,14 +129,16 @@ def prune_layers(
     Raises:
         InputError: invalid options, or rows that do not fit the model.
     """
-    rest = _rest(layers, rows, options, known, dropped, planned=plan is not None)
+    rest = _rest(layers, rows, options, known, dropped, plan)
     anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1], options.batch_size)
     chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
+    coordinates = plan.coordinates() if plan else None
+    gone = None if coordinates is None else removed(coordinates, anatomy.hidden_size).to(layers.device)
     inputs: Inputs = (
-        PropagatedInputs(walker, rows, options.compensation)
+        PropagatedInputs(walker, rows, options.compensation, gone)
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
         else PrecomputedInputs(rest.known.moments)
     )
@@ -155,10 +160,14 @@ def prune_layers(
                 if block.routing is not None:
                     assert isinstance(inputs, PropagatedInputs)
                     left = kept[block.name] = chosen.choice(layer, block, inputs.experts(layer, block))
+                    if gone is not None:
+                        silence(layer, block, gone)
                     gamma = options.damping if _is_fitted(block, left.size, options) else None
                     dampings[block.name] = finish_experts(layer, block, left, inputs, gamma)
                     continue
                 moments = inputs.moments(layer, block)
+                if gone is not None:
+                    silence(layer, block, gone)
                 weight = consumer_weight(layer, block).double()
                 left = kept[block.name] = chosen.choice(layer, block, moments)
                 damping = _damping(consumer_of(layer, block), weight, block, left, moments, inputs.held_out, options)
@@ -167,7 +176,7 @@ def prune_layers(
                 if bias is not None:
                     biases[block.name] = bias
                 inputs.pass_on(layer, block, left, damping)
-            sink(cut_layer(layer, blocks, kept, biases))
+            sink(cut_layer(layer, blocks, kept, biases, coordinates))
         index += 1
     return rest.describe(rows, kept, dampings, chosen)
 
@@ -209,6 +218,7 @@ class _Rest:
         options: for `layers`, with the ratio of their own parameters.
         known: data already collected from `layers`.
         dropped: the missing layers.
+        hidden: of the plan that is followed.
     """
 
     whole: Layers
@@ -217,6 +227,7 @@ class _Rest:
     options: PruneOptions
     known: Known | None
     dropped: Sequence[DroppedLayer]
+    hidden: HiddenPlan | None
 
     @property
     def gone(self) -> list[int]:
@@ -243,7 +254,7 @@ class _Rest:
             )
             for block in self.layers.anatomy.blocks
         }
-        return describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped)
+        return describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, self.hidden)
 
 
 def _rest(
@@ -252,21 +263,21 @@ def _rest(
     options: PruneOptions,
     known: Known | None,
     dropped: Sequence[DroppedLayer],
-    *,
-    planned: bool = False,
+    plan: Plan | None = None,
 ) -> _Rest:
     """Check everything and return the part to prune. Raises InputError."""
     if len(dropped) != options.drop_layers:
         raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
-    check_options(layers.anatomy, options, planned=planned)
+    check_options(layers.anatomy, options, planned=plan is not None)
     check_rows(layers.anatomy, rows)
     if known and layers.anatomy.of_kind("experts"):
         known = replace(known, moments=None)  # refitting experts needs a pass of its own
+    hidden = plan.hidden if plan else None
     if not dropped:
-        return _Rest(layers, layers, options, options, known, ())
+        return _Rest(layers, layers, options, options, known, (), hidden)
     gone = [drop.layer for drop in dropped]
     _, left = left_of(layers.anatomy, options, gone)
-    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped)
+    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped, hidden)
 
 
 def describe(
@@ -276,8 +287,9 @@ def describe(
     blocks: dict[str, BlockPlan],
     splits: list[PricedSplit] | None = None,
     dropped: Sequence[DroppedLayer] = (),
+    hidden: HiddenPlan | None = None,
 ) -> Plan:
-    """Return the plan of these blocks, splits and layers; its other fields are known before the run."""
+    """Return the plan of these blocks, splits, layers and coordinates; its other fields are known before the run."""
     return Plan(
         family=anatomy.family,
         criterion=options.criterion,
@@ -295,6 +307,7 @@ def describe(
         seed=options.seed,
         calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
         dropped=list(dropped),
+        hidden=hidden,
         splits=splits,
         blocks=blocks,
     )

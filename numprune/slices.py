@@ -79,7 +79,7 @@ class Slice:
         tensor: its name in the layer.
         dim: the dimension that the units divide.
         parts: the entries of `dim` that a unit owns in each part of the tensor.
-        width: the size of the other dimension; None: there is no other.
+        width: the size of the other dimension, the hidden size; None: there is no other.
         interleaved: all parts of a unit are adjacent; otherwise the first parts of all units come first.
         stacked: the first dimension of the tensor counts units, each with its own entries of `dim`.
     """
@@ -94,6 +94,13 @@ class Slice:
     def entries_per_unit(self, members: int) -> int:
         """Return the entries of `dim` that a unit with this number of members owns."""
         return sum(part.of_unit(members) for part in self.parts)
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """The dimension that is not divided among units, or None: the hidden size."""
+        if self.width is None:
+            return None
+        return (3 if self.stacked else 1) - self.dim
 
     def parameters_per_unit(self, members: int) -> int:
         return self.entries_per_unit(members) * (1 if self.width is None else self.width)

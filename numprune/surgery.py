@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import family_of, layers_path, task_name
+from numprune.anatomy import family_of, layers_path, read_anatomy, task_name
 from numprune.blocks import Block
 from numprune.errors import InputError, reason
 from numprune.families import FAMILIES
+from numprune.hidden import narrow_around, narrow_block
 from numprune.modeling import AUTO_OF, resize  # importing it registers the per-layer classes
 from numprune.slices import Kept
 
@@ -31,7 +32,11 @@ def can_hold_bias(family: str) -> bool:
 
 
 def cut_layer(
-    layer: nn.Module, blocks: Iterable[Block], kept: Mapping[str, Kept], biases: Mapping[str, Tensor]
+    layer: nn.Module,
+    blocks: Iterable[Block],
+    kept: Mapping[str, Kept],
+    biases: Mapping[str, Tensor],
+    coordinates: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the remaining tensors of a decoder layer by full name; uncut ones are shared with `layer`.
 
@@ -40,6 +45,7 @@ def cut_layer(
         blocks: all of its blocks.
         kept: by block name; without units, the block is removed with its norms.
         biases: block name -> (out,) consumer biases for blocks that had none (FLAP's compensation); may be empty.
+        coordinates: of the residual stream that are kept, (K,); None: all.
     """
     state = dict(layer.state_dict())
     (path,) = {block.path for block in blocks}
@@ -56,6 +62,8 @@ def cut_layer(
                     weight = state[writer.tensor]
                     zeros = weight.new_zeros(weight.shape[writer.dim])
                     state.setdefault(writer.tensor.removesuffix("weight") + "bias", zeros)
+        if coordinates is not None:
+            state |= narrow_block(state, block, coordinates)
     return {f"{path}.{name}": tensor for name, tensor in state.items()}
 
 
@@ -104,11 +112,22 @@ def _parameters_without_values() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def assemble(model: PreTrainedModel, config: PreTrainedConfig, layers: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Return a new model of `config` with the tensors `layers` in its decoder layers and the rest from `model`."""
+def assemble(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    layers: Mapping[str, Tensor],
+    coordinates: Tensor | None = None,
+) -> PreTrainedModel:
+    """Return a new model of `config` with the tensors `layers` in its decoder layers and the rest from `model`.
+
+    `coordinates`: as for `cut_layer`, applied to the rest.
+    """
     result = skeleton(config)
     inside = f"{layers_path(config)}."
     around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    if coordinates is not None:
+        anatomy = read_anatomy(model.config)
+        around = {name: narrow_around(name, tensor, anatomy, coordinates) for name, tensor in around.items()}
     result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()
     result.to(model.device)

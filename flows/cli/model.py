@@ -125,7 +125,7 @@ def inspect(args: argparse.Namespace) -> Answer:
             }
             for block in anatomy.blocks
         ],
-        "plan": plan.model_dump(mode="json", exclude={"blocks"}) if plan else None,
+        "plan": plan.model_dump(mode="json", exclude={"blocks", "hidden"}) if plan else None,
     }
     lines = [f"{folder}"]
     lines += [
@@ -154,6 +154,8 @@ def inspect(args: argparse.Namespace) -> Answer:
             + (f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes")
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
+        if plan.hidden:
+            lines.append(f"  {'hidden size before':<36} {plan.hidden.size:,}")
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{counted(split.mlp_channels, 'channel per layer')}, priced at {split.nats_per_token:.4f} nats per token"

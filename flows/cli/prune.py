@@ -208,6 +208,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "parameters_after": made.after.parameters,
         "prunable_ratio_removed": made.prunable_ratio_removed,
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
+        "hidden_size": made.hidden_size,
         "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
         "weight_bytes_after": made.weight_bytes_after,
@@ -215,10 +216,11 @@ def prune(args: argparse.Namespace) -> Answer:
         "peak_memory_bytes": peak,
     }
     dropped = ", ".join(str(drop.layer) for drop in made.dropped_layers)
+    narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
         f"{args.out}: {made.before.parameters:,} -> {made.after.parameters:,} parameters, "
         f"{made.prunable_ratio_removed:.1%} of the prunable ones removed"
-        f"{f', without layers {dropped}' if dropped else ''}; weights "
+        f"{f', without layers {dropped}' if dropped else ''}{narrowed}; weights "
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )

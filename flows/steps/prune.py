@@ -142,6 +142,7 @@ def prune_checkpoint(
         dropped_layers=list(made.dropped),
         schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
+        hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
     )
 
 
@@ -182,7 +183,7 @@ def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManag
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """Return the manifest's facts about the plan."""
-    return {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "splits"})}
+    return {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "hidden", "splits"})}
 
 
 def describe(folder: Path, base: Path, plan: Plan) -> None:
@@ -221,7 +222,7 @@ def _prune_streamed(
     dropped = pruning.layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     gone = [drop.layer for drop in dropped]
     with writing(folder, renumber_tensors(dtypes_of(layers.stored), layers.anatomy.layers_path, gone)) as writer:
-        layers.copy_around(writer)
+        layers.copy_around(writer, plan.coordinates() if plan else None)
         made = pruning.prune_layers(
             layers, rows, options, lambda tensors: layers.write(tensors, writer), dropped=dropped, plan=plan
         )

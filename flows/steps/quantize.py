@@ -67,7 +67,8 @@ def quantize_checkpoint(
         layers = CheckpointLayers(source, scratch=folder, device=device)
         target = CheckpointLayers(dense, scratch=folder, device=device) if dense else None
         matrices = schemes_by_tensor(anatomy, schemes)
-        fit = Fit(rows, target, dropped_layers(source)) if matrices and rows is not None else None
+        dropped, coordinates = (plan.dropped_layers(), plan.coordinates()) if plan and dense else ([], None)
+        fit = Fit(rows, target, dropped, coordinates=coordinates) if matrices and rows is not None else None
         _write(layers, schemes, folder, fit)
         checkpoint.copy_around_weights(config, source, folder)
         if matrices:
@@ -191,7 +192,9 @@ def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None
     check_quantizable(anatomy, schemes, tensor_parallel)
     if dense is not None:
         compressed_tensors.refuse_quantized(dense, "--dense")
-        check_target(anatomy, read_anatomy(checkpoint.read_config(dense)), dropped_layers(source))
+        plan = plan_of(source)
+        dropped, hidden = (plan.dropped_layers(), plan.hidden) if plan else ([], None)
+        check_target(anatomy, read_anatomy(checkpoint.read_config(dense)), dropped, hidden)
 
 
 def dropped_layers(source: Path) -> list[int]:

@@ -84,6 +84,7 @@ def pruning_section(asked: Prune, criterion: str, pruned: PrunedCheckpoint) -> d
         },
         "kept_units": pruned.kept_units,
         "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
+        "hidden_size": pruned.hidden_size,
     }
 
 

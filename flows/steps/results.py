@@ -61,6 +61,7 @@ class PrunedCheckpoint:
         digest: of the checkpoint's manifest; `plan`: of the plan's file.
         schemes: that the plan quantizes blocks to, by their names.
         kept_units: [kept, of] by block name.
+        hidden_size: [kept, of], or None: all are kept.
     """
 
     digest: str
@@ -73,6 +74,7 @@ class PrunedCheckpoint:
     dropped_layers: list[DroppedLayer]
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
+    hidden_size: list[int] | None
 
 
 @dataclass(frozen=True)

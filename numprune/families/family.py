@@ -190,6 +190,7 @@ class Family:
             units come first.
         parallel: both blocks read the input of the layer.
         residual_scale: the field of the factor by which a block's output is multiplied, or None.
+        scales_embeddings: they are multiplied by the square root of the hidden size.
         stock_heads: the head counts that the stock configuration accepts: `any`, `divisors` of the hidden size, or only
             `all` that fill the hidden size.
         stand_in: the family for other head counts, or None.
@@ -231,6 +232,7 @@ class Family:
     interleaved: bool = False
     parallel: Flag = False
     residual_scale: str | None = None
+    scales_embeddings: bool = False
     stock_heads: Literal["any", "divisors", "all"] = "any"
     stand_in: StandIn | None = None
     requires: dict[str, tuple[Any, ...]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ GEMMA2 = Family(
     name="gemma2",
     attention=ATTENTION,
     mlp=MLP,
+    scales_embeddings=True,
     stock_heads="divisors",
     requires={"use_bidirectional_attention": (None, False)},
     attention_implementation="eager",  # SDPA ignores the soft-capping of attention scores

@@ -7,6 +7,7 @@ GEMMA3 = Family(
     name="gemma3_text",
     attention=replace(ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
     mlp=MLP,
+    scales_embeddings=True,
     stock_heads="divisors",
     requires={"use_bidirectional_attention": (None, False)},
     vllm=Vllm(per_layer=True),

@@ -13,6 +13,7 @@ from numprune.calibration import Walker, check_rows
 from numprune.errors import InputError
 from numprune.families import FAMILIES
 from numprune.layers import CopiedLayers, Layers
+from numprune.plans import HiddenPlan
 from numprune.progress import progress
 from numprune.quantization.blocks import BlockFit
 from numprune.quantization.linears import linear_of, projections
@@ -36,16 +37,20 @@ class Fit:
             quantization.
         dropped: layers of the target that the model does not have.
         batch_size: rows at a time.
+        coordinates: those of the target's residual stream that the model has, (K,); None: all.
     """
 
     rows: Tensor
     target: Layers | None = None
     dropped: Sequence[int] = ()
     batch_size: int = 8
+    coordinates: Tensor | None = None
 
 
-def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int]) -> None:
-    """Refuse a target from which the model cannot have been pruned. Raises InputError."""
+def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int], hidden: HiddenPlan | None = None) -> None:
+    """Refuse a target from which the model cannot have been pruned; `hidden`: of the plan. Raises InputError."""
+    if hidden is not None and hidden.size == target.hidden_size:
+        target = target.narrowed(len(hidden.kept))
     stand_in = FAMILIES[target.family].stand_in  # the family under which the pruned model may be stored
     for name in ("family", "hidden_size", "head_dim", "vocabulary"):
         ours, theirs = getattr(anatomy, name), getattr(target, name)
@@ -182,8 +187,13 @@ class _Fitting:
         """Run the target's block, and store the desired output of the quantized one."""
         scale = self._walker.layers.anatomy.residual_scale
         for batch, run in self._target.run(dense, block, self._target_stream):
-            aim = run.output.to(self._aims.device)
+            aim = self._kept(run.output).to(self._aims.device)
             if not block.norm_behind:
-                aim = aim + (self._target_stream.hidden[batch] - self._stream.hidden[batch]) / scale
+                aim = aim + (self._kept(self._target_stream.hidden[batch]) - self._stream.hidden[batch]) / scale
             self._aims[batch] = aim
             self._target_stream.write(batch, run.after)
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Return what the model has of the target's (…, H)."""
+        kept = self._fit.coordinates
+        return hidden if kept is None else hidden.index_select(-1, kept.to(hidden.device))

@@ -33,8 +33,14 @@ def block_prices(
         micro_batch_size: rows at a time; None: all. It changes memory, not the result beyond rounding.
         task: of the models.
 
-    Raises InputError if the models' layers do not correspond.
+    Raises InputError if the models' layers do not correspond, or their hidden sizes differ.
     """
+    sizes = [one.config.hidden_size for one in (model, dense)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"train blocks: the hidden size is {sizes[0]}, and {sizes[1]} in the dense model, so its blocks cannot be "
+            "replaced to price them; train all weights, or use lora"
+        )
     blocks = [block for block in read_anatomy(model.config).blocks if block.units]
     whole = read_anatomy(dense.config)
     by_place = {(block.layer, block.kind): block for block in whole.blocks}

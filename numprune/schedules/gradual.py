@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from numprune.anatomy import read_anatomy
-from numprune.axes import AXES
+from numprune.axes import AXES, HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.options import PruneOptions, check_options
@@ -95,8 +95,8 @@ class GradualPruning(TrainerCallback, ExportableState):
             )
         if metric != "loss" and tolerance is None:
             raise InputError(f"metric is {metric!r}, which nothing depends on without a tolerance; set one")
-        if members := [name for name in axes if name in AXES and name not in WHOLE_UNITS]:
-            raise InputError(f"axes: only whole units can be removed; leave out {', '.join(members)}")
+        if others := [name for name in axes if name in (*AXES, HIDDEN_SIZE) and name not in WHOLE_UNITS]:
+            raise InputError(f"axes: only whole units can be removed; leave out {', '.join(others)}")
         self._options = PruneOptions(
             ratio, criterion, allocation, "none", target or Target(), tuple(axes), tuple(keep), dict(floors or {})
         )

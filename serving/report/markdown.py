@@ -131,6 +131,8 @@ def _quantization(found: Quantization) -> list[str]:
 def _kept(pruning: Pruning) -> Iterable[str]:
     if pruning.dropped_layers:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
+    if pruning.hidden_size:
+        yield "- Hidden size: {1:,} → {0:,}".format(*pruning.hidden_size)
     for kind, units in by_kind(pruning.kept_units).items():
         parts = [
             f"{f'layer {first}' if first == last else f'layers {first} to {last}'}: {kept:,} of {of:,}"

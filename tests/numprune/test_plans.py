@@ -6,7 +6,7 @@ import torch
 from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.options import PruneOptions
-from numprune.plans import BlockPlan, Draw, read_plan
+from numprune.plans import BlockPlan, Draw, HiddenPlan, read_plan
 from numprune.pruning import prune
 from numprune.slices import Kept
 from tests.conftest import build_tiny
@@ -93,6 +93,14 @@ def test_damaged_plans_are_refused_with_the_field(plan, tmp_path, change, messag
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         read_plan(tmp_path / "plan.json")
+
+
+def test_a_plan_that_keeps_the_hidden_size_says_nothing_of_it(plan, tmp_path):
+    assert "hidden" not in plan.model_dump()
+    narrow = plan.model_copy(update={"hidden": HiddenPlan(size=64, kept=[0, 5, 63])})
+    narrow.write(tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == narrow
+    assert narrow.coordinates().tolist() == [0, 5, 63]
 
 
 def test_missing_and_truncated_plans_are_refused(plan, tmp_path):

@@ -100,11 +100,12 @@ def test_every_chart_has_a_table(page: str) -> None:
 def test_dropped_layers_are_named_and_not_counted_as_kept() -> None:
     data = full()
     kept = {f"layers.{layer}.attention": [0 if layer == 1 else 3, 4] for layer in range(4)}
-    data["pruning"] |= {"kept_units": kept, "dropped_layers": [1]}
+    data["pruning"] |= {"kept_units": kept, "dropped_layers": [1], "hidden_size": [224, 256]}
     text = Parsed(html(judged(data))).text
     assert "KV groups: 3 of 4 in every layer." in text
     assert "dropped, of 4" in text
     assert re.search(r"Layers dropped\s+1", text)
+    assert re.search(r"Hidden size\s+256 → 224", text)
 
 
 def test_the_same_report_gives_the_same_page(page: str) -> None:

@@ -295,6 +295,11 @@ def test_the_markdown_names_dropped_layers(report_json: Any) -> None:
     ]
 
 
+def test_the_markdown_names_the_new_hidden_size(report_json: Any) -> None:
+    report_json["pruning"] |= {"hidden_size": [1792, 2048]}
+    assert "- Hidden size: 2,048 → 1,792" in reports.markdown(Report.model_validate(report_json)).splitlines()
+
+
 def test_the_markdown_shows_generations_and_precision() -> None:
     page = reports.markdown(Report.model_validate(full()))
     assert "1 degraded: the candidate's output is empty or repeating" in page

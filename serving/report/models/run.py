@@ -122,6 +122,7 @@ class Pruning(Model):
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     attention: Attention | None = None
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
+    hidden_size: tuple[Count, Count] | None = None  # (kept, of), if coordinates were removed
 
 
 class SizePair(Model):
