@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numprune.anatomy import read_anatomy
+from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.counted import counted
@@ -40,7 +41,9 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     options = pruning_options(recipe, run.base.path)
     # Masks price the splits of uniform whether or not anything is refitted.
     masks = recipe.learn.method != "none"
-    results = known_results(anatomy, dataclasses.replace(options, compensation="joint") if masks else options)
+    narrows = HIDDEN_SIZE in options.axes  # to a size that only training finds
+    joint = dataclasses.replace(options, compensation="joint") if masks else options
+    results = [] if narrows else known_results(anatomy, joint)
     weights = cast = checkpoint.weight_bytes(run.base.path)
     schemes = schemes_asked(recipe.quantize)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
@@ -57,6 +60,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "ratio": recipe.prune.ratio,
         "budget_bytes": options.budget.limit if options.budget else None,
         "drop_layers": recipe.prune.drop_layers,
+        "hidden_size_is_chosen": narrows,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
         "quantization": " or ".join(map(str, schemes)) or None,
@@ -221,6 +225,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
+    if found["hidden_size_is_chosen"]:
+        yield "hidden size: the masks choose it; embeddings and head shrink in addition to the above"
     window = f"window of {text['sequence_length']} tokens"
     yield (
         f"calibration: {text['samples']:,} of {counted(text['calibration_windows'], window)}; held-out text: "

@@ -11,12 +11,12 @@ Criterion = Literal[
     "numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random", "frequency"
 ]
 Allocation = Literal["uniform", "global", "error"]
-Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels"]
+Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels", "hidden-size"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 Recovery = Literal["distill"]
 TrainedWeights = Literal["all", "lora", "blocks"]
-LearnedAxis = Literal["kv-groups", "query-heads", "channels", "experts"]
+LearnedAxis = Literal["kv-groups", "query-heads", "channels", "experts", "hidden-size"]
 LEARNED_AXES: tuple[LearnedAxis, ...] = ("kv-groups", "channels", "experts")  # by default
 LearningMethod = Literal["vib"]
 LearningVariant = Literal["full", "fast", "faster"]

@@ -78,12 +78,15 @@ def _narrow(tensor: "Tensor", dim: int, kept: "Tensor", *, is_gain: bool) -> "Te
     return left * sqrt(tensor.shape[dim] / left.shape[dim]) if is_gain else left
 
 
-def silence(layer: "nn.Module", block: Block, gone: "Tensor") -> None:
-    """Make the block write zero to the coordinates `gone`, in place; call it without gradients."""
-    outputs = [part for part in block.slices if part.tensor.startswith(block.reader.tensor)]
-    dims = {part.tensor: part.hidden_dim for part in outputs}
+def outputs_of(layer: "nn.Module", block: Block) -> "list[tuple[nn.Parameter, int]]":
+    """Return the parameters with which a block writes to the residual stream, and their hidden dimensions."""
+    dims = {part.tensor: part.hidden_dim for part in block.slices if part.tensor.startswith(block.reader.tensor)}
     if block.consumer_bias:
         dims[f"{block.consumer}.bias"] = 0
-    for name, dim in dims.items():
-        assert dim is not None
-        layer.get_parameter(name).index_fill_(dim, gone, 0)
+    return [(layer.get_parameter(name), dim) for name, dim in dims.items() if dim is not None]
+
+
+def silence(layer: "nn.Module", block: Block, gone: "Tensor") -> None:
+    """Make the block write zero to the coordinates `gone`, in place; call it without gradients."""
+    for parameter, dim in outputs_of(layer, block):
+        parameter.index_fill_(dim, gone, 0)

@@ -169,7 +169,8 @@ def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> 
         return
     if not planned:
         raise InputError(
-            f"axes: only trained masks choose the hidden size; use numprune learn, or leave out {HIDDEN_SIZE}"
+            "axes: only trained masks choose the hidden size; use numprune learn (in a recipe: learn.method), or leave "
+            f"out {HIDDEN_SIZE}"
         )
     check_narrowable(anatomy)
     sizes = hidden_sizes(anatomy, options.target)

@@ -146,9 +146,10 @@ def learn(args: argparse.Namespace) -> Answer:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
-        f"{plan}: {made.removed:.1%} of the {_COUNTED[args.constraint]} to remove; {args.method} {made.variant}, "
-        f"{made.tokens:,} tokens in {made.steps:,} steps, the best after step {made.best_step:,}: "
+        f"{plan}: {made.removed:.1%} of the {_COUNTED[args.constraint]} to remove{narrowed}; {args.method} "
+        f"{made.variant}, {made.tokens:,} tokens in {made.steps:,} steps, the best after step {made.best_step:,}: "
         f"{made.divergence:.4f} {made.unit} from the dense model before any refit; in "
         f"{data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}\n"
         f"follow it with numprune prune {model} OUT --plan {plan} --text FILE"

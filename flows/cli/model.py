@@ -125,7 +125,7 @@ def inspect(args: argparse.Namespace) -> Answer:
             }
             for block in anatomy.blocks
         ],
-        "plan": plan.model_dump(mode="json", exclude={"blocks", "hidden"}) if plan else None,
+        "plan": plan.model_dump(mode="json", exclude={"blocks": True, "hidden": {"kept"}}) if plan else None,
     }
     lines = [f"{folder}"]
     lines += [

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from numprune.anatomy import read_anatomy, task_name
+from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS
 from numprune.chat import renderer
@@ -210,6 +211,11 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         check_options(anatomy, pruning_options(recipe, base))
     else:
         check_learning(anatomy, replace(pruning_options(recipe, base), criterion=recipe.learn.method))
+        if HIDDEN_SIZE in recipe.prune.axes and (recipe.recover.method, recipe.recover.train) == ("distill", "blocks"):
+            raise InputError(
+                f"axes: with {HIDDEN_SIZE}, blocks cannot be priced in the dense model; set recover.train to all or "
+                "lora"
+            )
 
 
 def load_tasks_of(recipe: Recipe) -> Tasks:

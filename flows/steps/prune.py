@@ -183,7 +183,11 @@ def _checkpoint(out: Path, base_digest: str, plan: Plan) -> AbstractContextManag
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """Return the manifest's facts about the plan."""
-    return {"plan": plan.model_dump(mode="json", exclude={"blocks", "dropped", "hidden", "splits"})}
+    return {
+        "plan": plan.model_dump(
+            mode="json", exclude={"blocks": True, "dropped": True, "hidden": {"kept"}, "splits": True}
+        )
+    }
 
 
 def describe(folder: Path, base: Path, plan: Plan) -> None:

@@ -125,6 +125,7 @@ class LearnedMasks:
     kept: float
     divergence: float
     unit: str
+    hidden_size: tuple[int, int] | None
 
 
 @dataclass(frozen=True)

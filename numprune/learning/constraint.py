@@ -1,7 +1,7 @@
 """The size constraint of the masks: an augmented Lagrangian whose target falls step by step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,9 +65,19 @@ class Constraint:
         """The cost of all blocks."""
         return sum(self.cost(block, block.size) for block in self.anatomy.blocks)
 
-    def removed(self, sizes: Mapping[str, Size]) -> float:
-        """Return the removed share if blocks have these sizes, by name."""
-        return 1 - sum(self.cost(block, sizes[block.name]) for block in self.anatomy.blocks) / self.whole
+    def narrowed(self, hidden_size: int) -> "Constraint":
+        """Return the constraint on a model with another hidden size."""
+        return replace(self, anatomy=self.anatomy.narrowed(hidden_size))
+
+    @property
+    def of_coordinate(self) -> float:
+        """The cost of one coordinate of the residual stream."""
+        return (self.whole - self.narrowed(0).whole) / self.anatomy.hidden_size
+
+    def removed(self, sizes: Mapping[str, Size], hidden_size: int | None = None) -> float:
+        """Return the removed share if blocks have these sizes, by name, and the model this hidden size."""
+        blocks = self.anatomy.blocks if hidden_size is None else self.narrowed(hidden_size).anatomy.blocks
+        return 1 - sum(self.cost(block, sizes[block.name]) for block in blocks) / self.whole
 
 
 @dataclass(frozen=True)
@@ -75,22 +85,49 @@ class Share:
     """The kept share of the cost, by mask.
 
     Attributes:
-        of_mask: (K,), the share of each mask alone.
+        of_mask: (K,), the share of each mask of a block alone.
         fixed: the share of unmasked blocks.
+        scaled: the part of `of_mask` that is proportional to the hidden size.
+        fixed_scaled: that of `fixed`.
     """
 
     of_mask: Tensor
     fixed: float
+    scaled: Tensor
+    fixed_scaled: float
 
     def kept(self, masks: Masks) -> Tensor:
-        """Return the kept share, weighting each mask by sigmoid(-log alpha), its own and those of the masks above."""
-        return self.fixed + self.of_mask @ masks.along(torch.sigmoid(-masks.log_alpha))
+        """Return the kept share, weighting each mask by sigmoid(-log alpha), its own and those of the masks above.
+
+        What is proportional to the hidden size is also weighted by the mean over the residual stream's masks.
+        """
+        soft = torch.sigmoid(-masks.log_alpha)
+        along = masks.along(soft)
+        kept = self.fixed + self.of_mask @ along
+        if masks.stream is None:
+            return kept
+        return kept - (1 - masks.of_stream(soft).mean()) * (self.fixed_scaled + self.scaled @ along)
 
 
 def share_of(constraint: Constraint, masks: Masks) -> Share:
     """Return the shares of a model's masks."""
-    of_mask = masks.costs / constraint.whole
-    return Share(of_mask, 1 - float(of_mask.sum()))
+    whole = constraint.whole
+
+    def of_masks(constraint: Constraint) -> Tensor:
+        blocks = {block.name: block for block in constraint.anatomy.blocks}
+        costs = {
+            block.name: (constraint.of_unit(blocks[block.name]), constraint.of_member(blocks[block.name]))
+            for block in masks.blocks
+        }
+        return masks.spread(costs).to(masks.costs) / whole
+
+    of_mask = of_masks(constraint)
+    fixed = 1 - float(of_mask.sum())
+    if masks.stream is None:
+        return Share(of_mask, fixed, torch.zeros_like(of_mask), 0.0)
+    without = constraint.narrowed(0)
+    rest = of_masks(without)
+    return Share(of_mask, fixed, of_mask - rest, fixed - (without.whole / whole - float(rest.sum())))
 
 
 class Lagrangian:

@@ -1,14 +1,14 @@
 """Gaussian masks on the units of a model's blocks: z = mu + sigma * eps, a number for each KV group, channel or expert.
 
-Query heads and whole blocks may have masks, too. The input of a block's consumer is then multiplied by the masks of the
-query head, of its KV group and of the block.
+Query heads, whole blocks and the coordinates of the residual stream (stream.py) may have masks, too. The input of a
+block's consumer is multiplied by the masks of the query head, of its KV group and of the block.
 
 A mask multiplies its unit's input to the block's consumer. An expert's mask multiplies its routing weight, so that its
 output is scaled and tokens are not rerouted. With all z = 1, the model is the dense one; with z = 0, it is the model
 without the unit (except for the routing of experts).
 
-Notation: K masks of all blocks together; L leaves of their tree (query heads if these have masks, otherwise units); n
-rows, S tokens of a row.
+Notation: K masks of all blocks together and of the residual stream; L leaves of their tree (query heads if these have
+masks, otherwise units), then the H coordinates of the stream if these have masks; n rows, S tokens of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from numprune.blocks import Block
 from numprune.calibration import consumer_of, consumer_weight
+from numprune.learning.stream import Stream, hook_stream
 from numprune.slices import Kept
 
 # TVA-Prune starts at a log variance of -9, from which too few units cross the threshold within 150 steps.
@@ -47,10 +48,11 @@ class Masked:
 
 
 class Masks(nn.Module):
-    """The masks of some blocks.
+    """The masks of some blocks, and of the residual stream.
 
     Attributes:
         blocks: masked blocks, first layer first.
+        stream: if it has masks.
         mean: (K,), mu.
         log_variance: (K,), log sigma^2.
         costs: (K,), cost of a mask alone; for a unit whose members have masks, the cost that they share.
@@ -64,19 +66,24 @@ class Masks(nn.Module):
     _above: Tensor  # (2, K), the masks above each, K where there is none
     _leaves: Tensor  # (L,)
 
-    def __init__(self, blocks: Sequence[Masked], seed: int) -> None:
+    def __init__(self, blocks: Sequence[Masked], seed: int, stream: Stream | None = None) -> None:
         super().__init__()
-        self.blocks = tuple(masked.block for masked in blocks)
+        self.blocks, self.stream = tuple(masked.block for masked in blocks), stream
         trees = [_Tree(masked) for masked in blocks]
-        count = sum(tree.size for tree in trees)
+        self._width = stream.size if stream else 0
+        count = sum(tree.size for tree in trees) + self._width
         firsts = [sum(tree.size for tree in trees[:index]) for index in range(len(trees))]
         self._places = {tree.block.name: (first, tree) for first, tree in zip(firsts, trees, strict=True)}
         above = [
             torch.where(tree.above < 0, count, tree.above + first) for first, tree in zip(firsts, trees, strict=True)
         ]
+        above.append(torch.full((2, self._width), count))
         leaves = [tree.leaves + first for first, tree in zip(firsts, trees, strict=True)]
-        costs = torch.cat([tree.costs for tree in trees])
         self._counts = [len(found) for found in leaves]
+        leaves.append(torch.arange(count - self._width, count))
+        costs = self.spread({masked.block.name: (masked.unit, masked.member) for masked in blocks})
+        if stream:
+            costs[count - self._width :] = stream.cost
         draw = torch.Generator().manual_seed(seed)
         mean, log_variance = _SPREAD * torch.randn(2, count, generator=draw)
         self.mean = nn.Parameter(mean + _MEAN)
@@ -85,6 +92,15 @@ class Masks(nn.Module):
         self.register_buffer("weights", costs / costs[costs > 0].min())
         self.register_buffer("_above", torch.cat(above, 1))
         self.register_buffer("_leaves", torch.cat(leaves))
+
+    def spread(self, costs: Mapping[str, tuple[float, float]]) -> Tensor:
+        """Return (K,) for the costs of a unit and of a member by block name, as in `costs`; 0 for the stream."""
+        parts = [tree.spread(*costs[name]) for name, (_, tree) in self._places.items()]
+        return torch.cat([*parts, torch.zeros(self._width)])
+
+    def of_stream(self, values: Tensor) -> Tensor:
+        """Return values (…, K) or (…, L) of the residual stream, (…, H)."""
+        return values[..., values.shape[-1] - self._width :]
 
     @property
     def leaves(self) -> int:
@@ -136,19 +152,30 @@ class Masks(nn.Module):
             found[name] = own, of_members
         return found
 
-    def indicator(self, kept: Mapping[str, Kept]) -> Tensor:
-        """Return (L,): 1 for kept leaves (by block name), 0 for all others."""
+    def stream_prices(self) -> Tensor:
+        """Return `weights` times the information of the residual stream's coordinates, (H,)."""
+        return self.of_stream(self.weights * self.information)
+
+    def indicator(self, kept: Mapping[str, Kept], coordinates: Tensor | None = None) -> Tensor:
+        """Return (L,): 1 for kept leaves, 0 for all others.
+
+        Args:
+            kept: by block name.
+            coordinates: of the residual stream that are kept, if it has masks.
+        """
         parts = []
         for block, count in zip(self.blocks, self._counts, strict=True):
             left = kept[block.name]
             members = torch.zeros(block.units, block.members)
             members[left.units[:, None], left.members] = 1
             parts.append(members.flatten() if count > block.units else members.amax(1))
+        if coordinates is not None:
+            parts.append(torch.zeros(self._width).index_fill(0, coordinates, 1))
         return torch.cat(parts).to(self.mean.device)
 
     def by_block(self, values: Tensor) -> dict[str, Tensor]:
         """Return values (…, L) by block name, (…, leaves) each."""
-        parts = values.split(self._counts, -1)
+        parts = values[..., : sum(self._counts)].split(self._counts, -1)
         return {block.name: part for block, part in zip(self.blocks, parts, strict=True)}
 
 
@@ -158,7 +185,6 @@ class _Tree:
     Attributes:
         above: (2, size), the two masks above each mask; -1: none.
         leaves: masks with nothing below.
-        costs: (size,), as in `Masks`.
     """
 
     def __init__(self, masked: Masked) -> None:
@@ -172,10 +198,14 @@ class _Tree:
         self.above[0, units : units + members] = torch.arange(units).repeat_interleave(block.members)[:members]
         self.above[1, units : units + members] = top
         self.leaves = torch.arange(units, units + members) if masked.by_members else torch.arange(units)
-        own = masked.unit - (block.members * masked.member if masked.by_members else 0.0)
-        self.costs = torch.zeros(self.size)
-        self.costs[:units] = own
-        self.costs[units : units + members] = masked.member
+
+    def spread(self, unit: float, member: float) -> Tensor:
+        """Return (size,) for the costs of a unit with all its members and of a member, as in `Masks.costs`."""
+        block, costs = self.block, torch.zeros(self.size)
+        costs[: block.units] = unit - (block.members * member if self.by_members else 0.0)
+        if self.by_members:
+            costs[block.units :][: block.units * block.members] = member
+        return costs
 
 
 @contextmanager
@@ -186,6 +216,8 @@ def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterato
         consumer_of(layers[block.layer], block).register_forward_pre_hook(multiplier(block, parts[block.name]))
         for block in masks.blocks
     ]
+    if masks.stream is not None:
+        hooks += hook_stream(layers, masks.stream, masks.of_stream(values))
     try:
         yield
     finally:
@@ -218,7 +250,7 @@ def multiplier(block: Block, values: Tensor) -> Any:
 
 @torch.no_grad()
 def fold(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> None:
-    """Fold (L,) into the consumers' weights: the model then computes the same without masks."""
+    """Fold (L,) into the consumers' weights: the model then computes the same without masks of blocks."""
     parts = masks.by_block(values)
     for block in masks.blocks:
         fold_block(layers[block.layer], block, parts[block.name])

@@ -1,11 +1,17 @@
 """From masks to units: the sizes that keep the most information within the budget, and the best units of each block."""
 
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from numprune.allocation import by_error, keep_highest, uniform
+from numprune.curves import Errors, error_at
+from numprune.errors import InputError
+from numprune.hidden import hidden_sizes, ratio_beside
 from numprune.learning.constraint import Constraint
 from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
@@ -13,6 +19,8 @@ from numprune.slices import Kept, Size
 from numprune.target import Sizes
 
 ALLOCATIONS = ("error", "uniform")
+
+_TRIED = 16  # hidden sizes at a time
 
 
 def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
@@ -30,13 +38,37 @@ def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
     }
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What is kept.
+
+    Attributes:
+        kept: of each block, by name.
+        coordinates: of the residual stream, (H',) indices, ascending; None: it has no masks.
+    """
+
+    kept: dict[str, Kept]
+    coordinates: Tensor | None = None
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        return {name: kept.size for name, kept in self.kept.items()}
+
+    @property
+    def hidden_size(self) -> int | None:
+        return None if self.coordinates is None else len(self.coordinates)
+
+
 @torch.no_grad()
-def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> dict[str, Kept]:
-    """Return what is kept of each block, by name: at least `options.ratio` removed, in sizes the target supports.
+def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> Choice:
+    """Return what is kept: at least `options.ratio` removed, in sizes the target supports.
 
     The price of a unit is its information, see `Masks.prices`. The knapsack of the allocation chooses the sizes whose
     removed units cost least in total. Because prices are weighted by the counted cost, this ranks units by log alpha
     over all blocks, corrected for alignment, floors and whole steps.
+
+    With masks on the residual stream, the knapsack is solved at several hidden sizes. The one is chosen at which the
+    removed units and coordinates cost least together.
 
     Raises:
         InputError: like the allocations.
@@ -45,17 +77,71 @@ def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> dict
     prices = {name: (own.double().cpu(), members.double().cpu()) for name, (own, members) in masks.prices().items()}
     errors = {block.name: torch.zeros(block.units + 1, block.members, dtype=torch.float64) for block in anatomy.blocks}
     errors |= {name: _curve(*of_block) for name, of_block in prices.items()}
-    allowed = sizes_under(constraint, options)
-    if options.allocation == "uniform":
-        sizes = uniform(anatomy, options.ratio, allowed, errors)
+    coordinates = None
+    if masks.stream is None:
+        sizes = _sizes(constraint, options, errors)
     else:
-        sizes = by_error(anatomy, options.ratio, allowed, errors, constraint.cost)
-    return {
+        of_stream = masks.stream_prices().double().cpu()
+        sizes, hidden_size = _narrowest(constraint, options, errors, of_stream)
+        coordinates = keep_highest(of_stream, hidden_size)
+    kept = {
         block.name: _best(*prices[block.name], sizes[block.name])
         if block.name in prices
         else Kept.whole(torch.arange(block.units), block.members)
         for block in anatomy.blocks
     }
+    return Choice(kept, coordinates)
+
+
+def _sizes(constraint: Constraint, options: PruneOptions, errors: Errors) -> dict[str, Size]:
+    anatomy, allowed = constraint.anatomy, sizes_under(constraint, options)
+    if options.allocation == "uniform":
+        return uniform(anatomy, options.ratio, allowed, errors)
+    return by_error(anatomy, options.ratio, allowed, errors, constraint.cost)
+
+
+def _narrowest(
+    constraint: Constraint, options: PruneOptions, errors: Errors, of_stream: Tensor
+) -> tuple[dict[str, Size], int]:
+    """Return the sizes of the blocks, and the hidden size, whose removal is cheapest."""
+    cheapest = torch.cat([of_stream.new_zeros(1), of_stream.sort().values.cumsum(0)])
+    blocks = constraint.anatomy.blocks
+
+    @cache
+    def at(hidden_size: int) -> tuple[float, float, dict[str, Size]]:
+        """Return what is missing of the ratio, the price, and the sizes."""
+        narrow = constraint.narrowed(hidden_size)
+        try:
+            sizes = _sizes(narrow, under(constraint, options, hidden_size), errors)
+        except InputError:  # units alone cannot make up the rest
+            return math.inf, math.inf, {}
+        missing = options.ratio - constraint.removed(sizes, hidden_size)  # `uniform` takes the nearest splits
+        units = math.fsum(error_at(errors, block, sizes[block.name]) for block in blocks if block.units)
+        return max(0.0, round(missing, 9)), units + float(cheapest[len(of_stream) - hidden_size]), sizes
+
+    hidden_size = cheapest_of(hidden_sizes(constraint.anatomy, options.target), lambda size: at(size)[:2])
+    return at(hidden_size)[2], hidden_size
+
+
+def under(constraint: Constraint, options: PruneOptions, hidden_size: int) -> PruneOptions:
+    """Return the options for the units of a model with this hidden size: the rest of the ratio."""
+    left = constraint.narrowed(hidden_size).whole
+    return replace(options, ratio=ratio_beside(options.ratio, constraint.whole, left))
+
+
+def cheapest_of(sizes: Sequence[int], price: Callable[[int], float | tuple[float, ...]]) -> int:
+    """Return the cheapest of ascending sizes, the largest of equal ones.
+
+    With many sizes, every n-th is tried, and then those around the cheapest: prices fall and then rise.
+    """
+    low, high = 0, len(sizes) - 1
+    while True:
+        step = max(1, (high - low) // _TRIED)
+        tried = sorted({*range(high, low - 1, -step), low}, reverse=True)
+        best = min(tried, key=lambda index: price(sizes[index]))
+        if step == 1:
+            return sizes[best]
+        low, high = max(low, best - step), min(high, best + step)
 
 
 def _curve(own: Tensor, members: Tensor) -> Tensor:

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from numprune.errors import IntegrityError
 from numprune.learning.constraint import Constraint, Lagrangian, share_of
 from numprune.learning.masks import Masks, masked
-from numprune.learning.rounding import rounded
+from numprune.learning.rounding import Choice, rounded
 from numprune.options import PruneOptions
 from numprune.progress import Progress
 from numprune.recovery.options import FINAL, measured_after
 from numprune.recovery.state import Position, TrainingState
-from numprune.slices import Kept
 from numprune.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class Rounded:
     """The rounded masks of one step.
 
     Attributes:
-        kept: what is kept of each block, by name.
+        choice: what is kept.
         share: of the counted cost that the masks keep by themselves.
         in_band: that share meets the budget, within 1 %.
         divergence: of the result from the dense model, on the selection rows.
@@ -45,7 +44,7 @@ class Rounded:
     """
 
     step: int
-    kept: dict[str, Kept]
+    choice: Choice
     share: float
     in_band: bool
     divergence: float
@@ -188,13 +187,14 @@ class Training:
     def _judge(self) -> None:
         """Round the masks and evaluate the result, with masks for trained weights and without for others."""
         masks = self._masks
-        kept = rounded(self._constraint, masks, self._options)
-        divergence = self._divergence(masks.indicator(kept) * (masks.at_leaves(masks.mean) if self._weights else 1))
+        choice = rounded(self._constraint, masks, self._options)
+        kept = masks.indicator(choice.kept, choice.coordinates)
+        divergence = self._divergence(kept * (masks.at_leaves(masks.mean) if self._weights else 1))
         if not math.isfinite(divergence):
             raise self._diverged(self._position.step)
         self._position.curve.append((self._position.step, divergence))
         copies = {name: value.detach().clone() for name, value in self.trained.items()}
-        found = self._rounded(self._position.step, divergence, kept, copies)
+        found = self._rounded(self._position.step, divergence, choice, copies)
         logger.info(
             "step %d: the masks keep %.1f %% of the %s; %.4f %s from the dense model once rounded",
             found.step,
@@ -207,9 +207,9 @@ class Training:
             self._best, self._position.best_step = found, found.step
 
     @torch.no_grad()
-    def _rounded(self, step: int, divergence: float, kept: dict[str, Kept], trained: dict[str, Tensor]) -> Rounded:
+    def _rounded(self, step: int, divergence: float, choice: Choice, trained: dict[str, Tensor]) -> Rounded:
         share = float(self._share.kept(self._masks))
-        return Rounded(step, kept, share, abs(share - 1 + self._options.ratio) <= _BAND, divergence, trained)
+        return Rounded(step, choice, share, abs(share - 1 + self._options.ratio) <= _BAND, divergence, trained)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, and the best masks and weights."""
@@ -240,8 +240,8 @@ class Training:
             best = {name: value.to(self._dense.device) for name, value in best.items()}
             self._restore(best)
             step = self._position.best_step
-            kept = rounded(self._constraint, self._masks, self._options)
-            self._best = self._rounded(step, dict(self._position.curve)[step], kept, best)
+            choice = rounded(self._constraint, self._masks, self._options)
+            self._best = self._rounded(step, dict(self._position.curve)[step], choice, best)
         self._restore(by_kind.pop("now"))
         for kind, values in by_kind.items():
             for name, value in values.items():
@@ -254,9 +254,10 @@ class Training:
             parameter.copy_(trained[name])
 
     def _at_random(self) -> Tensor:
-        """Return (L,) of 0 and 1 that remove random leaves, the share `ratio` of them."""
+        """Return (L,) of 0 and 1 that remove random leaves of blocks, the share `ratio` of them."""
         draw = torch.Generator().manual_seed(self._options.seed)
         chances = torch.rand(self._masks.leaves, generator=draw).to(self._masks.weights)
+        self._masks.of_stream(chances).fill_(1)
         return (chances >= self._options.ratio).to(chances)
 
     @torch.no_grad()

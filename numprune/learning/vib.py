@@ -11,6 +11,10 @@ every mask is 1. s is the kept share of the counted cost (prunable parameters, F
 unit's cost relative to the cheapest unit, and t the target of s, which falls linearly from 1 over the first steps. l1
 and l2 are updated by gradient ascent, in units of the cost of removing random units, so they suit every task's loss.
 
+With the axis hidden-size, the residual stream's coordinates have masks, too: one for each in the whole model. Most
+costs are then products of a unit's and the kept share of coordinates. A coordinate's w is its cost in all blocks
+together, as for units, so that the sum of prices that rounding minimizes compares both; TVA-Prune sets 30.
+
 After t has fallen, the masks are rounded several times to sizes that meet the budget, and the result is evaluated by D
 on rows not used for training. The best result is kept; masks that meet the budget by themselves take precedence over
 those that only meet it by rounding.
@@ -26,15 +30,18 @@ from transformers import PreTrainedModel
 
 from numprune.allocation import check_ratio
 from numprune.anatomy import read_anatomy
+from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.calibration import check_rows
 from numprune.errors import InputError
+from numprune.hidden import hidden_sizes
 from numprune.learning.constraint import Constraint, Counted
 from numprune.learning.masks import Masked, Masks, fold
-from numprune.learning.rounding import ALLOCATIONS, sizes_under
+from numprune.learning.rounding import ALLOCATIONS, sizes_under, under
+from numprune.learning.stream import Stream, fold_stream
 from numprune.learning.training import Training
 from numprune.options import PruneOptions, check_options
-from numprune.plans import BlockPlan, Plan
+from numprune.plans import BlockPlan, HiddenPlan, Plan
 from numprune.pruning import describe
 from numprune.recovery.state import TrainingState
 from numprune.slices import GONE
@@ -59,6 +66,7 @@ class Record:
         kept: share of it that the masks kept by themselves, before rounding.
         divergence: of the result from the dense model on the selection rows, before refitting.
         unit: of the divergence.
+        hidden_size: what is kept, and of what; None: it had no masks.
     """
 
     variant: Variant
@@ -71,6 +79,7 @@ class Record:
     kept: float
     divergence: float
     unit: str
+    hidden_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,12 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         raise InputError("axes: masks are on whole experts; leave out expert-channels")
     if options.allocation not in ALLOCATIONS:
         raise InputError(f"allocation is {options.allocation!r}; masks are rounded by one of {', '.join(ALLOCATIONS)}")
+    narrowest = hidden_sizes(anatomy, options.target)[0] if HIDDEN_SIZE in options.axes else None
+    # Units can make up the rest of the ratio at some hidden size if they can at the smallest.
+    options = replace(options, hidden_size=narrowest)
     constraint = Constraint(counted, anatomy, length)
+    if counted == "kv-bytes" and HIDDEN_SIZE in options.axes:
+        raise InputError(f"axes: the hidden size does not change the KV cache; leave out {HIDDEN_SIZE}")
     if counted == "kv-bytes" and "kv-groups" not in options.axes:
         raise InputError("axes: the constraint kv-bytes only removes KV groups; add kv-groups")
     if counted == "parameters":
@@ -114,8 +128,11 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         raise InputError(f"constraint {counted}: the model has none; use another constraint")
     else:
         check_options(anatomy, replace(options, ratio=0.0), planned=True)
-        check_ratio(anatomy, options.ratio, sizes_under(constraint, options), constraint.cost, constraint.name)
-    if not _masked(constraint, options):
+        left, rest = constraint, options
+        if narrowest is not None:
+            left, rest = constraint.narrowed(narrowest), under(constraint, options, narrowest)
+        check_ratio(left.anatomy, rest.ratio, sizes_under(left, rest), left.cost, left.name)
+    if narrowest in (None, anatomy.hidden_size) and not _masked(constraint, options):
         raise InputError("nothing may be pruned: axes, keep, floors and the target leave every block a single size")
 
 
@@ -160,10 +177,13 @@ def learn(
         check_rows(anatomy, some)
     student = model if variant == "faster" else copy.deepcopy(model)
     constraint = Constraint(counted, anatomy, rows.shape[1])
-    masks = Masks(_masked(constraint, options), options.seed).to(model.device)
+    writing = tuple(block for block in anatomy.blocks if block.units)
+    stream = Stream(anatomy.hidden_size, constraint.of_coordinate, writing) if HIDDEN_SIZE in options.axes else None
+    masks = Masks(_masked(constraint, options), options.seed, stream).to(model.device)
     training = Training(model, student, constraint, masks, rows, selection, options, task, tokens, learning_rate)
     best = training.run(state)
-    sizes = {name: kept.size for name, kept in best.kept.items()}
+    sizes, coordinates = best.choice.sizes, best.choice.coordinates
+    hidden = None if coordinates is None else HiddenPlan(size=anatomy.hidden_size, kept=coordinates.tolist())
     record = Record(
         variant=variant,
         steps=training.steps,
@@ -171,18 +191,23 @@ def learn(
         seconds=training.seconds,
         best_step=best.step,
         constraint=counted,
-        removed=constraint.removed(sizes),
+        removed=constraint.removed(sizes, best.choice.hidden_size),
         kept=best.share,
         divergence=best.divergence,
         unit=task.unit,
+        hidden_size=(len(hidden.kept), hidden.size) if hidden else None,
     )
-    planned = {block.name: BlockPlan.of(block, best.kept[block.name], None) for block in anatomy.blocks}
+    planned = {block.name: BlockPlan.of(block, best.choice.kept[block.name], None) for block in anatomy.blocks}
     if counted != "parameters":
-        options = replace(options, ratio=Constraint("parameters", anatomy, rows.shape[1]).removed(sizes))
-    plan = describe(anatomy, rows, options, planned)
+        parameters = Constraint("parameters", anatomy, rows.shape[1])
+        options = replace(options, ratio=parameters.removed(sizes, best.choice.hidden_size))
+    plan = describe(anatomy, rows, options, planned, hidden=hidden)
     if student is model:
         return Learned(plan, None, record)
-    fold(student.get_submodule(anatomy.layers_path), masks, masks.at_leaves(masks.mean))
+    values = masks.at_leaves(masks.mean)
+    fold(student.get_submodule(anatomy.layers_path), masks, values)
+    if stream is not None:
+        fold_stream(student, anatomy, masks.of_stream(values))
     return Learned(plan, student, record)
 
 

@@ -139,6 +139,14 @@ def test_impossible_recipes_are_reported(numprune: Command, tiny: Path, tmp_path
     assert said in answered.err
 
 
+def test_the_hidden_size_that_masks_choose_is_not_forecast(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    changes = ("learn.method=vib", "prune.axes=['channels','hidden-size']")
+    answered = plan(numprune, tiny, tmp_path / "w", *changes)
+    assert answered.code == 0, answered.err
+    assert (answered.json["hidden_size_is_chosen"], answered.json["exact"]) == (True, False)
+    assert "the masks choose it" in forecast.text(answered.json)
+
+
 def test_earlier_runs_give_the_stage_times(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "w" / "runs"
     for number, seconds in ((1, 5.0), (2, 7.5)):

@@ -1,6 +1,7 @@
 """numprune learn, and numprune prune with its plan."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -90,6 +91,36 @@ def test_uniform_masks_give_a_stock_architecture(
     assert code == 0, made
     assert run("prune", base, pruned, "--plan", out / "plan.json", "--text", text)[0] == 0
     assert json.loads((pruned / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_hidden_size_is_learned_and_cut(
+    run: Callable[..., Any],
+    tiny_checkpoint: Checkpoint,
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, out = tiny_checkpoint(tie_word_embeddings=True), tmp_path / "learned"
+    more = ("--axes", "channels", "hidden-size", "--allocation", "uniform")
+    code, made = run("learn", base, out, "--ratio", 0.6, "--text", text, *TRAINING, *more)
+    assert code == 0, made
+    kept, of = made["hidden_size"]
+    assert (kept < of, of, kept % 8) == (True, 64, 0)
+    how = ("--plan", out / "plan.json", "--text", text, "--samples", 16)
+    for name, stream in (("memory", ()), ("streamed", ("--stream",))):
+        code, found = run("prune", base, tmp_path / name, *how, *stream)
+        assert code == 0, found
+        assert found["hidden_size"] == [kept, of]
+        assert found["prunable_ratio_removed"] == pytest.approx(made["removed"])
+    code, inspected = run("inspect", tmp_path / "streamed")
+    assert (inspected["hidden_size"], inspected["uniform"]) == (kept, True)
+    assert inspected["plan"]["hidden"] == {"size": 64}
+    for words, said in (
+        (("inspect", tmp_path / "memory"), r"hidden size before +64"),
+        (("prune", base, tmp_path / "again", *how), rf"removed, hidden size 64 -> {kept}; weights"),
+    ):
+        assert main([*map(str, words)]) == 0
+        assert re.search(said, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

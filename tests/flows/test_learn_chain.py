@@ -122,6 +122,14 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
         (["prune.budget=100KB"], r"prune: budget: masks are trained for a ratio; give a ratio instead"),
         (["learn.variant=slow"], r"learn\.variant"),
         (
+            ["prune.axes=['hidden-size']", "recover.method=distill", "recover.train=blocks"],
+            r"prune: axes: with hidden-size, blocks cannot be priced .* set recover\.train to all or lora",
+        ),
+        (
+            ["prune.axes=['hidden-size']", "learn.method=none"],
+            r"only trained masks choose .* \(in a recipe: learn\.meth",
+        ),
+        (
             ["learn.method=none", "gates=[{metric='learning.tokens', bound='point', max=1.0}]"],
             r"learn\.method = 'none' has no such figure",
         ),

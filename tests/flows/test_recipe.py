@@ -66,7 +66,7 @@ def test_omitted_sections_take_their_defaults(minimal: Path) -> None:
 
 def test_names_match_the_implementation() -> None:
     from numprune.allocation import ALLOCATIONS
-    from numprune.axes import AXES, DEFAULT_AXES
+    from numprune.axes import AXES, DEFAULT_AXES, HIDDEN_SIZE
     from numprune.criteria import CRITERIA
     from numprune.export import precision
     from numprune.export.runtimes import DEVICES, NAMES
@@ -75,7 +75,7 @@ def test_names_match_the_implementation() -> None:
 
     assert set(get_args(names.Criterion)) == set(CRITERIA)
     assert set(get_args(names.Allocation)) == set(ALLOCATIONS)
-    assert set(get_args(names.Axis)) == set(AXES)
+    assert set(get_args(names.Axis)) == {*AXES, HIDDEN_SIZE}
     assert names.DEFAULT_AXES == DEFAULT_AXES
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}

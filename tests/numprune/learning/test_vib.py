@@ -174,15 +174,15 @@ def test_the_budget_is_met_once_masks_are_rounded(family, more):
     masks = Masks(vib._masked(constraint, options), seed=0)
     with torch.no_grad():
         masks.log_variance.add_(6 * torch.randn(len(masks.weights), generator=torch.Generator().manual_seed(0)) + 6)
-    kept = rounded(constraint, masks, options)
-    sizes = {name: left.size for name, left in kept.items()}
+    found = rounded(constraint, masks, options)
+    kept, sizes = found.kept, found.sizes
     assert all(size in allowed[name] for name, size in sizes.items())
-    found = removed(anatomy, sizes)
+    share = removed(anatomy, sizes)
     if options.allocation == "uniform":
         assert anatomy.keeping(sizes).is_uniform
-        assert options.ratio - 0.05 < found < options.ratio + 0.1
+        assert options.ratio - 0.05 < share < options.ratio + 0.1
     else:
-        assert options.ratio - 1e-9 < found < options.ratio + 0.1
+        assert options.ratio - 1e-9 < share < options.ratio + 0.1
     for name, (own, members) in masks.prices().items():
         carried = own + members.sum(1)
         gone = torch.ones(len(carried), dtype=torch.bool).index_fill(0, kept[name].units, False)
