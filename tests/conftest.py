@@ -4,24 +4,24 @@ import os
 import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads that spin while they wait take the processors from the servers and stages that a test runs beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from numprune.anatomy import task_name
-from numprune.families import FAMILIES
-from numprune.modeling import AUTO_OF
 from numprune.serving import loopback
-from numprune.tasks import TaskName
 from tests.processes import pytest_configure  # noqa: F401 - a hook
+
+# Large libraries are imported where they are used: xdist's controller reads this file, and runs no test.
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from numprune.tasks import TaskName
 
 # Started in the background by a shell without job control, we and our children would inherit an ignored SIGINT, and
 # what is tested of Ctrl-C would wait for ever.
@@ -58,14 +58,19 @@ TINY = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """A tokenizer that needs no training: one token a byte, and three special ones."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = _bytes("<s>", "</s>", "<pad>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def encoder_tokenizer() -> PreTrainedTokenizerFast:
+def encoder_tokenizer() -> "PreTrainedTokenizerFast":
     """The same with an encoder's special tokens, which are put around each text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = _bytes("[CLS]", "[SEP]", "[MASK]")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 257), ("[CLS]", 256))
     return PreTrainedTokenizerFast(
@@ -73,7 +78,9 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _bytes(*special: str) -> Tokenizer:
+def _bytes(*special: str) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, *special])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -133,8 +140,16 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def build_tiny(family: str = "llama", seed: int = 0, task: TaskName | None = None, **overrides: Any) -> PreTrainedModel:
+def build_tiny(
+    family: str = "llama", seed: int = 0, task: "TaskName | None" = None, **overrides: Any
+) -> "PreTrainedModel":
     """A random model of `family` in float32, for its first task if not another; its biases are not zero."""
+    import torch
+    from transformers import AutoConfig
+
+    from numprune.families import FAMILIES
+    from numprune.modeling import AUTO_OF
+
     torch.manual_seed(seed)
     fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
     config = AutoConfig.for_model(family, **fields)
@@ -149,15 +164,19 @@ def build_tiny(family: str = "llama", seed: int = 0, task: TaskName | None = Non
     return model
 
 
-def write_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+def write_checkpoint(model: "PreTrainedModel", folder: Path) -> Path:
+    from numprune.anatomy import task_name
+
     model.save_pretrained(folder)
     tokenizer = byte_tokenizer() if task_name(model.config) == "causal-lm" else encoder_tokenizer()
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def recast(folder: Path, dtype: torch.dtype, **others: torch.dtype) -> Path:
+def recast(folder: Path, dtype: "torch.dtype", **others: "torch.dtype") -> Path:
     """Store the tensors of a checkpoint of one file in `dtype`, or `others` by name, whatever its config.json says."""
+    from safetensors.torch import load_file, save_file
+
     path = folder / "model.safetensors"
     cast = {name: tensor.to(others.get(name, dtype)) for name, tensor in load_file(path).items()}
     save_file(cast, path, {"format": "pt"})
@@ -165,7 +184,7 @@ def recast(folder: Path, dtype: torch.dtype, **others: torch.dtype) -> Path:
 
 
 @pytest.fixture
-def tiny_model() -> Callable[..., PreTrainedModel]:
+def tiny_model() -> "Callable[..., PreTrainedModel]":
     return build_tiny
 
 

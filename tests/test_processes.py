@@ -49,6 +49,7 @@ TEST = """
         (["-n", "1"], signal.SIGKILL),
     ],
 )
+@pytest.mark.slow
 def test_servers_end_with_an_interrupted_run(tmp_path: Path, workers: list[str], sent: signal.Signals) -> None:
     (tmp_path / "test_it.py").write_text(textwrap.dedent(TEST))
     options = ["-q", "-p", "tests.processes", "-c", os.devnull, "--rootdir", str(tmp_path)]

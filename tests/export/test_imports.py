@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 _PROGRAM = """\
 import sys
 from numprune.export.imports import bring_back_sklearn, leave_out_sklearn
@@ -14,5 +16,6 @@ import sklearn.metrics
 """
 
 
+@pytest.mark.slow
 def test_transformers_does_without_scikit_learn_and_others_have_it():
     subprocess.run([sys.executable, "-c", _PROGRAM], check=True)

@@ -18,7 +18,10 @@ from numprune.target import Target
 from tests.conftest import build_tiny, write_checkpoint
 
 OLDER = Path(sys.prefix) / "share" / "transformers-4.57"  # where `make env` puts it
-pytestmark = pytest.mark.skipif(not OLDER.is_dir(), reason="needs transformers 4.57, which make env installs")
+pytestmark = [
+    pytest.mark.skipif(not OLDER.is_dir(), reason="needs transformers 4.57, which make env installs"),
+    pytest.mark.slow,
+]
 
 # Longer than the context that the scaled ones were trained for.
 TOKENS = torch.randint(0, 256, (2, 96), generator=torch.Generator().manual_seed(0))

@@ -52,6 +52,7 @@ def test_layers_that_skip_a_block(tiny_checkpoint: Checkpoint, tmp_path: Path, f
     assert {f"past_key_values.{layer}.key" for layer in (1, 2, 3)} <= names
 
 
+@pytest.mark.slow
 def test_an_activation_unknown_to_the_writer_is_traced(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint(hidden_act="tanh", num_hidden_layers=1)
     made = onnx.export(base, tmp_path / "onnx", opset=20)

@@ -103,6 +103,7 @@ def test_a_wrong_export_in_float16_is_refused(tiny_checkpoint: Checkpoint, tmp_p
         parity.check(base, tmp_path / "onnx", "onnxruntime", device="cpu", threads=1)
 
 
+@pytest.mark.slow
 def test_an_encoder_in_float16(tmp_path: Path) -> None:
     base = write_checkpoint(build_tiny("bert", num_hidden_layers=1), tmp_path / "base")
     onnx.export(base, tmp_path / "onnx", dtype="float16")

@@ -14,6 +14,7 @@ from tests.numprune.trained import divergence, rows, train
 
 # At these ratios MLP channels go and all heads stay: one of two KV groups would decide more than any method.
 @pytest.mark.parametrize(("family", "ratio"), [("gpt2", 0.3), ("gemma3_text", 0.2)])
+@pytest.mark.slow
 def test_random_is_worse_than_magnitude_and_magnitude_worse_than_obs_with_joint(family, ratio):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **TINY, **OF_FAMILY[family])

@@ -27,6 +27,7 @@ def workers() -> list[psutil.Process]:
     return [child for child in children if "numprune.serving.benchmark.worker" in child.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_candidate_against_its_baseline(tiny_checkpoint):
     baseline = tiny_checkpoint(name="baseline")
     candidate = tiny_checkpoint(name="candidate", intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
@@ -61,6 +62,7 @@ def test_a_candidate_against_its_baseline(tiny_checkpoint):
     assert workers() == []
 
 
+@pytest.mark.slow
 def test_without_a_compiler_both_sides_decode_eagerly_with_the_reason(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what was compiled before needs none
@@ -80,6 +82,7 @@ def test_looks_in_different_modes_are_not_pooled():
         pool(looks)
 
 
+@pytest.mark.slow
 def test_a_baseline_against_itself_has_no_clear_difference(tiny_checkpoint, tmp_path):
     """The same folder twice. Timings of a busy machine can be anything, but not half as long again on one side."""
     folder = tmp_path / "onnx"
@@ -146,6 +149,7 @@ def test_each_side_is_measured_while_the_other_is_suspended():
     assert turns == [a, b, b, a]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_mid_run_ends_the_benchmark(tiny_checkpoint):
     folder = tiny_checkpoint()
 

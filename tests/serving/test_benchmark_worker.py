@@ -28,6 +28,7 @@ def wait_until_gone(pid: int, seconds: float = 60.0) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_worker_loads_works_and_ends(tiny_checkpoint):
     folder = tiny_checkpoint()
     with start_worker("baseline", timeout_s=300) as worker:
@@ -49,6 +50,7 @@ def test_a_worker_loads_works_and_ends(tiny_checkpoint):
     assert wait_until_gone(worker.pid, seconds=0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported(tiny_checkpoint):
     with start_worker("candidate", timeout_s=300) as worker:
         worker.ask("load", folder=str(tiny_checkpoint()), runtime="torch", device="cpu", threads=1)
@@ -59,6 +61,7 @@ def test_a_killed_worker_is_reported(tiny_checkpoint):
             worker.receive()
 
 
+@pytest.mark.slow
 def test_a_crash_reports_its_last_lines():
     message = r"exit status 1 in 'no such operation'; .*KeyError: 'no such operation'"
     with start_worker("candidate", timeout_s=300) as worker, pytest.raises(WorkerError, match=message):
@@ -72,6 +75,7 @@ def test_an_unresponsive_worker_is_killed():
         assert wait_until_gone(worker.pid, seconds=10)
 
 
+@pytest.mark.slow
 def test_one_answer_may_take_longer_than_the_others():
     with start_worker("candidate", timeout_s=0.01) as worker:
         worker.send("decode_eagerly")
@@ -105,6 +109,7 @@ with start_worker("candidate", timeout_s=300) as worker:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker finishes its repeat first")
+@pytest.mark.slow
 def test_a_worker_that_computes_dies_with_its_killed_parent(tiny_checkpoint):
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tiny_checkpoint())], stdout=subprocess.PIPE)
     pid = int(parent.stdout.readline())

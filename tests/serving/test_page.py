@@ -228,6 +228,7 @@ def test_extreme_numbers_do_not_break_the_page(value: Any) -> None:
     assert "</html>" in html(Report.model_validate(altered(full(), lambda _: value, (int, float))))
 
 
+@pytest.mark.slow
 def test_a_huge_report_has_a_page_of_bounded_size() -> None:
     data = full()
     gate = {"metric": "a.b", "bound": "point", "max": 1.0, "outcome": "fail", "reason": "not there"}

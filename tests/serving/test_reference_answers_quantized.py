@@ -20,6 +20,8 @@ from numprune.serving.reference_answers import CompletionAnswers
 from tests.conftest import build_tiny, recast, write_checkpoint
 from tests.serving.servers import computing
 
+pytestmark = pytest.mark.slow
+
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -285,6 +285,7 @@ registries.publish(registry, Path(sys.argv[2]), sys.argv[3])
         ("set_registered_model_alias", True),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_publisher_leaves_nothing_half_made(
     workspace: Path, make_release: MakeRelease, where: str, published: bool
 ) -> None:
@@ -318,6 +319,7 @@ else:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.slow
 def test_a_killed_promotion_or_rollback_is_atomic(workspace: Path, make_release: MakeRelease, when: str) -> None:
     registry = registries.open_registry(None, workspace)
     for content in "ab":
@@ -387,6 +389,7 @@ class Killed:
         return shutil.copytree(self._workspace, self._workspace.with_name(f"{name} {self._do}"))
 
 
+@pytest.mark.slow
 def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
 ) -> None:
@@ -409,6 +412,7 @@ def test_a_publisher_killed_at_any_step_leaves_nothing_half_made(
 
 
 @pytest.mark.parametrize(("do", "before", "then"), [("promote", 1, 2), ("rollback", 2, 1)])
+@pytest.mark.slow
 def test_promotion_is_atomic_when_killed_at_any_step(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease, do: str, before: int, then: int
 ) -> None:
@@ -432,6 +436,7 @@ def test_promotion_is_atomic_when_killed_at_any_step(
     assert seen == sorted(seen, key=[before, then].index)  # from one step on, and never back
 
 
+@pytest.mark.slow
 def test_a_fetch_killed_at_any_step_leaves_no_folder_of_that_name(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease, tmp_path: Path
 ) -> None:
@@ -471,6 +476,7 @@ for release in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_concurrent_publishers_create_the_registry_once(tmp_path: Path, make_release: MakeRelease) -> None:
     workspace = tmp_path / "neu angelegt"
     shared, left, right = make_release("shared"), make_release("left"), make_release("right")
@@ -487,6 +493,7 @@ def test_concurrent_publishers_create_the_registry_once(tmp_path: Path, make_rel
     assert sorted(os.listdir(workspace / "registry")) == ["artifacts", "lock", "mlflow.db"]
 
 
+@pytest.mark.slow
 def test_concurrent_promotion_and_rollback_are_serialized(
     actors: Actors, registry: Registry, workspace: Path, make_release: MakeRelease
 ) -> None:
@@ -503,6 +510,7 @@ def test_concurrent_promotion_and_rollback_are_serialized(
         registries.rollback(registry, NAME)
 
 
+@pytest.mark.slow
 def test_a_registry_killed_during_creation_is_created_again(tmp_path: Path, make_release: MakeRelease) -> None:
     script = """
 import mlflow.store.db.utils as tables

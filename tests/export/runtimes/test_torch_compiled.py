@@ -16,6 +16,7 @@ Checkpoint = Callable[..., Path]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.slow
 def test_compiled_decoding_matches_eager_decoding(tiny_checkpoint: Checkpoint) -> None:
     """A window slides past what is cached: every step must be the same compiled function."""
     base = tiny_checkpoint("mistral", num_hidden_layers=1, sliding_window=5)
@@ -36,6 +37,7 @@ def test_compiled_decoding_matches_eager_decoding(tiny_checkpoint: Checkpoint) -
         runtime.decode(tokens[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_the_compared_step_is_the_timed_step(tiny_checkpoint: Checkpoint) -> None:
     """One row: a column cut out of a longer prompt and the token that argmax found differ in strides alone."""

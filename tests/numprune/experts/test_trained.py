@@ -13,6 +13,8 @@ from numprune.target import Target
 from tests.conftest import TINY
 from tests.numprune.trained import divergence, rows, train
 
+pytestmark = pytest.mark.slow
+
 RATIOS = (0.2, 0.38)  # two and four of the eight experts
 
 

@@ -18,6 +18,7 @@ from tests.conftest import build_tiny, byte_tokenizer
 
 PROMPTS = Prompts([[5, 6, 7], [8]], ends=[2], separator=2)
 LENGTH = 24
+DRAWS = 1000
 
 
 def test_rows_hold_prompts_and_answers_in_turn() -> None:
@@ -42,19 +43,19 @@ def test_answers_are_drawn_from_the_models_distribution() -> None:
         model.get_output_embeddings().weight.mul_(40)  # so that some tokens are much more likely
         expected = model(torch.tensor([[8]])).logits[0, -1].softmax(-1)
     prompts = Prompts([[8]], ends=[], separator=None)
-    found = generate_rows(model, prompts, 3000, 2, seed=1)
+    found = generate_rows(model, prompts, DRAWS, 2, seed=1)
     drawn = Counter(int(row[1]) for row in found.rows.rows)
     for token in expected.topk(3).indices.tolist():
         chance = float(expected[token])
-        assert abs(drawn[token] / 3000 - chance) < 4 * (chance * (1 - chance) / 3000) ** 0.5
+        assert abs(drawn[token] / DRAWS - chance) < 4 * (chance * (1 - chance) / DRAWS) ** 0.5
 
 
 def test_the_seed_decides_and_the_answers_of_a_killed_process_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, kept = build_tiny(), KeptAnswers(tmp_path, "x")
-    wanted = generate_rows(model, PROMPTS, 150, LENGTH, seed=0)
-    assert generate_rows(model, PROMPTS, 150, LENGTH, seed=3).rows.digest != wanted.rows.digest
+    wanted = generate_rows(model, PROMPTS, 80, LENGTH, seed=0)
+    assert generate_rows(model, PROMPTS, 80, LENGTH, seed=3).rows.digest != wanted.rows.digest
     batches: list[int] = []
     real: Any = generated.continuations
 
@@ -63,17 +64,17 @@ def test_the_seed_decides_and_the_answers_of_a_killed_process_are_used(
         return real(*args, **options)
 
     monkeypatch.setattr(generated, "continuations", counted)
-    assert generate_rows(model, PROMPTS, 40, LENGTH, seed=0, kept=kept).rows.rows
+    assert generate_rows(model, PROMPTS, 20, LENGTH, seed=0, kept=kept).rows.rows
     first = len(batches)
-    found = generate_rows(model, PROMPTS, 150, LENGTH, seed=0, kept=kept)
+    found = generate_rows(model, PROMPTS, 80, LENGTH, seed=0, kept=kept)
     assert found.rows.digest == wanted.rows.digest
     assert (found.answers, found.tokens) == (wanted.answers, wanted.tokens)
     assert 0 < first < len(batches) == found.answers // BATCH_SIZE
     answers = tmp_path / "answers-0"
     answers.write_text(answers.read_text().replace("[", "[3, ", 1))
-    assert generate_rows(model, PROMPTS, 150, LENGTH, seed=0, kept=kept).rows.digest == wanted.rows.digest
+    assert generate_rows(model, PROMPTS, 80, LENGTH, seed=0, kept=kept).rows.digest == wanted.rows.digest
     other = KeptAnswers(tmp_path, "y")
-    assert generate_rows(model, PROMPTS, 150, LENGTH, seed=0, kept=other).rows.digest == wanted.rows.digest
+    assert generate_rows(model, PROMPTS, 80, LENGTH, seed=0, kept=other).rows.digest == wanted.rows.digest
     assert len(batches) == 2 * found.answers // BATCH_SIZE + 1
 
 

@@ -122,6 +122,7 @@ def test_units_go_little_by_little(tmp_path):
     assert removed[17] == removed[-1] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["movement", "vib"])
 def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path, criterion):
     how = {"save_strategy": "steps", "save_steps": 7, "logging_strategy": "steps", "logging_steps": 5}

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numprune_vllm
+import pytest
 
 from numprune import serving
 
@@ -45,6 +46,7 @@ def test_the_entry_point_imports_nothing_until_called():
     assert done.stdout.split() == ["numprune_vllm"]
 
 
+@pytest.mark.slow
 def test_the_plugin_depends_only_on_what_vllm_installs():
     """numprune stands beside it without the rest."""
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
