@@ -1,6 +1,7 @@
 """A tiny model with its text and a recipe, and a command line that returns (exit code, stdout, stderr)."""
 
 import atexit
+import fcntl
 import json
 import os
 import shutil
@@ -56,7 +57,22 @@ name = "tiny"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` (a checkpoint), `train.txt`, `heldout.jsonl` and `recipe.toml`; not to be written to."""
-    return write_inputs(tmp_path_factory.mktemp("tiny"), build_tiny(), RECIPE)
+    return shared(tmp_path_factory, "tiny", lambda folder: write_inputs(folder, build_tiny(), RECIPE))
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder for all processes of this run of the tests, made by the first that needs it."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, made = root / name, root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
 
 
 def write_inputs(folder: Path, model: PreTrainedModel, recipe: str) -> Path:
@@ -74,9 +90,10 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with the release that the recipe makes, undisturbed; not to be written to."""
     from tests.flows.faults import finish
 
-    workspace = tmp_path_factory.mktemp("finished") / "w"
-    assert finish(tiny / "recipe.toml", workspace)["version"] == "tiny/1"
-    return workspace
+    def make(folder: Path) -> None:
+        assert finish(tiny / "recipe.toml", folder / "w")["version"] == "tiny/1"
+
+    return shared(tmp_path_factory, "finished", make) / "w"
 
 
 @pytest.fixture
