@@ -12,7 +12,7 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 class Collector:
-    """`spans` are those that came since it was last asked, by name."""
+    """`spans`: those received since the last call, by name."""
 
     def __init__(self) -> None:
         received: queue.SimpleQueue[Span] = queue.SimpleQueue()

@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder for all processes of this run of the tests, made by the first that needs it."""
+    """A folder shared by all processes of a test run, made by the first that needs it."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder, made = root / name, root / f"{name}.made"
@@ -87,7 +87,7 @@ def write_inputs(folder: Path, model: PreTrainedModel, recipe: str) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace with the release that the recipe makes, undisturbed; not to be written to."""
+    """A workspace after an undisturbed run of the recipe; not to be written to."""
     from tests.flows.faults import finish
 
     def make(folder: Path) -> None:
@@ -103,7 +103,7 @@ def workspace(finished: Path, tmp_path: Path) -> Path:
 
 
 def work(option: int = 1) -> Stage[dict[str, int]]:
-    """A stage that finds nothing."""
+    """A stage with an empty result."""
     return Stage.of("work", "serving", _no_work, option=option)
 
 
@@ -119,7 +119,7 @@ class Answered:
 
     @property
     def is_error(self) -> bool:
-        """Exit code 1, and nothing on stdout but, with --json, the error that stderr tells."""
+        """Exit code 1, and nothing on stdout except, with --json, the error that is also on stderr."""
         if not self.out:
             return self.code == 1
         return self.code == 1 and set(self.json) == {"error", "exit_code"} and self.json["error"] in self.err
@@ -152,7 +152,7 @@ def shell(*argv: object) -> Answered:
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    """The endpoint that spans are sent to."""
+    """The endpoint that receives spans."""
     from numprune.flows import tracing
 
     found = Collector()

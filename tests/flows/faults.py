@@ -63,18 +63,18 @@ def finish(recipe: Path, workspace: Path) -> dict[str, Any]:
 
 
 def stage(workspace: Path, name: str) -> Path:
-    """The folder of a stage; the first, where candidate and baseline have one each."""
+    """The folder of a stage; the first one if candidate and baseline have one each."""
     return sorted((workspace / "stages").glob(f"{name}-{'[0-9a-f]' * 16}"))[0]
 
 
 def digests(workspace: Path) -> dict[str, str]:
-    """Of every stage whose content the inputs decide."""
+    """Digests of every stage whose content depends only on its inputs."""
     folders = [path for path in (workspace / "stages").glob("[a-z]*") if not path.name.startswith(MEASURED)]
     return {path.name: manifest.verify(path).digest for path in folders}
 
 
 def flip_a_bit(path: Path) -> None:
-    """In the middle of a file."""
+    """Flip a bit in the middle of a file."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -146,13 +146,13 @@ for line in iter(sys.stdin.readline, ""):
 
 @dataclass(frozen=True)
 class Driver:
-    """A process that runs one command line after the other, and can be made to stand still inside of a stage."""
+    """A process that runs one command line after another and can be paused inside a stage."""
 
     process: "subprocess.Popen[str]"
     control: Path
 
     def run_until(self, stage: str, point: str, argv: list[str]) -> int:
-        """Begin a command line; the id of the process that stands still in `stage`.
+        """Begin a command line; return the id of the process that is paused in `stage`.
 
         Args:
             point: "write": all is computed, and its result about to be written; "rename": all is written, and about to
@@ -176,7 +176,7 @@ class Driver:
         return int(pid.read_text()) if pid.exists() else 0
 
     def let_go(self) -> None:
-        """Whoever stands still goes on."""
+        """Resume the paused process."""
         (self.control / "go").touch()
 
     def begin(self, argv: list[str]) -> None:
@@ -184,7 +184,7 @@ class Driver:
         print(json.dumps(argv), file=self.process.stdin, flush=True)
 
     def answer(self) -> tuple[int, Any]:
-        """The exit code of the command line that was begun, and what it answered."""
+        """The exit code and output of the command line that was begun."""
         assert self.process.stdout is not None
         lines: list[str] = []
         for line in self.process.stdout:

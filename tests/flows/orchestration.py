@@ -63,7 +63,7 @@ class Prefect:
     # --- commands -------------------------------------------------------------------------------
 
     def shell(self, command: str) -> str:
-        """Run a line as it stands in the README; what it prints."""
+        """Run a line of the README; return its output."""
         done = subprocess.run(
             ["/bin/sh", "-ec", command],
             cwd=self.folder,
@@ -77,12 +77,12 @@ class Prefect:
         return done.stdout
 
     def start_worker(self) -> None:
-        """Unless one is there."""
+        """Start a worker if there is none."""
         if self._worker is None or self._worker.poll() is not None:
             self._worker = self._start("prefect worker start --pool gpu")
 
     def kill_worker(self) -> None:
-        """With kill -9, and what it runs with it."""
+        """Kill the worker and everything that it runs with kill -9."""
         assert self._worker is not None
         worker = psutil.Process(self._worker.pid)
         for process in [worker, *worker.children(recursive=True)]:
@@ -99,7 +99,7 @@ class Prefect:
     # --- questions ------------------------------------------------------------------------------
 
     def ask(self, path: str, **body: Any) -> Any:
-        """What the server answers to a POST."""
+        """The server's answer to a POST."""
         deadline = time.monotonic() + 60
         while True:
             answer = httpx.post(f"{self.url}{path}", json=body, timeout=60)
@@ -116,7 +116,7 @@ class Prefect:
         return dict(self.wait(lambda: self._get("/work_pools/gpu"), 60))
 
     def run(self, deployment: str, **parameters: Any) -> str:
-        """Have a run made; its id."""
+        """Create a run; return its id."""
         found = self.deployment(deployment)
         return str(self.ask(f"/deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
@@ -124,7 +124,7 @@ class Prefect:
         return dict(self.wait(lambda: self._get(f"/flow_runs/{run}"), 60)["state"])
 
     def wait_for(self, run: str, state: str) -> Json:
-        """Wait until the run is in the state, which it gives. Fails at once when it ends in another."""
+        """Wait until the run is in the state, and return it. Fails at once if the run ends in another."""
 
         def reached() -> Json | None:
             found = self.state(run)
@@ -134,12 +134,12 @@ class Prefect:
         return dict(self.wait(reached, 240))
 
     def runs(self, deployment: str) -> list[Json]:
-        """All of a deployment, as far as their turn has come."""
+        """All runs of a deployment that are due."""
         asked = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return [one for one in self.ask("/flow_runs/filter", **asked) if one["state_name"] != "Scheduled"]
 
     def scheduled(self, deployment: str) -> list[str]:
-        """When the runs are to begin that its schedule has made."""
+        """When the runs created by its schedule will begin."""
         asked = {
             "deployments": {"name": {"any_": [deployment]}},
             "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
@@ -147,20 +147,20 @@ class Prefect:
         return [one["expected_start_time"] for one in self.wait(lambda: self.ask("/flow_runs/filter", **asked), 120)]
 
     def resume(self, run: str, **answer: Any) -> str:
-        """ACCEPT, or what else the server says to it."""
+        """The server's answer: ACCEPT, or another."""
         return str(self.ask(f"/flow_runs/{run}/resume", run_input=answer)["status"])
 
     def events(self, event: str) -> list[Json]:
-        """Events of this name. They are stored a moment after they are sent."""
+        """Events of this name, which are stored a moment after they are sent."""
         return list(self.wait(lambda: self._events(event={"name": [event]}), 60))
 
     def heartbeats(self, run: str) -> list[Json]:
-        """Those that are there already."""
+        """The run's heartbeats that are stored so far."""
         of_run = {"id": [f"prefect.flow-run.{run}"]}
         return self._events(event={"name": ["prefect.flow-run.heartbeat"]}, resource=of_run)
 
     def forget_automations(self, word: str) -> None:
-        """Those with the word in their name."""
+        """Delete the automations whose name contains the word."""
         for one in self.ask("/automations/filter"):
             if word in one["name"]:
                 httpx.delete(f"{self.url}/automations/{one['id']}", timeout=60).raise_for_status()

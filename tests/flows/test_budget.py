@@ -39,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def limit(folder: Path, share: float) -> int:
-    """So many bytes as leave this share of the layers'."""
+    """The bytes that leave this share of those of the layers."""
     around = byte_budget(folder / "base", 0, "none").around
     return around + int(share * (checkpoint.weight_bytes(folder / "base") - around))
 

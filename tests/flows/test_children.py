@@ -99,11 +99,11 @@ def read_when_there(path: Path) -> Iterator[str]:
 
 
 def test_children_ignore_ctrl_c() -> None:
-    """A terminal sends it to the children, too: from their first moment on they take no notice."""
+    """A terminal sends it to the children, too: they ignore it from the beginning."""
     assert children.call(_blocked) & 1 << (signal.SIGINT - 1)
 
 
 def _blocked() -> int:
-    """The mask of signals that are blocked here."""
+    """The mask of blocked signals."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1], 16)

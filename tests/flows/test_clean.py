@@ -29,7 +29,7 @@ Command = Callable[..., Answered]
 
 
 def record(workspace: Path, *options: int) -> runs.RecordedRun:
-    """A run that is over, with a stage for each option."""
+    """A finished run with a stage for each option."""
     with runs.recording(workspace, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         for option in options:
             make(workspace, option, recording.folder)
@@ -200,7 +200,7 @@ def test_a_published_release_is_kept_even_if_the_registry_lists_are_incomplete(
 
 
 def test_a_clean_killed_during_a_removal(tmp_path: Path) -> None:
-    """The stage has lost its name before the first file of it goes, and the next clean finishes."""
+    """The stage is renamed before its first file is deleted, and the next clean finishes."""
     record(tmp_path, 1)
     unused = make(tmp_path, 2)
     program = """
@@ -242,7 +242,7 @@ def test_concurrent_cleans(tmp_path: Path) -> None:
 
 
 def test_a_clean_beside_a_run_that_reuses_stages(tmp_path: Path) -> None:
-    """Everything that the run was given is there when the run ends, however often a clean came between."""
+    """All inputs of a run exist until it ends, however often a clean runs meanwhile."""
     record(tmp_path, 0)
     program = """
         import sys
@@ -304,7 +304,7 @@ def test_invalid_arguments_are_refused(numprune: Command, words: list[str]) -> N
 
 
 def test_interrupted_trainings(tmp_path: Path) -> None:
-    """Their state is removed, unless a process holds it."""
+    """Their state is removed unless a process holds it."""
     record(tmp_path, 0)
     dead, alive = (tmp_path / "stages" / f"{TRAINING}{name}" for name in ("dead", "alive"))
     for folder in (dead, alive):

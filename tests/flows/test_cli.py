@@ -25,7 +25,7 @@ Command = Callable[..., Answered]
 
 @pytest.fixture(scope="module")
 def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answered]:
-    """A pruned checkpoint and what the command said; in a process of its own, as a script meets it."""
+    """A pruned checkpoint and the command's output, from a process of its own as in a script."""
     out = tmp_path_factory.mktemp("pruned") / "out"
     command = ["prune", tiny / "base", out, "--ratio", 0.3, "--text", tiny / "train.txt", tiny / "heldout.jsonl"]
     return out, shell(*command, "--samples", 8, "--sequence-length", 64, "--json")

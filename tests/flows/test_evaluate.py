@@ -56,7 +56,7 @@ def test_figures_match_both_models_evaluated_side_by_side(tiny: Path, others: li
 def test_a_quantized_candidate_is_run_once(
     tiny: Path, rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is compared with the base and with what it was quantized from; each figure is that of both side by side."""
+    """It is compared with the base and with the unquantized checkpoint; each figure is paired."""
     pruned, quantized = written(tmp_path / "pruned", build_tiny(seed=1)), tmp_path / "quantized"
     quantize_checkpoint(pruned, Scheme("w8a8"), quantized, CPU)
     [to_base] = compare_checkpoints([quantized], tiny / "base", rows, CPU, PROMPTS[:1])
@@ -162,7 +162,7 @@ def test_unusable_prompts_are_refused_before_any_work(tiny: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def silent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A chat model, and the same one but for a token that only its template uses: after it comes the end."""
+    """A chat model, and the same one except for a token that only its template uses: the end follows it."""
     folder = tmp_path_factory.mktemp("chat")
     template = "{{ messages[0].content }}<s>"
     dense = build_tiny(seed=5)

@@ -24,7 +24,7 @@ def largest(folder: Path) -> Path:
 
 
 def test_a_bit_flips_in_every_finished_stage(numprune: Command, workspace: Path, finished: Path, tiny: Path) -> None:
-    """Each is noticed and made again, and what comes of it is what came of it before."""
+    """Each is detected and made again, with the same results as before."""
     damaged = [stage(workspace, name) for name in STAGES if not name.startswith("benchmark")]
     for folder in damaged:
         flip_a_bit(largest(folder))
@@ -61,7 +61,7 @@ def test_a_bit_flips_in_the_published_report(numprune: Command, workspace: Path)
 
 @pytest.mark.parametrize("damaged", ["report.json", "reference-answers.json", "model.safetensors"])
 def test_a_bit_flips_between_a_stage_and_its_release(workspace: Path, tiny: Path, damaged: str) -> None:
-    """After the stage was verified: its copy would get a manifest of its own, and nobody would ever know."""
+    """After the stage was verified: its copy would get its own manifest, and the damage would go unnoticed."""
     from numprune.errors import IntegrityError
     from numprune.flows import bundle, recipe
 
@@ -77,7 +77,7 @@ def test_a_bit_flips_between_a_stage_and_its_release(workspace: Path, tiny: Path
 
 
 def test_a_verdict_altered_with_its_manifests(numprune: Command, workspace: Path, tmp_path: Path) -> None:
-    """Not an accident any more: every digest fits, but the gates, judged again, do not give this verdict."""
+    """Forged: every digest fits, but the gates, judged again, give another verdict."""
     (release,) = (workspace / "releases").glob("tiny-*")
     forged = tmp_path / "forged"
     whole = manifest.read(release)
@@ -108,7 +108,7 @@ def test_only_a_disturbed_look_is_discarded(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_repeated_by_another_run_is_not_discarded(tmp_path: Path) -> None:
-    """Two runs share a measurement that settles nothing; one has measured again when the other one throws it away."""
+    """Two runs share an inconclusive measurement; one has measured again when the other discards it."""
 
     def measure(value: int) -> stages.StageResult[dict[str, int]]:
         return stages.run_stage(tmp_path, Stage.of("benchmark", "serving", lambda out: {"value": value}))

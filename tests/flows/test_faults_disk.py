@@ -22,7 +22,7 @@ BYTES = 48 << 20
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own."""
+    """A small disk for one test."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -38,7 +38,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, free: int) -> Path:
-    """Leave `free` bytes; the file to remove when there shall be room again."""
+    """Leave `free` bytes; return the file whose removal makes room again."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free)
@@ -46,7 +46,7 @@ def fill(disk: Path, free: int) -> Path:
 
 
 def refused(answered: Answered, *words: str) -> None:
-    """Exit code 1, and at the end one line with all the words."""
+    """Exit code 1, and a last line with all the words."""
     assert answered.is_error
     assert "Traceback" not in answered.err
     last = answered.err.strip().splitlines()[-1]
@@ -57,7 +57,7 @@ def refused(answered: Answered, *words: str) -> None:
 
 @pytest.mark.parametrize("name", ["baseline", "prune", "export-onnx", "report"])
 def test_the_disk_fills_up_during_a_stage(numprune: Command, disk: Path, finished: Path, tiny: Path, name: str) -> None:
-    """The stage's folder is named, with what was needed; once there is room, the run goes on with what is finished."""
+    """The stage's folder and the space needed are named; once there is room, the run resumes."""
     workspace = Path(shutil.copytree(finished, disk / "w"))
     lost = stage(workspace, name)
     shutil.rmtree(lost)
@@ -75,7 +75,7 @@ def test_the_disk_fills_up_during_a_stage(numprune: Command, disk: Path, finishe
 
 
 def test_the_disk_fills_up_while_publishing(numprune: Command, disk: Path, finished: Path, tiny: Path) -> None:
-    """First there is no room for the release, then none for the registry's copy of it, then there is."""
+    """First there is no room for the release, then none for the registry's copy, then enough."""
     workspace = Path(shutil.copytree(finished, disk / "w"))
     (release,) = (workspace / "releases").glob("tiny-*")
     (stored,) = (workspace / "registry" / "artifacts").glob("*/artifacts/release")
@@ -109,7 +109,7 @@ def test_the_disk_fills_up_while_the_registry_is_created(numprune: Command, disk
 def test_working_layer_by_layer_without_disk_space(
     numprune: Command, disk: Path, tiny: Path, name: str, free: int
 ) -> None:
-    """For hidden states; and for the weights, when there is room for those."""
+    """No room for hidden states, then none for the weights."""
     how = {"prune": ["--ratio", "0.25", "--stream"], "quantize": ["--scheme", "w8a8"]}[name]
     arguments = [name, tiny / "base", disk / "out", *how, "--text", tiny / "train.txt"]
     arguments += ["--samples", "12", "--sequence-length", "64"]

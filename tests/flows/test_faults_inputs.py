@@ -31,7 +31,7 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 
 def refused(answered: Answered, *words: str) -> None:
-    """Exit code 1, nothing on stdout, no traceback, and every word is said."""
+    """Exit code 1, nothing on stdout, no traceback, and every word in the message."""
     assert answered.is_error
     assert "Traceback" not in answered.err
     assert "numprune: error: " in answered.err
@@ -57,7 +57,7 @@ def nan(model: Path) -> str:
 
 
 def adapter(model: Path) -> str:
-    """Ignored without peft; with it, applied by some commands and not by others."""
+    """It would be ignored without peft, and with peft applied by some commands only."""
     (model / "adapter_config.json").write_text("{}")
     return "adapter_config.json: the folder contains an adapter, which would be ignored; merge the adapter first"
 
@@ -108,7 +108,7 @@ def test_damaged_weights_end_a_run(
 
 
 def labelled_llama(model: Path) -> None:
-    """A byte-level tokenizer of that class: so R1-distilled models are published."""
+    """A byte-level tokenizer of that class, as in R1-distilled models."""
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
 
@@ -116,7 +116,7 @@ def labelled_llama(model: Path) -> None:
 def test_a_tokenizer_that_vllm_would_read_differently(
     numprune: Command, tiny: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Its own tokens are scored and pruned with; an export that would be served with others is refused at once."""
+    """Its own tokens are used for pruning and scoring; an export that would be served with others is refused."""
     text = ["--text", tiny / "train.txt", "--sequence-length", "64"]
     before = numprune("evaluate", model, *text, "--json").json
     labelled_llama(model)
@@ -134,14 +134,14 @@ def test_a_tokenizer_that_vllm_would_read_differently(
 
 
 def with_more_tokens(model: Path) -> None:
-    """One word of the text is a token that the model has no embedding for."""
+    """One word of the text is a token without an embedding in the model."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("fox", special=False)])
     tokenizer.save_pretrained(model)
 
 
 def with_other_tokens(model: Path) -> None:
-    """As many tokens, in another order."""
+    """The same number of tokens in another order."""
     saved = json.loads((model / "tokenizer.json").read_text())
     vocabulary = saved["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -169,7 +169,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(numprune: Command, tiny: Path, t
 
 
 def test_candidate_and_baseline_with_different_tokenizers(numprune: Command, tiny: Path, model: Path) -> None:
-    """Same sizes: nothing but the tokens themselves tells."""
+    """The same sizes: only the tokens themselves differ."""
     with_other_tokens(model)
     for one, other in ((model, tiny / "base"), (tiny / "base", model)):
         for arguments in (
@@ -254,7 +254,7 @@ ODD = "Größe & 'Maß' 模型 🙂"
 
 @pytest.mark.slow
 def test_paths_with_spaces_and_non_latin_scripts(numprune: Command, tiny: Path, tmp_path: Path) -> None:
-    """Model, texts, recipe, workspace, release and registry; under a locale that knows none of their characters."""
+    """Model, texts, recipe, workspace, release and registry, under a locale without their characters."""
     here = tmp_path / ODD
     shutil.copytree(tiny, here)
     (here / "base").rename(here / f"base {ODD}")
@@ -287,7 +287,7 @@ def test_paths_with_spaces_and_non_latin_scripts(numprune: Command, tiny: Path, 
 
 @pytest.mark.slow
 def test_files_from_the_future_are_used_normally(numprune: Command, workspace: Path, tiny: Path) -> None:
-    """What was made before the clock went back looks as if it were made in two years."""
+    """As after the clock was set back: all times are in the future."""
     before = digests(workspace)
     for path in (workspace, *workspace.rglob("*")):
         os.utime(path, (2**31 - 1, 2**31 - 1))
@@ -298,7 +298,7 @@ def test_files_from_the_future_are_used_normally(numprune: Command, workspace: P
 
 
 def test_a_publisher_counts_as_alive_whatever_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's time of the boot moves with the clock; taken for dead, a publisher would lose its files at work."""
+    """The kernel's boot time moves with the clock; a publisher taken for dead would lose its files."""
     from numprune.serving.registry import publishing
 
     us = publishing._this_process()
@@ -357,7 +357,7 @@ time_t time(time_t *out) {
 
 @pytest.mark.slow
 def test_the_clock_goes_back_during_a_run(workspace: Path, tiny: Path, finished: Path, tmp_path: Path) -> None:
-    """By ten days, between two stages; the system's clock as the run and all its processes see it.
+    """By ten days, between two stages, for the run and all its processes.
 
     Not with libfaketime: that breaks sleeping where it leaves the monotonic clock alone, as a real clock does.
     """

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of runs that are killed: each goes on with what the ones before it have finished."""
+    """The workspace of killed runs: each resumes from what the earlier ones finished."""
     return tmp_path_factory.mktemp("victim") / "w"
 
 
@@ -58,7 +58,7 @@ def test_a_stage_process_is_killed(driver: Driver, victim: Path, tiny: Path, nam
 
 
 def test_concurrent_runs_of_one_recipe(driver: Driver, workspace: Path, tiny: Path, tmp_path: Path) -> None:
-    """One is in the middle of a stage, and has the others before it, when the other one comes to the same stage."""
+    """The second run reaches a stage while the first is in the middle of it."""
     for folder in ("releases", "registry"):
         shutil.rmtree(workspace / folder)
     for name in ("calibration", "prune", "reference-answers", *MEASURED):
@@ -86,7 +86,7 @@ def test_concurrent_runs_of_one_recipe(driver: Driver, workspace: Path, tiny: Pa
 def test_the_run_itself_is_killed_and_the_next_one_is_unaffected(
     driver: Driver, victim: Path, finished: Path, tiny: Path
 ) -> None:
-    """While it puts the release together, which no child does."""
+    """While it assembles the release, which happens in the main process."""
     pid = driver.run_until("tiny", "rename", command(tiny / "recipe.toml", victim))
     assert pid == driver.process.pid
     family = psutil.Process(pid).children(recursive=True)

@@ -119,13 +119,13 @@ def test_a_folder_without_fsync_is_written_nevertheless(refusing: Path, tmp_path
     ],
 )
 def test_a_place_where_nothing_can_be_created(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before anything else is looked at. Even root, which may write everywhere, cannot create a folder in /proc."""
+    """Before anything else. Even root cannot create a folder in /proc."""
     assert main([{"OUT": "/proc/numprune/out"}.get(word, word) for word in words.split()]) == 1
     assert re.search(r"/proc: nothing can be created there; choose a writable folder$", capsys.readouterr().err.strip())
 
 
 def test_clean_on_an_overlay(tmp_path: Path) -> None:
-    """A folder of an image's layer cannot be renamed there."""
+    """There, a folder of an image's layer cannot be renamed."""
     lower = tmp_path / "image"
     run, unused = record(lower / "w", 1), make(lower / "w", 2)
     for name in ("upper", "work", "merged"):
@@ -221,7 +221,7 @@ def leave_a_half_made_folder(workspace: Path) -> None:
 
 
 def test_two_users_share_a_workspace(shared: Path) -> None:
-    """With a umask of 002 each may do all with what the other made."""
+    """With a umask of 002 each may change everything that the other made."""
     workspace = shared / "w"
     as_user(ANN, 0o002, lambda: record(workspace, 1))
     as_user(ANN, 0o002, lambda: leave_a_half_made_folder(workspace))
@@ -278,7 +278,7 @@ def test_lock_files_honour_the_umask(tmp_path: Path) -> None:
 
 
 def test_closed_streams() -> None:
-    """As a daemon may have them. The next file to be opened must not take their place."""
+    """As for some daemons. The next opened file must not take their place."""
     shell = f"exec {sys.executable} -m numprune.flows.cli"
     policy = "gate none.json --policy none.toml"
 
@@ -309,7 +309,7 @@ def test_a_deleted_current_folder(tmp_path: Path) -> None:
 
 
 def test_a_user_without_a_home(tmp_path: Path) -> None:
-    """As in a container that runs under an arbitrary number."""
+    """As in a container with an arbitrary user id."""
     mapped = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
     try:
         if subprocess.run([*mapped, "true"], capture_output=True).returncode:
@@ -333,7 +333,7 @@ def test_a_temporary_path_too_long_for_sockets(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_any_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a container is whose file systems are all read-only."""
+    """As in a container with read-only file systems."""
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     with pytest.raises(DiskError, match=r"^No usable temporary directory found in .*; set TMPDIR to a writable folder"):

@@ -95,7 +95,7 @@ def test_the_forecast_matches_the_run(drop_layers: int) -> None:
 def test_the_forecast_counts_the_bytes_of_quantized_weights(
     tiny: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, dtype: str, scheme: str
 ) -> None:
-    """Values, scales and biases: as many as the file has, where the sizes are known."""
+    """Values, scales and biases: the forecast equals the file if the sizes are known."""
     base = recast(tiny_checkpoint(family), getattr(torch, dtype))
     overrides = [
         *(f"model.path={base}", "export.targets=[]", "benchmark.runtimes=['torch']", "target.align=32"),

@@ -29,12 +29,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests here: what one has made, the next reuses."""
+    """Shared by all tests of this file, which reuse each other's stages."""
     return tmp_path_factory.mktemp("workspace") / "w"
 
 
 def optimize(numprune: Command, tiny: Path, workspace: Path, *overrides: str) -> Answered:
-    """Run the recipe; on a machine that is too busy to measure, again."""
+    """Run the recipe, repeatedly if the machine is too busy to measure."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
     for _ in range(3):
         answered = numprune("optimize", tiny / "recipe.toml", "--workspace", workspace, "--json", *arguments)
@@ -176,7 +176,7 @@ def test_an_inconclusive_run_adds_repeats_when_run_again(
         return json.loads(Path(found.json["report"]).read_text())["speed"]["onnxruntime"]
 
     def at_the_limit(found: Answered) -> str:
-        """A gate whose limit is the value that was measured: whatever the machine gave, it is inconclusive."""
+        """A gate whose limit is the measured value, so that it is inconclusive on any machine."""
         limit = speed(found)["prefill_tokens_per_s"]["ratio"]["value"]
         return f'gates=[{{metric="{metric}", bound="ci95_lower", min={limit}}}]'
 

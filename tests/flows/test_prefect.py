@@ -25,7 +25,7 @@ def server() -> Iterator[None]:
 
 
 def told(answered: Answered) -> tuple[dict[str, Any], list[str]]:
-    """What a run answered and printed, but for its id and the times."""
+    """The answer and output of a run, without its id and times."""
     found = answered.json
     del found["run"], found["seconds"]
     for stage in found["stages"]:
@@ -34,7 +34,7 @@ def told(answered: Answered) -> tuple[dict[str, Any], list[str]]:
 
 
 def recorded(numprune: Command, workspace: Path, run: str) -> dict[str, Any]:
-    """What `runs show` has of a run, but for its id and the times."""
+    """The output of `runs show`, without the run's id and times."""
     shown = numprune("runs", "show", run, "--workspace", workspace, "--json").json
     stages = [{key: stage[key] for key in ("name", "folder", "digest", "reused", "bytes")} for stage in shown["stages"]]
     return {**{key: shown[key] for key in ("name", "state", "report", "release", "version")}, "stages": stages}
@@ -83,7 +83,7 @@ def test_a_recipe_that_cannot_be_done_is_refused_in_the_same_words(
 
 
 def test_the_deployment_entrypoint() -> None:
-    """Prefect imports an entrypoint in a way of its own, which hides what is wrong until the flow runs."""
+    """Prefect's way of importing an entrypoint hides errors until the flow runs."""
     from prefect.flows import load_flow_from_entrypoint
 
     import numprune
@@ -95,7 +95,7 @@ def test_the_deployment_entrypoint() -> None:
 
 
 def test_one_gpu_job_at_a_time(server: None) -> None:
-    """The slot is Prefect's own limit, which is kept without a GPU, too."""
+    """The slot is Prefect's own limit, which also applies without a GPU."""
     from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency
 

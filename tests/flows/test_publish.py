@@ -43,7 +43,7 @@ def test_a_folder_that_is_not_a_release_is_reported_as_such(tmp_path: Path, nump
 
 
 def test_nan_weights_are_not_published(tmp_path: Path, numprune: Callable[..., Answered]) -> None:
-    """Nor fetched: vLLM would serve them."""
+    """Nor are they fetched: vLLM would serve them."""
 
     def spoil(checkpoint: Path) -> None:
         weights = load_file(checkpoint / "model.safetensors")

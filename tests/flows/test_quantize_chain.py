@@ -96,7 +96,7 @@ def test_quality_is_compared_with_the_dense_and_the_pruned_model(
 
 
 def logprobs(folder: Path, answers: CompletionAnswers) -> torch.Tensor:
-    """What the checkpoint gives for the tokens of the answers."""
+    """The checkpoint's log-probabilities for the tokens of the answers."""
     model, _ = checkpoint.load(folder)
     found = []
     for prompt in answers.prompts:

@@ -52,7 +52,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def promote_and_be_killed(workspace: Path, version: Version) -> None:  # noqa: F811
-    """As a run does that is killed before the rollout."""
+    """Like a run that is killed before the rollout."""
     command = [sys.executable, "-c", KILLED, str(workspace), version.reference, version.digest]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

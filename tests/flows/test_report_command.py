@@ -73,7 +73,7 @@ def test_several_reports_are_compared_and_a_failed_gate_does_not_fail_the_comman
 
 
 def damaged(stage: Path, kind: str) -> str:
-    """Damage the stage's report; what the error says."""
+    """Damage the stage's report; return the expected message."""
     file = stage / "report.json"
     raw, unwrapped = file.read_bytes(), stage / "manifest.json"
     match kind:

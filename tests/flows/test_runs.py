@@ -42,7 +42,7 @@ def stage(workspace: Path, recording: runs.Recording, option: int = 1) -> StageR
 
 
 def record(workspace: Path, **_: Any) -> runs.RecordedRun:
-    """A run that passed, of one stage."""
+    """A passed run with one stage."""
     with runs.recording(workspace, EMBEDDED, recipe.EMBEDDED_RECIPE) as recording:
         made = stage(workspace, recording)
         recording.judged("pass", made.path, workspace / "releases" / "r", "name/1")
@@ -189,7 +189,7 @@ def test_the_log_of_a_run_names_run_and_stage_and_excludes_other_runs(tmp_path: 
 
 
 def test_a_full_disk_for_the_log_does_not_end_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """/dev/full takes nothing, as a full disk does."""
+    """/dev/full refuses every write, like a full disk."""
     (tmp_path / "log").symlink_to("/dev/full")
     stream = io.StringIO()
     with logs.to_stream("human", stream), logs.to_file(tmp_path / "log"):
@@ -206,7 +206,7 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
 
 
 def test_a_run_killed_while_starting_leaves_no_record(tmp_path: Path) -> None:
-    """Until its folder has its name there is nothing, and from then on there is a record."""
+    """There is no record until its folder is renamed into place."""
     program = """
         import os, signal, sys
         from pathlib import Path

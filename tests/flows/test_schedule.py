@@ -34,7 +34,7 @@ SILENT_S = 15  # in place of the automations' minutes
 
 @pytest.fixture(scope="module")
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Model, text and two recipes, the second with a gate that nothing passes."""
+    """Model, text and two recipes, the second with an impossible gate."""
     made = tmp_path_factory.mktemp("schedule")
     shutil.copytree(tiny, made / "tiny")
     recipe = (made / "tiny" / "recipe.toml").read_text()
@@ -59,7 +59,7 @@ def prefect(folder: Path) -> Iterator[Prefect]:
 
 @pytest.fixture(scope="module")
 def messages(prefect: Prefect) -> Iterator[list[Json]]:
-    """What the notification block has sent."""
+    """The messages sent by the notification block."""
     received: list[Json] = []
 
     class Receiver(BaseHTTPRequestHandler):
@@ -86,7 +86,7 @@ def messages(prefect: Prefect) -> Iterator[list[Json]]:
 
 
 def body(prefect: Prefect, messages: list[Json], subject: str, run: str) -> str:
-    """What the message about the run says; Prefect may send it more than once."""
+    """The message about the run; Prefect may send it more than once."""
 
     def found() -> str | None:
         return next((one["body"] for one in messages if one["subject"] == subject and run in one["body"]), None)
@@ -138,7 +138,7 @@ def impatient(prefect: Prefect, taken: str) -> str:
 
 
 def make_run(prefect: Prefect) -> str:
-    """A run of the release flow that no worker will take."""
+    """A run of the release flow that no worker takes."""
     return str(prefect.ask("/flow_runs/", flow_id=prefect.deployment(RELEASE)["flow_id"])["id"])
 
 
@@ -204,7 +204,7 @@ def test_only_the_run_of_a_dead_worker_crashes(prefect: Prefect, messages: list[
 
 
 def test_a_nightly_run_publishes_and_runs_never_overlap(prefect: Prefect, folder: Path) -> None:
-    """Every minute in place of every day, from now on."""
+    """From now on every minute instead of every day."""
     prefect.start_worker()
     now = datetime.now(UTC) + timedelta(seconds=6)
     schedule = f"--interval 60 --anchor-date {now:%Y-%m-%dT%H:%M:%SZ}"

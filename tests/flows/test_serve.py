@@ -52,7 +52,7 @@ BEGUN: list["subprocess.Popen[str]"] = []
 
 
 def pruned(out: Path, allocation: str, seed: int = 0) -> Path:
-    """The embedded model, pruned by random rows."""
+    """The embedded model, pruned with random rows."""
     rows = torch.randint(0, 4096, (8, 64), generator=torch.Generator().manual_seed(seed))
     options = PruneOptions(ratio=0.3, allocation=allocation, compensation="oneshot")
     prune_checkpoint(BASE, rows, options, out, torch.device("cpu"))
@@ -61,7 +61,7 @@ def pruned(out: Path, allocation: str, seed: int = 0) -> Path:
 
 @pytest.fixture(autouse=True)
 def _api_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here serves with an API key, from the environment."""
+    """All servers here have an API key, from the environment."""
     monkeypatch.setenv(api_key.VARIABLE, KEY)
 
 

@@ -33,7 +33,7 @@ PROXIES = {"ALL_PROXY": "socks://proxy:1080", "NO_PROXY": "fd00::/8", "SSL_CERT_
 
 
 def start(environment: dict[str, str], folder: Path) -> object:
-    """What `PROGRAM` prints, in a process with only these variables of Prefect's."""
+    """The output of `PROGRAM` in a process with only these Prefect variables."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
@@ -51,7 +51,7 @@ def start(environment: dict[str, str], folder: Path) -> object:
 
 @pytest.mark.parametrize("where", ["environment", "profile", "prefect.toml"])
 def test_an_unreachable_configured_server_is_named(tmp_path: Path, where: str) -> None:
-    """With where Prefect has its address from: who never set a variable is not helped by "unset" it."""
+    """The message names the source of the address: "unset it" does not help those who never set a variable."""
     url = "http://127.0.0.1:9/api"
     environment = {"PREFECT_HOME": str(tmp_path), **PROXIES}
     if where == "environment":
