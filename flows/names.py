@@ -23,8 +23,9 @@ LearningVariant = Literal["full", "fast", "faster"]
 # What each variant trains on by default: 5,000 rows of 512 tokens, or 3 % of that.
 LEARNING_TOKENS: dict[LearningVariant, int] = {"full": 2_560_000, "fast": 76_800, "faster": 76_800}
 LEARNING_RATE = 1e-4  # of the weights
-LEARNED_LIMITS = ("ratio", "allocation", "axes", "keep", "floors", "skips")  # of [prune]: what masks may remove
-LearningConstraint = Literal["parameters", "flops", "kv-bytes"]
+# Of [prune]: what masks may remove.
+LEARNED_LIMITS = ("ratio", "budget", "allocation", "axes", "keep", "floors", "skips")
+LearningConstraint = Literal["parameters", "flops", "bytes", "kv-bytes"]
 # The folder of a run's learned masks; in it, and in that of `numprune learn`: the plan, and the trained weights.
 LEARNED, LEARNED_PLAN, LEARNED_MODEL = "learned", "plan.json", "model"
 Scheme = Literal["fp8", "w8a8", "w4a16"]

@@ -23,7 +23,12 @@ from numprune.flows.cli.parser import (
 )
 from numprune.flows.cli.prune import add_limits, options_of_arguments
 
-_COUNTED = {"parameters": "prunable parameters", "flops": "FLOPs of the blocks", "kv-bytes": "KV-cache bytes"}
+_COUNTED = {
+    "parameters": "prunable parameters",
+    "flops": "FLOPs of the blocks",
+    "bytes": "bytes of the blocks",
+    "kv-bytes": "KV-cache bytes",
+}
 _GIVEN = (  # arguments that are options of pruning
     "ratio",
     "allocation",
@@ -51,17 +56,19 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--ratio",
         type=float,
-        required=True,
         metavar="R",
         help="share of what --constraint counts to remove, from 0 to under 1",
     )
-    add_choice(
-        parser,
+    parser.add_argument(
+        "--budget", metavar="BYTES", help="size limit of all weights, like 6GiB; replaces --ratio (default: none)"
+    )
+    parser.add_argument(
         "--constraint",
-        get_args(names.LearningConstraint),
-        "parameters",
-        "counted cost (parameters: of the blocks; flops: of the blocks per token, including attention within a row; "
-        "kv-bytes: of the KV cache, which only removes KV groups)",
+        choices=get_args(names.LearningConstraint),
+        metavar="CONSTRAINT",
+        help="counted cost (parameters: of the blocks; flops: of the blocks per token, including attention within a "
+        "row; bytes: of the weights, with --budget; kv-bytes: of the KV cache, which only removes KV groups); one of "
+        f"{', '.join(get_args(names.LearningConstraint))} (default: parameters, or bytes with --budget)",
     )
     add_choice(
         parser,
@@ -111,27 +118,33 @@ def add(commands: Subcommands) -> None:
 
 def learn(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
+    from numprune.byte_budget import parse
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
-    from numprune.flows.steps.prune import device_of
+    from numprune.flows.steps.prune import byte_budget, device_of
     from numprune.flows.steps.text import row_length
 
     started = time.perf_counter()
     check_out(args.out)
     if args.learning_rate is not None and args.variant == "faster":
         raise InputError("--learning-rate is that of the weights, which faster does not train; leave it out")
+    if args.ratio is None and args.budget is None:
+        raise InputError("the following arguments are required: --ratio or --budget (see numprune learn --help)")
     given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
-    options = options_of_arguments({"criterion": args.method, "axes": names.LEARNED_AXES, **given})
     source = checkpoint.resolve(args.checkpoint)
+    if args.budget is not None:
+        given = {"ratio": 0.0, **given, "budget": byte_budget(source, parse(args.budget), "none")}
+    options = options_of_arguments({"criterion": args.method, "axes": names.LEARNED_AXES, **given})
+    constraint: names.LearningConstraint = args.constraint or ("parameters" if args.budget is None else "bytes")
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
-    check_request(source, options, args.constraint, length)
+    check_request(source, options, constraint, length)
     manifest.sweep(args.out.parent)
     asked = Request(
         args.variant,
         args.tokens or names.LEARNING_TOKENS[args.variant],
         names.LEARNING_RATE if args.learning_rate is None else args.learning_rate,
-        args.constraint,
+        constraint,
     )
     rows, draw = training_rows(args.text, source, length, asked.tokens, args.seed, reading(args, args.text), "--text")
     made = learn_checkpoint(source, rows, draw, options, asked, args.out, device_of("auto"), args.out.parent)
@@ -148,7 +161,7 @@ def learn(args: argparse.Namespace) -> Answer:
     }
     narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
-        f"{plan}: {made.removed:.1%} of the {_COUNTED[args.constraint]} to remove{narrowed}; {args.method} "
+        f"{plan}: {made.removed:.1%} of the {_COUNTED[constraint]} to remove{narrowed}; {args.method} "
         f"{made.variant}, {made.tokens:,} tokens in {made.steps:,} steps, the best after step {made.best_step:,}: "
         f"{made.divergence:.4f} {made.unit} from the dense model before any refit; in "
         f"{data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}\n"

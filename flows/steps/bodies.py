@@ -129,10 +129,10 @@ def make_learned(
     from numprune.flows.steps.learn import learn_checkpoint, options_of, request_of
     from numprune.flows.steps.training import load_rows
 
-    options, where = options_of(asked, limits, target), torch.device(device)
-    draw = read_facts(rows.path, LearningText).draw
+    options, where = options_of(asked, limits, target, base.path), torch.device(device)
+    request, draw = request_of(asked, options), read_facts(rows.path, LearningText).draw
     return learn_checkpoint(
-        base.path, load_rows(rows.path), draw, options, request_of(asked), out / LEARNED, where, kept_beside(out)
+        base.path, load_rows(rows.path), draw, options, request, out / LEARNED, where, kept_beside(out)
     )
 
 

@@ -36,6 +36,7 @@ from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
+from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
 from numprune.generation import encode
@@ -210,7 +211,8 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     if recipe.learn.method == "none":
         check_options(anatomy, pruning_options(recipe, base))
     else:
-        check_learning(anatomy, replace(pruning_options(recipe, base), criterion=recipe.learn.method))
+        options = replace(pruning_options(recipe, base), criterion=recipe.learn.method)
+        check_learning(anatomy, options, request_of(recipe.learn, options).constraint)
         if HIDDEN_SIZE in recipe.prune.axes and (recipe.recover.method, recipe.recover.train) == ("distill", "blocks"):
             raise InputError(
                 f"axes: with {HIDDEN_SIZE}, blocks cannot be priced in the dense model; set recover.train to all or "

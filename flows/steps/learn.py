@@ -1,7 +1,7 @@
 """Derive a plan from a checkpoint by trained masks and, if the weights are trained, too, a new checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from numprune.documents import Reading
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
 from numprune.export.tasks import load_task
 from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
-from numprune.flows.sections import Learn
+from numprune.flows.sections import Learn, Prune
 from numprune.flows.stages import code_version
+from numprune.flows.steps import prune
 from numprune.flows.steps.results import LearnedMasks
 from numprune.flows.steps.text import Text, draw_of
 from numprune.flows.steps.training import named, resumable, unmasked_rows
@@ -37,14 +38,19 @@ class Request:
     constraint: Counted = "parameters"
 
 
-def request_of(asked: Learn) -> Request:
-    """Return the training options of a recipe."""
-    return Request(asked.variant, asked.trained_tokens, asked.learning_rate)
+def request_of(asked: Learn, options: PruneOptions) -> Request:
+    """Return the training options of a recipe with these pruning options."""
+    constraint: Counted = "bytes" if options.budget else "parameters"
+    return Request(asked.variant, asked.trained_tokens, asked.learning_rate, constraint)
 
 
-def options_of(asked: Learn, limits: Mapping[str, Any], target: Target) -> PruneOptions:
-    """Return the pruning options of a recipe's masks; `limits`: the fields `names.LEARNED_LIMITS` of section prune."""
-    return PruneOptions(criterion=asked.method, target=target, seed=asked.seed, **limits)
+def options_of(asked: Learn, limits: Mapping[str, Any], target: Target, base: Path) -> PruneOptions:
+    """Return the pruning options of a recipe's masks on the model in `base`.
+
+    `limits`: the fields `names.LEARNED_LIMITS` of section prune.
+    """
+    options = prune.options_of(Prune(**limits), target, base, "none")
+    return replace(options, criterion=asked.method, seed=asked.seed)
 
 
 def training_rows(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from numprune.blocks import Anatomy, Block
+from numprune.byte_budget import ByteBudget
 from numprune.learning.masks import Masks
+from numprune.quantization.allocation import Form, block_bytes
 from numprune.slices import Size
 
-Counted = Literal["parameters", "flops", "kv-bytes"]
+Counted = Literal["parameters", "flops", "bytes", "kv-bytes"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,16 @@ class Constraint:
 
     Attributes:
         counted: the cost: "parameters" of the blocks; "flops" per token, on average over a row;
-            "kv-bytes" of the cache for a token, which MLPs and experts do not have.
+            "bytes" of the blocks' weights as they are stored; "kv-bytes" of the cache for a token, which MLPs and
+            experts do not have.
         length: tokens of a row.
+        budget: of "bytes".
     """
 
     counted: Counted
     anatomy: Anatomy
     length: int
+    budget: ByteBudget | None = None
 
     @property
     def name(self) -> str:
@@ -34,6 +39,7 @@ class Constraint:
         return {
             "parameters": "prunable parameters",
             "flops": f"FLOPs of the blocks for each token of {self.length}",
+            "bytes": "bytes of the blocks",
             "kv-bytes": "KV-cache bytes",
         }[self.counted]
 
@@ -41,6 +47,8 @@ class Constraint:
         """Return the cost of a block of size `size`."""
         if self.counted == "parameters":
             return block.parameters(size)
+        if self.budget is not None:
+            return block_bytes(block, Form(size, None), self.budget.value)
         left, attends = block.resized(size), block.kind == "attention"
         if self.counted == "kv-bytes":
             cached = attends and self.anatomy.task == "causal-lm"
@@ -64,6 +72,12 @@ class Constraint:
     def whole(self) -> int:
         """The cost of all blocks."""
         return sum(self.cost(block, block.size) for block in self.anatomy.blocks)
+
+    def ratio(self, asked: float) -> float:
+        """Return the share to remove: what the budget demands, otherwise `asked`."""
+        if self.budget is None:
+            return asked
+        return 1 - (self.budget.limit - self.budget.around) / self.whole
 
     def narrowed(self, hidden_size: int) -> "Constraint":
         """Return the constraint on a model with another hidden size."""

@@ -7,9 +7,10 @@ github.com/oshindutta/TVAprune):
 
 D is the task's divergence of the masked model from the dense one (for language models, the KL divergence of their
 distributions). The papers use the loss on labels instead; D needs no labels, so it suits every task, and it is 0 if
-every mask is 1. s is the kept share of the counted cost (prunable parameters, FLOPs or bytes of the KV cache), w_k the
-unit's cost relative to the cheapest unit, and t the target of s, which falls linearly from 1 over the first steps. l1
-and l2 are updated by gradient ascent, in units of the cost of removing random units, so they suit every task's loss.
+every mask is 1. s is the kept share of the counted cost (prunable parameters, FLOPs, or bytes of the weights or of the
+KV cache), w_k the unit's cost relative to the cheapest unit, and t the target of s, which falls linearly from 1 over
+the first steps. l1 and l2 are updated by gradient ascent, in units of the cost of removing random units, so they suit
+every task's loss.
 
 With the axis hidden-size, the residual stream's coordinates have masks, too: one for each in the whole model. Most
 costs are then products of a unit's and the kept share of coordinates. A coordinate's w is its cost in all blocks
@@ -104,8 +105,14 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     Raises:
         InputError: like `check_options`, or masks cannot learn what the options request.
     """
-    if options.budget is not None:
-        raise InputError("budget: masks are trained for a ratio; give a ratio instead")
+    if options.budget is None and counted == "bytes":
+        raise InputError("constraint bytes: they are limited by a budget; give one in place of the ratio")
+    if options.budget is not None and counted != "bytes":
+        raise InputError(f"budget: it limits bytes, and the constraint is {counted}; leave one of them out")
+    if options.budget is not None and options.budget.levels != (None,):
+        raise InputError(
+            "budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme out"
+        )
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
     if "expert-channels" in options.axes and "experts" in anatomy.kinds:
@@ -115,13 +122,17 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     narrowest = hidden_sizes(anatomy, options.target)[0] if HIDDEN_SIZE in options.axes else None
     # Units can make up the rest of the ratio at some hidden size if they can at the smallest.
     options = replace(options, hidden_size=narrowest)
-    constraint = Constraint(counted, anatomy, length)
+    constraint = Constraint(counted, anatomy, length, options.budget)
+    if options.budget is not None and HIDDEN_SIZE in options.axes:
+        raise InputError(f"axes: a budget is met by units alone; leave out {HIDDEN_SIZE}, or use a ratio")
     if counted == "kv-bytes" and HIDDEN_SIZE in options.axes:
         raise InputError(f"axes: the hidden size does not change the KV cache; leave out {HIDDEN_SIZE}")
     if counted == "kv-bytes" and "kv-groups" not in options.axes:
         raise InputError("axes: the constraint kv-bytes only removes KV groups; add kv-groups")
-    if counted == "parameters":
+    if counted in ("parameters", "bytes"):
         check_options(anatomy, options, planned=True)
+        if counted == "bytes":
+            _check_ratio(constraint, options)
     elif options.allocation == "uniform":
         raise InputError(f"allocation is 'uniform', which splits parameters; use error with the constraint {counted}")
     elif not constraint.whole:
@@ -131,9 +142,14 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         left, rest = constraint, options
         if narrowest is not None:
             left, rest = constraint.narrowed(narrowest), under(constraint, options, narrowest)
-        check_ratio(left.anatomy, rest.ratio, sizes_under(left, rest), left.cost, left.name)
+        _check_ratio(left, rest)
     if narrowest in (None, anatomy.hidden_size) and not _masked(constraint, options):
         raise InputError("nothing may be pruned: axes, keep, floors and the target leave every block a single size")
+
+
+def _check_ratio(constraint: Constraint, options: PruneOptions) -> None:
+    ratio, allowed = constraint.ratio(options.ratio), sizes_under(constraint, options)
+    check_ratio(constraint.anatomy, ratio, allowed, constraint.cost, constraint.name)
 
 
 def learn(
@@ -149,7 +165,7 @@ def learn(
     learning_rate: float = LEARNING_RATE,
     state: TrainingState | None = None,
 ) -> Learned:
-    """Train masks on `model` at `options.ratio`. The model passed in is not modified.
+    """Train masks on `model` at `options.ratio` or `options.budget`. The model passed in is not modified.
 
     Args:
         model: a supported one in float32, with the attention implementation of its family.
@@ -160,6 +176,7 @@ def learn(
         tokens: to train on, rounded up to whole steps.
         task: of the model.
         counted: the cost of which `options.ratio` is a share. The plan's own ratio always refers to parameters.
+            "bytes" needs a budget in place of the ratio.
         learning_rate: initial one of the weights.
         state: for resuming, saved ten times during training. On a CPU, the result is bit-identical whether or not a
             process was killed and resumed.
@@ -176,11 +193,12 @@ def learn(
     for some in (rows, selection):
         check_rows(anatomy, some)
     student = model if variant == "faster" else copy.deepcopy(model)
-    constraint = Constraint(counted, anatomy, rows.shape[1])
+    constraint = Constraint(counted, anatomy, rows.shape[1], options.budget)
     writing = tuple(block for block in anatomy.blocks if block.units)
     stream = Stream(anatomy.hidden_size, constraint.of_coordinate, writing) if HIDDEN_SIZE in options.axes else None
     masks = Masks(_masked(constraint, options), options.seed, stream).to(model.device)
-    training = Training(model, student, constraint, masks, rows, selection, options, task, tokens, learning_rate)
+    asked = replace(options, ratio=constraint.ratio(options.ratio), budget=None)
+    training = Training(model, student, constraint, masks, rows, selection, asked, task, tokens, learning_rate)
     best = training.run(state)
     sizes, coordinates = best.choice.sizes, best.choice.coordinates
     hidden = None if coordinates is None else HiddenPlan(size=anatomy.hidden_size, kept=coordinates.tolist())
@@ -198,7 +216,7 @@ def learn(
         hidden_size=(len(hidden.kept), hidden.size) if hidden else None,
     )
     planned = {block.name: BlockPlan.of(block, best.choice.kept[block.name], None) for block in anatomy.blocks}
-    if counted != "parameters":
+    if counted in ("flops", "kv-bytes"):
         parameters = Constraint("parameters", anatomy, rows.shape[1])
         options = replace(options, ratio=parameters.removed(sizes, best.choice.hidden_size))
     plan = describe(anatomy, rows, options, planned, hidden=hidden)

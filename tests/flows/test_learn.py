@@ -11,7 +11,7 @@ import pytest
 from numprune import learning
 from numprune.documents import Reading
 from numprune.errors import InputError
-from numprune.export import manifest
+from numprune.export import checkpoint, manifest
 from numprune.export.tasks import load_task
 from numprune.flows import names
 from numprune.flows.cli import main
@@ -82,6 +82,19 @@ def test_prune_follows_the_plan_of_the_masks(
         assert "the plan was made for a model with digest" in refused["error"]
 
 
+def test_masks_meet_a_budget_of_bytes(
+    run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
+) -> None:
+    base, out, pruned = tiny_checkpoint(), tmp_path / "learned", tmp_path / "pruned"
+    allowed = checkpoint.weight_bytes(base) * 4 // 5
+    code, made = run("learn", base, out, "--budget", f"{allowed}B", "--text", text, *TRAINING)
+    assert code == 0, made
+    assert made["constraint"] == "bytes"
+    code, found = run("prune", base, pruned, "--plan", out / "plan.json", "--text", text, "--samples", 16)
+    assert code == 0, found
+    assert 0.95 * allowed < found["weight_bytes_after"] <= allowed
+
+
 def test_uniform_masks_give_a_stock_architecture(
     run: Callable[..., Any], tiny_checkpoint: Checkpoint, tmp_path: Path, text: Path
 ) -> None:
@@ -129,6 +142,8 @@ def test_the_hidden_size_is_learned_and_cut(
         (("--learning-rate", 1e-3), "--learning-rate is that of the weights, which faster does not train"),
         (("--variant", "fast", "--learning-rate", -1), "--learning-rate: -1 must be at least 0, and finite"),
         (("--variant", "fast", "--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),
+        (("--budget", "1KB"), "ratio is 0.3, and a budget is given"),
+        (("--constraint", "bytes"), "constraint bytes: they are limited by a budget; give one in place of the ratio"),
         (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
         (("--sequence-length", 250), "16 selection rows leave none to train on; give more text"),

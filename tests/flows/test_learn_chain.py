@@ -77,12 +77,14 @@ def test_the_release_keeps_what_the_masks_chose_and_says_so(published: Path) -> 
 def test_a_killed_learning_ends_like_an_undisturbed_one(published: Path, tmp_path: Path) -> None:
     stages, inputs = published.parents[1], published.parents[2]
     recipe, rows = load(inputs / "recipe.toml"), stage(stages, "learning-rows")
+    limits = recipe.prune.model_dump(include={*LEARNED_LIMITS})
+    options = options_of(recipe.learn, limits, recipe.sizes(), inputs / "base")
     found = learn_checkpoint(
         inputs / "base",
         load_rows(rows),
         read_facts(rows, LearningText).draw,
-        options_of(recipe.learn, recipe.prune.model_dump(include={*LEARNED_LIMITS}), recipe.sizes()),
-        request_of(recipe.learn),
+        options,
+        request_of(recipe.learn, options),
         tmp_path / "undisturbed",
         torch.device("cpu"),
         tmp_path,
@@ -119,7 +121,11 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
         (["data.heldout=['train.txt']"], r"data\.heldout: 1 of its documents is in the training text \(train\.txt\)"),
         (["prune.drop_layers=1"], r"prune: drop_layers: masks learn units, not layers"),
         (["prune.allocation=global"], r"prune: allocation is 'global'; masks are rounded by one of error, uniform"),
-        (["prune.budget=100KB"], r"prune: budget: masks are trained for a ratio; give a ratio instead"),
+        (["prune.ratio=0", "prune.budget=1KB"], r"prune: the budget is 1,000 bytes, but embeddings, norms"),
+        (
+            ["prune.ratio=0", "prune.budget=100KB", "quantize.scheme=w8a8"],
+            r"prune: budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme",
+        ),
         (["learn.variant=slow"], r"learn\.variant"),
         (
             ["prune.axes=['hidden-size']", "recover.method=distill", "recover.train=blocks"],

@@ -7,6 +7,7 @@ import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
+from numprune.byte_budget import ByteBudget
 from numprune.calibration import consumer_weight
 from numprune.errors import InputError, IntegrityError
 from numprune.families import FAMILIES
@@ -16,6 +17,7 @@ from numprune.learning.masks import Masks
 from numprune.learning.rounding import rounded
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.pruning import prune
+from numprune.quantization.allocation import Form, block_bytes
 from numprune.slices import GONE, Kept, Size
 from numprune.target import Target
 from tests.conftest import build_tiny
@@ -204,6 +206,45 @@ def test_other_constraints_are_met_and_their_plans_can_be_followed(counted):
     assert found.plan.ratio == pytest.approx(removed(anatomy, sizes))
     pruned = prune(model, ROWS[:8], dataclasses.replace(options, ratio=found.plan.ratio), plan=found.plan)
     assert pruned.prunable_ratio_removed == pytest.approx(found.plan.ratio)
+
+
+def bytes_of(model):
+    return sum(parameter.numel() for parameter in model.parameters()) * 2  # as in bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_budget_of_bytes_is_met(family):
+    model = build_tiny(family, num_hidden_layers=3)
+    anatomy = read_anatomy(model.config)
+    blocks = sum(block_bytes(block, Form(block.size, None), 2) for block in anatomy.blocks)
+    dense = bytes_of(model)
+    budget = ByteBudget(dense - blocks * 2 // 5, dense - blocks, 2)
+    options = dataclasses.replace(OPTIONS, ratio=0.0, budget=budget, skips=True)
+    found = learn(model, ROWS, SELECTION, options, "faster", TOKENS // 4, counted="bytes")
+    assert found.record.constraint == "bytes"
+    assert 0.4 <= found.record.removed < 0.45
+    assert (found.plan.ratio, found.plan.budget) == (0, budget)
+    pruned = prune(model, ROWS[:8], options, plan=found.plan)
+    assert 0.95 * budget.limit < bytes_of(pruned.model) <= budget.limit
+
+
+@pytest.mark.parametrize(
+    ("more", "counted", "said"),
+    [
+        ({}, "parameters", "budget: it limits bytes, and the constraint is parameters; leave one of them out"),
+        ({"budget": None, "ratio": 0.3}, "bytes", "constraint bytes: they are limited by a budget; give one in place"),
+        ({"ratio": 0.3}, "bytes", r"ratio is 0\.3, and a budget is given"),
+        ({"axes": (*WHOLE_UNITS, "hidden-size")}, "bytes", "axes: a budget is met by units alone; leave out hidden-si"),
+        ({"budget": ByteBudget(10**6, 0, 4)}, "bytes", "the model takes .* as it is: nothing has to go"),
+        ({"budget": ByteBudget(10**4, 0, 4)}, "bytes", "the budget is 10,000 bytes, but embeddings, norms and the"),
+        ({"budget": ByteBudget(10**5, 0, 4, ("w8a8",))}, "bytes", "masks choose sizes for weights that are not quant"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(more, counted, said):
+    anatomy = read_anatomy(build_tiny().config)
+    options = dataclasses.replace(OPTIONS, **{"ratio": 0.0, "budget": ByteBudget(10**5, 0, 4), **more})
+    with pytest.raises(InputError, match=said):
+        check_learning(anatomy, options, counted, LENGTH)
 
 
 @pytest.mark.parametrize(
