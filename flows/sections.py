@@ -239,6 +239,8 @@ class Recover(Section):
     micro_batch_size: Count = 8
     selection_rows: Count = 64
     gradient_checkpointing: bool = True
+    top_k: Literal["all"] | Count = "all"
+    hidden_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     train: TrainedWeights = "all"
     rank: Count = 16
     blocks: Count = 4

@@ -167,7 +167,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def rate(text: str) -> float:
-    """Argument type for learning rates."""
+    """Argument type for learning rates and weights of losses."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0, and finite")

@@ -101,6 +101,18 @@ def add(commands: Subcommands) -> None:
     for name, default, what in _OF_TRAINED:
         parser.add_argument(f"--{name}", type=at_least(1), metavar="N", help=f"{what} (default: {default})")
     parser.add_argument(
+        "--top-k",
+        type=at_least(1),
+        metavar="K",
+        help="compare the dense model's K most probable tokens, and all others as one (default: the whole vocabulary)",
+    )
+    parser.add_argument(
+        "--hidden-weight",
+        type=rate,
+        metavar="W",
+        help="add W times 1 - cosine of the hidden states after each layer to the loss (default: 0)",
+    )
+    parser.add_argument(
         "--no-gradient-checkpointing",
         dest="gradient_checkpointing",
         action="store_false",
@@ -129,7 +141,7 @@ def recover(args: argparse.Namespace) -> Answer:
         raise InputError("--generated-share has an effect only with --generate-from; leave it out")
     require_packages(options)
     source, dense = checkpoint.resolve(args.checkpoint), checkpoint.resolve(args.dense)
-    check_request(source, dense)
+    check_request(source, dense, options)
     manifest.sweep(args.out.parent)
     tokenizer = checkpoint.load_tokenizer(source)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)

@@ -213,11 +213,17 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     else:
         options = replace(pruning_options(recipe, base), criterion=recipe.learn.method)
         check_learning(anatomy, options, request_of(recipe.learn, options).constraint)
-        if HIDDEN_SIZE in recipe.prune.axes and (recipe.recover.method, recipe.recover.train) == ("distill", "blocks"):
-            raise InputError(
-                f"axes: with {HIDDEN_SIZE}, blocks cannot be priced in the dense model; set recover.train to all or "
-                "lora"
-            )
+        if HIDDEN_SIZE in recipe.prune.axes and recipe.recover.method == "distill":
+            if recipe.recover.train == "blocks":
+                raise InputError(
+                    f"axes: with {HIDDEN_SIZE}, blocks cannot be priced in the dense model; set recover.train to all "
+                    "or lora"
+                )
+            if recipe.recover.hidden_weight:
+                raise InputError(
+                    f"axes: with {HIDDEN_SIZE}, hidden states cannot be compared with the dense model's; set "
+                    "recover.hidden_weight to 0"
+                )
 
 
 def load_tasks_of(recipe: Recipe) -> Tasks:
@@ -294,6 +300,8 @@ def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
         )
     if recipe.recover.prompts:
         problems.append(f"recover.prompts: {anatomy.task} models do not generate; omit it")
+    if recipe.recover.top_k != "all":
+        problems.append(f"recover.top_k: only for causal language models, and the model is for {anatomy.task}; omit it")
     if recipe.evaluate.prompts not in (BUILT_IN, []):
         problems.append(f"evaluate.prompts: {anatomy.task} models do not generate; omit it")
     return problems

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from numprune.anatomy import layers_path, task_name
+from numprune.anatomy import layers_path, read_anatomy, task_name
 from numprune.corpus import Frame, TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError
@@ -23,7 +23,7 @@ from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint
 from numprune.flows.steps.training import named, resumable, unmasked_rows
 from numprune.plans import Plan
-from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, distill, draw_rows
+from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, check_training, distill, draw_rows
 from numprune.recovery.state import TrainingState
 from numprune.renumber import renumber_tensors
 from numprune.tasks import CAUSAL, Task
@@ -33,15 +33,18 @@ from numprune.tensors import tensor_table
 def options_of(asked: Recover) -> RecoveryOptions:
     """Return the options of a recipe."""
     given = asked.model_dump(exclude={"method", "prompts", "generated_share"})
-    return RecoveryOptions(**given | {"learning_rate": None if asked.learning_rate == "auto" else asked.learning_rate})
+    given["learning_rate"] = None if asked.learning_rate == "auto" else asked.learning_rate
+    given["top_k"] = None if asked.top_k == "all" else asked.top_k
+    return RecoveryOptions(**given)
 
 
-def check_request(source: Path, dense: Path) -> None:
+def check_request(source: Path, dense: Path, options: RecoveryOptions) -> None:
     """Refuse a request that `recover_checkpoint` does not support. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "training")
     compressed_tensors.refuse_quantized(dense, "--dense")
     ours, theirs = ((checkpoint.read_config(folder), checkpoint.load_tokenizer(folder)) for folder in (source, dense))
     check_pair(ours, theirs, (str(source), str(dense)))
+    check_training(options, read_anatomy(ours[0]), read_anatomy(theirs[0]), dropped_layers(source))
 
 
 Side = tuple[Any, PreTrainedTokenizerBase]  # a configuration and a tokenizer
@@ -105,7 +108,7 @@ def recover_checkpoint(
         InputError: `out` exists, the models or options cannot be used, or another process is running the same training.
         IntegrityError: a file is damaged, or the training diverged.
     """
-    check_request(source, dense)
+    check_request(source, dense, options)
     parents = {"base": manifest.folder_digest(source), "dense": manifest.folder_digest(dense)}
     asked = _asked(options, rows.digest)
     processes = shared_by(device)

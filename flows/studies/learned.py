@@ -158,7 +158,7 @@ def _study(args: argparse.Namespace) -> str:
     text, length, options = args.calibration or EMBEDDED, args.sequence_length, RecoveryOptions(tokens=args.distill)
     if args.distill:
         require_packages(options)
-        recover.check_request(base, base)
+        recover.check_request(base, base, options)
     tokenizer = checkpoint.load_tokenizer(base)
     rows, _ = calibration_rows(text, tokenizer, args.samples, length, 0, Reading())
     read = text_rows(args.heldout or EMBEDDED, "heldout", tokenizer, length, Reading(), args.windows * length)

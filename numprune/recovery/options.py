@@ -25,6 +25,9 @@ class RecoveryOptions:
         micro_batch_size: rows at a time; changes memory and speed, not the result beyond rounding.
         selection_rows: held-back rows for choosing the best step.
         gradient_checkpointing: recompute activations instead of keeping them; same result.
+        top_k: number of tokens, the dense model's most probable ones, that are compared one by one; all others are
+            compared as one. None: the whole vocabulary.
+        hidden_weight: of the term 1 - cos of the hidden states after each layer; 0: no such term.
         train: "all" weights; "lora": adapters of `rank` beside the projections of the layers, merged at the end;
             "blocks": the weights of the `blocks` blocks with the largest loss from pruning.
         seed: of the draw of the rows and of their order, and of the adapters.
@@ -36,6 +39,8 @@ class RecoveryOptions:
     micro_batch_size: int = 8
     selection_rows: int = 64
     gradient_checkpointing: bool = True
+    top_k: int | None = None
+    hidden_weight: float = 0.0
     train: Literal["all", "lora", "blocks"] = "all"
     rank: int = 16
     blocks: int = 4

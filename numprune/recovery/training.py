@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from numprune.anatomy import layers_path
+from numprune.anatomy import layers_path, read_anatomy
+from numprune.blocks import Anatomy
 from numprune.errors import InputError, IntegrityError
 from numprune.progress import Progress
 from numprune.recovery.lora import Adapters
@@ -69,6 +70,22 @@ def require_packages(options: RecoveryOptions) -> None:
             raise InputError(f'training needs the package {package}: pip install "numprune[learn]"')
 
 
+def check_training(options: RecoveryOptions, model: Anatomy, dense: Anatomy, dropped: Sequence[int] = ()) -> None:
+    """Raise InputError if `model`, pruned from `dense` without its `dropped` layers, cannot be trained like this."""
+    if options.top_k is not None and model.task != CAUSAL.name:
+        raise InputError(f"top_k: only for causal language models, and the model is for {model.task}; leave it out")
+    left = dense.layers - len(dropped)
+    for name, ours, theirs in (
+        ("hidden size", model.hidden_size, dense.hidden_size),
+        ("number of layers", model.layers, left),
+    ):
+        if options.hidden_weight and ours != theirs:
+            raise InputError(
+                f"hidden_weight: hidden states cannot be compared, because the {name} is {ours}, and {theirs} in the "
+                "dense model; leave it out"
+            )
+
+
 def distill(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -98,10 +115,11 @@ def distill(
         task: of the models; rows of a masked language model are masked.
 
     Raises:
-        InputError: a package is missing, or the options do not fit together.
+        InputError: a package is missing, or the options do not fit together or the models.
         IntegrityError: the loss is not finite, or adapters cannot be merged without changing the model.
     """
     require_packages(options)
+    check_training(options, read_anatomy(model.config), read_anatomy(dense.config), dropped)
     return _Training(model, dense, rows, options, device, stored or {}, dropped, task).run(state)
 
 
@@ -145,8 +163,11 @@ class _Training:
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._rate = options.rate(model.config.hidden_size)
         self._optimizer = torch.optim.AdamW(self._weights.values(), self._rate, _BETAS, weight_decay=0.0)
-        self._loss = Distillation(model, dense, task)
-        self._shared: nn.Module = self._processes.prepare_model(self._loss)
+        self._divergence = Distillation(model, dense, task)
+        loss = Distillation(
+            model, dense, task, top_k=options.top_k, hidden_weight=options.hidden_weight, dropped=dropped
+        )
+        self._loss: nn.Module = self._processes.prepare_model(loss)
         self._length = rows.training.shape[1]
         self._predictions = task.predictions_in(self._length)  # of a row
         self._unit = task.unit
@@ -202,8 +223,8 @@ class _Training:
             part = self._rows.training[mine[start : start + self._options.micro_batch_size]]
             last = start == starts[-1]
             # Processes exchange gradients once a step, and each has the mean over all of them.
-            with nullcontext() if last else self._processes.no_sync(self._shared):
-                found = self._shared(part.to(self._model.device)) / (len(mine) * self._predictions)
+            with nullcontext() if last else self._processes.no_sync(self._loss):
+                found = self._loss(part.to(self._model.device)) / (len(mine) * self._predictions)
                 self._processes.backward(found)
             loss += found.detach()
         norm = nn.utils.clip_grad_norm_(self._weights.values(), _CLIP)
@@ -221,7 +242,7 @@ class _Training:
         """Record the divergence on the selection rows, and the weights if it is the lowest so far."""
         position, rounded = self._position, self._rounded()
         with self._trained.replaced(rounded):
-            divergence = self._divergence()
+            divergence = self._selection_divergence()
         lowest = min((value for _, value in position.curve), default=math.inf)
         position.curve.append((position.step, divergence))
         if divergence < lowest:  # never of a divergence that is NaN
@@ -230,12 +251,12 @@ class _Training:
             position.best_step, self._best = position.step, rounded
 
     @torch.no_grad()
-    def _divergence(self) -> float:
+    def _selection_divergence(self) -> float:
         selection, size = self._rows.selection, self._options.micro_batch_size
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
         mine = selection[self._processes.process_index :: self._processes.num_processes]
         for part in mine.split(size) if len(mine) else ():  # with fewer rows than processes, some have none
-            total += self._loss(part.to(self._model.device))
+            total += self._divergence(part.to(self._model.device))
         return float(self._processes.reduce(total, "sum")) / (len(selection) * self._predictions)
 
     def _rounded(self) -> dict[str, Tensor]:

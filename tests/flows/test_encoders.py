@@ -98,6 +98,7 @@ def test_options_that_do_not_apply_to_encoders_are_refused_before_any_work(encod
             "benchmark.lengths=[8, 1000]",
             'evaluate.prompts=["Hello"]',
             "benchmark.torch_mode=compiled",
+            "recover.top_k=50",
             "gates=[{metric='quality.perplexity_ratio', bound='point', max=2}]",
         ],
     )
@@ -108,6 +109,7 @@ def test_options_that_do_not_apply_to_encoders_are_refused_before_any_work(encod
         "export.targets: engines are built only for decoders; omit tensorrt",
         "evaluate.prompts: embedding models do not generate; omit it",
         "benchmark.torch_mode = 'compiled': only decoding is compiled, and embedding models do not generate; omit",
+        "recover.top_k: only for causal language models, and the model is for embedding; omit it",
         "benchmark.lengths = [8, 1000]: the model takes at most 256 tokens",
         "gates.0.metric = 'quality.perplexity_ratio': only causal-lm models have it, and this model's task is embed",
     ):

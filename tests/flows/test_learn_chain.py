@@ -132,6 +132,10 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
             r"prune: axes: with hidden-size, blocks cannot be priced .* set recover\.train to all or lora",
         ),
         (
+            ["prune.axes=['hidden-size']", "recover.method=distill", "recover.hidden_weight=0.5"],
+            r"prune: axes: with hidden-size, hidden states cannot be compared .* set recover\.hidden_weight to 0",
+        ),
+        (
             ["prune.axes=['hidden-size']", "learn.method=none"],
             r"only trained masks choose .* \(in a recipe: learn\.meth",
         ),

@@ -145,8 +145,10 @@ def test_the_trained_checkpoint_is_nearer_to_the_dense_one(
 ) -> None:
     out = tmp_path / "recovered"
     texts = ("--text", inputs / "train.txt", "--heldout", inputs / "heldout.txt")
+    terms = ("--top-k", 50, "--hidden-weight", 0.5) if train == "lora" else ()
     answered = numprune(
-        "recover", inputs / "pruned", out, "--dense", inputs / "dense", *texts, *SHORT, "--train", train, "--json"
+        *("recover", inputs / "pruned", out, "--dense", inputs / "dense", *texts, *SHORT),
+        *("--train", train, *terms, "--json"),
     )
     assert answered.code == 0, answered.err
     found = answered.json
@@ -162,6 +164,7 @@ def test_the_trained_checkpoint_is_nearer_to_the_dense_one(
     facts = made.facts["recovery"]
     assert isinstance(facts, dict)
     assert (facts["train"], facts["tokens"], facts["seed"]) == (train, 1024, 0)
+    assert (facts["top_k"], facts["hidden_weight"]) == ((50, 0.5) if terms else (None, 0.0))
     assert facts["best_step"] == found["best_step"]
     assert not list(tmp_path.glob(".training-*"))
     evaluated = numprune(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from numprune.anatomy import layers_path
 from numprune.corpus import token_rows
 from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
@@ -18,9 +19,10 @@ from numprune.recovery.lora import Adapters
 from numprune.recovery.loss import Distillation
 from numprune.recovery.prices import block_prices
 from numprune.recovery.state import TrainingState
-from numprune.tasks import Task
+from numprune.tasks import CAUSAL, Task
 from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
+from numprune.tasks.language import kl_divergence
 from numprune.tasks.masked import masked_lm
 from numprune.tasks.reading import encoder_rows
 from tests.conftest import build_tiny, byte_tokenizer, encoder_tokenizer
@@ -82,10 +84,123 @@ def test_the_loss_is_the_divergence_over_the_whole_vocabulary(
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_all_other_tokens_are_compared_as_one(rows: RecoveryRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = build_tiny()
+    model = disturbed(dense)
+    whole, every = (Distillation(model, dense, top_k=top_k)(rows.selection) for top_k in (None, 259))
+    assert torch.equal(every, whole)
+    p, q = (one(input_ids=rows.selection).logits[:, :-1].softmax(-1).double() for one in (dense, model))
+    top = p.topk(5).indices
+    both = [torch.cat([one.gather(-1, top), 1 - one.gather(-1, top).sum(-1, keepdim=True)], -1) for one in (p, q)]
+    expected = (both[0] * (both[0] / both[1]).log()).sum()
+    monkeypatch.setattr("numprune.tasks.task.MAXIMUM_VALUES", 7 * 259)  # seven positions at a time
+    found = Distillation(model, dense, top_k=5)(rows.selection)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert found < whole
+    gradient = torch.autograd.grad(found, list(model.parameters()))
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_of_a_logit_is_in_closed_form() -> None:
+    """q - p at each of the compared tokens, and at all others q times (1 - p's share of all others / q's)."""
+    draw = torch.Generator().manual_seed(0)
+    theirs, ours = torch.randn(2, 4, 30, generator=draw) * 3
+    top = theirs.topk(6).indices
+    ours.requires_grad_()
+    kl_divergence(loss.bucketed(ours, top), loss.bucketed(theirs, top)).sum().backward()
+    p, q = theirs.softmax(-1), ours.detach().softmax(-1)
+    rest = [1 - one.gather(-1, top).sum(-1, keepdim=True) for one in (p, q)]
+    wanted = (q * (1 - rest[0] / rest[1])).scatter(-1, top, (q - p).gather(-1, top))
+    torch.testing.assert_close(ours.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_is_certain_leaves_the_others_a_gradient() -> None:
+    theirs, ours = torch.zeros(1, 8), torch.zeros(1, 8)
+    ours[0, 0] = 200.0  # softmax is exactly 1 in float32
+    ours.requires_grad_()
+    top = torch.tensor([[0]])
+    found = kl_divergence(loss.bucketed(ours, top), loss.bucketed(theirs, top)).sum()
+    found.backward()
+    assert float(found.detach()) == pytest.approx(7 / 8 * 200, rel=0.05)
+    assert ours.grad is not None
+    assert ours.grad[0, 1:].tolist() == pytest.approx([-1 / 8] * 7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_hidden_states_after_each_layer_are_compared(rows: RecoveryRows, family: str) -> None:
+    task = CAUSAL if family != "bert" else ENCODERS[0]
+    dense = build_tiny(family, task=task.name)
+    model = disturbed(dense)
+    kl, both = (Distillation(model, dense, task, hidden_weight=weight)(rows.selection) for weight in (0.0, 0.5))
+    states = []
+    for one in (model, dense):
+        path, found = layers_path(one.config), []
+        hooks = [
+            layer.register_forward_hook(lambda *given, found=found: found.append(given[2]))
+            for layer in one.get_submodule(path)
+        ]
+        task.output(one, rows.selection, torch.ones_like(rows.selection))
+        states.append(torch.stack([output if isinstance(output, torch.Tensor) else output[0] for output in found]))
+        for hook in hooks:
+            hook.remove()
+    cosine = (states[0] * states[1]).sum(-1) / states[0].norm(dim=-1) / states[1].norm(dim=-1)
+    predictions = len(rows.selection) * task.predictions_in(32)
+    torch.testing.assert_close(both - kl, 0.5 * (1 - cosine.mean()).double() * predictions, rtol=1e-3, atol=1e-5)
+    assert not [layer for layer in model.modules() if layer._forward_hooks]
+
+
+def test_kept_layers_are_compared_with_themselves(rows: RecoveryRows) -> None:
+    dense = build_tiny(num_hidden_layers=3)
+    model = build_tiny(num_hidden_layers=2)
+    model.model.layers = nn.ModuleList([copy.deepcopy(dense.model.layers[index]) for index in (0, 2)])
+    model.model.layers[1].self_attn.layer_idx = 1
+    seen = []
+    for one, layers in ((model, (0, 1)), (dense, (0, 2))):
+        with torch.no_grad(), loss.recorded([one.model.layers[layer] for layer in layers]) as states:
+            one(input_ids=rows.selection)
+        seen.append(states)
+    both = Distillation(model, dense, hidden_weight=1.0, dropped=[1])(rows.selection)
+    kl = Distillation(model, dense)(rows.selection)
+    torch.testing.assert_close((both - kl).detach(), loss.hidden_distance(*seen) * 6 * 31, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_training_with_both_terms_brings_a_model_nearer(rows: RecoveryRows, gradient_checkpointing: bool) -> None:
+    dense = build_tiny()
+    model = disturbed(dense)
+    options = replace(OPTIONS, top_k=20, hidden_weight=1.0, gradient_checkpointing=gradient_checkpointing)
+    before = loss_of(model, dense, rows.selection)
+    found = distill(model, dense, rows, options, CPU)
+    assert found.kl_after < 0.8 * found.kl_before  # which are over the whole vocabulary, without the other term
+    assert found.kl_before == pytest.approx(before)
+    assert found.kl_after == pytest.approx(loss_of(model, dense, rows.selection))
+
+
+def loss_of(model: PreTrainedModel, dense: PreTrainedModel, tokens: torch.Tensor) -> float:
+    return float(Distillation(model, dense)(tokens).detach()) / (len(tokens) * 31)
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "said"),
+    [
+        ({"top_k": 5}, {"family": "bert", "task": "masked-lm"}, "top_k: only for causal language models, and the mod"),
+        ({"hidden_weight": 1.0}, {"hidden_size": 32}, "the hidden size is 32, and 64 in the dense model; leave it out"),
+        ({"hidden_weight": 1.0}, {"num_hidden_layers": 1}, "because the number of layers is 1, and 2 in the dense"),
+    ],
+)
+def test_terms_that_the_models_do_not_have_are_refused(
+    rows: RecoveryRows, options: dict[str, Any], model: dict[str, Any], said: str
+) -> None:
+    family = {name: model[name] for name in ("family", "task") if name in model}
+    with pytest.raises(InputError, match=said):
+        distill(build_tiny(**model), build_tiny(**family), rows, replace(OPTIONS, **options), CPU)
+
+
 def test_the_dense_model_itself_has_no_loss_and_no_gradient(rows: RecoveryRows) -> None:
     dense = build_tiny()
     model = copy.deepcopy(dense)
-    mean = Distillation(model, dense)(rows.selection) / rows.selection.numel()
+    mean = Distillation(model, dense, hidden_weight=1.0)(rows.selection) / rows.selection.numel()
     mean.backward()
     assert float(mean.detach()) == pytest.approx(0, abs=1e-7)
     assert max(float(weight.grad.abs().max()) for weight in model.parameters()) < 1e-6
