@@ -108,9 +108,13 @@ def judge(run: Run, make: Make) -> Judged:
     # Masked language models cannot be served.
     before = unquantized if quantized else None
     answers = make(compute_answers(run, candidate, before)) if run.task != "masked-lm" else None
-    untrained = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest) if recovered else None
+    training = None
+    if recovered:  # both as pruning stored them: an export may cast
+        cast = "vllm" in exports and run.recipe.export.dtype != "auto"
+        untrained = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
+        training = untrained, unquantized if quantized or cast else candidate
     quality = {
-        name: make(evaluate(run, name, candidate, before, untrained, heldout[name], scores[name]))
+        name: make(evaluate(run, name, candidate, before, training, heldout[name], scores[name]))
         for name in run.heldout
     }
     sides = {"baseline": run.base, "candidate": candidate} if run.tasks else {}

@@ -96,10 +96,12 @@ def evaluate(
     corpus: str,
     candidate: Artifact,
     unquantized: Artifact | None,
-    pruned: Artifact | None,
+    training: tuple[Artifact, Artifact] | None,
     heldout: StageResult[HeldoutRows],
     scores: StageResult[BaselineScores],
 ) -> Stage[Quality]:
+    """`training`: the models before and after it."""
+    pruned, trained = training or (None, None)
     stage = Stage.of(
         "quality",
         "export",
@@ -107,6 +109,7 @@ def evaluate(
         candidate=candidate,
         unquantized=unquantized,
         pruned=pruned,
+        trained=trained,
         baseline=run.base,
         scores=scores.artifact,
         rows=heldout.artifact,

@@ -347,6 +347,7 @@ def make_quality(
     candidate: Artifact,
     unquantized: Artifact | None,
     pruned: Artifact | None,
+    trained: Artifact | None,
     baseline: Artifact,
     scores: Artifact,
     rows: Artifact,
@@ -357,7 +358,7 @@ def make_quality(
     """Compare the candidate with the baseline; `scores` is the stage that scored the baseline on the same rows and
     prompts.
 
-    A quantized candidate is also compared with the `unquantized` one, and a trained one with the `pruned` one.
+    A quantized candidate is also compared with the `unquantized` one, and the `trained` model with the `pruned` one.
     """
     import torch
 
@@ -376,6 +377,7 @@ def make_quality(
         where,
         unquantized=unquantized.path if unquantized else None,
         pruned=pruned.path if pruned else None,
+        trained=trained.path if trained else None,
     )
     return Quality.model_validate(found)
 

@@ -36,11 +36,12 @@ def compare_with_scores(
     device: torch.device,
     unquantized: Path | None = None,
     pruned: Path | None = None,
+    trained: Path | None = None,
 ) -> dict[str, Any]:
     """The section `quality`; `scores`: where `score` stored the baseline's on the same rows; `generations`: its result.
 
-    For a quantized candidate, `unquantized` is the model before quantization; for a trained one, `pruned` is the model
-    before training. Each model reads the rows once.
+    For a quantized candidate, `unquantized` is the model before quantization. For a trained one, `pruned` and `trained`
+    are the models before and after training, in one precision. Each model reads the rows once.
 
     Raises InputError, IntegrityError.
     """
@@ -50,9 +51,9 @@ def compare_with_scores(
         return _compare(candidate, known, generations, rows, prompts, device, task)
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         earlier = {
-            name: _run_once(Path(scratch, name), load(folder)[0].to(device), rows, task)
-            for name, folder in (("pruned", pruned), ("unquantized", unquantized))
-            if folder is not None
+            folder: _run_once(Path(scratch, str(number)), load(folder)[0].to(device), rows, task)
+            for number, folder in enumerate(dict.fromkeys((pruned, unquantized, trained)))
+            if folder is not None and folder != candidate
         }
         model, tokenizer = load(candidate)
         ours = _run_once(Path(scratch, "candidate"), model.to(device), rows, task)
@@ -60,15 +61,13 @@ def compare_with_scores(
         to_base = compare_predictions(ours, known, rows, task)
         found = section(to_base, rows)
         if unquantized is not None:
-            beside = compare_predictions(ours, earlier["unquantized"], rows, task)
+            beside = compare_predictions(ours, earlier[unquantized], rows, task)
             found["quantization_loss_delta"] = _loss_delta(beside)
-        if pruned is not None:
-            before = compare_predictions(earlier["pruned"], known, rows, task)
-            trained = to_base
-            if unquantized is not None:
-                trained = compare_predictions(earlier["unquantized"], known, rows, task)
+        if pruned is not None and trained is not None:
+            before = compare_predictions(earlier[pruned], known, rows, task)
+            after = to_base if trained == candidate else compare_predictions(earlier[trained], known, rows, task)
             # Of losses against the base, because some tasks have no other.
-            gained = compared(task, rows, trained.difference - before.difference, {}, seed=0)
+            gained = compared(task, rows, after.difference - before.difference, {}, seed=0)
             found["recovery_loss_delta"] = _loss_delta(gained)
             found["pruned"] = {"loss_delta": _loss_delta(before)}
             if task.name == CAUSAL_LM:

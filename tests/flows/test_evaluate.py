@@ -91,12 +91,16 @@ def test_a_trained_candidate_is_also_compared_with_what_training_began_with(
 ) -> None:
     pruned, trained = (written(tmp_path / name, build_tiny(seed=seed)) for name, seed in (("p", 1), ("t", 2)))
     quantize_checkpoint(trained, Scheme("w8a8"), tmp_path / "q", CPU)
+    cast = written(tmp_path / "cast", build_tiny(seed=2).bfloat16().float())
     of_pruned, _ = compare_checkpoints([pruned, trained], tiny / "base", rows, CPU)
     [gained] = compare_checkpoints([trained], pruned, rows, CPU)
     baseline.score(tmp_path, *load(tiny / "base"), rows)
-    for candidate, unquantized in ((trained, None), (tmp_path / "q", trained)):
+    for candidate, unquantized in ((trained, None), (tmp_path / "q", trained), (cast, None)):
         found = evaluate.compare_with_scores(
-            candidate, tiny / "base", tmp_path, [], rows, [], CPU, unquantized=unquantized, pruned=pruned
+            *(candidate, tiny / "base", tmp_path, [], rows, [], CPU),
+            unquantized=unquantized,
+            pruned=pruned,
+            trained=trained,
         )
         assert found["pruned"] == {"loss_delta": of_pruned["loss_delta"], **of_pruned["candidate"]}
         for name in ("value", "ci95_lower", "ci95_upper", "samples"):

@@ -88,9 +88,9 @@ class Quality(Model):
 
     `loss_delta` is against the dense base; `quantization_loss_delta`, for a quantized candidate, against the model
     before quantization; `recovery_loss_delta`, for one that was trained after pruning, is what training changed: the
-    trained model against the `pruned` one, both unquantized. `tokens`: scored ones (causal-lm, masked-lm), or all
-    tokens of the texts. `packed`: documents were joined by EOS and scored as one text; otherwise each was scored
-    separately. `metrics`: those of tasks other than causal-lm, which has its own fields.
+    trained model against the `pruned` one, both in the precision of the base. `tokens`: scored ones (causal-lm,
+    masked-lm), or all tokens of the texts. `packed`: documents were joined by EOS and scored as one text; otherwise
+    each was scored separately. `metrics`: those of tasks other than causal-lm, which has its own fields.
 
     Where the held-out text is several named corpora, `corpus` is the first, which the figures are of, and `corpora` has
     those of the others.
