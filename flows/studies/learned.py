@@ -5,9 +5,9 @@
 
 The training-free methods are obs/uniform/joint and obs/error/joint. The masks of each variant are learned once; their
 plan is then applied without a refit and with the refit `joint` on the same calibration rows. `--distill` trains the
-best result of each ratio, and the best training-free one, towards the dense model. KL on calibration text outside the
-distillation's training rows decides which is best; the held-out text decides nothing. `--out` keeps the table, and all
-measurements as JSON.
+best result of each ratio, and the best training-free one, towards the dense model. KL on calibration text that neither
+masks nor distillation are trained on decides which is best; the held-out text decides nothing. `--out` keeps the table,
+and all measurements as JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from numprune.corpus import TokenRows
+from numprune.corpus import TokenRows, rows_digest
 from numprune.counted import counted
 from numprune.documents import Reading
 from numprune.errors import InputError
@@ -46,6 +46,7 @@ from numprune.serving.report import ReportedEstimate
 
 _REFITS = ("none", "joint")
 _LEARNED = PruneOptions(0.0, "vib", "error", axes=names.LEARNED_AXES)
+_SELECTION_ROWS = 32  # of the distillation; masks are not trained on them
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ class _Study:
     device: torch.device
     scratch: Path
 
+    @property
+    def selection(self) -> list[TokenRows]:
+        """The rows that decide what to distil, if anything is."""
+        if self.distilled is None:
+            return []
+        rows = list(self.distilled.selection)
+        return [TokenRows(rows, [0] * len(rows), ["selection"], rows_digest(self.distilled.selection))]
+
 
 def _study(args: argparse.Namespace) -> str:
     requests = [_request(asked) for asked in args.variants.split(",")]
@@ -152,10 +161,14 @@ def _study(args: argparse.Namespace) -> str:
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
     except ValueError:
         raise InputError(f"ratios are {args.ratios!r}; each must be a number") from None
+    for name, given in (("ratios", ratios), ("variants", requests)):
+        if len({*given}) < len(given):
+            raise InputError(f"{name} are {getattr(args, name)!r}; name each once")
     base = model_folder(args.model)
     for ratio in ratios:
         check_request(base, replace(_LEARNED, ratio=ratio), "parameters", args.sequence_length)
-    text, length, options = args.calibration or EMBEDDED, args.sequence_length, RecoveryOptions(tokens=args.distill)
+    text, length = args.calibration or EMBEDDED, args.sequence_length
+    options = RecoveryOptions(tokens=args.distill, selection_rows=_SELECTION_ROWS)
     if args.distill:
         require_packages(options)
         recover.check_request(base, base, options)
@@ -209,9 +222,8 @@ def _training_free(study: _Study, ratio: float) -> Iterator[_Made]:
 def _learned(study: _Study, asked: Request, ratio: float) -> Iterator[_Made]:
     """Learn once, and apply the plan with each refit."""
     out, base = study.scratch / f"{asked.variant}-{asked.tokens}-{ratio}", study.base
-    rows, draw = training_rows(
-        study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", [study.heldout]
-    )
+    judged = [study.heldout, *study.selection]
+    rows, draw = training_rows(study.text, base, study.length, asked.tokens, 0, Reading(), "--calibration", judged)
     options = replace(_LEARNED, ratio=ratio)
     learned = learn_checkpoint(base, rows, draw, options, asked, out, study.device, study.scratch)
     for refit in _REFITS:

@@ -1,14 +1,32 @@
 """The table of learned masks, and errors reported before any work."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from numprune.flows.steps import recover
 from numprune.flows.studies import learned
 from tests.conftest import build_tiny, write_checkpoint
 
 
-def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_for_each_method_and_ratio(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: dict[str, Any] = {}
+
+    def watch(module: Any, name: str, place: int) -> None:
+        real = getattr(module, name)
+
+        def watched(*given: Any) -> Any:
+            rows[name] = given[place]
+            return real(*given)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(learned, "learn_checkpoint", 1)
+    watch(recover, "recover_checkpoint", 2)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} squared is {number**2}, halved {number / 2}.\n" for number in range(300)))
     base, out = write_checkpoint(build_tiny(), tmp_path / "base"), tmp_path / "out"
@@ -30,6 +48,9 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
         assert int(row[4].replace(",", "")) == int(before[4]) + 4096
         assert float(row[7]) < float(before[7])
     assert all(float(row[2].rstrip("%")) == pytest.approx(30, abs=3) for row in cells)
+    masks, deciding = rows["learn_checkpoint"], rows["recover_checkpoint"].selection.tolist()
+    assert len(deciding) == 32
+    assert not [row for row in torch.cat([masks.training, masks.selection]).tolist() if row in deciding]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +60,8 @@ def test_a_line_for_each_method_and_ratio(tmp_path: Path, capsys: pytest.Capture
         (["--variants", "faster=many"], "tokens of faster are 'many'"),
         (["--ratios", "half"], "ratios are 'half'"),
         (["--ratios", "0.99"], "ratio is 0.99"),
+        (["--ratios", "0.3,0.30"], "ratios are '0.3,0.30'; name each once"),
+        (["--variants", "fast,faster,fast"], "variants are 'fast,faster,fast'; name each once"),
         (["/nowhere/model"], "/nowhere/model"),
     ],
 )
