@@ -5,8 +5,10 @@ for each request, and for each metric 1 (right) or 0 (wrong).
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from numprune.flows.names import TaskRuntime
 from numprune.flows.steps.harness import SEED, Tasks, metrics_of, show_bars_on_terminals
 from numprune.flows.steps.results import AnsweredTask, TaskAnswers
 from numprune.paired import paired_accuracy
+from numprune.recovery.state import replace_file
 from numprune.serving import loopback
 from numprune.serving.vllm import api_key, environment
 from numprune.serving.vllm.server import serving
@@ -58,8 +61,12 @@ def find_endpoint(url: str, key: str | None) -> Endpoint:
         raise InputError(f"--url {url}: no server of OpenAI's API answers there ({error})") from None
 
 
-def answer(out: Path, tasks: Tasks, model: Path, runtime: TaskRuntime, device: torch.device) -> TaskAnswers:
+def answer(
+    out: Path, tasks: Tasks, model: Path, runtime: TaskRuntime, device: torch.device, kept: Path | None = None
+) -> TaskAnswers:
     """Have the model in a folder answer all items, and write its answers into `out`.
+
+    `kept`: a folder for the answers to finished tasks; those that it has are not asked for again.
 
     Raises:
         InputError: a metric is neither 0 nor 1, or an item does not have it.
@@ -67,7 +74,7 @@ def answer(out: Path, tasks: Tasks, model: Path, runtime: TaskRuntime, device: t
         MissingRuntime, ServerError: as of a vLLM server.
     """
     if runtime == "torch":
-        return _answered(out, tasks, _in_torch(model, device), runtime)
+        return _answered(out, tasks, _in_torch(model, device), runtime, kept)
     where = environment.find()
     context = min(context_of(read_config(model)), _SERVED_TOKENS)
     eager = ["--enforce-eager"] if where.cpu else []  # compiling takes minutes
@@ -75,12 +82,13 @@ def answer(out: Path, tasks: Tasks, model: Path, runtime: TaskRuntime, device: t
     # Always passed to vLLM: by default it would convert float32 to half precision.
     dtype = precision.name_of(read_config(model).dtype)
     with serving(where, model, name=model.name, options=options, dtype=dtype) as server:
-        return answer_served(out, tasks, model, Endpoint(server.url, server.name, context, server.headers))
+        endpoint = Endpoint(server.url, server.name, context, server.headers)
+        return answer_served(out, tasks, model, endpoint, kept)
 
 
-def answer_served(out: Path, tasks: Tasks, model: Path, endpoint: Endpoint) -> TaskAnswers:
+def answer_served(out: Path, tasks: Tasks, model: Path, endpoint: Endpoint, kept: Path | None = None) -> TaskAnswers:
     """`answer`, by a running server of the checkpoint `model`, which gives the tokenizer."""
-    return _answered(out, tasks, _of_server(model, endpoint), "vllm")
+    return _answered(out, tasks, _of_server(model, endpoint), "vllm", kept)
 
 
 def read_rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -117,24 +125,16 @@ def _paired(
         yield metric, (one, other)
 
 
-def _answered(out: Path, tasks: Tasks, model: Any, runtime: TaskRuntime) -> TaskAnswers:
-    from lm_eval import evaluator
-
-    tasks.start_over()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # of tasks that sample; a server is sent the same seed
-            asked = {"tasks": dict(tasks.of)}
-            found = evaluator.evaluate(model, asked, limit=tasks.limit, bootstrap_iters=0)["samples"]
-    except NumpruneError:
-        raise
-    except Exception as error:  # of a task's code, or of a server
-        raise TaskFailed(f"tasks {', '.join(tasks.members)} in {runtime}: {type(error).__name__}: {error}") from error
+def _answered(out: Path, tasks: Tasks, model: Any, runtime: TaskRuntime, kept: Path | None) -> TaskAnswers:
     answered = {}
     for name, members in tasks.members.items():
-        rows = [row for member in members for row in _rows(member, found[member], tasks.metrics(name))]
-        with _file(out, name).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        finished = _file(kept or out, name)
+        if kept is None or not finished.is_file():
+            rows = _asked(tasks, name, model, runtime)
+            replace_file(finished, partial(_write, rows=rows))
+        if kept is not None:
+            shutil.copyfile(finished, _file(out, name))
+        rows = read_rows(out, name)
         answered[name] = AnsweredTask(
             len({(row["task"], row["item"]) for row in rows}),
             max(int(tasks.of[member].get_config("num_fewshot")) for member in members),
@@ -144,6 +144,28 @@ def _answered(out: Path, tasks: Tasks, model: Any, runtime: TaskRuntime) -> Task
             },
         )
     return TaskAnswers(runtime, answered)
+
+
+def _asked(tasks: Tasks, name: str, model: Any, runtime: TaskRuntime) -> list[dict[str, Any]]:
+    """Return the rows of one task, answered by the harness's model."""
+    from lm_eval import evaluator
+
+    members = {member: tasks.of[member] for member in tasks.members[name]}
+    tasks.start_over()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # of tasks that sample; a server is sent the same seed
+            found = evaluator.evaluate(model, {"tasks": members}, limit=tasks.limit, bootstrap_iters=0)["samples"]
+    except NumpruneError:
+        raise
+    except Exception as error:  # of a task's code, or of a server
+        raise TaskFailed(f"task {name} in {runtime}: {type(error).__name__}: {error}") from error
+    return [row for member in members for row in _rows(member, found[member], tasks.metrics(name))]
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _rows(task: str, samples: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -395,17 +395,21 @@ def make_task_answers(
 ) -> TaskAnswers:
     """Have a model answer the tasks; the base's answers are shared by all ratios and methods.
 
-    `server` is part of the key: what vLLM's environment holds.
+    Killed, it goes on after the last task that was answered. `server` is part of the key: what vLLM's environment has.
     """
     import torch
 
+    from numprune.flows.stages import code_version, kept_beside
     from numprune.flows.steps.answers import answer
     from numprune.flows.steps.harness import load_tasks
+    from numprune.flows.steps.training import kept_until_done
 
     loaded = load_tasks(list(tasks.source), num_fewshot, limit)
     if loaded.digest() != tasks.digest:
         raise InputError("evaluate.tasks: their items changed after the run began; run the command again")
-    return answer(out, loaded, model.path, runtime, torch.device(device))
+    asked = [model.digest, tasks.digest, runtime, server, device, code_version("serving")]
+    with kept_until_done(kept_beside(out), asked, "answers the same tasks") as (folder, _):
+        return answer(out, loaded, model.path, runtime, torch.device(device), folder)
 
 
 def make_benchmark(

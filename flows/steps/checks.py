@@ -72,7 +72,7 @@ Collect = Callable[..., Any]  # a field, a function and its arguments: the resul
 
 def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe with its inputs identified. Raises InputError as `check` does."""
-    check(recipe, workspace)
+    tasks = check(recipe, workspace)
     base, data = model_folder(recipe.model.path), recipe.data
     available = torch.cuda.is_available()
     return Run(
@@ -85,7 +85,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         prompts=Text(recipe.recover.prompts, text_digest(recipe.recover.prompts, "train"))
         if recipe.recover.prompts
         else None,
-        tasks=Text(recipe.evaluate.tasks, load_tasks_of(recipe).digest()) if recipe.evaluate.tasks else None,
+        tasks=Text(recipe.evaluate.tasks, tasks.digest()) if tasks else None,
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         precision=precisions(recipe, base),
@@ -98,8 +98,8 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
     )
 
 
-def check(recipe: Recipe, workspace: Path) -> None:
-    """Refuse a recipe that cannot run here.
+def check(recipe: Recipe, workspace: Path) -> Tasks | None:
+    """Refuse a recipe that cannot run here. Return its tasks, if it has some: loading them takes long.
 
     Raises InputError with every problem: field, value, allowed values.
     """
@@ -151,7 +151,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
             for scheme in schemes_asked(recipe.quantize):
                 collect("quantize.scheme", genai.check_scheme, scheme, chosen["onnxruntime"])
         problems += _lengths(recipe, anatomy.context, anatomy.task)
-    tasks = None
+    tasks: Tasks | None = None
     if recipe.evaluate.tasks and not _missing("tasks"):
         tasks = collect("evaluate.tasks", load_tasks_of, recipe)
     data = recipe.data
@@ -184,6 +184,7 @@ def check(recipe: Recipe, workspace: Path) -> None:
         problems.append("device = 'cuda': torch sees no CUDA device; use auto or cpu")
     if problems:
         raise InputError(listed("the recipe cannot run here", problems))
+    return tasks
 
 
 def _prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, collect: Collect) -> list[Document]:

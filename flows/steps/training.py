@@ -81,6 +81,31 @@ def named(option: str) -> Iterator[None]:
 
 
 @contextmanager
+def kept_until_done(scratch: Path, asked: Any, what: str, *, writes: bool = True) -> Iterator[tuple[Path, str]]:
+    """Give a folder in `scratch` for finished parts of a work, and the digest of `asked`, which decides its result.
+
+    The folder goes when the work is over, and stays if the process is killed or fails: the same work resumes there.
+
+    Args:
+        asked: as JSON.
+        what: another process does, for the error.
+        writes: this process writes the parts; only one of those that share the work does.
+
+    Raises:
+        InputError: another process does the same.
+    """
+    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    folder = scratch / f"{TRAINING}{identity[:16]}"
+    try:
+        with locks.held(folder / TRAINING_LOCK, timeout_s=0) if writes else nullcontext():
+            yield folder, identity
+            if writes:
+                shutil.rmtree(folder)
+    except locks.Held:
+        raise InputError(f"{folder}: another process {what}; wait for it or stop it") from None
+
+
+@contextmanager
 def resumable(scratch: Path, asked: Mapping[str, Any], *, writes: bool = True) -> Iterator[TrainingState]:
     """Give the state of the training that `asked` describes: a folder in `scratch`, which is removed at the end.
 

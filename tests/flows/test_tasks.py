@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from numprune.documents import Reading
 from numprune.errors import InputError, IntegrityError
 from numprune.export import manifest
 from numprune.flows.recipe import load
+from numprune.flows.steps import answers
 from numprune.flows.steps.answers import (
     TaskFailed,
     answer,
@@ -21,7 +23,7 @@ from numprune.flows.steps.answers import (
 )
 from numprune.flows.steps.checks import check, prepare
 from numprune.flows.steps.evaluate import compare_checkpoints
-from numprune.flows.steps.harness import load_tasks
+from numprune.flows.steps.harness import Tasks, load_tasks
 from numprune.flows.steps.text import heldout_rows
 from numprune.serving import gates
 from numprune.serving import report as reports
@@ -191,7 +193,7 @@ def test_a_task_whose_code_fails_is_named(tiny: Path, task: Path, tmp_path: Path
     (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
     (tmp_path / "code.py").write_text("def right(doc, results):\n    return doc['none']\n")
     (tmp_path / "task.yaml").write_text(YAML + "process_results: !function code.right\n")
-    with pytest.raises(TaskFailed, match="tasks letters in torch: KeyError: 'none'"):
+    with pytest.raises(TaskFailed, match="task letters in torch: KeyError: 'none'"):
         answer(tmp_path, load_tasks([str(tmp_path / "task.yaml")], limit=2), tiny / "base", "torch", CPU)
 
 
@@ -205,6 +207,37 @@ def test_an_item_without_its_metric_is_refused(tiny: Path, task: Path, tmp_path:
     tasks = load_tasks([str(tmp_path / "task.yaml")], limit=2)
     with pytest.raises(InputError, match=r"task letters: acc of item 1 is missing.*must give 1 or 0 for every item"):
         answer(tmp_path, tasks, tiny / "base", "torch", CPU)
+
+
+def test_answers_to_finished_tasks_of_a_killed_process_are_used(
+    tiny: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "items.jsonl").write_bytes((task.parent / "items.jsonl").read_bytes())
+    names = ("first", "second")
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(YAML.replace(f"task: {NAME}", f"task: {name}"))
+    tasks = load_tasks([str(tmp_path / f"{name}.yaml") for name in names], num_fewshot=2, limit=3)
+    folders = [tmp_path / name for name in ("kept", "out", "undisturbed")]
+    for folder in folders:
+        folder.mkdir()
+    kept, out, undisturbed = folders
+    asked: list[str] = []
+    ask = answers._asked
+
+    def killed(tasks: Tasks, name: str, *given: Any) -> Any:
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return ask(tasks, name, *given)
+
+    monkeypatch.setattr(answers, "_asked", killed)
+    with pytest.raises(KeyboardInterrupt):
+        answer(out, tasks, tiny / "base", "torch", CPU, kept)
+    found = answer(out, tasks, tiny / "base", "torch", CPU, kept)
+    assert asked == ["first", "second", "second"]
+    assert found == answer(undisturbed, tasks, tiny / "base", "torch", CPU)
+    for name in names:
+        assert read_rows(out, name) == read_rows(undisturbed, name)
 
 
 def test_sampled_answers_are_the_same_every_time(tiny: Path, task: Path, tmp_path: Path) -> None:
@@ -331,6 +364,7 @@ def test_a_run_answers_tasks_with_both_models_and_shares_the_bases_answers(tmp_p
     assert len(folders) == 2
     assert all(len(read_rows(folder, NAME)) == 10 for folder in folders)
     assert {"tasks baseline", "tasks candidate"} <= {one["name"] for one in found["stages"]}
+    assert not list((tmp_path / "w").rglob(".training-*"))
     manifest.verify(release)
 
 
