@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from numprune.allocation import knapsack, servable
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget
+from numprune.cheapest import Limit, cheapest
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.plans import Plan
@@ -24,7 +24,7 @@ from numprune.quantization.compressed_tensors import bytes_of
 from numprune.quantization.linears import projections
 from numprune.quantization.schemes import GROUP_SIZES, Scheme
 from numprune.slices import Size
-from numprune.target import HEAD_SHAPES, Sizes, Target
+from numprune.target import Sizes, Target
 
 Level = Scheme | None  # None: not quantized
 Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> cost of rounding the whole block, in nats per token
@@ -85,7 +85,7 @@ def model_bytes(anatomy: Anatomy, forms: Mapping[str, Form], budget: ByteBudget)
 
 def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> None:
     """Refuse a budget that no choice meets. Raises InputError with the smallest possible size."""
-    least = _least_bytes(anatomy, budget, levels, allowed)
+    least = _limit(budget, levels).least(anatomy, allowed)
     if least <= budget.limit:
         return
     *others, last = (_named(level) for level in levels)
@@ -96,20 +96,6 @@ def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level
         f"the budget is {budget.limit:,} bytes, but embeddings, norms and the smallest allowed size of every block "
         f"in {names} take {least:,}; allow more bytes, {remedy}"
     )
-
-
-def _least_bytes(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> int:
-    """Return the smallest possible size of the whole model's weights in bytes. A block of each kind stays."""
-    least = budget.around
-    for kind in anatomy.kinds:
-        staying = []  # additional bytes for keeping a unit of the block
-        for block in anatomy.of_kind(kind):
-            forms = list(_forms(allowed[block.name], levels))
-            found = [block_bytes(block, form, budget.value) for form in forms]
-            least += min(found)
-            staying += [taken - min(found) for form, taken in zip(forms, found, strict=True) if form.size.units]
-        least += min(staying, default=0)
-    return least
 
 
 def by_bytes(
@@ -127,55 +113,24 @@ def by_bytes(
         InputError: the budget cannot be met.
     """
     check_reachable(anatomy, budget, levels, allowed)
-    forms: dict[str, Form] = {}
-
-    def solve(sizes: Sizes) -> dict[str, Size]:
-        least = _least_bytes(anatomy, budget, levels, sizes)
-        if least > budget.limit:  # only after `servable` has restricted the sizes of attention
-            raise InputError(
-                f"the budget is {budget.limit:,} bytes, and of what fits in it nothing can be served well: attention "
-                f"has more than {HEAD_SHAPES} sizes; allow {least:,} bytes"
-            )
-        choices = [_worth_it(block, sizes[block.name], levels, budget, errors, rounding) for block in anatomy.blocks]
-        most = budget.around + sum(choice[-1].bytes for choice in choices)
-        savings = [[choice[-1].bytes - option.bytes for option in choice] for choice in choices]
-        prices = [[option.price for option in choice] for choice in choices]
-        chosen = knapsack(savings, prices, max(most - budget.limit, 0))
-        for block, choice, option in zip(anatomy.blocks, choices, chosen, strict=True):
-            forms[block.name] = choice[option].form
-        return {name: form.size for name, form in forms.items()}
-
-    servable(
-        anatomy, allowed, errors, solve, lambda sizes: _least_bytes(anatomy, budget, levels, sizes) <= budget.limit
+    return cheapest(
+        anatomy, _limit(budget, levels), allowed, errors, lambda block, form: _price(block, form, errors, rounding)
     )
-    return forms
+
+
+def _limit(budget: ByteBudget, levels: Sequence[Level]) -> Limit[Form]:
+    return Limit(
+        budget.limit,
+        budget.around,
+        lambda sizes: _forms(sizes, levels),
+        lambda block, form: block_bytes(block, form, budget.value),
+        lambda amount: f"{amount:,} bytes",
+    )
 
 
 def price_of(anatomy: Anatomy, forms: Mapping[str, Form], errors: Errors, rounding: Rounding) -> float:
     """Return the price of these forms in nats per token: for choosing, not a prediction of the loss."""
     return math.fsum(_price(block, forms[block.name], errors, rounding) for block in anatomy.blocks)
-
-
-@dataclass(frozen=True)
-class _Option:
-    form: Form
-    bytes: int
-    price: float
-
-
-def _worth_it(
-    block: Block, sizes: Sequence[Size], levels: Sequence[Level], budget: ByteBudget, errors: Errors, rounding: Rounding
-) -> list[_Option]:
-    """Return the Pareto-optimal options of a block in size and price, smallest first."""
-    options = [
-        _Option(form, block_bytes(block, form, budget.value), _price(block, form, errors, rounding))
-        for form in _forms(sizes, levels)
-    ]
-    best: list[_Option] = []
-    for option in sorted(options, key=lambda option: (option.bytes, option.price)):
-        if not best or option.price < best[-1].price:
-            best.append(option)
-    return best
 
 
 def _forms(sizes: Sequence[Size], levels: Sequence[Level]) -> Iterator[Form]:
