@@ -13,23 +13,16 @@ The default criterion and compensation take about ten times as long; they were o
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig
 
 from numprune.errors import InputError, NumpruneError
-from numprune.export import checkpoint, manifest
+from numprune.export import random_weights
 from numprune.export.headers import weight_bytes
-from numprune.export.shards import writing
-from numprune.export.weights import SLAB_BYTES
 from numprune.flows.recipe import EMBEDDED_FOLDER
-from numprune.surgery import skeleton
-
-_DTYPE = torch.bfloat16
-_DEVIATION = 0.02  # standard deviation of Llama's initial weights
 
 
 def random_llama(total_bytes: int, hidden_size: int, vocabulary: int) -> LlamaConfig:
@@ -58,31 +51,9 @@ def random_llama(total_bytes: int, hidden_size: int, vocabulary: int) -> LlamaCo
     )
 
 
-def write_random(out: Path, config: LlamaConfig, seed: int = 0) -> None:
-    """Write the checkpoint, with the embedded model's tokenizer.
-
-    Raises:
-        InputError: `out` exists, or the vocabulary is smaller than that tokenizer's.
-    """
-    source = EMBEDDED_FOLDER / "model"
-    checkpoint.check_vocabulary(out, checkpoint.load_tokenizer(source), config)
-    model = skeleton(config)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    with manifest.creating(out, kind="checkpoint", facts={"random": seed}) as folder:
-        with writing(folder, dict.fromkeys(shapes, _DTYPE)) as writer:
-            for name, shape in shapes.items():
-                writer.add_slabs(name, shape, _slabs(shape, generator))
-        checkpoint.save_around_weights(model, source, folder)
-
-
-def _slabs(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
-    if len(shape) == 1:
-        yield torch.ones(shape)  # of a norm
-        return
-    step = max(1, SLAB_BYTES // (4 * shape[1]))
-    for start in range(0, shape[0], step):
-        yield torch.randn(min(step, shape[0] - start), shape[1], generator=generator) * _DEVIATION
+def write_random(out: Path, config: LlamaConfig) -> None:
+    """Write the checkpoint in bfloat16, with the embedded model's tokenizer. Raises InputError as random_weights."""
+    random_weights.write_random(out, config, EMBEDDED_FOLDER / "model", torch.bfloat16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

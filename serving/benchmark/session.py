@@ -53,7 +53,8 @@ class Session:
     def load(
         self, folder: str, runtime: str, device: str, threads: int | None, dtype: str = FLOAT32, encoder: bool = False
     ) -> Answer:
-        """Load the model, a decoder or an encoder. Raises what `open_runtime` does."""
+        """Load the model, a decoder or an encoder, in place of an earlier one. Raises what `open_runtime` does."""
+        self._release()
         opening = open_encoder if encoder else open_runtime
         before = resident_bytes()
         resident = PeakResident()
@@ -79,6 +80,13 @@ class Session:
             "peak_bytes_load": None if self._peak is None else self._peak.bytes(),
             "peak_method": None if self._peak is None else self._peak.method,
         }
+
+    def _release(self) -> None:
+        """Free an earlier model, which `_begin` has hidden from the garbage collector."""
+        for held in ("_runtime", "_work"):
+            self.__dict__.pop(held, None)
+        gc.unfreeze()
+        gc.collect()
 
     def _describe(self) -> Answer:
         return {**self._runtime.describe(), **self._facts}
