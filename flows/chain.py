@@ -7,6 +7,8 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from numprune.export.files import CONFIG
+from numprune.export.manifest import sha256_file
 from numprune.flows.bundle import CHECKPOINT, folder_name
 from numprune.flows.evaluation import (
     answer_tasks,
@@ -21,7 +23,7 @@ from numprune.flows.evaluation import (
 from numprune.flows.names import LEARNED, LEARNED_LIMITS, LEARNED_MODEL, export_of, runtime_of
 from numprune.flows.run import Run
 from numprune.flows.sections import Learn, Recover
-from numprune.flows.stages import Artifact, Stage, StageResult, find
+from numprune.flows.stages import Artifact, Stage, StageResult, Text, find
 from numprune.flows.steps import bodies
 from numprune.flows.steps.results import (
     Answers,
@@ -38,8 +40,11 @@ from numprune.flows.steps.results import (
     QuantizedCheckpoint,
     RecoveredCheckpoint,
     RecoveryText,
+    TimedCheckpoint,
     Timings,
 )
+from numprune.scenario import parse_time
+from numprune.timings import TimingTable
 
 R = TypeVar("R")
 
@@ -80,7 +85,12 @@ def judge(run: Run, make: Make) -> Judged:
     scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
     learned = make(learn(run, learning_rows)) if learning_rows else None
     attention = make(probe_attention(run, calibration)) if _prunes_heads(run) else None
-    pruned = make(prune(run, calibration, learned))
+    pruned: StageResult[PrunedCheckpoint]
+    if run.recipe.prune.time_allowed:
+        timed_checkpoint = make(prune_within_time(run, calibration, make(time_blocks(run))))
+        pruned = timed_checkpoint
+    else:
+        pruned = make(prune(run, calibration, learned))
 
     candidate = Artifact(pruned.path / CHECKPOINT, pruned.facts.digest)
     recovered = make(recover(run, candidate, rows)) if rows else None
@@ -232,6 +242,38 @@ def probe_attention(run: Run, calibration: StageResult[CalibrationRows]) -> Stag
         rows=calibration.artifact,
         stream=run.recipe.prune.stream,
         device=run.device,
+    ).on_gpu()
+
+
+def time_blocks(run: Run) -> Stage[TimingTable]:
+    assert run.recipe.prune.time_allowed is not None
+    return Stage.of(
+        "timings",
+        "serving",
+        bodies.make_timings,
+        # Blocks of equal sizes take the same time whatever their weights are.
+        model=Text(str(run.base.path), sha256_file(run.base.path / CONFIG)),
+        scenario=str(parse_time(run.recipe.prune.time_allowed)[1]),
+        asked=run.recipe.timings,
+        target=run.recipe.sizes(),
+        machine=run.machine,
+    ).on_gpu()
+
+
+def prune_within_time(
+    run: Run, calibration: StageResult[CalibrationRows], times: StageResult[TimingTable]
+) -> Stage[TimedCheckpoint]:
+    return Stage.of(
+        "prune",
+        "serving",
+        bodies.make_pruned_within_time,
+        base=run.base,
+        rows=calibration.artifact,
+        times=times.artifact,
+        asked=run.recipe.prune,
+        target=run.recipe.sizes(),
+        device=run.device,
+        machine=run.machine,
     ).on_gpu()
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from numprune.errors import InputError, NumpruneError
 from numprune.export import locks, manifest, temporary
 from numprune.flows import recipe, runs
-from numprune.flows.names import TRAINING, TRAINING_LOCK
+from numprune.flows.names import TIMINGS, TRAINING, TRAINING_LOCK
 from numprune.flows.stages import exclusive
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ def look(workspace: Path, keep: int | None = None, older_than: timedelta | None 
             why, stays = _why_release(folder, published)
             (found.stays if stays else found.goes).append(Item("release", folder, size(folder), why))
     for folder in _interrupted(workspace / _STAGES):
-        found.goes.append(Item("training", folder, size(folder), "state of an interrupted training"))
+        what = "measurement" if folder.name.startswith(TIMINGS) else "training"
+        found.goes.append(Item("training", folder, size(folder), f"state of an interrupted {what}"))
     for parent in (runs.FOLDER, _STAGES, _RELEASES):
         for folder in temporary.abandoned(workspace / parent):
             found.goes.append(Item("temporary", folder, size(folder), "left unfinished by a killed process"))
@@ -152,8 +153,9 @@ def _made(parent: Path) -> list[Path]:
 
 
 def _interrupted(parent: Path) -> list[Path]:
-    """States of trainings that no process holds."""
-    return [path.parent for path in sorted(parent.glob(f"{TRAINING}*/{TRAINING_LOCK}")) if locks.is_free(path)]
+    """States of trainings and measurements that no process holds."""
+    found = [path for kind in (TRAINING, TIMINGS) for path in sorted(parent.glob(f"{kind}*/{TRAINING_LOCK}"))]
+    return [path.parent for path in found if locks.is_free(path)]
 
 
 def _bytes(path: Path) -> int:

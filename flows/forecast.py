@@ -59,6 +59,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "model": str(run.base.path),
         "ratio": recipe.prune.ratio,
         "budget_bytes": options.budget.limit if options.budget else None,
+        "budget_time": recipe.prune.time_allowed,
         "drop_layers": recipe.prune.drop_layers,
         "hidden_size_is_chosen": narrows,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
@@ -66,7 +67,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "quantization": " or ".join(map(str, schemes)) or None,
         "bits_are_chosen": len(schemes) > 1,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
-        or [_aim(anatomy, options, cast, saved(anatomy))],
+        or ([] if recipe.prune.time_allowed else [_aim(anatomy, options, cast, saved(anatomy))]),
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),
@@ -221,8 +222,12 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
     how = "each block kept or quantized to" if found["bits_are_chosen"] else "then quantized to"
     then = f", {how} {found['quantization']}" if found["quantization"] else ""
-    asked = f"ratio {found['ratio']:g}" if found["budget_bytes"] is None else f"budget {found['budget_bytes']:,} bytes"
-    yield f"{asked}{then}, result: {kind}"
+    if found["budget_time"] is not None:
+        yield f"budget {found['budget_time']}, among sizes that are measured"
+    else:
+        whole = found["budget_bytes"]
+        asked = f"ratio {found['ratio']:g}" if whole is None else f"budget {whole:,} bytes"
+        yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
     if found["hidden_size_is_chosen"]:

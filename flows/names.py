@@ -57,6 +57,8 @@ EXPORTS_OF_RUNTIME: dict[str, tuple[str, ...]] = {
 SEQUENCE_LENGTH = 512
 # The folder with the state of a training, before its digest, and the lock file in it.
 TRAINING, TRAINING_LOCK = ".training-", "lock"
+TIMINGS = ".timings-"  # the same for a measurement of latencies
+TimedRuntime = Literal["torch", "onnxruntime"]  # in which single blocks are timed
 CAUSAL_LM = "causal-lm"  # the task of decoders
 EMBEDDED = "embedded"  # the model or text that comes with numprune
 BUILT_IN = "built-in"  # the prompts of numprune.generation

@@ -19,6 +19,7 @@ from numprune.errors import InputError
 from numprune.flows.names import EMBEDDED, LEARNING_RATE, TrainedWeights
 from numprune.flows.sections import (
     Benchmark,
+    BlockTimings,
     Data,
     Evaluate,
     Export,
@@ -47,6 +48,7 @@ class Recipe(Section):
     data: Data
     learn: Learn = Learn()
     prune: Prune = Prune()
+    timings: BlockTimings = BlockTimings()
     recover: Recover = Recover()
     quantize: Quantize = Quantize()
     target: Target = Target()
@@ -99,6 +101,29 @@ class Recipe(Section):
                 f"export.dtype = {self.export.dtype!r}: prune.budget counts the weights as they are stored; leave "
                 "export.dtype out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_timed_is_released(self) -> Self:
+        if self.prune.time_allowed is None:
+            if self.timings != BlockTimings():
+                raise ValueError("timings: it has an effect only with a time as prune.budget; leave it out")
+            return self
+        for field, value, measured in (
+            ("prune.ratio", self.prune.ratio, 0.0),
+            ("prune.allocation", self.prune.allocation, "error"),
+            ("prune.drop_layers", self.prune.drop_layers, 0),
+            ("quantize.scheme", self.quantize.scheme, "none"),
+            ("target.tensor_parallel", self.target.tensor_parallel, 1),
+            ("export.dtype", self.export.dtype, "auto"),
+            ("benchmark.device", self.benchmark.device, "auto"),
+            ("learn.method", self.learn.method, "none"),
+        ):
+            if value != measured:
+                raise ValueError(
+                    f"{field} = {value!r}: with a time as prune.budget it must be {measured!r}; leave it out, or use a "
+                    "ratio"
+                )
         return self
 
     def sizes(self) -> SizeTarget:

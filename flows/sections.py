@@ -32,9 +32,11 @@ from numprune.flows.names import (
     Recovery,
     Runtime,
     TaskRuntime,
+    TimedRuntime,
     TorchMode,
     TrainedWeights,
 )
+from numprune.scenario import is_time, parse_time
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
 from numprune.target import Target as SizeTarget
@@ -95,7 +97,7 @@ def _separator(value: str) -> str:
 def _budget(value: str) -> str:
     try:
         if value != NO_BUDGET:
-            parse(value)
+            (parse_time if is_time(value) else parse)(value)
     except InputError as error:
         raise ValueError(str(error)) from None
     return value
@@ -175,8 +177,9 @@ class Data(Section):
 class Prune(Section):
     """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
 
-    `budget`: bytes that the released weights may take, as "6GiB", in the place of `ratio`, which is 0 then;
-    `quantize.scheme` determines how blocks may be stored. The allocation "error" divides it.
+    `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
+    `quantize.scheme` determines how blocks may be stored; or the time of one step, as "20ms@decode,b=8,ctx=2048", by
+    the latencies that `timings` describes. The allocation "error" divides it.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -203,8 +206,25 @@ class Prune(Section):
 
     @property
     def bytes_allowed(self) -> int | None:
-        """Of the released weights; None: the ratio decides."""
-        return None if self.budget == NO_BUDGET else parse(self.budget)
+        """Of the released weights; None: something else decides."""
+        return None if self.budget == NO_BUDGET or is_time(self.budget) else parse(self.budget)
+
+    @property
+    def time_allowed(self) -> str | None:
+        """Budget of time, as in numprune.scenario; None: something else decides."""
+        return self.budget if is_time(self.budget) else None
+
+
+class BlockTimings(Section):
+    """How the latencies of blocks are measured for a budget of time: see numprune.timings.
+
+    `sizes` of each kind of block, in `runtime`, each model in `visits` visits.
+    """
+
+    runtime: TimedRuntime = "torch"
+    sizes: Annotated[int, Field(ge=2, le=12)] = 8
+    visits: Annotated[int, Field(ge=3, lt=2**31)] = 5
+    seed: Seed = 0
 
 
 class Learn(Section):

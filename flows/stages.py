@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 RESULT = "result.json"  # the body's result, in the stage's folder
 _ROOT = Path(numprune.__file__).parent
@@ -122,7 +123,7 @@ class Stage(Generic[R]):
 
 
 @dataclass(frozen=True)
-class StageResult(Generic[R]):
+class StageResult(Generic[R_co]):
     """A finished stage.
 
     Attributes:
@@ -139,7 +140,7 @@ class StageResult(Generic[R]):
     name: str
     path: Path
     digest: str
-    facts: R
+    facts: R_co
     reused: bool
     seconds: float
     peak_memory_bytes: int

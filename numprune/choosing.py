@@ -27,6 +27,7 @@ from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
 from numprune.target import Sizes
+from numprune.time_allocation import by_time, measured_sizes
 
 # A layer, its block and the inputs of the block's consumer -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
@@ -173,6 +174,8 @@ def _sizes_to_keep(
     layers = walker.layers
     anatomy, ratio = layers.anatomy, options.ratio
     allowed = sizes_allowed(anatomy, options)
+    if options.time_budget is not None:
+        allowed = measured_sizes(anatomy, allowed, options.time_budget)
     splits: list[Split] = []
     if options.allocation == "uniform":
         splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
@@ -187,6 +190,8 @@ def _sizes_to_keep(
     assert gradients is not None
     fewest = {block.name: fewest_units(splits, block) for block in anatomy.blocks} if splits else least_units(allowed)
     errors = error_curves(layers, inputs, options, gradients, fewest)
+    if options.time_budget is not None:
+        return by_time(anatomy, options.time_budget, allowed, errors), None
     if options.allocation == "error":
         return by_error(anatomy, ratio, allowed, errors), None
     if not splits:

@@ -22,6 +22,8 @@ from numprune.quantization.allocation import Form, check_reachable, levels_of, m
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes, nearest
+from numprune.time_allocation import check_time
+from numprune.time_budget import TimeBudget
 
 # `bias` is FLAP's own compensation, for architectures whose projections can have a bias. compensation.py describes all.
 COMPENSATIONS = ("none", "bias", "oneshot", "sequential", "residual", "joint")
@@ -42,7 +44,9 @@ class PruneOptions:
         axes, keep, floors, skips: as in `axes.Limits`. The allocation `global` cannot remove single query heads, and
             `uniform` cannot remove whole blocks.
         budget: largest size of the result in bytes, for the allocation `error`; it determines the size of each block
-            and how it will be stored. None: the ratio determines the sizes.
+            and how it will be stored.
+        time_budget: longest step of the result, for the allocation `error`, in place of `budget`. Without either, the
+            ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
         hidden_size: of the result, if a plan determines it; units make up the rest of the ratio. None: it stays.
         damping: of the least squares, relative to the mean of diag(G). If the inputs come from the pruned prefix, the
@@ -61,6 +65,7 @@ class PruneOptions:
     floors: Mapping[str, float] = field(default_factory=dict)
     skips: bool = False
     budget: ByteBudget | None = None
+    time_budget: TimeBudget | None = None
     drop_layers: int = 0
     hidden_size: int | None = None
     damping: float = 1e-3
@@ -90,6 +95,7 @@ def options_of(plan: Plan) -> PruneOptions:
         floors=plan.floors,
         skips=plan.skips,
         budget=plan.budget,
+        time_budget=plan.time_budget,
         drop_layers=plan.drop_layers,
         hidden_size=len(plan.hidden.kept) if plan.hidden else None,
         damping=plan.damping,
@@ -135,8 +141,12 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot have a bias; use another compensation"
         )
+    if options.budget is not None or options.time_budget is not None:
+        _check_budgeted(options)
     if options.budget is not None:
         _check_budget(anatomy, options, options.budget)
+    if options.time_budget is not None:
+        check_time(anatomy, sizes_allowed(anatomy, options), options.time_budget)
     options.limits.check(anatomy)
     _check_hidden(anatomy, options, planned=planned)
     part_of = {name: axis for name, axis in AXES.items() if axis.kind in anatomy.kinds}
@@ -181,7 +191,9 @@ def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> 
         )
 
 
-def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
+def _check_budgeted(options: PruneOptions) -> None:
+    if options.budget is not None and options.time_budget is not None:
+        raise InputError("a budget of bytes and one of time are given; leave one of them out")
     if options.ratio:
         raise InputError(
             f"ratio is {options.ratio}, and a budget is given; set the ratio to 0, or leave one of them out"
@@ -194,6 +206,9 @@ def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -
         raise InputError(
             f"axes: a budget counts embeddings at their full size; leave out {HIDDEN_SIZE}, or give a ratio"
         )
+
+
+def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
     if options.compensation == "bias":
         raise InputError("compensation bias adds tensors that a budget does not count; use another compensation")
     levels = levels_of(budget, options.target)

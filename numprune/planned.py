@@ -23,7 +23,7 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     problems = [*_other_model(anatomy, plan)]
     if not problems:
         check_options(anatomy, options_of(plan), planned=True)
-        problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [*_bytes(anatomy, plan)]
+        problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [*_bytes(anatomy, plan), *_time(anatomy, plan)]
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise InputError(f"the plan does not fit the model: {'; '.join(shown)}")
@@ -95,6 +95,17 @@ def _bytes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
         yield (
             f"its sizes and schemes take {total:,} bytes, and its budget is {plan.budget.limit:,}; keep less, or "
             "remove the budget and the schemes"
+        )
+
+
+def _time(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    if plan.time_budget is None:
+        return
+    predicted = plan.time_budget.predicted(anatomy.keeping(plan.sizes())).ms
+    if predicted > plan.time_budget.limit_ms:
+        yield (
+            f"its sizes take {predicted:.4g} ms, and its budget is {plan.time_budget}; keep less, or remove the time "
+            "budget"
         )
 
 

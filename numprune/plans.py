@@ -11,6 +11,7 @@ from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.errors import InputError
 from numprune.slices import Kept, Size
 from numprune.target import Target
+from numprune.time_budget import TimeBudget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +186,8 @@ class Plan(BaseModel):
 
     Attributes:
         version: version 1 has no `splits`; version 2 has no members, axes, protection, dropped layers or `base`.
-        budget: that chose sizes and schemes; None: the ratio chose the sizes, and the plan has no schemes.
+        budget: that chose sizes and schemes; None: the plan has no schemes.
+        time_budget: that chose sizes; None: they are due to the budget, or to the ratio.
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.
@@ -210,6 +212,7 @@ class Plan(BaseModel):
     floors: dict[str, float] = {}
     skips: bool
     budget: ByteBudget | None = Field(default=None, exclude_if=_is_none)
+    time_budget: TimeBudget | None = Field(default=None, exclude_if=_is_none)
     drop_layers: Index = 0
     damping: float
     seed: int

@@ -302,6 +302,7 @@ def describe(
         floors=dict(options.floors),
         skips=options.skips,
         budget=options.budget,
+        time_budget=options.time_budget,
         drop_layers=options.drop_layers,
         damping=options.damping,
         seed=options.seed,

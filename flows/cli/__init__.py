@@ -41,6 +41,7 @@ from numprune.flows.cli import (
     runs,
     serve,
     tasks,
+    timings,
 )
 from numprune.flows.cli.parser import Answer, build, parse
 from numprune.serving import loopback
@@ -53,6 +54,7 @@ COMMANDS = (
     quantize,
     model,
     tasks,
+    timings,
     benchmark,
     report,
     registry,

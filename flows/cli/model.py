@@ -24,7 +24,7 @@ from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
     from numprune.families.family import TaskName
-    from numprune.plans import PricedSplit
+    from numprune.plans import Plan, PricedSplit
 
 
 def add(commands: Subcommands) -> None:
@@ -150,8 +150,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         )
     if plan:
         lines.append(
-            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, "
-            + (f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes")
+            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, " + _asked_for(plan)
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
         if plan.hidden:
@@ -162,6 +161,12 @@ def inspect(args: argparse.Namespace) -> Answer:
             for number, split in enumerate(plan.splits or ())
         ]
     return Answer(data, "\n".join(lines))
+
+
+def _asked_for(plan: "Plan") -> str:
+    if plan.time_budget is not None:
+        return f"budget {plan.time_budget} in {plan.time_budget.runtime}"
+    return f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes"
 
 
 def _groups(split: "PricedSplit") -> str:

@@ -15,8 +15,10 @@ from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_l
 
 if TYPE_CHECKING:
     from numprune.blocks import Anatomy
+    from numprune.flows.steps.results import PrunedCheckpoint
     from numprune.options import PruneOptions
     from numprune.plans import Plan
+    from numprune.serving.report import LatencyBudget
 
 # Defaults of `prune` without an option or a plan.
 _DEFAULTS: dict[str, Any] = {
@@ -61,9 +63,17 @@ def add(commands: Subcommands) -> None:
     )
     parser.add_argument(
         "--budget",
-        metavar="BYTES",
-        help="size limit of all weights after quantization to --scheme, like 6GiB; replaces --ratio, and is divided by "
-        "allocation error (default: none)",
+        metavar="LIMIT",
+        help="bytes of all weights after quantization to --scheme, like 6GiB, or with --timings the time of one step, "
+        "like 20ms@decode,b=8,ctx=2048, or a throughput, like 1500tok/s@decode,b=8,ctx=2048; replaces --ratio, and is "
+        "divided by allocation error (default: none)",
+    )
+    parser.add_argument(
+        "--timings",
+        type=Path,
+        metavar="TABLE",
+        help="with a --budget of time: the table of numprune timings, measured on this machine; the pruned model is "
+        "measured, too (default: none)",
     )
     parser.add_argument(
         "--scheme",
@@ -174,6 +184,7 @@ def prune(args: argparse.Namespace) -> Answer:
     from numprune.flows.stages import peak_memory_bytes
     from numprune.flows.steps.prune import device_of, plan_checkpoint, prune_checkpoint
     from numprune.flows.steps.text import calibration_rows, row_length
+    from numprune.flows.steps.timed_prune import prune_within_time
     from numprune.options import LEARNED, check_options
     from numprune.planned import check_plan
 
@@ -199,7 +210,13 @@ def prune(args: argparse.Namespace) -> Answer:
         scratch = args.out.parent if args.out else Path.cwd()
         planned = plan_checkpoint(base, rows, options, scratch, device, draw=draw, stream=args.stream)
         return _planned(base, planned, args.out, started)
-    made = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
+    made: PrunedCheckpoint
+    latency: LatencyBudget | None = None
+    if options.time_budget is not None and plan is None:
+        timed = prune_within_time(base, rows, options, args.out, device, draw=draw, stream=args.stream)
+        made, latency = timed, timed.latency
+    else:
+        made = prune_checkpoint(base, rows, options, args.out, device, draw=draw, stream=args.stream, plan=plan)
     peak = peak_memory_bytes()
     data = {
         "out": str(args.out),
@@ -212,6 +229,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
         "weight_bytes_after": made.weight_bytes_after,
+        "latency": latency.model_dump(mode="json") if latency else None,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak,
     }
@@ -224,10 +242,27 @@ def prune(args: argparse.Namespace) -> Answer:
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
+    if latency:
+        text += "\n" + "\n".join(_latency_lines(latency))
     if made.schemes:
         quantizing = f"numprune quantize {args.out} QUANTIZED --scheme mixed --dense {base} --text FILE"
         text += f"\nits plan quantizes {len(made.schemes)} of {len(made.kept_units)} blocks: {quantizing}"
     return Answer(data, text)
+
+
+def _latency_lines(found: "LatencyBudget") -> list[str]:
+    lines = [f"{found.scenario} in {found.runtime}, at most {found.limit_ms:.4g} ms:"]
+    for name, predicted, measured in (
+        ("dense", found.dense_predicted, found.dense_measured),
+        ("pruned", found.predicted, found.measured),
+    ):
+        low, high = measured.interval95
+        lines.append(
+            f"  {name:<6} predicted {predicted.ms:.4g} ms, measured {measured.ms:.4g} ms "
+            f"(95 % interval {low:.4g} to {high:.4g})"
+        )
+    times = "once" if found.corrections == 1 else f"{found.corrections} times"
+    return [*lines, f"  the table was corrected {times}"] if found.corrections else lines
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -249,18 +284,35 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     """Return the options for the model in `base`, and the plan if they come from one. Raises InputError."""
     from numprune.byte_budget import parse
     from numprune.flows.steps.prune import byte_budget
+    from numprune.flows.steps.timed_prune import time_budget
     from numprune.options import options_of
     from numprune.plans import read_plan
+    from numprune.scenario import is_time
+    from numprune.timings import read_timings
 
-    asked = ("ratio", "budget", "scheme", *_DEFAULTS)
+    asked = ("ratio", "budget", "scheme", "timings", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
         if "scheme" in given and "budget" not in given:
             raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
-        budget, scheme = given.pop("budget", None), given.pop("scheme", "none")
+        budget, scheme, table = (given.pop(name, None) for name in ("budget", "scheme", "timings"))
+        timed = budget is not None and is_time(budget)
+        if timed != (table is not None):
+            raise InputError(
+                f"--budget {budget}: a time needs --timings TABLE; make the table with numprune timings"
+                if timed
+                else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
+            )
         if budget is not None:
-            given = {"ratio": 0.0, "allocation": "error", **given, "budget": byte_budget(base, parse(budget), scheme)}
-        return options_of_arguments(given), None
+            given = {"ratio": 0.0, "allocation": "error", **given}
+        chosen = options_of_arguments(given)
+        if timed:
+            limit = time_budget(base, budget, read_timings(table), chosen.target, scheme or "none")
+            return dataclasses.replace(chosen, time_budget=limit), None
+        if budget is not None:
+            limited = byte_budget(base, parse(budget), scheme or "none")
+            return dataclasses.replace(chosen, budget=limited), None
+        return chosen, None
     if args.plan_only:
         raise InputError("--plan-only and --plan exclude each other; omit one of them")
     if given:
@@ -302,6 +354,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
+        "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
         "seconds": time.perf_counter() - started,
     }
     lines = [f"{base}: {removed:.1%} of the prunable parameters would be removed; nothing is pruned"]
@@ -309,6 +362,9 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         f"  {name.replace('_', ' '):<36} {was:,} -> {budgets[1][name]:,} ({budgets[1][name] / was:.1%})"
         for name, was in budgets[0].items()
     ]
+    if limit := plan.time_budget:
+        ms = [limit.predicted(anatomy).ms for anatomy in (before, after)]
+        lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit} in {limit.runtime})")
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []

@@ -87,7 +87,7 @@ def benchmark_report(
     chosen = precision_of(sides["candidate"], runtime, dtype)
     for folder in sides.values():
         check_finite(audit(folder))  # NaN takes a runtime as long as any number
-    export_format = _export_of(runtime, [*sides.values()], chosen)
+    export_format = exported_as(runtime, [*sides.values()], chosen)
     rows = heldout_rows(text, length, [sides["candidate"]], reading, sides["baseline"]) if text else None
     digests = {name: folder_digest(folder) for name, folder in sides.items()}
     identity: dict[str, Any] = {"base": digests["baseline"], "candidate": digests["candidate"]}
@@ -115,7 +115,7 @@ def benchmark_report(
     return assemble(Path(candidate).name, identity, sections, {runtime: found})
 
 
-def _export_of(runtime: str, sides: Sequence[Path], dtype: str) -> str | None:
+def exported_as(runtime: str, sides: Sequence[Path], dtype: str) -> str | None:
     """The export that `runtime` runs of all these checkpoints in a precision; None if it runs the checkpoints.
 
     Raises InputError for quantized weights that only the standard ONNX graph supports: it would dequantize them.
@@ -127,7 +127,7 @@ def _export_of(runtime: str, sides: Sequence[Path], dtype: str) -> str | None:
 
 
 def _runs_fused(sides: Sequence[Path], dtype: str) -> bool:
-    """Whether ONNX Runtime's own operators know these networks, in this precision. Raises as `_export_of`."""
+    """Whether ONNX Runtime's own operators know these networks, in this precision. Raises as `exported_as`."""
     quantized = [found for side in sides if (found := compressed_tensors.quantization_in(side))]
     try:
         for side in sides:

@@ -11,7 +11,7 @@ from typing import Any
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.flows.names import LEARNED, LEARNED_PLAN, TaskRuntime, TorchMode
-from numprune.flows.sections import FewShot, Learn, Limit, Prune, Quantize, Recover
+from numprune.flows.sections import BlockTimings, FewShot, Learn, Limit, Prune, Quantize, Recover
 from numprune.flows.stages import Artifact, Text, read_facts
 from numprune.flows.steps.results import (
     Answers,
@@ -30,11 +30,13 @@ from numprune.flows.steps.results import (
     RecoveredCheckpoint,
     RecoveryText,
     TaskAnswers,
+    TimedCheckpoint,
     Timings,
 )
 from numprune.serving.gates import Gate
 from numprune.serving.report import Quality
 from numprune.target import Target
+from numprune.timings import TimingTable
 
 
 def make_calibration(
@@ -188,6 +190,53 @@ def make_pruned(
         plan=plan,
         origin=origin.path,
     )
+
+
+def make_timings(
+    out: Path,
+    *,
+    model: Text,
+    scenario: str,
+    asked: BlockTimings,
+    target: Target,
+    machine: dict[str, str],
+) -> TimingTable:
+    """Measure the latencies of the model's blocks. A killed measurement goes on where it stopped.
+
+    `machine` is part of the key.
+    """
+    from numprune.flows.stages import kept_beside
+    from numprune.flows.steps.timings import measure, timing_request
+
+    assert isinstance(model.source, str)
+    return measure(Path(model.source), timing_request(asked, scenario, target), kept_beside(out))
+
+
+def make_pruned_within_time(
+    out: Path,
+    *,
+    base: Artifact,
+    rows: Artifact,
+    times: Artifact,
+    asked: Prune,
+    target: Target,
+    device: str,
+    machine: dict[str, str],
+) -> TimedCheckpoint:
+    """Prune into the folder `checkpoint`, which is measured, too.
+
+    `times`: the stage of `make_timings`. `machine` is part of the key.
+    """
+    import torch
+
+    from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.steps.text import load_calibration
+    from numprune.flows.steps.timed_prune import options_within_time, prune_within_time
+
+    tokens, draw = load_calibration(rows.path)
+    options = options_within_time(asked, target, base.path, read_facts(times.path, TimingTable))
+    where = torch.device(device)
+    return prune_within_time(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
 
 
 def make_generated(
@@ -488,11 +537,12 @@ def make_report(
     named: dict[str, Any] = {"corpus": corpus} if corpus else {}
     if corpora:
         named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
+    made: PrunedCheckpoint = read_facts(pruned.path, TimedCheckpoint if asked.time_allowed else PrunedCheckpoint)
     criterion = asked_to_learn.method if learned else asked.criterion
     heads = read_facts(attention.path, AttentionProbe) if attention else None
     sections = {
         "pruning": {
-            **pruning_section(asked, criterion, read_facts(pruned.path, PrunedCheckpoint)),
+            **pruning_section(asked, criterion, made),
             "attention": attention_section(heads, read_plan(pruned.path / CHECKPOINT / PLAN_FILE)) if heads else None,
         },
         "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,

@@ -39,11 +39,13 @@ from numprune.flows.steps.harness import Tasks
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
+from numprune.flows.steps.timings import check_request, timing_request
 from numprune.generation import encode
 from numprune.learning import check_learning
 from numprune.options import PruneOptions, check_options
 from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
 from numprune.recovery.rows import require_others
+from numprune.scenario import parse_time
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
@@ -209,6 +211,9 @@ def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
 
 def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     """Raises InputError if the request cannot be met, or masks cannot learn it."""
+    if recipe.prune.time_allowed is not None:
+        scenario = str(parse_time(recipe.prune.time_allowed)[1])
+        check_request(base, timing_request(recipe.timings, scenario, recipe.sizes()))
     if recipe.learn.method == "none":
         check_options(anatomy, pruning_options(recipe, base))
     else:

@@ -10,7 +10,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.export import precision
 from numprune.export.checkpoint import read_config, weight_bytes
-from numprune.flows.sections import Learn, Prune, Recover
+from numprune.flows.sections import NO_BUDGET, Learn, Prune, Recover
 from numprune.flows.steps.results import (
     GeneratedText,
     Judgement,
@@ -18,6 +18,7 @@ from numprune.flows.steps.results import (
     PrunedCheckpoint,
     QuantizedCheckpoint,
     RecoveredCheckpoint,
+    TimedCheckpoint,
     Timings,
 )
 from numprune.serving import benchmark, gates
@@ -75,8 +76,9 @@ def pruning_section(asked: Prune, criterion: str, pruned: PrunedCheckpoint) -> d
     return {
         "criterion": criterion,
         **asked.model_dump(include={"allocation", "compensation"}),
-        "ratio_asked": asked.ratio if asked.bytes_allowed is None else None,
+        "ratio_asked": asked.ratio if asked.budget == NO_BUDGET else None,
         "budget_asked": asked.bytes_allowed,
+        "latency": pruned.latency if isinstance(pruned, TimedCheckpoint) else None,
         "ratio_removed": {
             "prunable": 1 - after.prunable_parameters / before.prunable_parameters,
             "parameters": 1 - after.parameters / before.parameters,

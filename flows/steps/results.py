@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 from numprune.budget import Budget
 from numprune.flows.names import TaskRuntime
 from numprune.plans import Draw, DroppedLayer
-from numprune.serving.report import Outcome
+from numprune.serving.report import LatencyBudget, Outcome
 
 Parity = dict[str, Any]  # `parity.<runtime>` of the report
 
@@ -75,6 +75,13 @@ class PrunedCheckpoint:
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None
+
+
+@dataclass(frozen=True)
+class TimedCheckpoint(PrunedCheckpoint):
+    """A pruned checkpoint within a budget of time; `latency`: as predicted and measured."""
+
+    latency: LatencyBudget
 
 
 @dataclass(frozen=True)

@@ -120,18 +120,26 @@ def resumable(scratch: Path, asked: Mapping[str, Any], *, writes: bool = True) -
     """
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     state = TrainingState(scratch / f"{TRAINING}{identity[:16]}", identity)
-    try:
-        with locks.held(state.folder / TRAINING_LOCK, timeout_s=0) if writes else nullcontext():
-            try:
-                yield state
-            except NumpruneError as error:
-                # A training that diverged would do so again from its state.
-                if writes and (isinstance(error, IntegrityError) or state.load() is None):
-                    shutil.rmtree(state.folder)
-                raise
-            if writes:
+    with alone_in(state.folder, "training") if writes else nullcontext():
+        try:
+            yield state
+        except NumpruneError as error:
+            # A training that diverged would do so again from its state.
+            if writes and (isinstance(error, IntegrityError) or state.load() is None):
                 shutil.rmtree(state.folder)
+            raise
+        if writes:
+            shutil.rmtree(state.folder)
+
+
+@contextmanager
+def alone_in(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder that keeps unfinished work; `what` it is of, in messages.
+
+    Raises InputError if another process holds it.
+    """
+    try:
+        with locks.held(folder / TRAINING_LOCK, timeout_s=0):
+            yield
     except locks.Held:
-        raise InputError(
-            f"{state.folder}: another process is running the same training; wait for it or stop it"
-        ) from None
+        raise InputError(f"{folder}: another process is running the same {what}; wait for it or stop it") from None

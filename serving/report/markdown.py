@@ -92,6 +92,8 @@ def _pruning(pruning: Pruning) -> list[str]:
     asked, them = f"Requested: {share(pruning.ratio_asked)} of the prunable parameters", "them"
     if pruning.budget_asked is not None:
         asked, them = f"Asked for weights of at most {words.size(pruning.budget_asked)}", "the prunable parameters"
+    if pruning.latency is not None:
+        asked, them = f"Asked for {words.latency(pruning.latency)}", "the prunable parameters"
     return [
         "## Pruning",
         "",

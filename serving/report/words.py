@@ -4,7 +4,7 @@ import math
 import re
 
 from numprune.serving.report import names
-from numprune.serving.report.models import ReportedEstimate
+from numprune.serving.report.models import LatencyBudget, ReportedEstimate
 
 ABSENT = "–"  # noqa: RUF001
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -140,6 +140,16 @@ def span(lower: float | None, upper: float | None, digits: int = 3) -> str:
 
 def interval(estimate: ReportedEstimate, digits: int = 3) -> str:
     return span(*estimate.interval95, digits)
+
+
+def latency(found: LatencyBudget) -> str:
+    """The budget of time, and how the prediction compares with the measurement."""
+    low, high = found.measured.interval95
+    return (
+        f"at most {plain(found.limit_ms)} ms in the step {printable(found.scenario)} in {found.runtime}: "
+        f"{number(found.predicted.ms)} ms predicted, {number(found.measured.ms)} ms measured ({span(low, high)}), from "
+        f"{number(found.dense_measured.ms)} ms"
+    )
 
 
 def printable(text: str) -> str:

@@ -129,7 +129,7 @@ def test_a_plan_that_quantizes_no_block_is_followed(
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (("--budget", "20ms@decode,b=8"), "budget is '20ms@decode,b=8', which is a time"),
+        (("--budget", "20ms@decode,b=8,ctx=9"), "a time needs --timings TABLE; make the table with numprune timings"),
         (("--budget", "1MB", "--ratio", 0.3), "ratio is 0.3, and a budget is given"),
         (("--budget", "1MB", "--allocation", "uniform"), "a budget is divided by error"),
         (("--budget", "1MB"), "as it is: nothing has to go"),

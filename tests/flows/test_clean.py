@@ -17,7 +17,7 @@ import pytest
 from numprune.errors import InputError
 from numprune.export import locks, manifest, temporary
 from numprune.flows import clean, recipe, runs
-from numprune.flows.names import TRAINING, TRAINING_LOCK
+from numprune.flows.names import TIMINGS, TRAINING, TRAINING_LOCK
 from numprune.flows.stages import Stage, exclusive, run_stage
 from numprune.serving import registry
 from numprune.serving.registry.versions import MARK, RELEASE
@@ -303,10 +303,11 @@ def test_invalid_arguments_are_refused(numprune: Command, words: list[str]) -> N
     assert words[0] in answered.err
 
 
-def test_interrupted_trainings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [TRAINING, TIMINGS])
+def test_interrupted_trainings_and_measurements(tmp_path: Path, kind: str) -> None:
     """Their state is removed unless a process holds it."""
     record(tmp_path, 0)
-    dead, alive = (tmp_path / "stages" / f"{TRAINING}{name}" for name in ("dead", "alive"))
+    dead, alive = (tmp_path / "stages" / f"{kind}{name}" for name in ("dead", "alive"))
     for folder in (dead, alive):
         folder.mkdir(parents=True)
         (folder / "state.json").write_text("{}")

@@ -55,8 +55,8 @@ def test_a_network_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     sides = [tiny_checkpoint(name="a"), tiny_checkpoint(name="b", head_dim=24)]
-    assert benchmark._export_of("onnxruntime", sides[:1], "float32") == "onnxruntime"
-    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnx"
+    assert benchmark.exported_as("onnxruntime", sides[:1], "float32") == "onnxruntime"
+    assert benchmark.exported_as("onnxruntime", sides, "float32") == "onnx"
 
 
 def test_a_precision_unsupported_by_the_fused_export_is_timed_in_the_standard_one(
@@ -64,8 +64,8 @@ def test_a_precision_unsupported_by_the_fused_export_is_timed_in_the_standard_on
 ) -> None:
     monkeypatch.setattr(benchmark, "runtime_device", lambda _: "cuda")
     sides = [tiny_checkpoint()]
-    assert benchmark._export_of("onnxruntime", sides, "float16") == "onnxruntime"
-    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnx"
+    assert benchmark.exported_as("onnxruntime", sides, "float16") == "onnxruntime"
+    assert benchmark.exported_as("onnxruntime", sides, "float32") == "onnx"
 
 
 def test_quantized_weights_are_not_timed_dequantized(
@@ -78,11 +78,11 @@ def test_quantized_weights_are_not_timed_dequantized(
     ):
         benchmark.benchmark_report(str(quantized), str(base), "onnxruntime", None, None, Reading(), dtype="float16")
     sides = [base, quantized]
-    assert benchmark._export_of("onnxruntime", sides, "float32") == "onnxruntime"
-    assert benchmark._export_of("torch", sides, "float16") is None
+    assert benchmark.exported_as("onnxruntime", sides, "float32") == "onnxruntime"
+    assert benchmark.exported_as("torch", sides, "float16") is None
     monkeypatch.setattr(benchmark, "runtime_device", lambda _: "cuda")
     with pytest.raises(InputError, match="on CUDA its GroupQueryAttention only supports float16 and bfloat16"):
-        benchmark._export_of("onnxruntime", sides, "float32")
+        benchmark.exported_as("onnxruntime", sides, "float32")
 
 
 def test_float32_on_cuda_is_refused_before_anything_is_written(

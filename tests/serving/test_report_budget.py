@@ -27,3 +27,28 @@ def test_text_and_page_say_the_budget_and_the_bits_of_each_layer() -> None:
     for shown in (markdown(report), page.html(report)):
         assert "no weight was quantized" in shown
         assert "quantized to" not in shown
+
+
+def test_text_and_page_say_the_budget_of_time_and_what_was_measured() -> None:
+    data = copy.deepcopy(COMPLETE)
+
+    def found(ms: float) -> dict[str, object]:
+        return {"ms": ms, "interval95": [ms - 0.25, ms + 0.25]}
+
+    data["pruning"] |= {
+        "ratio_asked": None,
+        "latency": {
+            "scenario": "decode,b=8,ctx=2048",
+            "runtime": "onnxruntime",
+            "limit_ms": 20,
+            "dense_predicted": found(27),
+            "dense_measured": found(27.5),
+            "predicted": found(19.75),
+            "measured": found(19.5),
+            "corrections": 0,
+        },
+    }
+    report = Report.model_validate(data)
+    for shown in (markdown(report), page.html(report)):
+        assert "at most 20 ms in the step decode,b=8,ctx=2048 in onnxruntime" in shown
+        assert "19.75 ms predicted, 19.50 ms measured (19.2 to 19.8), from 27.50 ms" in shown

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from numprune.serving.report.models.fields import (
     Corpus,
     Count,
+    Finite,
     Metric,
     Model,
     ModelName,
@@ -112,12 +113,36 @@ class Attention(Model):
         return self
 
 
+class Milliseconds(Model):
+    """A latency with its 95 % interval."""
+
+    ms: Finite
+    interval95: tuple[Finite, Finite]
+
+
+class LatencyBudget(Model):
+    """A budget of time: the latency of one step, predicted from those of blocks and measured when it was pruned.
+
+    `corrections`: how often a measurement corrected the prediction.
+    """
+
+    scenario: str
+    runtime: Runtime
+    limit_ms: Finite
+    dense_predicted: Milliseconds
+    dense_measured: Milliseconds
+    predicted: Milliseconds
+    measured: Milliseconds
+    corrections: Count
+
+
 class Pruning(Model):
     criterion: str
     allocation: str
     compensation: str
     ratio_asked: Number = None  # of the prunable parameters
     budget_asked: Number = None  # bytes of weights, instead of a ratio
+    latency: LatencyBudget | None = None  # that was asked for, instead of a ratio
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     attention: Attention | None = None

@@ -27,6 +27,14 @@ def section(report: Report) -> Section:
     return Section("units", "Kept units", blocks)
 
 
+def _asked(found: Pruning) -> tuple[str, str]:
+    if found.latency is not None:
+        return "Asked for", words.latency(found.latency)
+    if found.budget_asked is not None:
+        return "Asked for", f"weights of at most {words.size(found.budget_asked)}"
+    return "Requested", f"{words.share(found.ratio_asked)} of prunable parameters"
+
+
 def _blocks(found: Pruning) -> list[Block]:
     removed, dropped = found.ratio_removed, found.dropped_layers
     facts = Facts(
@@ -34,11 +42,7 @@ def _blocks(found: Pruning) -> list[Block]:
             ("Criterion", found.criterion),
             ("Allocation", found.allocation),
             ("Compensation", found.compensation),
-            (
-                ("Requested", f"{words.share(found.ratio_asked)} of prunable parameters")
-                if found.budget_asked is None
-                else ("Asked for", f"weights of at most {words.size(found.budget_asked)}")
-            ),
+            _asked(found),
             (
                 "Removed",
                 f"{words.share(removed.prunable)} of prunable, {words.share(removed.parameters)} of all parameters",

@@ -1,0 +1,149 @@
+"""Prunes a checkpoint to a budget of time: by measured latencies of blocks, confirmed on the whole model."""
+
+import logging
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from numprune.anatomy import read_anatomy
+from numprune.errors import EnvironmentInvalid, InputError
+from numprune.export import checkpoint, precision, temporary
+from numprune.flows.sections import Prune
+from numprune.flows.steps.benchmark import exported_as
+from numprune.flows.steps.export import export, precision_of
+from numprune.flows.steps.prune import options_of, prune_checkpoint
+from numprune.flows.steps.results import TimedCheckpoint
+from numprune.flows.steps.timings import key_of, timed_in
+from numprune.options import PruneOptions, check_options
+from numprune.plans import PLAN_FILE, Draw, read_plan
+from numprune.scenario import parse_scenario, parse_time
+from numprune.serving.benchmark import run_benchmark
+from numprune.serving.benchmark.visits import QUIET, weighted_medians
+from numprune.serving.report import LatencyBudget, Milliseconds
+from numprune.target import Target
+from numprune.time_budget import TimeBudget
+from numprune.timings import Time, TimingTable, check_key
+
+logger = logging.getLogger(__name__)
+
+_CORRECTIONS = 3
+
+
+def time_budget(base: Path, asked: str, table: TimingTable, target: Target, scheme: str = "none") -> TimeBudget:
+    """Return the budget for the pruned model of `base`.
+
+    Args:
+        asked: as in `parse_time`.
+        table: of the model's blocks.
+        target: of the pruned model.
+        scheme: of its later quantization, or "none".
+
+    Raises:
+        InputError: the table is of another machine, runtime or model, or lacks the scenario or a size of the model.
+    """
+    limit_ms, scenario = parse_time(asked)
+    check_key(table, key_of(base, table.key.runtime, scheme, target.tensor_parallel))
+    budget = TimeBudget(limit_ms, table.times(str(scenario)), table.key.runtime)
+    budget.check_measured(read_anatomy(checkpoint.read_config(base)))
+    return budget
+
+
+def options_within_time(asked: Prune, target: Target, base: Path, table: TimingTable) -> PruneOptions:
+    """Return the options of a recipe with a budget of time. Raises InputError as `time_budget`."""
+    assert asked.time_allowed is not None
+    options = options_of(asked, target, base, "none")
+    return replace(options, time_budget=time_budget(base, asked.time_allowed, table, target))
+
+
+def prune_within_time(
+    base: Path, rows: Tensor, options: PruneOptions, out: Path, device: torch.device, *, draw: Draw, stream: bool
+) -> TimedCheckpoint:
+    """Write the pruned `base` to the new folder `out` once its measured latency is within the budget.
+
+    A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
+    again, at most three times.
+
+    Raises:
+        InputError: as `prune_checkpoint`, or the budget is not met after that; `out` is then not written.
+        EnvironmentInvalid: the machine is in no state to measure.
+    """
+    assert options.time_budget is not None
+    limit_ms = options.time_budget.limit_ms
+    with temporary.beside(out) as scratch:
+        folder = scratch / "pruned"
+        for corrections in range(_CORRECTIONS + 1):
+            made = prune_checkpoint(base, rows, options, folder, device, draw=draw, stream=stream)
+            with tempfile.TemporaryDirectory(dir=scratch) as exports:
+                found = _latencies(base, folder, corrections, Path(exports))
+            if found.measured.interval95[0] <= limit_ms:
+                temporary.move(folder, out)
+                return TimedCheckpoint(**vars(made), latency=found)
+            said = f"{found.measured.ms:.4g} ms were measured where {found.predicted.ms:.4g} ms were predicted"
+            logger.warning("%s; the table is corrected by that", said)
+            shutil.rmtree(folder)
+            budget = options.time_budget.corrected(found.measured.ms / found.predicted.ms)
+            options = replace(options, time_budget=budget)
+            _check_still_possible(base, options, said)
+        low, high = found.measured.interval95
+        raise InputError(
+            f"the budget is {options.time_budget}, and after {_CORRECTIONS} corrections of the table the pruned model "
+            f"still takes {found.measured.ms:.4g} ms (95 % interval {low:.4g} to {high:.4g}); measure the table again, "
+            "or allow more time"
+        )
+
+
+def _check_still_possible(base: Path, options: PruneOptions, said: str) -> None:
+    try:
+        check_options(read_anatomy(checkpoint.read_config(base)), options)
+    except InputError as error:
+        raise InputError(f"{said}: {error}") from None
+
+
+def _latencies(base: Path, pruned: Path, corrections: int, scratch: Path) -> LatencyBudget:
+    """Measure both models in turn; `scratch`: a folder for their exports."""
+    budget = read_plan(pruned / PLAN_FILE).time_budget
+    assert budget is not None
+    dtype = precision_of(base, budget.runtime, precision.AUTO)
+    sides = {"baseline": base, "candidate": pruned}
+    export_format = exported_as(budget.runtime, [*sides.values()], dtype)
+    for name, source in sides.items() if export_format else ():
+        assert export_format is not None
+        sides[name] = scratch / name
+        export(source, sides[name], export_format, dtype=dtype)
+    timed = timed_in(parse_scenario(budget.times.scenario))
+    found = run_benchmark(
+        sides["candidate"], sides["baseline"], budget.runtime, timed.load(), dtype=dtype, torch_mode="eager"
+    )
+    if not found["environment"]["valid"]:
+        raise EnvironmentInvalid(f"{'; '.join(found['environment']['reasons'])}; {QUIET}")
+    metric = "itl" if timed.phase == "decode" else "ttft"
+    measured = {
+        side: _median([value for value in found["speed"][side]["by_repeat"][metric] if value is not None], side)
+        for side in sides
+    }
+    dense, after = (read_anatomy(checkpoint.read_config(folder)) for folder in (base, pruned))
+    return LatencyBudget(
+        scenario=budget.times.scenario,
+        runtime=budget.runtime,
+        limit_ms=budget.limit_ms,
+        dense_predicted=_reported(budget.predicted(dense)),
+        dense_measured=measured["baseline"],
+        predicted=_reported(budget.predicted(after)),
+        measured=measured["candidate"],
+        corrections=corrections,
+    )
+
+
+def _reported(time: Time) -> Milliseconds:
+    return Milliseconds(ms=time.ms, interval95=time.interval95)
+
+
+def _median(values: list[float], side: str) -> Milliseconds:
+    if not values:
+        raise InputError(f"the {side}: every request of the measurement failed, with logits that are not finite")
+    ms, interval = weighted_medians([values], [1.0])
+    return Milliseconds(ms=ms, interval95=interval)

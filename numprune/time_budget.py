@@ -1,0 +1,100 @@
+"""A budget of time: the measured latency of one step of the whole model.
+
+No tensor library is needed.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
+
+from numprune.blocks import Anatomy, Block
+from numprune.errors import InputError
+from numprune.slices import Size
+from numprune.timings import BlockTime, ScenarioTimes, Time
+
+PER_MS = 1_000_000  # costs are whole nanoseconds, rounded up
+_SHOWN = 6  # sizes shown
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """The limit of one step's latency, in milliseconds.
+
+    Attributes:
+        limit_ms: of the whole model.
+        times: of the blocks and around them, measured in the budget's scenario.
+        runtime: in which they were measured.
+        correction: factor of all times, from measuring a whole model.
+    """
+
+    limit_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    times: ScenarioTimes
+    runtime: str
+    correction: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.limit_ms:.4g} ms@{self.times.scenario}"
+
+    @cached_property
+    def _by_size(self) -> dict[tuple[str, Size], BlockTime]:
+        return {(kind, time.size): time for kind, measured in self.times.blocks.items() for time in measured}
+
+    def cost(self, block: Block, size: Size) -> int:
+        """Return the nanoseconds of a block at this size, rounded up; it must have been measured."""
+        return self._nanoseconds(self._by_size[block.kind, size]) if size.units else 0
+
+    @property
+    def around(self) -> int:
+        """Nanoseconds around the blocks, rounded up."""
+        return self._nanoseconds(self.times.around)
+
+    def _nanoseconds(self, time: Time) -> int:
+        return math.ceil(time.ms * self.correction * PER_MS)
+
+    def corrected(self, factor: float) -> "TimeBudget":
+        """Return the budget with all times multiplied by `factor`."""
+        return replace(self, correction=self.correction * factor)
+
+    def measured(self, block: Block, size: Size) -> bool:
+        """Return whether the table has the time of a block at this size. A removed block takes none."""
+        return not size.units or (block.kind, size) in self._by_size
+
+    def predicted(self, anatomy: Anatomy) -> Time:
+        """Return the predicted latency of a model.
+
+        Blocks of one size share the error of their time; errors of different sizes are independent.
+
+        Raises:
+            InputError: a block has a size that was not measured.
+        """
+        counts = Counter((block.kind, block.size) for block in anatomy.blocks if block.units)
+        self.check_measured(anatomy)
+        parts = [(1, self.times.around), *((count, self._by_size[size]) for size, count in counts.items())]
+        ms = math.fsum(count * time.ms for count, time in parts)
+        below, above = (
+            math.sqrt(math.fsum((count * (time.interval95[side] - time.ms)) ** 2 for count, time in parts))
+            for side in (0, 1)
+        )
+        return Time(
+            ms=ms * self.correction, interval95=((ms - below) * self.correction, (ms + above) * self.correction)
+        )
+
+    def check_measured(self, anatomy: Anatomy) -> None:
+        """Raise InputError if a block has a size that was not measured."""
+        for block in anatomy.blocks:
+            if not self.measured(block, block.size):
+                raise InputError(f"timings: {self.missing(block)}")
+
+    def missing(self, block: Block) -> str:
+        """Return a block's size and the measured ones, in words."""
+        known = [_told(time.size) for time in self.times.blocks.get(block.kind, [])]
+        shown = ", ".join(known[:_SHOWN]) + (" …" if len(known) > _SHOWN else "")
+        return f"{block.name} has {_told(block.size)}, and the table has {block.kind} of {shown or 'no size'} units"
+
+
+def _told(size: Size) -> str:
+    return f"{size.units}" if size.members == 1 else f"{size.units}x{size.members}"

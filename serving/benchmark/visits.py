@@ -1,0 +1,133 @@
+"""Absolute latencies of many models in one runtime: one worker loads each of them several times, in random order.
+
+Single blocks are timed by differences between such models; there is no baseline to compare with in turn, so the visits
+of each model are spread over the whole run, and the same model is measured at its start and its end.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from numprune.errors import EnvironmentInvalid
+from numprune.serving.benchmark.client import Worker, start_worker
+from numprune.serving.benchmark.contention import WAITED_SHARE, waited_share
+from numprune.serving.benchmark.estimators import paired_ratio
+from numprune.serving.benchmark.load import Load
+from numprune.serving.benchmark.samples import Repeat
+from numprune.serving.benchmark.scheduler import ThreadTimes
+
+# A drift that is smaller than this, or that chance explains, widens the intervals: visits are spread over the run.
+DRIFT = 0.05
+QUIET = "stop other programs, let the machine cool down, and measure again"
+_WARM, _STEPS = 2, 8  # decode steps of a visit: not counted, counted
+_PREFILLS = 3  # of a visit, after one that is not counted
+_TIMEOUT_S = 1800.0
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed in a visit: a prefill of `batch` prompts of `tokens`, or decode steps after it."""
+
+    phase: Literal["prefill", "decode"]
+    batch: int
+    tokens: int
+
+    def load(self) -> Load:
+        """Return one pass over the batch."""
+        output = 2 if self.phase == "prefill" else 1 + _WARM + _STEPS
+        return Load(prompts=self.batch, batch_size=self.batch, prompt_length=self.tokens, output_length=output)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The runtime of every model, its device ("auto", "cpu" or "cuda") and precision; torch decodes eagerly."""
+
+    name: str
+    device: str
+    dtype: str
+
+    def start(self) -> AbstractContextManager[Worker]:
+        """Start the worker that `visit` needs."""
+        return start_worker(f"timings in {self.name}", _TIMEOUT_S)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The median milliseconds of everything that was timed, by name, and what the threads did meanwhile."""
+
+    ms: dict[str, float]
+    threads: ThreadTimes
+
+
+def visit(worker: Worker, runtime: Runtime, folder: Path, timed: Mapping[str, Timed]) -> Visit:
+    """Load the model in `folder` and time it. Raises InputError, MissingRuntime, WorkerError as `run_benchmark`."""
+    opened = worker.ask(
+        "load", folder=str(folder), runtime=runtime.name, device=runtime.device, threads=None, dtype=runtime.dtype
+    )
+    found: dict[str, float] = {}
+    spent: list[ThreadTimes] = []
+    for name, one in timed.items():
+        worker.ask("prepare", **one.load().work(opened["vocabulary"]))
+        repeats = [Repeat.from_json(worker.ask("repeat")) for _ in range(1 if one.phase == "decode" else 1 + _PREFILLS)]
+        spent += [ThreadTimes(repeat.ran_s, repeat.waited_s) for repeat in repeats]
+        if one.phase == "decode":
+            found[name] = statistics.median(repeats[0].batches[0].itl_ms[_WARM:])
+        else:
+            found[name] = statistics.median(repeat.batches[0].ttft_ms for repeat in repeats[1:])
+    ran_s, waited_s = sum(one.ran_s for one in spent), sum(one.waited_s for one in spent)
+    return Visit(found, ThreadTimes(ran_s, waited_s))
+
+
+def check_quiet(visits: Iterable[Visit]) -> None:
+    """Raise EnvironmentInvalid if the worker did not get the CPU time that it asked for."""
+    waited = waited_share(one.threads for one in visits)
+    if waited is not None and waited > WAITED_SHARE:
+        raise EnvironmentInvalid(
+            f"the machine is too busy: the worker waited for a CPU {waited:.0%} of its time (limit "
+            f"{WAITED_SHARE:.0%}); {QUIET}"
+        )
+
+
+def order(models: Sequence[str], visits: int, seed: int) -> list[tuple[str, int]]:
+    """Return every visit, (model, its number): rounds over all models, each in a random order of its own."""
+    generator = np.random.default_rng(seed)
+    return [(models[index], number) for number in range(visits) for index in generator.permutation(len(models))]
+
+
+def weighted_medians(
+    latencies: Sequence[Sequence[float]], weights: Sequence[float], seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Return a weighted sum of median latencies and its 95 % percentile-bootstrap interval over visits.
+
+    Args:
+        latencies: (models, visits).
+        weights: (models,) of their medians.
+        seed: of the draws. A draw takes the same visits of all models: those of one round are close in time.
+    """
+    values, factors = np.array(latencies), np.array(weights)
+    drawn = np.random.default_rng(seed).integers(0, values.shape[1], (_DRAWS, values.shape[1]))
+    medians = np.median(values[:, drawn], axis=2)  # (models, draws)
+    low, high = np.quantile(factors @ medians, [0.025, 0.975]).tolist()
+    return float(factors @ np.median(values, axis=1)), (low, high)
+
+
+def drift(start: Sequence[float], end: Sequence[float]) -> float:
+    """Return the latency of one model at the end of a run, relative to its start.
+
+    Raises:
+        EnvironmentInvalid: it differs by more than DRIFT, and by more than its own visits explain.
+    """
+    ratio = paired_ratio(end, start)
+    low, high = ratio["interval95"]
+    if abs(ratio["value"] - 1) > DRIFT and not low <= 1 <= high:
+        raise EnvironmentInvalid(
+            f"the machine is too noisy: the same model took {ratio['value']:.1%} of its time at the start "
+            f"(95 % interval {low:.1%} to {high:.1%}; limit {DRIFT:.0%} from 100 %); {QUIET}"
+        )
+    return float(ratio["value"])

@@ -1,0 +1,382 @@
+"""numprune timings and pruning to a budget of time, from the command line."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from numprune.anatomy import read_anatomy
+from numprune.axes import Limits
+from numprune.errors import EnvironmentInvalid, InputError
+from numprune.export import checkpoint, locks, manifest
+from numprune.flows.names import TIMINGS, TRAINING_LOCK
+from numprune.flows.recipe import load
+from numprune.flows.stages import RESULT, Artifact, Text, read_facts
+from numprune.flows.steps import bodies, timed_prune, timings
+from numprune.flows.steps.report import pruning_section
+from numprune.flows.steps.timings import Request, key_of, measure
+from numprune.plans import PLAN_FILE, read_plan
+from numprune.scenario import Scenario
+from numprune.serving.benchmark import visits
+from numprune.serving.benchmark.scheduler import ThreadTimes
+from numprune.serving.benchmark.visits import Runtime, Visit
+from numprune.target import Target, allowed_sizes
+from numprune.timings import BlockTime, ScenarioTimes, Time, TimingTable, read_timings
+from tests.conftest import build_tiny
+from tests.flows.conftest import RECIPE, Answered, write_inputs
+
+Command = Callable[..., Answered]
+DECODE = "decode,b=1,ctx=16"
+SAMPLED = ("--samples", 8, "--sequence-length", 64)
+AROUND_MS = 3.0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("timings"), build_tiny(), RECIPE.replace("ratio = 0.25\n", ""))
+
+
+def latency(config: Any) -> float:
+    """Of a machine on which a step takes AROUND_MS, and a microsecond for each prunable parameter."""
+    anatomy = read_anatomy(config)
+    return AROUND_MS + 1e-3 * sum(block.parameters(block.size) for block in anatomy.blocks)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands in for the clock: `visits` are those that were made; `slow`: factor of later ones; `dies_after` visits;
+    the `odd` ones see no difference between models.
+    """
+    state = SimpleNamespace(visits=[], slow=1.0, dies_after=10**6, odd=range(0))
+
+    def clock(_worker: Any, _runtime: Runtime, folder: Path, timed: Any) -> Visit:
+        if len(state.visits) == state.dies_after:
+            raise KeyboardInterrupt
+        state.visits.append(folder.name)
+        whole = AROUND_MS if len(state.visits) - 1 in state.odd else latency(checkpoint.read_config(folder))
+        ms = whole * state.slow ** len(state.visits)
+        return Visit(dict.fromkeys(timed, ms), ThreadTimes(1, 0))
+
+    @contextmanager
+    def no_worker(_runtime: Runtime) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(pid=1)
+
+    monkeypatch.setattr(timings, "visit", clock)
+    monkeypatch.setattr(Runtime, "start", no_worker)
+    return state
+
+
+def asked(**changes: Any) -> Request:
+    return Request(
+        **{
+            "runtime": "torch",
+            "scenarios": [Scenario("decode", 1, 16)],
+            "target": Target(align=32),
+            "sizes": 3,
+            "visits": 3,
+            "seed": 0,
+            **changes,
+        }
+    )
+
+
+def test_differences_between_models_are_the_times_of_blocks(
+    inputs: Path, tmp_path: Path, machine: SimpleNamespace
+) -> None:
+    table = measure(inputs / "base", asked(), tmp_path)
+    anatomy = read_anatomy(checkpoint.read_config(inputs / "base"))
+    times = table.times(DECODE)
+    assert times.around.ms == pytest.approx(AROUND_MS)
+    assert times.blocks.keys() == {"attention", "mlp"}
+    for kind, measured in times.blocks.items():
+        block = anatomy.of_kind(kind)[0]
+        assert block.size in [time.size for time in measured]
+        for time in measured:
+            assert time.ms == pytest.approx(1e-3 * block.parameters(time.size))
+            assert time.interval95 == pytest.approx((time.ms, time.ms))
+    assert table.drift == {DECODE: 1.0}
+    assert table.key == key_of(inputs / "base", "torch")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_measurement_goes_on_where_it_stopped(inputs: Path, tmp_path: Path, machine: SimpleNamespace) -> None:
+    undisturbed = measure(inputs / "base", asked(), tmp_path)
+    everything, machine.visits = len(machine.visits), []
+    machine.dies_after = 3 + 10  # of the anchor, and of other models
+    with pytest.raises(KeyboardInterrupt):
+        measure(inputs / "base", asked(), tmp_path)
+    (kept,) = tmp_path.glob(f"{TIMINGS}*")
+    assert len(list(kept.glob("*.visit-*.json"))) == 10
+    with locks.held(kept / TRAINING_LOCK), pytest.raises(Exception, match="another process is running the same meas"):
+        measure(inputs / "base", asked(), tmp_path)
+    machine.dies_after = 10**6
+    machine.visits = []
+    assert measure(inputs / "base", asked(), tmp_path) == undisturbed
+    assert len(machine.visits) == everything - 10  # the anchor is measured again at the start
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_visits_continue_a_measurement_that_was_too_noisy(
+    inputs: Path, tmp_path: Path, machine: SimpleNamespace
+) -> None:
+    undisturbed = measure(inputs / "base", asked(visits=7), tmp_path)
+    models = (len(machine.visits) - 6) // 7
+    machine.visits, machine.odd = [], range(3, 3 + 3 * models)
+    with pytest.raises(EnvironmentInvalid, match=r"too noisy: attention of .* measure again with more visits"):
+        measure(inputs / "base", asked(visits=3), tmp_path)
+    machine.visits, machine.odd = [], range(0)
+    table = measure(inputs / "base", asked(visits=7), tmp_path)
+    assert len(machine.visits) == 6 + 4 * models
+    for times, others in zip(table.scenarios[0].blocks.values(), undisturbed.scenarios[0].blocks.values(), strict=True):
+        assert [time.ms for time in times] == pytest.approx([time.ms for time in others])  # medians
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_that_slows_down_is_refused(
+    numprune: Command, inputs: Path, tmp_path: Path, machine: SimpleNamespace
+) -> None:
+    machine.slow = 1.01  # with every visit
+    command = ("timings", inputs / "base", "--runtime", "torch", "--scenario", DECODE, "--sizes", 2, "--align", 32)
+    answered = numprune(*command, "--visits", 3, "--out", tmp_path / "table.json", "--json")
+    assert answered.code == 4
+    assert "the machine is too noisy: the same model took" in answered.err
+    assert "stop other programs" in answered.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Really measured; other programs may disturb it, which is no concern here."""
+    monkeypatch.setattr(visits, "DRIFT", 1e9)
+    monkeypatch.setattr(visits, "WAITED_SHARE", 1.0)
+    monkeypatch.setattr(timings, "_positive", lambda ms, interval, _: (abs(ms) + 1e-9, interval))
+    command = ("timings", inputs / "base", "--runtime", "onnxruntime", "--scenario", DECODE, "prefill,b=2,len=8")
+    out = tmp_path / "table.json"
+    answered = numprune(*command, "--sizes", 2, "--align", 32, "--visits", 3, "--out", out, "--json")
+    assert answered.code == 0, answered.err
+    table = read_timings(out)
+    assert answered.json["key"] == table.key.model_dump()
+    assert [times.scenario for times in table.scenarios] == [DECODE, "prefill,b=2,len=8"]
+    assert [len(table.scenarios[0].blocks[kind]) for kind in ("attention", "mlp")] == [2, 2]
+    refused = numprune(*command, "--out", out)
+    assert refused.code == 1
+    assert "already exists" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--scenario", "decode,b=1"), "scenario is 'decode,b=1'; it must be decode,b=BATCH,ctx=TOKENS"),
+        (("--scenario", DECODE, DECODE), "the same scenario is given twice"),
+        (("--scenario", "decode,b=1,ctx=99999"), "needs 100009 positions"),
+        (("--scenario", DECODE, "--sizes", 13), "13 must be from 2 to 12"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(
+    numprune: Command, inputs: Path, tmp_path: Path, options: tuple[object, ...], says: str
+) -> None:
+    answered = numprune("timings", inputs / "base", "--runtime", "torch", "--out", tmp_path / "out.json", *options)
+    assert answered.code == 1
+    assert says in answered.err
+
+
+def write_table(base: Path, out: Path, factor: float, **changes: Any) -> float:
+    """Write a table that would be right on a machine `factor` times as fast as that of `latency`; return the whole."""
+    anatomy = read_anatomy(checkpoint.read_config(base))
+    allowed = allowed_sizes(anatomy, Target(), Limits())
+    blocks: dict[str, list[BlockTime]] = {}
+    for kind in anatomy.kinds:
+        block = anatomy.of_kind(kind)[0]
+        for size in allowed[block.name]:
+            ms = factor * 1e-3 * block.parameters(size)
+            if size.units:
+                time = BlockTime(units=size.units, members=size.members, ms=ms, interval95=(ms, ms))
+                blocks.setdefault(kind, []).append(time)
+    around = Time(ms=factor * AROUND_MS, interval95=(factor * AROUND_MS, factor * AROUND_MS))
+    times = ScenarioTimes(scenario=DECODE, around=around, blocks=blocks)
+    key = key_of(base, "torch").model_copy(update=changes)
+    table = TimingTable(key=key, copies={"mlp": 2}, visits=3, drift={DECODE: 1.0}, scenarios=[times])
+    out.write_text(table.to_json())
+    return factor * latency(checkpoint.read_config(base))
+
+
+@pytest.mark.slow
+def test_the_pruned_model_is_within_the_budget_and_measured(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    base, table = inputs / "base", tmp_path / "table.json"
+    whole = write_table(base, table, 1e3)  # seconds, so that any machine is faster
+    command = ("--budget", f"{0.8 * whole}ms@{DECODE}", "--timings", table, *SAMPLED, "--text", inputs / "train.txt")
+    answered = numprune("prune", base, tmp_path / "pruned", *command, "--json")
+    assert answered.code == 0, answered.err
+    found = answered.json["latency"]
+    assert found["dense_predicted"]["ms"] == pytest.approx(whole)
+    assert 0.6 * whole < found["predicted"]["ms"] <= found["limit_ms"] == pytest.approx(0.8 * whole)
+    assert 0 < found["measured"]["interval95"][0] <= found["measured"]["ms"] < found["predicted"]["ms"]
+    assert found["corrections"] == 0
+    plan = read_plan(tmp_path / "pruned" / PLAN_FILE)
+    assert plan.time_budget is not None
+    assert f"ms@{DECODE} in torch" in numprune("inspect", tmp_path / "pruned").out
+    chosen = numprune("prune", base, *command, "--plan-only", "--json")
+    assert chosen.json["predicted_ms"] == pytest.approx(found["predicted"]["ms"])
+    again = numprune(
+        "prune", base, tmp_path / "again", "--plan", tmp_path / "pruned" / PLAN_FILE, *command[4:], "--json"
+    )
+    assert again.json["digest"] == answered.json["digest"]
+
+
+@pytest.mark.parametrize(("slower", "corrections"), [(1.1, 1), (1.0, 0)])
+def test_a_measurement_corrects_the_table(
+    numprune: Command,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slower: float,
+    corrections: int,
+) -> None:
+    benchmark_on(monkeypatch, lambda _: slower)
+    whole = write_table(inputs / "base", tmp_path / "table.json", 1.0)
+    answered = numprune(*command_of(inputs, tmp_path, 0.8 * whole), "--json")
+    assert answered.code == 0, answered.err
+    found = answered.json["latency"]
+    assert found["corrections"] == corrections
+    assert 0.7 * whole < found["measured"]["ms"] <= found["limit_ms"]
+    assert found["predicted"]["ms"] == pytest.approx(found["measured"]["ms"])
+
+
+def test_a_model_that_stays_too_slow_is_refused(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark_on(monkeypatch, lambda looks: 1.2**looks)  # each time slower than the table says by then
+    whole = write_table(inputs / "base", tmp_path / "table.json", 1.0)
+    answered = numprune(*command_of(inputs, tmp_path, 0.8 * whole))
+    assert answered.code == 1
+    assert "after 3 corrections of the table the pruned model still takes" in answered.err
+    assert not (tmp_path / "pruned").exists()
+    benchmark_on(monkeypatch, lambda _: 100.0)
+    answered = numprune(*command_of(inputs, tmp_path, 0.8 * whole))
+    assert answered.code == 1
+    assert "ms were predicted: the budget is" in answered.err
+    assert {path.name for path in tmp_path.iterdir()} == {"table.json"}
+
+
+def command_of(inputs: Path, out: Path, limit_ms: float) -> tuple[object, ...]:
+    budget = ("--budget", f"{limit_ms}ms@{DECODE}", "--timings", out / "table.json")
+    fitting = ("--compensation", "oneshot", *SAMPLED, "--text", inputs / "train.txt")
+    return ("prune", inputs / "base", out / "pruned", *budget, *fitting)
+
+
+def benchmark_on(monkeypatch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
+    """Have the benchmark find the latencies of `latency`, times `factor` of the number of benchmarks."""
+    looks = []
+
+    def benchmark(candidate: Path, baseline: Path, *_: Any, **__: Any) -> dict[str, Any]:
+        looks.append(candidate)
+        sides = {"candidate": candidate, "baseline": baseline}
+        speed = {
+            side: {"by_repeat": {"itl": [factor(len(looks)) * latency(checkpoint.read_config(folder))] * 4}}
+            for side, folder in sides.items()
+        }
+        return {"speed": speed, "environment": {"valid": True, "reasons": []}}
+
+    monkeypatch.setattr(timed_prune, "run_benchmark", benchmark)
+
+
+def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
+    inputs: Path, tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bodies of its stages, on a machine whose latencies are those of `latency`."""
+    benchmark_on(monkeypatch, lambda _: 1.0)
+    whole = latency(checkpoint.read_config(inputs / "base"))
+    asked = [
+        f"prune.budget={0.8 * whole}ms@{DECODE}",
+        "timings.sizes=4",
+        "timings.visits=3",
+        "prune.compensation=oneshot",
+    ]
+    recipe = load(inputs / "recipe.toml", asked)
+    base = Artifact(inputs / "base", "")
+    places = {name: tmp_path / "w" / name / "content" for name in ("rows", "times", "pruned")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    reading = recipe.data.reading()
+    text = Text([str(inputs / "train.txt")], "")
+    bodies.make_calibration(
+        places["rows"], model=base, text=text, samples=8, sequence_length=64, seed=0, reading=reading
+    )
+    named: dict[str, Any] = {"asked": recipe.timings, "target": recipe.sizes(), "machine": {}}
+    table = bodies.make_timings(places["times"], model=Text(str(base.path), ""), scenario=DECODE, **named)
+    (places["times"] / RESULT).write_text(table.model_dump_json())
+    rows, times = (Artifact(places[name], "") for name in ("rows", "times"))
+    named |= {"asked": recipe.prune, "device": "cpu"}
+    made = bodies.make_pruned_within_time(places["pruned"], base=base, rows=rows, times=times, **named)
+    assert read_facts(places["times"], TimingTable) == table
+    assert made.digest == manifest.read(places["pruned"] / "checkpoint").digest
+    assert made.latency.measured.ms == pytest.approx(made.latency.predicted.ms)
+    assert 0.5 * whole < made.latency.predicted.ms <= 0.8 * whole  # type: ignore[operator]
+    section = pruning_section(recipe.prune, "obs", made)
+    assert (section["ratio_asked"], section["budget_asked"], section["latency"]) == (None, None, made.latency)
+
+
+def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    asked = ("--set", f"prune.budget=5ms@{DECODE}", "--workspace", tmp_path / "w")
+    answered = numprune("plan", inputs / "recipe.toml", *asked)
+    assert answered.code == 0, answered.err
+    assert f"budget 5ms@{DECODE}, among sizes that are measured" in answered.out
+    lines = [line.split()[0] for line in answered.out.splitlines()]
+    assert lines.index("timings") < lines.index("prune")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["prune.budget=5ms@decode"], "scenario is 'decode'"),
+        ([f"prune.budget=5ms@{DECODE}", "prune.ratio=0.2"], "prune.ratio = 0.2: with a time"),
+        (["timings.sizes=4"], "timings: it has an effect only with a time as prune.budget"),
+        ([f"prune.budget=5ms@{DECODE}", "quantize.scheme=w8a8"], "quantize.scheme = 'w8a8': with a time"),
+        ([f"prune.budget=5ms@{DECODE}", "target.tensor_parallel=2"], "tensor_parallel = 2: with a time"),
+        ([f"prune.budget=5ms@{DECODE}", "learn.method=vib"], "learn.method = 'vib': with a time"),
+    ],
+)
+def test_recipes_that_contradict_their_budget_are_refused(inputs: Path, overrides: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load(inputs / "recipe.toml", overrides)
+
+
+def test_a_scenario_beyond_the_context_is_refused_before_any_work(
+    numprune: Command, inputs: Path, tmp_path: Path
+) -> None:
+    asked = ("--set", "prune.budget=5ms@decode,b=1,ctx=9999", "--workspace", tmp_path / "w")
+    answered = numprune("plan", inputs / "recipe.toml", *asked)
+    assert answered.code == 1
+    assert "prune: scenario decode,b=1,ctx=9999 needs 10009 positions" in answered.err
+
+
+def test_budgets_of_time_that_make_no_sense_are_refused(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    whole = write_table(inputs / "base", table, 1.0, device="another CPU")
+    text = ("--text", inputs / "train.txt")
+    for options, says in (
+        (("--budget", f"1ms@{DECODE}"), "a time needs --timings TABLE"),
+        (("--budget", "1MB", "--timings", table), "--timings is for a --budget of time"),
+        (("--ratio", 0.3, "--timings", table), "--timings is for a --budget of time"),
+        (("--budget", f"1ms@{DECODE}", "--timings", table), "device is another CPU in the table and"),
+    ):
+        answered = numprune("prune", inputs / "base", tmp_path / "out", *options, *text)
+        assert answered.code == 1
+        assert says in answered.err
+    write_table(inputs / "base", table, 1.0)
+    for options, says in (
+        (("--budget", f"{2 * whole}ms@{DECODE}"), "nothing has to go"),
+        (("--budget", "1ms@decode,b=1,ctx=17"), "decode,b=1,ctx=17 was not measured"),
+        (("--budget", f"1ms@{DECODE}", "--scheme", "w8a8"), "quantization is none in the table and w8a8 here"),
+        (("--budget", f"1ms@{DECODE}", "--tensor-parallel", 2), "tensor_parallel is 1 in the table and 2 here"),
+    ):
+        answered = numprune("prune", inputs / "base", tmp_path / "out", "--timings", table, *options, *text)
+        assert answered.code == 1
+        assert says in answered.err
+    assert json.loads(table.read_text())["version"] == "numprune/timings/1"

@@ -1,0 +1,41 @@
+"""Absolute latencies: order, statistics, and the state of the machine."""
+
+import pytest
+
+from numprune.errors import EnvironmentInvalid
+from numprune.serving.benchmark.scheduler import ThreadTimes
+from numprune.serving.benchmark.visits import Visit, check_quiet, drift, order, weighted_medians
+
+
+def test_every_round_visits_every_model_in_an_order_of_its_own():
+    models = [f"model-{index}" for index in range(6)]
+    found = order(models, 4, seed=0)
+    rounds = [found[start : start + 6] for start in range(0, 24, 6)]
+    for number, one in enumerate(rounds):
+        assert sorted(one) == [(model, number) for model in models]
+    assert len({tuple(model for model, _ in one) for one in rounds}) == 4
+    assert order(models, 4, seed=0) == found != order(models, 4, seed=1)
+
+
+def test_the_interval_is_that_of_the_visits():
+    many, one = [12.0, 10.0, 11.0, 30.0, 10.5], [2.0, 2.0, 2.5, 2.0, 2.0]
+    value, (low, high) = weighted_medians([many, one], [0.5, -0.5])
+    assert value == pytest.approx((11.0 - 2.0) / 2)
+    assert 0.5 * (10.0 - 2.5) <= low < value < high <= 0.5 * (30.0 - 2.0)
+    assert weighted_medians([[4.0, 4.0, 4.0]], [1.0]) == (4.0, (4.0, 4.0))
+
+
+def test_a_drift_beyond_chance_is_refused():
+    assert drift([1.0, 1.01, 0.99], [1.02, 1.01, 1.0]) == pytest.approx(1.01, abs=1e-3)  # below the limit
+    assert drift([1.0, 1.4, 0.8], [1.5, 0.9, 1.3]) > 1.05  # explained by chance
+    with pytest.raises(
+        EnvironmentInvalid, match=r"too noisy: the same model took 120\.\d% of its time .* measure again"
+    ):
+        drift([1.0, 1.01, 0.99], [1.2, 1.21, 1.2])
+
+
+def test_a_worker_that_waits_for_a_cpu_is_noticed():
+    visits = [Visit({}, ThreadTimes(ran_s=1, waited_s=waited)) for waited in (0, 2)]
+    check_quiet(visits)
+    with pytest.raises(EnvironmentInvalid, match="the worker waited for a CPU 90% of its time"):
+        check_quiet([*visits, Visit({}, ThreadTimes(ran_s=0, waited_s=16))])
