@@ -18,10 +18,12 @@ from numprune.flows.recipe import Recipe
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
 from numprune.flows.steps.checks import prepare, pruning_options, schemes_asked
+from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.text import draw_rows, text_rows
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import PruneOptions, known_results
 from numprune.quantization import bytes_saved
+from numprune.serving.report.words import COUNTED
 
 R = TypeVar("R")
 
@@ -42,8 +44,10 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     # Masks price the splits of uniform whether or not anything is refitted.
     masks = recipe.learn.method != "none"
     narrows = HIDDEN_SIZE in options.axes  # to a size that only training finds
+    counts = request_of(recipe.learn, options).constraint if masks else "parameters"
     joint = dataclasses.replace(options, compensation="joint") if masks else options
     results = [] if narrows else known_results(anatomy, joint)
+    unknown = recipe.prune.time_allowed or counts == "flops"
     weights = cast = checkpoint.weight_bytes(run.base.path)
     schemes = schemes_asked(recipe.quantize)
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
@@ -58,6 +62,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "recipe": recipe.digest,
         "model": str(run.base.path),
         "ratio": recipe.prune.ratio,
+        "ratio_counts": counts,
         "budget_bytes": options.budget.limit if options.budget else None,
         "budget_time": recipe.prune.time_allowed,
         "drop_layers": recipe.prune.drop_layers,
@@ -67,7 +72,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "quantization": " or ".join(map(str, schemes)) or None,
         "bits_are_chosen": len(schemes) > 1,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
-        or ([] if recipe.prune.time_allowed else [_aim(anatomy, options, cast, saved(anatomy))]),
+        or ([] if unknown else [_aim(anatomy, options, counts, cast, saved(anatomy))]),
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),
@@ -88,11 +93,16 @@ def _after(result: Anatomy, before: Anatomy, weights: int, saved: int) -> dict[s
     }
 
 
-def _aim(anatomy: Anatomy, options: PruneOptions, weights: int, saved: int) -> dict[str, Any]:
-    """The target of a ratio or budget if each layer gets its own size; `saved` refers to the whole model."""
+def _aim(anatomy: Anatomy, options: PruneOptions, counts: str, weights: int, saved: int) -> dict[str, Any]:
+    """The target of a ratio or budget if each layer gets its own size.
+
+    `counts`: that of which the ratio is a share; `saved` refers to the whole model.
+    """
     if options.budget is not None:
         return {"weight_bytes": options.budget.limit}
     before = budget_of(anatomy)
+    if counts == "kv-bytes":
+        return {"kv_bytes_per_token": round((1 - options.ratio) * before.kv_bytes_per_token)}
     removed = round(options.ratio * before.prunable_parameters)
     left = before.parameters - removed
     return {
@@ -226,7 +236,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"budget {found['budget_time']}, among sizes that are measured"
     else:
         whole = found["budget_bytes"]
-        asked = f"ratio {found['ratio']:g}" if whole is None else f"budget {whole:,} bytes"
+        of = "" if found["ratio_counts"] == "parameters" else f" of the {COUNTED[found['ratio_counts']]}"
+        asked = f"ratio {found['ratio']:g}{of}" if whole is None else f"budget {whole:,} bytes"
         yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)

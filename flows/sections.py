@@ -25,6 +25,7 @@ from numprune.flows.names import (
     Device,
     Dtype,
     ExportFormat,
+    LearningConstraint,
     LearningMethod,
     LearningVariant,
     QuantizationMethod,
@@ -231,12 +232,14 @@ class Learn(Section):
     """Masks that choose what pruning keeps: with `method` "none", `prune.criterion` does.
 
     They are trained on text of `data.calibration`, in rows of `data.sequence_length` tokens, for `tokens`; 0: as many
-    as the variant asks for. `learning_rate`: of the weights, which "faster" does not train. See numprune.learning.
+    as the variant asks for. `constraint`: of what `prune.ratio` is a share; "auto": parameters, or bytes with
+    `prune.budget`. `learning_rate`: of the weights, which "faster" does not train. See numprune.learning.
     """
 
     method: Literal["none"] | LearningMethod = "none"
     variant: LearningVariant = "faster"
     tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    constraint: Literal["auto"] | LearningConstraint = "auto"
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = LEARNING_RATE
     seed: Seed = 0
 

@@ -23,12 +23,6 @@ from numprune.flows.cli.parser import (
 )
 from numprune.flows.cli.prune import add_limits, options_of_arguments
 
-_COUNTED = {
-    "parameters": "prunable parameters",
-    "flops": "FLOPs of the blocks",
-    "bytes": "bytes of the blocks",
-    "kv-bytes": "KV-cache bytes",
-}
 _GIVEN = (  # arguments that are options of pruning
     "ratio",
     "allocation",
@@ -124,6 +118,7 @@ def learn(args: argparse.Namespace) -> Answer:
     from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
     from numprune.flows.steps.prune import byte_budget, device_of
     from numprune.flows.steps.text import row_length
+    from numprune.serving.report.words import COUNTED
 
     started = time.perf_counter()
     check_out(args.out)
@@ -161,7 +156,7 @@ def learn(args: argparse.Namespace) -> Answer:
     }
     narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
-        f"{plan}: {made.removed:.1%} of the {_COUNTED[constraint]} to remove{narrowed}; {args.method} "
+        f"{plan}: {made.removed:.1%} of the {COUNTED[constraint]} to remove{narrowed}; {args.method} "
         f"{made.variant}, {made.tokens:,} tokens in {made.steps:,} steps, the best after step {made.best_step:,}: "
         f"{made.divergence:.4f} {made.unit} from the dense model before any refit; in "
         f"{data['seconds']:.1f} s, peak {size(data['peak_memory_bytes'])}\n"

@@ -538,11 +538,10 @@ def make_report(
     if corpora:
         named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
     made: PrunedCheckpoint = read_facts(pruned.path, TimedCheckpoint if asked.time_allowed else PrunedCheckpoint)
-    criterion = asked_to_learn.method if learned else asked.criterion
     heads = read_facts(attention.path, AttentionProbe) if attention else None
     sections = {
         "pruning": {
-            **pruning_section(asked, criterion, made),
+            **pruning_section(asked, asked_to_learn if learned else None, made),
             "attention": attention_section(heads, read_plan(pruned.path / CHECKPOINT / PLAN_FILE)) if heads else None,
         },
         "learning": learning_section(asked_to_learn, read_facts(learned.path, LearnedMasks)) if learned else None,

@@ -218,7 +218,8 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         check_options(anatomy, pruning_options(recipe, base))
     else:
         options = replace(pruning_options(recipe, base), criterion=recipe.learn.method)
-        check_learning(anatomy, options, request_of(recipe.learn, options).constraint)
+        constraint = request_of(recipe.learn, options).constraint
+        check_learning(anatomy, options, constraint, recipe.data.sequence_length)
         if HIDDEN_SIZE in recipe.prune.axes and recipe.recover.method == "distill":
             if recipe.recover.train == "blocks":
                 raise InputError(

@@ -40,7 +40,8 @@ class Request:
 
 def request_of(asked: Learn, options: PruneOptions) -> Request:
     """Return the training options of a recipe with these pruning options."""
-    constraint: Counted = "bytes" if options.budget else "parameters"
+    implied: Counted = "bytes" if options.budget else "parameters"
+    constraint = implied if asked.constraint == "auto" else asked.constraint
     return Request(asked.variant, asked.trained_tokens, asked.learning_rate, constraint)
 
 

@@ -69,14 +69,15 @@ def assemble(
     )
 
 
-def pruning_section(asked: Prune, criterion: str, pruned: PrunedCheckpoint) -> dict[str, Any]:
-    """The requested pruning and its result; `criterion`: by which the units were chosen."""
+def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoint) -> dict[str, Any]:
+    """The requested pruning and its result; `learned`: the masks that chose the units, or None."""
     before, after = pruned.before, pruned.after
     kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
-        "criterion": criterion,
+        "criterion": learned.method if learned else asked.criterion,
         **asked.model_dump(include={"allocation", "compensation"}),
         "ratio_asked": asked.ratio if asked.budget == NO_BUDGET else None,
+        "ratio_counts": learned.constraint if learned and learned.constraint in ("flops", "kv-bytes") else "parameters",
         "budget_asked": asked.bytes_allowed,
         "latency": pruned.latency if isinstance(pruned, TimedCheckpoint) else None,
         "ratio_removed": {

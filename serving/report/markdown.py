@@ -89,7 +89,9 @@ def _limit(gate: GateResult) -> str:
 def _pruning(pruning: Pruning) -> list[str]:
     removed = pruning.ratio_removed
     kept = [*_kept(pruning)]
-    asked, them = f"Requested: {share(pruning.ratio_asked)} of the prunable parameters", "them"
+    counted_as = words.COUNTED[pruning.ratio_counts]
+    asked = f"Requested: {share(pruning.ratio_asked)} of the {counted_as}"
+    them = "them" if pruning.ratio_counts == "parameters" else "the prunable parameters"
     if pruning.budget_asked is not None:
         asked, them = f"Asked for weights of at most {words.size(pruning.budget_asked)}", "the prunable parameters"
     if pruning.latency is not None:

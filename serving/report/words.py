@@ -35,6 +35,13 @@ _LOSSES = {  # by unit; a classifier's nats/text can be either of two losses
     "1 - cosine": "Distance from baseline",
 }
 
+COUNTED = {
+    "parameters": "prunable parameters",
+    "flops": "FLOPs of the blocks",
+    "bytes": "bytes of the blocks",
+    "kv-bytes": "KV-cache bytes",
+}
+
 LATENCIES = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",

@@ -147,6 +147,27 @@ def test_the_hidden_size_that_masks_choose_is_not_forecast(numprune: Command, ti
     assert "the masks choose it" in forecast.text(answered.json)
 
 
+@pytest.mark.parametrize(
+    ("constraint", "said", "after"),
+    [
+        ("parameters", "ratio 0.5, result: the target", {"parameters", "weight_bytes"}),
+        ("kv-bytes", "ratio 0.5 of the KV-cache bytes, result: the target", {"kv_bytes_per_token"}),
+        ("flops", "ratio 0.5 of the FLOPs of the blocks, result: the target", set()),
+    ],
+)
+def test_a_ratio_of_another_cost_is_named(
+    numprune: Command, tiny: Path, tmp_path: Path, constraint: str, said: str, after: set[str]
+) -> None:
+    changes = ("learn.method=vib", f"learn.constraint={constraint}", "prune.allocation=error", "prune.ratio=0.5")
+    answered = plan(numprune, tiny, tmp_path / "w", *changes)
+    assert answered.code == 0, answered.err
+    assert said in forecast.text(answered.json)
+    (found,) = answered.json["after"] or [{}]
+    assert after <= found.keys()
+    if constraint == "kv-bytes":
+        assert found["kv_bytes_per_token"] * 2 == answered.json["before"]["kv_bytes_per_token"]
+
+
 def test_earlier_runs_give_the_stage_times(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "w" / "runs"
     for number, seconds in ((1, 5.0), (2, 7.5)):

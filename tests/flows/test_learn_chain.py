@@ -110,6 +110,7 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
     assert place("prune.compensation=none", "prune.criterion=magnitude", "prune.stream=true") == place()
     for other in ("prune.ratio=0.3", "prune.allocation=error", "learn.seed=2", "learn.variant=faster"):
         assert place(other) != place()
+    assert place("prune.allocation=error", "learn.constraint=kv-bytes") != place("prune.allocation=error")
     by_default = place("learn.tokens=0")
     monkeypatch.setitem(LEARNING_TOKENS, "fast", 10240)
     assert by_default != place("learn.tokens=0") == place()
@@ -127,6 +128,8 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
             r"prune: budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme",
         ),
         (["learn.variant=slow"], r"learn\.variant"),
+        (["learn.constraint=flops"], r"allocation is 'uniform', which splits parameters; use error with .* flops"),
+        (["learn.constraint=bytes"], r"constraint bytes: they are limited by a budget"),
         (
             ["prune.axes=['hidden-size']", "recover.method=distill", "recover.train=blocks"],
             r"prune: axes: with hidden-size, blocks cannot be priced .* set recover\.train to all or lora",

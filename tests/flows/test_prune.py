@@ -96,7 +96,7 @@ def test_tensors_keep_their_data_types_when_layers_are_dropped(tiny_checkpoint, 
         facts = prune_checkpoint(base, ROWS, options, tmp_path / name, torch.device("cpu"), stream=stream)
     assert_same(tmp_path / "streamed", tmp_path / "memory")
     (dropped,) = facts.dropped_layers
-    assert pruning_section(Prune(ratio=0.4), "obs", facts)["dropped_layers"] == [dropped.layer]
+    assert pruning_section(Prune(ratio=0.4), None, facts)["dropped_layers"] == [dropped.layer]
     dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "memory").items()}
     kept = [] if dropped.layer == 2 else ["model.layers.1.self_attn.q_proj.weight"]
     assert [name for name, dtype in dtypes.items() if dtype != torch.float16] == kept

@@ -15,7 +15,7 @@ from numprune.export import checkpoint, onnx, parity
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.vllm import preflight
 from numprune.families import FAMILIES
-from numprune.flows.sections import Prune
+from numprune.flows.sections import Learn, Prune
 from numprune.flows.steps.prune import prune_checkpoint
 from numprune.flows.steps.report import pruning_section
 from numprune.hidden import check_narrowable, hidden_sizes, removed
@@ -213,7 +213,7 @@ def test_a_narrow_checkpoint_is_stored_the_same_streamed_or_not(tmp_path):
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name])
     assert made.hidden_size == [HIDDEN, 64]
-    assert pruning_section(Prune(), "vib", made)["hidden_size"] == [HIDDEN, 64]
+    assert pruning_section(Prune(), Learn(method="vib"), made)["hidden_size"] == [HIDDEN, 64]
     assert "| hidden size | 64 → 40 |" in (tmp_path / "memory" / "README.md").read_text()
     stored = json.loads((tmp_path / "memory" / "config.json").read_text())
     assert (stored["hidden_size"], stored["head_dim"], stored["model_type"]) == (HIDDEN, 16, "llama")

@@ -295,6 +295,13 @@ def test_the_markdown_names_dropped_layers(report_json: Any) -> None:
     ]
 
 
+def test_a_ratio_of_another_cost_is_named(report_json: Any) -> None:
+    report_json["pruning"] |= {"ratio_counts": "kv-bytes"}
+    told = reports.markdown(Report.model_validate(report_json))
+    assert "of the KV-cache bytes; removed" in told
+    assert "of the prunable parameters and" in told
+
+
 def test_the_markdown_names_the_new_hidden_size(report_json: Any) -> None:
     report_json["pruning"] |= {"hidden_size": [1792, 2048]}
     assert "- Hidden size: 2,048 → 1,792" in reports.markdown(Report.model_validate(report_json)).splitlines()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -140,7 +140,8 @@ class Pruning(Model):
     criterion: str
     allocation: str
     compensation: str
-    ratio_asked: Number = None  # of the prunable parameters
+    ratio_asked: Number = None
+    ratio_counts: Literal["parameters", "flops", "kv-bytes"] = "parameters"  # of what the ratio was asked
     budget_asked: Number = None  # bytes of weights, instead of a ratio
     latency: LatencyBudget | None = None  # that was asked for, instead of a ratio
     ratio_removed: RatioRemoved

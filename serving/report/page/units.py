@@ -32,7 +32,7 @@ def _asked(found: Pruning) -> tuple[str, str]:
         return "Asked for", words.latency(found.latency)
     if found.budget_asked is not None:
         return "Asked for", f"weights of at most {words.size(found.budget_asked)}"
-    return "Requested", f"{words.share(found.ratio_asked)} of prunable parameters"
+    return "Requested", f"{words.share(found.ratio_asked)} of {words.COUNTED[found.ratio_counts]}"
 
 
 def _blocks(found: Pruning) -> list[Block]:
