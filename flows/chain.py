@@ -256,7 +256,7 @@ def time_blocks(run: Run) -> Stage[TimingTable]:
         scenario=str(parse_time(run.recipe.prune.time_allowed)[1]),
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
-        machine=run.machine,
+        machine={**run.machine, "timings": run.timings_key},  # pruning refuses a table with another key
     ).on_gpu()
 
 

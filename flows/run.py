@@ -35,6 +35,7 @@ class Run:
         uses_gpu: whether anything runs on a GPU.
         precision: compute precision by runtime, for exports and both sides of benchmarks.
         machine: description of the machine that timings depend on.
+        timings_key: what a table of block latencies measured now would be valid for; empty without a budget of time.
         record: the folder of the run's record.
     """
 
@@ -49,6 +50,7 @@ class Run:
     uses_gpu: bool
     precision: dict[str, str]
     machine: dict[str, str]
+    timings_key: str = ""
     tasks: Text | None = None
     record: Path | None = None
 

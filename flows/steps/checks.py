@@ -33,13 +33,14 @@ from numprune.flows.sections import Quantize
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import harness
 from numprune.flows.steps.baseline import prompts_of
+from numprune.flows.steps.benchmark import exported_as
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import text_digest
-from numprune.flows.steps.timings import check_request, timing_request
+from numprune.flows.steps.timings import check_request, key_of, timing_request
 from numprune.generation import encode
 from numprune.learning import check_learning
 from numprune.options import PruneOptions, check_options
@@ -97,6 +98,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "gpu": torch.cuda.get_device_name() if available else "",
             **({"vllm": str(environment.find())} if [*_served_in(recipe)] else {}),
         },
+        timings_key=key_of(base, recipe.timings.runtime).model_dump_json() if recipe.prune.time_allowed else "",
     )
 
 
@@ -214,6 +216,7 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     if recipe.prune.time_allowed is not None:
         scenario = str(parse_time(recipe.prune.time_allowed)[1])
         check_request(base, timing_request(recipe.timings, scenario, recipe.sizes()))
+        _check_timed_is_exported(recipe, base)
     if recipe.learn.method == "none":
         check_options(anatomy, pruning_options(recipe, base))
     else:
@@ -231,6 +234,17 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
                     f"axes: with {HIDDEN_SIZE}, hidden states cannot be compared with the dense model's; set "
                     "recover.hidden_weight to 0"
                 )
+
+
+def _check_timed_is_exported(recipe: Recipe, base: Path) -> None:
+    """Raises InputError if the latencies would be those of an export that the release does not have."""
+    runtime = recipe.timings.runtime
+    timed = exported_as(runtime, [base], precision_of(base, runtime, recipe.export.dtype))
+    if timed and timed not in recipe.export.targets:
+        raise InputError(
+            f"timings.runtime = {runtime!r}: this model is timed as the export {timed!r}, and export.targets are "
+            f"{', '.join(recipe.export.targets) or 'empty'}; add {timed!r} to them, or choose torch"
+        )
 
 
 def load_tasks_of(recipe: Recipe) -> Tasks:

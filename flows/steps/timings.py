@@ -200,6 +200,8 @@ class _Run:
 
     def complete(self) -> None:
         """Measure what is missing. Raises EnvironmentInvalid."""
+        if missing := [self._bytes(model) for model in self.models if not self._place(model).is_dir()]:
+            disk.require_room(self.folder, sum(missing) + max(missing))  # one is written before it is exported
         for model in progress(self.models, "timings: write models", "model"):
             self._write(model)
         timed = {str(scenario): timed_in(scenario) for scenario in self.asked.scenarios}
@@ -224,21 +226,25 @@ class _Run:
 
     def _write(self, model: _Model) -> None:
         """Write a model with random weights in the form that the runtime opens, unless it is there."""
-        folder = self.folder / "models" / model.name
+        folder = self._place(model)
         if folder.is_dir():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
-        config = self._config(model)
-        parameters = read_anatomy(config).fixed_parameters + model.copies * self._parameters(model)
-        disk.require_room(folder.parent, 2 * parameters * precision.DTYPES[self.key.dtype].itemsize)
         dtype = precision.DTYPES[self.key.dtype]
         with _temporary(folder) as source:
-            random_weights.write_random(source, config, self.base, dtype, self.asked.seed)
+            random_weights.write_random(source, self._config(model), self.base, dtype, self.asked.seed)
             export_format = exported_as(self.runtime.name, [source], self.key.dtype)
             if export_format is None:
                 source.rename(folder)
             else:
                 export(source, folder, export_format, dtype=self.key.dtype)
+
+    def _place(self, model: _Model) -> Path:
+        return self.folder / "models" / model.name
+
+    def _bytes(self, model: _Model) -> int:
+        parameters = self.anatomy.fixed_parameters + model.copies * self._parameters(model)
+        return parameters * precision.DTYPES[self.key.dtype].itemsize
 
     def _parameters(self, model: _Model) -> int:
         return max(block.parameters(model.size) for block in self.anatomy.of_kind(model.kind))

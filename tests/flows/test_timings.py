@@ -8,14 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
-from numprune.errors import EnvironmentInvalid, InputError
-from numprune.export import checkpoint, locks, manifest
+from numprune.errors import DiskError, EnvironmentInvalid, InputError
+from numprune.export import checkpoint, disk, locks, manifest
+from numprune.flows.chain import time_blocks
 from numprune.flows.names import TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
-from numprune.flows.stages import RESULT, Artifact, Text, read_facts
+from numprune.flows.run import prepare
+from numprune.flows.stages import RESULT, Artifact, Text, place_of, read_facts
 from numprune.flows.steps import bodies, timed_prune, timings
 from numprune.flows.steps.report import pruning_section
 from numprune.flows.steps.timings import Request, key_of, measure
@@ -134,6 +137,16 @@ def test_more_visits_continue_a_measurement_that_was_too_noisy(
     for times, others in zip(table.scenarios[0].blocks.values(), undisturbed.scenarios[0].blocks.values(), strict=True):
         assert [time.ms for time in times] == pytest.approx([time.ms for time in others])  # medians
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_all_models_is_refused_first(
+    inputs: Path, tmp_path: Path, machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_one = checkpoint.weight_bytes(inputs / "base")  # or less
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 2 * of_one)
+    with pytest.raises(DiskError, match=f"bytes are needed, {2 * of_one:,} are free"):
+        measure(inputs / "base", asked(), tmp_path)
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 def test_a_machine_that_slows_down_is_refused(
@@ -322,6 +335,22 @@ def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
     assert (section["ratio_asked"], section["budget_asked"], section["latency"]) == (None, None, made.latency)
 
 
+def test_a_stage_measures_again_where_its_table_would_be_refused(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(inputs / "recipe.toml", [f"prune.budget=5ms@{DECODE}"])
+
+    def place() -> Path:
+        return place_of(tmp_path / "w", time_blocks(prepare(recipe, tmp_path / "w"))).path
+
+    here = place()
+    assert place() == here
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    with_more_threads = place()
+    monkeypatch.setattr(timings, "capture", lambda: SimpleNamespace(cpu="another CPU"))
+    assert len({here, with_more_threads, place()}) == 3
+
+
 def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_path: Path) -> None:
     asked = ("--set", f"prune.budget=5ms@{DECODE}", "--workspace", tmp_path / "w")
     answered = numprune("plan", inputs / "recipe.toml", *asked)
@@ -345,6 +374,16 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
 def test_recipes_that_contradict_their_budget_are_refused(inputs: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         load(inputs / "recipe.toml", overrides)
+
+
+def test_a_recipe_exports_what_it_times(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    """Of ONNX Runtime's two exports, benchmarks and latencies of blocks are those of the faster one."""
+    asked = ("--set", f"prune.budget=5ms@{DECODE}", "--set", "timings.runtime=onnxruntime", "--workspace", tmp_path)
+    answered = numprune("plan", inputs / "recipe.toml", *asked, "--set", "export.targets=['vllm', 'onnx']")
+    assert answered.code == 1
+    assert "timed as the export 'onnxruntime', and export.targets are vllm, onnx; add 'onnxruntime'" in answered.err
+    answered = numprune("plan", inputs / "recipe.toml", *asked, "--set", "export.targets=['onnx', 'onnxruntime']")
+    assert answered.code == 0, answered.err
 
 
 def test_a_scenario_beyond_the_context_is_refused_before_any_work(
