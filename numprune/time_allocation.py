@@ -36,8 +36,8 @@ def check_time(anatomy: Anatomy, allowed: Sizes, budget: TimeBudget) -> None:
     limit, whole = _limit(budget), budget.predicted(anatomy).ms
     if whole <= budget.limit_ms:
         raise InputError(
-            f"the budget is {budget}, and the model takes {whole:.4g} ms as it is: nothing has to go; choose a smaller "
-            "budget"
+            f"the budget is {budget}, and by the timings the model takes {whole:.4g} ms as it is: nothing has to go; "
+            "choose a smaller budget"
         )
     least = limit.least(anatomy, measured_sizes(anatomy, allowed, budget))
     if least > limit.total:

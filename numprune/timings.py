@@ -63,6 +63,7 @@ class Shape(_Part):
     hidden_size: int
     head_dim: int
     vocabulary: int
+    sliding_window: int | None
 
 
 class Key(_Part):
@@ -74,7 +75,7 @@ class Key(_Part):
         shape: of the model's layers.
     """
 
-    runtime: str
+    runtime: Annotated[str, Field(pattern=r"^(torch|onnxruntime)$")]
     versions: dict[str, str]
     device: str
     threads: int
@@ -135,6 +136,7 @@ def shape_of(anatomy: Anatomy) -> Shape:
         hidden_size=anatomy.hidden_size,
         head_dim=anatomy.head_dim,
         vocabulary=anatomy.vocabulary,
+        sliding_window=anatomy.sliding_window,
     )
 
 

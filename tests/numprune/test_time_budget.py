@@ -249,7 +249,7 @@ KEY = Key(
     dtype="float32",
     quantization="none",
     tensor_parallel=1,
-    shape=Shape(family="llama", hidden_size=64, head_dim=16, vocabulary=50),
+    shape=Shape(family="llama", hidden_size=64, head_dim=16, vocabulary=50, sliding_window=None),
 )
 
 
@@ -258,14 +258,22 @@ def test_a_table_of_something_else_is_refused_with_both_values(tmp_path):
     (tmp_path / "table.json").write_text(found.to_json())
     assert read_timings(tmp_path / "table.json") == found
     check_key(found, KEY)
-    shape = KEY.shape.model_copy(update={"hidden_size": 128})
+    shape = KEY.shape.model_copy(update={"hidden_size": 128, "sliding_window": 4096})
     here = KEY.model_copy(update={"versions": {"torch": "2.14"}, "device": "Xeon", "shape": shape})
     with pytest.raises(InputError) as refused:
         check_key(found, here)
-    for difference in ("versions.torch is 2.13 in the table and 2.14", "device is EPYC", "hidden_size is 64"):
+    for difference in (
+        "versions.torch is 2.13 in the table and 2.14",
+        "device is EPYC",
+        "hidden_size is 64",
+        "sliding_window is None in the table and 4096",
+    ):
         assert difference in str(refused.value)
     with pytest.raises(InputError, match=rf"ctx=1 was not measured; measured are {DECODE}"):
         found.times("decode,b=8,ctx=1")
+    (tmp_path / "table.json").write_text(found.to_json().replace('"runtime": "torch"', '"runtime": "abacus"'))
+    with pytest.raises(InputError, match=r"key\.runtime: .*torch\|onnxruntime"):
+        read_timings(tmp_path / "table.json")
     (tmp_path / "table.json").write_text("{}")
     with pytest.raises(InputError, match="not a table of numprune timings"):
         read_timings(tmp_path / "table.json")
