@@ -99,6 +99,8 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
 
 
 def _asked(plan: Plan) -> str:
+    if plan.time_budget is not None:
+        return f"to meet a budget of {plan.time_budget} in {plan.time_budget.runtime}"
     if plan.budget is None:
         return f"{plan.ratio:.1%} asked for"
     return f"to meet a budget of {plan.budget.limit:,} bytes of weights"

@@ -14,6 +14,7 @@ from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
 from numprune.errors import DiskError, EnvironmentInvalid, InputError
 from numprune.export import checkpoint, disk, locks, manifest
+from numprune.export.files import CARD
 from numprune.flows.chain import time_blocks
 from numprune.flows.names import TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
@@ -259,6 +260,8 @@ def test_a_measurement_corrects_the_table(
     assert found["corrections"] == corrections
     assert 0.7 * whole < found["measured"]["ms"] <= found["limit_ms"]
     assert found["predicted"]["ms"] == pytest.approx(found["measured"]["ms"])
+    card = (tmp_path / "pruned" / CARD).read_text()
+    assert f"(to meet a budget of {0.8 * whole:.4g} ms@{DECODE} in torch)" in card
 
 
 def test_a_model_that_stays_too_slow_is_refused(
