@@ -254,11 +254,17 @@ class Training:
             parameter.copy_(trained[name])
 
     def _at_random(self) -> Tensor:
-        """Return (L,) of 0 and 1 that remove random leaves of blocks, the share `ratio` of them."""
+        """Return (L,) of 0 and 1 that remove the share `ratio` of the leaves, at random, and at least one.
+
+        Coordinates of the residual stream are removed only if nothing else has masks.
+        """
         draw = torch.Generator().manual_seed(self._options.seed)
         chances = torch.rand(self._masks.leaves, generator=draw).to(self._masks.weights)
-        self._masks.of_stream(chances).fill_(1)
-        return (chances >= self._options.ratio).to(chances)
+        if self._masks.blocks:
+            self._masks.of_stream(chances).fill_(1)
+        kept = (chances >= self._options.ratio).to(chances)
+        kept[chances.argmin()] = 0  # nothing removed costs nothing, and the constraint would have no force
+        return kept
 
     @torch.no_grad()
     def _divergence(self, values: Tensor) -> float:

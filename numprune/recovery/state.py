@@ -38,7 +38,7 @@ class TrainingState:
     """A folder with the state of a training; `identity` is the digest of everything that determines its result.
 
     A file of tensors is written under a new name before the index names it, with its digest, so an interruption leaves
-    either the old or the new state. Training draws no random numbers, so there is no generator to save.
+    either the old or the new state. A training that draws random numbers saves its generator among the tensors.
     """
 
     folder: Path

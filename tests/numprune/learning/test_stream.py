@@ -134,6 +134,19 @@ def test_coordinates_that_nothing_reads_go_first(variant, tokens):
 
 
 @pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        (dataclasses.replace(HIDDEN, ratio=0.5), "parameters"),
+        # Of four KV groups, the random removal that sets the scale would remove none.
+        (dataclasses.replace(OPTIONS, ratio=0.3, seed=2, axes=("kv-groups",)), "kv-bytes"),
+    ],
+)
+def test_the_constraint_has_force_whatever_has_masks(options, counted):
+    found = learn(build_tiny(), ROWS, SELECTION, options, "faster", TOKENS * 5 // 2, counted=counted)
+    assert found.record.kept == pytest.approx(1 - options.ratio, abs=0.05)
+
+
+@pytest.mark.parametrize(
     ("allocation", "ratio", "counted"),
     [
         ("error", 0.3, "parameters"),
@@ -192,7 +205,7 @@ def test_the_search_finds_the_least_of_prices_that_fall_and_rise(count):
     assert cheapest_of(sizes, lambda _: 1.0) == sizes[-1]
 
 
-def test_a_killed_training_ends_like_an_undisturbed_one(tmp_path):
+def test_a_finished_training_is_read_again(tmp_path):
     options = dataclasses.replace(BOTH, ratio=0.4)
     state = TrainingState(tmp_path / "a", "x")
     model = build_tiny()
