@@ -49,7 +49,12 @@ class Fit:
 
 def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int], hidden: HiddenPlan | None = None) -> None:
     """Refuse a target from which the model cannot have been pruned; `hidden`: of the plan. Raises InputError."""
-    if hidden is not None and hidden.size == target.hidden_size:
+    if hidden is not None:
+        if hidden.size != target.hidden_size:
+            raise InputError(
+                f"the dense model has hidden_size {target.hidden_size}, and the model to quantize was cut from "
+                f"{hidden.size}: it was not pruned from that one"
+            )
         target = target.narrowed(len(hidden.kept))
     stand_in = FAMILIES[target.family].stand_in  # the family under which the pruned model may be stored
     for name in ("family", "hidden_size", "head_dim", "vocabulary"):

@@ -241,6 +241,8 @@ def test_a_narrow_model_is_quantized_towards_the_dense_one():
     check_target(read_anatomy(narrow.config), read_anatomy(dense.config), (), plan.hidden)
     with pytest.raises(InputError, match="hidden_size"):
         check_target(read_anatomy(narrow.config), read_anatomy(dense.config), ())
+    with pytest.raises(InputError, match=r"the dense model has hidden_size 40, and the model .* was cut from 64"):
+        check_target(read_anatomy(narrow.config), read_anatomy(narrow.config), (), plan.hidden)
     own, _ = quantize_model(narrow, Scheme("w8a8"), Fit(ROWS))
     fit = Fit(ROWS, CopiedLayers(dense), coordinates=plan.coordinates())
     towards, _ = quantize_model(narrow, Scheme("w8a8"), fit)
