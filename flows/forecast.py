@@ -46,13 +46,15 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     narrows = HIDDEN_SIZE in options.axes  # to a size that only training finds
     counts = request_of(recipe.learn, options).constraint if masks else "parameters"
     joint = dataclasses.replace(options, compensation="joint") if masks else options
-    results = [] if narrows else known_results(anatomy, joint)
+    # Masks that count FLOPs or the KV cache give each layer its own size.
+    results = [] if narrows or counts in ("flops", "kv-bytes") else known_results(anatomy, joint)
     unknown = recipe.prune.time_allowed or counts == "flops"
     weights = cast = checkpoint.weight_bytes(run.base.path)
-    schemes = schemes_asked(recipe.quantize)
+    schemes, exported = schemes_asked(recipe.quantize), anatomy
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
         bytes_per_value = precision.DTYPES[recipe.export.dtype].itemsize
         results = [dataclasses.replace(result, bytes_per_value=bytes_per_value) for result in results]
+        exported = dataclasses.replace(anatomy, bytes_per_value=bytes_per_value)
         cast = weights * bytes_per_value // anatomy.bytes_per_value
 
     def saved(left: Anatomy) -> int:
@@ -72,7 +74,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "quantization": " or ".join(map(str, schemes)) or None,
         "bits_are_chosen": len(schemes) > 1,
         "after": [_after(result, anatomy, cast, saved(result)) for result in results]
-        or ([] if unknown else [_aim(anatomy, options, counts, cast, saved(anatomy))]),
+        or ([] if unknown else [_aim(exported, options, counts, cast, saved(anatomy))]),
         "text": text,
         "memory": _memory(anatomy, run),
         "serving": _serving(recipe),

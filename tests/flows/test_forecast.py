@@ -148,17 +148,19 @@ def test_the_hidden_size_that_masks_choose_is_not_forecast(numprune: Command, ti
 
 
 @pytest.mark.parametrize(
-    ("constraint", "said", "after"),
+    ("constraint", "axes", "said", "after"),
     [
-        ("parameters", "ratio 0.5, result: the target", {"parameters", "weight_bytes"}),
-        ("kv-bytes", "ratio 0.5 of the KV-cache bytes, result: the target", {"kv_bytes_per_token"}),
-        ("flops", "ratio 0.5 of the FLOPs of the blocks, result: the target", set()),
+        ("parameters", ["kv-groups", "channels"], "ratio 0.5, result: the target", {"parameters", "weight_bytes"}),
+        # KV groups are less than half of the parameters.
+        ("kv-bytes", ["kv-groups"], "ratio 0.5 of the KV-cache bytes, result: the target", {"kv_bytes_per_token"}),
+        ("flops", ["kv-groups", "channels"], "ratio 0.5 of the FLOPs of the blocks, result: the target", set()),
     ],
 )
 def test_a_ratio_of_another_cost_is_named(
-    numprune: Command, tiny: Path, tmp_path: Path, constraint: str, said: str, after: set[str]
+    numprune: Command, tiny: Path, tmp_path: Path, constraint: str, axes: list[str], said: str, after: set[str]
 ) -> None:
-    changes = ("learn.method=vib", f"learn.constraint={constraint}", "prune.allocation=error", "prune.ratio=0.5")
+    learned = ("learn.method=vib", f"learn.constraint={constraint}", "prune.allocation=error")
+    changes = (*learned, "prune.ratio=0.5", f"prune.axes={axes}")
     answered = plan(numprune, tiny, tmp_path / "w", *changes)
     assert answered.code == 0, answered.err
     assert said in forecast.text(answered.json)
@@ -166,6 +168,9 @@ def test_a_ratio_of_another_cost_is_named(
     assert after <= found.keys()
     if constraint == "kv-bytes":
         assert found["kv_bytes_per_token"] * 2 == answered.json["before"]["kv_bytes_per_token"]
+        in_half = ("export.targets=['vllm']", "export.dtype=bfloat16", "benchmark.runtimes=['torch']")
+        (found,) = plan(numprune, tiny, tmp_path / "w", *changes, *in_half).json["after"]
+        assert found["kv_bytes_per_token"] * 4 == answered.json["before"]["kv_bytes_per_token"]
 
 
 def test_earlier_runs_give_the_stage_times(tiny: Path, tmp_path: Path) -> None:
