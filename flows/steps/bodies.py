@@ -457,7 +457,7 @@ def make_task_answers(
     if loaded.digest() != tasks.digest:
         raise InputError("evaluate.tasks: their items changed after the run began; run the command again")
     asked = [model.digest, tasks.digest, runtime, server, device, code_version("serving")]
-    with kept_until_done(kept_beside(out), asked, "answers the same tasks") as (folder, _):
+    with kept_until_done(kept_beside(out), asked, "tasks") as (folder, _):
         return answer(out, loaded, model.path, runtime, torch.device(device), folder)
 
 

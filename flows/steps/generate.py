@@ -81,10 +81,7 @@ def generated_text(
     )
     asked = [manifest.folder_digest(dense), prompts.tokens, length, seed, device.type, code_version("export")]
     processes = shared_by(device)
-    with kept_until_done(scratch, asked, "generates the same text", writes=processes.is_main_process) as (
-        folder,
-        identity,
-    ):
+    with kept_until_done(scratch, asked, "text generation", writes=processes.is_main_process) as (folder, identity):
         with processes.main_process_first():
             kept = KeptAnswers(folder, identity)
             made = generate_rows(model.to(processes.device), prompts, windows, length, seed, kept)

@@ -62,7 +62,7 @@ class Tasks:
             task.set_fewshot_seed(seed=SEED)
 
     def digest(self) -> str:
-        """SHA-256 of every request to a model and of what judges its answers.
+        """SHA-256 of every request to a model, of what judges its answers, and of the groups they are counted in.
 
         The harness's own code is left out: its version is part of a stage's key.
 
@@ -70,6 +70,7 @@ class Tasks:
             InputError: a task's code or template fails on an item.
         """
         found = hashlib.sha256(self.code.encode())
+        found.update(json.dumps([[name, list(members)] for name, members in self.members.items()]).encode())
         self.start_over()
         for name, task in self.of.items():
             try:

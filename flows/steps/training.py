@@ -84,25 +84,28 @@ def named(option: str) -> Iterator[None]:
 def kept_until_done(scratch: Path, asked: Any, what: str, *, writes: bool = True) -> Iterator[tuple[Path, str]]:
     """Give a folder in `scratch` for finished parts of a work, and the digest of `asked`, which decides its result.
 
-    The folder goes when the work is over, and stays if the process is killed or fails: the same work resumes there.
+    The folder goes when the work is over. If the process is killed or fails after a part is finished, it stays: the
+    same work resumes there.
 
     Args:
         asked: as JSON.
-        what: another process does, for the error.
+        what: the work, in messages.
         writes: this process writes the parts; only one of those that share the work does.
 
     Raises:
-        InputError: another process does the same.
+        InputError: another process is doing the same work.
     """
     identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     folder = scratch / f"{TRAINING}{identity[:16]}"
-    try:
-        with locks.held(folder / TRAINING_LOCK, timeout_s=0) if writes else nullcontext():
+    with alone_in(folder, what) if writes else nullcontext():
+        try:
             yield folder, identity
-            if writes:
+        except NumpruneError:
+            if writes and [path.name for path in folder.iterdir()] == [TRAINING_LOCK]:
                 shutil.rmtree(folder)
-    except locks.Held:
-        raise InputError(f"{folder}: another process {what}; wait for it or stop it") from None
+            raise
+        if writes:
+            shutil.rmtree(folder)
 
 
 @contextmanager

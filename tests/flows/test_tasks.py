@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from numprune.flows.steps.checks import check, prepare
 from numprune.flows.steps.evaluate import compare_checkpoints
 from numprune.flows.steps.harness import Tasks, load_tasks
 from numprune.flows.steps.text import heldout_rows
+from numprune.flows.steps.training import kept_until_done
 from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.gates import Gate, Policy
@@ -110,6 +112,8 @@ def test_the_digest_is_that_of_the_requests(task: Path, tmp_path: Path) -> None:
     assert load_tasks([str(task)], limit=9).digest() != first
     with_examples = load_tasks([str(task)], num_fewshot=1, limit=8)
     assert with_examples.digest() == with_examples.digest() != first  # the same examples every time
+    grouped = replace(with_examples, members={"group": [NAME]})  # whose answers are in a file of another name
+    assert grouped.digest() != with_examples.digest()
     (tmp_path / "moved" / "items.jsonl").write_text((task.parent / "items.jsonl").read_text().replace("sheep", "cows"))
     assert load_tasks([str(moved)], limit=8).digest() != first
     moved.write_text(YAML + "process_results: !function judge.right\n")
@@ -238,6 +242,25 @@ def test_answers_to_finished_tasks_of_a_killed_process_are_used(
     assert found == answer(undisturbed, tasks, tiny / "base", "torch", CPU)
     for name in names:
         assert read_rows(out, name) == read_rows(undisturbed, name)
+
+
+def test_only_finished_parts_of_a_failed_work_are_kept(tmp_path: Path) -> None:
+    def fail_after(parts: list[str]) -> None:
+        with kept_until_done(tmp_path, ["asked"], "tasks") as (folder, _):
+            for part in parts:
+                (folder / part).touch()
+            raise TaskFailed("task letters")
+
+    for parts in ([], ["one"]):
+        with pytest.raises(TaskFailed):
+            fail_after(parts)
+        assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == ({*parts, "lock"} if parts else set())
+    with kept_until_done(tmp_path, ["asked"], "tasks") as (folder, _):
+        assert (folder / "one").exists()
+        refused = pytest.raises(InputError, match="another process is running the same tasks; wait for it or stop it")
+        with refused, kept_until_done(tmp_path, ["asked"], "tasks"):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_sampled_answers_are_the_same_every_time(tiny: Path, task: Path, tmp_path: Path) -> None:
