@@ -72,6 +72,10 @@ def require_packages(options: RecoveryOptions) -> None:
 
 def check_training(options: RecoveryOptions, model: Anatomy, dense: Anatomy, dropped: Sequence[int] = ()) -> None:
     """Raise InputError if `model`, pruned from `dense` without its `dropped` layers, cannot be trained like this."""
+    if options.top_k is not None and options.top_k < 1:
+        raise InputError(f"top_k is {options.top_k}; it must be at least 1, or None for the whole vocabulary")
+    if not 0 <= options.hidden_weight < math.inf:
+        raise InputError(f"hidden_weight is {options.hidden_weight:g}; it must be at least 0, and finite")
     if options.top_k is not None and model.task != CAUSAL.name:
         raise InputError(f"top_k: only for causal language models, and the model is for {model.task}; leave it out")
     left = dense.layers - len(dropped)

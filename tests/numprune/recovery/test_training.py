@@ -184,6 +184,9 @@ def loss_of(model: PreTrainedModel, dense: PreTrainedModel, tokens: torch.Tensor
 @pytest.mark.parametrize(
     ("options", "model", "said"),
     [
+        ({"top_k": 0}, {}, "top_k is 0; it must be at least 1, or None for the whole vocabulary"),
+        ({"hidden_weight": -1.0}, {}, "hidden_weight is -1; it must be at least 0, and finite"),
+        ({"hidden_weight": float("nan")}, {}, "hidden_weight is nan; it must be at least 0, and finite"),
         ({"top_k": 5}, {"family": "bert", "task": "masked-lm"}, "top_k: only for causal language models, and the mod"),
         ({"hidden_weight": 1.0}, {"hidden_size": 32}, "the hidden size is 32, and 64 in the dense model; leave it out"),
         ({"hidden_weight": 1.0}, {"num_hidden_layers": 1}, "because the number of layers is 1, and 2 in the dense"),
