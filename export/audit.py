@@ -6,10 +6,10 @@ from typing import Any
 
 from numprune.anatomy import family_of, read_anatomy
 from numprune.errors import IntegrityError
-from numprune.export import files
+from numprune.export.compressed_tensors import quantization_in
 from numprune.export.config import declared_config, set_dtype
 from numprune.export.headers import QuantizedHeader, TensorHeader, equal, read_headers
-from numprune.quantization import Scheme, compressed_tensors, quantized_tensors
+from numprune.quantization import Scheme, quantized_tensors
 from numprune.tensors import TensorTable, tensor_table
 
 
@@ -66,8 +66,7 @@ def read_audited(folder: Path) -> tuple[Any, dict[str, TensorHeader]]:
 
 def _require_quantized(folder: Path, config: Any, stored: Mapping[str, TensorHeader]) -> None:
     """Raise IntegrityError if config.json declares a weight as quantized that is stored unquantized."""
-    content = files.read_object(folder / files.CONFIG)
-    said = compressed_tensors.read_quantization(content)
+    said = quantization_in(folder)
     if said is None:
         return
     for name in quantized_tensors(read_anatomy(config)):

@@ -8,8 +8,13 @@ from numprune.quantization.compressed_tensors import QuantizationConfig, read_qu
 
 
 def quantization_in(folder: Path) -> QuantizationConfig | None:
-    """Return how the checkpoint in `folder` is quantized, or None. Raises InputError like `read_quantization`."""
-    return read_quantization(files.read_object(folder / files.CONFIG))
+    """Return how the checkpoint in `folder` is quantized, or None. Raises InputError that names the file and field."""
+    path = folder / files.CONFIG
+    content = files.read_object(path)
+    try:
+        return read_quantization(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def refuse_quantized(folder: Path, use: str) -> None:

@@ -15,6 +15,7 @@ from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy
 from numprune.configs import pruned_config
 from numprune.errors import InputError, reason
 from numprune.export import files
+from numprune.export.compressed_tensors import quantization_in
 from numprune.export.headers import FLOATS, TensorHeader, has_weights, main_dtype, read_headers
 from numprune.quantization import compressed_tensors
 
@@ -60,7 +61,7 @@ def declared_config(folder: Path) -> Any:
     if not path.exists():
         raise InputError(f"{path}: missing; a model is a folder with config.json, safetensors weights and a tokenizer")
     content = files.read_object(path)
-    compressed_tensors.read_quantization(content)  # refuses all others
+    quantization_in(folder)  # refuses all others
     for field in ("dtype", "torch_dtype"):
         declared = content.get(field)
         if declared not in (None, "auto", *FLOATS.values()):

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from numprune import dtypes
 from numprune.errors import InputError, IntegrityError
 from numprune.export import files
+from numprune.export.compressed_tensors import quantization_in
 from numprune.quantization import Scheme, compressed_tensors
 
 SINGLE = "model.safetensors"
@@ -99,8 +100,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
 
 def _joined(folder: Path, stored: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Merge the stored tensors of each quantized weight into one header. Raises InputError, IntegrityError."""
-    path = folder / files.CONFIG
-    config = compressed_tensors.read_quantization(files.read_object(path)) if path.exists() else None
+    config = quantization_in(folder) if (folder / files.CONFIG).exists() else None
     if config is not None:
         stored = dict(stored)
         dtype = main_dtype(stored)

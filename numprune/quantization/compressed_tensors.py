@@ -225,7 +225,7 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
     found = config.get(CONFIG_FIELD)
     if not found:
         return None
-    where = f"config.json: {CONFIG_FIELD}"
+    where = CONFIG_FIELD
     found = _mapping(found, where)
     _only(found.get("quant_method"), (_METHOD,), f"{where}.quant_method")
     groups = _mapping(found.get("config_groups"), f"{where}.config_groups")

@@ -161,12 +161,12 @@ def test_variants_of_the_format_are_read(tiny_checkpoint: Checkpoint) -> None:
         (lambda config: config.update(config_groups=[]), "config_groups is '\\[\\]'; it must be an object"),
     ],
 )
-def test_other_quantizations_are_refused_by_field_name(
+def test_other_quantizations_are_refused_by_file_and_field(
     tiny_checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object], field: str
 ) -> None:
     folder = quantized(tiny_checkpoint(), "w4a16")
     alter_config(folder, change)
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=rf"^{folder / 'config.json'}: .*{field}"):
         checkpoint.load(folder)
 
 
