@@ -28,6 +28,7 @@ DEFAULT = (
     "magnitude/uniform/none",
     "wanda-sp",
     "flap/global/bias",
+    "flap/uniform/bias",
     "taylor/uniform/none",
     "shortgpt",
     "slicegpt",
@@ -106,5 +107,5 @@ def defaults(check: Callable[[str], None]) -> list[str]:
     try:
         check("flap/global/bias")
     except InputError:
-        return ["flap/global/none" if method == "flap/global/bias" else method for method in DEFAULT]
+        return [method.replace("/bias", "/none") for method in DEFAULT]
     return list(DEFAULT)
