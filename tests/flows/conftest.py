@@ -55,15 +55,16 @@ name = "tiny"
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(request: pytest.FixtureRequest) -> Path:
     """A folder with `base` (a checkpoint), `train.txt`, `heldout.jsonl` and `recipe.toml`; not to be written to."""
-    return shared(tmp_path_factory, "tiny", lambda folder: write_inputs(folder, build_tiny(), RECIPE))
+    return shared(request, "tiny", lambda folder: write_inputs(folder, build_tiny(), RECIPE))
 
 
-def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+def shared(request: pytest.FixtureRequest, name: str, make: Callable[[Path], object]) -> Path:
     """A folder shared by all processes of a test run, made by the first that needs it."""
-    root = factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    root: Path = request.getfixturevalue("tmp_path_factory").getbasetemp()
+    if hasattr(request.config, "workerinput"):  # a process of xdist has its folder in that of the run
+        root = root.parent
     folder, made = root / name, root / f"{name}.made"
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -86,14 +87,14 @@ def write_inputs(folder: Path, model: PreTrainedModel, recipe: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny: Path, request: pytest.FixtureRequest) -> Path:
     """A workspace after an undisturbed run of the recipe; not to be written to."""
     from tests.flows.faults import finish
 
     def make(folder: Path) -> None:
         assert finish(tiny / "recipe.toml", folder / "w")["version"] == "tiny/1"
 
-    return shared(tmp_path_factory, "finished", make) / "w"
+    return shared(request, "finished", make) / "w"
 
 
 @pytest.fixture
