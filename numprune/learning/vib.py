@@ -113,6 +113,8 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         raise InputError(
             "budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme out"
         )
+    if options.time_budget is not None:
+        raise InputError("time_budget: masks are trained for a ratio or a budget of bytes; use one of them")
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
     if "expert-channels" in options.axes and "experts" in anatomy.kinds:

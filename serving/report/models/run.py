@@ -180,7 +180,8 @@ class Learning(Model):
         learning_rate: of the weights, where they were trained with the masks.
         best_step: whose masks chose.
         seconds: wall time.
-        kept_by_masks: share of the prunable parameters that those masks kept by themselves, before rounding.
+        kept_by_masks: share of the counted cost that those masks kept by themselves, before rounding. It is
+            `ratio_counts` of `pruning`; with a budget, bytes of the blocks.
         selection_divergence: from the dense model of what the plan keeps, before any refit, on rows that were not
             trained on but chosen by.
         unit: of the divergence.

@@ -20,7 +20,9 @@ from numprune.pruning import prune
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.slices import GONE, Kept, Size
 from numprune.target import Target
+from numprune.time_budget import TimeBudget
 from tests.conftest import build_tiny
+from tests.numprune.test_time_budget import random_table
 from tests.test_families import TASKS, output
 
 LENGTH = 16
@@ -267,6 +269,10 @@ def test_constraints_that_cannot_be_met_are_refused(family, more, said):
     ("more", "said"),
     [
         ({"drop_layers": 1}, "drop_layers: masks learn units, not layers"),
+        (
+            {"ratio": 0.0, "time_budget": TimeBudget(1.0, random_table(0), "torch")},
+            "time_budget: masks are trained for a ratio or a budget of bytes; use one of them",
+        ),
         ({"allocation": "global"}, "allocation is 'global'; masks are rounded by one of error, uniform"),
         ({"ratio": 0.99}, "ratio is 0.99, but with the minimum"),
         ({"ratio": 0.0, "keep": ["attention", "mlp"]}, "leave every block a single size"),
