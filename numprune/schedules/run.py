@@ -162,7 +162,7 @@ class Run:
         """Resume from what `state` returned, after `step` steps.
 
         Raises:
-            InputError: it belongs to a training with other settings; names them.
+            InputError: it belongs to a training with other settings; names them. Or another version wrote it.
         """
         ours = json.loads(json.dumps(self.settings))
         for name, value in ours.items():
@@ -172,6 +172,8 @@ class Run:
                     f"the checkpoint to resume from was trained with {_named(name, found)}, and this training has "
                     f"{_named(name, value)}; use the same settings, or start again"
                 )
+        if "tensors" not in stored:
+            raise InputError("the checkpoint to resume from was written by an earlier version of numprune; start again")
         self.pace = Pace(**stored["pace"])
         self.losses = replace(Losses(**stored["losses"]), logged=step)
         tensors = load(base64.b64decode(stored["tensors"]))

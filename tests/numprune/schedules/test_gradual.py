@@ -159,6 +159,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
             trainer(tmp_path, callback, **how).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     with pytest.raises(InputError, match="training seed 42, and this training has training seed 1"):
         trainer(tmp_path, pruning(), seed=1, **how).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    state = tmp_path / "checkpoint-14" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"tensors"', '"units"'))  # where they were before there was "vib"
+    with pytest.raises(InputError, match="was written by an earlier version of numprune; start again"):
+        trainer(tmp_path, pruning(), **how).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
 
 
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
