@@ -4,8 +4,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from numprune.export import manifest
+import pytest
+
+from numprune.export import locks, manifest
 
 CREATIONS = 100
 
@@ -75,6 +78,26 @@ def test_sweeping_touches_nothing_else(tmp_path: Path) -> None:
     assert manifest.sweep(tmp_path) == [tmp_path / ".empty.0123456789abcdef.partial"]
     assert manifest.sweep(tmp_path / "nowhere") == []
     manifest.verify(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("step", ["open_file", "acquire"])
+def test_creation_survives_a_sweep_before_its_lock_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    real, swept = getattr(locks, step), []
+
+    def after_a_sweep(*given: Any, **how: Any) -> Any:
+        if not swept:
+            swept.append([])  # the sweep opens and locks files, too
+            swept[0] = manifest.sweep(tmp_path)
+        return real(*given, **how)
+
+    monkeypatch.setattr(locks, step, after_a_sweep)
+    with manifest.creating(tmp_path / "artifact", kind="stage") as content:
+        (content / "file").write_text("x")
+    assert len(swept[0]) == 1
+    manifest.verify(tmp_path / "artifact")
+    assert list(tmp_path.glob(".*.partial")) == []
 
 
 def test_creation_survives_concurrent_sweeps(tmp_path: Path) -> None:
