@@ -51,7 +51,7 @@ def add(commands: Subcommands) -> None:
         "--ratio",
         type=float,
         metavar="R",
-        help="share of what --constraint counts to remove, from 0 to under 1",
+        help="share of what --constraint counts to remove, from 0 to under 1 (default: none; give this or --budget)",
     )
     parser.add_argument(
         "--budget", metavar="BYTES", help="size limit of all weights, like 6GiB; replaces --ratio (default: none)"
