@@ -158,6 +158,11 @@ def build_tiny(
     model = auto.from_config(config, attn_implementation=known.attention_implementation).eval()
     model.config.architectures = [type(model).__name__]
     with torch.no_grad():
+        if known.experts and family != known.name:
+            # Classes with sizes per layer leave to a checkpoint what torch's own modules do not initialize.
+            for module in model.modules():
+                if type(module).__module__.startswith("transformers.models"):
+                    model._init_weights(module)
         for parameter in model.parameters():
             # Wider than the initialiser's: with nearly zero logits every comparison would pass.
             parameter.add_(torch.randn_like(parameter) * 0.15)
