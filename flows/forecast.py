@@ -41,13 +41,13 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     anatomy, stored = read_anatomy(config), config.dtype
     text = _text(run)
     options = pruning_options(recipe, run.base.path)
-    # Masks price the splits of uniform whether or not anything is refitted.
     masks = recipe.learn.method != "none"
     narrows = HIDDEN_SIZE in options.axes  # to a size that only training finds
     counts = request_of(recipe.learn, options).constraint if masks else "parameters"
+    # Masks price the splits of uniform whether or not anything is refitted.
     joint = dataclasses.replace(options, compensation="joint") if masks else options
     # Masks that count FLOPs or the KV cache give each layer its own size.
-    results = [] if narrows or counts in ("flops", "kv-bytes") else known_results(anatomy, joint)
+    results = [] if narrows or counts in ("flops", "kv-bytes") else known_results(anatomy, joint, planned=masks)
     unknown = recipe.prune.time_allowed or counts == "flops"
     weights = cast = checkpoint.weight_bytes(run.base.path)
     schemes, exported = schemes_asked(recipe.quantize), anatomy

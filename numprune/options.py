@@ -240,8 +240,8 @@ def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:
             )
 
 
-def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
-    """Return the possible results as far as the configuration determines them.
+def known_results(anatomy: Anatomy, options: PruneOptions, *, planned: bool = False) -> list[Anatomy]:
+    """Return the possible results as far as the configuration determines them; `planned` as in `check_options`.
 
     One anatomy if nothing is priced, several if `uniform` chooses one by price, and none if each layer gets its own
     size or there are experts (too many to list). It does not matter which layers are dropped: under `uniform`, all have
@@ -250,7 +250,7 @@ def known_results(anatomy: Anatomy, options: PruneOptions) -> list[Anatomy]:
     Raises:
         InputError: like `check_options`.
     """
-    check_options(anatomy, options)
+    check_options(anatomy, options, planned=planned)
     if options.allocation != "uniform" or (anatomy.of_kind("experts") and options.compensation in REFITTING):
         return []
     dropped = smallest_layers(anatomy, options.drop_layers, protected_layers(anatomy, options))

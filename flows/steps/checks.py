@@ -208,7 +208,9 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
 
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
     """The options that the model in `base` is pruned with. Raises InputError where its budget is not one of it."""
-    return options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
+    options = options_of(recipe.prune, recipe.sizes(), base, recipe.quantize.scheme)
+    masks = recipe.learn.method
+    return options if masks == "none" else replace(options, criterion=masks)
 
 
 def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
@@ -217,10 +219,10 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         scenario = str(parse_time(recipe.prune.time_allowed)[1])
         check_request(base, timing_request(recipe.timings, scenario, recipe.sizes()))
         _check_timed_is_exported(recipe, base)
+    options = pruning_options(recipe, base)
     if recipe.learn.method == "none":
-        check_options(anatomy, pruning_options(recipe, base))
+        check_options(anatomy, options)
     else:
-        options = replace(pruning_options(recipe, base), criterion=recipe.learn.method)
         constraint = request_of(recipe.learn, options).constraint
         check_learning(anatomy, options, constraint, recipe.data.sequence_length)
         if HIDDEN_SIZE in recipe.prune.axes and recipe.recover.method == "distill":

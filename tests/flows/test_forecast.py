@@ -147,6 +147,14 @@ def test_the_hidden_size_that_masks_choose_is_not_forecast(numprune: Command, ti
     assert "the masks choose it" in forecast.text(answered.json)
 
 
+def test_masks_are_forecast_whatever_the_criterion_of_pruning_is(numprune: Command, tiny: Path, tmp_path: Path) -> None:
+    learned = plan(numprune, tiny, tmp_path / "w", "learn.method=vib", "prune.criterion=frequency")
+    assert learned.code == 0, learned.err
+    assert learned.json["after"]
+    refused = plan(numprune, tiny, tmp_path / "w", "prune.criterion=frequency")
+    assert (refused.code, "criterion frequency ranks experts" in refused.err) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("constraint", "axes", "said", "after"),
     [
