@@ -40,6 +40,7 @@ from numprune.flows.names import EMBEDDED
 from numprune.flows.steps import text as texts
 from numprune.flows.steps.checks import model_folder, model_name
 from numprune.flows.steps.prune import byte_budget
+from numprune.flows.studies.arguments import each_once
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, sizes_allowed
 from numprune.quantization import Scheme, check_quantizable
@@ -239,6 +240,7 @@ def _rivals(text: str) -> list[tuple[SchemeName, float]]:
                 f"--rivals: {part[:80]!r} must be w8a8 or w4a16, optionally followed by @ and a ratio of at "
                 "least 0 and below 1"
             )
+    each_once("--rivals", [f"{scheme}@{share:g}" for scheme, share in found])
     return found
 
 

@@ -42,6 +42,11 @@ def test_other_rivals_are_refused(rivals: str, capsys) -> None:
     assert f"--rivals: {rivals!r} must be w8a8 or w4a16" in capsys.readouterr().err
 
 
+def test_a_rival_is_named_once(capsys) -> None:
+    assert bits.main(["--rivals", "w8a8,w4a16@0.2,w8a8@0.0"]) == 1
+    assert "--rivals: w8a8@0 is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--samples", "--sequence-length", "--windows"])
 def test_no_rows_are_refused(option: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
