@@ -89,6 +89,12 @@ class _PerLayerModel:
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
+        self.init_weights()  # of the new layers: the stock constructor only initialized those that it built
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: of modules without weights of their own, like GPT-2's attention, custom code is not initialized."""
+        return False
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]

@@ -19,7 +19,7 @@ from tests.processes import pytest_configure  # noqa: F401 - a hook
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from numprune.tasks import TaskName
 
@@ -140,29 +140,29 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_config(family: str, **overrides: Any) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
+    return AutoConfig.for_model(family, **fields)
+
+
 def build_tiny(
     family: str = "llama", seed: int = 0, task: "TaskName | None" = None, **overrides: Any
 ) -> "PreTrainedModel":
     """A random model of `family` in float32, for its first task if not another; its biases are not zero."""
     import torch
-    from transformers import AutoConfig
 
     from numprune.families import FAMILIES
     from numprune.modeling import AUTO_OF
 
     torch.manual_seed(seed)
-    fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
-    config = AutoConfig.for_model(family, **fields)
+    config = tiny_config(family, **overrides)
     known = FAMILIES[family.removeprefix("numprune_")]
     auto = AUTO_OF[task or known.tasks[0]]
     model = auto.from_config(config, attn_implementation=known.attention_implementation).eval()
     model.config.architectures = [type(model).__name__]
     with torch.no_grad():
-        if known.experts and family != known.name:
-            # Classes with sizes per layer leave to a checkpoint what torch's own modules do not initialize.
-            for module in model.modules():
-                if type(module).__module__.startswith("transformers.models"):
-                    model._init_weights(module)
         for parameter in model.parameters():
             # Wider than the initialiser's: with nearly zero logits every comparison would pass.
             parameter.add_(torch.randn_like(parameter) * 0.15)

@@ -85,7 +85,7 @@ def per_layer(folder: Path, family: str, sizes: dict[int, dict[str, Any]]) -> Pa
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # some of them are not initialised
+        for parameter in model.parameters():  # wider than the initializer's
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     return folder

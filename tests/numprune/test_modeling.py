@@ -1,11 +1,13 @@
-"""Configurations of per-layer models; tests/test_families.py tests what the models compute."""
+"""Configurations and initialization of per-layer models; tests/test_families.py tests what the models compute."""
 
 import pytest
+import torch
 from transformers import AutoConfig
 
-import numprune.modeling  # noqa: F401 - registers the per-layer classes
 from numprune.anatomy import PER_LAYER_PREFIX
-from tests.conftest import TINY
+from numprune.families import FAMILIES
+from numprune.modeling import AUTO_OF
+from tests.conftest import OF_FAMILY, TINY, tiny_config
 
 SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, "use_sliding_window": True}
 REFUSED = {
@@ -22,3 +24,21 @@ def test_a_contradictory_configuration_is_refused(family, fault):
     layers, fields, message = REFUSED[fault]
     with pytest.raises(Exception, match=message):  # transformers wraps what validate_architecture raises
         AutoConfig.for_model(PER_LAYER_PREFIX + family, **TINY, **fields, per_layer_config=layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_built_from_its_configuration_has_the_initial_weights_of_the_stock_class(family):
+    auto = AUTO_OF[FAMILIES[family].tasks[0]]
+
+    def built(name, **more):
+        torch.manual_seed(0)
+        return auto.from_config(tiny_config(name, **{**OF_FAMILY.get(family, {}), **more}))
+
+    stock = built(family)
+    layers = {"architectures": [type(stock).__name__], "per_layer_config": {}}
+    first, again = (dict(built(PER_LAYER_PREFIX + family, **layers).named_parameters()) for _ in range(2))
+    for name, weight in stock.named_parameters():
+        assert torch.equal(first[name], again[name]), name
+        if weight.numel() >= 1000:
+            assert first[name].std().item() == pytest.approx(weight.std().item(), rel=0.15), name
+    assert first.keys() == dict(stock.named_parameters()).keys()
