@@ -16,14 +16,12 @@ from numprune.blocks import Anatomy, Block
 from numprune.budget import budget_of
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
+from numprune.knapsack import knapsack
 from numprune.slices import GONE, Size
 from numprune.splits import priced, require_alike, splits_meeting
 from numprune.target import HEAD_SHAPES, Sizes
 
 Scores = Mapping[str, Tensor]  # block name -> (units,), the highest are kept
-
-_SHARES = 20_000
-
 
 # What a block costs at a size: what ratios are shares of.
 Cost = Callable[[Block, Size], int]
@@ -192,59 +190,6 @@ def _least_price(
         for group, sizes, option in zip(groups, options, chosen, strict=True)
         for block in group
     }
-
-
-def knapsack(savings: Sequence[Sequence[int]], prices: Sequence[Sequence[float]], wanted: int) -> list[int]:
-    """Return one option of each item, such that at least `wanted` is saved at the lowest price.
-
-    By dynamic programming over the saving that is still missing, in units of the savings' greatest common divisor or,
-    if that is below a 20,000th of `wanted`, in units of that size, rounded up. Of the choices with the same number of
-    missing units, only the cheapest is followed, with its exact saving. If none of them saves enough, every item saves
-    as much as it can.
-
-    Args:
-        savings: of every option of every item.
-        prices: of the same; they add up.
-    """
-    share = max(math.gcd(*(saving for item in savings for saving in item)), -(-wanted // _SHARES), 1)
-    last = -(-wanted // share)  # index for every sufficient saving
-    places = torch.arange(last + 1)
-    total = torch.full((last + 1,), torch.inf, dtype=torch.float64)  # lowest price by units saved so far
-    total[0] = 0
-    beyond = torch.full((last + 1,), last * share - wanted)  # what that choice saves beyond its shares
-    steps = []
-    for saved, priced_at in zip(savings, prices, strict=True):
-        shares, rests = torch.tensor(saved) // share, torch.tensor(saved) % share
-        best, choice = torch.full_like(total, torch.inf), torch.zeros(last + 1, dtype=torch.long)
-        end = 0  # from where the last place is reached
-        for option, price in enumerate(priced_at):
-            priced, fills = total + price, beyond + rests[option] >= share  # the rests make up another share
-            for more, these in enumerate((~fills, fills)):
-                if not these.any():
-                    continue
-                shift, reached = min(int(shares[option]) + more, last), priced.where(these, torch.inf)
-                short, code = reached[: last - shift], 2 * option + more
-                choice[shift:last].masked_fill_(short < best[shift:last], code)
-                torch.minimum(short, best[shift:last], out=best[shift:last])
-                nearest = last - shift + int(reached[last - shift :].argmin())
-                if reached[nearest] < best[last]:
-                    best[last], choice[last], end = reached[nearest], code, nearest
-        options, filled = choice // 2, choice % 2
-        origin = (places - shares[options] - filled).clamp_min(0)  # of places that are not reached nothing is asked
-        origin[last] = end
-        steps.append((options, origin))
-        total, beyond = best, beyond[origin] + rests[options] - share * filled
-    if total[last].isinf():
-        return [
-            max(range(len(saved)), key=lambda option: (saved[option], -priced_at[option]))
-            for saved, priced_at in zip(savings, prices, strict=True)
-        ]
-    chosen = []
-    place = last
-    for options, origin in reversed(steps):
-        chosen.append(int(options[place]))
-        place = int(origin[place])
-    return chosen[::-1]
 
 
 def _remove_lowest(anatomy: Anatomy, ratio: float, allowed: Sizes, scores: Scores) -> dict[str, Size]:

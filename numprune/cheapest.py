@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
-from numprune.allocation import knapsack, servable
+from numprune.allocation import servable
 from numprune.blocks import Anatomy, Block
 from numprune.curves import Errors
 from numprune.errors import InputError
+from numprune.knapsack import knapsack
 from numprune.slices import Size
 from numprune.target import HEAD_SHAPES, Sizes
 

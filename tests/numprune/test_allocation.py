@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from numprune import allocation
+from numprune import allocation, knapsack
 from numprune.allocation import by_error, check_ratio, global_sort, keep_highest, uniform
 from numprune.anatomy import read_anatomy
 from numprune.axes import AXES, DEFAULT_AXES, Limits
@@ -205,7 +205,7 @@ def test_error_allocation_with_rounded_costs_is_near_optimal(monkeypatch):
     base, errors = anatomy(), random_errors(anatomy(), 3)
     allowed = allowed_sizes(base, Target(align=8), Limits())
     exact = by_error(base, 0.4, allowed, errors)
-    monkeypatch.setattr(allocation, "_SHARES", 300)
+    monkeypatch.setattr(knapsack, "_SHARES", 300)
     rounded = by_error(base, 0.4, allowed, errors)
     assert removed(base, rounded) == pytest.approx(0.4, abs=6 * 0.4 / 300)
     assert total_error(base, errors, rounded) == pytest.approx(total_error(base, errors, exact), rel=0.05)
