@@ -83,11 +83,12 @@ def judge(run: Run, make: Make) -> Judged:
     generated = make(generate(run)) if trains and run.prompts else None
     rows = make(sample_recovery(run, heldout.values(), generated)) if trains else None
     scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
-    learned = make(learn(run, learning_rows)) if learning_rows else None
+    times = make(time_blocks(run)) if run.recipe.prune.time_allowed else None
+    learned = make(learn(run, learning_rows, times)) if learning_rows else None
     attention = make(probe_attention(run, calibration)) if _prunes_heads(run) else None
     pruned: StageResult[PrunedCheckpoint]
-    if run.recipe.prune.time_allowed:
-        timed_checkpoint = make(prune_within_time(run, calibration, make(time_blocks(run))))
+    if times:
+        timed_checkpoint = make(prune_within_time(run, calibration, times, learned))
         pruned = timed_checkpoint
     else:
         pruned = make(prune(run, calibration, learned))
@@ -219,13 +220,14 @@ def _masks(run: Run) -> Learn:
     return run.recipe.learn.model_copy(update={"tokens": run.recipe.learn.trained_tokens})
 
 
-def learn(run: Run, rows: StageResult[LearningText]) -> Stage[LearnedMasks]:
+def learn(run: Run, rows: StageResult[LearningText], times: StageResult[TimingTable] | None) -> Stage[LearnedMasks]:
     return Stage.of(
         "learn",
         "export",
         bodies.make_learned,
         base=run.base,
         rows=rows.artifact,
+        times=times.artifact if times else None,
         asked=_masks(run),
         limits=run.recipe.prune.model_dump(include={*LEARNED_LIMITS}),
         target=run.recipe.sizes(),
@@ -261,15 +263,21 @@ def time_blocks(run: Run) -> Stage[TimingTable]:
 
 
 def prune_within_time(
-    run: Run, calibration: StageResult[CalibrationRows], times: StageResult[TimingTable]
+    run: Run,
+    calibration: StageResult[CalibrationRows],
+    times: StageResult[TimingTable],
+    learned: StageResult[LearnedMasks] | None,
 ) -> Stage[TimedCheckpoint]:
+    base, plan = _planned(run, learned)
     return Stage.of(
         "prune",
         "serving",
         bodies.make_pruned_within_time,
-        base=run.base,
+        base=base,
+        origin=run.base,
         rows=calibration.artifact,
         times=times.artifact,
+        learned=plan,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
         device=run.device,
@@ -280,11 +288,7 @@ def prune_within_time(
 def prune(
     run: Run, calibration: StageResult[CalibrationRows], learned: StageResult[LearnedMasks] | None
 ) -> Stage[PrunedCheckpoint]:
-    base, plan = run.base, None
-    if learned:
-        plan = Artifact(learned.path / LEARNED, learned.facts.digest)
-        if learned.facts.model:  # the plan is for the weights that were trained with the masks
-            base = Artifact(plan.path / LEARNED_MODEL, learned.facts.model)
+    base, plan = _planned(run, learned)
     return Stage.of(
         "prune",
         "export",
@@ -298,6 +302,16 @@ def prune(
         scheme=run.recipe.quantize.scheme if run.recipe.prune.bytes_allowed else "none",  # only a budget counts it
         device=run.device,
     ).on_gpu()
+
+
+def _planned(run: Run, learned: StageResult[LearnedMasks] | None) -> tuple[Artifact, Artifact | None]:
+    """Return the model to prune and, with masks, the folder with their plan."""
+    if learned is None:
+        return run.base, None
+    plan = Artifact(learned.path / LEARNED, learned.facts.digest)
+    if not learned.facts.model:
+        return run.base, plan
+    return Artifact(plan.path / LEARNED_MODEL, learned.facts.model), plan  # the plan is for the weights trained with it
 
 
 def generate(run: Run) -> Stage[GeneratedText]:

@@ -25,7 +25,7 @@ LEARNING_TOKENS: dict[LearningVariant, int] = {"full": 2_560_000, "fast": 76_800
 LEARNING_RATE = 1e-4  # of the weights
 # Of [prune]: what masks may remove.
 LEARNED_LIMITS = ("ratio", "budget", "allocation", "axes", "keep", "floors", "skips")
-LearningConstraint = Literal["parameters", "flops", "bytes", "kv-bytes"]
+LearningConstraint = Literal["parameters", "flops", "bytes", "kv-bytes", "milliseconds"]
 # The folder of a run's learned masks; in it, and in that of `numprune learn`: the plan, and the trained weights.
 LEARNED, LEARNED_PLAN, LEARNED_MODEL = "learned", "plan.json", "model"
 Scheme = Literal["fp8", "w8a8", "w4a16"]

@@ -117,13 +117,18 @@ class Recipe(Section):
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("export.dtype", self.export.dtype, "auto"),
             ("benchmark.device", self.benchmark.device, "auto"),
-            ("learn.method", self.learn.method, "none"),
         ):
             if value != measured:
                 raise ValueError(
                     f"{field} = {value!r}: with a time as prune.budget it must be {measured!r}; leave it out, or use a "
                     "ratio"
                 )
+        if self.learn.constraint not in ("auto", "milliseconds"):
+            raise ValueError(
+                f"learn.constraint = {self.learn.constraint!r}: prune.budget limits milliseconds; leave one of them out"
+            )
+        if "hidden-size" in self.prune.axes:
+            raise ValueError("prune.axes: a time is met by units alone; leave out hidden-size, or use a ratio")
         return self
 
     def sizes(self) -> SizeTarget:

@@ -175,15 +175,19 @@ def _least_price(
 ) -> dict[str, Size]:
     """Return the cheapest sizes with at least `ratio` removed, equal for all blocks of a group."""
     options = [allowed[group[0].name] for group in groups]
-    savings = [
-        [sum(cost(block, block.size) - cost(block, size) for block in group) for size in sizes]
+    costs = [
+        [sum(cost(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
     prices = [
         [math.fsum(price(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    wanted = math.ceil(round(ratio * _whole(anatomy, cost), 3))  # whole ones
+    whole = _whole(anatomy, cost)
+    limit = whole - math.ceil(round(ratio * whole, 3))  # whole ones
+    # Relative to the dearest size: a block's own may not be allowed and, if times are counted, not be the dearest.
+    savings = [[max(of_group) - one for one in of_group] for of_group in costs]
+    wanted = max(sum(map(max, costs)) - limit, 0)
     chosen = knapsack(savings, prices, wanted)
     return {
         block.name: sizes[option]

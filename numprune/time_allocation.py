@@ -1,6 +1,5 @@
 """Sizes in a budget of time: the same choice as in one of bytes, with measured latencies as the cost."""
 
-import math
 from typing import NamedTuple
 
 from numprune.blocks import Anatomy
@@ -65,7 +64,7 @@ def by_time(anatomy: Anatomy, budget: TimeBudget, allowed: Sizes, errors: Errors
 def _limit(budget: TimeBudget) -> Limit[_Sized]:
     """Return the limit in nanoseconds."""
     return Limit(
-        math.floor(budget.limit_ms * PER_MS),
+        budget.limit,
         budget.around,
         lambda sizes: map(_Sized, sizes),
         lambda block, form: budget.cost(block, form.size),

@@ -47,6 +47,15 @@ class TimeBudget:
         """Return the nanoseconds of a block at this size, rounded up; it must have been measured."""
         return self._nanoseconds(self._by_size[block.kind, size]) if size.units else 0
 
+    def sizes(self, block: Block) -> list[Size]:
+        """Return the measured sizes of blocks of this kind."""
+        return [time.size for time in self.times.blocks.get(block.kind, [])]
+
+    @property
+    def limit(self) -> int:
+        """`limit_ms` in whole nanoseconds, rounded down."""
+        return math.floor(self.limit_ms * PER_MS)
+
     @property
     def around(self) -> int:
         """Nanoseconds around the blocks, rounded up."""
@@ -91,7 +100,7 @@ class TimeBudget:
 
     def missing(self, block: Block) -> str:
         """Return a block's size and the measured ones, in words."""
-        known = [_told(time.size) for time in self.times.blocks.get(block.kind, [])]
+        known = [_told(size) for size in self.sizes(block)]
         shown = ", ".join(known[:_SHOWN]) + (" …" if len(known) > _SHOWN else "")
         return f"{block.name} has {_told(block.size)}, and the table has {block.kind} of {shown or 'no size'} units"
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 from typing import get_args
 
 from numprune.errors import InputError
@@ -21,10 +22,12 @@ from numprune.flows.cli.parser import (
     rate,
     reading,
 )
-from numprune.flows.cli.prune import add_limits, options_of_arguments
+from numprune.flows.cli.prune import add_limits, options_within_budget
 
 _GIVEN = (  # arguments that are options of pruning
     "ratio",
+    "budget",
+    "timings",
     "allocation",
     "compensation",
     "align",
@@ -54,15 +57,25 @@ def add(commands: Subcommands) -> None:
         help="share of what --constraint counts to remove, from 0 to under 1 (default: none; give this or --budget)",
     )
     parser.add_argument(
-        "--budget", metavar="BYTES", help="size limit of all weights, like 6GiB; replaces --ratio (default: none)"
+        "--budget",
+        metavar="LIMIT",
+        help="bytes of all weights, like 6GiB, or with --timings the time of one step, like 20ms@decode,b=8,ctx=2048, "
+        "or a throughput, like 1500tok/s@decode,b=8,ctx=2048; replaces --ratio (default: none)",
+    )
+    parser.add_argument(
+        "--timings",
+        type=Path,
+        metavar="TABLE",
+        help="with a --budget of time: the table of numprune timings, measured on this machine (default: none)",
     )
     parser.add_argument(
         "--constraint",
         choices=get_args(names.LearningConstraint),
         metavar="CONSTRAINT",
         help="counted cost (parameters: of the blocks; flops: of the blocks per token, including attention within a "
-        "row; bytes: of the weights, with --budget; kv-bytes: of the KV cache, which only removes KV groups); one of "
-        f"{', '.join(get_args(names.LearningConstraint))} (default: parameters, or bytes with --budget)",
+        "row; bytes: of the weights, with --budget; milliseconds: of a step, with --budget and --timings; kv-bytes: of "
+        "the KV cache, which only removes KV groups); one of "
+        f"{', '.join(get_args(names.LearningConstraint))} (default: parameters, or what --budget limits)",
     )
     add_choice(
         parser,
@@ -112,11 +125,10 @@ def add(commands: Subcommands) -> None:
 
 def learn(args: argparse.Namespace) -> Answer:
     from numprune.anatomy import read_anatomy
-    from numprune.byte_budget import parse
     from numprune.export import checkpoint, manifest
     from numprune.flows.stages import peak_memory_bytes
-    from numprune.flows.steps.learn import Request, check_request, learn_checkpoint, training_rows
-    from numprune.flows.steps.prune import byte_budget, device_of
+    from numprune.flows.steps.learn import Request, check_request, implied_constraint, learn_checkpoint, training_rows
+    from numprune.flows.steps.prune import device_of
     from numprune.flows.steps.text import row_length
     from numprune.serving.report.words import COUNTED
 
@@ -128,10 +140,8 @@ def learn(args: argparse.Namespace) -> Answer:
         raise InputError("the following arguments are required: --ratio or --budget (see numprune learn --help)")
     given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
     source = checkpoint.resolve(args.checkpoint)
-    if args.budget is not None:
-        given = {"ratio": 0.0, **given, "budget": byte_budget(source, parse(args.budget), "none")}
-    options = options_of_arguments({"criterion": args.method, "axes": names.LEARNED_AXES, **given})
-    constraint: names.LearningConstraint = args.constraint or ("parameters" if args.budget is None else "bytes")
+    options = options_within_budget({"criterion": args.method, "axes": names.LEARNED_AXES, **given}, source)
+    constraint = args.constraint or implied_constraint(options)
     length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
     check_request(source, options, constraint, length)
     manifest.sweep(args.out.parent)

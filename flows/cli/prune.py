@@ -282,37 +282,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | None]":
     """Return the options for the model in `base`, and the plan if they come from one. Raises InputError."""
-    from numprune.byte_budget import parse
-    from numprune.flows.steps.prune import byte_budget
-    from numprune.flows.steps.timed_prune import time_budget
     from numprune.options import options_of
     from numprune.plans import read_plan
-    from numprune.scenario import is_time
-    from numprune.timings import read_timings
 
     asked = ("ratio", "budget", "scheme", "timings", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
         if "scheme" in given and "budget" not in given:
             raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
-        budget, scheme, table = (given.pop(name, None) for name in ("budget", "scheme", "timings"))
-        timed = budget is not None and is_time(budget)
-        if timed != (table is not None):
-            raise InputError(
-                f"--budget {budget}: a time needs --timings TABLE; make the table with numprune timings"
-                if timed
-                else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
-            )
-        if budget is not None:
-            given = {"ratio": 0.0, "allocation": "error", **given}
-        chosen = options_of_arguments(given)
-        if timed:
-            limit = time_budget(base, budget, read_timings(table), chosen.target, scheme or "none")
-            return dataclasses.replace(chosen, time_budget=limit), None
-        if budget is not None:
-            limited = byte_budget(base, parse(budget), scheme or "none")
-            return dataclasses.replace(chosen, budget=limited), None
-        return chosen, None
+        return options_within_budget(given, base), None
     if args.plan_only:
         raise InputError("--plan-only and --plan exclude each other; omit one of them")
     if given:
@@ -320,6 +298,35 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
         raise InputError(f"--plan has its own options; omit {options}, or edit the plan")
     plan = read_plan(args.plan)
     return options_of(plan), plan
+
+
+def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions":
+    """Return the options for the model in `base`, as `options_of_arguments`, within the --budget if there is one.
+
+    `given`: also --budget, --scheme and --timings. Raises InputError.
+    """
+    from numprune.byte_budget import parse
+    from numprune.flows.steps.prune import byte_budget
+    from numprune.flows.steps.timed_prune import time_budget
+    from numprune.scenario import is_time
+    from numprune.timings import read_timings
+
+    rest = dict(given)
+    budget, scheme, table = (rest.pop(name, None) for name in ("budget", "scheme", "timings"))
+    timed = budget is not None and is_time(budget)
+    if timed != (table is not None):
+        raise InputError(
+            f"--budget {budget}: a time needs --timings TABLE; make the table with numprune timings"
+            if timed
+            else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
+        )
+    if budget is None:
+        return options_of_arguments(rest)
+    chosen = options_of_arguments({"ratio": 0.0, "allocation": "error", **rest})
+    if timed:
+        limit = time_budget(base, budget, read_timings(table), chosen.target, scheme or "none")
+        return dataclasses.replace(chosen, time_budget=limit)
+    return dataclasses.replace(chosen, budget=byte_budget(base, parse(budget), scheme or "none"))
 
 
 def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":

@@ -116,6 +116,7 @@ def make_learned(
     *,
     base: Artifact,
     rows: Artifact,
+    times: Artifact | None,
     asked: Learn,
     limits: Mapping[str, Any],
     target: Target,
@@ -123,7 +124,9 @@ def make_learned(
 ) -> LearnedMasks:
     """Train masks, into the folder `learned`. A killed training resumes from its last state.
 
-    `limits`: the fields `names.LEARNED_LIMITS` of the recipe's section on pruning.
+    Args:
+        times: the stage of `make_timings`, for a budget of time.
+        limits: the fields `names.LEARNED_LIMITS` of the recipe's section on pruning.
     """
     import torch
 
@@ -131,7 +134,8 @@ def make_learned(
     from numprune.flows.steps.learn import learn_checkpoint, options_of, request_of
     from numprune.flows.steps.training import load_rows
 
-    options, where = options_of(asked, limits, target, base.path), torch.device(device)
+    table = read_facts(times.path, TimingTable) if times else None
+    options, where = options_of(asked, limits, target, base.path, table), torch.device(device)
     request, draw = request_of(asked, options), read_facts(rows.path, LearningText).draw
     return learn_checkpoint(
         base.path, load_rows(rows.path), draw, options, request, out / LEARNED, where, kept_beside(out)
@@ -216,8 +220,10 @@ def make_pruned_within_time(
     out: Path,
     *,
     base: Artifact,
+    origin: Artifact,
     rows: Artifact,
     times: Artifact,
+    learned: Artifact | None,
     asked: Prune,
     target: Target,
     device: str,
@@ -225,18 +231,34 @@ def make_pruned_within_time(
 ) -> TimedCheckpoint:
     """Prune into the folder `checkpoint`, which is measured, too.
 
-    `times`: the stage of `make_timings`. `machine` is part of the key.
+    Args:
+        base, origin, learned: as for `make_pruned`.
+        times: the stage of `make_timings`.
+        machine: part of the key.
     """
     import torch
 
     from numprune.flows.bundle import CHECKPOINT
+    from numprune.flows.steps.prune import planned
     from numprune.flows.steps.text import load_calibration
     from numprune.flows.steps.timed_prune import options_within_time, prune_within_time
 
     tokens, draw = load_calibration(rows.path)
-    options = options_within_time(asked, target, base.path, read_facts(times.path, TimingTable))
-    where = torch.device(device)
-    return prune_within_time(base.path, tokens, options, out / CHECKPOINT, where, draw=draw, stream=asked.stream)
+    if learned:
+        plan, options = planned(learned.path / LEARNED_PLAN, asked)
+    else:
+        plan, options = None, options_within_time(asked, target, base.path, read_facts(times.path, TimingTable))
+    return prune_within_time(
+        base.path,
+        tokens,
+        options,
+        out / CHECKPOINT,
+        torch.device(device),
+        draw=draw,
+        stream=asked.stream,
+        plan=plan,
+        origin=origin.path,
+    )
 
 
 def make_generated(

@@ -223,7 +223,9 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     if recipe.learn.method == "none":
         check_options(anatomy, options)
     else:
-        constraint = request_of(recipe.learn, options).constraint
+        # What a budget of time allows is known once blocks are measured.
+        timed = recipe.prune.time_allowed is not None
+        constraint = "parameters" if timed else request_of(recipe.learn, options).constraint
         check_learning(anatomy, options, constraint, recipe.data.sequence_length)
         if HIDDEN_SIZE in recipe.prune.axes and recipe.recover.method == "distill":
             if recipe.recover.train == "blocks":

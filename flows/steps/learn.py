@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from numprune.anatomy import read_anatomy
 from numprune.corpus import TokenRows
@@ -18,6 +19,7 @@ from numprune.flows.stages import code_version
 from numprune.flows.steps import prune
 from numprune.flows.steps.results import LearnedMasks
 from numprune.flows.steps.text import Text, draw_of
+from numprune.flows.steps.timed_prune import options_within_time
 from numprune.flows.steps.training import named, resumable, unmasked_rows
 from numprune.learning import SELECTION_ROWS, Counted, Learned, Variant, check_learning, learn
 from numprune.options import PruneOptions
@@ -26,6 +28,7 @@ from numprune.recovery import RecoveryRows
 from numprune.recovery.rows import draw_windows
 from numprune.recovery.state import TrainingState
 from numprune.target import Target
+from numprune.timings import TimingTable
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,32 @@ class Request:
 
 def request_of(asked: Learn, options: PruneOptions) -> Request:
     """Return the training options of a recipe with these pruning options."""
-    implied: Counted = "bytes" if options.budget else "parameters"
-    constraint = implied if asked.constraint == "auto" else asked.constraint
+    constraint = implied_constraint(options) if asked.constraint == "auto" else asked.constraint
     return Request(asked.variant, asked.trained_tokens, asked.learning_rate, constraint)
 
 
-def options_of(asked: Learn, limits: Mapping[str, Any], target: Target, base: Path) -> PruneOptions:
+def implied_constraint(options: PruneOptions) -> Counted:
+    """Return what the budget of these options limits; without one, the ratio is of parameters."""
+    return "bytes" if options.budget else "milliseconds" if options.time_budget else "parameters"
+
+
+def options_of(
+    asked: Learn, limits: Mapping[str, Any], target: Target, base: Path, table: TimingTable | None = None
+) -> PruneOptions:
     """Return the pruning options of a recipe's masks on the model in `base`.
 
-    `limits`: the fields `names.LEARNED_LIMITS` of section prune.
+    Args:
+        limits: the fields `names.LEARNED_LIMITS` of section prune.
+        table: for a budget of time.
+
+    Raises:
+        InputError: as `options_within_time`.
     """
-    options = prune.options_of(Prune(**limits), target, base, "none")
+    section = Prune(**limits)
+    if table is None:
+        options = prune.options_of(section, target, base, "none")
+    else:
+        options = options_within_time(section, target, base, table)
     return replace(options, criterion=asked.method, seed=asked.seed)
 
 
@@ -112,7 +130,7 @@ def learn_checkpoint(
     base = manifest.folder_digest(source)
     facts: dict[str, Any] = {"method": options.criterion, **asdict(asked), "seed": options.seed, "rows": rows.digest}
     where = {"device": device.type, "code": {**code_version("export")}}
-    with resumable(scratch, {"base": base, "options": asdict(options), **facts, **where}) as state:
+    with resumable(scratch, {"base": base, "options": to_jsonable_python(options), **facts, **where}) as state:
         found = _learned(source, rows, options, asked, device, state)
         with manifest.creating(out, kind="learned", parents={"base": base}, facts={"learning": facts}) as folder:
             if found.model is not None:

@@ -19,7 +19,7 @@ from numprune.flows.steps.prune import options_of, prune_checkpoint
 from numprune.flows.steps.results import TimedCheckpoint
 from numprune.flows.steps.timings import key_of, timed_in
 from numprune.options import PruneOptions, check_options
-from numprune.plans import PLAN_FILE, Draw, read_plan
+from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.scenario import parse_scenario, parse_time
 from numprune.serving.benchmark import run_benchmark
 from numprune.serving.benchmark.visits import QUIET, weighted_medians
@@ -60,12 +60,23 @@ def options_within_time(asked: Prune, target: Target, base: Path, table: TimingT
 
 
 def prune_within_time(
-    base: Path, rows: Tensor, options: PruneOptions, out: Path, device: torch.device, *, draw: Draw, stream: bool
+    base: Path,
+    rows: Tensor,
+    options: PruneOptions,
+    out: Path,
+    device: torch.device,
+    *,
+    draw: Draw,
+    stream: bool,
+    plan: Plan | None = None,
+    origin: Path | None = None,
 ) -> TimedCheckpoint:
     """Write the pruned `base` to the new folder `out` once its measured latency is within the budget.
 
     A result that is slower, by more than its interval, corrects the table by measured / predicted; it is then pruned
-    again, at most three times.
+    again, at most three times. A plan is only measured, because nothing else would be as it says.
+
+    `plan`, `origin`: as for `prune_checkpoint`.
 
     Raises:
         InputError: as `prune_checkpoint`, or the budget is not met after that; `out` is then not written.
@@ -76,13 +87,17 @@ def prune_within_time(
     with temporary.beside(out) as scratch:
         folder = scratch / "pruned"
         for corrections in range(_CORRECTIONS + 1):
-            made = prune_checkpoint(base, rows, options, folder, device, draw=draw, stream=stream)
+            made = prune_checkpoint(
+                base, rows, options, folder, device, draw=draw, stream=stream, plan=plan, origin=origin
+            )
             with tempfile.TemporaryDirectory(dir=scratch) as exports:
                 found = _latencies(base, folder, corrections, Path(exports))
             if found.measured.interval95[0] <= limit_ms:
                 temporary.move(folder, out)
                 return TimedCheckpoint(**vars(made), latency=found)
             said = f"{found.measured.ms:.4g} ms were measured where {found.predicted.ms:.4g} ms were predicted"
+            if plan is not None:
+                raise InputError(f"the budget is {options.time_budget}, and {said}: {_remedy(found)}")
             logger.warning("%s; the table is corrected by that", said)
             shutil.rmtree(folder)
             budget = options.time_budget.corrected(found.measured.ms / found.predicted.ms)
@@ -94,6 +109,12 @@ def prune_within_time(
             f"still takes {found.measured.ms:.4g} ms (95 % interval {low:.4g} to {high:.4g}); measure the table again, "
             "or allow more time"
         )
+
+
+def _remedy(found: LatencyBudget) -> str:
+    """What helps if a plan takes longer than predicted."""
+    allowed = found.limit_ms * found.predicted.ms / found.measured.ms
+    return f"measure the table again, or learn masks for a budget of about {allowed:.3g}ms@{found.scenario}"
 
 
 def _check_still_possible(base: Path, options: PruneOptions, said: str) -> None:

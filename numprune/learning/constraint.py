@@ -10,10 +10,12 @@ from torch import Tensor
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget
 from numprune.learning.masks import Masks
+from numprune.learning.times import time_of_leaf
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.slices import Size
+from numprune.time_budget import TimeBudget
 
-Counted = Literal["parameters", "flops", "bytes", "kv-bytes"]
+Counted = Literal["parameters", "flops", "bytes", "kv-bytes", "milliseconds"]
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,15 @@ class Constraint:
     Attributes:
         counted: the cost: "parameters" of the blocks; "flops" per token, on average over a row;
             "bytes" of the blocks' weights as they are stored; "kv-bytes" of the cache for a token, which MLPs and
-            experts do not have.
+            experts do not have; "milliseconds", as measured.
         length: tokens of a row.
-        budget: of "bytes".
+        budget: of "bytes" or "milliseconds".
     """
 
     counted: Counted
     anatomy: Anatomy
     length: int
-    budget: ByteBudget | None = None
+    budget: ByteBudget | TimeBudget | None = None
 
     @property
     def name(self) -> str:
@@ -41,12 +43,15 @@ class Constraint:
             "flops": f"FLOPs of the blocks for each token of {self.length}",
             "bytes": "bytes of the blocks",
             "kv-bytes": "KV-cache bytes",
+            "milliseconds": "time of the blocks",
         }[self.counted]
 
     def cost(self, block: Block, size: Size) -> int:
-        """Return the cost of a block of size `size`."""
+        """Return the cost of a block of size `size`; a time is in nanoseconds, and its size must have been measured."""
         if self.counted == "parameters":
             return block.parameters(size)
+        if isinstance(self.budget, TimeBudget):
+            return self.budget.cost(block, size)
         if self.budget is not None:
             return block_bytes(block, Form(size, None), self.budget.value)
         left, attends = block.resized(size), block.kind == "attention"
@@ -58,14 +63,18 @@ class Constraint:
         of_context = 4 * left.channels * looked_at if attends else 0
         return 2 * (block.parameters(size) - left.idle_parameters) + of_context
 
-    def of_unit(self, block: Block) -> int:
-        """Return the cost of one unit of a block."""
+    def of_unit(self, block: Block) -> float:
+        """Return the cost of one unit of a block, on average if it differs."""
+        if isinstance(self.budget, TimeBudget):
+            return block.members * time_of_leaf(self.budget, block)
         return self.cost(block, block.size) - self.cost(block, Size(block.units - 1, block.members))
 
     def of_member(self, block: Block) -> float:
-        """Return the cost of one member of one unit."""
+        """Return the cost of one member of one unit, on average if it differs."""
         if block.members == 1:
             return 0.0
+        if isinstance(self.budget, TimeBudget):
+            return time_of_leaf(self.budget, block)
         return (self.cost(block, block.size) - self.cost(block, Size(block.units, block.members - 1))) / block.units
 
     @property
@@ -96,7 +105,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Share:
-    """The kept share of the cost, by mask.
+    """The kept share of a cost to which each mask adds its own part: all but time.
 
     Attributes:
         of_mask: (K,), the share of each mask of a block alone.
@@ -124,7 +133,7 @@ class Share:
 
 
 def share_of(constraint: Constraint, masks: Masks) -> Share:
-    """Return the shares of a model's masks."""
+    """Return the shares of a model's masks, of any cost but time (`TimedShare`)."""
     whole = constraint.whole
 
     def of_masks(constraint: Constraint) -> Tensor:

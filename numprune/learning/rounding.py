@@ -17,6 +17,8 @@ from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.slices import Kept, Size
 from numprune.target import Sizes
+from numprune.time_allocation import measured_sizes
+from numprune.time_budget import TimeBudget
 
 ALLOCATIONS = ("error", "uniform")
 
@@ -32,6 +34,8 @@ def sizes_under(constraint: Constraint, options: PruneOptions) -> Sizes:
     if constraint.counted == "kv-bytes":
         options = replace(options, axes=("kv-groups",))
     allowed = sizes_allowed(constraint.anatomy, options)
+    if isinstance(constraint.budget, TimeBudget):
+        allowed = measured_sizes(constraint.anatomy, allowed, constraint.budget)
     return {
         block.name: allowed[block.name] if constraint.of_unit(block) else [block.size]
         for block in constraint.anatomy.blocks

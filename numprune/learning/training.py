@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from numprune.errors import IntegrityError
 from numprune.learning.constraint import Constraint, Lagrangian, share_of
 from numprune.learning.masks import Masks, masked
-from numprune.learning.rounding import Choice, rounded
+from numprune.learning.rounding import Choice, rounded, sizes_under
+from numprune.learning.times import TimedShare
 from numprune.options import PruneOptions
 from numprune.progress import Progress
 from numprune.recovery.options import FINAL, measured_after
 from numprune.recovery.state import Position, TrainingState
 from numprune.tasks import Task
+from numprune.time_budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,11 @@ class Training:
         self._constraint, self._options = constraint, options
         self._rows, self._selection = rows, selection.to(dense.device)
         self._layers = student.get_submodule(constraint.anatomy.layers_path)
-        self._share = share_of(constraint, masks)
+        self._share = (
+            TimedShare.of(constraint.budget, constraint.anatomy, masks, sizes_under(constraint, options))
+            if isinstance(constraint.budget, TimeBudget)
+            else share_of(constraint, masks)
+        )
         self._batch = max(1, _TOKENS_PER_STEP // rows.shape[1])
         self.steps = -(-tokens // (self._batch * rows.shape[1]))
         self._warm = max(1, round(_WARM_UP * self.steps))

@@ -7,10 +7,10 @@ github.com/oshindutta/TVAprune):
 
 D is the task's divergence of the masked model from the dense one (for language models, the KL divergence of their
 distributions). The papers use the loss on labels instead; D needs no labels, so it suits every task, and it is 0 if
-every mask is 1. s is the kept share of the counted cost (prunable parameters, FLOPs, or bytes of the weights or of the
-KV cache), w_k the unit's cost relative to the cheapest unit, and t the target of s, which falls linearly from 1 over
-the first steps. l1 and l2 are updated by gradient ascent, in units of the cost of removing random units, so they suit
-every task's loss.
+every mask is 1. s is the kept share of the counted cost (prunable parameters, FLOPs, bytes of the weights or of the KV
+cache, or measured time), w_k the unit's cost relative to the cheapest unit, and t the target of s, which falls linearly
+from 1 over the first steps. l1 and l2 are updated by gradient ascent, in units of the cost of removing random units, so
+they suit every task's loss.
 
 With the axis hidden-size, the residual stream's coordinates have masks, too: one for each in the whole model. Most
 costs are then products of a unit's and the kept share of coordinates. A coordinate's w is its cost in all blocks
@@ -23,6 +23,7 @@ those that only meet it by rounding.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,8 +32,8 @@ from transformers import PreTrainedModel
 
 from numprune.allocation import check_ratio
 from numprune.anatomy import read_anatomy
-from numprune.axes import HIDDEN_SIZE
-from numprune.blocks import Anatomy
+from numprune.axes import AXES, HIDDEN_SIZE
+from numprune.blocks import Anatomy, Block
 from numprune.calibration import check_rows
 from numprune.errors import InputError
 from numprune.hidden import hidden_sizes
@@ -41,11 +42,12 @@ from numprune.learning.masks import Masked, Masks, fold
 from numprune.learning.rounding import ALLOCATIONS, sizes_under, under
 from numprune.learning.stream import Stream, fold_stream
 from numprune.learning.training import Training
-from numprune.options import PruneOptions, check_options
+from numprune.options import PruneOptions, check_options, sizes_allowed
 from numprune.plans import BlockPlan, HiddenPlan, Plan
 from numprune.pruning import describe
 from numprune.recovery.state import TrainingState
 from numprune.slices import GONE
+from numprune.target import Sizes
 from numprune.tasks import CAUSAL, Task
 
 Variant = Literal["full", "fast", "faster"]
@@ -105,16 +107,20 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     Raises:
         InputError: like `check_options`, or masks cannot learn what the options request.
     """
-    if options.budget is None and counted == "bytes":
-        raise InputError("constraint bytes: they are limited by a budget; give one in place of the ratio")
-    if options.budget is not None and counted != "bytes":
-        raise InputError(f"budget: it limits bytes, and the constraint is {counted}; leave one of them out")
+    for limited, given, example in (
+        ("bytes", options.budget, "6GiB"),
+        ("milliseconds", options.time_budget, "20ms@decode,b=8,ctx=2048"),
+    ):
+        if given is None and counted == limited:
+            raise InputError(
+                f"constraint {counted}: they are limited by a budget, like {example}; give one in place of the ratio"
+            )
+        if given is not None and counted != limited:
+            raise InputError(f"budget: it limits {limited}, and the constraint is {counted}; leave one of them out")
     if options.budget is not None and options.budget.levels != (None,):
         raise InputError(
             "budget: masks choose sizes for weights that are not quantized; use a ratio, or leave the scheme out"
         )
-    if options.time_budget is not None:
-        raise InputError("time_budget: masks are trained for a ratio or a budget of bytes; use one of them")
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
     if "expert-channels" in options.axes and "experts" in anatomy.kinds:
@@ -124,17 +130,19 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     narrowest = hidden_sizes(anatomy, options.target)[0] if HIDDEN_SIZE in options.axes else None
     # Units can make up the rest of the ratio at some hidden size if they can at the smallest.
     options = replace(options, hidden_size=narrowest)
-    constraint = Constraint(counted, anatomy, length, options.budget)
-    if options.budget is not None and HIDDEN_SIZE in options.axes:
+    constraint = Constraint(counted, anatomy, length, budget := options.budget or options.time_budget)
+    if budget is not None and HIDDEN_SIZE in options.axes:
         raise InputError(f"axes: a budget is met by units alone; leave out {HIDDEN_SIZE}, or use a ratio")
     if counted == "kv-bytes" and HIDDEN_SIZE in options.axes:
         raise InputError(f"axes: the hidden size does not change the KV cache; leave out {HIDDEN_SIZE}")
     if counted == "kv-bytes" and "kv-groups" not in options.axes:
         raise InputError("axes: the constraint kv-bytes only removes KV groups; add kv-groups")
-    if counted in ("parameters", "bytes"):
+    if counted in ("parameters", "bytes", "milliseconds"):
         check_options(anatomy, options, planned=True)
-        if counted == "bytes":
+        if budget is not None:
             _check_ratio(constraint, options)
+        if options.time_budget is not None:
+            _check_measured(constraint, options)
     elif options.allocation == "uniform":
         raise InputError(f"allocation is 'uniform', which splits parameters; use error with the constraint {counted}")
     elif not constraint.whole:
@@ -154,6 +162,24 @@ def _check_ratio(constraint: Constraint, options: PruneOptions) -> None:
     check_ratio(constraint.anatomy, ratio, allowed, constraint.cost, constraint.name)
 
 
+def _check_measured(constraint: Constraint, options: PruneOptions) -> None:
+    """Refuse an axis along which blocks may become smaller, but no such size was measured. Raises InputError."""
+    possible, measured = sizes_allowed(constraint.anatomy, options), sizes_under(constraint, options)
+    for name in options.axes:
+        kind, part = AXES[name]
+        blocks = constraint.anatomy.of_kind(kind)
+
+        def shrinks(sizes: Sizes, blocks: Sequence[Block] = blocks, part: str = part) -> bool:
+            pairs = ((block, size) for block in blocks for size in sizes[block.name])
+            return any(size.units and getattr(size, part) < getattr(block, part) for block, size in pairs)
+
+        if shrinks(possible) and not shrinks(measured):
+            raise InputError(
+                f"axes: the timings have no {kind} with fewer {name}; leave out {name}, or measure more sizes "
+                "(numprune timings --sizes)"
+            )
+
+
 def learn(
     model: PreTrainedModel,
     rows: Tensor,
@@ -167,7 +193,7 @@ def learn(
     learning_rate: float = LEARNING_RATE,
     state: TrainingState | None = None,
 ) -> Learned:
-    """Train masks on `model` at `options.ratio` or `options.budget`. The model passed in is not modified.
+    """Train masks on `model` at the ratio or a budget of `options`. The model passed in is not modified.
 
     Args:
         model: a supported one in float32, with the attention implementation of its family.
@@ -178,7 +204,7 @@ def learn(
         tokens: to train on, rounded up to whole steps.
         task: of the model.
         counted: the cost of which `options.ratio` is a share. The plan's own ratio always refers to parameters.
-            "bytes" needs a budget in place of the ratio.
+            "bytes" needs a budget in place of the ratio, and "milliseconds" a budget of time.
         learning_rate: initial one of the weights.
         state: for resuming, saved ten times during training. On a CPU, the result is bit-identical whether or not a
             process was killed and resumed.
@@ -195,11 +221,11 @@ def learn(
     for some in (rows, selection):
         check_rows(anatomy, some)
     student = model if variant == "faster" else copy.deepcopy(model)
-    constraint = Constraint(counted, anatomy, rows.shape[1], options.budget)
+    constraint = Constraint(counted, anatomy, rows.shape[1], options.budget or options.time_budget)
     writing = tuple(block for block in anatomy.blocks if block.units)
     stream = Stream(anatomy.hidden_size, constraint.of_coordinate, writing) if HIDDEN_SIZE in options.axes else None
     masks = Masks(_masked(constraint, options), options.seed, stream).to(model.device)
-    asked = replace(options, ratio=constraint.ratio(options.ratio), budget=None)
+    asked = replace(options, ratio=constraint.ratio(options.ratio), budget=None, time_budget=None)
     training = Training(model, student, constraint, masks, rows, selection, asked, task, tokens, learning_rate)
     best = training.run(state)
     sizes, coordinates = best.choice.sizes, best.choice.coordinates

@@ -40,6 +40,7 @@ COUNTED = {
     "flops": "FLOPs of the blocks",
     "bytes": "bytes of the blocks",
     "kv-bytes": "KV-cache bytes",
+    "milliseconds": "time of the blocks",
 }
 
 LATENCIES = {

@@ -143,7 +143,7 @@ def test_the_hidden_size_is_learned_and_cut(
         (("--variant", "fast", "--learning-rate", -1), "--learning-rate: -1 must be at least 0, and finite"),
         (("--variant", "fast", "--learning-rate", "nan"), "--learning-rate: nan must be at least 0, and finite"),
         (("--budget", "1KB"), "ratio is 0.3, and a budget is given"),
-        (("--constraint", "bytes"), "constraint bytes: they are limited by a budget; give one in place of the ratio"),
+        (("--constraint", "bytes"), "constraint bytes: they are limited by a budget, like 6GiB; give one in place of"),
         (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
         (("--sequence-length", 250), "16 selection rows leave none to train on; give more text"),

@@ -104,7 +104,7 @@ def test_only_what_decides_the_masks_makes_them_others(published: Path, monkeypa
 
     def place(*overrides: str) -> Path:
         run = prepare(load(source, overrides), workspace)
-        return place_of(workspace, learn(run, rows)).path
+        return place_of(workspace, learn(run, rows, None)).path
 
     assert place() == stage(workspace, "learn")
     assert place("prune.compensation=none", "prune.criterion=magnitude", "prune.stream=true") == place()

@@ -15,13 +15,15 @@ from numprune.axes import Limits
 from numprune.errors import DiskError, EnvironmentInvalid, InputError
 from numprune.export import checkpoint, disk, locks, manifest
 from numprune.export.files import CARD
-from numprune.flows.chain import time_blocks
-from numprune.flows.names import TIMINGS, TRAINING_LOCK
+from numprune.flows.bundle import CHECKPOINT
+from numprune.flows.chain import learn, time_blocks
+from numprune.flows.names import LEARNED, TIMINGS, TRAINING_LOCK
 from numprune.flows.recipe import load
 from numprune.flows.run import prepare
-from numprune.flows.stages import RESULT, Artifact, Text, place_of, read_facts
+from numprune.flows.stages import RESULT, Artifact, StageResult, Text, place_of, read_facts
 from numprune.flows.steps import bodies, timed_prune, timings
 from numprune.flows.steps.report import pruning_section
+from numprune.flows.steps.results import TimedCheckpoint
 from numprune.flows.steps.timings import Request, key_of, measure
 from numprune.plans import PLAN_FILE, read_plan
 from numprune.scenario import Scenario
@@ -329,13 +331,79 @@ def test_a_recipe_measures_blocks_and_prunes_within_the_budget(
     (places["times"] / RESULT).write_text(table.model_dump_json())
     rows, times = (Artifact(places[name], "") for name in ("rows", "times"))
     named |= {"asked": recipe.prune, "device": "cpu"}
-    made = bodies.make_pruned_within_time(places["pruned"], base=base, rows=rows, times=times, **named)
+    named |= {"base": base, "origin": base, "rows": rows, "times": times}
+    made = bodies.make_pruned_within_time(places["pruned"], learned=None, **named)
     assert read_facts(places["times"], TimingTable) == table
     assert made.digest == manifest.read(places["pruned"] / "checkpoint").digest
     assert made.latency.measured.ms == pytest.approx(made.latency.predicted.ms)
     assert 0.5 * whole < made.latency.predicted.ms <= 0.8 * whole  # type: ignore[operator]
     section = pruning_section(recipe.prune, None, made)
     assert (section["ratio_asked"], section["budget_asked"], section["latency"]) == (None, None, made.latency)
+
+
+def test_masks_are_learned_within_the_budget_and_what_they_chose_is_measured(
+    numprune: Command, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, table, learned = inputs / "base", tmp_path / "table.json", tmp_path / "learned"
+    whole = write_table(base, table, 1.0)
+    limit = 0.8 * whole
+    budget, text = f"{limit}ms@{DECODE}", ("--text", inputs / "train.txt")
+    how = ("--budget", budget, "--timings", table, "--tokens", 1_000, "--sequence-length", 32, "--compensation", "none")
+    made = numprune("learn", base, learned / LEARNED, *how, *text, "--json")
+    assert made.code == 0, made.err
+    assert (made.json["constraint"], read_plan(Path(made.json["plan"])).ratio) == ("milliseconds", 0)
+    allowed = 1 - (limit - AROUND_MS) / (whole - AROUND_MS)
+    assert allowed - 1e-6 <= made.json["removed"] < allowed + 0.1
+    assert "of the time of the blocks to remove" in numprune("learn", base, tmp_path / "again", *how, *text).out
+
+    # A recipe's run prunes by this plan, and measures.
+    recipe = load(inputs / "recipe.toml", [f"prune.budget={budget}", "learn.method=vib", "prune.compensation=none"])
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    bodies.make_calibration(
+        rows,
+        model=Artifact(base, ""),
+        text=Text([str(inputs / "train.txt")], ""),
+        samples=8,
+        sequence_length=64,
+        seed=0,
+        reading=recipe.data.reading(),
+    )
+
+    def pruned(name: str) -> TimedCheckpoint:
+        return bodies.make_pruned_within_time(
+            tmp_path / name,
+            base=Artifact(base, ""),
+            origin=Artifact(base, ""),
+            rows=Artifact(rows, ""),
+            times=Artifact(tmp_path, ""),
+            learned=Artifact(learned / LEARNED, ""),
+            asked=recipe.prune,
+            target=recipe.sizes(),
+            device="cpu",
+            machine={},
+        )
+
+    benchmark_on(monkeypatch, lambda _: 1.0)
+    found = pruned("pruned")
+    assert found.latency.predicted.ms == pytest.approx(found.latency.measured.ms)
+    assert 0.6 * whole < found.latency.measured.ms <= limit
+    followed = read_plan(tmp_path / "pruned" / CHECKPOINT / PLAN_FILE)
+    assert followed.sizes() == read_plan(Path(made.json["plan"])).sizes()
+    benchmark_on(monkeypatch, lambda _: 1.5)
+    with pytest.raises(InputError, match=r"ms were predicted: measure the table again, or learn masks for a budget of"):
+        pruned("slow")
+    assert not (tmp_path / "slow" / CHECKPOINT).exists()
+
+
+def test_the_table_is_part_of_what_decides_the_masks(inputs: Path, tmp_path: Path) -> None:
+    run = prepare(load(inputs / "recipe.toml", [f"prune.budget=5ms@{DECODE}", "learn.method=vib"]), tmp_path)
+
+    def learning(digest: str) -> Path:
+        rows, times = (StageResult("", tmp_path, made, None, False, 0.0, 0, 0) for made in ("", digest))
+        return place_of(tmp_path, learn(run, rows, times)).path  # type: ignore[arg-type]
+
+    assert learning("a") == learning("a") != learning("b")
 
 
 def test_a_stage_measures_again_where_its_table_would_be_refused(
@@ -361,6 +429,10 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
     assert f"budget 5ms@{DECODE}, among sizes that are measured" in answered.out
     lines = [line.split()[0] for line in answered.out.splitlines()]
     assert lines.index("timings") < lines.index("prune")
+    learned = numprune("plan", inputs / "recipe.toml", *asked, "--set", "learn.method=vib")
+    assert learned.code == 0, learned.err
+    lines = [line.split()[0] for line in learned.out.splitlines()]
+    assert lines.index("timings") < lines.index("learn") < lines.index("prune")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +443,14 @@ def test_a_forecast_has_the_measurement(numprune: Command, inputs: Path, tmp_pat
         (["timings.sizes=4"], "timings: it has an effect only with a time as prune.budget"),
         ([f"prune.budget=5ms@{DECODE}", "quantize.scheme=w8a8"], "quantize.scheme = 'w8a8': with a time"),
         ([f"prune.budget=5ms@{DECODE}", "target.tensor_parallel=2"], "tensor_parallel = 2: with a time"),
-        ([f"prune.budget=5ms@{DECODE}", "learn.method=vib"], "learn.method = 'vib': with a time"),
+        (
+            [f"prune.budget=5ms@{DECODE}", "learn.method=vib", "learn.constraint=flops"],
+            "learn.constraint = 'flops': prune.budget limits milliseconds; leave one of them out",
+        ),
+        (
+            [f"prune.budget=5ms@{DECODE}", "learn.method=vib", "prune.axes=['channels','hidden-size']"],
+            "prune.axes: a time is met by units alone; leave out hidden-size, or use a ratio",
+        ),
     ],
 )
 def test_recipes_that_contradict_their_budget_are_refused(inputs: Path, overrides: list[str], says: str) -> None:

@@ -181,6 +181,7 @@ class Study:
                 bodies.make_learned,
                 base=self._base,
                 rows=rows.artifact,
+                times=None,
                 asked=request.asked,
                 limits=limits(ratio),
                 target=Target(),
