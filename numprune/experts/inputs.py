@@ -56,8 +56,8 @@ class Experts:
     def __init__(self, layer: nn.Module, block: Block) -> None:
         self.module: Any = layer.get_submodule(block.consumer)
         reader, writer = block.reader, block.writers[0]
-        self._up = _outputs_first(layer.get_parameter(writer.tensor).detach(), writer.dim == 1)
-        self.down = _outputs_first(layer.get_parameter(reader.tensor).detach(), reader.dim == 2)
+        self._up = outputs_first(layer.get_parameter(writer.tensor).detach(), writer.dim == 1)
+        self.down = outputs_first(layer.get_parameter(reader.tensor).detach(), reader.dim == 2)
         biases = dict(self.module.named_parameters())
         self._up_bias, self.bias = (
             biases[name].detach() if (name := f"{part.tensor.rpartition('.')[2]}_bias") in biases else None
@@ -137,6 +137,6 @@ class Seen:
         return torch.cat(self._hidden)
 
 
-def _outputs_first(weight: Tensor, is_so: bool) -> Tensor:
+def outputs_first(weight: Tensor, is_so: bool) -> Tensor:
     """Return stacked matrices (E, outputs, inputs), a view if they are stored transposed."""
     return weight if is_so else weight.mT

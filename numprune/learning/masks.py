@@ -4,15 +4,17 @@ Query heads, whole blocks and the coordinates of the residual stream (stream.py)
 block's consumer is multiplied by the masks of the query head, of its KV group and of the block.
 
 A mask multiplies its unit's input to the block's consumer. An expert's mask multiplies its routing weight, so that its
-output is scaled and tokens are not rerouted. With all z = 1, the model is the dense one; with z = 0, it is the model
+output is scaled and tokens are not rerouted; if the channels of experts have masks, too, the products of both multiply
+the channels. With all z = 1, the model is the dense one; with z = 0, it is the model
 without the unit (except for the routing of experts).
 
-Notation: K masks of all blocks together and of the residual stream; L leaves of their tree (query heads if these have
-masks, otherwise units), then the H coordinates of the stream if these have masks; n rows, S tokens of a row.
+Notation: K masks of all blocks together and of the residual stream; L leaves of their tree (query heads and channels of
+experts if these have masks, otherwise units), then the H coordinates of the stream if these have masks; n rows, S
+tokens of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,9 @@ from torch import Tensor, nn
 
 from numprune.blocks import Block
 from numprune.calibration import consumer_of, consumer_weight
+from numprune.experts.channels import channels_masked
+from numprune.experts.inputs import outputs_first
+from numprune.layers import replaced
 from numprune.learning.stream import Stream, hook_stream
 from numprune.slices import Kept
 
@@ -211,22 +216,22 @@ class _Tree:
 @contextmanager
 def masked(layers: Sequence[nn.Module], masks: Masks, values: Tensor) -> Iterator[None]:
     """Run the model of these decoder layers with its leaves multiplied by (n, L), or (1, L) for all rows."""
-    parts = masks.by_block(values)
-    hooks = [
-        consumer_of(layers[block.layer], block).register_forward_pre_hook(multiplier(block, parts[block.name]))
-        for block in masks.blocks
-    ]
-    if masks.stream is not None:
-        hooks += hook_stream(layers, masks.stream, masks.of_stream(values))
-    try:
+    with ExitStack() as stack:
+        for block, part in zip(masks.blocks, masks.by_block(values).values(), strict=True):
+            layer = layers[block.layer]
+            if block.routing is not None and part.shape[-1] > block.units:
+                stack.enter_context(replaced([consumer_of(layer, block)], channels_masked(layer, block, part)))
+            else:
+                hook = consumer_of(layer, block).register_forward_pre_hook(multiplier(block, part))
+                stack.callback(hook.remove)
+        if masks.stream is not None:
+            for hook in hook_stream(layers, masks.stream, masks.of_stream(values)):
+                stack.callback(hook.remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def multiplier(block: Block, values: Tensor) -> Any:
-    """Return a forward pre-hook that multiplies the inputs of the block's consumer by (n, leaves).
+    """Return a forward pre-hook that multiplies the inputs of the block's consumer by (n, leaves); of experts, (n, E).
 
     Where n is 1, all rows share the masks. Each forward pass reads `values` anew, so they may be changed in place, and
     may be a leaf of autograd that collects gradients over many passes.
@@ -261,6 +266,10 @@ def fold_block(layer: nn.Module, block: Block, values: Tensor) -> None:
     """Multiply (leaves,) of one block into its consumer's weight."""
     if block.routing is None:
         consumer_weight(layer, block).mul_(values.repeat_interleave(block.channels // len(values)))
+        return
+    if len(values) > block.units:
+        down = outputs_first(layer.get_parameter(block.reader.tensor), block.reader.dim == 2)  # (E, H, I)
+        down.mul_(values.view(block.units, 1, block.members))
         return
     bias = f"{block.reader.tensor}_bias"
     for name in (block.reader.tensor, *(writer.tensor for writer in block.writers if writer.tensor == bias)):

@@ -36,6 +36,7 @@ from numprune.axes import AXES, HIDDEN_SIZE
 from numprune.blocks import Anatomy, Block
 from numprune.calibration import check_rows
 from numprune.errors import InputError
+from numprune.experts.channels import has_biases
 from numprune.hidden import hidden_sizes
 from numprune.learning.constraint import Constraint, Counted
 from numprune.learning.masks import Masked, Masks, fold
@@ -123,8 +124,10 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         )
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
-    if "expert-channels" in options.axes and "experts" in anatomy.kinds:
-        raise InputError("axes: masks are on whole experts; leave out expert-channels")
+    if "expert-channels" in options.axes and any(has_biases(block) for block in anatomy.of_kind("experts")):
+        raise InputError(
+            f"axes: the experts of {anatomy.family} have biases, and masks are on whole ones; leave out expert-channels"
+        )
     if options.allocation not in ALLOCATIONS:
         raise InputError(f"allocation is {options.allocation!r}; masks are rounded by one of {', '.join(ALLOCATIONS)}")
     narrowest = hidden_sizes(anatomy, options.target)[0] if HIDDEN_SIZE in options.axes else None

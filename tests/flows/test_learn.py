@@ -147,7 +147,7 @@ def test_the_hidden_size_is_learned_and_cut(
         (("--ratio", 0.99), "ratio is 0.99, but with the minimum"),
         (("--keep", "attention", "mlp", "--ratio", 0), "leave every block a single size"),
         (("--sequence-length", 250), "16 selection rows leave none to train on; give more text"),
-        (("--axes", "expert-channels"), "invalid choice: 'expert-channels'"),
+        (("--axes", "layers"), "invalid choice: 'layers'"),
     ],
 )
 def test_what_cannot_work_is_refused(

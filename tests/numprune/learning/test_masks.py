@@ -99,6 +99,55 @@ def test_masks_of_zero_on_query_heads_are_the_cut(family):
     assert torch.allclose(output(pruned.model), wanted, rtol=0, atol=1e-5)
 
 
+def masks_on_channels_of_experts(family):
+    """Return a tiny model, its anatomy, its layers, and masks on its experts and their channels."""
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    experts = [Masked(block, 9.0, 0.25, by_members=True) for block in anatomy.of_kind("experts")]
+    return model, anatomy, model.get_submodule(anatomy.layers_path), Masks(experts, seed=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_masks_on_channels_of_experts_are_folded_and_cut(family):
+    model, anatomy, layers, masks = masks_on_channels_of_experts(family)
+    dense = output(model)
+    with masked(layers, masks, torch.ones(1, masks.leaves)):
+        assert torch.allclose(output(model), dense, rtol=0, atol=1e-5)
+    kept = {block.name: Kept.whole(torch.arange(block.units), block.members) for block in anatomy.blocks}
+    for block in masks.blocks:
+        channels = torch.rand(block.units, block.members, generator=torch.Generator().manual_seed(block.layer))
+        kept[block.name] = Kept(torch.arange(block.units), channels.argsort(1)[:, :16].sort(1).values)
+    values = draw(masks.leaves) * masks.indicator(kept)
+    with masked(layers, masks, values[None]):
+        wanted = output(model)
+    assert torch.equal(output(model), dense)
+    fold(layers, masks, values)
+    assert torch.allclose(output(model), wanted, rtol=0, atol=1e-5)
+    options = PruneOptions(0.1, allocation="error", compensation="none", target=Target(align=8))
+    blocks = {block.name: BlockPlan.of(block, kept[block.name], None) for block in anatomy.blocks}
+    pruned = prune(model, ROWS, options, plan=describe(anatomy, ROWS, options, blocks))
+    assert torch.allclose(output(pruned.model), wanted, rtol=0, atol=1e-5)
+
+
+def test_the_gradients_of_masks_on_channels_of_experts_are_those_of_finite_differences():
+    model, _, layers, masks = masks_on_channels_of_experts("mixtral")
+    model = model.double()
+    values = draw(len(ROWS), masks.leaves).double().requires_grad_()  # each row has its own
+
+    def loss(values):
+        with masked(layers, masks, values):
+            return model(ROWS).logits.square().mean()
+
+    (found,) = torch.autograd.grad(loss(values), [values])
+    with torch.no_grad():
+        for index in found.abs().flatten().topk(3).indices.tolist():
+            row, leaf = divmod(index, masks.leaves)
+            step = torch.zeros_like(values)
+            step[row, leaf] = 1e-2  # norms and routers compute in float32
+            slope = (loss(values + step) - loss(values - step)) / 2e-2
+            assert float(found[row, leaf]) == pytest.approx(float(slope), rel=1e-2)
+
+
 def test_masks_of_query_heads_and_blocks_multiply_those_of_units():
     attention, mlp = read_anatomy(build_tiny().config).blocks[:2]
     masks = Masks(

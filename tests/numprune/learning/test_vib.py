@@ -104,6 +104,39 @@ def test_query_heads_and_blocks_that_do_nothing_go():
     assert found.record.divergence < 1e-5
 
 
+@pytest.mark.parametrize("variant", ["faster", "fast"])
+def test_channels_of_experts_that_do_nothing_go(variant):
+    """As many in every expert of a layer, each its own."""
+    model = build_tiny("mixtral")
+    anatomy = read_anatomy(model.config)
+    alive = {}
+    with torch.no_grad():
+        for block in anatomy.of_kind("experts"):
+            down = model.get_submodule(anatomy.layers_path)[block.layer].get_parameter(block.reader.tensor)
+            draw = torch.rand(block.units, block.members, generator=torch.Generator().manual_seed(block.layer))
+            alive[block.name] = draw.argsort(1)[:, : block.members // 3].sort(1).values
+            dead = torch.ones(block.units, block.members).scatter_(1, alive[block.name], 0.0).bool()
+            down.mul_(~dead[:, None])
+    options = dataclasses.replace(OPTIONS, ratio=0.4, axes=("expert-channels",), target=Target(align=8))
+    found = learn(model, ROWS, SELECTION, options, variant, TOKENS, learning_rate=1e-5)
+    assert found.record.removed >= 0.4
+    for name, channels in alive.items():
+        kept = found.plan.blocks[name].to_kept()
+        assert kept.size.units == len(channels)
+        assert kept.size.members % 8 == 0
+        for own, left in zip(kept.members.tolist(), channels.tolist(), strict=True):
+            assert {*left} <= {*own}
+    base = model if found.model is None else found.model
+    pruned = prune(base, ROWS[:8], options, plan=found.plan)
+    assert pruned.prunable_ratio_removed == pytest.approx(found.record.removed)
+
+
+def test_masks_on_channels_of_experts_with_biases_are_refused():
+    options = dataclasses.replace(OPTIONS, axes=("experts", "expert-channels"))
+    with pytest.raises(InputError, match="axes: the experts of gpt_oss have biases, and masks are on whole ones"):
+        check_learning(read_anatomy(build_tiny("gpt_oss").config), options)
+
+
 def test_where_the_target_leaves_one_size_masks_choose_its_units():
     model = build_tiny(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
     anatomy, layers = read_anatomy(model.config), model.model.layers
