@@ -7,14 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 from numprune.allocation import servable
 from numprune.blocks import Anatomy, Block
 from numprune.curves import Errors
 from numprune.errors import InputError
-from numprune.knapsack import knapsack
+from numprune.knapsack import knapsack, lower_bound, padded
 from numprune.slices import Size
 from numprune.target import HEAD_SHAPES, Sizes
 
@@ -84,9 +83,7 @@ def cheapest(
         InputError: only a model with too many sizes of attention to be served well stays within the limit.
     """
     chosen: dict[str, Option[F]] = {}
-
-    def options(sizes: Sizes) -> list[list[Option[F]]]:
-        return [_worth_it(block, limit, sizes[block.name], price) for block in anatomy.blocks]
+    bounds: list[float] = []
 
     def solve(sizes: Sizes) -> dict[str, Size]:
         least = limit.least(anatomy, sizes)
@@ -95,11 +92,13 @@ def cheapest(
                 f"the budget is {limit.words(limit.total)}, and of what fits in it nothing can be served well: "
                 f"attention has more than {HEAD_SHAPES} sizes; allow {limit.words(least)}"
             )
-        choices = options(sizes)
+        choices = [_worth_it(block, limit, sizes[block.name], price) for block in anatomy.blocks]
         most = limit.around + sum(choice[-1].cost for choice in choices)
         savings = [[choice[-1].cost - option.cost for option in choice] for choice in choices]
         prices = [[option.price for option in choice] for choice in choices]
-        found = knapsack(savings, prices, max(most - limit.total, 0))
+        wanted = max(most - limit.total, 0)
+        found = knapsack(savings, prices, wanted)
+        bounds.append(lower_bound(padded(savings, 0.0), padded(prices, math.inf), wanted))
         for block, choice, option in zip(anatomy.blocks, choices, found, strict=True):
             chosen[block.name] = choice[option]
         return {name: option.form.size for name, option in chosen.items()}
@@ -108,41 +107,9 @@ def cheapest(
     logger.info(
         "the chosen sizes cost %.4g nats per token by the error curves; nothing within the budget costs less than %.4g",
         math.fsum(option.price for option in chosen.values()),
-        linear_bound(options(allowed), limit.total - limit.around),
+        bounds[0],  # of all allowed sizes
     )
     return {name: option.form for name, option in chosen.items()}
-
-
-def linear_bound(choices: Sequence[Sequence[Option[F]]], total: int) -> float:
-    """Return the lowest summed price if fractions of options could be chosen: the optimum of the linear relaxation.
-
-    Args:
-        choices: of every block, cost ascending and price descending.
-        total: limit of the summed cost.
-    """
-    price, excess = (
-        math.fsum(choice[-1].price for choice in choices),
-        sum(choice[-1].cost for choice in choices) - total,
-    )
-    steps = sorted(step for choice in choices for step in _hull_steps(choice))
-    for slope, saved in steps:
-        taken = min(saved, max(excess, 0))
-        price, excess = price + slope * taken, excess - taken
-    return price
-
-
-def _hull_steps(choice: Sequence[Option[F]]) -> Iterable[tuple[float, int]]:
-    """Return (price per saved cost, saved cost) along the lower convex hull, from the highest cost to the lowest."""
-    hull: list[Option[F]] = []
-    for option in reversed(choice):
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return [(_slope(before, after), before.cost - after.cost) for before, after in pairwise(hull)]
-
-
-def _slope(before: Option[F], after: Option[F]) -> float:
-    return (after.price - before.price) / (before.cost - after.cost)
 
 
 def _worth_it(

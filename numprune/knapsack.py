@@ -61,10 +61,7 @@ def _relaxed(
     sum of min(price - m * saving) over the items, plus m * wanted; nor one with a certain option less than that plus
     the distance of this option from its item's minimum. What costs more than the known choice is left out.
     """
-    saved = pad_sequence([torch.tensor(item, dtype=torch.float64) for item in savings], batch_first=True)
-    priced = pad_sequence(
-        [torch.tensor(item, dtype=torch.float64) for item in prices], batch_first=True, padding_value=torch.inf
-    )
+    saved, priced = padded(savings, 0.0), padded(prices, math.inf)
     multiplier = _multiplier(saved, priced, wanted)
     reduced = priced - multiplier * saved  # (I, O)
     least = reduced.min(1)
@@ -77,11 +74,29 @@ def _relaxed(
     ]
 
 
-def _multiplier(saved: Tensor, priced: Tensor, wanted: int) -> float:
-    """Return a multiplier whose cheapest options save `wanted`, and little more.
+def padded(table: Sequence[Sequence[float]], filler: float) -> Tensor:
+    """Return (I, O) float64 values of every option of every item, `filler` where an item has no more options."""
+    items = [torch.tensor(item, dtype=torch.float64) for item in table]
+    return pad_sequence(items, batch_first=True, padding_value=filler)
 
-    `saved`, `priced`: (I, O); the latter infinite where an item has no such option.
+
+def lower_bound(saved: Tensor, priced: Tensor, wanted: float) -> float:
+    """Return the lowest price of saving `wanted` if fractions of options could be chosen, or a little less.
+
+    It is the optimum of the linear relaxation, and thus a lower bound for `knapsack`; infinite if not enough can be
+    saved.
+
+    Args:
+        saved, priced: (I, O), from `padded` with 0 and infinity.
     """
+    if float(saved.amax(1).sum()) < wanted:
+        return math.inf
+    multiplier = _multiplier(saved, priced, wanted)
+    return float((priced - multiplier * saved).amin(1).sum()) + multiplier * wanted
+
+
+def _multiplier(saved: Tensor, priced: Tensor, wanted: float) -> float:
+    """Return a multiplier whose cheapest options save `wanted`, and little more; the tables as for `lower_bound`."""
 
     def enough(multiplier: float) -> bool:
         cheapest = (priced - multiplier * saved).min(1).indices

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from numprune.allocation import by_error, keep_highest, uniform
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.hidden import hidden_sizes, ratio_beside
+from numprune.knapsack import lower_bound, padded
 from numprune.learning.constraint import Constraint
 from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
@@ -19,6 +21,8 @@ from numprune.slices import Kept, Size
 from numprune.target import Sizes
 from numprune.time_allocation import measured_sizes
 from numprune.time_budget import TimeBudget
+
+K = TypeVar("K", float, tuple[float, float])
 
 ALLOCATIONS = ("error", "uniform")
 
@@ -72,7 +76,7 @@ def rounded(constraint: Constraint, masks: Masks, options: PruneOptions) -> Choi
     over all blocks, corrected for alignment, floors and whole steps.
 
     With masks on the residual stream, the knapsack is solved at several hidden sizes. The one is chosen at which the
-    removed units and coordinates cost least together.
+    removed units and coordinates cost least together. Lower bounds on the prices say at which it need not be solved.
 
     Raises:
         InputError: like the allocations.
@@ -123,8 +127,40 @@ def _narrowest(
         units = math.fsum(error_at(errors, block, sizes[block.name]) for block in blocks if block.units)
         return max(0.0, round(missing, 9)), units + float(cheapest[len(of_stream) - hidden_size]), sizes
 
-    hidden_size = cheapest_of(hidden_sizes(constraint.anatomy, options.target), lambda size: at(size)[:2])
+    bound = _bound(constraint, options, errors)
+
+    def at_least(hidden_size: int) -> tuple[float, float]:
+        """Return a lower bound on `at`, a millionth lower for rounding errors."""
+        return 0.0, (1 - 1e-6) * bound(hidden_size) + float(cheapest[len(of_stream) - hidden_size])
+
+    sizes = hidden_sizes(constraint.anatomy, options.target)
+    hidden_size = cheapest_of(sizes, lambda size: at(size)[:2], at_least)
     return at(hidden_size)[2], hidden_size
+
+
+def _bound(constraint: Constraint, options: PruneOptions, errors: Errors) -> Callable[[int], float]:
+    """Return a function that gives a lower bound on the price of the removed units at a hidden size."""
+    allowed = sizes_under(constraint, replace(options, allocation="error"))  # `uniform` has no others
+    blocks = [block for block in constraint.anatomy.blocks if block.units]
+    prices = padded([[error_at(errors, block, size) for size in allowed[block.name]] for block in blocks], math.inf)
+
+    def savings(one: Constraint) -> Tensor:
+        return padded(
+            [
+                [one.cost(block, block.size) - one.cost(block, size) for size in allowed[block.name]]
+                for block in one.anatomy.blocks
+                if block.units
+            ],
+            0.0,
+        )
+
+    thin, wide = savings(constraint.narrowed(0)), savings(constraint)  # they are linear in the hidden size
+
+    def bound(hidden_size: int) -> float:
+        wanted = under(constraint, options, hidden_size).ratio * constraint.narrowed(hidden_size).whole
+        return lower_bound(thin + hidden_size / constraint.anatomy.hidden_size * (wide - thin), prices, wanted)
+
+    return bound
 
 
 def under(constraint: Constraint, options: PruneOptions, hidden_size: int) -> PruneOptions:
@@ -133,16 +169,23 @@ def under(constraint: Constraint, options: PruneOptions, hidden_size: int) -> Pr
     return replace(options, ratio=ratio_beside(options.ratio, constraint.whole, left))
 
 
-def cheapest_of(sizes: Sequence[int], price: Callable[[int], float | tuple[float, ...]]) -> int:
+def cheapest_of(sizes: Sequence[int], price: Callable[[int], K], least: Callable[[int], K]) -> int:
     """Return the cheapest of ascending sizes, the largest of equal ones.
 
-    With many sizes, every n-th is tried, and then those around the cheapest: prices fall and then rise.
+    With many sizes, every n-th is tried, and then those around the cheapest: prices fall and then rise. Sizes that cost
+    more than the cheapest so far by `least`, a lower bound on the price, are left out.
     """
-    low, high = 0, len(sizes) - 1
+    low: int = 0
+    high: int = len(sizes) - 1
     while True:
-        step = max(1, (high - low) // _TRIED)
-        tried = sorted({*range(high, low - 1, -step), low}, reverse=True)
-        best = min(tried, key=lambda index: price(sizes[index]))
+        step: int = max(1, (high - low) // _TRIED)
+        tried = {*range(high, low - 1, -step), low}
+        found: list[tuple[K, int]] = []
+        for bound, index in sorted((least(sizes[index]), -index) for index in tried):
+            if found and bound > min(found)[0]:
+                break
+            found.append((price(sizes[-index]), index))
+        best = -min(found)[1]
         if step == 1:
             return sizes[best]
         low, high = max(low, best - step), min(high, best + step)

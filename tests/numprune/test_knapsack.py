@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from numprune import knapsack as knapsacks
-from numprune.knapsack import knapsack
+from numprune.knapsack import knapsack, lower_bound, padded
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 7, 20, 33])
@@ -84,3 +84,27 @@ def test_what_shares_cannot_reach_is_reached(monkeypatch):
         chosen = knapsack(savings, prices, wanted)
         assert sum(row[option] for row, option in zip(savings, chosen, strict=True)) >= wanted
         assert math.isfinite(sum(row[option] for row, option in zip(prices, chosen, strict=True)))
+
+
+def test_the_lower_bound_is_the_optimum_with_fractions():
+    saved = padded([[10, 6, 5, 0], [6, 0]], 0.0)
+    priced = padded([[9.0, 4.0, 3.9, 0.0], [6.0, 0.0]], math.inf)
+    for wanted, least in (
+        (0, 0.0),
+        (3, 3 * 4 / 6),  # of the hull, not through (5, 3.9)
+        (6, 4.0),
+        (9, 4 + 3 * 1),
+        (16, 15.0),
+        (17, math.inf),
+    ):
+        assert lower_bound(saved, priced, wanted) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_choice_costs_less_than_the_lower_bound(seed):
+    savings, prices = tables(seed, 4, 8, 1)
+    for share in (0.1, 0.5, 0.9):
+        wanted = int(share * sum(map(max, savings)))
+        found = knapsack(savings, prices, wanted)
+        price = sum(row[option] for row, option in zip(prices, found, strict=True))
+        assert lower_bound(padded(savings, 0.0), padded(prices, math.inf), wanted) <= price * (1 + 1e-12)

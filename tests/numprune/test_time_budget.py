@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from numprune.allocation import by_error
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
-from numprune.cheapest import Option, linear_bound
 from numprune.curves import error_at
 from numprune.errors import InputError
 from numprune.options import PruneOptions, check_options
@@ -135,18 +134,6 @@ def test_a_block_that_may_go_takes_no_time():
     times = table(lambda block, size: 1.0)  # no size is quicker than another
     chosen = by_time(ANATOMY, TimeBudget(4.5, times, "torch"), allowed, random_errors(2))
     assert sorted(size.units > 0 for size in chosen.values()) == [False, True, True, True]
-
-
-def test_the_linear_bound_is_the_optimum_with_fractions():
-    def options(*pairs):
-        return [Option(None, cost, float(price)) for cost, price in pairs]  # type: ignore[type-var]
-
-    choices = [options((0, 9), (4, 4), (5, 3.9), (10, 0)), options((2, 6), (8, 0))]
-    assert linear_bound(choices, 18) == 0  # all of both
-    assert linear_bound(choices, 15) == pytest.approx(3 * 4 / 6)  # of the hull, not through (5, 3.9)
-    assert linear_bound(choices, 12) == pytest.approx(4)
-    assert linear_bound(choices, 9) == pytest.approx(4 + 3 * 1)
-    assert linear_bound(choices, 2) == pytest.approx(15)
 
 
 def test_only_measured_sizes_are_chosen():

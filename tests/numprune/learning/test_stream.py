@@ -9,7 +9,7 @@ from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
 from numprune.errors import InputError
 from numprune.hidden import outputs_of
-from numprune.learning import check_learning, learn
+from numprune.learning import check_learning, learn, rounding
 from numprune.learning.constraint import Constraint, share_of
 from numprune.learning.masks import Masked, Masks, fold, masked
 from numprune.learning.rounding import cheapest_of, rounded
@@ -200,9 +200,41 @@ def test_the_search_finds_the_least_of_prices_that_fall_and_rise(count):
             asked.append(size)
             return abs(size - least)
 
-        assert cheapest_of(sizes, price) == least
+        assert cheapest_of(sizes, price, lambda _: 0.0) == least
         assert len(set(asked)) < 60
-    assert cheapest_of(sizes, lambda _: 1.0) == sizes[-1]
+        asked.clear()
+        assert cheapest_of(sizes, price, lambda size, least=least: abs(size - least) - 10) == least
+        assert len(set(asked)) <= 15
+    assert cheapest_of(sizes, lambda _: 1.0, lambda _: 0.0) == sizes[-1]
+
+
+@pytest.mark.parametrize(
+    ("allocation", "counted"), [("error", "parameters"), ("error", "flops"), ("uniform", "parameters")]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_bounds_leave_out_hidden_sizes_without_changing_the_choice(seed, allocation, counted, monkeypatch):
+    _, _, _, masks, constraint = build("llama", counted)
+    options = dataclasses.replace(BOTH, ratio=0.3, allocation=allocation)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        masks.log_variance.add_(4 * torch.randn(len(masks.mean), generator=draw) + 2)
+    found, solved = [], []
+    bound, sizes_of = rounding._bound, rounding._sizes
+
+    def counting(narrow, *given):
+        solved.append(narrow.anatomy.hidden_size)
+        return sizes_of(narrow, *given)
+
+    monkeypatch.setattr(rounding, "_sizes", counting)
+    for bounded in (bound, lambda *_: lambda _: 0.0):
+        monkeypatch.setattr(rounding, "_bound", bounded)
+        choice = rounded(constraint, masks, options)
+        found.append((choice.sizes, choice.coordinates.tolist(), len(solved)))
+        solved.clear()
+    (*ours, few), (*theirs, many) = found
+    assert ours == theirs
+    assert few <= many
+    assert few < many or allocation == "uniform"
 
 
 def test_a_finished_training_is_read_again(tmp_path):
