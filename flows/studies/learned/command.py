@@ -94,8 +94,7 @@ def _study(args: argparse.Namespace) -> str:
         options = recover.options_of(distilled)
         require_packages(options)
         recover.check_request(base, base, options)
-    temporary = tempfile.TemporaryDirectory(prefix="numprune-learned-")
-    with nullcontext(args.out) if args.out else temporary as workspace:
+    with nullcontext(args.out) if args.out else tempfile.TemporaryDirectory(prefix="numprune-learned-") as workspace:
         stages.sweep(Path(workspace))
         study = Study(
             Path(workspace),
