@@ -80,6 +80,8 @@ def _study(args: argparse.Namespace) -> str:
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
     except ValueError:
         raise InputError(f"--ratios: {args.ratios!r}; each must be a number") from None
+    if wrong := [ratio for ratio in ratios if not 0 <= ratio < 1]:
+        raise InputError(f"--ratios: {wrong[0]}; each must be at least 0 and under 1")
     each_once("--ratios", ratios)
     each_once("--variants", [str(request) for request in requests])
     base = model_folder(args.model)

@@ -90,6 +90,7 @@ def test_a_line_for_each_method_and_ratio_and_finished_ones_are_not_made_again(
         (["--variants", "faster=many"], "tokens of faster are 'many'"),
         (["--ratios", "half"], "--ratios: 'half'"),
         (["--ratios", "0.99"], "ratio is 0.99"),
+        (["--ratios", "0.3,nan"], "--ratios: nan; each must be at least 0 and under 1"),
         (["--ratios", "0.3,0.30"], "--ratios: 0.3 is given twice"),
         (["--variants", "fast,faster,fast"], "--variants: fast is given twice"),
         (["--variants", "fast,fast=76800"], "--variants: fast is given twice"),
