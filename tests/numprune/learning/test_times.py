@@ -123,7 +123,7 @@ def test_masks_are_rounded_to_the_cheapest_measured_sizes_within_the_budget(seed
     assert milliseconds(times, found.sizes) <= constraint.budget.limit_ms
     assert all(found.sizes[name] in allowed[name] for name in names)
     errors = {block.name: torch.zeros(block.units + 1, block.members).double() for block in ANATOMY.blocks}
-    errors |= {name: _curve(*(part.double() for part in parts)) for name, parts in masks.prices().items()}
+    errors |= {name: _curve(*(part.detach().double() for part in parts)) for name, parts in masks.prices().items()}
 
     def price(sizes):
         return math.fsum(error_at(errors, block, sizes[block.name]) for block in ANATOMY.blocks)
