@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, ParamSpec, TypeVar
 
 from numprune.errors import NumpruneError
@@ -27,6 +28,8 @@ _PRELOADED = ["numprune.flows.preloaded"]
 _CLOSING_S = 10.0
 
 _context = multiprocessing.get_context("forkserver")
+_starting = threading.Lock()  # of the server: starting it changes the environment for a moment
+_running: set[BaseProcess] = set()
 
 
 class ChildDied(NumpruneError):
@@ -50,6 +53,11 @@ def prepare_threads() -> None:
 
 def warm_up() -> None:
     """Start the server now, so that it imports in the background."""
+    with _starting:
+        _start()
+
+
+def _start() -> None:
     prepare_threads()
     _context.set_forkserver_preload(_PRELOADED)
     resource_tracker.ensure_running()  # which would unblock SIGINT
@@ -85,6 +93,7 @@ def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     work = partial(function, *args, **kwargs)
     process = _context.Process(target=_run, args=(theirs, logs.settings(), work), daemon=True)
     process.start()
+    _running.add(process)
     theirs.close()
     try:
         outcome, value = ours.recv()
@@ -93,6 +102,7 @@ def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         name = getattr(function, "__name__", str(function))
         raise ChildDied(f"{name}: its process was ended by {_ending(process.exitcode or 0)}") from None
     finally:
+        _running.discard(process)
         ours.close()  # tells the child to end if it is still alive
         process.join(_CLOSING_S)
         if process.is_alive():
@@ -103,6 +113,12 @@ def call(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     if outcome == "crashed":
         raise ChildFailed(value)
     return value
+
+
+def end_all() -> None:
+    """Kill every child. The calls that wait for them, in whichever thread, raise ChildDied."""
+    for process in tuple(_running):
+        process.kill()
 
 
 def _run(connection: Connection, logging_as: logs.Settings, function: Callable[[], Any]) -> None:

@@ -92,17 +92,26 @@ def to_file(path: Path) -> Iterator[None]:
     """Also append this run's lines to a file as JSON; children write to it, too."""
     handler, run = _file_handler(path), _place.get().run
     handler.addFilter(lambda _record: _place.get().run == run)
+    with informing():
+        _ours.addHandler(handler)
+        try:
+            yield
+        finally:
+            _ours.removeHandler(handler)
+            with suppress(OSError):  # as in `_lost`
+                handler.close()
+
+
+@contextmanager
+def informing() -> Iterator[None]:
+    """Log from INFO up within the body unless a level is set, because a worker's default shows only warnings."""
     before = _ours.level
-    if before == logging.NOTSET:  # INFO unless set lower, because a worker's default shows only warnings
+    if before == logging.NOTSET:
         _ours.setLevel(logging.INFO)
-    _ours.addHandler(handler)
     try:
         yield
     finally:
-        _ours.removeHandler(handler)
         _ours.setLevel(before)
-        with suppress(OSError):  # as in `_lost`
-            handler.close()
 
 
 @contextmanager
@@ -121,9 +130,10 @@ def place() -> Place:
 
 
 def settings() -> Settings:
-    """The current logging settings of this process."""
-    handlers = _ours.handlers
-    files = tuple(Path(handler.baseFilename) for handler in handlers if isinstance(handler, logging.FileHandler))
+    """The current logging settings of this process; of the files, those that get the lines of this thread's run."""
+    handlers, line = _ours.handlers, logging.makeLogRecord({})
+    written = [handler for handler in handlers if isinstance(handler, logging.FileHandler) and handler.filter(line)]
+    files = tuple(Path(handler.baseFilename) for handler in written)
     streams = [handler for handler in handlers if not isinstance(handler, logging.FileHandler)]
     in_json = any(isinstance(handler.formatter, Lines) for handler in streams)
     return Settings("json" if in_json else "human", _ours.getEffectiveLevel(), _place.get(), files)

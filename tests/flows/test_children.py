@@ -5,6 +5,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import psutil
@@ -107,3 +108,15 @@ def _blocked() -> int:
     """The mask of blocked signals."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("SigBlk:")).split()[1], 16)
+
+
+def test_calls_of_several_threads_can_be_ended_together() -> None:
+    with ThreadPoolExecutor(3) as pool:
+        sleeping = [pool.submit(call, time.sleep, 600) for _ in range(2)]
+        assert pool.submit(call, triple, 14).result()[0] == 42
+        while wait(sleeping, timeout=0.1).not_done:
+            children.end_all()
+        for one in sleeping:
+            with pytest.raises(ChildDied, match="SIGKILL"):
+                one.result()
+    assert call(triple, 1)[0] == 3

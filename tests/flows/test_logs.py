@@ -80,3 +80,16 @@ def test_command_errors_are_log_lines() -> None:
     (line,) = map(json.loads, answered.err.splitlines())
     assert (answered.code, answered.out) == (1, "")
     assert (line["level"], line["message"]) == ("ERROR", "error: /nowhere: no run was recorded here")
+
+
+def test_children_of_a_run_write_to_its_own_file_beside_other_runs(tmp_path: Path) -> None:
+    """Several runs in threads of one process, as of a sweep."""
+    with logs.within(run="r1"), logs.to_file(tmp_path / "1"):
+        with logs.within(run="r2"), logs.to_file(tmp_path / "2"):
+            assert logs.settings().files == (tmp_path / "2",)
+            logger.info("second")
+        assert logs.settings().files == (tmp_path / "1",)
+        logger.info("first")
+    for run, message in (("1", "first"), ("2", "second")):
+        (line,) = (tmp_path / run).read_text().splitlines()
+        assert (json.loads(line)["run"], json.loads(line)["message"]) == (f"r{run}", message)
