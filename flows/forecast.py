@@ -179,31 +179,53 @@ def _serving(recipe: Recipe) -> dict[str, Any]:
 
 
 class _Unknown(dict[str, Any]):
-    """Stands in for the result of a missing stage. Stages derived from it do not exist either."""
+    """Stands in for the result of a missing stage. Stages derived from it do not exist either.
+
+    Its digests are those of the stage's inputs with the field's name: they are equal if the real ones would be.
+    """
+
+    def __init__(self, inputs: str) -> None:
+        super().__init__()
+        self.inputs = inputs
 
     def __getattr__(self, name: str) -> str:
-        return ""
+        return f"{name} of {self.inputs}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run would need; `inputs` is the digest of everything that affects it."""
+
+    name: str
+    inputs: str
+    reused: bool
+
+
+def planned(run: Run) -> list[PlannedStage]:
+    """Every stage of the run in order."""
+    found: list[PlannedStage] = []
+
+    def look_up(stage: Stage[R]) -> StageResult[R]:
+        inputs = stages.place_of(run.workspace, stage).digest
+        unknown = StageResult(stage.label, run.workspace, inputs, cast(R, _Unknown(inputs)), False, 0.0, 0, 0)
+        result = stages.find(run.workspace, stage) or unknown
+        found.append(PlannedStage(stage.label, inputs, result.reused))
+        return result
+
+    judge(run, look_up)
+    return found
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
     """Every stage of the run in order: whether it would be reused, and the cost of the last one with its name."""
-    found: list[StageResult[Any]] = []
-
-    def look_up(stage: Stage[R]) -> StageResult[R]:
-        unknown = StageResult(stage.label, run.workspace, "", cast(R, _Unknown()), False, 0.0, 0, 0)
-        result = stages.find(run.workspace, stage) or unknown
-        found.append(result)
-        return result
-
-    judge(run, look_up)
-    before = _former(run.workspace)
+    before = former(run.workspace)
     return [
         {"name": stage.name, "reused": stage.reused, **({} if stage.reused else before.get(stage.name, {}))}
-        for stage in found
+        for stage in planned(run)
     ]
 
 
-def _former(workspace: Path) -> dict[str, dict[str, Any]]:
+def former(workspace: Path) -> dict[str, dict[str, Any]]:
     """Time and memory of earlier runs' stages by name: the last one of each that was computed, not reused."""
     taken: dict[str, dict[str, Any]] = {}
     for run in runs.list_runs(workspace):  # newest first

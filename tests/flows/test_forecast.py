@@ -223,3 +223,15 @@ def test_only_trained_weights_have_gradients_and_moments(tiny: Path, tmp_path: P
     dense = 4 * found["before"]["parameters"]
     assert needed["lora"] == needed["blocks"]
     assert needed["all"] - dense == 4 * (needed["lora"] - dense) > 0
+
+
+def test_missing_stages_are_the_same_if_their_inputs_would_be(tiny: Path, tmp_path: Path) -> None:
+    def planned(*changes: str) -> dict[str, str]:
+        run = checks.prepare(recipe.load(tiny / "recipe.toml", changes), tmp_path / "w")
+        return {stage.name: stage.inputs for stage in forecast.planned(run)}
+
+    one, alike, other = planned(), planned("quantize.group_size=32"), planned("prune.ratio=0.5")
+    for name in ("prune", "export vllm candidate", "quality", "benchmark onnxruntime"):
+        assert one[name] == alike[name] != other[name]
+    assert one["export onnx baseline"] == other["export onnx baseline"]
+    assert len({one["report"], alike["report"], other["report"]}) == 3
