@@ -249,7 +249,7 @@ def probe_attention(run: Run, calibration: StageResult[CalibrationRows]) -> Stag
 
 def time_blocks(run: Run) -> Stage[TimingTable]:
     assert run.recipe.prune.time_allowed is not None
-    return Stage.of(
+    stage = Stage.of(
         "timings",
         "serving",
         bodies.make_timings,
@@ -259,7 +259,8 @@ def time_blocks(run: Run) -> Stage[TimingTable]:
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
         machine={**run.machine, "timings": run.timings_key},  # pruning refuses a table with another key
-    ).on_gpu()
+    )
+    return stage.on_gpu().timed()
 
 
 def prune_within_time(
@@ -269,7 +270,7 @@ def prune_within_time(
     learned: StageResult[LearnedMasks] | None,
 ) -> Stage[TimedCheckpoint]:
     base, plan = _planned(run, learned)
-    return Stage.of(
+    stage = Stage.of(
         "prune",
         "serving",
         bodies.make_pruned_within_time,
@@ -282,7 +283,8 @@ def prune_within_time(
         target=run.recipe.sizes(),
         device=run.device,
         machine=run.machine,
-    ).on_gpu()
+    )
+    return stage.on_gpu().timed()
 
 
 def prune(

@@ -154,7 +154,7 @@ def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, l
         machine=run.machine,
         look=look,
     )
-    return stage.labelled(f"benchmark {runtime}" + (f" look {look}" if look > 1 else "")).on_gpu()
+    return stage.labelled(f"benchmark {runtime}" + (f" look {look}" if look > 1 else "")).on_gpu().timed()
 
 
 def report_on(
@@ -198,6 +198,7 @@ def report_on(
         asked_to_recover=run.recipe.recover,
         parity=parity,
         policy=run.recipe.gates,
+        candidates=run.candidates,
     )
 
 

@@ -37,6 +37,7 @@ class Run:
         machine: description of the machine that timings depend on.
         timings_key: what a table of block latencies measured now would be valid for; empty without a budget of time.
         record: the folder of the run's record.
+        candidates: how many this one is chosen among (see numprune.serving.gates).
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Run:
     timings_key: str = ""
     tasks: Text | None = None
     record: Path | None = None
+    candidates: int = 1
 
     def make(self, stage: Stage[R]) -> StageResult[R]:
         """Return a stage, computed in its own process if missing."""

@@ -92,6 +92,7 @@ class Stage(Generic[R]):
         arguments: of the body. They and the code determine the content, and nothing else may.
         label: its name in logs and tables.
         uses_gpu: whether it uses the run's GPU; such stages run one at a time.
+        measures_time: whether it measures time, which other work on the machine would change.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Stage(Generic[R]):
     arguments: Mapping[str, Any]
     label: str
     uses_gpu: bool = False
+    measures_time: bool = False
 
     @staticmethod
     def of(
@@ -120,6 +122,9 @@ class Stage(Generic[R]):
 
     def on_gpu(self) -> "Stage[R]":
         return replace(self, uses_gpu=True)
+
+    def timed(self) -> "Stage[R]":
+        return replace(self, measures_time=True)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,12 @@ An inconclusive benchmark may be repeated: the new repeats are pooled with the e
 97.5 % bounds, the ends of the two-sided 95 % interval: a candidate at its limit passes within three looks about 7.5 %
 of the time, and 5 % of the time at the first (counted by `python -m numprune.flows.studies.error_rates`).
 
+A report that is one of K candidates, of which the best is published, is judged by bounds of K times smaller error:
+1 - 5 % / K, or 1 - 2.5 % / K from the second look on. Whichever candidate is chosen, by whatever rule and on the same
+measurements, one beyond its limit is then published at most 5 % of the time (Bonferroni's inequality; counted by
+`python -m numprune.flows.studies.error_rates`). Reports have bounds of 95 % and 97.5 % only; the interval's ends are
+moved outwards from the value by t(1 - 5 % / K) / t(97.5 %), for ratios in their logarithms.
+
 A speed ratio has a noise floor f: the baseline against itself lies within 1 ± f. A limit closer to 1 than f is replaced
 by the far edge of the floor, and a result that does not clear it is inconclusive. f falls as 1 / sqrt(repeats), so
 ceil(n (f / |L - 1|)^2) repeats bring it down to the limit.
@@ -47,6 +53,7 @@ EXIT_CODES: Mapping[Outcome, int] = MappingProxyType(
 
 MAXIMUM_POLICY_BYTES = 1 << 20
 
+_LARGEST_EXPONENT = 700.0  # e to this is finite
 _LATER_CONFIDENCE = 0.975  # from the second look on; one-sided
 
 # The value of a candidate equal to the baseline, by the metric's suffix.
@@ -177,16 +184,18 @@ def _judge_gate(data: Mapping[str, Any], gate: Gate) -> GateResult:
     seen: dict[str, Any] = {}  # what is known, even if it is not enough to judge
     try:
         found = resolve(data, gate.metric)
-        looks = looks_of(data, gate.metric)
+        looks, candidates = looks_of(data, gate.metric), data["candidates"]
         floor = noise_floor(data, gate.metric)
-        evidence = _evidence(found, gate, looks, seen)
+        evidence = _evidence(found, gate, looks, candidates, seen)
         chance = seen["power"] = _power(evidence, gate, floor)
         outcome, reason, needed = _decide(evidence, gate.bound, chance)
         if floor is not None:
             seen["noise_floor"] = floor
             outcome, reason, needed = _mind_noise(evidence, gate, floor, (outcome, reason, needed))
-        if looks > 1 and gate.bound != "point":
-            reason += f"; look {looks} of {LOOKS}, judged by {100 * _LATER_CONFIDENCE:g} % bounds"
+        if gate.bound != "point" and (looks, candidates) != (1, 1):
+            told = [f"look {looks} of {LOOKS}"] if looks > 1 else []
+            told += [f"one of {candidates} candidates"] if candidates > 1 else []
+            reason += f"; {', '.join(told)}, judged by {100 * evidence.confidence:.6g} % bounds"
         if isinstance(found, ReportedEstimate) and found.sampling_unit == "window":
             reason += "; its samples are windows of too few documents, so it holds for this text only"
     except UnfitError as why:
@@ -256,7 +265,7 @@ def _repeats_for(floor: float, limit: float, repeats: int | None) -> int | None:
     return math.ceil(needed) if needed < 1e9 else None
 
 
-def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evidence:
+def _evidence(found: Any, gate: Gate, looks: int, candidates: int, seen: dict[str, Any]) -> _Evidence:
     sign = 1 if gate.max is not None else -1
     limit = gate.max if gate.max is not None else gate.min
     assert limit is not None  # Gate has exactly one
@@ -266,7 +275,7 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
         if gate.bound != "point":
             raise UnfitError(f'{gate.metric} is a plain number without an interval; use bound = "point"')
         return _Evidence(sign * number, sign * number, sign * number, sign * limit, None, sign)
-    *judged, confidence = _bounds(found, looks)
+    *judged, confidence = _bounds(found, gate.metric, looks, candidates)
     seen |= {"value": found.value, "interval": judged, "samples": found.samples}
     if isinstance(found, LossDelta):
         seen["unit"] = found.unit
@@ -290,8 +299,18 @@ def _evidence(found: Any, gate: Gate, looks: int, seen: dict[str, Any]) -> _Evid
     return _Evidence(sign * value, bounds[0], bounds[1], sign * limit, found.samples, sign, confidence)
 
 
-def _bounds(found: ReportedEstimate, looks: int) -> tuple[Any, Any, float]:
-    """The one-sided bounds for this look, and their confidence."""
-    if looks == 1:
+def _bounds(found: ReportedEstimate, metric: str, looks: int, candidates: int) -> tuple[Any, Any, float]:
+    """The one-sided bounds for this look of one of so many candidates, and their confidence."""
+    if candidates == 1 and looks == 1:
         return found.ci95_lower, found.ci95_upper, CONFIDENCE
-    return *found.interval95, _LATER_CONFIDENCE
+    value, (low, high) = found.value, found.interval95
+    if candidates == 1:
+        return low, high, _LATER_CONFIDENCE
+    confidence = 1 - (1 - (CONFIDENCE if looks == 1 else _LATER_CONFIDENCE)) / candidates
+    if value is None or low is None or high is None or not 2 <= found.samples <= MAXIMUM:  # refused by the caller
+        return low, high, confidence
+    wider = student(found.samples, confidence) / student(found.samples, _LATER_CONFIDENCE)
+    if _EQUAL.get(path_of(metric).rsplit(".", 1)[-1]) == 1 and min(low, value) > 0:
+        lower, upper = (value * math.exp(min(wider * math.log(end / value), _LARGEST_EXPONENT)) for end in (low, high))
+        return lower, upper, confidence
+    return value + wider * (low - value), value + wider * (high - value), confidence

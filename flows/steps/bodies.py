@@ -529,6 +529,7 @@ def make_report(
     asked_to_recover: Recover,
     parity: Mapping[str, Parity],
     policy: Sequence[Gate],
+    candidates: int,
 ) -> Judgement:
     """Write report.json, report.md, report.html and junit.xml, with the verdict.
 
@@ -539,7 +540,7 @@ def make_report(
         answers: the stages with the answers to tasks of "baseline" and "candidate"; empty without tasks.
         corpus: the name of the text that `quality` is of, where it has one; `corpora`: quality on the others, by name.
         asked, asked_to_learn, asked_to_recover: how the candidate was to be pruned, and trained.
-        policy: the gates.
+        policy: the gates; `candidates`: how many this one is chosen among.
     """
     from numprune.flows.bundle import CHECKPOINT
     from numprune.flows.steps.answers import compare_answers
@@ -586,4 +587,5 @@ def make_report(
         runtime: pooled(runtime, [read_facts(look.path, Timings) for look in looks])
         for runtime, looks in benchmarks.items()
     }
-    return judged(assemble(name, {"name": name, **identity}, sections, timings, price_per_hour), policy, out)
+    report = assemble(name, {"name": name, **identity}, sections, timings, price_per_hour, candidates)
+    return judged(report, policy, out)

@@ -45,6 +45,7 @@ def assemble(
     sections: Mapping[str, Any],
     benchmarks: Mapping[str, Mapping[str, Any]],
     price_per_hour: float | None = None,
+    candidates: int = 1,
 ) -> Report:
     """Assemble a report, not judged yet.
 
@@ -54,6 +55,7 @@ def assemble(
         sections: `pruning`, `sizes`, `quality`, `parity`: those that exist.
         benchmarks: runtime -> result of `run_benchmark`; at least one.
         price_per_hour: of the machine, in any currency.
+        candidates: how many this one is chosen among.
     """
     created = datetime.now(UTC)
     environments = [Environment.model_validate(found["environment"]) for found in benchmarks.values()]
@@ -65,6 +67,7 @@ def assemble(
         speed={runtime: found["speed"] for runtime, found in benchmarks.items()},
         memory={runtime: found["memory"] for runtime, found in benchmarks.items()},
         price_per_hour=price_per_hour,
+        candidates=candidates,
         **sections,
     )
 

@@ -64,6 +64,39 @@ def test_a_repeated_speed_measurement_uses_wider_bounds(report_json: Json, looks
     assert check(report_json, NLL, "ci95_upper", max=nll).outcome == "pass"  # quality is judged as ever
 
 
+@pytest.mark.parametrize(("candidates", "looks"), [(2, 1), (12, 1), (12, 2)])
+def test_one_of_several_candidates_is_judged_by_wider_bounds(report_json: Json, candidates: int, looks: int) -> None:
+    """Bonferroni: a K times smaller error, by Student's quantiles; for ratios in the logarithm."""
+    report_json["speed"]["onnxruntime"]["looks"] = looks
+    alone = check(report_json, NLL, "ci95_upper", max=0.1).interval
+    report_json["candidates"] = candidates
+    loss, ratio = check(report_json, NLL, "ci95_upper", max=0.1), check(report_json, DECODE, "ci95_lower", min=0.5)
+    error, error_of_look = 0.05 / candidates, (0.05 if looks == 1 else 0.025) / candidates
+    delta, speed = report_json["quality"]["loss_delta"], report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]
+    wider = student(delta["samples"], 1 - error) / student(delta["samples"], 0.975)
+    assert loss.interval == pytest.approx(
+        [0.05 + wider * (end - 0.05) for end in delta["interval95"]], rel=1e-12, abs=1e-12
+    )
+    assert alone is not None
+    assert loss.interval is not None
+    assert loss.interval[0] < alone[0] < alone[1] < loss.interval[1]
+    speed = speed["ratio"]
+    wider = student(speed["samples"], 1 - error_of_look) / student(speed["samples"], 0.975)
+    assert ratio.interval is not None
+    for end, bound in zip(speed["interval95"], ratio.interval, strict=True):
+        assert math.log(bound / speed["value"]) == pytest.approx(wider * math.log(end / speed["value"]))
+    assert f"one of {candidates} candidates, judged by {100 * (1 - error):.6g} % bounds" in loss.reason
+    assert check(report_json, "sizes.parameters.ratio", "point", max=0.75).reason == "within the limit"
+
+
+def test_the_number_of_candidates_cannot_be_altered_after_the_verdict(report_json: Json) -> None:
+    report = Report.model_validate({**report_json, "candidates": 12})
+    policy = Policy(gates=(Gate(metric=NLL, bound="ci95_upper", max=0.1),))
+    data = report.judged(judge(report, policy)).to_json()
+    with pytest.raises(ValueError, match="altered after its verdict"):
+        Report.model_validate({**data, "candidates": 1})
+
+
 @pytest.mark.parametrize("looks", [0, 4, 100])
 def test_a_speed_measured_too_often_fails(report_json: Json, looks: int) -> None:
     report_json["speed"]["onnxruntime"]["looks"] = looks

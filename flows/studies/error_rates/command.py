@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from numprune.errors import InputError, NumpruneError
 from numprune.flows.studies.error_rates.count import (
+    ChoiceRates,
     QualityRates,
     RerunRates,
     Share,
     SpeedRates,
     TaskRates,
+    choice_rates,
     quality_rates,
     rerun_rates,
     settled,
@@ -21,6 +23,7 @@ from numprune.flows.studies.error_rates.worlds import MACHINES, TASKS, TEXTS
 from numprune.progress import progress
 from numprune.serving.gates import LOOKS
 
+_MOST_TO_CHOOSE_BY = 100  # documents: resampling more, for many candidates, takes hours
 _EPILOG = """\
   python -m numprune.flows.studies.error_rates
   python -m numprune.flows.studies.error_rates --worlds 200 --documents 20,50 --repeats 6
@@ -47,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--documents", default="20,50,100,400", metavar="N,…", help="of the held-out text")
     parser.add_argument("--items", default="100,500,2000", metavar="N,…", help="of the task")
     parser.add_argument("--repeats", default="6,10,20", metavar="N,…", help="of the benchmark")
+    parser.add_argument("--candidates", default="12", metavar="N,…", help="of a sweep, of which the best is chosen")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     args = parser.parse_args(argv)
     try:
         documents, repeats = _numbers("--documents", args.documents, 5), _numbers("--repeats", args.repeats, 4)
-        items = _numbers("--items", args.items, 20)
+        items, candidates = _numbers("--items", args.items, 20), _numbers("--candidates", args.candidates, 2)
         if args.worlds < 10:
             raise InputError(f"--worlds is {args.worlds}; it must be at least 10")
     except NumpruneError as error:
@@ -60,9 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = [(text, n) for n in documents for text in TEXTS]
     tasks = [(task, n) for n in items for task in TASKS]
     machines = [(machine, n) for n in repeats for machine in MACHINES]
+    choices = [(text, n, k) for k in candidates for n in documents if n <= _MOST_TO_CHOOSE_BY for text in TEXTS]
     sys.stdout.write(
         quality_table(
             quality_rates(text, n, _fewer(args.worlds, n), args.seed) for text, n in progress(texts, "quality", "text")
+        )
+    )
+    sys.stdout.write(
+        choice_table(
+            choice_rates(text, n, k, _fewer(args.worlds, 25 * k), args.seed)
+            for text, n, k in progress(choices, "choices", "text")
         )
     )
     sys.stdout.write(
@@ -97,6 +108,12 @@ def quality_table(rates: Iterable[QualityRates]) -> str:
         for r in rates
     ]
     return _table("NLL difference, candidate's upper bound against a maximum", header, rows)
+
+
+def choice_table(rates: Iterable[ChoiceRates]) -> str:
+    header = "candidates | documents | world | all exactly at the limit: one passes | without the correction"
+    rows = [f"{r.candidates} | {r.documents} | {r.world} | {_cell(r.passes)} | {_cell(r.uncorrected)}" for r in rates]
+    return _table("NLL difference of the best of several candidates", header, rows)
 
 
 def task_table(rates: Iterable[TaskRates]) -> str:

@@ -111,6 +111,25 @@ class RerunRates:
     equal_passes: tuple[Share, ...]
 
 
+@dataclass(frozen=True)
+class ChoiceRates:
+    """One world of text with a number of documents, on which the best of several candidates is chosen.
+
+    All of them are exactly at the limit, and any that passes may be the best. Their differences are independent, which
+    is the least favourable case: on the same documents candidates pass together.
+
+    Attributes:
+        passes: one of the candidates passes.
+        uncorrected: one of them passes by bounds that do not allow for their number.
+    """
+
+    world: str
+    documents: int
+    candidates: int
+    passes: Share
+    uncorrected: Share
+
+
 def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> QualityRates:
     """Draw `worlds` sets of documents and judge each."""
     generator = np.random.default_rng([seed, documents])
@@ -130,6 +149,19 @@ def quality_rates(text: Text, documents: int, worlds: int, seed: int) -> Quality
         _share(gate.outcome == "pass" for gate in equal),
         float(np.mean([gate.power for gate in equal])),
     )
+
+
+def choice_rates(text: Text, documents: int, candidates: int, worlds: int, seed: int) -> ChoiceRates:
+    """Draw `worlds` sets of candidates, and judge all."""
+    generator = np.random.default_rng([seed, documents, candidates])
+    passes: list[bool] = []
+    uncorrected: list[bool] = []
+    for _ in range(worlds):
+        alone = [quality_report(*text.draw(generator, documents)) for _ in range(candidates)]
+        of_several = [report.model_copy(update={"candidates": candidates}) for report in alone]
+        for reports, found in ((of_several, passes), (alone, uncorrected)):
+            found.append(any(_judge(report, _at_most(0.0))[0].outcome == "pass" for report in reports))
+    return ChoiceRates(text.name, documents, candidates, _share(passes), _share(uncorrected))
 
 
 def task_rates(world: Items, items: int, worlds: int, seed: int) -> TaskRates:

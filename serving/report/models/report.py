@@ -20,7 +20,7 @@ class AnyReport(Model):
     """The part common to all report schemas: everything but the version and the section `quality`.
 
     Sections that a run did not measure are absent, and every gate on them fails. `price_per_hour`: of the serving
-    machine, in the user's currency.
+    machine, in the user's currency. `candidates`: how many this one is chosen among; gates take account of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
@@ -36,6 +36,7 @@ class AnyReport(Model):
     quantization: Quantization | None = None
     sizes: Sizes | None = None
     price_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    candidates: Annotated[int, Field(strict=True, ge=1, lt=2**31)] = 1
     quality: Any = None
     tasks: dict[TaskId, dict[AccuracyMetric, TaskAccuracy]] = Field(default={})
     speed: dict[Runtime, RuntimeSpeed] = Field(default={})

@@ -17,22 +17,28 @@ def section(report: Report) -> Section:
     if report.verdict is None:
         return Section("gates", "Gates", [Text("No policy was applied.", "absent")])
     gates = report.verdict.gates
+    of_several = report.candidates > 1
+    bounds = "One-sided bounds" if of_several else "One-sided 95 % bounds"
     blocks: list[Block] = [
-        Text("Hatched: the forbidden range. The bar spans the one-sided 95 % bounds; grey is the noise floor.")
+        Text(f"Hatched: the forbidden range. The bar spans the {bounds.lower()}; grey is the noise floor.")
     ]
+    if of_several:
+        blocks.append(
+            Text(f"One of {report.candidates:,} candidates: the bounds are wide enough for choosing the best of them.")
+        )
     for index, gate in enumerate(gates[:_MAXIMUM]):
-        blocks += _gate(index, gate)
+        blocks += _gate(index, gate, bounds)
     if len(gates) > _MAXIMUM:
         blocks.append(Text(f"{len(gates) - _MAXIMUM} more gates are in report.json.", "absent"))
     return Section("gates", "Gates", blocks)
 
 
-def _gate(index: int, gate: GateResult) -> Iterator[Block]:
+def _gate(index: int, gate: GateResult, bounds: str) -> Iterator[Block]:
     yield Heading(f"{MARKS[gate.outcome]} {words.metric(gate.metric, gate.unit)}: {gate.outcome}")
     items: list[tuple[str, Cell | str]] = [
         ("Rule", rule(gate)),
         ("Value", words.number(gate.value) if gate.value is not None else "not measured"),
-        *([("One-sided 95 % bounds", words.span(*gate.interval))] if gate.interval else []),
+        *([(bounds, words.span(*gate.interval))] if gate.interval else []),
         *([("Samples", f"{gate.samples:,}")] if gate.samples is not None else []),
         *([("Samples needed for a verdict", f"{gate.samples_needed:,}")] if gate.samples_needed is not None else []),
         *(
