@@ -63,31 +63,32 @@ def is_free(path: Path) -> bool:
 
 
 @contextmanager
-def held(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
+def held(path: Path, *, timeout_s: float | None = None, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a file; the file and its folder are created if missing.
 
     Args:
         timeout_s: give up after this time; None waits forever, 0 does not wait.
+        shared: with all others that share it.
 
     Raises Held, DiskError (a file system without locks), OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = open_file(path)
     try:
-        _acquire_within(handle, path, timeout_s)
+        _acquire_within(handle, path, timeout_s, shared)
         yield
     finally:
         os.close(handle)
 
 
-def _acquire_within(handle: int, path: Path, timeout_s: float | None) -> None:
+def _acquire_within(handle: int, path: Path, timeout_s: float | None, shared: bool) -> None:
     if timeout_s is None:
-        acquire(handle, path)
+        acquire(handle, path, shared=shared)
         return
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            acquire(handle, path, wait=False)
+            acquire(handle, path, wait=False, shared=shared)
             return
         except Held:
             if time.monotonic() >= deadline:

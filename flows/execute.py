@@ -45,13 +45,13 @@ def publish(
     return release, children.call(publishing.publish, run.workspace, registry.uri, release, registry.name)
 
 
-def execute(run: Run, source: Path, make: MakeStage = Run.make, publish: Publish = publish) -> dict[str, Any]:
+def execute(run: Run, source: Path, make: MakeStage = Run.make, publish: Publish | None = publish) -> dict[str, Any]:
     """Take every stage of a run, publish what passes, and return what `summary.summarize` gives.
 
     Args:
         source: the recipe's file, for the record.
         make: of single stages.
-        publish: what passed.
+        publish: what passed; None: nothing is published.
     """
     stages.sweep(run.workspace)
     with (
@@ -66,7 +66,7 @@ def execute(run: Run, source: Path, make: MakeStage = Run.make, publish: Publish
 # --- details --------------------------------------------------------------------------------------
 
 
-def _chain(run: Run, recording: Recording, make: MakeStage, publish: Publish) -> dict[str, Any]:
+def _chain(run: Run, recording: Recording, make: MakeStage, publish: Publish | None) -> dict[str, Any]:
     done: list[StageResult[Any]] = []
 
     def take(stage: Stage[R]) -> StageResult[R]:
@@ -78,7 +78,7 @@ def _chain(run: Run, recording: Recording, make: MakeStage, publish: Publish) ->
     judged = judge(run, take)
     outcome = judged.report.facts.outcome
     release = version = None
-    if outcome == "pass":
+    if outcome == "pass" and publish is not None:
         release, version = publish(run, judged.parts, judged.report, judged.answers)
     _discard_disturbed(judged.looks.values())
     recording.judged(outcome, judged.report.path, release, version)

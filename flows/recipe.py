@@ -180,6 +180,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def assignment(key: str, value: Any) -> str:
+    """The override that gives `section.key` this value."""
+    return f"{key}={to_text(value)}"
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
@@ -200,7 +205,7 @@ def _override(data: dict[str, Any], override: str) -> str | None:
     parts = key.strip().split(".")
     if not separator or not (parts == ["gates"] or (len(parts) == 2 and all(parts))):
         return f"--set {override}: must be section.key=value, or gates=[…]"
-    value = _value(text)
+    value = value_of(text)
     if parts == ["gates"]:
         data["gates"] = value
         return None
@@ -212,7 +217,7 @@ def _override(data: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """`text` as a TOML value; anything else is a plain string, so that a shell needs no second pair of quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
@@ -258,11 +263,12 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
 
 
 def _lines(section: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml(value)}" for key, value in section.items()]
+    return [f"{key} = {to_text(value)}" for key, value in section.items()]
 
 
-def _toml(value: Any) -> str:
+def to_text(value: Any) -> str:
+    """A value in TOML."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml(key)} = {_toml(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{to_text(key)} = {to_text(item)}' for key, item in value.items())}}}"
     # JSON's strings, numbers, booleans and arrays are valid TOML, except that TOML requires DEL to be escaped.
     return json.dumps(value, ensure_ascii=False).replace(chr(127), chr(92) + "u007f")

@@ -40,6 +40,7 @@ from numprune.flows.cli import (
     rollout,
     runs,
     serve,
+    sweep,
     tasks,
     timings,
 )
@@ -48,6 +49,7 @@ from numprune.serving import loopback
 
 COMMANDS = (
     optimize,
+    sweep,
     learn,
     prune,
     recover,

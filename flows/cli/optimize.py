@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from numprune.export.imports import uncollected
-from numprune.flows.cli.parser import Answer, Subcommands, add_workspace, command
+from numprune.flows.cli.parser import Answer, Subcommands, add_recipe, command
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def add(commands: Subcommands) -> None:
         "numprune optimize my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
     parser.add_argument("--dry-run", action="store_true", help="only show what the run would do, like `numprune plan`")
-    _add_recipe(parser)
+    add_recipe(parser)
 
     parser = command(
         commands,
@@ -31,28 +31,7 @@ def add(commands: Subcommands) -> None:
         "show what a run of a recipe would do, without running it",
         "numprune plan my.toml --set prune.ratio=0.2 --workspace /data/numprune",
     )
-    _add_recipe(parser)
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: the small embedded model)")
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        dest="overrides",
-        type=_assignment,
-        metavar="SECTION.KEY=VALUE",
-        help="override keys of the recipe, like prune.ratio=0.2; may be repeated (default: none)",
-    )
-    add_workspace(parser)
-
-
-def _assignment(text: str) -> str:
-    if "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} must be section.key=value")
-    return text
+    add_recipe(parser)
 
 
 def plan(args: argparse.Namespace) -> Answer:

@@ -214,6 +214,28 @@ def add_workspace(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe, `--set` and `--workspace`."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a TOML file (default: the small embedded model)")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        type=_assignment,
+        metavar="SECTION.KEY=VALUE",
+        help="override keys of the recipe, like prune.ratio=0.2; may be repeated (default: none)",
+    )
+    add_workspace(parser)
+
+
+def _assignment(text: str) -> str:
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be section.key=value")
+    return text
+
+
 def add_registry(parser: argparse.ArgumentParser) -> None:
     """Add `--workspace` and `--uri`."""
     add_workspace(parser)

@@ -71,6 +71,26 @@ def test_a_run_on_a_server_ends_as_one_without(server: None, numprune: Command, 
         assert {"numprune-summary", "numprune-report", "numprune-report-link"} <= keys
 
 
+def test_a_sweep_on_a_server_is_a_flow_with_a_task_for_each_candidate(
+    server: None, numprune: Command, tiny: Path, workspace: Path
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    _, *words = command(tiny / "recipe.toml", workspace)
+    grid = ["--grid", "quantize.group_size=32,64", "--choose", "smallest", "--workers", "2"]
+    answered = numprune("sweep", *grid, *words)
+    assert answered.code in (0, 4), answered.err
+    with get_client(sync_client=True) as client:
+        (flow_run,) = [run for run in client.read_flow_runs() if run.name and run.parameters.get("grid")]
+        tasks = [run.name for run in client.read_task_runs() if run.flow_run_id == flow_run.id]
+    assert flow_run.parameters["grid"] == {"quantize.group_size": [32, 64]}
+    assert flow_run.state is not None
+    assert flow_run.state.is_completed() == (answered.code == 0)
+    assert sum(name.startswith("candidate-") for name in tasks) == 2
+    assert sum(name.startswith("calibration-") for name in tasks) >= 2
+    assert answered.json["candidates"][0]["outcome"] != "error"
+
+
 def test_a_recipe_that_cannot_be_done_is_refused_in_the_same_words(
     server: None, numprune: Command, tiny: Path, tmp_path: Path
 ) -> None:

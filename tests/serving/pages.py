@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
-from numprune.serving import gates
+from numprune.serving import front, gates
+from numprune.serving.front import Estimate, Point
 from numprune.serving.report import UNITS, Report
+from numprune.serving.report.page.sweep import Row
 from tests.serving.conftest import COMPLETE, Json, estimate
 
 POLICY = [
@@ -174,3 +176,33 @@ class Parsed(HTMLParser):
 
     def named(self, *tags: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.elements if tag in tags]
+
+
+AXES = ("NLL difference, nats/token", "Decode tokens/s, ratio (onnxruntime)", "Weight bytes, ratio")
+
+
+def swept(count: int) -> list[Row]:
+    """The candidates of a sweep: they trade loss for bytes and speed, the last one failed, and the third is chosen."""
+
+    def at(index: int) -> Point:
+        loss, speed = 0.02 + 0.01 * index + 0.05 * (index % 3 == 1), 1.05 + 0.03 * index
+        return Point(
+            Estimate(loss, loss - 0.008, loss + 0.008),
+            Estimate(speed, speed - 0.02, speed + 0.02),
+            Estimate(*[0.95 - 0.04 * (index - index % 3)] * 3),
+        )
+
+    points = [*map(at, range(count - 1)), None]
+    return [
+        Row(
+            number=index + 1,
+            label=f"prune.ratio = {0.05 * (index + 1):.2f}, quantize.scheme = none",
+            outcome="pass" if point else "error",
+            note="" if point else "data.samples = 99999: the text has 12 full rows",
+            link=f"report-{index + 1}/report.html" if point else "",
+            point=point,
+            on_front=is_on,
+            chosen=index == 2,
+        )
+        for index, (point, is_on) in enumerate(zip(points, front.on_front(points), strict=True))
+    ]

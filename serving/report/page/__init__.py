@@ -37,7 +37,7 @@ def html(report: Report) -> str:
         *([served] if (served := speed.served(report)) else []),
         identity.section(report),
     ]
-    return _render("report.html", report=report, verdict=verdict(report), sections=sections)
+    return render("report.html", report=report, verdict=verdict(report), sections=sections)
 
 
 def comparison(reports: Sequence[tuple[str, Report]]) -> str:
@@ -45,7 +45,7 @@ def comparison(reports: Sequence[tuple[str, Report]]) -> str:
     if not 2 <= len(reports) <= MAXIMUM_REPORTS:
         raise ValueError(f"{len(reports)} reports; the number must be from 2 to {MAXIMUM_REPORTS}")
     entries = side_by_side.entries(reports)
-    return _render("comparison.html", entries=entries, sections=side_by_side.sections(entries))
+    return render("comparison.html", entries=entries, sections=side_by_side.sections(entries))
 
 
 def differences(reports: Sequence[Report]) -> list[tuple[str, str]]:
@@ -53,7 +53,8 @@ def differences(reports: Sequence[Report]) -> list[tuple[str, str]]:
     return [(item.name, item.consequence) for item, _ in side_by_side.differences(reports)]
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page of ours."""
     environment, style, policy = _environment()
     return environment.get_template(template).render(style=style, policy=policy, **values)
 

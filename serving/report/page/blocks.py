@@ -10,11 +10,12 @@ Tone = str  # "" or a class of page.css: "pass", "fail", "inconclusive", "code"
 
 @dataclass(frozen=True)
 class Cell:
-    """`note` is shown in small print below `text`, line by line."""
+    """`note` is shown in small print below `text`, line by line; `link`: a relative URL, of ours, of `text`."""
 
     text: str
     note: str = ""
     tone: Tone = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)

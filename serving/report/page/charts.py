@@ -15,12 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from numprune.serving.front import Estimate
 from numprune.serving.report import words
 from numprune.serving.report.page.ink import (
     BAD,
     BAND,
     BASELINE,
     CANDIDATE,
+    GRID,
     INK,
     MUTED,
     drawable,
@@ -161,6 +163,56 @@ def histogram(key: str, title: str, values: Sequence[float], mean: float | None,
         axes.set_xlabel(axis)
 
     return picture(key, title, 170, draw)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A candidate by two figures; `label` is a link if there is one."""
+
+    label: str
+    x: Estimate
+    y: Estimate
+    on_front: bool
+    chosen: bool
+    link: str = ""
+
+
+def scatter(key: str, title: str, spots: Sequence[Spot], x_axis: str, y_axis: str) -> Markup | None:
+    """Candidates with both of their intervals; lines for the unpruned model, of ratio 1 and no loss."""
+    columns = [1.0, *(end for spot in spots for end in (spot.x.low, spot.x.value, spot.x.high))]
+    heights = [0.0, *(end for spot in spots for end in (spot.y.low, spot.y.value, spot.y.high))]
+    if not spots or len(spots) > MAXIMUM_DOTS or not drawable(columns, heights):
+        return None
+    left, right = padded(min(columns), max(columns))
+    bottom, top = padded(min(heights), max(heights))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot(xlim=(left, right), ylim=(bottom, top))
+        axes.axvline(1, color=GRID, linewidth=1.2)
+        axes.axhline(0, color=GRID, linewidth=1.2)
+        for spot in spots:
+            colour, fill = (CANDIDATE, CANDIDATE) if spot.on_front else (MUTED, "none")
+            across = [spot.x.low, spot.x.high], [spot.y.value] * 2
+            upwards = [spot.x.value] * 2, [spot.y.low, spot.y.high]
+            for xs, ys in (across, upwards):
+                axes.plot(xs, ys, color=colour, linewidth=1.5, alpha=0.55)
+            axes.plot([spot.x.value], [spot.y.value], "D", color=colour, markerfacecolor=fill, markersize=5.5)
+            if spot.chosen:
+                axes.plot([spot.x.value], [spot.y.value], "o", color=INK, markerfacecolor="none", markersize=14)
+            axes.annotate(
+                spot.label,
+                (spot.x.value, spot.y.value),
+                (5, 4),
+                textcoords="offset points",
+                url=spot.link or None,
+                color=INK,
+            )
+        _ticks(axes.xaxis)
+        _ticks(axes.yaxis)
+        axes.set_xlabel(x_axis)
+        axes.set_title(y_axis)
+
+    return picture(key, title, 260, draw)
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,15 @@ def _attributes(element: ET.Element, key: str) -> dict[str, str]:
                 if element.tag in ("path", "clipPath", "pattern"):  # other ids are not referenced
                     found["id"] = f"{key}-{value}"
             case "href":
-                found["href"] = f"#{key}-{value[1:]}"
+                found["href"] = f"#{key}-{value[1:]}" if value.startswith("#") else value  # a link of ours
             case "clip-path":
                 found["clip-path"] = _referring(value, key)
             case "style":
                 found |= _properties(value, key)
             case "d":
                 found["d"] = " ".join(_shorter(value).split())
+            case "target":  # of a link, which opens like those of the tables
+                pass
             case "transform" if value.startswith("rotate(-0 "):
                 pass
             case "fill" | "stroke" as plain:
