@@ -37,6 +37,7 @@ _PIPELINES = {
     "masked-lm": "fill-mask",
     "classification": "text-classification",
     "embedding": "feature-extraction",
+    "image-classification": "image-classification",
 }
 
 
@@ -72,13 +73,14 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
     licence = "under the base model's licence" if "license" in metadata else "see the licence of the base model"
     removed = 1 - after.prunable_parameters / before.prunable_parameters
     calibration = plan.calibration
+    row_name = "images" if task == "image-classification" else "rows"
     rows = [
         ("base model", shown),
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
         ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
         *([("hidden size", f"{plan.hidden.size:,} → {len(plan.hidden.kept):,}")] if plan.hidden else []),
-        ("calibration", f"{calibration.rows:,} rows of {calibration.sequence_length:,} tokens"),
+        ("calibration", f"{calibration.rows:,} {row_name} of {calibration.sequence_length:,} tokens"),
         (TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
         (PRECISION, name_of(config.dtype)),
@@ -93,7 +95,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             "| | |\n| --- | --- |",
             *(row(key, value) for key, value in rows),
             f"\n{QUALITY}\n{UNMEASURED}",
-            _use(AUTO_OF[task].__name__, per_layer) + _serve(folder),
+            _use(AUTO_OF[task].__name__, task == "image-classification", per_layer) + _serve(folder),
         ]
     )
 
@@ -106,17 +108,18 @@ def _asked(plan: Plan) -> str:
     return f"to meet a budget of {plan.budget.limit:,} bytes of weights"
 
 
-def _use(auto_class: str, per_layer: bool) -> str:
+def _use(auto_class: str, images: bool, per_layer: bool) -> str:
     needs = (
         "Layers differ in size, so transformers needs numprune to load it.\n\n"
         if per_layer
         else "This is a stock architecture: transformers loads it without numprune.\n\n"
     )
     imports = "import numprune.modeling\n" if per_layer else ""
+    reader, reads = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
     return (
-        f"{USE}{needs}```python\n{imports}from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"{USE}{needs}```python\n{imports}from transformers import {auto_class}, {reader}\n\n"
         f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        f'{reads} = {reader}.from_pretrained(".")\n```\n\n'
     )
 
 

@@ -28,7 +28,7 @@ from numprune.export.config import copy_config, read_config, write_config
 from numprune.export.files import CARD, carry, resolve
 from numprune.export.headers import TensorHeader, current_name, read_headers, weight_bytes
 from numprune.export.shards import SHARD_BYTES, writing
-from numprune.export.tokenizer import load_tokenizer
+from numprune.export.tokenizer import load_tokenizer, text_tokenizer
 from numprune.export.weights import dtypes_of, main_dtype, read_rows, slabs
 from numprune.modeling import AUTO_OF
 from numprune.plans import PLAN_FILE
@@ -43,6 +43,7 @@ __all__ = [
     "check_vocabulary",
     "copy_around_weights",
     "load",
+    "load_model",
     "load_tokenizer",
     "put_together",
     "quantized",
@@ -52,6 +53,7 @@ __all__ = [
     "save",
     "save_around_weights",
     "save_trained",
+    "text_tokenizer",
     "weight_bytes",
 ]
 
@@ -59,7 +61,15 @@ __all__ = [
 def load(
     model: str | Path, dtype: torch.dtype = torch.float32, *, rounds_inputs: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in `dtype`, in evaluation mode with its family's attention implementation, and its tokenizer.
+    """Return a model that reads text, as `load_model` does, and its tokenizer. Raises like it."""
+    loaded, tokenizer = _load(model, dtype, rounds_inputs)
+    if tokenizer is None:
+        raise InputError(f"{model}: the model reads images; give one that reads text")
+    return loaded, tokenizer
+
+
+def load_model(model: str | Path, dtype: torch.dtype = torch.float32, *, rounds_inputs: bool = True) -> PreTrainedModel:
+    """Return a model in `dtype`, in evaluation mode with its family's attention implementation.
 
     No code from the folder is run, and only safetensors are read. Quantized layers round their inputs if their scheme
     does, unless `rounds_inputs` is False.
@@ -68,9 +78,15 @@ def load(
         InputError: a file is missing or malformed, or the architecture is not supported.
         IntegrityError: stored tensors contradict the configuration (see `audit`), or are not finite.
     """
+    return _load(model, dtype, rounds_inputs)[0]
+
+
+def _load(
+    model: str | Path, dtype: torch.dtype, rounds_inputs: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     folder = resolve(model)
     stored = audit(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = text_tokenizer(folder)
     config = read_config(folder)
     schemes = quantized(stored)
     loaded = _dequantized(config, stored, dtype) if schemes else _stock(folder, config, dtype)
@@ -142,9 +158,9 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Raise InputError if the tokenizer has tokens that the model lacks."""
-    if tokenizer.vocab_size > config.vocab_size:  # without added tokens, which need not occur
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase | None, config: Any) -> None:
+    """Raise InputError if the tokenizer has tokens that the model lacks; None: the model reads images."""
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:  # without added tokens, which need not occur
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json says vocab_size="
             f"{config.vocab_size}; they do not belong together"

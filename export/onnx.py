@@ -88,7 +88,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
         else:
             from numprune.export.onnx_traced import trace
 
-            model = checkpoint.load(source, DTYPES[dtype])[0]
+            model = checkpoint.load_model(source, DTYPES[dtype])
             trace(model, load_task(source), folder / MODEL_FILE, opset, metadata)
         checkpoint.copy_around_weights(config, source, folder)
     return manifest.read(out)

@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from numprune.anatomy import read_anatomy
+from numprune.anatomy import image_shape, read_anatomy
 from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.export.onnx_experts import EXPERTS
 from numprune.export.onnx_graph import DATA_FILE, INLINE_BYTES, PAGE_BYTES, check
+from numprune.layers import PIXELS
 from numprune.tasks import Task
 from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
+from numprune.tasks.image_classification import ImageClassification
 
 # Attention as plain matrix products: it supports soft-capping and sinks, and its mask leaves no row empty, whose
 # softmax would be NaN.
@@ -74,6 +76,8 @@ class _FlatEncoder(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs, inputs, strict=True))
+        if PIXELS in named:
+            named[PIXELS] = named[PIXELS].to(self.model.dtype)
         output = self.model(**named)
         if isinstance(self.task, Embedding):
             hidden = output.last_hidden_state
@@ -85,7 +89,8 @@ def trace(model: PreTrainedModel, task: Task, path: Path, opset: int, metadata: 
     """Write the graph of `model`, in its precision, to `path`, and its weights to one data file beside it.
 
     A decoder's inputs and outputs are those of `onnx_decoder.write_decoder`. Inputs of an encoder: input_ids and
-    attention_mask (B, S; 1 = token, 0 = padding), and token_type_ids (B, S) where the model tells them apart. Outputs:
+    attention_mask (B, S; 1 = token, 0 = padding), and token_type_ids (B, S) where the model tells them apart, or of one
+    that reads images, pixel_values (B, C, height, width) float32 in any precision, of which only B is dynamic. Outputs:
     logits (B, S, V) of a masked language model, logits (B, classes) of a classifier, or last_hidden_state (B, S, H) and
     sentence_embedding (B, H), pooled and normalised as the checkpoint declares.
 
@@ -137,6 +142,8 @@ def _decoder_ports(anatomy: Anatomy) -> tuple[dict[str, Dims], dict[str, Dims]]:
 
 def _encoder_ports(config: Any, task: Task) -> tuple[dict[str, Dims], dict[str, Dims]]:
     """Names and dimensions of an encoder's inputs and outputs."""
+    if isinstance(task, ImageClassification):
+        return {PIXELS: ("batch", *image_shape(config))}, {"logits": ("batch", config.num_labels)}
     tokens: Dims = ("batch", "sequence")
     inputs = {"input_ids": tokens, "attention_mask": tokens}
     if getattr(config, "type_vocab_size", 0) > 1:
@@ -152,12 +159,16 @@ def _encoder_ports(config: Any, task: Task) -> tuple[dict[str, Dims], dict[str, 
 def _traced(
     module: nn.Module, inputs: Mapping[str, Dims], outputs: Mapping[str, Dims], opset: int, dtype: torch.dtype
 ) -> onnx_ir.Model:
-    """Return the graph of `module`, which takes `inputs`: int64 where all dimensions have names, otherwise `dtype`."""
+    """Return the graph of `module`, which takes `inputs`.
+
+    They are int64 where all dimensions have names, otherwise `dtype`, except images, which are float32.
+    """
     samples = []
-    for dims in inputs.values():
+    for name, dims in inputs.items():
         shape = [_TRACED[dim] if isinstance(dim, str) else dim for dim in dims]
         integers = all(isinstance(dim, str) for dim in dims)
-        samples.append(torch.ones(shape, dtype=torch.int64 if integers else dtype))
+        floats = torch.float32 if name == PIXELS else dtype
+        samples.append(torch.ones(shape, dtype=torch.int64 if integers else floats))
     dynamic = tuple(
         {index: Dim.DYNAMIC for index, dim in enumerate(dims) if isinstance(dim, str)} for dims in inputs.values()
     )

@@ -1,9 +1,9 @@
-"""Proof that a runtime computes what an encoder's checkpoint computes: single texts, batched and padded.
+"""Proof that a runtime computes what an encoder's checkpoint computes: single texts or images, and batched.
 
-The reference runs every text alone in PyTorch, float32. The candidate runs each text alone, and all of them in one
-batch, padded on the right. The tolerance of a text is that of `parity`: `FLOOR`, or `FACTOR` times the reference's own
-float32 error on it. In half precision, `noise` is applied to all texts together, because one text has few outputs. A
-difference above the tolerance raises ParityError.
+The reference runs every text or image alone in PyTorch, float32. The candidate runs each alone, and all of them in one
+batch, texts padded on the right. The tolerance of a text is that of `parity`: `FLOOR`, or `FACTOR` times the
+reference's own float32 error on it. In half precision, `noise` is applied to all texts together, because one text has
+few outputs. A difference above the tolerance raises ParityError.
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numprune.anatomy import read_anatomy
 from numprune.errors import ParityError
 from numprune.export import checkpoint, float64, manifest, noise
 from numprune.export.noise import Noise
@@ -26,11 +27,12 @@ from numprune.export.tolerance import FLOOR, Allowed, AllowedNoise, Limit
 
 _LENGTHS = (24, 9, 2, 16)  # tokens of each text; different, so that a batch is ragged
 _RANDOM = 16  # of rare tokens
+_DEVIATIONS = (0.25, 0.5, 1.0, 2.0)  # of images
 
 
 @dataclass(frozen=True)
 class Position:
-    """One output value and its position; `padded`: in the batch of all texts."""
+    """One output value and its position; `padded`: in the batch of all texts, which are padded, or of all images."""
 
     padded: bool
     text: str
@@ -45,7 +47,7 @@ class Position:
         return difference if math.isfinite(difference) else math.inf
 
     def __str__(self) -> str:
-        how = "in a padded batch" if self.padded else "alone"
+        how = "in a batch" if self.padded else "alone"
         return f"{self.text} {how}, entry {self.entry}: reference {self.reference:.6g}, candidate {self.candidate:.6g}"
 
 
@@ -80,12 +82,12 @@ def check(
     if (candidate / manifest.FILE_NAME).exists():
         manifest.verify(candidate)
     encoder = TorchEncoder(reference, device=device, threads=threads)
-    texts, padding = _texts(reference, encoder.vocabulary)
+    texts, batch = _texts(reference, encoder.vocabulary) if encoder.image is None else _images(encoder.image)
     expected = {name: encoder.forward(tokens[None])[0] for name, tokens in texts.items()}
     opened = open_encoder(runtime, candidate, device=device, threads=threads, dtype=dtype)
     dtype = opened.describe()["dtype"]
     alone = {name: opened.forward(tokens[None])[0] for name, tokens in texts.items()}
-    batched = dict(zip(texts, opened.forward(*_batch(list(texts.values()), padding)), strict=True))
+    batched = dict(zip(texts, opened.forward(*batch), strict=True))
     if encoder.task.name == "masked-lm":  # an output for each token, including padding
         batched = {name: output[: len(texts[name])] for name, output in batched.items()}
     found = [_compare(name, expected[name], alone[name], batched[name]) for name in texts]
@@ -116,7 +118,7 @@ def check(
         "texts": [
             {
                 "text": name,
-                "tokens": len(tokens),
+                "tokens": read_anatomy(encoder.model.config).tokens_of(tokens.shape),
                 "output_error_max": difference.worst.error,
                 **limit.describe(difference),
             }
@@ -141,15 +143,26 @@ class _Difference:
         return self.worst.error
 
 
-def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], int]:
-    """Return name -> tokens (S,), of tokenized text and of rare tokens, and the padding token."""
+Batch = tuple[Tensor, Tensor | None]  # arguments of `Encoder.forward`
+
+
+def _texts(folder: Path, vocabulary: int) -> tuple[dict[str, Tensor], Batch]:
+    """Return name -> tokens (S,), of tokenized text and of rare tokens, and the batch of all."""
     tokenizer = checkpoint.load_tokenizer(folder)
     found = {
         name: torch.tensor(tokenizer.encode(text, truncation=True, max_length=length))
         for (name, text), length in zip(TEXTS.items(), _LENGTHS, strict=True)
     }
     random = torch.randint(vocabulary, (_RANDOM,), generator=torch.Generator().manual_seed(0))
-    return {**found, "random tokens": random}, tokenizer.pad_token_id or 0
+    found["random tokens"] = random
+    return found, _batch(list(found.values()), tokenizer.pad_token_id or 0)
+
+
+def _images(shape: tuple[int, int, int]) -> tuple[dict[str, Tensor], Batch]:
+    """Return name -> pixel values (C, height, width), with contrasts like those of normalized images, and the batch."""
+    generator = torch.Generator().manual_seed(0)
+    found = {f"noise of deviation {size:g}": size * torch.randn(shape, generator=generator) for size in _DEVIATIONS}
+    return found, (torch.stack(list(found.values())), None)
 
 
 def _batch(texts: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
@@ -210,8 +223,8 @@ def _require_contrast(reference: Path, expected: Mapping[str, Tensor]) -> None:
     spread = float(torch.stack(first).std(0).max())
     if not spread > 10 * FLOOR:
         raise ParityError(
-            f"{reference}: its outputs for different texts differ by only {spread:.2g}; a tolerance of {FLOOR:g} would "
-            "prove nothing"
+            f"{reference}: its outputs for different inputs differ by only {spread:.2g}; a tolerance of {FLOOR:g} "
+            "would prove nothing"
         )
 
 

@@ -63,12 +63,13 @@ class CheckpointLayers:
         checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
-        # Only some rows are filled, and the padding row matters for training only.
-        self._embedding: Any = self._skeleton.get_input_embeddings()
-        self._embedding.padding_idx = None
         self._scratch = scratch
         self.config: PreTrainedConfig = self._skeleton.config
         self.anatomy = read_anatomy(self.config)
+        # Only some rows of an embedding are filled, and the padding row matters for training only.
+        self._embedding: Any = self._skeleton.get_input_embeddings() if self.anatomy.image is None else None
+        if self._embedding is not None:
+            self._embedding.padding_idx = None
         self._layers: Any = self._skeleton.get_submodule(self.anatomy.layers_path)
         self.device = torch.device(device)
         self.dtype = dtype
@@ -120,7 +121,13 @@ class CheckpointLayers:
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:
-        """Fill the modules outside the layers; of an embedding, only the rows of `tokens`."""
+        """Fill the modules outside the layers; of an embedding of tokens, only the rows of `tokens`."""
+        if self._embedding is None:
+            path = f"{self.anatomy.layers_path}."
+            names = [name for name, _ in self._skeleton.named_parameters() if not name.startswith(path)]
+            with self._filled(dict.fromkeys(names)):
+                yield
+            return
         modules = {module: name for name, module in self._skeleton.named_modules()}
         embedding, output = f"{modules[self._embedding]}.weight", self._skeleton.get_output_embeddings()
         outputs = [f"{modules[output]}.{name}" for name, _ in output.named_parameters()] if output is not None else []

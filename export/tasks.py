@@ -4,16 +4,21 @@ import dataclasses
 from pathlib import Path
 
 from numprune.anatomy import task_name
+from numprune.errors import InputError
 from numprune.export.config import read_config
 from numprune.export.declared import classes_of, pooling_in
+from numprune.export.preprocessing import load_processor
 from numprune.export.tokenizer import load_tokenizer
-from numprune.tasks import CAUSAL, Task
+from numprune.tasks import CAUSAL, TextTask
 from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
+from numprune.tasks.image_classification import ImageClassification
 from numprune.tasks.masked import masked_lm
 
+AnyTask = TextTask | ImageClassification
 
-def load_task(folder: Path) -> Task:
+
+def load_task(folder: Path) -> AnyTask:
     """Return the task of the checkpoint in `folder`.
 
     Raises:
@@ -27,4 +32,14 @@ def load_task(folder: Path) -> Task:
         return masked_lm(load_tokenizer(folder))
     if name == "classification":
         return Classification(classes_of(config))
+    if name == "image-classification":
+        return ImageClassification(classes_of(config), load_processor(folder, config))
     return Embedding(**dataclasses.asdict(pooling_in(folder)))
+
+
+def load_text_task(folder: Path, use: str) -> TextTask:
+    """Return the task of a checkpoint that reads text; `use`: what needs it. Raises as `load_task`, and InputError."""
+    task = load_task(folder)
+    if isinstance(task, ImageClassification):
+        raise InputError(f"{folder}: {use} reads text, and this model classifies images")
+    return task

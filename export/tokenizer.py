@@ -15,6 +15,7 @@ import tokenizers
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from numprune.anatomy import family_of
 from numprune.errors import InputError, reason
 from numprune.export import files
 from numprune.export.config import read_config
@@ -54,14 +55,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return _as_sentencepiece(folder) if (folder / _MODEL).is_file() else _as_transformers_reads(folder)
 
 
+def text_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model that reads text; None: it reads images. Raises InputError."""
+    return load_tokenizer(folder) if family_of(read_config(folder)).patches is None else None
+
+
 def other_reading(folder: Path) -> str | None:
     """Refuse a tokenizer that transformers reads differently from `load_tokenizer`, with the remedy.
 
     vLLM reads tokenizers with transformers, and would feed such a model tokens that it was not trained on. A difference
     in decomposed accents alone is only a warning. Raises InputError.
     """
-    ours = load_tokenizer(folder)
-    if not (folder / _FILE).is_file():
+    ours = text_tokenizer(folder)
+    if ours is None or not (folder / _FILE).is_file():
         return None
     reader = f"transformers {transformers.__version__}, which vLLM uses to read tokenizers,"
     try:

@@ -83,10 +83,9 @@ def _cast(headers: Mapping[str, TensorHeader], folder: Path, dtype: torch.dtype,
 def serving_facts(folder: Path) -> dict[str, JsonValue]:
     """Return the `preflight` of the checkpoint in `folder`, with its task's options in `needs`. Raises InputError."""
     config = checkpoint.read_config(folder)
+    pooling = vllm_pooling.options(read_anatomy(config), load_task(folder))
     facts = preflight(config, compressed_tensors.quantization_in(folder))
-    if pooling := vllm_pooling.options(read_anatomy(config), load_task(folder)):
-        facts["needs"] = list(pooling)
-    return facts
+    return {**facts, "needs": list(pooling)} if pooling else facts
 
 
 def check_per_layer(anatomy: Anatomy) -> None:

@@ -31,6 +31,8 @@ def options(anatomy: Anatomy, task: Task) -> tuple[str, ...]:
         return ()
     if task.name == "masked-lm":
         raise InputError("vLLM does not serve masked language models; leave vllm out")
+    if task.name == "image-classification":
+        raise InputError("vLLM does not serve image classifiers; leave vllm out")
     served = _SERVED.get((anatomy.family, task.name))
     if served is None:
         able = sorted({family for family, name in _SERVED if name == task.name})

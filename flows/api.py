@@ -95,8 +95,8 @@ def load(model: str | Path, device: str = "auto") -> Model:
         IntegrityError: stored tensors contradict config.json.
     """
     folder = checkpoint.resolve(model)
-    network, tokenizer = checkpoint.load(folder)
-    return Model(folder, network.to(steps.device_of(device)), tokenizer, load_task(folder))
+    network = checkpoint.load_model(folder).to(steps.device_of(device))
+    return Model(folder, network, checkpoint.text_tokenizer(folder), load_task(folder))
 
 
 def weight_budget(model: Model, limit: str, *, scheme: QuantizedTo = "none") -> ByteBudget:
@@ -179,8 +179,10 @@ def recover(model: Model, dense: Model, rows: RecoveryRows, options: RecoveryOpt
     """
     for one in (model, dense):
         _refuse_quantized(one, "training")
-    ours, theirs = ((one.network.config, one.tokenizer) for one in (model, dense))
-    recovering.check_pair(ours, theirs, ("the model", "dense"))
+    sides = [(one.network.config, one.tokenizer) for one in (model, dense) if one.tokenizer is not None]
+    if len(sides) < 2:
+        raise InputError("training reads text, and a model that classifies images cannot be trained")
+    recovering.check_pair(sides[0], sides[1], ("the model", "dense"))
     here = model.plan.dropped_layers() if model.plan else None  # since it was read
     network = copy.deepcopy(model.network)
     result = distill(
@@ -300,15 +302,15 @@ def evaluate(
 
     Args:
         model: to evaluate.
-        text: one or more files of held-out text, not used for any choice.
+        text: one or more files of held-out text, or folders of images, not used for any choice.
         baseline: compared token by token; usually the unpruned model.
         sequence_length: tokens per window; None: 512, or the model's context if shorter.
 
     Raises:
         InputError: a file cannot be read, the models have different vocabularies, or the task has no loss without a
-            baseline: embedding models, and classifiers on unlabelled texts.
+            baseline: embedding models, and classifiers on unlabelled texts or images.
     """
-    tokens = texts.row_length(sequence_length, model.anatomy.context)
+    tokens = texts.row_length(sequence_length, model.anatomy)
     rows = texts.text_rows(files(text), "heldout", model.tokenizer, tokens, Reading(), task=model.task)
     if baseline is not None:
         return quality.compare(model.network, baseline.network, rows, model.task)

@@ -150,7 +150,7 @@ def benchmark(run: Run, runtime: str, candidate: Artifact, baseline: Artifact, l
         device=asked.device,
         dtype=run.precision[runtime],
         torch_mode=asked.torch_mode if runtime == "torch" else "eager",
-        load=asked.load(runtime, run.task),
+        load=asked.load(runtime, run.task, run.image_tokens),
         machine=run.machine,
         look=look,
     )

@@ -19,11 +19,13 @@ from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
 from numprune.flows.steps.checks import prepare, pruning_options, schemes_asked
 from numprune.flows.steps.learn import request_of
-from numprune.flows.steps.text import draw_rows, text_rows
+from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
+from numprune.images import draw_pictures
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
 from numprune.options import PruneOptions, known_results
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
+from numprune.tasks.image_classification import ImageClassification
 
 R = TypeVar("R")
 
@@ -118,8 +120,18 @@ def _aim(anatomy: Anatomy, options: PruneOptions, counts: str, weights: int, sav
 def _text(run: Run) -> dict[str, Any]:
     """The amount of text. Raises InputError if it is too short to calibrate on."""
     data = run.recipe.data
-    tokenizer, reading = checkpoint.load_tokenizer(run.base.path), data.reading()
+    tokenizer, reading = checkpoint.text_tokenizer(run.base.path), data.reading()
     task = load_task(run.base.path)
+    if isinstance(task, ImageClassification):
+        calibrated = read_images(data.calibration, reading)
+        with named("data.samples"):
+            draw_pictures(calibrated, data.samples, data.seed)
+        return {
+            "samples": data.samples,
+            "sequence_length": run.image_tokens,
+            "calibration_images": len(calibrated),
+            "heldout_images": sum(len(read_images(text, reading)) for text in data.corpora.values()),
+        }
     length, tokens = data.sequence_length, data.samples * data.sequence_length
     calibration = text_rows(data.calibration, "train", tokenizer, length, reading, tokens, task)
     draw_rows(calibration, data.samples, length, data.seed, "data.samples")
@@ -151,7 +163,7 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     per_token = anatomy.hidden_size
     if prune.compensation in FROM_PRUNED_PREFIX:
         per_token += anatomy.hidden_size + widest_consumer(anatomy)
-    states = data.samples * data.sequence_length * per_token
+    states = data.samples * (run.image_tokens or data.sequence_length) * per_token
     needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
     if run.recipe.learn.method != "none":
         copies = 0 if run.recipe.learn.variant == "faster" else _OF_TRAINING
@@ -251,7 +263,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
-    before, text, memory = found["before"], found["text"], found["memory"]
+    before, memory = found["before"], found["memory"]
     several = len(found["after"]) > 1
     kind = "one of these, the cheapest by price" if several else ("exact" if found["exact"] else "the target")
     how = "each block kept or quantized to" if found["bits_are_chosen"] else "then quantized to"
@@ -267,11 +279,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield _size_line(before, after)
     if found["hidden_size_is_chosen"]:
         yield "hidden size: the masks choose it; embeddings and head shrink in addition to the above"
-    window = f"window of {text['sequence_length']} tokens"
-    yield (
-        f"calibration: {text['samples']:,} of {counted(text['calibration_windows'], window)}; held-out text: "
-        f"{counted(text['heldout_windows'], 'window')}, {counted(text['heldout_documents'], 'document')}"
-    )
+    yield _text_line(found["text"])
     yield (
         f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
         f"{_mib(memory['hidden_states'])} for hidden states"
@@ -286,6 +294,17 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"serving: vLLM {serving['vllm']}, {plugin}; {where}"
     for stage in found["stages"]:
         yield f"{stage['name']:<28} {_stage_note(stage)}"
+
+
+def _text_line(text: Mapping[str, Any]) -> str:
+    if "calibration_images" in text:
+        calibration, heldout = (counted(text[f"{part}_images"], "image") for part in ("calibration", "heldout"))
+        return f"calibration: {text['samples']:,} of {calibration}; held out: {heldout}"
+    window = f"window of {text['sequence_length']} tokens"
+    return (
+        f"calibration: {text['samples']:,} of {counted(text['calibration_windows'], window)}; held-out text: "
+        f"{counted(text['heldout_windows'], 'window')}, {counted(text['heldout_documents'], 'document')}"
+    )
 
 
 def _size_line(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

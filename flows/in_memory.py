@@ -10,19 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import Budget, budget_of
+from numprune.export.tasks import AnyTask
 from numprune.plans import Draw, Plan
 from numprune.quantization import BlockSchemes, Quantized, Scheme
 from numprune.quantization.schemes import listed
 from numprune.recovery import Recovered, RecoveryOptions
-from numprune.tasks import Task
 
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Token rows for calibration.
+    """Rows for calibration.
 
     Attributes:
-        tokens: (N, S) int64.
+        tokens: (N, S) int64, or pixel values (N, C, height, width) float32.
         draw: their source text and how they were drawn; None for your own rows.
     """
 
@@ -70,8 +70,8 @@ class Model:
     Attributes:
         folder: the checkpoint from which it, or its unpruned model, was read.
         network: transformers' model.
-        tokenizer: its tokenizer.
-        task: causal or masked language model, classifier, or embedding model.
+        tokenizer: its tokenizer; None: it reads images.
+        task: causal or masked language model, classifier of texts or images, or embedding model.
         plan: the applied plan; None for an unpruned model.
         training: how it was trained in memory after pruning; None for an untrained model.
         quantization: how it was quantized in memory; `network` then computes with rounded weights and, if the scheme
@@ -80,8 +80,8 @@ class Model:
 
     folder: Path
     network: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
+    tokenizer: PreTrainedTokenizerBase | None
+    task: AnyTask
     plan: Plan | None = None
     training: Training | None = None
     quantization: Quantization | None = None

@@ -1,14 +1,16 @@
-"""Rows of tokens from text files, for the Python API."""
+"""Rows from text files, or from images, for the Python API."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from numprune.documents import Reading
+from numprune.errors import InputError
 from numprune.flows.in_memory import CalibrationRows, Model
 from numprune.flows.steps import recover as recovering
 from numprune.flows.steps import text as texts
 from numprune.flows.steps import training
 from numprune.recovery import RecoveryOptions, RecoveryRows
+from numprune.tasks.image_classification import ImageClassification
 
 Text = str | Path | Sequence[str | Path]
 
@@ -22,11 +24,12 @@ def calibration_rows(
     seed: int = 0,
     reading: Reading | None = None,
 ) -> CalibrationRows:
-    """Draw rows of tokens for calibration.
+    """Draw rows of tokens, or images, for calibration.
 
     Args:
-        text: one or more files; .jsonl, .json and .parquet files hold a document per record.
-        model: the model whose tokenizer and context are used.
+        text: one or more files; .jsonl, .json and .parquet files hold a document per record. For a model that reads
+            images: folders of them, .parquet files, or folders saved by `datasets`.
+        model: the model whose tokenizer and context, or image processor, are used.
         samples: N, how many rows.
         sequence_length: S, tokens per row; None: 512, or the model's context if shorter.
         seed: of the draw.
@@ -35,7 +38,7 @@ def calibration_rows(
     Raises:
         InputError: a file cannot be read, or there is too little text.
     """
-    length = texts.row_length(sequence_length, model.anatomy.context)
+    length = texts.row_length(sequence_length, model.anatomy)
     tokens, draw = texts.calibration_rows(
         files(text), model.tokenizer, samples, length, seed, reading or Reading(), task=model.task
     )
@@ -64,7 +67,9 @@ def recovery_rows(
     Raises:
         InputError: a file cannot be read, a held-out document is in the text, or there is too little text.
     """
-    length, how = texts.row_length(sequence_length, model.anatomy.context), reading or Reading()
+    if model.tokenizer is None or isinstance(model.task, ImageClassification):
+        raise InputError("training reads text, and this model classifies images")
+    length, how = texts.row_length(sequence_length, model.anatomy), reading or Reading()
     judged = []
     if heldout is not None:
         training.check_documents(files(text), files(heldout), model.tokenizer, how, "heldout")

@@ -30,6 +30,7 @@ class Run:
         base: the model; `task`: its task.
         calibration: the recipe's text; `heldout`: of each corpus, by its name, the first one first.
         prompts: files that the dense model answers for the training; None: it does not.
+        image_tokens: of every image, for a model that reads images.
         tasks: the recipe's tasks, if any; their digest is that of every request to a model.
         device: for calibration and evaluation, cpu or cuda.
         uses_gpu: whether anything runs on a GPU.
@@ -53,6 +54,7 @@ class Run:
     machine: dict[str, str]
     timings_key: str = ""
     tasks: Text | None = None
+    image_tokens: int | None = None
     record: Path | None = None
     candidates: int = 1
 

@@ -152,6 +152,9 @@ class Model(Section):
 class Data(Section):
     """Text files, or "embedded"; `samples` calibration rows of `sequence_length` tokens are drawn with `seed`.
 
+    For a model that reads images: folders of images, whose subfolders are their classes, .parquet files, or folders
+    saved by `datasets`; `samples` images are drawn.
+
     `heldout` may also be several corpora by name. The first is what `quality` in the report is of.
 
     `split`, `chat` and `pack` are the fields of numprune.documents.Reading.
@@ -332,8 +335,8 @@ class Benchmark(Section):
     """The load of each repeat, on both sides; see numprune.serving.benchmark, and its `vllm` for that runtime.
 
     `torch_mode`: decoding mode of the runtime torch; "auto": compiled on a GPU. `batch_sizes`, `lengths` and `passes`
-    are for encoders, which have no prompts and no output. `price_per_hour` of the machine, in any currency, adds the
-    cost of a million tokens to the report; 0: unknown.
+    are for encoders, which have no prompts and no output; images all have one length. `price_per_hour` of the machine,
+    in any currency, adds the cost of a million tokens to the report; 0: unknown.
     """
 
     runtimes: Annotated[list[Runtime], Field(min_length=1), AfterValidator(_distinct)] = ["torch", "onnxruntime"]
@@ -356,11 +359,15 @@ class Benchmark(Section):
     passes: Count = 4
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
-    def load(self, runtime: str, task: str = CAUSAL_LM) -> dict[str, Any]:
-        """The runtime's load: fields of Load, of ServedLoad or, for encoders, of EncoderLoad."""
+    def load(self, runtime: str, task: str = CAUSAL_LM, image_tokens: int | None = None) -> dict[str, Any]:
+        """The runtime's load: fields of Load, of ServedLoad or, for encoders, of EncoderLoad.
+
+        `image_tokens`: of every image, for a model that reads images.
+        """
         encoders = {"batch_sizes", "lengths", "passes"}
         if task != CAUSAL_LM:
-            return self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
+            load = self.model_dump(include={*encoders, "repeats", "warmup", "seed"})
+            return load if image_tokens is None else {**load, "lengths": [image_tokens]}
         served = {"concurrency", "goodput_ttft_ms", "goodput_tpot_ms", "kv_cache_mib", "maximum_failed"}
         return self.model_dump(
             exclude={

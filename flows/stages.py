@@ -56,6 +56,7 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "scipy",
+    "pillow",
     "onnx",
     "onnxscript",
     "onnxruntime",

@@ -46,7 +46,7 @@ def summarize(
         "next_look": gates.next_look(verdict),
         **_removed(report),
         "sizes": report["sizes"],
-        "quality": report["quality"],
+        "quality": report["quality"] and {**report["quality"], "changed": []},  # without pictures
         "tasks": report["tasks"],
         "speed": {runtime: _ratios(speed) for runtime, speed in verdict.speed.items()},
         "cost_per_million_tokens": _costs(verdict),
@@ -176,7 +176,7 @@ def of_quality(section: Mapping[str, Any]) -> str:
     parts = [f"{names.loss(found)} {value} {delta.unit}{interval}"]
     if found.baseline and found.candidate:
         parts.insert(0, f"perplexity {found.baseline.perplexity:.2f} → {found.candidate.perplexity:.2f}")
-    for name, is_share, sides in names.metrics(found):
+    for name, is_share, sides, _ in names.metrics(found):
         before = "" if sides.baseline is None else f"{_figure(sides.baseline, is_share)} → "
         parts.append(f"{name} {before}{_figure(sides.candidate, is_share)}")
     units = f"{delta.samples:,} {delta.sampling_unit}s"
@@ -206,7 +206,7 @@ def _ratios(speed: RuntimeSpeed) -> dict[str, Any]:
         "ttft": "TTFT",
         "tpot": "TPOT",
         "itl": "ITL",
-        "samples_per_s": "texts/s",
+        "samples_per_s": "samples/s",
         "latency": "latency",
         "joules_per_token": "J/token",
     }

@@ -13,7 +13,7 @@ from numprune import dtypes
 from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
-from numprune.families.family import LINEAR_PARTS, Experts, Part, Shape, TaskName, Wiring
+from numprune.families.family import LINEAR_PARTS, Experts, Part, Patches, Shape, TaskName, Wiring
 from numprune.renumber import numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
 
@@ -28,6 +28,7 @@ _TASK_OF_CLASS: dict[str, TaskName] = {
     "LMHeadModel": "causal-lm",
     "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "classification",
+    "ForImageClassification": "image-classification",
     "Model": "embedding",
 }
 HOW_TO_ADD = "docs/adding-an-architecture.md"
@@ -98,9 +99,29 @@ def layers_path(config: "PreTrainedConfig") -> str:
 
 
 def context_of(config: "PreTrainedConfig") -> int:
-    """Return the maximum number of tokens in a row."""
-    reserved = config.pad_token_id + 1 if family_of(config).reserved_positions else 0
+    """Return the maximum number of tokens in a row, or that of every image: its patches and the tokens before them."""
+    family = family_of(config)
+    if family.patches is not None:
+        _, height, width = image_shape(config)
+        patch = _pair(config, "patch_size")
+        return (height // patch[0]) * (width // patch[1]) + len(family.patches.tokens)
+    reserved = config.pad_token_id + 1 if family.reserved_positions else 0
     return int(config.max_position_embeddings - reserved)
+
+
+def image_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
+    """Return channels, height and width of the images that a model reads. Raises InputError."""
+    _require_sizes(config, "num_channels")
+    return (config.num_channels, *_pair(config, "image_size"))
+
+
+def _pair(config: Any, field: str) -> tuple[int, int]:
+    """Return height and width. Raises InputError unless the field is a positive whole number, or two of them."""
+    found: Any = getattr(config, field, None)
+    height, width = found if isinstance(found, list | tuple) and len(found) == 2 else (found, found)
+    if not all(type(size) is int and 0 < size < 2**16 for size in (height, width)):
+        raise InputError(f"{field}={str(found)[:80]}; it must be a positive integer, or two: height and width")
+    return height, width
 
 
 def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
@@ -111,7 +132,8 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     """
     family = family_of(config)
     blocks = read_blocks(config)
-    task, hidden, vocabulary = task_name(config), config.hidden_size, config.vocab_size
+    task, hidden = task_name(config), config.hidden_size
+    image = image_shape(config) if family.patches else None
     sizes = (_layer_sizes(family, config.per_layer_config[layer], layer) for layer in range(config.num_hidden_layers))
     head_dims = {head_dim for _, _, head_dim, _ in sizes}
     if len(head_dims) != 1:
@@ -125,7 +147,8 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         context=context_of(config),
         hidden_size=hidden,
         head_dim=head_dim,
-        vocabulary=vocabulary,
+        vocabulary=0 if image else config.vocab_size,
+        image=image,
         blocks=blocks,
         around=around,
         output_parameters=prod(around[f"{embedding}.weight"]) if task in ("causal-lm", "masked-lm") else 0,
@@ -144,7 +167,7 @@ def read_blocks(config: "PreTrainedConfig") -> tuple[Block, ...]:
         InputError: the architecture is not supported, or its sizes contradict each other.
     """
     family = family_of(config)
-    _require_sizes(config, "hidden_size", "vocab_size", "num_hidden_layers")
+    _require_sizes(config, "hidden_size", "num_hidden_layers", *([] if family.patches else ["vocab_size"]))
     if config.num_hidden_layers > MAXIMUM_LAYERS:
         raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
     if family.experts and family.experts.step:
@@ -309,7 +332,11 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
         _require_sizes(config, *{field for fields in tensors.values() for field in fields})
         return {name: tuple(getattr(config, field) for field in fields) for name, fields in tensors.items()}
 
-    around: dict[str, tuple[int, ...]] = {f"{family.embedding}.weight": (config.vocab_size, hidden)}
+    around: dict[str, tuple[int, ...]]
+    if family.patches:
+        around = _patch_embeddings(family, family.patches, config)
+    else:
+        around = {f"{family.embedding}.weight": (config.vocab_size, hidden)}
     if family.positions:
         path, extra = family.positions
         around[f"{path}.weight"] = (config.max_position_embeddings + extra, hidden)
@@ -326,6 +353,16 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     if task in ("causal-lm", "masked-lm") and not config.tie_word_embeddings:
         around |= shapes(family.untied)
     return around
+
+
+def _patch_embeddings(family: Family, patches: Patches, config: Any) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    return {
+        **dict.fromkeys(patches.tokens, (1, 1, hidden)),
+        patches.positions: (1, context_of(config), hidden),
+        f"{family.embedding}.weight": (hidden, config.num_channels, *_pair(config, "patch_size")),
+        f"{family.embedding}.bias": (hidden,),
+    }
 
 
 def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:

@@ -11,8 +11,15 @@ STATE = "state.json"  # beside the data in a folder written by `Dataset.save_to_
 _SPLITS = "dataset_dict.json"  # written by `DatasetDict.save_to_disk` instead, with a folder for each split
 
 
-def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+def is_dataset(path: Path) -> bool:
+    """Return whether a folder was written by `datasets`."""
+    return (path / STATE).is_file() or (path / _SPLITS).is_file()
+
+
+def rows(path: Path, fields: Sequence[str], needed: Sequence[str] = ("text", "messages")) -> Iterator[dict[str, Any]]:
     """Yield each row of a Parquet file or saved dataset, with those of `fields` that it has, without nulls.
+
+    `needed`: the table must have one of these columns.
 
     Raises:
         InputError: pyarrow or the path is missing, or the file is of another kind.
@@ -28,16 +35,15 @@ def rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         else:
             tables = [parquet.read_table(path)]
     except FileNotFoundError:
-        raise InputError(f"text file {str(path)!r} does not exist") from None
+        raise InputError(f"file {str(path)!r} does not exist") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: pyarrow cannot read it: {str(error).splitlines()[0][:300]}") from None
     for table in tables:
         wanted = [name for name in table.column_names if name in fields]
-        if not {"text", "messages"}.intersection(wanted):
-            raise InputError(
-                f'{path}: no column named "text" or "messages"; its columns are '
-                f"{', '.join(map(repr, table.column_names[:8]))}"
-            )
+        if not set(needed).intersection(wanted):
+            columns = ", ".join(map(repr, table.column_names[:8]))
+            names = " or ".join(f'"{name}"' for name in needed)
+            raise InputError(f"{path}: no column named {names}; its columns are {columns}")
         for batch in table.select(wanted).to_batches():
             yield from map(_without_nulls, batch.to_pylist())
 

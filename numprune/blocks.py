@@ -179,10 +179,11 @@ class Anatomy:
     family: str
     task: TaskName
     layers_path: str
-    context: int  # tokens that a row can have
+    context: int  # tokens that a row can have, or that every image has
     hidden_size: int
     head_dim: int
-    vocabulary: int
+    vocabulary: int  # 0 if rows are images
+    image: tuple[int, int, int] | None  # channels, height and width if rows are images
     blocks: tuple[Block, ...]  # attention before MLP before experts, first layer first: the order of the forward pass
     # Name -> shape of the tensors that no block owns, tied ones once; a decoder's have the hidden size last.
     around: Mapping[str, tuple[int, ...]]
@@ -196,6 +197,10 @@ class Anatomy:
     @property
     def layers(self) -> int:
         return self.blocks[-1].layer + 1
+
+    def tokens_of(self, row: Sequence[int]) -> int:
+        """Return the number of hidden states of a row of this shape: (S,) tokens, or (C, height, width) pixels."""
+        return row[0] if self.image is None else self.context
 
     @property
     def fixed_parameters(self) -> int:

@@ -7,7 +7,7 @@ A layer is run by its own forward pass, with the arguments that the model calls 
 output of the layer's other block is set to zero, and a norm after the sum of that block, if any, is bypassed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,8 +26,14 @@ def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
     """Refuse rows that do not fit the model.
 
     Raises:
-        InputError: a token outside the vocabulary, or rows longer than the context.
+        InputError: a token outside the vocabulary, rows longer than the context, or images of another shape.
     """
+    if anatomy.image is not None:
+        if tuple(rows.shape[1:]) != anatomy.image:
+            raise InputError(
+                f"rows have shape {list(rows.shape)}, but the model reads images of shape {list(anatomy.image)}"
+            )
+        return
     length, limit = rows.shape[1], anatomy.context
     if length > limit:
         raise InputError(f"sequence length {length} exceeds the model's {limit}; use rows of at most {limit} tokens")
@@ -155,24 +161,25 @@ class Stream:
 
 
 class Walker:
-    """Runs the blocks of one model over rows of one length, without padding, in batches.
+    """Runs the blocks of one model over rows of one shape, without padding, in batches.
 
     Args:
         layers: of the model.
-        length: S.
+        row: shape of a row: (S,) tokens, or (C, height, width) pixels, of which S tokens are made.
         batch_size: rows at a time.
     """
 
-    def __init__(self, layers: Layers, length: int, batch_size: int = 8) -> None:
+    def __init__(self, layers: Layers, row: Sequence[int], batch_size: int = 8) -> None:
         self.layers = layers
-        self._length = length
+        self._row = tuple(row)
         self._batch_size = batch_size
         self._arguments: dict[int, tuple[Arguments, ...]] = {}  # by rows in a batch
 
     @torch.no_grad()
     def embed(self, rows: Tensor) -> Stream:
         """Return the stream in front of the first layer."""
-        hidden = self.layers.allocate(*rows.shape, self.layers.anatomy.hidden_size)
+        anatomy = self.layers.anatomy
+        hidden = self.layers.allocate(len(rows), anatomy.tokens_of(self._row), anatomy.hidden_size)
         for batch in self.batches(len(rows)):
             hidden[batch] = self.layers.enter(rows[batch]).hidden.to(hidden.device)
         return self.stream(hidden)
@@ -226,8 +233,9 @@ class Walker:
     def arguments(self, rows: int) -> tuple[Arguments, ...]:
         """Return each layer's arguments for a batch of `rows` rows: without padding they depend on nothing else."""
         if rows not in self._arguments:
+            dtype = torch.long if self.layers.anatomy.image is None else self.layers.dtype
             with torch.no_grad():
-                entered = self.layers.enter(torch.zeros(rows, self._length, dtype=torch.long))
+                entered = self.layers.enter(torch.zeros(rows, *self._row, dtype=dtype))
             self._arguments[rows] = entered.arguments
         return self._arguments[rows]
 

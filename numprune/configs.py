@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
@@ -31,6 +32,7 @@ _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
     "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "embedding": MODEL_MAPPING_NAMES,
+    "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
 CLASS_PREFIX = "Numprune"
@@ -66,7 +68,8 @@ class _PerLayerConfig:
 
 def class_name(config: PreTrainedConfig, task: TaskName) -> str:
     """Return the name of the class of the models with this configuration for a task."""
-    stock: str = _CLASSES[task][family_of(config).name]
+    found: str | tuple[str, ...] = _CLASSES[task][family_of(config).name]
+    stock = found[0] if isinstance(found, tuple) else found  # the first of several
     return CLASS_PREFIX + stock if config.model_type.startswith(PER_LAYER_PREFIX) else stock
 
 

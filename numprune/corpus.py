@@ -38,12 +38,15 @@ class Frame:
 class TokenRows:
     """Consecutive windows of tokens: each of one document, or, *packed*, of all documents joined by a separator.
 
+    For a model of images, each row has the pixel values of one image, which is its document.
+
     The part of a row that comes from one document is a *span*. A causal model is scored at all tokens of a row except
     the first, whichever document they belong to. A separator (EOS, or an encoder's [SEP]) belongs to the document that
     it ends; an encoder's special tokens at the ends of a row belong to the adjacent documents.
 
     Attributes:
         rows: (S',) int64 each; S' is the sequence length, or less in the last row of a document (if packed, of all).
+            Images: (C, height, width) float32 each.
         document: index of each span's document, row by row.
         names: of the documents.
         digest: SHA-256 of the tokens, the document boundaries, and whether they are packed.
@@ -64,7 +67,7 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens at which a causal model is scored."""
+        """Number of tokens at which a causal model is scored, or of images."""
         return int(self.scored.sum())
 
     @property
@@ -123,7 +126,7 @@ class TokenRows:
     def _parts(self) -> list[list[slice]]:
         """Each row's spans, as slices of its scored tokens; that of a single first token is empty."""
         if self.spans is None:
-            return [[slice(0, len(row) - 1)] for row in self.rows]
+            return [[slice(0, len(row) - 1 if row.dim() == 1 else 1)] for row in self.rows]
         ends = ([0, *(end - 1 for end in accumulate(lengths))] for lengths in self.spans)
         return [[slice(*pair) for pair in pairwise(end)] for end in ends]
 
@@ -265,7 +268,8 @@ def sample_rows(rows: TokenRows, samples: int, length: int, seed: int) -> Tensor
 
 
 def rows_digest(rows: Tensor) -> str:
-    """Return the SHA-256 of a token tensor (shape and values), as recorded in the plan and the report."""
+    """Return the SHA-256 of tokens or images (shape and values), as recorded in the plan and the report."""
     digest = hashlib.sha256(json.dumps(list(rows.shape)).encode())
-    digest.update(rows.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    values = rows if rows.is_floating_point() else rows.to(torch.int64)
+    digest.update(values.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

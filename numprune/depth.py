@@ -119,7 +119,7 @@ def choose(
     smallest_layers(anatomy, count, protected)
     rows = rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
     predictions = len(rows) * layers.task.predictions_in(rows.shape[1])
-    walker = Walker(layers, rows.shape[1], batch_size)
+    walker = Walker(layers, rows.shape[1:], batch_size)
     parts = rows.split(batch_size if layers.resident else len(rows))
     dense: list[Tensor] = []  # output of the dense model's last layer, by part
     dropped: list[DroppedLayer] = []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from numprune import arrow
 from numprune.errors import InputError
+from numprune.pictures import files_of
 
 # Renders a record's messages and tools as text: see `chat.renderer`.
 Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
@@ -127,8 +128,10 @@ def read_documents(
 
 
 def content_of(file: Path) -> list[Path]:
-    """Return the files to read: `file` itself, or those of a folder saved by `datasets`."""
-    return [file / arrow.STATE, *arrow.files_of(file)] if file.is_dir() else [file]
+    """Return the files to read: `file` itself, or those of a folder saved by `datasets`, or of images."""
+    if not file.is_dir():
+        return [file]
+    return [file / arrow.STATE, *arrow.files_of(file)] if arrow.is_dataset(file) else files_of(file)
 
 
 def is_plain(file: Path) -> bool:

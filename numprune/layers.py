@@ -23,8 +23,10 @@ from numprune.blocks import Anatomy
 from numprune.errors import InputError
 from numprune.tasks import CAUSAL, Task
 
-# Tokens (n, S) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
+# Rows (n, …) and hidden states (n, S, H) that leave the last layer -> the task's output (numprune.tasks.Task.output).
 Head = Callable[[Tensor, Tensor], Tensor]
+
+PIXELS = "pixel_values"  # transformers' name of the input of models whose rows are images
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ class Layers(Protocol):
     resident: bool
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
-        """Return the input of the first layer and all layers' arguments for token rows (n, S), on `device`.
+        """Return the input of the first layer and all layers' arguments for rows, on `device`.
 
         Args:
-            tokens: (n, S) int64.
+            tokens: (n, S) int64, or images (n, C, height, width).
             mask: (n, S), 1 = token, 0 = padding; None: no padding.
         """
 
@@ -151,10 +153,17 @@ def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, m
         arguments.append(Arguments(positional, named))
         return hidden
 
-    mask = torch.ones_like(tokens) if mask is None else mask.to(tokens.device)
     with replaced(layers, record):
-        model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        model.base_model(**named_inputs(model, tokens, mask))
     return Entered(entering[0], tuple(arguments))
+
+
+def named_inputs(model: PreTrainedModel, rows: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+    """Return the arguments of a base model for rows, on their device; `mask` as in `Layers.enter`."""
+    if model.main_input_name == PIXELS:
+        return {PIXELS: rows}
+    mask = torch.ones_like(rows) if mask is None else mask.to(rows.device)
+    return {"input_ids": rows, "attention_mask": mask, "use_cache": False}
 
 
 def leave(

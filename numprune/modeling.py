@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -44,6 +45,7 @@ AUTO_OF: Mapping[TaskName, Any] = {
     "masked-lm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
     "embedding": AutoModel,
+    "image-classification": AutoModelForImageClassification,
 }
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
@@ -169,7 +171,8 @@ def _register(family: Family) -> None:
     _rename_as(family.name, config.model_type)
     layers_path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
     for auto in dict.fromkeys((*(AUTO_OF[task] for task in family.tasks), AutoModel)):
-        stock_model = auto._model_mapping[CONFIG_MAPPING[family.name]]
+        found = auto._model_mapping[CONFIG_MAPPING[family.name]]
+        stock_model = found[0] if isinstance(found, tuple) else found  # the first of several
         inside = f"{stock_model.base_model_prefix}." if auto is AutoModel else ""
         model = type(
             CLASS_PREFIX + stock_model.__name__,

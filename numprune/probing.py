@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from numprune.blocks import Block
+from numprune.blocks import Anatomy, Block
 from numprune.calibration import check_rows
+from numprune.families import FAMILIES
 from numprune.layers import Layers
 from numprune.plans import BlockPlan
 from numprune.progress import progress
@@ -32,15 +33,14 @@ def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> 
 
     Args:
         layers: of a supported model, in memory or streamed.
-        rows: (N, S) int64 tokens, S > 1.
+        rows: (N, S) int64 tokens, S > 1, or images (N, C, height, width).
         special: ids of special tokens.
 
     Raises InputError for rows that are not the model's.
     """
     check_rows(layers.anatomy, rows)
     found: dict[str, Tensor] = {}
-    marked = torch.isin(rows, torch.tensor(sorted(special), dtype=rows.dtype))
-    marked[:, 0] = True
+    marked = _special(layers.anatomy, rows, special)
     with _eager(layers.config):
         entered = [layers.enter(row[None]) for row in rows]
         hidden = [one.hidden for one in entered]
@@ -54,6 +54,15 @@ def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> 
                         share = masses(seen[0], marked[number].to(layers.device)).cpu() / len(rows)
                         found[name] = found[name] + share if name in found else share
     return found
+
+
+def _special(anatomy: Anatomy, rows: Tensor, special: Collection[int]) -> Tensor:
+    """Return which tokens are special, (N, S) bool; for images, all but those of patches."""
+    if patches := FAMILIES[anatomy.family].patches:
+        return (torch.arange(anatomy.context) < len(patches.tokens)).expand(len(rows), -1)
+    marked = torch.isin(rows, torch.tensor(sorted(special), dtype=rows.dtype))
+    marked[:, 0] = True
+    return marked
 
 
 def masses(weights: Tensor, special: Tensor) -> Tensor:

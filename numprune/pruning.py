@@ -133,7 +133,7 @@ def prune_layers(
     anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
-    walker = Walker(rest.layers, rows.shape[1], options.batch_size)
+    walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
     coordinates = plan.coordinates() if plan else None
     gone = None if coordinates is None else removed(coordinates, anatomy.hidden_size).to(layers.device)
@@ -142,7 +142,7 @@ def prune_layers(
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
         else PrecomputedInputs(rest.known.moments)
     )
-    whole = Walker(layers, rows.shape[1], options.batch_size)
+    whole = Walker(layers, rows.shape[1:], options.batch_size)
     kept: dict[str, Kept] = {}  # by block name
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
     index = 0  # in what is left of the model
@@ -198,7 +198,7 @@ def plan_layers(
     The arguments are those of `prune_layers`.
     """
     rest = _rest(layers, rows, options, known, dropped)
-    walker = Walker(rest.layers, rows.shape[1], options.batch_size)
+    walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, rest.options, rest.known)
     inputs = dense_inputs(walker, rows, rest.known)
     kept = {block.name: nothing(block) for block in rest.layers.anatomy.blocks}
@@ -306,7 +306,9 @@ def describe(
         drop_layers=options.drop_layers,
         damping=options.damping,
         seed=options.seed,
-        calibration=Calibration(digest=rows_digest(rows), rows=rows.shape[0], sequence_length=rows.shape[1]),
+        calibration=Calibration(
+            digest=rows_digest(rows), rows=rows.shape[0], sequence_length=anatomy.tokens_of(rows.shape[1:])
+        ),
         dropped=list(dropped),
         hidden=hidden,
         splits=splits,
@@ -315,13 +317,14 @@ def describe(
 
 
 def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
+    tokens = len(rows) * anatomy.tokens_of(rows.shape[1:])
     for kind in (kind for kind in anatomy.kinds if kind != "experts"):
         widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
-        if rows.numel() < 4 * widest.channels:
+        if tokens < 4 * widest.channels:
             logger.warning(
                 "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: its "
                 "least squares will fit noise",
-                rows.numel(),
+                tokens,
                 4 * widest.channels,
                 widest.channels,
                 widest.name,
@@ -331,7 +334,7 @@ def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
 
 def dense_moments(layers: Layers, rows: Tensor, batch_size: int = 8) -> Iterator[tuple[str, Moments]]:
     """Yield name and moments of every block that has units, except experts, in the order of the forward pass."""
-    walk = PropagatedInputs(Walker(layers, rows.shape[1], batch_size), rows)
+    walk = PropagatedInputs(Walker(layers, rows.shape[1:], batch_size), rows)
     for index in progress(range(layers.anatomy.layers), "calibrate", "layer"):
         with layers.layer(index) as layer:
             for block in layers.anatomy.of_layer(index):

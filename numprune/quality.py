@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.anatomy import context_of
+from numprune.anatomy import context_of, image_shape
 from numprune.corpus import TokenRows
 from numprune.errors import InputError
 from numprune.tasks import CAUSAL, Comparison, Predictions, Quality, Task
@@ -82,7 +82,12 @@ def compare_predictions(
 
 
 def check_rows_fit(model: PreTrainedModel, rows: TokenRows) -> None:
-    """Raise InputError if a token is outside the vocabulary or a row is longer than the context."""
+    """Raise InputError if a token is outside the vocabulary, a row is too long, or an image has another shape."""
+    if rows.rows[0].dim() > 1:
+        found, expected = tuple(rows.rows[0].shape), image_shape(model.config)
+        if found != expected:
+            raise InputError(f"the images have shape {list(found)}, but the model reads {list(expected)}")
+        return
     largest = max(int(row.max()) for row in rows.rows)
     if largest >= model.config.vocab_size:
         raise InputError(

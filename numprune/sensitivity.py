@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from numprune.blocks import Block
 from numprune.calibration import Walker, consumer_of
 from numprune.layers import Arguments, Layers
+from numprune.members import by_member
 from numprune.moments import require_in_range
 from numprune.progress import Progress
-from numprune.slices import Kept
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     draw = torch.Generator().manual_seed(0)
     output = {block.name: layers.allocate(hidden_size, hidden_size).zero_() for block in anatomy.blocks}
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
-    walker = Walker(layers, rows.shape[1], batch_size)
+    walker = Walker(layers, rows.shape[1:], batch_size)
     scores: dict[str, Tensor] = {}
     chunks = rows.split(batch_size if layers.resident else len(rows))
     with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
@@ -162,16 +162,8 @@ def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:
 
 def _taylor(layer: nn.Module, block: Block, gradients: dict[str, Tensor], losses: int) -> Tensor:
     matrices = _matrices(layer, block)
-    every = Kept.whole(torch.arange(block.units), block.members).to(matrices[block.reader.tensor].device)
-    score = torch.zeros(block.size, dtype=torch.float64, device=matrices[block.reader.tensor].device)
-    for part in block.slices:
-        salience = (matrices[part.tensor].detach().double() * gradients[part.tensor].double() / losses).abs()
-        by_entry = part.by_entry(salience)
-        entries = by_entry.reshape(len(by_entry), -1).sum(1)
-        for index, extent in enumerate(part.parts):
-            own = entries[part.entries(every, block.size, index)].view(block.units, -1)
-            if extent.divided:
-                score += own.view(block.units, block.members, -1).sum(2)
-            else:
-                score += own.sum(1, keepdim=True) / block.members
-    return score
+
+    def salience(name: str) -> Tensor:
+        return (matrices[name].detach().double() * gradients[name].double() / losses).abs()
+
+    return by_member(block, salience, matrices[block.reader.tensor].device)

@@ -9,4 +9,5 @@ LOSS_UNITS: Mapping[TaskName, str] = {
     "masked-lm": "nats/masked token",
     "classification": "nats/text",
     "embedding": "1 - cosine",
+    "image-classification": "nats/image",
 }

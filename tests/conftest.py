@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,28 @@ def encoder_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
+def image_processor(size: int = 8) -> Any:
+    """A ViT's processor of grey images, without torchvision."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[0.5], image_std=[0.5])
+
+
+def write_images(folder: Path, count: int = 24, classes: Sequence[str] = (), seed: int = 0) -> Path:
+    """Write `count` grey images of 12 x 10, each into the subfolder of one of the `classes` in turn, if any."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        inside = folder / classes[index % len(classes)] if classes else folder
+        inside.mkdir(parents=True, exist_ok=True)
+        # Smooth, so that images differ after they are resized.
+        coarse = Image.fromarray(generator.integers(0, 256, (3, 3), dtype=np.uint8))
+        coarse.resize((12, 10), Image.Resampling.BILINEAR).save(inside / f"{index:03}.png")
+    return folder
+
+
 def _bytes(*special: str) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -94,6 +116,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_IMAGES = {"image_size": 8, "patch_size": 2, "num_channels": 1}
 # What makes an architecture differ from Llama must show in its logits.
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "granite": {
@@ -117,6 +140,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "roberta": {"pad_token_id": 1},
     "distilbert": {"pad_token_id": 0, "hidden_dim": 96},
     "electra": {"pad_token_id": 0, "embedding_size": 32},
+    "vit": _IMAGES,
+    "deit": _IMAGES,
     "mixtral": {"num_local_experts": 5, "intermediate_size": 24},
     # The first layer has an MLP, the second has experts and one that all tokens share.
     "qwen2_moe": {**_EXPERTS, "num_experts": 5, "mlp_only_layers": [0], "shared_expert_intermediate_size": 40},
@@ -153,13 +178,15 @@ def build_tiny(
     """A random model of `family` in float32, for its first task if not another; its biases are not zero."""
     import torch
 
+    from numprune.configs import class_name
     from numprune.families import FAMILIES
     from numprune.modeling import AUTO_OF
 
     torch.manual_seed(seed)
     config = tiny_config(family, **overrides)
     known = FAMILIES[family.removeprefix("numprune_")]
-    auto = AUTO_OF[task or known.tasks[0]]
+    task = task or known.tasks[0]
+    auto, config.architectures = AUTO_OF[task], [class_name(config, task)]  # some families have several for a task
     model = auto.from_config(config, attn_implementation=known.attention_implementation).eval()
     model.config.architectures = [type(model).__name__]
     with torch.no_grad():
@@ -173,6 +200,9 @@ def write_checkpoint(model: "PreTrainedModel", folder: Path) -> Path:
     from numprune.anatomy import task_name
 
     model.save_pretrained(folder)
+    if task_name(model.config) == "image-classification":
+        image_processor().save_pretrained(folder)
+        return folder
     tokenizer = byte_tokenizer() if task_name(model.config) == "causal-lm" else encoder_tokenizer()
     tokenizer.save_pretrained(folder)
     return folder

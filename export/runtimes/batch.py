@@ -1,5 +1,7 @@
 """Checks of a batch that all runtimes share, and its growing attention mask."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,12 @@ def encoder_mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor
     if (mask.diff(dim=1) > 0).any() or not mask[:, 0].all():
         raise ValueError("mask must be ones on the left and zeros (padding) on the right, at least one in each row")
     return mask
+
+
+def check_images(pixels: Tensor, image: Sequence[int]) -> None:
+    """Raise ValueError unless `pixels` are images (B, C, height, width) of this shape, float32."""
+    if pixels.dtype != torch.float32 or not len(pixels) or tuple(pixels.shape[1:]) != tuple(image):
+        raise ValueError(f"images must be a float32 tensor (B, {image}), not {pixels.dtype} {list(pixels.shape)}")
 
 
 def _mask(tokens: Tensor, mask: Tensor | None, vocabulary: int) -> Tensor:

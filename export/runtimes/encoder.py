@@ -1,4 +1,4 @@
-"""The runtimes of encoders: one forward pass, no KV cache, with the outputs of the model's task."""
+"""The runtimes of encoders, of text or images: one forward pass with the outputs of the model's task."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,11 +7,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint
 from numprune.export.precision import DTYPES, FLOAT32
 from numprune.export.runtimes import DEVICES
-from numprune.export.runtimes.batch import encoder_mask
+from numprune.export.runtimes.batch import check_images, encoder_mask
 from numprune.export.runtimes.torch_eager import device_for
 from numprune.export.tasks import load_task
 
@@ -22,14 +23,16 @@ class Encoder(Protocol):
     """A model loaded into one runtime."""
 
     name: str
-    vocabulary: int
+    vocabulary: int  # 0 if it reads images
+    image: tuple[int, int, int] | None  # channels, height and width if it reads images
+    tokens: int  # most of a text, or those of an image
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the model.
 
         Args:
-            tokens: (B, S) int64.
-            mask: (B, S), 1 = token, 0 = padding on the right; None: no padding.
+            rows: tokens (B, S) int64, or images (B, C, height, width) float32.
+            mask: of tokens, (B, S), 1 = token, 0 = padding on the right; None: no padding.
 
         Returns:
             Logits (B, S, V) of a masked language model, (B, classes) of a classifier, or embeddings (B, H), float32 on
@@ -64,14 +67,19 @@ class TorchEncoder:
     def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None, dtype: str = FLOAT32) -> None:
         self.device = device_for(device, threads)
         self._dtype = dtype
-        self.model = checkpoint.load(folder, DTYPES[dtype])[0].to(self.device)
+        self.model = checkpoint.load_model(folder, DTYPES[dtype]).to(self.device)
         self.task = load_task(folder)
-        self.vocabulary: int = self.model.config.vocab_size
+        anatomy = read_anatomy(self.model.config)
+        self.vocabulary, self.image, self.tokens = anatomy.vocabulary, anatomy.image, anatomy.context
 
     @torch.inference_mode()
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        checked = encoder_mask(tokens, mask, self.vocabulary)
-        return self.task.output(self.model, tokens.to(self.device), checked.to(self.device)).float().cpu()
+    def forward(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.image is None:
+            checked = encoder_mask(rows, mask, self.vocabulary)
+        else:
+            check_images(rows, self.image)
+            checked = rows.new_ones(len(rows), 1)  # not read
+        return self.task.output(self.model, rows.to(self.device), checked.to(self.device)).float().cpu()
 
     def describe(self) -> dict[str, Any]:
         return {

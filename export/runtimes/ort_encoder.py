@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numprune.anatomy import read_anatomy
 from numprune.export.config import read_config
 from numprune.export.runtimes import ort
-from numprune.export.runtimes.batch import encoder_mask
+from numprune.export.runtimes.batch import check_images, encoder_mask
+from numprune.layers import PIXELS
 
 
 class OnnxEncoder:
@@ -22,11 +24,16 @@ class OnnxEncoder:
         self._inputs = [value.name for value in opened.session.get_inputs()]
         outputs = [value.name for value in opened.session.get_outputs()]
         self._output = "logits" if "logits" in outputs else outputs[-1]
-        self.vocabulary: int = read_config(folder).vocab_size
+        anatomy = read_anatomy(read_config(folder))
+        self.vocabulary, self.image, self.tokens = anatomy.vocabulary, anatomy.image, anatomy.context
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        checked = encoder_mask(tokens, mask, self.vocabulary)
-        values = {"input_ids": tokens, "attention_mask": checked, "token_type_ids": torch.zeros_like(tokens)}
+    def forward(self, rows: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.image is None:
+            checked = encoder_mask(rows, mask, self.vocabulary)
+            values = {"input_ids": rows, "attention_mask": checked, "token_type_ids": torch.zeros_like(rows)}
+        else:
+            check_images(rows, self.image)
+            values = {PIXELS: rows}
         fed = {name: values[name].numpy() for name in self._inputs}
         return torch.from_numpy(self._opened.session.run([self._output], fed)[0])
 

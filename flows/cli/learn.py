@@ -142,7 +142,7 @@ def learn(args: argparse.Namespace) -> Answer:
     source = checkpoint.resolve(args.checkpoint)
     options = options_within_budget({"criterion": args.method, "axes": names.LEARNED_AXES, **given}, source)
     constraint = args.constraint or implied_constraint(options)
-    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)))
     check_request(source, options, constraint, length)
     manifest.sweep(args.out.parent)
     asked = Request(

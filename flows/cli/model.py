@@ -105,7 +105,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "layers": anatomy.layers,
         "hidden_size": anatomy.hidden_size,
         "head_dim": anatomy.head_dim,
-        "vocabulary": anatomy.vocabulary,
+        **({"image": list(anatomy.image)} if anatomy.image else {"vocabulary": anatomy.vocabulary}),
         "context": anatomy.context,
         "sliding_window": anatomy.sliding_window,
         "quantization": str(quantized) if quantized else None,
@@ -214,8 +214,8 @@ def evaluate(args: argparse.Namespace) -> Answer:
 def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str, Any]:
     shared = {"model": str(model), **{name: section[name] for name in ("task", "tokens", "documents", "packed")}}
     if section["task"] != names.CAUSAL_LM:
-        figures = {name: section[name] for name in ("loss_delta", "metrics")}
-        return {**shared, "baseline": {"model": str(baseline)}, **figures}
+        given = [name for name in ("loss_delta", "metrics", "accuracy_delta") if name in section]
+        return {**shared, "baseline": {"model": str(baseline)}, **{name: section[name] for name in given}}
     return {
         **shared,
         **section["candidate"],
@@ -258,9 +258,10 @@ def _metrics_line(data: dict[str, Any]) -> str:
     from numprune.serving.report.names import METRICS
 
     figures = ", ".join(f"{METRICS[name]} {value:.4f}" for name, value in data["metrics"].items())
-    return (
-        f"{data['model']}: {figures}, on {counted(data['tokens'], 'token')} of {counted(data['documents'], 'document')}"
-    )
+    amount = f"{counted(data['tokens'], 'token')} of {counted(data['documents'], 'document')}"
+    if data["task"] == "image-classification":
+        amount = counted(data["documents"], "image")
+    return f"{data['model']}: {figures}, on {amount}"
 
 
 def _difference_line(data: dict[str, Any]) -> str:

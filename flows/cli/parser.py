@@ -252,7 +252,8 @@ def add_text(parser: argparse.ArgumentParser, help_text: str, *, required: bool 
         type=Path,
         metavar="FILE",
         help=f"{help_text}: .jsonl, .json and .parquet files and saved datasets hold a document per record (its field "
-        f'"text"), any other file is plain text{"" if required else " (default: none)"}',
+        f'"text"), any other file is plain text; for a model that reads images: folders of them, or .parquet files'
+        f"{'' if required else ' (default: none)'}",
     )
     add_reading(parser)
     parser.add_argument(

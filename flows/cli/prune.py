@@ -201,9 +201,9 @@ def prune(args: argparse.Namespace) -> Answer:
     # Masks are trained on more rows than weights need to be refitted; plans of schedules are calibrated on none.
     as_before = plan is not None and plan.criterion not in LEARNED
     samples = args.samples or (plan.calibration.rows if plan and as_before else 0) or _SAMPLES
-    length = args.sequence_length or (plan.calibration.sequence_length if plan else None)
-    length = row_length(length, anatomy.context)
-    tokenizer, how = checkpoint.load_tokenizer(base), reading(args, args.text)
+    length = args.sequence_length or (plan.calibration.sequence_length if plan and not anatomy.image else None)
+    length = row_length(length, anatomy)
+    tokenizer, how = checkpoint.text_tokenizer(base), reading(args, args.text)
     rows, draw = calibration_rows(args.text, tokenizer, samples, length, options.seed, how, task=load_task(base))
     device = device_of("auto")
     if args.plan_only:

@@ -98,7 +98,7 @@ def quantize(args: argparse.Namespace) -> Answer:
     manifest.sweep(args.out.parent)
     rows, draw = None, None
     if args.method == "gptq":
-        length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+        length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)))
         tokenizer, how = checkpoint.load_tokenizer(source), reading(args, args.text)
         task = load_task(source)
         rows, draw = calibration_rows(args.text, tokenizer, args.samples, length, args.seed, how, task=task)

@@ -144,7 +144,7 @@ def recover(args: argparse.Namespace) -> Answer:
     check_request(source, dense, options)
     manifest.sweep(args.out.parent)
     tokenizer = checkpoint.load_tokenizer(source)
-    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)).context)
+    length = row_length(args.sequence_length, read_anatomy(checkpoint.read_config(source)))
     how = reading(args, [*args.text, *(args.heldout or [])])
     heldout = None
     if args.heldout:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from numprune.export.checkpoint import load, load_tokenizer
+from numprune.export.checkpoint import load_model, text_tokenizer
 from numprune.export.streaming import CheckpointLayers
 from numprune.export.tasks import load_task
 from numprune.flows.steps.results import AttentionProbe
@@ -21,20 +21,22 @@ _TOKENS = 512  # of a row; attention has as many weights as the square
 
 
 def probe(base: Path, rows: Tensor, device: torch.device, *, stream: bool, scratch: Path) -> AttentionProbe:
-    """Run the model in `base` on a few of the rows (N, S).
+    """Run the model in `base` on a few of the rows.
 
     `stream`: one layer in memory at a time, with hidden states in `scratch`.
     """
-    few = rows[:_ROWS, :_TOKENS]
+    few = rows[:_ROWS, :_TOKENS] if rows.dim() == 2 else rows[:_ROWS]  # images are whole
     layers: Layers = (
         CheckpointLayers(base, scratch=scratch, device=device)
         if stream
-        else ModelLayers(load(base)[0].to(device), load_task(base))
+        else ModelLayers(load_model(base).to(device), load_task(base))
     )
-    tokenizer = load_tokenizer(base)
-    special = {*tokenizer.all_special_ids} - {tokenizer.mask_token_id}  # a mask stands for a word
+    tokenizer, special = text_tokenizer(base), set[int]()
+    if tokenizer is not None:
+        special = {*tokenizer.all_special_ids} - {tokenizer.mask_token_id}  # a mask stands for a word
     found = attention_masses(layers, few, special)
-    return AttentionProbe(len(few), few.shape[1], {name: table.tolist() for name, table in found.items()})
+    tokens = layers.anatomy.tokens_of(few.shape[1:])
+    return AttentionProbe(len(few), tokens, {name: table.tolist() for name, table in found.items()})
 
 
 def attention_section(found: AttentionProbe, plan: Plan) -> dict[str, Any]:

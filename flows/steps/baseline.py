@@ -28,18 +28,21 @@ _STATES = "states.f32"  # (predictions, F), row-major
 def score(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     rows: TokenRows,
     prompts: Sequence[str] = (),
     task: Task = CAUSAL,
 ) -> BaselineScores:
     """Write the states of `model` on `rows` into `folder`; return its figures and generations.
 
+    `tokenizer`: None if the model reads images.
+
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
-    generations = generate(model, tokenizer, prompts) if task.generates else []
+    generations = generate(model, tokenizer, prompts) if tokenizer is not None and task.generates else []
     quality = keep_states(folder, model, rows, task)
-    return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality))
+    accuracy = quality.accuracy if quality else None
+    return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality), accuracy=accuracy)
 
 
 def keep_states(folder: Path, model: PreTrainedModel, rows: TokenRows, task: Task = CAUSAL) -> Quality | None:

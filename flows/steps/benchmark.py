@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import compressed_tensors, genai, precision
@@ -76,7 +78,9 @@ def benchmark_report(
     """
     sides = {"baseline": resolve(baseline), "candidate": resolve(candidate)}
     task = load_task(sides["baseline"])
-    load = None if task.name == CAUSAL_LM else encoder_load(task.name, runtime, shapes or {})
+    load = None
+    if task.name != CAUSAL_LM:
+        load = encoder_load(read_anatomy(read_config(sides["baseline"])), runtime, shapes or {})
     if task.name == CAUSAL_LM and shapes:
         raise InputError(f"{baseline}: --batch-sizes, --lengths and --passes are for encoders, but it is a decoder")
     if task.name != CAUSAL_LM and torch_mode != "auto":
@@ -146,11 +150,15 @@ def _runs_fused(sides: Sequence[Path], dtype: str) -> bool:
     return True
 
 
-def encoder_load(task: str, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:
+def encoder_load(anatomy: Anatomy, runtime: str, fields: Mapping[str, Any]) -> EncoderLoad:
     """The load of an encoder in `runtime`. Raises InputError for a runtime that does not time encoders."""
     if runtime not in ENCODER_RUNTIMES:
         raise InputError(
-            f"{runtime} times generation, which {task} models do not have; they are timed in "
+            f"{runtime} times generation, which {anatomy.task} models do not have; they are timed in "
             f"{' and '.join(ENCODER_RUNTIMES)}"
         )
-    return EncoderLoad(**fields)
+    if anatomy.image is None:
+        return EncoderLoad(**fields)
+    if "lengths" in fields:
+        raise InputError("--lengths: the model reads images, which all have one size; omit it")
+    return EncoderLoad(**fields, lengths=(anatomy.context,))

@@ -43,13 +43,13 @@ def make_calibration(
     out: Path, *, model: Artifact, text: Text, samples: int, sequence_length: int, seed: int, reading: Reading
 ) -> CalibrationRows:
     """Draw the calibration rows."""
-    from numprune.export.checkpoint import load_tokenizer
+    from numprune.export.checkpoint import text_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.text import calibration_rows, save_calibration
 
     rows, draw = calibration_rows(
         text.source,
-        load_tokenizer(model.path),
+        text_tokenizer(model.path),
         samples,
         sequence_length,
         seed,
@@ -62,13 +62,15 @@ def make_calibration(
 
 def make_heldout(out: Path, *, model: Artifact, text: Text, sequence_length: int, reading: Reading) -> HeldoutRows:
     """Prepare the held-out rows."""
-    from numprune.export.checkpoint import load_tokenizer
+    from numprune.export.checkpoint import text_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.text import save_heldout, text_rows, warn_of_windows
 
     task = load_task(model.path)
-    rows = text_rows(text.source, "heldout", load_tokenizer(model.path), sequence_length, reading, task=task)
-    warn_of_windows(rows, "data.split")
+    tokenizer = text_tokenizer(model.path)
+    rows = text_rows(text.source, "heldout", tokenizer, sequence_length, reading, task=task)
+    if tokenizer is not None:
+        warn_of_windows(rows, "data.split")
     return save_heldout(out, rows, task)
 
 
@@ -76,14 +78,14 @@ def make_baseline(
     out: Path, *, model: Artifact, rows: Artifact, rows_digest: str, prompts: str | list[str], device: str
 ) -> BaselineScores:
     """Score the base on the held-out rows and the prompts: shared by all ratios and methods."""
-    from numprune.export.checkpoint import load
+    from numprune.export.checkpoint import load_model, text_tokenizer
     from numprune.export.tasks import load_task
     from numprune.flows.steps.baseline import prompts_of, score
     from numprune.flows.steps.text import load_heldout
 
-    loaded, tokenizer = load(model.path)
+    loaded, tokenizer = load_model(model.path).to(device), text_tokenizer(model.path)
     held_out = load_heldout(rows.path, rows_digest)
-    return score(out, loaded.to(device), tokenizer, held_out, prompts_of(prompts), load_task(model.path))
+    return score(out, loaded, tokenizer, held_out, prompts_of(prompts), load_task(model.path))
 
 
 def make_learning_rows(

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from numprune.anatomy import read_anatomy, task_name
+from numprune.anatomy import read_anatomy
 from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS
 from numprune.chat import renderer
-from numprune.documents import WHOLE_FILE, Document, is_plain, read_documents
+from numprune.documents import WHOLE_FILE, Document, Reading, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
 from numprune.export import compressed_tensors, genai, onnx, processors, tensorrt, vllm_pooling
-from numprune.export.checkpoint import audit, check_vocabulary, load_tokenizer, read_config, resolve
+from numprune.export.checkpoint import audit, check_vocabulary, read_config, resolve, text_tokenizer
 from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
 from numprune.export.runtimes import device_of as runtime_device
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
-from numprune.export.tasks import load_task
+from numprune.export.tasks import AnyTask, load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, EMBEDDED, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
 from numprune.flows.recipe import EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Run
-from numprune.flows.sections import Quantize
+from numprune.flows.sections import Benchmark, Data, Quantize
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import harness
 from numprune.flows.steps.baseline import prompts_of
@@ -39,7 +39,7 @@ from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
-from numprune.flows.steps.text import text_digest
+from numprune.flows.steps.text import read_images, text_digest
 from numprune.flows.steps.timings import check_request, key_of, timing_request
 from numprune.generation import encode
 from numprune.learning import check_learning
@@ -54,6 +54,7 @@ from numprune.serving.report import ONCE, Report, TaskAccuracy, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
+from numprune.tasks.image_classification import ImageClassification
 
 _MODULES = {
     "distill": ("accelerate",),
@@ -77,12 +78,14 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe with its inputs identified. Raises InputError as `check` does."""
     tasks = check(recipe, workspace)
     base, data = model_folder(recipe.model.path), recipe.data
+    anatomy = read_anatomy(read_config(base))
     available = torch.cuda.is_available()
     return Run(
         recipe=recipe,
         workspace=workspace,
         base=Artifact(base, folder_digest(base)),
-        task=task_name(read_config(base)),
+        task=anatomy.task,
+        image_tokens=anatomy.context if anatomy.image else None,
         calibration=Text(data.calibration, text_digest(data.calibration, "train")),
         heldout={name: Text(text, text_digest(text, "heldout")) for name, text in data.corpora.items()},
         prompts=Text(recipe.recover.prompts, text_digest(recipe.recover.prompts, "train"))
@@ -116,14 +119,14 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
             problems.append(f"{field}: {error}")
             return None
 
-    tokenizer = anatomy = None
+    tokenizer = anatomy = task = None
     collect("--workspace", require_writable, workspace)
     base = collect("model.path", model_folder, recipe.model.path)
     config = collect("model.path", read_config, base) if base else None
     if config is not None:
         collect("model.path", compressed_tensors.refuse_quantized, base, "pruning")
         collect("model.path", audit, base)
-        tokenizer = collect("model.path", load_tokenizer, base)
+        tokenizer = collect("model.path", text_tokenizer, base)
         if tokenizer is not None:
             collect("model.path", check_vocabulary, base, tokenizer, config)
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
@@ -138,7 +141,7 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
                 f"evaluate.tasks: only causal language models answer tasks; the model is for {anatomy.task}; omit it"
             )
         problems += _quantization(recipe, anatomy, config.dtype)
-        problems += _encoders(recipe, anatomy)
+        problems += [*_encoders(recipe, anatomy), *_images(recipe, anatomy)]
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", onnx.check_config, config)
@@ -161,7 +164,10 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
     data = recipe.data
     fields = {"data.calibration": data.calibration, **heldout_fields(recipe)}
     texts = {field: text for field, text in fields.items() if isinstance(text, list)}
-    if tokenizer is not None or not data.chat:
+    if anatomy is not None and anatomy.image is not None:
+        for field, text in fields.items():
+            collect(field, check_images, text, data.reading(), task)
+    elif tokenizer is not None or not data.chat:
         render = renderer(tokenizer) if data.chat else None
         read = {field: collect(field, read_documents, files, data.split, render) for field, files in texts.items()}
         trained = read.pop("data.calibration", None) or []
@@ -204,6 +210,13 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
     """Raises InputError for the first prompt that the model cannot take."""
     for prompt in prompts_of(recipe.evaluate.prompts):
         encode(tokenizer, prompt, context)
+
+
+def check_images(text: str | list[str], reading: Reading, task: AnyTask | None) -> None:
+    """Raises InputError if there are no images, or their labels are not classes of the model."""
+    found = read_images(text, reading)
+    if isinstance(task, ImageClassification):
+        task.labels(found)
 
 
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
@@ -289,6 +302,8 @@ def precisions(recipe: Recipe, base: Path) -> dict[str, str]:
 
 def _lengths(recipe: Recipe, context: int, task: TaskName) -> list[str]:
     problems = []
+    if task == "image-classification":
+        return []
     if recipe.data.sequence_length > context:
         problems.append(
             f"data.sequence_length = {recipe.data.sequence_length}: the model takes at most {context} tokens"
@@ -330,6 +345,22 @@ def _encoders(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     if recipe.evaluate.prompts not in (BUILT_IN, []):
         problems.append(f"evaluate.prompts: {anatomy.task} models do not generate; omit it")
     return problems
+
+
+def _images(recipe: Recipe, anatomy: Anatomy) -> list[str]:
+    """Settings that do not apply to models that read images."""
+    if anatomy.image is None:
+        return []
+    problems = [
+        f"{field} = {asked!r}: the model reads images, which all have one size; omit it"
+        for field, asked, default in (
+            ("data.sequence_length", recipe.data.sequence_length, Data.model_fields["sequence_length"].default),
+            ("benchmark.lengths", recipe.benchmark.lengths, Benchmark.model_fields["lengths"].default),
+        )
+        if asked != default
+    ]
+    trained = [name for name in ("learn", "recover") if getattr(recipe, name).method != "none"]
+    return [*problems, *(f"{name}.method: trains on text, and the model reads images; omit it" for name in trained)]
 
 
 def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:

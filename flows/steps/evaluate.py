@@ -11,19 +11,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from numprune.anatomy import read_anatomy
 from numprune.corpus import TokenRows
 from numprune.errors import InputError
-from numprune.export.checkpoint import load, read_config
+from numprune.export.checkpoint import load_model, load_tokenizer, read_config, text_tokenizer
 from numprune.export.tasks import load_task
 from numprune.flows.names import CAUSAL_LM
 from numprune.flows.steps.baseline import keep_states, score, scored, side
+from numprune.flows.steps.changed import changed_images
 from numprune.generation import MAXIMUM_TOKENS, generate
 from numprune.quality import compare_predictions, compare_with, evaluate
 from numprune.serving.report import MAXIMUM_DOCUMENTS, MAXIMUM_WORST
-from numprune.tasks import Comparison, Predictions, Task, TaskName
+from numprune.tasks import CAUSAL, Comparison, Predictions, Quality, Task, TaskName
+from numprune.tasks.image_classification import ImageClassification
 from numprune.tasks.task import compared
 
-_NLL = {"masked-lm": "nll_nats_per_masked_token", "classification": "nll_nats_per_text"}
+_NLL = {
+    "masked-lm": "nll_nats_per_masked_token",
+    "classification": "nll_nats_per_text",
+    "image-classification": "nll_nats_per_image",
+}
+_CLASSES = ("classification", "image-classification")
+_ACCURACIES = ("accuracy", "top5_accuracy")
 
 
 def compare_with_scores(
@@ -46,20 +55,20 @@ def compare_with_scores(
     Raises InputError, IntegrityError.
     """
     task = load_task(baseline)
-    known = _scored(scores, rows, load(baseline)[0].to(device), task)
+    known = _scored(scores, rows, load_model(baseline).to(device), task)
     if unquantized is None and pruned is None:
         return _compare(candidate, known, generations, rows, prompts, device, task)
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
         earlier = {
-            folder: _run_once(Path(scratch, str(number)), load(folder)[0].to(device), rows, task)
+            folder: _run_once(Path(scratch, str(number)), load_model(folder).to(device), rows, task)
             for number, folder in enumerate(dict.fromkeys((pruned, unquantized, trained)))
             if folder is not None and folder != candidate
         }
-        model, tokenizer = load(candidate)
+        model = load_model(candidate)
         ours = _run_once(Path(scratch, "candidate"), model.to(device), rows, task)
 
         to_base = compare_predictions(ours, known, rows, task)
-        found = section(to_base, rows)
+        found = section(to_base, rows, task)
         if unquantized is not None:
             beside = compare_predictions(ours, earlier[unquantized], rows, task)
             found["quantization_loss_delta"] = _loss_delta(beside)
@@ -73,7 +82,7 @@ def compare_with_scores(
             if task.name == CAUSAL_LM:
                 found["pruned"] |= side(before.candidate)
     if prompts and task.generates:
-        found["generation"] = generation(model, tokenizer, prompts, generations)
+        found["generation"] = generation(model, load_tokenizer(candidate), prompts, generations)
     return found
 
 
@@ -85,13 +94,13 @@ def compare_checkpoints(
     Raises InputError, IntegrityError.
     """
     task = load_task(baseline)
-    vocabulary = read_config(baseline).vocab_size
+    vocabulary = read_anatomy(read_config(baseline)).vocabulary
     for candidate in candidates:
-        if (other := read_config(candidate).vocab_size) != vocabulary:
+        if (other := read_anatomy(read_config(candidate)).vocabulary) != vocabulary:
             raise InputError(f"vocabularies differ: {candidate} has {other} tokens, {baseline} has {vocabulary}")
     with tempfile.TemporaryDirectory(prefix="numprune-") as scratch:
-        dense, tokenizer = load(baseline)
-        found = score(Path(scratch), dense.to(device), tokenizer, rows, prompts, task)
+        dense = load_model(baseline)
+        found = score(Path(scratch), dense.to(device), text_tokenizer(baseline), rows, prompts, task)
         known = _scored(Path(scratch), rows, dense, task)
         del dense  # but its head
         return [_compare(candidate, known, found.generations, rows, prompts, device, task) for candidate in candidates]
@@ -101,22 +110,25 @@ def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> d
     """The figures of one model. Raises InputError (the task has no loss without a baseline), IntegrityError."""
     task = load_task(model)
     if not task.has_loss(rows):
-        remedy = "give labelled text or --baseline" if task.name == "classification" else "give --baseline"
-        raise InputError(f"{model}: the model has no loss of its own on this text ({task.name}); {remedy}")
-    loaded, _ = load(model)
-    found = evaluate(loaded.to(device), rows, task)
+        what = "images" if task.name == "image-classification" else "text"
+        remedy = f"give labelled {what} or --baseline" if task.name in _CLASSES else "give --baseline"
+        raise InputError(f"{model}: the model has no loss of its own on this {what} ({task.name}); {remedy}")
+    found = evaluate(load_model(model).to(device), rows, task)
     assert found is not None
     facts = {"documents": rows.documents, "packed": rows.packed}
     if task.name == "causal-lm":
         return {**side(found), "tokens": found.count, **facts}
-    accuracy = {} if found.accuracy is None else {"accuracy": found.accuracy}
-    metrics = {_NLL[task.name]: found.mean_nll, **accuracy}
+    metrics = {_NLL[task.name]: found.mean_nll, **_accuracies(found)}
     return {"task": task.name, "metrics": metrics, "tokens": _tokens(task.name, rows, found.scored), **facts}
 
 
+def _accuracies(found: Quality) -> dict[str, float]:
+    return {name: value for name in _ACCURACIES if (value := getattr(found, name)) is not None}
+
+
 def _tokens(task: TaskName, rows: TokenRows, scored: np.ndarray) -> int:
-    """The tokens that a task counts: the predicted ones, or all tokens of the texts."""
-    return int(scored.sum()) if task in ("causal-lm", "masked-lm") else sum(map(len, rows.rows))
+    """What a task counts: the predicted tokens, all tokens of the texts, or the images."""
+    return sum(map(len, rows.rows)) if task in ("classification", "embedding") else int(scored.sum())
 
 
 def _run_once(folder: Path, model: PreTrainedModel, rows: TokenRows, task: Task) -> Predictions:
@@ -140,11 +152,10 @@ def _compare(
     device: torch.device,
     task: Task,
 ) -> dict[str, Any]:
-    pruned, tokenizer = load(candidate)
-    pruned.to(device)
-    found = section(compare_with(pruned, baseline, rows, task), rows)
+    pruned = load_model(candidate).to(device)
+    found = section(compare_with(pruned, baseline, rows, task), rows, task)
     if prompts and task.generates:
-        found["generation"] = generation(pruned, tokenizer, prompts, generations)
+        found["generation"] = generation(pruned, load_tokenizer(candidate), prompts, generations)
     return found
 
 
@@ -181,7 +192,7 @@ def _counted(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**counts, **{f"{name}_share": count / len(outputs) for name, count in counts.items()}}
 
 
-def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
+def section(found: Comparison, rows: TokenRows, task: Task = CAUSAL) -> dict[str, Any]:
     """The section without `generation`."""
     facts: dict[str, Any] = {
         "task": found.task,
@@ -196,6 +207,12 @@ def section(found: Comparison, rows: TokenRows) -> dict[str, Any]:
         facts["perplexity_ratio"] = dataclasses.asdict(found.loss_delta.exponential)
     else:
         facts["metrics"] = _metrics(found)
+        if found.accuracy is not None:
+            facts["accuracy_delta"] = dataclasses.asdict(found.accuracy.accuracy_delta)
+            flips = ("right_to_wrong", "wrong_to_right")
+            facts["metrics"] |= {name: getattr(found.accuracy, name) for name in flips}
+        if isinstance(task, ImageClassification):
+            facts["changed"] = changed_images(found, rows, task)
     return finite(facts)
 
 
@@ -210,8 +227,10 @@ def _metrics(found: Comparison) -> dict[str, Any]:
     of_each = {name: quality for name, quality in sides.items() if quality is not None}
     if of_each:
         metrics[_NLL[found.task]] = {name: quality.mean_nll for name, quality in of_each.items()}
-    if metrics.pop("baseline_accuracy", None) is not None:
-        metrics["accuracy"] = {name: quality.accuracy for name, quality in of_each.items()}
+    for accuracy in _ACCURACIES:
+        values = {name: getattr(quality, accuracy) for name, quality in of_each.items()}
+        if values and None not in values.values():
+            metrics[accuracy] = values
     return metrics
 
 

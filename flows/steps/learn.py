@@ -12,15 +12,15 @@ from numprune.anatomy import read_anatomy
 from numprune.corpus import TokenRows
 from numprune.documents import Reading
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
-from numprune.export.tasks import load_task
+from numprune.export.tasks import load_task, load_text_task
 from numprune.flows.names import LEARNED_MODEL, LEARNED_PLAN
 from numprune.flows.sections import Learn, Prune
 from numprune.flows.stages import code_version
 from numprune.flows.steps import prune
 from numprune.flows.steps.results import LearnedMasks
-from numprune.flows.steps.text import Text, draw_of
+from numprune.flows.steps.text import Text, draw_of, named
 from numprune.flows.steps.timed_prune import options_within_time
-from numprune.flows.steps.training import named, resumable, unmasked_rows
+from numprune.flows.steps.training import resumable, unmasked_rows
 from numprune.learning import SELECTION_ROWS, Counted, Learned, Variant, check_learning, learn
 from numprune.options import PruneOptions
 from numprune.plans import Draw
@@ -101,6 +101,7 @@ def training_rows(
 def check_request(source: Path, options: PruneOptions, constraint: Counted, length: int) -> None:
     """Refuse a request that `learn_checkpoint` does not support with rows of `length` tokens. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "learning")
+    load_text_task(source, "learning masks")
     check_learning(read_anatomy(checkpoint.read_config(source)), options, constraint, length)
 
 

@@ -22,11 +22,11 @@ from numprune.export import card, compressed_tensors, manifest
 from numprune.export.checkpoint import (
     audit,
     check_vocabulary,
-    load,
-    load_tokenizer,
+    load_model,
     read_config,
     save,
     save_around_weights,
+    text_tokenizer,
     weight_bytes,
 )
 from numprune.export.shards import writing
@@ -212,8 +212,7 @@ def _kept_units(plan: Plan) -> dict[str, list[int]]:
 def _prune_in_memory(
     base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
-    model, _ = load(base)
-    pruned = pruning.prune(model.to(device), rows, options, task=load_task(base), plan=plan)
+    pruned = pruning.prune(load_model(base).to(device), rows, options, task=load_task(base), plan=plan)
     save(pruned.model, base, folder, dropped=pruned.plan.dropped_layers())
     return pruned.plan
 
@@ -222,7 +221,7 @@ def _prune_streamed(
     base: Path, rows: Tensor, options: PruneOptions, folder: Path, device: torch.device, plan: Plan | None
 ) -> Plan:
     layers = CheckpointLayers(base, scratch=folder, device=device)
-    check_vocabulary(base, load_tokenizer(base), layers.config)
+    check_vocabulary(base, text_tokenizer(base), layers.config)
     dropped = pruning.layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     gone = [drop.layer for drop in dropped]
     with writing(folder, renumber_tensors(dtypes_of(layers.stored), layers.anatomy.layers_path, gone)) as writer:
@@ -255,8 +254,8 @@ def plan_checkpoint(
     layers: Layers
     if stream:
         layers = CheckpointLayers(base, scratch=scratch, device=device)
-        check_vocabulary(base, load_tokenizer(base), layers.config)
+        check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
-        layers = ModelLayers(load(base)[0].to(device), load_task(base))
+        layers = ModelLayers(load_model(base).to(device), load_task(base))
     plan = pruning.plan_layers(layers, rows, options, dropped=pruning.layers_to_drop(layers, rows, options))
     return plan.drawn(draw, manifest.folder_digest(base))

@@ -13,7 +13,7 @@ from numprune.corpus import Frame, TokenRows
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import card_changes, checkpoint, compressed_tensors, manifest
-from numprune.export.tasks import load_task
+from numprune.export.tasks import load_task, load_text_task
 from numprune.export.weights import dtypes_of
 from numprune.flows.sections import Recover
 from numprune.flows.stages import code_version
@@ -21,7 +21,7 @@ from numprune.flows.steps import text as texts
 from numprune.flows.steps.prune import check_budget, describe, plan_facts
 from numprune.flows.steps.quantize import dropped_layers
 from numprune.flows.steps.results import RecoveredCheckpoint
-from numprune.flows.steps.training import named, resumable, unmasked_rows
+from numprune.flows.steps.training import resumable, unmasked_rows
 from numprune.plans import Plan
 from numprune.recovery import Recovered, RecoveryOptions, RecoveryRows, check_training, distill, draw_rows
 from numprune.recovery.state import TrainingState
@@ -42,6 +42,7 @@ def check_request(source: Path, dense: Path, options: RecoveryOptions) -> None:
     """Refuse a request that `recover_checkpoint` does not support. Raises InputError."""
     compressed_tensors.refuse_quantized(source, "training")
     compressed_tensors.refuse_quantized(dense, "--dense")
+    load_text_task(source, "training")
     ours, theirs = ((checkpoint.read_config(folder), checkpoint.load_tokenizer(folder)) for folder in (source, dense))
     check_pair(ours, theirs, (str(source), str(dense)))
     check_training(options, read_anatomy(ours[0]), read_anatomy(theirs[0]), dropped_layers(source))
@@ -84,7 +85,7 @@ def training_rows(
         tokens = (options.steps(length) * options.batch_size + options.selection_rows) * length
         rows, frame = unmasked_rows(text, tokenizer, length, reading, tokens, task)
         sources.append(rows)
-    with named(option):
+    with texts.named(option):
         return draw_rows(sources, length, options, judged, task, frame)
 
 

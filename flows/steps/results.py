@@ -37,11 +37,15 @@ class HeldoutRows:
 
 @dataclass(frozen=True)
 class BaselineScores:
-    """The baseline's own figures, if its task has them, and its output for each prompt."""
+    """The baseline's own figures, if its task has them, and its output for each prompt.
+
+    `nll_nats_per_token`: or for each input of a classifier.
+    """
 
     generations: list[dict[str, Any]]
     nll_nats_per_token: float | None = None
     perplexity: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)

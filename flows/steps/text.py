@@ -1,10 +1,14 @@
-"""The recipe's text as token rows, and token rows on disk."""
+"""The recipe's text or images as rows, and rows on disk.
+
+Text needs a tokenizer; for a model that reads images it is None.
+"""
 
 import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from numprune.anatomy import context_of
+from numprune.anatomy import read_anatomy
+from numprune.blocks import Anatomy
 from numprune.chat import renderer
 from numprune.corpus import TokenRows, rows_digest, sample_rows
 from numprune.counted import counted
@@ -21,12 +26,15 @@ from numprune.documents import Document, Reading, content_of, read_documents
 from numprune.errors import InputError
 from numprune.export.checkpoint import load_tokenizer, read_config
 from numprune.export.manifest import sha256_file
-from numprune.export.tasks import load_task
+from numprune.export.tasks import AnyTask, load_task
 from numprune.flows.embedded import corpus
 from numprune.flows.names import EMBEDDED, SEQUENCE_LENGTH
 from numprune.flows.steps.results import CalibrationRows, HeldoutRows
+from numprune.images import draw_pictures
+from numprune.pictures import Picture, read_pictures
 from numprune.plans import Draw
 from numprune.tasks import CAUSAL, MINIMUM_DOCUMENTS, Task
+from numprune.tasks.image_classification import ImageClassification
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +52,9 @@ def text_digest(text: Text, part: corpus.Split) -> str:
         parts = [sys.version, part, sha256_file(Path(corpus.__file__))]
     else:
         # File names are included: they name the documents, and the suffix decides how a file is read.
-        parts = [word for file in map(Path, text) for word in (file.name, *map(sha256_file, content_of(file)))]
+        # Those of images contain their class.
+        files = [(file.parent, one) for file in map(Path, text) for one in content_of(file)]
+        parts = [word for parent, one in files for word in (str(one.relative_to(parent)), sha256_file(one))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -57,16 +67,35 @@ def read_text(
     return read_documents(text, reading.split, renderer(tokenizer) if reading.chat else None)
 
 
+def read_images(text: Text, reading: Reading) -> list[Picture]:
+    """The images of a recipe's text. Raises InputError, also for settings that are for text."""
+    if text == EMBEDDED:
+        raise InputError("the model reads images, and the embedded text has none; give folders of images")
+    if reading != Reading():
+        raise InputError("split, chat and pack are for text, and the model reads images; omit them")
+    return read_pictures(text)
+
+
 def text_rows(
     text: Text,
     part: corpus.Split,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     length: int,
     reading: Reading,
     tokens: int | None = None,
-    task: Task = CAUSAL,
+    task: AnyTask = CAUSAL,
 ) -> TokenRows:
-    """A recipe's text as rows for a task; the other arguments are `read_text`'s. Raises InputError."""
+    """A recipe's text or images as rows for a task; the other arguments are `read_text`'s. Raises InputError."""
+    if isinstance(task, ImageClassification):
+        rows = task.rows(read_images(text, reading), labelled=part == "heldout")
+        logger.info(
+            "%s images: %d%s",
+            "calibration" if part == "train" else "held-out",
+            len(rows.rows),
+            "" if rows.labels is None else ", labelled",
+        )
+        return rows
+    assert tokenizer is not None  # of a model that reads text
     read = task.calibration_rows if part == "train" else task.heldout_rows
     rows = read(read_text(text, part, tokenizer, reading, tokens), tokenizer, length, reading.pack)
     logger.info(
@@ -91,11 +120,13 @@ def _embedded(part: corpus.Split, tokens: int | None) -> list[Document]:
     return documents
 
 
-def row_length(asked: int | None, limit: int) -> int:
-    """The requested sequence length, by default `SEQUENCE_LENGTH` but at most `limit`."""
-    if asked is not None and asked > limit:
-        raise InputError(f"--sequence-length {asked}: the model takes at most {limit} tokens")
-    return asked or min(SEQUENCE_LENGTH, limit)
+def row_length(asked: int | None, anatomy: Anatomy) -> int:
+    """The requested sequence length, by default `SEQUENCE_LENGTH` but at most the context. Raises InputError."""
+    if asked is not None and anatomy.image is not None:
+        raise InputError(f"--sequence-length {asked}: the model reads images, which all have one size; omit it")
+    if asked is not None and asked > anatomy.context:
+        raise InputError(f"--sequence-length {asked}: the model takes at most {anatomy.context} tokens")
+    return asked or min(SEQUENCE_LENGTH, anatomy.context)
 
 
 def heldout_rows(
@@ -109,13 +140,20 @@ def heldout_rows(
     Raises InputError: as `read_documents` and `token_rows` do, and if their tokenizers differ on the text.
     """
     model, *others = models
-    length = row_length(length, context_of(read_config(model)))
-    task, tokenizer = load_task(model), load_tokenizer(model)
+    length = row_length(length, read_anatomy(read_config(model)))
+    task, further = load_task(model), [*others, *([baseline] if baseline else [])]
+    for other in further:
+        if load_task(other) != task:
+            raise InputError(
+                f"{model} and {other}: they have different tasks, classes, pooling or image processors, so they cannot "
+                "be compared"
+            )
+    if isinstance(task, ImageClassification):
+        return text_rows(files, "heldout", None, length, reading, task=task)
+    tokenizer = load_tokenizer(model)
     documents = read_text(files, "heldout", tokenizer, reading)
     rows = task.heldout_rows(documents, tokenizer, length, reading.pack)
-    for other in (*others, *([baseline] if baseline else [])):
-        if load_task(other) != task:
-            raise InputError(f"{model} and {other}: they have different tasks or pooling, so they cannot be compared")
+    for other in further:
         if task.heldout_rows(documents, load_tokenizer(other), length, reading.pack).digest != rows.digest:
             raise InputError(
                 f"{model} and {other}: their tokenizers give different tokens for the text, so they cannot be "
@@ -141,18 +179,23 @@ def warn_of_windows(rows: TokenRows, option: str) -> None:
 
 def calibration_rows(
     text: Text,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     samples: int,
     length: int,
     seed: int,
     reading: Reading,
     option: str = "--samples",
-    task: Task = CAUSAL,
+    task: AnyTask = CAUSAL,
 ) -> tuple[Tensor, Draw]:
-    """(samples, length) token rows drawn from a recipe's text, and their description for a plan.
+    """(samples, length) token rows, or images, drawn from a recipe's text, and their description for a plan.
 
     `option` is the user's name for `samples`. Raises InputError.
     """
+    if isinstance(task, ImageClassification):
+        found = read_images(text, reading)
+        with named(option):
+            drawn = draw_pictures(found, samples, seed)
+        return torch.stack(task.rows(drawn).rows), draw_of(text, seed, reading, packed=False)
     rows = text_rows(text, "train", tokenizer, length, reading, samples * length, task)
     return draw_rows(rows, samples, length, seed, option), draw_of(text, seed, reading, packed=rows.packed)
 
@@ -165,8 +208,15 @@ def draw_of(text: Text, seed: int, reading: Reading, *, packed: bool) -> Draw:
 
 def draw_rows(rows: TokenRows, samples: int, length: int, seed: int, option: str) -> Tensor:
     """Like `sample_rows`. Raises InputError naming `option`, the user's name of `samples`."""
-    try:
+    with named(option):
         return sample_rows(rows, samples, length, seed)
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Have an InputError name the option that it is about."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{option}: {error}") from None
 

@@ -67,17 +67,8 @@ def check_documents(
     `prompts`: documents that are also trained on.
     """
     trained, others = (texts.read_text(one, "train", tokenizer, reading) for one in (text, judged))
-    with named(option):
+    with texts.named(option):
         require_others([*trained, *prompts], others)
-
-
-@contextmanager
-def named(option: str) -> Iterator[None]:
-    """Have an InputError name the option that it is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{option}: {error}") from None
 
 
 @contextmanager

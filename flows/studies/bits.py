@@ -122,7 +122,7 @@ class _Study:
             check_quantizable(layers.anatomy, level)
         rows, heldout = _texts(args, tokenizer)
         gradients = sensitivity.measure(layers, rows, options.batch_size)
-        walker = Walker(layers, rows.shape[1], options.batch_size)
+        walker = Walker(layers, rows.shape[1:], options.batch_size)
         allowed = sizes_allowed(layers.anatomy, options)
         errors = error_curves(layers, dense_inputs(walker, rows, None), options, gradients, least_units(allowed))
         rounding = rounding_prices(walker, rows, gradients.output, levels)

@@ -1,6 +1,7 @@
 """The supported architectures, one file each. docs/adding-an-architecture.md explains how to add one."""
 
 from numprune.families.bert import BERT
+from numprune.families.deit import DEIT
 from numprune.families.distilbert import DISTILBERT
 from numprune.families.electra import ELECTRA
 from numprune.families.family import Family, Kind, Matrix, Wiring
@@ -25,6 +26,7 @@ from numprune.families.roberta import ROBERTA
 from numprune.families.smollm3 import SMOLLM3
 from numprune.families.stablelm import STABLELM
 from numprune.families.starcoder2 import STARCODER2
+from numprune.families.vit import VIT
 
 _ALL = (
     LLAMA,
@@ -51,6 +53,8 @@ _ALL = (
     ROBERTA,
     DISTILBERT,
     ELECTRA,
+    VIT,
+    DEIT,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding"]
+TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding", "image-classification"]
 Kind = Literal["attention", "mlp", "experts"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels", "experts", "channels per expert"]
@@ -119,6 +119,19 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """The embeddings of an image: tokens that every image has, then one for each of its patches.
+
+    Attributes:
+        tokens: parameters of the former.
+        positions: parameter of the learned positions of all.
+    """
+
+    tokens: tuple[str, ...]
+    positions: str
+
+
+@dataclass(frozen=True)
 class StandIn:
     """Another family with the same computation, whose configuration accepts head counts that this one refuses.
 
@@ -173,6 +186,7 @@ class Family:
         tasks: of its models.
         prefix: of the following paths, in models that contain the base model (encoders).
         layers, embedding, final_norm: paths in the model; no `final_norm`: there is none after the last layer.
+        patches: the rest of the embeddings if rows are images, whose patches `embedding` reads; None: rows are tokens.
         around: further tensors of the base model -> their shapes.
         projection: path of the linear map from embeddings to hidden states, present if `embedding_size` differs from
             the hidden size, or None.
@@ -215,6 +229,7 @@ class Family:
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str | None = "model.norm"
+    patches: Patches | None = None
     around: Mapping[str, Shape] = field(default_factory=dict)
     projection: str | None = None
     heads_of: Mapping[TaskName, Mapping[str, Shape]] = field(default_factory=dict)

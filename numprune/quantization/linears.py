@@ -101,12 +101,17 @@ def check_quantizable(anatomy: Anatomy, schemes: BlockSchemes, tensor_parallel: 
         tensor_parallel: GPUs that will share each layer; groups must not span two of them.
 
     Raises:
-        InputError: the family's projections are not Linear layers, or groups do not divide a projection's inputs; names
-            the projection and the group sizes that do.
+        InputError: the model reads images, the family's projections are not Linear layers, or groups do not divide a
+            projection's inputs; names the projection and the group sizes that do.
     """
     if anatomy.of_kind("experts"):
         raise InputError(
             f"quantization: {anatomy.family} has experts, which are not Linear layers; leave it unquantized"
+        )
+    if anatomy.image is not None:
+        raise InputError(
+            f"quantization: {anatomy.family} classifies images, and vLLM, which runs quantized weights, does not; "
+            "leave it unquantized"
         )
     if FAMILIES[anatomy.family].transposed:
         raise InputError(

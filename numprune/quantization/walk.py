@@ -147,13 +147,13 @@ class _Fitting:
     def __init__(self, layers: Layers, schemes: BlockSchemes, fit: Fit, dtype: torch.dtype) -> None:
         check_rows(layers.anatomy, fit.rows)
         self._schemes, self._fit = schemes, fit
-        length = fit.rows.shape[1]
-        self._walker = Walker(layers, length, fit.batch_size)
+        row = fit.rows.shape[1:]
+        self._walker = Walker(layers, row, fit.batch_size)
         self._stream = self._walker.embed(fit.rows)
         if fit.target is None:
             self._target, self._target_stream = self._walker, self._walker.copy(self._stream)
         else:
-            self._target = Walker(fit.target, length, fit.batch_size)
+            self._target = Walker(fit.target, row, fit.batch_size)
             self._target_stream = self._target.embed(fit.rows)
         self._aims = layers.allocate(*self._stream.hidden.shape)  # the desired output of a block, (N, S, H)
         self._blocks = BlockFit(self._walker, self._stream, self._aims, dtype)

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
-from numprune.errors import InputError, IntegrityError
-from numprune.tasks import language
+from numprune.tasks import classes, language
 from numprune.tasks.reading import encoder_rows, text_rows
-from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, batches, compared, of_texts
+from numprune.tasks.task import Comparison, Predictions, Quality, TaskName, of_inputs
 from numprune.units import LOSS_UNITS
 
 
@@ -32,6 +31,7 @@ class Classification:
 
     name: ClassVar[TaskName] = "classification"
     unit: ClassVar[str] = LOSS_UNITS["classification"]
+    item: ClassVar[str] = "text"
     generates: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 
@@ -47,20 +47,8 @@ class Classification:
         rows = text_rows(documents, tokenizer, length, pack)
         if all(document.label is None for document in documents):
             return rows
-        return replace(rows.first_of_each_document(), labels=[self._label(document) for document in documents])
-
-    def _label(self, document: Document) -> int:
-        label = document.label
-        if label is None:
-            raise InputError(f"{document.name}: has no label, but other texts do; label all of them or none")
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
-            return label
-        if isinstance(label, str) and label in self.classes:
-            return self.classes[label]
-        known = ", ".join(list(self.classes)[:12])
-        raise InputError(
-            f"{document.name}: label {str(label)[:80]!r} is not a class of the model; its classes are {known}"
-        )
+        labels = [classes.label_of(self.classes, document.name, document.label) for document in documents]
+        return replace(rows.first_of_each_document(), labels=labels)
 
     def predictions_in(self, length: int) -> int:
         return 1
@@ -72,7 +60,7 @@ class Classification:
         return rows.labels is not None
 
     def predictions(self, model: PreTrainedModel) -> Predictions:
-        return of_texts(self, model, model.config.num_labels)
+        return of_inputs(self, model, model.config.num_labels)
 
     def evaluate(
         self,
@@ -81,27 +69,12 @@ class Classification:
         batch_size: int,
         keep: Callable[[list[int], Tensor], None] | None = None,
     ) -> Quality | None:
-        found = _distributions(model, rows, batch_size, keep)
-        return _quality(found, rows)
+        return classes.evaluate(model, rows, batch_size, keep)
 
     def compare(
         self, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
     ) -> Comparison:
-        if model.size != baseline.size:
-            raise InputError(f"models differ in their number of classes: {model.size} and {baseline.size} (baseline)")
-        ours, theirs = (_distributions(one, rows, batch_size) for one in (model, baseline))
-        kl = language.kl_divergence(ours, theirs).numpy()
-        metrics = {
-            "kl_nats_per_text": float(kl.mean()),
-            "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
-        }
-        candidate, dense = _quality(ours, rows), _quality(theirs, rows)
-        if candidate is None or dense is None:
-            return compared(self, rows, kl, metrics, seed)
-        assert candidate.accuracy is not None
-        assert dense.accuracy is not None
-        metrics |= {"accuracy": candidate.accuracy, "baseline_accuracy": dense.accuracy}
-        return compared(self, rows, candidate.nll - dense.nll, metrics, seed, candidate, dense)
+        return classes.compare(self, model, baseline, rows, batch_size, seed)
 
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
         logits: Tensor = model(input_ids=tokens, attention_mask=mask).logits
@@ -117,31 +90,3 @@ class Classification:
         """The NLL of classes drawn from the model's own distributions: E[g g^T] is its Fisher matrix."""
         labels = language.draw_labels(output.float().log_softmax(-1), draw)
         return nn.functional.cross_entropy(output.float(), labels, reduction="sum")
-
-
-def _distributions(
-    model: Predictions,
-    rows: TokenRows,
-    batch_size: int,
-    keep: Callable[[list[int], Tensor], None] | None = None,
-) -> Tensor:
-    """Return the log-probabilities (rows, V) of all rows, float64 on the CPU."""
-    found = torch.zeros(len(rows.rows), model.size, dtype=torch.float64)
-    for index, tokens in batches(rows, batch_size, "evaluate"):
-        states = model.states(index, tokens)
-        if keep is not None:
-            keep(index, states)
-        found[index] = states[:, 0].double().log_softmax(-1).cpu()
-    if not torch.isfinite(found).all():
-        raise IntegrityError("the model's probabilities are not finite; its weights are damaged or overflow")
-    return found
-
-
-def _quality(found: Tensor, rows: TokenRows) -> Quality | None:
-    """Return the NLL of the labels by log-probabilities (rows, V), if there are labels."""
-    if rows.labels is None:
-        return None
-    labels = torch.tensor([rows.labels[document] for document in rows.document])
-    nll = -found.gather(-1, labels[:, None])[:, 0].numpy()
-    accuracy = float((found.argmax(-1) == labels).double().mean())
-    return Quality(nll, np.ones(len(nll), dtype=np.int64), accuracy)

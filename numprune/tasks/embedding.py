@@ -14,7 +14,7 @@ from numprune.documents import Document
 from numprune.errors import InputError, IntegrityError
 from numprune.pooling import Pooling
 from numprune.tasks.reading import encoder_rows, text_rows
-from numprune.tasks.task import Comparison, Predictions, TaskName, batches, compared, of_texts
+from numprune.tasks.task import Comparison, Predictions, TaskName, batches, compared, of_inputs
 from numprune.units import LOSS_UNITS
 
 _COMPARED = 2_000  # texts whose pairs are ranked: 2 million pairs
@@ -59,7 +59,7 @@ class Embedding:
         return False
 
     def predictions(self, model: PreTrainedModel) -> Predictions:
-        return of_texts(self, model, model.config.hidden_size)
+        return of_inputs(self, model, model.config.hidden_size)
 
     def evaluate(
         self,

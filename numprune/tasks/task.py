@@ -1,4 +1,4 @@
-"""The interface of tasks: reading text as rows, predictions, and losses.
+"""The interface of tasks: reading text or images as rows, predictions, and losses.
 
 A row's *predictions* are its next-token distributions (causal LM), those of its masked tokens (masked LM), its class
 distribution (classification) or its sentence embedding. P is their number per row, V the size of each, and F the size
@@ -21,6 +21,7 @@ from numprune.bootstrap import Estimate, bootstrap_mean
 from numprune.corpus import Pack, TokenRows
 from numprune.documents import Document
 from numprune.families.family import TaskName
+from numprune.paired import PairedAccuracy
 from numprune.progress import Progress
 
 # Fewer documents give no useful bounds. Windows are resampled instead, whose bounds only apply to this text, because
@@ -54,12 +55,14 @@ class Quality:
     Attributes:
         nll: (spans,) summed NLL in nats, float64.
         scored: (spans,) number of scored predictions: tokens, masked tokens or texts.
-        accuracy: share of texts whose most probable class is their label; None if the task has no labels.
+        accuracy: share of texts or images whose most probable class is their label; None if the task has no labels.
+        top5_accuracy: of those whose label is among the five most probable of more than five classes.
     """
 
     nll: np.ndarray
     scored: np.ndarray
     accuracy: float | None = None
+    top5_accuracy: float | None = None
 
     @property
     def count(self) -> int:
@@ -88,6 +91,8 @@ class Comparison:
         scored: (spans,) number of predictions in each sum.
         loss_delta: mean difference, paired by prediction.
         metrics: further figures of the task by name.
+        accuracy: of both models, paired; None without labels.
+        classes: (rows,) most probable class of each row by the candidate and by the baseline; None if it has none.
     """
 
     task: TaskName
@@ -99,11 +104,12 @@ class Comparison:
     scored: np.ndarray
     loss_delta: Estimate
     metrics: Mapping[str, float]
+    accuracy: PairedAccuracy | None = None
+    classes: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Task(Protocol):
-    """The interface of a task.
-
+    """The interface of a task. Rows are token rows (n, S), or images (n, C, height, width).
 
     Attributes:
         name: of the task.
@@ -116,16 +122,6 @@ class Task(Protocol):
     unit: ClassVar[str]
     generates: ClassVar[bool]
     pooled: ClassVar[bool]
-
-    def calibration_rows(
-        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
-    ) -> TokenRows:
-        """Return the text as windows of at most `length` tokens, ready as model input. Raises InputError."""
-
-    def heldout_rows(
-        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
-    ) -> TokenRows:
-        """Return the text as rows of at most `length` tokens for `evaluate` and `compare`. Raises InputError."""
 
     def predictions_in(self, length: int) -> int:
         """Return P for a row of `length` tokens."""
@@ -157,18 +153,18 @@ class Task(Protocol):
         """Compare `model` with `baseline`. Raises IntegrityError if predictions are not finite."""
 
     def output(self, model: PreTrainedModel, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Run `model` on token rows (n, S): logits (n, S, V) or (n, V), or embeddings (n, V)."""
+        """Run `model` on rows: logits (n, S, V) or (n, V), or embeddings (n, V)."""
 
     def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
         """Return how far each prediction is from the dense model's, (p,) float64, in the task's unit.
 
         Args:
             output, dense: returned by `output` for a model and for the dense one.
-            rows: (n, S) calibration rows.
+            rows: the calibration rows.
         """
 
     def losses_in(self, rows: Tensor) -> int:
-        """Return the number of losses that `loss` sums over calibration rows (n, S); prices are per loss.
+        """Return the number of losses that `loss` sums over calibration rows; prices are per loss.
 
         Raises InputError if there are none.
         """
@@ -178,9 +174,23 @@ class Task(Protocol):
 
         Args:
             output: returned by `output`.
-            rows: (n, S) calibration rows.
+            rows: the calibration rows.
             draw: on the CPU, for drawing labels.
         """
+
+
+class TextTask(Task, Protocol):
+    """A task of a model that reads text."""
+
+    def calibration_rows(
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
+    ) -> TokenRows:
+        """Return the text as windows of at most `length` tokens, ready as model input. Raises InputError."""
+
+    def heldout_rows(
+        self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
+    ) -> TokenRows:
+        """Return the text as rows of at most `length` tokens for `evaluate` and `compare`. Raises InputError."""
 
 
 def compared(
@@ -211,7 +221,7 @@ def compared(
 
 
 def batches(rows: TokenRows, batch_size: int, title: str) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (row indices, tokens (n, S)), rows of one length together so that none is padded."""
+    """Yield row indices and the rows themselves, rows of one length together so that none is padded."""
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows.rows):
         by_length.setdefault(len(row), []).append(index)
@@ -230,7 +240,7 @@ def parts(size: int, *values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(value.flatten(0, 1).split(positions) for value in values), strict=True)
 
 
-def of_texts(task: Task, model: PreTrainedModel, size: int) -> Predictions:
+def of_inputs(task: Task, model: PreTrainedModel, size: int) -> Predictions:
     """Return the predictions of a task with one prediction per row: the states are the predictions themselves."""
 
     def states(_: list[int], tokens: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from numprune.serving.benchmark.passes import Pass
 
 
 def encode(encoder: Encoder, batches: Iterable[Tensor], passes: int) -> list[Pass]:
-    """`passes` forward passes of each batch (B, S).
+    """`passes` forward passes of each batch: token ids (B, S), or images (B, C, height, width).
 
     A pass is timed from the call until its output is on the host. The check for NaN and infinity is not timed.
     """
     found = []
     for batch in batches:
-        size, length = batch.shape
+        size, length = len(batch), batch.shape[1] if encoder.image is None else encoder.tokens
         for _ in range(passes):
             start = perf_counter_ns()
             output = encoder.forward(batch)

@@ -14,12 +14,12 @@ METRICS = ("latency", "samples_per_s")
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a batch. A text has failed if any of its outputs is NaN or infinite."""
+    """One forward pass of a batch. A text or image has failed if any of its outputs is NaN or infinite."""
 
-    size: int  # texts
+    size: int  # texts or images
     length: int  # tokens of each
     latency_ms: float
-    failed: int  # texts
+    failed: int  # texts or images
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,18 @@ class Session:
         prompts, runtime = torch.tensor(token_ids, dtype=torch.int64).split(batch_size), cast(Runtime, self._runtime)
         return self._begin(lambda: [generate(runtime, batch, output_length) for batch in prompts])
 
-    def prepare_passes(self, batches: list[list[list[int]]], passes: int) -> Answer:
-        """Accept the load of an encoder; the peak of the run is measured from here."""
-        texts, encoder = [torch.tensor(batch, dtype=torch.int64) for batch in batches], cast(Encoder, self._runtime)
-        return self._begin(lambda: encode(encoder, texts, passes))
+    def prepare_passes(
+        self, batches: list[list[list[int]]], passes: int, images: Sequence[int] = (), seed: int = 0
+    ) -> Answer:
+        """Accept the load of an encoder: token ids, or random images in batches of these sizes.
+
+        The peak of the run is measured from here.
+        """
+        encoder, generator = cast(Encoder, self._runtime), torch.Generator().manual_seed(seed)
+        inputs = [torch.tensor(batch, dtype=torch.int64) for batch in batches]
+        if encoder.image is not None:
+            inputs = [torch.randn(size, *encoder.image, generator=generator) for size in images]
+        return self._begin(lambda: encode(encoder, inputs, passes))
 
     def _begin(self, work: Callable[[], Sequence[Generation | Pass]]) -> Answer:
         self._work = work

@@ -10,6 +10,7 @@ from numprune.serving.report.markdown import markdown, not_judged, quality_secti
 from numprune.serving.report.models import (
     CAUSAL,
     CORPUS_NAME,
+    MAXIMUM_CHANGED,
     MAXIMUM_DOCUMENTS,
     MAXIMUM_PROMPTS,
     MAXIMUM_WORST,
@@ -53,6 +54,7 @@ from numprune.serving.report.models import (
 __all__ = [
     "CAUSAL",
     "CORPUS_NAME",
+    "MAXIMUM_CHANGED",
     "MAXIMUM_DOCUMENTS",
     "MAXIMUM_PROMPTS",
     "MAXIMUM_WORST",

@@ -24,7 +24,7 @@ def next_commands(report: Report) -> Iterator[str]:
     if name is None or report.verdict is None or report.verdict.outcome != "pass":
         return
     yield f"numprune registry promote {name}@candidate"
-    if report.quality is None or report.quality.task != "masked-lm":  # cannot be served
+    if report.quality is None or report.quality.task not in ("masked-lm", "image-classification"):  # cannot be served
         yield f"numprune serve {name}@production"
 
 

@@ -187,9 +187,10 @@ def _quality_rows(quality: Quality) -> Iterable[list[str]]:
     if one is None or other is None or ratio is None:  # not of causal-lm
         yield [f"{names.loss(quality)}, {quality.loss_delta.unit}", "", "", estimate(quality.loss_delta)]
         yield from _recovery_rows(quality)
-        for name, is_share, sides in names.metrics(quality):
+        for name, is_share, sides, change in names.metrics(quality):
             show = share if is_share else figure
-            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
+            changed = estimate(change) if change else ""
+            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), changed]
         return
     before, after = one.nll_nats_per_token, other.nll_nats_per_token
     yield ["NLL, nats per token", figure(before), figure(after), estimate(quality.loss_delta)]

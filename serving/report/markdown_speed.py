@@ -41,7 +41,7 @@ _RATES = {
     "prefill_tokens_per_s": "prefill, tokens/s",
     "output_tokens_per_s": "output, tokens/s",
     "goodput_requests_per_s": "goodput, requests/s",
-    "samples_per_s": "throughput, texts/s",
+    "samples_per_s": "throughput, samples/s",
 }
 
 

@@ -4,21 +4,27 @@ from collections.abc import Iterator, Mapping
 
 from numprune.counted import counted
 from numprune.serving.report import words
-from numprune.serving.report.models import Quality, Sides, TaskAccuracy
+from numprune.serving.report.models import Quality, ReportedEstimate, Sides, TaskAccuracy
 
 METRICS: Mapping[str, str] = {
     "nll_nats_per_masked_token": "NLL, nats/masked token",
     "kl_nats_per_masked_token": "KL from baseline, nats/masked token",
     "nll_nats_per_text": "NLL, nats/text",
     "kl_nats_per_text": "KL from baseline, nats/text",
+    "nll_nats_per_image": "NLL, nats/image",
+    "kl_nats_per_image": "KL from baseline, nats/image",
     "accuracy": "Accuracy",
+    "top5_accuracy": "Top-5 accuracy",
+    "right_to_wrong": "Right to wrong",
+    "wrong_to_right": "Wrong to right",
     "top1_agreement": "Top-1 agreement",
     "similarity_spearman": "Spearman correlation of pairwise similarities",
 }
-_SHARES = {"accuracy", "top1_agreement"}
+_SHARES = {"accuracy", "top5_accuracy", "top1_agreement"}
+_OF_LABELS = {"nll_nats_per_text", "nll_nats_per_image"}
 _MAXIMUM_METRICS = _MAXIMUM_CORPORA = 50
 
-_COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # the unit of other tasks' losses: texts
+_COUNTED = {"causal-lm": "token", "masked-lm": "masked token"}  # the unit of other tasks' losses: texts or images
 
 
 def accuracies(tasks: Mapping[str, Mapping[str, TaskAccuracy]]) -> list[tuple[str, TaskAccuracy]]:
@@ -37,7 +43,7 @@ def answered(tasks: Mapping[str, Mapping[str, TaskAccuracy]]) -> str:
 
 def is_difference(found: Quality) -> bool:
     """Whether each model has this loss on its own, rather than a distance between the two."""
-    return found.task in _COUNTED or "nll_nats_per_text" in found.metrics
+    return found.task in _COUNTED or not _OF_LABELS.isdisjoint(found.metrics)
 
 
 def loss(found: Quality) -> str:
@@ -47,11 +53,25 @@ def loss(found: Quality) -> str:
     return "NLL difference" if is_difference(found) else "KL from baseline"  # of a classifier, without labels
 
 
-def metrics(found: Quality) -> Iterator[tuple[str, bool, Sides]]:
-    """For each metric: name, whether it is a share, values; one of both models together has no baseline value."""
+def document(found: Quality) -> str:
+    """What the loss is resampled over."""
+    return "image" if found.task == "image-classification" else "document"
+
+
+def material(found: Quality) -> str:
+    """What quality was measured on, besides its extent."""
+    return "images" if found.task == "image-classification" else "text"
+
+
+def metrics(found: Quality) -> Iterator[tuple[str, bool, Sides, ReportedEstimate | None]]:
+    """For each metric: name, whether it is a share, values, and the change with its interval, if that is known.
+
+    A metric of both models together has no baseline value.
+    """
     for name, value in list(found.metrics.items())[:_MAXIMUM_METRICS]:
         sides = value if isinstance(value, Sides) else Sides(baseline=None, candidate=value)
-        yield METRICS.get(name, name), name in _SHARES, sides
+        change = found.accuracy_delta if name == "accuracy" else None
+        yield METRICS.get(name, name), name in _SHARES, sides, change
 
 
 def corpora(found: Quality) -> Iterator[list[str]]:
@@ -63,15 +83,17 @@ def corpora(found: Quality) -> Iterator[list[str]]:
 
 
 def measured_on(found: Quality) -> str:
-    """`5,000 tokens of 40 held-out documents`, or `40 held-out texts (5,000 tokens)`."""
+    """`5,000 tokens of 40 held-out documents`, `40 held-out texts (5,000 tokens)`, or `40 held-out images`."""
     if found.task in _COUNTED:
         return f"{counted(found.tokens, _COUNTED[found.task])} of {counted(found.documents, 'held-out document')}"
+    if found.task == "image-classification":
+        return counted(found.documents, "held-out image")
     return f"{counted(found.documents, 'held-out text')} ({counted(found.tokens, 'token')})"
 
 
 def paired_by(found: Quality) -> str:
     """The unit by which the two models' losses are paired, like `token`."""
-    return _COUNTED.get(found.task, "text")
+    return _COUNTED.get(found.task, "image" if found.task == "image-classification" else "text")
 
 
 def shape(key: str) -> str:

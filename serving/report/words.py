@@ -59,7 +59,7 @@ RATES = {
 }
 ENERGY = {"joules_per_token": "Energy"}
 # Others are in tokens/s.
-RATE_UNITS = {"goodput_requests_per_s": "requests/s", "samples_per_s": "texts/s", "joules_per_token": "J/token"}
+RATE_UNITS = {"goodput_requests_per_s": "requests/s", "samples_per_s": "samples/s", "joules_per_token": "J/token"}
 
 _SPEED = re.compile(
     r"speed\.(?P<runtime>[a-z0-9_-]+)(?:\.concurrency\.(?P<level>\d+)|\.shapes\.(?P<shape>\d+x\d+))?"

@@ -47,7 +47,7 @@ def test_different_weights_are_detected_and_named(tmp_path: Path) -> None:
 def test_constant_encodings_prove_nothing(tmp_path: Path) -> None:
     folder = write_checkpoint(build_tiny("bert", task="classification"), tmp_path / "base")
     spoil(folder, "classifier.weight", torch.zeros_like)
-    with pytest.raises(ParityError, match=r"outputs for different texts differ by .* would prove nothing"):
+    with pytest.raises(ParityError, match=r"outputs for different inputs differ by .* would prove nothing"):
         parity_encoder.check(folder, folder, "torch", device="cpu", threads=1)
 
 

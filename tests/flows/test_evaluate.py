@@ -67,16 +67,16 @@ def test_a_quantized_candidate_is_run_once(
     batches: dict[str, int] = {}
 
     def counting(folder: Path) -> Any:
-        model, tokenizer = load(folder)
+        model, _ = load(folder)
         batches[folder.name] = 0
 
         def count(_module: Any, _inputs: Any, options: dict[str, Any], _output: Any) -> None:
             batches[folder.name] += not options.get("use_cache")  # what is generated is not counted
 
         model.base_model.register_forward_hook(count, with_kwargs=True)
-        return model, tokenizer
+        return model
 
-    monkeypatch.setattr(evaluate, "load", counting)
+    monkeypatch.setattr(evaluate, "load_model", counting)
     found = evaluate.compare_with_scores(
         quantized, tiny / "base", scores, generations, rows, PROMPTS[:1], CPU, unquantized=pruned
     )
@@ -138,7 +138,7 @@ def test_several_candidates_share_one_scoring_of_the_baseline(
 def test_a_candidate_with_another_vocabulary_is_refused_before_any_scoring(
     tiny: Path, others: list[Path], rows: TokenRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(evaluate, "load_model", None)
     larger = written(tmp_path / "larger", build_tiny(vocab_size=300))
     with pytest.raises(InputError, match=r"larger has 300 tokens, .*base has 259"):
         compare_checkpoints([*others, larger], tiny / "base", rows, CPU)

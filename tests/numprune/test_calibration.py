@@ -15,7 +15,7 @@ def rows(n=5, length=12):
 
 def test_run_yields_consumer_inputs_and_block_outputs(tiny_model):
     model, tokens = tiny_model("llama", attention_bias=True, mlp_bias=True), rows()
-    walker = Walker(ModelLayers(model), tokens.shape[1], batch_size=2)
+    walker = Walker(ModelLayers(model), tokens.shape[1:], batch_size=2)
     stream = walker.embed(tokens)
     for block in read_anatomy(model.config).blocks:
         seen = 0
@@ -31,7 +31,7 @@ def test_run_yields_consumer_inputs_and_block_outputs(tiny_model):
 
 def test_walks_leave_the_layer_unchanged(tiny_model):
     model, tokens = tiny_model(), rows()
-    walker = Walker(ModelLayers(model), tokens.shape[1])
+    walker = Walker(ModelLayers(model), tokens.shape[1:])
     block = read_anatomy(model.config).blocks[0]
     layer = model.model.layers[0]
     walk = walker.run(layer, block, walker.embed(tokens))
@@ -87,7 +87,7 @@ def test_a_block_beside_a_removed_one_reads_the_layer_input(family, gone):
     model, tokens = build_tiny(f"numprune_{family}", per_layer_config={1: {"skip": [gone]}}), rows()
     layers = ModelLayers(model)
     assert layers.anatomy.has_parallel_blocks
-    walker = Walker(layers, tokens.shape[1])
+    walker = Walker(layers, tokens.shape[1:])
     stream = walker.embed(tokens)
     for block in layers.anatomy.blocks:
         if block.units:

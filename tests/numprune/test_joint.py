@@ -47,7 +47,7 @@ def linear_of(block):
 def first_layer(family):
     """Model, walker, layer, its blocks, the stream in front of it, and one to aim at."""
     model = build_tiny(family, **SMALL, **OF_SMALL.get(family, {}))
-    walker = Walker(ModelLayers(model), ROWS.shape[1], batch_size=4)
+    walker = Walker(ModelLayers(model), ROWS.shape[1:], batch_size=4)
     pruned = walker.embed(ROWS)
     aim = pruned.hidden + torch.randn(pruned.hidden.shape, generator=torch.Generator().manual_seed(1))
     blocks = read_anatomy(model.config).of_layer(0)

@@ -37,19 +37,24 @@ def test_constructed_heads_have_known_masses() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_masses_are_those_of_the_models_own_attention(family: str) -> None:
     model = build_tiny(family)
-    rows = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
-    rows[:, 5] = SPECIAL[0]
+    patches, generator = FAMILIES[family].patches, torch.Generator().manual_seed(0)
+    if patches:
+        rows = torch.randn(2, 1, 8, 8, generator=generator)
+        named = {"pixel_values": rows}
+        special = (torch.arange(16 + len(patches.tokens)) < len(patches.tokens)).expand(2, -1)
+    else:
+        rows = torch.randint(0, 250, (2, 12), generator=generator)
+        rows[:, 5] = SPECIAL[0]
+        named = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+        special = torch.isin(rows, torch.tensor(SPECIAL))
+        special[:, 0] = True
     before = model.config._attn_implementation
     found = attention_masses(ModelLayers(model), rows, SPECIAL)
     assert model.config._attn_implementation == before
 
     model.set_attn_implementation("eager")
     with torch.inference_mode():
-        weights = model.base_model(
-            input_ids=rows, attention_mask=torch.ones_like(rows), output_attentions=True
-        ).attentions
-    special = torch.isin(rows, torch.tensor(SPECIAL))
-    special[:, 0] = True
+        weights = model.base_model(**named, output_attentions=True).attentions
     for layer, of_layer in enumerate(weights):
         expected = sum(masses(one, marked) for one, marked in zip(of_layer, special, strict=True)) / len(rows)
         assert torch.allclose(found[f"layers.{layer}.attention"], expected, atol=1e-5)

@@ -25,6 +25,15 @@ METRICS: dict[str, dict[str, Any]] = {
         "kl_nats_per_masked_token": 0.03,
         "top1_agreement": 0.9,
     },
+    "image-classification": {
+        "nll_nats_per_image": {"baseline": 0.5, "candidate": 0.52},
+        "kl_nats_per_image": 0.01,
+        "accuracy": {"baseline": 0.9, "candidate": 0.88},
+        "top5_accuracy": {"baseline": 0.99, "candidate": 0.98},
+        "top1_agreement": 0.95,
+        "right_to_wrong": 3,
+        "wrong_to_right": 1,
+    },
 }
 
 

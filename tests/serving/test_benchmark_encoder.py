@@ -44,7 +44,7 @@ def test_every_shape_has_texts_of_its_size() -> None:
 class Counting:
     """An encoder whose output for a text that begins with 1 is not finite."""
 
-    name, vocabulary = "counting", 259
+    name, vocabulary, image, tokens = "counting", 259, None, 256
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []

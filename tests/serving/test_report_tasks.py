@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from numprune.errors import InputError, IntegrityError
 from numprune.serving import gates
 from numprune.serving import report as reports
 from numprune.serving.gates import Gate, Policy
 from numprune.serving.report import UNITS, Report, page
+from tests.serving.conftest import estimate
 from tests.serving.pages import METRICS, Parsed, encoder, full, judged
 
 SCHEMA_1 = Path(__file__).parent / "data" / "report-1.json"  # as releases from before schema 2 have it
@@ -20,6 +22,7 @@ LABELS = {
     "embedding": ("Distance from baseline, 1 - cosine", "Spearman correlation of pairwise similarities"),
     "classification": ("KL from baseline, nats/text", "Top-1 agreement"),
     "masked-lm": ("NLL difference, nats/masked token", "KL from baseline, nats/masked token"),
+    "image-classification": ("NLL difference, nats/image", "Top-5 accuracy"),
 }
 
 
@@ -83,10 +86,41 @@ def test_the_loss_of_every_task_is_judged_and_shown_in_its_unit(task: str) -> No
         assert label in shown
         assert label in text
     assert "Perplexity" not in shown + text
-    assert "alone and in a padded batch" in shown
+    assert "alone and in one batch" in shown
     assert "Greedy match" not in shown
     assert "8 \N{MULTIPLICATION SIGN} 128 tokens" in shown
     assert "8 \N{MULTIPLICATION SIGN} 128 tokens" in text
+
+
+def with_changed(**fields: str | None) -> dict[str, Any]:
+    """A report on images; one of them, a single grey pixel, changed its class."""
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+    image = {"name": "cat/7.png", "label": "cat", "baseline": "cat", "candidate": "<b>dog</b>", "png": png, **fields}
+    data = encoder("image-classification")
+    data["quality"] |= {"accuracy_delta": estimate(-0.02, 0.01, samples=100, unit="item"), "changed": [image]}
+    return data
+
+
+def test_images_that_changed_their_class_are_shown() -> None:
+    report = Report.model_validate(with_changed())
+    made = page.html(report)
+    assert 'src="data:image/png;base64,iVBORw0KGgo' in made
+    assert "cat \N{RIGHTWARDS ARROW} &lt;b&gt;dog&lt;/b&gt;" in made
+    shown = Parsed(made).text
+    for text in ("Images whose class changed", "1 image, those that became wrong first", "label cat", "cat/7.png"):
+        assert text in shown
+    assert "\N{MINUS SIGN}0.0200" in shown  # the change of accuracy
+    for tampered in ('"><script>', "x" * 70_000):
+        with pytest.raises(ValidationError, match="png"):
+            Report.model_validate(with_changed(png=tampered))
+
+
+def test_accuracy_is_gated_by_the_interval_of_its_change() -> None:
+    report = Report.model_validate(with_changed())
+    for minimum, outcome in ((-0.05, "pass"), (-0.025, "inconclusive"), (-0.005, "fail")):
+        policy = Policy(gates=(Gate(metric="quality.accuracy_delta", bound="ci95_lower", min=minimum),))
+        [gate] = gates.judge(report, policy).gates
+        assert gate.outcome == outcome
 
 
 def test_metrics_of_a_task_are_judged_by_name() -> None:

@@ -26,6 +26,8 @@ from numprune.target import Target
 
 T = TypeVar("T")
 
+_LENGTH = 256
+
 _EPILOG = f"""\
 A method is criterion/allocation/compensation, or has a plain name: {", ".join(RIVALS)}. Wildcards may stand for any
 part: --methods 'obs/*/sequential,flap/global/*,shortgpt'; --methods help lists all {len(METHODS)}.
@@ -92,7 +94,11 @@ def _parser() -> Parser:
         "--samples", type=numbers[1], default=[128], metavar="N,N", help="calibration rows (default: 128)"
     )
     parser.add_argument(
-        "--sequence-length", type=at_least(2), default=256, metavar="N", help="tokens per row (default: %(default)s)"
+        "--sequence-length",
+        type=at_least(2),
+        default=_LENGTH,
+        metavar="N",
+        help="tokens per row (default: %(default)s)",
     )
     parser.add_argument(
         "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of this (default: 8)"
@@ -110,10 +116,13 @@ def _request(args: argparse.Namespace) -> Request:
     folder = model_folder(args.model)
     config = read_config(folder)
     anatomy = read_anatomy(config)
-    if anatomy.task != "causal-lm":
+    if anatomy.task not in ("causal-lm", "image-classification"):
         raise InputError(
-            f"{args.model}: only causal language models can be compared; the task of this one is {anatomy.task}"
+            f"{args.model}: only causal language models and image classifiers can be compared; the task of this one is "
+            f"{anatomy.task}"
         )
+    if anatomy.image is not None and not (args.text and args.heldout):
+        raise InputError("image classifiers are compared on images: give --text and --heldout, folders of images")
     target = Target(args.align)
 
     def works(method: str) -> None:
@@ -134,7 +143,7 @@ def _request(args: argparse.Namespace) -> Request:
         ratios=args.ratios,
         methods=methods,
         samples=args.samples,
-        sequence_length=row_length(args.sequence_length, anatomy.context),
+        sequence_length=_LENGTH if anatomy.image else row_length(args.sequence_length, anatomy),
         align=args.align,
         seed=args.seed,
         device=device_of(args.device).type,

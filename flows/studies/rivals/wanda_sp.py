@@ -45,7 +45,7 @@ def wanda_sp(model: PreTrainedModel, rows: Tensor, ratio: float, batch_size: int
     check_units(anatomy)
     check_rows(anatomy, rows)
     layers = ModelLayers(model)
-    walker = Walker(layers, rows.shape[1], batch_size)
+    walker = Walker(layers, rows.shape[1:], batch_size)
     hidden = walker.embed(rows).hidden
     scratch = torch.empty_like(hidden)
     kept: dict[str, Kept] = {}

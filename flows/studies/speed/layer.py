@@ -102,7 +102,7 @@ def measure_layer(
         progress: called with the next step.
     """
     layers = ModelLayers(_one_layer(size, sequence_length).to(device))
-    walker = Walker(layers, sequence_length, _BATCH)
+    walker = Walker(layers, (sequence_length,), _BATCH)
     rows = max(2, min(tokens, measured_tokens) // sequence_length)
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(rows, sequence_length, size.hidden, generator=generator, device=device)

@@ -10,10 +10,12 @@ from numprune.serving.report.models.fields import CORPUS_NAME, ModelName, Report
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
 from numprune.serving.report.models.quality import (
     CAUSAL,
+    MAXIMUM_CHANGED,
     MAXIMUM_DOCUMENTS,
     MAXIMUM_WORST,
     ONCE,
     UNITS,
+    ChangedImage,
     DocumentDelta,
     DocumentDeltas,
     LossDelta,
@@ -55,6 +57,7 @@ from numprune.serving.report.models.verdict import GateResult, Outcome, Verdict,
 __all__ = [
     "CAUSAL",
     "CORPUS_NAME",
+    "MAXIMUM_CHANGED",
     "MAXIMUM_DOCUMENTS",
     "MAXIMUM_PROMPTS",
     "MAXIMUM_WORST",
@@ -63,6 +66,7 @@ __all__ = [
     "SCHEMA_1",
     "UNITS",
     "Attention",
+    "ChangedImage",
     "DocumentDelta",
     "DocumentDeltas",
     "Dtypes",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,9 +11,10 @@ from numprune.serving.report.models.generation import Generation
 
 MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
 MAXIMUM_WORST: Final = 10
+MAXIMUM_CHANGED: Final = 24  # images
 
-Task = Literal["causal-lm", "masked-lm", "classification", "embedding"]
-Unit = Literal["nats/token", "nats/masked token", "nats/text", "1 - cosine"]
+Task = Literal["causal-lm", "masked-lm", "classification", "embedding", "image-classification"]
+Unit = Literal["nats/token", "nats/masked token", "nats/text", "1 - cosine", "nats/image"]
 
 # Unit of each task's loss.
 UNITS: Mapping[Task, Unit] = MappingProxyType(
@@ -22,6 +23,7 @@ UNITS: Mapping[Task, Unit] = MappingProxyType(
         "masked-lm": "nats/masked token",
         "classification": "nats/text",
         "embedding": "1 - cosine",
+        "image-classification": "nats/image",
     }
 )
 
@@ -42,6 +44,16 @@ class LossDelta(ReportedEstimate):
 class QualitySide(Model):
     nll_nats_per_token: Number
     perplexity: Number
+
+
+class ChangedImage(Model):
+    """An image that the models put into different classes; `png`: a small picture of it, in base64."""
+
+    name: str
+    label: str | None
+    baseline: str
+    candidate: str
+    png: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=65_536)]
 
 
 class DocumentDelta(Model):
@@ -89,8 +101,10 @@ class Quality(Model):
     `loss_delta` is against the dense base; `quantization_loss_delta`, for a quantized candidate, against the model
     before quantization; `recovery_loss_delta`, for one that was trained after pruning, is what training changed: the
     trained model against the `pruned` one, both in the precision of the base. `tokens`: scored ones (causal-lm,
-    masked-lm), or all tokens of the texts. `packed`: documents were joined by EOS and scored as one text; otherwise
-    each was scored separately. `metrics`: those of tasks other than causal-lm, which has its own fields.
+    masked-lm), all tokens of the texts, or the images. `packed`: documents were joined by EOS and scored as one text;
+    otherwise each was scored separately. `metrics`: those of tasks other than causal-lm, which has its own fields;
+    `accuracy_delta`: of a classifier's labelled inputs, paired by input, see numprune.paired; `changed`: some of the
+    images whose class changed, those that became wrong first.
 
     Where the held-out text is several named corpora, `corpus` is the first, which the figures are of, and `corpora` has
     those of the others.
@@ -112,6 +126,8 @@ class Quality(Model):
     top1_agreement: Number = None
     generation: Generation | None = None
     metrics: dict[Metric, Sides | Number] = Field(default={})
+    accuracy_delta: ReportedEstimate | None = None
+    changed: tuple[ChangedImage, ...] = Field(default=(), max_length=MAXIMUM_CHANGED)
     corpus: Corpus | None = None
     corpora: "dict[Corpus, Quality]" = Field(default={})
 

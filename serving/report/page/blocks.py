@@ -81,13 +81,28 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """`png`: in base64; `lines` below it, the first one emphasized."""
+
+    png: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Small pictures, side by side as space allows."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Heading:
     """Within a section."""
 
     text: str
 
 
-Block = Table | Chart | Text | Facts | Folded | Pair | Gallery | Heading
+Block = Table | Chart | Text | Facts | Folded | Pair | Gallery | Pictures | Heading
 
 
 @dataclass(frozen=True)

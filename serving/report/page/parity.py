@@ -21,8 +21,8 @@ _PROMPTS = (
     "log-probabilities."
 )
 _TEXTS = (
-    "The same texts through the checkpoint and through each export, alone and in a padded batch. An export beyond its "
-    "tolerance ends the run before it is timed. Errors are of the task's output."
+    "The same inputs through the checkpoint and through each export, alone and in one batch, texts padded. An export "
+    "beyond its tolerance ends the run before it is timed. Errors are of the task's output."
 )
 _FLOAT64 = (
     "Where float32 rounding exceeds the usual tolerance, the tolerance is a multiple of the checkpoint's own float32 "

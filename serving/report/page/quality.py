@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from numprune.counted import counted
 from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
-from numprune.serving.report.page import charts, generation, tasks
+from numprune.serving.report.page import changed, charts, generation, tasks
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 
@@ -28,13 +28,16 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
         f"{names.paired_by(found)}. Intervals are two-sided, 95\N{NO-BREAK SPACE}%, by bootstrap over "
         f"{counted(delta.samples, delta.sampling_unit)}{_TOO_FEW if _few(found) else ''}."
     )
-    table = Table("Quality on held-out text", ("", "Baseline", "Candidate", "Difference"), list(_rows(found)))
+    table = Table(
+        f"Quality on held-out {names.material(found)}", ("", "Baseline", "Candidate", "Difference"), list(_rows(found))
+    )
     documents, told = _documents(found)
     drawn = [chart for chart in (_difference(found, _limit(report)), documents) if chart]
     if drawn:
         yield Pair(drawn, [table, *told])
     else:
         yield from [table, *told]
+    yield from changed.blocks(found)
     if found.corpora:
         header, *rows = names.corpora(found)
         yield Table(f"Other held-out text, beside {found.corpus} above", tuple(header), [[*row] for row in rows])
@@ -68,9 +71,10 @@ def _rows(found: Quality) -> Iterator[list[Cell | str]]:
     if one is None or other is None or ratio is None:  # not of causal-lm
         yield [f"{names.loss(found)}, {found.loss_delta.unit}", "", "", delta]
         yield from _recovery_rows(found)
-        for name, is_share, sides in names.metrics(found):
+        for name, is_share, sides, change in names.metrics(found):
             show = words.share if is_share else words.number
-            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), ""]
+            changed: Cell | str = Cell(words.signed(change.value), words.interval(change)) if change else ""
+            yield [name, "" if sides.baseline is None else show(sides.baseline), show(sides.candidate), changed]
         return
     yield ["NLL, nats/token", words.number(one.nll_nats_per_token), words.number(other.nll_nats_per_token), delta]
     yield from _recovery_rows(found)
@@ -104,33 +108,36 @@ def _documents(found: Quality) -> tuple[Chart | None, list[Block]]:
         [Cell(one.name, tone="code"), f"{one.tokens:,}", words.signed(one.loss_delta)] for one in apart.worst
     ]
     loss, unit = names.loss(found), found.loss_delta.unit
-    header = ("Document", "Tokens", f"{loss}, {unit}")
+    what = names.document(found)
+    header = (what.capitalize(), "Images" if what == "image" else "Tokens", f"{loss}, {unit}")
     if _few(found):
-        return None, [Table("Documents", header, rows)] if len(rows) > 1 else []
+        return None, [Table(f"{what.capitalize()}s", header, rows)] if len(rows) > 1 else []
     values = apart.values
     worse = words.share(sum(value > 0 for value in values) / len(values))
     ten, half, ninety = (words.signed(_quantile(values, percent)) for percent in (10, 50, 90))
-    lost = [("Documents that lost", worse)] if names.is_difference(found) else []  # a distance cannot improve
+    lost = (
+        [(f"{what.capitalize()}s that lost", worse)] if names.is_difference(found) else []
+    )  # a distance cannot improve
     facts = Facts(
         [
             *lost,
-            ("Median document", half),
-            ("Eight in ten documents", f"{ten} to {ninety}"),
+            (f"Median {what}", half),
+            (f"Eight in ten {what}s", f"{ten} to {ninety}"),
             ("Least and largest", f"{words.signed(values[0])} to {words.signed(values[-1])}"),
         ]
     )
-    worst = Table("Documents that lost most", header, rows)
+    worst = Table(f"{what.capitalize()}s that lost most", header, rows)
     drawn = charts.histogram(
         "quality-documents",
-        f"Documents by their loss ({loss}, {unit}): {worse} lost; the median is {half}, eight in ten lie from {ten} "
-        f"to {ninety}.",
+        f"{what.capitalize()}s by their loss ({loss}, {unit}): {worse} lost; the median is {half}, eight in ten lie "
+        f"from {ten} to {ninety}.",
         values,
         found.loss_delta.value,
-        f"{loss} of a document, {unit}",
+        f"{loss} of {'an' if what == 'image' else 'a'} {what}, {unit}",
     )
     by = "what they lost (filled) or won (outlined)" if names.is_difference(found) else "their distance"
-    caption = f"Share of documents by {by}; dashed: the mean over all."
-    told: list[Block] = [facts, *([Folded("The documents that lost most", [worst])] if rows else [])]
+    caption = f"Share of {what}s by {by}; dashed: the mean over all."
+    told: list[Block] = [facts, *([Folded(f"The {what}s that lost most", [worst])] if rows else [])]
     return Chart(drawn, caption) if drawn else None, told
 
 

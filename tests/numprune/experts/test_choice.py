@@ -27,7 +27,7 @@ SPARSE = [name for name, family in FAMILIES.items() if family.experts]
 def observed(family):
     """A layer with experts, its block, and what was seen of it."""
     layers = ModelLayers(build_tiny(family))
-    walked = PropagatedInputs(Walker(layers, ROWS.shape[1], batch_size=4), ROWS)
+    walked = PropagatedInputs(Walker(layers, ROWS.shape[1:], batch_size=4), ROWS)
     for block in layers.anatomy.blocks:
         with layers.layer(block.layer) as layer:
             if block.routing:

@@ -329,6 +329,8 @@ def test_rows_of_another_tokenizer_are_refused():
 def test_every_family_of_the_task_is_learned():
     """One step each: nothing in the way is about a family."""
     for name, family in FAMILIES.items():
+        if family.patches:
+            continue  # masks learn on text
         model = build_tiny(name)
         options = dataclasses.replace(OPTIONS, ratio=0.1)
         found = learn(model, ROWS[:4], SELECTION[:2], options, "fast", 8 * LENGTH, TASKS[family.tasks[0]])

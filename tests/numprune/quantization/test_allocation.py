@@ -215,7 +215,7 @@ def test_prices_of_rounding_are_those_of_the_errors_at_the_blocks_outputs(model,
     layers = ModelLayers(model)
     gradients = sensitivity.measure(layers, ROWS)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = rounding_prices(Walker(layers, 16), ROWS, gradients.output, [INT8, INT4])
+    found = rounding_prices(Walker(layers, (16,)), ROWS, gradients.output, [INT8, INT4])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 

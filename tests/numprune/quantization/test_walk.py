@@ -18,7 +18,7 @@ from tests.conftest import build_tiny
 ROWS = torch.randint(0, 256, (64, 24), generator=torch.Generator().manual_seed(0))
 HELD = torch.randint(0, 256, (8, 24), generator=torch.Generator().manual_seed(1))
 W4 = Scheme("w4a16", 32)
-LINEAR = [name for name in FAMILIES if not (FAMILIES[name].transposed or FAMILIES[name].experts)]
+LINEAR = [name for name, one in FAMILIES.items() if not (one.transposed or one.experts or one.patches)]
 
 
 @torch.no_grad()

@@ -52,15 +52,15 @@ def test_with_labels_the_loss_is_their_nll():
     nll, dense_nll = (float(-found.gather(1, labels[:, None]).mean()) for found in (ours, theirs))
     alone, found = evaluate(candidate, rows, TASK), compare(candidate, baseline, rows, TASK)
     assert alone.mean_nll == pytest.approx(nll, rel=1e-5)
-    assert alone.accuracy == found.metrics["accuracy"] == (ours.argmax(-1) == labels).double().mean()
-    assert found.metrics["baseline_accuracy"] == (theirs.argmax(-1) == labels).double().mean()
+    assert alone.accuracy == found.accuracy.candidate == (ours.argmax(-1) == labels).double().mean()
+    assert found.accuracy.baseline == (theirs.argmax(-1) == labels).double().mean()
     assert found.loss_delta.value == pytest.approx(nll - dense_nll, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["good"] * 11 + [None], "11: has no label, but other texts do"),
+        (["good"] * 11 + [None], "11: has no label, but others do"),
         (["good"] * 11 + ["fair"], "11: label 'fair' is not a class of the model; its classes are bad, good"),
         ([0] * 11 + [2], "label '2' is not a class"),
         ([0] * 11 + [True], "label 'True' is not a class"),

@@ -1,0 +1,47 @@
+"""A model's image processor, read from its own files. Pillow alone is used, whatever else is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from numprune.anatomy import image_shape
+from numprune.errors import InputError, reason
+from numprune.export import files
+from numprune.images import Processor
+
+_FILES = ("preprocessor_config.json", "processor_config.json")
+_CHANNELS = (1, 3)
+_PROBED = (48, 32)  # not square: its shape would show
+
+
+def load_processor(folder: Path, config: Any) -> Processor:
+    """Return the image processor in `folder` of a model with this configuration.
+
+    Raises:
+        InputError: no or a malformed file, or images would not have the shape that the model reads.
+    """
+    shape = image_shape(config)
+    if shape[0] not in _CHANNELS:
+        raise InputError(f"{folder}: num_channels={shape[0]}; images have {' or '.join(map(str, _CHANNELS))}")
+    found = [folder / name for name in _FILES if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"{folder}: no image processor ({_FILES[0]}) in this folder; copy it from the original model")
+    files.read_object(found[0])  # of an acceptable size
+    try:
+        run = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", config=config, local_files_only=True, trust_remote_code=False
+        )
+        settings = json.dumps(run.to_dict(), sort_keys=True, default=str)
+        processor = Processor(settings, shape, run)
+        made = tuple(run(Image.new("RGB" if shape[0] > 1 else "L", _PROBED), return_tensors="pt")["pixel_values"].shape)
+    except Exception as error:  # a malformed file can make transformers raise anything
+        raise InputError(f"{found[0]}: transformers cannot process images by it: {reason(error)}") from error
+    if made[1:] != shape:
+        raise InputError(
+            f"{found[0]}: gives images of shape {list(made[1:])}, but config.json says num_channels and image_size of "
+            f"{list(shape)}; they do not belong together"
+        )
+    return processor

@@ -1,0 +1,82 @@
+"""Find images in folders, Parquet files and folders saved by `datasets`; images.py decodes them. Needs no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from numprune import arrow
+from numprune.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image. `label`: its class by name or index; None: it has none."""
+
+    name: str
+    source: Path | bytes
+    label: object = None
+
+
+def read_pictures(paths: Iterable[Path | str]) -> list[Picture]:
+    """Return the images in folders and files, in order; within a folder, by name.
+
+    The label of an image in a subfolder is the subfolder's name. A record of a .parquet file or saved dataset has the
+    image in its field "image", encoded, and may have a "label".
+
+    Raises:
+        InputError: a path is missing or has no images; names every such path.
+    """
+    pictures: list[Picture] = []
+    problems: list[str] = []
+    for path in map(Path, paths):
+        try:
+            pictures += _records(path) if _is_table(path) else _in_folder(path)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("; ".join(problems))
+    return pictures
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the images in a folder and its subfolders, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" or arrow.is_dataset(path)
+
+
+def _in_folder(path: Path) -> list[Picture]:
+    if path.is_file():
+        raise InputError(f"{path}: give the folder of the images, a .parquet file, or a folder saved by `datasets`")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder of images")
+    found = files_of(path)
+    if not found:
+        raise InputError(f"{path}: contains no images; supported are {', '.join(SUFFIXES)}")
+    inside = [file.relative_to(path) for file in found]
+    deep = next((file for file in inside if len(file.parts) > 2), None)
+    if deep:
+        raise InputError(f"{path}: {deep} is in a subfolder of a class; give a folder whose subfolders are the classes")
+    return [
+        Picture(str(name), file, name.parts[0] if len(name.parts) == 2 else None)
+        for name, file in zip(inside, found, strict=True)
+    ]
+
+
+def _records(path: Path) -> list[Picture]:
+    pictures = []
+    for number, row in enumerate(arrow.rows(path, ("image", "label", "name"), needed=("image",)), start=1):
+        image = row.get("image")
+        content = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(content, bytes):
+            raise InputError(
+                f'{path}: row {number}: its "image" must hold an encoded image, or a struct with its "bytes"'
+            )
+        pictures.append(Picture(str(row.get("name", f"{path.name}:{number}")), content, row.get("label")))
+    if not pictures:
+        raise InputError(f"{path}: contains no images")
+    return pictures

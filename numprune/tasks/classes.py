@@ -1,0 +1,110 @@
+"""Class distributions of one input each, a text or an image: differences from labels, and between two models."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from numprune.corpus import TokenRows
+from numprune.errors import InputError, IntegrityError
+from numprune.paired import paired_accuracy
+from numprune.tasks import language
+from numprune.tasks.task import Comparison, Predictions, Quality, Task, batches, compared
+
+_TOP = 5
+
+
+class ClassTask(Task, Protocol):
+    """A task whose predictions are distributions over classes, one for each row.
+
+    Attributes:
+        item: what a row is: "text" or "image".
+    """
+
+    item: ClassVar[str]
+
+
+def label_of(classes: Mapping[str, int], name: str, label: object) -> int:
+    """Return the index of the class that the input `name` is labelled with, by name or index. Raises InputError."""
+    if label is None:
+        raise InputError(f"{name}: has no label, but others do; label all of them or none")
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
+        return label
+    if isinstance(label, str) and label in classes:
+        return classes[label]
+    known = ", ".join(list(classes)[:12])
+    raise InputError(f"{name}: label {str(label)[:80]!r} is not a class of the model; its classes are {known}")
+
+
+def evaluate(
+    model: Predictions,
+    rows: TokenRows,
+    batch_size: int,
+    keep: Callable[[list[int], Tensor], None] | None = None,
+) -> Quality | None:
+    """Return the NLL of the labels, or None if there are none; the arguments are those of `Task.evaluate`."""
+    return _quality(_distributions(model, rows, batch_size, keep), rows)
+
+
+def compare(
+    task: ClassTask, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
+) -> Comparison:
+    """Compare KL(baseline || model), the most probable class and, with labels, NLL and accuracy.
+
+    The arguments are those of `Task.compare`.
+    """
+    if model.size != baseline.size:
+        raise InputError(f"models differ in their number of classes: {model.size} and {baseline.size} (baseline)")
+    ours, theirs = (_distributions(one, rows, batch_size) for one in (model, baseline))
+    kl = language.kl_divergence(ours, theirs).numpy()
+    metrics = {
+        f"kl_nats_per_{task.item}": float(kl.mean()),
+        "top1_agreement": float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+    }
+    classes = ours.argmax(-1).numpy(), theirs.argmax(-1).numpy()
+    candidate, dense = _quality(ours, rows), _quality(theirs, rows)
+    if candidate is None or dense is None:
+        return replace(compared(task, rows, kl, metrics, seed), classes=classes)
+    labels = _labels(rows).numpy()
+    accuracy = paired_accuracy(*(found == labels for found in reversed(classes)))
+    found = compared(task, rows, candidate.nll - dense.nll, metrics, seed, candidate, dense)
+    return replace(found, classes=classes, accuracy=accuracy)
+
+
+def _distributions(
+    model: Predictions,
+    rows: TokenRows,
+    batch_size: int,
+    keep: Callable[[list[int], Tensor], None] | None = None,
+) -> Tensor:
+    """Return the log-probabilities (rows, V) of all rows, float64 on the CPU."""
+    found = torch.zeros(len(rows.rows), model.size, dtype=torch.float64)
+    for index, inputs in batches(rows, batch_size, "evaluate"):
+        states = model.states(index, inputs)
+        if keep is not None:
+            keep(index, states)
+        found[index] = states[:, 0].double().log_softmax(-1).cpu()
+    if not torch.isfinite(found).all():
+        raise IntegrityError("the model's probabilities are not finite; its weights are damaged or overflow")
+    return found
+
+
+def _quality(found: Tensor, rows: TokenRows) -> Quality | None:
+    """Return the NLL of the labels by log-probabilities (rows, V), if there are labels."""
+    if rows.labels is None:
+        return None
+    labels = _labels(rows)
+    nll = -found.gather(-1, labels[:, None])[:, 0].numpy()
+    accuracy = float((found.argmax(-1) == labels).double().mean())
+    top5 = None
+    if found.shape[-1] > _TOP:
+        top5 = float((found.topk(_TOP).indices == labels[:, None]).any(-1).double().mean())
+    return Quality(nll, np.ones(len(nll), dtype=np.int64), accuracy, top5)
+
+
+def _labels(rows: TokenRows) -> Tensor:
+    assert rows.labels is not None
+    return torch.tensor([rows.labels[document] for document in rows.document])

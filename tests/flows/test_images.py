@@ -1,0 +1,195 @@
+"""An image classifier through the commands and the pipeline, and refusals before any work."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import numprune as api
+from numprune.errors import InputError
+from numprune.export import manifest
+from numprune.flows import recipe
+from numprune.flows.forecast import forecast
+from numprune.flows.forecast import text as forecast_text
+from numprune.flows.steps import checks
+from numprune.serving import gates
+from numprune.serving import report as reports
+from tests.conftest import build_tiny, write_checkpoint, write_images
+from tests.flows.conftest import Answered
+from tests.flows.test_optimize import optimize
+
+Command = Callable[..., Answered]
+
+CLASSES = ("LABEL_0", "LABEL_1")
+RECIPE = """
+[model]
+path = "base"
+[data]
+calibration = ["train"]
+heldout = ["heldout"]
+samples = 24
+[prune]
+ratio = 0.25
+[export]
+targets = ["onnx"]
+[evaluate]
+prompts = []
+[benchmark]
+runtimes = ["onnxruntime"]
+batch_sizes = [1, 4]
+passes = 2
+repeats = 4
+[[gates]]
+metric = "quality.accuracy_delta"
+bound = "ci95_lower"
+min = -0.9
+[[gates]]
+metric = "quality.metrics.top1_agreement"
+bound = "point"
+min = 0.1
+[registry]
+name = "tiny-vit"
+"""
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, the images `train` and `heldout`, and `recipe.toml`."""
+    folder = tmp_path_factory.mktemp("vit")
+    write_checkpoint(build_tiny("vit", num_hidden_layers=1), folder / "base")
+    write_images(folder / "train", 32, CLASSES)
+    write_images(folder / "heldout", 26, CLASSES, seed=1)
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+def test_an_image_classifier_is_inspected_pruned_and_evaluated(numprune: Command, vit: Path, tmp_path: Path) -> None:
+    base, out = vit / "base", tmp_path / "out"
+    found = numprune("inspect", base, "--json").json
+    assert (found["task"], found["image"], found["context"]) == ("image-classification", [1, 8, 8], 17)
+    calibration = ["--text", vit / "train", "--samples", 20]
+    made = numprune("prune", base, out, "--ratio", 0.25, "--allocation", "error", *calibration, "--json").json
+    assert made["prunable_ratio_removed"] == pytest.approx(0.25, abs=0.05)
+    card = (out / "README.md").read_text()
+    assert "20 images of 17 tokens" in card
+    assert "AutoImageProcessor" in card
+    assert "pipeline_tag: image-classification" in card
+
+    changed = numprune("evaluate", out, "--baseline", base, "--text", vit / "heldout", "--json").json
+    assert (changed["tokens"], changed["documents"], changed["loss_delta"]["unit"]) == (26, 26, "nats/image")
+    assert set(changed["metrics"]) == {
+        "nll_nats_per_image",
+        "kl_nats_per_image",
+        "accuracy",
+        "top1_agreement",
+        "right_to_wrong",
+        "wrong_to_right",
+    }
+    accuracy = changed["metrics"]["accuracy"]
+    assert changed["accuracy_delta"]["value"] == pytest.approx(accuracy["candidate"] - accuracy["baseline"])
+    assert "on 26 held-out images" in numprune("evaluate", out, "--baseline", base, "--text", vit / "heldout").out
+    alone = numprune("evaluate", out, "--text", vit / "heldout", "--json").json
+    assert alone["metrics"]["accuracy"] == accuracy["candidate"]
+    assert numprune("evaluate", out, "--text", vit / "heldout").out.endswith("on 26 images\n")
+
+
+def test_a_pruned_classifier_is_streamed_and_planned_alike(numprune: Command, vit: Path, tmp_path: Path) -> None:
+    asked = [vit / "base", "--ratio", 0.25, "--text", vit / "train", "--samples", 20]
+    kept = []
+    for name, options in (("memory", []), ("streamed", ["--stream"])):
+        assert numprune("prune", tmp_path / name, *asked[:1], *asked[1:], *options).code != 0  # OUT and MODEL swapped
+        assert numprune("prune", asked[0], tmp_path / name, *asked[1:], *options).code == 0
+        plan = json.loads((tmp_path / name / "numprune_plan.json").read_text())
+        kept.append({block: found["kept"] for block, found in plan["blocks"].items()})
+    assert kept[0] == kept[1]
+
+
+def test_the_api_prunes_by_images_in_memory(vit: Path) -> None:
+    model = api.load(vit / "base", device="cpu")
+    assert model.tokenizer is None
+    rows = api.calibration_rows(vit / "train", model, samples=20)
+    assert tuple(rows.tokens.shape) == (20, 1, 8, 8)
+    pruned = api.prune(model, rows, api.PruneOptions(0.25, target=api.Target(align=1)))
+    found = api.evaluate(pruned, vit / "heldout", baseline=model)
+    assert found.accuracy is not None
+    assert found.accuracy.items == 26
+    with pytest.raises(InputError, match="training reads text, and this model classifies images"):
+        api.recovery_rows(vit / "train", model, api.RecoveryOptions(tokens=100))
+    with pytest.raises(InputError, match="vit classifies images, and vLLM, which runs quantized weights, does not"):
+        api.quantize(pruned, api.Scheme("w8a8"))
+
+
+def test_what_is_for_text_is_refused_by_the_commands(numprune: Command, vit: Path, tiny: Path, tmp_path: Path) -> None:
+    base, out = vit / "base", tmp_path / "out"
+    pruning = ["prune", base, out, "--ratio", 0.25, "--text"]
+    for command, said in (
+        ([*pruning, vit / "train", "--sequence-length", 64], "--sequence-length 64: the model reads images"),
+        ([*pruning, vit / "train", "--chat"], "split, chat and pack are for text, and the model reads images"),
+        ([*pruning, vit / "train", "--samples", 99], "--samples: there are 32 calibration images, but 99 samples"),
+        ([*pruning, tiny / "train.txt"], "train.txt: give the folder of the images"),
+        (["learn", base, out, "--ratio", 0.2, "--text", vit / "train"], "learning masks reads text, and this model"),
+        (["export", base, out, "--to", "vllm"], "vLLM does not serve image classifiers; leave vllm out"),
+        (
+            ["benchmark", base, "--baseline", base, "--runtime", "torch", "--lengths", 8],
+            "--lengths: the model reads images, which all have one size; omit it",
+        ),
+        (["tasks", base, "--tasks", "arc_easy"], "image-classification"),
+    ):
+        found = numprune(*command)
+        assert (found.code, said in found.err) == (1, True), found.err
+    assert not out.exists()
+
+
+def test_what_a_recipe_cannot_do_with_images_is_refused_before_any_work(vit: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "other", 2, ["zebra"])
+    asked = recipe.load(
+        vit / "recipe.toml",
+        [
+            'export.targets=["vllm", "onnx"]',
+            "data.sequence_length=64",
+            "data.calibration=embedded",
+            f'data.heldout=["{tmp_path / "other"}"]',
+            "benchmark.lengths=[8]",
+            "recover.method=distill",
+            "learn.method=vib",
+            "quantize.scheme=w8a8",
+        ],
+    )
+    with pytest.raises(InputError) as caught:
+        checks.check(asked, tmp_path / "w")
+    for problem in (
+        "export.targets: vLLM does not serve image classifiers; leave vllm out",
+        "data.sequence_length = 64: the model reads images, which all have one size; omit it",
+        "data.calibration: the model reads images, and the embedded text has none; give folders of images",
+        "data.heldout: zebra/000.png: label 'zebra' is not a class of the model; its classes are LABEL_0, LABEL_1",
+        "benchmark.lengths = [8]: the model reads images, which all have one size; omit it",
+        "recover.method: trains on text, and the model reads images; omit it",
+        "learn.method: trains on text, and the model reads images; omit it",
+        "quantize.scheme = 'w8a8': quantization: vit classifies images",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_a_forecast_counts_images(vit: Path, tmp_path: Path) -> None:
+    found = forecast(recipe.load(vit / "recipe.toml"), tmp_path / "w")
+    assert found["text"] == {"samples": 24, "sequence_length": 17, "calibration_images": 32, "heldout_images": 26}
+    assert "calibration: 24 of 32 images; held out: 26 images" in forecast_text(found)
+
+
+@pytest.mark.slow
+def test_an_image_classifier_goes_from_recipe_to_release(numprune: Command, vit: Path, tmp_path: Path) -> None:
+    answered = optimize(numprune, vit, tmp_path / "w")
+    assert answered.code == 0, answered.err
+    release = Path(answered.json["release"])
+    manifest.verify(release)
+    report = reports.read(release / "report.json")
+    gates.confirm(report)
+    assert report.quality is not None
+    assert (report.quality.task, report.quality.tokens) == ("image-classification", 26)
+    assert list(report.speed["onnxruntime"].shapes) == ["1x17", "4x17"]
+    assert report.parity["onnxruntime"]["output_error_max"] < 1e-4
+    page = (release / "report.html").read_text()
+    assert "Quality on held-out images" in page
+    assert {path.name for path in release.iterdir() if path.is_dir()} == {"checkpoint", "onnx"}
+    assert (release / "onnx" / "preprocessor_config.json").is_file()

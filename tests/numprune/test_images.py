@@ -1,0 +1,137 @@
+"""Images are found, labelled, decoded and processed, or refused by name."""
+
+import io
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from numprune.errors import InputError
+from numprune.images import Processor, draw_pictures, image_rows
+from numprune.pictures import Picture, read_pictures
+from tests.conftest import image_processor, write_images
+
+GREY = Processor("{}", (1, 8, 8), image_processor())
+
+
+def encoded(image, form="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def grey(level=0, size=(8, 8), mode="L"):
+    return Image.new(mode, size, level)
+
+
+def test_subfolders_are_classes(tmp_path):
+    found = read_pictures([write_images(tmp_path / "images", 5, ["cat", "dog"])])
+    assert [(one.name, one.label) for one in found] == [
+        ("cat/000.png", "cat"),
+        ("cat/002.png", "cat"),
+        ("cat/004.png", "cat"),
+        ("dog/001.png", "dog"),
+        ("dog/003.png", "dog"),
+    ]
+    assert {one.label for one in read_pictures([write_images(tmp_path / "plain", 2)])} == {None}
+
+
+def test_a_table_has_encoded_images_and_labels(tmp_path):
+    images = [encoded(grey(level)) for level in (0, 255)]
+    path = tmp_path / "images.parquet"
+    parquet.write_table(
+        pyarrow.table({"image": [{"bytes": one, "path": None} for one in images], "label": [1, 0]}), path
+    )
+    found = read_pictures([path])
+    assert [(one.name, one.label) for one in found] == [("images.parquet:1", 1), ("images.parquet:2", 0)]
+    assert [float(GREY.pixels(one).mean()) for one in found] == [-1, 1]
+
+
+def test_what_holds_no_images_is_refused_by_name(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("text")
+    deep = write_images(tmp_path / "deep" / "a" / "b", 1).parent.parent
+    table = tmp_path / "text.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"]}), table)
+    with pytest.raises(InputError) as caught:
+        read_pictures([empty, tmp_path / "none", empty / "notes.txt", deep, table])
+    for problem in (
+        "empty: contains no images; supported are .png, .jpg",
+        "none: no such folder of images",
+        "notes.txt: give the folder of the images, a .parquet file, or a folder saved by `datasets`",
+        "a/b/000.png is in a subfolder of a class; give a folder whose subfolders are the classes",
+        "text.parquet: no column named \"image\"; its columns are 'text'",
+    ):
+        assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK"])
+def test_images_of_every_mode_become_what_the_model_reads(mode):
+    picture = Picture("a", encoded(grey(0, mode=mode), "TIFF"))
+    black = {"CMYK": 1.0}.get(mode, -1.0)  # no ink is white
+    for shape in ((1, 8, 8), (3, 8, 8)):
+        run = image_processor() if shape[0] == 1 else image_processor_of_colours()
+        found = Processor("{}", shape, run).pixels(picture)
+        assert (tuple(found.shape), found.dtype) == (shape, torch.float32)
+        assert torch.allclose(found, torch.full(shape, black))
+
+
+def image_processor_of_colours():
+    run = image_processor()
+    run.image_mean = run.image_std = [0.5] * 3
+    return run
+
+
+def test_a_turned_photograph_stands_upright():
+    values = np.zeros((8, 8), dtype=np.uint8)
+    values[0] = 255  # a white row at the top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG", exif=exif)
+    found = GREY.pixels(Picture("a", buffer.getvalue()))
+    assert (float(found[0, 0].mean()), float(found[0, -1].mean())) == (-1, 1)
+
+
+def test_damaged_images_are_refused_by_name():
+    sixteen = Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
+    pictures = [
+        Picture("good.png", encoded(grey())),
+        Picture("cut.png", encoded(grey(size=(64, 64)))[:60]),
+        Picture("text.png", b"text"),
+        Picture("deep.png", encoded(sixteen)),
+        Picture("more.png", b""),
+    ]
+    with pytest.raises(InputError) as caught:
+        image_rows(pictures, GREY)
+    said = str(caught.value)
+    assert "image cut.png: Pillow cannot read it" in said
+    assert "image text.png: Pillow cannot read it" in said
+    assert "image deep.png: has 16 or 32 bits per channel; convert it to 8 bits" in said
+    assert "and 1 more image" in said
+    assert "good.png" not in said
+
+
+def test_rows_are_identified_by_pixels_and_labels(tmp_path):
+    pictures = read_pictures([write_images(tmp_path / "images", 6, ["a", "b"])])
+    rows = image_rows(pictures, GREY, [0, 0, 0, 1, 1, 1])
+    assert (rows.documents, rows.tokens, len(rows.rows), rows.packed) == (6, 6, 6, False)
+    same, other, unlabelled = (
+        image_rows(pictures, GREY, labels).digest for labels in ([0] * 3 + [1] * 3, [1] * 6, None)
+    )
+    assert same == rows.digest
+    assert len({same, other, unlabelled}) == 3
+
+
+def test_samples_are_drawn_without_repeats():
+    pictures = [Picture(str(index), b"") for index in range(20)]
+    drawn = draw_pictures(pictures, 12, seed=3)
+    assert drawn == draw_pictures(pictures, 12, seed=3)
+    assert drawn != draw_pictures(pictures, 12, seed=4)
+    assert len({one.name for one in drawn}) == 12
+    with pytest.raises(InputError, match="there are 20 calibration images, but 21 samples were requested"):
+        draw_pictures(pictures, 21, seed=0)
