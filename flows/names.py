@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Literal
 
 Criterion = Literal[
-    "numerical", "numerical-newton", "obs", "taylor", "flap", "wanda", "magnitude", "random", "frequency"
+    "numerical", "numerical-newton", "obs", "taylor", "flap", "dimap", "wanda", "magnitude", "random", "frequency"
 ]
 Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels", "hidden-size"]

@@ -12,6 +12,7 @@ from numprune.blocks import Block
 from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
+from numprune.criteria.dimap import importances
 from numprune.curves import Errors, error_curve
 from numprune.experts.choice import Scoring, choose_experts, error_table, expert_scores
 from numprune.experts.inputs import Seen
@@ -95,7 +96,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         if size == block.size:
             return Kept.whole(torch.arange(block.units, device=layers.device), block.members)
         weight = consumer_weight(layer, block).double()
-        view = _view(block, weight, read, options, gradients)
+        view = _view(layer, block, weight, read, options, gradients)
         return _choose(replace(view, removed=block.units - size.units), size, options.criterion)
 
     return Chosen(by_score, splits, {name: form.level.name for name, form in forms.items() if form.level is not None})
@@ -238,7 +239,7 @@ def _ranks(
     if isinstance(read, Seen):
         return expert_scores(layer, block, read, _scoring(block, options, gradients))
     weight = consumer_weight(layer, block).double()
-    return CRITERIA[options.criterion](_view(block, weight, read, options, gradients))
+    return CRITERIA[options.criterion](_view(layer, block, weight, read, options, gradients))
 
 
 def _errors(
@@ -264,7 +265,12 @@ def _scoring(block: Block, options: PruneOptions, gradients: Sensitivity | None)
 
 
 def _view(
-    block: Block, weight: Tensor, moments: Moments, options: PruneOptions, gradients: Sensitivity | None
+    layer: nn.Module,
+    block: Block,
+    weight: Tensor,
+    moments: Moments,
+    options: PruneOptions,
+    gradients: Sensitivity | None,
 ) -> BlockView:
     scoring = _scoring(block, options, gradients)
     return BlockView(
@@ -276,6 +282,7 @@ def _view(
         scoring.seed,
         scoring.taylor,
         block.members,
+        dimap=importances(layer, block) if options.criterion == "dimap" else None,
     )
 
 

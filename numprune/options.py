@@ -118,6 +118,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
             raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
     if options.criterion == "frequency" and "experts" not in anatomy.kinds:
         raise InputError(f"criterion frequency ranks experts, and {anatomy.family} has none; use another criterion")
+    if options.criterion == "dimap" and "experts" in anatomy.kinds:
+        raise InputError(f"criterion dimap ranks no experts, and {anatomy.family} has some; use another criterion")
     if not 0 <= options.damping < float("inf"):
         raise InputError(f"damping is {options.damping}; it must be 0 or more")
     if options.batch_size < 1:

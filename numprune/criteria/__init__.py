@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from numprune.criteria.dimap import dimap
 from numprune.criteria.flap import flap
 from numprune.criteria.magnitude import magnitude
 from numprune.criteria.numerical import numerical, numerical_newton
@@ -23,6 +24,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "flap": flap,
+    "dimap": dimap,
     "taylor": taylor,
     "numerical": numerical,
     "numerical-newton": numerical_newton,

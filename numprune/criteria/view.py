@@ -20,6 +20,7 @@ class BlockView:
             gradients.
         members: per unit.
         removed: how many units will be removed, if known: all other scores then only need to be higher.
+        dimap: (units, members) float64, dimap.py's importances, if they are the criterion.
     """
 
     weight: Tensor
@@ -31,6 +32,7 @@ class BlockView:
     taylor: Tensor | None = None
     members: int = 1
     removed: int | None = None
+    dimap: Tensor | None = None
 
     @property
     def units(self) -> int:
@@ -38,9 +40,9 @@ class BlockView:
 
     def of_members(self) -> "BlockView":
         """Return a view whose units are this view's members."""
-        taylor = None if self.taylor is None else self.taylor.view(-1, 1)
+        taylor, dimap = (None if score is None else score.view(-1, 1) for score in (self.taylor, self.dimap))
         own = self.channels_per_unit // self.members
-        return replace(self, channels_per_unit=own, members=1, taylor=taylor, removed=None)
+        return replace(self, channels_per_unit=own, members=1, taylor=taylor, dimap=dimap, removed=None)
 
     def unit_mean(self, channel_scores: Tensor) -> Tensor:
         """Return the mean of (D,) channel scores over each unit's channels: (units,)."""

@@ -162,8 +162,8 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
     message = str(caught.value)
     expected = [
         "prune.ratio = 1.4: must be less than 1",
-        "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'wanda', "
-        "'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
+        "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'dimap', "
+        "'wanda', 'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
         "prune.rato: unknown; the valid ones are ratio, criterion, allocation, compensation, axes, keep, floors, "
         "skips, "
         "budget, drop_layers, damping, seed, batch_size, stream; did you mean 'ratio'?",

@@ -22,8 +22,9 @@ def problem(seed=0, out=6, channels=12, samples=60, mean=0.5):
 
 
 def view(weight, x, channels_per_unit=1, ratio=0.3, seed=0, members=1):
-    taylor = torch.rand(x.shape[1] // channels_per_unit, members)
-    return BlockView(weight, x.T @ x / len(x), x.mean(0), channels_per_unit, ratio, seed, taylor, members)
+    taylor, dimap = torch.rand(2, x.shape[1] // channels_per_unit, members)
+    gram, mean = x.T @ x / len(x), x.mean(0)
+    return BlockView(weight, gram, mean, channels_per_unit, ratio, seed, taylor, members, dimap=dimap)
 
 
 def paper_newton(A, ratio, penalty, iterations=50):
@@ -223,7 +224,7 @@ def test_every_criterion_scores_the_members_of_the_remaining_units(name):
     if name == "obs":
         order, _ = greedy_members(seen.weight, seen.gram, units, Size(2, 3))
         assert scores.argsort().tolist() == [[*order[:, 0].tolist(), int(scores.argmax())]]
-    elif name == "taylor":
-        assert torch.equal(scores, seen.taylor[units])
+    elif name in ("taylor", "dimap"):
+        assert torch.equal(scores, getattr(seen, name)[units])
     else:
         assert torch.equal(scores[0], CRITERIA[name](view(weight, x, channels_per_unit=2))[3:])
