@@ -36,7 +36,7 @@ def as_svg(table: Table) -> str:
     if all(row.nll_increase > 0 for row in table.rows):
         axes.set_yscale("log")
     axes.set_xlabel("prunable parameters removed, %")
-    axes.set_ylabel("increase of held-out NLL, nats/token")
+    axes.set_ylabel(f"increase of held-out NLL, {table.conditions.unit}")
     axes.set_title(table.conditions.model)
     axes.grid(which="both", color="0.9")
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)

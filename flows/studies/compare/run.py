@@ -37,6 +37,7 @@ from numprune.flows.studies.compare.methods import reads_dense_moments, reads_gr
 from numprune.flows.studies.compare.plot import as_svg
 from numprune.flows.studies.compare.steps import SharedPass
 from numprune.flows.studies.compare.table import Conditions, Row, Table, as_csv, as_markdown
+from numprune.units import LOSS_UNITS
 
 R = TypeVar("R")
 
@@ -118,7 +119,7 @@ def _in_turn(request: Request, run: "_Comparison") -> Iterator[Row | str]:
             else:
                 yield row
                 made += not reused
-                outcome = f"+{row.nll_increase:.4f} nats/token" + ("" if not reused else ", reused")
+                outcome = f"+{row.nll_increase:.4f} {run.conditions.unit}" + ("" if not reused else ", reused")
             left = (time.perf_counter() - started) / max(made, 1) * (len(work) - count)
             eta = f", about {left / 60:.0f} min left" if made and count < len(work) else ""
             tqdm.write(f"[{count}/{len(work)}] {title}: {outcome}{eta}", file=sys.stderr)
@@ -189,12 +190,12 @@ class _Comparison:
     @cached_property
     def conditions(self) -> Conditions:
         request, heldout, dense = self._request, self._text.facts.heldout, self._reference.facts
-        assert dense.nll_nats_per_token is not None  # of a language model
-        assert dense.perplexity is not None
+        assert dense.nll_nats_per_token is not None  # of a language model, or of labelled images
+        anatomy = read_anatomy(read_config(request.model))
         return Conditions(
             model=request.name,
             model_digest=self._model.digest,
-            sequence_length=request.sequence_length,
+            sequence_length=anatomy.context if anatomy.image else request.sequence_length,
             align=request.align,
             seed=request.seed,
             device=request.device,
@@ -202,9 +203,11 @@ class _Comparison:
             heldout_digest=heldout.digest,
             heldout_tokens=heldout.tokens,
             heldout_documents=heldout.documents,
-            dense_nll_nats_per_token=dense.nll_nats_per_token,
-            dense_perplexity=dense.perplexity,
-            dense_parameters=budget_of(read_anatomy(read_config(request.model))).parameters,
+            dense_nll=dense.nll_nats_per_token,
+            dense_perplexity=None if anatomy.image else dense.perplexity,
+            dense_accuracy=dense.accuracy,
+            unit=LOSS_UNITS[anatomy.task],
+            dense_parameters=budget_of(anatomy).parameters,
             version=metadata.version("numprune"),
         )
 

@@ -16,9 +16,11 @@ from numprune import sensitivity
 from numprune.choosing import Known
 from numprune.corpus import rows_digest, sample_rows
 from numprune.documents import Reading
-from numprune.export.checkpoint import load, load_tokenizer
+from numprune.errors import InputError
+from numprune.export.checkpoint import load_model, text_tokenizer
+from numprune.export.tasks import load_task
 from numprune.flows.stages import Artifact, Text, read_facts
-from numprune.flows.steps.baseline import score, scored, side
+from numprune.flows.steps.baseline import score, scored
 from numprune.flows.steps.evaluate import finite
 from numprune.flows.steps.results import BaselineScores, HeldoutRows
 from numprune.flows.steps.text import calibration_rows, load_heldout, save_heldout, text_rows
@@ -26,13 +28,13 @@ from numprune.flows.studies.compare.meter import Meter
 from numprune.flows.studies.compare.methods import options_of
 from numprune.flows.studies.compare.table import Row
 from numprune.flows.studies.rivals import RIVALS
-from numprune.layers import ModelLayers
+from numprune.layers import ModelLayers, named_inputs
 from numprune.moments import Moments
 from numprune.pruning import dense_moments, prune
 from numprune.quality import compare_with
 from numprune.sensitivity import Sensitivity
 from numprune.target import Target
-from numprune.tasks import CAUSAL
+from numprune.tasks import Task
 
 T = TypeVar("T")
 
@@ -75,39 +77,46 @@ def make_text(
     seed: int,
     reading: Reading,
 ) -> ComparedText:
-    """Draw calibration rows of each size, and held-out rows; without `heldout`, the last fifth of the windows."""
-    tokenizer, source = load_tokenizer(model.path), text.source
+    """Draw calibration rows of each size, and held-out rows; without `heldout`, the last fifth of the windows.
+
+    Raises InputError: held-out images have no labels.
+    """
+    tokenizer, task, source = text_tokenizer(model.path), load_task(model.path), text.source
     if heldout is None:
         windows = text_rows(source, "train", tokenizer, sequence_length, reading)
         cut = len(windows.rows) * 4 // 5
         judged = windows.part(slice(cut, None))
         draws = {n: sample_rows(windows.part(slice(cut)), n, sequence_length, seed) for n in samples}
     else:
-        judged = text_rows(heldout.source, "heldout", tokenizer, sequence_length, reading)
-        draws = {n: calibration_rows(source, tokenizer, n, sequence_length, seed, reading)[0] for n in samples}
+        judged = text_rows(heldout.source, "heldout", tokenizer, sequence_length, reading, task=task)
+        if not task.has_loss(judged):
+            raise InputError("--heldout: images need labels to be compared by; put each class into a subfolder")
+        draws = {
+            n: calibration_rows(source, tokenizer, n, sequence_length, seed, reading, task=task)[0] for n in samples
+        }
     save_file({str(n): rows.contiguous() for n, rows in draws.items()}, out / _ROWS)
     drawn = {n: DrawnRows(rows_digest(rows), rows.numel()) for n, rows in draws.items()}
-    return ComparedText(save_heldout(out, judged), drawn)
+    return ComparedText(save_heldout(out, judged, task), drawn)
 
 
 def load_rows(text: Path, samples: int) -> Tensor:
-    """Return (samples, S) calibration rows of the stage `text`."""
+    """Return (samples, …) calibration rows of the stage `text`."""
     with safe_open(text / _ROWS, "pt") as file:
         return file.get_tensor(str(samples))
 
 
 def make_reference(out: Path, *, model: Artifact, heldout: Artifact, device: str) -> BaselineScores:
     """Score the dense model on the held-out rows."""
-    loaded, tokenizer = load(model.path)
-    return score(out, loaded.to(device), tokenizer, load_heldout(heldout.path, heldout.digest))
+    loaded, judged = load_model(model.path).to(device), load_heldout(heldout.path, heldout.digest)
+    return score(out, loaded, text_tokenizer(model.path), judged, task=load_task(model.path))
 
 
 def make_moments(out: Path, *, model: Artifact, rows: Artifact, samples: int, device: str) -> SharedPass:
     """Run the calibration shared by all methods: write the moments of every block of the dense model, a file each."""
     meter = Meter(torch.device(device))
-    loaded = load(model.path)[0].to(device)
+    layers = ModelLayers(load_model(model.path).to(device), load_task(model.path))
     meter.start()
-    for name, moments in dense_moments(ModelLayers(loaded), load_rows(rows.path, samples), BATCH_SIZE):
+    for name, moments in dense_moments(layers, load_rows(rows.path, samples), BATCH_SIZE):
         save_file(moments.tensors(), out / f"{name}.safetensors")
     return SharedPass(*meter.stop())
 
@@ -117,9 +126,9 @@ def make_gradients(
 ) -> SharedPass:
     """Run the backward pass shared by all methods: write every block's sensitivity, a file each."""
     meter = Meter(torch.device(device))
-    loaded = load(model.path)[0].to(device)
+    layers = ModelLayers(load_model(model.path).to(device), load_task(model.path))
     meter.start()
-    found = sensitivity.measure(ModelLayers(loaded), load_rows(rows.path, samples), BATCH_SIZE, taylor=taylor)
+    found = sensitivity.measure(layers, load_rows(rows.path, samples), BATCH_SIZE, taylor=taylor)
     seconds, peak_bytes = meter.stop()
     for name, output in found.output.items():
         scores = {"taylor": found.taylor[name]} if name in found.taylor else {}
@@ -184,19 +193,22 @@ def make_method(
     """
     shared = [read_facts(stage.path, SharedPass) for stage in (moments, gradients) if stage]
     meter = Meter(torch.device(device))
-    loaded = load(model.path)[0].to(device)
-    dense = CAUSAL.predictions(loaded)
-    dense_head, vocabulary = dense.head, dense.size
+    loaded, task = load_model(model.path).to(device), load_task(model.path)
+    dense = task.predictions(loaded)
+    dense_head, size = dense.head, dense.size
     del dense  # it holds the model
     tokens = load_rows(rows.path, samples)
     known = _known(moments, gradients, torch.device(device))
     forward_seconds = _forward_seconds(loaded, tokens, meter)
     meter.start()
-    small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), seed, known)
+    small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), seed, known, task)
     seconds, peak_bytes = meter.stop()
     judged = load_heldout(heldout.path, heldout.digest)
-    found = compare_with(small, scored(reference.path, judged, dense_head, vocabulary, torch.device(device)), judged)
-    increase = found.loss_delta
+    dense = scored(reference.path, judged, dense_head, size, torch.device(device), task)
+    found = compare_with(small, dense, judged, task)
+    increase, own = found.loss_delta, found.candidate
+    assert own is not None  # the rows have labels if they are images
+    kl = next(value for name, value in found.metrics.items() if name.startswith("kl_"))
     seconds += sum(part.seconds for part in shared)
     figures = finite(
         {
@@ -204,8 +216,11 @@ def make_method(
             "ci95_lower": increase.ci95_lower,
             "ci95_upper": increase.ci95_upper,
             "sampling_unit": increase.sampling_unit,
-            **side(found.candidate),
-            **found.metrics,
+            "nll": own.mean_nll,
+            "perplexity": None if own.accuracy is not None else own.perplexity,
+            "accuracy": own.accuracy,
+            "kl": kl,
+            "top1_agreement": found.metrics["top1_agreement"],
             **sizes,
             "seconds": seconds,
             "forward_passes": seconds / forward_seconds,
@@ -222,7 +237,7 @@ def _forward_seconds(model: PreTrainedModel, rows: Tensor, meter: Meter) -> floa
     for _ in range(3):
         meter.start()
         for batch in rows.split(BATCH_SIZE):
-            model.base_model(batch.to(model.device), use_cache=False)
+            model.base_model(**named_inputs(model, batch.to(model.device)))
         taken.append(meter.stop()[0])
     return median(taken)
 
@@ -235,11 +250,12 @@ def _reduce(
     target: Target,
     seed: int,
     known: Known,
+    task: Task,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the smaller model and its size."""
     if method in RIVALS:
         made = RIVALS[method](model, rows, ratio, BATCH_SIZE)
         return made.model, {"parameters": made.parameters, "prunable_ratio_removed": made.prunable_ratio_removed}
-    pruned = prune(model, rows, options_of(method, ratio, target, seed), known)
+    pruned = prune(model, rows, options_of(method, ratio, target, seed), known, task)
     removed = pruned.prunable_ratio_removed
     return pruned.model, {"parameters": pruned.after.parameters, "prunable_ratio_removed": removed}

@@ -13,8 +13,11 @@ class Row:
     Attributes:
         ratio: requested.
         samples: calibration rows.
-        nll_increase: over the dense model, in held-out nats per token; `ci95_lower` and `ci95_upper` are its one-sided
-            95 % bounds (None for a single sample) over documents or windows, see `sampling_unit`.
+        nll_increase: over the dense model on held-out text or labelled images; `ci95_lower` and `ci95_upper` are its
+            one-sided 95 % bounds (None for a single sample) over documents or windows, see `sampling_unit`.
+        nll, kl: of the model, and of its predictions from the dense model's, in the unit of the task.
+        perplexity: of a language model.
+        accuracy: top-1, of an image classifier.
         seconds: to prune, including calibration, without loading and evaluation.
         forward_passes: number of passes of the dense model over the calibration rows that take as long.
         peak_bytes: highest memory while pruning, beyond interpreter and libraries.
@@ -28,9 +31,10 @@ class Row:
     ci95_lower: float | None
     ci95_upper: float | None
     sampling_unit: str
-    nll_nats_per_token: float
-    perplexity: float
-    kl_nats_per_token: float
+    nll: float
+    perplexity: float | None
+    accuracy: float | None
+    kl: float
     top1_agreement: float
     parameters: int
     seconds: float
@@ -52,8 +56,10 @@ class Conditions:
     heldout_digest: str
     heldout_tokens: int
     heldout_documents: int
-    dense_nll_nats_per_token: float
-    dense_perplexity: float
+    dense_nll: float
+    dense_perplexity: float | None
+    dense_accuracy: float | None
+    unit: str  # of losses: "nats/token" or "nats/image"
     dense_parameters: int
     version: str
 
@@ -70,10 +76,13 @@ class Table:
 
 def as_csv(table: Table) -> str:
     """Return every row with all its conditions, so that rows of several tables can be merged."""
+    per = table.conditions.unit.replace("/", "_per_")
+    renamed = {"nll": f"nll_{per}", "kl": f"kl_{per}"}
+    unknown = "accuracy" if table.conditions.dense_accuracy is None else "perplexity"
     common = {
         "model_digest": table.conditions.model_digest,
         "heldout_digest": table.conditions.heldout_digest,
-        "dense_nll_nats_per_token": table.conditions.dense_nll_nats_per_token,
+        f"dense_nll_{per}": table.conditions.dense_nll,
         "sequence_length": table.conditions.sequence_length,
         "align": table.conditions.align,
         "seed": table.conditions.seed,
@@ -81,26 +90,29 @@ def as_csv(table: Table) -> str:
         "version": table.conditions.version,
     }
     text = io.StringIO()
-    columns = [*(field.name for field in fields(Row)), "calibration_digest", *common]
+    own = {field.name: renamed.get(field.name, field.name) for field in fields(Row) if field.name != unknown}
+    columns = [*own.values(), "calibration_digest", *common]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in table.in_order():
         calibration = table.conditions.calibration[row.samples]
-        writer.writerow({**asdict(row), "calibration_digest": calibration, **common})
+        values = asdict(row)
+        found = {column: values[name] for name, column in own.items()}
+        writer.writerow({**found, "calibration_digest": calibration, **common})
     return text.getvalue()
 
 
 def as_markdown(table: Table) -> str:
     """Return the table for readers, with its conditions below."""
     conditions, rows = table.conditions, table.in_order()
-    several = len(conditions.calibration) > 1
+    several, images = len(conditions.calibration) > 1, conditions.dense_accuracy is not None
     heading = [
         "removed",
         "method",
         *(["calibration rows"] if several else []),
-        "NLL increase, nats/token (one-sided 95 % bounds)",
+        f"NLL increase, {conditions.unit} (one-sided 95 % bounds)",
         "NLL",
-        "perplexity",
+        "accuracy" if images else "perplexity",
         "KL",
         "top-1",
         "parameters",
@@ -113,8 +125,8 @@ def as_markdown(table: Table) -> str:
         "dense",
         *([""] if several else []),
         "0",
-        f"{conditions.dense_nll_nats_per_token:.4f}",
-        f"{conditions.dense_perplexity:.2f}",
+        f"{conditions.dense_nll:.4f}",
+        _quality(conditions.dense_accuracy, conditions.dense_perplexity),
         "0",
         "100 %",
         f"{conditions.dense_parameters:,}",
@@ -125,17 +137,25 @@ def as_markdown(table: Table) -> str:
     lines = [heading, ["---"] * len(heading), dense, *(_cells(row, several) for row in rows)]
     unit = f" Bounds by bootstrap over {rows[0].sampling_unit}s." if rows else ""
     sizes = ", ".join(str(size) for size in conditions.calibration)
+    if images:
+        rows_of, judged = "images", f"{conditions.heldout_documents} held-out images"
+        predicted = "class distribution, `top-1` the agreement on the most probable class"
+    else:
+        rows_of = f"rows of {conditions.sequence_length} tokens"
+        judged = f"{conditions.heldout_tokens:,} tokens of {conditions.heldout_documents} held-out documents"
+        predicted = "next-token distribution, `top-1` the agreement on the most probable token"
     notes = (
-        f"{conditions.model}: calibrated on {sizes} rows of {conditions.sequence_length} tokens "
-        f"(seed {conditions.seed}), evaluated on {conditions.heldout_tokens:,} tokens of "
-        f"{conditions.heldout_documents} held-out documents.{unit} `removed` is the share of the attention and "
-        "MLP projections that was removed, less any parameters that a method adds; `KL` is from the dense model's "
-        "next-token distribution, `top-1` the agreement on the most probable token. Seconds are for calibration and "
-        "pruning; `forward passes` is the number of passes of the dense model over the calibration rows that take as "
-        "long; memory is the peak of the process, without interpreter and libraries "
-        f"({conditions.device})."
+        f"{conditions.model}: calibrated on {sizes} {rows_of} (seed {conditions.seed}), evaluated on {judged}.{unit} "
+        "`removed` is the share of the attention and MLP projections that was removed, less any parameters that a "
+        f"method adds; `KL` is from the dense model's {predicted}. Seconds are for calibration and pruning; `forward "
+        "passes` is the number of passes of the dense model over the calibration rows that take as long; memory is the "
+        f"peak of the process, without interpreter and libraries ({conditions.device})."
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"
+
+
+def _quality(accuracy: float | None, perplexity: float | None) -> str:
+    return f"{perplexity:.2f}" if accuracy is None else f"{accuracy:.1%}".replace("%", " %")
 
 
 def _cells(row: Row, several: bool) -> list[str]:
@@ -145,9 +165,9 @@ def _cells(row: Row, several: bool) -> list[str]:
         row.method.replace("/", " / "),
         *([str(row.samples)] if several else []),
         f"{row.nll_increase:.4f} ({bounds})",
-        f"{row.nll_nats_per_token:.4f}",
-        f"{row.perplexity:.2f}",
-        f"{row.kl_nats_per_token:.4f}",
+        f"{row.nll:.4f}",
+        _quality(row.accuracy, row.perplexity),
+        f"{row.kl:.4f}",
         f"{row.top1_agreement:.1%}".replace("%", " %"),
         f"{row.parameters:,}",
         f"{row.seconds:.1f}",

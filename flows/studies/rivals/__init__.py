@@ -31,4 +31,6 @@ def check(name: str, anatomy: Anatomy, ratio: float) -> None:
     """Refuse a model or ratio that the rival `name` does not support. Raises InputError."""
     if not 0 <= ratio < 1:
         raise InputError(f"ratio is {ratio}; it must be at least 0 and under 1")
+    if anatomy.image is not None:
+        raise InputError(f"{name} is measured on language models only, and {anatomy.family} classifies images")
     _CHECKS[name](anatomy)

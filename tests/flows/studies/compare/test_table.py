@@ -18,8 +18,10 @@ CONDITIONS = Conditions(
     heldout_digest="c" * 64,
     heldout_tokens=94_000,
     heldout_documents=69,
-    dense_nll_nats_per_token=3.5,
+    dense_nll=3.5,
     dense_perplexity=33.1,
+    dense_accuracy=None,
+    unit="nats/token",
     dense_parameters=5_475_584,
     version="1.0",
 )
@@ -32,9 +34,10 @@ ROW = Row(
     ci95_lower=0.0581,
     ci95_upper=0.0789,
     sampling_unit="document",
-    nll_nats_per_token=3.5675,
+    nll=3.5675,
     perplexity=35.43,
-    kl_nats_per_token=0.133,
+    accuracy=None,
+    kl=0.133,
     top1_agreement=0.778,
     parameters=4_148_480,
     seconds=12.34,
@@ -77,3 +80,18 @@ def test_the_plot_is_well_formed_complete_and_reproducible():
         assert ElementTree.fromstring(picture).tag.endswith("svg")
         assert picture == as_svg(table)
         assert all(f"<!-- {row.method} -->" in picture for row in table.rows)
+
+
+def test_image_classifiers_have_accuracies_in_place_of_perplexities():
+    conditions = replace(
+        CONDITIONS, dense_nll=0.1, dense_perplexity=None, dense_accuracy=0.964, unit="nats/image", heldout_documents=500
+    )
+    table = Table(conditions, [replace(ROW, nll=0.15, perplexity=None, accuracy=0.95)])
+    lines = as_markdown(table).splitlines()
+    assert "| NLL increase, nats/image (one-sided 95 % bounds) | NLL | accuracy |" in lines[0]
+    assert lines[2].startswith("| 0 | dense | 0 | 0.1000 | 96.4 % |")
+    assert "| 0.1500 | 95.0 % | 0.1330 |" in lines[3]
+    assert "calibrated on 128 images (seed 0), evaluated on 500 held-out images" in lines[5]
+    (row,) = csv.DictReader(as_csv(table).splitlines())
+    assert (row["nll_nats_per_image"], row["accuracy"], row["dense_nll_nats_per_image"]) == ("0.15", "0.95", "0.1")
+    assert "perplexity" not in row
