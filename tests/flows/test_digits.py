@@ -1,0 +1,44 @@
+"""The classifier of digits: trained here, pruned, and better than by magnitude."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import numprune
+from numprune.flows.embedded import digits
+from numprune.pictures import read_pictures
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("digits") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["digits", str(out), "--epochs", "6"])
+        digits.main()
+    return out
+
+
+def test_images_and_model_are_those_of_the_digits(trained: Path) -> None:
+    train, heldout = (read_pictures([trained / part]) for part in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (1297, 500)
+    assert {one.label for one in heldout} == set("0123456789")
+    model = numprune.load(trained / "model", device="cpu")
+    assert model.budget.parameters == 202_186
+    found = numprune.evaluate(model, trained / "heldout")
+    assert found.accuracy is not None
+    assert found.accuracy > 0.8
+
+
+def test_refitted_channels_lose_less_than_the_largest_ones(trained: Path) -> None:
+    model = numprune.load(trained / "model", device="cpu")
+    rows = numprune.calibration_rows(trained / "train", model, samples=256)
+    anatomy = model.anatomy
+    mlp = sum(block.parameters(block.size) for block in anatomy.of_kind("mlp"))
+    ratio = 0.75 * mlp / model.budget.prunable_parameters
+    kl = {}
+    for criterion, compensation in (("obs", "joint"), ("magnitude", "none"), ("dimap", "none")):
+        options = numprune.PruneOptions(ratio, criterion, compensation=compensation, axes=["channels"])
+        found = numprune.evaluate(numprune.prune(model, rows, options), trained / "heldout", baseline=model)
+        kl[criterion] = found.metrics["kl_nats_per_image"]
+    assert kl["obs"] < 0.5 * min(kl["magnitude"], kl["dimap"])
