@@ -1,7 +1,7 @@
 """Chooses the candidate of a sweep to publish: the fastest, smallest or best of those that pass their gates.
 
-So the gates are the limits of the choice. Their bounds allow for the number of candidates, because the best is chosen on
-the rows that they judge (see numprune.serving.gates).
+So the gates are the limits of the choice. Their bounds allow for the number of candidates, because the best is chosen
+on the rows that they judge (see numprune.serving.gates).
 """
 
 from collections.abc import Iterable, Sequence
