@@ -56,6 +56,12 @@ def _whole(anatomy: Anatomy, cost: Cost) -> int:
     return sum(cost(block, block.size) for block in anatomy.blocks)
 
 
+def most_cost(anatomy: Anatomy, ratio: float, cost: Cost = Block.parameters) -> int:
+    """Return the highest cost of all blocks together with which the ratio is met."""
+    whole = _whole(anatomy, cost)
+    return whole - math.ceil(round(ratio * whole, 3))  # whole ones
+
+
 def uniform(anatomy: Anatomy, ratio: float, allowed: Sizes, errors: Errors | None = None) -> dict[str, Size]:
     """Return the size of every block: the same in every layer, so that a stock architecture can represent the result.
 
@@ -183,8 +189,7 @@ def _least_price(
         [math.fsum(price(block, size) for block in group) for size in sizes]
         for group, sizes in zip(groups, options, strict=True)
     ]
-    whole = _whole(anatomy, cost)
-    limit = whole - math.ceil(round(ratio * whole, 3))  # whole ones
+    limit = most_cost(anatomy, ratio, cost)
     # Relative to the dearest size: a block's own may not be allowed and, if times are counted, not be the dearest.
     savings = [[max(of_group) - one for one in of_group] for of_group in costs]
     wanted = max(sum(map(max, costs)) - limit, 0)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from numprune.counted import counted
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -23,9 +25,10 @@ tqdm.set_lock(threading.RLock())
 class Progress:
     """`with Progress(total, "calibrate", "layer") as bar: … bar.update()`."""
 
-    def __init__(self, total: int, title: str, unit: str, *, leave: bool = False, done: int = 0) -> None:
+    def __init__(self, total: int | None, title: str, unit: str, *, leave: bool = False, done: int = 0) -> None:
         """
         Args:
+            total: None: unknown.
             unit: what is counted, in the singular.
             leave: keep the bar on the terminal after the loop.
             done: number done by an earlier process.
@@ -50,18 +53,22 @@ class Progress:
         self._bar.update(count)
         self._done += count
         now = time.monotonic()
-        if self._bar.disable and now - self._told >= _EVERY_S and self._done < self._total:
-            self._told = now
-            left = (now - self._started) / (self._done - self._before) * (self._total - self._done)
-            logger.info(
-                "%s: %d of %d %ss, %sabout %s left",
-                self._title,
-                self._done,
-                self._total,
-                self._unit,
-                f"{note}, " if note else "",
-                _duration(left),
-            )
+        if not self._bar.disable or now - self._told < _EVERY_S or self._done == self._total:
+            return
+        self._told = now
+        if self._total is None:
+            logger.info("%s: %s%s", self._title, counted(self._done, self._unit), f", {note}" if note else "")
+            return
+        left = (now - self._started) / (self._done - self._before) * (self._total - self._done)
+        logger.info(
+            "%s: %d of %d %ss, %sabout %s left",
+            self._title,
+            self._done,
+            self._total,
+            self._unit,
+            f"{note}, " if note else "",
+            _duration(left),
+        )
 
 
 def progress(items: Sequence[T], title: str, unit: str) -> Iterator[T]:

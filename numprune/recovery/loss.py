@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from numprune.anatomy import layers_path
 from numprune.tasks import CAUSAL, Predictions, Task
-from numprune.tasks.language import kl_divergence, log_probabilities
+from numprune.tasks.language import bucketed, kl_divergence, log_probabilities
 from numprune.tasks.task import parts
 
 # Up to this many logits are kept for the gradient, in a few tensors of 128 MiB; more are recomputed.
@@ -136,12 +136,3 @@ def _of_states(ours: Predictions, states: Tensor, theirs: Predictions, wanted: T
     kept = states.shape[:2].numel() * ours.size <= KEPT_VALUES
     of_each = of_part if kept else partial(checkpoint, of_part, use_reentrant=False)
     return torch.stack([of_each(*part) for part in parts(ours.size, states, wanted)]).sum()
-
-
-def bucketed(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-probabilities (p, k + 1) of these tokens (p, k), and of all others together, from logits (p, V).
-
-    The KL of two such distributions is a lower bound on that over the whole vocabulary.
-    """
-    others = logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, tokens), others], -1).log_softmax(-1)

@@ -96,6 +96,15 @@ def kl_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     return (theirs.exp() * (theirs - ours)).sum(-1).double()
 
 
+def bucketed(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probabilities (p, k + 1) of these tokens (p, k), and of all others together, from logits (p, V).
+
+    The KL of two such distributions is a lower bound on that over the whole vocabulary.
+    """
+    others = logits.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, tokens), others], -1).log_softmax(-1)
+
+
 def logits_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return KL(theirs || ours), (p,) float64, of logits (…, V)."""
     ours, theirs = (logits.flatten(0, -2).float().log_softmax(-1) for logits in (ours, theirs))

@@ -51,6 +51,15 @@ def test_time_left(clock: list[float], caplog: pytest.LogCaptureFixture, seconds
     assert caplog.messages == [f"prune: 1 of 2 layers, about {left} left"]
 
 
+def test_a_loop_of_unknown_length_tells_what_is_done(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "numprune")
+    with Progress(None, "search", "generation") as bar:
+        for number in range(5):
+            clock[0] += 16.0
+            bar.update(note=f"divergence {number}")
+    assert caplog.messages == ["search: 2 generations, divergence 1", "search: 4 generations, divergence 3"]
+
+
 def test_a_progress_bar_needs_no_system_semaphore(tmp_path: Path) -> None:
     """A child that is ended would leave it behind, and Python would say so after our own message."""
     script = tmp_path / "script.py"

@@ -22,7 +22,7 @@ from numprune.recovery.state import TrainingState
 from numprune.tasks import CAUSAL, Task
 from numprune.tasks.classification import Classification
 from numprune.tasks.embedding import Embedding
-from numprune.tasks.language import kl_divergence
+from numprune.tasks.language import bucketed, kl_divergence
 from numprune.tasks.masked import masked_lm
 from numprune.tasks.reading import encoder_rows
 from tests.conftest import build_tiny, byte_tokenizer, encoder_tokenizer
@@ -108,7 +108,7 @@ def test_the_gradient_of_a_logit_is_in_closed_form() -> None:
     theirs, ours = torch.randn(2, 4, 30, generator=draw) * 3
     top = theirs.topk(6).indices
     ours.requires_grad_()
-    kl_divergence(loss.bucketed(ours, top), loss.bucketed(theirs, top)).sum().backward()
+    kl_divergence(bucketed(ours, top), bucketed(theirs, top)).sum().backward()
     p, q = theirs.softmax(-1), ours.detach().softmax(-1)
     rest = [1 - one.gather(-1, top).sum(-1, keepdim=True) for one in (p, q)]
     wanted = (q * (1 - rest[0] / rest[1])).scatter(-1, top, (q - p).gather(-1, top))
@@ -120,7 +120,7 @@ def test_a_token_that_is_certain_leaves_the_others_a_gradient() -> None:
     ours[0, 0] = 200.0  # softmax is exactly 1 in float32
     ours.requires_grad_()
     top = torch.tensor([[0]])
-    found = kl_divergence(loss.bucketed(ours, top), loss.bucketed(theirs, top)).sum()
+    found = kl_divergence(bucketed(ours, top), bucketed(theirs, top)).sum()
     found.backward()
     assert float(found.detach()) == pytest.approx(7 / 8 * 200, rel=0.05)
     assert ours.grad is not None
