@@ -29,7 +29,7 @@ from numprune.tasks.image_classification import ImageClassification
 
 R = TypeVar("R")
 
-_FLOAT32 = 4
+_FLOAT32, _FLOAT64 = 4, 8
 _OF_TRAINING = 4  # copies of each weight: itself, its gradient and AdamW's two moments
 
 
@@ -71,6 +71,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "budget_time": recipe.prune.time_allowed,
         "drop_layers": recipe.prune.drop_layers,
         "hidden_size_is_chosen": narrows,
+        "refine_minutes": recipe.prune.refine_minutes if recipe.prune.refine != "none" else None,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
         "exact": len(results) == 1,
         "quantization": " or ".join(map(str, schemes)) or None,
@@ -165,6 +166,8 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
         per_token += anatomy.hidden_size + widest_consumer(anatomy)
     states = data.samples * (run.image_tokens or data.sequence_length) * per_token
     needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
+    if prune.refine != "none":
+        needed["refining"] = sum(block.channels**2 for block in anatomy.blocks) * _FLOAT64
     if run.recipe.learn.method != "none":
         copies = 0 if run.recipe.learn.variant == "faster" else _OF_TRAINING
         needed["learning"] = (1 + copies) * budget.parameters * _FLOAT32
@@ -284,6 +287,11 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         f"pruning needs at least {_mib(memory['weights_float32'])} for weights in float32 and "
         f"{_mib(memory['hidden_states'])} for hidden states"
     )
+    if found["refine_minutes"] is not None:
+        yield (
+            f"refining sizes takes at most about {found['refine_minutes']:g} minutes, and needs at least "
+            f"{_mib(memory['refining'])} more for Gram matrices"
+        )
     if "learning" in memory:
         yield f"learning masks needs at least {_mib(memory['learning'])} for weights, gradients and moments in float32"
     if "training" in memory:

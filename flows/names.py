@@ -13,6 +13,7 @@ Criterion = Literal[
 Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels", "hidden-size"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
+Refine = Literal["none", "search"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")
 Recovery = Literal["distill"]
 TrainedWeights = Literal["all", "lora", "blocks"]

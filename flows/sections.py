@@ -31,12 +31,14 @@ from numprune.flows.names import (
     QuantizationMethod,
     QuantizedTo,
     Recovery,
+    Refine,
     Runtime,
     TaskRuntime,
     TimedRuntime,
     TorchMode,
     TrainedWeights,
 )
+from numprune.refinement import MINUTES
 from numprune.scenario import is_time, parse_time
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
@@ -183,7 +185,7 @@ class Prune(Section):
 
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
     `quantize.scheme` determines how blocks may be stored; or the time of one step, as "20ms@decode,b=8,ctx=2048", by
-    the latencies that `timings` describes. The allocation "error" divides it.
+    the latencies that `timings` describes. The allocation "error" divides it. `refine` "search" starts from its sizes.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -196,6 +198,8 @@ class Prune(Section):
     skips: bool = False
     budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
     drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    refine: Refine = "none"
+    refine_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MINUTES
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     seed: Seed = 0
     batch_size: Count = 8

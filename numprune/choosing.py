@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from numprune import sensitivity
 from numprune.allocation import by_error, global_sort, keep_highest, uniform
-from numprune.blocks import Block
+from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
@@ -24,6 +24,10 @@ from numprune.plans import Plan, PricedSplit
 from numprune.progress import progress
 from numprune.quantization.allocation import Form, by_bytes, levels_of
 from numprune.quantization.pricing import rounding_prices
+from numprune.refinement import Refinement
+from numprune.search.levels import Levels
+from numprune.search.refine import refined
+from numprune.search.space import Space, cost_and_limit
 from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
@@ -59,11 +63,13 @@ class Chosen:
         choice: returns what is kept of a block: its size by the allocation, its units and members by the criterion.
         splits: that `uniform` chose from.
         schemes: block name -> quantization scheme, as chosen by a budget.
+        refinement: of the sizes, by search.
     """
 
     choice: Choice
     splits: list[PricedSplit] | None = None
     schemes: Mapping[str, SchemeName] = field(default_factory=dict)
+    refinement: Refinement | None = None
 
 
 def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None) -> Chosen:
@@ -76,16 +82,17 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
     if gradients is None and by_loss:
         gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     splits: list[PricedSplit] | None = None
+    refinement: Refinement | None = None
     forms: Mapping[str, Form] = {}
     if known and known.forms is not None:
         forms = known.forms
     elif options.budget is not None:
         assert gradients is not None
-        forms = _within(options.budget, walker, rows, options, known, gradients)
+        forms, refinement = _within(options.budget, walker, rows, options, known, gradients)
     if forms:
         sizes = {name: form.size for name, form in forms.items()}
     else:
-        sizes, splits = _sizes_to_keep(walker, rows, options, known, gradients)
+        sizes, splits, refinement = _sizes_to_keep(walker, rows, options, known, gradients)
     if options.criterion != "taylor" and not by_loss:
         gradients = None  # large, and no longer needed
 
@@ -96,10 +103,11 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         if size == block.size:
             return Kept.whole(torch.arange(block.units, device=layers.device), block.members)
         weight = consumer_weight(layer, block).double()
-        view = _view(layer, block, weight, read, options, gradients)
-        return _choose(replace(view, removed=block.units - size.units), size, options.criterion)
+        view = replace(_view(layer, block, weight, read, options, gradients), removed=block.units - size.units)
+        return _choose(view, size, options.criterion, CRITERIA[options.criterion](view))
 
-    return Chosen(by_score, splits, {name: form.level.name for name, form in forms.items() if form.level is not None})
+    schemes = {name: form.level.name for name, form in forms.items() if form.level is not None}
+    return Chosen(by_score, splits, schemes, refinement)
 
 
 def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
@@ -109,7 +117,7 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
     def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
         return plan.blocks[names[block.name]].to_kept().to(device)
 
-    return Chosen(as_planned, plan.splits, schemes)
+    return Chosen(as_planned, plan.splits, schemes, plan.refinement)
 
 
 def nothing(block: Block) -> Kept:
@@ -150,15 +158,23 @@ def _within(
     options: PruneOptions,
     known: Known | None,
     gradients: Sensitivity,
-) -> dict[str, Form]:
-    """Return size and scheme of every block within the budget. This takes a pass over the dense model."""
+) -> tuple[dict[str, Form], Refinement | None]:
+    """Return size and scheme of every block within the budget, and how sizes were refined.
+
+    This takes a pass over the dense model.
+    """
     layers = walker.layers
     allowed = sizes_allowed(layers.anatomy, options)
     levels = levels_of(budget, options.target)
     errors = error_curves(layers, dense_inputs(walker, rows, known), options, gradients, least_units(allowed))
     schemes = [level for level in levels if level is not None]
     rounding = rounding_prices(walker, rows, gradients.output, schemes) if schemes else {}
-    return by_bytes(layers.anatomy, budget, levels, allowed, errors, rounding)
+    forms = by_bytes(layers.anatomy, budget, levels, allowed, errors, rounding)
+    if options.refine == "none":
+        return forms, None
+    sizes = {name: form.size for name, form in forms.items()}
+    sizes, refinement = _refined(walker, rows, options, known, gradients, errors, sizes)
+    return {name: Form(size, None) for name, size in sizes.items()}, refinement
 
 
 def _sizes_to_keep(
@@ -167,37 +183,40 @@ def _sizes_to_keep(
     options: PruneOptions,
     known: Known | None,
     gradients: Sensitivity | None,
-) -> tuple[dict[str, Size], list[PricedSplit] | None]:
-    """Return the size to keep by block name, and the splits that `uniform` chose from.
+) -> tuple[dict[str, Size], list[PricedSplit] | None, Refinement | None]:
+    """Return the size to keep by block name, the splits that `uniform` chose from, and how sizes were refined.
 
     This takes a pass over the dense model, unless `uniform` has nothing to choose or no error curve to choose by.
     """
     layers = walker.layers
     anatomy, ratio = layers.anatomy, options.ratio
-    allowed = sizes_allowed(anatomy, options)
-    if options.time_budget is not None:
-        allowed = measured_sizes(anatomy, allowed, options.time_budget)
+    allowed = _allowed(anatomy, options)
     splits: list[Split] = []
     if options.allocation == "uniform":
         splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
         if len(splits) == 1 or options.compensation not in REFITTING:  # the curves are those of refitted consumers
-            return uniform(anatomy, ratio, allowed), None
+            return uniform(anatomy, ratio, allowed), None, None
         gradients = gradients or sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     inputs = dense_inputs(walker, rows, known)
     if options.allocation == "global":
         scores = dict.fromkeys((block.name for block in anatomy.blocks), torch.empty(0))
         scores |= {block.name: _ranks(layer, block, inputs, options, gradients) for layer, block in blocks_of(layers)}
-        return global_sort(anatomy, ratio, allowed, scores), None
+        return global_sort(anatomy, ratio, allowed, scores), None, None
     assert gradients is not None
     fewest = {block.name: fewest_units(splits, block) for block in anatomy.blocks} if splits else least_units(allowed)
     errors = error_curves(layers, inputs, options, gradients, fewest)
-    if options.time_budget is not None:
-        return by_time(anatomy, options.time_budget, allowed, errors), None
     if options.allocation == "error":
-        return by_error(anatomy, ratio, allowed, errors), None
+        if options.time_budget is not None:
+            sizes = by_time(anatomy, options.time_budget, allowed, errors)
+        else:
+            sizes = by_error(anatomy, ratio, allowed, errors)
+        if options.refine == "none":
+            return sizes, None, None
+        sizes, refinement = _refined(walker, rows, options, known, gradients, errors, sizes)
+        return sizes, None, refinement
     if not splits:
-        return uniform(anatomy, ratio, allowed, errors), None
-    return uniform(anatomy, ratio, allowed, errors), [
+        return uniform(anatomy, ratio, allowed, errors), None, None
+    considered = [
         PricedSplit(
             kv_groups=split.attention.units,
             query_heads=split.attention.members,
@@ -206,6 +225,58 @@ def _sizes_to_keep(
         )
         for split, nats in priced(splits, anatomy, errors).items()
     ]
+    return uniform(anatomy, ratio, allowed, errors), considered, None
+
+
+def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
+    """Return the sizes of every block that the allocation chooses from."""
+    allowed = sizes_allowed(anatomy, options)
+    return allowed if options.time_budget is None else measured_sizes(anatomy, allowed, options.time_budget)
+
+
+def _refined(
+    walker: Walker,
+    rows: Tensor,
+    options: PruneOptions,
+    known: Known | None,
+    gradients: Sensitivity,
+    errors: Errors,
+    sizes: Mapping[str, Size],
+) -> tuple[dict[str, Size], Refinement]:
+    """Return the sizes to keep after a search that starts from `sizes`, and what it found."""
+    inputs = dense_inputs(walker, rows, known)
+    moments = {block.name: inputs.moments(layer, block) for layer, block in blocks_of(walker.layers)}
+    space, levels = neighbourhood(walker.layers.anatomy, options, moments, gradients, errors, sizes)
+    return refined(walker, rows, sizes, space, levels, seed=options.seed, minutes=options.refine_minutes)
+
+
+def neighbourhood(
+    anatomy: Anatomy,
+    options: PruneOptions,
+    moments: Mapping[str, Moments],
+    gradients: Sensitivity,
+    errors: Errors,
+    sizes: Mapping[str, Size],
+) -> tuple[Space, Levels]:
+    """Return the plans that a search from `sizes` may try, and the weights that blocks have in them.
+
+    Args:
+        moments: of the dense model's blocks.
+        errors: of removals, by block.
+        sizes: by the allocation.
+    """
+    cost, limit = cost_and_limit(anatomy, options)
+    space = Space.around(anatomy, sizes, _allowed(anatomy, options), errors, cost, limit)
+    scores: dict[str, Tensor] = {}  # of the units of a block, which do not depend on its size
+
+    def at_size(layer: nn.Module, block: Block, size: Size) -> Kept:
+        weight = consumer_weight(layer, block).double()
+        view = _view(layer, block, weight, moments[block.name], options, gradients)
+        if block.name not in scores:
+            scores[block.name] = CRITERIA[options.criterion](view)
+        return _choose(view, size, options.criterion, scores[block.name])
+
+    return space, Levels(at_size, moments, options.damping)
 
 
 def least_units(allowed: Sizes) -> dict[str, int]:
@@ -286,9 +357,9 @@ def _view(
     )
 
 
-def _choose(view: BlockView, size: Size, criterion: str) -> Kept:
-    """Return the highest scores: first the units, then the members of each of them."""
-    units = keep_highest(CRITERIA[criterion](view), size.units)
+def _choose(view: BlockView, size: Size, criterion: str, scores: Tensor) -> Kept:
+    """Return the highest of the units' `scores`, and the highest of the members of each of these units."""
+    units = keep_highest(scores, size.units)
     if not size.units or size.members == view.members:
         return Kept.whole(units, view.members)
     scores = member_scores(criterion, view, units)

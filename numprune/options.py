@@ -19,6 +19,7 @@ from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
 from numprune.quantization import check_quantizable
 from numprune.quantization.allocation import Form, check_reachable, levels_of, model_bytes
+from numprune.refinement import MINUTES, REFINEMENTS
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes, nearest
@@ -49,9 +50,12 @@ class PruneOptions:
             ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
         hidden_size: of the result, if a plan determines it; units make up the rest of the ratio. None: it stays.
+        refine: "search": search for better sizes of the same budget, starting from those of the allocation `error`
+            (numprune.search); "none": do not. A plan that is followed is not refined again.
+        refine_minutes: time limit of the search.
         damping: of the least squares, relative to the mean of diag(G). If the inputs come from the pruned prefix, the
             damping is chosen on held-out calibration rows, and this is the smallest value tried.
-        seed: of random criteria.
+        seed: of random criteria, and of the search.
         batch_size: calibration rows at a time; changes memory and speed, not the result beyond rounding.
     """
 
@@ -68,6 +72,8 @@ class PruneOptions:
     time_budget: TimeBudget | None = None
     drop_layers: int = 0
     hidden_size: int | None = None
+    refine: str = "none"
+    refine_minutes: float = MINUTES
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
@@ -113,6 +119,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         ("criterion", options.criterion, (*CRITERIA, *LEARNED) if planned else tuple(CRITERIA)),
         ("allocation", options.allocation, tuple(ALLOCATIONS)),
         ("compensation", options.compensation, COMPENSATIONS),
+        ("refine", options.refine, REFINEMENTS),
     ):
         if value not in known:
             raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
@@ -149,6 +156,7 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         _check_budget(anatomy, options, options.budget)
     if options.time_budget is not None:
         check_time(anatomy, sizes_allowed(anatomy, options), options.time_budget)
+    _check_refined(anatomy, options, planned=planned)
     options.limits.check(anatomy)
     _check_hidden(anatomy, options, planned=planned)
     part_of = {name: axis for name, axis in AXES.items() if axis.kind in anatomy.kinds}
@@ -172,6 +180,37 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"with drop_layers {len(dropped)} the other layers must lose {left.ratio:.4f} of theirs: {error}"
         ) from None
+
+
+def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:
+    if options.refine == "none":
+        if options.refine_minutes != MINUTES:
+            raise InputError(
+                f"refine_minutes is {options.refine_minutes:g}; it has an effect only with refine search, leave it out"
+            )
+        return
+    if planned:
+        raise InputError("refine: a plan or trained masks choose the sizes; leave refine out")
+    if not 0 < options.refine_minutes < float("inf"):
+        raise InputError(f"refine_minutes is {options.refine_minutes}; it must be more than 0")
+    if options.allocation != "error":
+        raise InputError(
+            f"refine: the search starts from the sizes of allocation error; allocation is {options.allocation!r}, set "
+            "it to error"
+        )
+    if options.compensation not in REFITTING:
+        raise InputError(
+            f"refine: the search measures refitted weights; compensation is {options.compensation!r}, use one of "
+            f"{', '.join(REFITTING)}"
+        )
+    if anatomy.of_kind("experts"):
+        raise InputError("refine: the search does not refit experts; leave refine out")
+    if options.budget is not None and options.budget.levels != (None,):
+        schemes = " or ".join(level for level in options.budget.levels if level is not None)
+        raise InputError(
+            f"refine: the search measures weights that are not quantized, and the budget counts blocks in {schemes}; "
+            "leave refine out, or quantize to none"
+        )
 
 
 def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.errors import InputError
+from numprune.refinement import Refinement
 from numprune.slices import Kept, Size
 from numprune.target import Target
 from numprune.time_budget import TimeBudget
@@ -195,6 +196,7 @@ class Plan(BaseModel):
         splits: considered by uniform allocation: first the chosen one, then the others, cheapest first. None if nothing
             was
             priced: only one split meets the ratio, the consumers are not refitted, or the allocation is another.
+        refinement: of the sizes, by search; None: they were not refined.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -220,6 +222,7 @@ class Plan(BaseModel):
     dropped: list[DroppedLayer] = []
     hidden: HiddenPlan | None = Field(default=None, exclude_if=_is_none)
     splits: list[PricedSplit] | None = None
+    refinement: Refinement | None = Field(default=None, exclude_if=_is_none)
     blocks: dict[str, BlockPlan]
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.progress import progress
+from numprune.search.refine import check_searchable
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer
 from numprune.tasks import CAUSAL, Task
@@ -91,6 +92,8 @@ def prune(
 
 def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
     """Return the layers to drop by these options, as chosen by `depth.choose`."""
+    if options.refine != "none":
+        check_searchable(len(rows), resident=layers.resident)
     protected = protected_layers(layers.anatomy, options)
     return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
 
@@ -254,7 +257,8 @@ class _Rest:
             )
             for block in self.layers.anatomy.blocks
         }
-        return describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, self.hidden)
+        plan = describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, self.hidden)
+        return plan.model_copy(update={"refinement": chosen.refinement})
 
 
 def _rest(
@@ -270,6 +274,8 @@ def _rest(
         raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
     check_options(layers.anatomy, options, planned=plan is not None)
     check_rows(layers.anatomy, rows)
+    if options.refine != "none":
+        check_searchable(len(rows), resident=layers.resident)
     if known and layers.anatomy.of_kind("experts"):
         known = replace(known, moments=None)  # refitting experts needs a pass of its own
     hidden = plan.hidden if plan else None

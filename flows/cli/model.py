@@ -153,6 +153,8 @@ def inspect(args: argparse.Namespace) -> Answer:
             f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, " + _asked_for(plan)
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
+        if plan.refinement:
+            lines.append(f"  {'sizes refined by':<36} {plan.refinement}")
         if plan.hidden:
             lines.append(f"  {'hidden size before':<36} {plan.hidden.size:,}")
         lines += [

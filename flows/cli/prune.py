@@ -12,6 +12,7 @@ from numprune.flows import names
 from numprune.flows.amounts import size
 from numprune.flows.cli.arguments import NeededUnless
 from numprune.flows.cli.parser import MODEL, Answer, Subcommands, add_text, at_least, check_out, command, reading
+from numprune.refinement import MINUTES
 
 if TYPE_CHECKING:
     from numprune.blocks import Anatomy
@@ -33,6 +34,8 @@ _DEFAULTS: dict[str, Any] = {
     "floor": [],
     "skips": False,
     "drop_layers": 0,
+    "refine": "none",
+    "refine_minutes": MINUTES,
     "seed": 0,
 }
 _SAMPLES = 128
@@ -113,6 +116,19 @@ def add(commands: Subcommands) -> None:
     )
     add_limits(parser, get_args(names.Axis), names.DEFAULT_AXES)
     _add_number(parser, "drop_layers", 0, "whole layers to drop, the cheapest ones; units make up the rest")
+    parser.add_argument(
+        "--refine",
+        choices=get_args(names.Refine),
+        metavar="METHOD",
+        help="with --allocation error or --budget: search makes the sizes fit better, at the same ratio or budget, by "
+        f"measuring plans; one of {', '.join(get_args(names.Refine))} (default: {_DEFAULTS['refine']})",
+    )
+    parser.add_argument(
+        "--refine-minutes",
+        type=float,
+        metavar="M",
+        help=f"time limit of --refine search in minutes (default: {_DEFAULTS['refine_minutes']:g})",
+    )
     _add_number(parser, "seed", 0, "seed of every random draw")
     parser.add_argument(
         "--stream",
@@ -226,6 +242,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "prunable_ratio_removed": made.prunable_ratio_removed,
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
         "hidden_size": made.hidden_size,
+        "refinement": made.refinement.model_dump() if made.refinement else None,
         "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
         "weight_bytes_after": made.weight_bytes_after,
@@ -242,6 +259,8 @@ def prune(args: argparse.Namespace) -> Answer:
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
+    if made.refinement:
+        text += f"\n{made.refinement}"
     if latency:
         text += "\n" + "\n".join(_latency_lines(latency))
     if made.schemes:
@@ -361,6 +380,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
+        "refinement": plan.refinement.model_dump() if plan.refinement else None,
         "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
         "seconds": time.perf_counter() - started,
     }
@@ -374,6 +394,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit} in {limit.runtime})")
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
+    lines += [f"  {plan.refinement}"] if plan.refinement else []
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
     return Answer(data, "\n".join(lines))
 

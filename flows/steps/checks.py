@@ -47,6 +47,7 @@ from numprune.options import PruneOptions, check_options
 from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
 from numprune.recovery.rows import require_others
 from numprune.scenario import parse_time
+from numprune.search.refine import check_searchable
 from numprune.serving.metrics import other_task
 from numprune.serving.problems import did_you_mean, listed, models_in
 from numprune.serving.registry import open_registry
@@ -235,6 +236,8 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     options = pruning_options(recipe, base)
     if recipe.learn.method == "none":
         check_options(anatomy, options)
+        if recipe.prune.refine != "none":
+            check_searchable(recipe.data.samples, resident=not recipe.prune.stream)
     else:
         # What a budget of time allows is known once blocks are measured.
         timed = recipe.prune.time_allowed is not None

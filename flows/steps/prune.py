@@ -43,6 +43,7 @@ from numprune.planned import check_plan
 from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
+from numprune.search.refine import check_searchable
 from numprune.surgery import skeleton
 from numprune.target import Target
 from numprune.tensors import tensor_table
@@ -118,7 +119,7 @@ def prune_checkpoint(
     compressed_tensors.refuse_quantized(base, "pruning")
     anatomy, digest = read_anatomy(read_config(base)), manifest.folder_digest(base)
     if plan is None:
-        check_options(anatomy, options)
+        _check(anatomy, rows, options, stream=stream)
     else:
         check_applies(plan, anatomy, base, digest)
     if problem := other_reading(base):
@@ -143,7 +144,14 @@ def prune_checkpoint(
         schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
+        refinement=made.refinement,
     )
+
+
+def _check(anatomy: Anatomy, rows: Tensor, options: PruneOptions, *, stream: bool) -> None:
+    check_options(anatomy, options)
+    if options.refine != "none":
+        check_searchable(len(rows), resident=not stream)
 
 
 def check_applies(plan: Plan, anatomy: Anatomy, base: Path, digest: str) -> None:
@@ -185,7 +193,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     """Return the manifest's facts about the plan."""
     return {
         "plan": plan.model_dump(
-            mode="json", exclude={"blocks": True, "dropped": True, "hidden": {"kept"}, "splits": True}
+            mode="json",
+            exclude={"blocks": True, "dropped": True, "hidden": {"kept"}, "splits": True, "refinement": True},
         )
     }
 
@@ -250,7 +259,7 @@ def plan_checkpoint(
     Raises InputError, IntegrityError.
     """
     compressed_tensors.refuse_quantized(base, "pruning")
-    check_options(read_anatomy(read_config(base)), options)
+    _check(read_anatomy(read_config(base)), rows, options, stream=stream)
     layers: Layers
     if stream:
         layers = CheckpointLayers(base, scratch=scratch, device=device)

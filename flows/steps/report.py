@@ -74,7 +74,7 @@ def assemble(
 
 def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoint) -> dict[str, Any]:
     """The requested pruning and its result; `learned`: the masks that chose the units, or None."""
-    before, after = pruned.before, pruned.after
+    before, after, found = pruned.before, pruned.after, pruned.refinement
     kv_bytes = before.kv_bytes_per_token  # none of an encoder
     return {
         "criterion": learned.method if learned else asked.criterion,
@@ -91,6 +91,7 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
         "kept_units": pruned.kept_units,
         "dropped_layers": [drop.layer for drop in pruned.dropped_layers],
         "hidden_size": pruned.hidden_size,
+        "refinement": None if found is None else {**found.model_dump(), "summary": str(found)},
     }
 
 

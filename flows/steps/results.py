@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 from numprune.budget import Budget
 from numprune.flows.names import TaskRuntime
 from numprune.plans import Draw, DroppedLayer
+from numprune.refinement import Refinement
 from numprune.serving.report import LatencyBudget, Outcome
 
 Parity = dict[str, Any]  # `parity.<runtime>` of the report
@@ -66,6 +67,7 @@ class PrunedCheckpoint:
         schemes: that the plan quantizes blocks to, by their names.
         kept_units: [kept, of] by block name.
         hidden_size: [kept, of], or None: all are kept.
+        refinement: of the plan's sizes, or None.
     """
 
     digest: str
@@ -79,6 +81,7 @@ class PrunedCheckpoint:
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None
+    refinement: Refinement | None
 
 
 @dataclass(frozen=True)

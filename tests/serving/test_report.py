@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from numprune.errors import InputError, IntegrityError
 from numprune.serving import report as reports
 from numprune.serving.report import LossDelta, Report, SizePair, Verdict
-from tests.serving.pages import few_documents, full, generation
+from tests.serving.pages import REFINED, REFINED_BY, few_documents, full, generation
 
 SMI = "NVIDIA H100, GPU-1234, 570.1, 81559, {clock}, 1980, 700.00, 40, {mask}"
 
@@ -305,6 +305,12 @@ def test_a_ratio_of_another_cost_is_named(report_json: Any) -> None:
 def test_the_markdown_names_the_new_hidden_size(report_json: Any) -> None:
     report_json["pruning"] |= {"hidden_size": [1792, 2048]}
     assert "- Hidden size: 2,048 → 1,792" in reports.markdown(Report.model_validate(report_json)).splitlines()
+
+
+def test_the_markdown_says_how_sizes_were_refined(report_json: Any) -> None:
+    report_json["pruning"] |= {"refinement": REFINED}
+    lines = reports.markdown(Report.model_validate(report_json)).splitlines()
+    assert f"- Sizes refined by {REFINED_BY}" in lines
 
 
 def test_the_markdown_shows_generations_and_precision() -> None:

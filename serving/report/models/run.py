@@ -136,6 +136,28 @@ class LatencyBudget(Model):
     corrections: Count
 
 
+class Refinement(Model):
+    """A search for better sizes of the same budget.
+
+    Divergences are means over calibration rows, in `unit`, from the baseline: of the first plan and of the best one on
+    the `rows` of the search, and the change on `rows_apart`, with its one-sided 95 % bound. `confirmed`: the bound is
+    below 0, so the best plan is used. `summary`: all of it in words.
+    """
+
+    generations: Count
+    candidates: Count
+    stopped: str
+    unit: str
+    rows: Count
+    divergence_before: Finite
+    divergence_after: Finite
+    rows_apart: Count
+    change_apart: Finite | None
+    change_apart_upper: Finite | None
+    confirmed: bool
+    summary: str
+
+
 class Pruning(Model):
     criterion: str
     allocation: str
@@ -149,6 +171,7 @@ class Pruning(Model):
     attention: Attention | None = None
     dropped_layers: list[Count] = Field(default=[])  # by index in the baseline; their blocks keep nothing
     hidden_size: tuple[Count, Count] | None = None  # (kept, of), if coordinates were removed
+    refinement: Refinement | None = None  # of the sizes
 
 
 class SizePair(Model):
