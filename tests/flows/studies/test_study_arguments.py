@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from numprune.flows.studies import learned, precision, served
+from numprune.flows.studies import precision, served
 from numprune.flows.studies.compare import command as compare
 from numprune.flows.studies.genai import command as genai
 from numprune.flows.studies.gpu import command as gpu
+from numprune.flows.studies.learned import command as learned
+from numprune.flows.studies.search import command as search
 
 
-@pytest.mark.parametrize("main", [learned.main, precision.main, served.main, genai.main, gpu.main, compare.main])
+@pytest.mark.parametrize(
+    "main", [learned.main, precision.main, served.main, genai.main, gpu.main, search.main, compare.main]
+)
 def test_a_place_that_cannot_be_written_in_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], int]
 ) -> None:
