@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from numprune.anatomy import PER_LAYER_PREFIX, read_anatomy, task_name
+from numprune.anatomy import PER_LAYER_PREFIX, code_vocabulary, read_anatomy, task_name
 from numprune.budget import budget_of
 from numprune.dtypes import name_of
 from numprune.errors import InputError
@@ -20,6 +20,7 @@ from numprune.export import vllm
 from numprune.export.card_changes import KV, PRECISION, QUALITY, TRAINING, UNMEASURED, USE, row
 from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
+from numprune.families.family import TaskName
 from numprune.modeling import AUTO_OF
 from numprune.plans import PLAN_FILE, Plan
 
@@ -39,6 +40,7 @@ _PIPELINES = {
     "embedding": "feature-extraction",
     "image-classification": "image-classification",
 }
+_OF_IMAGES = "unconditional-image-generation"  # the hub has no tag for images of a class
 
 
 def write(folder: Path, base: Path, plan: Plan) -> None:
@@ -66,7 +68,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         **metadata,
         base_model=name,
         library_name="transformers",
-        pipeline_tag=_PIPELINES[task],
+        pipeline_tag=_PIPELINES[task] if code_vocabulary(config) is None else _OF_IMAGES,
         tags=["numprune", "structured-pruning", *([_PER_LAYER] if per_layer else [])],
     )
     shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{base.absolute().name}`"
@@ -95,7 +97,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
             "| | |\n| --- | --- |",
             *(row(key, value) for key, value in rows),
             f"\n{QUALITY}\n{UNMEASURED}",
-            _use(AUTO_OF[task].__name__, task == "image-classification", per_layer) + _serve(folder),
+            _use(config, task, per_layer) + _serve(folder),
         ]
     )
 
@@ -108,18 +110,30 @@ def _asked(plan: Plan) -> str:
     return f"to meet a budget of {plan.budget.limit:,} bytes of weights"
 
 
-def _use(auto_class: str, images: bool, per_layer: bool) -> str:
-    needs = (
-        "Layers differ in size, so transformers needs numprune to load it.\n\n"
-        if per_layer
-        else "This is a stock architecture: transformers loads it without numprune.\n\n"
+def _use(config: Any, task: TaskName, per_layer: bool) -> str:
+    ours = type(config).__module__.startswith("numprune.")
+    if per_layer:
+        needs = "Layers differ in size, so transformers needs numprune to load it."
+    elif ours:
+        needs = "transformers needs numprune to load this architecture."
+    else:
+        needs = "This is a stock architecture: transformers loads it without numprune."
+    imports = "import numprune.modeling\n" if ours else ""
+    reader, reads = (
+        ("AutoTokenizer", "tokenizer") if task != "image-classification" else ("AutoImageProcessor", "processor")
     )
-    imports = "import numprune.modeling\n" if per_layer else ""
-    reader, reads = ("AutoImageProcessor", "processor") if images else ("AutoTokenizer", "tokenizer")
+    name, names, reading = (
+        AUTO_OF[task].__name__,
+        f"{AUTO_OF[task].__name__}, {reader}",
+        f'{reads} = {reader}.from_pretrained(".")\n',
+    )
+    if code_vocabulary(config) is not None:
+        # An image generator has no tokenizer, and transformers' own class for it no auto class.
+        name = name if ours else config.architectures[0]
+        names, reading = name, ""
     return (
-        f"{USE}{needs}```python\n{imports}from transformers import {auto_class}, {reader}\n\n"
-        f'model = {auto_class}.from_pretrained(".", dtype="auto")\n'
-        f'{reads} = {reader}.from_pretrained(".")\n```\n\n'
+        f"{USE}{needs}\n\n```python\n{imports}from transformers import {names}\n\n"
+        f'model = {name}.from_pretrained(".", dtype="auto")\n{reading}```\n\n'
     )
 
 

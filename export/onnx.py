@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from numprune.anatomy import predicted_tokens
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
@@ -23,6 +24,7 @@ from numprune.export.weights import read_finite
 KIND = "onnx"  # of the folder
 MODEL_FILE = "model.onnx"
 FLAVOUR = "standard-operators"
+VOCABULARY = "vocabulary"  # in the manifest if some input tokens have no logit
 
 # Rotary embeddings whose frequencies do not depend on the sequence length: they are constants of the graph.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -77,6 +79,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
         "exporter": "numprune" if direct else "torch",
         "opset": opset,
         "dtype": dtype,
+        **({VOCABULARY: config.vocab_size} if predicted_tokens(config) != config.vocab_size else {}),
         **{package: version(package) for package in packages},
         "file": MODEL_FILE,
     }

@@ -5,6 +5,7 @@ tensors, so the graph has the inputs and outputs of `onnx_decoder.write_decoder`
 it computes what the checkpoint computes, also at other lengths than the traced ones.
 """
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,7 @@ class _FlatDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         tokens, mask, kept, *past = inputs
@@ -62,7 +64,8 @@ class _FlatDecoder(nn.Module):
             use_cache=True,
             logits_to_keep=kept,
         )
-        return output.logits.float(), *(states for layer in cache.layers for states in (layer.keys, layer.values))
+        logits = output.logits if self._selects else output.logits[:, kept]
+        return logits.float(), *(states for layer in cache.layers for states in (layer.keys, layer.values))
 
 
 class _FlatEncoder(nn.Module):
@@ -132,7 +135,7 @@ def _decoder_ports(anatomy: Anatomy) -> tuple[dict[str, Dims], dict[str, Dims]]:
         "attention_mask": ("batch", "total"),
         "logits_to_keep": ("kept",),
     }
-    outputs: dict[str, Dims] = {"logits": ("batch", "kept", anatomy.vocabulary)}
+    outputs: dict[str, Dims] = {"logits": ("batch", "kept", anatomy.predicted)}
     for block in anatomy.of_kind("attention"):
         for name in ("key", "value") if block.units else ():
             inputs[f"past_key_values.{block.layer}.{name}"] = ("batch", block.units, "past", anatomy.head_dim)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from numprune.anatomy import code_vocabulary
 from numprune.errors import InputError, ParityError
 from numprune.export import checkpoint, compressed_tensors, float64, manifest, noise
 from numprune.export.noise import Noise
@@ -335,9 +336,16 @@ def _lengths(size: int, longest: int) -> list[int]:
 
 
 def _prompts(folder: Path, vocabulary: int, rows: int, length: int) -> tuple[list[str], Tensor]:
-    """Return names and tokens (rows, length), alternating between text and tokens that are rare in text."""
-    tokenizer = checkpoint.load_tokenizer(folder)
+    """Return names and tokens (rows, length), alternating between text and tokens that are rare in text.
+
+    Those of an image generator are images of random codes instead.
+    """
     generator = torch.Generator().manual_seed(0)
+    if codes := code_vocabulary(checkpoint.read_config(folder)):
+        starts = torch.randint(codes.codes, vocabulary, (rows, 1), generator=generator)
+        images = torch.randint(codes.codes, (rows, length - 1), generator=generator)
+        return ["random codes"] * rows, torch.cat([starts, images], 1)
+    tokenizer = checkpoint.load_tokenizer(folder)
     texts = cycle(TEXTS.items())
     names, prompts = [], []
     for index in range(rows):

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from numprune.anatomy import task_name
+from numprune.anatomy import code_vocabulary, task_name
 from numprune.errors import InputError
 from numprune.export.config import read_config
 from numprune.export.declared import classes_of, pooling_in
@@ -11,6 +11,7 @@ from numprune.export.preprocessing import load_processor
 from numprune.export.tokenizer import load_tokenizer
 from numprune.tasks import CAUSAL, TextTask
 from numprune.tasks.classification import Classification
+from numprune.tasks.codes import ImageCodes
 from numprune.tasks.embedding import Embedding
 from numprune.tasks.image_classification import ImageClassification
 from numprune.tasks.masked import masked_lm
@@ -27,7 +28,8 @@ def load_task(folder: Path) -> AnyTask:
     config = read_config(folder)
     name = task_name(config)
     if name == "causal-lm":
-        return CAUSAL
+        codes = code_vocabulary(config)
+        return CAUSAL if codes is None else ImageCodes(codes)
     if name == "masked-lm":
         return masked_lm(load_tokenizer(folder))
     if name == "classification":

@@ -49,16 +49,18 @@ def export(
 
     Raises:
         MissingRuntime: TensorRT or a CUDA device is missing; says what to install.
-        InputError: `out` exists, the model is an encoder, a size is out of range, or TensorRT refuses the graph.
+        InputError: `out` exists, the model is not a language model, a size is out of range, or TensorRT refuses the
+            graph.
     """
     if max_batch < 1 or max_length < 2 or workspace_gib <= 0:
         raise InputError(
             f"max_batch={max_batch}, max_length={max_length}, workspace_gib={workspace_gib}: need at least 1, 2 and "
             "more than 0"
         )
-    if not load_task(source).generates:
+    if not load_task(source).prompted:
         raise InputError(
-            f"{source}: engines can only be built for decoders; export an encoder with --to onnx, for ONNX Runtime"
+            f"{source}: engines can only be built for language models; export other models with --to onnx, for ONNX "
+            "Runtime"
         )
     trt = require()
     facts: dict[str, JsonValue] = {

@@ -15,7 +15,8 @@ import tokenizers
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from numprune.anatomy import family_of
+from numprune.anatomy import code_vocabulary, family_of
+from numprune.codes import CodeVocabulary
 from numprune.errors import InputError, reason
 from numprune.export import files
 from numprune.export.config import read_config
@@ -41,10 +42,13 @@ _DECOMPOSED = "Cafe\u0301"  # decomposed; rare in text, so a reader that compose
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the folder's tokenizer. With a tokenizer.json, its tokens are exactly those of the `tokenizers` library.
 
+    An image generator without a tokenizer gets one whose words are the numbers of its codes.
     A tokenizer.model alone is read by transformers, and refused if sentencepiece gives other tokens. Special tokens and
     the chat template come from the other files; neither adds a token. Raises InputError.
     """
     if not any((folder / name).is_file() for name in (_FILE, _MODEL, "vocab.json")):
+        if (folder / files.CONFIG).is_file() and (codes := code_vocabulary(read_config(folder))):
+            return _of_codes(codes)
         raise InputError(f"{folder}: no tokenizer (tokenizer.json) in this folder; copy it from the original model")
     for path in files.carried(folder):  # each of an acceptable size
         if path.name in _OBJECTS:
@@ -90,6 +94,15 @@ def other_reading(folder: Path) -> str | None:
         remedy = f"it uses {taken} for this model type, so vLLM cannot serve the model with this tokenizer"
     one, other = (tokens[:8] for tokens in found[text])
     return f"{folder}: {reader} reads it as {taken}: {text!r} begins with {one}, by {_FILE} with {other}; {remedy}"
+
+
+def _of_codes(codes: CodeVocabulary) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of numbers between spaces, `<class:N>` and `<start>`."""
+    words = [*map(str, range(codes.codes)), *(f"<class:{label}>" for label in range(codes.classes)), "<start>"]
+    model = tokenizers.models.WordLevel({word: token for token, word in enumerate(words)})
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @contextmanager

@@ -99,8 +99,10 @@ def check_per_layer(anatomy: Anatomy) -> None:
 
 
 def check_settings(config: Any) -> None:
-    """Refuse a model with settings that vLLM's class ignores. Raises InputError."""
+    """Refuse a model that vLLM does not run, or with settings that vLLM's class ignores. Raises InputError."""
     family = family_of(config)
+    if not family.vllm.runs:
+        raise InputError(f"vLLM does not run {family.name}; leave vllm out")
     refused = family.vllm.refused(config)
     if refused and not family.vllm.backend:
         raise InputError(

@@ -6,11 +6,12 @@ supported architectures; all others are refused by name. torch is not needed.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from math import prod
+from math import isqrt, prod
 from typing import TYPE_CHECKING, Any
 
 from numprune import dtypes
 from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
+from numprune.codes import CodeVocabulary
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
 from numprune.families.family import LINEAR_PARTS, Experts, Part, Patches, Shape, TaskName, Wiring
@@ -26,6 +27,7 @@ MAXIMUM_LAYERS = 10_000  # an untrusted configuration may contain any number, an
 _TASK_OF_CLASS: dict[str, TaskName] = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "ForCausalImageModeling": "causal-lm",
     "ForMaskedLM": "masked-lm",
     "ForSequenceClassification": "classification",
     "ForImageClassification": "image-classification",
@@ -124,6 +126,34 @@ def _pair(config: Any, field: str) -> tuple[int, int]:
     return height, width
 
 
+def code_vocabulary(config: "PreTrainedConfig") -> CodeVocabulary | None:
+    """Return the vocabulary of an image generator, or None for any other model. Raises InputError."""
+    classes = family_of(config).class_tokens
+    if classes is None:
+        return None
+    if isinstance(classes, str):
+        _require_sizes(config, classes)
+        classes = int(getattr(config, classes))
+    codes = config.vocab_size - classes - 1
+    if codes < 1:
+        raise InputError(f"vocab_size={config.vocab_size}: leaves no codes beside {classes} class tokens and a start")
+    return CodeVocabulary(codes, classes)
+
+
+def codes_per_image(config: "PreTrainedConfig") -> int:
+    """Return the codes of the square images that an image generator was made for; the start takes a position, too.
+
+    The last code need not be an input: ImageGPT has no position for it, LlamaGen has.
+    """
+    return isqrt(context_of(config)) ** 2
+
+
+def predicted_tokens(config: "PreTrainedConfig") -> int:
+    """Return the number of tokens that the model can predict: the last dimension of its logits."""
+    codes = code_vocabulary(config)
+    return int(config.vocab_size) if codes is None else codes.codes
+
+
 def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     """Return the anatomy of a (possibly already pruned, possibly per-layer) model from its configuration.
 
@@ -140,6 +170,10 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
     (head_dim,) = head_dims
     around, embedding = _around(family, config), f"{model_prefix(config)}{family.embedding}"
+    predicted = 0 if image else predicted_tokens(config)
+    output = 0
+    if task in ("causal-lm", "masked-lm"):
+        output = prod(around[f"{embedding}.weight"]) // config.vocab_size * predicted
     return Anatomy(
         family=family.name,
         task=task,
@@ -148,10 +182,11 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         hidden_size=hidden,
         head_dim=head_dim,
         vocabulary=0 if image else config.vocab_size,
+        predicted=predicted,
         image=image,
         blocks=blocks,
         around=around,
-        output_parameters=prod(around[f"{embedding}.weight"]) if task in ("causal-lm", "masked-lm") else 0,
+        output_parameters=output,
         bytes_per_value=dtypes.bytes_of(config.dtype),
         sliding_window=getattr(config, "sliding_window", None) or None,
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
@@ -351,7 +386,9 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     around = {f"{model_prefix(config)}{name}": shape for name, shape in around.items()}
     around |= shapes(family.heads_of.get(task, {}))
     if task in ("causal-lm", "masked-lm") and not config.tie_word_embeddings:
-        around |= shapes(family.untied)
+        codes = code_vocabulary(config)
+        head = shapes(family.untied)
+        around |= head if codes is None else {name: (codes.codes, *shape[1:]) for name, shape in head.items()}
     return around
 
 

@@ -16,7 +16,9 @@ def is_dataset(path: Path) -> bool:
     return (path / STATE).is_file() or (path / _SPLITS).is_file()
 
 
-def rows(path: Path, fields: Sequence[str], needed: Sequence[str] = ("text", "messages")) -> Iterator[dict[str, Any]]:
+def rows(
+    path: Path, fields: Sequence[str], needed: Sequence[str] = ("text", "messages", "codes")
+) -> Iterator[dict[str, Any]]:
     """Yield each row of a Parquet file or saved dataset, with those of `fields` that it has, without nulls.
 
     `needed`: the table must have one of these columns.

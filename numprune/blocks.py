@@ -183,6 +183,7 @@ class Anatomy:
     hidden_size: int
     head_dim: int
     vocabulary: int  # 0 if rows are images
+    predicted: int  # tokens of the vocabulary that have a logit; those that only start an image have none
     image: tuple[int, int, int] | None  # channels, height and width if rows are images
     blocks: tuple[Block, ...]  # attention before MLP before experts, first layer first: the order of the forward pass
     # Name -> shape of the tensors that no block owns, tied ones once; a decoder's have the hidden size last.

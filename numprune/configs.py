@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING_NAMES,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -24,11 +25,16 @@ from numprune.blocks import Anatomy
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
 from numprune.hidden import EPSILON
+from numprune.llamagen.config import LlamaGenConfig  # importing it registers the class
 from numprune.renumber import renumber_fields
 
 KINDS = ("attention", "mlp")
 _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
-    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "causal-lm": {
+        **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING_NAMES,
+        LlamaGenConfig.model_type: "LlamaGenForCausalLM",
+    },
     "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "embedding": MODEL_MAPPING_NAMES,

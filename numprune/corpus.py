@@ -169,6 +169,8 @@ def token_rows(
         raise InputError(f"sequence length is {length}; at least {max(2, around + 1)} tokens are needed to score one")
     if not documents:
         raise InputError("no text: give at least one text file")
+    if images := [document.name for document in documents if document.codes]:
+        raise InputError(f"{images[0]}: has codes of an image, but the model reads text; give text")
     if pack is True and frame.separator is None:
         raise InputError(f"pack: the tokenizer has no {missing} token to join documents with; omit it")
     # verbose=False: a document is meant to be longer than the model's context here.

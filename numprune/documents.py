@@ -1,6 +1,7 @@
-"""Read documents from text files: plain text, JSON Lines, JSON arrays, Parquet, and folders saved by `datasets`.
+"""Read documents from files: plain text, JSON Lines, JSON arrays, Parquet, folders saved by `datasets`, and arrays.
 
-Formats that are not text are refused by name; a file of unknown format is never read as text.
+A document is a text or, for an image generator, the codes of an image. Formats of other things are refused by name; a
+file of unknown format is never read as text.
 """
 
 import json
@@ -11,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from numprune import arrow
+from numprune import arrays, arrow
 from numprune.errors import InputError
 from numprune.pictures import files_of
 
@@ -21,7 +22,7 @@ Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
 WHOLE_FILE = "file"
 BLANK_LINE = "blank-line"
 _LINES = (".jsonl", ".ndjson")
-_FIELDS = ("text", "messages", "tools", "name", "label")
+_FIELDS = ("text", "codes", "messages", "tools", "name", "label")
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,19 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Document:
-    """A text. `label` is the class given in its record; only classifiers use it."""
+    """A text, or an image.
+
+    Attributes:
+        name: for messages and reports.
+        text: of an image, its codes in digits.
+        label: the class given in its record; only classifiers and image generators use it.
+        codes: of an image; empty: it is a text.
+    """
 
     name: str
     text: str
     label: object = None
+    codes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ def read_documents(
     """Return the documents of `files`.
 
     A record is a document: a line of a .jsonl file, an item of a .json array, a row of a .parquet file or of a folder
-    saved by `datasets`. Its text is its field "text", or its "messages" as rendered by `render`. Any other file is
-    plain text.
+    saved by `datasets`, a row of the arrays that `arrays.records` reads. Its text is its field "text", or its
+    "messages" as rendered by `render`; an image has its field "codes" instead. Any other file is plain text.
 
     Args:
         files: to read, in this order.
@@ -136,7 +145,7 @@ def content_of(file: Path) -> list[Path]:
 
 def is_plain(file: Path) -> bool:
     """Return whether `file` would be read as plain text, by its name."""
-    return file.suffix.lower() not in (*_LINES, ".json", ".parquet") and not file.is_dir()
+    return file.suffix.lower() not in (*_LINES, ".json", ".parquet", *arrays.SUFFIXES) and not file.is_dir()
 
 
 # --- plain text -----------------------------------------------------------------------------------
@@ -222,6 +231,10 @@ def _records(file: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(arrow.rows(file, _FIELDS), start=1):
             yield f"row {number}", row
         return
+    if file.suffix.lower() in arrays.SUFFIXES:
+        for number, row in enumerate(arrays.records(file), start=1):
+            yield f"row {number}", row
+        return
     text = _text(file)
     if file.suffix.lower() == ".json" and text.lstrip()[:1] == "[":
         for number, record in enumerate(_loaded(file, "the file", text), start=1):
@@ -247,7 +260,11 @@ def _document(file: Path, where: str, record: Any, render: Render | None) -> Doc
     if not isinstance(record, dict):
         raise InputError(f'{named} must be an object with a string field "text"')
     value = record.get("text")
-    if render is not None and record.get("messages") is not None:
+    codes: tuple[int, ...] = ()
+    if value is None and record.get("messages") is None and record.get("codes") is not None:
+        codes = _codes(named, record["codes"])
+        value = " ".join(map(str, codes))
+    elif render is not None and record.get("messages") is not None:
         value = _rendered(named, record, render)
     elif not isinstance(value, str):
         raise InputError(f'{named} must be an object with a string field "text"{_instead(record)}')
@@ -258,7 +275,13 @@ def _document(file: Path, where: str, record: Any, render: Render | None) -> Doc
         raise InputError(f'{named}: its field "name" must be a string')
     if not (_is_unicode(value) and _is_unicode(name)):
         raise InputError(f"{named} contains a lone surrogate, which is not valid text")
-    return Document(name, value, record.get("label"))
+    return Document(name, value, record.get("label"), codes)
+
+
+def _codes(named: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(code) is int for code in value):
+        raise InputError(f'{named}: its field "codes" must be a list of integers')
+    return tuple(value)
 
 
 def _instead(record: dict[str, Any]) -> str:

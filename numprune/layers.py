@@ -38,8 +38,9 @@ class Arguments:
 
     def call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run the layer: (n, S, H) -> (n, S, H)."""
-        output: Tensor = layer(hidden, *self.positional, **self.named)
-        return output
+        output = layer(hidden, *self.positional, **self.named)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, m
     entering: list[Tensor] = []
     arguments: list[Arguments] = []
 
-    def record(hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+    def record(hidden: Tensor, *positional: Any, **named: Any) -> Any:
         entering.append(hidden)
         arguments.append(Arguments(positional, named))
-        return hidden
+        return passed(model, hidden)
 
     with replaced(layers, record):
         model.base_model(**named_inputs(model, tokens, mask))
@@ -175,8 +176,13 @@ def leave(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Return the output of `model` when `hidden` (n, S, H) leaves its layers; `mask` as in `enter`."""
-    with replaced(layers, lambda *_, **__: hidden):
+    with replaced(layers, lambda *_, **__: passed(model, hidden)):
         return task.output(model, tokens, torch.ones_like(tokens) if mask is None else mask)
+
+
+def passed(model: PreTrainedModel, hidden: Tensor) -> Any:
+    """Return hidden states in the form in which the layers of `model` return them."""
+    return (hidden,) if family_of(model.config).returns_tuple else hidden
 
 
 @contextmanager

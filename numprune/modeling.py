@@ -23,6 +23,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -38,6 +40,7 @@ from numprune.blocks import Block, by_layer
 from numprune.configs import CLASS_PREFIX
 from numprune.families import FAMILIES, Family
 from numprune.families.family import TaskName
+from numprune.llamagen import model as _llamagen  # noqa: F401 - importing it registers the classes
 from numprune.stand_ins import stand_ins
 
 AUTO_OF: Mapping[TaskName, Any] = {
@@ -197,5 +200,7 @@ def _rename_as(theirs: str, ours: str) -> None:
         register_checkpoint_conversion_mapping(ours, renamed)
 
 
+# It is in no public auto class of transformers.
+AutoModelForCausalLM.register(ImageGPTConfig, ImageGPTForCausalImageModeling, exist_ok=True)
 for _family in FAMILIES.values():
     _register(_family)

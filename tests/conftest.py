@@ -134,6 +134,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"sliding_window": 8, "layer_types": _LAYER_TYPES, "query_pre_attn_scalar": 9},
     "gpt2": {"n_inner": 96},
+    "imagegpt": {"n_inner": 96, "vocab_size": 260},
+    "llamagen": {"vocab_size": 263, "num_classes": 3, "max_position_embeddings": 257, "pad_token_id": None},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "stablelm": {"use_qkv_bias": True},
     "bert": {"pad_token_id": 0},

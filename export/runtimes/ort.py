@@ -96,7 +96,8 @@ class OnnxRuntime:
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
         self._past = {name: shape for name, shape in shapes.items() if name.startswith("past_key_values.")}
         self._outputs = [value.name for value in self._session.get_outputs()]
-        self.vocabulary: int = self._session.get_outputs()[0].shape[-1]
+        logits = self._session.get_outputs()[0]
+        self.vocabulary = int(self._opened.facts.get(onnx.VOCABULARY, logits.shape[-1]))
         self._mask: Tensor | None = None
         self._cache: dict[str, ort.OrtValue] = {}
 

@@ -151,8 +151,8 @@ def recover(args: argparse.Namespace) -> Answer:
         check_documents(args.text, args.heldout, tokenizer, how, "--heldout", read_prompts(args.generate_from))
         heldout = heldout_rows(args.heldout, length, [source], how, dense)
     task, device = load_task(source), device_of("auto")
-    if args.generate_from and not task.generates:
-        raise InputError(f"--generate-from: {task.name} models do not generate; leave it out")
+    if args.generate_from and not task.prompted:
+        raise InputError(f"--generate-from: {source} does not continue text; leave it out")
     processes = shared_by(device)
     judged = [heldout] if heldout else []
     with _generated(args, dense, length, options, device) as made:

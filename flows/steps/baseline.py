@@ -39,7 +39,7 @@ def score(
 
     Raises InputError, IntegrityError as `quality.evaluate` and `generation.generate` do.
     """
-    generations = generate(model, tokenizer, prompts) if tokenizer is not None and task.generates else []
+    generations = generate(model, tokenizer, prompts) if tokenizer is not None and task.prompted else []
     quality = keep_states(folder, model, rows, task)
     accuracy = quality.accuracy if quality else None
     return BaselineScores([dataclasses.asdict(one) for one in generations], **side(quality), accuracy=accuracy)

@@ -22,6 +22,7 @@ from numprune.recovery import RecoveryRows
 from numprune.recovery.rows import require_others
 from numprune.recovery.state import TrainingState
 from numprune.tasks import CAUSAL, Task
+from numprune.tasks.codes import ImageCodes
 from numprune.tasks.reading import frame_of
 
 _FILE = "rows.safetensors"
@@ -39,8 +40,10 @@ def unmasked_rows(
 
     Those of a masked language model are not masked yet, because masks would hide copies of held-out text.
     """
-    frame = None if task == CAUSAL else frame_of(tokenizer)
     documents = texts.read_text(text, "train", tokenizer, reading, tokens)
+    if isinstance(task, ImageCodes):
+        return task.calibration_rows(documents, tokenizer, length, reading.pack), None
+    frame = None if task.name == CAUSAL.name else frame_of(tokenizer)
     return token_rows(documents, tokenizer, length, reading.pack, frame), frame
 
 

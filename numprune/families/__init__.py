@@ -12,7 +12,9 @@ from numprune.families.gpt2 import GPT2
 from numprune.families.gpt_neox import GPT_NEOX
 from numprune.families.gpt_oss import GPT_OSS
 from numprune.families.granite import GRANITE
+from numprune.families.imagegpt import IMAGEGPT
 from numprune.families.llama import LLAMA
+from numprune.families.llamagen import LLAMAGEN
 from numprune.families.mistral import MISTRAL
 from numprune.families.mixtral import MIXTRAL
 from numprune.families.olmo2 import OLMO2
@@ -49,6 +51,8 @@ _ALL = (
     QWEN2_MOE,
     QWEN3_MOE,
     GPT_OSS,
+    IMAGEGPT,
+    LLAMAGEN,
     BERT,
     ROBERTA,
     DISTILBERT,

@@ -156,7 +156,7 @@ class Vllm:
         native: with a class of its own; otherwise with the transformers backend.
         takes_head_dim: that class reads `head_dim`; otherwise fewer heads need the transformers backend.
         native_unless: fields that must not be true, because that class ignores or refuses them.
-        backend: the transformers backend runs the family, too.
+        backend: the transformers backend runs the family, too; without it and `native`, vLLM does not run the family.
         per_layer: the plug-in numprune-vllm runs it with layers of different sizes, in either way.
         layers_as: another family whose vLLM class builds layers of any size, and the fields that it then needs.
     """
@@ -167,6 +167,10 @@ class Vllm:
     backend: bool = True
     per_layer: bool = False
     layers_as: tuple[str, Mapping[str, Any]] | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.native or self.backend
 
     def refused(self, config: Any) -> list[str]:
         """Return the settings of this configuration that vLLM's own class ignores or refuses."""
@@ -199,6 +203,9 @@ class Family:
         shared_width: the configuration's field for the width of `shared`.
         default_width: the MLP's width in hidden sizes if `width` is not set; None: it must be set.
         norm_bias: norms have a bias.
+        class_tokens: of an image generator, the number of class tokens or the configuration's field for it (see
+            codes.py); None: of all other models.
+        returns_tuple: a layer returns a tuple that begins with the hidden states.
         transposed: matrices are stored (in, out).
         interleaved: in a matrix with several parts, all parts of a unit are adjacent; otherwise the first parts of all
             units come first.
@@ -243,6 +250,8 @@ class Family:
     shared_width: str = "shared_expert_intermediate_size"
     default_width: int | None = None
     norm_bias: bool = False
+    class_tokens: int | str | None = None
+    returns_tuple: bool = False
     transposed: bool = False
     interleaved: bool = False
     parallel: Flag = False

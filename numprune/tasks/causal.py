@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from numprune.anatomy import predicted_tokens
 from numprune.corpus import Pack, TokenRows, token_rows
 from numprune.documents import Document
 from numprune.tasks import language
@@ -22,6 +23,7 @@ class Causal:
     unit: ClassVar[str] = LOSS_UNITS["causal-lm"]
     kl: ClassVar[str] = "kl_nats_per_token"
     generates: ClassVar[bool] = True
+    prompted: ClassVar[bool] = True
     pooled: ClassVar[bool] = False
 
     def calibration_rows(
@@ -51,7 +53,7 @@ class Causal:
             found: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
             return found[:, :-1]
 
-        return Predictions(states, head_of(model), model.config.vocab_size)
+        return Predictions(states, head_of(model), predicted_tokens(model.config))
 
     def evaluate(
         self,

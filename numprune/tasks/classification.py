@@ -33,6 +33,7 @@ class Classification:
     unit: ClassVar[str] = LOSS_UNITS["classification"]
     item: ClassVar[str] = "text"
     generates: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 
     def calibration_rows(

@@ -37,6 +37,7 @@ class Embedding:
     name: ClassVar[TaskName] = "embedding"
     unit: ClassVar[str] = LOSS_UNITS["embedding"]
     generates: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 
     def calibration_rows(

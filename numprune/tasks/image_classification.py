@@ -35,6 +35,7 @@ class ImageClassification:
     unit: ClassVar[str] = LOSS_UNITS["image-classification"]
     item: ClassVar[str] = "image"
     generates: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     pooled: ClassVar[bool] = True
 
     def rows(self, pictures: Sequence[Picture], *, labelled: bool = False) -> TokenRows:

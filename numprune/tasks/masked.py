@@ -40,6 +40,7 @@ class Masked:
     unit: ClassVar[str] = LOSS_UNITS["masked-lm"]
     kl: ClassVar[str] = "kl_nats_per_masked_token"
     generates: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
 
     def calibration_rows(

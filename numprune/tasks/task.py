@@ -114,13 +114,15 @@ class Task(Protocol):
     Attributes:
         name: of the task.
         unit: of its loss.
-        generates: it continues a prompt token by token, with a KV cache.
+        generates: it continues a row token by token, with a KV cache.
+        prompted: it continues text.
         pooled: a row has one loss, of all its tokens together.
     """
 
     name: ClassVar[TaskName]
     unit: ClassVar[str]
     generates: ClassVar[bool]
+    prompted: ClassVar[bool]
     pooled: ClassVar[bool]
 
     def predictions_in(self, length: int) -> int:

@@ -66,6 +66,23 @@ def test_the_card_of_an_encoder_names_its_task(
     assert ("vLLM does not serve this model" in text) == (task == "masked-lm")
 
 
+@pytest.mark.parametrize(
+    ("family", "loads"),
+    [
+        ("imagegpt", "```python\nfrom transformers import ImageGPTForCausalImageModeling\n"),
+        ("llamagen", "```python\nimport numprune.modeling\nfrom transformers import AutoModelForCausalLM\n"),
+    ],
+)
+def test_the_card_of_an_image_generator_loads_no_tokenizer(
+    tiny_checkpoint: Checkpoint, tmp_path: Path, family: str, loads: str
+) -> None:
+    text = (pruned(tiny_checkpoint(family), tmp_path / "out") / "README.md").read_text()
+    assert ModelCard(text).data.pipeline_tag == "unconditional-image-generation"
+    assert loads in text
+    assert "AutoTokenizer" not in text
+    assert "vLLM does not serve this model" in text
+
+
 def test_vllm_classes_that_derive_the_head_size_are_avoided(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint("qwen2", vocab_size=259)
     commands = {  # by what is protected, with a ratio that the rest can give

@@ -33,9 +33,10 @@ def test_invalid_sizes_are_refused(tiny_checkpoint, tmp_path, sizes):
         tensorrt.export(tiny_checkpoint(), tmp_path / "engine", **sizes)
 
 
-def test_an_encoder_is_refused(tiny_checkpoint, tmp_path):
-    with pytest.raises(InputError, match="engines can only be built for decoders; export an encoder with --to onnx"):
-        tensorrt.export(tiny_checkpoint("bert"), tmp_path / "engine")
+@pytest.mark.parametrize("family", ["bert", "llamagen"])
+def test_what_is_not_a_language_model_is_refused(tiny_checkpoint, tmp_path, family):
+    with pytest.raises(InputError, match="engines can only be built for language models; export other models with"):
+        tensorrt.export(tiny_checkpoint(family), tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

@@ -151,7 +151,9 @@ def test_folders_that_are_not_datasets_are_refused(tmp_path):
 
 def test_a_table_without_text_names_its_columns(tmp_path):
     parquet.write_table(pyarrow.table({"prompt": ["x"], "answer": ["y"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"no column named \"text\" or \"messages\"; .* 'prompt', 'answer'"):
+    with pytest.raises(
+        InputError, match=r"no column named \"text\" or \"messages\" or \"codes\"; .* 'prompt', 'answer'"
+    ):
         read_documents([tmp_path / "a.parquet"])
 
 

@@ -49,8 +49,16 @@ def flags(family):
     return {flag for flag in found if isinstance(flag, str)}
 
 
-@of_task
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "task", "tied"),
+    [
+        (name, task, tied)
+        for name, family in FAMILIES.items()
+        for task in family.tasks
+        for tied in (True, False)
+        if tied in family.requires.get("tie_word_embeddings", (True, False))
+    ],
+)
 @pytest.mark.parametrize("biases", [True, False])
 def test_the_table_is_that_of_the_model(family, task, tied, biases):
     entry = FAMILIES[family]

@@ -83,7 +83,7 @@ def make_text(
     """
     tokenizer, task, source = text_tokenizer(model.path), load_task(model.path), text.source
     if heldout is None:
-        windows = text_rows(source, "train", tokenizer, sequence_length, reading)
+        windows = text_rows(source, "train", tokenizer, sequence_length, reading, task=task)
         cut = len(windows.rows) * 4 // 5
         judged = windows.part(slice(cut, None))
         draws = {n: sample_rows(windows.part(slice(cut)), n, sequence_length, seed) for n in samples}

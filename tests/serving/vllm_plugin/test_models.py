@@ -20,7 +20,7 @@ from tests.serving.vllm_plugin.engine import SIZES, EngineError, build, referenc
 
 pytestmark = pytest.mark.vllm
 
-DECODERS = [name for name, family in FAMILIES.items() if "causal-lm" in family.tasks]
+DECODERS = [name for name, family in FAMILIES.items() if "causal-lm" in family.tasks and family.vllm.runs]
 
 # Fewer heads and a narrower MLP, a layer without attention, one without MLP, one as the configuration says.
 MIXED = {
