@@ -1,0 +1,99 @@
+"""Convert the published state dict of a class-conditional LlamaGen to that of `LlamaGenForCausalLM`.
+
+The published model rotates channels 2i and 2i + 1 of a head together, transformers channels i and i + D / 2. So the
+rows of queries and keys are permuted, head by head; their products stay the same.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from numprune.errors import InputError
+from numprune.llamagen.config import LlamaGenConfig
+
+# Heads by hidden size: GPT-B, -L, -XL, -XXL, -1B, -XXXL, -3B (FoundationVision/LlamaGen, autoregressive/models/gpt.py).
+PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32}
+
+_CODES, _CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
+_AROUND = {"norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_IN_LAYER = {
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_FUSED = "attention.wqkv.weight"
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | None = None) -> LlamaGenConfig:
+    """Return the configuration of a published state dict.
+
+    Args:
+        state: tensors by their published names.
+        codes_per_image: 256 for images of 256 pixels a side, 576 for 384; the state dict does not say.
+        heads: number of query heads; None: as published for this hidden size.
+
+    Raises InputError.
+    """
+    if any(name.startswith("cls_embedding.cap_proj.") for name in state):
+        raise InputError("the state dict is of a text-conditional LlamaGen; only class-conditional ones are supported")
+    layers = {int(match[1]) for name in state if (match := _LAYER.fullmatch(name))}
+    expected = {_CODES, _CLASSES, *_AROUND}
+    expected |= {f"layers.{layer}.{name}" for layer in range(len(layers)) for name in (_FUSED, *_IN_LAYER)}
+    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unknown or not layers:
+        found = [f"lacks {missing[0]!r}"] if missing else []
+        found += [f"has the unknown {unknown[0]!r}"] if unknown else []
+        raise InputError(f"the state dict is not of a class-conditional LlamaGen: it {' and '.join(found)}")
+    codes, hidden = state[_CODES].shape
+    heads = heads or PUBLISHED_HEADS.get(hidden)
+    if heads is None:
+        sizes = ", ".join(map(str, PUBLISHED_HEADS))
+        raise InputError(
+            f"heads: no published LlamaGen has the hidden size {hidden} (they have {sizes}); give the heads"
+        )
+    if heads < 1 or hidden % (4 * heads):
+        raise InputError(f"heads: {heads} do not divide the hidden size {hidden} into multiples of 4 channels")
+    head_dim, rows = hidden // heads, state[f"layers.0.{_FUSED}"].shape[0]
+    kv_heads, rest = divmod(rows - hidden, 2 * head_dim)
+    if rest or kv_heads < 1 or heads % kv_heads:
+        raise InputError(f"heads: {heads} heads do not fit {_FUSED}, which has {rows} rows; give the right number")
+    if isqrt(codes_per_image) ** 2 != codes_per_image:
+        raise InputError(f"codes per image: {codes_per_image} are not those of a square image, such as 256 or 576")
+    return LlamaGenConfig(
+        vocab_size=codes + len(state[_CLASSES]),
+        num_classes=len(state[_CLASSES]) - 1,
+        hidden_size=hidden,
+        intermediate_size=len(state["layers.0.feed_forward.w1.weight"]),
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=1 + codes_per_image,
+        architectures=["LlamaGenForCausalLM"],
+    )
+
+
+def converted(state: Mapping[str, Tensor], config: LlamaGenConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a published state dict by their names in `LlamaGenForCausalLM`."""
+    yield "model.embed_tokens.weight", torch.cat([state[_CODES], state[_CLASSES]])
+    yield from ((name, state[published]) for published, name in _AROUND.items())
+    head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    for layer in range(config.num_hidden_layers):
+        before, after = f"layers.{layer}.", f"model.layers.{layer}."
+        query, key, value = state[before + _FUSED].split([head_dim * count for count in (heads, kv_heads, kv_heads)])
+        yield f"{after}self_attn.q_proj.weight", half_split(query, head_dim)
+        yield f"{after}self_attn.k_proj.weight", half_split(key, head_dim)
+        yield f"{after}self_attn.v_proj.weight", value.contiguous()
+        yield from ((after + name, state[before + published]) for published, name in _IN_LAYER.items())
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Return rows (heads * D, H) in the order 0, 2, …, D - 2, 1, 3, …, D - 1 within each head."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
