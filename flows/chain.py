@@ -116,10 +116,8 @@ def judge(run: Run, make: Make) -> Judged:
             baselines[name] = _artifact(make(export(run, name, run.base, "baseline")), name)
             make(prove(run, name, run.base, baselines[name], "baseline"))
 
-    # Masked language models and image classifiers cannot be served by vLLM.
     before = unquantized if quantized else None
-    served = run.task not in ("masked-lm", "image-classification")
-    answers = make(compute_answers(run, candidate, before)) if served else None
+    answers = make(compute_answers(run, candidate, before)) if run.served else None
     training = None
     if recovered:  # both as pruning stored them: an export may cast
         cast = "vllm" in exports and run.recipe.export.dtype != "auto"

@@ -115,6 +115,8 @@ def evaluate(
         rows=heldout.artifact,
         rows_digest=heldout.facts.digest,
         prompts=_prompts(run, corpus),
+        samples=run.recipe.evaluate.samples if _is_first(run, corpus) else 0,
+        guidance=run.recipe.evaluate.guidance,
         device=run.device,
     )
     return stage.labelled(f"quality {corpus}".rstrip()).on_gpu()
@@ -204,4 +206,8 @@ def report_on(
 
 def _prompts(run: Run, corpus: str) -> str | list[str]:
     """Of the first corpus's stages: both models generate once."""
-    return run.recipe.evaluate.prompts if corpus == next(iter(run.heldout)) else []
+    return run.recipe.evaluate.prompts if _is_first(run, corpus) else []
+
+
+def _is_first(run: Run, corpus: str) -> bool:
+    return corpus == next(iter(run.heldout))

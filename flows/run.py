@@ -27,7 +27,7 @@ class Run:
     """A checked recipe and the context of its stages.
 
     Attributes:
-        base: the model; `task`: its task.
+        base: the model; `task`: its task; `served`: a server can run it.
         calibration: the recipe's text; `heldout`: of each corpus, by its name, the first one first.
         prompts: files that the dense model answers for the training; None: it does not.
         image_tokens: of every image, for a model that reads images.
@@ -45,6 +45,7 @@ class Run:
     workspace: Path
     base: Artifact
     task: str
+    served: bool
     calibration: Text
     heldout: Mapping[str, Text]
     prompts: Text | None

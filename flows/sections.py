@@ -46,6 +46,7 @@ from numprune.target import Target as SizeTarget
 
 NO_BUDGET = "none"
 _MOST_EXAMPLES = 100
+MAXIMUM_IMAGES = 1000
 
 
 def _text(value: Any) -> Any:
@@ -326,6 +327,9 @@ class Evaluate(Section):
 
     `tasks` of the lm-evaluation-harness, by name or as a YAML file, are answered by both models in `task_runtime`.
     `num_fewshot`: examples per item, or "task" for the task's own number. `limit`: items of each task, or "all".
+
+    From an image generator and the dense model, `samples` images are drawn with classifier-free `guidance` of this
+    scale; 1: none.
     """
 
     prompts: Prompts = BUILT_IN
@@ -333,6 +337,8 @@ class Evaluate(Section):
     num_fewshot: FewShot = TASKS_OWN
     limit: Limit = ALL_ITEMS
     task_runtime: TaskRuntime = "torch"
+    samples: Annotated[int, Field(ge=1, le=MAXIMUM_IMAGES)] = 20
+    guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
 
 
 class Benchmark(Section):

@@ -224,6 +224,7 @@ def _compared(model: Path, baseline: Path, section: dict[str, Any]) -> dict[str,
         "baseline": {"model": str(baseline), **section["baseline"]},
         "nll_delta_nats_per_token": section["loss_delta"],
         **{name: section[name] for name in ("kl_nats_per_token", "top1_agreement", "perplexity_ratio")},
+        **({"classes": section["classes"]} if "classes" in section else {}),  # of an image generator
     }
 
 

@@ -427,17 +427,23 @@ def make_quality(
     rows_digest: str,
     prompts: str | list[str],
     device: str,
+    samples: int = 0,
+    guidance: float = 1.0,
 ) -> Quality:
     """Compare the candidate with the baseline; `scores` is the stage that scored the baseline on the same rows and
     prompts.
 
     A quantized candidate is also compared with the `unquantized` one, and the `trained` model with the `pruned` one.
+    From image generators, `samples` images are drawn with classifier-free guidance of the scale `guidance`.
     """
     import torch
 
+    from numprune.export.tasks import load_task
     from numprune.flows.steps.baseline import prompts_of
     from numprune.flows.steps.evaluate import compare_with_scores
+    from numprune.flows.steps.images import compare_images
     from numprune.flows.steps.text import load_heldout
+    from numprune.tasks.codes import ImageCodes
 
     held_out, where = load_heldout(rows.path, rows_digest), torch.device(device)
     found = compare_with_scores(
@@ -452,6 +458,8 @@ def make_quality(
         pruned=pruned.path if pruned else None,
         trained=trained.path if trained else None,
     )
+    if samples and isinstance(load_task(baseline.path), ImageCodes):
+        found["images"] = compare_images(candidate.path, baseline.path, held_out, samples, guidance, where)
     return Quality.model_validate(found)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from numprune.anatomy import read_anatomy
+from numprune.anatomy import family_of, read_anatomy
 from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS
@@ -55,6 +55,7 @@ from numprune.serving.report import ONCE, Report, TaskAccuracy, path_of
 from numprune.serving.vllm import environment
 from numprune.serving.vllm.environment import TESTED
 from numprune.tasks import Task, TaskName
+from numprune.tasks.codes import ImageCodes
 from numprune.tasks.image_classification import ImageClassification
 
 _MODULES = {
@@ -79,13 +80,15 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
     """Return the run of a recipe with its inputs identified. Raises InputError as `check` does."""
     tasks = check(recipe, workspace)
     base, data = model_folder(recipe.model.path), recipe.data
-    anatomy = read_anatomy(read_config(base))
+    config = read_config(base)
+    anatomy = read_anatomy(config)
     available = torch.cuda.is_available()
     return Run(
         recipe=recipe,
         workspace=workspace,
         base=Artifact(base, folder_digest(base)),
         task=anatomy.task,
+        served=anatomy.task not in ("masked-lm", "image-classification") and family_of(config).vllm.runs,
         image_tokens=anatomy.context if anatomy.image else None,
         calibration=Text(data.calibration, text_digest(data.calibration, "train")),
         heldout={name: Text(text, text_digest(text, "heldout")) for name, text in data.corpora.items()},
@@ -133,7 +136,7 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
             if "vllm" in recipe.export.targets and (problem := other_reading(base)):
                 problems.append(f"model.path: {problem}")
         anatomy, task = read_anatomy(config), collect("model.path", load_task, base)
-        if tokenizer is not None and task is not None and task.generates:
+        if tokenizer is not None and task is not None and task.prompted:
             collect("evaluate.prompts", check_prompts, tokenizer, recipe, anatomy.context)
         collect("prune", lambda: _check_pruning(recipe, anatomy, base))
         problems += _servers(recipe, anatomy, task)
@@ -143,6 +146,7 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
             )
         problems += _quantization(recipe, anatomy, config.dtype)
         problems += [*_encoders(recipe, anatomy), *_images(recipe, anatomy)]
+        problems += _generators(recipe, task) if task is not None else []
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", onnx.check_config, config)
@@ -364,6 +368,31 @@ def _images(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     ]
     trained = [name for name in ("learn", "recover") if getattr(recipe, name).method != "none"]
     return [*problems, *(f"{name}.method: trains on text, and the model reads images; omit it" for name in trained)]
+
+
+def _generators(recipe: Recipe, task: Task) -> list[str]:
+    """Settings that do not apply to image generators, or apply only to them."""
+    if not isinstance(task, ImageCodes):
+        if recipe.evaluate.guidance != 1:
+            return [f"evaluate.guidance = {recipe.evaluate.guidance:g}: the model is not an image generator; omit it"]
+        return []
+    text = {"data.calibration": recipe.data.calibration, **heldout_fields(recipe)}
+    problems = [
+        f'{field} = "{EMBEDDED}": the model generates images; give files of codes'
+        for field, given in text.items()
+        if given == EMBEDDED
+    ]
+    if recipe.evaluate.prompts not in (BUILT_IN, []):
+        problems.append("evaluate.prompts: the model generates images; omit it")
+    if recipe.recover.prompts:
+        problems.append("recover.prompts: the model generates images; omit it")
+    if recipe.evaluate.tasks:
+        problems.append("evaluate.tasks: the model generates images; omit it")
+    if recipe.evaluate.guidance != 1 and not task.vocabulary.classes:
+        problems.append(f"evaluate.guidance = {recipe.evaluate.guidance:g}: the model has no classes; omit it")
+    if "tensorrt" in recipe.export.targets:
+        problems.append("export.targets: engines are built only for language models; omit tensorrt")
+    return problems
 
 
 def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:

@@ -81,7 +81,7 @@ def compare_with_scores(
             found["pruned"] = {"loss_delta": _loss_delta(before)}
             if task.name == CAUSAL_LM:
                 found["pruned"] |= side(before.candidate)
-    if prompts and task.generates:
+    if prompts and task.prompted:
         found["generation"] = generation(model, load_tokenizer(candidate), prompts, generations)
     return found
 
@@ -154,7 +154,7 @@ def _compare(
 ) -> dict[str, Any]:
     pruned = load_model(candidate).to(device)
     found = section(compare_with(pruned, baseline, rows, task), rows, task)
-    if prompts and task.generates:
+    if prompts and task.prompted:
         found["generation"] = generation(pruned, load_tokenizer(candidate), prompts, generations)
     return found
 
@@ -201,6 +201,7 @@ def section(found: Comparison, rows: TokenRows, task: Task = CAUSAL) -> dict[str
         "packed": rows.packed,
         "loss_delta": _loss_delta(found),
         "document_deltas": document_deltas(found, rows),
+        **({"classes": class_losses(found, rows)} if found.task == CAUSAL_LM and rows.labels is not None else {}),
     }
     if found.task == "causal-lm":
         facts |= {"baseline": side(found.baseline), "candidate": side(found.candidate), **found.metrics}
@@ -253,6 +254,26 @@ def document_deltas(found: Comparison, rows: TokenRows) -> dict[str, Any]:
             for index in np.argsort(-deltas, kind="stable")[:MAXIMUM_WORST]
         ],
     }
+
+
+def class_losses(found: Comparison, rows: TokenRows) -> list[dict[str, Any]]:
+    """The NLL of both models by the class of the images, ascending."""
+    assert found.candidate is not None
+    assert found.baseline is not None
+    labels = np.array(rows.labels)[rows.document]
+    losses = []
+    for label in np.unique(labels):
+        of_class = labels == label
+        codes = found.scored[of_class].sum()
+        losses.append(
+            {
+                "label": int(label),
+                "images": int(of_class.sum()),
+                "baseline": float(found.baseline.nll[of_class].sum() / codes),
+                "candidate": float(found.candidate.nll[of_class].sum() / codes),
+            }
+        )
+    return losses
 
 
 def finite(value: Any) -> Any:

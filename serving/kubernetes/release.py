@@ -78,8 +78,9 @@ def read_release(registry: Registry, reference: str) -> ServedRelease:
     with reading(registry, reference, [_MANIFEST, _CONFIG]) as (version, whole, folder):
         if whole.files.keys().isdisjoint(reference_answers.FILE_NAMES):
             raise InputError(
-                f"{version.reference}: has no reference answers ({reference_answers.FILE_NAME}); it was made by an "
-                "earlier version: run `numprune optimize` again"
+                f"{version.reference}: has no reference answers ({reference_answers.FILE_NAME}); masked language "
+                "models and image generators cannot be served. Other releases without them were made by an earlier "
+                "version: run `numprune optimize` again"
             )
         exported = manifest.read(folder / CHECKPOINT)
         if whole.files[_CONFIG].size > _MAXIMUM_CONFIG_BYTES:

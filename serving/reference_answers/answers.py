@@ -185,8 +185,8 @@ def read(release: Path) -> ReferenceAnswers:
     path = next((release / name for name in FILE_NAMES if (release / name).is_file()), None)
     if path is None:
         raise IntegrityError(
-            f"{release / FILE_NAME}: missing; masked language models cannot be served. Other releases without it were "
-            "made by an earlier version: run `numprune optimize` again"
+            f"{release / FILE_NAME}: missing; masked language models and image generators cannot be served. Other "
+            "releases without it were made by an earlier version: run `numprune optimize` again"
         )
     if path.stat().st_size > MAXIMUM_BYTES:
         raise IntegrityError(f"{path}: exceeds the {MAXIMUM_BYTES:,}-byte limit")

@@ -24,7 +24,8 @@ def next_commands(report: Report) -> Iterator[str]:
     if name is None or report.verdict is None or report.verdict.outcome != "pass":
         return
     yield f"numprune registry promote {name}@candidate"
-    if report.quality is None or report.quality.task not in ("masked-lm", "image-classification"):  # cannot be served
+    found = report.quality
+    if found is None or (found.task not in ("masked-lm", "image-classification") and found.images is None):
         yield f"numprune serve {name}@production"
 
 

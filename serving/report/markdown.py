@@ -13,6 +13,7 @@ from numprune.serving.report.models import (
     Environment,
     GateResult,
     Generation,
+    Images,
     Learning,
     Output,
     Pruning,
@@ -175,6 +176,7 @@ def _quality(quality: Quality) -> list[str]:
         *table(["", "baseline", "candidate", "difference"], _quality_rows(quality)),
         *(_corpora(quality) if quality.corpora else []),
         *(_generation(quality.generation) if quality.generation else []),
+        *(_images(quality.images) if quality.images else []),
     ]
 
 
@@ -249,6 +251,22 @@ def _generation(found: Generation) -> list[str]:
         "",
         *table(["outputs", "baseline", "candidate"], counts),
         *table(["prompt", "baseline", "candidate"], outputs),
+    ]
+
+
+def _images(found: Images) -> list[str]:
+    return [
+        f"{counted(found.samples, 'image')} from each model, guidance {words.number(found.guidance)}; report.html "
+        "shows them side by side.",
+        "",
+        *table(
+            ["samples", "value"],
+            [
+                ["KL of guided distributions, nats/code", words.number(found.guided_kl_nats_per_code, 3)],
+                ["divergence of code frequencies, nats", words.number(found.code_divergence_nats, 3)],
+                ["the same between two sets of the baseline", words.number(found.code_divergence_of_dense_nats, 3)],
+            ],
+        ),
     ]
 
 

@@ -8,6 +8,7 @@ writers define.
 
 from numprune.serving.report.models.fields import CORPUS_NAME, ModelName, ReportedEstimate
 from numprune.serving.report.models.generation import MAXIMUM_PROMPTS, Generation, Output
+from numprune.serving.report.models.images import MAXIMUM_SAMPLES, ClassLoss, Images
 from numprune.serving.report.models.quality import (
     CAUSAL,
     MAXIMUM_CHANGED,
@@ -60,6 +61,7 @@ __all__ = [
     "MAXIMUM_CHANGED",
     "MAXIMUM_DOCUMENTS",
     "MAXIMUM_PROMPTS",
+    "MAXIMUM_SAMPLES",
     "MAXIMUM_WORST",
     "ONCE",
     "SCHEMA",
@@ -67,6 +69,7 @@ __all__ = [
     "UNITS",
     "Attention",
     "ChangedImage",
+    "ClassLoss",
     "DocumentDelta",
     "DocumentDeltas",
     "Dtypes",
@@ -75,6 +78,7 @@ __all__ = [
     "Generation",
     "Gpu",
     "Identity",
+    "Images",
     "LatencyBudget",
     "Learning",
     "LossDelta",

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from numprune.serving.report.models.fields import Corpus, Count, Finite, Metric, Model, Number, ReportedEstimate
 from numprune.serving.report.models.generation import Generation
+from numprune.serving.report.models.images import ClassLoss, Images
 
 MAXIMUM_DOCUMENTS: Final = 200  # apart in a report
 MAXIMUM_WORST: Final = 10
@@ -28,11 +29,19 @@ UNITS: Mapping[Task, Unit] = MappingProxyType(
 )
 
 # Fields of Quality for causal-lm only.
-CAUSAL: Final = ("baseline", "candidate", "perplexity_ratio", "kl_nats_per_token", "top1_agreement", "generation")
+CAUSAL: Final = (
+    "baseline",
+    "candidate",
+    "perplexity_ratio",
+    "kl_nats_per_token",
+    "top1_agreement",
+    "generation",
+    "images",
+)
 
 
 # Fields of Quality that only the first of several corpora has.
-ONCE: Final = ("generation", "corpus", "corpora")
+ONCE: Final = ("generation", "images", "corpus", "corpora")
 
 
 class LossDelta(ReportedEstimate):
@@ -104,7 +113,8 @@ class Quality(Model):
     masked-lm), all tokens of the texts, or the images. `packed`: documents were joined by EOS and scored as one text;
     otherwise each was scored separately. `metrics`: those of tasks other than causal-lm, which has its own fields;
     `accuracy_delta`: of a classifier's labelled inputs, paired by input, see numprune.paired; `changed`: some of the
-    images whose class changed, those that became wrong first.
+    images whose class changed, those that became wrong first; `classes`: of an
+    image generator with classes.
 
     Where the held-out text is several named corpora, `corpus` is the first, which the figures are of, and `corpora` has
     those of the others.
@@ -125,6 +135,8 @@ class Quality(Model):
     kl_nats_per_token: Number = None
     top1_agreement: Number = None
     generation: Generation | None = None
+    images: Images | None = None
+    classes: tuple[ClassLoss, ...] = ()
     metrics: dict[Metric, Sides | Number] = Field(default={})
     accuracy_delta: ReportedEstimate | None = None
     changed: tuple[ChangedImage, ...] = Field(default=(), max_length=MAXIMUM_CHANGED)

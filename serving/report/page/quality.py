@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from numprune.counted import counted
 from numprune.serving.report import names, words
 from numprune.serving.report.models import Quality, Report, path_of
-from numprune.serving.report.page import changed, charts, generation, tasks
+from numprune.serving.report.page import changed, charts, generation, images, tasks
 from numprune.serving.report.page.blocks import Block, Cell, Chart, Facts, Folded, Pair, Section, Table, Text
 from numprune.serving.report.page.charts import Interval, Limit
 
@@ -43,6 +43,9 @@ def _blocks(found: Quality, report: Report) -> Iterator[Block]:
         yield Table(f"Other held-out text, beside {found.corpus} above", tuple(header), [[*row] for row in rows])
     if found.generation is not None:
         yield from generation.blocks(found.generation)
+    yield from images.classes(found.classes)
+    if found.images is not None:
+        yield from images.blocks(found.images)
 
 
 def _few(found: Quality) -> bool:

@@ -1,0 +1,37 @@
+"""Samples of an image generator beside those of the dense model."""
+
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from numprune.serving.report.models.fields import Count, Finite, Model, Number
+
+MAXIMUM_SAMPLES: Final = 60  # on a contact sheet
+_MAXIMUM_BYTES: Final = 4 << 20
+
+
+class ClassLoss(Model):
+    """The NLL of a class's held-out images in both models, in nats per code."""
+
+    label: Count
+    images: Count
+    baseline: Finite
+    candidate: Finite
+
+
+class Images(Model):
+    """Samples drawn from both models with the same classes and noise, without an interval.
+
+    `guidance`: scale of classifier-free guidance. `guided_kl_nats_per_code`: KL divergence of guided distributions from
+    the dense model's on held-out images; null without classes. `code_divergence_nats`: Jensen-Shannon divergence of the
+    frequencies of codes in samples; `code_divergence_of_dense_nats`: of two sets of samples of the dense model.
+    `sheet`: PNG in base64 with the dense model's images, and below each the candidate's; null if the model folder does
+    not say the colours of codes.
+    """
+
+    samples: Count
+    guidance: Number
+    guided_kl_nats_per_code: Number = None
+    code_divergence_nats: Number
+    code_divergence_of_dense_nats: Number
+    sheet: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=_MAXIMUM_BYTES)] | None = None

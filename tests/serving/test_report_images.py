@@ -1,0 +1,58 @@
+"""The section of an image generator: samples and the loss by class."""
+
+import base64
+
+import pytest
+from pydantic import ValidationError
+
+from numprune.serving.report import Report, markdown, page
+from numprune.serving.report.headline import next_commands
+from tests.serving.conftest import Json
+from tests.serving.pages import Parsed, full, judged
+
+SHEET = base64.b64encode(b"\x89PNG\r\n\x1a\n stands for a picture").decode()
+
+
+def images(**changed: object) -> Json:
+    data = full()
+    data["quality"]["generation"] = None
+    data["quality"]["classes"] = [
+        {"label": 3, "images": 40, "baseline": 1.25, "candidate": 1.5},
+        {"label": 7, "images": 60, "baseline": 1.0, "candidate": 2.0},
+    ]
+    data["quality"]["images"] = {
+        "samples": 20,
+        "guidance": 2.0,
+        "guided_kl_nats_per_code": 0.0625,
+        "code_divergence_nats": 0.011,
+        "code_divergence_of_dense_nats": 0.009,
+        "sheet": SHEET,
+        **changed,
+    }
+    return data
+
+
+def test_samples_and_the_classes_that_lost_most_are_shown() -> None:
+    report = judged(images(), [{"metric": "quality.images.guided_kl_nats_per_code", "bound": "point", "max": 0.1}])
+    assert report.verdict is not None
+    assert report.verdict.outcome == "pass"
+    html = page.html(report)
+    assert f'<img alt="Samples of both models" src="data:image/png;base64,{SHEET}">' in html
+    text = Parsed(html).text
+    assert "20 images from each model, with guidance 2.0" in text
+    assert "0.0625" in text
+    assert text.index("+1.00") < text.index("+0.250")  # class 7 lost more than class 3
+    assert "KL of guided distributions, nats/code | 0.0625" in markdown(report)
+    assert [command for command in next_commands(report) if "serve" in command] == []
+
+
+def test_without_colours_the_page_says_why_there_is_no_picture() -> None:
+    text = Parsed(page.html(Report.model_validate(images(sheet=None, guidance=1.0, guided_kl_nats_per_code=None)))).text
+    assert "does not say the colours of codes" in text
+    assert "with guidance" not in text
+
+
+@pytest.mark.parametrize("sheet", ['"><script>', "AAAA\n", ""])
+def test_a_sheet_that_is_no_base64_is_refused(sheet: str) -> None:
+    with pytest.raises(ValidationError, match="sheet"):
+        Report.model_validate(images(sheet=sheet))
