@@ -18,8 +18,11 @@ RECIPES = sorted(set(EXAMPLES.glob("*.toml")) - {POLICY})
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_example_recipes_are_valid(path: Path) -> None:
     found = recipe.load(path)
-    text = EXAMPLES / "digits" / "heldout" if path.stem == "digits-vit" else EXAMPLES / "text" / "heldout.jsonl"
-    assert found.data.heldout == [str(text)]
+    heldout = {
+        "digits-vit": EXAMPLES / "digits" / "heldout",
+        "image-generator": EXAMPLES / "images" / "heldout.safetensors",
+    }
+    assert found.data.heldout == [str(heldout.get(path.stem, EXAMPLES / "text" / "heldout.jsonl"))]
     assert found.registry.name.startswith(path.stem)
 
 

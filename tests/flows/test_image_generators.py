@@ -1,0 +1,234 @@
+"""Image generators through the command line and the pipeline, and refusals before any work."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from numprune.documents import Reading
+from numprune.errors import InputError
+from numprune.export import checkpoint, manifest
+from numprune.flows import recipe
+from numprune.flows.embedded import images as digits
+from numprune.flows.stages import Artifact, Text
+from numprune.flows.steps import checks
+from numprune.flows.steps.images import PALETTE, contact_sheet, palette
+from numprune.flows.steps.text import load_heldout
+from numprune.flows.studies.compare import steps as compare
+from numprune.serving import gates
+from numprune.serving import report as reports
+from tests.conftest import build_tiny
+from tests.flows.conftest import Answered
+from tests.flows.test_optimize import optimize
+from tests.numprune.llamagen import reference
+
+Command = Callable[..., Answered]
+
+RECIPE = """
+[model]
+path = "base"
+[data]
+calibration = "train.safetensors"
+heldout = "heldout.safetensors"
+samples = 24
+sequence_length = 65
+[prune]
+ratio = 0.3
+allocation = "error"
+[export]
+targets = ["onnx"]
+[evaluate]
+samples = 6
+guidance = 1.5
+[benchmark]
+runtimes = ["torch"]
+prompts = 2
+prompt_length = 1
+output_length = 8
+repeats = 4
+[[gates]]
+metric = "quality.loss_delta"
+bound = "ci95_upper"
+max = 5.0
+[[gates]]
+metric = "quality.images.guided_kl_nats_per_code"
+bound = "point"
+max = 5.0
+[registry]
+name = "tiny-generator"
+"""
+CODES, CLASSES = 30, 3
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` (without a tokenizer), images of both parts, and `recipe.toml`."""
+    folder = tmp_path_factory.mktemp("generator")
+    sizes = {"vocab_size": CODES + CLASSES + 1, "max_position_embeddings": 65, "num_hidden_layers": 1}
+    build_tiny("llamagen", **sizes).save_pretrained(folder / "base")
+    colours = np.linspace(-1, 1, 3 * CODES).reshape(CODES, 3)
+    (folder / "base" / PALETTE).write_text(json.dumps({"clusters": colours.tolist()}))
+    draw = torch.Generator().manual_seed(0)
+    for name, count in (("train", 30), ("heldout", 12)):
+        codes = torch.randint(CODES, (count, 64), generator=draw)
+        save_file({"codes": codes, "labels": torch.arange(count) % CLASSES}, folder / f"{name}.safetensors")
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_generator_goes_from_recipe_to_release(numprune: Command, generator: Path, tmp_path: Path) -> None:
+    answered = optimize(numprune, generator, tmp_path / "w")
+    assert answered.code == 0, answered.err
+    release = Path(answered.json["release"])
+    manifest.verify(release)
+    report = reports.read(release / "report.json")
+    gates.confirm(report)
+    found = report.quality
+    assert found is not None
+    assert (found.task, found.documents, found.tokens) == ("causal-lm", 12, 12 * 64)
+    assert [(one.label, one.images) for one in found.classes] == [(0, 4), (1, 4), (2, 4)]
+    assert found.baseline is not None
+    assert found.baseline.nll_nats_per_token == pytest.approx(np.mean([one.baseline for one in found.classes]))
+    assert found.images is not None
+    assert (found.images.samples, found.images.guidance) == (6, 1.5)
+    assert found.images.guided_kl_nats_per_code > 0
+    assert 0 < found.images.code_divergence_nats < np.log(2)
+    assert found.images.sheet is not None
+    page = (release / "report.html").read_text(encoding="utf-8")
+    assert f"data:image/png;base64,{found.images.sheet}" in page
+    assert "NLL by class, nats/code" in page
+    assert "numprune serve" not in (release / "report.md").read_text(encoding="utf-8")
+    assert not (release / "reference-answers.json").exists()
+    assert report.parity["onnxruntime"]["logit_error_max"] < 1e-4
+    assert checkpoint.read_config(release / "checkpoint").model_type == "llamagen"
+    assert (release / "checkpoint" / PALETTE).is_file()
+
+    base, pruned = generator / "base", release / "checkpoint"
+    compared = numprune("evaluate", pruned, "--baseline", base, "--text", generator / "heldout.safetensors", "--json")
+    assert compared.json["nll_delta_nats_per_token"]["value"] == pytest.approx(found.loss_delta.value, rel=1e-5)
+
+
+def test_options_for_language_models_are_refused_before_any_work(generator: Path, tmp_path: Path) -> None:
+    asked = recipe.load(
+        generator / "recipe.toml",
+        [
+            "data.heldout=embedded",
+            'export.targets=["vllm", "tensorrt"]',
+            'evaluate.prompts=["Hello"]',
+            "data.sequence_length=66",
+        ],
+    )
+    with pytest.raises(InputError) as caught:
+        checks.check(asked, tmp_path / "w")
+    for problem in (
+        'data.heldout = "embedded": the model generates images; give files of codes',
+        "evaluate.prompts: the model generates images; omit it",
+        "vLLM does not run llamagen; leave vllm out",
+        "export.targets: engines are built only for language models; omit tensorrt",
+        "data.sequence_length = 66: the model takes at most 65 tokens",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: Path, tmp_path: Path) -> None:
+    asked = recipe.load(tiny / "recipe.toml", ["evaluate.guidance=2"])
+    with pytest.raises(InputError, match=r"evaluate.guidance = 2: the model is not an image generator; omit it"):
+        checks.check(asked, tmp_path / "w")
+    build_tiny("imagegpt", max_position_embeddings=65).save_pretrained(tmp_path / "imagegpt")
+    asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'imagegpt'}"])
+    with pytest.raises(InputError, match=r"evaluate.guidance = 1.5: the model has no classes; omit it"):
+        checks.check(asked, tmp_path / "w")
+
+
+def test_a_published_file_is_converted_and_pruned(numprune: Command, tmp_path: Path) -> None:
+    torch.save({"model": reference.random_state()}, tmp_path / "c2i.pt")
+    made = numprune("convert", tmp_path / "c2i.pt", tmp_path / "base", "--codes-per-image", 16, "--heads", 4, "--json")
+    assert made.code == 0, made.err
+    assert {name: made.json[name] for name in ("layers", "heads", "codes", "classes")} == {
+        "layers": 2,
+        "heads": 4,
+        "codes": 40,
+        "classes": 3,
+    }
+    np.save(tmp_path / "train.npy", np.arange(20 * 16).reshape(20, 16) % 40)
+    options = ("--text", tmp_path / "train.npy", "--samples", 16, "--sequence-length", 17, "--ratio", 0.3, "--align", 1)
+    pruned = numprune("prune", tmp_path / "base", tmp_path / "out", *options, "--json")
+    assert pruned.code == 0, pruned.err
+    assert pruned.json["prunable_ratio_removed"] >= 0.3
+    refused = numprune("export", tmp_path / "out", tmp_path / "vllm", "--to", "vllm")
+    assert refused.code == 1
+    assert "vLLM does not run llamagen; leave vllm out" in refused.err
+
+
+def test_methods_are_compared_on_images(generator: Path, tmp_path: Path) -> None:
+    files = {name: Text([str(generator / f"{name}.safetensors")], "") for name in ("train", "heldout")}
+    found = compare.make_text(
+        tmp_path,
+        model=Artifact(generator / "base", ""),
+        text=files["train"],
+        heldout=files["heldout"],
+        samples=[8],
+        sequence_length=65,
+        seed=0,
+        reading=Reading(),
+    )
+    rows = compare.load_rows(tmp_path, 8)
+    assert rows.shape == (8, 65)
+    assert (rows[:, 0] >= CODES).all()
+    assert load_heldout(tmp_path, found.heldout.digest).labels == [index % CLASSES for index in range(12)]
+
+
+def test_a_contact_sheet_shows_each_image_above_its_pair(tmp_path: Path) -> None:
+    colours = np.array([[0, 0, 0], [255, 255, 255], [10, 20, 30]], np.uint8)
+    dense, ours = torch.tensor([[0, 1, 1, 0], [2, 2, 2, 2]]), torch.tensor([[0, 1, 1, 1], [2, 2, 2, 0]])
+    sheet = contact_sheet(dense, ours, colours)
+    assert sheet is not None
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
+    assert pixels.shape == (100, 100, 3)  # two images of 48 pixels and a gap of 4, in both directions
+    middles = [12, 36]
+
+    def image(left: int, top: int) -> list[list[int]]:
+        return [[int(pixels[top + y, left + x, 0]) for x in middles] for y in middles]
+
+    assert image(0, 0) == [[0, 255], [255, 0]]
+    assert image(0, 52) == [[0, 255], [255, 255]]
+    assert image(52, 0) == [[10, 10], [10, 10]]
+    assert image(52, 52) == [[10, 10], [10, 0]]
+    assert contact_sheet(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), colours) is None
+
+
+def test_colours_are_those_of_the_image_processor(tmp_path: Path) -> None:
+    assert palette(tmp_path, 2) is None
+    (tmp_path / PALETTE).write_text(json.dumps({"clusters": [[-1, 0, 1], [1, 1, 1]]}))
+    found = palette(tmp_path, 2)
+    assert found is not None
+    assert found.tolist() == [[0, 128, 255], [255, 255, 255]]
+    for clusters in ([[0, 0, 0]], [[0, 0, 2], [0, 0, 0]], "grey", [[0, 0], [0]]):
+        (tmp_path / PALETTE).write_text(json.dumps({"clusters": clusters}))
+        with pytest.raises(InputError, match=re.escape("clusters must be 2 colours of three numbers from -1 to 1")):
+            palette(tmp_path, 2)
+
+
+def test_the_digits_generator_is_trained_and_its_images_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn.datasets")
+    (tmp_path / "out").mkdir()
+    found = digits.train(tmp_path / "out", steps=4, batch_size=8, learning_rate=1e-2, seed=0)
+    assert found["heldout_nll_nats_per_code"] < np.log(17)
+    model, _ = checkpoint.load(tmp_path / "out" / "model")
+    held_out = load_file(tmp_path / "out" / "heldout.safetensors")
+    train = load_file(tmp_path / "out" / "train.safetensors")
+    assert (len(held_out["codes"]), len(train["codes"])) == (500, 1297)
+    rows = digits.rows_of(held_out["codes"], held_out["labels"])
+    assert digits.mean_nll(model, rows) == pytest.approx(found["heldout_nll_nats_per_code"], rel=1e-5)
+    colours = palette(tmp_path / "out" / "model", digits.CODES)
+    assert colours is not None
+    assert (colours[0].tolist(), colours[16].tolist()) == ([255, 255, 255], [0, 0, 0])
