@@ -22,7 +22,7 @@ from numprune.export.config import read_config
 from numprune.export.files import CARD, MAXIMUM_CONFIG_BYTES, require_size
 from numprune.families.family import TaskName
 from numprune.modeling import AUTO_OF
-from numprune.plans import PLAN_FILE, Plan
+from numprune.plans import PLAN_FILE, HiddenPlan, Plan
 
 _CARRIED = ("license", "license_name", "license_link", "language")
 _CHARACTERS = 500  # of a carried value
@@ -81,7 +81,7 @@ def _text(folder: Path, base: Path, plan: Plan, metadata: dict[str, Any]) -> str
         ("method", f"criterion {plan.criterion}, allocation {plan.allocation}, compensation {plan.compensation}"),
         ("removed", f"{removed:.1%} of the prunable parameters ({_asked(plan)})"),
         ("parameters", f"{before.parameters:,} → {after.parameters:,}"),
-        *([("hidden size", f"{plan.hidden.size:,} → {len(plan.hidden.kept):,}")] if plan.hidden else []),
+        *([("hidden size", _hidden_size(plan.hidden))] if plan.hidden else []),
         ("calibration", f"{calibration.rows:,} {row_name} of {calibration.sequence_length:,} tokens"),
         (TRAINING, "none"),
         ("kept units", f"[{PLAN_FILE}]({PLAN_FILE})"),
@@ -108,6 +108,11 @@ def _asked(plan: Plan) -> str:
     if plan.budget is None:
         return f"{plan.ratio:.1%} asked for"
     return f"to meet a budget of {plan.budget.limit:,} bytes of weights"
+
+
+def _hidden_size(hidden: HiddenPlan) -> str:
+    rotated = ", directions of the rotated residual stream" if hidden.basis == "fisher" else ""
+    return f"{hidden.size:,} → {len(hidden.kept):,}{rotated}"
 
 
 def _use(config: Any, task: TaskName, per_layer: bool) -> str:

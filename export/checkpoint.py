@@ -211,7 +211,8 @@ def _save_weights(
 ) -> None:
     tied = model.all_tied_weights_keys
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    dtypes = renumber_tensors(dtypes_of(audit(source)), layers_path(model.config), dropped)
+    before = tensor_table(read_config(source)).tied
+    dtypes = renumber_tensors(dtypes_of(audit(source), before), layers_path(model.config), dropped)
     with writing(folder, dtypes, shard_bytes) as writer:
         writer.add(stored_tensors(model, tensors))
 

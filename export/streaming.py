@@ -23,7 +23,7 @@ from numprune.export.headers import TensorHeader
 from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_rows, slabs
-from numprune.hidden import narrow_around
+from numprune.hidden import Narrowing
 from numprune.layers import Entered, Head, enter, leave
 from numprune.surgery import skeleton
 from numprune.tasks import Task
@@ -104,20 +104,23 @@ class CheckpointLayers:
         """Write tensors of a model of the same class, by their names in it."""
         writer.add(checkpoint.stored_tensors(self._skeleton, tensors))
 
-    def copy_around(self, writer: ShardWriter, coordinates: Tensor | None = None) -> None:
+    def copy_around(self, writer: ShardWriter, narrowing: Narrowing | None = None) -> None:
         """Write the tensors outside the layers: embedding, last norm, output matrix.
 
-        `coordinates`: of the residual stream that are kept; None: the tensors are unchanged.
+        `narrowing`: of the residual stream; None: the tensors are unchanged.
         """
-        tied = self._skeleton.all_tied_weights_keys
+        left = set() if narrowing and narrowing.rotation is not None else set(self._skeleton.all_tied_weights_keys)
+        gain = self._read(self.anatomy.final_gain).float() if narrowing else None
         for name, names in self._names.items():
-            if name not in tied and not name.startswith(f"{self.anatomy.layers_path}."):
-                for stored in names:
-                    shape, parts = self.stored[stored].shape, slabs(self.stored[stored])
-                    if coordinates is not None:
-                        shape = (*shape[:-1], len(coordinates))
-                        parts = (narrow_around(name, part.float(), self.anatomy, coordinates) for part in parts)
-                    writer.add_slabs(stored, shape, parts)
+            if name in left or name.startswith(f"{self.anatomy.layers_path}."):
+                continue
+            for stored in names:
+                header = self.stored[stored] if stored in self.stored else self._header(name)
+                shape, parts = header.shape, slabs(header)
+                if narrowing is not None and gain is not None:
+                    shape = (*shape[:-1], len(narrowing.kept))
+                    parts = (narrowing.around(name, part.float(), gain, self.anatomy) for part in parts)
+                writer.add_slabs(stored, shape, parts)
 
     @contextmanager
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:

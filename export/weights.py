@@ -23,12 +23,14 @@ def main_dtype(stored: Mapping[str, TensorHeader]) -> torch.dtype:
     return DTYPES[headers.main_dtype(stored)]
 
 
-def dtypes_of(stored: Mapping[str, TensorHeader]) -> dict[str, torch.dtype]:
+def dtypes_of(stored: Mapping[str, TensorHeader], tied: Mapping[str, str]) -> dict[str, torch.dtype]:
     """Return the data type of each tensor of a model derived from this one.
 
-    Each tensor keeps its own; a bias that compensation may add has that of its matrix.
+    Each tensor keeps its own; a bias that compensation may add has that of its matrix, and a tensor that is not `tied`
+    any more that of the one which it equalled.
     """
     dtypes = {name: DTYPES[header.dtype] for name, header in stored.items()}
+    dtypes = {name: dtypes[source] for name, source in tied.items() if source in dtypes} | dtypes
     matrices = {name: dtype for name, dtype in dtypes.items() if name.endswith(".weight")}
     return {name.removesuffix("weight") + "bias": dtype for name, dtype in matrices.items()} | dtypes
 

@@ -130,7 +130,8 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     layers = ModelLayers(model.network, model.task)
     check_options(layers.anatomy, options)
     dropped = pruning.layers_to_drop(layers, rows.tokens, options)
-    made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped)
+    narrowing = pruning.narrowing_of(layers, rows.tokens, options)
+    made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped, narrowing=narrowing)
     return made.drawn(rows.draw, manifest.folder_digest(model.folder))
 
 

@@ -22,7 +22,7 @@ from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
 from numprune.images import draw_pictures
 from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
-from numprune.options import PruneOptions, known_results
+from numprune.options import PruneOptions, known_results, left_of
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
 from numprune.tasks.image_classification import ImageClassification
@@ -70,6 +70,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "budget_bytes": options.budget.limit if options.budget else None,
         "budget_time": recipe.prune.time_allowed,
         "drop_layers": recipe.prune.drop_layers,
+        "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
         "hidden_size_is_chosen": narrows,
         "refine_minutes": recipe.prune.refine_minutes if recipe.prune.refine != "none" else None,
         "before": {**dataclasses.asdict(budget_of(anatomy)), "weight_bytes": weights},
@@ -108,12 +109,14 @@ def _aim(anatomy: Anatomy, options: PruneOptions, counts: str, weights: int, sav
     before = budget_of(anatomy)
     if counts == "kv-bytes":
         return {"kv_bytes_per_token": round((1 - options.ratio) * before.kv_bytes_per_token)}
-    removed = round(options.ratio * before.prunable_parameters)
-    left = before.parameters - removed
+    of_width, options = left_of(anatomy, options, ())
+    narrow = budget_of(of_width)
+    removed = round(options.ratio * narrow.prunable_parameters)
+    left = narrow.parameters - removed
     return {
         "parameters": left,
-        "prunable_parameters": before.prunable_parameters - removed,
-        "flops_per_token": before.flops_per_token - 2 * removed,
+        "prunable_parameters": narrow.prunable_parameters - removed,
+        "flops_per_token": narrow.flops_per_token - 2 * removed,
         "weight_bytes": round(weights * left / before.parameters - saved * (1 - options.ratio)),
     }
 
@@ -280,6 +283,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{asked}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
+    if found["hidden_size"]:
+        yield "hidden size: {1:,} -> {0:,}".format(*found["hidden_size"])
     if found["hidden_size_is_chosen"]:
         yield "hidden size: the masks choose it; embeddings and head shrink in addition to the above"
     yield _text_line(found["text"])

@@ -12,6 +12,7 @@ Criterion = Literal[
 ]
 Allocation = Literal["uniform", "global", "error"]
 Axis = Literal["kv-groups", "query-heads", "channels", "experts", "expert-channels", "hidden-size"]
+Basis = Literal["fisher", "coordinates"]
 Compensation = Literal["none", "bias", "oneshot", "sequential", "residual", "joint"]
 Refine = Literal["none", "search"]
 DEFAULT_AXES: tuple[Axis, ...] = ("kv-groups", "channels", "experts", "expert-channels")

@@ -69,7 +69,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _training_options_have_an_effect(self) -> Self:
+    def _options_have_an_effect(self) -> Self:
         of: dict[str, TrainedWeights] = {"rank": "lora", "blocks": "blocks"}
         for name, train in of.items():
             value, default = getattr(self.recover, name), Recover.model_fields[name].default
@@ -81,6 +81,10 @@ class Recipe(Section):
             raise ValueError(
                 f"recover.generated_share = {self.recover.generated_share}: it has an effect only with "
                 "recover.prompts; leave it out"
+            )
+        if self.prune.basis != Prune.model_fields["basis"].default and not self.prune.hidden_size:
+            raise ValueError(
+                f"prune.basis = {self.prune.basis!r}: it has an effect only with prune.hidden_size; leave it out"
             )
         if self.learn.learning_rate != LEARNING_RATE and self.learn.variant == "faster":
             raise ValueError(
@@ -113,6 +117,7 @@ class Recipe(Section):
             ("prune.ratio", self.prune.ratio, 0.0),
             ("prune.allocation", self.prune.allocation, "error"),
             ("prune.drop_layers", self.prune.drop_layers, 0),
+            ("prune.hidden_size", self.prune.hidden_size, 0),
             ("quantize.scheme", self.quantize.scheme, "none"),
             ("target.tensor_parallel", self.target.tensor_parallel, 1),
             ("export.dtype", self.export.dtype, "auto"),

@@ -20,6 +20,7 @@ from numprune.flows.names import (
     TASKS_OWN,
     Allocation,
     Axis,
+    Basis,
     Compensation,
     Criterion,
     Device,
@@ -184,6 +185,8 @@ class Data(Section):
 class Prune(Section):
     """The fields of numprune.options.PruneOptions except the target; `stream`: layer by layer, from disk.
 
+    `hidden_size` is 0 if it stays, or if masks choose it.
+
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
     `quantize.scheme` determines how blocks may be stored; or the time of one step, as "20ms@decode,b=8,ctx=2048", by
     the latencies that `timings` describes. The allocation "error" divides it. `refine` "search" starts from its sizes.
@@ -199,6 +202,8 @@ class Prune(Section):
     skips: bool = False
     budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
     drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    hidden_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    basis: Basis = "fisher"
     refine: Refine = "none"
     refine_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = MINUTES
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

@@ -264,6 +264,21 @@ class Anatomy:
             output_parameters=self.output_parameters // self.hidden_size * hidden_size,
         )
 
+    @property
+    def final_gain(self) -> str:
+        """Name of the gain of a decoder's last norm."""
+        return f"{FAMILIES[self.family].final_norm}.weight"
+
+    @property
+    def is_tied(self) -> bool:
+        """Return whether a decoder's output matrix is the embedding's."""
+        return not any(name in self.around for name in FAMILIES[self.family].untied)
+
+    def untied(self) -> "Anatomy":
+        """Return the anatomy of a decoder whose output matrix is not the embedding's."""
+        shape = (self.vocabulary, self.hidden_size)
+        return replace(self, around={**self.around, **dict.fromkeys(FAMILIES[self.family].untied, shape)})
+
     def stock_holds(self, block: Block, size: Size) -> bool:
         """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]

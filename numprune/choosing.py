@@ -19,7 +19,7 @@ from numprune.experts.inputs import Seen
 from numprune.inputs import Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import Layers
 from numprune.moments import Moments
-from numprune.options import REFITTING, PruneOptions, sizes_allowed, uses_gradients
+from numprune.options import REFITTING, PruneOptions, left_of, sizes_allowed, uses_gradients
 from numprune.plans import Plan, PricedSplit
 from numprune.progress import progress
 from numprune.quantization.allocation import Form, by_bytes, levels_of
@@ -189,8 +189,8 @@ def _sizes_to_keep(
     This takes a pass over the dense model, unless `uniform` has nothing to choose or no error curve to choose by.
     """
     layers = walker.layers
-    anatomy, ratio = layers.anatomy, options.ratio
-    allowed = _allowed(anatomy, options)
+    anatomy, of_width = left_of(layers.anatomy, options, ())
+    ratio, allowed = of_width.ratio, _allowed(anatomy, of_width)
     splits: list[Split] = []
     if options.allocation == "uniform":
         splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)

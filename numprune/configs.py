@@ -106,6 +106,7 @@ def _sized_config(
     if anatomy.hidden_size != config.hidden_size:
         epsilon = fields[EPSILON] * config.hidden_size / anatomy.hidden_size
         fields |= {"hidden_size": anatomy.hidden_size, EPSILON: epsilon}
+        fields["tie_word_embeddings"] = anatomy.is_tied
     if with_bias:
         wirings = filter(None, (family.attention, family.mlp))
         fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}

@@ -1,6 +1,6 @@
 """The inputs of a model's consumers during pruning: collected block by block, or known beforehand."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -11,8 +11,10 @@ from numprune.blocks import Anatomy, Block
 from numprune.calibration import BlockRun, Walker, consumer_of, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch
+from numprune.hidden import EPSILON, norm_of
 from numprune.joint import Aims, fits_producer, refit_producer
 from numprune.moments import Moments
+from numprune.readers import ReadMap, copy_readers, fit_read_map, has_biases, refit_readers
 from numprune.slices import Kept
 from numprune.surgery import channels_of
 
@@ -29,6 +31,18 @@ class Inputs(Protocol):
     @property
     def held_out(self) -> Moments | None:
         """Moments of every fourth row, if the targets of `moments` are not determined by the inputs."""
+
+    def refit_readers(self, layer: nn.Module, block: Block, kept: Tensor, damping: float) -> None:
+        """Refit the matrices with which the block reads the narrower stream, in place, if the prefix is pruned.
+
+        Args:
+            layer: the block's, with the dense model's weights in this block.
+            kept: (K,) coordinates of the stream.
+            damping: the smallest one tried.
+        """
+
+    def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
+        """Return `Narrowing.head` for the prefix that all blocks were passed on to, if it is pruned."""
 
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         """Pass the outputs of the block, now pruned to `kept`, on to the blocks after it."""
@@ -57,6 +71,7 @@ class PropagatedInputs:
         self._gone = gone
         self._residual = compensation in ("residual", "joint")
         self._both_sides = compensation == "joint"
+        self._unfitted: nn.Module | None = None  # the layer before its readers were refitted, for the dense stream
         self._targets: Tensor | None = None  # (N, S, out), if the streams after the block do not determine them
         self._read: Tensor | None = None  # inputs of the consumers in the pruned model
         self.held_out: Moments | None = None
@@ -66,9 +81,53 @@ class PropagatedInputs:
         """Whether inputs come from the pruned prefix, so that they do not determine the targets."""
         return self._pruned is not self._dense
 
+    def refit_readers(self, layer: nn.Module, block: Block, kept: Tensor, damping: float) -> None:
+        if not self.from_pruned_prefix:
+            return
+        blocks = [other for other in self._walker.layers.anatomy.of_layer(block.layer) if other.units]
+        norm = layer.get_submodule(norm_of(blocks, block))
+        self._unfitted = copy_readers(layer, block)
+        refit_readers(layer, block, kept, self._read_map(norm, block, kept, damping, centred=has_biases(layer, block)))
+
+    def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
+        if not self.from_pruned_prefix:
+            return None
+        epsilon = getattr(self._walker.layers.config, EPSILON)
+
+        def norm(hidden: Tensor) -> Tensor:
+            return functional.rms_norm(hidden, hidden.shape[-1:], eps=epsilon)
+
+        return self._read_map(norm, None, kept, damping).columns
+
+    def _read_map(
+        self,
+        norm: Callable[[Tensor], Tensor],
+        block: Block | None,
+        kept: Tensor,
+        damping: float,
+        *,
+        centred: bool = False,
+    ) -> ReadMap:
+        """Fit what is read of the pruned stream to what is read of the dense one, in front of `block` or behind all."""
+        walker, dense, pruned = self._walker, self._dense, self._pruned
+        device, size = walker.layers.device, dense.hidden.shape[-1]
+        moments, held_out = (Moments(len(kept), size, device) for _ in range(2))
+        for stream in (dense, pruned):
+            if block is not None:
+                stream.enter(block)
+        for batch in walker.batches(len(dense)):
+            ours, theirs = (
+                norm((stream.hidden[batch] if block is None else stream.read(batch)).to(device))
+                for stream in (pruned, dense)
+            )
+            split_rows(batch, ours[..., kept], theirs, moments, held_out)
+        moments.absorb(held_out)
+        moments.require_finite("residual stream")
+        return fit_read_map(kept, size, moments, held_out if held_out.count else None, damping, centred=centred)
+
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         walker, dense, pruned = self._walker, self._dense, self._pruned
-        weight = consumer_weight(layer, block)
+        weight, own_layer = consumer_weight(layer, block), self._dense_layer(layer)
         # The dense block's own outputs follow from its inputs, so their moments are not collected.
         outputs = 0 if pruned is dense else weight.shape[0]
         moments = Moments(block.channels, outputs, weight.device)
@@ -79,7 +138,7 @@ class PropagatedInputs:
         else:
             held_out = Moments(block.channels, outputs, weight.device)
             room = self._consumer_room(block)
-            both = zip(walker.run(layer, block, dense), walker.inputs(layer, block, pruned), strict=True)
+            both = zip(walker.run(own_layer, block, dense), walker.inputs(layer, block, pruned), strict=True)
             for (batch, own), (_, inputs) in both:
                 split_rows(batch, inputs, self._target(block, batch, own), moments, held_out)
                 room[batch] = inputs.to(room.device)
@@ -92,9 +151,9 @@ class PropagatedInputs:
     def experts(self, layer: nn.Module, block: Block) -> Seen:
         """Return statistics of the layer's experts. The streams stay in front of them until `pass_experts_on`."""
         dense, pruned = self._dense, self._pruned
-        outputs = self._room()
+        outputs, own_layer = self._room(), self._dense_layer(layer)
         seen = Seen(Experts(layer, block), dense.hidden[..., 0].numel())
-        for batch, own in self._walker.run(layer, block, dense):
+        for batch, own in self._walker.run(own_layer, block, dense):
             outputs[batch] = own.output
             if pruned is dense:
                 seen.add(_routed(own))
@@ -148,6 +207,11 @@ class PropagatedInputs:
         if self._pruned is not self._dense:
             with walker.layers.layer(index) as layer:
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
+
+    def _dense_layer(self, layer: nn.Module) -> nn.Module:
+        """Return the layer for the dense stream, once per block."""
+        found, self._unfitted = self._unfitted or layer, None
+        return found
 
     def _target(self, block: Block, batch: slice, own: BlockRun) -> Tensor:
         """Return the desired output of the pruned block; `own` is the dense one, whose stream is not yet written."""
@@ -229,6 +293,12 @@ class PrecomputedInputs:
 
     def moments(self, layer: nn.Module, block: Block) -> Moments:
         return self._moments[block.name]
+
+    def refit_readers(self, layer: nn.Module, block: Block, kept: Tensor, damping: float) -> None:
+        pass
+
+    def head_map(self, kept: Tensor, damping: float) -> Tensor | None:
+        return None
 
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         pass

@@ -14,7 +14,7 @@ from numprune.byte_budget import ByteBudget
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_layers
 from numprune.errors import InputError
-from numprune.hidden import check_narrowable, hidden_sizes, ratio_beside
+from numprune.hidden import BASES, Basis, check_narrowable, hidden_sizes, narrowed, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
 from numprune.quantization import check_quantizable
@@ -49,7 +49,8 @@ class PruneOptions:
         time_budget: longest step of the result, for the allocation `error`, in place of `budget`. Without either, the
             ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
-        hidden_size: of the result, if a plan determines it; units make up the rest of the ratio. None: it stays.
+        hidden_size: of the result; units make up the rest of the ratio. None: it stays, or masks choose it.
+        basis: which coordinates a smaller hidden size keeps, see basis.py.
         refine: "search": search for better sizes of the same budget, starting from those of the allocation `error`
             (numprune.search); "none": do not. A plan that is followed is not refined again.
         refine_minutes: time limit of the search.
@@ -72,6 +73,7 @@ class PruneOptions:
     time_budget: TimeBudget | None = None
     drop_layers: int = 0
     hidden_size: int | None = None
+    basis: Basis = "fisher"
     refine: str = "none"
     refine_minutes: float = MINUTES
     damping: float = 1e-3
@@ -104,6 +106,7 @@ def options_of(plan: Plan) -> PruneOptions:
         time_budget=plan.time_budget,
         drop_layers=plan.drop_layers,
         hidden_size=len(plan.hidden.kept) if plan.hidden else None,
+        basis=plan.hidden.basis if plan.hidden else "fisher",
         damping=plan.damping,
         seed=plan.seed,
     )
@@ -205,6 +208,8 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
         )
     if anatomy.of_kind("experts"):
         raise InputError("refine: the search does not refit experts; leave refine out")
+    if options.hidden_size is not None:
+        raise InputError("refine: the search keeps the hidden size; leave hidden_size or refine out")
     if options.budget is not None and options.budget.levels != (None,):
         schemes = " or ".join(level for level in options.budget.levels if level is not None)
         raise InputError(
@@ -214,22 +219,48 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
 
 
 def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:
-    if HIDDEN_SIZE not in options.axes:
-        if options.hidden_size is not None:
-            raise InputError(f"the hidden size is cut, but axes has no {HIDDEN_SIZE}; add it")
-        return
-    if not planned:
+    if HIDDEN_SIZE in options.axes and options.hidden_size is None and not planned:
         raise InputError(
-            "axes: only trained masks choose the hidden size; use numprune learn (in a recipe: learn.method), or leave "
-            f"out {HIDDEN_SIZE}"
+            "axes: only trained masks choose the hidden size; set hidden_size, use numprune learn (in a recipe: "
+            f"learn.method), or leave out {HIDDEN_SIZE}"
         )
-    check_narrowable(anatomy)
+    if HIDDEN_SIZE in options.axes or options.hidden_size is not None:
+        check_narrowable(anatomy)
+    if options.hidden_size is None:
+        return
     sizes = hidden_sizes(anatomy, options.target)
-    if options.hidden_size is not None and options.hidden_size not in sizes:
+    if options.hidden_size not in sizes:
         raise InputError(
             f"the hidden size would be {options.hidden_size}, and the target needs "
             f"{sizes[0]} or a multiple of it; the nearest: {nearest(sizes, options.hidden_size)}"
         )
+    if options.basis not in BASES:
+        raise InputError(f"basis is {options.basis!r}; it must be one of {', '.join(BASES)}")
+    if options.basis == "fisher":
+        _check_rotation(anatomy, options.hidden_size, sizes)
+
+
+def _check_rotation(anatomy: Anatomy, hidden_size: int, sizes: Sequence[int]) -> None:
+    """Refuse a rotation whose output matrix of its own has more parameters than the smaller hidden size saves."""
+
+    def parameters(size: int) -> int:
+        return budget_of(narrowed(anatomy, size, "fisher")).parameters
+
+    before, after = budget_of(anatomy).parameters, parameters(hidden_size)
+    if after < before:
+        return
+    smaller = [size for size in sizes if parameters(size) < before]
+    reason = (
+        f"needs an output matrix of its own, {anatomy.vocabulary * hidden_size:,} parameters, which this model shares "
+        "with the embedding"
+        if anatomy.is_tied
+        else "removes nothing"
+    )
+    remedy = f"choose at most {smaller[-1]}, or the basis coordinates" if smaller else "choose the basis coordinates"
+    raise InputError(
+        f"hidden_size is {hidden_size}: in the basis fisher it {reason}, so the model would have {after:,} parameters "
+        f"instead of {before:,}; {remedy}"
+    )
 
 
 def _check_budgeted(options: PruneOptions) -> None:
@@ -243,9 +274,10 @@ def _check_budgeted(options: PruneOptions) -> None:
         raise InputError(f"a budget is divided by error; allocation is {options.allocation!r}, set it to error")
     if options.drop_layers:
         raise InputError("drop_layers: layers are dropped by the ratio; leave it out, or use a ratio and no budget")
-    if HIDDEN_SIZE in options.axes:
+    if HIDDEN_SIZE in options.axes or options.hidden_size is not None:
         raise InputError(
-            f"axes: a budget counts embeddings at their full size; leave out {HIDDEN_SIZE}, or give a ratio"
+            f"a budget counts embeddings at their full size; leave out hidden_size and the axis {HIDDEN_SIZE}, or give "
+            "a ratio"
         )
 
 
@@ -322,7 +354,7 @@ def left_of(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> 
         ratio = ratio_left(anatomy, options.ratio, dropped)
         anatomy, options = rest, replace(options, ratio=ratio, keep=keep, drop_layers=0)
     if options.hidden_size is not None:
-        narrow = anatomy.narrowed(options.hidden_size)
+        narrow = narrowed(anatomy, options.hidden_size, options.basis)
         whole, left = (budget_of(one).prunable_parameters for one in (anatomy, narrow))
         ratio = ratio_beside(options.ratio, whole, left)
         anatomy, options = narrow, replace(options, ratio=ratio, hidden_size=None)

@@ -60,7 +60,7 @@ def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
             yield f"no {kind} block keeps a unit; keep at least one"
     if plan.allocation == "uniform" and not after.is_uniform:
         yield 'allocation is "uniform", but layers keep different sizes; change it to "error"'
-    of_width = anatomy.narrowed(after.hidden_size) if plan.hidden else anatomy
+    of_width = anatomy.narrowed(after.hidden_size)
     allowed = allowed_sizes(of_width, plan.target, limits, stock=plan.allocation == "uniform")
     for block in anatomy.blocks:
         size, options = sizes[block.name], allowed[block.name]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
 from numprune.errors import InputError
+from numprune.hidden import Basis, narrowed
 from numprune.refinement import Refinement
 from numprune.slices import Kept, Size
 from numprune.target import Target
@@ -151,12 +152,15 @@ class HiddenPlan(BaseModel):
     Attributes:
         size: the hidden size before pruning.
         kept: their indices, ascending.
+        basis: `coordinates`: they are the model's own; `fisher`: they are directions in the order of basis.py, which
+            are found again on the calibration rows when the plan is followed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: Index
     kept: Annotated[list[Index], Field(min_length=1)]
+    basis: Basis = "coordinates"
 
     @model_validator(mode="after")
     def _indices(self) -> "HiddenPlan":
@@ -164,6 +168,8 @@ class HiddenPlan(BaseModel):
             raise ValueError("kept coordinates must be strictly ascending")
         if self.kept[-1] >= self.size:
             raise ValueError(f"coordinate {self.kept[-1]} is kept of only {self.size}")
+        if self.basis == "fisher" and self.kept != list(range(len(self.kept))):
+            raise ValueError('of the basis "fisher", the first directions must be kept')
         return self
 
 
@@ -254,7 +260,7 @@ class Plan(BaseModel):
     def result(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy after pruning."""
         left = anatomy.keeping(self.sizes()).without(self.dropped_layers())
-        return left.narrowed(len(self.hidden.kept)) if self.hidden else left
+        return narrowed(left, len(self.hidden.kept), self.hidden.basis) if self.hidden else left
 
     def sizes(self) -> dict[str, Size]:
         """Return the size of each block after pruning, by name."""

@@ -9,8 +9,10 @@ neither the model nor the result has to fit in memory.
 Whole layers to drop are chosen first (depth.py). Scores, error curves and inputs are then those of the model without
 them; targets from the dense model still include them.
 
-Coordinates of the residual stream that a plan removes are zero in the pruned prefix (hidden.py); consumers are fitted
-only to the others, and the tensors are cut last.
+If the hidden size is cut, the coordinates of the residual stream to keep are chosen next (basis.py). With a rotation,
+everything else is done on the rotated model. The other coordinates are zero in the pruned prefix (hidden.py). If inputs
+come from the pruned prefix, the matrices that read the stream are refitted, too (readers.py), the output matrix last.
+Consumers are fitted to the kept coordinates. The tensors are cut at the end.
 """
 
 import logging
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from numprune import basis
 from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy, Block
 from numprune.budget import Budget, budget_of
@@ -31,13 +34,14 @@ from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
 from numprune.depth import Shallower, choose
 from numprune.experts.finish import finish_experts
-from numprune.hidden import removed, silence
+from numprune.hidden import Basis, Narrowing, removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
 from numprune.plans import BlockPlan, Calibration, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.progress import progress
+from numprune.rotation import RotatedLayers
 from numprune.search.refine import check_searchable
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer
@@ -84,9 +88,10 @@ def prune(
     layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options, planned=plan is not None)
     dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
+    narrowing = narrowing_of(layers, rows, options, plan)
     cut: dict[str, Tensor] = {}
-    made = prune_layers(layers, rows, options, cut.update, known, dropped, plan)
-    pruned = assemble(model, config_after(layers, made), cut, made.coordinates())
+    made = prune_layers(layers, rows, options, cut.update, known, dropped, plan, narrowing)
+    pruned = assemble(model, config_after(layers, made), cut, narrowing)
     return Pruned(pruned, made, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
@@ -96,6 +101,22 @@ def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple
         check_searchable(len(rows), resident=layers.resident)
     protected = protected_layers(layers.anatomy, options)
     return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
+
+
+def narrowing_of(layers: Layers, rows: Tensor, options: PruneOptions, plan: Plan | None = None) -> Narrowing | None:
+    """Return how the residual stream becomes narrower by these options or this plan; None: it stays.
+
+    Directions are found on the rows, also if a plan says how many to keep.
+
+    Raises:
+        InputError: the rows do not fit the model, or hidden states or gradients overflow.
+    """
+    if options.hidden_size is None:
+        return None
+    if plan is not None and plan.hidden is not None and plan.hidden.basis == "coordinates":
+        return Narrowing(torch.tensor(plan.hidden.kept))
+    moments = basis.measure(layers, rows, options.batch_size, seed=options.seed)
+    return basis.choose(moments, options.hidden_size, options.basis)
 
 
 def config_after(layers: Layers, plan: Plan) -> PreTrainedConfig:
@@ -113,6 +134,7 @@ def prune_layers(
     known: Known | None = None,
     dropped: Sequence[DroppedLayer] = (),
     plan: Plan | None = None,
+    narrowing: Narrowing | None = None,
 ) -> Plan:
     """Prune layer by layer: pass the remaining tensors of each decoder layer to `sink`, and return the plan.
 
@@ -128,24 +150,26 @@ def prune_layers(
         dropped: the layers chosen by `depth.choose` for these options, or those of `plan`.
         plan: what to keep; nothing is scored then. It must have passed `check_plan`, and `options` must be its
             `options_of`.
+        narrowing: as returned by `narrowing_of` for these arguments; its `head` is set. It says how to cut the modules
+            outside the layers.
 
     Raises:
         InputError: invalid options, or rows that do not fit the model.
     """
-    rest = _rest(layers, rows, options, known, dropped, plan)
+    rest = _rest(layers, rows, options, known, dropped, narrowing, planned=plan is not None)
     anatomy, options = rest.layers.anatomy, rest.options
     if options.compensation in REFITTING:
         _warn_of_few(rows, anatomy)
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, options, rest.known) if plan is None else planned(plan, rest.names(), layers.device)
-    coordinates = plan.coordinates() if plan else None
-    gone = None if coordinates is None else removed(coordinates, anatomy.hidden_size).to(layers.device)
+    coordinates = narrowing.kept.to(layers.device) if narrowing else None
+    gone = None if coordinates is None else removed(coordinates, anatomy.hidden_size)
     inputs: Inputs = (
         PropagatedInputs(walker, rows, options.compensation, gone)
         if rest.known is None or rest.known.moments is None or options.compensation in FROM_PRUNED_PREFIX
         else PrecomputedInputs(rest.known.moments)
     )
-    whole = Walker(layers, rows.shape[1:], options.batch_size)
+    whole = Walker(rest.whole, rows.shape[1:], options.batch_size)
     kept: dict[str, Kept] = {}  # by block name
     dampings: dict[str, float | None] = {}  # block name -> of its least squares
     index = 0  # in what is left of the model
@@ -160,6 +184,8 @@ def prune_layers(
                 if not block.units:
                     kept[block.name] = nothing(block)
                     continue
+                if coordinates is not None:
+                    inputs.refit_readers(layer, block, coordinates, options.damping)
                 if block.routing is not None:
                     assert isinstance(inputs, PropagatedInputs)
                     left = kept[block.name] = chosen.choice(layer, block, inputs.experts(layer, block))
@@ -181,6 +207,8 @@ def prune_layers(
                 inputs.pass_on(layer, block, left, damping)
             sink(cut_layer(layer, blocks, kept, biases, coordinates))
         index += 1
+    if narrowing is not None and coordinates is not None and not rest.whole.anatomy.is_tied:
+        narrowing.head = inputs.head_map(coordinates, options.damping)
     return rest.describe(rows, kept, dampings, chosen)
 
 
@@ -191,6 +219,7 @@ def plan_layers(
     options: PruneOptions,
     known: Known | None = None,
     dropped: Sequence[DroppedLayer] = (),
+    narrowing: Narrowing | None = None,
 ) -> Plan:
     """Return a plan without pruning anything, for `prune_layers` to follow.
 
@@ -200,7 +229,7 @@ def plan_layers(
 
     The arguments are those of `prune_layers`.
     """
-    rest = _rest(layers, rows, options, known, dropped)
+    rest = _rest(layers, rows, options, known, dropped, narrowing)
     walker = Walker(rest.layers, rows.shape[1:], options.batch_size)
     chosen = chooser(walker, rows, rest.options, rest.known)
     inputs = dense_inputs(walker, rows, rest.known)
@@ -215,13 +244,13 @@ class _Rest:
     """The model without its dropped layers, if any.
 
     Attributes:
-        whole: the model with all its layers.
+        whole: the model with all its layers, rotated if the narrowing says so.
         layers: without the dropped ones, renumbered.
         asked: the options as given.
         options: for `layers`, with the ratio of their own parameters.
         known: data already collected from `layers`.
         dropped: the missing layers.
-        hidden: of the plan that is followed.
+        narrowing: of the residual stream; None: it stays.
     """
 
     whole: Layers
@@ -230,7 +259,7 @@ class _Rest:
     options: PruneOptions
     known: Known | None
     dropped: Sequence[DroppedLayer]
-    hidden: HiddenPlan | None
+    narrowing: Narrowing | None
 
     @property
     def gone(self) -> list[int]:
@@ -257,7 +286,11 @@ class _Rest:
             )
             for block in self.layers.anatomy.blocks
         }
-        plan = describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, self.hidden)
+        hidden = None
+        if self.narrowing is not None:
+            which: Basis = "coordinates" if self.narrowing.rotation is None else "fisher"
+            hidden = HiddenPlan(size=self.whole.anatomy.hidden_size, kept=self.narrowing.kept.tolist(), basis=which)
+        plan = describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, hidden)
         return plan.model_copy(update={"refinement": chosen.refinement})
 
 
@@ -267,23 +300,29 @@ def _rest(
     options: PruneOptions,
     known: Known | None,
     dropped: Sequence[DroppedLayer],
-    plan: Plan | None = None,
+    narrowing: Narrowing | None,
+    *,
+    planned: bool = False,
 ) -> _Rest:
     """Check everything and return the part to prune. Raises InputError."""
     if len(dropped) != options.drop_layers:
         raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
-    check_options(layers.anatomy, options, planned=plan is not None)
+    if (len(narrowing.kept) if narrowing else None) != options.hidden_size:
+        raise ValueError(f"the options say hidden_size {options.hidden_size}, and the narrowing is another")
+    check_options(layers.anatomy, options, planned=planned)
     check_rows(layers.anatomy, rows)
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
+    if narrowing is not None and narrowing.rotation is not None:
+        layers, known = RotatedLayers(layers, narrowing.rotation), None
     if known and layers.anatomy.of_kind("experts"):
         known = replace(known, moments=None)  # refitting experts needs a pass of its own
-    hidden = plan.hidden if plan else None
     if not dropped:
-        return _Rest(layers, layers, options, options, known, (), hidden)
+        return _Rest(layers, layers, options, options, known, (), narrowing)
     gone = [drop.layer for drop in dropped]
-    _, left = left_of(layers.anatomy, options, gone)
-    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped, hidden)
+    _, left = left_of(layers.anatomy, replace(options, hidden_size=None), gone)
+    left = replace(left, hidden_size=options.hidden_size)
+    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped, narrowing)
 
 
 def describe(

@@ -11,8 +11,9 @@ If a row has a single loss, with all its tokens pooled, the gradients at its tok
 may a block's errors. Then g is summed over a row's tokens first: S prices an error that is the same at all of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
     with Progress(2 * anatomy.layers * len(chunks), "gradients", "layer") as bar:
         for number, part in enumerate(chunks):
             batches = list(walker.batches(len(part)))
-            entering = _forward(walker, part, bar)
-            gradient = _head_gradient(layers, part, entering.pop(), draw)
+            entering = run_forward(walker, part, bar)
+            gradient = head_gradient(layers, part, entering.pop(), partial(layers.task.loss, draw=draw))
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
@@ -85,7 +86,7 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
 
 
 @torch.no_grad()
-def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
+def run_forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
     """Return the inputs of each layer and the output of the last. Raises InputError if they overflow."""
     layers = walker.layers
     entering = [walker.embed(rows).hidden]
@@ -99,14 +100,17 @@ def _forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
     return entering
 
 
-def _head_gradient(layers: Layers, rows: Tensor, hidden: Tensor, draw: torch.Generator) -> Tensor:
-    """Return the gradient of the summed loss with respect to the last layer's output, overwriting it."""
+def head_gradient(layers: Layers, rows: Tensor, hidden: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the gradient of the summed loss with respect to the last layer's output, overwriting it.
+
+    `loss`: of the task's output and the rows.
+    """
     with layers.head() as head:
         for batch in (slice(row, row + 1) for row in range(len(rows))):  # a batch's logits could be the largest tensor
             leaving = hidden[batch].to(layers.device).requires_grad_()
             with torch.enable_grad():
-                loss = layers.task.loss(head(rows[batch], leaving), rows[batch], draw)
-            (gradient,) = torch.autograd.grad(loss, leaving)
+                total = loss(head(rows[batch], leaving), rows[batch])
+            (gradient,) = torch.autograd.grad(total, leaving)
             hidden[batch] = gradient.to(hidden.device)
     return hidden
 

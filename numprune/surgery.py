@@ -11,7 +11,7 @@ from numprune.anatomy import family_of, layers_path, read_anatomy, task_name
 from numprune.blocks import Block
 from numprune.errors import InputError, reason
 from numprune.families import FAMILIES
-from numprune.hidden import narrow_around, narrow_block
+from numprune.hidden import Narrowing, narrow_block
 from numprune.modeling import AUTO_OF, resize  # importing it registers the per-layer classes
 from numprune.slices import Kept
 
@@ -116,18 +116,19 @@ def assemble(
     model: PreTrainedModel,
     config: PreTrainedConfig,
     layers: Mapping[str, Tensor],
-    coordinates: Tensor | None = None,
+    narrowing: Narrowing | None = None,
 ) -> PreTrainedModel:
     """Return a new model of `config` with the tensors `layers` in its decoder layers and the rest from `model`.
 
-    `coordinates`: as for `cut_layer`, applied to the rest.
+    `narrowing`: of the rest, too; None: the hidden size stays.
     """
     result = skeleton(config)
     inside = f"{layers_path(config)}."
     around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
-    if coordinates is not None:
+    if narrowing is not None:
         anatomy = read_anatomy(model.config)
-        around = {name: narrow_around(name, tensor, anatomy, coordinates) for name, tensor in around.items()}
+        gain = around[anatomy.final_gain]
+        around = {name: narrowing.around(name, tensor, gain, anatomy) for name, tensor in around.items()}
     result.load_state_dict(around | dict(layers), strict=True, assign=True)
     result.tie_weights()
     result.to(model.device)

@@ -156,7 +156,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         if plan.refinement:
             lines.append(f"  {'sizes refined by':<36} {plan.refinement}")
         if plan.hidden:
-            lines.append(f"  {'hidden size before':<36} {plan.hidden.size:,}")
+            lines.append(f"  {'hidden size before':<36} {plan.hidden.size:,} (basis {plan.hidden.basis})")
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
             f"{counted(split.mlp_channels, 'channel per layer')}, priced at {split.nats_per_token:.4f} nats per token"

@@ -36,6 +36,8 @@ _DEFAULTS: dict[str, Any] = {
     "drop_layers": 0,
     "refine": "none",
     "refine_minutes": MINUTES,
+    "hidden_size": None,
+    "basis": "fisher",
     "seed": 0,
 }
 _SAMPLES = 128
@@ -62,7 +64,8 @@ def add(commands: Subcommands) -> None:
         "--ratio",
         type=float,
         metavar="R",
-        help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's)",
+        help="share of the prunable parameters to remove, from 0 to under 1 (default: the plan's, or none with "
+        "--hidden-size)",
     )
     parser.add_argument(
         "--budget",
@@ -128,6 +131,19 @@ def add(commands: Subcommands) -> None:
         type=float,
         metavar="M",
         help=f"time limit of --refine search in minutes (default: {_DEFAULTS['refine_minutes']:g})",
+    )
+    parser.add_argument(
+        "--hidden-size",
+        type=at_least(1),
+        metavar="N",
+        help="hidden size of the result; units make up the rest of the ratio (default: the model's)",
+    )
+    parser.add_argument(
+        "--basis",
+        choices=get_args(names.Basis),
+        metavar="BASIS",
+        help="what a smaller hidden size keeps: fisher, rotated directions, with an output matrix separate from the "
+        f"embedding, or coordinates (default: {_DEFAULTS['basis']})",
     )
     _add_number(parser, "seed", 0, "seed of every random draw")
     parser.add_argument(
@@ -290,10 +306,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
     if args.out is None and not args.plan_only:
         raise InputError("the following arguments are required: OUT (see numprune prune --help)")
-    if args.plan is None and args.ratio is None and args.budget is None:
+    if all(given is None for given in (args.plan, args.ratio, args.budget, args.hidden_size)):
         raise InputError(
-            "the following arguments are required: --ratio, --budget or --plan (see numprune prune --help)"
+            "the following arguments are required: --ratio, --budget, --hidden-size or --plan (see numprune prune "
+            "--help)"
         )
+    if args.basis is not None and args.hidden_size is None:
+        raise InputError(f"--basis {args.basis} has an effect only with --hidden-size; leave it out")
     if args.out is not None:
         check_out(args.out)
         manifest.sweep(args.out.parent)  # its remains can be large
@@ -309,7 +328,7 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     if args.plan is None:
         if "scheme" in given and "budget" not in given:
             raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
-        return options_within_budget(given, base), None
+        return options_within_budget({"ratio": 0.0, **given}, base), None
     if args.plan_only:
         raise InputError("--plan-only and --plan exclude each other; omit one of them")
     if given:
@@ -365,9 +384,12 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
     from numprune.budget import budget_of
     from numprune.export import checkpoint
     from numprune.export.tasks import load_task
+    from numprune.hidden import narrowed
 
     before = read_anatomy(checkpoint.read_config(base))
     after = before.keeping(plan.sizes())
+    if plan.hidden:
+        after = narrowed(after, len(plan.hidden.kept), plan.hidden.basis)
     budgets = [dataclasses.asdict(budget_of(anatomy)) for anatomy in (before, after)]
     removed = 1 - budgets[1]["prunable_parameters"] / budgets[0]["prunable_parameters"]
     if out is not None:
@@ -378,6 +400,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "after": budgets[1],
         "prunable_ratio_removed": removed,
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
+        "hidden_size": [after.hidden_size, before.hidden_size] if plan.hidden else None,
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
         "refinement": plan.refinement.model_dump() if plan.refinement else None,
@@ -392,6 +415,9 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
     if limit := plan.time_budget:
         ms = [limit.predicted(anatomy).ms for anatomy in (before, after)]
         lines.append(f"  {'predicted ms':<36} {ms[0]:.4g} -> {ms[1]:.4g} ({limit} in {limit.runtime})")
+    if plan.hidden:
+        basis, kept = plan.hidden.basis, after.hidden_size
+        lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
     lines += [f"  {plan.refinement}"] if plan.refinement else []

@@ -344,11 +344,11 @@ def make_recovered(
 def make_quantized(
     out: Path, *, source: Artifact, dense: Artifact, rows: Artifact, asked: Quantize, device: str
 ) -> QuantizedCheckpoint:
-    """Quantize into the folder `checkpoint`; GPTQ fits to the outputs of the dense model."""
+    """Quantize into the folder `checkpoint`; GPTQ fits to the outputs of the dense model, if its stream is the same."""
     import torch
 
     from numprune.flows.bundle import CHECKPOINT
-    from numprune.flows.steps.quantize import quantize_checkpoint, schemes_of
+    from numprune.flows.steps.quantize import quantize_checkpoint, schemes_of, target_of
     from numprune.flows.steps.text import load_calibration
 
     schemes, where = schemes_of(asked.scheme, asked.channels_per_scale, source.path), torch.device(device)
@@ -357,7 +357,13 @@ def make_quantized(
     else:
         tokens, draw = load_calibration(rows.path)
         found = quantize_checkpoint(
-            source.path, schemes, out / CHECKPOINT, where, rows=tokens, draw=draw, dense=dense.path
+            source.path,
+            schemes,
+            out / CHECKPOINT,
+            where,
+            rows=tokens,
+            draw=draw,
+            dense=target_of(source.path, dense.path),
         )
     return QuantizedCheckpoint(method=asked.method, **found)
 

@@ -247,17 +247,16 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
         timed = recipe.prune.time_allowed is not None
         constraint = "parameters" if timed else request_of(recipe.learn, options).constraint
         check_learning(anatomy, options, constraint, recipe.data.sequence_length)
-        if HIDDEN_SIZE in recipe.prune.axes and recipe.recover.method == "distill":
-            if recipe.recover.train == "blocks":
-                raise InputError(
-                    f"axes: with {HIDDEN_SIZE}, blocks cannot be priced in the dense model; set recover.train to all "
-                    "or lora"
-                )
-            if recipe.recover.hidden_weight:
-                raise InputError(
-                    f"axes: with {HIDDEN_SIZE}, hidden states cannot be compared with the dense model's; set "
-                    "recover.hidden_weight to 0"
-                )
+    narrower = f"axes: with {HIDDEN_SIZE}" if HIDDEN_SIZE in recipe.prune.axes else "hidden_size: with a smaller one"
+    if (HIDDEN_SIZE in recipe.prune.axes or recipe.prune.hidden_size) and recipe.recover.method == "distill":
+        if recipe.recover.train == "blocks":
+            raise InputError(
+                f"{narrower}, blocks cannot be priced in the dense model; set recover.train to all or lora"
+            )
+        if recipe.recover.hidden_weight:
+            raise InputError(
+                f"{narrower}, hidden states cannot be compared with the dense model's; set recover.hidden_weight to 0"
+            )
 
 
 def _check_timed_is_exported(recipe: Recipe, base: Path) -> None:

@@ -60,7 +60,8 @@ def device_of(device: str) -> torch.device:
 def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOptions:
     """Return the options of a recipe for the model in `base`; `scheme` as in `byte_budget`."""
     budget = None if asked.bytes_allowed is None else byte_budget(base, asked.bytes_allowed, scheme)
-    return PruneOptions(**asked.model_dump(exclude={"stream", "budget"}), target=target, budget=budget)
+    fields = asked.model_dump(exclude={"stream", "budget"}) | {"hidden_size": asked.hidden_size or None}
+    return PruneOptions(**fields, target=target, budget=budget)
 
 
 def planned(path: Path, asked: Prune) -> tuple[Plan, PruneOptions]:
@@ -233,11 +234,19 @@ def _prune_streamed(
     check_vocabulary(base, text_tokenizer(base), layers.config)
     dropped = pruning.layers_to_drop(layers, rows, options) if plan is None else plan.dropped
     gone = [drop.layer for drop in dropped]
-    with writing(folder, renumber_tensors(dtypes_of(layers.stored), layers.anatomy.layers_path, gone)) as writer:
-        layers.copy_around(writer, plan.coordinates() if plan else None)
+    narrowing = pruning.narrowing_of(layers, rows, options, plan)
+    dtypes = dtypes_of(layers.stored, tensor_table(layers.config).tied)
+    with writing(folder, renumber_tensors(dtypes, layers.anatomy.layers_path, gone)) as writer:
         made = pruning.prune_layers(
-            layers, rows, options, lambda tensors: layers.write(tensors, writer), dropped=dropped, plan=plan
+            layers,
+            rows,
+            options,
+            lambda tensors: layers.write(tensors, writer),
+            dropped=dropped,
+            plan=plan,
+            narrowing=narrowing,
         )
+        layers.copy_around(writer, narrowing)  # last, because the output matrix is refitted last
     save_around_weights(skeleton(pruning.config_after(layers, made)), base, folder)
     return made
 
@@ -266,5 +275,7 @@ def plan_checkpoint(
         check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
         layers = ModelLayers(load_model(base).to(device), load_task(base))
-    plan = pruning.plan_layers(layers, rows, options, dropped=pruning.layers_to_drop(layers, rows, options))
+    dropped = pruning.layers_to_drop(layers, rows, options)
+    narrowing = pruning.narrowing_of(layers, rows, options)
+    plan = pruning.plan_layers(layers, rows, options, dropped=dropped, narrowing=narrowing)
     return plan.drawn(draw, manifest.folder_digest(base))

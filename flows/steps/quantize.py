@@ -119,7 +119,8 @@ def write_quantized(
     stored = checkpoint.audit(base)
     scale_dtype = main_dtype(stored)
     by_name = {name: matrix.scheme for name, matrix in matrices.items()}
-    full = renumber_tensors(dtypes_of(stored), layers_path(model.config), plan.dropped_layers() if plan else ())
+    dtypes = dtypes_of(stored, tensor_table(checkpoint.read_config(base)).tied)
+    full = renumber_tensors(dtypes, layers_path(model.config), plan.dropped_layers() if plan else ())
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     with manifest.creating(out, kind="checkpoint", parents=parents, facts=facts) as folder:
         with writing(folder, _quantized_dtypes(full, by_name, scale_dtype)) as writer:
@@ -195,6 +196,12 @@ def check_request(source: Path, schemes: BlockSchemes, dense: Path | None = None
         plan = plan_of(source)
         dropped, hidden = (plan.dropped_layers(), plan.hidden) if plan else ([], None)
         check_target(anatomy, read_anatomy(checkpoint.read_config(dense)), dropped, hidden)
+
+
+def target_of(source: Path, dense: Path) -> Path | None:
+    """Return the model to whose residual stream GPTQ fits: `dense`, or None for one that is rotated in `source`."""
+    plan = plan_of(source)
+    return None if plan and plan.hidden and plan.hidden.basis == "fisher" else dense
 
 
 def dropped_layers(source: Path) -> list[int]:

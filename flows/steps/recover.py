@@ -153,7 +153,8 @@ def stored_dtypes(source: Path, model: PreTrainedModel, dropped: Collection[int]
 
     `dropped`: layers of the checkpoint `source` that the model does not have.
     """
-    dtypes = renumber_tensors(dtypes_of(checkpoint.audit(source)), layers_path(model.config), dropped)
+    before = dtypes_of(checkpoint.audit(source), tensor_table(checkpoint.read_config(source)).tied)
+    dtypes = renumber_tensors(before, layers_path(model.config), dropped)
     names = {name: parts[0] for name, parts in tensor_table(model.config).parts.items()}
     return {name: dtypes[stored] for name, stored in names.items() if stored in dtypes}
 

@@ -124,6 +124,8 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         )
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
+    if options.hidden_size is not None:
+        raise InputError(f"hidden_size: masks choose it if axes has {HIDDEN_SIZE}; leave it out")
     if "expert-channels" in options.axes and any(has_biases(block) for block in anatomy.of_kind("experts")):
         raise InputError(
             f"axes: the experts of {anatomy.family} have biases, and masks are on whole ones; leave out expert-channels"
@@ -132,7 +134,7 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         raise InputError(f"allocation is {options.allocation!r}; masks are rounded by one of {', '.join(ALLOCATIONS)}")
     narrowest = hidden_sizes(anatomy, options.target)[0] if HIDDEN_SIZE in options.axes else None
     # Units can make up the rest of the ratio at some hidden size if they can at the smallest.
-    options = replace(options, hidden_size=narrowest)
+    options = replace(options, hidden_size=narrowest, basis="coordinates")
     constraint = Constraint(counted, anatomy, length, budget := options.budget or options.time_budget)
     if budget is not None and HIDDEN_SIZE in options.axes:
         raise InputError(f"axes: a budget is met by units alone; leave out {HIDDEN_SIZE}, or use a ratio")

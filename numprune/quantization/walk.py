@@ -50,6 +50,11 @@ class Fit:
 def check_target(anatomy: Anatomy, target: Anatomy, dropped: Sequence[int], hidden: HiddenPlan | None = None) -> None:
     """Refuse a target from which the model cannot have been pruned; `hidden`: of the plan. Raises InputError."""
     if hidden is not None:
+        if hidden.basis == "fisher":
+            raise InputError(
+                "the model's residual stream was rotated (basis fisher), so it cannot be fitted to the dense model's; "
+                "leave the dense model out"
+            )
         if hidden.size != target.hidden_size:
             raise InputError(
                 f"the dense model has hidden_size {target.hidden_size}, and the model to quantize was cut from "

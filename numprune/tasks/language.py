@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
@@ -122,3 +123,9 @@ def draw_labels(log_probabilities: Tensor, draw: torch.Generator) -> Tensor:
     chances = torch.rand(len(log_probabilities), 1, generator=draw).to(log_probabilities.device)
     drawn = (log_probabilities.detach().exp().cumsum(-1) < chances).sum(-1)
     return drawn.clamp_max(log_probabilities.shape[-1] - 1)  # the cumulative sum may end just below 1
+
+
+def drawn_nll(logits: Tensor, draw: torch.Generator) -> Tensor:
+    """Return the summed NLL of labels drawn by logits (…, V): E[g g^T] of its gradient is the Fisher matrix."""
+    flat = logits.flatten(0, -2).float()
+    return functional.cross_entropy(flat, draw_labels(flat.log_softmax(-1), draw), reduction="sum")

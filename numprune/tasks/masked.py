@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.corpus import Pack, TokenRows
@@ -123,9 +123,7 @@ class Masked:
 
     def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
         """The NLL of tokens drawn from the model's own distributions at the masks: E[g g^T] is its Fisher matrix."""
-        logits = output[rows == self.mask_token].float()
-        labels = language.draw_labels(logits.log_softmax(-1), draw)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return language.drawn_nll(output[rows == self.mask_token], draw)
 
 
 def masked_lm(tokenizer: PreTrainedTokenizerBase) -> Masked:

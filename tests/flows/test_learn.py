@@ -127,7 +127,7 @@ def test_the_hidden_size_is_learned_and_cut(
         assert found["prunable_ratio_removed"] == pytest.approx(made["removed"])
     code, inspected = run("inspect", tmp_path / "streamed")
     assert (inspected["hidden_size"], inspected["uniform"]) == (kept, True)
-    assert inspected["plan"]["hidden"] == {"size": 64}
+    assert inspected["plan"]["hidden"] == {"size": 64, "basis": "coordinates"}
     for words, said in (
         (("inspect", tmp_path / "memory"), r"hidden size before +64"),
         (("prune", base, tmp_path / "again", *how), rf"removed, hidden size 64 -> {kept}; weights"),

@@ -70,6 +70,7 @@ def test_names_match_the_implementation() -> None:
     from numprune.criteria import CRITERIA
     from numprune.export import precision
     from numprune.export.runtimes import DEVICES, NAMES
+    from numprune.hidden import BASES
     from numprune.options import COMPENSATIONS
     from numprune.refinement import REFINEMENTS
     from numprune.serving.benchmark.run import TorchMode
@@ -80,6 +81,7 @@ def test_names_match_the_implementation() -> None:
     assert names.DEFAULT_AXES == DEFAULT_AXES
     assert set(get_args(names.Compensation)) == set(COMPENSATIONS)
     assert get_args(names.Refine) == REFINEMENTS
+    assert get_args(names.Basis) == BASES
     assert set(get_args(names.Runtime)) == {*NAMES, "vllm"}
     assert set(get_args(names.Device)) == set(DEVICES)
     assert get_args(names.Dtype) == (precision.AUTO, *precision.DTYPES)
@@ -167,8 +169,8 @@ def test_every_problem_is_reported_with_field_value_and_allowed_values(minimal: 
         "prune.criterion = 'numercal': must be 'numerical', 'numerical-newton', 'obs', 'taylor', 'flap', 'dimap', "
         "'wanda', 'magnitude', 'random' or 'frequency'; did you mean 'numerical'?",
         "prune.rato: unknown; the valid ones are ratio, criterion, allocation, compensation, axes, keep, floors, "
-        "skips, "
-        "budget, drop_layers, refine, refine_minutes, damping, seed, batch_size, stream; did you mean 'ratio'?",
+        "skips, budget, drop_layers, hidden_size, basis, refine, refine_minutes, damping, seed, batch_size, stream; "
+        "did you mean 'ratio'?",
         'data.calibration = []: must be "embedded" or a list of text files',
         'data.split = \'(\': must be "file", "blank-line" or a regular expression (missing ), unterminated subpattern',
         "data.pack = 'maybe': must be \"auto\", true or false",

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from numprune.anatomy import read_anatomy
 from numprune.budget import budget_of
+from numprune.byte_budget import ByteBudget
 from numprune.errors import InputError
 from numprune.export import checkpoint, onnx, parity
 from numprune.export.streaming import CheckpointLayers
@@ -17,18 +19,20 @@ from numprune.export.vllm import preflight
 from numprune.families import FAMILIES
 from numprune.flows.sections import Learn, Prune
 from numprune.flows.steps.prune import prune_checkpoint
+from numprune.flows.steps.quantize import target_of
 from numprune.flows.steps.report import pruning_section
 from numprune.hidden import check_narrowable, hidden_sizes, removed
 from numprune.layers import CopiedLayers
 from numprune.modeling import AUTO_OF
 from numprune.options import PruneOptions, check_options, options_of
 from numprune.planned import check_plan
-from numprune.plans import BlockPlan, HiddenPlan
-from numprune.pruning import describe, prune, prune_layers
+from numprune.plans import PLAN_FILE, BlockPlan, HiddenPlan
+from numprune.pruning import config_after, describe, narrowing_of, plan_layers, prune, prune_layers
 from numprune.quantization import Scheme
 from numprune.quantization.walk import Fit, check_target, quantize_model
 from numprune.recovery.prices import block_prices
 from numprune.slices import Kept
+from numprune.surgery import assemble
 from numprune.target import Target
 from tests.conftest import build_tiny, recast, write_checkpoint
 
@@ -188,8 +192,9 @@ def test_streamed_matches_in_memory(family, tied, tmp_path):
     model, _ = checkpoint.load(folder)
     plan = plan_of(read_anatomy(model.config), "joint", share=2)
     kept = pruned_by(model, plan)
-    cut = {}
-    prune_layers(CheckpointLayers(folder, scratch=tmp_path), ROWS, options_of(plan), cut.update, plan=plan)
+    cut, layers = {}, CheckpointLayers(folder, scratch=tmp_path)
+    narrowing = narrowing_of(layers, ROWS, options_of(plan), plan)
+    prune_layers(layers, ROWS, options_of(plan), cut.update, plan=plan, narrowing=narrowing)
     inside = kept.model.state_dict()
     for name, value in cut.items():
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
@@ -302,7 +307,9 @@ def test_every_family_is_either_proved_here_or_refused():
 
 def test_criteria_do_not_choose_the_hidden_size():
     options = PruneOptions(0.3, axes=("channels", "hidden-size"))
-    with pytest.raises(InputError, match="only trained masks choose the hidden size; use numprune learn"):
+    with pytest.raises(
+        InputError, match="only trained masks choose the hidden size; set hidden_size, use numprune learn"
+    ):
         check_options(read_anatomy(build_tiny().config), options)
 
 
@@ -311,7 +318,6 @@ def test_criteria_do_not_choose_the_hidden_size():
     [
         ({"hidden": {"size": 32, "kept": [0]}}, "it is for hidden size 32, the model has 64"),
         ({"hidden": {"size": 64, "kept": [*range(42)]}}, "would be 42, and the target needs 4 or a multiple"),
-        ({"axes": ["channels"]}, "the hidden size is cut, but axes has no hidden-size; add it"),
         ({"ratio": 0.9}, "ratio"),
     ],
 )
@@ -338,3 +344,160 @@ def test_coordinates_must_be_some_of_the_model_in_order(kept):
 )
 def test_hidden_sizes_suit_the_target(target, sizes):
     assert hidden_sizes(read_anatomy(build_tiny().config), target) == sizes
+
+
+def narrow(model, **options):
+    options = {"compensation": "residual", "hidden_size": HIDDEN, "target": Target(align=4), **options}
+    return prune(model, ROWS, PruneOptions(options.pop("ratio", 0.0), **options))
+
+
+def divergence(model, dense):
+    found = logits(model).log_softmax(-1)
+    return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", NARROWABLE)
+def test_the_rotated_and_cut_model_is_a_stock_model(family, tmp_path):
+    model = build_tiny(family)
+    anatomy = read_anatomy(model.config)
+    made = narrow(model)
+    config = made.model.config
+    assert (config.hidden_size, config.model_type, config.tie_word_embeddings) == (HIDDEN, family, False)
+    assert made.plan.hidden == HiddenPlan(size=64, kept=[*range(HIDDEN)], basis="fisher")
+    assert made.after == budget_of(made.plan.result(anatomy))
+    assert made.after.parameters == sum(value.numel() for value in made.model.parameters())
+    made.model.save_pretrained(tmp_path)
+    implementation = FAMILIES[family].attention_implementation
+    read = AUTO_OF["causal-lm"].from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=implementation)
+    torch.testing.assert_close(logits(read.eval()), logits(made.model), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("basis", ["fisher", "coordinates"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_refitting_what_reads_the_stream_loses_less(family, basis):
+    model = build_tiny(family)
+    dense = logits(model).log_softmax(-1)
+    plain, fitted = (
+        divergence(narrow(model, basis=basis, compensation=one).model, dense) for one in ("none", "residual")
+    )
+    assert fitted < 0.8 * plain
+
+
+@pytest.mark.parametrize("basis", ["fisher", "coordinates"])
+def test_refitting_the_output_matrix_brings_its_logits_closer(basis):
+    model = build_tiny()
+    options = PruneOptions(0.0, compensation="residual", hidden_size=HIDDEN, basis=basis)
+    layers, cut = CopiedLayers(model), {}
+    narrowing = narrowing_of(layers, ROWS, options)
+    plan = prune_layers(layers, ROWS, options, cut.update, narrowing=narrowing)
+    wanted = logits(model)
+    errors = [
+        float((logits(assemble(model, config_after(layers, plan), cut, one)) - wanted).square().mean())
+        for one in (narrowing, replace(narrowing, head=None))
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("basis", ["fisher", "coordinates"])
+def test_a_tied_output_matrix_stays_tied_unless_rotated(basis):
+    made = narrow(build_tiny(tie_word_embeddings=True), basis=basis)
+    own = made.model.get_output_embeddings().weight is not made.model.get_input_embeddings().weight
+    assert own is (basis == "fisher") is not made.model.config.tie_word_embeddings
+
+
+def test_a_plan_of_directions_finds_them_again():
+    model = build_tiny()
+    made = narrow(model, ratio=0.5)
+    again = prune(model, ROWS, options_of(made.plan), plan=made.plan)
+    assert again.plan == made.plan
+    torch.testing.assert_close(logits(again.model), logits(made.model), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "error"])
+@pytest.mark.parametrize("basis", ["fisher", "coordinates"])
+def test_units_make_up_the_rest_of_the_ratio(allocation, basis):
+    model = build_tiny(intermediate_size=160)
+    made = narrow(model, ratio=0.5, hidden_size=48, allocation=allocation, basis=basis)
+    assert made.prunable_ratio_removed == pytest.approx(0.5, abs=0.03)
+    assert made.model.config.hidden_size == 48
+    width_alone = narrow(model, ratio=0.2, hidden_size=48, allocation=allocation, basis=basis)
+    assert width_alone.prunable_ratio_removed == pytest.approx(0.25, abs=0.01)
+    assert all(len(block.kept) == block.units for block in width_alone.plan.blocks.values())
+
+
+def test_a_planned_hidden_size_is_that_of_the_pruned_model():
+    model = build_tiny(intermediate_size=160)
+    options = PruneOptions(0.5, hidden_size=48, allocation="error", compensation="none", target=Target(align=4))
+    layers = CopiedLayers(model)
+    planned = plan_layers(layers, ROWS, options, narrowing=narrowing_of(layers, ROWS, options))
+    made = prune(model, ROWS, options)
+    assert (planned.hidden, planned.sizes()) == (made.plan.hidden, made.plan.sizes())
+
+
+def test_a_layer_is_dropped_from_a_rotated_model():
+    model = build_tiny(num_hidden_layers=3)
+    made = narrow(model, ratio=0.5, drop_layers=1, hidden_size=56)
+    assert (made.model.config.num_hidden_layers, made.model.config.hidden_size) == (2, 56)
+    assert made.prunable_ratio_removed >= 0.5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rotated_checkpoint_is_stored_the_same_streamed_or_not(tied, tmp_path):
+    base = recast(write_checkpoint(build_tiny(tie_word_embeddings=tied), tmp_path / "base"), torch.bfloat16)
+    options = PruneOptions(0.0, hidden_size=HIDDEN, compensation="residual")
+    for name, stream in (("memory", False), ("streamed", True)):
+        prune_checkpoint(base, ROWS, options, tmp_path / name, CPU, stream=stream)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("memory", "streamed"))
+    assert ours.keys() == theirs.keys()
+    assert ours["lm_head.weight"].shape == (259, HIDDEN)
+    assert {value.dtype for value in ours.values()} == {torch.bfloat16}
+    for name, value in ours.items():  # signs and order of directions are the same; their rounding can differ
+        torch.testing.assert_close(value, theirs[name], atol=0.02 * float(value.abs().max()), rtol=0.02)
+    stored = json.loads((tmp_path / "streamed" / "config.json").read_text())
+    assert stored["tie_word_embeddings"] is False
+
+
+def test_gptq_of_a_rotated_model_fits_to_the_model_itself(tmp_path):
+    dense = build_tiny()
+    made = narrow(dense)
+    with pytest.raises(InputError, match=r"was rotated \(basis fisher\), .*; leave the dense model out"):
+        check_target(read_anatomy(made.model.config), read_anatomy(dense.config), (), made.plan.hidden)
+    for basis, wanted in (("fisher", None), ("coordinates", tmp_path / "dense")):
+        folder = tmp_path / basis
+        narrow(dense, basis=basis).plan.write(folder / PLAN_FILE)
+        assert target_of(folder, tmp_path / "dense") == wanted
+
+
+@pytest.mark.parametrize(
+    ("tied", "options", "message"),
+    [
+        (
+            True,
+            {"hidden_size": 56},
+            "hidden_size is 56: in the basis fisher it needs an output matrix of its own, 14,504 parameters, which "
+            "this model shares with the embedding, so the model would have 83,048 parameters instead of 78,336; choose "
+            "at most 48, or the basis coordinates",
+        ),
+        (False, {"hidden_size": 64}, "it removes nothing, so the model would have"),
+        (False, {"hidden_size": 42}, "the hidden size would be 42, and the target needs 8 or a multiple of it"),
+        (False, {"hidden_size": 128}, "the hidden size would be 128, .* the nearest: 64"),
+        (False, {"hidden_size": 48, "basis": "pca"}, "basis is 'pca'; it must be one of fisher, coordinates"),
+    ],
+)
+def test_a_hidden_size_that_cannot_be_or_does_not_pay_is_refused(tied, options, message):
+    anatomy = read_anatomy(build_tiny(tie_word_embeddings=tied).config)
+    with pytest.raises(InputError, match=message):
+        check_options(anatomy, PruneOptions(0.0, **options))
+
+
+def test_a_budget_beside_a_hidden_size_is_refused():
+    anatomy = read_anatomy(build_tiny().config)
+    options = PruneOptions(0.0, allocation="error", budget=ByteBudget(10_000, 0, 4, (None,)), hidden_size=48)
+    with pytest.raises(InputError, match="a budget counts embeddings at their full size; leave out hidden_size"):
+        check_options(anatomy, options)
+
+
+@pytest.mark.parametrize("kept", [[1, 2], [0, 2]])
+def test_of_directions_the_first_are_kept(kept):
+    with pytest.raises(ValueError, match="the first directions must be kept"):
+        HiddenPlan(size=64, kept=kept, basis="fisher")
