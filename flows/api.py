@@ -129,7 +129,7 @@ def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:
     _refuse_quantized(model, "pruning")
     layers = ModelLayers(model.network, model.task)
     check_options(layers.anatomy, options)
-    dropped = pruning.layers_to_drop(layers, rows.tokens, options)
+    dropped = pruning.what_to_drop(layers, rows.tokens, options)
     narrowing = pruning.narrowing_of(layers, rows.tokens, options)
     made = pruning.plan_layers(layers, rows.tokens, options, dropped=dropped, narrowing=narrowing)
     return made.drawn(rows.draw, manifest.folder_digest(model.folder))

@@ -70,6 +70,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "budget_bytes": options.budget.limit if options.budget else None,
         "budget_time": recipe.prune.time_allowed,
         "drop_layers": recipe.prune.drop_layers,
+        "drop_blocks": recipe.prune.drop_blocks,
         "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
         "hidden_size_is_chosen": narrows,
         "refine_minutes": recipe.prune.refine_minutes if recipe.prune.refine != "none" else None,

@@ -202,6 +202,7 @@ class Prune(Section):
     skips: bool = False
     budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
     drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    drop_blocks: Annotated[int, Field(ge=0, lt=2**31)] = 0
     hidden_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
     basis: Basis = "fisher"
     refine: Refine = "none"

@@ -7,8 +7,8 @@ A layer is run by its own forward pass, with the arguments that the model calls 
 output of the layer's other block is set to zero, and a norm after the sum of that block, if any, is bypassed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -109,13 +109,18 @@ def after_block(
         return arguments.call(layer, hidden)
 
 
-@contextmanager
-def _alone(layer: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[None]:
+def _alone(layer: nn.Module, anatomy: Anatomy, block: Block) -> AbstractContextManager[None]:
     """Silence the layer's other blocks."""
+    return silenced(layer, [other for other in anatomy.of_layer(block.layer) if other.name != block.name])
+
+
+@contextmanager
+def silenced(layer: nn.Module, blocks: Iterable[Block]) -> Iterator[None]:
+    """Run the layer without these of its blocks."""
     with ExitStack() as stack:
-        for other in anatomy.of_layer(block.layer):
-            if other.name != block.name and other.units:
-                stack.enter_context(_standing(layer, stand_ins(other)))
+        for block in blocks:
+            if block.units:
+                stack.enter_context(_standing(layer, stand_ins(block)))
         yield
 
 

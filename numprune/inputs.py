@@ -47,8 +47,8 @@ class Inputs(Protocol):
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         """Pass the outputs of the block, now pruned to `kept`, on to the blocks after it."""
 
-    def drop(self, walker: Walker, index: int) -> None:
-        """Pass layer `index` of the model of `walker`, which the pruned model does not have."""
+    def drop(self, walker: Walker, index: int, block: Block | None = None) -> None:
+        """Pass layer `index` of the model of `walker`, or a block of it, which the pruned model does not have."""
 
 
 class PropagatedInputs:
@@ -203,10 +203,14 @@ class PropagatedInputs:
             for batch in walker.batches(len(pruned)):
                 walker.give(layer, block, pruned, batch, functional.linear(consumed(batch), weight, bias))
 
-    def drop(self, walker: Walker, index: int) -> None:
-        if self._pruned is not self._dense:
-            with walker.layers.layer(index) as layer:
+    def drop(self, walker: Walker, index: int, block: Block | None = None) -> None:
+        if self._pruned is self._dense:
+            return
+        with walker.layers.layer(index) as layer:
+            if block is None:
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
+            else:
+                walker.advance(layer, block, self._dense)
 
     def _dense_layer(self, layer: nn.Module) -> nn.Module:
         """Return the layer for the dense stream, once per block."""
@@ -303,5 +307,5 @@ class PrecomputedInputs:
     def pass_on(self, layer: nn.Module, block: Block, kept: Kept, damping: float) -> None:
         pass
 
-    def drop(self, walker: Walker, index: int) -> None:
+    def drop(self, walker: Walker, index: int, block: Block | None = None) -> None:
         pass

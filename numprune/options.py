@@ -12,7 +12,7 @@ from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.byte_budget import ByteBudget
 from numprune.criteria import CRITERIA
-from numprune.depth import ratio_left, smallest_layers
+from numprune.depth import ratio_left, smallest_blocks, smallest_layers, without_blocks
 from numprune.errors import InputError
 from numprune.hidden import BASES, Basis, check_narrowable, hidden_sizes, narrowed, ratio_beside
 from numprune.inputs import FROM_PRUNED_PREFIX
@@ -49,6 +49,7 @@ class PruneOptions:
         time_budget: longest step of the result, for the allocation `error`, in place of `budget`. Without either, the
             ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
+        drop_blocks: number of attention blocks and MLPs to remove, likewise; instead of `drop_layers`.
         hidden_size: of the result; units make up the rest of the ratio. None: it stays, or masks choose it.
         basis: which coordinates a smaller hidden size keeps, see basis.py.
         refine: "search": search for better sizes of the same budget, starting from those of the allocation `error`
@@ -72,6 +73,7 @@ class PruneOptions:
     budget: ByteBudget | None = None
     time_budget: TimeBudget | None = None
     drop_layers: int = 0
+    drop_blocks: int = 0
     hidden_size: int | None = None
     basis: Basis = "fisher"
     refine: str = "none"
@@ -105,6 +107,7 @@ def options_of(plan: Plan) -> PruneOptions:
         budget=plan.budget,
         time_budget=plan.time_budget,
         drop_layers=plan.drop_layers,
+        drop_blocks=plan.drop_blocks,
         hidden_size=len(plan.hidden.kept) if plan.hidden else None,
         basis=plan.hidden.basis if plan.hidden else "fisher",
         damping=plan.damping,
@@ -134,21 +137,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(f"damping is {options.damping}; it must be 0 or more")
     if options.batch_size < 1:
         raise InputError(f"batch_size is {options.batch_size}; it must be at least 1")
-    if options.skips and options.allocation == "uniform":
-        raise InputError(
-            "skips: uniform allocation gives every layer the same size, so no block can be removed; use error or global"
-        )
-    if options.skips and anatomy.attention_differs:
-        raise InputError(
-            "skips: a model with sliding windows in some layers only must keep the attention of every layer"
-        )
-    if options.skips and any(block.post_norms for block in anatomy.blocks):
-        raise InputError(
-            f"skips: in {anatomy.family} a norm follows each block and would be removed with it, so a block's output "
-            "does not determine its value"
-        )
-    if options.skips and options.compensation == "bias":
-        raise InputError("skips: a removed block has no bias for compensation; use another compensation")
+    if options.skips or options.drop_blocks:
+        _check_removing_blocks(anatomy, options, "skips" if options.skips else "drop_blocks")
     if options.compensation == "bias" and not can_hold_bias(anatomy.family):
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot have a bias; use another compensation"
@@ -171,17 +161,19 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
     if options.allocation == "uniform":
         _check_same_in_every_layer(anatomy, options)
     dropped = smallest_layers(anatomy, options.drop_layers, protected_layers(anatomy, options))
-    rest, left = left_of(anatomy, options, dropped)
+    blocks = smallest_blocks(anatomy, options.drop_blocks, options.limits.protected(anatomy))
+    rest, left = left_of(anatomy, options, dropped, blocks)
     allowed = sizes_allowed(rest, left)
     try:
         check_ratio(rest, left.ratio, allowed)
         if options.allocation == "uniform":
             uniform(rest, left.ratio, allowed)
     except InputError as error:
-        if not dropped:
+        if not dropped and not blocks:
             raise
+        what, count = ("layers", len(dropped)) if dropped else ("blocks", len(blocks))
         raise InputError(
-            f"with drop_layers {len(dropped)} the other layers must lose {left.ratio:.4f} of theirs: {error}"
+            f"with drop_{what} {count} the other {what} must lose {left.ratio:.4f} of theirs: {error}"
         ) from None
 
 
@@ -210,12 +202,37 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
         raise InputError("refine: the search does not refit experts; leave refine out")
     if options.hidden_size is not None:
         raise InputError("refine: the search keeps the hidden size; leave hidden_size or refine out")
+    if options.drop_blocks:
+        raise InputError("refine: the search keeps every block; leave drop_blocks or refine out")
     if options.budget is not None and options.budget.levels != (None,):
         schemes = " or ".join(level for level in options.budget.levels if level is not None)
         raise InputError(
             f"refine: the search measures weights that are not quantized, and the budget counts blocks in {schemes}; "
             "leave refine out, or quantize to none"
         )
+
+
+def _check_removing_blocks(anatomy: Anatomy, options: PruneOptions, asked: str) -> None:
+    if options.drop_blocks and options.drop_layers:
+        raise InputError("drop_blocks and drop_layers are given; leave one of them out")
+    if options.drop_blocks and "experts" in anatomy.kinds:
+        raise InputError("drop_blocks: models with experts are not supported; use drop_layers")
+    if options.allocation == "uniform":
+        raise InputError(
+            f"{asked}: uniform allocation gives every layer the same size, so no block can be removed; use error or "
+            "global"
+        )
+    if anatomy.attention_differs:
+        raise InputError(
+            f"{asked}: a model with sliding windows in some layers only must keep the attention of every layer"
+        )
+    if any(block.post_norms for block in anatomy.blocks):
+        raise InputError(
+            f"{asked}: in {anatomy.family} a norm follows each block and would be removed with it, so a block's output "
+            "does not determine its value"
+        )
+    if options.compensation == "bias":
+        raise InputError(f"{asked}: a removed block has no bias for compensation; use another compensation")
 
 
 def _check_hidden(anatomy: Anatomy, options: PruneOptions, *, planned: bool) -> None:
@@ -272,8 +289,9 @@ def _check_budgeted(options: PruneOptions) -> None:
         )
     if options.allocation != "error":
         raise InputError(f"a budget is divided by error; allocation is {options.allocation!r}, set it to error")
-    if options.drop_layers:
-        raise InputError("drop_layers: layers are dropped by the ratio; leave it out, or use a ratio and no budget")
+    if options.drop_layers or options.drop_blocks:
+        what = "layers" if options.drop_layers else "blocks"
+        raise InputError(f"drop_{what}: {what} are dropped by the ratio; leave it out, or use a ratio and no budget")
     if HIDDEN_SIZE in options.axes or options.hidden_size is not None:
         raise InputError(
             f"a budget counts embeddings at their full size; leave out hidden_size and the axis {HIDDEN_SIZE}, or give "
@@ -342,11 +360,16 @@ def protected_layers(anatomy: Anatomy, options: PruneOptions) -> set[int]:
     return {block.layer for block in anatomy.blocks if block.name in protected}
 
 
-def left_of(anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int]) -> tuple[Anatomy, PruneOptions]:
-    """Return the anatomy without these layers, at the new hidden size, and the options for it.
+def left_of(
+    anatomy: Anatomy, options: PruneOptions, dropped: Sequence[int], blocks: Sequence[str] = ()
+) -> tuple[Anatomy, PruneOptions]:
+    """Return the anatomy without these layers or blocks, at the new hidden size, and the options for it.
 
     These have its share of the ratio, and its block names.
     """
+    if blocks:
+        ratio = ratio_left(anatomy, options.ratio, (), blocks)
+        anatomy, options = without_blocks(anatomy, blocks), replace(options, ratio=ratio, drop_blocks=0)
     if dropped:
         rest, protected = anatomy.without(dropped), options.limits.protected(anatomy)
         before = [block.name for block in anatomy.blocks if block.layer not in dropped]

@@ -45,6 +45,11 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     dropped = plan.dropped_layers()
     if len(set(dropped)) != plan.drop_layers:
         yield f"drop_layers is {plan.drop_layers}, and {len(set(dropped))} layers are dropped"
+    alone = plan.names_of_dropped_blocks()
+    if len(set(alone)) != plan.drop_blocks:
+        yield f"drop_blocks is {plan.drop_blocks}, and {len(set(alone))} blocks are dropped"
+    for name in set(alone) - blocks.keys():
+        yield f"{name} is dropped, and the model has no such block"
     if plan.hidden and plan.hidden.size != anatomy.hidden_size:
         yield f"it is for hidden size {plan.hidden.size}, the model has {anatomy.hidden_size}"
     for layer in dropped:
@@ -54,6 +59,7 @@ def _other_model(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
 
 def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     sizes, gone, limits = plan.sizes(), plan.dropped_layers(), options_of(plan).limits
+    alone = plan.names_of_dropped_blocks()
     after = plan.result(anatomy)
     for kind in anatomy.kinds:
         if not any(block.units for block in after.of_kind(kind)):
@@ -64,7 +70,7 @@ def _sizes(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
     allowed = allowed_sizes(of_width, plan.target, limits, stock=plan.allocation == "uniform")
     for block in anatomy.blocks:
         size, options = sizes[block.name], allowed[block.name]
-        if block.layer not in gone and size not in options:
+        if block.layer not in gone and block.name not in alone and size not in options:
             distance = [(abs(option.units - size.units), abs(option.members - size.members)) for option in options]
             nearest = sorted(option for _, option in sorted(zip(distance, options, strict=True))[:2])
             yield (

@@ -1,5 +1,6 @@
 """The plan: the units that every block keeps, and how they were chosen."""
 
+from collections.abc import Sized
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,6 +28,14 @@ Index = Annotated[int, Field(ge=0)]
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+def _is_zero(value: int) -> bool:
+    return value == 0
+
+
+def _is_empty(value: Sized) -> bool:
+    return not len(value)
 
 
 class BlockPlan(BaseModel):
@@ -188,6 +197,20 @@ class DroppedLayer(BaseModel):
     divergence: Annotated[float, Field(allow_inf_nan=False)]
 
 
+class DroppedBlock(BaseModel):
+    """An attention block or MLP that is removed as a whole because of `drop_blocks`.
+
+    Attributes:
+        block: its name.
+        divergence: as for a layer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block: str
+    divergence: Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Plan(BaseModel):
     """What is kept of each block of a model, relative to the model before pruning.
 
@@ -198,6 +221,7 @@ class Plan(BaseModel):
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.
+        dropped_blocks: the removed blocks, in the order in which they were chosen.
         hidden: None: the hidden size stays.
         splits: considered by uniform allocation: first the chosen one, then the others, cheapest first. None if nothing
             was
@@ -222,10 +246,12 @@ class Plan(BaseModel):
     budget: ByteBudget | None = Field(default=None, exclude_if=_is_none)
     time_budget: TimeBudget | None = Field(default=None, exclude_if=_is_none)
     drop_layers: Index = 0
+    drop_blocks: Index = Field(default=0, exclude_if=_is_zero)
     damping: float
     seed: int
     calibration: Calibration
     dropped: list[DroppedLayer] = []
+    dropped_blocks: list[DroppedBlock] = Field(default=[], exclude_if=_is_empty)
     hidden: HiddenPlan | None = Field(default=None, exclude_if=_is_none)
     splits: list[PricedSplit] | None = None
     refinement: Refinement | None = Field(default=None, exclude_if=_is_none)
@@ -233,11 +259,13 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _no_block_lost(self) -> "Plan":
-        dropped = tuple(f"layers.{layer}." for layer in self.dropped_layers())
+        dropped, alone = tuple(f"layers.{layer}." for layer in self.dropped_layers()), self.names_of_dropped_blocks()
         for name, block in self.blocks.items():
-            if name.startswith(dropped):
+            if name.startswith(dropped) or name in alone:
                 if block.kept:
-                    raise ValueError(f"{name} keeps units, although its layer is dropped")
+                    raise ValueError(
+                        f"{name} keeps units, although {'it' if name in alone else 'its layer'} is dropped"
+                    )
             elif block.units and not block.kept and not self.skips:
                 raise ValueError(f"{name} keeps no unit, although skips is false")
         return self
@@ -250,6 +278,14 @@ class Plan(BaseModel):
     def dropped_layers(self) -> list[int]:
         """Return the indices of the dropped layers, in the order in which they were chosen."""
         return [drop.layer for drop in self.dropped]
+
+    @property
+    def all_dropped(self) -> list["DroppedLayer | DroppedBlock"]:
+        return [*self.dropped, *self.dropped_blocks]
+
+    def names_of_dropped_blocks(self) -> list[str]:
+        """Return the names of the dropped blocks, in the order in which they were chosen."""
+        return [drop.block for drop in self.dropped_blocks]
 
     def coordinates(self) -> "Tensor | None":
         """Return the kept coordinates of the residual stream, or None: all."""

@@ -6,8 +6,8 @@ and refits the consumer. With `sequential` and `residual` compensation, the inpu
 and the targets from the dense model, both carried side by side. Each layer is handed on as soon as it is finished, so
 neither the model nor the result has to fit in memory.
 
-Whole layers to drop are chosen first (depth.py). Scores, error curves and inputs are then those of the model without
-them; targets from the dense model still include them.
+Whole layers or blocks to drop are chosen first (depth.py). Scores, error curves and inputs are then those of the model
+without them; targets from the dense model still include them.
 
 If the hidden size is cut, the coordinates of the residual stream to keep are chosen next (basis.py). With a rotation,
 everything else is done on the rotated model. The other coordinates are zero in the pruned prefix (hidden.py). If inputs
@@ -32,14 +32,14 @@ from numprune.choosing import Chosen, Known, blocks_of, chooser, dense_inputs, d
 from numprune.compensation import choose_damping, mean_bias, refit
 from numprune.configs import pruned_config
 from numprune.corpus import rows_digest
-from numprune.depth import Shallower, choose
+from numprune.depth import Shallower, Sparser, choose, choose_blocks
 from numprune.experts.finish import finish_experts
 from numprune.hidden import Basis, Narrowing, removed, silence
 from numprune.inputs import FROM_PRUNED_PREFIX, Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import CopiedLayers, Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, check_options, left_of, protected_layers
-from numprune.plans import BlockPlan, Calibration, DroppedLayer, HiddenPlan, Plan, PricedSplit
+from numprune.plans import BlockPlan, Calibration, DroppedBlock, DroppedLayer, HiddenPlan, Plan, PricedSplit
 from numprune.progress import progress
 from numprune.rotation import RotatedLayers
 from numprune.search.refine import check_searchable
@@ -87,7 +87,7 @@ def prune(
     """
     layers = CopiedLayers(model, task)
     check_options(layers.anatomy, options, planned=plan is not None)
-    dropped = layers_to_drop(layers, rows, options) if plan is None else plan.dropped
+    dropped = what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
     narrowing = narrowing_of(layers, rows, options, plan)
     cut: dict[str, Tensor] = {}
     made = prune_layers(layers, rows, options, cut.update, known, dropped, plan, narrowing)
@@ -95,12 +95,16 @@ def prune(
     return Pruned(pruned, made, budget_of(layers.anatomy), budget_of(read_anatomy(pruned.config)))
 
 
-def layers_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> tuple[DroppedLayer, ...]:
-    """Return the layers to drop by these options, as chosen by `depth.choose`."""
+def what_to_drop(layers: Layers, rows: Tensor, options: PruneOptions) -> Sequence[DroppedLayer | DroppedBlock]:
+    """Return the layers, or the blocks, to drop by these options (depth.py)."""
     if options.refine != "none":
         check_searchable(len(rows), resident=layers.resident)
+    ratio, batch_size = options.ratio, options.batch_size
+    if options.drop_blocks:
+        names = options.limits.protected(layers.anatomy)
+        return choose_blocks(layers, rows, options.drop_blocks, ratio, names, batch_size)
     protected = protected_layers(layers.anatomy, options)
-    return choose(layers, rows, options.drop_layers, options.ratio, protected, options.batch_size)
+    return choose(layers, rows, options.drop_layers, ratio, protected, batch_size)
 
 
 def narrowing_of(layers: Layers, rows: Tensor, options: PruneOptions, plan: Plan | None = None) -> Narrowing | None:
@@ -132,7 +136,7 @@ def prune_layers(
     options: PruneOptions,
     sink: Sink,
     known: Known | None = None,
-    dropped: Sequence[DroppedLayer] = (),
+    dropped: Sequence[DroppedLayer | DroppedBlock] = (),
     plan: Plan | None = None,
     narrowing: Narrowing | None = None,
 ) -> Plan:
@@ -146,8 +150,8 @@ def prune_layers(
         rows: (N, S) int64 calibration tokens.
         options: what to remove and how.
         sink: takes the tensors by full name.
-        known: as for `prune`; ignored if layers are dropped.
-        dropped: the layers chosen by `depth.choose` for these options, or those of `plan`.
+        known: as for `prune`; ignored if something is dropped.
+        dropped: as returned by `what_to_drop` for these options, or that of `plan`.
         plan: what to keep; nothing is scored then. It must have passed `check_plan`, and `options` must be its
             `options_of`.
         narrowing: as returned by `narrowing_of` for these arguments; its `head` is set. It says how to cut the modules
@@ -183,6 +187,9 @@ def prune_layers(
             for block in blocks:
                 if not block.units:
                     kept[block.name] = nothing(block)
+                    if block.name in rest.lost:
+                        (dense,) = (one for one in rest.whole.anatomy.of_layer(number) if one.name == block.name)
+                        inputs.drop(whole, number, dense)
                     continue
                 if coordinates is not None:
                     inputs.refit_readers(layer, block, coordinates, options.damping)
@@ -218,7 +225,7 @@ def plan_layers(
     rows: Tensor,
     options: PruneOptions,
     known: Known | None = None,
-    dropped: Sequence[DroppedLayer] = (),
+    dropped: Sequence[DroppedLayer | DroppedBlock] = (),
     narrowing: Narrowing | None = None,
 ) -> Plan:
     """Return a plan without pruning anything, for `prune_layers` to follow.
@@ -241,15 +248,15 @@ def plan_layers(
 
 @dataclass(frozen=True)
 class _Rest:
-    """The model without its dropped layers, if any.
+    """The model without its dropped layers or blocks, if any.
 
     Attributes:
         whole: the model with all its layers, rotated if the narrowing says so.
-        layers: without the dropped ones, renumbered.
+        layers: without the dropped ones, renumbered, or without the dropped blocks.
         asked: the options as given.
         options: for `layers`, with the ratio of their own parameters.
         known: data already collected from `layers`.
-        dropped: the missing layers.
+        dropped: the missing layers or blocks.
         narrowing: of the residual stream; None: it stays.
     """
 
@@ -258,12 +265,16 @@ class _Rest:
     asked: PruneOptions
     options: PruneOptions
     known: Known | None
-    dropped: Sequence[DroppedLayer]
+    dropped: Sequence[DroppedLayer | DroppedBlock]
     narrowing: Narrowing | None
 
     @property
     def gone(self) -> list[int]:
-        return [drop.layer for drop in self.dropped]
+        return [drop.layer for drop in self.dropped if isinstance(drop, DroppedLayer)]
+
+    @property
+    def lost(self) -> list[str]:
+        return [drop.block for drop in self.dropped if isinstance(drop, DroppedBlock)]
 
     def names(self) -> dict[str, str]:
         """Return block name here -> block name in the whole model."""
@@ -285,6 +296,7 @@ class _Rest:
                 block, kept[block.name], dampings.get(block.name), chosen.schemes.get(block.name)
             )
             for block in self.layers.anatomy.blocks
+            if block.name not in self.lost
         }
         hidden = None
         if self.narrowing is not None:
@@ -299,14 +311,14 @@ def _rest(
     rows: Tensor,
     options: PruneOptions,
     known: Known | None,
-    dropped: Sequence[DroppedLayer],
+    dropped: Sequence[DroppedLayer | DroppedBlock],
     narrowing: Narrowing | None,
     *,
     planned: bool = False,
 ) -> _Rest:
     """Check everything and return the part to prune. Raises InputError."""
-    if len(dropped) != options.drop_layers:
-        raise ValueError(f"{len(dropped)} layers are dropped, but the options say {options.drop_layers}")
+    if len(dropped) != options.drop_layers + options.drop_blocks:
+        raise ValueError(f"{len(dropped)} layers or blocks are dropped, and the options say another number")
     if (len(narrowing.kept) if narrowing else None) != options.hidden_size:
         raise ValueError(f"the options say hidden_size {options.hidden_size}, and the narrowing is another")
     check_options(layers.anatomy, options, planned=planned)
@@ -319,10 +331,11 @@ def _rest(
         known = replace(known, moments=None)  # refitting experts needs a pass of its own
     if not dropped:
         return _Rest(layers, layers, options, options, known, (), narrowing)
-    gone = [drop.layer for drop in dropped]
-    _, left = left_of(layers.anatomy, replace(options, hidden_size=None), gone)
+    rest = _Rest(layers, layers, options, options, None, dropped, narrowing)
+    _, left = left_of(layers.anatomy, replace(options, hidden_size=None), rest.gone, rest.lost)
     left = replace(left, hidden_size=options.hidden_size)
-    return _Rest(layers, Shallower(layers, gone), options, left, None, dropped, narrowing)
+    without = Sparser(layers, rest.lost) if rest.lost else Shallower(layers, rest.gone)
+    return replace(rest, layers=without, options=left)
 
 
 def describe(
@@ -331,7 +344,7 @@ def describe(
     options: PruneOptions,
     blocks: dict[str, BlockPlan],
     splits: list[PricedSplit] | None = None,
-    dropped: Sequence[DroppedLayer] = (),
+    dropped: Sequence[DroppedLayer | DroppedBlock] = (),
     hidden: HiddenPlan | None = None,
 ) -> Plan:
     """Return the plan of these blocks, splits, layers and coordinates; its other fields are known before the run."""
@@ -349,12 +362,14 @@ def describe(
         budget=options.budget,
         time_budget=options.time_budget,
         drop_layers=options.drop_layers,
+        drop_blocks=options.drop_blocks,
         damping=options.damping,
         seed=options.seed,
         calibration=Calibration(
             digest=rows_digest(rows), rows=rows.shape[0], sequence_length=anatomy.tokens_of(rows.shape[1:])
         ),
-        dropped=list(dropped),
+        dropped=[drop for drop in dropped if isinstance(drop, DroppedLayer)],
+        dropped_blocks=[drop for drop in dropped if isinstance(drop, DroppedBlock)],
         hidden=hidden,
         splits=splits,
         blocks=blocks,

@@ -28,7 +28,7 @@ from numprune.layers import ModelLayers, leave, passed, replaced
 from numprune.modeling import AUTO_OF
 from numprune.options import PruneOptions
 from numprune.plans import DroppedLayer
-from numprune.pruning import config_after, layers_to_drop, prune, prune_layers
+from numprune.pruning import config_after, prune, prune_layers, what_to_drop
 from numprune.slices import Kept, Size
 from numprune.surgery import assemble, channels_of, cut_layer
 from numprune.target import Target, allowed_sizes
@@ -407,7 +407,7 @@ def streamed(folder, options):
         rows,
         options,
         lambda tensors: cut.update({name: value.clone() for name, value in tensors.items()}),
-        dropped=layers_to_drop(layers, rows, options),
+        dropped=what_to_drop(layers, rows, options),
     )
     return plan, cut
 

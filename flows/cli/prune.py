@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, Any] = {
     "floor": [],
     "skips": False,
     "drop_layers": 0,
+    "drop_blocks": 0,
     "refine": "none",
     "refine_minutes": MINUTES,
     "hidden_size": None,
@@ -119,6 +120,9 @@ def add(commands: Subcommands) -> None:
     )
     add_limits(parser, get_args(names.Axis), names.DEFAULT_AXES)
     _add_number(parser, "drop_layers", 0, "whole layers to drop, the cheapest ones; units make up the rest")
+    _add_number(
+        parser, "drop_blocks", 0, "attention blocks and MLPs to drop, likewise, with --allocation error or global"
+    )
     parser.add_argument(
         "--refine",
         choices=get_args(names.Refine),
@@ -257,6 +261,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "parameters_after": made.after.parameters,
         "prunable_ratio_removed": made.prunable_ratio_removed,
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
+        "dropped_blocks": [drop.model_dump() for drop in made.dropped_blocks],
         "hidden_size": made.hidden_size,
         "refinement": made.refinement.model_dump() if made.refinement else None,
         "schemes": made.schemes,
@@ -266,12 +271,15 @@ def prune(args: argparse.Namespace) -> Answer:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak,
     }
-    dropped = ", ".join(str(drop.layer) for drop in made.dropped_layers)
+    dropped = [drop.block for drop in made.dropped_blocks]
+    if made.dropped_layers:
+        dropped.append("layers " + ", ".join(str(drop.layer) for drop in made.dropped_layers))
+    without = f", without {', '.join(dropped)}" if dropped else ""
     narrowed = ", hidden size {1:,} -> {0:,}".format(*made.hidden_size) if made.hidden_size else ""
     text = (
         f"{args.out}: {made.before.parameters:,} -> {made.after.parameters:,} parameters, "
         f"{made.prunable_ratio_removed:.1%} of the prunable ones removed"
-        f"{f', without layers {dropped}' if dropped else ''}{narrowed}; weights "
+        f"{without}{narrowed}; weights "
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
@@ -400,6 +408,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "after": budgets[1],
         "prunable_ratio_removed": removed,
         "dropped_layers": [drop.model_dump() for drop in plan.dropped],
+        "dropped_blocks": [drop.model_dump() for drop in plan.dropped_blocks],
         "hidden_size": [after.hidden_size, before.hidden_size] if plan.hidden else None,
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
@@ -426,10 +435,11 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
 
 
 def dropped_lines(plan: "Plan", unit: str) -> list[str]:
+    dropped = [(f"layer {drop.layer}", drop.divergence) for drop in plan.dropped]
+    dropped += [(drop.block, drop.divergence) for drop in plan.dropped_blocks]
     return [
-        f"{f'dropped: layer {drop.layer}':<36} {drop.divergence:.4f} {unit} from the dense model, "
-        "before anything was refitted"
-        for drop in plan.dropped
+        f"{f'dropped: {what}':<36} {divergence:.4f} {unit} from the dense model, before anything was refitted"
+        for what, divergence in dropped
     ]
 
 

@@ -40,7 +40,7 @@ from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options
 from numprune.options import options_of as options_of_plan
 from numprune.planned import check_plan
-from numprune.plans import PLAN_FILE, Draw, Plan, read_plan
+from numprune.plans import PLAN_FILE, Draw, DroppedLayer, Plan, read_plan
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.search.refine import check_searchable
@@ -142,6 +142,7 @@ def prune_checkpoint(
         weight_bytes_after=weight_bytes(out),
         plan=hashlib.sha256((out / PLAN_FILE).read_bytes()).hexdigest(),
         dropped_layers=list(made.dropped),
+        dropped_blocks=list(made.dropped_blocks),
         schemes=dict(made.schemes()),
         kept_units=_kept_units(made),
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
@@ -195,7 +196,14 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "plan": plan.model_dump(
             mode="json",
-            exclude={"blocks": True, "dropped": True, "hidden": {"kept"}, "splits": True, "refinement": True},
+            exclude={
+                "blocks": True,
+                "dropped": True,
+                "dropped_blocks": True,
+                "hidden": {"kept"},
+                "splits": True,
+                "refinement": True,
+            },
         )
     }
 
@@ -232,8 +240,8 @@ def _prune_streamed(
 ) -> Plan:
     layers = CheckpointLayers(base, scratch=folder, device=device)
     check_vocabulary(base, text_tokenizer(base), layers.config)
-    dropped = pruning.layers_to_drop(layers, rows, options) if plan is None else plan.dropped
-    gone = [drop.layer for drop in dropped]
+    dropped = pruning.what_to_drop(layers, rows, options) if plan is None else plan.all_dropped
+    gone = [drop.layer for drop in dropped if isinstance(drop, DroppedLayer)]
     narrowing = pruning.narrowing_of(layers, rows, options, plan)
     dtypes = dtypes_of(layers.stored, tensor_table(layers.config).tied)
     with writing(folder, renumber_tensors(dtypes, layers.anatomy.layers_path, gone)) as writer:
@@ -275,7 +283,7 @@ def plan_checkpoint(
         check_vocabulary(base, text_tokenizer(base), layers.config)
     else:
         layers = ModelLayers(load_model(base).to(device), load_task(base))
-    dropped = pruning.layers_to_drop(layers, rows, options)
+    dropped = pruning.what_to_drop(layers, rows, options)
     narrowing = pruning.narrowing_of(layers, rows, options)
     plan = pruning.plan_layers(layers, rows, options, dropped=dropped, narrowing=narrowing)
     return plan.drawn(draw, manifest.folder_digest(base))

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from numprune.budget import Budget
 from numprune.flows.names import TaskRuntime
-from numprune.plans import Draw, DroppedLayer
+from numprune.plans import Draw, DroppedBlock, DroppedLayer
 from numprune.refinement import Refinement
 from numprune.serving.report import LatencyBudget, Outcome
 
@@ -78,6 +78,7 @@ class PrunedCheckpoint:
     weight_bytes_after: int
     plan: str
     dropped_layers: list[DroppedLayer]
+    dropped_blocks: list[DroppedBlock]
     schemes: dict[str, str]
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None

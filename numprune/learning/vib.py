@@ -124,6 +124,8 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
         )
     if options.drop_layers:
         raise InputError("drop_layers: masks learn units, not layers; drop layers with numprune prune")
+    if options.drop_blocks:
+        raise InputError("drop_blocks: masks remove blocks with skips; use that instead")
     if options.hidden_size is not None:
         raise InputError(f"hidden_size: masks choose it if axes has {HIDDEN_SIZE}; leave it out")
     if "expert-channels" in options.axes and any(has_biases(block) for block in anatomy.of_kind("experts")):

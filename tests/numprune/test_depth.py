@@ -1,6 +1,6 @@
 """Which layers are dropped, and how the rest of the model compensates."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import pytest
@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
 from numprune.configs import pruned_config
-from numprune.depth import choose, ratio_left
+from numprune.depth import choose, choose_blocks, ratio_left, smallest_blocks
 from numprune.errors import InputError
 from numprune.layers import ModelLayers, replaced
-from numprune.options import PruneOptions
+from numprune.options import PruneOptions, options_of
 from numprune.pruning import prune
 from numprune.slices import Size
 from numprune.target import Target
@@ -196,6 +197,80 @@ def test_protected_layers_stay_and_protection_follows_renumbering():
     assert any(0 < len(block.kept) < block.units for block in plan.blocks.values())
 
 
+def without_blocks(model, names):
+    """KL(dense || the model with these blocks silent), by the model's own forward pass."""
+    dense = log_probabilities(model)
+    modules = [model.model.layers[int(name.split(".")[1])] for name in names]
+    with ExitStack() as stack:
+        for name, layer in zip(names, modules, strict=True):
+            last = layer.self_attn.o_proj if name.endswith("attention") else layer.mlp.down_proj
+            stack.enter_context(replaced([last], lambda x, layer=layer: torch.zeros(*x.shape[:-1], 64)))
+        return kl(dense, log_probabilities(model))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_each_dropped_block_is_the_best_remaining_one(resident):
+    model = build(num_hidden_layers=3)
+    layers = ModelLayers(model)
+    layers.resident = resident
+    chosen = choose_blocks(layers, ROWS, 4, ratio=0.95, batch_size=5)
+    names, gone = [block.name for block in layers.anatomy.blocks], []
+    for drop in chosen:
+        kinds = [name.rpartition(".")[2] for name in names if name not in gone]
+        measured = {
+            name: without_blocks(model, [*gone, name])
+            for name in names
+            if name not in gone and kinds.count(name.rpartition(".")[2]) > 1
+        }
+        assert drop.block == min(measured, key=measured.__getitem__)
+        assert drop.divergence == pytest.approx(measured[drop.block], rel=2e-3, abs=1e-6)
+        gone.append(drop.block)
+
+
+@pytest.mark.parametrize("compensation", ["none", "oneshot", "residual", "joint"])
+def test_the_model_lacks_exactly_the_dropped_blocks(compensation):
+    model = build()
+    anatomy = read_anatomy(model.config)
+    share = sum(block.parameters(block.size) for block in anatomy.of_kind("attention")) / LAYERS
+    share /= budget_of(anatomy).prunable_parameters
+    keep = ["mlp"]
+    options = PruneOptions(
+        2 * share, allocation="error", compensation=compensation, drop_blocks=2, keep=keep, target=ALIGNED
+    )
+    pruned = prune(model, ROWS, options)
+    names = pruned.plan.names_of_dropped_blocks()
+    assert len(names) == 2
+    assert pruned.prunable_ratio_removed == pytest.approx(2 * share)
+    found = {block.name for block in read_anatomy(pruned.model.config).blocks if not block.units}
+    assert found == {*names}
+    dense = log_probabilities(model)
+    error = kl(dense, log_probabilities(pruned.model))
+    untouched = without_blocks(model, names)
+    if compensation in ("none", "oneshot"):
+        assert error == pytest.approx(untouched, rel=1e-3)
+    else:
+        assert error < untouched
+    again = prune(model, ROWS, options_of(pruned.plan), plan=pruned.plan)
+    assert again.plan == pruned.plan
+    torch.testing.assert_close(log_probabilities(again.model), log_probabilities(pruned.model), atol=1e-4, rtol=1e-3)
+
+
+def test_units_make_up_the_rest_beside_dropped_blocks():
+    pruned = prune(build(), ROWS, PruneOptions(0.4, allocation="error", drop_blocks=2, target=ALIGNED))
+    assert pruned.prunable_ratio_removed == pytest.approx(0.4, abs=0.01)
+    kept = {name: len(block.kept) for name, block in pruned.plan.blocks.items()}
+    assert [name for name, count in kept.items() if not count] == sorted(pruned.plan.names_of_dropped_blocks())
+
+
+def test_protected_blocks_and_the_last_of_a_kind_stay():
+    anatomy = read_anatomy(build().config)
+    assert len(smallest_blocks(anatomy, 2 * LAYERS - 2)) == 2 * LAYERS - 2
+    with pytest.raises(InputError, match="drop_blocks is 7; at most 6 can be dropped"):
+        smallest_blocks(anatomy, 7)
+    with pytest.raises(InputError, match="drop_blocks is 4; at most 3 can be dropped"):
+        smallest_blocks(anatomy, 4, {block.name for block in anatomy.of_kind("mlp")})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -213,6 +288,15 @@ def test_protected_layers_stay_and_protection_follows_renumbering():
         (
             PruneOptions(0.98, drop_layers=1),
             "with drop_layers 1 the other layers must lose 0.9733 of theirs: ratio is 0.97",
+        ),
+        (PruneOptions(0.5, drop_blocks=1), "drop_blocks: uniform allocation gives every layer the same size"),
+        (
+            PruneOptions(0.5, allocation="error", drop_blocks=1, drop_layers=1),
+            "drop_blocks and drop_layers are given; leave one of them out",
+        ),
+        (
+            PruneOptions(0.1, allocation="error", drop_blocks=2),
+            r"drop_blocks is 2: these blocks have 0\.\d+ of the prunable parameters, which exceeds the ratio 0\.1",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from numprune.layers import CopiedLayers, ModelLayers
 from numprune.options import PruneOptions, check_options, options_of
 from numprune.planned import check_plan
 from numprune.plans import read_plan
-from numprune.pruning import dense_moments, layers_to_drop, plan_layers, prune, prune_layers
+from numprune.pruning import dense_moments, plan_layers, prune, prune_layers, what_to_drop
 from numprune.quantization.allocation import Form
 from numprune.search import divergence
 from numprune.search.divergence import Divergences
@@ -160,7 +160,7 @@ def test_it_works_with_a_budget_of_bytes_and_with_dropped_layers(budget):
     }[budget]
     layers = ModelLayers(model)
     options = replace(SEARCHED, **more)
-    plan = plan_layers(layers, ROWS, options, dropped=layers_to_drop(layers, ROWS, options))
+    plan = plan_layers(layers, ROWS, options, dropped=what_to_drop(layers, ROWS, options))
     assert plan.refinement is not None
     assert plan.refinement.candidates > 8
     check_plan(layers.anatomy, plan)  # the budget holds
