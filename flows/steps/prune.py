@@ -40,7 +40,7 @@ from numprune.layers import Layers, ModelLayers
 from numprune.options import PruneOptions, check_options
 from numprune.options import options_of as options_of_plan
 from numprune.planned import check_plan
-from numprune.plans import PLAN_FILE, Draw, DroppedLayer, Plan, read_plan
+from numprune.plans import PLAN_FILE, Draw, DroppedLayer, HiddenPlan, Plan, read_plan
 from numprune.quantization.allocation import Form, block_bytes
 from numprune.renumber import renumber_tensors
 from numprune.search.refine import check_searchable
@@ -125,7 +125,9 @@ def prune_checkpoint(
         check_applies(plan, anatomy, base, digest)
     if problem := other_reading(base):
         logger.warning("%s", problem)
-    described = pruning.describe(anatomy, rows, options, {}).drawn(draw, digest)
+    coordinates = [*range(options.hidden_size or 0)]  # which ones is not among the facts
+    hidden = HiddenPlan(size=anatomy.hidden_size, kept=coordinates, basis=options.basis) if coordinates else None
+    described = pruning.describe(anatomy, rows, options, {}, hidden=hidden).drawn(draw, digest)
     make = _prune_streamed if stream else _prune_in_memory
     with _checkpoint(out, digest, described) as folder:
         made = make(base, rows, options, folder, device, plan).drawn(draw, digest)
