@@ -277,7 +277,7 @@ class Anatomy:
     def untied(self) -> "Anatomy":
         """Return the anatomy of a decoder whose output matrix is not the embedding's."""
         shape = (self.vocabulary, self.hidden_size)
-        return replace(self, around={**self.around, **dict.fromkeys(FAMILIES[self.family].untied, shape)})
+        return replace(self, around={**dict.fromkeys(FAMILIES[self.family].untied, shape), **self.around})
 
     def stock_holds(self, block: Block, size: Size) -> bool:
         """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""
