@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,20 @@ from safetensors.numpy import load_file
 from numprune.errors import InputError
 
 SUFFIXES = (".npy", ".safetensors")
+
+# KeyError, TypeError: bfloat16. EOFError: an empty file. The others: headers that are no Python or state huge sizes.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SafetensorError,
+    KeyError,
+    TypeError,
+    EOFError,
+    SyntaxError,
+    TokenError,
+    MemoryError,
+    OverflowError,
+)
 
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
@@ -28,8 +43,11 @@ def records(file: Path) -> Iterator[dict[str, Any]]:
             codes, labels = tensors.get("codes"), tensors.get("labels")
     except FileNotFoundError:
         raise InputError(f"{file}: does not exist") from None
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:  # KeyError, TypeError: bfloat16
+    except _UNREADABLE as error:
         raise InputError(f"{file}: cannot be read: {str(error)[:200]}") from None
+    if isinstance(codes, np.lib.npyio.NpzFile):
+        codes.close()
+        raise InputError(f"{file}: is an .npz archive; save its array with numpy.save")
     if codes is None:
         raise InputError(f"{file}: has no tensor 'codes'; it must be integers (images, codes)")
     _require(file, "codes", codes, 2)

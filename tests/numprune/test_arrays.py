@@ -64,6 +64,23 @@ def test_damaged_and_missing_files_are_named(tmp_path, name):
         read_documents([tmp_path / name])
 
 
+def test_other_files_named_npy_are_refused(tmp_path):
+    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 64), }".ljust(117) + b"\n"
+    contents = {
+        "empty": b"",
+        "huge": b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header,
+        "header": b"\x93NUMPY\x01\x00\x03\x00(((",
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}.npy: cannot be read"):
+            read_documents([tmp_path / f"{name}.npy"])
+    np.savez(tmp_path / "a.npz", codes=CODES)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(InputError, match=r"a.npy: is an .npz archive; save its array with numpy.save"):
+        read_documents([tmp_path / "a.npy"])
+
+
 def test_an_array_of_python_objects_is_not_unpickled(tmp_path):
     np.save(tmp_path / "a.npy", np.array([object()]), allow_pickle=True)
     with pytest.raises(InputError, match=r"a.npy: cannot be read: .*allow_pickle"):
