@@ -1,7 +1,9 @@
 """A checkpoint from the published files of LlamaGen, which are no Hugging Face checkpoints."""
 
+import argparse
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +53,27 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Training checkpoints of LlamaGen also hold the trainer's arguments: a Namespace, which runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except (pickle.UnpicklingError, LookupError, TypeError, EOFError):  # their messages say nothing of use
+        raise InputError(
+            f"{path}: not a file of tensors: it is damaged, or holds Python objects, which are not read; save the "
+            "state dict alone"
+        ) from None
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: not a file of tensors: {reason(error)}") from None
     for wrapper in _WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
             break
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        for name, value in found.items()
+    ):
         raise InputError(
-            f"{path}: not a state dict; it must hold tensors by name, perhaps under {', '.join(_WRAPPERS)}"
+            f"{path}: not a state dict; it must hold dense tensors by name, perhaps under {', '.join(_WRAPPERS)}"
         )
     return found

@@ -28,6 +28,7 @@ _IN_LAYER = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _FUSED = "attention.wqkv.weight"
+_COMPUTED = {"freqs_cis"}  # the rotary table, which some files have and the published code does not load either
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -46,11 +47,12 @@ def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | No
     layers = {int(match[1]) for name in state if (match := _LAYER.fullmatch(name))}
     expected = {_CODES, _CLASSES, *_AROUND}
     expected |= {f"layers.{layer}.{name}" for layer in range(len(layers)) for name in (_FUSED, *_IN_LAYER)}
-    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected - _COMPUTED)
     if missing or unknown or not layers:
         found = [f"lacks {missing[0]!r}"] if missing else []
         found += [f"has the unknown {unknown[0]!r}"] if unknown else []
         raise InputError(f"the state dict is not of a class-conditional LlamaGen: it {' and '.join(found)}")
+    _check_shapes(state, len(layers))
     codes, hidden = state[_CODES].shape
     heads = heads or PUBLISHED_HEADS.get(hidden)
     if heads is None:
@@ -78,6 +80,38 @@ def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | No
         max_position_embeddings=1 + codes_per_image,
         architectures=["LlamaGenForCausalLM"],
     )
+
+
+def _check_shapes(state: Mapping[str, Tensor], layers: int) -> None:
+    """Raise InputError for the first tensor whose shape does not fit the others."""
+    matrices = [_CODES, _CLASSES, f"layers.0.{_FUSED}", "layers.0.feed_forward.w1.weight"]
+    for name in matrices:
+        if state[name].ndim != 2:
+            raise InputError(f"{name} has shape {list(state[name].shape)}; it must be a matrix")
+    codes, classes, fused, width = (len(state[name]) for name in matrices)
+    hidden = state[_CODES].shape[1]
+    shapes: dict[str, tuple[int, ...]] = {
+        _CODES: (codes, hidden),
+        _CLASSES: (classes, hidden),
+        "norm.weight": (hidden,),
+        "output.weight": (codes, hidden),
+    }
+    for layer in range(layers):
+        shapes |= {
+            f"layers.{layer}.{name}": shape
+            for name, shape in {
+                _FUSED: (fused, hidden),
+                "attention.wo.weight": (hidden, hidden),
+                "feed_forward.w1.weight": (width, hidden),
+                "feed_forward.w3.weight": (width, hidden),
+                "feed_forward.w2.weight": (hidden, width),
+                "attention_norm.weight": (hidden,),
+                "ffn_norm.weight": (hidden,),
+            }.items()
+        }
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise InputError(f"{name} has shape {list(state[name].shape)}; the other tensors need {list(shape)}")
 
 
 def converted(state: Mapping[str, Tensor], config: LlamaGenConfig) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
 """Published LlamaGen files become checkpoints."""
 
+import argparse
 import os
 import pickle
 import re
@@ -42,6 +43,17 @@ def test_the_checkpoint_computes_what_the_published_file_does(tmp_path, wrapper,
     assert tokenizer.encode("3 39 <class:1> <start>") == [3, 39, 41, 43]
 
 
+def test_a_training_checkpoint_of_the_published_code_is_read(tmp_path):
+    """It also holds the trainer's arguments; some files hold the rotary table, and old ones are no zip archives."""
+    state = reference.random_state()
+    trained = {"model": state | {"freqs_cis": torch.zeros(17, 8, 2)}, "steps": 3, "args": argparse.Namespace(lr=1e-4)}
+    for number, zipped in enumerate((True, False)):
+        torch.save(trained, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        llamagen.convert(tmp_path / "a.pt", tmp_path / str(number), codes_per_image=GRID * GRID, heads=HEADS)
+        model = checkpoint.load_model(tmp_path / str(number))
+        assert torch.equal(model.lm_head.weight, state["output.weight"])
+
+
 def test_the_stored_precision_is_kept(tmp_path):
     state = {name: tensor.to(torch.bfloat16) for name, tensor in reference.random_state().items()}
     convert(state, tmp_path)
@@ -75,6 +87,8 @@ def test_code_in_a_file_is_not_run(tmp_path):
         (None, "a.pt: no such file"),
         ({"model": {"step": 3}}, "a.pt: not a state dict"),
         ([torch.ones(1)], "a.pt: not a state dict"),
+        ({1: torch.ones(1)}, "a.pt: not a state dict"),
+        ({"weight": torch.ones(2).to_sparse()}, "a.pt: not a state dict"),
         ({"weight": torch.ones(1)}, "it lacks 'cls_embedding.embedding_table.weight' and has the unknown 'weight'"),
     ],
 )
