@@ -7,7 +7,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from numprune.anatomy import code_vocabulary, codes_per_image
+from numprune.codes import CodeVocabulary
 from numprune.errors import InputError, IntegrityError
+
+_BATCH = 16  # images that have a KV cache at once
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -51,6 +54,19 @@ def sample(
         raise InputError(f"temperature {temperature:g}, top_k {top_k}: need more than 0 and 1 to {codes.codes}")
     noise = torch.Generator().manual_seed(seed)
     starts = [codes.start if label is None else codes.start_of(label) for label in labels]
+    batches = [starts[first : first + _BATCH] for first in range(0, len(starts), _BATCH)]
+    return torch.cat([_batch(model, batch, codes, guidance, temperature, top_k, noise) for batch in batches])
+
+
+def _batch(
+    model: PreTrainedModel,
+    starts: Sequence[int],
+    codes: CodeVocabulary,
+    guidance: float,
+    temperature: float,
+    top_k: int | None,
+    noise: torch.Generator,
+) -> Tensor:
     both = guidance != 1
     tokens = torch.tensor([*starts, *([codes.start] * len(starts) if both else [])], device=model.device)[:, None]
     cache = DynamicCache(config=model.config)

@@ -60,11 +60,19 @@ def test_a_seed_gives_the_same_images_and_another_one_others():
 
 def test_codes_are_drawn_from_the_models_distribution():
     model = build_tiny("llamagen", vocab_size=10, num_classes=3, max_position_embeddings=2)
-    images = sample(model, [1] * 20000, seed=0)
+    images = sample(model, [1] * 8000, seed=0)
     with torch.no_grad():
         expected = model(torch.tensor([[7]])).logits[0, 0].softmax(-1)
-    shares = torch.bincount(images.flatten(), minlength=6) / 20000
-    assert float((shares - expected).abs().max()) < 4 * 0.5 / 20000**0.5
+    shares = torch.bincount(images.flatten(), minlength=6) / 8000
+    assert float((shares - expected).abs().max()) < 4 * 0.5 / 8000**0.5
+
+
+def test_many_images_are_sampled_in_batches_with_their_own_noise():
+    model = build_tiny("llamagen", **SIZES["llamagen"])
+    images = sample(model, [0, 1] * 12, guidance=2.0, seed=0)
+    assert images.shape == (24, 16)
+    assert torch.equal(images[:16], sample(model, [0, 1] * 8, guidance=2.0, seed=0))
+    assert len(images.unique(dim=0)) == 24
 
 
 @pytest.mark.parametrize(
