@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from numprune.anatomy import code_vocabulary, task_name
+from numprune.anatomy import code_vocabulary, codes_per_image, context_of, task_name
 from numprune.errors import InputError
 from numprune.export.config import read_config
 from numprune.export.declared import classes_of, pooling_in
@@ -29,7 +29,7 @@ def load_task(folder: Path) -> AnyTask:
     name = task_name(config)
     if name == "causal-lm":
         codes = code_vocabulary(config)
-        return CAUSAL if codes is None else ImageCodes(codes)
+        return CAUSAL if codes is None else ImageCodes(codes, codes_per_image(config), context_of(config))
     if name == "masked-lm":
         return masked_lm(load_tokenizer(folder))
     if name == "classification":

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from numprune.codes import CodeVocabulary
 from numprune.corpus import Pack, TokenRows
+from numprune.counted import counted
 from numprune.documents import Document
 from numprune.errors import InputError
 from numprune.tasks.causal import Causal
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 # One calibration row in ten has no class: the share with which models for classifier-free guidance are trained (Ho and
 # Salimans, "Classifier-Free Diffusion Guidance", 2022; LlamaGen's class_dropout_prob).
 _WITHOUT_CLASS = 10
+# Of the draw of those rows. Not a usual seed: `sample_rows`, with the same one, would then draw those rows first.
+_SEED = 0xC0DE5
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,25 @@ class ImageCodes(Causal):
 
     Attributes:
         vocabulary: of the model.
+        image: codes of its images, see `codes_per_image`.
+        context: positions of the model.
     """
 
     vocabulary: CodeVocabulary
+    image: int
+    context: int
 
     prompted = False
 
     def calibration_rows(
         self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, pack: Pack = "auto"
     ) -> TokenRows:
-        """Return a row for each image; every tenth has no class, because guidance uses both kinds of rows."""
-        starts = [
-            self._start(document) if index % _WITHOUT_CLASS else self.vocabulary.start
-            for index, document in enumerate(documents)
-        ]
+        """Return a row for each image; one in ten has no class, because guidance uses both kinds of rows."""
+        starts = [self._start(document) for document in documents]
+        # Drawn: files often have their classes in turn, so every tenth image could be of the same class.
+        order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(_SEED)).tolist()
+        for index in order[: -(-len(starts) // _WITHOUT_CLASS)]:
+            starts[index] = self.vocabulary.start
         return self._rows(documents, starts, length, pack)
 
     def heldout_rows(
@@ -69,16 +77,16 @@ class ImageCodes(Causal):
         if not documents:
             raise InputError("no images: give at least one file of codes")
         images = [self._codes(document) for document in documents]
-        longest = max(map(len, images))
         # Learned and two-dimensional positions are those of a whole image, so a row always begins with one.
         rows = [
             torch.cat([codes.new_tensor([start]), codes])[:length] for start, codes in zip(starts, images, strict=True)
         ]
-        if longest >= length:
+        # ImageGPT has no position for the last code.
+        if length < min(self.context, self.image + 1):
             logger.warning(
                 "only the first %d of %d codes of each image are used: the sequence length is %d",
                 length - 1,
-                longest,
+                self.image,
                 length,
             )
         digest = hashlib.sha256(b"images")
@@ -99,6 +107,11 @@ class ImageCodes(Causal):
             raise InputError(
                 f'{document.name}: is text, but the model generates images; give records with "codes", a list of '
                 "integers, or .npy or .safetensors files"
+            )
+        # Positions are those of an image of this size: others would be scored in the wrong rows and columns.
+        if len(document.codes) != self.image:
+            raise InputError(
+                f"{document.name}: has {counted(len(document.codes), 'code')}, but the model's images have {self.image}"
             )
         known = range(self.vocabulary.codes)
         for code in document.codes:
