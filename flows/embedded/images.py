@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from numprune.codes import CodeVocabulary
+from numprune.errors import InputError
 from numprune.llamagen.config import LlamaGenConfig
 from numprune.llamagen.model import LlamaGenForCausalLM
 
@@ -29,8 +30,11 @@ _WITHOUT_CLASS = 0.1  # of the training rows, for classifier-free guidance
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Return the codes (1797, 64) and classes (1797,) of scikit-learn's digits, int64."""
-    from sklearn.datasets import load_digits
+    """Return the codes (1797, 64) and classes (1797,) of scikit-learn's digits, int64. Raises InputError."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError('the digits come with scikit-learn: pip install "numprune[vision]"') from None
 
     found = load_digits()
     return torch.from_numpy(found.data.astype(np.int64)), torch.from_numpy(found.target.astype(np.int64))
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    digits()  # raises before anything is written
     args.out.mkdir(parents=True)
     train(args.out, steps=args.steps, batch_size=args.batch_size, learning_rate=args.learning_rate, seed=args.seed)
 

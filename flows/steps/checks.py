@@ -37,6 +37,7 @@ from numprune.flows.steps.benchmark import exported_as
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
+from numprune.flows.steps.images import palette
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import read_images, text_digest
@@ -147,6 +148,8 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
         problems += _quantization(recipe, anatomy, config.dtype)
         problems += [*_encoders(recipe, anatomy), *_images(recipe, anatomy)]
         problems += _generators(recipe, task) if task is not None else []
+        if isinstance(task, ImageCodes):
+            collect("model.path", palette, base, task.vocabulary.codes)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", onnx.check_config, config)

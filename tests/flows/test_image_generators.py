@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +138,14 @@ def test_options_for_language_models_are_refused_before_any_work(generator: Path
         "data.sequence_length = 66: the model takes at most 65 tokens",
     ):
         assert problem in str(caught.value)
+
+
+def test_colours_of_other_codes_are_refused_before_any_work(generator: Path, tmp_path: Path) -> None:
+    shutil.copytree(generator / "base", tmp_path / "base")
+    (tmp_path / "base" / PALETTE).write_text(json.dumps({"clusters": [[0, 0, 0]]}))
+    asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'base'}"])
+    with pytest.raises(InputError, match=f"model.path: .*{PALETTE}: clusters must be {CODES} colours"):
+        checks.check(asked, tmp_path / "w")
 
 
 def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: Path, tmp_path: Path) -> None:
