@@ -45,8 +45,9 @@ class Processor:
         settings = json.loads(self.settings)
         values = pixels.double()
         if settings.get("do_normalize"):
+            # One number for all channels, or one for each.
             mean, deviation = (torch.tensor(settings[name]).double() for name in ("image_mean", "image_std"))
-            values = values * deviation[:, None, None] + mean[:, None, None]
+            values = values * deviation.view(-1, 1, 1) + mean.view(-1, 1, 1)
         if settings.get("do_rescale"):
             values = values / settings["rescale_factor"]
         levels = values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -62,7 +63,9 @@ def _decoded(picture: Picture, channels: int) -> Any:
             if mode.startswith(("I", "F")):
                 raise InputError(f"image {picture.name}: has 16 or 32 bits per channel; convert it to 8 bits")
             return upright.convert(_MODES[channels])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can make Pillow raise anything
         raise InputError(f"image {picture.name}: Pillow cannot read it: {reason(error)}") from None
 
 

@@ -1,8 +1,10 @@
 """Find images in folders, Parquet files and folders saved by `datasets`; images.py decodes them. Needs no torch."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from numprune import arrow
 from numprune.errors import InputError
@@ -41,8 +43,19 @@ def read_pictures(paths: Iterable[Path | str]) -> list[Picture]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the images in a folder and its subfolders, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """Return the images in a folder and its subfolders, which may be links, by name. Raises InputError."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    links = [path for path in folder.glob("*") if path.is_symlink() and path.is_dir()]
+    found = (
+        Path(parent, name)
+        for top in (folder, *links)
+        for parent, _, names in os.walk(top, onerror=refuse)
+        for name in names
+    )
+    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _is_table(path: Path) -> bool:

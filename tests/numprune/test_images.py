@@ -1,6 +1,8 @@
 """Images are found, labelled, decoded and processed, or refused by name."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pyarrow
@@ -37,6 +39,17 @@ def test_subfolders_are_classes(tmp_path):
         ("dog/003.png", "dog"),
     ]
     assert {one.label for one in read_pictures([write_images(tmp_path / "plain", 2)])} == {None}
+
+
+def test_subfolders_may_be_links(tmp_path):
+    whole = write_images(tmp_path / "whole", 6, ["cat", "dog"])
+    some = tmp_path / "some"
+    some.mkdir()
+    (some / "dog").symlink_to(whole / "dog")
+    shutil.copytree(whole / "cat", some / "cat")
+    assert [(one.name, one.label) for one in read_pictures([some])] == [
+        (one.name, one.label) for one in read_pictures([whole])
+    ]
 
 
 def test_a_table_has_encoded_images_and_labels(tmp_path):
@@ -114,6 +127,27 @@ def test_damaged_images_are_refused_by_name():
     assert "image deep.png: has 16 or 32 bits per channel; convert it to 8 bits" in said
     assert "and 1 more image" in said
     assert "good.png" not in said
+
+
+def test_damaged_metadata_is_refused_by_name():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "x"  # turned, with a description
+    buffer = io.BytesIO()
+    grey().save(buffer, "JPEG", exif=exif)
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"Exif") + 17] = 0  # the tag before the orientation gets a type that it cannot have
+    with pytest.raises(InputError, match=r"image a\.jpg: Pillow cannot read it"):
+        GREY.pixels(Picture("a.jpg", bytes(content)))
+
+
+@pytest.mark.parametrize("value", [0.5, [0.5]])
+def test_pixel_values_become_the_picture_again(value):
+    levels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    run = image_processor()
+    run.image_mean = run.image_std = value
+    reader = Processor(json.dumps(run.to_dict(), default=str), (1, 8, 8), run)
+    pixels = reader.pixels(Picture("a", encoded(Image.fromarray(levels))))
+    assert np.array_equal(np.array(reader.picture(pixels)), levels)
 
 
 def test_rows_are_identified_by_pixels_and_labels(tmp_path):
