@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -29,7 +30,7 @@ def load_processor(folder: Path, config: Any) -> Processor:
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
         raise InputError(f"{folder}: no image processor ({_FILES[0]}) in this folder; copy it from the original model")
-    files.read_object(found[0])  # of an acceptable size
+    declared = _declared(files.read_object(found[0]))
     try:
         run = AutoImageProcessor.from_pretrained(
             folder, backend="pil", config=config, local_files_only=True, trust_remote_code=False
@@ -39,9 +40,26 @@ def load_processor(folder: Path, config: Any) -> Processor:
         made = tuple(run(Image.new("RGB" if shape[0] > 1 else "L", _PROBED), return_tensors="pt")["pixel_values"].shape)
     except Exception as error:  # a malformed file can make transformers raise anything
         raise InputError(f"{found[0]}: transformers cannot process images by it: {reason(error)}") from error
+    used = type(run).__name__.removesuffix("Pil")
+    if declared not in (None, used):  # transformers replaces classes that it does not have
+        raise InputError(
+            f"{found[0]}: declares {declared[:80]!r}, which transformers {transformers.__version__} does not have, and "
+            f"code from the folder is not run; if {used} gives the same pixels, declare it instead"
+        )
     if made[1:] != shape:
         raise InputError(
             f"{found[0]}: gives images of shape {list(made[1:])}, but config.json says num_channels and image_size of "
             f"{list(shape)}; they do not belong together"
         )
     return processor
+
+
+def _declared(content: dict[str, Any]) -> str | None:
+    """Return the declared class, without the suffix of its backend; older files call processors feature extractors."""
+    own = content.get("image_processor", content)
+    if not isinstance(own, dict):
+        return None
+    name = own.get("image_processor_type") or own.get("feature_extractor_type")
+    if not isinstance(name, str):
+        return None
+    return name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")

@@ -49,6 +49,19 @@ def test_a_processor_of_another_model_is_refused(base, settings, said):
         load(base)
 
 
+@pytest.mark.parametrize("name", ["ViTImageProcessorFast", "ViTImageProcessorPil", "ViTFeatureExtractor"])
+def test_processors_of_other_backends_and_older_files_are_read(base, name):
+    expected = load(base)
+    change(base, image_processor_type=name)
+    assert load(base) == expected
+
+
+def test_a_processor_that_transformers_does_not_have_is_not_replaced(base):
+    change(base, image_processor_type="OwnImageProcessor", auto_map={"AutoImageProcessor": "own.OwnImageProcessor"})
+    with pytest.raises(InputError, match=r"declares 'OwnImageProcessor', which transformers .* does not have"):
+        load(base)
+
+
 def test_a_folder_without_a_readable_processor_is_refused(base):
     path = base / "preprocessor_config.json"
     path.write_text("[")
