@@ -3,6 +3,7 @@
 torch is not needed.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,31 @@ class DeclaredPooling:
 
 
 def classes_of(config: Any) -> dict[str, int]:
-    """Return name -> index of each class. Raises InputError unless the model chooses one of several classes."""
+    """Return name -> index of each class, without names that several classes share.
+
+    Raises InputError unless the model chooses one of several classes, and each name has the index of one of them.
+    """
     kind = getattr(config, "problem_type", None)
     if config.num_labels < 2 or kind not in (None, "single_label_classification"):
         raise InputError(
             f"num_labels={config.num_labels}, problem_type={kind!r}: only classifiers that choose one of "
             "several classes are supported"
         )
-    return {str(label): index for label, index in config.label2id.items()}
+    found: dict[str, int] = {}
+    for field, named in (
+        ("label2id", list((config.label2id or {}).items())),
+        ("id2label", [(label, index) for index, label in config.id2label.items()]),
+    ):
+        for label, index in named:
+            number = int(index) if str(index).isdecimal() else -1  # transformers' own examples write "0"
+            if not 0 <= number < config.num_labels:
+                raise InputError(
+                    f"config.json: {field} has index {str(index)[:80]!r} for {str(label)[:80]!r}; indices must be 0 to "
+                    f"{config.num_labels - 1}"
+                )
+            found[str(label)] = number
+    shown = Counter(map(str, config.id2label.values()))
+    return {label: index for label, index in found.items() if shown[label] < 2}
 
 
 def pooling_in(folder: Path) -> DeclaredPooling:

@@ -24,6 +24,8 @@ class UnfitError(Exception):
 def other_task(metric: str, task: Task) -> str | None:
     """Why no report of this task has the metric, and what to use instead; None if the metric is valid."""
     section, name, *_ = metric.split(".")
+    if (section, name) == ("quality", "accuracy_delta") and not task.endswith("classification"):
+        return f"only classifiers have it, and this model's task is {task}; use quality.loss_delta, in {UNITS[task]}"
     if task == "causal-lm" or section != "quality" or not (path_of(metric) != metric or name in CAUSAL):
         return None
     return (

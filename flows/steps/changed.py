@@ -22,7 +22,8 @@ def changed_images(found: Comparison, rows: TokenRows, task: ImageClassification
     changed = np.flatnonzero(ours != theirs)
     if labels is not None:
         changed = changed[np.argsort(theirs[changed] != labels[changed], kind="stable")]
-    names = {index: name for name, index in task.classes.items()}
+    known = {index: name for name, index in task.classes.items()}
+    names = {index: known.get(index, str(index)) for index in {*ours.tolist(), *theirs.tolist(), *(rows.labels or ())}}
     return [
         {
             "name": rows.names[row],

@@ -2,7 +2,7 @@
 
 import importlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numprune.axes import HIDDEN_SIZE
 from numprune.blocks import Anatomy
 from numprune.byte_budget import LEVELS
 from numprune.chat import renderer
-from numprune.documents import WHOLE_FILE, Document, Reading, is_plain, read_documents
+from numprune.documents import WHOLE_FILE, Document, is_plain, read_documents
 from numprune.errors import InputError, NumpruneError
 from numprune.export import compressed_tensors, genai, onnx, processors, tensorrt, vllm_pooling
 from numprune.export.checkpoint import audit, check_vocabulary, read_config, resolve, text_tokenizer
@@ -23,7 +23,7 @@ from numprune.export.disk import require_writable
 from numprune.export.manifest import folder_digest
 from numprune.export.runtimes import device_of as runtime_device
 from numprune.export.runtimes.encoder import NAMES as ENCODER_RUNTIMES
-from numprune.export.tasks import AnyTask, load_task
+from numprune.export.tasks import load_task
 from numprune.export.tokenizer import other_reading
 from numprune.export.vllm import CPU_HEAD_SIZES, check_per_layer, check_quantized, check_settings
 from numprune.flows.names import BUILT_IN, CAUSAL_LM, EMBEDDED, EXPORTS_OF_RUNTIME, RUNTIME_OF_EXPORT, export_of
@@ -45,6 +45,7 @@ from numprune.flows.steps.timings import check_request, key_of, timing_request
 from numprune.generation import encode
 from numprune.learning import check_learning
 from numprune.options import PruneOptions, check_options
+from numprune.pictures import Picture
 from numprune.quantization import GROUP_SIZES, Scheme, check_quantizable
 from numprune.recovery.rows import require_others
 from numprune.scenario import parse_time
@@ -59,6 +60,11 @@ from numprune.tasks import Task, TaskName
 from numprune.tasks.codes import ImageCodes
 from numprune.tasks.image_classification import ImageClassification
 
+# Figures of a classifier's quality that need labels.
+_OF_LABELS = {
+    *("accuracy_delta", "accuracy", "top5_accuracy", "right_to_wrong", "wrong_to_right"),
+    *("nll_nats_per_text", "nll_nats_per_image"),
+}
 _MODULES = {
     "distill": ("accelerate",),
     "lora": ("peft",),
@@ -172,13 +178,19 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
     data = recipe.data
     fields = {"data.calibration": data.calibration, **heldout_fields(recipe)}
     texts = {field: text for field, text in fields.items() if isinstance(text, list)}
+    judged_on: dict[str, list[Document] | list[Picture] | None] = {}
     if anatomy is not None and anatomy.image is not None:
-        for field, text in fields.items():
-            collect(field, check_images, text, data.reading(), task)
+        images = {field: collect(field, read_images, text, data.reading()) for field, text in fields.items()}
+        images.pop("data.calibration")  # needs no labels
+        judged_on = images
+        for field, found in images.items():
+            if found and isinstance(task, ImageClassification):
+                collect(field, task.labels, found)
     elif tokenizer is not None or not data.chat:
         render = renderer(tokenizer) if data.chat else None
         read = {field: collect(field, read_documents, files, data.split, render) for field, files in texts.items()}
         trained = read.pop("data.calibration", None) or []
+        judged_on = read
         if recipe.recover.method != "none":
             trained = [*trained, *_prompts(recipe, tokenizer, collect)]
         if {recipe.learn.method, recipe.recover.method} != {"none"}:
@@ -187,7 +199,10 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
     if data.split != WHOLE_FILE and not any(is_plain(Path(file)) for files in texts.values() for file in files):
         problems.append(f"data.split = {data.split!r}: there is no plain text file to split; omit it")
     problems += _combinations(recipe)
-    problems += _metrics(recipe, anatomy.task if anatomy else None, tasks)
+    unlabelled: set[str] = set()
+    if anatomy is not None and anatomy.task.endswith("classification"):
+        unlabelled = {field for field, items in judged_on.items() if items and all(one.label is None for one in items)}
+    problems += _metrics(recipe, anatomy.task if anatomy else None, tasks, unlabelled)
     for field, name in _needed(recipe):
         problems += [f"{field}: {problem}" for problem in _missing(name)]
     if "tensorrt" in recipe.export.targets:
@@ -218,13 +233,6 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, context: i
     """Raises InputError for the first prompt that the model cannot take."""
     for prompt in prompts_of(recipe.evaluate.prompts):
         encode(tokenizer, prompt, context)
-
-
-def check_images(text: str | list[str], reading: Reading, task: AnyTask | None) -> None:
-    """Raises InputError if there are no images, or their labels are not classes of the model."""
-    found = read_images(text, reading)
-    if isinstance(task, ImageClassification):
-        task.labels(found)
 
 
 def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
@@ -493,23 +501,28 @@ def _combinations(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None) -> list[str]:
+def _metrics(recipe: Recipe, task: TaskName | None, tasks: Tasks | None, unlabelled: Collection[str] = ()) -> list[str]:
     """Gates that can only fail, because the report will not have the figure.
 
-    `tasks`: None if there are none, or if they could not be loaded.
+    `tasks`: None if there are none, or if they could not be loaded. `unlabelled`: fields of held-out text or images
+    without labels.
     """
     problems = []
     for index, gate in enumerate(recipe.gates):
         section, name, *rest = path_of(gate.metric).split(".")
         where = f"gates.{index}.metric = {gate.metric!r}"
-        of_corpus = (section, name) == ("quality", "corpora")
+        of_corpus, corpus = (section, name) == ("quality", "corpora"), next(iter(recipe.data.corpora))
         if of_corpus:
             if unknown := _corpus(recipe, rest):
                 problems.append(f"{where}: {unknown}")
                 continue
-            _, name, *rest = [*rest, ""]
+            corpus, name, *rest = [*rest, ""]
         if task and (why := other_task(".".join([section, name, *rest]), task)):
             problems.append(f"{where}: {why}")
+            continue
+        judged = f"data.heldout.{corpus}".rstrip(".")
+        if section == "quality" and judged in unlabelled and not {name, *rest[:1]}.isdisjoint(_OF_LABELS):
+            problems.append(f"{where}: {judged} has no labels; label it, or use quality.loss_delta")
             continue
         if section == "tasks":
             problems += [f"{where}: {problem}" for problem in _task_metric(recipe, gate.bound, name, rest, tasks)]

@@ -110,9 +110,9 @@ def evaluate_checkpoint(model: Path, rows: TokenRows, device: torch.device) -> d
     """The figures of one model. Raises InputError (the task has no loss without a baseline), IntegrityError."""
     task = load_task(model)
     if not task.has_loss(rows):
-        what = "images" if task.name == "image-classification" else "text"
+        what, these = ("images", "these images") if task.name == "image-classification" else ("text", "this text")
         remedy = f"give labelled {what} or --baseline" if task.name in _CLASSES else "give --baseline"
-        raise InputError(f"{model}: the model has no loss of its own on this {what} ({task.name}); {remedy}")
+        raise InputError(f"{model}: the model has no loss of its own on {these} ({task.name}); {remedy}")
     found = evaluate(load_model(model).to(device), rows, task)
     assert found is not None
     facts = {"documents": rows.documents, "packed": rows.packed}

@@ -1,18 +1,23 @@
 """An image classifier through the commands and the pipeline, and refusals before any work."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import numprune as api
+from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import manifest
 from numprune.flows import recipe
 from numprune.flows.forecast import forecast
 from numprune.flows.forecast import text as forecast_text
 from numprune.flows.steps import checks
+from numprune.flows.steps.evaluate import compare_checkpoints
+from numprune.flows.steps.text import heldout_rows
 from numprune.serving import gates
 from numprune.serving import report as reports
 from tests.conftest import build_tiny, write_checkpoint, write_images
@@ -169,6 +174,64 @@ def test_what_a_recipe_cannot_do_with_images_is_refused_before_any_work(vit: Pat
         "quantize.scheme = 'w8a8': quantization: vit classifies images",
     ):
         assert problem in str(caught.value)
+
+
+def test_gates_on_labels_that_no_image_has_are_refused_before_any_work(vit: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 6)
+    train = write_images(tmp_path / "animals", 24, ["cat", "dog"])  # calibration needs no classes of the model
+    asked = recipe.load(vit / "recipe.toml", [f'data.heldout=["{tmp_path / "flat"}"]', f'data.calibration=["{train}"]'])
+    with pytest.raises(InputError) as caught:
+        checks.check(asked, tmp_path / "w")
+    assert "1 problem" in str(caught.value)
+    assert "gates.0.metric = 'quality.accuracy_delta': data.heldout has no labels" in str(caught.value)
+    corpora = f'data.heldout={{ one = ["{vit / "heldout"}"], other = ["{tmp_path / "flat"}"] }}'
+    checks.check(recipe.load(vit / "recipe.toml", [corpora]), tmp_path / "w")  # gates are on the first
+    asked = recipe.load(
+        vit / "recipe.toml",
+        [corpora, 'gates=[{metric="quality.corpora.other.metrics.accuracy.candidate", bound="point", min=0.5}]'],
+    )
+    with pytest.raises(InputError, match=r"data\.heldout\.other has no labels"):
+        checks.check(asked, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"),
+    [
+        # As transformers' own example of training writes it.
+        ({"label2id": {"cat": "0", "dog": "1", "owl": "2"}, "id2label": {"0": "cat", "1": "dog", "2": "owl"}}, "owl"),
+        ({"id2label": {"0": "cat", "1": "dog", "2": "owl"}}, "owl"),
+        # As in ImageNet, whose 134 and 517 are both "crane".
+        ({"label2id": {"cat": 0, "crane": 2}, "id2label": {"0": "cat", "1": "crane", "2": "crane"}}, "2"),
+    ],
+)
+def test_classes_are_read_as_checkpoints_write_them(
+    numprune: Command, tmp_path: Path, classes: dict[str, dict[str, object]], shown: str
+) -> None:
+    folders = []
+    for chosen in (0, 2):
+        model = build_tiny("vit", num_hidden_layers=1, num_labels=3)
+        model.classifier.bias.data[chosen] = 100.0
+        folders.append(write_checkpoint(model, tmp_path / str(chosen)))
+        config = json.loads((folders[-1] / "config.json").read_text())
+        kept = {name: value for name, value in config.items() if name not in ("id2label", "label2id")}
+        (folders[-1] / "config.json").write_text(json.dumps(kept | classes))
+    base, other = folders
+    images = write_images(tmp_path / "images", 6, ["cat"])
+    found = numprune("evaluate", other, "--baseline", base, "--text", images, "--json")
+    assert found.code == 0, found.err
+    assert found.json["metrics"]["accuracy"] == {"baseline": 1.0, "candidate": 0.0}
+    rows = heldout_rows([images], None, [base], Reading())
+    section = compare_checkpoints([other], base, rows, torch.device("cpu"))[0]
+    assert {(one["baseline"], one["candidate"]) for one in section["changed"]} == {("cat", shown)}
+
+
+def test_classes_that_are_contradictory_are_refused(numprune: Command, vit: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(vit / "base", tmp_path / "base")
+    classes = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 2}}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | classes))
+    found = numprune("evaluate", base, "--text", vit / "heldout")
+    assert (found.code, "label2id has index '2' for 'LABEL_1'; indices must be 0 to 1" in found.err) == (1, True)
 
 
 def test_a_forecast_counts_images(vit: Path, tmp_path: Path) -> None:
