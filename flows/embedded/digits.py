@@ -10,6 +10,7 @@ minute on one CPU core; the same seed and versions give the same weights.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +101,45 @@ def write_images(folder: Path, images: np.ndarray, digits: np.ndarray) -> None:
         Image.fromarray(image).save(inside / f"{number:04}.png")
 
 
-def main() -> None:
+def write(folder: Path, epochs: int, seed: int) -> None:
+    """Train, and write the model and its images into an empty folder. Raises InputError."""
+    images, digits = load_digits(seed)
+    parts = {"heldout": slice(_HELDOUT), "train": slice(_HELDOUT, None)}
+    for name, part in parts.items():
+        write_images(folder / name, images[part], digits[part])
+    torch.manual_seed(seed)
+    model, labels = build(), torch.from_numpy(digits)
+    train(model, pixels(images[parts["train"]]), labels[parts["train"]], epochs, seed)
+    model.save_pretrained(folder / "model")
+    processor().save_pretrained(folder / "model")
+    right = accuracy(model, pixels(images[parts["heldout"]]), labels[parts["heldout"]])
+    print(f"top-1 {right:.1%} on {_HELDOUT} held-out images", file=sys.stderr)
+
+
+def main() -> int:
+    """Run the command and return its exit code: 0 done, 1 error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write (must not exist)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
     args = parser.parse_args()
-    images, digits = load_digits(args.seed)
-    args.out.mkdir(parents=True)
-    parts = {"heldout": slice(_HELDOUT), "train": slice(_HELDOUT, None)}
-    for name, part in parts.items():
-        write_images(args.out / name, images[part], digits[part])
-    torch.manual_seed(args.seed)
-    model, labels = build(), torch.from_numpy(digits)
-    train(model, pixels(images[parts["train"]]), labels[parts["train"]], args.epochs, args.seed)
-    model.save_pretrained(args.out / "model")
-    processor().save_pretrained(args.out / "model")
-    right = accuracy(model, pixels(images[parts["heldout"]]), labels[parts["heldout"]])
-    print(f"{args.out / 'model'}: top-1 {right:.1%} on {_HELDOUT} held-out images", file=sys.stderr)
+    try:
+        if args.out.exists():
+            raise InputError(f"{args.out}: already exists; choose another folder or remove it")
+        if args.epochs < 1 or args.seed < 0:
+            raise InputError(f"--epochs {args.epochs}, --seed {args.seed}: they must be at least 1 and 0")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        # Interrupted, it leaves no folder that looks complete.
+        with tempfile.TemporaryDirectory(prefix=".digits-", dir=args.out.parent) as scratch:
+            made = Path(scratch, "digits")
+            made.mkdir()
+            write(made, args.epochs, args.seed)
+            made.rename(args.out)
+    except InputError as error:
+        print(f"digits: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits") / "digits"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["digits", str(out), "--epochs", "6"])
-        digits.main()
+        assert digits.main() == 0
     return out
 
 
@@ -28,6 +28,18 @@ def test_images_and_model_are_those_of_the_digits(trained: Path) -> None:
     found = numprune.evaluate(model, trained / "heldout")
     assert found.accuracy is not None
     assert found.accuracy > 0.8
+
+
+def test_a_folder_that_exists_is_not_touched(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for asked, said in (([], "already exists; choose another folder"), (["--epochs", "0"], "--epochs 0, --seed 0")):
+        out = trained / "new" if asked else trained
+        monkeypatch.setattr(sys, "argv", ["digits", str(out), *asked])
+        assert digits.main() == 1
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in trained.iterdir()) == ["heldout", "model", "train"]
+    assert [path.name for path in trained.parent.iterdir()] == ["digits"]
 
 
 def test_refitted_channels_lose_less_than_the_largest_ones(trained: Path) -> None:
