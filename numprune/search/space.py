@@ -15,7 +15,7 @@ from numprune.blocks import Anatomy, Block
 from numprune.curves import Errors, error_at
 from numprune.options import PruneOptions
 from numprune.quantization.allocation import Form, block_bytes
-from numprune.slices import Size
+from numprune.slices import GONE, Size
 from numprune.target import HEAD_SHAPES, Sizes
 
 _TRIES = 50  # draws for each neighbour asked for
@@ -78,7 +78,7 @@ class Space:
         found: list[dict[str, Size]] = []
         for _ in range(_TRIES * count if len(free) > 1 else 0):
             grows, shrinks = draw.sample(free, 2)
-            step = draw.choice(_steps(len(self.ladders[grows])))
+            step = draw.choice(_steps(len(self.ladder(plan, grows))))
             other = self.switched(plan, grows, shrinks, step)
             if other is None or key(other) in seen:
                 continue
@@ -94,7 +94,7 @@ class Space:
         The first grows by `step` rungs, and the second shrinks as little as pays for that. If the second's rungs are so
         far apart that more is left over, the first takes it. Blocks of the same kind thus exchange equal costs.
         """
-        up, down = self.ladders[grows], self.ladders[shrinks]
+        up, down = self.ladder(plan, grows), self.ladder(plan, shrinks)
         high, low = _place(up, plan[grows]), _place(down, plan[shrinks])
         unspent = self.limit - self.cost(plan)
         wanted = up[min(high + step, len(up) - 1)].cost - up[high].cost
@@ -107,6 +107,18 @@ class Space:
             return None
         other = {**plan, grows: up[more].size, shrinks: down[less].size}
         return other if self.is_servable(other) else None
+
+    def ladder(self, plan: Mapping[str, Size], name: str) -> Sequence[Rung]:
+        """Return the rungs of a block that keep attention servable while the other blocks stay as in the plan.
+
+        Once the others have all the sizes that attention may have, these are the only ones left. On the whole ladder,
+        nearly every step would lead to one more, and the search could only change MLPs.
+        """
+        ladder, attention = self.ladders[name], {block.name for block in self.anatomy.of_kind("attention")}
+        others = _shapes(self.anatomy, {**plan, name: GONE})
+        if name not in attention or len(others) < self.shapes:
+            return ladder
+        return [rung for rung in ladder if rung.size in others or not rung.size.units]
 
     def is_servable(self, plan: Mapping[str, Size]) -> bool:
         """Return whether every kind of block is left, and attention has few enough sizes."""

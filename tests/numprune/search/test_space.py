@@ -159,6 +159,17 @@ def test_a_server_can_run_every_candidate():
         assert any(plan[block.name].units for block in anatomy.of_kind("mlp"))
 
 
+def test_attention_changes_sizes_even_if_it_has_all_that_a_server_allows():
+    anatomy = anatomy_of(layers=24, num_key_value_heads=8)
+    space, start = space_of(anatomy, PruneOptions(0.4, allocation="error", target=TARGET))
+    attention = [block.name for block in anatomy.of_kind("attention")]
+    used = {start[name] for name in attention}
+    assert len(used) == 4 < len(space.ladders[attention[0]]) - 3  # and most steps lead to none of them
+    plans = [*wander(space, start)]
+    assert sum(any(plan[name] != start[name] for name in attention) for plan in plans) > len(plans) / 2
+    assert all(len({plan[name] for name in attention}) <= 4 for plan in plans)
+
+
 def test_a_budget_of_bytes_holds_for_every_candidate():
     anatomy = anatomy_of()
     whole = {block.name: Form(block.size, None) for block in anatomy.blocks}
