@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from numprune.counted import counted
+from numprune.errors import InputError
 from numprune.progress import progress
 from numprune.search.space import Space, key
 from numprune.slices import Size
@@ -140,6 +142,9 @@ def explore(space: Space, reward: Callable[[Mapping[str, Size]], float], episode
         reward: of a plan, higher is better.
         episodes: plans to try.
         seed: of networks and noise.
+
+    Raises:
+        InputError: no server can run any of the plans tried.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -182,6 +187,11 @@ def _explore(
                 chosen = torch.randint(len(memory), (_BATCH,), generator=generator).tolist()
                 agent.train(*(torch.stack(part) for part in zip(*(memory[index] for index in chosen), strict=True)))
     best = sorted((pair for pair in found.values() if space.is_servable(pair[1])), key=lambda pair: -pair[0])
+    if not best:
+        raise InputError(
+            f"--episodes: each of the {counted(len(found), 'plan')} that the agent tried gives attention more than "
+            f"{space.shapes} sizes; let it try more than {counted(episodes, 'episode')}"
+        )
     return Episodes([plan for _, plan in best], len(found))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from numprune.errors import InputError
 from numprune.flows.studies.search import command
 from numprune.flows.studies.search.agent import explore
 from numprune.options import PruneOptions
@@ -72,3 +73,10 @@ def test_an_agent_stays_within_the_budget_and_learns() -> None:
     assert -reward(found.plans[0]) == min(-value for value in rewards)
     again = explore(space, reward, 120, seed=0)
     assert again.plans[0] == found.plans[0]
+
+
+def test_an_agent_that_finds_no_plan_for_a_server_says_so() -> None:
+    anatomy = anatomy_of(layers=24, num_key_value_heads=8)
+    space, _ = space_of(anatomy, PruneOptions(0.4, allocation="error", target=Target(align=8)))
+    with pytest.raises(InputError, match=r"^--episodes: each of the 2 plans that the agent tried gives attention more"):
+        explore(space, lambda _: 0.0, 2, seed=0)
