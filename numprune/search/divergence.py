@@ -41,6 +41,7 @@ class Divergences:
         """Return the mean divergence over the predictions of each of these rows, (plans, rows), in the task's unit."""
         tokens, expected = self._rows[rows], self._expected[rows]
         leaving = self._leaving(plans, tokens)
+        self._levels.keep(plans)
         found = np.empty((len(plans), len(tokens)))
         with self._walker.layers.head() as head:
             for row in range(len(tokens)):  # a batch's logits could be the largest tensor
@@ -60,7 +61,6 @@ class Divergences:
                 for plan, hidden in zip(plans, found, strict=True):
                     with self._levels.written(layer, layers.anatomy.of_layer(index), plan):
                         walker.through(layer, index, hidden, hidden)
-        self._levels.keep(plans)
         return found
 
     @torch.no_grad()
