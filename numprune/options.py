@@ -187,7 +187,7 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
     if planned:
         raise InputError("refine: a plan or trained masks choose the sizes; leave refine out")
     if not 0 < options.refine_minutes < float("inf"):
-        raise InputError(f"refine_minutes is {options.refine_minutes}; it must be more than 0")
+        raise InputError(f"refine_minutes is {options.refine_minutes}; it must be more than 0, and finite")
     if options.allocation != "error":
         raise InputError(
             f"refine: the search starts from the sizes of allocation error; allocation is {options.allocation!r}, set "

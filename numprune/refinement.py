@@ -16,7 +16,7 @@ Stopped = Literal["no gain", "time limit", "no neighbours"]
 _WHY: dict[Stopped, str] = {
     "no gain": "until further ones brought no gain",
     "time limit": "until the time limit (another machine may get further)",
-    "no neighbours": "until all neighbours were tried",
+    "no neighbours": "until no untried neighbour was found",
 }
 
 

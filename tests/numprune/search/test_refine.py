@@ -1,5 +1,6 @@
 """Refining the plan of a real model: what is measured is what is pruned, and the model stays as it is."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -171,6 +172,7 @@ def test_it_works_with_a_budget_of_bytes_and_with_dropped_layers(budget):
     [
         ({"refine": "anneal"}, "refine is 'anneal'; it must be one of none, search"),
         ({"refine_minutes": 0.0}, "refine_minutes is 0.0; it must be more than 0"),
+        ({"refine_minutes": math.inf}, "refine_minutes is inf; it must be more than 0, and finite"),
         ({"refine": "none", "refine_minutes": 5.0}, "refine_minutes is 5; it has an effect only with refine search"),
         ({"allocation": "uniform"}, "refine: the search starts from the sizes of allocation error; allocation is"),
         ({"compensation": "none"}, "refine: the search measures refitted weights; compensation is 'none', use one of"),
