@@ -1,28 +1,22 @@
 """Choose which directions of the residual stream a narrower model keeps.
 
-If the directions U (H, k) of the stream x are removed at one point of the model, the loss rises, to second order and
-with the Fisher matrix as the Hessian, by about 1/2 tr(U^T C U U^T F U), where C = E[x x^T] and F = E[g g^T] are taken
-over tokens and g is the gradient of the loss there. The stream is one and the same from the embedding to the last norm,
-so U minimizes the sum of this over all points where something reads it.
+Let x be the stream at a point where a norm reads it, divided by its root mean square, and g the gradient of the loss
+with respect to that. With the Fisher matrix F = E[g g^T] as the Hessian, an error e of x raises the loss by about
+1/2 tr(F E[e e^T]).
 
-`fisher`: U are the k eigenvectors with the smallest eigenvalues of
+`fisher`: the matrices that read the stream are refitted, so that the part of x which the kept directions K (H, K)
+predict is not lost. With F = L L^T and C = E[x x^T], both summed over all points, the loss rises least if K^T x are the
+principal components of L^T x: K = L W, where W are the eigenvectors of L^T C L with the largest eigenvalues. A rotation
+with the same span gives the same model. So this is PCA of the stream in the metric of the loss; PCA itself (SliceGPT,
+arXiv 2401.15024) takes F = I.
 
-    tau * sum C / tr(sum C) + sum F / (tau * tr(sum F)),
-
-with the tau of a few at which that sum is smallest (output-aware basis selection, arXiv 2609.35579). `coordinates`: U
-are k coordinates, chosen one after another so that the sum rises least. A rotation removes several times less, but it
-unties the output matrix from the embedding.
+`coordinates`: those are removed, one after another, whose removal raises 1/2 tr(U^T C U U^T F U) least, U the unit
+vectors of all removed ones, summed over the points. A rotation loses less, but unties the output matrix.
 
 Labels are drawn from the model itself, which makes F the Fisher matrix and needs no labelled text. The first token of a
-row is left out: in many models it is an outlier of a thousand times the usual size that would decide everything, and
-little is read there.
-
-Sources and pitfalls: Minitron (arXiv 2407.14679) ranks coordinates by the size of norms' outputs; SliceGPT (arXiv
-2401.15024) rotates to principal components. Both ignore what the loss is sensitive to.
+row is left out: in many models it is an outlier of a thousand times the usual size, and little is read there.
 """
 
-import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,20 +26,19 @@ from numprune.blocks import Block
 from numprune.calibration import Walker, check_rows
 from numprune.hidden import Basis, Narrowing, norm_of
 from numprune.layers import Arguments, Layers
+from numprune.linalg import cholesky, damped
 from numprune.moments import require_in_range
 from numprune.progress import Progress
 from numprune.sensitivity import head_gradient, run_forward
 from numprune.tasks.language import drawn_nll
 
-logger = logging.getLogger(__name__)
-
-TAUS = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIRST = 1  # position of a row that is measured first
+_DAMPING = 1e-4  # of the Fisher matrix, relative to its mean diagonal: directions without gradients are ranked by size
 
 
 @dataclass(frozen=True)
 class StreamMoments:
-    """Second moments of the residual stream at every point where it is read.
+    """Second moments of the residual stream, divided by its root mean square, at every point where it is read.
 
     Attributes:
         states: C at each point, (H, H), allocated like hidden states.
@@ -78,9 +71,10 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, first: int = F
     walker = Walker(layers, rows.shape[1:], batch_size)
 
     def add(point: int, hidden: Tensor, gradient: Tensor) -> None:
-        for total, values in ((states[point], hidden), (gradients[point], gradient)):
-            flat = values.detach()[:, first:].flatten(0, 1).float()
-            total += (flat.T @ flat).to(total.device)
+        hidden, gradient = (values.detach()[:, first:].flatten(0, 1).float() for values in (hidden, gradient))
+        scale = hidden.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        for total, values in ((states[point], hidden / scale), (gradients[point], gradient * scale)):
+            total += (values.T @ values).to(total.device)
 
     chunks = rows.split(batch_size if layers.resident else len(rows))
     with Progress(2 * anatomy.layers * len(chunks), "basis", "layer") as bar:
@@ -138,35 +132,14 @@ def choose(moments: StreamMoments, size: int, basis: Basis) -> Narrowing:
     """Return the coordinates, of the rotated stream for `fisher`, that a model of hidden size `size` keeps."""
     if basis == "coordinates":
         return Narrowing(cheapest_coordinates(moments, size))
-    rotations = {tau: _rotation(moments, tau) for tau in TAUS}
-    losses = {tau: loss(moments, rotation[:, size:]) for tau, rotation in rotations.items()}
-    best = min(losses, key=losses.__getitem__)
-    logger.info("basis of the residual stream: tau %g of %s", best, _told(losses))
-    return Narrowing(torch.arange(size), rotations[best])
-
-
-def _told(losses: Mapping[float, float]) -> str:
-    return ", ".join(f"{tau:g} ({value:.3g} nats)" for tau, value in losses.items())
-
-
-def _rotation(moments: StreamMoments, tau: float) -> Tensor:
-    """Return (H, H) float64, orthogonal, columns from the most to the least worth keeping."""
-    states, gradients = (_total(part) for part in (moments.states, moments.gradients))
-    return principal_axes(tau * states / states.trace() + gradients / (tau * gradients.trace()))
+    factor = cholesky(damped(_total(moments.gradients), _DAMPING))
+    components = factor @ principal_axes(factor.T @ _total(moments.states) @ factor)
+    return Narrowing(torch.arange(size), torch.linalg.qr(components).Q)
 
 
 def principal_axes(moment: Tensor) -> Tensor:
     """Return the eigenvectors of a symmetric matrix (H, H) as columns, largest eigenvalue first, in float64."""
     return torch.linalg.eigh(moment.double()).eigenvectors.flip(1)
-
-
-def loss(moments: StreamMoments, removed: Tensor) -> float:
-    """Return the price of removing the directions (H, k) at every point: 1/2 sum tr(U^T C U U^T F U), in nats."""
-    total = 0.0
-    for state, gradient in zip(moments.states, moments.gradients, strict=True):
-        left, right = (removed.T @ part.to(removed) @ removed for part in (state, gradient))
-        total += float((left * right).sum()) / 2  # both are symmetric
-    return total
 
 
 def cheapest_coordinates(moments: StreamMoments, size: int) -> Tensor:
