@@ -22,8 +22,8 @@ of the time, and 5 % of the time at the first (counted by `python -m numprune.fl
 
 A report that is one of K candidates, of which the best is published, is judged by bounds of K times smaller error:
 1 - 5 % / K, or 1 - 2.5 % / K from the second look on. Whichever candidate is chosen, by whatever rule and on the same
-measurements, one beyond its limit is then published nominally at most 5 % of the time (Bonferroni's inequality).
-Reports have bounds of 95 % and 97.5 % only; the interval's ends are moved outwards from the value by t(1 - 5 % / K) /
+measurements, one beyond its limit is then published nominally at most 5 % of the time at the first look, and
+10 % within three (Bonferroni's inequality). Reports have bounds of 95 % and 97.5 % only; the interval's ends are moved outwards from the value by t(1 - 5 % / K) /
 t(97.5 %), for ratios in their logarithms. That is too little for few documents of skewed lengths: with 20, one of
 twelve candidates at the limit passes 9 to 14 % of the time (50 to 60 % without the correction; counted by `python -m
 numprune.flows.studies.error_rates`).
@@ -313,6 +313,7 @@ def _bounds(found: ReportedEstimate, metric: str, looks: int, candidates: int) -
         return low, high, confidence
     wider = student(found.samples, confidence) / student(found.samples, _LATER_CONFIDENCE)
     if _EQUAL.get(path_of(metric).rsplit(".", 1)[-1]) == 1 and min(low, value) > 0:
-        lower, upper = (value * math.exp(min(wider * math.log(end / value), _LARGEST_EXPONENT)) for end in (low, high))
+        logs = (wider * (math.log(end) - math.log(value)) for end in (low, high))  # a quotient may round to 0
+        lower, upper = (value * math.exp(min(log, _LARGEST_EXPONENT)) for log in logs)
         return lower, upper, confidence
     return value + wider * (low - value), value + wider * (high - value), confidence

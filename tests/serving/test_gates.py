@@ -89,6 +89,14 @@ def test_one_of_several_candidates_is_judged_by_wider_bounds(report_json: Json, 
     assert check(report_json, "sizes.parameters.ratio", "point", max=0.75).reason == "within the limit"
 
 
+def test_bounds_of_several_candidates_are_numbers_for_any_interval(report_json: Json) -> None:
+    """A report may come from anywhere: this one's lower end is 0 as a share of its value."""
+    ratio = report_json["speed"]["onnxruntime"]["decode_tokens_per_s"]["ratio"]
+    ratio |= {"value": 1e200, "ci95_lower": 1e-200, "ci95_upper": 1e300, "interval95": [1e-200, 1e300]}
+    report_json["candidates"] = 12
+    assert check(report_json, DECODE, "ci95_lower", min=0.5).outcome == "fail"
+
+
 def test_the_number_of_candidates_cannot_be_altered_after_the_verdict(report_json: Json) -> None:
     report = Report.model_validate({**report_json, "candidates": 12})
     policy = Policy(gates=(Gate(metric=NLL, bound="ci95_upper", max=0.1),))
