@@ -20,13 +20,13 @@ An inconclusive benchmark may be repeated: the new repeats are pooled with the e
 97.5 % bounds, the ends of the two-sided 95 % interval: a candidate at its limit passes within three looks about 7.5 %
 of the time, and 5 % of the time at the first (counted by `python -m numprune.flows.studies.error_rates`).
 
-A report that is one of K candidates, of which the best is published, is judged by bounds of K times smaller error:
-1 - 5 % / K, or 1 - 2.5 % / K from the second look on. Whichever candidate is chosen, by whatever rule and on the same
-measurements, one beyond its limit is then published nominally at most 5 % of the time at the first look, and
-10 % within three (Bonferroni's inequality). Reports have bounds of 95 % and 97.5 % only; the interval's ends are moved outwards from the value by t(1 - 5 % / K) /
-t(97.5 %), for ratios in their logarithms. That is too little for few documents of skewed lengths: with 20, one of
-twelve candidates at the limit passes 9 to 14 % of the time (50 to 60 % without the correction; counted by `python -m
-numprune.flows.studies.error_rates`).
+A report that is one of K candidates, of which the best is published, is judged by bounds of K times smaller error: 1 -
+5 % / K, or 1 - 2.5 % / K from the second look on. Whichever candidate is chosen, by whatever rule and on the same
+measurements, one beyond its limit is then published nominally at most 5 % of the time at the first look, and 10 %
+within three (Bonferroni's inequality). Reports have bounds of 95 % and 97.5 % only; the interval's ends are moved
+outwards from the value by t(1 - 5 % / K) / t(97.5 %), for ratios in their logarithms. That is too little for few
+documents of skewed lengths: with 20, one of twelve candidates at the limit passes 9 to 14 % of the time (50 to 60 %
+without the correction; counted by `python -m numprune.flows.studies.error_rates`).
 
 A speed ratio has a noise floor f: the baseline against itself lies within 1 ± f. A limit closer to 1 than f is replaced
 by the far edge of the floor, and a result that does not clear it is inconclusive. f falls as 1 / sqrt(repeats), so

@@ -28,8 +28,13 @@ def best(objective: Objective, outcomes: Sequence[str], points: Sequence[Point |
     return min(passing, key=rank, default=None)
 
 
-def without_one(outcomes: Iterable[str]) -> Outcome:
-    """The outcome of candidates none of which passes: that of those which another run may settle, or fail."""
+def without_one(outcomes: Iterable[str]) -> Outcome | None:
+    """The outcome of candidates none of which passes: that of those which another run may settle, or fail.
+
+    None if all have errors: no gate has refused any of them.
+    """
     seen = set(outcomes)
+    if seen == {"error"}:
+        return None
     settled_later: tuple[Outcome, ...] = ("invalid environment", "inconclusive")
     return next((outcome for outcome in settled_later if outcome in seen), "fail")

@@ -132,7 +132,14 @@ def _problems(grid: Grid, overridden: set[str]) -> list[str]:
                 problems.append(f"{key}: the recipe has no section {section!r}")
         if key in overridden:
             problems.append(f"{key}: also given by --set; omit one of the two")
-        texts = [recipe.to_text(value) for value in values]
+        if isinstance(values, str):
+            problems.append(f"{key}: {values!r} must be a list of values")
+            continue
+        try:
+            texts = [recipe.to_text(value) for value in values]
+        except TypeError:  # a date of TOML; in Python, anything
+            problems.append(f"{key}: the values must be text, numbers, true or false, or lists of these")
+            continue
         problems += [f"{key}: {text} is given twice" for text in dict.fromkeys(texts) if texts.count(text) > 1]
         if not values:
             problems.append(f"{key}: has no values")

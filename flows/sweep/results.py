@@ -26,7 +26,7 @@ class Explored:
     """How the run of a candidate ended.
 
     Attributes:
-        outcome: its verdict, or "error".
+        outcome: its verdict, or "error"; "invalid environment", too, if blocks could not be timed.
         error: what stopped it.
         headline: the first sentence of its report.
         run: its id; `report`: its report.json, and `page` its report.html. None after an error.
@@ -73,7 +73,8 @@ class Sweep:
         speed: the metric of `point.speed`; `axes`: the names of the three figures.
         choose: what is published, if anything.
         candidates: in the order of the grid.
-        outcome: of the chosen candidate, or why there is none; None without `choose`, and before the choice.
+        outcome: of the chosen candidate, or why there is none; None without `choose`, before the choice, and if all
+            candidates have errors.
         chosen: its number; None if none passes.
         published: the summary of the run that published it.
     """

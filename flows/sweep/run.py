@@ -11,15 +11,15 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from contextlib import closing, contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import ExitStack, closing, contextmanager
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
-from numprune.errors import InputError, NumpruneError
+from numprune.errors import EnvironmentInvalid, InputError, NumpruneError
 from numprune.export import locks
 from numprune.flows import children, execute, logs, recipe, stages
 from numprune.flows.children import ChildDied
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 FOLDER = "sweeps"  # in the workspace
+_LOOKS_UP_S = 0.5  # while it waits for a lock: whether the sweep was interrupted
 # Explores all runs and yields each one's index with its result, in the order in which they end.
 Ended = Generator[tuple[int, Explored], None, None]
 ExploreAll = Callable[[Sequence[Run], Path], Ended]
@@ -66,8 +67,13 @@ def sweep(
         The candidates, each with its figures and verdict, or its error.
 
     Raises:
-        InputError: the grid, or a recipe with its values, is not valid or cannot run here; nothing has run then.
+        InputError: an argument, the grid, or a recipe with its values is not valid, or cannot run here; nothing has
+            run then.
     """
+    if choose is not None and choose not in get_args(Objective):
+        raise InputError(f"choose is {choose!r}; it must be one of {', '.join(get_args(Objective))}, or None")
+    if workers < 1:
+        raise InputError(f"workers is {workers}; it must be at least 1")
     path = recipe.source_of(str(source) if source else None)
     candidates = grids.expand(path, grid, overrides)
     folder = stages.workspace_folder(str(workspace) if workspace else None)
@@ -113,10 +119,15 @@ def prepare_all(candidates: Sequence[Candidate], workspace: Path) -> list[Run]:
     return made
 
 
-def explore(run: Run, source: Path, make: MakeStage = Run.make) -> Explored:
-    """Run a candidate without publishing it. Its failure is a result: the other candidates go on."""
+def explore(run: Run, source: Path, make: MakeStage = Run.make, stopping: threading.Event | None = None) -> Explored:
+    """Run a candidate without publishing it. Its failure is a result: the other candidates go on.
+
+    `stopping`: ends waiting for another sweep, with KeyboardInterrupt.
+    """
     try:
-        found = execute.execute(_here(run), source, partial(_undisturbed, make), publish=None)
+        found = execute.execute(_here(run), source, partial(_undisturbed, make, stopping), publish=None)
+    except EnvironmentInvalid as error:
+        return Explored("invalid environment", str(error))
     except NumpruneError as error:
         return Explored("error", str(error))
     except Exception as error:
@@ -131,7 +142,7 @@ def in_threads(
     source: Path,
     workers: int,
     make: MakeStage = Run.make,
-    explore: Callable[[Run, Path, MakeStage], Explored] = explore,
+    explore: Callable[[Run, Path, MakeStage, threading.Event], Explored] = explore,
 ) -> Ended:
     """Explore the runs in threads of this process, `workers` at a time; their stages are processes of their own."""
     stopping = threading.Event()
@@ -147,18 +158,19 @@ def in_threads(
             raise
 
     with logs.informing(), ThreadPoolExecutor(workers) as pool:
-        futures = {
-            pool.submit(copy_context().run, explore, run, source, make_unless_stopped): index
-            for index, run in enumerate(runs)
-        }
+        futures: dict[Future[Explored], int] = {}
         try:
+            for index, run in enumerate(runs):
+                submitted = pool.submit(copy_context().run, explore, run, source, make_unless_stopped, stopping)
+                futures[submitted] = index
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(futures, timeout=0.1).not_done:
+            while left := [future for future in futures if not future.done()]:  # `wait` never counts cancelled ones
                 children.end_all()
+                wait(left, timeout=0.1)
             raise
 
 
@@ -172,19 +184,33 @@ def _here(run: Run) -> Run:
     return replace(children.call(prepare, run.recipe, run.workspace), candidates=run.candidates)
 
 
-def _undisturbed(make: MakeStage, run: Run, stage: Stage[R]) -> StageResult[R]:
+def _undisturbed(make: MakeStage, stopping: threading.Event | None, run: Run, stage: Stage[R]) -> StageResult[R]:
     """Make a stage. Beside one that measures time no other runs on the machine, and one at a time uses its GPU."""
-    with (
-        _this_machine(run.workspace, "time", shared=not stage.measures_time),
-        _this_machine(run.workspace, "gpu") if run.uses_gpu and stage.uses_gpu else nullcontext(),
-    ):
+    with ExitStack() as holding:
+        with _this_machine(run.workspace, "turn", stopping):  # later ones do not overtake one that measures time
+            holding.enter_context(_this_machine(run.workspace, "time", stopping, shared=not stage.measures_time))
+        if run.uses_gpu and stage.uses_gpu:
+            holding.enter_context(_this_machine(run.workspace, "gpu", stopping))
         return make(run, stage)
 
 
 @contextmanager
-def _this_machine(workspace: Path, what: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock of this machine, which all sweeps of the workspace take."""
-    with locks.held(workspace / FOLDER / f".{platform.node()}-{what}.lock", shared=shared):
+def _this_machine(
+    workspace: Path, what: str, stopping: threading.Event | None, *, shared: bool = False
+) -> Iterator[None]:
+    """Hold a lock of this machine, which all sweeps of the workspace take.
+
+    Raises KeyboardInterrupt if `stopping` is set before it is free: another process may hold it for a long time.
+    """
+    lock = workspace / FOLDER / f".{platform.node()}-{what}.lock"
+    with ExitStack() as holding:
+        while True:
+            try:
+                holding.enter_context(locks.held(lock, timeout_s=_LOOKS_UP_S, shared=shared))
+                break
+            except locks.Held:
+                if stopping is not None and stopping.is_set():
+                    raise KeyboardInterrupt from None
         yield
 
 
@@ -200,6 +226,6 @@ def _publish(
     outcomes = [candidate.outcome for candidate in found.candidates]
     index = choice.best(choose, outcomes, [candidate.point for candidate in found.candidates])
     if index is None:
-        return replace(found, outcome=choice.without_one(outcomes))
+        return replace(found, outcome=choice.without_one(outcomes))  # None if no candidate was judged
     published = execute.execute(runs[index], source, make, publish)
     return replace(found, chosen=found.candidates[index].number, outcome=published["outcome"], published=published)

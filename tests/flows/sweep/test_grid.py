@@ -1,12 +1,13 @@
 """The grid of a sweep: every combination, or every problem before any work."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from numprune.errors import InputError
 from numprune.flows.recipe import EMBEDDED_RECIPE
-from numprune.flows.sweep import choice
+from numprune.flows.sweep import choice, sweep
 from numprune.flows.sweep.grid import MAXIMUM, expand, parse
 from numprune.serving.front import Estimate, Point
 
@@ -61,6 +62,7 @@ def test_words_that_are_no_grid_are_refused(words: list[str], problem: str) -> N
         (["data.heldout=a.txt,b.txt"], "data.heldout: candidates that are measured differently cannot be compared"),
         (["prune.seed=1,2"], "prune.seed: also given by --set"),
         (["prune.ratio=0.1"], "1 combination; give at least two"),
+        (["prune.ratio=1979-05-27,1979-05-28"], "prune.ratio: the values must be text, numbers, true or false, or lis"),
         ([f"data.seed={','.join(map(str, range(MAXIMUM + 1)))}"], f"65 combinations; at most {MAXIMUM} are compared"),
         (["prune.ratio=0.1,1.5"], r"prune.ratio=1.5: recipe [\s\S]*prune.ratio = 1.5: must be less than 1"),
         (["prune.ratoi=0.1,0.2", "prune.skips=true,false"], "and 3 more: recipe[\\s\\S]*did you mean 'ratio'"),
@@ -85,6 +87,21 @@ def test_two_spellings_of_one_recipe_are_refused() -> None:
         expand(EMBEDDED_RECIPE, {"data.calibration": ["train.txt", "./train.txt"]})
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"choose": "fast"}, "choose is 'fast'; it must be one of fastest, smallest, best-quality, or None"),
+        ({"workers": 0}, "workers is 0; it must be at least 1"),
+        ({"grid": {"quantize.scheme": "none"}}, "quantize.scheme: 'none' must be a list of values"),
+        ({"grid": {"data.calibration": [Path("a"), Path("b")]}}, "data.calibration: the values must be text, numbers"),
+    ],
+)
+def test_arguments_in_python_are_checked_before_any_work(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=problem):
+        sweep(None, **{"grid": {"prune.ratio": [0.1, 0.2]}, "workspace": tmp_path / "w", **given})
+    assert not (tmp_path / "w").exists()
+
+
 # --- the choice -----------------------------------------------------------------------------------
 
 
@@ -104,5 +121,6 @@ def test_the_best_of_those_that_pass_is_chosen_and_the_first_of_equals(objective
 def test_without_one_that_passes_none_is_chosen() -> None:
     assert choice.best("fastest", ["fail", "error"], [POINTS[0], None]) is None
     assert choice.without_one(["fail", "error"]) == "fail"
+    assert choice.without_one(["error", "error"]) is None
     assert choice.without_one(["fail", "inconclusive"]) == "inconclusive"
     assert choice.without_one(["inconclusive", "invalid environment"]) == "invalid environment"

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from numprune.errors import EnvironmentInvalid
 from numprune.export import locks
 from numprune.flows import runs
 from numprune.flows.recipe import load
 from numprune.flows.run import Run
 from numprune.flows.stages import Stage, StageResult
 from numprune.flows.steps.checks import prepare
+from numprune.flows.sweep import choice
 from numprune.flows.sweep import run as sweeping
 from numprune.serving import report as reports
 from tests.flows.conftest import Answered, shell, work
@@ -135,15 +137,38 @@ def test_a_failed_candidate_is_a_row_and_a_refused_gate_a_result(
     assert {one["outcome"] for one in refused.json["candidates"]} == {"fail"}
 
 
-def test_an_interrupted_sweep_ends_its_stages_and_says_so(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])  # with one, a candidate has not begun
+def test_an_interrupted_sweep_ends_its_stages_and_says_so(tiny: Path, tmp_path: Path, workers: str) -> None:
     with driving(tmp_path / "control") as driver:
-        pid = driver.run_until("calibration", "rename", words(tiny, tmp_path / "w", "--workers", "2"))
+        pid = driver.run_until("calibration", "rename", words(tiny, tmp_path / "w", "--workers", workers))
         driver.process.send_signal(signal.SIGINT)
         code, _ = driver.answer()
         assert code == 130
         wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 30)
     assert {run.state for run in runs.list_runs(tmp_path / "w")} == {"interrupted"}
     assert not list((tmp_path / "w" / "stages").glob("calibration-*"))
+
+
+def test_an_interrupt_ends_the_wait_for_another_sweep(tiny: Path, tmp_path: Path) -> None:
+    """That of another process, which measures time."""
+    workspace = tmp_path / "w"
+    with driving(tmp_path / "control") as driver, sweeping._this_machine(workspace, "time", None):
+        driver.begin(words(tiny, workspace))
+        wait_until(lambda: {run.state for run in runs.list_runs(workspace)} == {"running"}, 60)
+        driver.process.send_signal(signal.SIGINT)
+        code, _ = driver.answer()
+        assert code == 130
+    assert {run.state for run in runs.list_runs(workspace)} == {"interrupted"}
+    assert not list((workspace / "stages").glob("*"))
+
+
+def test_a_machine_on_which_blocks_cannot_be_timed_is_no_error_of_the_candidate(tiny: Path, tmp_path: Path) -> None:
+    def make(run: Run, stage: Stage[R]) -> StageResult[R]:
+        raise EnvironmentInvalid("timings: the machine is busy")
+
+    found = sweeping.explore(prepare(load(tiny / "recipe.toml"), tmp_path / "w"), tiny / "recipe.toml", make)
+    assert (found.outcome, found.error, found.report) == ("invalid environment", "timings: the machine is busy", None)
+    assert choice.without_one(["error", found.outcome]) == "invalid environment"
 
 
 def test_recipes_that_cannot_run_here_are_refused_before_any_work(
@@ -163,7 +188,7 @@ def test_nothing_else_works_while_time_is_measured(tiny: Path, tmp_path: Path) -
     other, timed = work(), work(2).timed()
 
     def is_free(workspace: Path, shared: bool) -> bool:
-        (lock,) = (workspace / "sweeps").iterdir()
+        (lock,) = (workspace / "sweeps").glob(".*-time.lock")
         try:
             with locks.held(lock, timeout_s=0, shared=shared):
                 return True
@@ -177,7 +202,7 @@ def test_nothing_else_works_while_time_is_measured(tiny: Path, tmp_path: Path) -
         return run.make(stage)
 
     for stage in (other, timed):
-        sweeping._undisturbed(make, run, stage)
+        sweeping._undisturbed(make, None, run, stage)
     assert seen == [(False, True, False), (True, False, False)]  # others may run beside it, but no measurement
 
 
