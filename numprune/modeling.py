@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -86,14 +85,17 @@ class _PerLayerModel:
                     _skip(layer, block)
                 elif block.kind == "attention":
                     if self.family.stock_heads == "all":
-                        zeros = {name: torch.zeros(shape) for name, shape in block.tensors().items()}
-                        resize(layer, block, {part.tensor: zeros[part.tensor] for part in block.slices})
+                        # Not zeros: some classes leave the initial weights to the module's constructor.
+                        whole = layer.state_dict()
+                        cut = {name: whole[name][tuple(map(slice, shape))] for name, shape in _sliced(block).items()}
+                        resize(layer, block, {name: tensor.clone() for name, tensor in cut.items()})
                     # Its index in the KV cache, which reads the current length from its first layer.
                     layer.get_submodule(block.modules[0]).layer_idx = attending
                     attending += 1
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
+                module._is_hf_initialized = False  # ImageGPT scales weights of its layers as a whole
         self.init_weights()  # of the new layers: the stock constructor only initialized those that it built
 
     @classmethod
@@ -131,6 +133,12 @@ class Silent(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._output(*args, **kwargs)
+
+
+def _sliced(block: Block) -> dict[str, tuple[int, ...]]:
+    """Return the names of the tensors that the block's units are cut from, and their shapes."""
+    shapes = block.tensors()
+    return {part.tensor: shapes[part.tensor] for part in block.slices}
 
 
 def _skip(layer: nn.Module, block: Block) -> None:
