@@ -307,6 +307,7 @@ _WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_atte
 THREE_OF = {"gemma3_text": _WINDOWS, "gpt_oss": _WINDOWS}
 
 
+@pytest.mark.slow
 @of_task
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_model_without_a_layer_is_stock_and_matches_its_remaining_layers(family, task, layer, tmp_path):
@@ -412,6 +413,7 @@ def streamed(folder, options):
     return plan, cut
 
 
+@pytest.mark.slow
 @of_allocation
 def test_streamed_pruning_matches_in_memory(family, task, allocation, axes, tmp_path):
     options = options_for(family, allocation, axes)
@@ -427,6 +429,7 @@ def test_streamed_pruning_matches_in_memory(family, task, allocation, axes, tmp_
         torch.testing.assert_close(value, inside[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @of_task
 def test_streamed_layer_dropping_matches_in_memory(family, task, tmp_path):
     options = PruneOptions(0.65, drop_layers=1, target=ALIGNED)
@@ -466,6 +469,7 @@ def test_gradients_match_autograd_on_the_whole_model(family, task):
         torch.testing.assert_close(found.taylor[block.name].sum().float(), salience, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @of_allocation
 def test_a_refitted_model_errs_less(family, task, allocation, axes):
     dense = distribution(build_tiny(family, task=task), task)

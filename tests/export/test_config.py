@@ -139,6 +139,7 @@ def test_generation_settings_stay_in_config_json(tiny_checkpoint: Checkpoint, st
     assert GENERATION.items() <= GenerationConfig.from_pretrained(out, "config.json").to_dict().items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rope",
     [

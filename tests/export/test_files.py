@@ -71,6 +71,7 @@ ARTIFACTS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ARTIFACTS)
 def test_files_that_pruning_does_not_change_are_identical_in_every_artifact(base: Path, made: str) -> None:
     out = base.with_name("out")
@@ -86,6 +87,7 @@ def test_files_that_pruning_does_not_change_are_identical_in_every_artifact(base
 CODE = {"AutoConfig": "modeling_x.C", "AutoTokenizer": ["modeling_x.T", None]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", ARTIFACTS)
 def test_references_to_code_are_dropped(base: Path, made: str) -> None:
     def content(folder: Path, name: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def test_parity_of_onnx_runtime(tiny_checkpoint: Checkpoint, tmp_path: Path) -> 
     assert abs(result["worst"]["reference"] - result["worst"]["candidate"]) == pytest.approx(result["logit_error_max"])
 
 
+@pytest.mark.slow
 def test_torch_matches_itself_exactly_and_fails_with_other_weights(tiny_checkpoint: Checkpoint) -> None:
     base, other = tiny_checkpoint(), tiny_checkpoint(name="other", seed=1)
     result = parity.check(base, base, "torch")
@@ -131,6 +132,7 @@ ALTERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALTERATIONS)
 def test_a_wrong_graph_fails_and_is_located(tiny_checkpoint: Checkpoint, tmp_path: Path, name: str) -> None:
     change, message = ALTERATIONS[name]

@@ -36,6 +36,7 @@ def test_the_default_prunes_whole_groups():
     assert {size.members for size in by_default["layers.0.attention"]} == {2}
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     keep=st.lists(st.sampled_from(["layers.0", "layers.-1.attention", "layers.1.mlp", "attention"]), max_size=2),

@@ -170,6 +170,7 @@ def test_heads_that_do_not_divide_the_hidden_size_leave_a_stock_model():
     assert pruned.config.hidden_size % pruned.config.num_attention_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
 @pytest.mark.parametrize("compensation", ["oneshot", "sequential", "residual", "joint"])
 def test_refits_bring_the_narrow_model_closer(family, compensation):
@@ -186,6 +187,7 @@ def test_refits_bring_the_narrow_model_closer(family, compensation):
     assert error(compensation) < (1.0 if compensation == "oneshot" else 0.9) * error("none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3_moe", False)])
 def test_streamed_matches_in_memory(family, tied, tmp_path):
     folder = write_checkpoint(build_tiny(family, tie_word_embeddings=tied), tmp_path / "base")
@@ -356,6 +358,7 @@ def divergence(model, dense):
     return float((dense.exp() * (dense - found)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NARROWABLE)
 def test_the_rotated_and_cut_model_is_a_stock_model(family, tmp_path):
     model = build_tiny(family)
@@ -372,6 +375,7 @@ def test_the_rotated_and_cut_model_is_a_stock_model(family, tmp_path):
     torch.testing.assert_close(logits(read.eval()), logits(made.model), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["fisher", "coordinates"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
 def test_refitting_what_reads_the_stream_loses_less(family, basis):
@@ -413,6 +417,7 @@ def test_a_plan_of_directions_finds_them_again():
     torch.testing.assert_close(logits(again.model), logits(made.model), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["uniform", "error"])
 @pytest.mark.parametrize("basis", ["fisher", "coordinates"])
 def test_units_make_up_the_rest_of_the_ratio(allocation, basis):
@@ -441,6 +446,7 @@ def test_a_layer_is_dropped_from_a_rotated_model():
     assert made.prunable_ratio_removed >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rotated_checkpoint_is_stored_the_same_streamed_or_not(tied, tmp_path):
     base = recast(write_checkpoint(build_tiny(tie_word_embeddings=tied), tmp_path / "base"), torch.bfloat16)

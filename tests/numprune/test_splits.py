@@ -24,6 +24,7 @@ def flat(base, attention, mlp):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     ratio=st.floats(0, 0.95),

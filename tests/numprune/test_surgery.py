@@ -77,6 +77,7 @@ def test_the_sliced_model_matches_the_masked_model_round_trips_and_has_the_predi
         assert loaded.config.model_type in LLAMA_LIKE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [*((family, {}) for family in LLAMA_LIKE), ("llama", {"attention_bias": True, "mlp_bias": True})],
@@ -124,6 +125,7 @@ def test_worthless_blocks_can_be_removed_whole(tiny_model):
     assert pruned.prunable_ratio_removed == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 def test_cached_generation_matches_uncached_generation(tiny_model, family, allocation):

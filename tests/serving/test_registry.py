@@ -541,6 +541,7 @@ def _rewrite_with_its_manifest(folder: Path) -> None:
     shutil.rmtree(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -686,6 +687,7 @@ def remote_with(registry: Registry, location: str) -> Registry:
     return dataclasses.replace(registry, artifacts=artifacts, experiment=experiment, embedded=False)
 
 
+@pytest.mark.slow
 def test_files_round_trip_through_mlflow(remote: Registry, make_release: MakeRelease, tmp_path: Path) -> None:
     first, second = make_release("a"), make_release("b")
     version = registries.publish(remote, first, NAME)

@@ -133,6 +133,7 @@ def test_coordinates_that_nothing_reads_go_first(variant, tokens):
     assert float((dense.exp() * (dense - narrow)).sum(-1).mean()) == pytest.approx(found.record.divergence, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "counted"),
     [

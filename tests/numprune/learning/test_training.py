@@ -23,6 +23,7 @@ def learned(variant: Variant, state: TrainingState) -> Learned:
     return learn(build_tiny(), ROWS, SELECTION, OPTIONS, variant, TOKENS, learning_rate=1e-3, state=state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [5, 15])  # before and after the first masks are judged
 @pytest.mark.parametrize("variant", ["fast", "faster"])
 def test_a_killed_training_ends_like_an_undisturbed_one(

@@ -407,6 +407,7 @@ class Killed(BaseException):
     """Ends a training where it stands."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_killed_training_ends_like_an_undisturbed_one(
     rows: RecoveryRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Literal["all", "lora"]

@@ -44,6 +44,7 @@ def logits(model, task="causal-lm"):
     return TASKS[task].output(model.eval(), ROWS[:4], torch.ones_like(ROWS[:4]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task", "criterion", "allocation"),
     [
@@ -142,6 +143,7 @@ def test_an_interrupted_training_ends_like_an_undisturbed_one(tmp_path, criterio
     assert all(torch.equal(other_weights[name], value) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     how = {"save_strategy": "steps", "save_steps": 14}
 

@@ -46,6 +46,7 @@ def kl(dense, other, rows, task=CAUSAL):
     return found.view(len(rows), -1).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task"),
     [
@@ -113,6 +114,7 @@ def test_of_a_large_vocabulary_the_most_probable_tokens_are_compared(monkeypatch
     assert (some > 0.3 * full).all()  # of random logits, which have no likely tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SEARCHED, replace(SEARCHED, axes=("kv-groups", "query-heads", "channels"))])
 def test_the_record_agrees_with_the_pruned_models_and_the_ratio_holds(options):
     model = build(num_attention_heads=8, num_key_value_heads=4, head_dim=8)
@@ -136,6 +138,7 @@ def test_the_record_agrees_with_the_pruned_models_and_the_ratio_holds(options):
     assert again == searched.plan
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_its_record_and_is_followed_without_a_search(tmp_path):
     model = build()
     made = prune(model, ROWS, replace(SEARCHED, compensation="joint"))
