@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from PIL import Image
-from transformers import AutoImageProcessor
 
 from numprune.anatomy import image_shape
 from numprune.errors import InputError, reason
@@ -24,6 +22,9 @@ def load_processor(folder: Path, config: Any) -> Processor:
     Raises:
         InputError: no or a malformed file, or images would not have the shape that the model reads.
     """
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
     shape = image_shape(config)
     if shape[0] not in _CHANNELS:
         raise InputError(f"{folder}: num_channels={shape[0]}; images have {' or '.join(map(str, _CHANNELS))}")

@@ -1,14 +1,16 @@
-"""Images as the pixel values that a model reads: decoded by Pillow, processed by the model's own image processor."""
+"""Images as the pixel values that a model reads: decoded by Pillow, processed by the model's own image processor.
+
+Pillow is imported where an image is read: models of text are pruned without it, as `make gpu` does on a bare machine.
+"""
 
 import hashlib
 import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from numprune.corpus import TokenRows
@@ -16,6 +18,9 @@ from numprune.counted import counted
 from numprune.errors import InputError, reason
 from numprune.pictures import Picture
 from numprune.progress import progress
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 _SHOWN = 3  # names in a message
@@ -40,8 +45,10 @@ class Processor:
         found: Tensor = self.run(_decoded(picture, self.shape[0]), return_tensors="pt")["pixel_values"][0].float()
         return found
 
-    def picture(self, pixels: Tensor) -> Image.Image:
+    def picture(self, pixels: Tensor) -> "Image.Image":
         """Return the image that gives the pixel values (C, height, width), as far as they determine it."""
+        from PIL import Image
+
         settings = json.loads(self.settings)
         values = pixels.double()
         if settings.get("do_normalize"):
@@ -56,6 +63,8 @@ class Processor:
 
 def _decoded(picture: Picture, channels: int) -> Any:
     """Return an upright image of Pillow with so many channels. Raises InputError."""
+    from PIL import Image, ImageOps
+
     source = picture.source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
