@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -85,10 +86,9 @@ class _PerLayerModel:
                     _skip(layer, block)
                 elif block.kind == "attention":
                     if self.family.stock_heads == "all":
-                        # Not zeros: some classes leave the initial weights to the module's constructor.
                         whole = layer.state_dict()
-                        cut = {name: whole[name][tuple(map(slice, shape))] for name, shape in _sliced(block).items()}
-                        resize(layer, block, {name: tensor.clone() for name, tensor in cut.items()})
+                        shapes = _sliced(block)
+                        resize(layer, block, {name: _drawn(whole[name], shape) for name, shape in shapes.items()})
                     # Its index in the KV cache, which reads the current length from its first layer.
                     layer.get_submodule(block.modules[0]).layer_idx = attending
                     attending += 1
@@ -139,6 +139,13 @@ def _sliced(block: Block) -> dict[str, tuple[int, ...]]:
     """Return the names of the tensors that the block's units are cut from, and their shapes."""
     shapes = block.tensors()
     return {part.tensor: shapes[part.tensor] for part in block.slices}
+
+
+def _drawn(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of `shape` with initial weights of `tensor`: some classes only draw them in the constructor."""
+    for dim, size in enumerate(shape):
+        tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+    return tensor
 
 
 def _skip(layer: nn.Module, block: Block) -> None:
