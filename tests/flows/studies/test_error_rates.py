@@ -142,7 +142,7 @@ def test_a_series_of_reruns_keeps_its_error_rate():
 
 def test_the_count_detects_that_unguarded_reruns_pass_too_often(monkeypatch):
     """With the bounds of the first look at each look, these tests would say so."""
-    monkeypatch.setattr(gates, "_bounds", lambda found, looks: (found.ci95_lower, found.ci95_upper, CONFIDENCE))
+    monkeypatch.setattr(gates, "_bounds", lambda found, *_: (found.ci95_lower, found.ci95_upper, CONFIDENCE))
     generator = np.random.default_rng(1)
     series = ([count._faster(MACHINES[0].draw(generator, 6), 1.5) for _ in range(gates.LOOKS)] for _ in range(1200))
     passes = [count._passes_at(looks, count._at_least(1.5)) is not None for looks in series]
