@@ -136,7 +136,7 @@ def test_an_encoder_is_trained_on_its_own_task(numprune: Command, inputs: Path, 
     before, after = (answered.json["heldout"][side]["metrics"] for side in ("before", "after"))
     assert after["kl_nats_per_masked_token"] < before["kl_nats_per_masked_token"]
     refused = numprune(*words[:2], tmp_path / "again", *words[3:], "--generate-from", inputs / "train.txt")
-    assert "--generate-from: masked-lm models do not generate" in refused.err
+    assert "does not continue text; leave it out" in refused.err
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "blocks"])
