@@ -57,6 +57,7 @@ def undivided(tiny_checkpoint: Checkpoint, **overrides: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_llama_whose_heads_do_not_divide(tiny_checkpoint: Checkpoint) -> None:
     expected = logits(tiny_checkpoint("mistral", num_attention_heads=6, num_key_value_heads=3))
     folder = undivided(tiny_checkpoint)

@@ -84,6 +84,7 @@ def text(base: Path, length: int) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alone", "equal lengths", "ragged"])
 def test_genai_generates_the_same_as_torch(tmp_path: Path, name: str) -> None:
     genai.export(EMBEDDED, tmp_path / "out")

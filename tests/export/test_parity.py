@@ -58,6 +58,7 @@ def test_torch_matches_itself_exactly_and_fails_with_other_weights(tiny_checkpoi
         parity.check(base, other, "torch")
 
 
+@pytest.mark.slow
 def test_an_export_of_other_weights_fails(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     onnx.export(tiny_checkpoint(name="other", seed=1), tmp_path / "onnx")
     with pytest.raises(ParityError, match="in onnxruntime does not compute what"):
@@ -159,6 +160,7 @@ def rescaled(checkpoint: Path, factor: float) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_rounding_beyond_the_floor_is_distinguished_from_a_wrong_export(
     tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

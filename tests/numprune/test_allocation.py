@@ -55,6 +55,7 @@ def removed(before, kept):
     return 1 - budget_of(before.keeping(kept)).prunable_parameters / budget_of(before).prunable_parameters
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     ratio=st.floats(0, 0.99),

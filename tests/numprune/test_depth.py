@@ -227,6 +227,7 @@ def test_each_dropped_block_is_the_best_remaining_one(resident):
         gone.append(drop.block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", ["none", "oneshot", "residual", "joint"])
 def test_the_model_lacks_exactly_the_dropped_blocks(compensation):
     model = build()

@@ -113,6 +113,7 @@ def zeroed(model, gone, units=1):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied"),
     [

@@ -54,6 +54,7 @@ def first_layer(family):
     return walker, model.get_submodule(blocks[0].path), blocks, pruned, aim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), BLOCKS)
 def test_enough_steps_solve_the_least_squares_of_the_linear_producer(monkeypatch, family, kind):
     monkeypatch.setattr(joint, "STEPS", 300)

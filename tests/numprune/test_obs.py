@@ -48,6 +48,7 @@ def moments(x):
     return x.T @ x / len(x)
 
 
+@pytest.mark.slow
 # 150 channels make more than one panel of 128 and cross the point where what was removed is dropped.
 @pytest.mark.parametrize("c", [1, 2, 6, 150])
 @pytest.mark.parametrize("samples", [400, 60])

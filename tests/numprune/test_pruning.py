@@ -239,6 +239,7 @@ def known_of(rows, taylor=False):
     return Known(dict(dense_moments(layers, rows)), sensitivity.measure(layers, rows, taylor=taylor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "allocation", "compensation"),
     [

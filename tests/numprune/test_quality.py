@@ -179,6 +179,7 @@ def test_bounds_over_few_units_are_studentized_and_wider_for_skewed_units():
     assert mirrored.interval95[0] == pytest.approx(-skewed.interval95[1])
 
 
+@pytest.mark.slow
 def test_one_long_document_dominates_the_mean_but_not_the_certainty():
     """One document with nine tenths of the tokens: the mean rests on little more than one sample."""
     generator = np.random.default_rng(2)

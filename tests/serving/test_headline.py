@@ -102,6 +102,7 @@ def test_a_report_without_pruning_or_verdict_has_a_headline() -> None:
     assert headline(judged({**local(), **bare}, POLICY[:1])).startswith("Outside your limit on Loss (not measured")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "policy", "commands"),
     [

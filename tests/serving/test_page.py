@@ -167,6 +167,7 @@ def test_older_reports_without_samples_have_a_page() -> None:
     assert "speed-onnxruntime-repeats" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [1, 3])
 def test_few_documents_are_not_drawn_as_a_distribution(documents: int) -> None:
     data = full()
@@ -224,6 +225,7 @@ def test_report_text_is_escaped_on_the_page(page: str) -> None:
         assert not {"\x00", "\u202e"} & set(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 0.0, None])
 def test_extreme_numbers_do_not_break_the_page(value: Any) -> None:
     assert "</html>" in html(Report.model_validate(altered(full(), lambda _: value, (int, float))))

@@ -124,6 +124,7 @@ def run_child(script: str, *arguments: object) -> subprocess.Popen[str]:
 # --- publish ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_passed_release_becomes_the_candidate(registry: Registry, workspace: Path, make_release: MakeRelease) -> None:
     release = make_release()
     version = registries.publish(registry, release, NAME)

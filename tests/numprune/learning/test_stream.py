@@ -110,6 +110,7 @@ def plant(model, anatomy, gone):
             layer.get_parameter(name)[gone] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "tokens"), [("faster", TOKENS), ("fast", TOKENS // 3)])
 def test_coordinates_that_nothing_reads_go_first(variant, tokens):
     model = build_tiny()

@@ -132,6 +132,7 @@ def test_masks_are_rounded_to_the_cheapest_measured_sizes_within_the_budget(seed
     assert price(found.sizes) <= min(map(price, within)) + 1e-9
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_met():
     model = build_tiny(num_hidden_layers=3)
     anatomy = read_anatomy(model.config)

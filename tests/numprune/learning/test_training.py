@@ -59,6 +59,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(
         assert all(torch.equal(value, others[name]) for name, value in found.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_best_masks_may_be_those_of_a_step_before_the_kill(tmp_path: Path) -> None:
     """What was saved last is all that is needed, however often the finished training is asked for again."""
     state = TrainingState(tmp_path / "a", "x")

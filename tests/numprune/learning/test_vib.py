@@ -68,6 +68,7 @@ def test_units_that_do_nothing_go_and_the_masks_meet_the_budget_by_themselves():
     assert found.record.kept == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task"), [("gpt2", "causal-lm"), ("bert", "masked-lm"), ("roberta", "classification")]
 )
@@ -82,6 +83,7 @@ def test_so_they_do_in_other_families_and_for_other_tasks(family, task):
     assert found.record.kept == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_query_heads_and_blocks_that_do_nothing_go():
     model = build_tiny(num_hidden_layers=3)
     anatomy, layers = read_anatomy(model.config), model.model.layers
@@ -104,6 +106,7 @@ def test_query_heads_and_blocks_that_do_nothing_go():
     assert found.record.divergence < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["faster", "fast"])
 def test_channels_of_experts_that_do_nothing_go(variant):
     """As many in every expert of a layer, each its own."""
@@ -245,6 +248,7 @@ def bytes_of(model):
     return sum(parameter.numel() for parameter in model.parameters()) * 2  # as in bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_budget_of_bytes_is_met(family):
     model = build_tiny(family, num_hidden_layers=3)
@@ -326,6 +330,7 @@ def test_rows_of_another_tokenizer_are_refused():
         learn(build_tiny(), ROWS, SELECTION + 200, OPTIONS, "faster", TOKENS)
 
 
+@pytest.mark.slow
 def test_every_family_of_the_task_is_learned():
     """One step each: nothing in the way is about a family."""
     for name, family in FAMILIES.items():

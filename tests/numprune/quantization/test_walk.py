@@ -36,6 +36,7 @@ def test_every_linear_of_the_decoder_layers_is_quantized(family: str) -> None:
     assert linears
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "gemma2", "opt", "olmo2"])
 def test_gptq_is_closer_to_the_model_than_rounding(family: str) -> None:
     model = build_tiny(family)
@@ -43,6 +44,7 @@ def test_gptq_is_closer_to_the_model_than_rounding(family: str) -> None:
     assert difference(gptq, model) < 0.9 * difference(nearest, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp8", "w8a8"])
 def test_eight_bits_are_closer_than_four(name: str) -> None:
     model = build_tiny(tie_word_embeddings=True)

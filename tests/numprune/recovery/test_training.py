@@ -255,6 +255,7 @@ def test_adapters_are_merged_into_the_projections_alone(rows: RecoveryRows, fami
     assert found.parameters < 0.5 * sum(weight.numel() for weight in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "lora", "blocks"])
 @pytest.mark.parametrize("task", ENCODERS, ids=[task.name for task in ENCODERS])
 def test_encoders_follow_the_dense_ones_predictions(task: Task, train: Literal["all", "lora", "blocks"]) -> None:

@@ -167,6 +167,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         trainer(tmp_path, pruning(), **how).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
     run = trainer(tmp_path, GradualPruning(0.4, every=2), save_strategy="steps", save_steps=8)
     run.pop_callback(GradualPruning)
@@ -197,6 +198,7 @@ def test_a_metric_that_evaluation_does_not_give_is_refused(tmp_path):
         trainer(tmp_path, pruning, eval_strategy="steps", eval_steps=100).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("criterion", "tolerance"), [("movement", None), ("magnitude", None), ("vib", None)])
 def test_a_training_that_diverges_ends(tmp_path, criterion, tolerance):
     pruning = GradualPruning(0.4, criterion, every=2, tolerance=tolerance)
@@ -204,6 +206,7 @@ def test_a_training_that_diverges_ends(tmp_path, criterion, tolerance):
         trainer(tmp_path, pruning, learning_rate=float("1e38"), max_grad_norm=0.0).train()
 
 
+@pytest.mark.slow
 def test_another_training_with_the_same_callback_begins_anew(tmp_path):
     pruning = GradualPruning(0.4, every=2)
     with pytest.raises(InputError, match="there is no plan yet"):
@@ -233,6 +236,7 @@ def test_values_that_make_no_sense_are_refused(given, said):
         GradualPruning(**{"ratio": 0.3, **given})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "arguments", "said"),
     [

@@ -154,6 +154,7 @@ def test_a_plan_keeps_its_record_and_is_followed_without_a_search(tmp_path):
     assert planned.sizes() == plan.sizes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["bytes", "drop_layers"])
 def test_it_works_with_a_budget_of_bytes_and_with_dropped_layers(budget):
     model = build()
