@@ -73,8 +73,8 @@ class Sweep:
         speed: the metric of `point.speed`; `axes`: the names of the three figures.
         choose: what is published, if anything.
         candidates: in the order of the grid.
-        outcome: of the chosen candidate, or why there is none; None without `choose`, before the choice, and if all
-            candidates have errors.
+        outcome: of the chosen candidate; if none was chosen, the most hopeful outcome of the others. None without
+            `choose`, before the choice, or if all candidates have errors.
         chosen: its number; None if none passes.
         published: the summary of the run that published it.
     """

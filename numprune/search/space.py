@@ -89,7 +89,7 @@ class Space:
         return found
 
     def switched(self, plan: Mapping[str, Size], grows: str, shrinks: str, step: int) -> dict[str, Size] | None:
-        """Return the plan with one block larger and another smaller, or None if there is none.
+        """Return the plan with one block larger and another smaller; None if no sizes allow that.
 
         The first grows by `step` rungs, and the second shrinks as little as pays for that. If the second's rungs are so
         far apart that more is left over, the first takes it. Blocks of the same kind thus exchange equal costs.

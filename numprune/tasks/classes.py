@@ -6,25 +6,68 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from numprune.corpus import TokenRows
 from numprune.errors import InputError, IntegrityError
 from numprune.paired import paired_accuracy
 from numprune.tasks import language
-from numprune.tasks.task import Comparison, Predictions, Quality, Task, batches, compared
+from numprune.tasks.task import Comparison, Predictions, Quality, Task, batches, compared, of_inputs
 
 _TOP = 5
 
 
 class ClassTask(Task, Protocol):
-    """A task whose predictions are distributions over classes, one for each row.
+    """What all tasks share whose predictions are distributions over classes, one for each row.
+
+    With labels, the loss is their NLL; without labels, it is the KL divergence from the dense model's distribution.
 
     Attributes:
         item: what a row is: "text" or "image".
     """
 
     item: ClassVar[str]
+    generates: ClassVar[bool] = False
+    prompted: ClassVar[bool] = False
+    pooled: ClassVar[bool] = True
+
+    def predictions_in(self, length: int) -> int:
+        return 1
+
+    def scored(self, rows: TokenRows) -> np.ndarray:
+        return np.ones(len(rows.rows), dtype=np.int64)
+
+    def has_loss(self, rows: TokenRows) -> bool:
+        return rows.labels is not None
+
+    def predictions(self, model: PreTrainedModel) -> Predictions:
+        return of_inputs(self, model, model.config.num_labels)
+
+    def evaluate(
+        self,
+        model: Predictions,
+        rows: TokenRows,
+        batch_size: int,
+        keep: Callable[[list[int], Tensor], None] | None = None,
+    ) -> Quality | None:
+        return _quality(_distributions(model, rows, batch_size, keep), rows)
+
+    def compare(
+        self, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
+    ) -> Comparison:
+        return _compare(self, model, baseline, rows, batch_size, seed)
+
+    def divergence(self, output: Tensor, dense: Tensor, rows: Tensor) -> Tensor:
+        return language.logits_divergence(output, dense)
+
+    def losses_in(self, rows: Tensor) -> int:
+        return len(rows)
+
+    def loss(self, output: Tensor, rows: Tensor, draw: torch.Generator) -> Tensor:
+        """The NLL of classes drawn from the model's own distributions: E[g g^T] is its Fisher matrix."""
+        labels = language.draw_labels(output.float().log_softmax(-1), draw)
+        return nn.functional.cross_entropy(output.float(), labels, reduction="sum")
 
 
 def label_of(classes: Mapping[str, int], name: str, label: object) -> int:
@@ -39,17 +82,7 @@ def label_of(classes: Mapping[str, int], name: str, label: object) -> int:
     raise InputError(f"{name}: label {str(label)[:80]!r} is not a class of the model; its classes are {known}")
 
 
-def evaluate(
-    model: Predictions,
-    rows: TokenRows,
-    batch_size: int,
-    keep: Callable[[list[int], Tensor], None] | None = None,
-) -> Quality | None:
-    """Return the NLL of the labels, or None if there are none; the arguments are those of `Task.evaluate`."""
-    return _quality(_distributions(model, rows, batch_size, keep), rows)
-
-
-def compare(
+def _compare(
     task: ClassTask, model: Predictions, baseline: Predictions, rows: TokenRows, batch_size: int, seed: int
 ) -> Comparison:
     """Compare KL(baseline || model), the most probable class and, with labels, NLL and accuracy.
