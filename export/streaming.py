@@ -7,6 +7,7 @@ and the pages of the mapped hidden states that the kernel caches.
 import mmap
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from numprune.export.shards import ShardWriter
 from numprune.export.tasks import load_task
 from numprune.export.weights import read_rows, slabs
 from numprune.hidden import Narrowing
-from numprune.layers import Entered, Head, enter, leave
+from numprune.layers import Entered, Head, enter, leave, unscale
 from numprune.surgery import skeleton
 from numprune.tasks import Task
 from numprune.tensors import tensor_table
@@ -60,6 +61,8 @@ class CheckpointLayers:
         checkpoint.check_finite(self.stored)
         self._skeleton = skeleton(checkpoint.read_config(folder))
         self._names = tensor_table(self._skeleton.config).parts
+        counts = Counter(self._names.values())
+        self._own = {names for names, count in counts.items() if len(names) == count == 1}  # of one tensor as it is
         checkpoint.round_inputs(self._skeleton, checkpoint.quantized(self.stored))
         self._family = family_of(self._skeleton.config)
         self.task: Task = load_task(folder)
@@ -86,7 +89,7 @@ class CheckpointLayers:
         path = f"{self.anatomy.layers_path}.{index}"
         layer = self._skeleton.get_submodule(path)
         with self._filled({f"{path}.{name}": None for name, _ in layer.named_parameters()}):
-            yield layer
+            yield unscale(layer, self.anatomy.of_layer(index))
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -172,7 +175,7 @@ class CheckpointLayers:
 
     def _read(self, name: str) -> Tensor:
         """Return the model's tensor of this name in its stored data type."""
-        if len(self._names[name]) == 1:
+        if self._names[name] in self._own:
             return read_rows(self._header(name))
         parts = {stored: read_rows(self.stored[stored]) for stored in self._names[name]}
         return checkpoint.put_together(self._skeleton, parts)[name]

@@ -105,8 +105,9 @@ def context_of(config: "PreTrainedConfig") -> int:
     family = family_of(config)
     if family.patches is not None:
         _, height, width = image_shape(config)
-        patch = _pair(config, "patch_size")
-        return (height // patch[0]) * (width // patch[1]) + len(family.patches.tokens)
+        if family.patches.square and height != width:
+            raise InputError(f"image_size={height} x {width}: {family.name} is supported only with square images")
+        return prod(patch_grid(config)) + len(family.patches.tokens)
     reserved = config.pad_token_id + 1 if family.reserved_positions else 0
     return int(config.max_position_embeddings - reserved)
 
@@ -115,6 +116,13 @@ def image_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
     """Return channels, height and width of the images that a model reads. Raises InputError."""
     _require_sizes(config, "num_channels")
     return (config.num_channels, *_pair(config, "image_size"))
+
+
+def patch_grid(config: "PreTrainedConfig") -> tuple[int, int]:
+    """Return the rows and columns of patches in the images that a model reads. Raises InputError."""
+    _, height, width = image_shape(config)
+    patch = _pair(config, "patch_size")
+    return height // patch[0], width // patch[1]
 
 
 def _pair(config: Any, field: str) -> tuple[int, int]:
@@ -225,8 +233,9 @@ def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: int) -> Ite
 
     yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
     if family.experts is None or not family.experts.are_in(layer, config):
-        assert family.mlp is not None
-        yield block("mlp", family.mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
+        mlp = family.mlp_of(config)
+        assert mlp is not None
+        yield block("mlp", mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
         return
     # The experts come last, so that their refit compensates for the shared one.
     if family.shared is not None:
@@ -239,17 +248,28 @@ def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int,
     """Return query heads, KV heads, channels of a head and the MLP's width of one layer's configuration."""
     where, hidden = f"layer {layer}: ", sizes.hidden_size
     _require_sizes(sizes, family.heads, where=where)
-    _require_sizes(sizes, family.width, where=where, optional=family.default_width is not None)
     _require_sizes(sizes, *filter(None, (family.kv_heads, "head_dim")), where=where, optional=True)
     heads = getattr(sizes, family.heads)
     kv_heads = (getattr(sizes, family.kv_heads) if family.kv_heads else None) or heads
     if heads % kv_heads:
         raise InputError(f"{where}{family.heads}={heads} is not a multiple of {family.kv_heads}={kv_heads}")
     head_dim = getattr(sizes, "head_dim", None) or hidden // heads
-    width = getattr(sizes, family.width)
-    if width is None and family.default_width is not None:
+    return heads, kv_heads, head_dim, _width(family, sizes, where)
+
+
+def _width(family: Family, sizes: Any, where: str) -> int:
+    """Return the MLP's width in one layer's configuration; `where`: the beginning of messages."""
+    hidden, own = sizes.hidden_size, sizes.model_type.startswith(PER_LAYER_PREFIX)
+    if family.ratio is not None and not (own and hasattr(sizes, family.width)):
+        _require_sizes(sizes, family.ratio, where=where)
+        gated = family.mlp_of(sizes) is not family.mlp
+        return family.width_of(getattr(sizes, family.ratio), hidden, gated=gated)
+    _require_sizes(sizes, family.width, where=where, optional=family.default_width is not None)
+    width: int | None = getattr(sizes, family.width)
+    if width is None:
+        assert family.default_width is not None
         width = family.default_width * hidden
-    return heads, kv_heads, head_dim, width
+    return width
 
 
 def _block(
@@ -287,6 +307,8 @@ def _block(
         shared[f"{norm}.weight"] = (size.units * extent.of_unit(size.members),)
     if family.flag(wiring.reader.bias, config):
         shared[f"{wiring.reader.path}.bias"] = (hidden,)
+    if wiring.scale:
+        shared[wiring.scale] = (hidden,)
     return Block(
         layer=layer,
         kind=kind,
@@ -303,6 +325,7 @@ def _block(
         separable=not wiring.joint_norms,
         norm_behind=wiring.norm_behind,
         post_norms=wiring.norms if wiring.post_norm else (),
+        scale=wiring.scale,
         field=field,
         beside=beside,
         routing=None,
@@ -349,6 +372,7 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> 
         separable=True,
         norm_behind=False,
         post_norms=(),
+        scale=None,
         field=experts.count,
         beside=family.shared is not None,
         routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),
@@ -364,8 +388,7 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     task, hidden = task_name(config), config.hidden_size
 
     def shapes(tensors: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
-        _require_sizes(config, *{field for fields in tensors.values() for field in fields})
-        return {name: tuple(getattr(config, field) for field in fields) for name, fields in tensors.items()}
+        return {name: tuple(_size(config, field) for field in fields) for name, fields in tensors.items()}
 
     around: dict[str, tuple[int, ...]]
     if family.patches:
@@ -394,12 +417,23 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
 
 def _patch_embeddings(family: Family, patches: Patches, config: Any) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
+    masked: dict[str, tuple[int, ...]] = {}
+    if patches.masked is not None and config.use_mask_token:
+        masked[patches.masked] = (1, hidden)
     return {
         **dict.fromkeys(patches.tokens, (1, 1, hidden)),
+        **masked,
         patches.positions: (1, context_of(config), hidden),
         f"{family.embedding}.weight": (hidden, config.num_channels, *_pair(config, "patch_size")),
         f"{family.embedding}.bias": (hidden,),
     }
+
+
+def _size(config: Any, size: str) -> int:
+    """Return a size of a `Shape`. Raises InputError."""
+    times, _, field = size.rpartition(" * ")
+    _require_sizes(config, field)
+    return int(times or 1) * int(getattr(config, field))
 
 
 def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:

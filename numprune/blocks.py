@@ -50,6 +50,8 @@ class Block:
         separable: units can be removed without changing what the others compute.
         norm_behind: a norm, or a factor that depends on the token, lies between the consumer and the residual stream.
         post_norms: norms after the sum of the block's output and the stream, which are removed with the block.
+        scale: the name in `shared` of the factors of the consumer's output (layer scale), or None. Layers are used with
+            factors of 1 (layers.py).
         field: of the configuration, for its units. In a stock architecture, blocks of one field have equal sizes.
         beside: parallel: it reads the same input as the preceding block in the layer, not that block's output.
         routing: of experts; None for other blocks.
@@ -71,6 +73,7 @@ class Block:
     separable: bool
     norm_behind: bool
     post_norms: tuple[str, ...]
+    scale: str | None
     field: str
     beside: bool
     routing: Routing | None
@@ -127,7 +130,7 @@ class Block:
     @property
     def norms(self) -> tuple[str, ...]:
         """Names of the gains and biases of the norms over the hidden size."""
-        others = (*self.head_norms, f"{self.consumer}.bias")
+        others = (*self.head_norms, f"{self.consumer}.bias", self.scale)
         return tuple(name for name, shape in self.shared.items() if len(shape) == 1 and name not in others)
 
     @property
@@ -283,6 +286,8 @@ class Anatomy:
         """Return whether a stock configuration can represent a model whose blocks of that kind all have this size."""
         family = FAMILIES[self.family]
         heads = size.units * size.members
+        if block.kind == "mlp" and family.ratio is not None:
+            return family.ratio_of(size.units, self.hidden_size, gated=block.linear is not None) is not None
         if block.kind != "attention" or family.stock_heads == "any" or family.stand_in is not None:
             return True
         if family.stock_heads == "divisors":

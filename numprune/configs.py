@@ -41,6 +41,7 @@ _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
     "image-classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 _NOT_CARRIED = {"architectures", "model_type", "per_layer_config", "transformers_version", "_name_or_path"}
+_NOT_CARRIED |= {"stage_names", "out_features", "out_indices"}  # of backbones: made from the number of layers
 CLASS_PREFIX = "Numprune"
 
 
@@ -117,6 +118,14 @@ def _sized_config(
     if not anatomy.is_uniform:
         fields |= {"head_dim": anatomy.head_dim}
         return AutoConfig.for_model(per_layer, **fields, per_layer_config=dict(enumerate(sizes)))
+    if family.ratio is not None:
+        gated = family.mlp_of(config) is not family.mlp
+        ratio = family.ratio_of(fields[family.width], anatomy.hidden_size, gated=gated)
+        if ratio is None:
+            fields |= {"head_dim": anatomy.head_dim}
+            return AutoConfig.for_model(per_layer, **fields, per_layer_config={})
+        del fields[family.width]
+        fields[family.ratio] = ratio
     heads = fields[family.heads]
     if family.stock_heads == "all" and heads * anatomy.head_dim == anatomy.hidden_size:
         return AutoConfig.for_model(family.name, **fields)

@@ -9,7 +9,7 @@ the difference in memory use.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from numprune.anatomy import family_of, read_anatomy
-from numprune.blocks import Anatomy
+from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.tasks import CAUSAL, Task
 
@@ -82,7 +82,7 @@ class Layers(Protocol):
         """
 
     def layer(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Yield the decoder layer; its parameters are leaves that can have gradients.
+        """Yield the decoder layer; its parameters are leaves that can have gradients. Layer scales are 1 (`unscale`).
 
         Changes to it persist if the model is in memory, and are lost after the `with` block if it is read from a
         checkpoint.
@@ -99,7 +99,7 @@ class Layers(Protocol):
 
 
 class ModelLayers:
-    """The layers of a model in memory: `layer` yields the model's own modules.
+    """The layers of a model in memory: `layer` yields the model's own modules, once it has moved their layer scales.
 
     Raises InputError if it is quantized, ValueError if it does not have the attention implementation of its family.
     """
@@ -126,7 +126,7 @@ class ModelLayers:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield self._layers[index]
+        yield unscale(self._layers[index], self.anatomy.of_layer(index))
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -141,7 +141,25 @@ class CopiedLayers(ModelLayers):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        yield copy.deepcopy(self._layers[index])
+        yield unscale(copy.deepcopy(self._layers[index]), self.anatomy.of_layer(index))
+
+
+@torch.no_grad()
+def unscale(layer: nn.Module, blocks: Iterable[Block]) -> nn.Module:
+    """Move the layer scales of `blocks` into the consumers before them, in place, and return the layer.
+
+    The layer computes the same. What is measured or fitted at a consumer's output is then in units of the residual
+    stream, and a factor of 0 divides nothing.
+    """
+    for block in blocks:
+        if block.scale is not None and block.units:
+            scale = layer.get_parameter(block.scale)
+            weight = layer.get_parameter(block.reader.tensor)
+            weight.mul_(scale[:, None] if block.reader.dim == 1 else scale)
+            if block.consumer_bias:
+                layer.get_parameter(f"{block.consumer}.bias").mul_(scale)
+            scale.fill_(1)
+    return layer
 
 
 def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, mask: Tensor | None) -> Entered:

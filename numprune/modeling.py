@@ -2,7 +2,8 @@
 
 transformers reads and writes `per_layer_config`, but its modeling code builds every layer from the global sizes. Here,
 each family's stock class is subclassed, with layers built from their own configuration (configs.py). If that
-configuration does not accept fewer heads than fill the hidden size, the layer is built with those and then reduced. A
+configuration does not accept fewer heads than fill the hidden size, or any width of the MLP, the layer is built with
+those that it accepts and then reduced. A
 layer whose `skip` lists "attention" or "mlp" has no such block and no norms of it: they are replaced by modules that
 output zeros.
 
@@ -84,11 +85,12 @@ class _PerLayerModel:
             for block in blocks:
                 if not block.units:
                     _skip(layer, block)
-                elif block.kind == "attention":
-                    if self.family.stock_heads == "all":
-                        whole = layer.state_dict()
-                        shapes = _sliced(block)
-                        resize(layer, block, {name: _drawn(whole[name], shape) for name, shape in shapes.items()})
+                    continue
+                if self.family.stock_heads == "all" if block.kind == "attention" else self.family.ratio:
+                    whole = layer.state_dict()
+                    shapes = _sliced(block)
+                    resize(layer, block, {name: _drawn(whole[name], shape) for name, shape in shapes.items()})
+                if block.kind == "attention":
                     # Its index in the KV cache, which reads the current length from its first layer.
                     layer.get_submodule(block.modules[0]).layer_idx = attending
                     attending += 1

@@ -1,10 +1,10 @@
 """The tensors of a checkpoint, by name and shape, as its configuration says. torch is not needed.
 
 A checkpoint names some tensors otherwise than the model in transformers does, and may store in parts what the model has
-in one tensor: the experts of a layer.
+in one tensor (the experts of a layer), or as one what it has in two (DINOv2's gates and up projections).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,19 +45,28 @@ def tensor_table(config: "PreTrainedConfig") -> TensorTable:
     parts: dict[str, dict[str, Shape]] = {name: {family.stored_name(name): shape} for name, shape in around.items()}
     embeddings = {f"{prefix}{name}" for name in (*family.around, f"{family.embedding}.weight")}
     embeddings |= {f"{prefix}{family.positions[0]}.weight"} if family.positions else set()
-    linear = {name for name, shape in around.items() if len(shape) == 2} - embeddings
+    linear = {name for name, shape in around.items() if len(shape) == 2 and name.endswith(".weight")} - embeddings
     for block in anatomy.blocks:
         for name, shape in block.tensors().items():
             parts[f"{block.path}.{name}"] = _parts(family, block, name, shape)
             if len(shape) == 2 and block.routing is None and not family.transposed:
                 linear.add(f"{block.path}.{name}")
     return TensorTable(
-        shapes={name: shape for stored in parts.values() for name, shape in stored.items()},
+        shapes=_stacked(parts.values()),
         tied={family.stored_name(name): family.stored_name(source) for name, source in tied.items()},
         linear=frozenset(name for part in linear for name in parts[part]),
         parts={name: tuple(stored) for name, stored in parts.items()},
         base=f"{family.prefix or family.layers.partition('.')[0]}.",
     )
+
+
+def _stacked(parts: Iterable[Mapping[str, Shape]]) -> dict[str, Shape]:
+    """Return the shape of each stored tensor; what several tensors of the model are stored as has the rows of all."""
+    shapes: dict[str, Shape] = {}
+    for stored in parts:
+        for name, (rows, *others) in stored.items():
+            shapes[name] = (rows + shapes[name][0] if name in shapes else rows, *others)
+    return shapes
 
 
 def _parts(family: Family, block: Block, name: str, shape: Shape) -> dict[str, Shape]:

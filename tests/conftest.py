@@ -144,6 +144,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "electra": {"pad_token_id": 0, "embedding_size": 32},
     "vit": _IMAGES,
     "deit": _IMAGES,
+    "dinov2": {**_IMAGES, "mlp_ratio": 2},
     "mixtral": {"num_local_experts": 5, "intermediate_size": 24},
     # The first layer has an MLP, the second has experts and one that all tokens share.
     "qwen2_moe": {**_EXPERTS, "num_experts": 5, "mlp_only_layers": [0], "shared_expert_intermediate_size": 40},

@@ -2,6 +2,7 @@
 
 from numprune.families.bert import BERT
 from numprune.families.deit import DEIT
+from numprune.families.dinov2 import DINOV2
 from numprune.families.distilbert import DISTILBERT
 from numprune.families.electra import ELECTRA
 from numprune.families.family import Family, Kind, Matrix, Wiring
@@ -59,6 +60,7 @@ _ALL = (
     ELECTRA,
     VIT,
     DEIT,
+    DINOV2,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -12,7 +12,7 @@ TaskName = Literal["causal-lm", "masked-lm", "classification", "embedding", "ima
 Kind = Literal["attention", "mlp", "experts"]
 Part = Literal["query", "key", "value", "gate", "up", "inner"]
 Counted = Literal["groups", "heads", "heads per group", "channels", "experts", "channels per expert"]
-Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes
+Shape = tuple[str, ...]  # fields of the configuration that are a tensor's sizes; "2 * field": twice that
 Flag = bool | str  # a string: the value of that configuration field
 # The meaning of a per-layer field of the configuration: a list with an `entry` per layer, the number of `first` layers
 # to which something applies, a list of the `layers` to which it applies, that a layer computes with its own `index`, or
@@ -54,6 +54,7 @@ class Wiring:
             others.
         norm_behind: a norm, or a factor that depends on the token, lies between the reader and the residual stream.
         post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
+        scale: factors of the block's output on its way into the residual stream, one for each coordinate (layer scale).
         per_head: parameters with a value for each query head.
         gate: projection to a single number, from which that factor is computed.
         sizes: attributes of the layer's modules, other than matrices, that depend on the block's size -> what they
@@ -68,6 +69,7 @@ class Wiring:
     joint_norms: tuple[str, ...] = ()
     norm_behind: bool = False
     post_norm: bool = False
+    scale: str | None = None
     per_head: tuple[str, ...] = ()
     gate: str | None = None
     sizes: Mapping[str, Counted] = field(default_factory=dict)
@@ -125,10 +127,15 @@ class Patches:
     Attributes:
         tokens: parameters of the former.
         positions: parameter of the learned positions of all.
+        masked: parameter of the token that replaces patches in pretraining, present if `use_mask_token` is set, or
+            None.
+        square: images must be square, because the model interpolates the positions of others.
     """
 
     tokens: tuple[str, ...]
     positions: str
+    masked: str | None = None
+    square: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ class Family:
         name: its `model_type`.
         attention, mlp: the blocks of a layer, in the order in which they write to the residual stream; no `mlp`: every
             layer has experts instead.
+        gated: a field of the configuration, and the MLP that layers have instead of `mlp` if it is true; or None.
         experts: of sparse layers, or None.
         shared: the MLP that processes all tokens of a sparse layer in addition, or None.
         tasks: of its models.
@@ -202,6 +210,8 @@ class Family:
         heads, kv_heads, width: the configuration's fields for a layer's sizes; no `kv_heads`: no grouping.
         shared_width: the configuration's field for the width of `shared`.
         default_width: the MLP's width in hidden sizes if `width` is not set; None: it must be set.
+        ratio: the field with which a stock configuration gives the MLP's width (`width_of`); only a per-layer one then
+            has `width`. None: `width` is a field of both.
         norm_bias: norms have a bias.
         class_tokens: of an image generator, the number of class tokens or the configuration's field for it (see
             codes.py); None: of all other models.
@@ -229,6 +239,7 @@ class Family:
     name: str
     attention: Wiring
     mlp: Wiring | None = None
+    gated: tuple[str, Wiring] | None = None
     experts: Experts | None = None
     shared: Wiring | None = None
     tasks: tuple[TaskName, ...] = ("causal-lm",)
@@ -249,6 +260,7 @@ class Family:
     width: str = "intermediate_size"
     shared_width: str = "shared_expert_intermediate_size"
     default_width: int | None = None
+    ratio: str | None = None
     norm_bias: bool = False
     class_tokens: int | str | None = None
     returns_tuple: bool = False
@@ -270,6 +282,24 @@ class Family:
     def flag(self, flag: Flag, config: Any) -> bool:
         """Return the value of the family or of the configuration."""
         return flag if isinstance(flag, bool) else bool(getattr(config, flag))
+
+    def mlp_of(self, config: Any) -> Wiring | None:
+        """Return the MLP of the layers of this configuration that have no experts."""
+        return self.gated[1] if self.gated and getattr(config, self.gated[0]) else self.mlp
+
+    def width_of(self, ratio: int, hidden_size: int, *, gated: bool) -> int:
+        """Return the MLP's width: `ratio` hidden sizes; with a gate two thirds of that, rounded up to a multiple of 8.
+
+        Source: Dinov2MLP and Dinov2SwiGLUFFN of transformers.
+        """
+        width = ratio * hidden_size
+        return (width * 2 // 3 + 7) // 8 * 8 if gated else width
+
+    def ratio_of(self, width: int, hidden_size: int, *, gated: bool) -> int | None:
+        """Return the ratio whose `width_of` is this width; None: there is none."""
+        nearest = round(width * (1.5 if gated else 1) / hidden_size)
+        found = (ratio for ratio in (nearest, nearest - 1) if ratio > 0)
+        return next((ratio for ratio in found if self.width_of(ratio, hidden_size, gated=gated) == width), None)
 
     def stored_name(self, name: str) -> str:
         """Return the name in a checkpoint of a tensor of the model."""
@@ -318,7 +348,7 @@ def gated_mlp(
 
 
 def plain_mlp(
-    writer: str, reader: str, *, bias: Flag, norms: tuple[str, ...], modules: tuple[str, ...], post_norm: bool = False
+    writer: str, reader: str, *, bias: Flag, norms: tuple[str, ...], modules: tuple[str, ...], **wiring: Any
 ) -> Wiring:
     """Return an MLP without a gate."""
     return Wiring(
@@ -326,7 +356,7 @@ def plain_mlp(
         reader=Matrix(reader, ("inner",), bias),
         modules=modules,
         norms=norms,
-        post_norm=post_norm,
+        **wiring,
     )
 
 
