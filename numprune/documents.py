@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from numprune import arrays, arrow
 from numprune.errors import InputError
-from numprune.pictures import files_of
+from numprune.pictures import files_of, require_distinct
 
 # Renders a record's messages and tools as text: see `chat.renderer`.
 Render = Callable[[list[dict[str, Any]], list[Any] | None], str]
@@ -108,14 +108,16 @@ def read_documents(
         render: renders messages; None: each record needs a "text".
 
     Raises:
-        InputError: a file is missing, empty or malformed; names every such file, and the line or record.
+        InputError: a file is missing, empty, malformed or given twice; names every such file, and the line or record.
     """
     between = separator(split)
+    given = [Path(file) for file in files]
+    require_distinct(given)
     documents: list[Document] = []
     problems: list[str] = []
     whole: list[Path] = []  # plain texts of one document
     separated = False
-    for file in map(Path, files):
+    for file in given:
         try:
             if is_plain(file):
                 found = [*_split(file, between)]

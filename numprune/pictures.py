@@ -28,18 +28,32 @@ def read_pictures(paths: Iterable[Path | str]) -> list[Picture]:
     image in its field "image", encoded, and may have a "label".
 
     Raises:
-        InputError: a path is missing or has no images; names every such path.
+        InputError: a path is missing or has no images, or an image is in two of them; names every such path.
     """
+    given = [Path(path) for path in paths]
+    require_distinct(given)
     pictures: list[Picture] = []
     problems: list[str] = []
-    for path in map(Path, paths):
+    for path in given:
         try:
             pictures += _records(path) if _is_table(path) else _in_folder(path)
         except InputError as error:
             problems.append(str(error))
     if problems:
         raise InputError("; ".join(problems))
+    require_distinct(picture.source for picture in pictures if isinstance(picture.source, Path))
     return pictures
+
+
+def require_distinct(files: Iterable[Path]) -> None:
+    """Raise InputError if a file or folder is there twice, also by another name: it would count twice."""
+    first: dict[str, Path] = {}
+    for file in files:
+        where = os.path.realpath(file)
+        if where in first:
+            other = "" if first[where] == file else f", also as {first[where]}"
+            raise InputError(f"{file}: given twice{other}; it would count twice, so omit one")
+        first[where] = file
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -25,7 +25,11 @@ def add(commands: Subcommands) -> None:
         help="256 for images of 256 pixels a side, 576 for 384",
     )
     parser.add_argument(
-        "--heads", type=at_least(1), metavar="N", help="query heads (default: as published for the hidden size)"
+        "--heads",
+        type=at_least(1),
+        metavar="N",
+        help="query heads of a model that is not published: as it was trained, which FILE does not say; another number "
+        "gives a model that computes something else (default: as published for its size)",
     )
 
 

@@ -14,8 +14,18 @@ from torch import Tensor
 from numprune.errors import InputError
 from numprune.llamagen.config import LlamaGenConfig
 
-# Heads by hidden size: GPT-B, -L, -XL, -XXL, -1B, -XXXL, -3B (FoundationVision/LlamaGen, autoregressive/models/gpt.py).
-PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32}
+# Query heads by hidden size and number of layers (FoundationVision/LlamaGen, autoregressive/models/gpt.py): GPT-B, -L,
+# -XL, -XXL, -1B, -XXXL, -3B, -7B. None has KV groups.
+PUBLISHED_HEADS = {
+    (768, 12): 12,
+    (1024, 24): 16,
+    (1280, 36): 20,
+    (1536, 48): 24,
+    (2048, 22): 32,
+    (2560, 48): 40,
+    (3200, 24): 32,
+    (4096, 32): 32,
+}
 
 _CODES, _CLASSES = "tok_embeddings.weight", "cls_embedding.embedding_table.weight"
 _AROUND = {"norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
@@ -28,7 +38,7 @@ _IN_LAYER = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _FUSED = "attention.wqkv.weight"
-_COMPUTED = {"freqs_cis"}  # the rotary table, which some files have and the published code does not load either
+_ROTARY = "freqs_cis"  # (1 + codes, D / 2, 2): some files have the rotary table, which is computed here
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -38,7 +48,8 @@ def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | No
     Args:
         state: tensors by their published names.
         codes_per_image: 256 for images of 256 pixels a side, 576 for 384; the state dict does not say.
-        heads: number of query heads; None: as published for this hidden size.
+        heads: number of query heads; None: that of the rotary table, or of the published model of this size. Except
+            for these two, the state dict does not say it.
 
     Raises InputError.
     """
@@ -47,19 +58,14 @@ def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | No
     layers = {int(match[1]) for name in state if (match := _LAYER.fullmatch(name))}
     expected = {_CODES, _CLASSES, *_AROUND}
     expected |= {f"layers.{layer}.{name}" for layer in range(len(layers)) for name in (_FUSED, *_IN_LAYER)}
-    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected - _COMPUTED)
+    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected - {_ROTARY})
     if missing or unknown or not layers:
         found = [f"lacks {missing[0]!r}"] if missing else []
         found += [f"has the unknown {unknown[0]!r}"] if unknown else []
         raise InputError(f"the state dict is not of a class-conditional LlamaGen: it {' and '.join(found)}")
     _check_shapes(state, len(layers))
     codes, hidden = state[_CODES].shape
-    heads = heads or PUBLISHED_HEADS.get(hidden)
-    if heads is None:
-        sizes = ", ".join(map(str, PUBLISHED_HEADS))
-        raise InputError(
-            f"heads: no published LlamaGen has the hidden size {hidden} (they have {sizes}); give the heads"
-        )
+    heads = _heads(state, hidden, len(layers), codes_per_image, heads)
     if heads < 1 or hidden % (4 * heads):
         raise InputError(f"heads: {heads} do not divide the hidden size {hidden} into multiples of 4 channels")
     head_dim, rows = hidden // heads, state[f"layers.0.{_FUSED}"].shape[0]
@@ -80,6 +86,28 @@ def config_of(state: Mapping[str, Tensor], codes_per_image: int, heads: int | No
         max_position_embeddings=1 + codes_per_image,
         architectures=["LlamaGenForCausalLM"],
     )
+
+
+def _heads(state: Mapping[str, Tensor], hidden: int, layers: int, codes_per_image: int, asked: int | None) -> int:
+    """Return the number of query heads. Raises InputError where it is unknown, or not the one asked for."""
+    found = PUBLISHED_HEADS.get((hidden, layers)) if len(state[f"layers.0.{_FUSED}"]) == 3 * hidden else None
+    source = f"the published model with hidden size {hidden} and {layers} layers has"
+    if (table := state.get(_ROTARY)) is not None:
+        if table.ndim != 3 or table.shape[::2] != (1 + codes_per_image, 2) or hidden % max(1, 2 * table.shape[1]):
+            raise InputError(
+                f"{_ROTARY} has shape {list(table.shape)}; for {codes_per_image} codes per image and the hidden size "
+                f"{hidden}, it must be [{1 + codes_per_image}, D / 2, 2], where D divides {hidden}"
+            )
+        found, source = hidden // (2 * table.shape[1]), f"{_ROTARY} is of"
+    if asked is not None and found is not None and asked != found:
+        raise InputError(f"heads: {asked} were given, but {source} {found}; omit them")
+    if (heads := asked or found) is None:
+        known = ", ".join(f"{width} with {depth}" for width, depth in PUBLISHED_HEADS)
+        raise InputError(
+            f"heads: no published LlamaGen has the hidden size {hidden} with {layers} layers (they have {known}); give "
+            "the number of heads that it was trained with, which the state dict does not say"
+        )
+    return heads
 
 
 def _check_shapes(state: Mapping[str, Tensor], layers: int) -> None:

@@ -133,6 +133,12 @@ def test_all_bad_files_are_reported_together(tmp_path):
         read_documents([tmp_path / "a.csv", tmp_path / "b.txt", tmp_path / "nowhere.txt"])
 
 
+def test_a_file_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"a\.txt: given twice; it would count twice, so omit one"):
+        read_documents([tmp_path / "a.txt", str(tmp_path / "a.txt")])
+
+
 def test_folders_that_are_not_datasets_are_refused(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(

@@ -52,6 +52,18 @@ def test_subfolders_may_be_links(tmp_path):
     ]
 
 
+def test_an_image_given_twice_is_refused(tmp_path):
+    write_images(tmp_path / "train", 2, ["cat"])
+    (tmp_path / "again").symlink_to(tmp_path / "train")
+    for folders, message in (
+        (["train", "train"], r"train: given twice; it would count twice, so omit one"),
+        (["train", "again"], r"again: given twice, also as .*train; it would"),
+        (["train", "train/cat"], r"000\.png: given twice; it would"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_pictures([tmp_path / folder for folder in folders])
+
+
 def test_a_table_has_encoded_images_and_labels(tmp_path):
     images = [encoded(grey(level)) for level in (0, 255)]
     path = tmp_path / "images.parquet"

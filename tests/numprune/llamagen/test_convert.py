@@ -55,30 +55,53 @@ def test_sizes_are_read_from_the_tensors():
     assert (config.intermediate_size, config.num_hidden_layers) == (96, 2)
 
 
-def published(hidden, width=128):
-    """The tensors of a published size, one layer, without values."""
+def published(hidden, layers, width=128):
+    """The tensors of a published size, without values."""
     shapes = {
         "cls_embedding.embedding_table.weight": (1001, hidden),
         "tok_embeddings.weight": (16384, hidden),
         "norm.weight": (hidden,),
         "output.weight": (16384, hidden),
-        "layers.0.attention.wqkv.weight": (3 * hidden, hidden),
-        "layers.0.attention.wo.weight": (hidden, hidden),
-        "layers.0.feed_forward.w1.weight": (width, hidden),
-        "layers.0.feed_forward.w3.weight": (width, hidden),
-        "layers.0.feed_forward.w2.weight": (hidden, width),
-        "layers.0.attention_norm.weight": (hidden,),
-        "layers.0.ffn_norm.weight": (hidden,),
     }
+    for layer in range(layers):
+        shapes |= {
+            f"layers.{layer}.attention.wqkv.weight": (3 * hidden, hidden),
+            f"layers.{layer}.attention.wo.weight": (hidden, hidden),
+            f"layers.{layer}.feed_forward.w1.weight": (width, hidden),
+            f"layers.{layer}.feed_forward.w3.weight": (width, hidden),
+            f"layers.{layer}.feed_forward.w2.weight": (hidden, width),
+            f"layers.{layer}.attention_norm.weight": (hidden,),
+            f"layers.{layer}.ffn_norm.weight": (hidden,),
+        }
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("hidden", PUBLISHED_HEADS)
-def test_published_models_need_no_number_of_heads(hidden):
-    config = config_of(published(hidden), 576)
-    assert config.num_attention_heads == config.num_key_value_heads == PUBLISHED_HEADS[hidden]
+@pytest.mark.parametrize("size", PUBLISHED_HEADS)
+def test_published_models_need_no_number_of_heads(size):
+    hidden, _ = size
+    state = published(*size)
+    config = config_of(state, 576)
+    assert config.num_attention_heads == config.num_key_value_heads == PUBLISHED_HEADS[size]
     assert config.head_dim * config.num_attention_heads == hidden
     assert (config.vocab_size, config.num_classes, config.grid) == (17385, 1000, 24)
+    assert config_of(state, 576, PUBLISHED_HEADS[size]).head_dim == config.head_dim
+
+
+def test_other_heads_than_published_are_refused():
+    with pytest.raises(InputError, match="heads: 6 were given, but the published model with hidden size 768 and 12 la"):
+        config_of(published(768, 12), 576, 6)
+    with pytest.raises(InputError, match=r"hidden size 768 with 11 layers \(they have 768 with 12, .*; give"):
+        config_of(published(768, 11), 576)
+    assert config_of(published(768, 11), 576, 6).head_dim == 128
+
+
+def test_a_rotary_table_determines_the_heads():
+    state = reference.random_state() | {"freqs_cis": torch.zeros(1 + GRID * GRID, 8, 2)}  # 8 pairs: heads of 16
+    assert config_of(state, GRID * GRID).num_attention_heads == HEADS
+    with pytest.raises(InputError, match="heads: 8 were given, but freqs_cis is of 4; omit them"):
+        config_of(state, GRID * GRID, 8)
+    with pytest.raises(InputError, match=r"freqs_cis has shape \[17, 8, 2\]; for 25 codes .* \[26, D / 2, 2\]"):
+        config_of(state, 25)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +123,7 @@ def test_published_models_need_no_number_of_heads(hidden):
             4,
             "cls_embedding.embedding_table.weight has shape [4, 63]; the other tensors need [4, 64]",
         ),
-        ({}, 16, None, "no published LlamaGen has the hidden size 64 (they have 768"),
+        ({}, 16, None, "no published LlamaGen has the hidden size 64 with 2 layers (they have 768"),
         ({}, 16, 5, "5 do not divide the hidden size 64 into multiples of 4 channels"),
         ({}, 16, 1, "1 heads do not fit attention.wqkv.weight, which has 128 rows"),
         ({}, 17, 4, "17 are not those of a square image"),
