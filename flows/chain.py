@@ -152,6 +152,7 @@ def judge(run: Run, make: Make) -> Judged:
         **({"pruned": pruned.facts.digest} if recovered or quantized else {}),
         **({"recovered": recovered.facts.digest} if recovered else {}),
         **({"tasks": run.tasks.digest} if run.tasks else {}),
+        **({"decoder": run.decoder.digest} if run.decoder else {}),
         "exports": {name: made.digest for name, made in exports.items()},
     }
     report = partial(

@@ -117,6 +117,7 @@ def evaluate(
         prompts=_prompts(run, corpus),
         samples=run.recipe.evaluate.samples if _is_first(run, corpus) else 0,
         guidance=run.recipe.evaluate.guidance,
+        decoder=run.decoder,
         device=run.device,
     )
     return stage.labelled(f"quality {corpus}".rstrip()).on_gpu()

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from numprune.errors import InputError
 from numprune.flows.names import EMBEDDED, LEARNING_RATE, TrainedWeights
 from numprune.flows.sections import (
+    NO_FILE,
     Benchmark,
     BlockTimings,
     Data,
@@ -238,6 +239,7 @@ _PATHS = {
     ("data", "heldout"),
     ("recover", "prompts"),
     ("evaluate", "tasks"),
+    ("evaluate", "decoder"),
 }
 TASK_FILES = (".yaml", ".yml")
 
@@ -256,6 +258,8 @@ def _anchored(value: Any, base: Path, key: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {name: _anchored(item, base, key) for name, item in value.items()}
     if not isinstance(value, str) or value in ("", EMBEDDED):
+        return value
+    if key == ("evaluate", "decoder") and value == NO_FILE:
         return value
     if key == ("evaluate", "tasks") and not value.endswith(TASK_FILES):
         return value

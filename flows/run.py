@@ -32,6 +32,7 @@ class Run:
         prompts: files that the dense model answers for the training; None: it does not.
         image_tokens: of every image, for a model that reads images.
         tasks: the recipe's tasks, if any; their digest is that of every request to a model.
+        decoder: the file that turns an image generator's codes into pictures, if any.
         device: for calibration and evaluation, cpu or cuda.
         uses_gpu: whether anything runs on a GPU.
         precision: compute precision by runtime, for exports and both sides of benchmarks.
@@ -55,6 +56,7 @@ class Run:
     machine: dict[str, str]
     timings_key: str = ""
     tasks: Text | None = None
+    decoder: Text | None = None
     image_tokens: int | None = None
     record: Path | None = None
     candidates: int = 1

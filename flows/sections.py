@@ -46,6 +46,7 @@ from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
 from numprune.target import Target as SizeTarget
 
 NO_BUDGET = "none"
+NO_FILE = "none"
 _MOST_EXAMPLES = 100
 MAXIMUM_IMAGES = 1000
 
@@ -177,6 +178,11 @@ class Data(Section):
     def corpora(self) -> dict[str, str | list[str]]:
         """The held-out text by name, the first one first; "" is the name of text that has none."""
         return self.heldout if isinstance(self.heldout, dict) else {"": self.heldout}
+
+    @property
+    def heldout_fields(self) -> dict[str, str | list[str]]:
+        """The held-out text by the field that names it."""
+        return {f"data.heldout.{name}".rstrip("."): text for name, text in self.corpora.items()}
 
     def reading(self) -> Reading:
         return Reading(self.split, self.chat, self.pack)
@@ -335,7 +341,8 @@ class Evaluate(Section):
     `num_fewshot`: examples per item, or "task" for the task's own number. `limit`: items of each task, or "all".
 
     From an image generator and the dense model, `samples` images are drawn with classifier-free `guidance` of this
-    scale; 1: none.
+    scale; 1: none. `decoder`: state dict of the image tokenizer that turns its codes into pictures; "none": the model
+    folder has the colours of the codes, or no pictures are shown.
     """
 
     prompts: Prompts = BUILT_IN
@@ -345,6 +352,7 @@ class Evaluate(Section):
     task_runtime: TaskRuntime = "torch"
     samples: Annotated[int, Field(ge=1, le=MAXIMUM_IMAGES)] = 20
     guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 1.0
+    decoder: Annotated[str, Field(min_length=1)] = NO_FILE
 
 
 class Benchmark(Section):

@@ -435,18 +435,21 @@ def make_quality(
     device: str,
     samples: int = 0,
     guidance: float = 1.0,
+    decoder: Text | None = None,
 ) -> Quality:
     """Compare the candidate with the baseline; `scores` is the stage that scored the baseline on the same rows and
     prompts.
 
     A quantized candidate is also compared with the `unquantized` one, and the `trained` model with the `pruned` one.
-    From image generators, `samples` images are drawn with classifier-free guidance of the scale `guidance`.
+    From image generators, `samples` images are drawn with classifier-free guidance of the scale `guidance`; `decoder`
+    turns their codes into pictures.
     """
     import torch
 
     from numprune.export.tasks import load_task
     from numprune.flows.steps.baseline import prompts_of
     from numprune.flows.steps.evaluate import compare_with_scores
+    from numprune.flows.steps.generators import same_file
     from numprune.flows.steps.images import compare_images
     from numprune.flows.steps.text import load_heldout
     from numprune.tasks.codes import ImageCodes
@@ -465,7 +468,8 @@ def make_quality(
         trained=trained.path if trained else None,
     )
     if samples and isinstance(load_task(baseline.path), ImageCodes):
-        found["images"] = compare_images(candidate.path, baseline.path, held_out, samples, guidance, where)
+        drawn_by = same_file(decoder, "evaluate.decoder") if decoder else None
+        found["images"] = compare_images(candidate.path, baseline.path, held_out, samples, guidance, drawn_by, where)
     return Quality.model_validate(found)
 
 

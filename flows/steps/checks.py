@@ -31,13 +31,12 @@ from numprune.flows.recipe import EMBEDDED_FOLDER, Recipe
 from numprune.flows.run import Run
 from numprune.flows.sections import Benchmark, Data, Quantize
 from numprune.flows.stages import Artifact, Text
-from numprune.flows.steps import harness
+from numprune.flows.steps import generators, harness
 from numprune.flows.steps.baseline import prompts_of
 from numprune.flows.steps.benchmark import exported_as
 from numprune.flows.steps.export import precision_of
 from numprune.flows.steps.generate import encoded, read_prompts
 from numprune.flows.steps.harness import Tasks
-from numprune.flows.steps.images import palette
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.prune import options_of
 from numprune.flows.steps.text import read_images, text_digest
@@ -103,6 +102,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
         if recipe.recover.prompts
         else None,
         tasks=Text(recipe.evaluate.tasks, tasks.digest()) if tasks else None,
+        decoder=generators.decoder(recipe),
         device="cuda" if available and recipe.model.device != "cpu" else "cpu",
         uses_gpu=available and (recipe.model.device, recipe.benchmark.device) != ("cpu", "cpu"),
         precision=precisions(recipe, base),
@@ -153,9 +153,10 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
             )
         problems += _quantization(recipe, anatomy, config.dtype)
         problems += [*_encoders(recipe, anatomy), *_images(recipe, anatomy)]
-        problems += _generators(recipe, task) if task is not None else []
         if isinstance(task, ImageCodes):
-            collect("model.path", palette, base, task.vocabulary.codes)
+            problems += generators.problems(recipe, task, base, config)
+        elif task is not None:
+            problems += generators.others(recipe)
         formats = {*recipe.export.targets, *recipe.benchmark.runtimes}
         if formats & {"onnx", "onnxruntime", "tensorrt"}:
             collect("export.targets and benchmark.runtimes", onnx.check_config, config)
@@ -176,7 +177,7 @@ def check(recipe: Recipe, workspace: Path) -> Tasks | None:
     if recipe.evaluate.tasks and not _missing("tasks"):
         tasks = collect("evaluate.tasks", load_tasks_of, recipe)
     data = recipe.data
-    fields = {"data.calibration": data.calibration, **heldout_fields(recipe)}
+    fields = {"data.calibration": data.calibration, **data.heldout_fields}
     texts = {field: text for field, text in fields.items() if isinstance(text, list)}
     judged_on: dict[str, list[Document] | list[Picture] | None] = {}
     if anatomy is not None and anatomy.image is not None:
@@ -287,11 +288,6 @@ def load_tasks_of(recipe: Recipe) -> Tasks:
     return harness.load_tasks(asked.tasks, asked.num_fewshot, asked.limit)
 
 
-def heldout_fields(recipe: Recipe) -> dict[str, str | list[str]]:
-    """The text of each corpus, by its field in the recipe."""
-    return {f"data.heldout.{name}".rstrip("."): text for name, text in recipe.data.corpora.items()}
-
-
 def schemes_asked(asked: Quantize) -> list[Scheme]:
     """The schemes to which blocks may be quantized."""
     groups = asked.channels_per_scale
@@ -378,31 +374,6 @@ def _images(recipe: Recipe, anatomy: Anatomy) -> list[str]:
     ]
     trained = [name for name in ("learn", "recover") if getattr(recipe, name).method != "none"]
     return [*problems, *(f"{name}.method: trains on text, and the model reads images; omit it" for name in trained)]
-
-
-def _generators(recipe: Recipe, task: Task) -> list[str]:
-    """Settings that do not apply to image generators, or apply only to them."""
-    if not isinstance(task, ImageCodes):
-        if recipe.evaluate.guidance != 1:
-            return [f"evaluate.guidance = {recipe.evaluate.guidance:g}: the model is not an image generator; omit it"]
-        return []
-    text = {"data.calibration": recipe.data.calibration, **heldout_fields(recipe)}
-    problems = [
-        f'{field} = "{EMBEDDED}": the model generates images; give files of codes'
-        for field, given in text.items()
-        if given == EMBEDDED
-    ]
-    if recipe.evaluate.prompts not in (BUILT_IN, []):
-        problems.append("evaluate.prompts: the model generates images; omit it")
-    if recipe.recover.prompts:
-        problems.append("recover.prompts: the model generates images; omit it")
-    if recipe.evaluate.tasks:
-        problems.append("evaluate.tasks: the model generates images; omit it")
-    if recipe.evaluate.guidance != 1 and not task.vocabulary.classes:
-        problems.append(f"evaluate.guidance = {recipe.evaluate.guidance:g}: the model has no classes; omit it")
-    if "tensorrt" in recipe.export.targets:
-        problems.append("export.targets: engines are built only for language models; omit tensorrt")
-    return problems
 
 
 def _servers(recipe: Recipe, anatomy: Anatomy, task: Task | None) -> list[str]:

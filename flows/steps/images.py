@@ -6,28 +6,33 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from numprune.anatomy import code_vocabulary
 from numprune.corpus import TokenRows
-from numprune.errors import InputError
-from numprune.export import files
 from numprune.export.checkpoint import load_model
+from numprune.export.decoders import load_decoder
 from numprune.image_quality import code_divergence, guided_divergence
 from numprune.sampling import sample
 from numprune.serving.report import MAXIMUM_SAMPLES
 
-PALETTE = "preprocessor_config.json"  # of the model folder, with the colour of each code in `clusters`
 _ROWS = 64  # on which guided distributions are compared
 _SEED = 0
-_COLUMNS, _TILE, _GAP = 10, 48, 4  # of the contact sheet: pairs in a row, and pixels
+# Of the contact sheet: pairs in a row, and pixels: small images are enlarged to fit `_TILE`, large ones reduced to
+# `_REDUCED`, so that no sheet exceeds what a report takes.
+_COLUMNS, _TILE, _REDUCED, _GAP = 10, 48, 80, 4
 
 
 def compare_images(
-    candidate: Path, baseline: Path, rows: TokenRows, samples: int, guidance: float, device: torch.device
+    candidate: Path,
+    baseline: Path,
+    rows: TokenRows,
+    samples: int,
+    guidance: float,
+    decoder: Path | None,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Sample from both models and compare their guided distributions on the first rows; see serving.report.Images.
 
@@ -35,6 +40,7 @@ def compare_images(
         rows: the held-out images.
         samples: number of images from each model.
         guidance: scale of classifier-free guidance, which models without classes do not have.
+        decoder: as for `load_decoder`.
 
     Raises InputError, IntegrityError.
     """
@@ -50,59 +56,38 @@ def compare_images(
         longest = max(map(len, rows.rows))
         held_out = torch.stack([row for row in rows.rows if len(row) == longest][:_ROWS])
         kl = guided_divergence(model, dense, held_out, scale)
-    colours = palette(baseline, codes.codes)
+    draws = load_decoder(baseline, dense.config, decoder, device)
+    theirs_shown, ours_shown = theirs[:MAXIMUM_SAMPLES], ours[:MAXIMUM_SAMPLES]
     return {
         "samples": samples,
         "guidance": scale,
         "guided_kl_nats_per_code": kl,
         "code_divergence_nats": code_divergence(ours, theirs, codes.codes),
         "code_divergence_of_dense_nats": code_divergence(again, theirs, codes.codes),
-        "sheet": None if colours is None else contact_sheet(theirs, ours, colours),
+        "sheet": None if draws is None else contact_sheet(draws.pictures(theirs_shown), draws.pictures(ours_shown)),
     }
 
 
-def palette(folder: Path, codes: int) -> np.ndarray | None:
-    """Return the colour of each code, (codes, 3) uint8; None if the model folder has none.
-
-    `clusters` in preprocessor_config.json are colours from -1 to 1, as in ImageGPT. Raises InputError.
-    """
-    path = folder / PALETTE
-    found = files.read_object(path).get("clusters") if path.is_file() else None
-    if found is None:
-        return None
-    try:
-        clusters = np.array(found, dtype=np.float64)
-    except (TypeError, ValueError):
-        clusters = np.empty(0)
-    if clusters.shape != (codes, 3) or not (np.abs(clusters) <= 1).all():
-        raise InputError(f"{path}: clusters must be {codes} colours of three numbers from -1 to 1")
-    return np.rint(127.5 * (clusters + 1)).astype(np.uint8)
-
-
-def contact_sheet(baseline: Tensor, candidate: Tensor, colours: np.ndarray) -> str | None:
-    """Return a PNG in base64: images of the baseline, and below each the candidate's; None if they are not square.
+def contact_sheet(baseline: Tensor, candidate: Tensor) -> str:
+    """Return a PNG in base64: images of the baseline, and below each the candidate's.
 
     Args:
-        baseline, candidate: (n, L) codes.
-        colours: as `palette` returns them.
+        baseline, candidate: (n, 3, side, side) uint8. Small images are enlarged, large ones reduced.
     """
-    side = int(baseline.shape[1] ** 0.5)
-    if side * side != baseline.shape[1]:
-        return None
+    side = baseline.shape[-1]
     count = min(len(baseline), MAXIMUM_SAMPLES)
     columns = min(count, _COLUMNS)
-    zoom = max(1, _TILE // side)
-    tile = side * zoom
+    tile = min(side, _REDUCED) if side > _TILE else _TILE // side * side
     rows = -(-count // columns)
     height, width = rows * (2 * tile + 3 * _GAP), columns * (tile + _GAP) - _GAP
-    sheet = np.full((height - 2 * _GAP, width, 3), 255, np.uint8)
+    sheet = Image.new("RGB", (width, height - 2 * _GAP), "white")
     for index in range(count):
         row, column = divmod(index, columns)
         left, top = column * (tile + _GAP), row * (2 * tile + 3 * _GAP)
         for below, images in enumerate((baseline, candidate)):
-            pixels = colours[images[index].numpy()].reshape(side, side, 3).repeat(zoom, 0).repeat(zoom, 1)
-            start = top + below * (tile + _GAP)
-            sheet[start : start + tile, left : left + tile] = pixels
+            picture = Image.fromarray(images[index].permute(1, 2, 0).numpy())
+            sized = picture.resize((tile, tile), Image.Resampling.NEAREST if tile >= side else Image.Resampling.LANCZOS)
+            sheet.paste(sized, (left, top + below * (tile + _GAP)))
     written = io.BytesIO()
-    Image.fromarray(sheet).save(written, "png", optimize=True)
+    sheet.save(written, "png", optimize=True)
     return base64.b64encode(written.getvalue()).decode()

@@ -322,6 +322,7 @@ def _identity(report: Report) -> list[str]:
         "generated rows": identity.generated_rows,
         "trained checkpoint": identity.recovered,
         "task items": identity.tasks,
+        "decoder of images": identity.decoder,
         **{f"export {name}": digest for name, digest in identity.exports.items()},
     }
     rows = [[name, digest] for name, digest in digests.items() if digest is not None]

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,22 +13,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from numprune.decoding import Palette
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
+from numprune.export.decoders import PALETTE, load_decoder
 from numprune.flows import recipe
 from numprune.flows.embedded import images as digits
 from numprune.flows.stages import Artifact, Text
 from numprune.flows.steps import checks
-from numprune.flows.steps.images import PALETTE, contact_sheet, palette
+from numprune.flows.steps.images import contact_sheet
 from numprune.flows.steps.text import load_heldout
 from numprune.flows.studies.compare import steps as compare
 from numprune.serving import gates
 from numprune.serving import report as reports
+from numprune.serving.report.models import Images
 from tests.conftest import build_tiny
 from tests.flows.conftest import Answered
 from tests.flows.test_optimize import optimize
-from tests.numprune.llamagen import reference
+from tests.numprune.llamagen import reference, tokenizer_reference
 
 Command = Callable[..., Answered]
 
@@ -49,6 +51,7 @@ targets = ["onnx"]
 [evaluate]
 samples = 6
 guidance = 1.5
+decoder = "vq.safetensors"
 [benchmark]
 runtimes = ["torch"]
 prompts = 2
@@ -81,6 +84,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("train", 30), ("heldout", 12)):
         codes = torch.randint(CODES, (count, 64), generator=draw)
         save_file({"codes": codes, "labels": torch.arange(count) % CLASSES}, folder / f"{name}.safetensors")
+    save_file(tokenizer_reference.random_state(codes=CODES), folder / "vq.safetensors")
     (folder / "recipe.toml").write_text(RECIPE)
     return folder
 
@@ -104,6 +108,8 @@ def test_a_generator_goes_from_recipe_to_release(numprune: Command, generator: P
     assert found.images.guided_kl_nats_per_code > 0
     assert 0 < found.images.code_divergence_nats < np.log(2)
     assert found.images.sheet is not None
+    assert shown(found.images.sheet).shape == (2 * 32 + 4, 6 * 36 - 4, 3)  # 32 pixels a side, four for each code
+    assert report.identity.decoder == manifest.sha256_file(generator / "vq.safetensors")
     page = (release / "report.html").read_text(encoding="utf-8")
     assert f"data:image/png;base64,{found.images.sheet}" in page
     assert "NLL by class, nats/code" in page
@@ -143,18 +149,29 @@ def test_options_for_language_models_are_refused_before_any_work(generator: Path
 def test_colours_of_other_codes_are_refused_before_any_work(generator: Path, tmp_path: Path) -> None:
     shutil.copytree(generator / "base", tmp_path / "base")
     (tmp_path / "base" / PALETTE).write_text(json.dumps({"clusters": [[0, 0, 0]]}))
-    asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'base'}"])
+    asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'base'}", "evaluate.decoder=none"])
     with pytest.raises(InputError, match=f"model.path: .*{PALETTE}: clusters must be {CODES} colours"):
         checks.check(asked, tmp_path / "w")
 
 
 def test_guidance_needs_an_image_generator_with_classes(generator: Path, tiny: Path, tmp_path: Path) -> None:
-    asked = recipe.load(tiny / "recipe.toml", ["evaluate.guidance=2"])
-    with pytest.raises(InputError, match=r"evaluate.guidance = 2: the model is not an image generator; omit it"):
+    asked = recipe.load(tiny / "recipe.toml", ["evaluate.guidance=2", "evaluate.samples=8", "evaluate.decoder=vq.pt"])
+    with pytest.raises(InputError, match=r"evaluate.guidance = 2.0: the model is not an image generator") as found:
         checks.check(asked, tmp_path / "w")
+    assert "evaluate.samples = 8: the model is not an image generator; omit it" in str(found.value)
+    assert 'vq.pt": the model is not an image generator; omit it' in str(found.value)
     build_tiny("imagegpt", max_position_embeddings=65).save_pretrained(tmp_path / "imagegpt")
     asked = recipe.load(generator / "recipe.toml", [f"model.path={tmp_path / 'imagegpt'}"])
     with pytest.raises(InputError, match=r"evaluate.guidance = 1.5: the model has no classes; omit it"):
+        checks.check(asked, tmp_path / "w")
+
+
+def test_a_decoder_of_another_codebook_is_refused_before_any_work(generator: Path, tmp_path: Path) -> None:
+    save_file(tokenizer_reference.random_state(codes=31), tmp_path / "vq.safetensors")
+    asked = recipe.load(generator / "recipe.toml", [f"evaluate.decoder={tmp_path / 'vq.safetensors'}"])
+    with pytest.raises(
+        InputError, match=r"evaluate.decoder: .*vq\.safetensors: its codebook has 31 codes, and the model"
+    ):
         checks.check(asked, tmp_path / "w")
 
 
@@ -196,12 +213,10 @@ def test_methods_are_compared_on_images(generator: Path, tmp_path: Path) -> None
     assert load_heldout(tmp_path, found.heldout.digest).labels == [index % CLASSES for index in range(12)]
 
 
-def test_a_contact_sheet_shows_each_image_above_its_pair(tmp_path: Path) -> None:
-    colours = np.array([[0, 0, 0], [255, 255, 255], [10, 20, 30]], np.uint8)
+def test_a_contact_sheet_shows_each_image_above_its_pair() -> None:
+    colours = Palette(torch.tensor([[0, 0, 0], [255, 255, 255], [10, 20, 30]], dtype=torch.uint8), 2)
     dense, ours = torch.tensor([[0, 1, 1, 0], [2, 2, 2, 2]]), torch.tensor([[0, 1, 1, 1], [2, 2, 2, 0]])
-    sheet = contact_sheet(dense, ours, colours)
-    assert sheet is not None
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
+    pixels = shown(contact_sheet(colours.pictures(dense), colours.pictures(ours)))
     assert pixels.shape == (100, 100, 3)  # two images of 48 pixels and a gap of 4, in both directions
     middles = [12, 36]
 
@@ -212,19 +227,18 @@ def test_a_contact_sheet_shows_each_image_above_its_pair(tmp_path: Path) -> None
     assert image(0, 52) == [[0, 255], [255, 255]]
     assert image(52, 0) == [[10, 10], [10, 10]]
     assert image(52, 52) == [[10, 10], [10, 0]]
-    assert contact_sheet(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), colours) is None
 
 
-def test_colours_are_those_of_the_image_processor(tmp_path: Path) -> None:
-    assert palette(tmp_path, 2) is None
-    (tmp_path / PALETTE).write_text(json.dumps({"clusters": [[-1, 0, 1], [1, 1, 1]]}))
-    found = palette(tmp_path, 2)
-    assert found is not None
-    assert found.tolist() == [[0, 128, 255], [255, 255, 255]]
-    for clusters in ([[0, 0, 0]], [[0, 0, 2], [0, 0, 0]], "grey", [[0, 0], [0]]):
-        (tmp_path / PALETTE).write_text(json.dumps({"clusters": clusters}))
-        with pytest.raises(InputError, match=re.escape("clusters must be 2 colours of three numbers from -1 to 1")):
-            palette(tmp_path, 2)
+def test_a_contact_sheet_of_large_images_fits_a_report() -> None:
+    noise = torch.randint(256, (70, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sheet = contact_sheet(noise, noise)
+    assert shown(sheet).shape == (6 * (2 * 80 + 12) - 8, 10 * 84 - 4, 3)
+    empty = {"samples": 70, "guidance": 1, "code_divergence_nats": 0, "code_divergence_of_dense_nats": 0}
+    assert Images.model_validate({**empty, "sheet": sheet}).sheet == sheet
+
+
+def shown(sheet: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))))
 
 
 def test_the_digits_generator_is_trained_and_its_images_are_read(tmp_path: Path) -> None:
@@ -238,6 +252,7 @@ def test_the_digits_generator_is_trained_and_its_images_are_read(tmp_path: Path)
     assert (len(held_out["codes"]), len(train["codes"])) == (500, 1297)
     rows = digits.rows_of(held_out["codes"], held_out["labels"])
     assert digits.mean_nll(model, rows) == pytest.approx(found["heldout_nll_nats_per_code"], rel=1e-5)
-    colours = palette(tmp_path / "out" / "model", digits.CODES)
-    assert colours is not None
-    assert (colours[0].tolist(), colours[16].tolist()) == ([255, 255, 255], [0, 0, 0])
+    drawn = load_decoder(tmp_path / "out" / "model", model.config, None, torch.device("cpu"))
+    assert drawn is not None
+    picture = drawn.pictures(torch.tensor([[0, 16] * 32]))
+    assert (picture[0, :, 0, 0].tolist(), picture[0, :, 0, 1].tolist()) == ([255, 255, 255], [0, 0, 0])

@@ -48,7 +48,7 @@ def test_samples_and_the_classes_that_lost_most_are_shown() -> None:
 
 def test_without_colours_the_page_says_why_there_is_no_picture() -> None:
     text = Parsed(page.html(Report.model_validate(images(sheet=None, guidance=1.0, guided_kl_nats_per_code=None)))).text
-    assert "does not say the colours of codes" in text
+    assert "has no colours for its codes, and evaluate.decoder names no file" in text
     assert "with guidance" not in text
 
 

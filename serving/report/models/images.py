@@ -25,8 +25,8 @@ class Images(Model):
     `guidance`: scale of classifier-free guidance. `guided_kl_nats_per_code`: KL divergence of guided distributions from
     the dense model's on held-out images; null without classes. `code_divergence_nats`: Jensen-Shannon divergence of the
     frequencies of codes in samples; `code_divergence_of_dense_nats`: of two sets of samples of the dense model.
-    `sheet`: PNG in base64 with the dense model's images, and below each the candidate's; null if the model folder does
-    not say the colours of codes.
+    `sheet`: PNG in base64 with the dense model's images, and below each the candidate's; null if nothing turns codes
+    into pictures.
     """
 
     samples: Count

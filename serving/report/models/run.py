@@ -27,7 +27,7 @@ class Identity(Model):
     selecting masks; `learned`: the checkpoint with the weights trained with them. `pruned`: the checkpoint before
     training or quantization; `recovered`: the trained checkpoint; `recovery_rows`: the rows for training and selection,
     of which the base generated `generated_rows`. `corpora_rows`: held-out rows of each named corpus except the first.
-    `tasks`: all requests of the tasks.
+    `tasks`: all requests of the tasks. `decoder`: the file that turned an image generator's codes into pictures.
     """
 
     name: ModelName | None = None
@@ -45,6 +45,7 @@ class Identity(Model):
     generated_rows: Sha256 | None = None
     recovered: Sha256 | None = None
     tasks: Sha256 | None = None
+    decoder: Sha256 | None = None
     exports: dict[Runtime, Sha256] = Field(default={})
     packages: dict[str, str] = Field(default={})
 

@@ -38,6 +38,7 @@ def digests(identity: Identity) -> dict[str, str | None]:
         "Generated rows": identity.generated_rows,
         "Trained checkpoint": identity.recovered,
         "Task items": identity.tasks,
+        "Decoder of images": identity.decoder,
         **{f"Export, {name}": digest for name, digest in list(identity.exports.items())[:_MAXIMUM]},
     }
 

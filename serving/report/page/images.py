@@ -23,7 +23,11 @@ def blocks(found: Images) -> Iterator[Block]:
         picture = Markup('<img alt="Samples of both models" src="data:image/png;base64,{}">').format(found.sheet)
         yield Chart(picture, "Above: baseline. Below: candidate.")
     else:
-        yield Text("The model folder does not say the colours of codes, so there is no contact sheet.", "absent")
+        yield Text(
+            "The model folder has no colours for its codes, and evaluate.decoder names no file, so there is no contact "
+            "sheet.",
+            "absent",
+        )
     yield Facts(
         [
             ("KL of guided distributions, nats/code", words.number(found.guided_kl_nats_per_code, 3)),
