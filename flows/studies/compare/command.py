@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from numprune.anatomy import read_anatomy
+from numprune.axes import AXES, DEFAULT_AXES
 from numprune.errors import InputError, NumpruneError
 from numprune.export.checkpoint import read_config
 from numprune.export.disk import require_writable
@@ -103,6 +104,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--align", type=int, default=8, metavar="N", help="intermediate sizes are multiples of this (default: 8)"
     )
+    parser.add_argument(
+        "--axes",
+        type=_names,
+        default=DEFAULT_AXES,
+        metavar="A,A",
+        help=f"what may be pruned, of {', '.join(AXES)}; ratios still refer to all prunable parameters (default: "
+        f"{','.join(DEFAULT_AXES)})",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add_choice(parser, "--device", get_args(Device), "auto", "device to run on")
     parser.add_argument(
@@ -127,7 +136,7 @@ def _request(args: argparse.Namespace) -> Request:
 
     def works(method: str) -> None:
         for ratio in args.ratios:
-            check(method, anatomy, ratio, target)
+            check(method, anatomy, ratio, target, args.axes)
 
     methods, left_out = chosen(args.methods or defaults(works), works, asked=bool(args.methods))
     for reason in left_out:
@@ -145,6 +154,7 @@ def _request(args: argparse.Namespace) -> Request:
         samples=args.samples,
         sequence_length=_LENGTH if anatomy.image else row_length(args.sequence_length, anatomy),
         align=args.align,
+        axes=tuple(args.axes),
         seed=args.seed,
         device=device_of(args.device).type,
         out=args.out,

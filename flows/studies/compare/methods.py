@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 
 from numprune.allocation import ALLOCATIONS
+from numprune.axes import DEFAULT_AXES
 from numprune.blocks import Anatomy
 from numprune.criteria import CRITERIA
 from numprune.errors import InputError
@@ -40,12 +41,21 @@ DEFAULT = (
 )
 
 
-def options_of(method: str, ratio: float, target: Target, seed: int) -> PruneOptions:
+def options_of(
+    method: str, ratio: float, target: Target, seed: int, axes: Sequence[str] = DEFAULT_AXES
+) -> PruneOptions:
     """Return the options of a criterion/allocation/compensation."""
     criterion, allocation, compensation = method.split("/")
     skips = allocation.endswith(_SKIPS)
     return PruneOptions(
-        ratio, criterion, allocation.removesuffix(_SKIPS), compensation, target=target, skips=skips, seed=seed
+        ratio,
+        criterion,
+        allocation.removesuffix(_SKIPS),
+        compensation,
+        target=target,
+        axes=tuple(axes),
+        skips=skips,
+        seed=seed,
     )
 
 
@@ -59,12 +69,14 @@ def reads_gradients(method: str) -> bool:
     return method not in RIVALS and uses_gradients(options_of(method, 0, Target(), 0))
 
 
-def check(method: str, anatomy: Anatomy, ratio: float, target: Target) -> None:
-    """Raise InputError if the method is not applicable to the model."""
-    if method in RIVALS:
-        check_rival(method, anatomy, ratio)
-    else:
-        check_options(anatomy, options_of(method, ratio, target, seed=0))
+def check(method: str, anatomy: Anatomy, ratio: float, target: Target, axes: Sequence[str] = DEFAULT_AXES) -> None:
+    """Raise InputError if the method is not applicable to the model, or to these axes."""
+    if method not in RIVALS:
+        check_options(anatomy, options_of(method, ratio, target, 0, axes))
+        return
+    if set(axes) != set(DEFAULT_AXES):
+        raise InputError(f"--axes {','.join(axes)}: {method} is defined for {','.join(DEFAULT_AXES)}")
+    check_rival(method, anatomy, ratio)
 
 
 def chosen(patterns: Sequence[str], check: Callable[[str], None], *, asked: bool = True) -> tuple[list[str], list[str]]:

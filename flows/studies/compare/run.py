@@ -59,6 +59,7 @@ class Request:
         reading: how both texts are converted to rows.
         heldout: files, the embedded one, or None: the last fifth of the calibration text, excluded from calibration.
         ratios, methods, samples: one row for each combination.
+        axes: what may be pruned.
         out: folder for the results and the stages.
     """
 
@@ -72,6 +73,7 @@ class Request:
     samples: Sequence[int]
     sequence_length: int
     align: int
+    axes: tuple[str, ...]
     seed: int
     device: str
     out: Path
@@ -177,6 +179,7 @@ class _Comparison:
             ratio=ratio,
             samples=samples,
             align=request.align,
+            axes=list(request.axes),
             seed=request.seed,
             device=request.device,
         )
@@ -197,6 +200,7 @@ class _Comparison:
             model_digest=self._model.digest,
             sequence_length=anatomy.context if anatomy.image else request.sequence_length,
             align=request.align,
+            axes=request.axes,
             seed=request.seed,
             device=request.device,
             calibration={samples: self._rows(samples).digest for samples in sorted(request.samples)},

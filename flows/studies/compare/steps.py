@@ -183,6 +183,7 @@ def make_method(
     ratio: float,
     samples: int,
     align: int,
+    axes: list[str],
     seed: int,
     device: str,
 ) -> Row:
@@ -201,7 +202,7 @@ def make_method(
     known = _known(moments, gradients, torch.device(device))
     forward_seconds = _forward_seconds(loaded, tokens, meter)
     meter.start()
-    small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), seed, known, task)
+    small, sizes = _reduce(loaded, tokens, method, ratio, Target(align), axes, seed, known, task)
     seconds, peak_bytes = meter.stop()
     judged = load_heldout(heldout.path, heldout.digest)
     dense = scored(reference.path, judged, dense_head, size, torch.device(device), task)
@@ -248,6 +249,7 @@ def _reduce(
     method: str,
     ratio: float,
     target: Target,
+    axes: list[str],
     seed: int,
     known: Known,
     task: Task,
@@ -256,6 +258,6 @@ def _reduce(
     if method in RIVALS:
         made = RIVALS[method](model, rows, ratio, BATCH_SIZE)
         return made.model, {"parameters": made.parameters, "prunable_ratio_removed": made.prunable_ratio_removed}
-    pruned = prune(model, rows, options_of(method, ratio, target, seed), known, task)
+    pruned = prune(model, rows, options_of(method, ratio, target, seed, axes), known, task)
     removed = pruned.prunable_ratio_removed
     return pruned.model, {"parameters": pruned.after.parameters, "prunable_ratio_removed": removed}

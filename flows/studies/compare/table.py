@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+from numprune.axes import DEFAULT_AXES
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,6 +52,7 @@ class Conditions:
     model_digest: str
     sequence_length: int
     align: int
+    axes: tuple[str, ...]
     seed: int
     device: str
     calibration: dict[int, str]  # rows -> digest
@@ -85,6 +88,7 @@ def as_csv(table: Table) -> str:
         f"dense_nll_{per}": table.conditions.dense_nll,
         "sequence_length": table.conditions.sequence_length,
         "align": table.conditions.align,
+        "axes": " ".join(table.conditions.axes),
         "seed": table.conditions.seed,
         "device": table.conditions.device,
         "version": table.conditions.version,
@@ -144,6 +148,8 @@ def as_markdown(table: Table) -> str:
         rows_of = f"rows of {conditions.sequence_length} tokens"
         judged = f"{conditions.heldout_tokens:,} tokens of {conditions.heldout_documents} held-out documents"
         predicted = "next-token distribution, `top-1` the agreement on the most probable token"
+    if conditions.axes != DEFAULT_AXES:
+        judged += f". Only {' and '.join(conditions.axes)} may be pruned"
     notes = (
         f"{conditions.model}: calibrated on {sizes} {rows_of} (seed {conditions.seed}), evaluated on {judged}.{unit} "
         "`removed` is the share of the attention and MLP projections that was removed, less any parameters that a "

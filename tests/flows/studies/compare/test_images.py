@@ -16,14 +16,28 @@ def test_image_classifiers_are_compared_by_labels(tmp_path: Path, capsys: pytest
     train, heldout = (
         write_images(tmp_path / name, 24, CLASSES, seed) for seed, name in enumerate(("train", "heldout"))
     )
-    asked = ["--text", str(train), "--samples", "16", "--ratios", "0.3", "--align", "1", "--device", "cpu"]
+    asked = [
+        "--text",
+        str(train),
+        "--samples",
+        "16",
+        "--ratios",
+        "0.3",
+        "--axes",
+        "channels",
+        "--align",
+        "1",
+        "--device",
+        "cpu",
+    ]
     asked += ["--methods", "dimap/uniform/none,obs/error/joint", "--out", str(tmp_path / "out")]
     assert main([str(base), *asked, "--heldout", str(heldout)]) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["dimap/uniform/none", "obs/error/joint"]
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
     assert float(rows[1]["kl_nats_per_image"]) < float(rows[0]["kl_nats_per_image"])
-    assert "evaluated on 24 held-out images" in capsys.readouterr().out
+    assert {row["axes"] for row in rows} == {"channels"}
+    assert "evaluated on 24 held-out images. Only channels may be pruned." in capsys.readouterr().out
 
 
 def test_images_to_compare_by_are_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ CONDITIONS = Conditions(
     model_digest="a" * 64,
     sequence_length=256,
     align=8,
+    axes=("kv-groups", "channels", "experts", "expert-channels"),
     seed=0,
     device="cpu",
     calibration={128: "b" * 64},
