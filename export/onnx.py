@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from numprune.anatomy import predicted_tokens
+from numprune.anatomy import read_anatomy
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
 from numprune.export.onnx_decoder import OPSETS, write_decoder, writes
@@ -72,6 +72,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
         compressed_tensors.refuse_quantized(source, "ONNX, whose graph rounds no activations,")
     config = checkpoint.read_config(source)
     check_config(config)
+    anatomy = read_anatomy(config)
     direct = writes(config)
     packages = ("onnx",) if direct else ("onnx", "onnxscript", "torch", "transformers")
     facts: dict[str, JsonValue] = {
@@ -79,7 +80,7 @@ def export(source: Path, out: Path, *, opset: int = 23, dtype: str = FLOAT32) ->
         "exporter": "numprune" if direct else "torch",
         "opset": opset,
         "dtype": dtype,
-        **({VOCABULARY: config.vocab_size} if predicted_tokens(config) != config.vocab_size else {}),
+        **({VOCABULARY: anatomy.vocabulary} if anatomy.predicted != anatomy.vocabulary else {}),
         **{package: version(package) for package in packages},
         "file": MODEL_FILE,
     }

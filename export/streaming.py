@@ -73,20 +73,22 @@ class CheckpointLayers:
         self._embedding: Any = self._skeleton.get_input_embeddings() if self.anatomy.image is None else None
         if self._embedding is not None:
             self._embedding.padding_idx = None
-        self._layers: Any = self._skeleton.get_submodule(self.anatomy.layers_path)
         self.device = torch.device(device)
         self.dtype = dtype
         for module in self._skeleton.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
+        for path in self.anatomy.mergings.values():  # small, and needed between layers
+            merging = self._skeleton.get_submodule(path)
+            self._fill({f"{path}.{name}": None for name, _ in merging.named_parameters()})
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
         with self._around(tokens, head=False):
-            return enter(self._skeleton, self._layers, tokens.to(self.device), mask)
+            return enter(self._skeleton, self.anatomy, tokens.to(self.device), mask)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        path = f"{self.anatomy.layers_path}.{index}"
+        path = self.anatomy.layer_paths[index]
         layer = self._skeleton.get_submodule(path)
         with self._filled({f"{path}.{name}": None for name, _ in layer.named_parameters()}):
             yield unscale(layer, self.anatomy.of_layer(index))
@@ -94,7 +96,7 @@ class CheckpointLayers:
     @contextmanager
     def head(self) -> Iterator[Head]:
         def run(tokens: Tensor, hidden: Tensor) -> Tensor:
-            return leave(self.task, self._skeleton, self._layers, torch.zeros_like(tokens, device=self.device), hidden)
+            return leave(self.task, self._skeleton, self.anatomy, torch.zeros_like(tokens, device=self.device), hidden)
 
         # Only the shape of the tokens is used.
         with self._around(torch.zeros(1, 1, dtype=torch.long), head=True):
@@ -115,7 +117,7 @@ class CheckpointLayers:
         left = set() if narrowing and narrowing.rotation is not None else set(self._skeleton.all_tied_weights_keys)
         gain = self._read(self.anatomy.final_gain).float() if narrowing else None
         for name, names in self._names.items():
-            if name in left or name.startswith(f"{self.anatomy.layers_path}."):
+            if name in left or self.anatomy.is_in_layers(name):
                 continue
             for stored in names:
                 header = self.stored[stored] if stored in self.stored else self._header(name)
@@ -129,16 +131,16 @@ class CheckpointLayers:
     def _around(self, tokens: Tensor, *, head: bool) -> Iterator[None]:
         """Fill the modules outside the layers; of an embedding of tokens, only the rows of `tokens`."""
         if self._embedding is None:
-            path = f"{self.anatomy.layers_path}."
-            names = [name for name, _ in self._skeleton.named_parameters() if not name.startswith(path)]
+            names = [name for name, _ in self._skeleton.named_parameters() if not self.anatomy.is_in_layers(name)]
             with self._filled(dict.fromkeys(names)):
                 yield
             return
         modules = {module: name for name, module in self._skeleton.named_modules()}
         embedding, output = f"{modules[self._embedding]}.weight", self._skeleton.get_output_embeddings()
         outputs = [f"{modules[output]}.{name}" for name, _ in output.named_parameters()] if output is not None else []
-        inside = (f"{self.anatomy.layers_path}.", embedding, *outputs)
-        names = [name for name, _ in self._skeleton.named_parameters() if not name.startswith(inside)]
+        own = (embedding, *outputs)
+        every = [name for name, _ in self._skeleton.named_parameters() if name not in own]
+        names = [name for name in every if not self.anatomy.is_in_layers(name)]
         used = tokens.unique().to(self.device)
         stored = self._header(embedding)
         rows = torch.cat([read_rows(stored, token, token + 1) for token in used.tolist()])
@@ -157,17 +159,22 @@ class CheckpointLayers:
     @contextmanager
     def _filled(self, values: Mapping[str, Tensor | None]) -> Iterator[None]:
         """Set the skeleton's parameters by name; None: to the stored values."""
-        empty = {}
-        for name, value in values.items():
-            path, _, parameter = name.rpartition(".")
-            module = self._skeleton.get_submodule(path)
-            empty[name] = (module, parameter, module.get_parameter(parameter))
-            setattr(module, parameter, self._parameter(name, value))
+        empty = self._fill(values)
         try:
             yield
         finally:
-            for module, parameter, without_values in empty.values():  # a module that is still held keeps no weights
+            for module, parameter, without_values in empty:  # a module that is still held keeps no weights
                 setattr(module, parameter, without_values)
+
+    def _fill(self, values: Mapping[str, Tensor | None]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Set parameters like `_filled`; return modules, names in them, and the parameters that were there."""
+        before = []
+        for name, value in values.items():
+            path, _, parameter = name.rpartition(".")
+            module = self._skeleton.get_submodule(path)
+            before.append((module, parameter, module.get_parameter(parameter)))
+            setattr(module, parameter, self._parameter(name, value))
+        return before
 
     def _parameter(self, name: str, value: Tensor | None) -> nn.Parameter:
         found = self._read(name) if value is None else value

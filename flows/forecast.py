@@ -21,7 +21,7 @@ from numprune.flows.steps.checks import prepare, pruning_options, schemes_asked
 from numprune.flows.steps.learn import request_of
 from numprune.flows.steps.text import draw_rows, named, read_images, text_rows
 from numprune.images import draw_pictures
-from numprune.inputs import FROM_PRUNED_PREFIX, widest_consumer
+from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.options import PruneOptions, known_results, left_of
 from numprune.quantization import bytes_saved
 from numprune.serving.report.words import COUNTED
@@ -90,7 +90,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
 def _after(result: Anatomy, before: Anatomy, weights: int, saved: int) -> dict[str, Any]:
     """What is left of a model whose sizes are known; `saved`: bytes of its weights, by quantization."""
     budget = budget_of(result)
-    sizes = {kind: result.of_kind(kind)[0].units for kind in result.kinds}
+    sizes = {kind: result.of_kind(kind)[0].units for kind in result.kinds if not result.mergings}  # stages differ
     share = budget.parameters / budget_of(before).parameters
     return {
         **dataclasses.asdict(budget),
@@ -117,7 +117,8 @@ def _aim(anatomy: Anatomy, options: PruneOptions, counts: str, weights: int, sav
     return {
         "parameters": left,
         "prunable_parameters": narrow.prunable_parameters - removed,
-        "flops_per_token": narrow.flops_per_token - 2 * removed,
+        # In stages it depends on the layers that lose parameters.
+        **({} if anatomy.mergings else {"flops_per_token": narrow.flops_per_token - 2 * removed}),
         "weight_bytes": round(weights * left / before.parameters - saved * (1 - options.ratio)),
     }
 
@@ -165,10 +166,11 @@ def _memory(anatomy: Anatomy, run: Run) -> dict[str, int]:
     if prune.stream:
         around, by_layer = anatomy.fixed_parameters, (budget.parameters - anatomy.fixed_parameters) // layers
         weights = around + by_layer
-    per_token = anatomy.hidden_size
+    row = anatomy.image or (data.sequence_length,)
+    per_row = anatomy.largest_stream(row)
     if prune.compensation in FROM_PRUNED_PREFIX:
-        per_token += anatomy.hidden_size + widest_consumer(anatomy)
-    states = data.samples * (run.image_tokens or data.sequence_length) * per_token
+        per_row += anatomy.largest_stream(row) + anatomy.largest_inputs(row)
+    states = data.samples * per_row
     needed = {"weights_float32": weights * _FLOAT32, "hidden_states": states * _FLOAT32}
     if prune.refine != "none":
         needed["refining"] = sum(block.channels**2 for block in anatomy.blocks) * _FLOAT64

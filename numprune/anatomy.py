@@ -4,10 +4,12 @@ Only the configuration is read, so a model can be planned before its weights are
 supported architectures; all others are refused by name. torch is not needed.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import isqrt, prod
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numprune import dtypes
 from numprune.blocks import Anatomy, Block, Routing, beside_what_is_left
@@ -15,8 +17,10 @@ from numprune.codes import CodeVocabulary
 from numprune.errors import InputError
 from numprune.families import FAMILIES, Family, Kind, Matrix
 from numprune.families.family import LINEAR_PARTS, Experts, Part, Patches, Shape, TaskName, Wiring
+from numprune.fields import pair, require_sizes
 from numprune.renumber import numbering_field
 from numprune.slices import GONE, Extent, Size, Slice
+from numprune.stages import Stage, grid_of, path_of, places, read_stages, stock_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,6 +107,8 @@ def layers_path(config: "PreTrainedConfig") -> str:
 def context_of(config: "PreTrainedConfig") -> int:
     """Return the maximum number of tokens in a row, or that of every image: its patches and the tokens before them."""
     family = family_of(config)
+    if family.stages is not None:
+        return prod(grid_of(config))
     if family.patches is not None:
         _, height, width = image_shape(config)
         if family.patches.square and height != width:
@@ -114,24 +120,15 @@ def context_of(config: "PreTrainedConfig") -> int:
 
 def image_shape(config: "PreTrainedConfig") -> tuple[int, int, int]:
     """Return channels, height and width of the images that a model reads. Raises InputError."""
-    _require_sizes(config, "num_channels")
-    return (config.num_channels, *_pair(config, "image_size"))
+    require_sizes(config, "num_channels")
+    return (config.num_channels, *pair(config, "image_size"))
 
 
 def patch_grid(config: "PreTrainedConfig") -> tuple[int, int]:
     """Return the rows and columns of patches in the images that a model reads. Raises InputError."""
     _, height, width = image_shape(config)
-    patch = _pair(config, "patch_size")
+    patch = pair(config, "patch_size")
     return height // patch[0], width // patch[1]
-
-
-def _pair(config: Any, field: str) -> tuple[int, int]:
-    """Return height and width. Raises InputError unless the field is a positive whole number, or two of them."""
-    found: Any = getattr(config, field, None)
-    height, width = found if isinstance(found, list | tuple) and len(found) == 2 else (found, found)
-    if not all(type(size) is int and 0 < size < 2**16 for size in (height, width)):
-        raise InputError(f"{field}={str(found)[:80]}; it must be a positive integer, or two: height and width")
-    return height, width
 
 
 def code_vocabulary(config: "PreTrainedConfig") -> CodeVocabulary | None:
@@ -140,7 +137,7 @@ def code_vocabulary(config: "PreTrainedConfig") -> CodeVocabulary | None:
     if classes is None:
         return None
     if isinstance(classes, str):
-        _require_sizes(config, classes)
+        require_sizes(config, classes)
         classes = int(getattr(config, classes))
     codes = config.vocab_size - classes - 1
     if codes < 1:
@@ -172,8 +169,7 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
     blocks = read_blocks(config)
     task, hidden = task_name(config), config.hidden_size
     image = image_shape(config) if family.patches else None
-    sizes = (_layer_sizes(family, config.per_layer_config[layer], layer) for layer in range(config.num_hidden_layers))
-    head_dims = {head_dim for _, _, head_dim, _ in sizes}
+    head_dims = {_layer_sizes(family, layer.sizes, layer.number)[2] for layer in _layers(family, config)}
     if len(head_dims) != 1:
         raise InputError(f"layers differ in head_dim ({', '.join(map(str, sorted(head_dims)))}); that is not supported")
     (head_dim,) = head_dims
@@ -200,6 +196,7 @@ def read_anatomy(config: "PreTrainedConfig") -> Anatomy:
         attention_differs=len(set(getattr(config, "layer_types", None) or ())) > 1,
         residual_scale=float(getattr(config, family.residual_scale)) if family.residual_scale else 1.0,
         numbering_field=numbering_field(family, config),
+        mergings=_mergings(family, config),
     )
 
 
@@ -210,18 +207,61 @@ def read_blocks(config: "PreTrainedConfig") -> tuple[Block, ...]:
         InputError: the architecture is not supported, or its sizes contradict each other.
     """
     family = family_of(config)
-    _require_sizes(config, "hidden_size", "num_hidden_layers", *([] if family.patches else ["vocab_size"]))
-    if config.num_hidden_layers > MAXIMUM_LAYERS:
-        raise InputError(f"num_hidden_layers={config.num_hidden_layers}; no model has more than {MAXIMUM_LAYERS}")
     if family.experts and family.experts.step:
-        _require_sizes(config, family.experts.step)
-    layers = range(config.num_hidden_layers)
+        require_sizes(config, family.experts.step)
+    layers = _layers(family, config)
     return beside_what_is_left([block for layer in layers for block in _layer_blocks(family, config, layer)])
 
 
-def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: int) -> Iterator[Block]:
-    sizes = config.per_layer_config[layer]
-    heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, layer)
+class _Layer(NamedTuple):
+    """One layer: its number, its path in the whole model, its configuration, and its stage, if any."""
+
+    number: int
+    path: str
+    sizes: Any
+    stage: Stage | None
+
+
+def _layers(family: Family, config: "PreTrainedConfig") -> Iterator[_Layer]:
+    """Yield the layers, first to last. Raises InputError."""
+    stages, inside = family.stages, layers_path(config)
+    if stages is None:
+        require_sizes(config, "hidden_size", "num_hidden_layers", *([] if family.patches else ["vocab_size"]))
+        _check_count("num_hidden_layers", config.num_hidden_layers, config.num_hidden_layers)
+        for number in range(config.num_hidden_layers):
+            yield _Layer(number, f"{inside}.{number}", config.per_layer_config[number], None)
+        return
+    own = config.model_type.startswith(PER_LAYER_PREFIX)
+    found = read_stages(stages, config)
+    _check_count(stages.depths, getattr(config, stages.depths), sum(stage.depth for stage in found))
+    if config.hidden_size != found[-1].hidden_size:
+        raise InputError(
+            f"hidden_size={str(config.hidden_size)[:80]}: the last stage has {found[-1].hidden_size}; leave it out"
+        )
+    for number, place in enumerate(places(stages, config)):
+        stock = SimpleNamespace(model_type=config.model_type, **stock_sizes(family, stages, config, place))
+        sizes: Any = copy.copy(config.per_layer_config[number]) if own else stock
+        sizes.hidden_size = place.stage.hidden_size
+        yield _Layer(number, f"{inside}.{path_of(stages, place)}", sizes, place.stage)
+
+
+def _check_count(field: str, value: object, layers: int) -> None:
+    if layers > MAXIMUM_LAYERS:
+        raise InputError(f"{field}={value}; no model has more than {MAXIMUM_LAYERS} layers")
+
+
+def _mergings(family: Family, config: "PreTrainedConfig") -> dict[int, str]:
+    """Return the path of what merges tokens before each layer that begins a stage, except the first."""
+    stages = family.stages
+    if stages is None:
+        return {}
+    before = enumerate(read_stages(stages, config)[:-1])
+    return {stage.first + stage.depth: f"{layers_path(config)}.{number}.{stages.merging}" for number, stage in before}
+
+
+def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: _Layer) -> Iterator[Block]:
+    sizes, number = layer.sizes, layer.number
+    heads, kv_heads, head_dim, width = _layer_sizes(family, sizes, number)
     skipped = getattr(sizes, "skip", [])
     head, channel = Extent(head_dim), Extent(1)
     extents: dict[Part, Extent] = {"query": Extent(head_dim, divided=True), "key": head, "value": head}
@@ -232,23 +272,23 @@ def _layer_blocks(family: Family, config: "PreTrainedConfig", layer: int) -> Ite
         return _block(family, wiring, config, layer, kind, field, size, extents, beside)
 
     yield block("attention", family.attention, family.kv_heads or family.heads, Size(kv_heads, heads // kv_heads))
-    if family.experts is None or not family.experts.are_in(layer, config):
+    if family.experts is None or not family.experts.are_in(number, config):
         mlp = family.mlp_of(config)
         assert mlp is not None
         yield block("mlp", mlp, family.width, Size(width), beside=family.flag(family.parallel, config))
         return
     # The experts come last, so that their refit compensates for the shared one.
     if family.shared is not None:
-        _require_sizes(sizes, family.shared_width, where=f"layer {layer}: ")
+        require_sizes(sizes, family.shared_width, where=f"layer {number}: ")
         yield block("mlp", family.shared, family.shared_width, Size(getattr(sizes, family.shared_width)))
-    yield _experts_block(family, family.experts, sizes, layer)
+    yield _experts_block(family, family.experts, layer)
 
 
 def _layer_sizes(family: Family, sizes: Any, layer: int) -> tuple[int, int, int, int]:
     """Return query heads, KV heads, channels of a head and the MLP's width of one layer's configuration."""
     where, hidden = f"layer {layer}: ", sizes.hidden_size
-    _require_sizes(sizes, family.heads, where=where)
-    _require_sizes(sizes, *filter(None, (family.kv_heads, "head_dim")), where=where, optional=True)
+    require_sizes(sizes, family.heads, where=where)
+    require_sizes(sizes, *filter(None, (family.kv_heads, "head_dim")), where=where, optional=True)
     heads = getattr(sizes, family.heads)
     kv_heads = (getattr(sizes, family.kv_heads) if family.kv_heads else None) or heads
     if heads % kv_heads:
@@ -261,10 +301,10 @@ def _width(family: Family, sizes: Any, where: str) -> int:
     """Return the MLP's width in one layer's configuration; `where`: the beginning of messages."""
     hidden, own = sizes.hidden_size, sizes.model_type.startswith(PER_LAYER_PREFIX)
     if family.ratio is not None and not (own and hasattr(sizes, family.width)):
-        _require_sizes(sizes, family.ratio, where=where)
+        require_sizes(sizes, family.ratio, where=where)
         gated = family.mlp_of(sizes) is not family.mlp
         return family.width_of(getattr(sizes, family.ratio), hidden, gated=gated)
-    _require_sizes(sizes, family.width, where=where, optional=family.default_width is not None)
+    require_sizes(sizes, family.width, where=where, optional=family.default_width is not None)
     width: int | None = getattr(sizes, family.width)
     if width is None:
         assert family.default_width is not None
@@ -276,14 +316,14 @@ def _block(
     family: Family,
     wiring: Wiring,
     config: Any,
-    layer: int,
+    layer: _Layer,
     kind: Kind,
     field: str,
     size: Size,
     extents: Mapping[Part, Extent],
     beside: bool = False,
 ) -> Block:
-    hidden = config.hidden_size
+    hidden = layer.sizes.hidden_size
 
     def weight(matrix: Matrix, dim: int) -> Slice:
         parts = tuple(extents[part] for part in matrix.parts)
@@ -299,6 +339,9 @@ def _block(
             if part in LINEAR_PARTS:
                 linear = (place, index)
     writers += [Slice(name, 0, (Extent(1, divided=True),), None) for name in wiring.per_head]
+    if wiring.tables and family.stages is not None:
+        places = (2 * getattr(config, family.stages.window) - 1) ** 2  # of a token relative to another in a window
+        writers += [Slice(name, 1, (Extent(1, divided=True),), places, table=True) for name in wiring.tables]
     shared: dict[str, tuple[int, ...]] = {f"{wiring.gate}.weight": (1, hidden)} if wiring.gate else {}
     for norm in wiring.norms:
         shared |= _norm(family, norm, hidden)
@@ -310,9 +353,9 @@ def _block(
     if wiring.scale:
         shared[wiring.scale] = (hidden,)
     return Block(
-        layer=layer,
+        layer=layer.number,
         kind=kind,
-        path=f"{layers_path(config)}.{layer}",
+        path=layer.path,
         units=size.units,
         members=size.members,
         consumer=wiring.reader.path,
@@ -330,17 +373,18 @@ def _block(
         beside=beside,
         routing=None,
         sizes=wiring.sizes,
+        stage=layer.stage,
     )
 
 
-def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> Block:
+def _experts_block(family: Family, experts: Experts, layer: _Layer) -> Block:
     """Return the block of one layer's configuration.
 
     Raises:
         InputError: a size is not a whole number, or there are fewer experts than a token is routed to.
     """
-    where = f"layer {layer}: "
-    _require_sizes(sizes, experts.count, experts.width, experts.top_k, where=where)
+    sizes, where = layer.sizes, f"layer {layer.number}: "
+    require_sizes(sizes, experts.count, experts.width, experts.top_k, where=where)
     count, width, top_k = (getattr(sizes, field) for field in (experts.count, experts.width, experts.top_k))
     if count < top_k:
         raise InputError(f"{where}{experts.count}={count} is less than {experts.top_k}={top_k}")
@@ -357,9 +401,9 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> 
         replace(router, tensor=f"{experts.router}.bias", width=None),
     )
     return Block(
-        layer=layer,
+        layer=layer.number,
         kind="experts",
-        path=f"{family.layers}.{layer}",
+        path=layer.path,
         units=count,
         members=width,
         consumer=module,
@@ -377,6 +421,7 @@ def _experts_block(family: Family, experts: Experts, sizes: Any, layer: int) -> 
         beside=family.shared is not None,
         routing=Routing(experts.router, top_k, family.flag(experts.normalized, sizes)),
         sizes=experts.sizes,
+        stage=None,
     )
 
 
@@ -398,7 +443,7 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     if family.positions:
         path, extra = family.positions
         around[f"{path}.weight"] = (config.max_position_embeddings + extra, hidden)
-    around |= shapes(family.around)
+    around |= shapes(family.around) | _merging_tensors(family, config)
     if family.projection and config.embedding_size != hidden:
         around |= {
             f"{family.projection}.weight": (hidden, config.embedding_size),
@@ -415,16 +460,29 @@ def _around(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
     return around
 
 
+def _merging_tensors(family: Family, config: Any) -> dict[str, tuple[int, ...]]:
+    stages = family.stages
+    if stages is None:
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    for number, stage in enumerate(read_stages(stages, config)[:-1]):
+        path, hidden = f"{family.layers}.{number}.{stages.merging}", stage.hidden_size
+        found[f"{path}.{stages.reduction}.weight"] = (2 * hidden, 4 * hidden)
+        found |= _norm(family, f"{path}.{stages.norm}", 4 * hidden)
+    return found
+
+
 def _patch_embeddings(family: Family, patches: Patches, config: Any) -> dict[str, tuple[int, ...]]:
-    hidden = config.hidden_size
-    masked: dict[str, tuple[int, ...]] = {}
+    hidden = config.hidden_size if family.stages is None else getattr(config, family.stages.width)
+    further: dict[str, tuple[int, ...]] = {}
     if patches.masked is not None and config.use_mask_token:
-        masked[patches.masked] = (1, hidden)
+        further[patches.masked] = (1, hidden)
+    if patches.positions is not None:
+        further[patches.positions] = (1, context_of(config), hidden)
     return {
         **dict.fromkeys(patches.tokens, (1, 1, hidden)),
-        **masked,
-        patches.positions: (1, context_of(config), hidden),
-        f"{family.embedding}.weight": (hidden, config.num_channels, *_pair(config, "patch_size")),
+        **further,
+        f"{family.embedding}.weight": (hidden, config.num_channels, *pair(config, "patch_size")),
         f"{family.embedding}.bias": (hidden,),
     }
 
@@ -432,15 +490,5 @@ def _patch_embeddings(family: Family, patches: Patches, config: Any) -> dict[str
 def _size(config: Any, size: str) -> int:
     """Return a size of a `Shape`. Raises InputError."""
     times, _, field = size.rpartition(" * ")
-    _require_sizes(config, field)
+    require_sizes(config, field)
     return int(times or 1) * int(getattr(config, field))
-
-
-def _require_sizes(config: Any, *names: str, where: str = "", optional: bool = False) -> None:
-    """Raise InputError unless each of these fields is a positive whole number, or optional and missing."""
-    for name in names:
-        value = getattr(config, name, None)
-        if value is None and optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise InputError(f"{where}{name}={str(value)[:80]}; it must be a positive integer")

@@ -10,6 +10,7 @@ from numprune.families import FAMILIES, Kind
 from numprune.families.family import Counted, TaskName
 from numprune.renumber import layers_left
 from numprune.slices import GONE, Size, Slice
+from numprune.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Block:
         beside: parallel: it reads the same input as the preceding block in the layer, not that block's output.
         routing: of experts; None for other blocks.
         sizes: attribute of the layer's modules -> what it counts, for sizes that tensors do not determine.
+        stage: that its layer is in, of a model in stages.
     """
 
     layer: int
@@ -78,6 +80,7 @@ class Block:
     beside: bool
     routing: Routing | None
     sizes: Mapping[str, Counted]
+    stage: Stage | None
 
     @property
     def name(self) -> str:
@@ -99,6 +102,22 @@ class Block:
     def channels(self) -> int:
         """Input channels of the consumer. Unit `u` owns channels_per_unit of them, from `u * channels_per_unit`."""
         return self.units * self.channels_per_unit
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the stream that the block reads and writes."""
+        assert self.reader.width is not None
+        return self.reader.width
+
+    @property
+    def in_windows(self) -> bool:
+        """It attends in windows, whose positions are not in the order of the tokens."""
+        return self.stage is not None and self.kind == "attention"
+
+    @property
+    def multiple(self) -> int:
+        """In a stock configuration, it has so many times the units that a block of its field in the first stage has."""
+        return 1 if self.stage is None else self.stage.multiple
 
     @property
     def consumer_bias(self) -> bool:
@@ -164,7 +183,7 @@ class Block:
         """Return the block of a model with another hidden size."""
 
         def narrow(part: Slice) -> Slice:
-            return part if part.width is None else replace(part, width=hidden_size)
+            return part if part.hidden_dim is None else replace(part, width=hidden_size)
 
         shared = {
             name: shape if name in self.head_norms else (*shape[:-1], hidden_size)
@@ -197,6 +216,7 @@ class Anatomy:
     attention_differs: bool  # some layers have a sliding window, others full attention
     residual_scale: float  # by which a block's output is multiplied on its way into the residual stream
     numbering_field: str | None  # of the configuration, if layers compute with their index: none can be dropped
+    mergings: Mapping[int, str]  # layer -> path of the module that merges tokens before it, if it begins a stage
 
     @property
     def layers(self) -> int:
@@ -205,6 +225,40 @@ class Anatomy:
     def tokens_of(self, row: Sequence[int]) -> int:
         """Return the number of hidden states of a row of this shape: (S,) tokens, or (C, height, width) pixels."""
         return row[0] if self.image is None else self.context
+
+    def stream_of(self, row: Sequence[int], layer: int) -> tuple[int, int]:
+        """Return the number of hidden states of a row of this shape in front of a layer, and their size."""
+        block = self.of_layer(layer)[0]
+        return self.tokens_of(row) if block.stage is None else prod(block.stage.grid), block.hidden_size
+
+    def share_of_tokens(self, block: Block) -> float:
+        """Return the tokens that a block reads, relative to those in front of the first layer."""
+        return 1.0 if block.stage is None else prod(block.stage.grid) / self.context
+
+    def largest_stream(self, row: Sequence[int]) -> int:
+        """Return the values of the hidden states of a row of this shape where they are most."""
+        return max(prod(self.stream_of(row, layer)) for layer in range(self.layers))
+
+    def largest_inputs(self, row: Sequence[int]) -> int:
+        """Return the most values that a consumer reads of a row of this shape.
+
+        Experts do not count: their inputs are not stored.
+        """
+        stored = (block for block in self.blocks if block.routing is None)
+        return max(self.stream_of(row, block.layer)[0] * block.channels for block in stored)
+
+    @property
+    def layer_paths(self) -> tuple[str, ...]:
+        """Paths of the layers, first to last."""
+        return tuple(blocks[0].path for blocks in self._by_layer)
+
+    def is_in_layers(self, name: str) -> bool:
+        """Return whether a tensor of the model is in one of its layers."""
+        return name.startswith(self._inside)
+
+    @cached_property
+    def _inside(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self.layer_paths)
 
     @property
     def fixed_parameters(self) -> int:
@@ -218,13 +272,13 @@ class Anatomy:
 
     @property
     def is_uniform(self) -> bool:
-        """Every layer has the same sizes, so a stock architecture can represent it."""
-        sizes = [{block.size for block in blocks} for blocks in self.alike]
-        return all(len(found) == 1 and GONE not in found for found in sizes)
+        """Every layer has the same sizes, or those that follow from its stage, so a stock architecture can hold it."""
+        sizes = [{(block.units / block.multiple, block.members) for block in blocks} for blocks in self.alike]
+        return all(len(found) == 1 for found in sizes) and all(block.units for block in self.blocks)
 
     @property
     def alike(self) -> tuple[tuple[Block, ...], ...]:
-        """Groups of blocks that have one size in a stock architecture, in the order of the forward pass."""
+        """Groups of blocks that have one size in a stock architecture (or its multiples), in the order of the pass."""
         fields = dict.fromkeys(block.field for block in self.blocks)
         return tuple(tuple(block for block in self.blocks if block.field == field) for field in fields)
 
@@ -249,6 +303,8 @@ class Anatomy:
 
     def without(self, dropped: Collection[int]) -> "Anatomy":
         """Return the anatomy with these layers dropped and the others renumbered."""
+        if not dropped:
+            return self
         left = enumerate(layers_left(self.layers, dropped))
         blocks = (
             replace(block, layer=new, path=f"{self.layers_path}.{new}")
@@ -291,8 +347,8 @@ class Anatomy:
         if block.kind != "attention" or family.stock_heads == "any" or family.stand_in is not None:
             return True
         if family.stock_heads == "divisors":
-            return self.hidden_size % heads == 0
-        return heads * self.head_dim == self.hidden_size
+            return block.hidden_size % heads == 0
+        return heads * self.head_dim == block.hidden_size
 
 
 def beside_what_is_left(blocks: Sequence[Block]) -> tuple[Block, ...]:

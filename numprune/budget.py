@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from numprune.blocks import Anatomy
+from numprune.blocks import Anatomy, Block
 from numprune.families import Kind
 from numprune.slices import Size
 
@@ -15,8 +15,9 @@ class Budget:
         parameters: total, with tied embeddings counted once.
         prunable_parameters: those of units (attention and MLP projections); ratios refer to these.
         flops_per_token: 2 per weight used for a token, including the output matrix, without attention over the context;
-            of a layer's experts, only those that the token is routed to count.
-        attention_flops_per_context_token: additional FLOPs for each token already in the context.
+            of a layer's experts, only those that the token is routed to count. In stages, those of an image divided by
+            its patches.
+        attention_flops_per_context_token: additional FLOPs for each token already in the context; 0 in windows.
         kv_bytes_per_token: keys and values of all layers in the configuration's dtype; 0 for an encoder.
     """
 
@@ -30,16 +31,20 @@ class Budget:
 def budget_of(anatomy: Anatomy) -> Budget:
     """Return the cost of `anatomy`."""
     prunable = sum(block.parameters(block.size) for block in anatomy.blocks)
-    idle = sum(block.idle_parameters for block in anatomy.blocks)
+    used = sum(round(_used(block) * anatomy.share_of_tokens(block)) for block in anatomy.blocks)
     attention = anatomy.of_kind("attention")
     cached = attention if anatomy.task == "causal-lm" else ()
     return Budget(
         parameters=anatomy.fixed_parameters + prunable + sum(b.shared_parameters for b in anatomy.blocks if b.units),
         prunable_parameters=prunable,
-        flops_per_token=2 * (prunable - idle + anatomy.output_parameters),
-        attention_flops_per_context_token=sum(4 * block.channels for block in attention),
+        flops_per_token=2 * (used + anatomy.output_parameters),
+        attention_flops_per_context_token=sum(4 * block.channels for block in attention if not block.in_windows),
         kv_bytes_per_token=sum(2 * block.units * anatomy.head_dim for block in cached) * anatomy.bytes_per_value,
     )
+
+
+def _used(block: Block) -> int:
+    return block.parameters(block.size) - block.idle_parameters
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from numprune.errors import InputError
 from numprune.experts.inputs import Routed
 from numprune.layers import Arguments, Layers, replaced
 from numprune.stand_ins import playing, stand_ins
+from numprune.windows import windows_of
 
 
 def check_rows(anatomy: Anatomy, rows: Tensor) -> None:
@@ -82,7 +83,7 @@ def run_block(layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Argum
         finally:
             hook.remove()
     args, output = seen.pop()
-    inputs, output = (value.view(*hidden.shape[:-1], -1) for value in (args[0], output))  # some models flatten rows
+    inputs, output = (by_token(layer, block, value, len(hidden)) for value in (args[0], output))
     return BlockRun(inputs, output, after, Routed(*args) if block.routing else None)
 
 
@@ -98,13 +99,22 @@ def consumer_inputs(layer: nn.Module, anatomy: Anatomy, block: Block, arguments:
 
     with _alone(layer, anatomy, block), replaced([consumer], watch):
         arguments.call(layer, hidden)
-    return seen.pop().view(*hidden.shape[:-1], -1)
+    return by_token(layer, block, seen.pop(), len(hidden))
+
+
+def by_token(layer: nn.Module, block: Block, values: Tensor, rows: int) -> Tensor:
+    """Return values (…, D) that a module of the block reads or writes by row and token: (n, S, D), n = `rows`."""
+    if block.in_windows:
+        return windows_of(layer, block).by_token(values)
+    return values.reshape(rows, -1, values.shape[-1])  # some models flatten rows
 
 
 def after_block(
     layer: nn.Module, anatomy: Anatomy, block: Block, arguments: Arguments, hidden: Tensor, output: Tensor
 ) -> Tensor:
     """Return the layer's output if the block's consumer outputs `output` (n, S, out), and its other blocks zeros."""
+    if block.in_windows:
+        output = windows_of(layer, block).by_position(output)
     with _alone(layer, anatomy, block), _standing(layer, playing(block, output)):
         return arguments.call(layer, hidden)
 
@@ -138,10 +148,12 @@ class Stream:
 
     Attributes:
         hidden: (N, S, H), including the outputs of the blocks so far.
+        layer: in front of which, or in which, the stream is.
     """
 
     def __init__(self, hidden: Tensor, entry: Tensor | None) -> None:
         self.hidden = hidden
+        self.layer = 0
         self._entry = entry  # input shared by parallel blocks; None: all blocks read `hidden`
 
     def enter(self, block: Block) -> None:
@@ -172,11 +184,14 @@ class Walker:
         layers: of the model.
         row: shape of a row: (S,) tokens, or (C, height, width) pixels, of which S tokens are made.
         batch_size: rows at a time.
+
+    Attributes:
+        row: that shape.
     """
 
     def __init__(self, layers: Layers, row: Sequence[int], batch_size: int = 8) -> None:
         self.layers = layers
-        self._row = tuple(row)
+        self.row = tuple(row)
         self._batch_size = batch_size
         self._arguments: dict[int, tuple[Arguments, ...]] = {}  # by rows in a batch
 
@@ -184,7 +199,7 @@ class Walker:
     def embed(self, rows: Tensor) -> Stream:
         """Return the stream in front of the first layer."""
         anatomy = self.layers.anatomy
-        hidden = self.layers.allocate(len(rows), anatomy.tokens_of(self._row), anatomy.hidden_size)
+        hidden = self.layers.allocate(len(rows), *anatomy.stream_of(self.row, 0))
         for batch in self.batches(len(rows)):
             hidden[batch] = self.layers.enter(rows[batch]).hidden.to(hidden.device)
         return self.stream(hidden)
@@ -204,10 +219,28 @@ class Walker:
             hidden.index_fill_(-1, gone.to(hidden.device), 0)
         return self.stream(hidden)
 
+    def enter(self, stream: Stream, block: Block) -> None:
+        """Say which block comes next. If its layer begins a stage, or one before it did, tokens are merged first."""
+        stream.enter(block)
+        for layer in range(stream.layer + 1, block.layer + 1):
+            stream.hidden = self.merged(layer, stream.hidden)
+        stream.layer = block.layer
+
+    @torch.no_grad()
+    def merged(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return what a layer reads, (N, S, H), of what leaves the one before: the same, unless it begins a stage."""
+        if layer not in self.layers.anatomy.mergings:
+            return hidden
+        after = self.layers.allocate(len(hidden), *self.layers.anatomy.stream_of(self.row, layer))
+        for batch in self.batches(len(hidden)):
+            arguments = self.arguments(batch.stop - batch.start)[layer]
+            after[batch] = arguments.merged(hidden[batch].to(self.layers.device)).to(after.device)
+        return after
+
     @torch.no_grad()
     def run(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, BlockRun]]:
         """Run the block batch by batch; yield the rows and the result of each, on the layer's device."""
-        stream.enter(block)
+        self.enter(stream, block)
         for batch in self.batches(len(stream)):
             yield batch, self.run_batch(layer, block, stream.read(batch))
 
@@ -219,7 +252,7 @@ class Walker:
     @torch.no_grad()
     def inputs(self, layer: nn.Module, block: Block, stream: Stream) -> Iterator[tuple[slice, Tensor]]:
         """Run the block up to its consumer, batch by batch; yield the rows of each and the consumer's inputs."""
-        stream.enter(block)
+        self.enter(stream, block)
         for batch in self.batches(len(stream)):
             yield batch, self.inputs_batch(layer, block, stream.read(batch))
 
@@ -240,7 +273,7 @@ class Walker:
         if rows not in self._arguments:
             dtype = torch.long if self.layers.anatomy.image is None else self.layers.dtype
             with torch.no_grad():
-                entered = self.layers.enter(torch.zeros(rows, *self._row, dtype=dtype))
+                entered = self.layers.enter(torch.zeros(rows, *self.row, dtype=dtype))
             self._arguments[rows] = entered.arguments
         return self._arguments[rows]
 

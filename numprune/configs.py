@@ -6,7 +6,7 @@ Importing this module registers these with `AutoConfig`; modeling.py has their m
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,6 +27,7 @@ from numprune.families.family import TaskName
 from numprune.hidden import EPSILON
 from numprune.llamagen.config import LlamaGenConfig  # importing it registers the class
 from numprune.renumber import renumber_fields
+from numprune.stages import places, ratio_of, stock_sizes
 
 KINDS = ("attention", "mlp")
 _CLASSES: Mapping[TaskName, Mapping[str, Any]] = {
@@ -48,11 +49,21 @@ CLASS_PREFIX = "Numprune"
 class _PerLayerConfig:
     """Replaces the stock checks that relate heads to the hidden size, which do not apply to pruned layers."""
 
+    family: ClassVar[Family]
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        family = self.family
+        if family.stages is not None:  # stock classes call the number of stages num_hidden_layers
+            first, *_ = layers = list(places(family.stages, self))
+            self.num_hidden_layers = len(layers)
+            kwargs = {**stock_sizes(family, family.stages, self, first), **kwargs}
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
     def validate_rope(self: Any) -> None:
         PreTrainedConfig.validate_rope(self)
 
     def validate_architecture(self: Any) -> None:
-        family = FAMILIES[self.model_type.removeprefix(PER_LAYER_PREFIX)]
+        family = self.family
         attending = 0
         for index in range(self.num_hidden_layers):
             layer = self.per_layer_config[index]
@@ -112,10 +123,15 @@ def _sized_config(
         wirings = filter(None, (family.attention, family.mlp))
         fields |= {wiring.reader.bias: True for wiring in wirings if isinstance(wiring.reader.bias, str)}
     sizes = [_layer_sizes(anatomy, layer) for layer in range(anatomy.layers)]
+    if family.stages is not None and anatomy.is_uniform and _has_all_heads(anatomy):
+        own = (family.heads, family.width, "head_dim", "num_hidden_layers")  # of the per-layer configuration alone
+        fields = {key: value for key, value in fields.items() if key not in own}
+        fields[family.stages.ratio] = ratio_of(anatomy.of_kind("mlp")[0].units, family.stages, config)
+        return AutoConfig.for_model(family.name, **fields)
+    per_layer = PER_LAYER_PREFIX + family.name
     # The global sizes are the first layer's; for a block that it skips, those of the first layer that has it.
     fields |= {key: value for layer in reversed(sizes) for key, value in layer.items() if key != "skip"}
-    per_layer = PER_LAYER_PREFIX + family.name
-    if not anatomy.is_uniform:
+    if not anatomy.is_uniform or family.stages is not None:
         fields |= {"head_dim": anatomy.head_dim}
         return AutoConfig.for_model(per_layer, **fields, per_layer_config=dict(enumerate(sizes)))
     if family.ratio is not None:
@@ -137,6 +153,10 @@ def _sized_config(
         return AutoConfig.for_model(per_layer, **fields, per_layer_config={})
     fields = {key: value for key, value in fields.items() if key not in (*other.unless, *other.dropped, *other.fields)}
     return AutoConfig.for_model(other.name, **fields, **other.fields)
+
+
+def _has_all_heads(anatomy: Anatomy) -> bool:
+    return all(anatomy.stock_holds(block, block.size) for block in anatomy.of_kind("attention"))
 
 
 def _layer_sizes(anatomy: Anatomy, layer: int) -> dict[str, Any]:
@@ -166,7 +186,13 @@ def _register(family: Family) -> None:
         type(
             CLASS_PREFIX + stock.__name__,
             (_PerLayerConfig, stock),
-            {"model_type": PER_LAYER_PREFIX + family.name, "__module__": __name__},
+            {
+                "model_type": PER_LAYER_PREFIX + family.name,
+                "family": family,
+                "__module__": __name__,
+                # Those of a stock class in stages are of stages, not of layers.
+                **({"attribute_map": {}} if family.stages is not None else {}),
+            },
         )
     )
     globals()[config.__name__] = config  # where pickle looks for the class

@@ -273,6 +273,8 @@ def _leaving(
         blocks = [block for block in layers.anatomy.of_layer(index) if block.units]
         left = [block for block in blocks if block.name not in gone]
         own = {name: piece for name, piece in candidates.items() if piece[0].layer == index}
+        full = walker.merged(index, full)
+        lacking = {name: walker.merged(index, hidden) for name, hidden in lacking.items()}
         if blocks and not left:
             continue
         entering = {name: layers.allocate(*full.shape).copy_(full) for name in own}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from numprune.blocks import Anatomy, Block
+from numprune.blocks import Block
 from numprune.calibration import BlockRun, Walker, consumer_of, consumer_weight
 from numprune.experts.inputs import Experts, Routed, Seen
 from numprune.experts.refit import Batch
@@ -207,7 +207,7 @@ class PropagatedInputs:
         if self._pruned is self._dense:
             return
         with walker.layers.layer(index) as layer:
-            if block is None:
+            if block is None:  # of a model in stages, no layer is dropped
                 walker.through(layer, index, self._dense.hidden, self._dense.hidden)
             else:
                 walker.advance(layer, block, self._dense)
@@ -241,15 +241,17 @@ class PropagatedInputs:
 
     def _room(self) -> Tensor:
         """Return the buffer for outputs of all rows, (N, S, H)."""
-        if self._targets is None:
-            self._targets = self._walker.layers.allocate(*self._dense.hidden.shape)
+        shape = self._dense.hidden.shape
+        if self._targets is None or self._targets.shape != shape:
+            self._targets = self._walker.layers.allocate(*shape)
         return self._targets
 
     def _consumer_room(self, block: Block) -> Tensor:
         """Return the buffer for the consumer's inputs of all rows, (N, S, D), shared by all blocks in turn."""
-        layers, (rows, length, _) = self._walker.layers, self._dense.hidden.shape
+        layers, row, rows = self._walker.layers, self._walker.row, len(self._dense)
+        length, _ = layers.anatomy.stream_of(row, block.layer)
         if self._read is None:
-            self._read = layers.allocate(rows * length * widest_consumer(layers.anatomy))
+            self._read = layers.allocate(rows * layers.anatomy.largest_inputs(row))
         return self._read[: rows * length * block.channels].view(rows, length, -1)
 
     def _aims(self, block: Block) -> Aims:
@@ -258,11 +260,6 @@ class PropagatedInputs:
             assert self._targets is not None
             return Aims(self._targets)
         return Aims(self._dense.hidden, self._pruned.hidden, self._walker.layers.anatomy.residual_scale)
-
-
-def widest_consumer(anatomy: Anatomy) -> int:
-    """Return the largest number of input channels of a consumer, except of experts, whose inputs are not stored."""
-    return max(block.channels for block in anatomy.blocks if block.routing is None)
 
 
 def _followed_by_norm(block: Block) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from numprune.blocks import Anatomy, Block
-from numprune.calibration import Stream, Walker, consumer_of, consumer_weight
+from numprune.calibration import Stream, Walker, by_token, consumer_of, consumer_weight
 from numprune.layers import replaced
 from numprune.linalg import cholesky, damped
 from numprune.moments import Moments
@@ -176,6 +176,7 @@ class _Fit:
         if output is None:
             output = functional.linear(x.detach(), self._consumer)
         (back,) = torch.autograd.grad(x, v, output @ self._consumer)
+        h, back = (by_token(self._layer, self._block, value, len(hidden)) for value in (h, back))
         return h.flatten(0, -2), back.flatten(0, -2)
 
     def _through(self, hidden: Tensor, direction: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

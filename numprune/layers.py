@@ -10,7 +10,7 @@ the difference in memory use.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,10 +31,19 @@ PIXELS = "pixel_values"  # transformers' name of the input of models whose rows 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A layer's arguments other than the hidden states: masks, positions, rotary tables."""
+    """A layer's arguments other than the hidden states: masks, positions, rotary tables.
+
+    Attributes:
+        merging: what merges the tokens that leave the layer before, if this one begins a stage.
+    """
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
+    merging: Callable[[Tensor], Tensor] | None = None
+
+    def merged(self, hidden: Tensor) -> Tensor:
+        """Return what the layer reads, (n, S, H), of what leaves the one before."""
+        return hidden if self.merging is None else self.merging(hidden)
 
     def call(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run the layer: (n, S, H) -> (n, S, H)."""
@@ -117,12 +126,12 @@ class ModelLayers:
         self._model = model
         self.config: PreTrainedConfig = model.config
         self.anatomy = read_anatomy(model.config)
-        self._layers: Any = model.get_submodule(self.anatomy.layers_path)
+        self._layers = [model.get_submodule(path) for path in self.anatomy.layer_paths]
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
 
     def enter(self, tokens: Tensor, mask: Tensor | None = None) -> Entered:
-        return enter(self._model, self._layers, tokens.to(self.device), mask)
+        return enter(self._model, self.anatomy, tokens.to(self.device), mask)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -130,7 +139,7 @@ class ModelLayers:
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        yield lambda tokens, hidden: leave(self.task, self._model, self._layers, tokens.to(self.device), hidden)
+        yield lambda tokens, hidden: leave(self.task, self._model, self.anatomy, tokens.to(self.device), hidden)
 
     def allocate(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
@@ -162,17 +171,24 @@ def unscale(layer: nn.Module, blocks: Iterable[Block]) -> nn.Module:
     return layer
 
 
-def enter(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor, mask: Tensor | None) -> Entered:
-    """Run `model` up to its decoder layers `layers`; the layers themselves are not run."""
+def enter(model: PreTrainedModel, anatomy: Anatomy, tokens: Tensor, mask: Tensor | None) -> Entered:
+    """Run `model` up to its layers; the layers themselves are not run."""
     entering: list[Tensor] = []
     arguments: list[Arguments] = []
+    mergings: list[Callable[[Tensor], Tensor]] = []
 
     def record(hidden: Tensor, *positional: Any, **named: Any) -> Any:
         entering.append(hidden)
-        arguments.append(Arguments(positional, named))
+        arguments.append(Arguments(positional, named, mergings.pop() if mergings else None))
         return passed(model, hidden)
 
-    with replaced(layers, record):
+    def record_merging(module: nn.Module, args: tuple[Any, ...]) -> None:
+        mergings.append(lambda hidden: module(hidden, *args[1:]))
+
+    layers = [model.get_submodule(path) for path in anatomy.layer_paths]
+    with replaced(layers, record), ExitStack() as stack:
+        for path in anatomy.mergings.values():
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(record_merging).remove)
         model.base_model(**named_inputs(model, tokens, mask))
     return Entered(entering[0], tuple(arguments))
 
@@ -188,19 +204,21 @@ def named_inputs(model: PreTrainedModel, rows: Tensor, mask: Tensor | None = Non
 def leave(
     task: Task,
     model: PreTrainedModel,
-    layers: Sequence[nn.Module],
+    anatomy: Anatomy,
     tokens: Tensor,
     hidden: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return the output of `model` when `hidden` (n, S, H) leaves its layers; `mask` as in `enter`."""
-    with replaced(layers, lambda *_, **__: passed(model, hidden)):
+    """Return the output of `model` when `hidden` (n, S, H) leaves its last layer; `mask` as in `enter`."""
+    *before, last = (model.get_submodule(path) for path in anatomy.layer_paths)
+    passing = replaced(before, lambda entering, *_, **__: passed(model, entering))
+    with passing, replaced([last], lambda *_, **__: passed(model, hidden)):
         return task.output(model, tokens, torch.ones_like(tokens) if mask is None else mask)
 
 
 def passed(model: PreTrainedModel, hidden: Tensor) -> Any:
     """Return hidden states in the form in which the layers of `model` return them."""
-    return (hidden,) if family_of(model.config).returns_tuple else hidden
+    return (hidden, None) if family_of(model.config).returns_tuple else hidden
 
 
 @contextmanager

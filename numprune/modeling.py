@@ -36,7 +36,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from numprune.anatomy import PER_LAYER_PREFIX, read_blocks
+from numprune.anatomy import PER_LAYER_PREFIX, layers_path, read_blocks
 from numprune.blocks import Block, by_layer
 from numprune.configs import CLASS_PREFIX
 from numprune.families import FAMILIES, Family
@@ -77,16 +77,19 @@ class _PerLayerModel:
         for choice in _IMPLEMENTATIONS:
             setattr(config, choice, getattr(self.config, choice))
         layers = self.get_submodule(self.layers_path)
-        stock = type(layers[0])
+        staged = self.family.stages is not None  # the stock constructor built layers at the sizes before pruning
         attending = 0
         for index, blocks in enumerate(by_layer(read_blocks(config))):
-            layer = stock(_buildable(self.family, config, index), *([index] if self.family.indexed else []))
-            layers[index] = layer
+            if not staged:
+                sizes = _buildable(self.family, config, index)
+                layers[index] = type(layers[0])(sizes, *([index] if self.family.indexed else []))
+            layer = self.get_submodule(self.path_of(blocks[0]))
             for block in blocks:
                 if not block.units:
                     _skip(layer, block)
                     continue
-                if self.family.stock_heads == "all" if block.kind == "attention" else self.family.ratio:
+                fixed = self.family.stock_heads == "all" if block.kind == "attention" else self.family.ratio
+                if staged or fixed:
                     whole = layer.state_dict()
                     shapes = _sliced(block)
                     resize(layer, block, {name: _drawn(whole[name], shape) for name, shape in shapes.items()})
@@ -117,11 +120,15 @@ class _PerLayerModel:
     def _can_set_experts_implementation(cls: Any) -> bool:
         return bool(cls.stock._can_set_experts_implementation())  # which inspects the source of the class's module
 
+    def path_of(self: Any, block: Block) -> str:
+        """Return the path of a block's layer in this model, which may be the base model alone."""
+        return f"{self.layers_path}{block.path.removeprefix(layers_path(self.config))}"
+
     def _pass_on_implementations(self: Any) -> None:
         """Give each layer's copy of the configuration the attention implementation."""
         for block in read_blocks(self.config):
             if block.units and block.kind != "mlp":
-                module = self.get_submodule(f"{self.layers_path}.{block.layer}.{block.modules[0]}")
+                module = self.get_submodule(f"{self.path_of(block)}.{block.modules[0]}")
                 for choice in _IMPLEMENTATIONS:
                     setattr(module.config, choice, getattr(self.config, choice))
 
@@ -161,7 +168,7 @@ def _skip(layer: nn.Module, block: Block) -> None:
 def _buildable(family: Family, config: PreTrainedConfig, index: int) -> PreTrainedConfig:
     """Return a configuration from which stock classes build the layer, perhaps with more heads than it has."""
     sizes = copy.copy(config.per_layer_config[index])
-    if family.stock_heads == "all":
+    if family.stock_heads == "all" and family.stages is None:
         setattr(sizes, family.heads, sizes.hidden_size // sizes.head_dim)
     return sizes
 
@@ -189,7 +196,7 @@ def resize(layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> Non
 def _register(family: Family) -> None:
     config = CONFIG_MAPPING[PER_LAYER_PREFIX + family.name]
     _rename_as(family.name, config.model_type)
-    layers_path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
+    path = f"{family.prefix}.{family.layers}" if family.prefix else family.layers
     for auto in dict.fromkeys((*(AUTO_OF[task] for task in family.tasks), AutoModel)):
         found = auto._model_mapping[CONFIG_MAPPING[family.name]]
         stock_model = found[0] if isinstance(found, tuple) else found  # the first of several
@@ -200,7 +207,7 @@ def _register(family: Family) -> None:
             {
                 "config_class": config,
                 "family": family,
-                "layers_path": layers_path.removeprefix(inside),
+                "layers_path": path.removeprefix(inside),
                 "stock": stock_model,
                 "__module__": __name__,
             },

@@ -142,7 +142,7 @@ class PricedSplit(BaseModel):
     Attributes:
         kv_groups: kept in every layer.
         query_heads: kept in every KV group; None in plans without that choice.
-        mlp_channels: kept in every layer.
+        mlp_channels: kept in every layer; in stages, in those of the first.
         nats_per_token: its cost by the blocks' error curves: the summed losses of the blocks on the calibration rows,
             each refitted by itself. It ranks splits and does not predict the loss.
     """

@@ -18,6 +18,7 @@ from numprune.families import FAMILIES
 from numprune.layers import Layers
 from numprune.plans import BlockPlan
 from numprune.progress import progress
+from numprune.windows import windows_of
 
 CATEGORIES: Final = ("special", "self", "previous", "rest")
 
@@ -49,9 +50,11 @@ def attention_masses(layers: Layers, rows: Tensor, special: Collection[int]) -> 
             with layers.layer(index) as layer:
                 for number, one in enumerate(entered):
                     with _watched(layer, blocks) as weights:
-                        hidden[number] = one.arguments[index].call(layer, hidden[number])
+                        entering = one.arguments[index].merged(hidden[number])
+                        hidden[number] = one.arguments[index].call(layer, entering)
                     for name, seen in weights.items():
-                        share = masses(seen[0], marked[number].to(layers.device)).cpu() / len(rows)
+                        own = marked[number, : seen.shape[-1]]  # later stages have fewer tokens, none of them special
+                        share = masses(seen[0], own.to(layers.device)).cpu() / len(rows)
                         found[name] = found[name] + share if name in found else share
     return found
 
@@ -117,13 +120,13 @@ def _watched(layer: nn.Module, blocks: Sequence[Block]) -> Iterator[dict[str, Te
     """
     weights: dict[str, Tensor] = {}
 
-    def watch(name: str, _: nn.Module, __: Any, output: Any) -> None:
-        weights[name] = output[1]
+    def watch(block: Block, _: nn.Module, __: Any, output: Any) -> None:
+        weights[block.name] = windows_of(layer, block).attention(output[1]) if block.in_windows else output[1]
 
     with ExitStack() as stack:
         for block in blocks:
             module = layer.get_submodule(block.modules[0])
-            stack.callback(module.register_forward_hook(partial(watch, block.name)).remove)
+            stack.callback(module.register_forward_hook(partial(watch, block)).remove)
         yield weights
 
 

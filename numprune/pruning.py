@@ -377,9 +377,9 @@ def describe(
 
 
 def _warn_of_few(rows: Tensor, anatomy: Anatomy) -> None:
-    tokens = len(rows) * anatomy.tokens_of(rows.shape[1:])
     for kind in (kind for kind in anatomy.kinds if kind != "experts"):
         widest = max(anatomy.of_kind(kind), key=lambda block: block.channels)
+        tokens = len(rows) * anatomy.stream_of(rows.shape[1:], widest.layer)[0]
         if tokens < 4 * widest.channels:
             logger.warning(
                 "%d calibration tokens are fewer than %d, four times the %d channels of %s, the widest %s block: its "

@@ -57,9 +57,9 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
         InputError: hidden states or gradients overflow; names the module.
     """
     anatomy = layers.anatomy
-    hidden_size, losses = anatomy.hidden_size, layers.task.losses_in(rows)
+    losses = layers.task.losses_in(rows)
     draw = torch.Generator().manual_seed(0)
-    output = {block.name: layers.allocate(hidden_size, hidden_size).zero_() for block in anatomy.blocks}
+    output = {block.name: layers.allocate(block.hidden_size, block.hidden_size).zero_() for block in anatomy.blocks}
     gradients: dict[str, dict[str, Tensor]] = {block.name: {} for block in anatomy.blocks} if taylor else {}
     walker = Walker(layers, rows.shape[1:], batch_size)
     scores: dict[str, Tensor] = {}
@@ -72,10 +72,12 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
             for index in reversed(range(anatomy.layers)):
                 blocks = [block for block in anatomy.of_layer(index) if block.units]
                 hidden = entering.pop()
+                entered = hidden if index in anatomy.mergings else gradient  # of the shape of what enters the layer
                 with layers.layer(index) as layer:
                     for batch in batches:
                         call = walker.arguments(batch.stop - batch.start)[index]
-                        _backward(layers, layer, blocks, call, hidden, gradient, batch, output, gradients)
+                        _backward(layers, layer, blocks, call, hidden, gradient, entered, batch, output, gradients)
+                    gradient = entered
                     if taylor and number == len(chunks) - 1:
                         for block in blocks:
                             scores[block.name] = _taylor(layer, block, gradients.pop(block.name), losses)
@@ -87,14 +89,18 @@ def measure(layers: Layers, rows: Tensor, batch_size: int = 8, *, taylor: bool =
 
 @torch.no_grad()
 def run_forward(walker: Walker, rows: Tensor, bar: Progress) -> list[Tensor]:
-    """Return the inputs of each layer and the output of the last. Raises InputError if they overflow."""
+    """Return what each layer reads, before tokens are merged, and the output of the last.
+
+    Raises InputError if hidden states overflow.
+    """
     layers = walker.layers
     entering = [walker.embed(rows).hidden]
     for index in range(layers.anatomy.layers):
-        before, after = entering[-1], layers.allocate(*entering[-1].shape)
+        before = walker.merged(index, entering[-1])
+        after = layers.allocate(*before.shape)
         with layers.layer(index) as layer:
             walker.through(layer, index, before, after)
-        require_in_range(f"{layers.anatomy.layers_path}.{index}", "hidden states", after)
+        require_in_range(layers.anatomy.layer_paths[index], "hidden states", after)
         entering.append(after)
         bar.update()
     return entering
@@ -122,11 +128,14 @@ def _backward(
     call: Arguments,
     hidden: Tensor,
     gradient: Tensor,
+    entered: Tensor,
     batch: slice,
     output: dict[str, Tensor],
     gradients: dict[str, dict[str, Tensor]],
 ) -> None:
     """Propagate `gradient` (N, S, H) of the loss from the layer's output to its input, for one batch of rows.
+
+    It is written into `entered`, which may be `gradient` or `hidden`.
 
     The blocks' outputs are their consumers', before any norm between them and the residual stream.
     """
@@ -139,7 +148,7 @@ def _backward(
     try:
         with torch.enable_grad():
             before = hidden[batch].to(layers.device).requires_grad_()
-            after = call.call(layer, before)
+            after = call.call(layer, call.merged(before))
     finally:
         for hook in hooks:
             hook.remove()
@@ -148,7 +157,8 @@ def _backward(
     entering, *rest = torch.autograd.grad(after, wanted, behind)
     found = iter(rest)
     for block in blocks:
-        flat = next(found).reshape(*before.shape[:-1], -1)  # some models flatten their rows
+        flat = next(found)
+        flat = flat.reshape(len(before), -1, flat.shape[-1])  # some models flatten their rows, or divide them
         flat = flat.sum(1) if layers.task.pooled else flat.flatten(0, 1)
         output[block.name] += (flat.T @ flat).to(output[block.name].device)
     for block in blocks:
@@ -156,7 +166,7 @@ def _backward(
         for name in matrices[block.name]:
             value = next(found)
             sums[name] = sums[name] + value if name in sums else value
-    gradient[batch] = entering.to(gradient.device)  # last: a gradient that passed a sum unchanged is `gradient` itself
+    entered[batch] = entering.to(entered.device)  # last: a gradient that passed a sum unchanged is `gradient` itself
 
 
 def _matrices(layer: nn.Module, block: Block) -> dict[str, Tensor]:

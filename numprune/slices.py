@@ -79,9 +79,10 @@ class Slice:
         tensor: its name in the layer.
         dim: the dimension that the units divide.
         parts: the entries of `dim` that a unit owns in each part of the tensor.
-        width: the size of the other dimension, the hidden size; None: there is no other.
+        width: the size of the other dimension, the hidden size unless it is a `table`; None: there is no other.
         interleaved: all parts of a unit are adjacent; otherwise the first parts of all units come first.
         stacked: the first dimension of the tensor counts units, each with its own entries of `dim`.
+        table: it is no matrix of a projection, and its other dimension is not the hidden size.
     """
 
     tensor: str
@@ -90,6 +91,7 @@ class Slice:
     width: int | None
     interleaved: bool = False
     stacked: bool = False
+    table: bool = False
 
     def entries_per_unit(self, members: int) -> int:
         """Return the entries of `dim` that a unit with this number of members owns."""
@@ -97,8 +99,8 @@ class Slice:
 
     @property
     def hidden_dim(self) -> int | None:
-        """The dimension that is not divided among units, or None: the hidden size."""
-        if self.width is None:
+        """The dimension that is not divided among units, the hidden size, or None."""
+        if self.width is None or self.table:
             return None
         return (3 if self.stacked else 1) - self.dim
 

@@ -24,7 +24,7 @@ _ALIKE = 1.1  # closer prices do not distinguish two splits: one 4 % cheaper was
 
 @dataclass(frozen=True)
 class Split:
-    """The sizes of every layer.
+    """The sizes of every layer, or of those of the first stage: others have multiples of them.
 
     Attributes:
         attention: an allowed size.
@@ -38,8 +38,11 @@ class Split:
 
     def sizes(self, anatomy: Anatomy) -> dict[str, Size]:
         """Return the size that is left of each block, by its name."""
-        mlp = Size(self.mlp_channels)
-        return {block.name: self.attention if block.kind == "attention" else mlp for block in anatomy.blocks}
+        return {block.name: self._size(block) for block in anatomy.blocks}
+
+    def _size(self, block: Block) -> Size:
+        units, members = self.attention if block.kind == "attention" else Size(self.mlp_channels)
+        return Size(units * block.multiple, members)
 
     def price(self, anatomy: Anatomy, errors: Errors) -> float:
         """Return the cost of the split, in the unit of `errors`.
@@ -48,9 +51,9 @@ class Split:
         would favour the split that removes the least.
         """
         return math.fsum(
-            error_at(errors, block, self.attention)
+            error_at(errors, block, self._size(block))
             if block.kind == "attention"
-            else _interpolated(errors[block.name][:, 0], block.units - self.exact_channels)
+            else _interpolated(errors[block.name][:, 0], block.units - self.exact_channels * block.multiple)
             for block in anatomy.blocks
         )
 
@@ -58,8 +61,8 @@ class Split:
 def fewest_units(splits: Sequence[Split], block: Block) -> int:
     """Return the smallest number of units that any split keeps of a block."""
     if block.kind == "attention":
-        return min(split.attention.units for split in splits)
-    most_gone = block.units - min(split.exact_channels for split in splits)
+        return min(split.attention.units for split in splits) * block.multiple
+    most_gone = block.units - min(split.exact_channels for split in splits) * block.multiple
     return max(0, block.units - math.floor(most_gone) - 1)
 
 
@@ -84,8 +87,11 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
     attention, mlp = anatomy.of_kind("attention"), anatomy.of_kind("mlp")
     sizes = [size for size in allowed[attention[0].name] if size.units]
     widths = [size.units for size in allowed[mlp[0].name] if size.units]
-    costs = {size: sum(block.parameters(size) for block in attention) for size in sizes}
-    channel_cost = sum(block.parameters_per_unit for block in mlp)
+    costs = {
+        size: sum(block.parameters(Size(size.units * block.multiple, size.members)) for block in attention)
+        for size in sizes
+    }
+    channel_cost = sum(block.parameters_per_unit * block.multiple for block in mlp)
     whole = budget_of(anatomy).prunable_parameters
     of_attention = sum(block.parameters(block.size) for block in attention)
     step = max((after - before for before, after in pairwise(widths)), default=1)
@@ -99,7 +105,7 @@ def splits_meeting(anatomy: Anatomy, ratio: float, allowed: Sizes) -> list[Split
         if widths[0] - step / 2 <= exact <= widths[-1] + step / 2:
             splits.append(Split(size, nearest(widths, exact), min(max(exact, 0.0), mlp[0].units)))
     if not splits:
-        group_cost = sum(block.parameters_per_unit for block in attention)
+        group_cost = sum(block.parameters_per_unit * block.multiple for block in attention)
         reached = [1 - (cost + width * channel_cost) / whole for cost, width in product(costs.values(), widths)]
         coarse = f"one KV group of every layer is {group_cost / whole:.3f} of them"
         why = f"{coarse}, more than the MLPs can offset" if len(widths) > 1 else "the MLPs keep their width"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.anatomy import family_of, layers_path, read_anatomy, task_name
+from numprune.anatomy import family_of, read_anatomy, task_name
 from numprune.blocks import Block
 from numprune.errors import InputError, reason
 from numprune.families import FAMILIES
@@ -58,7 +58,7 @@ def cut_layer(
         if block.name in biases:
             state[f"{block.consumer}.bias"] = biases[block.name].to(state[block.reader.tensor].dtype)
             for writer in block.writers:
-                if writer.width is not None:
+                if writer.hidden_dim is not None:
                     weight = state[writer.tensor]
                     zeros = weight.new_zeros(weight.shape[writer.dim])
                     state.setdefault(writer.tensor.removesuffix("weight") + "bias", zeros)
@@ -123,10 +123,9 @@ def assemble(
     `narrowing`: of the rest, too; None: the hidden size stays.
     """
     result = skeleton(config)
-    inside = f"{layers_path(config)}."
-    around = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    anatomy = read_anatomy(model.config)
+    around = {name: tensor for name, tensor in model.state_dict().items() if not anatomy.is_in_layers(name)}
     if narrowing is not None:
-        anatomy = read_anatomy(model.config)
         gain = around[anatomy.final_gain]
         around = {name: narrowing.around(name, tensor, gain, anatomy) for name, tensor in around.items()}
     result.load_state_dict(around | dict(layers), strict=True, assign=True)

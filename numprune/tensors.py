@@ -49,7 +49,8 @@ def tensor_table(config: "PreTrainedConfig") -> TensorTable:
     for block in anatomy.blocks:
         for name, shape in block.tensors().items():
             parts[f"{block.path}.{name}"] = _parts(family, block, name, shape)
-            if len(shape) == 2 and block.routing is None and not family.transposed:
+            matrix = len(shape) == 2 and name.endswith(".weight")
+            if matrix and block.routing is None and not family.transposed:
                 linear.add(f"{block.path}.{name}")
     return TensorTable(
         shapes=_stacked(parts.values()),

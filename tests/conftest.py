@@ -145,6 +145,16 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "vit": _IMAGES,
     "deit": _IMAGES,
     "dinov2": {**_IMAGES, "mlp_ratio": 2},
+    # 64 tokens in windows of 3 x 3, every second time shifted; then 16 of twice the width. Neither grid is a multiple.
+    "swin": {
+        **_IMAGES,
+        "patch_size": 1,
+        "embed_dim": 32,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 3,
+        "mlp_ratio": 1.5,
+    },
     "mixtral": {"num_local_experts": 5, "intermediate_size": 24},
     # The first layer has an MLP, the second has experts and one that all tokens share.
     "qwen2_moe": {**_EXPERTS, "num_experts": 5, "mlp_only_layers": [0], "shared_expert_intermediate_size": 40},
@@ -171,7 +181,11 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **overrides: Any) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
+    from numprune.families import FAMILIES
+
+    # The sizes of a model in stages are those of its own fields.
+    sizes = {} if FAMILIES[family.removeprefix("numprune_")].stages else TINY
+    fields = {**sizes, "sliding_window": None, **OF_FAMILY.get(family, {}), **overrides}
     return AutoConfig.for_model(family, **fields)
 
 

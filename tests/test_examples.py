@@ -20,6 +20,7 @@ def test_example_recipes_are_valid(path: Path) -> None:
     found = recipe.load(path)
     heldout = {
         "digits-vit": EXAMPLES / "digits" / "heldout",
+        "digits-swin": EXAMPLES / "digits-swin" / "heldout",
         "image-generator": EXAMPLES / "images" / "heldout.safetensors",
     }
     assert found.data.heldout == [str(heldout.get(path.stem, EXAMPLES / "text" / "heldout.jsonl"))]

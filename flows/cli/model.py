@@ -157,9 +157,10 @@ def inspect(args: argparse.Namespace) -> Answer:
             lines.append(f"  {'sizes refined by':<36} {plan.refinement}")
         if plan.hidden:
             lines.append(f"  {'hidden size before':<36} {plan.hidden.size:,} (basis {plan.hidden.basis})")
+        channels = f"channel per layer{' of the first stage' if anatomy.mergings else ''}"
         lines += [
             f"  {'other split' if number else 'chosen split':<36} {_groups(split)} and "
-            f"{counted(split.mlp_channels, 'channel per layer')}, priced at {split.nats_per_token:.4f} nats per token"
+            f"{counted(split.mlp_channels, channels)}, priced at {split.nats_per_token:.4f} nats per token"
             for number, split in enumerate(plan.splits or ())
         ]
     return Answer(data, "\n".join(lines))

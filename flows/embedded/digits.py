@@ -1,7 +1,10 @@
-"""Train a small ViT on scikit-learn's handwritten digits, and write it with its images.
+"""Train a small ViT or Swin on scikit-learn's handwritten digits, and write it with its images.
 
     python -m numprune.flows.embedded.digits examples/digits
     numprune optimize examples/digits-vit.toml
+
+    python -m numprune.flows.embedded.digits examples/digits-swin --architecture swin
+    numprune optimize examples/digits-swin.toml
 
 examples/digits/model is a checkpoint; train and heldout beside it have a subfolder of PNG files for each digit. The
 digits (1,797 real images of 8 x 8 grey levels) come with scikit-learn, so nothing is downloaded. Training takes half a
@@ -11,6 +14,7 @@ minute on one CPU core; the same seed and versions give the same weights.
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from numprune.errors import InputError
@@ -44,23 +54,38 @@ def processor() -> Any:
     return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
 
 
-def build(hidden_size: int = 64, layers: int = 4) -> PreTrainedModel:
+_NAMES = {digit: str(digit) for digit in range(10)}
+_IMAGES: dict[str, Any] = {
+    "image_size": 8,
+    "num_channels": 1,
+    "initializer_range": 0.1,  # for so small a width
+    "id2label": _NAMES,
+    "label2id": {name: digit for digit, name in _NAMES.items()},
+}
+
+
+def build_vit(hidden_size: int = 64, layers: int = 4) -> PreTrainedModel:
     """Return an untrained ViT with heads of 16, four times as many MLP channels, and patches of 2 x 2."""
-    names = {digit: str(digit) for digit in range(10)}
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=hidden_size // 16,
             intermediate_size=4 * hidden_size,
-            image_size=8,
             patch_size=2,
-            num_channels=1,
-            initializer_range=0.1,  # for so small a width
-            id2label=names,
-            label2id={name: digit for digit, name in names.items()},
+            **_IMAGES,
         )
     )
+
+
+def build_swin() -> PreTrainedModel:
+    """Return an untrained Swin with heads of 16 and patches of 2 x 2, in two stages with windows of 2 x 2 tokens."""
+    return SwinForImageClassification(
+        SwinConfig(embed_dim=48, depths=[2, 2], num_heads=[3, 6], window_size=2, patch_size=2, **_IMAGES)
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {"vit": build_vit, "swin": build_swin}
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -101,14 +126,14 @@ def write_images(folder: Path, images: np.ndarray, digits: np.ndarray) -> None:
         Image.fromarray(image).save(inside / f"{number:04}.png")
 
 
-def write(folder: Path, epochs: int, seed: int) -> None:
+def write(folder: Path, architecture: str, epochs: int, seed: int) -> None:
     """Train, and write the model and its images into an empty folder. Raises InputError."""
     images, digits = load_digits(seed)
     parts = {"heldout": slice(_HELDOUT), "train": slice(_HELDOUT, None)}
     for name, part in parts.items():
         write_images(folder / name, images[part], digits[part])
     torch.manual_seed(seed)
-    model, labels = build(), torch.from_numpy(digits)
+    model, labels = ARCHITECTURES[architecture](), torch.from_numpy(digits)
     train(model, pixels(images[parts["train"]]), labels[parts["train"]], epochs, seed)
     model.save_pretrained(folder / "model")
     processor().save_pretrained(folder / "model")
@@ -120,6 +145,7 @@ def main() -> int:
     """Run the command and return its exit code: 0 done, 1 error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write (must not exist)")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="vit", help="default: vit")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (default: 0)")
     args = parser.parse_args()
@@ -133,7 +159,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix=".digits-", dir=args.out.parent) as scratch:
             made = Path(scratch, "digits")
             made.mkdir()
-            write(made, args.epochs, args.seed)
+            write(made, args.architecture, args.epochs, args.seed)
             made.rename(args.out)
     except InputError as error:
         print(f"digits: error: {error}", file=sys.stderr)

@@ -27,7 +27,7 @@ def importances(layer: nn.Module, block: Block) -> Tensor:
     those of the paper: queries, keys and values (QKV-M), the projection after them (PRJ-M), and an MLP as a whole
     (MLP-M); biases do not count.
     """
-    writers = [part.tensor for part in block.writers if part.width is not None]
+    writers = [part.tensor for part in block.writers if part.hidden_dim is not None]
     reader = [block.reader.tensor]
     modules = [writers, reader] if block.kind == "attention" else [[*writers, *reader]]
     found: dict[str, Tensor] = {}

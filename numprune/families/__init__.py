@@ -29,6 +29,7 @@ from numprune.families.roberta import ROBERTA
 from numprune.families.smollm3 import SMOLLM3
 from numprune.families.stablelm import STABLELM
 from numprune.families.starcoder2 import STARCODER2
+from numprune.families.swin import SWIN
 from numprune.families.vit import VIT
 
 _ALL = (
@@ -61,6 +62,7 @@ _ALL = (
     VIT,
     DEIT,
     DINOV2,
+    SWIN,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -56,6 +56,8 @@ class Wiring:
         post_norm: `norms` come after the sum of the block's output and the stream (post-LN).
         scale: factors of the block's output on its way into the residual stream, one for each coordinate (layer scale).
         per_head: parameters with a value for each query head.
+        tables: parameters with a column for each query head, and a row for each place of a token relative to another
+            in a window.
         gate: projection to a single number, from which that factor is computed.
         sizes: attributes of the layer's modules, other than matrices, that depend on the block's size -> what they
             count.
@@ -71,6 +73,7 @@ class Wiring:
     post_norm: bool = False
     scale: str | None = None
     per_head: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
     gate: str | None = None
     sizes: Mapping[str, Counted] = field(default_factory=dict)
 
@@ -126,16 +129,44 @@ class Patches:
 
     Attributes:
         tokens: parameters of the former.
-        positions: parameter of the learned positions of all.
+        positions: parameter of the learned positions of all, or None.
         masked: parameter of the token that replaces patches in pretraining, present if `use_mask_token` is set, or
             None.
         square: images must be square, because the model interpolates the positions of others.
     """
 
     tokens: tuple[str, ...]
-    positions: str
+    positions: str | None
     masked: str | None = None
     square: bool = False
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stages of layers, with attention in windows. Between two of them, 2 x 2 tokens become one of twice the width.
+
+    A stock configuration has no fields for single layers; those of a per-layer configuration are the family's `heads`
+    and `width`.
+
+    Attributes:
+        layers: path of a stage's layers in the stage.
+        merging: path in the stage of what merges tokens behind its layers; the last stage has none.
+        norm, reduction: paths in it of its norm and its matrix, which has no bias.
+        depths, heads: the configuration's lists of each stage's layers, and of the heads in each of these.
+        width: its field for the hidden size of the first stage.
+        ratio: for the width of MLPs in hidden sizes.
+        window: for the tokens along the side of a window.
+    """
+
+    layers: str
+    merging: str
+    norm: str
+    reduction: str
+    depths: str
+    heads: str
+    width: str
+    ratio: str
+    window: str
 
 
 @dataclass(frozen=True)
@@ -199,6 +230,7 @@ class Family:
         prefix: of the following paths, in models that contain the base model (encoders).
         layers, embedding, final_norm: paths in the model; no `final_norm`: there is none after the last layer.
         patches: the rest of the embeddings if rows are images, whose patches `embedding` reads; None: rows are tokens.
+        stages: if layers are in stages; `layers` is then the path of these. None: all layers follow one another.
         around: further tensors of the base model -> their shapes.
         projection: path of the linear map from embeddings to hidden states, present if `embedding_size` differs from
             the hidden size, or None.
@@ -215,7 +247,7 @@ class Family:
         norm_bias: norms have a bias.
         class_tokens: of an image generator, the number of class tokens or the configuration's field for it (see
             codes.py); None: of all other models.
-        returns_tuple: a layer returns a tuple that begins with the hidden states.
+        returns_tuple: a layer returns a pair, the hidden states and something that may be None.
         transposed: matrices are stored (in, out).
         interleaved: in a matrix with several parts, all parts of a unit are adjacent; otherwise the first parts of all
             units come first.
@@ -248,6 +280,7 @@ class Family:
     embedding: str = "model.embed_tokens"
     final_norm: str | None = "model.norm"
     patches: Patches | None = None
+    stages: Stages | None = None
     around: Mapping[str, Shape] = field(default_factory=dict)
     projection: str | None = None
     heads_of: Mapping[TaskName, Mapping[str, Shape]] = field(default_factory=dict)

@@ -145,7 +145,7 @@ class GradualPruning(TrainerCallback, ExportableState):
             "training seed": args.seed,
             "units": {block.name: block.units for block in anatomy.blocks},
         }
-        layers = model.get_submodule(anatomy.layers_path)
+        layers = [model.get_submodule(path) for path in anatomy.layer_paths]
         run = Run(layers, anatomy, self._options, ramp, settings, state.max_steps, args.seed)
         if state.global_step:
             run.restore(self._stored(state), state.global_step)

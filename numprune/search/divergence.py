@@ -57,6 +57,7 @@ class Divergences:
         entering = walker.embed(tokens).hidden
         found = [layers.allocate(*entering.shape).copy_(entering) for _ in plans]
         for index in range(layers.anatomy.layers):
+            found = [walker.merged(index, hidden) for hidden in found]
             with layers.layer(index) as layer:
                 for plan, hidden in zip(plans, found, strict=True):
                     with self._levels.written(layer, layers.anatomy.of_layer(index), plan):

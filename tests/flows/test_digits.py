@@ -30,6 +30,13 @@ def test_images_and_model_are_those_of_the_digits(trained: Path) -> None:
     assert found.accuracy > 0.8
 
 
+def test_another_architecture_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path / "out"), "--architecture", "swin", "--epochs", "1"])
+    assert digits.main() == 0
+    model = numprune.load(tmp_path / "out" / "model", device="cpu")
+    assert (model.anatomy.family, model.budget.parameters) == ("swin", 300_700)
+
+
 def test_a_folder_that_exists_is_not_touched(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,19 @@ def test_importances_are_those_of_the_paper_summed_over_units():
 
 
 @torch.no_grad()
+def test_relative_position_biases_do_not_count():
+    model = build_tiny("swin")
+    anatomy = read_anatomy(model.config)
+    block = anatomy.blocks[0]
+    layer = model.get_submodule(block.path)
+    heads = layer.attention
+    query, key, value = by_definition(heads.q_proj.weight, heads.k_proj.weight, heads.v_proj.weight)
+    (output,) = by_definition(heads.o_proj.weight)
+    expected = (query + key + value + output.T).view(2, 16, 32).sum((1, 2))
+    torch.testing.assert_close(importances(layer, block)[:, 0], expected)
+
+
+@torch.no_grad()
 def test_query_heads_share_their_key_and_value():
     model = build_tiny("llama", **SMALL)
     layer, block = model.model.layers[0], read_anatomy(model.config).of_layer(0)[0]

@@ -34,7 +34,7 @@ def test_constructed_heads_have_known_masses() -> None:
     assert found.numpy() == pytest.approx(np.array(expected))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if not family.stages))
 def test_masses_are_those_of_the_models_own_attention(family: str) -> None:
     model = build_tiny(family)
     patches, generator = FAMILIES[family].patches, torch.Generator().manual_seed(0)

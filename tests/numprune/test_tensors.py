@@ -20,7 +20,8 @@ of_task = pytest.mark.parametrize(
 
 def build(family, task, model_type=None, **fields):
     """A model without values."""
-    fields = {**TINY, "sliding_window": None, **OF_FAMILY.get(family, {}), **fields}
+    sizes = {} if FAMILIES[family].stages else TINY
+    fields = {**sizes, "sliding_window": None, **OF_FAMILY.get(family, {}), **fields}
     config = AutoConfig.for_model(model_type or family, **fields)
     config.architectures = [class_name(config, task)]
     with torch.device("meta"):
@@ -83,4 +84,6 @@ def test_the_table_of_a_model_whose_layers_differ(family, task, second):
         pytest.skip("attention cannot be skipped where layers attend in different ways")
     if entry.attention.joint_norms and "attention" not in skip:
         layers[1] = {field: value for field, value in layers[1].items() if field not in (entry.heads, entry.kv_heads)}
+    if entry.stages:
+        layers[2] = {entry.heads: 4, entry.width: 96}  # the second stage has other sizes than the first
     check(build(family, task, PER_LAYER_PREFIX + family, per_layer_config=layers))
