@@ -32,6 +32,7 @@ from typing import Any, Literal, overload
 
 from numprune import pruning, quality
 from numprune.byte_budget import MIXED, ByteBudget, parse
+from numprune.cache_budget import KvBudget, parse_kv
 from numprune.documents import Reading
 from numprune.errors import InputError
 from numprune.export import checkpoint, compressed_tensors, manifest
@@ -58,6 +59,7 @@ __all__ = [
     "ByteBudget",
     "CalibrationRows",
     "Comparison",
+    "KvBudget",
     "Model",
     "Plan",
     "PruneOptions",
@@ -71,6 +73,7 @@ __all__ = [
     "calibration_rows",
     "evaluate",
     "export_checkpoint",
+    "kv_budget",
     "load",
     "plan",
     "prune",
@@ -115,6 +118,19 @@ def weight_budget(model: Model, limit: str, *, scheme: QuantizedTo = "none") -> 
     if model.plan is not None:
         raise InputError("the model is pruned already: save it, and load it from its folder")
     return steps.byte_budget(model.folder, parse(limit), scheme)
+
+
+def kv_budget(model: Model, limit: str) -> KvBudget:
+    """Return a budget for the KV cache of what `model` becomes, for `PruneOptions.kv_budget`.
+
+    Args:
+        model: to be pruned.
+        limit: bytes of keys and values of one token in all layers: "kv=64KiB/token".
+
+    Raises:
+        InputError: `limit` is written in another way.
+    """
+    return steps.kv_budget(model.folder, parse_kv(limit))
 
 
 def plan(model: Model, rows: CalibrationRows, options: PruneOptions) -> Plan:

@@ -83,7 +83,7 @@ def judge(run: Run, make: Make) -> Judged:
     generated = make(generate(run)) if trains and run.prompts else None
     rows = make(sample_recovery(run, heldout.values(), generated)) if trains else None
     scores = {name: make(score_baseline(run, name, read)) for name, read in heldout.items()}
-    times = make(time_blocks(run)) if run.recipe.prune.time_allowed else None
+    times = make(time_blocks(run)) if run.recipe.prune.allowed.time else None
     learned = make(learn(run, learning_rows, times)) if learning_rows else None
     attention = make(probe_attention(run, calibration)) if _prunes_heads(run) else None
     pruned: StageResult[PrunedCheckpoint]
@@ -248,14 +248,14 @@ def probe_attention(run: Run, calibration: StageResult[CalibrationRows]) -> Stag
 
 
 def time_blocks(run: Run) -> Stage[TimingTable]:
-    assert run.recipe.prune.time_allowed is not None
+    assert run.recipe.prune.allowed.time is not None
     stage = Stage.of(
         "timings",
         "serving",
         bodies.make_timings,
         # Blocks of equal sizes take the same time whatever their weights are.
         model=Text(str(run.base.path), sha256_file(run.base.path / CONFIG)),
-        scenario=str(parse_time(run.recipe.prune.time_allowed)[1]),
+        scenario=str(parse_time(run.recipe.prune.allowed.time)[1]),
         asked=run.recipe.timings,
         target=run.recipe.sizes(),
         machine={**run.machine, "timings": run.timings_key},  # pruning refuses a table with another key
@@ -301,7 +301,7 @@ def prune(
         learned=plan,
         asked=run.recipe.prune,
         target=run.recipe.sizes(),
-        scheme=run.recipe.quantize.scheme if run.recipe.prune.bytes_allowed else "none",  # only a budget counts it
+        scheme=run.recipe.quantize.scheme if run.recipe.prune.allowed.bytes else "none",  # only a budget counts it
         device=run.device,
     ).on_gpu()
 

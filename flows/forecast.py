@@ -50,7 +50,7 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
     joint = dataclasses.replace(options, compensation="joint") if masks else options
     # Masks that count FLOPs or the KV cache give each layer its own size.
     results = [] if narrows or counts in ("flops", "kv-bytes") else known_results(anatomy, joint, planned=masks)
-    unknown = recipe.prune.time_allowed or counts == "flops"
+    unknown = recipe.prune.allowed.time or counts == "flops"
     weights = cast = checkpoint.weight_bytes(run.base.path)
     schemes, exported = schemes_asked(recipe.quantize), anatomy
     if "vllm" in recipe.export.targets and recipe.export.dtype != precision.AUTO:
@@ -68,7 +68,8 @@ def forecast(recipe: Recipe, workspace: Path) -> dict[str, Any]:
         "ratio": recipe.prune.ratio,
         "ratio_counts": counts,
         "budget_bytes": options.budget.limit if options.budget else None,
-        "budget_time": recipe.prune.time_allowed,
+        "budget_time": recipe.prune.allowed.time,
+        "budget_kv_bytes": recipe.prune.allowed.kv,
         "drop_layers": recipe.prune.drop_layers,
         "drop_blocks": recipe.prune.drop_blocks,
         "hidden_size": [options.hidden_size, anatomy.hidden_size] if options.hidden_size else None,
@@ -105,8 +106,11 @@ def _aim(anatomy: Anatomy, options: PruneOptions, counts: str, weights: int, sav
 
     `counts`: that of which the ratio is a share; `saved` refers to the whole model.
     """
-    if options.budget is not None:
-        return {"weight_bytes": options.budget.limit}
+    if options.budgets:
+        return {
+            **({"weight_bytes": options.budget.limit} if options.budget else {}),
+            **({"kv_bytes_per_token": options.kv_budget.limit} if options.kv_budget else {}),
+        }
     before = budget_of(anatomy)
     if counts == "kv-bytes":
         return {"kv_bytes_per_token": round((1 - options.ratio) * before.kv_bytes_per_token)}
@@ -279,11 +283,13 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     then = f", {how} {found['quantization']}" if found["quantization"] else ""
     if found["budget_time"] is not None:
         yield f"budget {found['budget_time']}, among sizes that are measured"
-    else:
-        whole = found["budget_bytes"]
+    limits = [f"budget {found['budget_bytes']:,} bytes"] if found["budget_bytes"] else []
+    limits += [f"budget {found['budget_kv_bytes']:,} bytes of KV cache per token"] if found["budget_kv_bytes"] else []
+    if not limits and found["budget_time"] is None:
         of = "" if found["ratio_counts"] == "parameters" else f" of the {COUNTED[found['ratio_counts']]}"
-        asked = f"ratio {found['ratio']:g}{of}" if whole is None else f"budget {whole:,} bytes"
-        yield f"{asked}{then}, result: {kind}"
+        limits = [f"ratio {found['ratio']:g}{of}"]
+    if limits:
+        yield f"{' and '.join(limits)}{then}, result: {kind}"
     for after in found["after"]:
         yield _size_line(before, after)
     if found["hidden_size"]:

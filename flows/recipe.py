@@ -96,12 +96,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _bits_follow_from_a_budget(self) -> Self:
-        if self.quantize.scheme == "mixed" and self.prune.bytes_allowed is None:
+        if self.quantize.scheme == "mixed" and self.prune.allowed.bytes is None:
             raise ValueError(
                 'quantize.scheme = "mixed": the bits of each block follow from a budget of bytes; set prune.budget, or '
                 "choose one scheme for all"
             )
-        if self.prune.bytes_allowed is not None and self.export.dtype != "auto":
+        if self.prune.allowed.bytes is not None and self.export.dtype != "auto":
             raise ValueError(
                 f"export.dtype = {self.export.dtype!r}: prune.budget counts the weights as they are stored; leave "
                 "export.dtype out"
@@ -110,7 +110,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_is_timed_is_released(self) -> Self:
-        if self.prune.time_allowed is None:
+        if self.prune.allowed.time is None:
             if self.timings != BlockTimings():
                 raise ValueError("timings: it has an effect only with a time as prune.budget; leave it out")
             return self

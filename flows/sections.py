@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-from numprune.byte_budget import parse
+from numprune.budget_texts import Asked, parse_budgets
 from numprune.documents import WHOLE_FILE, Reading, separator
 from numprune.errors import InputError
 from numprune.flows.names import (
@@ -40,7 +40,6 @@ from numprune.flows.names import (
     TrainedWeights,
 )
 from numprune.refinement import MINUTES
-from numprune.scenario import is_time, parse_time
 from numprune.serving.benchmark.load import REPEATS_RULE, are_repeats
 from numprune.serving.report import CORPUS_NAME, MAXIMUM_PROMPTS, ModelName
 from numprune.target import Target as SizeTarget
@@ -100,10 +99,13 @@ def _separator(value: str) -> str:
     return value
 
 
-def _budget(value: str) -> str:
+def _budget(value: Any) -> Any:
+    limits = [value] if isinstance(value, str) else value
+    if not isinstance(limits, list) or not limits or not all(isinstance(limit, str) for limit in limits):
+        raise ValueError('must be "none", a limit like "6GiB", or a list of limits')
     try:
         if value != NO_BUDGET:
-            (parse_time if is_time(value) else parse)(value)
+            parse_budgets(limits)
     except InputError as error:
         raise ValueError(str(error)) from None
     return value
@@ -194,8 +196,9 @@ class Prune(Section):
     `hidden_size` is 0 if it stays, or if masks choose it.
 
     `budget`, in the place of `ratio`, which is 0 then: bytes that the released weights may take, as "6GiB", where
-    `quantize.scheme` determines how blocks may be stored; or the time of one step, as "20ms@decode,b=8,ctx=2048", by
-    the latencies that `timings` describes. The allocation "error" divides it. `refine` "search" starts from its sizes.
+    `quantize.scheme` determines how blocks may be stored; the time of one step, as "20ms@decode,b=8,ctx=2048", by the
+    latencies that `timings` describes; the bytes of KV cache of a token, as "kv=64KiB/token"; or a list of these. The
+    allocation "error" divides it. `refine` "search" starts from its sizes.
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -206,7 +209,7 @@ class Prune(Section):
     keep: list[Annotated[str, Field(min_length=1)]] = []
     floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     skips: bool = False
-    budget: Annotated[str, AfterValidator(_budget)] = NO_BUDGET
+    budget: Annotated[str | list[str], PlainValidator(_budget)] = NO_BUDGET
     drop_layers: Annotated[int, Field(ge=0, lt=2**31)] = 0
     drop_blocks: Annotated[int, Field(ge=0, lt=2**31)] = 0
     hidden_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -226,14 +229,11 @@ class Prune(Section):
         return {"ratio": 0.0, "allocation": "error", **data}
 
     @property
-    def bytes_allowed(self) -> int | None:
-        """Of the released weights; None: something else decides."""
-        return None if self.budget == NO_BUDGET or is_time(self.budget) else parse(self.budget)
-
-    @property
-    def time_allowed(self) -> str | None:
-        """Budget of time, as in numprune.scenario; None: something else decides."""
-        return self.budget if is_time(self.budget) else None
+    def allowed(self) -> Asked:
+        """What `budget` limits."""
+        if self.budget == NO_BUDGET:
+            return Asked()
+        return parse_budgets([self.budget] if isinstance(self.budget, str) else self.budget)
 
 
 class BlockTimings(Section):

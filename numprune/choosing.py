@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from numprune import sensitivity
 from numprune.allocation import by_error, global_sort, keep_highest, uniform
 from numprune.blocks import Anatomy, Block
-from numprune.byte_budget import ByteBudget, SchemeName
+from numprune.budgeted import by_budgets, sizes_within
+from numprune.byte_budget import SchemeName
 from numprune.calibration import Walker, consumer_weight
 from numprune.criteria import CRITERIA, BlockView, member_scores
 from numprune.criteria.dimap import importances
@@ -20,9 +21,9 @@ from numprune.inputs import Inputs, PrecomputedInputs, PropagatedInputs
 from numprune.layers import Layers
 from numprune.moments import Moments
 from numprune.options import REFITTING, PruneOptions, left_of, sizes_allowed, uses_gradients
-from numprune.plans import Plan, PricedSplit
+from numprune.plans import Plan, Price, PricedSplit
 from numprune.progress import progress
-from numprune.quantization.allocation import Form, by_bytes, levels_of
+from numprune.quantization.allocation import Form, levels_of
 from numprune.quantization.pricing import rounding_prices
 from numprune.refinement import Refinement
 from numprune.search.levels import Levels
@@ -32,7 +33,6 @@ from numprune.sensitivity import Sensitivity
 from numprune.slices import Kept, Size
 from numprune.splits import Split, fewest_units, priced, splits_meeting
 from numprune.target import Sizes
-from numprune.time_allocation import by_time, measured_sizes
 
 # A layer, its block and the inputs of the block's consumer -> what is kept of the block.
 Choice = Callable[[nn.Module, Block, Moments | Seen], Kept]
@@ -64,12 +64,14 @@ class Chosen:
         splits: that `uniform` chose from.
         schemes: block name -> quantization scheme, as chosen by a budget.
         refinement: of the sizes, by search.
+        price: of what budgets chose.
     """
 
     choice: Choice
     splits: list[PricedSplit] | None = None
     schemes: Mapping[str, SchemeName] = field(default_factory=dict)
     refinement: Refinement | None = None
+    price: Price | None = None
 
 
 def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | None) -> Chosen:
@@ -83,12 +85,13 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         gradients = sensitivity.measure(layers, rows[::_PRICED_ROWS], options.batch_size)
     splits: list[PricedSplit] | None = None
     refinement: Refinement | None = None
+    price: Price | None = None
     forms: Mapping[str, Form] = {}
     if known and known.forms is not None:
         forms = known.forms
-    elif options.budget is not None:
+    elif options.budgets:
         assert gradients is not None
-        forms, refinement = _within(options.budget, walker, rows, options, known, gradients)
+        forms, price, refinement = _within(walker, rows, options, known, gradients)
     if forms:
         sizes = {name: form.size for name, form in forms.items()}
     else:
@@ -107,7 +110,7 @@ def chooser(walker: Walker, rows: Tensor, options: PruneOptions, known: Known | 
         return _choose(view, size, options.criterion, CRITERIA[options.criterion](view))
 
     schemes = {name: form.level.name for name, form in forms.items() if form.level is not None}
-    return Chosen(by_score, splits, schemes, refinement)
+    return Chosen(by_score, splits, schemes, refinement, price)
 
 
 def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chosen:
@@ -117,7 +120,7 @@ def planned(plan: Plan, names: Mapping[str, str], device: torch.device) -> Chose
     def as_planned(_layer: nn.Module, block: Block, _read: Moments | Seen) -> Kept:
         return plan.blocks[names[block.name]].to_kept().to(device)
 
-    return Chosen(as_planned, plan.splits, schemes, plan.refinement)
+    return Chosen(as_planned, plan.splits, schemes, plan.refinement, plan.price)
 
 
 def nothing(block: Block) -> Kept:
@@ -152,29 +155,32 @@ def dense_reading(layer: nn.Module, block: Block, inputs: Inputs) -> Moments | S
 
 
 def _within(
-    budget: ByteBudget,
     walker: Walker,
     rows: Tensor,
     options: PruneOptions,
     known: Known | None,
     gradients: Sensitivity,
-) -> tuple[dict[str, Form], Refinement | None]:
-    """Return size and scheme of every block within the budget, and how sizes were refined.
+) -> tuple[dict[str, Form], Price | None, Refinement | None]:
+    """Return size and scheme of every block within the budgets, their price, and how sizes were refined.
 
     This takes a pass over the dense model.
     """
     layers = walker.layers
-    allowed = sizes_allowed(layers.anatomy, options)
-    levels = levels_of(budget, options.target)
+    allowed = _allowed(layers.anatomy, options)
+    levels = levels_of(options.budget, options.target) if options.budget else ()
     errors = error_curves(layers, dense_inputs(walker, rows, known), options, gradients, least_units(allowed))
     schemes = [level for level in levels if level is not None]
     rounding = rounding_prices(walker, rows, gradients.output, schemes) if schemes else {}
-    forms = by_bytes(layers.anatomy, budget, levels, allowed, errors, rounding)
+    found = by_budgets(layers.anatomy, options.budgets, options.target, allowed, errors, rounding)
+    price = Price(  # further digits depend on the machine
+        nats_per_token=float(f"{found.price:.4g}"), bound_nats_per_token=float(f"{found.bound:.4g}")
+    )
     if options.refine == "none":
-        return forms, None
-    sizes = {name: form.size for name, form in forms.items()}
+        return found.forms, price, None
+    sizes = {name: form.size for name, form in found.forms.items()}
     sizes, refinement = _refined(walker, rows, options, known, gradients, errors, sizes)
-    return {name: Form(size, None) for name, size in sizes.items()}, refinement
+    forms = {name: Form(size, None) for name, size in sizes.items()}
+    return forms, None if refinement.confirmed else price, refinement
 
 
 def _sizes_to_keep(
@@ -190,7 +196,7 @@ def _sizes_to_keep(
     """
     layers = walker.layers
     anatomy, of_width = left_of(layers.anatomy, options, ())
-    ratio, allowed = of_width.ratio, _allowed(anatomy, of_width)
+    ratio, allowed = of_width.ratio, sizes_allowed(anatomy, of_width)
     splits: list[Split] = []
     if options.allocation == "uniform":
         splits = [] if anatomy.of_kind("experts") else splits_meeting(anatomy, ratio, allowed)
@@ -206,10 +212,7 @@ def _sizes_to_keep(
     fewest = {block.name: fewest_units(splits, block) for block in anatomy.blocks} if splits else least_units(allowed)
     errors = error_curves(layers, inputs, options, gradients, fewest)
     if options.allocation == "error":
-        if options.time_budget is not None:
-            sizes = by_time(anatomy, options.time_budget, allowed, errors)
-        else:
-            sizes = by_error(anatomy, ratio, allowed, errors)
+        sizes = by_error(anatomy, ratio, allowed, errors)
         if options.refine == "none":
             return sizes, None, None
         sizes, refinement = _refined(walker, rows, options, known, gradients, errors, sizes)
@@ -230,8 +233,7 @@ def _sizes_to_keep(
 
 def _allowed(anatomy: Anatomy, options: PruneOptions) -> Sizes:
     """Return the sizes of every block that the allocation chooses from."""
-    allowed = sizes_allowed(anatomy, options)
-    return allowed if options.time_budget is None else measured_sizes(anatomy, allowed, options.time_budget)
+    return sizes_within(anatomy, options.budgets, sizes_allowed(anatomy, options))
 
 
 def _refined(

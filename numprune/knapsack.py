@@ -65,7 +65,7 @@ def _relaxed(
     multiplier = _multiplier(saved, priced, wanted)
     reduced = priced - multiplier * saved  # (I, O)
     least = reduced.min(1)
-    known = _improved(saved, priced, least.indices, wanted).tolist()
+    known = improved(saved[None], priced, least.indices, torch.tensor([wanted], dtype=torch.float64)).tolist()
     scale = sum(map(max, prices)) + multiplier * sum(map(max, savings))
     slack = _sum(prices, known) - float(least.values.sum()) - multiplier * wanted + _ROUNDING * scale
     left = reduced - least.values[:, None] <= slack
@@ -113,12 +113,19 @@ def _multiplier(saved: Tensor, priced: Tensor, wanted: float) -> float:
     return high
 
 
-def _improved(saved: Tensor, priced: Tensor, chosen: Tensor, wanted: int) -> Tensor:
-    """Return a choice (I,) that saves enough with single options exchanged for cheaper ones while it still does."""
+def improved(saved: Tensor, priced: Tensor, chosen: Tensor, wanted: Tensor) -> Tensor:
+    """Return a choice (I,) that saves enough with single options exchanged for cheaper ones while it still does.
+
+    Args:
+        saved: (K, I, O), of each of K quantities.
+        priced: (I, O); both from `padded`, with 0 and infinity.
+        wanted: (K,) float64, of each quantity.
+    """
     while True:
-        own, own_price = (table.gather(1, chosen[:, None]) for table in (saved, priced))  # (I, 1)
-        cheaper = priced.where(saved >= own - (own.sum() - wanted), torch.inf).min(1)
-        gains = own_price.squeeze(1) - cheaper.values
+        own = saved.gather(2, chosen.expand(len(saved), -1)[..., None])  # (K, I, 1)
+        enough = (saved >= own - (own.sum(1, keepdim=True) - wanted[:, None, None])).all(0)
+        cheaper = priced.where(enough, torch.inf).min(1)
+        gains = priced.gather(1, chosen[:, None]).squeeze(1) - cheaper.values
         item = gains.argmax()
         if not gains[item] > 0:
             return chosen

@@ -10,7 +10,9 @@ from numprune.allocation import ALLOCATIONS, check_ratio, uniform
 from numprune.axes import AXES, DEFAULT_AXES, HIDDEN_SIZE, Limits
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
+from numprune.budgeted import Budget, check_budgets
 from numprune.byte_budget import ByteBudget
+from numprune.cache_budget import KvBudget
 from numprune.criteria import CRITERIA
 from numprune.depth import ratio_left, smallest_blocks, smallest_layers, without_blocks
 from numprune.errors import InputError
@@ -18,12 +20,11 @@ from numprune.hidden import BASES, Basis, check_narrowable, hidden_sizes, narrow
 from numprune.inputs import FROM_PRUNED_PREFIX
 from numprune.plans import Plan
 from numprune.quantization import check_quantizable
-from numprune.quantization.allocation import Form, check_reachable, levels_of, model_bytes
+from numprune.quantization.allocation import levels_of
 from numprune.refinement import MINUTES, REFINEMENTS
 from numprune.splits import splits_meeting
 from numprune.surgery import can_hold_bias
 from numprune.target import Sizes, Target, allowed_sizes, nearest
-from numprune.time_allocation import check_time
 from numprune.time_budget import TimeBudget
 
 # `bias` is FLAP's own compensation, for architectures whose projections can have a bias. compensation.py describes all.
@@ -46,8 +47,8 @@ class PruneOptions:
             `uniform` cannot remove whole blocks.
         budget: largest size of the result in bytes, for the allocation `error`; it determines the size of each block
             and how it will be stored.
-        time_budget: longest step of the result, for the allocation `error`, in place of `budget`. Without either, the
-            ratio determines the sizes.
+        time_budget: longest step of the result, likewise; also together with `budget`.
+        kv_budget: largest KV cache of the result, likewise. Without any budget, the ratio determines the sizes.
         drop_layers: number of whole layers to remove; units make up the rest of the ratio.
         drop_blocks: number of attention blocks and MLPs to remove, likewise; instead of `drop_layers`.
         hidden_size: of the result; units make up the rest of the ratio. None: it stays, or masks choose it.
@@ -72,6 +73,7 @@ class PruneOptions:
     skips: bool = False
     budget: ByteBudget | None = None
     time_budget: TimeBudget | None = None
+    kv_budget: KvBudget | None = None
     drop_layers: int = 0
     drop_blocks: int = 0
     hidden_size: int | None = None
@@ -81,6 +83,11 @@ class PruneOptions:
     damping: float = 1e-3
     seed: int = 0
     batch_size: int = 8
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The budgets that are given."""
+        return [budget for budget in (self.budget, self.time_budget, self.kv_budget) if budget is not None]
 
     @property
     def limits(self) -> Limits:
@@ -106,6 +113,7 @@ def options_of(plan: Plan) -> PruneOptions:
         skips=plan.skips,
         budget=plan.budget,
         time_budget=plan.time_budget,
+        kv_budget=plan.kv_budget,
         drop_layers=plan.drop_layers,
         drop_blocks=plan.drop_blocks,
         hidden_size=len(plan.hidden.kept) if plan.hidden else None,
@@ -143,12 +151,8 @@ def check_options(anatomy: Anatomy, options: PruneOptions, *, planned: bool = Fa
         raise InputError(
             f"compensation bias: the projections of {anatomy.family} cannot have a bias; use another compensation"
         )
-    if options.budget is not None or options.time_budget is not None:
-        _check_budgeted(options)
-    if options.budget is not None:
-        _check_budget(anatomy, options, options.budget)
-    if options.time_budget is not None:
-        check_time(anatomy, sizes_allowed(anatomy, options), options.time_budget)
+    if options.budgets:
+        _check_budgeted(anatomy, options)
     _check_refined(anatomy, options, planned=planned)
     options.limits.check(anatomy)
     _check_hidden(anatomy, options, planned=planned)
@@ -204,6 +208,8 @@ def _check_refined(anatomy: Anatomy, options: PruneOptions, *, planned: bool) ->
         raise InputError("refine: the search keeps the hidden size; leave hidden_size or refine out")
     if options.drop_blocks:
         raise InputError("refine: the search keeps every block; leave drop_blocks or refine out")
+    if len(options.budgets) > 1:
+        raise InputError("refine: the search keeps within one budget, and several are given; leave refine out")
     if options.budget is not None and options.budget.levels != (None,):
         schemes = " or ".join(level for level in options.budget.levels if level is not None)
         raise InputError(
@@ -280,9 +286,7 @@ def _check_rotation(anatomy: Anatomy, hidden_size: int, sizes: Sequence[int]) ->
     )
 
 
-def _check_budgeted(options: PruneOptions) -> None:
-    if options.budget is not None and options.time_budget is not None:
-        raise InputError("a budget of bytes and one of time are given; leave one of them out")
+def _check_budgeted(anatomy: Anatomy, options: PruneOptions) -> None:
     if options.ratio:
         raise InputError(
             f"ratio is {options.ratio}, and a budget is given; set the ratio to 0, or leave one of them out"
@@ -297,9 +301,14 @@ def _check_budgeted(options: PruneOptions) -> None:
             f"a budget counts embeddings at their full size; leave out hidden_size and the axis {HIDDEN_SIZE}, or give "
             "a ratio"
         )
+    if options.kv_budget is not None and anatomy.task != "causal-lm":
+        raise InputError(f"the budget is {options.kv_budget}, and this {anatomy.task} model has no KV cache")
+    if options.budget is not None:
+        _check_storable(anatomy, options, options.budget)
+    check_budgets(anatomy, options.budgets, options.target, sizes_allowed(anatomy, options))
 
 
-def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
+def _check_storable(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -> None:
     if options.compensation == "bias":
         raise InputError("compensation bias adds tensors that a budget does not count; use another compensation")
     levels = levels_of(budget, options.target)
@@ -310,13 +319,6 @@ def _check_budget(anatomy: Anatomy, options: PruneOptions, budget: ByteBudget) -
                 f"quantization_group is {scheme.group_size}, which does not divide the model's hidden_size "
                 f"{anatomy.hidden_size}; choose another, or store no block in {scheme.name}"
             )
-    check_reachable(anatomy, budget, levels, sizes_allowed(anatomy, options))
-    whole = model_bytes(anatomy, {block.name: Form(block.size, None) for block in anatomy.blocks}, budget)
-    if None in levels and whole <= budget.limit:
-        raise InputError(
-            f"the budget is {budget.limit:,} bytes, and the model takes {whole:,} as it is: nothing has to go; choose "
-            "a smaller budget"
-        )
 
 
 def _check_same_in_every_layer(anatomy: Anatomy, options: PruneOptions) -> None:

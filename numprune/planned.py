@@ -23,7 +23,11 @@ def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     problems = [*_other_model(anatomy, plan)]
     if not problems:
         check_options(anatomy, options_of(plan), planned=True)
-        problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [*_bytes(anatomy, plan), *_time(anatomy, plan)]
+        problems = [*_sizes(anatomy, plan), *_schemes(plan)] or [
+            *_bytes(anatomy, plan),
+            *_time(anatomy, plan),
+            *_cache(anatomy, plan),
+        ]
     if problems:
         shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise InputError(f"the plan does not fit the model: {'; '.join(shown)}")
@@ -113,6 +117,14 @@ def _time(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
             f"its sizes take {predicted:.4g} ms, and its budget is {plan.time_budget}; keep less, or remove the time "
             "budget"
         )
+
+
+def _cache(anatomy: Anatomy, plan: Plan) -> Iterator[str]:
+    if (cache := plan.kv_budget) is None:
+        return
+    found = sum(cache.cost(anatomy, block, block.size) for block in anatomy.keeping(plan.sizes()).blocks)
+    if found > cache.limit:
+        yield f"its sizes take {found:,}, and its budget is {cache}; keep less, or remove the KV budget"
 
 
 def _told(size: Size) -> str:

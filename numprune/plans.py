@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget, SchemeName
+from numprune.cache_budget import KvBudget
 from numprune.errors import InputError
 from numprune.hidden import Basis, narrowed
 from numprune.refinement import Refinement
@@ -182,6 +183,25 @@ class HiddenPlan(BaseModel):
         return self
 
 
+class Price(BaseModel):
+    """What the sizes, and the schemes, cost that a budget chose.
+
+    Attributes:
+        nats_per_token: by the blocks' error curves, as for a split: it ranks choices and does not predict the loss.
+        bound_nats_per_token: the optimum of the linear relaxation: no choice within the budget costs less.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    bound_nats_per_token: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+    def __str__(self) -> str:
+        price, bound = self.nats_per_token, self.bound_nats_per_token
+        share = f" ({price / bound - 1:.2%})" if bound else ""
+        return f"{price:.4g} nats per token, at most {max(0.0, price - bound):.2g}{share} above the lowest possible"
+
+
 class DroppedLayer(BaseModel):
     """A layer that is removed as a whole.
 
@@ -217,7 +237,8 @@ class Plan(BaseModel):
     Attributes:
         version: version 1 has no `splits`; version 2 has no members, axes, protection, dropped layers or `base`.
         budget: that chose sizes and schemes; None: the plan has no schemes.
-        time_budget: that chose sizes; None: they are due to the budget, or to the ratio.
+        time_budget, kv_budget: that chose sizes, together with `budget` if it is given; None: they limit nothing.
+        price: of what the budgets chose; None: there is none, or a search or masks chose something else.
         base: digest of the checkpoint for which the plan was made; None: unknown, or removed to apply it to another.
         dropped: the removed layers, in the order in which they were chosen; their blocks keep no unit. The other layers
             are renumbered in the result, but not here.
@@ -245,6 +266,8 @@ class Plan(BaseModel):
     skips: bool
     budget: ByteBudget | None = Field(default=None, exclude_if=_is_none)
     time_budget: TimeBudget | None = Field(default=None, exclude_if=_is_none)
+    kv_budget: KvBudget | None = Field(default=None, exclude_if=_is_none)
+    price: Price | None = Field(default=None, exclude_if=_is_none)
     drop_layers: Index = 0
     drop_blocks: Index = Field(default=0, exclude_if=_is_zero)
     damping: float
@@ -301,6 +324,14 @@ class Plan(BaseModel):
     def sizes(self) -> dict[str, Size]:
         """Return the size of each block after pruning, by name."""
         return {name: block.to_kept().size for name, block in self.blocks.items()}
+
+    @property
+    def limits(self) -> list[str]:
+        """What the result must stay within: every budget, or the ratio."""
+        found = [f"budget {self.budget.limit:,} bytes"] if self.budget else []
+        found += [f"budget {self.time_budget} in {self.time_budget.runtime}"] if self.time_budget else []
+        found += [f"budget {self.kv_budget}"] if self.kv_budget else []
+        return found or [f"ratio {self.ratio:g}"]
 
     def schemes(self) -> dict[str, SchemeName]:
         """Return the scheme of each block to be quantized, by name."""

@@ -303,7 +303,7 @@ class _Rest:
             which: Basis = "coordinates" if self.narrowing.rotation is None else "fisher"
             hidden = HiddenPlan(size=self.whole.anatomy.hidden_size, kept=self.narrowing.kept.tolist(), basis=which)
         plan = describe(self.whole.anatomy, rows, self.asked, blocks, chosen.splits, self.dropped, hidden)
-        return plan.model_copy(update={"refinement": chosen.refinement})
+        return plan.model_copy(update={"refinement": chosen.refinement, "price": chosen.price})
 
 
 def _rest(
@@ -361,6 +361,7 @@ def describe(
         skips=options.skips,
         budget=options.budget,
         time_budget=options.time_budget,
+        kv_budget=options.kv_budget,
         drop_layers=options.drop_layers,
         drop_blocks=options.drop_blocks,
         damping=options.damping,

@@ -14,6 +14,7 @@ from pydantic import Field
 from numprune.blocks import Anatomy, Block
 from numprune.errors import InputError
 from numprune.slices import Size
+from numprune.target import Sizes
 from numprune.timings import BlockTime, ScenarioTimes, Time
 
 PER_MS = 1_000_000  # costs are whole nanoseconds, rounded up
@@ -103,6 +104,19 @@ class TimeBudget:
         known = [_told(size) for size in self.sizes(block)]
         shown = ", ".join(known[:_SHOWN]) + (" …" if len(known) > _SHOWN else "")
         return f"{block.name} has {_told(block.size)}, and the table has {block.kind} of {shown or 'no size'} units"
+
+
+def measured_sizes(anatomy: Anatomy, allowed: Sizes, budget: TimeBudget) -> Sizes:
+    """Return the allowed sizes that were measured. Raises InputError if a block has none."""
+    found = {
+        block.name: [size for size in allowed[block.name] if budget.measured(block, size)] for block in anatomy.blocks
+    }
+    for block in anatomy.blocks:
+        if not found[block.name] or (block.units and not any(size.units for size in found[block.name])):
+            raise InputError(
+                f"timings: none of the allowed sizes of {block.name} was measured; {budget.missing(block)}"
+            )
+    return found
 
 
 def _told(size: Size) -> str:

@@ -59,6 +59,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--budget",
         metavar="LIMIT",
+        action="append",
         help="bytes of all weights, like 6GiB, or with --timings the time of one step, like 20ms@decode,b=8,ctx=2048, "
         "or a throughput, like 1500tok/s@decode,b=8,ctx=2048; replaces --ratio (default: none)",
     )

@@ -24,7 +24,7 @@ from numprune.flows.cli.prune import dropped_lines, sizes_lines
 
 if TYPE_CHECKING:
     from numprune.families.family import TaskName
-    from numprune.plans import Plan, PricedSplit
+    from numprune.plans import PricedSplit
 
 
 def add(commands: Subcommands) -> None:
@@ -150,9 +150,11 @@ def inspect(args: argparse.Namespace) -> Answer:
         )
     if plan:
         lines.append(
-            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, " + _asked_for(plan)
+            f"  {'pruned by':<36} {plan.criterion}, {plan.allocation}, {plan.compensation}, {', '.join(plan.limits)}"
         )
         lines += [f"  {line}" for line in dropped_lines(plan, LOSS_UNITS[anatomy.task])]
+        if plan.price:
+            lines.append(f"  {'sizes priced at':<36} {plan.price}")
         if plan.refinement:
             lines.append(f"  {'sizes refined by':<36} {plan.refinement}")
         if plan.hidden:
@@ -164,12 +166,6 @@ def inspect(args: argparse.Namespace) -> Answer:
             for number, split in enumerate(plan.splits or ())
         ]
     return Answer(data, "\n".join(lines))
-
-
-def _asked_for(plan: "Plan") -> str:
-    if plan.time_budget is not None:
-        return f"budget {plan.time_budget} in {plan.time_budget.runtime}"
-    return f"ratio {plan.ratio:g}" if plan.budget is None else f"budget {plan.budget.limit:,} bytes"
 
 
 def _groups(split: "PricedSplit") -> str:

@@ -71,9 +71,11 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--budget",
         metavar="LIMIT",
-        help="bytes of all weights after quantization to --scheme, like 6GiB, or with --timings the time of one step, "
-        "like 20ms@decode,b=8,ctx=2048, or a throughput, like 1500tok/s@decode,b=8,ctx=2048; replaces --ratio, and is "
-        "divided by allocation error (default: none)",
+        action="append",
+        help="bytes of all weights after quantization to --scheme, like 6GiB; with --timings the time of one step, "
+        "like 20ms@decode,b=8,ctx=2048, or a throughput, like 1500tok/s@decode,b=8,ctx=2048; or bytes of KV cache, "
+        "like kv=64KiB/token; may be repeated, for each of these; replaces --ratio, and is divided by allocation error "
+        "(default: none)",
     )
     parser.add_argument(
         "--timings",
@@ -263,6 +265,7 @@ def prune(args: argparse.Namespace) -> Answer:
         "dropped_layers": [drop.model_dump() for drop in made.dropped_layers],
         "dropped_blocks": [drop.model_dump() for drop in made.dropped_blocks],
         "hidden_size": made.hidden_size,
+        "price": made.price.model_dump() if made.price else None,
         "refinement": made.refinement.model_dump() if made.refinement else None,
         "schemes": made.schemes,
         "weight_bytes_before": made.weight_bytes_before,
@@ -283,6 +286,8 @@ def prune(args: argparse.Namespace) -> Answer:
         f"{size(made.weight_bytes_before)} -> {size(made.weight_bytes_after)}; in {data['seconds']:.1f} s, "
         f"peak {size(peak)}"
     )
+    if made.price:
+        text += f"\nsizes priced at {made.price}"
     if made.refinement:
         text += f"\n{made.refinement}"
     if latency:
@@ -334,8 +339,6 @@ def _asked(args: argparse.Namespace, base: Path) -> "tuple[PruneOptions, Plan | 
     asked = ("ratio", "budget", "scheme", "timings", *_DEFAULTS)
     given = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     if args.plan is None:
-        if "scheme" in given and "budget" not in given:
-            raise InputError("--scheme is counted in a --budget; leave it out, and give it to numprune quantize")
         return options_within_budget({"ratio": 0.0, **given}, base), None
     if args.plan_only:
         raise InputError("--plan-only and --plan exclude each other; omit one of them")
@@ -351,28 +354,34 @@ def options_within_budget(given: Mapping[str, Any], base: Path) -> "PruneOptions
 
     `given`: also --budget, --scheme and --timings. Raises InputError.
     """
-    from numprune.byte_budget import parse
-    from numprune.flows.steps.prune import byte_budget
+    from numprune.budget_texts import parse_budgets
+    from numprune.flows.steps.prune import byte_budget, kv_budget
     from numprune.flows.steps.timed_prune import time_budget
-    from numprune.scenario import is_time
     from numprune.timings import read_timings
 
     rest = dict(given)
-    budget, scheme, table = (rest.pop(name, None) for name in ("budget", "scheme", "timings"))
-    timed = budget is not None and is_time(budget)
-    if timed != (table is not None):
+    budgets, scheme, table = (rest.pop(name, None) for name in ("budget", "scheme", "timings"))
+    asked = parse_budgets(budgets or [])
+    if (asked.time is not None) != (table is not None):
         raise InputError(
-            f"--budget {budget}: a time needs --timings TABLE; make the table with numprune timings"
-            if timed
+            f"--budget {asked.time}: a time needs --timings TABLE; make the table with numprune timings"
+            if asked.time
             else "--timings is for a --budget of time, like 20ms@decode,b=8,ctx=2048; leave it out"
         )
-    if budget is None:
+    if scheme and asked.bytes is None and asked.time is None:
+        raise InputError("--scheme is counted in a --budget of bytes; leave it out, and give it to numprune quantize")
+    if not budgets:
         return options_of_arguments(rest)
-    chosen = options_of_arguments({"ratio": 0.0, "allocation": "error", **rest})
-    if timed:
-        limit = time_budget(base, budget, read_timings(table), chosen.target, scheme or "none")
-        return dataclasses.replace(chosen, time_budget=limit)
-    return dataclasses.replace(chosen, budget=byte_budget(base, parse(budget), scheme or "none"))
+    chosen, scheme = options_of_arguments({"ratio": 0.0, "allocation": "error", **rest}), scheme or "none"
+    timed = None
+    if asked.time is not None and table is not None:
+        timed = time_budget(base, asked.time, read_timings(table), chosen.target, scheme)
+    return dataclasses.replace(
+        chosen,
+        budget=None if asked.bytes is None else byte_budget(base, asked.bytes, scheme),
+        time_budget=timed,
+        kv_budget=None if asked.kv is None else kv_budget(base, asked.kv),
+    )
 
 
 def options_of_arguments(given: Mapping[str, Any]) -> "PruneOptions":
@@ -412,6 +421,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         "hidden_size": [after.hidden_size, before.hidden_size] if plan.hidden else None,
         "sizes": {name: size._asdict() for name, size in plan.sizes().items()},
         "schemes": plan.schemes(),
+        "price": plan.price.model_dump() if plan.price else None,
         "refinement": plan.refinement.model_dump() if plan.refinement else None,
         "predicted_ms": plan.time_budget.predicted(after).ms if plan.time_budget else None,
         "seconds": time.perf_counter() - started,
@@ -429,6 +439,7 @@ def _planned(base: Path, plan: "Plan", out: Path | None, started: float) -> Answ
         lines.append(f"  {'hidden size':<36} {before.hidden_size:,} -> {kept:,} (basis {basis})")
     lines += [f"  {line}" for line in (*dropped_lines(plan, load_task(base).unit), *sizes_lines(after))]
     lines += [f"  {line}" for line in schemes_lines(plan)]
+    lines += [f"  {'sizes priced at':<36} {plan.price}"] if plan.price else []
     lines += [f"  {plan.refinement}"] if plan.refinement else []
     lines += [f"plan: {out}; follow it with numprune prune {base} OUT --plan {out} --text FILE"] if out else []
     return Answer(data, "\n".join(lines))

@@ -580,7 +580,7 @@ def make_report(
     named: dict[str, Any] = {"corpus": corpus} if corpus else {}
     if corpora:
         named["corpora"] = {name: read_facts(made.path, Quality) for name, made in corpora.items()}
-    made: PrunedCheckpoint = read_facts(pruned.path, TimedCheckpoint if asked.time_allowed else PrunedCheckpoint)
+    made: PrunedCheckpoint = read_facts(pruned.path, TimedCheckpoint if asked.allowed.time else PrunedCheckpoint)
     heads = read_facts(attention.path, AttentionProbe) if attention else None
     sections = {
         "pruning": {

@@ -112,7 +112,7 @@ def prepare(recipe: Recipe, workspace: Path) -> Run:
             "gpu": torch.cuda.get_device_name() if available else "",
             **({"vllm": str(environment.find())} if [*_served_in(recipe)] else {}),
         },
-        timings_key=key_of(base, recipe.timings.runtime).model_dump_json() if recipe.prune.time_allowed else "",
+        timings_key=key_of(base, recipe.timings.runtime).model_dump_json() if recipe.prune.allowed.time else "",
     )
 
 
@@ -245,8 +245,8 @@ def pruning_options(recipe: Recipe, base: Path) -> PruneOptions:
 
 def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
     """Raises InputError if the request cannot be met, or masks cannot learn it."""
-    if recipe.prune.time_allowed is not None:
-        scenario = str(parse_time(recipe.prune.time_allowed)[1])
+    if recipe.prune.allowed.time is not None:
+        scenario = str(parse_time(recipe.prune.allowed.time)[1])
         check_request(base, timing_request(recipe.timings, scenario, recipe.sizes()))
         _check_timed_is_exported(recipe, base)
     options = pruning_options(recipe, base)
@@ -256,7 +256,7 @@ def _check_pruning(recipe: Recipe, anatomy: Anatomy, base: Path) -> None:
             check_searchable(recipe.data.samples, resident=not recipe.prune.stream)
     else:
         # What a budget of time allows is known once blocks are measured.
-        timed = recipe.prune.time_allowed is not None
+        timed = recipe.prune.allowed.time is not None
         constraint = "parameters" if timed else request_of(recipe.learn, options).constraint
         check_learning(anatomy, options, constraint, recipe.data.sequence_length)
     narrower = f"axes: with {HIDDEN_SIZE}" if HIDDEN_SIZE in recipe.prune.axes else "hidden_size: with a smaller one"

@@ -48,7 +48,7 @@ def request_of(asked: Learn, options: PruneOptions) -> Request:
 
 
 def implied_constraint(options: PruneOptions) -> Counted:
-    """Return what the budget of these options limits; without one, the ratio is of parameters."""
+    """Return what the budget of these options limits, bytes first; without one, the ratio is of parameters."""
     return "bytes" if options.budget else "milliseconds" if options.time_budget else "parameters"
 
 

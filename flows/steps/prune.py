@@ -16,6 +16,7 @@ from numprune.anatomy import read_anatomy
 from numprune.blocks import Anatomy
 from numprune.budget import budget_of
 from numprune.byte_budget import LEVELS, ByteBudget, ValueBytes
+from numprune.cache_budget import KvBudget
 from numprune.dtypes import name_of
 from numprune.errors import InputError, IntegrityError
 from numprune.export import card, compressed_tensors, manifest
@@ -59,9 +60,11 @@ def device_of(device: str) -> torch.device:
 
 def options_of(asked: Prune, target: Target, base: Path, scheme: str) -> PruneOptions:
     """Return the options of a recipe for the model in `base`; `scheme` as in `byte_budget`."""
-    budget = None if asked.bytes_allowed is None else byte_budget(base, asked.bytes_allowed, scheme)
+    allowed = asked.allowed
+    budget = None if allowed.bytes is None else byte_budget(base, allowed.bytes, scheme)
     fields = asked.model_dump(exclude={"stream", "budget"}) | {"hidden_size": asked.hidden_size or None}
-    return PruneOptions(**fields, target=target, budget=budget)
+    cache = None if allowed.kv is None else kv_budget(base, allowed.kv)
+    return PruneOptions(**fields, target=target, budget=budget, kv_budget=cache)
 
 
 def planned(path: Path, asked: Prune) -> tuple[Plan, PruneOptions]:
@@ -95,6 +98,11 @@ def byte_budget(base: Path, limit: int, scheme: str) -> ByteBudget:
     value = cast(ValueBytes, dtypes.pop().itemsize)
     blocks = sum(block_bytes(block, Form(block.size, None), value) for block in anatomy.blocks)
     return ByteBudget(limit, sum(header.bytes for header in stored.values()) - blocks, value, LEVELS[scheme])
+
+
+def kv_budget(base: Path, limit: int) -> KvBudget:
+    """Return a budget of `limit` bytes of KV cache per token, in the data type of the checkpoint. Raises InputError."""
+    return KvBudget(limit, read_anatomy(read_config(base)).bytes_per_value)
 
 
 def prune_checkpoint(
@@ -149,6 +157,7 @@ def prune_checkpoint(
         kept_units=_kept_units(made),
         hidden_size=[len(made.hidden.kept), made.hidden.size] if made.hidden else None,
         refinement=made.refinement,
+        price=made.price,
     )
 
 
@@ -205,6 +214,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
                 "hidden": {"kept"},
                 "splits": True,
                 "refinement": True,
+                "price": True,
             },
         )
     }

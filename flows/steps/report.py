@@ -81,7 +81,9 @@ def pruning_section(asked: Prune, learned: Learn | None, pruned: PrunedCheckpoin
         **asked.model_dump(include={"allocation", "compensation"}),
         "ratio_asked": asked.ratio if asked.budget == NO_BUDGET else None,
         "ratio_counts": learned.constraint if learned and learned.constraint in ("flops", "kv-bytes") else "parameters",
-        "budget_asked": asked.bytes_allowed,
+        "budget_asked": asked.allowed.bytes,
+        "kv_budget_asked": asked.allowed.kv,
+        "price": None if pruned.price is None else {**pruned.price.model_dump(), "summary": str(pruned.price)},
         "latency": pruned.latency if isinstance(pruned, TimedCheckpoint) else None,
         "ratio_removed": {
             "prunable": 1 - after.prunable_parameters / before.prunable_parameters,

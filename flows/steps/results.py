@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from numprune.budget import Budget
 from numprune.flows.names import TaskRuntime
-from numprune.plans import Draw, DroppedBlock, DroppedLayer
+from numprune.plans import Draw, DroppedBlock, DroppedLayer, Price
 from numprune.refinement import Refinement
 from numprune.serving.report import LatencyBudget, Outcome
 
@@ -68,6 +68,7 @@ class PrunedCheckpoint:
         kept_units: [kept, of] by block name.
         hidden_size: [kept, of], or None: all are kept.
         refinement: of the plan's sizes, or None.
+        price: of what budgets chose, or None.
     """
 
     digest: str
@@ -83,6 +84,7 @@ class PrunedCheckpoint:
     kept_units: dict[str, list[int]]
     hidden_size: list[int] | None
     refinement: Refinement | None
+    price: Price | None
 
 
 @dataclass(frozen=True)

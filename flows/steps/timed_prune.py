@@ -54,9 +54,9 @@ def time_budget(base: Path, asked: str, table: TimingTable, target: Target, sche
 
 def options_within_time(asked: Prune, target: Target, base: Path, table: TimingTable) -> PruneOptions:
     """Return the options of a recipe with a budget of time. Raises InputError as `time_budget`."""
-    assert asked.time_allowed is not None
+    assert asked.allowed.time is not None
     options = options_of(asked, target, base, "none")
-    return replace(options, time_budget=time_budget(base, asked.time_allowed, table, target))
+    return replace(options, time_budget=time_budget(base, asked.allowed.time, table, target))
 
 
 def prune_within_time(

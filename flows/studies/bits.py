@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from numprune import pruning, quality, sensitivity
 from numprune.allocation import by_error
 from numprune.blocks import Anatomy
+from numprune.budgeted import by_budgets
 from numprune.byte_budget import MIXED, ByteBudget, SchemeName
 from numprune.calibration import Walker
 from numprune.choosing import Known, dense_inputs, error_curves, least_units
@@ -44,7 +45,7 @@ from numprune.flows.studies.arguments import each_once
 from numprune.layers import ModelLayers
 from numprune.options import PruneOptions, check_options, sizes_allowed
 from numprune.quantization import Scheme, check_quantizable
-from numprune.quantization.allocation import Form, Rounding, by_bytes, levels_of, model_bytes, price_of
+from numprune.quantization.allocation import Form, Rounding, levels_of, model_bytes, price_of
 from numprune.quantization.pricing import rounding_prices
 from numprune.quantization.walk import Fit, quantize_layers
 from numprune.target import Sizes, Target
@@ -157,13 +158,13 @@ class _Study:
                 ("units and bits", self.budget.levels, self.allowed),
             ):
                 budget = replace(self.budget, limit=limit, levels=levels)
-                of_budget = levels_of(budget, self.options.target)
+                target = self.options.target
                 try:
-                    chosen = by_bytes(self.anatomy, budget, of_budget, allowed, self.errors, self.rounding)
+                    chosen = by_budgets(self.anatomy, [budget], target, allowed, self.errors, self.rounding)
                 except InputError as error:
                     yield {"budget_of": name, "what": what, "problem": str(error)}
                     continue
-                yield self._measured(name, what, chosen)
+                yield self._measured(name, what, chosen.forms)
 
     def conditions(self) -> str:
         """Return what all rows have in common, and the dense model's figures."""

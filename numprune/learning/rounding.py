@@ -19,8 +19,7 @@ from numprune.learning.masks import Masks
 from numprune.options import PruneOptions, sizes_allowed
 from numprune.slices import Kept, Size
 from numprune.target import Sizes
-from numprune.time_allocation import measured_sizes
-from numprune.time_budget import TimeBudget
+from numprune.time_budget import TimeBudget, measured_sizes
 
 K = TypeVar("K", float, tuple[float, float])
 

@@ -108,6 +108,12 @@ def check_learning(anatomy: Anatomy, options: PruneOptions, counted: Counted = "
     Raises:
         InputError: like `check_options`, or masks cannot learn what the options request.
     """
+    if options.kv_budget is not None:
+        raise InputError(
+            "budget: masks are not trained for a budget of KV cache; use a ratio with the constraint kv-bytes"
+        )
+    if len(options.budgets) > 1:
+        raise InputError("budget: masks are trained for one budget, and several are given; choose one of them")
     for limited, given, example in (
         ("bytes", options.budget, "6GiB"),
         ("milliseconds", options.time_budget, "20ms@decode,b=8,ctx=2048"),

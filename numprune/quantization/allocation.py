@@ -1,22 +1,17 @@
-"""Units and bits in one budget of bytes: choose the size and the scheme of each block.
+"""The forms of a block, its size and its scheme: their bytes, and their prices.
 
-Removing units and rounding the rest have the same second-order price in nats, 1/2 tr(S E[dy dy^T]) for an error dy at a
-block's output (curves.py, pricing.py). Both errors are those remaining after the fit of the block's last projection.
-The two prices are assumed to add up, as are those of different blocks, and the rounding price of a pruned block to be
-proportional to its remaining parameters.
-
-A block's projections share a scheme, because servers fuse those of attention and those of an MLP.
+The rounding price of a pruned block is assumed to be proportional to its remaining parameters. A block's projections
+share a scheme, because servers fuse those of attention and those of an MLP.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from numprune.blocks import Anatomy, Block
 from numprune.byte_budget import ByteBudget
-from numprune.cheapest import Limit, cheapest
 from numprune.curves import Errors, error_at
 from numprune.errors import InputError
 from numprune.plans import Plan
@@ -24,7 +19,7 @@ from numprune.quantization.compressed_tensors import bytes_of
 from numprune.quantization.linears import projections
 from numprune.quantization.schemes import GROUP_SIZES, Scheme
 from numprune.slices import Size
-from numprune.target import Sizes, Target
+from numprune.target import Target
 
 Level = Scheme | None  # None: not quantized
 Rounding = Mapping[str, Mapping[Scheme, float]]  # block name -> cost of rounding the whole block, in nats per token
@@ -83,70 +78,13 @@ def model_bytes(anatomy: Anatomy, forms: Mapping[str, Form], budget: ByteBudget)
     return budget.around + sum(block_bytes(block, forms[block.name], budget.value) for block in anatomy.blocks)
 
 
-def check_reachable(anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes) -> None:
-    """Refuse a budget that no choice meets. Raises InputError with the smallest possible size."""
-    least = _limit(budget, levels).least(anatomy, allowed)
-    if least <= budget.limit:
-        return
-    *others, last = (_named(level) for level in levels)
-    names = f"{', '.join(others)} or {last}" if others else last
-    fewest = any(level is not None and level.bits == 4 for level in levels)
-    remedy = "lower floors, a shorter keep or a smaller align" if fewest else "or fewer bits"
-    raise InputError(
-        f"the budget is {budget.limit:,} bytes, but embeddings, norms and the smallest allowed size of every block "
-        f"in {names} take {least:,}; allow more bytes, {remedy}"
-    )
-
-
-def by_bytes(
-    anatomy: Anatomy, budget: ByteBudget, levels: Sequence[Level], allowed: Sizes, errors: Errors, rounding: Rounding
-) -> dict[str, Form]:
-    """Return the cheapest size and level of every block within the budget.
-
-    Args:
-        levels: the allowed schemes of a block.
-        allowed: sizes of every block, divisible by the groups of every level.
-        errors: of removals, by block.
-        rounding: of every block, for every scheme among the levels.
-
-    Raises:
-        InputError: the budget cannot be met.
-    """
-    check_reachable(anatomy, budget, levels, allowed)
-    return cheapest(
-        anatomy, _limit(budget, levels), allowed, errors, lambda block, form: _price(block, form, errors, rounding)
-    )
-
-
-def _limit(budget: ByteBudget, levels: Sequence[Level]) -> Limit[Form]:
-    return Limit(
-        budget.limit,
-        budget.around,
-        lambda sizes: _forms(sizes, levels),
-        lambda block, form: block_bytes(block, form, budget.value),
-        lambda amount: f"{amount:,} bytes",
-    )
-
-
 def price_of(anatomy: Anatomy, forms: Mapping[str, Form], errors: Errors, rounding: Rounding) -> float:
     """Return the price of these forms in nats per token: for choosing, not a prediction of the loss."""
-    return math.fsum(_price(block, forms[block.name], errors, rounding) for block in anatomy.blocks)
+    return math.fsum(form_price(block, forms[block.name], errors, rounding) for block in anatomy.blocks)
 
 
-def _forms(sizes: Sequence[Size], levels: Sequence[Level]) -> Iterator[Form]:
-    for size in sizes:
-        for level in levels if size.units else (None,):
-            yield Form(size, level)
-
-
-def _named(level: Level) -> str:
-    """Return the level in words, for a list."""
-    if level is None:
-        return "the stored precision"
-    return level.name if level.group_size is None else f"{level.name} (groups of {level.group_size})"
-
-
-def _price(block: Block, form: Form, errors: Errors, rounding: Rounding) -> float:
+def form_price(block: Block, form: Form, errors: Errors, rounding: Rounding) -> float:
+    """Return the price of a block in a form, in nats per token."""
     price = error_at(errors, block, form.size)
     if form.level is None:
         return price

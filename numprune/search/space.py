@@ -130,13 +130,16 @@ class Space:
 def cost_and_limit(anatomy: Anatomy, options: PruneOptions) -> tuple[Callable[[Block, Size], int], int]:
     """Return the cost of a block at a size, and the limit on the sum of all blocks, as the knapsack has them.
 
-    Bytes are of weights that are not quantized, times in nanoseconds; without a budget, the ratio limits parameters.
+    Bytes are of weights that are not quantized, or of KV cache, and times in nanoseconds; without a budget, the ratio
+    limits parameters.
     """
     if (budget := options.budget) is not None:
         value = budget.value
         return lambda block, size: block_bytes(block, Form(size, None), value), budget.limit - budget.around
     if (times := options.time_budget) is not None:
         return times.cost, times.limit - times.around
+    if (cache := options.kv_budget) is not None:
+        return lambda block, size: cache.cost(anatomy, block, size), cache.limit
     return Block.parameters, most_cost(anatomy, options.ratio)
 
 

@@ -93,10 +93,8 @@ def _pruning(pruning: Pruning) -> list[str]:
     counted_as = words.COUNTED[pruning.ratio_counts]
     asked = f"Requested: {share(pruning.ratio_asked)} of the {counted_as}"
     them = "them" if pruning.ratio_counts == "parameters" else "the prunable parameters"
-    if pruning.budget_asked is not None:
-        asked, them = f"Asked for weights of at most {words.size(pruning.budget_asked)}", "the prunable parameters"
-    if pruning.latency is not None:
-        asked, them = f"Asked for {words.latency(pruning.latency)}", "the prunable parameters"
+    if limits := words.budgets(pruning):
+        asked, them = f"Asked for {limits}", "the prunable parameters"
     return [
         "## Pruning",
         "",
@@ -138,6 +136,8 @@ def _kept(pruning: Pruning) -> Iterable[str]:
         yield f"- Layers dropped: {listed(pruning.dropped_layers)}"
     if pruning.hidden_size:
         yield "- Hidden size: {1:,} → {0:,}".format(*pruning.hidden_size)
+    if pruning.price:
+        yield f"- Sizes priced at {cell(pruning.price.summary)}"
     if pruning.refinement:
         yield f"- Sizes refined by {cell(pruning.refinement.summary)}"
     for kind, units in by_kind(pruning.kept_units).items():

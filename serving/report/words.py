@@ -4,7 +4,7 @@ import math
 import re
 
 from numprune.serving.report import names
-from numprune.serving.report.models import LatencyBudget, ReportedEstimate
+from numprune.serving.report.models import LatencyBudget, Pruning, ReportedEstimate
 
 ABSENT = "–"  # noqa: RUF001
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -148,6 +148,14 @@ def span(lower: float | None, upper: float | None, digits: int = 3) -> str:
 
 def interval(estimate: ReportedEstimate, digits: int = 3) -> str:
     return span(*estimate.interval95, digits)
+
+
+def budgets(found: Pruning) -> str:
+    """The budgets that pruning had to stay within; empty if there was a ratio."""
+    limits = [latency(found.latency)] if found.latency else []
+    limits += [] if found.budget_asked is None else [f"weights of at most {size(found.budget_asked)}"]
+    limits += [] if found.kv_budget_asked is None else [f"at most {size(found.kv_budget_asked)} of KV cache per token"]
+    return "; ".join(limits)
 
 
 def latency(found: LatencyBudget) -> str:

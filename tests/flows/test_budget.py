@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from numprune.anatomy import read_anatomy
+from numprune.budget import budget_of
 from numprune.byte_budget import LEVELS
 from numprune.errors import InputError
 from numprune.export import checkpoint, manifest
+from numprune.flows.forecast import forecast, text
 from numprune.flows.recipe import load
 from numprune.flows.steps.prune import byte_budget
 from numprune.flows.steps.reference_answers import answers_of
@@ -100,6 +103,28 @@ def test_units_alone_meet_a_budget(numprune: Command, inputs: Path, tmp_path: Pa
     assert "has no plan with a scheme for each block; prune with a budget and the scheme mixed" in refused.err
 
 
+def test_several_budgets_are_met_and_the_gap_is_stated(numprune: Command, inputs: Path, tmp_path: Path) -> None:
+    base, kv = inputs / "base", budget_of(read_anatomy(checkpoint.read_config(inputs / "base"))).kv_bytes_per_token
+    limits = [f"{limit(inputs, 0.7)}B", f"kv={kv // 2}B/token"]
+    asked = (*("--budget", limits[0], "--budget", limits[1]), *SAMPLED, "--text", inputs / "train.txt", "--json")
+    planned = numprune("prune", base, "--plan-only", *asked)
+    assert planned.code == 0, planned.err
+    pruned = numprune("prune", base, tmp_path / "pruned", *asked)
+    assert pruned.code == 0, pruned.err
+    assert pruned.json["weight_bytes_after"] <= limit(inputs, 0.7)
+    plan = read_plan(tmp_path / "pruned" / PLAN_FILE)
+    assert plan.price is not None
+    assert pruned.json["price"] == planned.json["price"] == plan.price.model_dump()
+    inspected = numprune("inspect", tmp_path / "pruned")
+    for said in (f"{kv // 2} bytes of KV cache per token", "nats per token, at most", "above the lowest possible"):
+        assert said in inspected.out
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "bytes of weights and" in card
+    found = forecast(load(inputs / "recipe.toml", [f"prune.budget={limits}"]), tmp_path / "w")
+    assert found["after"] == [{"weight_bytes": limit(inputs, 0.7), "kv_bytes_per_token": kv // 2}]
+    assert f"bytes and budget {kv // 2:,} bytes of KV cache per token, each block" in text(found)
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_plan_that_quantizes_no_block_is_followed(
     numprune: Command, inputs: Path, tmp_path: Path, method: str
@@ -152,7 +177,9 @@ def test_budgets_that_make_no_sense_are_refused(
     [
         (["prune.budget=0.5"], "prune.budget"),
         (["prune.budget='0.5'"], "budget is '0.5', which is a ratio"),
-        (["prune.budget=['6GiB', 'kv=1KiB/token']"], "prune.budget"),
+        (["prune.budget=['6GiB', '7GiB']"], "'6GiB' and '7GiB' limit the same quantity"),
+        (["prune.budget='kv=1KiB'"], "one of KV cache must be kv=SIZE/token"),
+        (["prune.budget=[]"], "or a list of limits"),
         (["export.dtype=float32"], "prune.budget counts the weights as they are stored"),
     ],
 )

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from numprune.allocation import by_error
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
+from numprune.budgeted import by_budgets
 from numprune.curves import error_at
 from numprune.errors import InputError
 from numprune.options import PruneOptions, check_options
@@ -21,8 +22,7 @@ from numprune.pruning import prune
 from numprune.scenario import Scenario, parse_scenario, parse_time
 from numprune.slices import Size
 from numprune.target import Target, allowed_sizes
-from numprune.time_allocation import by_time, measured_sizes
-from numprune.time_budget import TimeBudget
+from numprune.time_budget import TimeBudget, measured_sizes
 from numprune.timings import (
     BlockTime,
     Key,
@@ -85,6 +85,11 @@ def random_errors(seed, anatomy=ANATOMY):
     generator = torch.Generator().manual_seed(seed)
     rises = {block.name: torch.rand(block.units, 1, generator=generator).double() ** 2 for block in anatomy.blocks}
     return {name: torch.cat([torch.zeros(1, 1), rise]).cumsum(0) for name, rise in rises.items()}
+
+
+def by_time(anatomy, budget, allowed, errors):
+    found = by_budgets(anatomy, [budget], TARGET, allowed, errors, {})
+    return {name: form.size for name, form in found.forms.items()}
 
 
 def price(errors, sizes):

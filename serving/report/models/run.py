@@ -159,6 +159,14 @@ class Refinement(Model):
     summary: str
 
 
+class Price(Model):
+    """Of the sizes that budgets chose, by error curves; no choice within the budgets costs less than the bound."""
+
+    nats_per_token: Finite
+    bound_nats_per_token: Finite
+    summary: str
+
+
 class Pruning(Model):
     criterion: str
     allocation: str
@@ -166,7 +174,9 @@ class Pruning(Model):
     ratio_asked: Number = None
     ratio_counts: Literal["parameters", "flops", "kv-bytes"] = "parameters"  # of what the ratio was asked
     budget_asked: Number = None  # bytes of weights, instead of a ratio
+    kv_budget_asked: Number = None  # bytes of KV cache per token, instead of a ratio
     latency: LatencyBudget | None = None  # that was asked for, instead of a ratio
+    price: Price | None = None  # of what budgets chose
     ratio_removed: RatioRemoved
     kept_units: dict[str, tuple[Count, Count]] = Field(default={})  # block -> (kept, of)
     attention: Attention | None = None

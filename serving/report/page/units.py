@@ -28,10 +28,8 @@ def section(report: Report) -> Section:
 
 
 def _asked(found: Pruning) -> tuple[str, str]:
-    if found.latency is not None:
-        return "Asked for", words.latency(found.latency)
-    if found.budget_asked is not None:
-        return "Asked for", f"weights of at most {words.size(found.budget_asked)}"
+    if limits := words.budgets(found):
+        return "Asked for", limits
     return "Requested", f"{words.share(found.ratio_asked)} of {words.COUNTED[found.ratio_counts]}"
 
 
@@ -50,6 +48,7 @@ def _blocks(found: Pruning) -> list[Block]:
             *([("KV cache removed", words.share(removed.kv_bytes))] if removed.kv_bytes is not None else []),
             *([("Layers dropped", listed(dropped))] if dropped else []),
             *([("Hidden size", "{1:,} → {0:,}".format(*found.hidden_size))] if found.hidden_size else []),
+            *([("Sizes priced at", found.price.summary)] if found.price else []),
             *([("Sizes refined by", found.refinement.summary)] if found.refinement else []),
         ]
     )

@@ -15,6 +15,7 @@ from numprune import knapsack, sensitivity
 from numprune.allocation import by_error
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
+from numprune.budgeted import by_budgets
 from numprune.byte_budget import LEVELS, MIXED, ByteBudget, parse
 from numprune.calibration import Walker
 from numprune.curves import error_at
@@ -28,7 +29,6 @@ from numprune.quantization import Scheme, compressed_tensors, round_to_nearest
 from numprune.quantization.allocation import (
     Form,
     block_bytes,
-    by_bytes,
     levels_of,
     model_bytes,
     planned_schemes,
@@ -76,6 +76,11 @@ def budget(limit=10**12, levels=MIXED, around=6400):
     return ByteBudget(limit, around, 2, LEVELS[levels])
 
 
+def by_bytes(anatomy, within, allowed, errors, rounding):
+    target = Target(align=32, quantization_group=32)
+    return by_budgets(anatomy, [within], target, allowed, errors, rounding).forms
+
+
 def price(anatomy, errors, rounding, forms):
     """The price of the forms, term by term."""
     total = 0.0
@@ -89,7 +94,7 @@ def price(anatomy, errors, rounding, forms):
 
 @pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_by_bytes_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(share, seed):
+def test_the_choice_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(share, seed):
     anatomy = read_anatomy(config())
     errors, rounding = random_prices(anatomy, seed)
     allowed = allowed_sizes(anatomy, Target(align=32, quantization_group=32), Limits())
@@ -103,7 +108,7 @@ def test_by_bytes_is_the_cheapest_of_all_sizes_and_levels_within_the_budget(shar
         for forms in every
         if model_bytes(anatomy, forms, within) <= within.limit
     )
-    found = by_bytes(anatomy, within, LEVELS_OF, allowed, errors, rounding)
+    found = by_bytes(anatomy, within, allowed, errors, rounding)
     assert model_bytes(anatomy, found, within) <= within.limit
     assert price(anatomy, errors, rounding, found) == pytest.approx(least, abs=1e-12)
     assert price_of(anatomy, found, errors, rounding) == pytest.approx(least, abs=1e-12)
@@ -132,12 +137,11 @@ def test_with_few_shares_by_bytes_ends_within_the_budget_and_near_the_cheapest(m
     anatomy = unlike()
     errors, rounding = random_prices(anatomy, 0)
     allowed = allowed_sizes(anatomy, OPTIONS.target, Limits(skips=skips))
-    of_budget = levels_of(budget(levels=levels), OPTIONS.target)
     least = least_bytes(anatomy, levels, skips=skips)
     limit = int(above * least)
 
     def choose(limit):
-        forms = by_bytes(anatomy, budget(limit, levels), of_budget, allowed, errors, rounding)
+        forms = by_bytes(anatomy, budget(limit, levels), allowed, errors, rounding)
         assert model_bytes(anatomy, forms, budget()) <= limit
         return price(anatomy, errors, rounding, forms)
 
@@ -155,7 +159,7 @@ def test_at_the_least_bytes_the_block_that_stays_is_one_that_fits():
     errors = {block.name: torch.arange(block.units + 1).double()[:, None] for block in anatomy.blocks}
     rounding = {block.name: {INT8: 0.1, INT4: 0.2} for block in anatomy.blocks}
     least = least_bytes(anatomy, MIXED, skips=True, target=target)
-    forms = by_bytes(anatomy, budget(least), LEVELS_OF, allowed, errors, rounding)
+    forms = by_bytes(anatomy, budget(least), allowed, errors, rounding)
     assert model_bytes(anatomy, forms, budget()) == least
     kept = [block.name for block in anatomy.blocks if forms[block.name].size.units]
     assert [name for name in kept if name.endswith("mlp")] == ["layers.0.mlp"]
@@ -175,7 +179,7 @@ def test_with_the_same_bits_everywhere_sizes_are_those_of_the_ratio(levels, rati
     forms = {name: Form(size, of_budget[0]) for name, size in sizes.items()}
     within = budget(levels=levels)
     within = replace(within, limit=model_bytes(anatomy, forms, within))
-    assert by_bytes(anatomy, within, of_budget, allowed, errors, free) == forms
+    assert by_bytes(anatomy, within, allowed, errors, free) == forms
 
 
 @pytest.mark.parametrize("level", LEVELS_OF)
@@ -309,7 +313,7 @@ def test_a_plan_without_a_budget_has_no_word_of_it(model):
         ),
         ({"budget": budget(9000, "w8a8")}, r"block in w8a8 take 4\d,\d+; allow more bytes, or fewer bits"),
         ({"budget": budget(9000), "skips": True}, r"take 1\d,\d+"),
-        ({"budget": budget(10**6)}, r"the model takes \d+,\d+ as it is: nothing has to go"),
+        ({"budget": budget(10**6)}, r"the model takes [\d,]+ bytes as it is: nothing has to go"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(change, says):

@@ -11,13 +11,13 @@ from numprune.allocation import by_error
 from numprune.anatomy import read_anatomy
 from numprune.axes import Limits
 from numprune.blocks import Block
+from numprune.budgeted import by_budgets, sizes_within
 from numprune.byte_budget import ByteBudget
 from numprune.options import PruneOptions
-from numprune.quantization.allocation import Form, by_bytes, model_bytes
+from numprune.quantization.allocation import Form, model_bytes
 from numprune.search.space import Space, cost_and_limit, key
 from numprune.slices import GONE, Size
 from numprune.target import Target, allowed_sizes
-from numprune.time_allocation import by_time, measured_sizes
 from numprune.time_budget import TimeBudget
 from numprune.timings import BlockTime, ScenarioTimes, Time
 
@@ -56,12 +56,10 @@ def space_of(anatomy, options, limits=None, seed=0, scale=1.0):
     """The space of these options, and the knapsack's plan in its middle."""
     errors = random_errors(anatomy, seed, scale)
     allowed = allowed_sizes(anatomy, options.target, limits or options.limits)
-    if options.time_budget:
-        allowed = measured_sizes(anatomy, allowed, options.time_budget)
-        start = by_time(anatomy, options.time_budget, allowed, errors)
-    elif options.budget:
-        forms = by_bytes(anatomy, options.budget, [None], allowed, errors, {})
-        start = {name: form.size for name, form in forms.items()}
+    if options.budgets:
+        allowed = sizes_within(anatomy, options.budgets, allowed)
+        found = by_budgets(anatomy, options.budgets, options.target, allowed, errors, {})
+        start = {name: form.size for name, form in found.forms.items()}
     else:
         start = by_error(anatomy, options.ratio, allowed, errors)
     return Space.around(anatomy, start, allowed, errors, *cost_and_limit(anatomy, options)), start

@@ -1,0 +1,51 @@
+"""The budgets that a user writes: bytes of weights, the time of a step, bytes of KV cache, or several of these.
+
+No tensor library is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from numprune import byte_budget
+from numprune.cache_budget import is_kv, parse_kv
+from numprune.errors import InputError
+from numprune.scenario import is_time, parse_time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The limits of some budgets; None: no limit of this kind.
+
+    Attributes:
+        bytes: of all weights.
+        time: as in scenario.py.
+        kv: bytes of KV cache per token.
+    """
+
+    bytes: int | None = None
+    time: str | None = None
+    kv: int | None = None
+
+
+def parse_budgets(texts: Sequence[str]) -> Asked:
+    """Return the limits of budgets like "6GiB", "20ms@decode,b=8,ctx=2048", "kv=64KiB/token".
+
+    Raises:
+        InputError: one of them is none of these, or there are two of one kind.
+    """
+    found: dict[str, str] = {}
+    limits: dict[str, int] = {}
+    for text in texts:
+        if is_time(text):
+            parse_time(text)
+            kind = "time"
+        elif is_kv(text):
+            kind, limits["kv"] = "kv", parse_kv(text)
+        else:
+            kind, limits["bytes"] = "bytes", byte_budget.parse(text)
+        if kind in found:
+            raise InputError(
+                f"budget: {found[kind]!r} and {text[:80]!r} limit the same quantity; leave one of them out"
+            )
+        found[kind] = text
+    return Asked(limits.get("bytes"), found.get("time"), limits.get("kv"))
